@@ -1,0 +1,72 @@
+"""Causal attention over rows that may be padded, packed, windowed or continued from a cache.
+
+B batch, T queries, S keys, H heads, K KV heads, G = H / K query heads a KV head, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
+
+
+def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
+    """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
+
+    q (B, T, H, d); k, v (B, S, K, d); q_segments (B, T) and k_segments (B, S) int: a query sees the keys of its own
+    segment only; `offset` is the place of the first query among the keys; `window` tokens are seen at most, itself
+    included (0: all). Returns (B, T, H, d) in q's dtype; the softmax is taken in float32.
+    """
+    B, T, H, d = q.shape
+    S, K = k.shape[1], k.shape[2]
+    G = H // K
+    rows = jnp.arange(T)[:, None] + offset
+    columns = jnp.arange(S)[None, :]
+    seen = (columns <= rows) & ((window == 0) | (rows - columns < window))
+    seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])  # (B, T, S)
+    # The query heads of one KV head are folded into its rows: two plain batched products per KV head, no repeated keys.
+    q = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
+    out = _softmax_product(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), seen, d**-0.5)
+    return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+def _dot(a, b, contract):
+    """Product over one axis each, batched over (B, K), summed in float32."""
+    dims = ((contract[:1], contract[1:]), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _probabilities(q, k, seen, scale):
+    B, K, GT, _ = q.shape
+    T, S = seen.shape[1:]
+    scores = (_dot(q, k, (3, 3)) * scale).reshape(B, K, GT // T, T, S)
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    return jax.nn.softmax(scores, axis=-1).reshape(B, K, GT, S)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _softmax_product(q, k, v, seen, scale):
+    """q (B, K, G*T, d), k and v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d)."""
+    return _softmax_product_fwd(q, k, v, seen, scale)[0]
+
+
+def _softmax_product_fwd(q, k, v, seen, scale):
+    p = _probabilities(q, k, seen, scale).astype(q.dtype)
+    out = _dot(p, v, (3, 2)).astype(q.dtype)
+    return out, (q, k, v, p, out)
+
+
+def _softmax_product_bwd(scale, saved, g):
+    # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step.
+    q, k, v, p, out = saved
+    dv = _dot(p, g, (2, 2)).astype(v.dtype)
+    dp = _dot(g, v, (3, 3))
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    ds = (p.astype(jnp.float32) * (dp - inner) * scale).astype(q.dtype)
+    return _dot(ds, k, (3, 2)).astype(q.dtype), _dot(ds, q, (2, 2)).astype(k.dtype), dv, None
+
+
+_softmax_product.defvjp(_softmax_product_fwd, _softmax_product_bwd)

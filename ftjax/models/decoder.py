@@ -1,0 +1,219 @@
+"""One decoder for GPT-2 and the LLaMA family: a block, scanned over layers.
+
+B batch, T tokens, S cache slots, D width, H heads, K KV heads, d head size, F hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ftjax.models.attention import attend
+from ftjax.models.axes import constrain
+from ftjax.models.config import DecoderConfig
+from ftjax.models.layers import Embedding, Linear, Norm, dropout, rotary_frequencies, rotary_tables, rotate
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+}
+
+# The end of a parameter's path -> its logical axes (ftjax.models.axes). Stacked parameters have a layer axis before these.
+PARAMETER_AXES = {
+    "embed/embedding": ("vocab", "embed"),
+    "pos_embed/embedding": (None, "embed"),
+    "lm_head/kernel": ("vocab", "embed"),
+    "q_proj/kernel": ("heads", "embed"),
+    "k_proj/kernel": ("kv_heads", "embed"),
+    "v_proj/kernel": ("kv_heads", "embed"),
+    "c_attn/kernel": (None, "embed"),  # q, k and v lie one after another: cutting across them would tear heads apart
+    "o_proj/kernel": ("embed", "heads"),
+    "gate_proj/kernel": ("hidden", "embed"),
+    "up_proj/kernel": ("hidden", "embed"),
+    "down_proj/kernel": ("embed", "hidden"),
+    "q_proj/bias": ("heads",),
+    "k_proj/bias": ("kv_heads",),
+    "v_proj/bias": ("kv_heads",),
+    "gate_proj/bias": ("hidden",),
+    "up_proj/bias": ("hidden",),
+    "bias": (None,),
+    "scale": (None,),
+}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with a residual's worth of projections around it."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x, layer, shared, cache):
+        """x (B, T, D) -> (B, T, D) and the cache with this layer's keys and values written."""
+        c, (B, T, _) = self.config, x.shape
+        H, K, d = c.heads, c.kv_heads, c.head_dim
+
+        def linear(name, features, bias):
+            return Linear(features, bias, self.dtype, c.initializer_range, name=name)
+
+        if c.fused_qkv:
+            q, k, v = jnp.split(linear("c_attn", (H + 2 * K) * d, c.qkv_bias)(x), (H * d, (H + K) * d), axis=-1)
+        else:
+            q = linear("q_proj", H * d, c.qkv_bias)(x)
+            k = linear("k_proj", K * d, c.qkv_bias)(x)
+            v = linear("v_proj", K * d, c.qkv_bias)(x)
+        q, k, v = q.reshape(B, T, H, d), k.reshape(B, T, K, d), v.reshape(B, T, K, d)
+        if c.qk_norm:
+            q = Norm("rms", c.norm_eps, self.dtype, name="q_norm")(q)
+            k = Norm("rms", c.norm_eps, self.dtype, name="k_norm")(k)
+        if c.positions == "rotary":
+            q, k = rotate(q, shared["rotary"]), rotate(k, shared["rotary"])
+        offset, k_segments = 0, shared["segments"]
+        if cache is not None:
+            offset, k_segments = cache["length"], cache["segments"]
+            start = (layer["index"], 0, offset, 0, 0)
+            cache = cache | {
+                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), start)
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
+        y = attend(q, k, v, shared["segments"], k_segments, offset=offset, window=layer["window"])
+        y = linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d))
+        return dropout(self, y, self.dropout), cache
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020), or down(act(up(x)))."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        """x (B, T, D) -> (B, T, D)."""
+        c, act = self.config, ACTIVATIONS[self.config.activation]
+
+        def linear(name, features):
+            return Linear(features, c.mlp_bias, self.dtype, c.initializer_range, name=name)
+
+        up = linear("up_proj", c.hidden)(x)
+        h = act(linear("gate_proj", c.hidden)(x)) * up if c.gated else act(up)
+        return dropout(self, linear("down_proj", c.width)(h), self.dropout)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+    dropout: float
+
+    @nn.compact
+    def __call__(self, carry, layer, shared):
+        """carry: x (B, T, D) and the cache; layer: this layer's `window` and `index`; shared: the same for all layers."""
+        x, cache = carry
+        c = self.config
+        h = Norm(c.norm, c.norm_eps, self.dtype, name="attn_norm")(x)
+        h, cache = Attention(c, self.dtype, self.dropout, name="attn")(h, layer, shared, cache)
+        x = constrain(x + h, "batch", None, None)
+        h = Norm(c.norm, c.norm_eps, self.dtype, name="mlp_norm")(x)
+        x = constrain(x + MLP(c, self.dtype, self.dropout, name="mlp")(h), "batch", None, None)
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    """A causal language model: `apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits.
+
+    dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings and
+    on what each sublayer adds, active when `rngs={"dropout": key}` is given.
+    """
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    dropout: float = 0.0
+
+    def setup(self):
+        c = self.config
+        self.embed = Embedding(c.vocab_size, c.width, self.dtype, c.initializer_range)
+        if c.positions == "learned":
+            self.pos_embed = Embedding(c.max_positions, c.width, self.dtype, c.initializer_range)
+        block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "adapter": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.layers,
+            unroll=self.unroll or c.layers,
+        )(c, self.dtype, self.dropout)
+        self.final_norm = Norm(c.norm, c.norm_eps, self.dtype)
+        if not c.tied:
+            self.lm_head = Linear(c.vocab_size, False, self.dtype, c.initializer_range)
+
+    def __call__(self, tokens, positions=None, segment_ids=None, cache=None):
+        """tokens (B, T) int -> logits (B, T, V) float32; with a cache: (logits, cache). See `hidden`."""
+        if cache is None:
+            return self.head(self.hidden(tokens, positions, segment_ids))
+        x, cache = self.hidden(tokens, positions, segment_ids, cache)
+        return self.head(x), cache
+
+    def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
+        """Hidden states after the last norm, (B, T, D); with a cache: (states, cache).
+
+        positions (B, T) int: place in its own document, 0 first; default: 0..T-1.
+        segment_ids (B, T) int: tokens see only tokens of their own id; 0 is padding by convention; default: one segment.
+        cache: from `make_cache`; the T tokens are appended at `cache["length"]`, padding included.
+        """
+        c, (B, T) = self.config, tokens.shape
+        start = 0 if cache is None else cache["length"]
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T) + start, (B, T))
+        if segment_ids is None:
+            segment_ids = jnp.ones((B, T), jnp.int32)
+        if cache is not None:
+            cache = cache | {"segments": jax.lax.dynamic_update_slice(cache["segments"], segment_ids, (0, start))}
+        x = self.embed(tokens)
+        shared = {"segments": segment_ids}
+        if c.positions == "learned":
+            x = x + self.pos_embed(positions)
+        else:
+            shared["rotary"] = rotary_tables(positions, rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        x = constrain(dropout(self, x, self.dropout), "batch", None, None)
+        layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
+        (x, cache), _ = self.layers((x, cache), layer, shared)
+        x = self.final_norm(x)
+        return x if cache is None else (x, cache | {"length": start + T})
+
+    def head(self, x):
+        """Hidden states (B, T, D) -> logits (B, T, V) float32."""
+        logits = self.embed.attend(x) if self.config.tied else self.lm_head(x)
+        return constrain(logits.astype(jnp.float32), "batch", None, "vocab")
+
+
+def make_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> dict:
+    """An empty KV cache for `batch` rows of up to `slots` tokens: k, v (L, B, S, K, d), segments (B, S), length ()."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    # Segment -1: a slot that nobody has written is seen by nobody.
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "segments": jnp.full((batch, slots), -1, jnp.int32),
+        "length": jnp.zeros((), jnp.int32),
+    }
+
+
+def parameter_axes(path: str, config: DecoderConfig) -> tuple[tuple[str | None, ...], dict[str, int]]:
+    """Logical axes of the parameter at `path` (`layers/attn/q_proj/kernel`), its layer axis included.
+
+    Raises KeyError for a path that the table does not cover: a new parameter must say how it lies on the mesh.
+    """
+    tail = "/".join(path.split("/")[-2:])
+    axes = PARAMETER_AXES[tail] if tail in PARAMETER_AXES else PARAMETER_AXES[tail.split("/")[-1]]
+    return (None,) * path.startswith("layers/") + axes

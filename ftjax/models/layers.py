@@ -1,0 +1,152 @@
+"""The parts that decoders are made of. Pure Flax Linen; parameters in float32 or bfloat16, compute in `dtype`.
+
+B batch, T tokens, D width, d head size, R rank; kernels lie (out, in), as Hugging Face stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# name in the `adapter` collection -> how it changes a linear map; filled by the files of ftjax.tuning.
+# f(x, y, kernel, leaves, rng) -> y: x (B, T, in), y = x kernelᵀ + bias (B, T, out), leaves: what the collection holds under
+# that name for this layer, rng: a key while training, None otherwise.
+ADAPTERS: dict[str, Callable] = {}
+
+
+@jax.custom_vjp
+def project(x, kernel):
+    """x (..., in) @ kernel (out, in)ᵀ -> (..., out), summed in float32, in x's dtype."""
+    return _contract(x, kernel, ((x.ndim - 1,), (1,))).astype(x.dtype)
+
+
+def _contract(a, b, dims):
+    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _project_bwd(saved, g):
+    # The kernel's gradient contracts rows and positions where they lie: flattening them first makes XLA's CPU transpose both.
+    # A frozen kernel's is never used, and so never computed.
+    x, kernel = saved
+    lead = tuple(range(x.ndim - 1))
+    dx = _contract(g, kernel, ((g.ndim - 1,), (0,))).astype(x.dtype)
+    return dx, _contract(g, x, (lead, lead)).astype(kernel.dtype)
+
+
+project.defvjp(lambda x, kernel: (project(x, kernel), (x, kernel)), _project_bwd)
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, and whatever adapters lie in this scope's `adapter` collection."""
+
+    features: int
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x):
+        """x (B, T, in) -> (B, T, features)."""
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
+        kernel = kernel.astype(self.dtype)
+        y = project(x, kernel)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return adapted(self, x, y, kernel)
+
+
+def adapted(module: nn.Module, x, y, kernel):
+    """`y` as the adapters in `module`'s own scope of the `adapter` collection change it; without any, `y` itself."""
+    for name, apply in ADAPTERS.items():
+        if module.has_variable("adapter", name):
+            rng = module.make_rng("dropout") if module.has_rng("dropout") else None
+            y = apply(x, y, kernel, module.get_variable("adapter", name), rng)
+    return y
+
+
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last axis; sums in float32."""
+
+    kind: str = "rms"
+    eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """x (..., D) -> (..., D)."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        if self.kind == "rms":
+            y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+        else:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+            y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table (V, D) that is read by index, and serves as the head where it is tied."""
+
+    size: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+    init_std: float = 0.02
+
+    def setup(self):
+        self.embedding = self.param("embedding", nn.initializers.normal(self.init_std), (self.size, self.width))
+
+    def __call__(self, ids):
+        """ids (B, T) int -> (B, T, D)."""
+        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+
+    def attend(self, x):
+        """x (B, T, D) -> (B, T, V): the product with every row of the table."""
+        kernel = self.embedding.astype(self.dtype)
+        return adapted(self, x, project(x, kernel), kernel)
+
+
+def dropout(module: nn.Module, x, rate: float):
+    """Zero a share `rate` of x and scale the rest up, when a `dropout` key is given; otherwise x itself."""
+    if rate == 0.0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling) -> jax.Array:
+    """Angles a position, (d/2,) float32; `scaling` is a RopeScaling.
+
+    Rotary embedding: Su et al. 2021. `llama3`: the ramp of Llama 3.1's reference code.
+    """
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    if scaling.kind == "llama3":
+        wavelength = 2 * jnp.pi / inverse
+        turns = scaling.original_max_positions / wavelength
+        ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        ramp = jnp.clip(ramp, 0.0, 1.0)
+        return (1 - ramp) * inverse / scaling.factor + ramp * inverse
+    return inverse
+
+
+def rotary_tables(positions, frequencies):
+    """positions (B, T) int, frequencies (d/2,) -> cosines and sines, each (B, T, 1, d) float32.
+
+    Computed once a batch, not once a layer.
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, tables):
+    """Turn each pair (i, i + d/2) of x (B, T, H, d) by its position's angle, in float32."""
+    cosines, sines = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cosines + turned * sines).astype(x.dtype)

@@ -1,0 +1,57 @@
+"""Next-token prediction on the trained tokens of each row.
+
+B rows, T tokens, M trained tokens a row at most, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 512):
+    """Sums over the trained tokens of a batch, never means: whoever calls divides once, by everything it has summed.
+
+    batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, the place whose state predicts; labels (B, M)
+    int; weights (B, M) float, 0 where a row has fewer than M. Hidden states are gathered before the head, so that
+    no logits are computed for tokens that are not trained, and at most (B, head_chunk, V) of them are held at once.
+
+    Returns (loss sum, weight sum, {"loss", "correct"}): loss with label smoothing (Szegedy et al. 2016), the metrics'
+    `loss` without; all float32.
+    """
+    states = model.apply(
+        variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
+    )
+    states = jnp.take_along_axis(states, batch["loss_index"][..., None], axis=1)
+
+    def chunk_sums(states, labels, weights):
+        logits = model.apply(variables, states, rngs=rngs, method="head")
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        loss = normaliser - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        smooth = loss
+        if label_smoothing:
+            uniform = normaliser - jnp.mean(logits, axis=-1)
+            smooth = (1 - label_smoothing) * loss + label_smoothing * uniform
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return jnp.stack([jnp.sum(x * weights) for x in (smooth, loss, correct)])
+
+    labels, weights = batch["labels"], batch["weights"].astype(jnp.float32)
+    M = labels.shape[1]
+    if M <= head_chunk:
+        total = chunk_sums(states, labels, weights)
+    else:
+        total = _scan_chunks(chunk_sums, (states, labels, weights), M, head_chunk)
+    return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
+
+
+def _scan_chunks(chunk_sums, arrays, M, size):
+    """Sum `chunk_sums` over pieces of axis 1, each recomputed in the backward pass; a last short piece is filled with zeros."""
+    pieces = -(-M // size)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, pieces * size - M)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 1, 0)
+
+    # The checkpoint keeps one piece's logits alive instead of all of them: that is what the chunks are for.
+    body = jax.checkpoint(lambda total, piece: (total + chunk_sums(*piece), None), prevent_cse=False)
+    return jax.lax.scan(body, jnp.zeros(3), tuple(map(cut, arrays)))[0]
