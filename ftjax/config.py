@@ -110,7 +110,7 @@ def default() -> ml_collections.ConfigDict:
     gen.stop = ()  # strings of one token each that end an answer beside the model's own end tokens
 
     c.export = export = ml_collections.ConfigDict()
-    export.formats = ("adapter",)  # adapter | merged | full, written at the end of training; adapter: full where full
+    export.formats = ("auto",)  # adapter | merged | full, written to run_dir at the end; auto: adapter where there is one
     export.checkpoint = "best"  # best | last
     export.dtype = "auto"  # auto: as the model was; float32 | bfloat16 | float16
     export.shard_size = 5_000_000_000  # bytes a safetensors file at most
@@ -136,3 +136,151 @@ CHOICES = {
     "export.checkpoint": ("best", "last"),
     "export.dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDict:
+    """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote, with overrides applied, validated.
+
+    overrides: `dotted.key=value`; a value is a Python literal, or else a string. Raises FtjaxError that names the file, the
+    key, what was expected and the nearest key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise FtjaxError(f"--config: {path} is not a file{nearest(str(path), there)}")
+    config = from_dict(_json(path)) if path.suffix == ".json" else _python(path)
+    for override in overrides:
+        _override(config, override)
+    validate(config)
+    return config
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise FtjaxError(f"{path} line {error.lineno}: invalid JSON: {error.msg}") from None
+    return content.get("config", content)
+
+
+def _python(path: Path) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(f"ftjax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (AttributeError, TypeError, KeyError) as error:
+        # ml_collections says which key, of which type, and the nearest one; the file is ours to add.
+        raise FtjaxError(f"{path}: {str(error).strip()}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")
+    return config
+
+
+def _override(config, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise FtjaxError(f"--config.{override}: expected --config.{key}=VALUE")
+    _set(config, key, _literal(text), f"--config.{key}")
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text, text)
+
+
+def _set(config, key: str, value, said: str) -> None:
+    *parents, last = key.split(".")
+    node = config
+    for part in parents:
+        node = node[part] if isinstance(node, ml_collections.ConfigDict) and part in node else None
+    if not isinstance(node, ml_collections.ConfigDict) or last not in node:
+        raise FtjaxError(f"{said}: no such key{nearest(key, flat(config))}")
+    if isinstance(node[last], ml_collections.ConfigDict):
+        raise FtjaxError(f"{said}: names a group; its keys are {', '.join(node[last])}")
+    kind = node.get_type(last)
+    if isinstance(value, int | float) and not isinstance(value, bool) and kind is str:
+        value = str(value)
+    if isinstance(value, str) and kind is tuple:
+        value = (value,)
+    # bool is an int to Python, and to ml_collections; to a reader of a config it is not.
+    if isinstance(value, bool) != (kind is bool) and not (value is None and node[last] is None):
+        raise FtjaxError(_wrong_type(said, kind, node[last], value))
+    try:
+        node[last] = value
+    except (TypeError, ValueError):
+        raise FtjaxError(_wrong_type(said, kind, node[last], value)) from None
+
+
+def _wrong_type(said: str, kind: type, default, value) -> str:
+    example = "" if default is None else f", such as {default!r}"
+    return f"{said}: expected {kind.__name__}{example}; found {value!r}"
+
+
+def flat(config) -> dict:
+    """{"optim.lr": value, ...}: every leaf by its dotted key."""
+    out = {}
+    for key, value in config.items(preserve_field_references=False):
+        if isinstance(value, ml_collections.ConfigDict):
+            out |= {f"{key}.{k}": v for k, v in flat(value).items()}
+        else:
+            out[key] = value
+    return out
+
+
+def from_dict(values: dict) -> ml_collections.ConfigDict:
+    """The way back from `config.to_dict()`, also through JSON; keys that this version does not know are an error."""
+    config = default()
+
+    def fill(values, prefix):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                fill(value, f"{prefix}{key}.")
+            else:
+                _set(config, prefix + key, _tuples(value), prefix + key)
+
+    fill(values, "")
+    return config
+
+
+def copy(config) -> ml_collections.ConfigDict:
+    """A copy that may be changed freely; raises FtjaxError for a config with keys that `default()` does not have."""
+    return from_dict(config.to_dict())
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def validate(config) -> None:
+    """Check every choice and range that can be checked without reading a file. Raises FtjaxError naming the key."""
+    values = flat(config)
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise FtjaxError(f"{key}: {values[key]!r}{nearest(values[key], choices)}; one of {', '.join(choices)}")
+
+    def need(key, holds, expected):
+        if not holds(values[key]):
+            raise FtjaxError(f"{key}: expected {expected}; found {values[key]!r}")
+
+    for key in ("tuning.rank", "data.max_length", "data.buckets", "data.workers", "train.accumulate", "train.log_every"):
+        need(key, lambda v: v >= 1, "at least 1")
+    for key in ("generate.max_new_tokens", "generate.batch_size", "train.keep", "model.head_chunk", "export.shard_size"):
+        need(key, lambda v: v >= 1, "at least 1")
+    for key in ("train.steps", "train.eval_every", "train.patience", "train.save_every", "data.limit", "model.unroll"):
+        need(key, lambda v: v >= 0, "0 or more")
+    for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):
+        need(key, lambda v: v >= 0, "0 or more")
+    for key in ("tuning.dropout", "train.label_smoothing"):
+        need(key, lambda v: 0 <= v < 1, "a share from 0 to below 1")
+    for key in ("optim.final_lr", "optim.decay", "generate.top_p"):
+        need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
+    need("optim.lr", lambda v: v is None or v > 0, "more than 0")
+    need("train.batch_size", lambda v: v is None or v >= 1, "at least 1")
+    need("train.dropout", lambda v: v is None or 0 <= v < 1, "a share from 0 to below 1")
+    need("train.epochs", lambda v: v > 0, "more than 0")
+    need("data.split", lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6, "three shares that add up to 1")
+    for key in ("tuning.rank_pattern", "tuning.alpha_pattern"):
+        need(key, lambda v: all(isinstance(p, tuple) and len(p) == 2 for p in v), "pairs of (pattern, value)")

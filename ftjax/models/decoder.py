@@ -209,11 +209,12 @@ def make_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32)
     }
 
 
-def parameter_axes(path: str, config: DecoderConfig) -> tuple[tuple[str | None, ...], dict[str, int]]:
+def parameter_axes(path: str) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path` (`layers/attn/q_proj/kernel`), its layer axis included.
 
     Raises KeyError for a path that the table does not cover: a new parameter must say how it lies on the mesh.
     """
-    tail = "/".join(path.split("/")[-2:])
-    axes = PARAMETER_AXES[tail] if tail in PARAMETER_AXES else PARAMETER_AXES[tail.split("/")[-1]]
-    return (None,) * path.startswith("layers/") + axes
+    parts = path.split("/")
+    tail = "/".join(parts[-2:])
+    axes = PARAMETER_AXES[tail] if tail in PARAMETER_AXES else PARAMETER_AXES[parts[-1]]
+    return (None,) * (parts[0] == "layers") + axes

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ftjax.models.axes import constrain
+
 # name in the `adapter` collection -> how it changes a linear map; filled by the files of ftjax.tuning.
 # f(x, y, kernel, leaves, rng) -> y: x (B, T, in), y = x kernelᵀ + bias (B, T, out), leaves: what the collection holds under
 # that name for this layer, rng: a key while training, None otherwise.
@@ -101,7 +103,9 @@ class Embedding(nn.Module):
 
     def __call__(self, ids):
         """ids (B, T) int -> (B, T, D)."""
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+        # Gathered over D before rows are taken: XLA would otherwise replicate the whole result to reshard it.
+        table = constrain(self.embedding, "vocab", None)
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
 
     def attend(self, x):
         """x (B, T, D) -> (B, T, V): the product with every row of the table."""

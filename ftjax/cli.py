@@ -1,0 +1,176 @@
+"""The command line: `ftjax VERB`. Nothing heavy is imported before a verb is known and its arguments are right."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import sys
+
+from ftjax.errors import FtjaxError, nearest
+
+EPILOG = """examples:
+  ftjax train --config configs/quickstart.py
+  ftjax train --config configs/quickstart.py --config.tuning.method=full --config.run_dir=runs/full
+  ftjax generate --model runs/quickstart --prompt "Words: dog park run\\nSentence:"
+  ftjax evaluate --model runs/quickstart --data rows.jsonl
+  ftjax export --run runs/quickstart --out my-model --format merged
+`ftjax VERB --help` tells more."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every verb."""
+    top = argparse.ArgumentParser(
+        prog="ftjax",
+        description="Fine-tune Hugging Face language models in JAX, and hand back files that PyTorch loads.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=_version())
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name, run, help, **text):
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False, **text)
+        sub.set_defaults(run=run)
+        return sub
+
+    overrides = "any field of the config can be set: --config.optim.lr=3e-4; ftjax/config.py lists them all"
+    sub = verb("train", _train, "fine-tune as a config says, or go on with a run that was stopped", epilog=overrides)
+    sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json")
+
+    sub = verb("evaluate", _evaluate, "loss and perplexity per trained token, and scores of generated answers", epilog=overrides)
+    sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
+    sub.add_argument("--data", help="rows, as data.train takes them; default: the test part of the run's own data")
+    sub.add_argument("--config", metavar="FILE", help="how to read the rows; default: as the run did, or the defaults")
+    sub.add_argument("--generate", action="store_true", help="also answer every prompt and score it by evaluate.metrics")
+    sub.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+
+    sub = verb("generate", _generate, "continue prompts")
+    sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
+    sub.add_argument("--prompt", action="append", default=[], help="a prompt as it stands, \\n for a line end; may be repeated")
+    sub.add_argument("--prompts", metavar="FILE", help="rows: a column `prompt`, `messages`, or those of --template")
+    sub.add_argument("--template", help='prompt over the columns of --prompts, such as "Words: {src}"; a run brings its own')
+    sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of text to the terminal")
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    sub.add_argument("--top-k", type=int, default=0, help="0: off")
+    sub.add_argument("--top-p", type=float, default=1.0, help="1: off")
+    sub.add_argument("--stop", action="append", default=[], help="a string of one token that ends an answer; may be repeated")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--batch-size", type=int, default=32, help="prompts at once")
+
+    sub = verb("export", _export, "write what a run trained as files that PyTorch loads")
+    sub.add_argument("--run", required=True, dest="run_dir", metavar="DIR", help="run folder")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--format", default="auto", help="adapter (PEFT), merged or full (a whole model); auto: adapter if any")
+    sub.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the base's")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
+    unknown = [arg for arg in rest if not arg.startswith("--config.")]
+    if unknown or (overrides and args.verb not in ("train", "evaluate")):
+        options = [o for action in _options(top, args.verb) for o in action]
+        top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
+    try:
+        _tune_malloc()
+        args.run(args, overrides)
+    except FtjaxError as error:
+        print(f"ftjax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nftjax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _options(top, verb):
+    sub = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices[verb]
+    return [action.option_strings for action in sub._actions]
+
+
+def _version() -> str:
+    from ftjax import __version__
+
+    return f"ftjax {__version__}"
+
+
+def _tune_malloc() -> None:
+    """On a CPU with glibc, start again with an allocator that keeps its pages: a quarter of a small step is page faults.
+
+    FTJAX_MALLOC=0 turns it off; GLIBC_TUNABLES that are set already are left alone.
+    """
+    accelerator = glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if not sys.platform.startswith("linux") or accelerator or "GLIBC_TUNABLES" in os.environ:
+        return
+    if os.environ.get("FTJAX_MALLOC") == "0" or sys.argv[0].endswith(("pytest", "-c")):
+        return
+    tunables = "hugetlb=1 mmap_max=0 trim_threshold=1000000000 top_pad=268435456".split()
+    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{t}" for t in tunables)
+    os.execv(sys.executable, [sys.executable, "-m", "ftjax", *sys.argv[1:]])
+
+
+def _train(args, overrides) -> None:
+    from ftjax import config
+
+    settings = config.load(args.config, overrides)
+    from ftjax.training.loop import train
+
+    train(settings)
+
+
+def _evaluate(args, overrides) -> None:
+    from ftjax import config
+
+    settings = config.load(args.config, overrides) if args.config else None
+    from ftjax.evaluation.run import evaluate, figures
+
+    report = evaluate(args.model, args.data, settings, overrides=overrides, generate=args.generate)
+    print(figures(report))
+    if args.out:
+        _write_json(args.out, report)
+
+
+def _generate(args, overrides) -> None:
+    if not args.prompt and not args.prompts:
+        raise FtjaxError("generate: expected --prompt TEXT or --prompts FILE")
+    from ftjax.evaluation.run import answer
+
+    prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}
+    rows = answer(
+        args.model, prompts, args.prompts, template=args.template, max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop), **sampling,
+    )  # fmt: skip
+    if args.out:
+        import json
+        from pathlib import Path
+
+        Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{len(rows)} answers in {args.out}")
+        return
+    for row in rows:
+        print(f"{row['prompt']}\033[1m{row['completion']}\033[0m" if sys.stdout.isatty() else row["prompt"] + row["completion"])
+
+
+def _export(args, overrides) -> None:
+    from ftjax.training.export import export
+
+    report = export(args.run_dir, args.out, args.format, checkpoint=args.checkpoint, dtype=args.dtype)
+    drift = report.get("merge_difference")
+    told = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
+    print(f"{report['format']} written to {report['path']}{told}")
+
+
+def _write_json(path: str, value: dict) -> None:
+    import json
+    from pathlib import Path
+
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""A language model ready for use, and the way to one from a model directory.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.hub import families, tokenizer, weights
+from ftjax.models.decoder import Decoder
+from ftjax.tuning import Spec
+
+
+@dataclasses.dataclass
+class LM:
+    """A decoder, what it is applied to, and its tokenizer.
+
+    model: the Flax module; params: the base's parameters; adapter: the `adapter` collection, empty for a plain model;
+    folder: the local directory of the base; end_tokens: ids that end an answer.
+    """
+
+    model: Decoder
+    params: dict
+    adapter: dict
+    tokenizer: Any
+    folder: Path
+    end_tokens: tuple[int, ...]
+
+    @property
+    def variables(self) -> dict:
+        """What `model.apply` takes."""
+        return {"params": self.params, "adapter": self.adapter} if self.adapter else {"params": self.params}
+
+    def logits(self, input_ids, attention_mask=None) -> np.ndarray:
+        """input_ids, attention_mask (B, T) int -> logits (B, T, V) float32; padding may lie on either side."""
+        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(np.asarray(attention_mask), jnp.int32)
+        if ids.ndim != 2 or mask.shape != ids.shape:
+            raise FtjaxError(f"logits: expected ids and mask of one shape (B, T); found {ids.shape} and {mask.shape}")
+        if ids.shape[1] > (limit := self.model.config.max_positions):
+            raise FtjaxError(f"logits: rows of {ids.shape[1]} tokens exceed the model's {limit} positions")
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
+
+    def generate(self, prompts: list[str], *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
+        """Continue each prompt; the new text only. See ftjax.evaluate.generate.generate for temperature, top_k, top_p, …
+
+        stop: strings of one token each that end an answer beside the model's own end tokens.
+        """
+        from ftjax.evaluate.generate import generate
+
+        ends = self.end_tokens + stop_tokens(self.tokenizer, stop)
+        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        new = generate(
+            self.model, self.variables, ids, max_new_tokens=max_new_tokens, end_tokens=ends,
+            vocab_size=min(self.model.config.vocab_size, len(self.tokenizer)), **sampling,
+        )  # fmt: skip
+        return continuations(self.tokenizer, ids, new)
+
+
+def continuations(tokenizer, prompts: list[list[int]], new: list[list[int]]) -> list[str]:
+    """Text of new tokens as it stands behind their prompts: a tokenizer may drop the space of a text's first token."""
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    after = tokenizer.batch_decode([p + n for p, n in zip(prompts, new, strict=True)], skip_special_tokens=True)
+    return [a[len(b) :] for a, b in zip(after, before, strict=True)]
+
+
+def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
+    """Ids of stop strings. Raises FtjaxError for one that is not a single token of this tokenizer."""
+    ids = []
+    for text in stop:
+        pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(pieces) != 1:
+            raise FtjaxError(f"stop {text!r}: is {len(pieces)} tokens for this tokenizer; expected exactly one")
+        ids += pieces
+    return tuple(ids)
+
+
+@jax.jit(static_argnums=0)
+def _logits(model, variables, ids, positions, segments):
+    return model.apply(variables, ids, positions, segments)
+
+
+def open_base(folder: Path, dtype: str = "auto") -> tuple[LM, Spec]:
+    """The model in a local directory, on the default device, and its Spec with the default tuning. For `dtype` see `load`."""
+    folder = Path(folder)
+    family, shape = families.read_config(folder)
+    words = tokenizer.load_tokenizer(folder)
+    tokenizer.check_vocab(words, shape.vocab_size)
+    compute = compute_dtype(dtype)
+    params = weights.read_params(folder, family, shape, dtype=lambda path: compute)
+    lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words))
+    return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning)
+
+
+def compute_dtype(name: str):
+    """`auto`, `float32` or `bfloat16` -> numpy dtype; auto by the backend in use."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)

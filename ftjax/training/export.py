@@ -1,0 +1,71 @@
+"""What was trained -> directories that PyTorch loads: a PEFT adapter, or a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import FtjaxError, nearest
+from ftjax.hub import families, peft, weights
+from ftjax.training.run_folder import Trained, open_run
+from ftjax.tuning import METHODS
+
+FORMATS = ("auto", "adapter", "merged", "full")
+
+
+def resolve_format(method: str, format: str) -> str:
+    """`auto` -> `adapter` where the method has one, else `full`. Raises FtjaxError for what the method cannot be written as."""
+    row = METHODS[method]
+    if format == "auto":
+        format = "adapter" if row.to_peft else "full"
+    able = [f for f, f_able in (("adapter", row.to_peft), ("merged", row.merge), ("full", row.merge)) if f_able]
+    if format not in able:
+        raise FtjaxError(
+            f"export format {format!r}: {method} can be written as {' or '.join(able)}{nearest(format, able)}"
+        )
+    return format
+
+
+def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto", shard_size: float = 5e9) -> dict:
+    """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
+    "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe.
+
+    format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the base's.
+    """
+    row, base, out = METHODS[source.method], source.base, Path(out)
+    format = resolve_format(source.method, format)
+    report = {"format": format, "path": str(out)}
+    if format == "adapter":
+        adapter_config, tensors = row.to_peft(source.trained, source.frozen, source.spec)
+        peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name)
+        return report
+    params = row.merge(source.trained, source.frozen, source.spec)
+    if source.frozen:
+        report["merge_difference"] = _merge_difference(source, params)
+    family, shape = families.read_config(base.folder)
+    weights.write_model(
+        out, params, base.folder, family, shape, dtype=None if dtype == "auto" else dtype, shard_size=shard_size,
+        end_tokens=base.end_tokens,
+    )  # fmt: skip
+    return report
+
+
+def _merge_difference(source: Trained, params: dict) -> float:
+    """Largest |merged - adapted| logit on one row of spread-out token ids."""
+    shape = source.spec.model
+    tokens = np.linspace(0, shape.vocab_size - 1, min(64, shape.max_positions)).astype(np.int32)[None]
+    adapted = METHODS[source.method].variables(source.trained, source.frozen, source.spec)
+    apply = jax.jit(lambda variables: source.base.model.apply(variables, tokens))
+    return float(jnp.max(jnp.abs(apply({"params": params}) - apply(adapted))))
+
+
+def export(run: str | Path, out: str | Path, format: str = "auto", *, checkpoint: str = "best", dtype: str = "auto") -> dict:
+    """Write a run folder's result as a PEFT adapter or a whole model. Returns the report of `write`.
+
+    format: auto | adapter | merged | full; checkpoint: best | last. Raises FtjaxError for a folder that is no run.
+    """
+    source, config = open_run(run, checkpoint=checkpoint)
+    return write(source, out, format, dtype=dtype, shard_size=config.export.shard_size)

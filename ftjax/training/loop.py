@@ -1,0 +1,324 @@
+"""A training run, from config to files, in the order in which things happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ftjax import config as configs
+from ftjax.data.batches import Batches, loader
+from ftjax.data.prepare import prepare
+from ftjax.data.preview import show
+from ftjax.errors import FtjaxError, nearest
+from ftjax.evaluation import compare
+from ftjax.evaluation.loss import evaluate_loss
+from ftjax.evaluation.plot import plot_losses
+from ftjax.hub import families, resolve, tokenizer, weights
+from ftjax.lm import LM, compute_dtype
+from ftjax.models.decoder import Decoder
+from ftjax.objectives import causal
+from ftjax.training import export, sharding
+from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.flops import PEAKS, flops_per_token
+from ftjax.training.optimizer import optimizer, schedule
+from ftjax.training.report import Metrics, Progress, read_metrics, replace_text
+from ftjax.training.run_folder import Trained, claim
+from ftjax.training.step import State, compile_step, init_state
+from ftjax.tuning import METHODS, Spec
+
+VALIDATIONS = 10  # a run, where the config does not say how often
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to. Losses are in nats a trained token.
+
+    steps: taken in all; resumed_from: 0 for a new run; stopped_early: patience ran out; best_step, val_loss: the lowest
+    validation loss (None without validation rows); results: before and after, where `evaluate.compare` is on; files: name ->
+    path of what was written.
+    """
+
+    run_dir: str
+    steps: int
+    resumed_from: int
+    stopped_early: bool
+    train_loss: float
+    val_loss: float | None
+    best_step: int
+    seconds: float
+    results: dict | None
+    files: dict[str, str]
+
+
+def train(config, say=print) -> Result:
+    """Run `config` (see ftjax.config.default), or go on with the run that `config.run_dir` holds.
+
+    say: called with lines for a person. Raises FtjaxError for anything in the config or the data that cannot be used.
+    """
+    started = time.perf_counter()
+
+    # ---- what is asked for -----------------------------------------------------------------------------------------
+    config = configs.copy(config)
+    configs.validate(config)
+    if config.tuning.method not in METHODS:
+        name = config.tuning.method
+        raise FtjaxError(f"tuning.method: {name!r}{nearest(name, METHODS)}; one of {', '.join(METHODS)}")
+    method = METHODS[config.tuning.method]
+    if config.optim.lr is None:
+        config.optim.lr = method.lr
+    if config.train.batch_size is None:
+        config.train.batch_size = method.batch_size
+    formats = [export.resolve_format(config.tuning.method, f) for f in config.export.formats]
+    if config.log.compilation_cache:
+        use_compilation_cache()
+
+    # ---- the model and its tokenizer, no weights yet ---------------------------------------------------------------
+    folder = resolve.resolve(config.model.path, config.model.revision)
+    family, shape = families.read_config(folder)
+    words = tokenizer.load_tokenizer(folder)
+    tokenizer.check_vocab(words, shape.vocab_size)
+    ends = tokenizer.end_tokens(folder, words)
+    dtype = compute_dtype(config.model.dtype)
+    model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
+    spec = Spec(shape, families.linear_names(family, shape), config.tuning)
+
+    # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
+    data = prepare(config, words, shape.max_positions, shape.vocab_size)
+    mesh = sharding.make_mesh(config.mesh)
+    rows = config.train.batch_size
+    ways = sharding.row_ways(mesh)
+    if rows % (ways * config.train.accumulate):
+        raise FtjaxError(
+            f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} parts of "
+            f"the mesh; a multiple of {ways * config.train.accumulate} can"
+        )
+    batch = functools.partial(
+        Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed
+    )
+    batches = batch(data.train.examples, rows)
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
+    eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)
+    save_every = config.train.save_every or eval_every
+    eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
+    held_out = data.validation.examples[: config.evaluate.rows or None]
+    validation = batch(held_out, eval_rows, shuffle=False) if held_out else None
+
+    going_on = claim(config, folder)
+    run_dir = Path(config.run_dir)
+    say(show(data, words))
+
+    with jax.set_mesh(mesh):
+        # ---- weights, straight to where they belong ----------------------------------------------------------------
+        frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jax.numpy.dtype(config.model.frozen_dtype)
+        trained_dtype = jax.numpy.dtype(config.model.trained_dtype)
+        whole = sharding.parameter_shardings(weights.param_shapes(shape), shape, mesh)
+        start = functools.partial(method.init, spec=spec)
+        base_shapes = weights.param_shapes(shape, frozen_dtype)
+        trained_shapes, frozen_shapes = jax.eval_shape(start, jax.random.key(0), base_shapes)
+        read_dtype = frozen_dtype if frozen_shapes else trained_dtype
+        base = weights.read_params(folder, family, shape, whole, dtype=lambda path: read_dtype)
+        places = sharding.parameter_shardings(trained_shapes, shape, mesh, method.axes)
+        frozen_places = sharding.parameter_shardings(frozen_shapes, shape, mesh)
+
+        def begin(key, base):
+            trained, frozen = start(key, base)
+            return jax.tree.map(lambda x: x.astype(trained_dtype), trained), frozen
+
+        begin = jax.jit(begin, donate_argnums=1, out_shardings=(places, frozen_places))
+        trained, frozen = begin(jax.random.key(config.seed), base)
+        del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
+        applied = functools.partial(method.variables, spec=spec)
+
+        # ---- the step ----------------------------------------------------------------------------------------------
+        rate = schedule(config.optim, steps, config.optim.lr)
+        optim = optimizer(config.optim, rate)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        moments = sharding.optimizer_shardings(optim, trained_shapes, places, mesh)
+        state_places = State(everywhere, places, moments)
+        state = jax.jit(functools.partial(init_state, optim), out_shardings=state_places)(trained)
+        del trained  # the state's own from here on
+
+        def sums(variables, batch, rngs):
+            return causal.sums(
+                model, variables, batch, rngs=rngs, label_smoothing=config.train.label_smoothing,
+                head_chunk=config.model.head_chunk,
+            )  # fmt: skip
+
+        step_fn = compile_step(
+            state_places, sums=sums, variables=applied, optimizer=optim, seed=config.seed,
+            accumulate=config.train.accumulate,
+        )  # fmt: skip
+        loss_fn = jax.jit(lambda trained, frozen, batch: causal.sums(
+            model, applied(trained, frozen), batch, head_chunk=config.model.head_chunk
+        ))  # fmt: skip
+
+        def validate(trained) -> float:
+            local = sharding.local_rows(mesh, eval_rows)
+            feed = loader(validation, 0, len(validation), config.data.workers, local)
+            placed = (sharding.place_batch(b, mesh, eval_rows, local) for b in feed)
+            return evaluate_loss(lambda b: loss_fn(trained, frozen, b), placed)["loss"]
+
+        def measure(trained):
+            lm = LM(model, None, {}, words, folder, ends)
+            return compare.measure(lm, applied(trained, frozen), data, config)
+
+        # ---- the state before, and the state to go on from ---------------------------------------------------------
+        before = None
+        if config.evaluate.compare:
+            before_file = run_dir / "before.json"
+            if before_file.exists():
+                before = json.loads(before_file.read_text())
+            else:
+                before = measure(state.trained)
+                replace_text(before_file, json.dumps(before))
+        checkpoints = Checkpoints(run_dir, config.train.keep)
+        resumed_from, best, stale = checkpoints.latest() or 0, None, 0
+        if resumed_from:
+            abstract = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_places
+            )
+            state = checkpoints.state(resumed_from, abstract)
+            record = checkpoints.record(resumed_from)
+            best, stale = record["best"], record["stale"]
+            say(f"{run_dir}: going on after step {resumed_from} of {steps}")
+        elif going_on:
+            say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
+
+        # ---- training ----------------------------------------------------------------------------------------------
+        trained_count, total_count = _count(trained_shapes), _count(base_shapes)
+        share = trained_count / (total_count + (trained_count if frozen_shapes else 0))
+        say(
+            f"training {trained_count:,} of {total_count:,} parameters ({share:.2%}), {config.tuning.method}, "
+            f"{steps:,} steps of {rows} rows, {len(batches):,} steps an epoch, learning rate {config.optim.lr:g}, "
+            f"{'mesh ' + ' x '.join(f'{k}={n}' for k, n in mesh.shape.items() if n > 1) if mesh.size > 1 else 'one'} "
+            f"{jax.devices()[0].device_kind}"
+        )
+        peak = PEAKS.get(jax.devices()[0].device_kind)
+        length = max(T for _, T, _ in batches.shapes())
+        flops = flops_per_token(shape, base_shapes, trained_shapes, bool(frozen_shapes), length)
+        progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
+        metrics = Metrics(run_dir, config, resumed_from)
+        local = sharding.local_rows(mesh, rows)
+        feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)
+        stop = config.train.patience > 0 and stale >= config.train.patience
+        step, loss, late = resumed_from, float("nan"), None
+
+        def tell(step, report):
+            """Read a step's numbers, which the device has finished by now, and refuse to go on without a loss."""
+            nonlocal loss
+            values = {name: float(report[name]) for name in ("loss", "accuracy", "grad_norm")}
+            loss = values["loss"]
+            if not math.isfinite(loss):
+                raise FtjaxError(
+                    f"the loss became {loss} between step {step - config.train.log_every + 1} and step {step}. A lower optim.lr "
+                    "or a longer optim.warmup helps most often; the checkpoints before are whole"
+                )
+            values |= {"lr": float(rate(step - 1))} | progress.rates(step)
+            metrics.write(step, values)
+            progress.show(step, values)
+
+        while step < steps and not stop:
+            host_batch = next(feed)
+            state, report = step_fn(state, frozen, sharding.place_batch(host_batch, mesh, rows, local))
+            step += 1
+            progress.count(int(np.count_nonzero(host_batch["segment_ids"])))
+            # Numbers are read when the next step is already running, so that the device never waits for the host.
+            if late:
+                tell(*late)
+            late = (step, report) if step % config.train.log_every == 0 or step == steps else None
+
+            validated = validation is not None and (step % eval_every == 0 or step == steps)
+            saved = step % save_every == 0 or step == steps
+            if (validated or saved) and late:
+                tell(*late)
+                late = None
+            val_loss = None
+            if validated:
+                val_loss = validate(state.trained)
+                stale = 0 if best is None or val_loss < best else stale + 1
+                best = val_loss if best is None else min(best, val_loss)
+                metrics.write(step, {"val_loss": val_loss})
+                progress.show(step, {"val_loss": val_loss})
+                stop = config.train.patience > 0 and stale >= config.train.patience
+            if saved or stop:
+                record = {"config": config.to_dict(), "step": step, "best": best, "stale": stale}
+                checkpoints.save(state, record, val_loss)
+        stopped_early = step < steps
+        if stopped_early:
+            say(f"stopped at step {step}: {stale} validations without a better loss (train.patience)")
+        metrics.close()
+        checkpoints.manager.wait_until_finished()
+
+        # ---- what came of it ---------------------------------------------------------------------------------------
+        best_step = checkpoints.best() or step
+        kept = best_step if config.export.checkpoint == "best" else step
+        trained = state.trained
+        if kept != step:
+            abstract = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, trained_dtype, sharding=place), trained_shapes, places
+            )
+            trained = checkpoints.trained(kept, abstract)
+        del state
+        checkpoints.close()
+        files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
+        source = Trained(config.tuning.method, trained, frozen, spec, LM(model, None, {}, words, folder, ends), config.model.path)
+        for format in dict.fromkeys(formats):
+            written = export.write(
+                source, run_dir / format, format, dtype=config.export.dtype, shard_size=config.export.shard_size
+            )
+            files[format] = written["path"]
+            if "merge_difference" in written:
+                say(f"merged model: its logits differ from the adapted one's by at most {written['merge_difference']:.1e}")
+        results = None
+        if config.evaluate.compare:
+            after = measure(trained)
+            seconds = time.perf_counter() - started
+            results = compare.write_results(run_dir, before, after, seconds)
+            say(compare.table(before, after, seconds))
+            say(compare.side_by_side(before, after, config.evaluate.samples))
+            files |= {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}
+
+    history = read_metrics(run_dir)
+    files["loss curve"] = str(plot_losses(history, run_dir / "loss.png"))
+    result = Result(
+        run_dir=str(run_dir), steps=step, resumed_from=resumed_from, stopped_early=stopped_early,
+        train_loss=next((row["loss"] for row in reversed(history) if "loss" in row), loss), val_loss=best,
+        best_step=best_step, seconds=time.perf_counter() - started, results=results, files=files,
+    )  # fmt: skip
+    say(summary(result, config))
+    return result
+
+
+def summary(result: Result, config) -> str:
+    """The last lines of a run: what it reached, the files it wrote, and the commands that come next."""
+    val = "" if result.val_loss is None else f", best validation loss {result.val_loss:.4f} at step {result.best_step}"
+    lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
+    lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
+    lines += [
+        "next:",
+        f"  ftjax generate --model {result.run_dir} --prompt '...'",
+        f"  ftjax evaluate --model {result.run_dir} --data FILE",
+        f"  ftjax export --run {result.run_dir} --out DIR --format {'merged' if config.tuning.method != 'full' else 'full'}",
+    ]
+    return "\n".join(lines)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs across runs, where JAX can: a run is never worse off without."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / "xla"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _count(shapes) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))

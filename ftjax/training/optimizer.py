@@ -1,0 +1,73 @@
+"""Optimizers and schedules, all of them Optax's, put together from the config."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftjax.tree import map_paths
+
+
+def schedule(config, steps: int, lr: float) -> optax.Schedule:
+    """Learning rate at each step (0 first): linear warm-up, then `config.schedule` down to final_lr times the peak.
+
+    wsd: warm-up, stable, linear decay over the last `config.decay` share (Hu et al. 2024, MiniCPM).
+    """
+    warmup = int(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    warmup, end = min(warmup, steps), lr * config.final_lr
+    rest = max(steps - warmup, 1)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(lr)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(lr, end, rest)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(lr, rest, alpha=config.final_lr)
+    else:
+        decay = max(int(config.decay * steps), 1)
+        after = optax.linear_schedule(lr, end, decay, transition_begin=max(rest - decay, 0))
+    # Step 0 of a warm-up already moves: (step + 1) / warmup, so that no batch is spent on a learning rate of zero.
+    up = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
+    return optax.join_schedules([up, after], [warmup]) if warmup else after
+
+
+def decayed(params) -> dict:
+    """True for the leaves that weight decay acts on: matrices, not norms and not biases."""
+    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "bias"), params)
+
+
+def optimizer(config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Global-norm clipping, then the optimizer `config.name` with decoupled weight decay. Adds -lr · direction."""
+    c = config
+    decay = optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay else optax.identity()
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
+        "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
+        "muon": lambda: _muon(c),
+    }[c.name]()
+    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _muon(c):
+    """Muon (Jordan et al. 2024) on matrices inside blocks, one a layer; Adam on embeddings, heads, norms and biases."""
+
+    def label(path, leaf):
+        tail = path.rsplit("/", 1)[-1]
+        return "muon" if path.startswith("layers/") and tail not in ("scale", "bias") else "adam"
+
+    # Stacked matrices are (L, out, in): the layer axis is one of batch, each layer is made orthogonal by itself.
+    matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    muon = optax.contrib.scale_by_muon(
+        beta=c.b1, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrices, tree)
+    )
+    # Scaled to the root mean square of an Adam step, so that one learning rate serves both (Liu et al. 2025, Moonlight).
+    rescale = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: u * 0.2 * jnp.sqrt(max(u.shape[-2:])), updates)
+    )
+    return optax.partition(
+        {"muon": optax.chain(muon, rescale), "adam": optax.scale_by_adam(c.b1, c.b2, c.eps)},
+        lambda tree: map_paths(label, tree),
+    )

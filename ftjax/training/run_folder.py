@@ -1,0 +1,105 @@
+"""The folder of a run: claiming it, describing it, and opening what was trained in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import ftjax
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.hub import resolve
+from ftjax.hub.fingerprint import fingerprint
+from ftjax.lm import LM, open_base
+from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.report import replace_text
+from ftjax.tuning import METHODS, Spec
+
+RUN = "run.json"  # the resolved config and the base it was started on; what has it is a run folder
+
+# Groups and fields that may differ when a run goes on: they do not change what is trained.
+FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "data.workers", "train.log_every",
+        "train.keep", "model.remat", "model.unroll", "model.head_chunk")  # fmt: skip
+
+
+def claim(config, folder: Path) -> bool:
+    """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
+
+    folder: directory of the base. Raises FtjaxError where it holds anything else and `config.overwrite` is off, or where the
+    earlier run was another one: then it names each field that differs.
+    """
+    run_dir = Path(config.run_dir)
+    if run_dir.is_file():
+        raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
+    record = {"ftjax": ftjax.__version__, "config": config.to_dict(), "base": fingerprint(folder)}
+    if config.overwrite and run_dir.is_dir():
+        shutil.rmtree(run_dir)
+    going_on = False
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not (run_dir / RUN).is_file():
+            raise FtjaxError(
+                f"run_dir: {run_dir} holds files that are not of a run, and would be overwritten. Choose another run_dir, or "
+                "delete what is there with --config.overwrite=True"
+            )
+        _same_run(record, json.loads((run_dir / RUN).read_text()), run_dir)
+        going_on = True
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / RUN, json.dumps(record, indent=2) + "\n")
+    return going_on
+
+
+def _same_run(new: dict, old: dict, run_dir: Path) -> None:
+    now, before = (configs.flat(configs.from_dict(record["config"])) for record in (new, old))
+    changed = [key for key in now if now[key] != before[key] and not key.startswith(FREE)]
+    told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed]
+    if new["base"] != old["base"]:
+        told.append(f"the weights in {new['config']['model']['path']} are not those that it was started on")
+    if told:
+        raise FtjaxError(
+            f"run_dir: {run_dir} holds another run: {'; '.join(told)}. Choose another run_dir, or delete what is there with "
+            "--config.overwrite=True"
+        )
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a run trained, what it did not, and the model that it goes on: all that an export reads.
+
+    base: the LM before training, whose parameters full training has given away; base_name: how others should call the base.
+    """
+
+    method: str
+    trained: dict
+    frozen: dict
+    spec: Spec
+    base: LM
+    base_name: str
+
+
+def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best"):
+    """What a run trained, on the default device, and its config: (Trained, ConfigDict).
+
+    checkpoint: `best` or `last`; dtype: see ftjax.load. Raises FtjaxError where there is no run, or no checkpoint yet.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / RUN).is_file():
+        raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN}; `ftjax train` makes such folders")
+    config = configs.from_dict(json.loads((run_dir / RUN).read_text())["config"])
+    method = METHODS[config.tuning.method]
+    lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype)
+    spec = spec._replace(tuning=config.tuning)
+    saved = Checkpoints(run_dir, read_only=True)
+    step = saved.best() if checkpoint == "best" else saved.latest()
+    if step is None:
+        raise FtjaxError(f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}")
+    shapes, frozen = jax.eval_shape(lambda key, base: method.init(key, base, spec), jax.random.key(0), lm.params)
+    stored = jnp.dtype(config.model.trained_dtype)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    trained = saved.trained(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes))
+    saved.close()
+    return Trained(config.tuning.method, trained, lm.params if frozen else {}, spec, lm, config.model.path), config

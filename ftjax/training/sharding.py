@@ -1,0 +1,88 @@
+"""Arrays on a mesh: the mesh itself, and where parameters, optimizer state and batches lie on it."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ftjax.errors import FtjaxError
+from ftjax.models.axes import MESH_AXES, spec
+from ftjax.models.decoder import parameter_axes
+from ftjax.tree import flatten, map_paths
+
+
+def make_mesh(config, devices=None) -> jax.sharding.Mesh:
+    """Mesh with axes `data`, `fsdp`, `tensor` over all devices; one axis of -1 takes what the others leave.
+
+    Raises FtjaxError where the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [config[axis] for axis in MESH_AXES]
+    known = int(np.prod([n for n in shape if n != -1]))
+    if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if int(np.prod(shape)) != len(devices) or min(shape) < 1:
+        told = ", ".join(f"{axis}={config[axis]}" for axis in MESH_AXES)
+        raise FtjaxError(f"mesh: {told} does not multiply to the {len(devices)} devices here; set one axis to -1")
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:
+    """Tree of NamedSharding for a tree of shapes; `axes(path)` names the logical axes of a leaf."""
+
+    def place(path, leaf):
+        names = axes(path)
+        # Heads are cut between heads, never through one.
+        units = {"heads": config.heads, "kv_heads": config.kv_heads}
+        sizes = tuple(units.get(name, size) for name, size in zip(names, leaf.shape, strict=True))
+        return NamedSharding(mesh, spec(names, sizes, mesh))
+
+    return map_paths(place, shapes)
+
+
+def optimizer_shardings(optimizer, shapes: dict, shardings: dict, mesh):
+    """Tree like `optimizer.init`'s: moments lie as their parameters do, counters and factored moments everywhere.
+
+    A leaf is a moment of the parameter whose path ends its own and whose shape it has, in whatever states it is nested.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shapes_by_path, shardings_by_path = flatten(shapes), flatten(shardings)
+
+    def place(keys, leaf):
+        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
+        for start in range(len(names)):
+            path = "/".join(names[start:])
+            if path in shapes_by_path and shapes_by_path[path].shape == leaf.shape:
+                return shardings_by_path[path]
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, shapes))
+
+
+def row_ways(mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_rows(mesh, rows: int) -> slice:
+    """The rows of a batch of `rows` that this process must have: from its devices' first to their last."""
+    sharding = NamedSharding(mesh, spec(("batch",), (rows,), mesh))
+    spans = [index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+
+
+def place_batch(batch: dict, mesh, rows: int, local: slice) -> dict:
+    """Host arrays (of the rows `local`) -> device arrays of all `rows` rows, split by rows over the mesh."""
+
+    def place(x):
+        shape = (rows, *x.shape[1:])
+        sharding = NamedSharding(mesh, spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh))
+
+        def part(index):
+            start, stop, _ = index[0].indices(rows)
+            return x[start - local.start : stop - local.start]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}

@@ -1,0 +1,85 @@
+"""One training step and one evaluation step: pure functions, compiled by whoever calls.
+
+A microbatches, B rows a step, b = B / A rows a microbatch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class State(NamedTuple):
+    """What a step changes. The frozen base is not in here: it is passed beside, and never donated."""
+
+    step: jax.Array  # steps taken, () int32
+    trained: dict
+    optimizer: Any
+
+
+def as_float32(tree):
+    """Every leaf in float32: gradients, moments and updates are kept so, whatever the weights are stored in."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def init_state(optimizer, trained) -> State:
+    """State before the first step."""
+    return State(jnp.zeros((), jnp.int32), trained, optimizer.init(as_float32(trained)))
+
+
+def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
+    """Gradient of the loss summed over the batch and divided once by all its trained tokens.
+
+    sums(variables, batch, rngs) -> (loss sum, weight sum, metric sums), see ftjax.objectives; variables(trained,
+    frozen) -> what the model is applied to. With `accumulate` > 1 the rows are taken in that many microbatches, one after
+    another; row r goes to microbatch r % accumulate, so that each holds rows of every device.
+    Returns (gradient tree in float32, weight sum, metric sums).
+    """
+
+    def loss(trained, rows, key):
+        total, weight, metrics = sums(variables(trained, frozen), rows, {"dropout": key})
+        return total, (weight, metrics)
+
+    def microbatch(rows, key):
+        (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(trained, rows, key)
+        return as_float32(gradient), *aux
+
+    if accumulate == 1:
+        total = microbatch(batch, key)
+    else:
+        rows = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, accumulate)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], rows), key))
+        add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, zeros, (rows, keys))
+    gradient, weight, metrics = total
+    return jax.tree.map(lambda g: g / weight, gradient), weight, metrics
+
+
+def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate: int = 1):
+    """State after one update, and {"loss", "accuracy", "grad_norm", "tokens"} as device scalars.
+
+    The key of a step is a function of seed and step alone: a run that goes on draws what it would have drawn.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
+    trained = as_float32(state.trained)
+    updates, moments = optimizer.update(gradient, state.optimizer, trained)
+    trained = jax.tree.map(lambda new, old: new.astype(old.dtype), optax.apply_updates(trained, updates), state.trained)
+    report = {
+        "loss": metrics["loss"] / weight,
+        "accuracy": metrics["correct"] / weight,
+        "grad_norm": optax.global_norm(gradient),
+        "tokens": weight,
+    }
+    return State(state.step + 1, trained, moments), report
+
+
+def compile_step(state_shardings, **fixed):
+    """`train_step` under jit with everything but (state, frozen, batch) bound; the state is donated."""
+    step = functools.partial(train_step, **fixed)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))

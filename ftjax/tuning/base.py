@@ -1,0 +1,50 @@
+"""What a tuning method is: pure functions and its defaults. A new method is one file that ends in `register`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ftjax.models.config import DecoderConfig
+from ftjax.models.decoder import parameter_axes
+
+
+class Spec(NamedTuple):
+    """What a method may know besides arrays."""
+
+    model: DecoderConfig
+    names: dict[str, str]  # path of a linear map in our tree -> its module in Hugging Face's, `{l}` for the layer
+    tuning: Any  # config.tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of METHODS.
+
+    init(key, base, spec) -> (trained, frozen): two trees; trained is what gradients and the optimizer see.
+    variables(trained, frozen, spec) -> {"params": ..., "adapter": ...}: what the model is applied to.
+    merge(trained, frozen, spec) -> params: a plain model with the same logits; None where there can be none.
+    to_peft(trained, frozen, spec) -> (adapter_config, {tensor name: array}) in PEFT's format; None where PEFT has none.
+    from_peft(adapter_config, tensors, spec) -> (trained, fields): the way back, and the fields of config.tuning that
+    describe it. `peft_type` is the name by which adapter_config.json calls the method.
+    axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
+    """
+
+    init: Callable
+    variables: Callable
+    merge: Callable | None = None
+    to_peft: Callable | None = None
+    from_peft: Callable | None = None
+    peft_type: str = ""
+    axes: Callable[[str], tuple] = parameter_axes
+    lr: float = 2e-4  # default peak learning rate
+    batch_size: int = 16  # default rows a step
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, method: Method) -> None:
+    """Make `tuning.method = name` known."""
+    METHODS[name] = method

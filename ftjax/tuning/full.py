@@ -1,0 +1,30 @@
+"""Full fine-tuning: every parameter is trained."""
+
+from __future__ import annotations
+
+from ftjax.tuning.base import Method, register
+
+
+def init(key, base, spec):
+    """The base itself is what is trained; nothing is frozen."""
+    return base, {}
+
+
+def variables(trained, frozen, spec):
+    return {"params": trained}
+
+
+def merge(trained, frozen, spec):
+    return trained
+
+
+register(
+    "full",
+    Method(
+        init=init,
+        variables=variables,
+        merge=merge,
+        lr=2e-5,  # what Llama-2, Tulu and Alpaca used for full supervised fine-tuning of billions of parameters
+        batch_size=64,  # full training wants the larger batch: its gradient noise acts on every weight
+    ),
+)
