@@ -1,0 +1,197 @@
+"""Token ids and masks, with real tokenizers; the referee is transformers' own encoding and its assistant masks."""
+
+import functools
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from ftjax.assets import resolve
+from ftjax.data.read import read
+from ftjax.data.template import Rendered, guess, renderer
+from ftjax.data.tokenise import Example, encode, encode_prompts, fit
+from ftjax.errors import FtjaxError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@functools.cache
+def load(path):
+    return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(params=["starter", "gpt2", "qwen3"])
+def tokenizer(request, shared):
+    return load(
+        resolve("builtin:stories260K") if request.param == "starter" else str(shared / "tokenizers" / request.param)
+    )
+
+
+@pytest.fixture
+def qwen3(shared):
+    return load(str(shared / "tokenizers/qwen3"))
+
+
+def chat(*contents, system=None, **last):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents)]
+    messages[-1] |= last
+    return Rendered(messages=((({"role": "system", "content": system}),) if system else ()) + tuple(messages))
+
+
+def trained_text(example, tokenizer):
+    return tokenizer.decode(example.ids[example.trained])
+
+
+def real_rows(shared):
+    dolly = read(str(shared / "data/instruct/dolly_hhrlhf_train_small.jsonl")).select(range(100))
+    rows = [renderer(guess(dolly.column_names))(row, "") for row in dolly]
+    gsm8k = read(str(shared / "data/gsm8k/test.jsonl")).select(range(100))
+    return rows + [renderer("template", "Q: {question}\nA:", " {answer}")(row, "") for row in gsm8k]
+
+
+def test_prompt_is_what_generation_feeds_and_the_rest_is_trained(tokenizer, shared):
+    rows = real_rows(shared)
+    for row, example, prompt in zip(rows, encode(rows, tokenizer), encode_prompts(rows, tokenizer), strict=True):
+        assert prompt.tolist() == tokenizer(row.prompt)["input_ids"] == example.ids[: len(prompt)].tolist()
+        assert not example.trained[: len(prompt)].any() and example.trained[len(prompt) :].all()
+        assert example.ids[-1] == tokenizer.eos_token_id
+        joint = tokenizer(row.prompt + row.completion)["input_ids"]
+        if joint[: len(prompt)] == prompt.tolist():
+            assert example.ids.tolist() == [*joint, tokenizer.eos_token_id]
+        else:  # still the same text, whatever the tokens
+            assert tokenizer.decode(example.ids[:-1]) == tokenizer.decode(joint)
+
+
+def test_a_token_across_the_border_is_split(tokenizer):
+    row = Rendered("He sa", "w a ball")
+    (example,), (prompt,) = encode([row], tokenizer), encode_prompts([row], tokenizer)
+    assert example.ids[: len(prompt)].tolist() == prompt.tolist() == tokenizer("He sa")["input_ids"]
+    assert tokenizer.decode(example.ids, skip_special_tokens=True).strip() == "He saw a ball"
+
+
+def test_one_bos_one_eos():
+    tokenizer = load(resolve("builtin:stories260K"))
+    for row in (Rendered("<s>Once", " upon</s>"), Rendered("Once", " upon"), Rendered("", "<s>Once upon</s>")):
+        (example,) = encode([row], tokenizer)
+        assert (example.ids == tokenizer.bos_token_id).sum() == (example.ids == tokenizer.eos_token_id).sum() == 1
+        assert example.trained[-1] and not example.trained[0]
+
+
+def test_text_rows_train_all_but_the_first_token(tokenizer):
+    (example,) = encode([Rendered("", "Once upon a time")], tokenizer)
+    assert example.ids.tolist() == [*tokenizer("Once upon a time")["input_ids"], tokenizer.eos_token_id]
+    assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
+
+
+def test_loss_on_all(tokenizer):
+    (example,) = encode([Rendered("Once upon", " a time")], tokenizer, loss_on="all")
+    assert not example.trained[0] and example.trained[1:].all()
+
+
+def test_a_tokenizer_that_closes_every_text_leaves_prompts_open():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:stories260K"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (example,), (prompt,) = (f([Rendered("Once", " upon")], tokenizer) for f in (encode, encode_prompts))
+    assert prompt[-1] != 2 and prompt.tolist() == example.ids[: len(prompt)].tolist()
+    assert (example.ids == 2).sum() == 1 and example.trained[-1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat("hi", "yo"),
+        chat("hi", "yo", "and?", "no", system="Be brief."),
+        chat("hi", "yo\n\n", "and?", " no", "then", "bye <b>"),
+        Rendered(messages=(*chat("hi", "yo").messages, {"role": "user", "content": "unanswered"})),
+    ],
+)
+def test_chats_equal_the_generation_masks_of_transformers(qwen3, row, monkeypatch):
+    monkeypatch.setattr(qwen3, "chat_template", CHATML)
+    referee = qwen3.apply_chat_template(
+        list(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (example,) = encode([row], qwen3)
+    assert example.ids.tolist() == referee["input_ids"]
+    assert example.trained.astype(int).tolist() == list(referee["assistant_masks"])
+
+
+@pytest.mark.parametrize(
+    "row, trained",
+    [
+        (chat("hi", "yo"), "<think>\n\n</think>\n\nyo<|im_end|>"),
+        (chat("hi", "<think>\nhm\n</think>\n\nyo", system="S"), "<think>\nhm\n</think>\n\nyo<|im_end|>"),
+        (chat("hi", "yo", reasoning_content="hm"), "<think>\nhm\n</think>\n\nyo<|im_end|>"),
+        (chat("hi", "yo", "and?", "<think>hm</think>no"), "yo<|im_end|><think>\nhm\n</think>\n\nno<|im_end|>"),
+    ],
+)
+def test_qwen3s_own_template(qwen3, row, trained):
+    (example,), (prompt,) = encode([row], qwen3), encode_prompts([row], qwen3)
+    assert trained_text(example, qwen3) == trained
+    assert example.ids.tolist() == qwen3.apply_chat_template(list(row.messages))["input_ids"]
+    fed = qwen3.apply_chat_template(list(row.messages[:-1]), add_generation_prompt=True)["input_ids"]
+    assert prompt.tolist() == fed == example.ids[: len(prompt)].tolist()
+
+
+def test_qwen3_refuses_an_earlier_answer_whose_thinking_it_drops(qwen3):
+    with pytest.raises(FtjaxError, match=r"row 2: the chat template rewrites message 2 once more messages follow"):
+        encode([chat("hi", "yo"), chat("hi", "<think>hm</think>yo", "and?", "no")], qwen3)
+
+
+def test_a_template_without_an_end_token_gets_the_end_of_text(qwen3, monkeypatch):
+    monkeypatch.setattr(
+        qwen3,
+        "chat_template",
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+    )
+    (example,) = encode([chat("hi", "yo", "and?", "no")], qwen3)
+    assert trained_text(example, qwen3) == " yo\n no\n<|im_end|>"
+
+
+def test_chat_faults(qwen3, shared, monkeypatch):
+    with pytest.raises(FtjaxError, match="row 1: messages need a chat template and this tokenizer has none"):
+        encode([chat("hi", "yo")], load(str(shared / "tokenizers/gpt2")))
+    with pytest.raises(FtjaxError, match="row 1: the first message is the assistant's"):
+        encode([Rendered(messages=({"role": "assistant", "content": "x"},))], qwen3)
+    with pytest.raises(FtjaxError, match="row 1: message 2 begins with characters that merge into one token"):
+        encode([chat("hi", "\n\nyo", "and?", "no")], qwen3)
+    monkeypatch.setattr(qwen3, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(FtjaxError, match="row 1: the chat template refuses these messages: roles must alternate"):
+        encode([chat("hi", "yo")], qwen3)
+    monkeypatch.setattr(qwen3, "chat_template", "{{ messages[-1].content }}{% if add_generation_prompt %}A{% endif %}")
+    with pytest.raises(FtjaxError, match="row 1: the chat template rewrites what it rendered before"):
+        encode([chat("hi", "yo")], qwen3)
+
+
+def test_a_row_whose_every_label_is_masked(shared):
+    gpt2 = load(str(shared / "tokenizers/gpt2"))
+    with pytest.raises(FtjaxError, match="row 2: every label is masked"):
+        encode([Rendered("", "fine"), Rendered("", "<|endoftext|>")], gpt2)
+
+
+def _example(length, prompt):
+    return Example(np.arange(length, dtype=np.int32), np.arange(length) >= prompt)
+
+
+def test_long_rows():
+    rows = [_example(5, 2), _example(9, 3), _example(8, 2)]
+    cut = fit(rows, 6, "truncate")
+    assert [len(e.ids) for e in cut.examples] == [5, 6, 6]
+    assert (cut.kept, cut.long, cut.lost) == ([0, 1, 2], 2, 3 + 2)
+    assert cut.examples[1].trained.tolist() == [False] * 3 + [True] * 3
+    dropped = fit(rows, 6, "drop")
+    assert ([len(e.ids) for e in dropped.examples], dropped.kept, dropped.long, dropped.lost) == ([5], [0], 2, 6 + 6)
+    with pytest.raises(FtjaxError, match="row 2: 9 tokens, more than data.max_length=6"):
+        fit(rows, 6, "raise")
+    with pytest.raises(FtjaxError, match="row 1: cut to data.max_length=6, no trained token is left"):
+        fit([_example(9, 6)], 6, "truncate")
