@@ -1,0 +1,302 @@
+"""Model directories <-> parameters: safetensors streamed slice by slice into any sharding, and back in shards.
+
+L layers; parameters of the blocks are stacked on a leading layer axis, see ftjax.hub.families.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloat16`
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ftjax.errors import FtjaxError
+from ftjax.hub.families import Family, is_buffer, read_json, rope_to_hf, shapes, tensor_names, to_hf
+from ftjax.hub.resolve import new_folder, write_json
+from ftjax.hub.tokenizer import copy_tokenizer
+from ftjax.models.config import DecoderConfig
+from ftjax.tree import flatten, unflatten
+
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
+
+
+def param_shapes(config: DecoderConfig, dtype=jnp.float32) -> dict:
+    """The parameter tree of a model as jax.ShapeDtypeStruct, from its shape alone."""
+    return unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes(config).items()})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model directory. Raises FtjaxError for none at all, or one that the index misses."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise FtjaxError(f"{index}: names files that are missing: {', '.join(missing)}; fetch them again")
+        return [folder / name for name in names]
+    found = "a repository that has pytorch_model.bin only must be converted"
+    if any((folder / name).is_file() for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        found = "it has pytorch_model.bin only, a pickle, which may run code and is not read"
+    raise FtjaxError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; {found}. To convert it, where torch is "
+        "installed: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "M.from_pretrained('OLD').save_pretrained('NEW'); T.from_pretrained('OLD').save_pretrained('NEW')\""
+    )
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a model directory by name, from the files' headers alone."""
+    found = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "numpy") as f:
+                names = f.keys()
+                slices = {name: f.get_slice(name) for name in names}
+                found |= {n: Stored(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+        except SafetensorError as error:
+            raise FtjaxError(f"{file}: not a whole safetensors file: {error}; fetch it again") from None
+    return found
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of most parameters in a model directory, such as `bfloat16`."""
+    sizes = Counter()
+    for tensor in stored_tensors(folder).values():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    return DTYPES.get(sizes.most_common(1)[0][0], "float32")
+
+
+def read_params(
+    folder: Path,
+    family: Family,
+    config: DecoderConfig,
+    shardings: dict | None = None,
+    dtype: Callable[[str], np.dtype] | None = None,
+) -> dict:
+    """The parameters in a model directory as a tree of jax arrays.
+
+    shardings: tree of jax.sharding.Sharding like the parameters; each device's part alone is read for it. None: the
+    default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
+    a time.
+    Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
+    """
+    located = _locate(Path(folder), family, config)
+    shardings = flatten(shardings) if shardings is not None else {}
+    params = {}
+    for path, shape in shapes(config).items():
+        tensors, transposed = located[path]
+        target = np.dtype(dtype(path) if dtype else jnp.result_type(*{DTYPES[t.dtype] for t in tensors}))
+        load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target)
+        # One after another: transfers in flight would keep the host's copies of several parameters alive at once.
+        params[path] = jax.block_until_ready(_place(load, shape, shardings[path] if shardings else None))
+    return unflatten(params)
+
+
+def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
+    """An array whose parts come from `load(bounds)`, each part once, however many devices hold a copy of it."""
+    load = functools.cache(load)
+
+    def part(index):
+        return load(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
+
+    if sharding is None:
+        return jax.device_put(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _load(tensors, transposed, stacked, dtype, bounds) -> np.ndarray:
+    """The part of one parameter within `bounds`, (start, stop) for each axis."""
+    if not stacked:
+        return np.asarray(_slice(tensors[0], bounds, transposed), dtype)
+    (first, last), rest = bounds[0], bounds[1:]
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    for row, tensor in enumerate(tensors[first:last]):
+        out[row] = _slice(tensor, rest, transposed)
+    return out
+
+
+def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
+    index = tuple(slice(*b) for b in (bounds[::-1] if transposed else bounds))
+    # Opened anew each time: pages of a mapping count as this process's memory for as long as it is open.
+    with safe_open(tensor.file, "numpy") as f:
+        part = f.get_slice(tensor.name)[index]
+    return part.T if transposed else part
+
+
+def _locate(folder: Path, family: Family, config: DecoderConfig) -> dict[str, tuple[list[Stored], bool]]:
+    """Path -> where its tensors lie, one a layer, and whether transposed; all names and shapes checked."""
+    stored = {name.removeprefix(family.prefix): tensor for name, tensor in stored_tensors(folder).items()}
+    expected, problems, out = shapes(config), [], {}
+    used = set()
+    for path, (names, transposed) in tensor_names(family, config).items():
+        shape = expected[path][1:] if path.startswith("layers/") else expected[path]
+        shape = shape[::-1] if transposed else shape
+        found = []
+        for name in names:
+            tensor = stored.get(name.removeprefix(family.prefix))
+            if tensor is None:
+                problems.append(f"tensor {name} {shape} is missing")
+                continue
+            used.add(tensor.name)
+            found.append(tensor)
+            if tensor.shape != shape:
+                problems.append(f"{tensor.file.name}: tensor {tensor.name} has shape {tensor.shape}, expected {shape}")
+            elif tensor.dtype not in DTYPES:
+                problems.append(
+                    f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(DTYPES)} "
+                    "(quantised weights are not read)"
+                )
+        out[path] = (found, transposed)
+    head = stored.get("lm_head.weight")
+    if config.tied and head is not None and not problems:
+        used.add(head.name)
+        if not _equal(head, out["embed/embedding"][0][0]):
+            problems.append(
+                f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
+                "one; set it to false in config.json"
+            )
+    for tensor in stored.values():
+        if tensor.name not in used and not is_buffer(tensor.name, family):
+            problems.append(f"{tensor.file.name}: tensor {tensor.name} {tensor.shape} is not expected")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise FtjaxError(
+            f"{folder}: the weights are not those of the {family.model_type} model that config.json describes: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+    return out
+
+
+def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
+    """Whether two tensors (V, D) are the same, compared some rows at a time."""
+    return a.shape == b.shape and all(
+        np.array_equal(_slice(a, bounds, False), _slice(b, bounds, False))
+        for start in range(0, a.shape[0], rows)
+        for bounds in [((start, min(start + rows, a.shape[0])), (0, a.shape[1]))]
+    )
+
+
+def write_model(
+    out: Path,
+    params: dict,
+    source: Path | None,
+    family: Family,
+    config: DecoderConfig,
+    *,
+    dtype: str | None = None,
+    shard_size: float = 5e9,
+    end_tokens: tuple[int, ...] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write a whole Hugging Face model directory that transformers 4 and 5 load, one shard in memory at a time.
+
+    source: the directory that the model came from; its config, tokenizer, template and generation config go along.
+    None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
+    most, unless one tensor is larger. end_tokens: added to the ids that end a generation. A tied model whose `params`
+    hold an `lm_head` has been untied by training: both tables are written, and config.json says so.
+    Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
+    """
+    leaves = flatten(params)
+    config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)
+    expected, found = shapes(config), {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    if expected != found:
+        paths = [path for path in expected | found if expected.get(path) != found.get(path)]
+        told = "; ".join(f"{p}: {found.get(p, 'missing')}, expected {expected.get(p, 'none')}" for p in paths[:3])
+        raise FtjaxError(f"{out}: these parameters are not a whole {family.model_type} model: {told}")
+    if dtype is None:
+        dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
+    hf = to_hf(family, config)
+    if source:
+        hf |= read_json(Path(source) / "config.json")
+    hf |= {"architectures": [family.architecture], "tie_word_embeddings": config.tied}
+    hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
+    if config.positions == "rotary":
+        hf |= rope_to_hf(config)
+    with new_folder(out, overwrite) as folder:
+        _write_shards(folder, _pieces(leaves, tensor_names(family, config), dtype), leaves, dtype, shard_size)
+        write_json(folder / "config.json", hf)
+        write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
+        if source:
+            copy_tokenizer(source, folder)
+
+
+def _generation_config(source, hf: dict, end_tokens) -> dict:
+    file = Path(source) / "generation_config.json" if source else None
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = read_json(file) if file and file.is_file() else {k: hf[k] for k in ids if hf.get(k) is not None}
+    eos = config.get("eos_token_id")
+    eos = list(dict.fromkeys((eos if isinstance(eos, list) else [] if eos is None else [eos]) + list(end_tokens)))
+    return config | ({"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})
+
+
+class _Piece(NamedTuple):
+    """One tensor to write: a parameter, or one layer of it."""
+
+    name: str
+    path: str
+    layer: int | None
+    transposed: bool
+    size: int  # bytes
+
+
+def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
+    """All tensors in the order in which a model uses them, so that a shard holds whole layers."""
+    pieces = []
+    for path, (stored, transposed) in names.items():
+        layers = range(len(stored)) if path.startswith("layers/") else [None]
+        size = leaves[path].size // len(stored) * np.dtype(dtype).itemsize
+        pieces += [_Piece(name, path, l, transposed, size) for name, l in zip(stored, layers, strict=True)]
+    depth = {piece.layer for piece in pieces if piece.layer is not None}
+    after = ("final_norm", "lm_head")
+    return sorted(
+        pieces, key=lambda p: p.layer if p.layer is not None else len(depth) if p.path.startswith(after) else -1
+    )
+
+
+def _write_shards(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str, shard_size: float) -> None:
+    shards, room = [[]], shard_size
+    for piece in pieces:
+        if shards[-1] and piece.size > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(piece)
+        room -= piece.size
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        weight_map = {piece.name: file for file, shard in zip(files, shards, strict=True) for piece in shard}
+        index = {"metadata": {"total_size": sum(piece.size for piece in pieces)}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        save_file({piece.name: _value(piece, leaves, dtype) for piece in shard}, folder / file, {"format": "pt"})
+
+
+def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
+    leaf = leaves[piece.path]
+    with np.errstate(over="ignore"):  # told below
+        value = np.asarray(leaf if piece.layer is None else leaf[piece.layer]).astype(dtype, copy=False)
+    if not np.isfinite(value).all():
+        raise FtjaxError(f"tensor {piece.name} holds values not finite, or too large for {dtype}; nothing is written")
+    return np.ascontiguousarray(value.T if piece.transposed else value)

@@ -1,0 +1,185 @@
+"""config.json <-> DecoderConfig, against transformers' own reading of the same file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from ftjax.errors import FtjaxError
+from ftjax.hub.families import FAMILIES, from_hf, linear_names, module_name, read_config, shapes, to_hf
+from ftjax.models.config import RopeScaling
+
+SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2}
+
+
+def transformers_config(kind, settings):
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **settings)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_missing_keys_mean_what_transformers_assumes(kind):
+    family, ours = from_hf({"model_type": kind})
+    theirs = transformers_config(kind, {})
+    for field, key in family.keys.items():
+        value = getattr(theirs, key, None) or 4096 // 32 if key == "head_dim" else getattr(theirs, key)
+        if field == "activation":
+            value = {"silu": "silu", "gelu_new": "gelu_tanh"}[value]
+        if key == "n_inner":
+            value = 4 * theirs.n_embd
+        assert getattr(ours, field) == value, field
+    if ours.positions == "rotary":
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    windows = {"mistral": (4096,) * 32}.get(kind, ())
+    assert ours.windows == windows
+
+
+def test_reads_what_transformers_writes_and_writes_what_it_reads(variant):
+    folder, model = variant
+    family, config = read_config(folder)
+    hf = to_hf(family, config)
+    assert from_hf(hf) == (family, config)
+    again = transformers_config(hf.pop("model_type"), {k: v for k, v in hf.items() if k != "architectures"})
+    for key in set(family.keys.values()) | {"rope_parameters", "sliding_window", "layer_types"}:
+        theirs, meant = getattr(again, key, None), getattr(model.config, key, None)
+        if meant is None and key in ("n_inner", "head_dim"):
+            meant = {"n_inner": 64, "head_dim": 4}[key]
+        assert theirs == meant, key
+
+
+def test_every_parameter_of_the_referee_has_a_row_and_a_shape(variant):
+    folder, model = variant
+    count = sum(p.numel() for p in model.parameters())  # tied tables count once
+    assert sum(math.prod(shape) for shape in shapes(read_config(folder)[1]).values()) == count
+
+
+def test_module_names_are_the_referees(variant):
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    folder, model = variant
+    family, config = read_config(folder)
+    theirs = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    ours = {name.format(l=i) for name in linear_names(family, config).values() for i in range(config.layers)}
+    assert ours == (theirs - {"lm_head"} if config.tied else theirs)
+    assert module_name("layers/attn/q_proj", FAMILIES["llama"]) == "model.layers.{l}.self_attn.q_proj"
+
+
+SCALED = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("said", "theta", "scaling"),
+    [
+        ({}, 10000.0, RopeScaling()),
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, RopeScaling()),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4}}, 5e5, RopeScaling("linear", 4)),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | L3}, 5e5, SCALED),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | L3}, 5e5, SCALED),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | L3}, 5e5, SCALED),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, RopeScaling()),
+    ],
+)
+def test_rotary_of_both_versions(said, theta, scaling):
+    _, config = from_hf({"model_type": "llama"} | said)
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+def test_rotary_is_written_for_both_versions():
+    family, config = from_hf({"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | L3})
+    hf = to_hf(family, config)
+    assert hf["rope_theta"] == hf["rope_parameters"]["rope_theta"] == 5e5
+    assert hf["rope_scaling"] == {"rope_type": "llama3"} | L3
+    assert hf["rope_parameters"] == {"rope_type": "llama3", "rope_theta": 5e5} | L3
+
+
+@pytest.mark.parametrize(
+    ("said", "windows"),
+    [
+        ({"model_type": "mistral", "sliding_window": 7}, (7, 7, 7)),
+        ({"model_type": "mistral", "sliding_window": None}, ()),
+        ({"model_type": "qwen2", "sliding_window": 7}, ()),
+        ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 2}, (0, 0, 7)),
+        ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3}, ()),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            (7, 0, 7),
+        ),
+        ({"model_type": "llama", "sliding_window": 7}, ()),
+    ],
+)
+def test_windows(said, windows):
+    family, config = from_hf(SMALL | said)
+    assert config.windows == windows
+    assert from_hf(to_hf(family, config))[1].windows == windows
+
+
+def test_gpt2_answers_to_the_names_of_others():
+    _, config = from_hf({"model_type": "gpt2", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1})
+    assert (config.width, config.heads, config.kv_heads, config.layers, config.hidden) == (16, 2, 2, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("hf", "words"),
+    [
+        ({"model_type": "lama"}, ["unknown model_type 'lama'", '"llama"', "gpt2, llama, mistral, qwen2, qwen3"]),
+        ({}, ["unknown model_type None"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["type = 'yarn'", "llama3"]),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["type = 'dynamic'"]),
+        ({"model_type": "llama", "rope_scaling": {"type": "longrope"}}, ["rope_type = 'longrope'"]),
+        ({"model_type": "llama", "rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, ["rope_theta", "twice"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}}, ["needs 'factor'"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": "2"}}, ["factor = '2'"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, ["mrope_section"]),
+        ({"model_type": "llama", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["full_attention"]),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"model_type": "llama", "is_causal": False}, ["is_causal"]),
+        ({"model_type": "llama", "hidden_act": "mish"}, ["hidden_act = 'mish'"]),
+        ({"model_type": "llama", "hidden_size": "64"}, ["hidden_size = '64'", "whole number"]),
+        ({"model_type": "llama", "hidden_size": None}, ["hidden_size = None"]),
+        ({"model_type": "llama", "num_hidden_layers": 0}, ["num_hidden_layers = 0"]),
+        ({"model_type": "llama", "tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'", "bool"]),
+        ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, ["30", "multiple", "4 heads"]),
+        ({"model_type": "llama", "num_key_value_heads": 5}, ["num_key_value_heads = 5"]),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn"]),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, ["scale_attn_weights"]),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window = 0"]),
+        ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["chunked"]}, ["expected 1 of full_attention"]),
+        ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, ["window is off"]),
+    ],
+)
+def test_what_would_change_the_logits_is_refused_by_name(hf, words):
+    with pytest.raises(FtjaxError) as error:
+        from_hf(hf, "folder/config.json")
+    assert str(error.value).startswith("folder/config.json: ")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_family_refuses_to_be_what_it_cannot_be():
+    family, config = from_hf({"model_type": "mistral"} | SMALL)
+    with pytest.raises(FtjaxError, match="mistral model cannot have qkv_bias = True"):
+        to_hf(family, dataclasses.replace(config, qkv_bias=True))
+
+
+def test_broken_config_file(tmp_path):
+    with pytest.raises(FtjaxError, match="config.json: no such file"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(FtjaxError, match="not valid JSON: .*line 1"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(["llama"]))
+    with pytest.raises(FtjaxError, match="expected a JSON object, found list"):
+        read_config(tmp_path)

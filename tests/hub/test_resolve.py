@@ -1,0 +1,63 @@
+"""Names of models -> folders, without a network."""
+
+from __future__ import annotations
+
+import pytest
+
+from ftjax.errors import FtjaxError
+from ftjax.hub.resolve import new_folder, resolve
+
+
+def test_folders_and_their_near_misses(tmp_path):
+    (tmp_path / "llama-3").mkdir()
+    assert resolve(str(tmp_path / "llama-3")) == tmp_path / "llama-3"
+    with pytest.raises(FtjaxError, match='llama_3: no such folder .did you mean "llama-3"'):
+        resolve(str(tmp_path / "llama_3"))
+    (tmp_path / "file.bin").write_text("")
+    with pytest.raises(FtjaxError, match="expected a model directory, found a file"):
+        resolve(str(tmp_path / "file.bin"))
+    with pytest.raises(FtjaxError, match="ftjax carries no such file"):
+        resolve("builtin:nothing")
+
+
+def test_hub_name_comes_from_the_cache(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("owner/model", "v1") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("owner/model", "v1")
+    files = ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
+    unwanted = ["pytorch_model.bin", "consolidated.safetensors", "original/x.json", "modeling.py", "model.gguf"]
+    from huggingface_hub.utils import filter_repo_objects
+
+    kept = filter_repo_objects(
+        files + unwanted, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == files
+
+
+def test_hub_name_without_a_network(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FtjaxError, match="nobody/nothing: no such folder here; .*cannot be reached"):
+        resolve("nobody/nothing")
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FtjaxError, match="expected a folder to write to, found a file"), new_folder(tmp_path / "out"):
+        pass

@@ -1,0 +1,93 @@
+"""Real tokenizers: loading, the size check, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+
+import pytest
+
+from ftjax.errors import FtjaxError
+from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_tokens, load_tokenizer
+
+
+@pytest.fixture
+def gpt2(shared, tmp_path):
+    """A writable copy of GPT-2's tokenizer."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(shared / "tokenizers" / "gpt2", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+def test_end_of_turn_of_a_chat_template(shared):
+    folder = shared / "tokenizers" / "qwen3"
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in end_tokens(folder, tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"  # as base models have it: the template alone knows the end of a turn
+    assert end_tokens(folder, tokenizer) == (tokenizer.convert_tokens_to_ids("<|endoftext|>"), end)
+
+
+def test_end_tokens_of_files_and_tokenizer(shared, gpt2):
+    assert end_tokens(shared / "models" / "stories260K", load_tokenizer(shared / "models" / "stories260K")) == (1, 2)
+    tokenizer = load_tokenizer(gpt2)
+    assert end_tokens(gpt2, tokenizer) == (50256,)
+    (gpt2 / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert end_tokens(gpt2, tokenizer) == (5, 50256)
+    (gpt2 / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 50256]}))
+    assert end_tokens(gpt2, tokenizer) == (7, 50256)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only system turns') }}", "cannot show a turn .*only system turns"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out the text of the assistant"),
+    ],
+)
+def test_templates_without_an_answer(gpt2, template, message):
+    tokenizer = load_tokenizer(gpt2)
+    tokenizer.chat_template = template
+    with pytest.raises(FtjaxError, match=message):
+        end_tokens(gpt2, tokenizer)
+
+
+def test_template_that_ends_turns_with_plain_text(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert end_tokens(gpt2, tokenizer) == (50256,)
+
+
+def test_tokenizer_larger_than_the_embedding(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    check_vocab(tokenizer, 50257)
+    with pytest.raises(FtjaxError, match=r"larger than the embedding: .*endoftext.* 50256, the embedding 50256 rows"):
+        check_vocab(tokenizer, 50256)
+
+
+def test_copies_are_byte_equal(gpt2, tmp_path):
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(gpt2, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    for file in (tmp_path / "out").iterdir():
+        assert file.read_bytes() == (gpt2 / file.name).read_bytes()
+
+
+def test_folder_without_tokenizer_and_broken_tokenizer(tmp_path):
+    with pytest.raises(FtjaxError, match="no tokenizer; expected tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(FtjaxError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_code_of_a_repository_is_run(gpt2, tmp_path):
+    (gpt2 / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (gpt2 / "tokenizer_config.json").write_text(json.dumps(settings))
+    with contextlib.suppress(FtjaxError):  # refused, or loaded as a plain one: either will do
+        load_tokenizer(gpt2)
+    assert not (tmp_path / "ran").exists()
