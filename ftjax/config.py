@@ -96,7 +96,7 @@ def default() -> ml_collections.ConfigDict:
     ev.compare = False  # generate on held-out rows before and after training, score, and write results.json
     ev.compare_rows = 0  # distinct held-out prompts generated for; 0: all
     ev.compare_on = "test"  # validation | test
-    ev.metrics = ("rouge_l",)  # rows of ftjax.evaluate.metrics.METRICS
+    ev.metrics = ("rouge_l",)  # rows of ftjax.evaluation.metrics.METRICS
     ev.words = ""  # column with the given words, for the metric `coverage`
     ev.forgetting = ""  # text file; the loss on it before and after says what was forgotten
     ev.samples = 5  # generations shown side by side
@@ -149,10 +149,15 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
         there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise FtjaxError(f"--config: {path} is not a file{nearest(str(path), there)}")
     config = from_dict(_json(path)) if path.suffix == ".json" else _python(path)
-    for override in overrides:
-        _override(config, override)
-    validate(config)
+    override(config, overrides)
     return config
+
+
+def override(config, overrides: list[str]) -> None:
+    """Apply `dotted.key=value` texts to a config in place, and validate it. Raises FtjaxError as `load` does."""
+    for text in overrides:
+        _override(config, text)
+    validate(config)
 
 
 def _json(path: Path) -> dict:

@@ -52,11 +52,11 @@ class LM:
         return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
 
     def generate(self, prompts: list[str], *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
-        """Continue each prompt; the new text only. See ftjax.evaluate.generate.generate for temperature, top_k, top_p, …
+        """Continue each prompt; the new text only. See ftjax.evaluation.generate.generate for temperature, top_k, top_p, …
 
         stop: strings of one token each that end an answer beside the model's own end tokens.
         """
-        from ftjax.evaluate.generate import generate
+        from ftjax.evaluation.generate import generate
 
         ends = self.end_tokens + stop_tokens(self.tokenizer, stop)
         ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]

@@ -41,7 +41,7 @@ def _load_adapter(folder: Path, dtype: str) -> LM:
     if not base:
         raise FtjaxError(f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on")
     lm, spec = open_base(resolve.resolve(base, adapter_config.get("revision") or ""), dtype)
-    trained, fields = method.from_peft(adapter_config, tensors, spec)
+    trained, fields = method.from_peft(adapter_config, tensors, lm.params, spec)
     spec.tuning.update(fields)
     return _with(lm, method.variables(jax.tree.map(jnp.asarray, trained), lm.params, spec))
 

@@ -22,6 +22,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss
 from ftjax.evaluation.plot import plot_losses
+from ftjax.files import replace_text
 from ftjax.hub import families, resolve, tokenizer, weights
 from ftjax.lm import LM, compute_dtype
 from ftjax.models.decoder import Decoder
@@ -30,7 +31,7 @@ from ftjax.training import export, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.optimizer import optimizer, schedule
-from ftjax.training.report import Metrics, Progress, read_metrics, replace_text
+from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import Trained, claim
 from ftjax.training.step import State, compile_step, init_state
 from ftjax.tuning import METHODS, Spec

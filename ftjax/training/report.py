@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
+
+from ftjax.files import replace_text
 
 METRICS = "metrics.jsonl"
 
@@ -52,13 +53,6 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or was cut short
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never a part."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 class Progress:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.files import replace_text
 from ftjax.hub import resolve
 from ftjax.hub.fingerprint import fingerprint
 from ftjax.lm import LM, open_base
 from ftjax.training.checkpoint import Checkpoints
-from ftjax.training.report import replace_text
 from ftjax.tuning import METHODS, Spec
 
 RUN = "run.json"  # the resolved config and the base it was started on; what has it is a run folder

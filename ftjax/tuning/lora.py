@@ -99,9 +99,9 @@ def to_peft(trained, frozen, spec):
     return peft.lora_to_peft(trained, ranks(spec), spec.names)
 
 
-def from_peft(adapter_config, tensors, spec):
+def from_peft(adapter_config, tensors, base, spec):
     """A PEFT LORA, rank and alpha of each of its modules spelled out as patterns."""
-    trained, found = peft.lora_from_peft(adapter_config, tensors, spec.names, spec.model)
+    trained, found = peft.lora_from_peft(adapter_config, tensors, spec.names, spec.model, base)
     rank_of, alpha_of = {}, {}
     for path, (rank, scale) in found.items():
         modules = module_names(path, spec.names[path], spec.model.layers)

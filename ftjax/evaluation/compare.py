@@ -1,0 +1,143 @@
+"""One state of a model measured on held-out rows, and two of them side by side."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from pathlib import Path
+
+import jax
+
+from ftjax import assets
+from ftjax.data.batches import Batches
+from ftjax.data.template import reference
+from ftjax.data.tokenise import encode_prompts
+from ftjax.errors import FtjaxError
+from ftjax.evaluation.generate import generate
+from ftjax.evaluation.loss import evaluate_loss, read_documents, text_loss
+from ftjax.evaluation.metrics import METRICS, find, score
+from ftjax.files import replace_text
+from ftjax.lm import continuations, stop_tokens
+from ftjax.objectives import causal
+
+LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
+
+sums = jax.jit(causal.sums, static_argnums=0, static_argnames="head_chunk")
+
+
+def measure(lm, variables, data, config) -> dict:
+    """Figures of one state of a model on the part `evaluate.compare_on`, as plain data.
+
+    lm: its model, tokenizer and end tokens; variables: what the model is applied to; data: from ftjax.data.prepare.
+    `perplexity` a trained token over all rows; the scores and `samples` of `answers`; `forgetting_loss` in nats a token
+    on `evaluate.forgetting`, where that is set. Raises FtjaxError for a part without rows.
+    """
+    ev, part = config.evaluate, getattr(data, config.evaluate.compare_on)
+    if not len(part):
+        name = ev.compare_on
+        raise FtjaxError(f"evaluate.compare_on: {name} has no rows; give data.{name}, or a share of data.split")
+    rows = ev.batch_size or config.train.batch_size or 16
+    sums = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
+    batches = Batches(part.examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
+    result = {"perplexity": evaluate_loss(sums, (batches[i] for i in range(len(batches))))["perplexity"]}
+    scores, samples = answers(lm, variables, part, config)
+    result |= scores
+    if ev.forgetting:
+        documents = read_documents(assets.resolve(ev.forgetting))
+        limit = lm.model.config.max_positions
+        forgetting = text_loss(sums, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
+        result["forgetting_loss"] = forgetting["loss"]
+    return result | {"samples": samples}
+
+
+def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
+    """One generation by `config.generate` for each of the first `evaluate.compare_rows` distinct prompts of a part.
+
+    Returns a figure for each of `evaluate.metrics`, and samples {"prompt", "references", "prediction", "scores"};
+    references are those of all rows that share the prompt. Raises FtjaxError for an unknown metric.
+    """
+    for name in config.evaluate.metrics:
+        find(name)
+    gen, groups = config.generate, {}
+    for i, ids in enumerate(encode_prompts(part.rendered, lm.tokenizer)):
+        groups.setdefault(tuple(ids.tolist()), []).append(i)
+    groups = dict(list(groups.items())[: config.evaluate.compare_rows or None])
+    prompts = [list(ids) for ids in groups]
+    new = generate(
+        lm.model, variables, prompts, max_new_tokens=gen.max_new_tokens, temperature=gen.temperature, top_k=gen.top_k,
+        top_p=gen.top_p, end_tokens=tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, gen.stop), seed=config.seed,
+        batch_size=gen.batch_size, vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)),
+    )  # fmt: skip
+    predictions = [text.strip() for text in continuations(lm.tokenizer, prompts, new)]
+    references = [[reference(part.rendered[i]) for i in rows] for rows in groups.values()]
+    asked = [part.rows[rows[0]] for rows in groups.values()]
+    shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    samples = [
+        {"prompt": p, "references": r, "prediction": t, "scores": {}}
+        for p, r, t in zip(shown, references, predictions, strict=True)
+    ]
+    figures = {}
+    for name in config.evaluate.metrics:
+        figures[name], scores = score(name, predictions, references, asked, config.evaluate)
+        for sample, value in zip(samples, scores, strict=True):
+            sample["scores"][name] = value
+    return figures, samples
+
+
+def _figures(measured: dict) -> dict[str, float]:
+    return {name: value for name, value in measured.items() if name != "samples"}
+
+
+def table(before: dict, after: dict, seconds: float) -> str:
+    """The figures of two `measure`s, which way is better, the difference, and the seconds of the whole run."""
+    from rich.table import Table
+
+    out = Table("", "before", "after", "difference", "")
+    for column in out.columns[1:4]:
+        column.justify = "right"
+    for name, old in _figures(before).items():
+        new = after[name]
+        higher = name not in LOWER and METRICS[name].higher
+        verdict = "same" if new == old else "better" if (new > old) == higher else "worse"
+        out.add_row(f"{name} {'↑' if higher else '↓'}", f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}", verdict)
+    n = len(after["samples"])
+    return _rendered(out) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
+
+
+def side_by_side(before: dict, after: dict, n: int) -> str:
+    """`n` prompts, spread evenly over the samples, with a reference and both answers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    pairs = list(zip(before["samples"], after["samples"], strict=True))
+    out = Table("prompt", "a reference", "before", "after", show_lines=True)
+    for i in range(min(n, len(pairs))):
+        old, new = pairs[i * len(pairs) // min(n, len(pairs))]
+        cells = (old["prompt"], old["references"][0], old["prediction"], new["prediction"])
+        out.add_row(*map(Text, cells))  # Text: brackets in answers are no markup
+    return _rendered(out).rstrip("\n")
+
+
+def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float) -> dict:
+    """Write results.json {"before", "after", "seconds"} and samples.jsonl, one line a prompt; returns the former."""
+    results = {"before": _figures(before), "after": _figures(after), "seconds": seconds}
+    lines = []
+    for old, new in zip(before["samples"], after["samples"], strict=True):
+        row = {"prompt": old["prompt"], "references": old["references"]}
+        row |= {"before": old["prediction"], "after": new["prediction"]}
+        row |= {"scores": {"before": old["scores"], "after": new["scores"]}}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    replace_text(Path(run_dir) / "samples.jsonl", "".join(lines))
+    replace_text(Path(run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _rendered(table) -> str:
+    import shutil
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=min(shutil.get_terminal_size((120, 24)).columns, 160))
+    console.print(table)
+    return console.file.getvalue()

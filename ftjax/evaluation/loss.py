@@ -1,0 +1,77 @@
+"""Loss over held-out batches and over plain documents.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ftjax.data.batches import Batches
+from ftjax.data.tokenise import Example
+from ftjax.errors import FtjaxError
+
+AHEAD = 8  # batches that the device may be given before the first of them is read
+SEPARATOR = "<|endoftext|>"
+
+
+def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
+    """Means over the trained tokens of all batches: `loss` (nats), `perplexity`, `accuracy`; and `tokens`, the count.
+
+    sums_fn(batch) -> (loss sum, weight sum, {"loss", "correct"}) as an objective gives them, jitted by the caller. Sums
+    are added up in float64 and divided once. Raises FtjaxError when no token counts.
+    """
+    totals, pending = np.zeros(3), collections.deque()
+
+    def read():
+        _, weight, metrics = jax.device_get(pending.popleft())
+        totals[:] += (weight, metrics["loss"], metrics["correct"])
+
+    for batch in batches:
+        pending.append(sums_fn(batch))
+        if len(pending) > AHEAD:
+            read()
+    while pending:
+        read()
+    tokens, loss, correct = totals.tolist()
+    if not tokens:
+        raise FtjaxError("evaluation: no row has a trained token, so that there is no loss; give at least one row")
+    loss /= tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / tokens, "tokens": tokens}
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Documents of a UTF-8 text file, `<|endoftext|>` between them, each stripped of white space; none is empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FtjaxError(f"{path}: expected a readable text file in UTF-8: {error}") from None
+    documents = [d.strip() for d in text.split(SEPARATOR) if d.strip()]
+    if not documents:
+        raise FtjaxError(f"{path}: holds no document; expected text, {SEPARATOR} between documents")
+    return documents
+
+
+def text_loss(
+    sums_fn: Callable, tokenizer, documents: list[str], *, max_positions: int, batch_size: int = 8
+) -> dict[str, float]:
+    """`evaluate_loss` of every token of every document, each behind BOS (EOS where the tokenizer has no BOS).
+
+    No end of text is scored: a document may be a part of a longer one. One that exceeds `max_positions` is cut into
+    pieces that share one token, so that each token is scored once.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    examples = []
+    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        ids = np.array(([] if start is None else [start]) + ids, np.int32)
+        for first in range(0, max(len(ids) - 1, 1), max_positions - 1):
+            piece = ids[first : first + max_positions]
+            examples.append(Example(piece, np.arange(len(piece)) > 0))
+    batches = Batches(examples, min(batch_size, len(examples)), max_positions, shuffle=False)
+    return evaluate_loss(sums_fn, (batches[i] for i in range(len(batches))))

@@ -1,0 +1,98 @@
+"""Evaluating and answering with any model that `ftjax.load` reads: what the verbs `evaluate` and `generate` do."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from ftjax import config as configs
+from ftjax.data import read, template
+from ftjax.data.batches import Batches
+from ftjax.data.prepare import prepare
+from ftjax.data.tokenise import encode_prompts
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import compare
+from ftjax.evaluation.generate import generate
+from ftjax.evaluation.loss import evaluate_loss
+from ftjax.lm import LM, continuations, stop_tokens
+from ftjax.load import load
+from ftjax.training.run_folder import RUN
+
+
+def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides=(), generate: bool = False) -> dict:
+    """`loss` (nats a trained token), `perplexity`, `accuracy` and `tokens` on rows; with `generate` the scores of
+    `evaluate.metrics` on one answer to each distinct prompt too, and the answers as `samples`.
+
+    model: anything that ftjax.load reads, or an LM; data: rows as data.train takes them, None: the test part of the config's
+    own data; config: how rows are read and answered, None: the run's own where `model` is a run folder, else the
+    defaults; overrides: `dotted.key=value` on top. Raises FtjaxError for input that cannot be used.
+    """
+    config = _config(model, config, overrides)
+    lm = model if isinstance(model, LM) else load(model)
+    if data:
+        config.data.update(train=data, validation="", test="", split=(1.0, 0.0, 0.0), limit=0)
+    prepared = prepare(config, lm.tokenizer, lm.model.config.max_positions, lm.model.config.vocab_size)
+    part = prepared.train if data else prepared.test
+    if not len(part):
+        raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")
+    rows = config.evaluate.batch_size or config.train.batch_size or 16
+    batches = Batches(part.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False)
+    sums = functools.partial(compare.sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
+    report = evaluate_loss(sums, (batches[i] for i in range(len(batches))))
+    if generate:
+        scores, samples = compare.answers(lm, lm.variables, part, config)
+        report |= scores | {"samples": samples}
+    return report
+
+
+def _config(model, config, overrides):
+    if config is None:
+        file = None if isinstance(model, LM) else Path(model) / RUN
+        config = configs.from_dict(json.loads(file.read_text())["config"]) if file and file.is_file() else configs.default()
+    config = configs.copy(config)
+    configs.override(config, overrides)
+    return config
+
+
+def figures(report: dict) -> str:
+    """A report of `evaluate` as lines for the terminal."""
+    return "\n".join(f"{name:<12} {value:,.6g}" for name, value in report.items() if name != "samples")
+
+
+def answer(
+    model: str | LM, prompts: list[str] = (), file: str | None = None, *, template: str | None = None, max_new_tokens: int = 64,
+    stop: tuple[str, ...] = (), **sampling,
+) -> list[dict]:  # fmt: skip
+    """One {"prompt", "completion"} for each of `prompts` and then for each row of `file`.
+
+    file: rows with a column `prompt`, with `messages` (through the chat template, up to the last answer), or with the
+    columns of `template`; a run folder brings the template that it was trained with. sampling: see generate.generate.
+    """
+    config = _config(model, None, ())
+    lm = model if isinstance(model, LM) else load(model)
+    rendered = [_prompt(text) for text in prompts]
+    if file:
+        rendered += _rendered(file, template or config.data.prompt)
+    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer)]
+    new = generate(
+        lm.model, lm.variables, ids, max_new_tokens=max_new_tokens, end_tokens=lm.end_tokens + stop_tokens(lm.tokenizer, stop),
+        vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), **sampling,
+    )  # fmt: skip
+    shown = [r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)]
+    texts = continuations(lm.tokenizer, ids, new)
+    return [{"prompt": p, "completion": c} for p, c in zip(shown, texts, strict=True)]
+
+
+def _prompt(text: str) -> template.Rendered:
+    return template.Rendered(prompt=text)
+
+
+def _rendered(file: str, prompt: str) -> list[template.Rendered]:
+    rows = read.read(file, "--prompts")
+    if not prompt and "messages" in rows.column_names:
+        return [template.Rendered(messages=tuple(row["messages"])) for row in rows]
+    if not prompt and "prompt" not in rows.column_names and rows.column_names == ["text"]:
+        return [_prompt(row["text"]) for row in rows]
+    parts = template.parse(prompt or "{prompt}", "--template")
+    return [_prompt(template.fill(parts, row, f"{file} row {i}")) for i, row in enumerate(rows, 1)]

@@ -1,0 +1,189 @@
+"""Generation, with `transformers` as the referee, and the draws, against their distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.errors import FtjaxError
+from ftjax.evaluation.generate import EXCLUDED, choose, generate
+from ftjax.hub import families, weights
+from ftjax.models.config import DecoderConfig
+from ftjax.models.decoder import Decoder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # its threads wait by spinning: beside XLA's on few cores they cost more than they do
+
+SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+TINY = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=256),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=256),
+    "mistral": lambda: transformers.MistralConfig(
+        **SMALL, num_key_value_heads=2, sliding_window=7, max_position_embeddings=256, tie_word_embeddings=False
+    ),
+}
+
+
+def ours(folder):
+    family, shape = families.read_config(folder)
+    params = weights.read_params(folder, family, shape, dtype=lambda path: jnp.dtype("float32"))
+    return Decoder(shape), {"params": params}
+
+
+def theirs(model, prompts, n):
+    """Greedy tokens of each prompt alone, with no end token: unpadded, so that nothing depends on its padding."""
+    out = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            mask = torch.ones_like(ids)
+            new = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0)
+            out.append(new[0, len(prompt) :].tolist())
+    return out
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_greedy_equals_transformers(name, tmp_path):
+    torch.manual_seed(0)
+    config = TINY[name]()
+    config.initializer_range = 0.3  # far from uniform: a random model's text then depends on what it attends to
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    decoder, variables = ours(tmp_path)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 97, n).tolist() for n in (3, 21, 1, 17, 9)]
+    new = generate(decoder, variables, prompts, max_new_tokens=24, batch_size=3)
+    assert new == theirs(model, prompts, 24)
+    assert len({token for row in new for token in row}) > 10
+
+    ends = (new[1][5], new[4][0])
+    stopped = generate(decoder, variables, prompts, max_new_tokens=24, end_tokens=ends)
+    for row, all_of_it in zip(stopped, new, strict=True):
+        cut = next((i for i, token in enumerate(all_of_it) if token in ends), 24)
+        assert row == all_of_it[:cut]
+
+
+def test_starter_writes_its_published_text(shared):
+    folder = shared / "models/stories260K"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.eos_token_id = None
+    [new] = generate(*ours(folder), [[1]], max_new_tokens=256)
+    assert [new] == theirs(model, [[1]], 256)
+    text = transformers.AutoTokenizer.from_pretrained(folder).decode(new)
+    assert text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
+        "a big, red ball. She wanted to play with it, but it was too high.\n"
+        "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do."
+    )
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    shape = DecoderConfig(
+        vocab_size=61, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, hidden=32, max_positions=64,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model = Decoder(shape)
+    return model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
+
+
+PROMPTS = [[1, 2, 3], [4], [5] * 20, [6, 7], [8, 9, 10, 11], [4]]
+
+
+def test_a_draw_depends_on_its_own_row_alone(random_model):
+    settings = dict(max_new_tokens=12, temperature=1.3, top_k=20, top_p=0.9, seed=3)
+    whole = generate(*random_model, PROMPTS, **settings)
+    assert whole == generate(*random_model, PROMPTS, batch_size=1, **settings)
+    assert whole == generate(*random_model, PROMPTS, batch_size=4, **settings)
+    assert whole[:2] == generate(*random_model, PROMPTS[:2], **settings)
+    assert whole[1] != whole[5]  # the same prompt in another place
+    assert whole != generate(*random_model, PROMPTS, **settings | {"seed": 4})
+
+
+def test_answers_longer_than_one_stage_of_the_cache(random_model, monkeypatch):
+    monkeypatch.setattr("ftjax.evaluation.generate.STAGE", 4)
+    staged = generate(*random_model, PROMPTS, max_new_tokens=30, batch_size=5)
+    monkeypatch.setattr("ftjax.evaluation.generate.STAGE", 64)
+    assert staged == generate(*random_model, PROMPTS, max_new_tokens=30, batch_size=6)
+
+
+def test_rows_on_a_mesh_write_the_same(random_model):
+    alone = generate(*random_model, PROMPTS, max_new_tokens=12)
+    mesh = jax.make_mesh((4, 1, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    model, variables = random_model
+    with jax.set_mesh(mesh):
+        variables = jax.device_put(variables, jax.sharding.NamedSharding(mesh, jax.P()))
+        assert generate(model, variables, PROMPTS, max_new_tokens=12) == alone
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(random_model):
+    new = generate(*random_model, PROMPTS, max_new_tokens=12, temperature=5.0, vocab_size=10)
+    assert max(token for row in new for token in row) < 10
+
+
+LOGITS = np.log(np.array([0.02, 0.4, 0.08, 0.2, 0.3]))
+
+
+def frequencies(n=20_000, **settings):
+    keys = jax.random.split(jax.random.key(1), n)
+    draws = choose(jnp.tile(jnp.asarray(LOGITS, jnp.float32), (n, 1)), keys, **settings)
+    return np.bincount(np.asarray(draws), minlength=5) / n
+
+
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        (dict(temperature=1.0, top_k=0, top_p=1.0), [0, 1, 2, 3, 4]),
+        (dict(temperature=0.5, top_k=0, top_p=1.0), [0, 1, 2, 3, 4]),
+        (dict(temperature=1.0, top_k=2, top_p=1.0), [1, 4]),
+        (dict(temperature=1.0, top_k=0, top_p=0.69), [1, 4]),
+        (dict(temperature=1.0, top_k=0, top_p=0.71), [1, 3, 4]),
+        (dict(temperature=1.0, top_k=0, top_p=0.01), [1]),
+        (dict(temperature=1.0, top_k=4, top_p=0.9), [1, 3, 4]),  # of the four kept, 0.4 + 0.3 hold 0.71, with 0.2 0.92
+        (dict(temperature=0.0, top_k=0, top_p=1.0), [1]),
+    ],
+)
+def test_draws_follow_the_distribution_left_by_the_cuts(settings, kept):
+    p = np.zeros(5)
+    p[kept] = np.exp(LOGITS[kept] / (settings["temperature"] or 1.0))
+    p /= p.sum()
+    found = frequencies(**settings)
+    bound = 5 * np.sqrt(p * (1 - p) / 20_000)
+    assert (np.abs(found - p) <= bound).all()
+
+
+@pytest.mark.parametrize("settings", [dict(top_k=7, top_p=1.0), dict(top_k=0, top_p=0.8), dict(top_k=9, top_p=0.6)])
+def test_the_cuts_equal_those_of_transformers(settings):
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32) * 2
+    expected = torch.tensor(logits)
+    if settings["top_k"]:
+        expected = TopKLogitsWarper(settings["top_k"])(None, expected)
+    if settings["top_p"] < 1:
+        expected = TopPLogitsWarper(settings["top_p"])(None, expected)
+    keys = jax.random.split(jax.random.key(0), 6 * 3000).reshape(3000, 6)
+    draws = jax.vmap(lambda k: choose(jnp.asarray(logits), k, temperature=1.0, **settings))(keys)
+    for row in range(6):
+        allowed = set(np.flatnonzero(np.isfinite(expected[row].numpy())))
+        seen = set(np.asarray(draws[:, row]).tolist())
+        likely = {i for i in allowed if torch.softmax(expected[row], -1)[i] > 0.005}
+        assert likely <= seen <= allowed
+    assert EXCLUDED < logits.min()
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ([[1], []], {}, "prompt 2 holds no token"),
+        ([[1], [1] * 60], {}, "prompt 2 has 60 tokens; with max_new_tokens=5 that exceeds the model's 64 positions"),
+        ([[1]], {"max_new_tokens": 0}, "generate.max_new_tokens: expected 1 or more; found 0"),
+        ([[1]], {"top_p": 0.0}, "generate.top_p"),
+        ([[1]], {"temperature": -1.0}, "generate.temperature"),
+    ],
+)
+def test_bad_input_is_named(random_model, prompts, settings, message):
+    with pytest.raises(FtjaxError, match=message):
+        generate(*random_model, prompts, **{"max_new_tokens": 5} | settings)

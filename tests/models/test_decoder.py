@@ -1,0 +1,233 @@
+"""The decoder against transformers: every family, in rows that are plain, padded, packed or continued from a cache.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+from ftjax.models import layers
+from ftjax.models.decoder import Decoder, make_cache
+from ftjax.tree import flatten
+
+T = 20  # more than the windows of the tiny models, fewer than their positions
+LENGTHS = (20, 13, 1)
+ALL = pytest.mark.parametrize("name", tiny.VARIANTS)
+SOME = pytest.mark.parametrize("name", ["gpt2", "llama-biases", "mistral", "qwen2-window", "qwen3"])
+
+
+@functools.cache
+def jitted(model):
+    return tiny.jit(lambda params, tokens, positions, segments: model.apply({"params": params}, tokens, positions, segments))
+
+
+def ours(pair, *inputs):
+    """Logits (B, T, V) of tokens, positions and segments (B, T); always computed as len(LENGTHS) rows: one compilation."""
+    rows = len(inputs[0])
+    inputs = (jnp.asarray(np.pad(x, [(0, len(LENGTHS) - rows), (0, 0)]), jnp.int32) for x in inputs)
+    return np.asarray(jitted(pair.model)(pair.params, *inputs))[:rows]
+
+
+def assert_same(got, want):
+    """Both (N, V), at real tokens."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+
+
+def padded(side):
+    """Rows of LENGTHS padded on one side: ids and mask, (B, T)."""
+    ids, mask = np.zeros((len(LENGTHS), T), int), np.zeros((len(LENGTHS), T), int)
+    for row, (doc, n) in enumerate(zip(tiny.documents(LENGTHS), LENGTHS, strict=True)):
+        place = slice(0, n) if side == "right" else slice(T - n, T)
+        ids[row, place], mask[row, place] = doc, 1
+    return ids, mask
+
+
+def packed(docs):
+    """One row (1, T) of several documents and padding: ids, positions, segments."""
+    ids, positions, segments = (np.zeros((1, T), int) for _ in range(3))
+    at = 0
+    for segment, doc in enumerate(docs):
+        place = slice(at, at + len(doc))
+        ids[0, place], positions[0, place], segments[0, place] = doc, np.arange(len(doc)), segment + 1
+        at += len(doc)
+    return ids, positions, segments
+
+
+def plain():
+    return np.stack(tiny.documents((T, T)))
+
+
+@ALL
+def test_plain_rows(name):
+    pair = tiny.pair(name)
+    got = ours(pair, plain(), np.tile(np.arange(T), (2, 1)), np.ones((2, T), int))
+    assert got.shape == (2, T, pair.model.config.vocab_size) and got.dtype == np.float32
+    want = tiny.torch_logits(pair.torch, plain())
+    for row in range(2):
+        assert_same(got[row], want[row])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_positions_and_segments_may_be_left_out(name):
+    pair = tiny.pair(name)
+    got = np.asarray(tiny.jit(lambda params: pair.model.apply({"params": params}, jnp.asarray(plain())))(pair.params))
+    np.testing.assert_allclose(got, tiny.torch_logits(pair.torch, plain()), rtol=0, atol=1e-4)
+
+
+@ALL
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows(name, side):
+    pair = tiny.pair(name)
+    ids, mask = padded(side)
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    # What transformers' own `generate` makes of a mask.
+    theirs = np.where(mask == 0, 1, mask.cumsum(1) - 1)
+    want = tiny.torch_logits(pair.torch, ids, attention_mask=mask, position_ids=theirs)
+    got = ours(pair, ids, positions, mask)
+    assert np.isfinite(got).all()  # padding too: it must not poison a gradient
+    assert_same(got[mask == 1], want[mask == 1])
+
+
+@ALL
+@pytest.mark.parametrize("lengths", [(9, 8), (4, 7, 9)])
+def test_packed_documents_are_as_if_alone(name, lengths):
+    pair = tiny.pair(name)
+    docs = tiny.documents(lengths)
+    got = ours(pair, *packed(docs))[0]
+    for segment, doc in enumerate(docs):
+        at = sum(lengths[:segment])
+        assert_same(got[at : at + len(doc)], tiny.torch_logits(pair.torch, doc[None])[0])
+
+
+@ALL
+def test_packed_documents_do_not_leak(name):
+    pair = tiny.pair(name)
+    ids, positions, segments = packed(tiny.documents((4, 7, 8)))
+    before = ours(pair, ids, positions, segments)[0]
+    for segment in range(4):  # 0: the padding
+        changed = np.where(segments == segment, (ids + 1) % 50, ids)
+        after = ours(pair, changed, positions, segments)[0]
+        same = segments[0] != segment
+        np.testing.assert_array_equal(after[same], before[same])
+        assert np.abs(after - before)[~same].max() > 1e-3
+
+
+@SOME
+def test_cache_token_by_token(name):
+    """A left-padded prompt in one piece, then one token after another, equals transformers' whole rows."""
+    pair = tiny.pair(name)
+    ids, mask = padded("left")
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    want = tiny.torch_logits(
+        pair.torch, ids, attention_mask=mask, position_ids=np.where(mask == 0, 1, mask.cumsum(1) - 1)
+    )
+
+    @tiny.jit
+    def forward(cache, *inputs):
+        return pair.model.apply({"params": pair.params}, *inputs, cache)
+
+    cache, got = make_cache(pair.model.config, len(ids), T + 3), []
+    for start, stop in [(0, 6)] + [(t, t + 1) for t in range(6, T)]:
+        piece = (jnp.asarray(x[:, start:stop], jnp.int32) for x in (ids, positions, mask))
+        logits, cache = forward(cache, *piece)
+        got.append(np.asarray(logits))
+    assert int(cache["length"]) == T
+    assert_same(np.concatenate(got, axis=1)[mask == 1], want[mask == 1])
+
+
+def loss_and_gradient(model, params):
+    @tiny.jit
+    def run(params):
+        def loss(params):
+            return jnp.mean(jax.nn.logsumexp(model.apply({"params": params}, jnp.asarray(plain())), axis=-1) ** 2)
+
+        return jax.value_and_grad(loss)(params)
+
+    value, gradient = run(params)
+    return float(value), flatten(gradient)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("gpt2", [{"remat": "full"}]),
+        ("mistral", [{"unroll": 0}, {"remat": "full", "unroll": 2}]),
+    ],
+)
+def test_unrolled_and_rematerialised_layers_change_nothing(name, choices):
+    pair = tiny.pair(name)
+    value, gradient = loss_and_gradient(pair.model, pair.params)
+    for options in choices:
+        other_value, other = loss_and_gradient(Decoder(pair.model.config, **options), pair.params)
+        assert other_value == pytest.approx(value, rel=1e-6)
+        for path, g in gradient.items():
+            np.testing.assert_allclose(other[path], g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=f"{options} {path}")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_bfloat16_compute_is_close(name):
+    pair = tiny.pair(name)
+    ids = jnp.asarray(plain())
+    want = tiny.torch_logits(pair.torch, plain())
+    half = Decoder(pair.model.config, jnp.bfloat16)
+    got = np.asarray(tiny.jit(lambda params: half.apply({"params": params}, ids))(pair.params))
+    assert got.dtype == np.float32
+    error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+    assert 1e-5 < error < 0.03  # eight bits of mantissa: really computed in bfloat16, and no worse than that
+
+
+def test_dropout_needs_a_key():
+    pair = tiny.pair("gpt2")
+    ids = jnp.asarray(plain())
+    model = Decoder(pair.model.config, dropout=0.3)
+
+    @tiny.jit
+    def run(rngs):
+        return model.apply({"params": pair.params}, ids, rngs=rngs)
+
+    base = np.asarray(tiny.jit(lambda: pair.model.apply({"params": pair.params}, ids))())
+    first, again, other = (np.asarray(run({"dropout": jax.random.key(seed)})) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(run({}), base)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - base).max() > 0.1 and np.abs(first - other).max() > 0.1
+
+
+def test_dropout_keeps_the_mean():
+    class Drop(nn.Module):
+        def __call__(self, x):
+            return layers.dropout(self, x, 0.3)
+
+    x = jnp.full((100, 1000), 2.0)
+    y = np.asarray(Drop().apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    np.testing.assert_allclose(y[y != 0], 2.0 / 0.7, rtol=1e-6)
+    assert np.mean(y == 0) == pytest.approx(0.3, abs=0.006)  # four standard deviations
+
+
+def test_without_adapters_the_model_is_the_base():
+    pair = tiny.tuned(tiny.pair("llama-biases"), method="lora")
+    ids = jnp.asarray(plain())
+    apply = tiny.jit(lambda variables: pair.model.apply(variables, ids))
+    base = np.asarray(apply({"params": pair.params}))
+    np.testing.assert_array_equal(apply({"params": pair.params, "adapter": {}}), base)
+
+    method, trained, frozen = tiny.start(pair)
+    np.testing.assert_array_equal(apply(method.variables(trained, frozen, pair.spec)), base)  # B is zero
+    moved = jax.tree.map(lambda x: x + 0.05, trained)
+    assert np.abs(np.asarray(apply(method.variables(moved, frozen, pair.spec))) - base).max() > 0.1
+
+
+def test_initial_parameters_have_the_shapes_of_the_files():
+    for name in tiny.VARIANTS:
+        pair = tiny.pair(name)
+        made = jax.eval_shape(pair.model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+        shapes = {path: x.shape for path, x in flatten(made).items()}
+        assert shapes == {path: x.shape for path, x in flatten(pair.params).items()}, name

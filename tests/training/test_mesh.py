@@ -1,0 +1,190 @@
+"""One batch of eight rows, however it is cut: microbatches, and eight simulated devices in every kind of mesh.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.objectives import causal
+from ftjax.training import sharding
+from ftjax.training.optimizer import optimizer, schedule
+from ftjax.training.step import State, compile_step, init_state
+from ftjax.tree import flatten
+from ftjax.tuning import METHODS
+
+B, T, STEPS = 8, 16, 20
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32,
+    "attention_bias": True,
+}
+
+# name -> (mesh, microbatches)
+CUTS = {
+    "accumulate=8": ({"data": 1}, 8),
+    "data=8": ({"data": 8}, 1),
+    "fsdp=8": ({"fsdp": 8}, 1),
+    "tensor=8": ({"tensor": 8}, 1),
+    "data=2,fsdp=2,tensor=2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
+    "fsdp=4,tensor=2": ({"fsdp": 4, "tensor": 2}, 1),
+    "data=2,fsdp=2,accumulate=2": ({"data": 2, "fsdp": 2}, 2),
+}
+
+# For each mesh: parameter -> into how many parts it is split, as the table of ftjax.models.axes says.
+PARTS = {
+    "data=8": {"layers/attn/q_proj/kernel": 1, "embed/embedding": 1, "lm_head/kernel": 1},
+    "fsdp=8": {
+        "layers/attn/q_proj/kernel": 8, "layers/mlp/down_proj/kernel": 8, "embed/embedding": 8, "lm_head/kernel": 8,
+        "layers/attn/q_proj/bias": 1, "final_norm/scale": 1, "layers/attn/q_proj/lora/a": 8, "layers/attn/q_proj/lora/b": 1,
+        "layers/mlp/down_proj/lora/b": 8,
+    },
+    "tensor=8": {
+        "layers/attn/q_proj/kernel": 8, "layers/attn/k_proj/kernel": 1,  # four KV heads: not cut through
+        "layers/attn/q_proj/bias": 8, "layers/attn/o_proj/kernel": 8, "layers/mlp/up_proj/kernel": 8, "embed/embedding": 8,
+        "lm_head/kernel": 8, "final_norm/scale": 1, "layers/mlp/up_proj/lora/a": 1, "layers/mlp/up_proj/lora/b": 8,
+    },
+    "data=2,fsdp=2,tensor=2": {
+        "layers/attn/q_proj/kernel": 4, "layers/attn/k_proj/kernel": 4, "layers/mlp/down_proj/kernel": 4,
+        "embed/embedding": 4, "layers/mlp/down_proj/lora/a": 2, "layers/mlp/down_proj/lora/b": 2,
+    },
+    "fsdp=4,tensor=2": {
+        "layers/attn/q_proj/kernel": 8, "layers/attn/v_proj/kernel": 8, "embed/embedding": 8, "layers/attn/v_proj/bias": 2,
+        "layers/attn/v_proj/lora/a": 4, "layers/attn/v_proj/lora/b": 2,
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def model():
+    return tiny.read(tiny.tiny_models.make("llama", SIZES))
+
+
+def batches():
+    """Rows of unequal length, packed ones and empty ones among them, in another order each step."""
+    rng = np.random.default_rng(0)
+    for step in range(STEPS):
+        docs = tiny.documents((16, 11, 3, 7, 8, 9, 2), 64, seed=step)
+        rows = [[docs[0]], [docs[1]], [docs[2], docs[6]], [docs[3], docs[4]], [docs[5]], [], [docs[1][:5]], []]
+        rows = [rows[i] for i in rng.permutation(B)]
+        batch = tiny.batch(rows, [[len(doc) // 3 for doc in row] for row in rows], T)
+        for name in ("loss_index", "labels", "weights"):
+            batch[name] = np.pad(batch[name], [(0, 0), (0, T - batch[name].shape[1])])
+        yield batch
+
+
+def keep_gradient():
+    """An optimizer that passes gradients on and keeps the last one in its state."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradient, state, params=None: (gradient, gradient)
+    )
+
+
+@functools.cache
+def run(method_name, cut):
+    """Losses of STEPS steps, first and last gradients, and the state and frozen tree as they lie on the mesh."""
+    mesh_shape, accumulate = CUTS[cut] if cut else ({"data": 1}, 1)
+    pair = tiny.tuned(model(), method=method_name, rank=4)
+    method, trained, frozen = tiny.start(pair)
+    shape = pair.model.config
+    mesh_shape = {"data": 1, "fsdp": 1, "tensor": 1} | mesh_shape
+    mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(list(mesh_shape.values())))])
+    config = configs.default().optim
+    config.update(weight_decay=0.1, warmup=2)
+    optim = optax.chain(keep_gradient(), optimizer(config, schedule(config, STEPS, 2e-3)))
+    with jax.set_mesh(mesh):
+        places = sharding.parameter_shardings(trained, shape, mesh, method.axes)
+        trained = jax.device_put(jax.tree.map(np.asarray, trained), places)
+        frozen = jax.device_put(jax.tree.map(np.asarray, frozen), sharding.parameter_shardings(frozen, shape, mesh))
+        moments = sharding.optimizer_shardings(optim, trained, places, mesh)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        state_places = State(everywhere, places, moments)
+        state = tiny.jit(functools.partial(init_state, optim), out_shardings=state_places)(trained)
+        step = compile_step(
+            state_places, sums=lambda variables, batch, rngs: causal.sums(pair.model, variables, batch, rngs=rngs),
+            variables=functools.partial(method.variables, spec=pair.spec), optimizer=optim, seed=0, accumulate=accumulate,
+        )  # fmt: skip
+        losses, gradients, local = [], [], sharding.local_rows(mesh, B)
+        placed = [sharding.place_batch(batch, mesh, B, local) for batch in batches()]
+        step = step.lower(state, frozen, placed[0]).compile(tiny.HASTE)
+        for batch in placed:
+            state, report = step(state, frozen, batch)
+            losses.append(float(report["loss"]))
+            gradients.append({path: np.asarray(g) for path, g in flatten(state.optimizer[0]).items()})
+    return np.array(losses), (gradients[0], gradients[-1]), state, frozen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_same_losses_and_gradients_however_the_batch_is_cut(method, cut):
+    want, want_gradients, _, _ = run(method, None)
+    got, gradients, _, _ = run(method, cut)
+    assert want[-1] != want[0]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for ours, theirs in zip(gradients, want_gradients, strict=True):
+        assert ours.keys() == theirs.keys()
+        for path, g in theirs.items():
+            # A has no gradient while B is zero.
+            np.testing.assert_allclose(ours[path], g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("cut", PARTS)
+def test_parameters_and_moments_are_split_as_the_table_says(method, cut):
+    _, _, state, frozen = run(method, cut)
+    adam = state.optimizer[1][1]
+    trees = [flatten(state.trained), flatten(frozen), flatten(adam.mu), flatten(adam.nu)]
+    checked = 0
+    for path, parts in PARTS[cut].items():
+        for leaves in trees:
+            if path in leaves:
+                x, checked = leaves[path], checked + 1
+                assert len(x.addressable_shards) == 8
+                assert {shard.data.size for shard in x.addressable_shards} == {x.size // parts}, path
+    assert checked >= len(PARTS[cut])
+
+
+def test_mesh_that_does_not_fit_the_devices():
+    with pytest.raises(FtjaxError, match="does not multiply to the 8 devices"):
+        sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
+    assert sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2}).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_every_parameter_of_every_family_has_a_place():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    for name in tiny.VARIANTS:
+        for method_name in ("full", "lora"):
+            pair = tiny.tuned(tiny.pair(name), method=method_name)
+            method = METHODS[method_name]
+            init = functools.partial(method.init, spec=pair.spec)
+            trained, frozen = jax.eval_shape(init, jax.random.key(0), pair.params)
+            for tree, axes in ((trained, method.axes), (frozen, sharding.parameter_axes)):
+                for path, place in flatten(sharding.parameter_shardings(tree, pair.model.config, mesh, axes)).items():
+                    place.shard_shape(flatten(tree)[path].shape)  # raises where a part is not whole
+
+
+def test_batches_go_to_their_rows():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    batch = {"tokens": np.arange(B * T).reshape(B, T)}
+    placed = sharding.place_batch(batch, mesh, B, sharding.local_rows(mesh, B))["tokens"]
+    assert sharding.row_ways(mesh) == 4
+    np.testing.assert_array_equal(placed, batch["tokens"])
+    assert all(shard.data.shape == (2, T) for shard in placed.addressable_shards)

@@ -1,0 +1,202 @@
+"""Schedules and optimizers against transformers' and torch's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from ftjax import config as configs
+from ftjax.training.optimizer import optimizer, schedule
+from ftjax.tree import flatten
+
+NAMES = configs.CHOICES["optim.name"]
+
+
+def optim(**fields):
+    config = configs.default().optim
+    config.update(fields)
+    return config
+
+
+def values(steps, **fields):
+    rate = schedule(optim(**fields), steps, 1e-3)
+    return [float(rate(step)) for step in range(steps)]
+
+
+def theirs(name, steps, warmup, **options):
+    """A schedule of transformers. It starts at 0 where ours starts at the first value above, and is the same afterwards."""
+    adam = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    made = transformers.get_scheduler(name, adam, warmup, steps, scheduler_specific_kwargs=options)
+    rate = made.lr_lambdas[0]
+    return [1e-3 * rate(step + 1 if step < warmup else step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize(
+    ("name", "ours", "their_name", "options"),
+    [
+        ("constant", {}, "constant_with_warmup", {}),
+        ("linear", {}, "linear", {}),
+        ("cosine", {}, "cosine", {}),
+        ("cosine", {"final_lr": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("wsd", {"decay": 0.25}, "warmup_stable_decay", {"num_decay_steps": 25, "decay_type": "linear"}),
+    ],
+)
+def test_schedules_equal_transformers(name, ours, their_name, options, warmup):
+    got = values(100, schedule=name, warmup=warmup, **ours)
+    np.testing.assert_allclose(got, theirs(their_name, 100, warmup, **options), rtol=1e-5, atol=1e-9)
+    assert max(got) == pytest.approx(1e-3) and min(got) > 0
+
+
+def test_schedule_landmarks():
+    got = values(200, schedule="linear", warmup=0.1, final_lr=0.2)
+    assert got[0] == pytest.approx(1e-3 / 20, rel=1e-5)
+    assert got[19:21] == pytest.approx([1e-3, 1e-3], rel=1e-5)  # warm-up is a share of all steps
+    assert got[110] == pytest.approx(0.6e-3, rel=1e-5)  # half way down to a fifth
+    assert float(schedule(optim(schedule="linear", warmup=0.1, final_lr=0.2), 200, 1e-3)(200)) == pytest.approx(2e-4)
+    assert values(3, schedule="cosine", warmup=10) == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=1e-5)  # warm-up alone
+    assert values(1, schedule="cosine", warmup=0.03) == [pytest.approx(1e-3)]
+
+
+def tree(seed=0):
+    """A tree with every kind of leaf, and its like with random values."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "embed": {"embedding": (11, 6)},
+        "layers": {
+            "attn_norm": {"scale": (2, 6)},
+            "attn": {"q_proj": {"kernel": (2, 8, 6), "bias": (2, 8)}},
+            "mlp": {"up_proj": {"lora": {"a": (2, 4, 6), "b": (2, 10, 4)}}},
+        },
+    }
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def run(transformation, params, gradients):
+    """The parameters after each of the updates."""
+
+    @tiny.jit
+    def update(params, state, gradient):
+        updates, state = transformation.update(gradient, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    state, out = transformation.init(params), []
+    for gradient in gradients:
+        params, state = update(params, state, gradient)
+        out.append(params)
+    return out
+
+
+def test_adamw_with_decay_and_clipping_equals_torch():
+    config = optim(name="adamw", weight_decay=0.3, clip_norm=2.0, b1=0.8, b2=0.95, schedule="cosine", warmup=3)
+    rate, params = schedule(config, 20, 1e-2), tree()
+    # Half of the gradients are longer than the clip, half are shorter.
+    gradients = [jax.tree.map(lambda g, s=s: g * (1.0 if s % 2 else 0.02), tree(s + 1)) for s in range(20)]
+    ours = run(optimizer(config, rate), params, gradients)
+
+    tensors = {path: torch.nn.Parameter(torch.tensor(np.asarray(x))) for path, x in flatten(params).items()}
+    spared = [p for path, p in tensors.items() if path.endswith(("scale", "bias"))]
+    decayed = [p for path, p in tensors.items() if not path.endswith(("scale", "bias"))]
+    groups = [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.3}]
+    adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.95), eps=1e-8)
+    for step, gradient in enumerate(gradients):
+        for path, g in flatten(gradient).items():
+            tensors[path].grad = torch.tensor(np.asarray(g))
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), 2.0)
+        assert (norm > 2.0) == bool(step % 2)
+        for group in adam.param_groups:
+            group["lr"] = float(rate(step))
+        adam.step()
+        for path, x in flatten(ours[step]).items():
+            np.testing.assert_allclose(x, tensors[path].detach(), rtol=1e-5, atol=1e-6, err_msg=f"step {step} {path}")
+
+
+def test_sgd_equals_torch():
+    config = optim(name="sgd", clip_norm=0.0, b1=0.9)
+    params, gradients = tree(), [tree(s + 1) for s in range(5)]
+    ours = run(optimizer(config, lambda step: 0.1), params, gradients)
+    tensors = {path: torch.nn.Parameter(torch.tensor(np.asarray(x))) for path, x in flatten(params).items()}
+    sgd = torch.optim.SGD(tensors.values(), lr=0.1, momentum=0.9)
+    for gradient in gradients:
+        for path, g in flatten(gradient).items():
+            tensors[path].grad = torch.tensor(np.asarray(g))
+        sgd.step()
+    for path, x in flatten(ours[-1]).items():
+        np.testing.assert_allclose(x, tensors[path].detach(), rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+def test_lion_equals_its_paper():
+    """Algorithm 2 of Chen et al. 2023: sign of an interpolation, then another interpolation as momentum."""
+    config = optim(name="lion", clip_norm=0.0, b1=0.9, b2=0.99, weight_decay=0.1)
+    params, gradients = tree(), [tree(s + 1) for s in range(5)]
+    ours = run(optimizer(config, lambda step: 0.01), params, gradients)
+    want = {path: np.asarray(x) for path, x in flatten(params).items()}
+    momentum = {path: np.zeros_like(x) for path, x in want.items()}
+    for gradient in gradients:
+        for path, g in flatten(gradient).items():
+            decay = 0.0 if path.endswith(("scale", "bias")) else 0.1
+            want[path] = want[path] - 0.01 * (np.sign(0.9 * momentum[path] + 0.1 * g) + decay * want[path])
+            momentum[path] = 0.99 * momentum[path] + 0.01 * np.asarray(g)
+    for path, x in flatten(ours[-1]).items():
+        np.testing.assert_allclose(x, want[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_muon_equals_torch_layer_by_layer():
+    """Each layer of a stack is made orthogonal by itself, at the size of an Adam step; the rest is Adam's."""
+    config = optim(name="muon", clip_norm=0.0, b1=0.95)
+    params, gradient = tree(), tree(1)
+    new, adam = (run(optimizer(c, lambda step: 0.1), params, [gradient])[0] for c in (config, optim(name="adamw", b1=0.95)))
+    for path, x in flatten(new).items():
+        moved = np.asarray(x) - np.asarray(flatten(params)[path])
+        if not path.startswith("layers/") or path.endswith(("scale", "bias")):
+            np.testing.assert_allclose(x, flatten(adam)[path], rtol=1e-4, atol=1e-5, err_msg=path)
+            continue
+        for layer in range(2):
+            matrix = torch.nn.Parameter(torch.zeros(moved[layer].shape))
+            matrix.grad = torch.tensor(np.asarray(flatten(gradient)[path][layer]))
+            torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+            want = matrix.detach().numpy()
+            # torch iterates in bfloat16.
+            assert np.linalg.norm(moved[layer] - want) < 0.03 * np.linalg.norm(want), f"{path} layer {layer}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_spares_norms_and_biases(name):
+    """Without a gradient, what is decayed shrinks by lr times decay, and the rest stays."""
+    params = tree()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved = run(optimizer(optim(name=name, weight_decay=0.5), lambda step: 0.1), params, [zeros])[0]
+    for path, x in flatten(moved).items():
+        kept = 1.0 if path.endswith(("scale", "bias")) else 0.95
+        np.testing.assert_allclose(x, kept * flatten(params)[path], rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_optimizer_moves_every_parameter(name, method):
+    """On the real trees of both methods; at the size of its learning rate, so that defaults mean something."""
+    pair = tiny.tuned(tiny.pair("llama-biases"), method=method)
+    _, trained, _ = tiny.start(pair)
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), trained)
+    config = optim(name=name, weight_decay=0.01, b1=0.9, b2=0.99)
+    new = run(optimizer(config, lambda step: 1e-2), trained, [gradient] * 3)[-1]
+    for path, x in flatten(new).items():
+        moved = np.asarray(x - flatten(trained)[path])
+        assert np.isfinite(moved).all() and (np.abs(moved) > 0).mean() > 0.99, path
+        if name in ("adamw", "muon", "lion", "adafactor"):
+            assert 2e-3 < np.sqrt(np.mean(moved**2)) < 6e-2, path
+
+
+def test_clipping_bounds_the_whole_tree():
+    config = optim(name="sgd", b1=0.0, clip_norm=0.5)
+    params, gradient = tree(), tree(1)
+    moved = run(optimizer(config, lambda step: 1.0), params, [gradient])[0]
+    norm = np.sqrt(sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params))))
+    assert norm == pytest.approx(0.5, rel=1e-4)
