@@ -38,15 +38,15 @@ def measure(lm, variables, data, config) -> dict:
         name = ev.compare_on
         raise FtjaxError(f"evaluate.compare_on: {name} has no rows; give data.{name}, or a share of data.split")
     rows = ev.batch_size or config.train.batch_size or 16
-    sums = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
+    loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
     batches = Batches(part.examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
-    result = {"perplexity": evaluate_loss(sums, (batches[i] for i in range(len(batches))))["perplexity"]}
+    result = {"perplexity": evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]}
     scores, samples = answers(lm, variables, part, config)
     result |= scores
     if ev.forgetting:
         documents = read_documents(assets.resolve(ev.forgetting))
         limit = lm.model.config.max_positions
-        forgetting = text_loss(sums, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
+        forgetting = text_loss(loss, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
         result["forgetting_loss"] = forgetting["loss"]
     return result | {"samples": samples}
 

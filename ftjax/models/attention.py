@@ -16,12 +16,12 @@ MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become 
 def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
 
-    q (B, T, H, d); k, v (B, S, K, d); q_segments (B, T) and k_segments (B, S) int: a query sees the keys of its own
+    q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B, S) int: a query sees the keys of its own
     segment only; `offset` is the place of the first query among the keys; `window` tokens are seen at most, itself
     included (0: all). Returns (B, T, H, d) in q's dtype; the softmax is taken in float32.
     """
     B, T, H, d = q.shape
-    S, K = k.shape[1], k.shape[2]
+    K, S = v.shape[1], v.shape[2]
     G = H // K
     rows = jnp.arange(T)[:, None] + offset
     columns = jnp.arange(S)[None, :]
@@ -29,8 +29,14 @@ def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
     seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])  # (B, T, S)
     # The query heads of one KV head are folded into its rows: two plain batched products per KV head, no repeated keys.
     q = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
-    out = _softmax_product(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), seen, d**-0.5)
+    out = _softmax_product(q, k, v, seen, d**-0.5)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+def key_layout(k, v):
+    """k, v (B, S, K, d) -> (B, K, d, S) and (B, K, S, d): both products of attention contract where these lie, so that a
+    cache kept in this layout is never transposed again."""
+    return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
 
 def _dot(a, b, contract):
@@ -42,14 +48,14 @@ def _dot(a, b, contract):
 def _probabilities(q, k, seen, scale):
     B, K, GT, _ = q.shape
     T, S = seen.shape[1:]
-    scores = (_dot(q, k, (3, 3)) * scale).reshape(B, K, GT // T, T, S)
+    scores = (_dot(q, k, (3, 2)) * scale).reshape(B, K, GT // T, T, S)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     return jax.nn.softmax(scores, axis=-1).reshape(B, K, GT, S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _softmax_product(q, k, v, seen, scale):
-    """q (B, K, G*T, d), k and v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d)."""
+    """q (B, K, G*T, d), k (B, K, d, S), v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d)."""
     return _softmax_product_fwd(q, k, v, seen, scale)[0]
 
 
@@ -66,7 +72,7 @@ def _softmax_product_bwd(scale, saved, g):
     dp = _dot(g, v, (3, 3))
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     ds = (p.astype(jnp.float32) * (dp - inner) * scale).astype(q.dtype)
-    return _dot(ds, k, (3, 2)).astype(q.dtype), _dot(ds, q, (2, 2)).astype(k.dtype), dv, None
+    return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None
 
 
 _softmax_product.defvjp(_softmax_product_fwd, _softmax_product_bwd)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ftjax.models.attention import attend
+from ftjax.models.attention import attend, key_layout
 from ftjax.models.axes import constrain
 from ftjax.models.config import DecoderConfig
 from ftjax.models.layers import Embedding, Linear, Norm, dropout, rotary_frequencies, rotary_tables, rotate
@@ -72,12 +72,13 @@ class Attention(nn.Module):
             k = Norm("rms", c.norm_eps, self.dtype, name="k_norm")(k)
         if c.positions == "rotary":
             q, k = rotate(q, shared["rotary"]), rotate(k, shared["rotary"])
+        k, v = key_layout(k, v)
         offset, k_segments = 0, shared["segments"]
         if cache is not None:
             offset, k_segments = cache["length"], cache["segments"]
-            start = (layer["index"], 0, offset, 0, 0)
+            starts = {"k": (layer["index"], 0, 0, 0, offset), "v": (layer["index"], 0, 0, offset, 0)}
             cache = cache | {
-                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), start)
+                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), starts[name])
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
@@ -198,12 +199,15 @@ class Decoder(nn.Module):
 
 
 def make_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> dict:
-    """An empty KV cache for `batch` rows of up to `slots` tokens: k, v (L, B, S, K, d), segments (B, S), length ()."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    """An empty KV cache for `batch` rows of up to `slots` tokens.
+
+    k (L, B, K, d, S) and v (L, B, K, S, d) as attention takes them; segments (B, S); length (), the slots in use.
+    """
+    lead, S, d = (config.layers, batch, config.kv_heads), slots, config.head_dim
     # Segment -1: a slot that nobody has written is seen by nobody.
     return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
+        "k": jnp.zeros((*lead, d, S), dtype),
+        "v": jnp.zeros((*lead, S, d), dtype),
         "segments": jnp.full((batch, slots), -1, jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }

@@ -49,7 +49,7 @@ def flops(method_name, vocab):
     shape = dataclasses.replace(LLAMA, vocab_size=vocab)
     B, T = 4, 256
     program, base, trained = lowered(shape, method_name, B, T, unroll=0)
-    counted = program.compile().cost_analysis()["flops"]
+    counted = program.compile(tiny.HASTE).cost_analysis()["flops"]
     formula = flops_per_token(shape, base, trained, method_name == "lora", T)
     # The formula counts what causal attention needs; a product with a mask computes the other half too.
     masked = 6 * shape.layers * T * shape.heads * shape.head_dim
@@ -81,6 +81,6 @@ def test_program_does_not_grow_with_depth(method, remat):
             vocab_size=64, width=32, layers=layers, heads=4, kv_heads=2, head_dim=8, hidden=48, max_positions=64
         )
         program, _, _ = lowered(shape, method, 2, 16, remat=remat)
-        size[layers] = [text.count(" = ") for text in (program.as_text(), program.compile().as_text())]
+        size[layers] = [text.count(" = ") for text in (program.as_text(), program.compile(tiny.HASTE).as_text())]
     print(method, size)
     assert np.all(np.array(size[32]) <= 1.05 * np.array(size[4]))
