@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import traceback
 from pathlib import Path
 
 import ml_collections
@@ -175,8 +176,9 @@ def _python(path: Path) -> ml_collections.ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except (AttributeError, TypeError, KeyError) as error:
-        # ml_collections says which key, of which type, and the nearest one; the file is ours to add.
-        raise FtjaxError(f"{path}: {str(error).strip()}") from error
+        # ml_collections says which key, of which type, and the nearest one; file and line are ours to add.
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        raise FtjaxError(f"{path} line {lines[-1] if lines else 1}: {str(error).strip()}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")
     return config

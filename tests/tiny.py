@@ -126,7 +126,7 @@ def torch_logits(torch_model, ids, **inputs) -> np.ndarray:
 
 
 def torch_loss(torch_model, docs, prompts, label_smoothing: float = 0.0):
-    """Sum of the cross entropy over the trained tokens of documents, padded on the right into one batch, and their count."""
+    """Sum of the cross entropy over the trained tokens of documents, padded into one batch, and their count."""
     ids = torch.zeros(len(docs), max(map(len, docs)), dtype=torch.long)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
     for b, (doc, prompt) in enumerate(zip(docs, prompts, strict=True)):
@@ -134,10 +134,11 @@ def torch_loss(torch_model, docs, prompts, label_smoothing: float = 0.0):
         ids[b, : len(doc)], mask[b, : len(doc)] = torch.as_tensor(doc), 1
         labels[b, prompt : len(doc)] = torch.as_tensor(doc[prompt:])
     logits = torch_model(ids, attention_mask=mask).logits[:, :-1]
+    labels = labels[:, 1:]  # cross_entropy ignores -100
     total = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", label_smoothing=label_smoothing, ignore_index=-100
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
     )
-    return total, int((labels[:, 1:] != -100).sum())
+    return total, int((labels != -100).sum())
 
 
 def torch_gradients(pair: Pair, torch_model) -> dict[str, np.ndarray]:

@@ -26,11 +26,11 @@ SOME = pytest.mark.parametrize("name", ["gpt2", "llama-biases", "mistral", "qwen
 
 @functools.cache
 def jitted(model):
-    return tiny.jit(lambda params, tokens, positions, segments: model.apply({"params": params}, tokens, positions, segments))
+    return tiny.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
 
 
 def ours(pair, *inputs):
-    """Logits (B, T, V) of tokens, positions and segments (B, T); always computed as len(LENGTHS) rows: one compilation."""
+    """Logits (B, T, V) of tokens, positions and segments (B, T), computed as len(LENGTHS) rows: one compilation."""
     rows = len(inputs[0])
     inputs = (jnp.asarray(np.pad(x, [(0, len(LENGTHS) - rows), (0, 0)]), jnp.int32) for x in inputs)
     return np.asarray(jitted(pair.model)(pair.params, *inputs))[:rows]

@@ -1,7 +1,7 @@
 """Fifty steps of training, full and LoRA, beside transformers, peft and torch: the same losses.
 
-Same weights, rows and order; rows of unequal length, trained on their completions alone; AdamW with weight decay, cosine
-with warm-up, clipping. The referee computes in float64: in float32 it strays further from itself than we do from it.
+Same weights, rows and order; rows of unequal length, trained on their completions alone; AdamW with weight decay,
+cosine with warm-up, clipping. The referee computes in float64: in float32 it strays further from itself than we do from it.
 B rows a step, T tokens.
 """
 
@@ -51,7 +51,8 @@ def our_losses(pair, rows, T):
     for docs, prompts in rows:
         batch = tiny.batch([[doc] for doc in docs], [[p] for p in prompts], T)
         # Every batch as wide as the widest: one compilation.
-        batch |= {n: np.pad(batch[n], [(0, 0), (0, T - batch[n].shape[1])]) for n in ("loss_index", "labels", "weights")}
+        missing = [(0, 0), (0, T - batch["labels"].shape[1])]
+        batch |= {name: np.pad(batch[name], missing) for name in ("loss_index", "labels", "weights")}
         step = step or compiled.lower(state, frozen, batch).compile(tiny.HASTE)
         state, report = step(state, frozen, batch)
         reports.append((float(report["loss"]), float(report["grad_norm"])))
@@ -90,7 +91,7 @@ def with_our_adapter(pair, trained, frozen, folder, to_peft):
 
 
 def compare(pair, method, rows, T, tmp_path):
-    """Our (loss, gradient norm) of each step; asserts that they and the final logits are torch's, and that these moved."""
+    """Our (loss, gradient norm) of each step; asserts that they and the final logits are torch's."""
     tuning = {"rank": 4, "alpha": 8.0} if method == "lora" else {}
     pair = tiny.tuned(pair, method=method, **tuning)
     ours, before, after = our_losses(pair, rows, T)

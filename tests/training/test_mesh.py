@@ -52,21 +52,21 @@ PARTS = {
     "data=8": {"layers/attn/q_proj/kernel": 1, "embed/embedding": 1, "lm_head/kernel": 1},
     "fsdp=8": {
         "layers/attn/q_proj/kernel": 8, "layers/mlp/down_proj/kernel": 8, "embed/embedding": 8, "lm_head/kernel": 8,
-        "layers/attn/q_proj/bias": 1, "final_norm/scale": 1, "layers/attn/q_proj/lora/a": 8, "layers/attn/q_proj/lora/b": 1,
-        "layers/mlp/down_proj/lora/b": 8,
+        "layers/attn/q_proj/bias": 1, "final_norm/scale": 1, "layers/attn/q_proj/lora/a": 8,
+        "layers/attn/q_proj/lora/b": 1, "layers/mlp/down_proj/lora/b": 8,
     },
     "tensor=8": {
         "layers/attn/q_proj/kernel": 8, "layers/attn/k_proj/kernel": 1,  # four KV heads: not cut through
-        "layers/attn/q_proj/bias": 8, "layers/attn/o_proj/kernel": 8, "layers/mlp/up_proj/kernel": 8, "embed/embedding": 8,
-        "lm_head/kernel": 8, "final_norm/scale": 1, "layers/mlp/up_proj/lora/a": 1, "layers/mlp/up_proj/lora/b": 8,
+        "layers/attn/q_proj/bias": 8, "layers/attn/o_proj/kernel": 8, "layers/mlp/up_proj/kernel": 8,
+        "embed/embedding": 8, "lm_head/kernel": 8, "final_norm/scale": 1, "layers/mlp/up_proj/lora/a": 1, "layers/mlp/up_proj/lora/b": 8,
     },
     "data=2,fsdp=2,tensor=2": {
         "layers/attn/q_proj/kernel": 4, "layers/attn/k_proj/kernel": 4, "layers/mlp/down_proj/kernel": 4,
         "embed/embedding": 4, "layers/mlp/down_proj/lora/a": 2, "layers/mlp/down_proj/lora/b": 2,
     },
     "fsdp=4,tensor=2": {
-        "layers/attn/q_proj/kernel": 8, "layers/attn/v_proj/kernel": 8, "embed/embedding": 8, "layers/attn/v_proj/bias": 2,
-        "layers/attn/v_proj/lora/a": 4, "layers/attn/v_proj/lora/b": 2,
+        "layers/attn/q_proj/kernel": 8, "layers/attn/v_proj/kernel": 8, "embed/embedding": 8,
+        "layers/attn/v_proj/bias": 2, "layers/attn/v_proj/lora/a": 4, "layers/attn/v_proj/lora/b": 2,
     },
 }  # fmt: skip
 
@@ -118,7 +118,8 @@ def run(method_name, cut):
         state = tiny.jit(functools.partial(init_state, optim), out_shardings=state_places)(trained)
         step = compile_step(
             state_places, sums=lambda variables, batch, rngs: causal.sums(pair.model, variables, batch, rngs=rngs),
-            variables=functools.partial(method.variables, spec=pair.spec), optimizer=optim, seed=0, accumulate=accumulate,
+            variables=functools.partial(method.variables, spec=pair.spec), optimizer=optim, seed=0,
+            accumulate=accumulate,
         )  # fmt: skip
         losses, gradients, local = [], [], sharding.local_rows(mesh, B)
         placed = [sharding.place_batch(batch, mesh, B, local) for batch in batches()]

@@ -29,7 +29,7 @@ def values(steps, **fields):
 
 
 def theirs(name, steps, warmup, **options):
-    """A schedule of transformers. It starts at 0 where ours starts at the first value above, and is the same afterwards."""
+    """A schedule of transformers, whose warm-up starts at 0 where ours starts at the first value above."""
     adam = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     made = transformers.get_scheduler(name, adam, warmup, steps, scheduler_specific_kwargs=options)
     rate = made.lr_lambdas[0]
@@ -59,7 +59,8 @@ def test_schedule_landmarks():
     assert got[19:21] == pytest.approx([1e-3, 1e-3], rel=1e-5)  # warm-up is a share of all steps
     assert got[110] == pytest.approx(0.6e-3, rel=1e-5)  # half way down to a fifth
     assert float(schedule(optim(schedule="linear", warmup=0.1, final_lr=0.2), 200, 1e-3)(200)) == pytest.approx(2e-4)
-    assert values(3, schedule="cosine", warmup=10) == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=1e-5)  # warm-up alone
+    alone = values(3, schedule="cosine", warmup=10)
+    assert alone == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=1e-5)  # nothing but warm-up
     assert values(1, schedule="cosine", warmup=0.03) == [pytest.approx(1e-3)]
 
 
@@ -151,7 +152,8 @@ def test_muon_equals_torch_layer_by_layer():
     """Each layer of a stack is made orthogonal by itself, at the size of an Adam step; the rest is Adam's."""
     config = optim(name="muon", clip_norm=0.0, b1=0.95)
     params, gradient = tree(), tree(1)
-    new, adam = (run(optimizer(c, lambda step: 0.1), params, [gradient])[0] for c in (config, optim(name="adamw", b1=0.95)))
+    configurations = (config, optim(name="adamw", b1=0.95))
+    new, adam = (run(optimizer(c, lambda step: 0.1), params, [gradient])[0] for c in configurations)
     for path, x in flatten(new).items():
         moved = np.asarray(x) - np.asarray(flatten(params)[path])
         if not path.startswith("layers/") or path.endswith(("scale", "bias")):

@@ -27,7 +27,7 @@ LLAMA = DecoderConfig(
 
 
 def lowered(shape: DecoderConfig, method_name: str, B: int, T: int, *, rank: int = 8, **options):
-    """The training step of a llama of this shape, not yet compiled, and the shapes of its base and of what it trains."""
+    """The training step of a llama, not yet compiled, and the shapes of its base and of what it trains."""
     method, spec = METHODS[method_name], tiny.spec(families.FAMILIES["llama"], shape, method=method_name, rank=rank)
     model, base = Decoder(shape, **options), weights.param_shapes(shape)
     trained, frozen = jax.eval_shape(functools.partial(method.init, spec=spec), jax.random.key(0), base)

@@ -1,0 +1,67 @@
+"""The command line as a person meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+HEAVY = ("jax", "numpy", "transformers", "datasets", "ml_collections", "orbax", "grain")
+
+
+def ftjax(*args, cwd=ROOT):
+    env = os.environ | {"FTJAX_MALLOC": "0"}
+    return subprocess.run([sys.executable, "-m", "ftjax", *args], capture_output=True, text=True, env=env, cwd=cwd)
+
+
+def test_help_imports_nothing_heavy():
+    code = f"import sys, ftjax.cli; ftjax.cli.parser(); sys.exit(any(m in sys.modules for m in {HEAVY!r}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    done = ftjax("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in ("train", "evaluate", "generate", "export"))
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (("trian",), "invalid choice"),
+        (("train",), "--config"),
+        (("train", "--config", "configs/quickstart.py", "--confg.seed=1"), 'did you mean "--config"?'),
+        (("train", "--config", "configs/quikstart.py"), "quickstart.py"),
+        (("train", "--config", "configs/quickstart.py", "--config.optim.rate=1"), "no such key"),
+        (("generate", "--model", "builtin:stories260K"), "--prompt"),
+        (("generate", "--model", "no/such/folder/at/all", "--prompt", "x"), "no such folder"),
+        (("export", "--run", "tests", "--out", "x"), "not the folder of a run"),
+    ],
+)
+def test_wrong_arguments_end_with_one_clear_line(args, told):
+    done = ftjax(*args)
+    assert done.returncode == 2
+    assert told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_writes_json_lines_in_order(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"name": n}) + "\n" for n in ("Lily", "Tom")))
+    out = tmp_path / "out.jsonl"
+    done = ftjax(
+        *("generate", "--model", "builtin:stories260K", "--prompts", str(rows), "--out", str(out)),
+        *("--template", "Once upon a time, {name}", "--prompt", "One day,", "--max-new-tokens", "8"),
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == ["One day,", "Once upon a time, Lily", "Once upon a time, Tom"]
+    assert all(a["completion"].strip() for a in answers)
+
+
+def test_evaluate_reports_the_loss_of_rows(tmp_path):
+    rows, out = tmp_path / "rows.txt", tmp_path / "report.json"
+    rows.write_text("One day, Tom went to the park.\nLily saw a big, red ball.\n")
+    done = ftjax("evaluate", "--model", "builtin:stories260K", "--data", str(rows), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert 1 < report["loss"] < 4 and report["tokens"] > 20
+    assert "perplexity" in done.stdout

@@ -1,0 +1,120 @@
+"""A run that is killed and goes on ends in the bits of the run that was never killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from ftjax.training.report import read_metrics
+
+CONFIG = """
+from ftjax import config
+
+def get_config():
+    c = config.default()
+    c.data.prompt = "Words: {src}\\nSentence:"
+    c.data.completion = " {tgt}"
+    c.data.limit = 400
+    c.data.buckets = 2
+    c.tuning.rank = 4
+    c.tuning.dropout = 0.1
+    c.train.steps = 60
+    c.train.batch_size = 8
+    c.train.log_every = 1
+    c.train.eval_every = 10
+    c.train.save_every = 5
+    c.evaluate.rows = 16
+    c.export.formats = ("adapter",)
+    c.log.tensorboard = False
+    return c
+"""
+
+
+def command(config: Path, run_dir: Path) -> list[str]:
+    return [sys.executable, "-m", "ftjax", "train", "--config", str(config), f"--config.run_dir={run_dir}"]
+
+
+def environment(tmp_path) -> dict:
+    # One device is enough, and one cache of compiled programs makes every start but the first short.
+    flags = {"XLA_FLAGS": "", "FTJAX_MALLOC": "0", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return os.environ | flags
+
+
+def run(config, run_dir, tmp_path) -> str:
+    done = subprocess.run(command(config, run_dir), cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(run_dir) -> list[dict]:
+    """Metrics by step, without the clock's."""
+    names = ("step", "loss", "accuracy", "grad_norm", "lr", "val_loss")
+    return [{k: row[k] for k in names if k in row} for row in read_metrics(run_dir)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "killed.py"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_in_the_same_bits(config, tmp_path):
+    from safetensors.numpy import load_file
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(config, whole, tmp_path)
+    chance = random.Random(20)
+    kills = 0
+    for target in sorted(chance.sample(range(1, 55), 3)):
+        process = subprocess.Popen(
+            command(config, killed), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        # A random moment behind a random step: in a step, a validation or the writing of a checkpoint.
+        while process.poll() is None and max([0] + [row["step"] for row in read_metrics(killed)]) < target:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 3
+    said = run(config, killed, tmp_path)
+    assert "going on after step" in said
+    assert losses(killed) == losses(whole)
+    ours, theirs = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_run_folder_is_kept_from_other_runs(config, tmp_path):
+    run_dir = tmp_path / "run"
+    short = ["--config.train.steps=2", "--config.train.eval_every=2"]
+
+    def again(*extra):
+        full = command(config, run_dir) + short + list(extra)
+        return subprocess.run(full, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+
+    assert again().returncode == 0
+    other = again("--config.optim.lr=0.5")
+    assert other.returncode == 2 and "optim.lr was 0.0002, is 0.5" in other.stderr
+    finished = again("--config.mesh.data=1")  # the mesh may change
+    assert finished.returncode == 0 and "going on after step 2 of 2" in finished.stdout
+    assert json.loads((run_dir / "run.json").read_text())["config"]["train"]["steps"] == 2
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    refused = again(f"--config.run_dir={foreign}")
+    assert refused.returncode == 2 and "--config.overwrite=True" in refused.stderr
+    assert (foreign / "thesis.txt").read_text() == "years of work"
