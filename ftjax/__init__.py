@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Public name -> where it lives. Imported on first use: `import ftjax` costs nothing.
 _PUBLIC = {
-    "load": "ftjax.load",
+    "load": "ftjax.loading",
     "LM": "ftjax.lm",
     "train": "ftjax.training.loop",
     "Result": "ftjax.training.loop",

@@ -16,7 +16,7 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.generate import generate
 from ftjax.evaluation.loss import evaluate_loss
 from ftjax.lm import LM, continuations, stop_tokens
-from ftjax.load import load
+from ftjax.loading import load
 from ftjax.training.run_folder import RUN
 
 

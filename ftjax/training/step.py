@@ -73,7 +73,7 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
     report = {
         "loss": metrics["loss"] / weight,
         "accuracy": metrics["correct"] / weight,
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "tokens": weight,
     }
     return State(state.step + 1, trained, moments), report

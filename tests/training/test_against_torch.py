@@ -1,7 +1,7 @@
 """Fifty steps of training, full and LoRA, beside transformers, peft and torch: the same losses.
 
 Same weights, rows and order; rows of unequal length, trained on their completions alone; AdamW with weight decay,
-cosine with warm-up, clipping. The referee computes in float64: in float32 it strays further from itself than we do from it.
+cosine with warm-up, clipping. The referee computes in float64: in float32 it strays further from itself than we do.
 B rows a step, T tokens.
 """
 

@@ -58,7 +58,8 @@ PARTS = {
     "tensor=8": {
         "layers/attn/q_proj/kernel": 8, "layers/attn/k_proj/kernel": 1,  # four KV heads: not cut through
         "layers/attn/q_proj/bias": 8, "layers/attn/o_proj/kernel": 8, "layers/mlp/up_proj/kernel": 8,
-        "embed/embedding": 8, "lm_head/kernel": 8, "final_norm/scale": 1, "layers/mlp/up_proj/lora/a": 1, "layers/mlp/up_proj/lora/b": 8,
+        "embed/embedding": 8, "lm_head/kernel": 8, "final_norm/scale": 1, "layers/mlp/up_proj/lora/a": 1,
+        "layers/mlp/up_proj/lora/b": 8,
     },
     "data=2,fsdp=2,tensor=2": {
         "layers/attn/q_proj/kernel": 4, "layers/attn/k_proj/kernel": 4, "layers/mlp/down_proj/kernel": 4,

@@ -122,7 +122,8 @@ def test_initial_a_is_drawn_as_peft_draws_it():
 
 
 def test_start_of_one_target_does_not_depend_on_the_others():
-    few, many = (flatten(tiny.start(tiny.tuned(tiny.pair("llama2"), targets=(t,)))[1]) for t in ("q_proj", "all-linear"))
+    pairs = (tiny.tuned(tiny.pair("llama2"), targets=(target,)) for target in ("q_proj", "all-linear"))
+    few, many = (flatten(tiny.start(pair)[1]) for pair in pairs)
     assert len(few) < len(many)
     for path, x in few.items():
         np.testing.assert_array_equal(x, many[path], err_msg=path)

@@ -1,0 +1,109 @@
+"""Train, export and come back: what ftjax writes gives PyTorch the trained model's logits, and not the base's."""
+
+import json
+import shutil
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+import ftjax
+from ftjax import assets
+from ftjax import config as configs
+
+IDS = np.array([[1, 403, 407, 261, 378, 298, 10, 100], [1, 5, 6, 7, 8, 9, 11, 12]])
+
+
+@pytest.fixture(scope="module")
+def base(request, tmp_path_factory):
+    """Directory of a base model: the real starter, or a random GPT-2 that borrows its tokenizer."""
+    starter = assets.resolve("builtin:stories260K")
+    if request.param == "llama":
+        return starter
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    shape = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    shutil.copy(f"{starter}/tokenizer.json", folder)
+    named = json.loads(open(f"{starter}/tokenizer_config.json").read()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return str(folder)
+
+
+def settings(base, method, run_dir, formats):
+    c = configs.default()
+    c.update(run_dir=str(run_dir))
+    c.model.path = base
+    c.tuning.update(method=method, rank=4)
+    c.data.update(prompt="Words: {src}\nSentence:", completion=" {tgt}", limit=64, buckets=1)
+    c.optim.update(lr=1e-2)
+    c.train.update(steps=4, batch_size=8, eval_every=4)
+    c.evaluate.rows = 8
+    c.export.formats = formats
+    c.log.update(tensorboard=False, compilation_cache=False)
+    return c
+
+
+def torch_logits(folder, adapter=None):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def close(ours, theirs):
+    return np.abs(ours - theirs).max() < 1e-4 and (ours.argmax(-1) == theirs.argmax(-1)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama", "gpt2"], indirect=True)
+def test_lora_comes_back_as_adapter_and_merged(base, tmp_path):
+    run = tmp_path / "run"
+    result = ftjax.train(settings(base, "lora", run, ("adapter", "merged")), say=lambda line: None)
+    assert result.steps == 4 and result.val_loss > 0
+    trained = ftjax.load(run).logits(IDS)
+    untrained = ftjax.load(base).logits(IDS)
+    assert np.abs(trained - untrained).max() > 1e-2
+    assert close(ftjax.load(run / "adapter").logits(IDS), trained)
+    assert close(ftjax.load(run / "merged").logits(IDS), trained)
+    assert close(torch_logits(base, run / "adapter"), trained)
+    assert close(torch_logits(run / "merged"), trained)
+    assert close(torch_logits(base), untrained)
+    ftjax.export(run, tmp_path / "again", "merged")
+    assert close(torch_logits(tmp_path / "again"), trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama", "gpt2"], indirect=True)
+def test_full_training_comes_back_as_a_model(base, tmp_path):
+    run = tmp_path / "run"
+    ftjax.train(settings(base, "full", run, ("auto",)), say=lambda line: None)
+    trained = ftjax.load(run).logits(IDS)
+    assert np.abs(trained - ftjax.load(base).logits(IDS)).max() > 1e-2
+    assert close(ftjax.load(run / "full").logits(IDS), trained)
+    assert close(torch_logits(run / "full"), trained)
+
+
+def test_padding_on_either_side_changes_no_logit():
+    lm = ftjax.load("builtin:stories260K")
+    plain = lm.logits(IDS)
+    pad, mask = np.zeros((2, 3), int), np.ones_like(IDS)
+    left = lm.logits(np.hstack([pad, IDS]), np.hstack([pad, mask]))[:, 3:]
+    right = lm.logits(np.hstack([IDS, pad]), np.hstack([mask, pad]))[:, :-3]
+    assert close(left, plain) and close(right, plain)
+
+
+def test_public_names_are_there_and_importing_them_is_free():
+    assert {"load", "LM", "train", "Result", "evaluate", "export"} <= set(dir(ftjax))
+    assert callable(ftjax.train) and callable(ftjax.evaluate) and callable(ftjax.export)
+    import_module("ftjax.training.loop")  # submodules must not hide the functions
+
+    assert callable(ftjax.train) and callable(ftjax.evaluate)
+    with pytest.raises(AttributeError, match="no attribute"):
+        ftjax.nothing  # noqa: B018
