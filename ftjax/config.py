@@ -53,6 +53,7 @@ def default() -> ml_collections.ConfigDict:
     data.form = "auto"  # auto | text | prompt | instruction | messages | template; auto goes by the columns
     data.prompt = ""  # template over columns, such as "Words: {src}\nSentence:"; sets form to template
     data.completion = ""  # template over columns, such as " {tgt}"
+    data.end = ""  # token that ends an answer where no chat template does; empty: the tokenizer's end-of-text
     data.loss_on = "completion"  # completion | all: which tokens are trained
     data.max_length = 512  # tokens of a row, or of a packed row; capped by the model's positions
     data.long = "truncate"  # truncate | drop | raise: rows longer than max_length

@@ -90,15 +90,18 @@ def _logits(model, variables, ids, positions, segments):
     return model.apply(variables, ids, positions, segments)
 
 
-def open_base(folder: Path, dtype: str = "auto") -> tuple[LM, Spec]:
-    """The model in a local directory, on the default device, and its Spec with the default tuning. For `dtype` see `load`."""
+def open_base(folder: Path, dtype: str = "auto", end: str = "") -> tuple[LM, Spec]:
+    """The model in a local directory, on the default device, and its Spec with the default tuning.
+
+    dtype: see ftjax.load; end: a token that ends answers beside those that the directory names.
+    """
     folder = Path(folder)
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocab(words, shape.vocab_size)
     compute = compute_dtype(dtype)
     params = weights.read_params(folder, family, shape, dtype=lambda path: compute)
-    lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words))
+    lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning)
 
 

@@ -31,25 +31,31 @@ def row_number(index: int) -> str:
 
 
 def encode(
-    rendered: Sequence[Rendered], tokenizer, loss_on: str = "completion", place: Place = row_number
+    rendered: Sequence[Rendered],
+    tokenizer,
+    loss_on: str = "completion",
+    place: Place = row_number,
+    end: str = "",
 ) -> list[Example]:
     """One Example for each row, uncut.
 
     Prompt and completion are encoded together; where that does not begin with the prompt's own ids (a token merged
     across the border), the prompt's ids come first and the completion is encoded after them. The end-of-text token is
     added after the completion unless it stands there, and trained. Messages go through the tokenizer's chat template;
-    every assistant turn is trained up to and including the token that ends it. loss_on: completion, or all.
+    every assistant turn is trained up to and including the token that ends it. loss_on: completion, or all. end: the
+    token that ends a text instead of the tokenizer's end-of-text.
     Raises FtjaxError naming the row: a template that fails, or that rewrites what an earlier prompt said so that no
     prompt would be met in generation; a row in which nothing would be trained.
     """
+    end_id = end_token(tokenizer, end)
     examples = []
     for first in range(0, len(rendered), CHUNK):
         chunk = rendered[first : first + CHUNK]
         chat = [i for i, r in enumerate(chunk) if r.messages is not None]
         plain = [i for i, r in enumerate(chunk) if r.messages is None]
-        done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer)))
+        done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer, end_id)))
         places = [place(first + i) for i in chat]
-        done |= zip(chat, _encode_chats([chunk[i].messages for i in chat], tokenizer, places))
+        done |= zip(chat, _encode_chats([chunk[i].messages for i in chat], tokenizer, places, end_id))
         examples += [_example(*done[i], loss_on, place, first + i) for i in range(len(chunk))]
     return examples
 
@@ -108,19 +114,18 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
 # ---------------------------------------------------------------------------------------------- plain text
 
 
-def _encode_plain(rows: list[Rendered], tokenizer) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def _encode_plain(rows: list[Rendered], tokenizer, end: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """(ids, [(start, end) of what is trained]) for each row."""
     if not rows:
         return []
-    eos = _eos(tokenizer)
     prompts = _prompt_ids([r.prompt for r in rows], tokenizer)
     joint = _one_bos(_ids(tokenizer, [r.prompt + r.completion for r in rows]), tokenizer)
     out = []
     for row, prompt, ids in zip(rows, prompts, joint):
         if ids[: len(prompt)] != prompt:
             ids = prompt + _continuation(tokenizer, row.completion)
-        if ids[-1:] != [eos]:
-            ids = [*ids, eos]
+        if ids[-1:] != [end]:
+            ids = [*ids, end]
         out.append((ids, [(len(prompt), len(ids))]))
     return out
 
@@ -144,7 +149,9 @@ def _continuation(tokenizer, text: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------- chats
 
 
-def _encode_chats(chats: list, tokenizer, places: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def _encode_chats(
+    chats: list, tokenizer, places: list[str], end_id: int
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """(ids, [(start, end) of what is trained]) for each chat.
 
     An answer starts where the rendered prompt before it ends. It ends with the chat up to it, less the white space
@@ -199,8 +206,8 @@ def _encode_chats(chats: list, tokenizer, places: list[str]) -> list[tuple[list[
                 stop = ids.index(end, len(p_ids)) + 1
             elif stop is None:
                 stop = len(t_ids)
-                if len(t_ids) == len(ids) and ids[-1] != _eos(tokenizer):
-                    ids, stop = [*ids, _eos(tokenizer)], stop + 1  # no token of the template ends the chat
+                if len(t_ids) == len(ids) and ids[-1] != end_id:
+                    ids, stop = [*ids, end_id], stop + 1  # no token of the template ends the chat
             spans.append((len(p_ids), stop))
         out.append((ids, spans))
     return out
@@ -259,7 +266,11 @@ def _one_bos(rows: list[list[int]], tokenizer) -> list[list[int]]:
     return rows if bos is None else [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]
 
 
-def _eos(tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise FtjaxError("the tokenizer names no end-of-text token: set `eos_token` in its tokenizer_config.json")
-    return tokenizer.eos_token_id
+def end_token(tokenizer, end: str = "") -> int:
+    """Id of the token `end`, by default the tokenizer's end-of-text. Raises FtjaxError where it has no such token."""
+    if not end and tokenizer.eos_token_id is None:
+        raise FtjaxError("the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json")
+    ids = _ids(tokenizer, [end], special=False)[0] if end else [tokenizer.eos_token_id]
+    if len(ids) != 1:
+        raise FtjaxError(f"data.end: {end!r} is {len(ids)} tokens for this tokenizer; expected exactly one")
+    return ids[0]

@@ -57,10 +57,10 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
         )
 
 
-def end_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
+def end_tokens(folder: Path, tokenizer, end: str = "") -> tuple[int, ...]:
     """Ids that end an answer, most official first, none twice.
 
-    The `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, and the one by which the
+    `end`, a token that answers were trained to end with; the `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, and the one by which the
     chat template ends an assistant's turn.
     """
     folder = Path(folder)
@@ -68,6 +68,7 @@ def end_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
     eos = read_json(official).get("eos_token_id") if official else None
     ids = list(eos) if isinstance(eos, list) else [eos]
     ids += [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
+    ids += [tokenizer.convert_tokens_to_ids(end)] if end else []
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

@@ -87,7 +87,7 @@ def train(config, say=print) -> Result:
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocab(words, shape.vocab_size)
-    ends = tokenizer.end_tokens(folder, words)
+    ends = tokenizer.end_tokens(folder, words, config.data.end)
     dtype = compute_dtype(config.model.dtype)
     model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning)
@@ -137,6 +137,11 @@ def train(config, say=print) -> Result:
         begin = jax.jit(begin, donate_argnums=1, out_shardings=(places, frozen_places))
         trained, frozen = begin(jax.random.key(config.seed), base)
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
+        for token, alike in indistinct_ends(frozen, data.train.examples).items():
+            say(
+                f"warning: answers end with {words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is that of "
+                f"{alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a token that was"
+            )
         applied = functools.partial(method.variables, spec=spec)
 
         # ---- the step ----------------------------------------------------------------------------------------------
@@ -297,6 +302,22 @@ def train(config, say=print) -> Result:
     )  # fmt: skip
     say(summary(result, config))
     return result
+
+
+def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
+    """Last tokens of examples -> how many other tokens have the same row in a frozen head, where any has.
+
+    Tokens that pretraining never met keep rows all alike, so that a frozen head gives them one and the same logit.
+    """
+    head = frozen.get("lm_head", {}).get("kernel", frozen.get("embed", {}).get("embedding"))
+    if head is None:
+        return {}
+    found = {}
+    for token in {int(e.ids[-1]) for e in examples if e.trained[-1]}:
+        row = head[token]
+        alike = int(jax.numpy.sum(jax.numpy.all(jax.numpy.abs(head - row) <= 1e-3 * jax.numpy.abs(row).max(), axis=1)))
+        found |= {token: alike - 1} if alike > 1 else {}
+    return found
 
 
 def summary(result: Result, config) -> str:

@@ -119,7 +119,6 @@ def test_fifty_steps_equal_torch(name, method, tmp_path):
     compare(tiny.pair(name), method, random_rows(50, 16), 16, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_fifty_steps_of_the_starter_model_equal_torch(method, shared, tmp_path):
     """A pretrained model on real text, twice over the same rows: the loss falls."""

@@ -132,7 +132,6 @@ def run(method_name, cut):
     return np.array(losses), (gradients[0], gradients[-1]), state, frozen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_same_losses_and_gradients_however_the_batch_is_cut(method, cut):
@@ -147,7 +146,6 @@ def test_same_losses_and_gradients_however_the_batch_is_cut(method, cut):
             np.testing.assert_allclose(ours[path], g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("cut", PARTS)
 def test_parameters_and_moments_are_split_as_the_table_says(method, cut):

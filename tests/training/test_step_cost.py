@@ -56,7 +56,6 @@ def flops(method_name, vocab):
     return counted, B * T * (formula + masked)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [4096, 32000])
 def test_lora_computes_no_gradient_of_a_frozen_kernel(vocab):
     lora, full = flops("lora", vocab)[0], flops("full", vocab)[0]
@@ -64,7 +63,6 @@ def test_lora_computes_no_gradient_of_a_frozen_kernel(vocab):
     assert lora <= 0.72 * full
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_formula_is_what_the_compiler_counts(method):
     counted, formula = flops(method, 4096)

@@ -1,0 +1,17 @@
+"""Supervised fine-tuning of any supported model on any rows with LoRA: set model.path and data.train, on the command line too.
+
+Rows that are short beside data.max_length are packed; the learning rate and the batch are LoRA's defaults.
+"""
+
+from ftjax import config
+
+
+def get_config():
+    c = config.default()
+    c.run_dir = "runs/sft"
+    c.data.packing = True
+    c.train.epochs = 3.0
+    c.optim.warmup = 0.03
+    c.optim.schedule = "cosine"
+    c.export.formats = ("adapter",)
+    return c
