@@ -1,4 +1,4 @@
-"""Quick start: teach a 260K-parameter story model to write a sentence from given words, with LoRA, on a laptop's CPU."""
+"""Quick start: teach a story model of 260,000 parameters to write a sentence from given words, on a laptop's CPU."""
 
 from ftjax import config
 

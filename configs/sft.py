@@ -1,4 +1,5 @@
-"""Supervised fine-tuning of any supported model on any rows with LoRA: set model.path and data.train, on the command line too.
+"""Supervised fine-tuning of any supported model on any rows with LoRA: set model.path and data.train, on the command
+line too.
 
 Rows that are short beside data.max_length are packed; the learning rate and the batch are LoRA's defaults.
 """

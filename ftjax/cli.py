@@ -37,35 +37,54 @@ def parser() -> argparse.ArgumentParser:
 
     overrides = "any field of the config can be set: --config.optim.lr=3e-4; ftjax/config.py lists them all"
     sub = verb("train", _train, "fine-tune as a config says, or go on with a run that was stopped", epilog=overrides)
-    sub.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json")
+    sub.add_argument(
+        "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
+    )
 
-    sub = verb("evaluate", _evaluate, "loss and perplexity per trained token, and scores of generated answers", epilog=overrides)
+    sub = verb(
+        "evaluate",
+        _evaluate,
+        "loss and perplexity per trained token, and scores of generated answers",
+        epilog=overrides,
+    )
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
     sub.add_argument("--data", help="rows, as data.train takes them; default: the test part of the run's own data")
     sub.add_argument("--config", metavar="FILE", help="how to read the rows; default: as the run did, or the defaults")
-    sub.add_argument("--generate", action="store_true", help="also answer every prompt and score it by evaluate.metrics")
+    sub.add_argument(
+        "--generate", action="store_true", help="also answer every prompt and score it by evaluate.metrics"
+    )
     sub.add_argument("--out", metavar="FILE", help="write the figures as JSON")
 
     sub = verb("generate", _generate, "continue prompts")
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
-    sub.add_argument("--prompt", action="append", default=[], help="a prompt as it stands, \\n for a line end; may be repeated")
+    sub.add_argument(
+        "--prompt", action="append", default=[], help="a prompt as it stands, \\n for a line end; may be repeated"
+    )
     sub.add_argument("--prompts", metavar="FILE", help="rows: a column `prompt`, `messages`, or those of --template")
-    sub.add_argument("--template", help='prompt over the columns of --prompts, such as "Words: {src}"; a run brings its own')
+    sub.add_argument(
+        "--template", help='prompt over the columns of --prompts, such as "Words: {src}"; a run brings its own'
+    )
     sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of text to the terminal")
     sub.add_argument("--max-new-tokens", type=int, default=64)
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     sub.add_argument("--top-k", type=int, default=0, help="0: off")
     sub.add_argument("--top-p", type=float, default=1.0, help="1: off")
-    sub.add_argument("--stop", action="append", default=[], help="a string of one token that ends an answer; may be repeated")
+    sub.add_argument(
+        "--stop", action="append", default=[], help="a string of one token that ends an answer; may be repeated"
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch-size", type=int, default=32, help="prompts at once")
 
     sub = verb("export", _export, "write what a run trained as files that PyTorch loads")
     sub.add_argument("--run", required=True, dest="run_dir", metavar="DIR", help="run folder")
     sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument("--format", default="auto", help="adapter (PEFT), merged or full (a whole model); auto: adapter if any")
+    sub.add_argument(
+        "--format", default="auto", help="adapter (PEFT), merged or full (a whole model); auto: adapter if any"
+    )
     sub.add_argument("--checkpoint", default="best", choices=("best", "last"))
-    sub.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the base's")
+    sub.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the base's"
+    )
     return top
 
 
@@ -103,7 +122,8 @@ def _version() -> str:
 
 
 def _tune_malloc() -> None:
-    """On a CPU with glibc, start again with an allocator that keeps its pages: a quarter of a small step is page faults.
+    """On a CPU with glibc, start again with an allocator that keeps its pages: a quarter of a small step is page
+    faults.
 
     FTJAX_MALLOC=0 turns it off; GLIBC_TUNABLES that are set already are left alone.
     """
@@ -157,7 +177,11 @@ def _generate(args, overrides) -> None:
         print(f"{len(rows)} answers in {args.out}")
         return
     for row in rows:
-        print(f"{row['prompt']}\033[1m{row['completion']}\033[0m" if sys.stdout.isatty() else row["prompt"] + row["completion"])
+        print(
+            f"{row['prompt']}\033[1m{row['completion']}\033[0m"
+            if sys.stdout.isatty()
+            else row["prompt"] + row["completion"]
+        )
 
 
 def _export(args, overrides) -> None:

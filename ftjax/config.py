@@ -22,7 +22,7 @@ def default() -> ml_collections.ConfigDict:
     """Every field of a run. `None` means: derived later, and the derived value is written to the run folder."""
     c = ml_collections.ConfigDict()
     c.run_dir = "runs/default"  # everything that a run writes lies in here; the same folder again means resume
-    c.overwrite = False  # True: delete what an earlier run left in run_dir and start anew
+    c.overwrite = False  # True: start anew, deleting what an earlier run wrote to run_dir; other files there stay
     c.seed = 0  # initial adapters, dropout, order of rows, split, sampling
 
     c.model = model = ml_collections.ConfigDict()
@@ -112,7 +112,9 @@ def default() -> ml_collections.ConfigDict:
     gen.stop = ()  # strings of one token each that end an answer beside the model's own end tokens
 
     c.export = export = ml_collections.ConfigDict()
-    export.formats = ("auto",)  # adapter | merged | full, written to run_dir at the end; auto: adapter where there is one
+    export.formats = (
+        "auto",
+    )  # adapter | merged | full, written to run_dir at the end; auto: adapter where there is one
     export.checkpoint = "best"  # best | last
     export.dtype = "auto"  # auto: as the model was; float32 | bfloat16 | float16
     export.shard_size = 5_000_000_000  # bytes a safetensors file at most
@@ -141,10 +143,11 @@ CHOICES = {
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDict:
-    """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote, with overrides applied, validated.
+    """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote, with overrides applied,
+    validated.
 
-    overrides: `dotted.key=value`; a value is a Python literal, or else a string. Raises FtjaxError that names the file, the
-    key, what was expected and the nearest key.
+    overrides: `dotted.key=value`; a value is a Python literal, or else a string. Raises FtjaxError that names the file,
+    the key, what was expected and the nearest key.
     """
     path = Path(path)
     if not path.is_file():
@@ -273,9 +276,22 @@ def validate(config) -> None:
         if not holds(values[key]):
             raise FtjaxError(f"{key}: expected {expected}; found {values[key]!r}")
 
-    for key in ("tuning.rank", "data.max_length", "data.buckets", "data.workers", "train.accumulate", "train.log_every"):
+    for key in (
+        "tuning.rank",
+        "data.max_length",
+        "data.buckets",
+        "data.workers",
+        "train.accumulate",
+        "train.log_every",
+    ):
         need(key, lambda v: v >= 1, "at least 1")
-    for key in ("generate.max_new_tokens", "generate.batch_size", "train.keep", "model.head_chunk", "export.shard_size"):
+    for key in (
+        "generate.max_new_tokens",
+        "generate.batch_size",
+        "train.keep",
+        "model.head_chunk",
+        "export.shard_size",
+    ):
         need(key, lambda v: v >= 1, "at least 1")
     for key in ("train.steps", "train.eval_every", "train.patience", "train.save_every", "data.limit", "model.unroll"):
         need(key, lambda v: v >= 0, "0 or more")
@@ -289,6 +305,8 @@ def validate(config) -> None:
     need("train.batch_size", lambda v: v is None or v >= 1, "at least 1")
     need("train.dropout", lambda v: v is None or 0 <= v < 1, "a share from 0 to below 1")
     need("train.epochs", lambda v: v > 0, "more than 0")
-    need("data.split", lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6, "three shares that add up to 1")
+    need(
+        "data.split", lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6, "three shares that add up to 1"
+    )
     for key in ("tuning.rank_pattern", "tuning.alpha_pattern"):
         need(key, lambda v: all(isinstance(p, tuple) and len(p) == 2 for p in v), "pairs of (pattern, value)")

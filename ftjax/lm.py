@@ -51,8 +51,11 @@ class LM:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
 
-    def generate(self, prompts: list[str], *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
-        """Continue each prompt; the new text only. See ftjax.evaluation.generate.generate for temperature, top_k, top_p, …
+    def generate(
+        self, prompts: list[str], *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling
+    ) -> list[str]:
+        """Continue each prompt; the new text only. See ftjax.evaluation.generate.generate for temperature, top_k,
+        top_p, …
 
         stop: strings of one token each that end an answer beside the model's own end tokens.
         """

@@ -18,8 +18,8 @@ from ftjax.tuning import METHODS
 def load(path: str | Path, *, revision: str = "", dtype: str = "auto", checkpoint: str = "best") -> LM:
     """A model directory, hub name, PEFT adapter directory (with its base) or run folder of `ftjax train` -> LM.
 
-    dtype: compute and storage, `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU, float32 on CPU); checkpoint: of a
-    run folder, `best` or `last`. Raises FtjaxError for anything that is none of these.
+    dtype: compute and storage, `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU, float32 on CPU); checkpoint:
+    of a run folder, `best` or `last`. Raises FtjaxError for anything that is none of these.
     """
     if (Path(path) / RUN).is_file():
         source, _ = open_run(path, dtype, checkpoint)
@@ -39,7 +39,9 @@ def _load_adapter(folder: Path, dtype: str) -> LM:
         raise FtjaxError(f"{folder / peft.CONFIG}: peft_type {kind!r} is not supported; known: {known}")
     base = adapter_config.get("base_model_name_or_path")
     if not base:
-        raise FtjaxError(f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on")
+        raise FtjaxError(
+            f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on"
+        )
     lm, spec = open_base(resolve.resolve(base, adapter_config.get("revision") or ""), dtype)
     trained, fields = method.from_peft(adapter_config, tensors, lm.params, spec)
     spec.tuning.update(fields)

@@ -41,7 +41,7 @@ def test_a_config_survives_json(tmp_path):
         ("seed=True", "expected int, such as 3; found True"),
         ("overwrite=1", "expected bool, such as False; found 1"),
         ("optim=3", "names a group; its keys are"),
-        ("optim.name=adam", '\'adam\' (did you mean "adamw"?); one of'),
+        ("optim.name=adam", "'adam' (did you mean \"adamw\"?); one of"),
         ("data.split=(0.5, 0.1, 0.1)", "three shares that add up to 1"),
         ("tuning.rank=0", "expected at least 1"),
         ("tuning.rank_pattern=('q_proj', 8)", "pairs of (pattern, value)"),

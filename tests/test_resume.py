@@ -77,7 +77,11 @@ def test_killed_three_times_it_ends_in_the_same_bits(config, tmp_path):
     kills = 0
     for target in sorted(chance.sample(range(1, 55), 3)):
         process = subprocess.Popen(
-            command(config, killed), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, start_new_session=True
+            command(config, killed),
+            cwd=ROOT,
+            env=environment(tmp_path),
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )
         # A random moment behind a random step: in a step, a validation or the writing of a checkpoint.
         while process.poll() is None and max([0] + [row["step"] for row in read_metrics(killed)]) < target:

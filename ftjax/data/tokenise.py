@@ -269,7 +269,9 @@ def _one_bos(rows: list[list[int]], tokenizer) -> list[list[int]]:
 def end_token(tokenizer, end: str = "") -> int:
     """Id of the token `end`, by default the tokenizer's end-of-text. Raises FtjaxError where it has no such token."""
     if not end and tokenizer.eos_token_id is None:
-        raise FtjaxError("the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json")
+        raise FtjaxError(
+            "the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json"
+        )
     ids = _ids(tokenizer, [end], special=False)[0] if end else [tokenizer.eos_token_id]
     if len(ids) != 1:
         raise FtjaxError(f"data.end: {end!r} is {len(ids)} tokens for this tokenizer; expected exactly one")

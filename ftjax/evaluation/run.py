@@ -24,9 +24,9 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
     """`loss` (nats a trained token), `perplexity`, `accuracy` and `tokens` on rows; with `generate` the scores of
     `evaluate.metrics` on one answer to each distinct prompt too, and the answers as `samples`.
 
-    model: anything that ftjax.load reads, or an LM; data: rows as data.train takes them, None: the test part of the config's
-    own data; config: how rows are read and answered, None: the run's own where `model` is a run folder, else the
-    defaults; overrides: `dotted.key=value` on top. Raises FtjaxError for input that cannot be used.
+    model: anything that ftjax.load reads, or an LM; data: rows as data.train takes them, None: the test part of the
+    config's own data; config: how rows are read and answered, None: the run's own where `model` is a run folder, else
+    the defaults; overrides: `dotted.key=value` on top. Raises FtjaxError for input that cannot be used.
     """
     config = _config(model, config, overrides)
     lm = model if isinstance(model, LM) else load(model)
@@ -49,7 +49,9 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
 def _config(model, config, overrides):
     if config is None:
         file = None if isinstance(model, LM) else Path(model) / RUN
-        config = configs.from_dict(json.loads(file.read_text())["config"]) if file and file.is_file() else configs.default()
+        config = (
+            configs.from_dict(json.loads(file.read_text())["config"]) if file and file.is_file() else configs.default()
+        )
     config = configs.copy(config)
     configs.override(config, overrides)
     return config
@@ -61,9 +63,15 @@ def figures(report: dict) -> str:
 
 
 def answer(
-    model: str | LM, prompts: list[str] = (), file: str | None = None, *, template: str | None = None, max_new_tokens: int = 64,
-    stop: tuple[str, ...] = (), **sampling,
-) -> list[dict]:  # fmt: skip
+    model: str | LM,
+    prompts: list[str] = (),
+    file: str | None = None,
+    *,
+    template: str | None = None,
+    max_new_tokens: int = 64,
+    stop: tuple[str, ...] = (),
+    **sampling,
+) -> list[dict]:
     """One {"prompt", "completion"} for each of `prompts` and then for each row of `file`.
 
     file: rows with a column `prompt`, with `messages` (through the chat template, up to the last answer), or with the
@@ -76,10 +84,12 @@ def answer(
         rendered += _rendered(file, template or config.data.prompt)
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer)]
     new = generate(
-        lm.model, lm.variables, ids, max_new_tokens=max_new_tokens, end_tokens=lm.end_tokens + stop_tokens(lm.tokenizer, stop),
-        vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), **sampling,
+        lm.model, lm.variables, ids, max_new_tokens=max_new_tokens, end_tokens=lm.end_tokens + stop_tokens(lm.tokenizer,
+        stop), vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), **sampling,
     )  # fmt: skip
-    shown = [r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)]
+    shown = [
+        r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)
+    ]
     texts = continuations(lm.tokenizer, ids, new)
     return [{"prompt": p, "completion": c} for p, c in zip(shown, texts, strict=True)]
 

@@ -60,8 +60,8 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
 def end_tokens(folder: Path, tokenizer, end: str = "") -> tuple[int, ...]:
     """Ids that end an answer, most official first, none twice.
 
-    `end`, a token that answers were trained to end with; the `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, and the one by which the
-    chat template ends an assistant's turn.
+    `end`, a token that answers were trained to end with; the `eos_token_id` of generation_config.json (or else of
+    config.json), the tokenizer's own, and the one by which the chat template ends an assistant's turn.
     """
     folder = Path(folder)
     official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)

@@ -60,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
         found = "it has pytorch_model.bin only, a pickle, which may run code and is not read"
     raise FtjaxError(
         f"{folder}: no model.safetensors and no model.safetensors.index.json; {found}. To convert it, where torch is "
-        "installed: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        'installed: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         "M.from_pretrained('OLD').save_pretrained('NEW'); T.from_pretrained('OLD').save_pretrained('NEW')\""
     )
 

@@ -16,9 +16,10 @@ MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become 
 def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
 
-    q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B, S) int: a query sees the keys of its own
-    segment only; `offset` is the place of the first query among the keys; `window` tokens are seen at most, itself
-    included (0: all). Returns (B, T, H, d) in q's dtype; the softmax is taken in float32.
+    q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B,
+    S) int: a query sees the keys of its own segment only; `offset` is the place of the first query among the keys;
+    `window` tokens are seen at most, itself included (0: all). Returns (B, T, H, d) in q's dtype; the softmax is taken
+    in float32.
     """
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
@@ -34,8 +35,8 @@ def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
 
 
 def key_layout(k, v):
-    """k, v (B, S, K, d) -> (B, K, d, S) and (B, K, S, d): both products of attention contract where these lie, so that a
-    cache kept in this layout is never transposed again."""
+    """k, v (B, S, K, d) -> (B, K, d, S) and (B, K, S, d): both products of attention contract where these lie, so that
+    a cache kept in this layout is never transposed again."""
     return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
 

@@ -21,7 +21,8 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
-# The end of a parameter's path -> its logical axes (ftjax.models.axes). Stacked parameters have a layer axis before these.
+# The end of a parameter's path -> its logical axes (ftjax.models.axes). Stacked parameters have a layer axis before
+# these.
 PARAMETER_AXES = {
     "embed/embedding": ("vocab", "embed"),
     "pos_embed/embedding": (None, "embed"),
@@ -116,7 +117,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, shared):
-        """carry: x (B, T, D) and the cache; layer: this layer's `window` and `index`; shared: the same for all layers."""
+        """carry: x (B, T, D) and the cache; layer: its `window` and `index`; shared: the same for all layers."""
         x, cache = carry
         c = self.config
         h = Norm(c.norm, c.norm_eps, self.dtype, name="attn_norm")(x)
@@ -169,8 +170,8 @@ class Decoder(nn.Module):
         """Hidden states after the last norm, (B, T, D); with a cache: (states, cache).
 
         positions (B, T) int: place in its own document, 0 first; default: 0..T-1.
-        segment_ids (B, T) int: tokens see only tokens of their own id; 0 is padding by convention; default: one segment.
-        cache: from `make_cache`; the T tokens are appended at `cache["length"]`, padding included.
+        segment_ids (B, T) int: tokens see only tokens of their own id; 0 is padding by convention; default: one
+        segment. cache: from `make_cache`; the T tokens are appended at `cache["length"]`, padding included.
         """
         c, (B, T) = self.config, tokens.shape
         start = 0 if cache is None else cache["length"]

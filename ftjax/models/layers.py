@@ -14,8 +14,8 @@ from flax import linen as nn
 from ftjax.models.axes import constrain
 
 # name in the `adapter` collection -> how it changes a linear map; filled by the files of ftjax.tuning.
-# f(x, y, kernel, leaves, rng) -> y: x (B, T, in), y = x kernelᵀ + bias (B, T, out), leaves: what the collection holds under
-# that name for this layer, rng: a key while training, None otherwise.
+# f(x, y, kernel, leaves, rng) -> y: x (B, T, in), y = x kernelᵀ + bias (B, T, out), leaves: what the collection holds
+# under that name for this layer, rng: a key while training, None otherwise.
 ADAPTERS: dict[str, Callable] = {}
 
 
@@ -30,8 +30,8 @@ def _contract(a, b, dims):
 
 
 def _project_bwd(saved, g):
-    # The kernel's gradient contracts rows and positions where they lie: flattening them first makes XLA's CPU transpose both.
-    # A frozen kernel's is never used, and so never computed.
+    # The kernel's gradient contracts rows and positions where they lie: flattening them first makes XLA's CPU transpose
+    # both. A frozen kernel's is never used, and so never computed.
     x, kernel = saved
     lead = tuple(range(x.ndim - 1))
     dx = _contract(g, kernel, ((g.ndim - 1,), (0,))).astype(x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 512):
     """Sums over the trained tokens of a batch, never means: whoever calls divides once, by everything it has summed.
 
-    batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, the place whose state predicts; labels (B, M)
+    batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, where a state predicts; labels (B, M)
     int; weights (B, M) float, 0 where a row has fewer than M. Hidden states are gathered before the head, so that
     no logits are computed for tokens that are not trained, and at most (B, head_chunk, V) of them are held at once.
 
@@ -45,7 +45,7 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
 
 
 def _scan_chunks(chunk_sums, arrays, M, size):
-    """Sum `chunk_sums` over pieces of axis 1, each recomputed in the backward pass; a last short piece is filled with zeros."""
+    """Sum `chunk_sums` over pieces of axis 1, each recomputed in the backward pass; zeros fill the last."""
     pieces = -(-M // size)
 
     def cut(x):

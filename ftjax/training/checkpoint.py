@@ -1,7 +1,7 @@
 """Checkpoints: what was trained, its optimizer, and the record of the run, written by Orbax in the background.
 
-One folder a step, atomically renamed into place: `trained`, `optimizer` and `run` lie side by side in it, so that an export
-reads what was trained without its optimizer. The frozen base is named in the run's record, never copied.
+One folder a step, atomically renamed into place: `trained`, `optimizer` and `run` lie side by side in it, so that an
+export reads what was trained without its optimizer. The frozen base is named in the run's record, never copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             # Sorted ascending, the last are kept: the lowest loss must come last.
-            get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda m: -m["val_loss"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         # One file an array: on a single host three times as fast as OCDBT, which serves large pods.
         arrays = lambda: ocp.PyTreeCheckpointHandler(use_ocdbt=jax.process_count() > 1)  # noqa: E731
@@ -77,7 +79,9 @@ class Checkpoints:
         """The whole `State`, into `abstract`, a State of jax.ShapeDtypeStruct with shardings."""
         restored = self.manager.restore(
             step,
-            args=self.ocp.args.Composite(trained=self._into(abstract.trained), optimizer=self._into(abstract.optimizer)),
+            args=self.ocp.args.Composite(
+                trained=self._into(abstract.trained), optimizer=self._into(abstract.optimizer)
+            ),
         )
         place = jax.device_put(np.int32(step), abstract.step.sharding)
         return type(abstract)(place, restored["trained"], restored["optimizer"])

@@ -17,7 +17,7 @@ FORMATS = ("auto", "adapter", "merged", "full")
 
 
 def resolve_format(method: str, format: str) -> str:
-    """`auto` -> `adapter` where the method has one, else `full`. Raises FtjaxError for what the method cannot be written as."""
+    """`auto` -> `adapter` where the method has one, else `full`. Raises FtjaxError for what it cannot be written as."""
     row = METHODS[method]
     if format == "auto":
         format = "adapter" if row.to_peft else "full"
@@ -33,7 +33,8 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
     "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe.
 
-    format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the base's.
+    format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the
+    base's.
     """
     row, base, out = METHODS[source.method], source.base, Path(out)
     format = resolve_format(source.method, format)
@@ -62,7 +63,9 @@ def _merge_difference(source: Trained, params: dict) -> float:
     return float(jnp.max(jnp.abs(apply({"params": params}) - apply(adapted))))
 
 
-def export(run: str | Path, out: str | Path, format: str = "auto", *, checkpoint: str = "best", dtype: str = "auto") -> dict:
+def export(
+    run: str | Path, out: str | Path, format: str = "auto", *, checkpoint: str = "best", dtype: str = "auto"
+) -> dict:
     """Write a run folder's result as a PEFT adapter or a whole model. Returns the report of `write`.
 
     format: auto | adapter | merged | full; checkpoint: best | last. Raises FtjaxError for a folder that is no run.

@@ -29,8 +29,8 @@ PEAKS = {
 def flops_per_token(config: DecoderConfig, base: dict, trained: dict, frozen: bool, length: int) -> float:
     """FLOPs of forward and backward for one token of a row of `length`.
 
-    Full training: 6 N + 6 L T H d; with frozen kernels 4 N + 6 N_trained + 6 L T H d: the kernels' own gradients fall away.
-    base, trained: trees of shapes; frozen: whether the base's kernels are, or are themselves what is trained.
+    Full training: 6 N + 6 L T H d; with frozen kernels 4 N + 6 N_trained + 6 L T H d: the kernels' own gradients fall
+    away. base, trained: trees of shapes; frozen: whether the base's kernels are, or are themselves what is trained.
     """
 
     def matmul(tree):

@@ -44,8 +44,8 @@ class Result:
     """What a run came to. Losses are in nats a trained token.
 
     steps: taken in all; resumed_from: 0 for a new run; stopped_early: patience ran out; best_step, val_loss: the lowest
-    validation loss (None without validation rows); results: before and after, where `evaluate.compare` is on; files: name ->
-    path of what was written.
+    validation loss (None without validation rows); results: before and after, where `evaluate.compare` is on; files:
+    name -> path of what was written.
     """
 
     run_dir: str
@@ -99,8 +99,8 @@ def train(config, say=print) -> Result:
     ways = sharding.row_ways(mesh)
     if rows % (ways * config.train.accumulate):
         raise FtjaxError(
-            f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} parts of "
-            f"the mesh; a multiple of {ways * config.train.accumulate} can"
+            f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} "
+            f"parts of the mesh; a multiple of {ways * config.train.accumulate} can"
         )
     batch = functools.partial(
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed
@@ -139,8 +139,9 @@ def train(config, say=print) -> Result:
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
         for token, alike in indistinct_ends(frozen, data.train.examples).items():
             say(
-                f"warning: answers end with {words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is that of "
-                f"{alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a token that was"
+                f"warning: answers end with {words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is "
+                f"that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
+                "token that was"
             )
         applied = functools.partial(method.variables, spec=spec)
 
@@ -225,8 +226,8 @@ def train(config, say=print) -> Result:
             loss = values["loss"]
             if not math.isfinite(loss):
                 raise FtjaxError(
-                    f"the loss became {loss} between step {step - config.train.log_every + 1} and step {step}. A lower optim.lr "
-                    "or a longer optim.warmup helps most often; the checkpoints before are whole"
+                    f"the loss became {loss} between step {step - config.train.log_every + 1} and step {step}. A lower "
+                    "optim.lr or a longer optim.warmup helps most often; the checkpoints before are whole"
                 )
             values |= {"lr": float(rate(step - 1))} | progress.rates(step)
             metrics.write(step, values)
@@ -276,14 +277,17 @@ def train(config, say=print) -> Result:
         del state
         checkpoints.close()
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
-        source = Trained(config.tuning.method, trained, frozen, spec, LM(model, None, {}, words, folder, ends), config.model.path)
+        source = Trained(
+            config.tuning.method, trained, frozen, spec, LM(model, None, {}, words, folder, ends), config.model.path
+        )
         for format in dict.fromkeys(formats):
             written = export.write(
                 source, run_dir / format, format, dtype=config.export.dtype, shard_size=config.export.shard_size
             )
             files[format] = written["path"]
             if "merge_difference" in written:
-                say(f"merged model: its logits differ from the adapted one's by at most {written['merge_difference']:.1e}")
+                drift = written["merge_difference"]
+                say(f"merged model: its logits differ from the adapted one's by at most {drift:.1e}")
         results = None
         if config.evaluate.compare:
             after = measure(trained)
@@ -323,13 +327,14 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
 def summary(result: Result, config) -> str:
     """The last lines of a run: what it reached, the files it wrote, and the commands that come next."""
     val = "" if result.val_loss is None else f", best validation loss {result.val_loss:.4f} at step {result.best_step}"
+    whole = "full" if config.tuning.method == "full" else "merged"
     lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     lines += [
         "next:",
         f"  ftjax generate --model {result.run_dir} --prompt '...'",
         f"  ftjax evaluate --model {result.run_dir} --data FILE",
-        f"  ftjax export --run {result.run_dir} --out DIR --format {'merged' if config.tuning.method != 'full' else 'full'}",
+        f"  ftjax export --run {result.run_dir} --out DIR --format {whole}",
     ]
     return "\n".join(lines)
 

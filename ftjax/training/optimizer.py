@@ -14,7 +14,7 @@ def schedule(config, steps: int, lr: float) -> optax.Schedule:
 
     wsd: warm-up, stable, linear decay over the last `config.decay` share (Hu et al. 2024, MiniCPM).
     """
-    warmup = int(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
     warmup, end = min(warmup, steps), lr * config.final_lr
     rest = max(steps - warmup, 1)
     if config.schedule == "constant":
@@ -24,7 +24,7 @@ def schedule(config, steps: int, lr: float) -> optax.Schedule:
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(lr, rest, alpha=config.final_lr)
     else:
-        decay = max(int(config.decay * steps), 1)
+        decay = max(round(config.decay * steps), 1)
         after = optax.linear_schedule(lr, end, decay, transition_begin=max(rest - decay, 0))
     # Step 0 of a warm-up already moves: (step + 1) / warmup, so that no batch is spent on a learning rate of zero.
     up = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
@@ -63,10 +63,9 @@ def _muon(c):
     muon = optax.contrib.scale_by_muon(
         beta=c.b1, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrices, tree)
     )
-    # Scaled to the root mean square of an Adam step, so that one learning rate serves both (Liu et al. 2025, Moonlight).
-    rescale = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u: u * 0.2 * jnp.sqrt(max(u.shape[-2:])), updates)
-    )
+    # Scaled to the root mean square of an Adam step, so that one learning rate serves both (Liu et al. 2025,
+    # Moonlight).
+    rescale = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * 0.2 * jnp.sqrt(max(u.shape[-2:])), updates))
     return optax.partition(
         {"muon": optax.chain(muon, rescale), "adam": optax.scale_by_adam(c.b1, c.b2, c.eps)},
         lambda tree: map_paths(label, tree),

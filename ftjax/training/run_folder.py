@@ -22,6 +22,10 @@ from ftjax.tuning import METHODS, Spec
 
 RUN = "run.json"  # the resolved config and the base it was started on; what has it is a run folder
 
+# Everything that a run writes into its folder.
+WRITTEN = (RUN, "before.json", "checkpoints", "tensorboard", "wandb", "metrics.jsonl", "loss.png", "results.json")
+WRITTEN += ("samples.jsonl", "adapter", "merged", "full")
+
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "data.workers", "train.log_every",
         "train.keep", "model.remat", "model.unroll", "model.head_chunk")  # fmt: skip
@@ -30,27 +34,37 @@ FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evalua
 def claim(config, folder: Path) -> bool:
     """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
 
-    folder: directory of the base. Raises FtjaxError where it holds anything else and `config.overwrite` is off, or where the
-    earlier run was another one: then it names each field that differs.
+    folder: directory of the base. Raises FtjaxError where it holds anything else and `config.overwrite` is off, or
+    where the earlier run was another one: then it names each field that differs.
     """
     run_dir = Path(config.run_dir)
     if run_dir.is_file():
         raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
     record = {"ftjax": ftjax.__version__, "config": config.to_dict(), "base": fingerprint(folder)}
-    if config.overwrite and run_dir.is_dir():
-        shutil.rmtree(run_dir)
+    if config.overwrite:
+        _clear(run_dir)
     going_on = False
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not config.overwrite:
         if not (run_dir / RUN).is_file():
             raise FtjaxError(
-                f"run_dir: {run_dir} holds files that are not of a run, and would be overwritten. Choose another run_dir, or "
-                "delete what is there with --config.overwrite=True"
+                f"run_dir: {run_dir} holds files that are not of a run. Choose another run_dir, or write beside them, "
+                "and over those of the same name, with --config.overwrite=True"
             )
         _same_run(record, json.loads((run_dir / RUN).read_text()), run_dir)
         going_on = True
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / RUN, json.dumps(record, indent=2) + "\n")
     return going_on
+
+
+def _clear(run_dir: Path) -> None:
+    """Delete what a run writes, and nothing else."""
+    for name in WRITTEN:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _same_run(new: dict, old: dict, run_dir: Path) -> None:
@@ -61,7 +75,7 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
         told.append(f"the weights in {new['config']['model']['path']} are not those that it was started on")
     if told:
         raise FtjaxError(
-            f"run_dir: {run_dir} holds another run: {'; '.join(told)}. Choose another run_dir, or delete what is there with "
+            f"run_dir: {run_dir} holds another run: {'; '.join(told)}. Choose another run_dir, or delete that run with "
             "--config.overwrite=True"
         )
 
@@ -70,7 +84,8 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
 class Trained:
     """What a run trained, what it did not, and the model that it goes on: all that an export reads.
 
-    base: the LM before training, whose parameters full training has given away; base_name: how others should call the base.
+    base: the LM before training, whose parameters full training has given away; base_name: how others should call the
+    base.
     """
 
     method: str
@@ -96,7 +111,9 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best")
     saved = Checkpoints(run_dir, read_only=True)
     step = saved.best() if checkpoint == "best" else saved.latest()
     if step is None:
-        raise FtjaxError(f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}")
+        raise FtjaxError(
+            f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"
+        )
     shapes, frozen = jax.eval_shape(lambda key, base: method.init(key, base, spec), jax.random.key(0), lm.params)
     stored = jnp.dtype(config.model.trained_dtype)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

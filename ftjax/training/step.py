@@ -35,8 +35,8 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     """Gradient of the loss summed over the batch and divided once by all its trained tokens.
 
     sums(variables, batch, rngs) -> (loss sum, weight sum, metric sums), see ftjax.objectives; variables(trained,
-    frozen) -> what the model is applied to. With `accumulate` > 1 the rows are taken in that many microbatches, one after
-    another; row r goes to microbatch r % accumulate, so that each holds rows of every device.
+    frozen) -> what the model is applied to. With `accumulate` > 1 the rows are taken in that many microbatches, one
+    after another; row r goes to microbatch r % accumulate, so that each holds rows of every device.
     Returns (gradient tree in float32, weight sum, metric sums).
     """
 
@@ -53,7 +53,9 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     else:
         rows = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, accumulate)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], rows), key))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], rows), key)
+        )
         add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)  # noqa: E731
         total, _ = jax.lax.scan(add, zeros, (rows, keys))
     gradient, weight, metrics = total

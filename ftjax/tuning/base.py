@@ -26,9 +26,9 @@ class Method:
     variables(trained, frozen, spec) -> {"params": ..., "adapter": ...}: what the model is applied to.
     merge(trained, frozen, spec) -> params: a plain model with the same logits; None where there can be none.
     to_peft(trained, frozen, spec) -> (adapter_config, {tensor name: array}) in PEFT's format; None where PEFT has none.
-    from_peft(adapter_config, tensors, base, spec) -> (trained, fields): the way back, and the fields of config.tuning that
-    describe it. `peft_type` is the name by which adapter_config.json calls the method.
-    axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
+    from_peft(adapter_config, tensors, base, spec) -> (trained, fields): the way back, and the fields of config.tuning
+    that describe it. `peft_type` is the name by which adapter_config.json calls the method. axes(path) -> logical axes
+    of a trained leaf, see ftjax.models.axes.
     """
 
     init: Callable

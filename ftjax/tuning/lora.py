@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): W x + s B A x with A (R, in), B (out, R), s = alpha / rank; W frozen.
 
-L layers, R rank. Adapters of stacked maps are stacked too. A layer whose rank is below R, or that is not a target at all,
-keeps the rest of its A and B at zero: their gradients are then zero as well, and stay so.
+L layers, R rank. Adapters of stacked maps are stacked too. A layer whose rank is below R, or that is not a target at
+all, keeps the rest of its A and B at zero: their gradients are then zero as well, and stay so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ftjax.models.decoder import parameter_axes
 from ftjax.models.layers import ADAPTERS, project
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
-from ftjax.tuning.targets import by_pattern, module_names, select
+from ftjax.tuning.targets import by_pattern, check_patterns, module_names, select
 
 
 def apply(x, y, kernel, leaves, rng):
@@ -35,9 +35,9 @@ ADAPTERS["lora"] = apply
 
 
 def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Path of each target -> its rank (int) and scale (float32), each of shape (L,), or (1,) where it is not stacked."""
+    """Path of each target -> its rank (int) and scale (float32), each (L,), or (1,) where it is not stacked."""
     tuning, layers = spec.tuning, spec.model.layers
-    out = {}
+    out, adapted = {}, []
     for path, hits in select(spec.names, layers, tuple(tuning.targets)).items():
         rank, scale = [], []
         for module, hit in zip(module_names(path, spec.names[path], layers), hits, strict=True):
@@ -45,9 +45,12 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             alpha = by_pattern(tuning.alpha_pattern, module, tuning.alpha, "tuning.alpha_pattern")
             if r < 1:
                 raise FtjaxError(f"tuning.rank: {module} would get rank {r}; expected at least 1")
+            adapted += [module] * hit
             rank.append(r if hit else 0)
             scale.append(alpha / r if hit else 0.0)
         out[path] = np.array(rank), np.array(scale, np.float32)
+    for key in ("rank_pattern", "alpha_pattern"):
+        check_patterns(tuning[key], adapted, f"tuning.{key}")
     return out
 
 

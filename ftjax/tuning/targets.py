@@ -18,8 +18,8 @@ def module_names(path: str, template: str, layers: int) -> list[str]:
 def select(names: dict[str, str], layers: int, targets: tuple[str, ...]) -> dict[str, list[bool]]:
     """Path -> for each of its modules whether `targets` selects it; paths without any are left out.
 
-    names: path -> template of module names. A target is `all-linear` (every linear map in the blocks), `re:PATTERN` (must
-    match a whole module name), or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
+    names: path -> template of module names. A target is `all-linear` (every linear map in the blocks), `re:PATTERN`
+    (must match a whole module name), or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
     Raises FtjaxError for a target that selects nothing.
     """
     chosen, used = {}, set()
@@ -56,6 +56,17 @@ def by_pattern(patterns, module: str, default, key: str):
         if _compile(rf"(.*\.)?({pattern})$", key).match(module):
             return value
     return default
+
+
+def check_patterns(patterns, modules: list[str], key: str) -> None:
+    """Raises FtjaxError for a pattern that matches none of the adapted `modules`, by the rule of `by_pattern`."""
+    for pattern, _ in patterns:
+        if not any(by_pattern(((pattern, True),), module, False, key) for module in modules):
+            tails = sorted({module.rsplit(".", 1)[-1] for module in modules})
+            raise FtjaxError(
+                f"{key}: {pattern!r} matches no module that tuning.targets selects{nearest(pattern, tails)}; "
+                f"it selects {', '.join(tails)}"
+            )
 
 
 def _compile(pattern: str, key: str) -> re.Pattern:

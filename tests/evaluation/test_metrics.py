@@ -52,7 +52,7 @@ def test_bleu_is_that_of_the_corpus():
 @pytest.mark.parametrize(
     "name, row, message",
     [
-        ("rogue_l", {}, 'unknown \'rogue_l\' \\(did you mean "rouge_l"\\?\\)'),
+        ("rogue_l", {}, "unknown 'rogue_l' \\(did you mean \"rouge_l\"\\?\\)"),
         ("coverage", {"scr": "a"}, "found 'src' \\(did you mean \"scr\"\\?\\), the columns are scr"),
         ("coverage", {"src": " "}, "the column 'src' holds no word"),
     ],

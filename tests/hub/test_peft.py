@@ -135,20 +135,24 @@ def test_written_config_says_all_that_readers_need(adapter, tmp_path):
     said, tensors = lora_to_peft(*lora_from_peft(*read_adapter(folder), names, config), names)
     write_adapter(tmp_path / "out", tensors, said, base, "openai-community/gpt2")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert written | {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "openai-community/gpt2",
-        "r": 3,
-        "lora_alpha": 6,
-        "target_modules": ["attn.c_proj", "c_attn", "c_fc"],
-        "fan_in_fan_out": True,
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-    } == written
+    assert (
+        written
+        | {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "openai-community/gpt2",
+            "r": 3,
+            "lora_alpha": 6,
+            "target_modules": ["attn.c_proj", "c_attn", "c_fc"],
+            "fan_in_fan_out": True,
+            "bias": "none",
+            "use_dora": False,
+            "use_rslora": False,
+            "modules_to_save": None,
+            "inference_mode": True,
+        }
+        == written
+    )
     assert isinstance(written["lora_alpha"], int)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{ }"
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "t"
