@@ -59,10 +59,12 @@ class LM:
 
         stop: strings of one token each that end an answer beside the model's own end tokens.
         """
+        from ftjax.data.template import Rendered
+        from ftjax.data.tokenise import encode_prompts
         from ftjax.evaluation.generate import generate
 
         ends = self.end_tokens + stop_tokens(self.tokenizer, stop)
-        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        ids = [i.tolist() for i in encode_prompts([Rendered(prompt=text) for text in prompts], self.tokenizer)]
         new = generate(
             self.model, self.variables, ids, max_new_tokens=max_new_tokens, end_tokens=ends,
             vocab_size=min(self.model.config.vocab_size, len(self.tokenizer)), **sampling,

@@ -7,23 +7,18 @@ import io
 import json
 from pathlib import Path
 
-import jax
-
 from ftjax import assets
 from ftjax.data.batches import Batches
 from ftjax.data.template import reference
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.generate import generate
-from ftjax.evaluation.loss import evaluate_loss, read_documents, text_loss
+from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import METRICS, find, score
 from ftjax.files import replace_text
 from ftjax.lm import continuations, stop_tokens
-from ftjax.objectives import causal
 
 LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
-
-sums = jax.jit(causal.sums, static_argnums=0, static_argnames="head_chunk")
 
 
 def measure(lm, variables, data, config) -> dict:

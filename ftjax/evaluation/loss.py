@@ -16,6 +16,10 @@ import numpy as np
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
+from ftjax.objectives import causal
+
+# The objective as evaluation computes it: (model, variables, batch, head_chunk=...) -> sums, without dropout.
+sums = jax.jit(causal.sums, static_argnums=0, static_argnames="head_chunk")
 
 AHEAD = 8  # batches that the device may be given before the first of them is read
 SEPARATOR = "<|endoftext|>"

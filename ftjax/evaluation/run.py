@@ -14,7 +14,7 @@ from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
 from ftjax.evaluation.generate import generate
-from ftjax.evaluation.loss import evaluate_loss
+from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.lm import LM, continuations, stop_tokens
 from ftjax.loading import load
 from ftjax.training.run_folder import RUN
@@ -38,8 +38,8 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
         raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     batches = Batches(part.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False)
-    sums = functools.partial(compare.sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
-    report = evaluate_loss(sums, (batches[i] for i in range(len(batches))))
+    loss = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
+    report = evaluate_loss(loss, (batches[i] for i in range(len(batches))))
     if generate:
         scores, samples = compare.answers(lm, lm.variables, part, config)
         report |= scores | {"samples": samples}

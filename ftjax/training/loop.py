@@ -20,7 +20,7 @@ from ftjax.data.prepare import prepare
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import compare
-from ftjax.evaluation.loss import evaluate_loss
+from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.plot import plot_losses
 from ftjax.files import replace_text
 from ftjax.hub import families, resolve, tokenizer, weights
@@ -154,25 +154,20 @@ def train(config, say=print) -> Result:
         state = jax.jit(functools.partial(init_state, optim), out_shardings=state_places)(trained)
         del trained  # the state's own from here on
 
-        def sums(variables, batch, rngs):
-            return causal.sums(
-                model, variables, batch, rngs=rngs, label_smoothing=config.train.label_smoothing,
-                head_chunk=config.model.head_chunk,
-            )  # fmt: skip
-
+        objective = functools.partial(
+            causal.sums, model, label_smoothing=config.train.label_smoothing, head_chunk=config.model.head_chunk
+        )
         step_fn = compile_step(
-            state_places, sums=sums, variables=applied, optimizer=optim, seed=config.seed,
+            state_places, sums=objective, variables=applied, optimizer=optim, seed=config.seed,
             accumulate=config.train.accumulate,
         )  # fmt: skip
-        loss_fn = jax.jit(lambda trained, frozen, batch: causal.sums(
-            model, applied(trained, frozen), batch, head_chunk=config.model.head_chunk
-        ))  # fmt: skip
 
         def validate(trained) -> float:
             local = sharding.local_rows(mesh, eval_rows)
             feed = loader(validation, 0, len(validation), config.data.workers, local)
             placed = (sharding.place_batch(b, mesh, eval_rows, local) for b in feed)
-            return evaluate_loss(lambda b: loss_fn(trained, frozen, b), placed)["loss"]
+            loss = functools.partial(sums, model, applied(trained, frozen), head_chunk=config.model.head_chunk)
+            return evaluate_loss(loss, placed)["loss"]
 
         def measure(trained):
             lm = LM(model, None, {}, words, folder, ends)
@@ -193,6 +188,7 @@ def train(config, say=print) -> Result:
             abstract = jax.tree.map(
                 lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_places
             )
+            del state  # before the one of the checkpoint comes in: they are of one size
             state = checkpoints.state(resumed_from, abstract)
             record = checkpoints.record(resumed_from)
             best, stale = record["best"], record["stale"]

@@ -34,14 +34,14 @@ def init_state(optimizer, trained) -> State:
 def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     """Gradient of the loss summed over the batch and divided once by all its trained tokens.
 
-    sums(variables, batch, rngs) -> (loss sum, weight sum, metric sums), see ftjax.objectives; variables(trained,
+    sums(variables, batch, rngs=...) -> (loss sum, weight sum, metric sums), see ftjax.objectives; variables(trained,
     frozen) -> what the model is applied to. With `accumulate` > 1 the rows are taken in that many microbatches, one
     after another; row r goes to microbatch r % accumulate, so that each holds rows of every device.
     Returns (gradient tree in float32, weight sum, metric sums).
     """
 
     def loss(trained, rows, key):
-        total, weight, metrics = sums(variables(trained, frozen), rows, {"dropout": key})
+        total, weight, metrics = sums(variables(trained, frozen), rows, rngs={"dropout": key})
         return total, (weight, metrics)
 
     def microbatch(rows, key):
