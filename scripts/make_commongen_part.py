@@ -2,8 +2,9 @@
 
     python scripts/make_commongen_part.py FOLDER_WITH_commongen.{train,dev}.{src_alpha,tgt}.txt
 
-Training: one sentence for each of 12,000 concept sets, chosen by seed. Validation and test: the concept sets of the
-dev files with all their sentences, next to one another. No two parts share a concept set.
+Sets of three words, as four fifths of its training sets are: their sentences suit a model of 260,000 parameters.
+Training: every sentence that makes a row of at most 60 of the starter model's tokens. Validation and test: the sets of
+the dev files with all their sentences, next to one another. No two parts share a set of words.
 """
 
 import json
@@ -12,8 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-TRAIN_SETS, VALIDATION_SETS, SEED = 12_000, 300, 0
-OUT = Path(__file__).resolve().parents[1] / "ftjax" / "assets" / "commongen"
+WORDS, TOKENS, VALIDATION_SETS, SEED = 3, 60, 150, 0
+ASSETS = Path(__file__).resolve().parents[1] / "ftjax" / "assets"
+OUT = ASSETS / "commongen"
 
 
 def concept_sets(folder: Path, part: str) -> list[tuple[str, list[str]]]:
@@ -36,14 +38,22 @@ def write(name: str, rows: list[tuple[str, str]]) -> None:
 
 
 def main(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ASSETS / "stories260K" / "tokenizer.json"))
+
+    def fits(src: str, tgt: str) -> bool:
+        return len(tokenizer.encode(f"Words: {src}\nSentence: {tgt}").ids) < TOKENS
+
     rng = random.Random(SEED)
-    train = rng.sample(concept_sets(folder, "train"), TRAIN_SETS)
-    held_out = concept_sets(folder, "dev")
-    seen = {frozenset(src.split()) for src, _ in train}
-    held_out = [(src, tgts) for src, tgts in held_out if frozenset(src.split()) not in seen]
+    held_out = [(src, tgts) for src, tgts in concept_sets(folder, "dev") if len(src.split()) == WORDS]
+    seen = {frozenset(src.split()) for src, _ in held_out}
+    sets = [(src, tgts) for src, tgts in concept_sets(folder, "train") if len(src.split()) == WORDS]
+    train = [(src, tgt) for src, tgts in sets if frozenset(src.split()) not in seen for tgt in tgts if fits(src, tgt)]
+    rng.shuffle(train)
     rng.shuffle(held_out)
     OUT.mkdir(parents=True, exist_ok=True)
-    write("train.jsonl", [(src, rng.choice(tgts)) for src, tgts in train])
+    write("train.jsonl", train)
     write("validation.jsonl", [(src, tgt) for src, tgts in held_out[:VALIDATION_SETS] for tgt in tgts])
     write("test.jsonl", [(src, tgt) for src, tgts in held_out[VALIDATION_SETS:] for tgt in tgts])
     shutil.copyfile(folder / "LICENSE", OUT / "LICENSE")
