@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parents[1]
 
 HEAVY = ("jax", "numpy", "transformers", "datasets", "ml_collections", "orbax", "grain")
 

@@ -1,6 +1,7 @@
 """The config: overrides, files, and the one clear error for each way to get it wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -76,9 +77,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 
 def test_every_config_of_the_project_is_valid():
-    from conftest import ROOT
-
-    files = sorted((ROOT / "configs").glob("*.py"))
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
     assert files
     for file in files:
         configs.load(file)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from ftjax.training.report import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CONFIG = """
 from ftjax import config

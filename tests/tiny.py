@@ -6,22 +6,19 @@ B rows, T tokens, M trained tokens a row at most, V vocabulary.
 from __future__ import annotations
 
 import functools
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tiny_models
+import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "hub"))
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-
-from ftjax import config as configs  # noqa: E402
-from ftjax.hub import families, weights  # noqa: E402
-from ftjax.models.decoder import Decoder  # noqa: E402
-from ftjax.tuning import METHODS, Spec  # noqa: E402
+from ftjax import config as configs
+from ftjax.hub import families, weights
+from ftjax.models.decoder import Decoder
+from ftjax.tuning import METHODS, Spec
 
 torch.set_num_threads(1)  # models this small only wait for further threads
 

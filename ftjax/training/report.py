@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
 
 METRICS = "metrics.jsonl"
@@ -27,8 +28,10 @@ class Metrics:
             writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
             self.sinks.append((lambda name, value, step: writer.add_scalar(name, value, step), writer.close))
         if config.log.wandb:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError:
+                raise FtjaxError("log.wandb: Weights & Biases is not installed; pip install 'ftjax[wandb]'") from None
             run = wandb.init(project=config.log.wandb, dir=str(run_dir), name=run_dir.name, config=config.to_dict())
             self.sinks.append((lambda name, value, step: run.log({name: value}, step=step), run.finish))
 

@@ -1,0 +1,68 @@
+"""Compile time of a training step against depth: `python scripts/bench_compile.py`.
+
+Lowering and compiling of the whole step (forward, backward, AdamW) of a LLaMA of width 256, best of three, in turn, the
+persistent cache off. The layers are scanned, so that the ratio should stay near 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import time
+
+import jax
+
+from ftjax import config as configs
+from ftjax.hub import families, weights
+from ftjax.models.config import DecoderConfig
+from ftjax.models.decoder import Decoder
+from ftjax.objectives import causal
+from ftjax.training.optimizer import optimizer, schedule
+from ftjax.training.step import compile_step, init_state
+from ftjax.tuning import METHODS, Spec
+
+
+def compile_seconds(layers: int, method_name: str, remat: str) -> float:
+    """Seconds from Python to an executable, nothing cached."""
+    shape = DecoderConfig(
+        vocab_size=4096, width=256, layers=layers, heads=8, kv_heads=4, head_dim=32, hidden=688, max_positions=512,
+        tied=False,
+    )  # fmt: skip
+    config, method = configs.default(), METHODS[method_name]
+    spec = Spec(shape, families.linear_names(families.FAMILIES["llama"], shape), config.tuning)
+    base = weights.param_shapes(shape)
+    trained, frozen = jax.eval_shape(functools.partial(method.init, spec=spec), jax.random.key(0), base)
+    optim = optimizer(config.optim, schedule(config.optim, 100, 1e-3))
+    ids = {name: jax.ShapeDtypeStruct((4, 256), "int32") for name in ("tokens", "positions", "segment_ids")}
+    ids |= {name: jax.ShapeDtypeStruct((4, 256), "int32") for name in ("loss_index", "labels")}
+    batch = ids | {"weights": jax.ShapeDtypeStruct((4, 256), "float32")}
+    step = compile_step(
+        None, sums=functools.partial(causal.sums, Decoder(shape, remat=remat)),
+        variables=functools.partial(method.variables, spec=spec), optimizer=optim, seed=0,
+    )  # fmt: skip
+    state = jax.eval_shape(functools.partial(init_state, optim), trained)
+    jax.clear_caches()
+    start = time.perf_counter()
+    step.lower(state, frozen, batch).compile()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs=2, default=(4, 32))
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    for method, remat in (("full", "none"), ("lora", "none"), ("lora", "full")):
+        best = {depth: float("inf") for depth in args.depths}
+        for _ in range(3):
+            best = {depth: min(best[depth], compile_seconds(depth, method, remat)) for depth in args.depths}
+        shallow, deep = args.depths
+        row = {"method": method, "remat": remat, **{f"layers_{d}_s": round(s, 2) for d, s in best.items()}}
+        row |= {"ratio": round(best[deep] / best[shallow], 3), "machine": platform.processor() or platform.machine()}
+        print(json.dumps(row | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}))
+
+
+if __name__ == "__main__":
+    main()
