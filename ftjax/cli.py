@@ -90,7 +90,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
     top = parser()
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
@@ -99,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         options = [o for action in _options(top, args.verb) for o in action]
         top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
     try:
-        _tune_malloc()
+        if argv is None:
+            _tune_malloc()
         args.run(args, overrides)
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
@@ -130,7 +130,7 @@ def _tune_malloc() -> None:
     accelerator = glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if not sys.platform.startswith("linux") or accelerator or "GLIBC_TUNABLES" in os.environ:
         return
-    if os.environ.get("FTJAX_MALLOC") == "0" or sys.argv[0].endswith(("pytest", "-c")):
+    if os.environ.get("FTJAX_MALLOC") == "0":
         return
     tunables = "hugetlb=1 mmap_max=0 trim_threshold=1000000000 top_pad=268435456".split()
     os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{t}" for t in tunables)

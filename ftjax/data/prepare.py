@@ -55,6 +55,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    """The three parts of a run's rows; validation and test may be empty."""
+
     train: Part
     validation: Part
     test: Part

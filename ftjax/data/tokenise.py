@@ -27,6 +27,7 @@ class Example(NamedTuple):
 
 
 def row_number(index: int) -> str:
+    """What an error calls a row of which nothing but its place is known."""
     return f"row {index + 1}"
 
 

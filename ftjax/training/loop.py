@@ -32,7 +32,7 @@ from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import Trained, claim
+from ftjax.training.run_folder import Trained, base_name, claim
 from ftjax.training.step import State, compile_step, init_state
 from ftjax.tuning import METHODS, Spec
 
@@ -273,9 +273,8 @@ def train(config, say=print) -> Result:
         del state
         checkpoints.close()
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
-        source = Trained(
-            config.tuning.method, trained, frozen, spec, LM(model, None, {}, words, folder, ends), config.model.path
-        )
+        lm = LM(model, None, {}, words, folder, ends)
+        source = Trained(config.tuning.method, trained, frozen, spec, lm, base_name(config, folder))
         for format in dict.fromkeys(formats):
             written = export.write(
                 source, run_dir / format, format, dtype=config.export.dtype, shard_size=config.export.shard_size

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import ftjax
+from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
@@ -96,6 +97,11 @@ class Trained:
     base_name: str
 
 
+def base_name(config, folder: Path) -> str:
+    """How files for others name the base: as the config does, but for what only ftjax could find."""
+    return str(folder) if config.model.path.startswith(assets.PREFIX) else config.model.path
+
+
 def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best"):
     """What a run trained, on the default device, and its config: (Trained, ConfigDict).
 
@@ -119,4 +125,6 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     trained = saved.trained(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes))
     saved.close()
-    return Trained(config.tuning.method, trained, lm.params if frozen else {}, spec, lm, config.model.path), config
+    return Trained(
+        config.tuning.method, trained, lm.params if frozen else {}, spec, lm, base_name(config, lm.folder)
+    ), config

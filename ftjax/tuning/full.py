@@ -11,10 +11,12 @@ def init(key, base, spec):
 
 
 def variables(trained, frozen, spec):
+    """A plain model, without adapters."""
     return {"params": trained}
 
 
 def merge(trained, frozen, spec):
+    """Nothing to merge: what was trained is the model."""
     return trained
 
 
