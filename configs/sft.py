@@ -11,8 +11,4 @@ def get_config():
     c = config.default()
     c.run_dir = "runs/sft"
     c.data.packing = True
-    c.train.epochs = 3.0
-    c.optim.warmup = 0.03
-    c.optim.schedule = "cosine"
-    c.export.formats = ("adapter",)
     return c

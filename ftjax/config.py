@@ -84,7 +84,7 @@ def default() -> ml_collections.ConfigDict:
     train.log_every = 10  # steps between lines of metrics.jsonl
     train.eval_every = 0  # steps between validations; 0: ten times a run
     train.patience = 0  # stop after so many validations without a better loss; 0: never
-    train.save_every = 0  # steps between checkpoints; 0: at every validation
+    train.save_every = 0  # steps between checkpoints, beside each best one; 0: at every validation
     train.keep = 1  # latest checkpoints kept beside the best
 
     c.mesh = mesh = ml_collections.ConfigDict()
@@ -143,11 +143,10 @@ CHOICES = {
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDict:
-    """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote, with overrides applied,
-    validated.
+    """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote; overridden and validated.
 
-    overrides: `dotted.key=value`; a value is a Python literal, or else a string. Raises FtjaxError that names the file,
-    the key, what was expected and the nearest key.
+    overrides: `dotted.key=value`; a value is a Python literal, or else a string in which \\n and \\t are line end and
+    tab. Raises FtjaxError that names the file, the key, what was expected and the nearest key.
     """
     path = Path(path)
     if not path.is_file():
@@ -199,7 +198,8 @@ def _literal(text: str):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False}.get(text, text)
+        # A shell hands over a line end as two characters; in a template, and in a pattern too, it means one.
+        return {"true": True, "false": False}.get(text, text.replace("\\n", "\n").replace("\\t", "\t"))
 
 
 def _set(config, key: str, value, said: str) -> None:

@@ -21,6 +21,10 @@ def test_a_file_and_overrides_are_applied_in_order(tmp_path):
     overrides = ["optim.lr=3e-4", "train.batch_size=8", "tuning.targets=q_proj", "log.tensorboard=false", "optim.lr=1"]
     config = configs.load(written(tmp_path), overrides)
     assert (config.seed, config.optim.lr, config.train.batch_size) == (3, 1.0, 8)
+    assert (
+        configs.load(written(tmp_path), [r"data.prompt=Words: {src}\nSentence:"]).data.prompt
+        == "Words: {src}\nSentence:"
+    )
     assert config.tuning.targets == ("q_proj",) and config.log.tensorboard is False
 
 

@@ -143,9 +143,9 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.width, self.dtype, c.initializer_range)
+        self.embed = Embedding(c.vocab_size, c.width, "vocab", self.dtype, c.initializer_range)
         if c.positions == "learned":
-            self.pos_embed = Embedding(c.max_positions, c.width, self.dtype, c.initializer_range)
+            self.pos_embed = Embedding(c.max_positions, c.width, None, self.dtype, c.initializer_range)
         block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
         self.layers = nn.scan(
             block,

@@ -91,10 +91,11 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table (V, D) that is read by index, and serves as the head where it is tied."""
+    """A table (V, D) that is read by index, and serves as the head where it is tied. axis: logical axis of its rows."""
 
     size: int
     width: int
+    axis: str | None = "vocab"
     dtype: jnp.dtype = jnp.float32
     init_std: float = 0.02
 
@@ -104,7 +105,7 @@ class Embedding(nn.Module):
     def __call__(self, ids):
         """ids (B, T) int -> (B, T, D)."""
         # Gathered over D before rows are taken: XLA would otherwise replicate the whole result to reshard it.
-        table = constrain(self.embedding, "vocab", None)
+        table = constrain(self.embedding, self.axis, None)
         return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
 
     def attend(self, x):

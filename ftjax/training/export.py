@@ -31,7 +31,8 @@ def resolve_format(method: str, format: str) -> str:
 
 def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto", shard_size: float = 5e9) -> dict:
     """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
-    "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe.
+    "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe, rounding
+    to the stored dtype included.
 
     format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the
     base's.
@@ -44,23 +45,29 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name)
         return report
     params = row.merge(source.trained, source.frozen, source.spec)
+    dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
     if source.frozen:
-        report["merge_difference"] = _merge_difference(source, params)
+        report["merge_difference"] = _merge_difference(source, params, dtype)
     family, shape = families.read_config(base.folder)
     weights.write_model(
-        out, params, base.folder, family, shape, dtype=None if dtype == "auto" else dtype, shard_size=shard_size,
-        end_tokens=base.end_tokens,
-    )  # fmt: skip
+        out, params, base.folder, family, shape, dtype=dtype, shard_size=shard_size, end_tokens=base.end_tokens
+    )
     return report
 
 
-def _merge_difference(source: Trained, params: dict) -> float:
-    """Largest |merged - adapted| logit on one row of spread-out token ids."""
+def _merge_difference(source: Trained, params: dict, dtype: str) -> float:
+    """Largest |merged - adapted| logit on one row of spread-out token ids, the merged weights as `dtype` holds them."""
     shape = source.spec.model
     tokens = np.linspace(0, shape.vocab_size - 1, min(64, shape.max_positions)).astype(np.int32)[None]
-    adapted = METHODS[source.method].variables(source.trained, source.frozen, source.spec)
-    apply = jax.jit(lambda variables: source.base.model.apply(variables, tokens))
-    return float(jnp.max(jnp.abs(apply({"params": params}) - apply(adapted))))
+
+    @jax.jit
+    def difference(params, trained, frozen):
+        stored = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+        adapted = METHODS[source.method].variables(trained, frozen, source.spec)
+        apply = source.base.model.apply
+        return jnp.max(jnp.abs(apply({"params": stored}, tokens) - apply(adapted, tokens)))
+
+    return float(difference(params, source.trained, source.frozen))
 
 
 def export(

@@ -237,18 +237,18 @@ def train(config, say=print) -> Result:
             # Numbers are read when the next step is already running, so that the device never waits for the host.
             if late:
                 tell(*late)
-            late = (step, report) if step % config.train.log_every == 0 or step == steps else None
-
             validated = validation is not None and (step % eval_every == 0 or step == steps)
             saved = step % save_every == 0 or step == steps
-            if (validated or saved) and late:
+            late = (step, report) if step % config.train.log_every == 0 or validated or saved else None
+            if validated or saved:  # never validate or keep a state before its loss is known to be a number
                 tell(*late)
                 late = None
             val_loss = None
             if validated:
                 val_loss = validate(state.trained)
-                stale = 0 if best is None or val_loss < best else stale + 1
-                best = val_loss if best is None else min(best, val_loss)
+                better = best is None or val_loss < best
+                best, stale = (val_loss, 0) if better else (best, stale + 1)
+                saved = saved or better
                 metrics.write(step, {"val_loss": val_loss})
                 progress.show(step, {"val_loss": val_loss})
                 stop = config.train.patience > 0 and stale >= config.train.patience
