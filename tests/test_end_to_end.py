@@ -10,6 +10,7 @@ import pytest
 import ftjax
 from ftjax import assets
 from ftjax import config as configs
+from ftjax.training.report import Progress, read_metrics
 
 IDS = np.array([[1, 403, 407, 261, 378, 298, 10, 100], [1, 5, 6, 7, 8, 9, 11, 12]])
 
@@ -88,6 +89,54 @@ def test_full_training_comes_back_as_a_model(base, tmp_path):
     assert np.abs(trained - ftjax.load(base).logits(IDS)).max() > 1e-2
     assert close(ftjax.load(run / "full").logits(IDS), trained)
     assert close(torch_logits(run / "full"), trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_patience_stops_the_run_and_the_best_state_is_kept(base, tmp_path):
+    run = tmp_path / "run"
+    config = settings(base, "lora", run, ("adapter",))
+    config.data.limit = 8  # learned by heart soon, at the cost of the rows held out
+    config.optim.update(lr=3e-2, schedule="constant", warmup=0.0)
+    config.train.update(steps=40, eval_every=1, save_every=100, patience=3)
+    result = ftjax.train(config, say=lambda line: None)
+    losses = {row["step"]: row["val_loss"] for row in read_metrics(run) if "val_loss" in row}
+    assert result.stopped_early and result.steps == result.best_step + 3 < 40
+    assert result.val_loss == losses[result.best_step] == min(losses.values())
+    best, last = ftjax.load(run).logits(IDS), ftjax.load(run, checkpoint="last").logits(IDS)
+    assert close(ftjax.load(run / "adapter").logits(IDS), best)
+    assert np.abs(best - last).max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_an_interrupted_run_goes_on_on_another_mesh(base, tmp_path, monkeypatch):
+    def config(run, **mesh):
+        c = settings(base, "full", tmp_path / run, ("full",))
+        c.optim.lr = 1e-3
+        c.train.update(steps=8, save_every=2, eval_every=8, log_every=1, accumulate=1)
+        c.mesh.update(data=1, fsdp=1, tensor=1)
+        c.mesh.update(mesh)
+        return c
+
+    def losses(run):
+        return np.array([row["loss"] for row in read_metrics(tmp_path / run) if "loss" in row])
+
+    ftjax.train(config("whole", data=8), say=lambda line: None)
+    count = Progress.count
+
+    def interrupted(self, tokens):
+        count(self, tokens)
+        if len(losses("moved")) >= 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "count", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ftjax.train(config("moved", data=8), say=lambda line: None)
+    result = ftjax.train(config("moved", fsdp=4, tensor=2), say=lambda line: None)
+    assert 2 <= result.resumed_from <= 6 and result.steps == 8
+    np.testing.assert_allclose(losses("moved"), losses("whole"), rtol=1e-5)
 
 
 def test_padding_on_either_side_changes_no_logit():

@@ -36,6 +36,8 @@ class Checkpoints:
             Path(run_dir).resolve() / FOLDER,
             item_handlers={"trained": arrays(), "optimizer": arrays(), "run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
+                best_fn=lambda m: m["val_loss"],  # without it Orbax stores no metrics, and the policy sees none
+                best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 create=not read_only,
                 read_only=read_only,

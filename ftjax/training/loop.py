@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -117,7 +118,7 @@ def train(config, say=print) -> Result:
     run_dir = Path(config.run_dir)
     say(show(data, words))
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
         # ---- weights, straight to where they belong ----------------------------------------------------------------
         frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jax.numpy.dtype(config.model.frozen_dtype)
         trained_dtype = jax.numpy.dtype(config.model.trained_dtype)
@@ -182,7 +183,8 @@ def train(config, say=print) -> Result:
             else:
                 before = measure(state.trained)
                 replace_text(before_file, json.dumps(before))
-        checkpoints = Checkpoints(run_dir, config.train.keep)
+        # Closed on every way out: an error or Ctrl-C leaves whole files too.
+        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
         resumed_from, best, stale = checkpoints.latest() or 0, None, 0
         if resumed_from:
             abstract = jax.tree.map(
@@ -209,7 +211,7 @@ def train(config, say=print) -> Result:
         length = max(T for _, T, _ in batches.shapes())
         flops = flops_per_token(shape, base_shapes, trained_shapes, bool(frozen_shapes), length)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
-        metrics = Metrics(run_dir, config, resumed_from)
+        metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from)))
         local = sharding.local_rows(mesh, rows)
         feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)
         stop = config.train.patience > 0 and stale >= config.train.patience
@@ -258,7 +260,6 @@ def train(config, say=print) -> Result:
         stopped_early = step < steps
         if stopped_early:
             say(f"stopped at step {step}: {stale} validations without a better loss (train.patience)")
-        metrics.close()
         checkpoints.manager.wait_until_finished()
 
         # ---- what came of it ---------------------------------------------------------------------------------------
@@ -271,7 +272,6 @@ def train(config, say=print) -> Result:
             )
             trained = checkpoints.trained(kept, abstract)
         del state
-        checkpoints.close()
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
         lm = LM(model, None, {}, words, folder, ends)
         source = Trained(config.tuning.method, trained, frozen, spec, lm, base_name(config, folder))
