@@ -76,6 +76,8 @@ def test_lora_comes_back_as_adapter_and_merged(base, tmp_path):
     assert close(torch_logits(base, run / "adapter"), trained)
     assert close(torch_logits(run / "merged"), trained)
     assert close(torch_logits(base), untrained)
+    for folder in ("adapter", "merged"):  # the config lies beside every result
+        assert json.loads((run / folder / "ftjax.json").read_text())["config"]["tuning"]["rank"] == 4
     ftjax.export(run, tmp_path / "again", "merged")
     assert close(torch_logits(tmp_path / "again"), trained)
 

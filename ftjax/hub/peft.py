@@ -62,13 +62,15 @@ def write_adapter(
     base_name: str,
     *,
     overwrite: bool = False,
+    record: dict | None = None,
 ) -> None:
     """Write a PEFT adapter directory, with the tokenizer and chat template of `source`.
 
-    adapter_config: what the method says (`peft_type`, `r`, ...); base_name: the base's hub name or path.
+    adapter_config: what the method says (`peft_type`, `r`, ...); base_name: the base's hub name or path;
+    record: see new_folder.
     """
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
         write_json(folder / CONFIG, shared | adapter_config)
         if source:

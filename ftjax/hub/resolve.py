@@ -59,10 +59,11 @@ def _download(name: str, revision: str) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(out: str | Path, overwrite: bool = False, record: dict | None = None) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends; an error or a kill leaves `out` alone.
 
-    Raises FtjaxError where `out` holds files that ftjax did not write, unless `overwrite`.
+    record: what ftjax wants to remember of it, written to its ftjax.json. Raises FtjaxError where `out` holds files
+    that ftjax did not write, unless `overwrite`.
     """
     out = Path(out).resolve()
     if out.is_file():
@@ -75,7 +76,7 @@ def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        write_json(partial / MARKER, {"written_by": "ftjax"})
+        write_json(partial / MARKER, {"written_by": "ftjax"} | (record or {}))
     except BaseException:
         shutil.rmtree(partial)
         raise

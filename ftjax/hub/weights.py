@@ -208,6 +208,7 @@ def write_model(
     shard_size: float = 5e9,
     end_tokens: tuple[int, ...] = (),
     overwrite: bool = False,
+    record: dict | None = None,
 ) -> None:
     """Write a whole Hugging Face model directory that transformers 4 and 5 load, one shard in memory at a time.
 
@@ -215,7 +216,8 @@ def write_model(
     None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
     most, unless one tensor is larger. end_tokens: added to the ids that end a generation. A tied model whose `params`
     hold an `lm_head` has been untied by training: both tables are written, and config.json says so.
-    Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
+    record: see new_folder. Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with
+    files of somebody else.
     """
     leaves = flatten(params)
     config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)
@@ -233,7 +235,7 @@ def write_model(
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
     if config.positions == "rotary":
         hf |= rope_to_hf(config)
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, record) as folder:
         _write_shards(folder, _pieces(leaves, tensor_names(family, config), dtype), leaves, dtype, shard_size)
         write_json(folder / "config.json", hf)
         write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))

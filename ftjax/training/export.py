@@ -40,9 +40,10 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     row, base, out = METHODS[source.method], source.base, Path(out)
     format = resolve_format(source.method, format)
     report = {"format": format, "path": str(out)}
+    record = {"config": source.config}
     if format == "adapter":
         adapter_config, tensors = row.to_peft(source.trained, source.frozen, source.spec)
-        peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name)
+        peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name, record=record)
         return report
     params = row.merge(source.trained, source.frozen, source.spec)
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
@@ -50,7 +51,15 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         report["merge_difference"] = _merge_difference(source, params, dtype)
     family, shape = families.read_config(base.folder)
     weights.write_model(
-        out, params, base.folder, family, shape, dtype=dtype, shard_size=shard_size, end_tokens=base.end_tokens
+        out,
+        params,
+        base.folder,
+        family,
+        shape,
+        dtype=dtype,
+        shard_size=shard_size,
+        end_tokens=base.end_tokens,
+        record=record,
     )
     return report
 

@@ -274,7 +274,7 @@ def train(config, say=print) -> Result:
         del state
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
         lm = LM(model, None, {}, words, folder, ends)
-        source = Trained(config.tuning.method, trained, frozen, spec, lm, base_name(config, folder))
+        source = Trained(config.tuning.method, trained, frozen, spec, lm, base_name(config, folder), config.to_dict())
         for format in dict.fromkeys(formats):
             written = export.write(
                 source, run_dir / format, format, dtype=config.export.dtype, shard_size=config.export.shard_size

@@ -86,7 +86,7 @@ class Trained:
     """What a run trained, what it did not, and the model that it goes on: all that an export reads.
 
     base: the LM before training, whose parameters full training has given away; base_name: how others should call the
-    base.
+    base; config: the run's, resolved.
     """
 
     method: str
@@ -95,6 +95,7 @@ class Trained:
     spec: Spec
     base: LM
     base_name: str
+    config: dict
 
 
 def base_name(config, folder: Path) -> str:
@@ -125,6 +126,6 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     trained = saved.trained(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes))
     saved.close()
-    return Trained(
-        config.tuning.method, trained, lm.params if frozen else {}, spec, lm, base_name(config, lm.folder)
-    ), config
+    base = lm.params if frozen else {}
+    name = base_name(config, lm.folder)
+    return Trained(config.tuning.method, trained, base, spec, lm, name, config.to_dict()), config
