@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -63,3 +65,15 @@ def load(folder):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """name of a variant -> (folder as transformers saves it, the torch model in memory)."""
+
+    def save(name, folder="source", **options):
+        model = make(*VARIANTS[name])
+        model.save_pretrained(tmp_path / folder, **options)
+        return tmp_path / folder, model
+
+    return save

@@ -1,14 +1,7 @@
-"""PEFT adapter directories <-> arrays, and LoRA's tensors <-> our adapter tree. Facts read off peft 0.21.
-
-L layers, R rank. In our tree adapters of stacked maps are stacked: a (L, R, in), b (L, out, R), R the largest rank of
-the layers; a layer of smaller rank, or without adapter (rank 0), keeps the rest at zero.
-"""
+"""PEFT adapter directories <-> arrays by name. What the names mean, the files of ftjax.tuning know."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloat16`
@@ -16,26 +9,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.families import FAMILIES, read_json, shapes
+from ftjax.errors import FtjaxError
+from ftjax.hub.families import read_json
 from ftjax.hub.resolve import new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
-from ftjax.models.config import DecoderConfig
-from ftjax.tree import flatten, unflatten
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# Keys of a LoRA adapter_config.json that tell what the tensors mean, or nothing about it; any other key that is set to
-# something names a variant of LoRA.
-LORA_KEYS = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
-    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-}
-# Those of the initialisations that leave the base model's weights alone.
-LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -75,167 +55,3 @@ def write_adapter(
         write_json(folder / CONFIG, shared | adapter_config)
         if source:
             copy_tokenizer(source, folder)
-
-
-def lora_to_peft(
-    adapter: dict, ranks: dict[str, tuple[np.ndarray, np.ndarray]], names: dict[str, str]
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """Our LoRA tree -> (adapter_config, tensors by PEFT's names, float32).
-
-    ranks: path of each adapted map -> its ranks (int, 0: none) and scales, (L,) each, or (1,) where it is not stacked.
-    names: path -> module name, see `families.linear_names`.
-    """
-    leaves, tensors, rank_of, alpha_of, targets = flatten(adapter), {}, {}, {}, set()
-    for path, (rank, scale) in ranks.items():
-        stacked = path.startswith("layers/")
-        modules = _modules(path, names[path], len(rank))
-        a, b = (np.asarray(leaves[f"{path}/lora/{n}"], np.float32) for n in ("a", "b"))
-        for layer, module in enumerate(modules):
-            if r := int(rank[layer]):
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = (a[layer] if stacked else a)[:r]
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = (b[layer] if stacked else b)[:, :r]
-                rank_of[module], alpha_of[module] = r, _plain(float(scale[layer]) * r)
-        targets |= {_tail(names[path], names.values())} if all(rank) else rank_of.keys() & set(modules)
-    adapted = {names[path] for path in ranks}
-    r, rank_pattern = _pattern(rank_of)
-    alpha, alpha_pattern = _pattern(alpha_of)
-    config = {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(m.transposed and m.name in adapted for f in FAMILIES.values() for m in f.modules),
-        "use_dora": False,
-        "use_rslora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-    }
-    return config, tensors
-
-
-def lora_from_peft(
-    adapter_config: dict,
-    tensors: dict[str, np.ndarray],
-    names: dict[str, str],
-    config: DecoderConfig,
-    base: dict | None = None,
-) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """(adapter_config, tensors) of a PEFT LoRA -> our tree in float32, and ranks and scales as in `lora_to_peft`.
-
-    base: the base's parameters. PEFT stores a copy of a head's own weight beside its LoRA: it must equal the base's.
-    Raises FtjaxError for variants of LoRA, and tensors that are not of this model, incomplete or of the wrong shape.
-    """
-    _refuse_variants(adapter_config)
-    kernels, expected = {}, shapes(config)
-    for path in names:
-        kernels[path] = expected.get(f"{path}/kernel") or expected[f"{path}/embedding"]
-    places = {
-        module: (path, layer)
-        for path, name in names.items()
-        for layer, module in enumerate(_modules(path, name, config.layers))
-    }
-    pairs = {}
-    for name, x in tensors.items():
-        if not name.startswith(PREFIX):
-            raise FtjaxError(f"adapter tensor {name}: expected the prefix {PREFIX!r}; PEFT would ignore it")
-        match = re.fullmatch(r"(.+)\.(lora_A|lora_B|base_layer)\.weight", name.removeprefix(PREFIX))
-        if match is None:
-            raise FtjaxError(f"adapter tensor {name}: expected MODULE.lora_A.weight or MODULE.lora_B.weight")
-        module, which = match.groups()
-        if module not in places:
-            raise FtjaxError(f"adapter tensor {name}: this model has no linear map {module!r}{nearest(module, places)}")
-        if which == "base_layer":
-            _check_copy(name, x, places[module], base)
-        else:
-            pairs.setdefault(module, {})[which] = np.asarray(x, np.float32)
-    if not pairs:
-        raise FtjaxError("the adapter has no LoRA tensors")
-
-    flat, ranks = {}, {}
-    for path, shape in kernels.items():
-        modules = _modules(path, names[path], config.layers)
-        used = {layer: pairs[module] for layer, module in enumerate(modules) if module in pairs}
-        if not used:
-            continue
-        rank, scale = np.zeros(len(modules), int), np.zeros(len(modules), np.float32)
-        for layer, pair in used.items():
-            rank[layer], scale[layer] = _rank_and_scale(adapter_config, modules[layer])
-            _check_pair(pair, modules[layer], int(rank[layer]), shape[-2:])
-        R, (out, in_) = rank.max(), shape[-2:]
-        a, b = np.zeros((len(modules), R, in_), np.float32), np.zeros((len(modules), out, R), np.float32)
-        for layer, pair in used.items():
-            a[layer, : rank[layer]], b[layer, :, : rank[layer]] = pair["lora_A"], pair["lora_B"]
-        stacked = path.startswith("layers/")
-        flat[f"{path}/lora/a"], flat[f"{path}/lora/b"] = (a, b) if stacked else (a[0], b[0])
-        ranks[path] = rank, scale
-    return unflatten(flat), ranks
-
-
-def _refuse_variants(config: dict) -> None:
-    if config.get("peft_type") != "LORA":
-        raise FtjaxError(f"{CONFIG}: peft_type = {config.get('peft_type')!r}; expected 'LORA'")
-    for key, value in config.items():
-        if key not in LORA_KEYS and value and not (key == "bias" and value == "none"):
-            raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of LoRA that ftjax does not support")
-    if (init := config.get("init_lora_weights")) not in LORA_INITS:
-        raise FtjaxError(
-            f"{CONFIG}: init_lora_weights = {init!r} changes the base model's weights too, which is not supported; "
-            "convert it to a plain LoRA with peft's `path_initial_model_for_weight_conversion`"
-        )
-
-
-def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
-    def lookup(key, default):
-        patterns = config.get(key) or {}
-        return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
-
-    r = lookup("rank_pattern", config.get("r", 8))
-    alpha = lookup("alpha_pattern", config.get("lora_alpha", 8))
-    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-
-
-def _check_pair(pair: dict, module: str, rank: int, kernel: tuple[int, int]) -> None:
-    for which, shape in (("lora_A", (rank, kernel[1])), ("lora_B", (kernel[0], rank))):
-        name = f"{PREFIX}{module}.{which}.weight"
-        if which not in pair:
-            raise FtjaxError(f"adapter tensor {name} is missing")
-        if pair[which].shape != shape:
-            raise FtjaxError(f"adapter tensor {name} has shape {pair[which].shape}, expected {shape}")
-
-
-def _check_copy(name: str, x: np.ndarray, place: tuple[str, int], base: dict | None) -> None:
-    path, layer = place
-    leaves = flatten(base or {})
-    kernel = next((leaves[p] for p in (f"{path}/kernel", f"{path}/embedding") if p in leaves), None)
-    if kernel is None:
-        raise FtjaxError(f"adapter tensor {name}: a copy of the base's weight, which needs the base to compare with")
-    kernel = np.asarray(kernel[layer] if path.startswith("layers/") else kernel)
-    if not np.array_equal(kernel, x.astype(kernel.dtype)):
-        raise FtjaxError(f"adapter tensor {name} differs from the base's own weight: it was made for another base")
-
-
-def _modules(path: str, name: str, layers: int) -> list[str]:
-    return [name.format(l=layer) for layer in range(layers)] if path.startswith("layers/") else [name]
-
-
-def _tail(name: str, names) -> str:
-    """The shortest end of a module name that no other module of the model shares, such as `q_proj` or `attn.c_proj`."""
-    parts = name.split(".")
-    tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in names) == 1)
-
-
-def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and a pattern for each module that has another."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    return common, {re.escape(module): value for module, value in values.items() if value != common}
-
-
-def _plain(x: float) -> float | int:
-    """Without the rounding of float32, and whole where it is: PEFT's field is an int."""
-    x = float(f"{x:.6g}")
-    return int(x) if x == int(x) else x

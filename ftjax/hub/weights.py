@@ -298,7 +298,16 @@ def _write_shards(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str, 
 def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
     leaf = leaves[piece.path]
     with np.errstate(over="ignore"):  # told below
-        value = np.asarray(leaf if piece.layer is None else leaf[piece.layer]).astype(dtype, copy=False)
+        value = _on_host(leaf, piece.layer).astype(dtype, copy=False)
     if not np.isfinite(value).all():
         raise FtjaxError(f"tensor {piece.name} holds values not finite, or too large for {dtype}; nothing is written")
     return np.ascontiguousarray(value.T if piece.transposed else value)
+
+
+def _on_host(leaf, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of a stacked one: a view where it lies on the host, else a copy of that layer alone."""
+    if layer is None:
+        return np.asarray(leaf)
+    if isinstance(leaf, jax.Array) and not (len(leaf.devices()) == 1 and leaf.device.platform == "cpu"):
+        return np.asarray(leaf[layer])
+    return np.asarray(leaf)[layer]

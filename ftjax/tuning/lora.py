@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.hub import peft
 from ftjax.models.decoder import parameter_axes
 from ftjax.models.layers import ADAPTERS, project
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
+from ftjax.tuning.lora_peft import lora_from_peft, lora_to_peft
 from ftjax.tuning.targets import by_pattern, check_patterns, module_names, select
 
 
@@ -99,12 +99,12 @@ def axes(path):
 
 def to_peft(trained, frozen, spec):
     """PEFT's LORA."""
-    return peft.lora_to_peft(trained, ranks(spec), spec.names)
+    return lora_to_peft(trained, ranks(spec), spec.names)
 
 
 def from_peft(adapter_config, tensors, base, spec):
     """A PEFT LORA, rank and alpha of each of its modules spelled out as patterns."""
-    trained, found = peft.lora_from_peft(adapter_config, tensors, spec.names, spec.model, base)
+    trained, found = lora_from_peft(adapter_config, tensors, spec.names, spec.model, base)
     rank_of, alpha_of = {}, {}
     for path, (rank, scale) in found.items():
         modules = module_names(path, spec.names[path], spec.model.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import VARIANTS, make
+from tiny_models import VARIANTS, make, saved  # noqa: F401  a fixture
 
 
 @pytest.fixture(params=VARIANTS)
@@ -12,15 +12,3 @@ def variant(request, tmp_path):
     model = make(*VARIANTS[request.param])
     model.save_pretrained(tmp_path / "source")
     return tmp_path / "source", model
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """name of a variant -> (folder, torch model)."""
-
-    def save(name, folder="source", **options):
-        model = make(*VARIANTS[name])
-        model.save_pretrained(tmp_path / folder, **options)
-        return tmp_path / folder, model
-
-    return save

@@ -429,4 +429,4 @@ def test_host_memory_stays_below_what_devices_hold_and_a_few_tensors(tmp_path):
     shutil.rmtree(tmp_path)
     assert seen["held"] > 190e6
     assert seen["reading"] < seen["held"] + 2 * seen["largest"], seen
-    assert seen["writing"] < seen["held"] + 3 * 2e7 + seen["largest"], seen
+    assert seen["writing"] < seen["held"] + 3 * 2e7, seen

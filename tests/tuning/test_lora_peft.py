@@ -11,9 +11,10 @@ from tiny_models import load, logits
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import linear_names, read_config
-from ftjax.hub.peft import lora_from_peft, lora_to_peft, read_adapter, write_adapter
+from ftjax.hub.peft import read_adapter, write_adapter
 from ftjax.hub.weights import read_params
 from ftjax.tree import flatten
+from ftjax.tuning.lora_peft import lora_from_peft, lora_to_peft
 
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]
 
