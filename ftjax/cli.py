@@ -149,7 +149,7 @@ def _train(args, overrides) -> None:
 def _evaluate(args, overrides) -> None:
     from ftjax import config
 
-    settings = config.load(args.config, overrides) if args.config else None
+    settings = config.load(args.config) if args.config else None
     from ftjax.evaluation.run import evaluate, figures
 
     report = evaluate(args.model, args.data, settings, overrides=overrides, generate=args.generate)

@@ -61,15 +61,22 @@ class LM:
         """
         from ftjax.data.template import Rendered
         from ftjax.data.tokenise import encode_prompts
-        from ftjax.evaluation.generate import generate
 
-        ends = self.end_tokens + stop_tokens(self.tokenizer, stop)
         ids = [i.tolist() for i in encode_prompts([Rendered(prompt=text) for text in prompts], self.tokenizer)]
-        new = generate(
-            self.model, self.variables, ids, max_new_tokens=max_new_tokens, end_tokens=ends,
-            vocab_size=min(self.model.config.vocab_size, len(self.tokenizer)), **sampling,
-        )  # fmt: skip
-        return continuations(self.tokenizer, ids, new)
+        return continue_ids(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+
+
+def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling) -> list[str]:
+    """The new text behind each prompt, up to one of the model's end tokens or of `stop`.
+
+    variables: what lm.model is applied to; sampling: see ftjax.evaluation.generate.generate.
+    """
+    from ftjax.evaluation.generate import generate
+
+    ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
+    drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token
+    new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
+    return continuations(lm.tokenizer, ids, new)
 
 
 def continuations(tokenizer, prompts: list[list[int]], new: list[list[int]]) -> list[str]:

@@ -12,11 +12,10 @@ from ftjax.data.batches import Batches
 from ftjax.data.template import reference
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.generate import generate
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import METRICS, find, score
 from ftjax.files import replace_text
-from ftjax.lm import continuations, stop_tokens
+from ftjax.lm import continue_ids
 
 LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
 
@@ -59,12 +58,8 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
         groups.setdefault(tuple(ids.tolist()), []).append(i)
     groups = dict(list(groups.items())[: config.evaluate.compare_rows or None])
     prompts = [list(ids) for ids in groups]
-    new = generate(
-        lm.model, variables, prompts, max_new_tokens=gen.max_new_tokens, temperature=gen.temperature, top_k=gen.top_k,
-        top_p=gen.top_p, end_tokens=tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, gen.stop), seed=config.seed,
-        batch_size=gen.batch_size, vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)),
-    )  # fmt: skip
-    predictions = [text.strip() for text in continuations(lm.tokenizer, prompts, new)]
+    texts = continue_ids(lm, variables, prompts, seed=config.seed, **gen.to_dict())
+    predictions = [text.strip() for text in texts]
     references = [[reference(part.rendered[i]) for i in rows] for rows in groups.values()]
     asked = [part.rows[rows[0]] for rows in groups.values()]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)

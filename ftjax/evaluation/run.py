@@ -13,9 +13,8 @@ from ftjax.data.prepare import prepare
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
-from ftjax.evaluation.generate import generate
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.lm import LM, continuations, stop_tokens
+from ftjax.lm import LM, continue_ids
 from ftjax.loading import load
 from ftjax.training.run_folder import RUN
 
@@ -83,14 +82,10 @@ def answer(
     if file:
         rendered += _rendered(file, template or config.data.prompt)
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer)]
-    new = generate(
-        lm.model, lm.variables, ids, max_new_tokens=max_new_tokens, end_tokens=lm.end_tokens + stop_tokens(lm.tokenizer,
-        stop), vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), **sampling,
-    )  # fmt: skip
+    texts = continue_ids(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
     shown = [
         r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)
     ]
-    texts = continuations(lm.tokenizer, ids, new)
     return [{"prompt": p, "completion": c} for p, c in zip(shown, texts, strict=True)]
 
 

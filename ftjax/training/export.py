@@ -13,8 +13,6 @@ from ftjax.hub import families, peft, weights
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tuning import METHODS
 
-FORMATS = ("auto", "adapter", "merged", "full")
-
 
 def resolve_format(method: str, format: str) -> str:
     """`auto` -> `adapter` where the method has one, else `full`. Raises FtjaxError for what it cannot be written as."""

@@ -45,8 +45,8 @@ class Result:
     """What a run came to. Losses are in nats a trained token.
 
     steps: taken in all; resumed_from: 0 for a new run; stopped_early: patience ran out; best_step, val_loss: the lowest
-    validation loss (None without validation rows); results: before and after, where `evaluate.compare` is on; files:
-    name -> path of what was written.
+    validation loss (None without validation rows); seconds: of all starts that worked on the run, as far as they were
+    kept; results: before and after, where `evaluate.compare` is on; files: name -> path of what was written.
     """
 
     run_dir: str
@@ -185,7 +185,7 @@ def train(config, say=print) -> Result:
                 replace_text(before_file, json.dumps(before))
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
-        resumed_from, best, stale = checkpoints.latest() or 0, None, 0
+        resumed_from, best, stale, spent = checkpoints.latest() or 0, None, 0, 0.0
         if resumed_from:
             abstract = jax.tree.map(
                 lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_places
@@ -193,7 +193,7 @@ def train(config, say=print) -> Result:
             del state  # before the one of the checkpoint comes in: they are of one size
             state = checkpoints.state(resumed_from, abstract)
             record = checkpoints.record(resumed_from)
-            best, stale = record["best"], record["stale"]
+            best, stale, spent = record["best"], record["stale"], record["seconds"]
             say(f"{run_dir}: going on after step {resumed_from} of {steps}")
         elif going_on:
             say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
@@ -256,6 +256,7 @@ def train(config, say=print) -> Result:
                 stop = config.train.patience > 0 and stale >= config.train.patience
             if saved or stop:
                 record = {"config": config.to_dict(), "step": step, "best": best, "stale": stale}
+                record["seconds"] = spent + time.perf_counter() - started
                 checkpoints.save(state, record, val_loss)
         stopped_early = step < steps
         if stopped_early:
@@ -286,7 +287,7 @@ def train(config, say=print) -> Result:
         results = None
         if config.evaluate.compare:
             after = measure(trained)
-            seconds = time.perf_counter() - started
+            seconds = spent + time.perf_counter() - started
             results = compare.write_results(run_dir, before, after, seconds)
             say(compare.table(before, after, seconds))
             say(compare.side_by_side(before, after, config.evaluate.samples))
@@ -297,7 +298,7 @@ def train(config, say=print) -> Result:
     result = Result(
         run_dir=str(run_dir), steps=step, resumed_from=resumed_from, stopped_early=stopped_early,
         train_loss=next((row["loss"] for row in reversed(history) if "loss" in row), loss), val_loss=best,
-        best_step=best_step, seconds=time.perf_counter() - started, results=results, files=files,
+        best_step=best_step, seconds=spent + time.perf_counter() - started, results=results, files=files,
     )  # fmt: skip
     say(summary(result, config))
     return result
