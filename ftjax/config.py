@@ -49,17 +49,55 @@ def default() -> ml_collections.ConfigDict:
     data.validation = ""  # like train; empty: split off from train by `split`
     data.test = ""  # like train; empty: split off from train by `split`
     data.split = (0.8, 0.1, 0.1)  # train, validation, test shares, used where a file is not named
+    data.label = ""  # column with a row's class, where there is one
+    data.stratify = ""  # column whose values `split` deals out in equal shares; empty: data.label, or none
+    data.group = ()  # columns; rows that share a value of one of them stay in one part
+    data.group_near = 0.0  # rows at least this alike (Jaccard of word 3-grams) stay in one part; 0: off
+    data.decontaminate = ()  # sources that no training row may overlap; `validation`, `test`: the run's own parts
+    data.mixture = ()  # ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...): sources trained together, each with
+    # any other field of `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
+    data.temperature = 1.0  # mixture without weights: shares go by rows ** (1 / temperature); 1: by size
     data.limit = 0  # use only so many rows of train, after shuffling with the seed; 0: all
-    data.form = "auto"  # auto | text | prompt | instruction | messages | template; auto goes by the columns
+    data.form = "auto"  # auto | text | prompt | instruction | messages | sharegpt | preference | template; auto goes by
+    # the columns
+    data.template = ""  # chat template of all rows: tokenizer | alpaca | chatml | llama-3 | mistral | gemma | phi |
+    # plain; empty: the tokenizer's for messages; other rows stand as they are
+    data.system = ""  # system text of conversations that bring none
     data.prompt = ""  # template over columns, such as "Words: {src}\nSentence:"; sets form to template
     data.completion = ""  # template over columns, such as " {tgt}"
     data.end = ""  # token that ends an answer where no chat template does; empty: the tokenizer's end-of-text
-    data.loss_on = "completion"  # completion | all: which tokens are trained
+    data.train_on = "assistant"  # assistant: every answer | last: the last answer | all: every token
     data.max_length = 512  # tokens of a row, or of a packed row; capped by the model's positions
     data.long = "truncate"  # truncate | drop | raise: rows longer than max_length
     data.packing = False  # several rows in one, kept apart by segment ids
     data.buckets = 4  # padded lengths that unpacked batches may have; each compiles once
     data.workers = 2  # threads that build batches ahead of the device
+    data.streaming = False  # rows pass through files on disk, chunk by chunk: for sets larger than memory
+    data.cache = "auto"  # folder of tokenised rows; auto: ~/.cache/ftjax/data; empty: keep none
+    data.cache_size = 20_000_000_000  # bytes of `cache`; what was used longest ago goes first
+
+    data.clean = clean = ml_collections.ConfigDict()
+    clean.parts = ("train",)  # which of data.train, data.validation and data.test; the last two come from their makers
+    clean.unicode = ""  # NFC | NFKC; empty: as it is
+    clean.mojibake = False  # mend text that was decoded by the wrong table
+    clean.whitespace = False  # strip ends; one blank for several; at most one empty line
+    clean.control = False  # remove control and zero-width characters, line ends and tabs aside
+    clean.exact = False  # drop rows whose text is that of an earlier one
+    clean.near = 0.0  # drop rows at least this alike to an earlier one (Jaccard of word 3-grams); 0: off
+    clean.columns = ()  # columns that duplicates are judged by; empty: all text
+    clean.min_chars = 0  # drop rows with a shorter answer
+    clean.max_chars = 0  # drop rows with longer text in all; 0: off
+    clean.max_ratio = 0.0  # drop rows whose answer is so many times longer than the prompt; 0: off
+    clean.personal = "keep"  # keep | mask | drop: e-mail addresses, phone and card numbers, keys
+    clean.drop = ()  # regular expressions: rows with a match in any text are dropped
+
+    data.augment = augment = ml_collections.ConfigDict()
+    augment.copies = 0  # synthetic rows made of each training row; 0: off
+    augment.ops = ("word_dropout", "word_swap", "char_noise", "case")  # what is done to them, in turn
+    augment.rate = 0.1  # share of words or characters touched
+    augment.columns = ()  # columns that are altered; must be named: an answer or a label never is
+    augment.prompts = ()  # further templates like data.prompt: each makes a synthetic copy of every row
+    augment.function = ""  # "file.py:name": name(row: dict, rng: numpy Generator) -> row or None, beside or without ops
 
     c.optim = optim = ml_collections.ConfigDict()
     optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon
@@ -131,8 +169,10 @@ CHOICES = {
     "model.trained_dtype": ("float32", "bfloat16"),
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "full"),
-    "data.form": ("auto", "text", "prompt", "instruction", "messages", "template"),
-    "data.loss_on": ("completion", "all"),
+    "data.form": ("auto", "text", "prompt", "instruction", "messages", "sharegpt", "preference", "template"),
+    "data.train_on": ("assistant", "last", "all"),
+    "data.clean.unicode": ("", "NFC", "NFKC"),
+    "data.clean.personal": ("keep", "mask", "drop"),
     "data.long": ("truncate", "drop", "raise"),
     "optim.name": ("adamw", "adafactor", "lion", "sgd", "muon"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),

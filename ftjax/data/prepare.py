@@ -143,7 +143,7 @@ def _part(
 
     rows = table.select(indices).to_list()
     rendered = [render(row, place(i)) for i, row in enumerate(rows)]
-    examples = encode(rendered, tokenizer, data.loss_on, place, data.end)
+    examples = encode(rendered, tokenizer, data.train_on, place, data.end)
     fitted = fit(examples, max_length, data.long, place)
     lengths = np.array([len(e.ids) for e in examples])
     report = Report(

@@ -34,7 +34,7 @@ def row_number(index: int) -> str:
 def encode(
     rendered: Sequence[Rendered],
     tokenizer,
-    loss_on: str = "completion",
+    train_on: str = "assistant",
     place: Place = row_number,
     end: str = "",
 ) -> list[Example]:
@@ -43,7 +43,7 @@ def encode(
     Prompt and completion are encoded together; where that does not begin with the prompt's own ids (a token merged
     across the border), the prompt's ids come first and the completion is encoded after them. The end-of-text token is
     added after the completion unless it stands there, and trained. Messages go through the tokenizer's chat template;
-    every assistant turn is trained up to and including the token that ends it. loss_on: completion, or all. end: the
+    every assistant turn is trained up to and including the token that ends it. train_on: assistant, or all. end: the
     token that ends a text instead of the tokenizer's end-of-text.
     Raises FtjaxError naming the row: a template that fails, or that rewrites what an earlier prompt said so that no
     prompt would be met in generation; a row in which nothing would be trained.
@@ -57,7 +57,7 @@ def encode(
         done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer, end_id)))
         places = [place(first + i) for i in chat]
         done |= zip(chat, _encode_chats([chunk[i].messages for i in chat], tokenizer, places, end_id))
-        examples += [_example(*done[i], loss_on, place, first + i) for i in range(len(chunk))]
+        examples += [_example(*done[i], train_on, place, first + i) for i in range(len(chunk))]
     return examples
 
 
@@ -245,8 +245,8 @@ def _render(tokenizer, messages, generation: bool, place: str) -> str:
 # ---------------------------------------------------------------------------------------------- shared
 
 
-def _example(ids: list[int], spans: list[tuple[int, int]], loss_on: str, place: Place, index: int) -> Example:
-    trained = np.full(len(ids), loss_on == "all")
+def _example(ids: list[int], spans: list[tuple[int, int]], train_on: str, place: Place, index: int) -> Example:
+    trained = np.full(len(ids), train_on == "all")
     for start, end in spans:
         trained[start:end] = True
     trained[:1] = False

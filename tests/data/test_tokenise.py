@@ -89,8 +89,8 @@ def test_text_rows_train_all_but_the_first_token(tokenizer):
     assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
 
 
-def test_loss_on_all(tokenizer):
-    (example,) = encode([Rendered("Once upon", " a time")], tokenizer, loss_on="all")
+def test_train_on_all(tokenizer):
+    (example,) = encode([Rendered("Once upon", " a time")], tokenizer, train_on="all")
     assert not example.trained[0] and example.trained[1:].all()
 
 
