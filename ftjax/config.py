@@ -73,6 +73,7 @@ def default() -> ml_collections.ConfigDict:
     data.buckets = 4  # padded lengths that unpacked batches may have; each compiles once
     data.workers = 2  # threads that build batches ahead of the device
     data.streaming = False  # rows pass through files on disk, chunk by chunk: for sets larger than memory
+    data.processes = 0  # processes that render and tokenise; 0: by the number of rows and cores
     data.cache = "auto"  # folder of tokenised rows; auto: ~/.cache/ftjax/data; empty: keep none
     data.cache_size = 20_000_000_000  # bytes of `cache`; what was used longest ago goes first
 
@@ -301,7 +302,51 @@ def copy(config) -> ml_collections.ConfigDict:
     return from_dict(config.to_dict())
 
 
+OF_ALL = ("mixture", "temperature", "max_length", "long", "packing", "buckets", "workers", "processes", "streaming", "cache")
+OF_ALL += ("cache_size",)
+
+
+def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]:
+    """(name, its own `data` group, weight) of every source that is trained: of `data` itself, or of `data.mixture`.
+
+    An entry of a mixture sets what differs from `data`; fields of its inner groups by dotted keys, "clean.near". Named
+    parts other than train are its own: where it names none, they are split off its rows. Raises FtjaxError that names
+    the entry and the key.
+    """
+    data = config.data
+    if not data.mixture:
+        return [("", data, None)]
+    found = []
+    for number, entry in enumerate(data.mixture, 1):
+        said = f"data.mixture entry {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("train"), str):
+            raise FtjaxError(f'{said}: expected a dict with "train", such as {{"train": "a.jsonl", "weight": 0.7}}')
+        whole = from_dict(config.to_dict())
+        whole.data.update(train="", validation="", test="", mixture=())
+        for key, value in entry.items():
+            if key in ("name", "weight"):
+                continue
+            if key.split(".")[0] not in data:
+                raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, 'name', 'weight'])}")
+            if key in OF_ALL:
+                raise FtjaxError(f"{said}: {key!r} holds for all sources: set data.{key}")
+            _set(whole, f"data.{key}", _tuples(value), f"{said}: {key}")
+        weight = entry.get("weight")
+        if weight is not None and (not isinstance(weight, int | float) or weight <= 0):
+            raise FtjaxError(f"{said}: weight: expected a number above 0; found {weight!r}")
+        found.append((str(entry.get("name") or Path(entry["train"]).stem), whole.data, weight))
+    names = [name for name, _, _ in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise FtjaxError(f'data.mixture: two sources are called {twice!r}; give each a "name" of its own')
+    if len({weight is None for _, _, weight in found}) > 1:
+        raise FtjaxError("data.mixture: give every source a weight, or none of them")
+    return found
+
+
 def _tuples(value):
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
@@ -342,6 +387,9 @@ def validate(config) -> None:
     for key in ("optim.final_lr", "optim.decay", "generate.top_p"):
         need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     need("optim.lr", lambda v: v is None or v > 0, "more than 0")
+    need("data.temperature", lambda v: v > 0, "more than 0")
+    for key in ("data.group_near", "data.clean.near", "data.augment.rate"):
+        need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     need("train.batch_size", lambda v: v is None or v >= 1, "at least 1")
     need("train.dropout", lambda v: v is None or 0 <= v < 1, "a share from 0 to below 1")
     need("train.epochs", lambda v: v > 0, "more than 0")
@@ -350,3 +398,11 @@ def validate(config) -> None:
     )
     for key in ("tuning.rank_pattern", "tuning.alpha_pattern"):
         need(key, lambda v: all(isinstance(p, tuple) and len(p) == 2 for p in v), "pairs of (pattern, value)")
+    if config.data.mixture:
+        for name, data, _ in sources(config):
+            whole = from_dict(config.to_dict())
+            whole.data = data
+            try:
+                validate(whole)
+            except FtjaxError as error:
+                raise FtjaxError(f"data.mixture: {name}: {error}") from None

@@ -1,6 +1,6 @@
 """Examples -> batches. A batch is a pure function of examples, settings, seed and step: nothing is remembered.
 
-B rows of a batch, T tokens, M trained positions, S segments (examples) of a row, N examples, R rows of an epoch.
+B rows of a batch, T tokens, M trained positions, N examples, R rows that they make up, Z sources.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ftjax.data.pack import bucket_lengths, pack
+from ftjax.data.store import Examples
 from ftjax.data.tokenise import Example
 
 GRANULE = 8  # T and M are multiples of it, so that few shapes compile
 
 
 class Batches:
-    """Batches by step, over as many epochs as are asked for; every example stands in each epoch exactly once.
+    """Batches by step, over as many epochs as are asked for; without `shares` every example stands in each once.
 
     packing: rows hold several examples, at most max_length tokens. Otherwise a row holds one, and rows of like length
     share a batch, padded to one of at most `buckets` lengths. What does not fill a batch of one length goes up to the
     next; only the last batch of the greatest length is filled up with empty rows (weight 0). shuffle: rows are dealt
     to batches, and batches ordered, anew in each epoch by (seed, epoch); else in the order of the examples.
+
+    shares (Z,), with source (N,), the index of each example's source: an epoch still has about N examples, of which
+    each source gives its share. It goes through its rows in an order shuffled by (seed, source, pass) and on with the
+    next pass, so that over the epochs none of its rows comes more than once more often than another. Packed rows then
+    hold examples of one source.
     """
 
     def __init__(
@@ -36,52 +42,80 @@ class Batches:
         buckets: int = 4,
         seed: int = 0,
         shuffle: bool = True,
+        source: np.ndarray | None = None,
+        shares: Sequence[float] | None = None,
     ):
-        if not examples:
+        examples = Examples.of(examples)
+        N = len(examples)
+        if not N:
             raise ValueError("no examples")
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.length = np.array([len(e.ids) for e in examples])  # (N,) tokens
-        if self.length.max() > max_length:
-            raise ValueError(f"an example has {self.length.max()} tokens, more than max_length={max_length}")
-        self.start = np.concatenate([[0], np.cumsum(self.length)])[:-1]  # (N,) first token in `tokens`
-        self.tokens = np.concatenate([e.ids for e in examples]).astype(np.int32)
-        # A label at t + 1 is predicted from t; the first token of a segment has nothing before it.
-        predicting = [np.flatnonzero(e.trained[1:]).astype(np.int32) for e in examples]
-        self.labels = np.array([len(p) for p in predicting])  # (N,) trained tokens
-        self.label_start = np.concatenate([[0], np.cumsum(self.labels)])[:-1]
-        self.predicting = np.concatenate(predicting)  # positions t within their example
+        self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
+        if examples.length.max() > max_length:
+            raise ValueError(f"an example has {examples.length.max()} tokens, more than max_length={max_length}")
+        groups = [np.arange(N)] if shares is None else [np.flatnonzero(source == z) for z in range(len(shares))]
         if packing:
-            rows = pack(self.length, max_length)
-            self.table = np.full((len(rows), max(map(len, rows))), -1, np.int32)  # (R, S) examples of a row, -1: none
-            for row, members in zip(self.table, rows):
-                row[: len(members)] = members
+            lists = [group[row] for group in groups for row in pack(examples.length[group], max_length)]
+            self.members = np.concatenate(lists)  # (N,) examples, row by row
+            self.sizes = np.array([len(row) for row in lists])  # (R,) examples of each row
         else:
-            self.table = np.arange(len(examples), dtype=np.int32)[:, None]
-        there = self.table >= 0
-        row_tokens = np.where(there, self.length[self.table], 0).sum(1)
-        row_labels = np.where(there, self.labels[self.table], 0).sum(1)
+            self.members, self.sizes = np.concatenate(groups), np.ones(N, int)
+        self.first = np.cumsum(self.sizes) - self.sizes  # (R,) where each row begins in `members`
+        row_tokens = np.add.reduceat(examples.length[self.members], self.first)
+        row_labels = np.add.reduceat(examples.labels[self.members], self.first)
         self.widths = bucket_lengths(row_tokens, 1 if packing else buckets, max_length)  # T of each bucket
         self.bucket = np.searchsorted(self.widths, row_tokens)  # (R,)
         # Rows of a shorter bucket may come up into a longer one, so that its M must hold theirs too.
         most = [row_labels[self.bucket <= b].max() for b in range(len(self.widths))]
         self.label_widths = np.minimum(-(-np.array(most) // GRANULE) * GRANULE, self.widths)  # M of each bucket
-        self.efficiency = float(row_tokens.sum() / self.widths[self.bucket].sum())  # share of T that is no padding
+        self.streams = None if shares is None else self._streams(groups, source, np.asarray(shares, float))
+        dealt = np.arange(len(self.sizes)) if self.streams is None else self._dealt(0)
+        # Share of T that is no padding, once batches are full.
+        self.efficiency = float(row_tokens[dealt].sum() / self.widths[self.bucket[dealt]].sum())
+        self.rows_per_epoch = len(dealt)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
+
+    def _streams(self, groups, source, shares) -> list[tuple[np.ndarray, int]]:
+        """(rows of each source, how many of them an epoch deals)."""
+        row_source, N = source[self.members[self.first]], len(self.members)
+        streams = []
+        for z, share in enumerate(shares / shares.sum()):
+            rows = np.flatnonzero(row_source == z)
+            per_row = len(groups[z]) / len(rows)  # examples
+            streams.append((rows, max(1, round(share * N / per_row))))
+        return streams
+
+    def _dealt(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, where sources have shares."""
+        out = []
+        for z, (rows, count) in enumerate(self.streams):
+            at = np.arange(epoch * count, (epoch + 1) * count)
+            for turn in range(at[0] // len(rows), at[-1] // len(rows) + 1):
+                rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(z, turn))))
+                order = rng.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
+                out.append(rows[order[at[at // len(rows) == turn] % len(rows)]])
+        return np.concatenate(out)
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        return math.ceil(len(self.table) / self.batch_size)
+        return math.ceil(self.rows_per_epoch / self.batch_size)
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """The distinct (B, T, M) that batches have."""
         used = sorted({bucket for bucket, _ in self._epoch(0)})
         return sorted({(self.batch_size, int(self.widths[b]), int(self.label_widths[b])) for b in used})
 
-    def rows(self, step: int) -> np.ndarray:
-        """Which examples make up the batch of a step: (B, S) int32, -1 where a row holds no further example."""
+    def rows(self, step: int) -> list[np.ndarray]:
+        """Which examples make up each row of the batch of a step; an empty row has none."""
+        return np.split(*self._members(self._at(step)[1]))
+
+    def _at(self, step: int) -> tuple[int, np.ndarray]:
         epoch, at = divmod(step, len(self))
-        rows = self._epoch(epoch)[at][1]
-        return np.where(rows[:, None] >= 0, self.table[rows], -1)
+        return self._epoch(epoch)[at]
+
+    def _members(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(examples of these rows one after the other, where each row but the first begins among them)."""
+        sizes = np.where(rows >= 0, self.sizes[rows], 0)
+        return self.members[np.repeat(self.first[rows], sizes) + _ranges(sizes)], np.cumsum(sizes)[:-1]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The whole batch of a step; see `get`."""
@@ -94,39 +128,40 @@ class Batches:
         `loss_index` (B, M) int32, positions t of which the hidden state predicts; `labels` (B, M) int32, the token at
         t + 1 of the same segment; `weights` (B, M) float32, 1, or 0 for the padding of M.
         """
-        epoch, at = divmod(step, len(self))
-        bucket, rows = self._epoch(epoch)[at]
-        rows = rows[row_slice]
-        table = np.where(rows[:, None] >= 0, self.table[rows], -1)
+        bucket, rows = self._at(step)
+        rows, ex = rows[row_slice], self.examples
         B, T, M = len(rows), int(self.widths[bucket]), int(self.label_widths[bucket])
-        row, segment = np.nonzero(table >= 0)
-        example = table[row, segment]
-        length, labels = self.length[example], self.labels[example]
-        column = _starts_by_row(length, row)  # of each segment within its row
-
+        sizes = np.where(rows >= 0, self.sizes[rows], 0)
+        example, _ = self._members(rows)
+        row, segment = np.repeat(np.arange(B), sizes), _ranges(sizes)
+        length = ex.length[example]
         position = _ranges(length)
-        to = np.repeat(row * T + column, length) + position
-        batch = {name: np.zeros(B * T, np.int32) for name in ("tokens", "positions", "segment_ids")}
-        batch["tokens"][to] = self.tokens[np.repeat(self.start[example], length) + position]
-        batch["positions"][to] = position
-        batch["segment_ids"][to] = np.repeat(segment + 1, length)
+        row_of, column = np.repeat(row, length), np.repeat(_starts_by_row(length, row), length) + position
+        source = np.repeat(ex.start[example], length) + position
+        tokens, trained = ex.ids[source], ex.trained[source]
+        batch = {name: np.zeros((B, T), np.int32) for name in ("tokens", "positions", "segment_ids")}
+        batch["tokens"][row_of, column] = tokens
+        batch["positions"][row_of, column] = position
+        batch["segment_ids"][row_of, column] = np.repeat(segment + 1, length)
 
-        nth = _ranges(labels)
-        to = np.repeat(row * M + _starts_by_row(labels, row), labels) + nth
-        predicting = self.predicting[np.repeat(self.label_start[example], labels) + nth]
-        batch |= {"loss_index": np.zeros(B * M, np.int32), "labels": np.zeros(B * M, np.int32)}
-        batch["weights"] = np.zeros(B * M, np.float32)
-        batch["loss_index"][to] = predicting + np.repeat(column, labels)
-        batch["labels"][to] = self.tokens[np.repeat(self.start[example], labels) + predicting + 1]
-        batch["weights"][to] = 1
-        return {name: array.reshape(B, -1) for name, array in batch.items()}
+        # A label is predicted from the position before it; the first token of a segment has none.
+        label = np.flatnonzero(trained & (position > 0))
+        row_of, column = row_of[label], column[label]
+        nth = np.arange(len(label)) - np.searchsorted(row_of, row_of)  # within its row
+        batch |= {name: np.zeros((B, M), np.int32) for name in ("loss_index", "labels")}
+        batch["weights"] = np.zeros((B, M), np.float32)
+        batch["loss_index"][row_of, nth] = column - 1
+        batch["labels"][row_of, nth] = tokens[label]
+        batch["weights"][row_of, nth] = 1
+        return batch
 
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(bucket, rows (B,) int64, -1: empty) for each step of an epoch."""
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch))))
+        dealt = np.arange(len(self.sizes)) if self.streams is None else self._dealt(epoch)
         B, plan, left = self.batch_size, [], np.zeros(0, int)
         for bucket in range(len(self.widths)):
-            rows = np.flatnonzero(self.bucket == bucket)
+            rows = dealt[self.bucket[dealt] == bucket]
             rows = np.concatenate([left, rng.permutation(rows) if self.shuffle else rows])
             full = len(rows) - len(rows) % B
             plan += [(bucket, batch) for batch in rows[:full].reshape(-1, B)]

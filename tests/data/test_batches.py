@@ -73,8 +73,8 @@ def test_each_epoch_holds_every_row_once_and_nothing_else(lengths, batch_size, p
         assert sorted(shapes) == b.shapes() and len(shapes) <= (1 if packing else buckets)
 
 
-def expected_rows(examples, table):
-    return [(examples[i].ids.tolist(), examples[i].trained.tolist()) for i in table.ravel() if i >= 0]
+def expected_rows(examples, rows):
+    return [(examples[i].ids.tolist(), examples[i].trained.tolist()) for row in rows for i in row]
 
 
 @settings(deadline=None, max_examples=40)
@@ -96,13 +96,15 @@ def test_rows_of_like_length_share_a_batch():
     lengths = [8] * 64 + [64] * 64
     b = Batches(make(lengths), 16, 512, buckets=2)
     assert [shape[1] for shape in b.shapes()] == [8, 64] and b.efficiency == 1.0
-    assert all(len({lengths[i] for i in b.rows(step).ravel()}) == 1 for step in range(len(b)))
+    assert all(len({lengths[i] for row in b.rows(step) for i in row}) == 1 for step in range(len(b)))
 
 
 def test_order_follows_seed_and_epoch():
     def orders(**options):
         b = Batches(make([9] * 40), 4, 16, **options)
-        return [np.concatenate([b.rows(s) for s in range(e * len(b), (e + 1) * len(b))]).ravel() for e in (0, 1)]
+        return [
+            np.concatenate([np.concatenate(b.rows(s)) for s in range(e * len(b), (e + 1) * len(b))]) for e in (0, 1)
+        ]
 
     (first, second), (again, _), (other, _) = orders(seed=1), orders(seed=1), orders(seed=2)
     assert (first == again).all() and (first != second).any() and (first != other).any()
@@ -111,8 +113,46 @@ def test_order_follows_seed_and_epoch():
 
 def test_only_one_batch_of_an_epoch_is_filled_up():
     b = Batches(make(np.random.default_rng(0).integers(2, 60, 101)), 8, 64, buckets=4)
-    empty = [(b.rows(step) < 0).all(1).sum() for step in range(len(b))]
+    empty = [sum(len(row) == 0 for row in b.rows(step)) for step in range(len(b))]
     assert len(b) == 13 and sorted(empty) == [0] * 12 + [3]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=4),
+    weights=st.lists(st.floats(0.05, 1), min_size=4, max_size=4),
+    packing=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_a_mixture_gives_each_source_its_share_and_each_of_its_rows_its_turn(sizes, weights, packing, seed):
+    source = np.repeat(np.arange(len(sizes)), sizes)
+    shares = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
+    lengths = np.random.default_rng(seed).integers(2, 30, len(source))
+    b = Batches(make(lengths), 4, 30, packing=packing, seed=seed, source=source, shares=shares)
+    epochs = 5
+    rows = [r for step in range(epochs * len(b)) for r in b.rows(step) if len(r)]
+    assert all(len(set(source[r])) == 1 for r in rows)
+    per_epoch = len(rows) / epochs
+    dealt = np.bincount([source[r[0]] for r in rows], minlength=len(sizes))
+    seen = np.bincount(np.concatenate(rows), minlength=len(source))
+    for z, share in enumerate(shares):
+        mine = seen[source == z]
+        assert mine.max() - mine.min() <= 1
+        if not packing:
+            # Rounded once an epoch, and every source comes at least once.
+            assert abs(dealt[z] / epochs - max(1, share * len(source))) <= 0.5 + 1e-9
+    if not packing:
+        assert abs(per_epoch - len(source)) <= len(sizes)
+    again = Batches(make(lengths), 4, 30, packing=packing, seed=seed, source=source, shares=shares)
+    last = epochs * len(b) - 1
+    assert all((x == y).all() for x, y in zip(again.rows(last), b.rows(last), strict=True))
+
+
+def test_packed_rows_of_a_mixture_hold_its_shares_of_examples():
+    lengths, source = np.repeat([4, 20], 300), np.repeat([0, 1], 300)
+    b = Batches(make(lengths), 4, 60, packing=True, source=source, shares=[0.75, 0.25])
+    seen = np.bincount(source[np.concatenate([r for step in range(len(b)) for r in b.rows(step)])])
+    assert abs(seen[0] / seen.sum() - 0.75) < 0.01 and abs(seen.sum() - 600) < 15
 
 
 def test_examples_must_fit():

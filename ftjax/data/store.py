@@ -1,0 +1,290 @@
+"""Tokenised rows: one flat array with a start for each row, in memory or mapped from files that later runs find again.
+
+N rows, S tokens of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.data.table import CHUNK, Table
+from ftjax.data.tokenise import Example, Place, row_number
+from ftjax.errors import FtjaxError
+
+META, IDS, TRAINED, LENGTHS = "meta.json", "ids.int32", "trained.bool", "lengths.int32"
+DRAFTS_LIVE = 86_400  # seconds; an older draft is of a run that was killed
+
+
+class Examples(Sequence[Example]):
+    """N rows of a flat array: ids (S,) int32; trained (S,) bool; start, length and labels (trained tokens), each (N,).
+
+    An Example of it is a view. The first token of a row is never trained.
+    """
+
+    def __init__(self, ids: np.ndarray, trained: np.ndarray, start: np.ndarray, length: np.ndarray, labels: np.ndarray):
+        self.ids, self.trained, self.start, self.length, self.labels = ids, trained, start, length, labels
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        """A list of Example laid out flat; what is flat already stays as it is."""
+        if isinstance(examples, cls):
+            return examples
+        length = np.array([len(e.ids) for e in examples], np.int64)
+        flat = [np.concatenate([e[k] for e in examples]) if len(examples) else np.zeros(0) for k in (0, 1)]
+        labels = np.array([int(e.trained.sum()) for e in examples], np.int64)
+        return cls(flat[0].astype(np.int32), flat[1].astype(bool), _starts(length), length, labels)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        at = slice(self.start[index], self.start[index] + self.length[index])
+        return Example(self.ids[at], self.trained[at])
+
+    def select(self, indices: np.ndarray) -> Examples:
+        """The rows of these indices, in this order."""
+        return Examples(self.ids, self.trained, self.start[indices], self.length[indices], self.labels[indices])
+
+
+class Fitted(NamedTuple):
+    """What `fit` kept: examples; kept, their indices before; and what it cost, in rows and trained tokens."""
+
+    examples: Examples
+    kept: np.ndarray
+    long: int  # rows longer than max_length
+    lost: int  # trained tokens of those, cut or dropped
+
+
+def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = row_number) -> Fitted:
+    """Rows of at most max_length tokens: longer ones are cut at the end (`truncate`), left out (`drop`) or refused.
+
+    Raises FtjaxError naming the row: under `raise`, the first long row; under `truncate`, a row of which no trained
+    token is left.
+    """
+    examples = Examples.of(examples)
+    over = np.flatnonzero(examples.length > max_length)
+    before = int(examples.labels[over].sum())
+    if long == "raise" and len(over):
+        raise FtjaxError(
+            f"{place(int(over[0]))}: {examples.length[over[0]]} tokens, more than data.max_length={max_length}; raise "
+            'it, or set data.long to "truncate" or "drop"'
+        )
+    if long == "drop":
+        kept = np.flatnonzero(examples.length <= max_length)
+        return Fitted(examples.select(kept), kept, len(over), before)
+    length, labels = np.minimum(examples.length, max_length), examples.labels.copy()
+    for i in over.tolist():
+        labels[i] = np.count_nonzero(examples.trained[examples.start[i] : examples.start[i] + max_length])
+        if not labels[i]:
+            raise FtjaxError(
+                f"{place(i)}: cut to data.max_length={max_length}, no trained token is left (its answer starts later); "
+                'raise data.max_length or set data.long="drop"'
+            )
+    cut = Examples(examples.ids, examples.trained, examples.start, length, labels)
+    return Fitted(cut, np.arange(len(cut)), len(over), before - int(labels[over].sum()))
+
+
+class Chain:
+    """Arrays of one kind, one after the other, read by position without being copied together."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = list(arrays)
+        self.ends = np.cumsum([len(a) for a in arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, at: slice | np.ndarray) -> np.ndarray:
+        """A slice within one of the arrays, or the elements at any positions."""
+        if isinstance(at, slice):
+            k = int(np.searchsorted(self.ends, at.start, side="right"))
+            begin = int(self.ends[k]) - len(self.arrays[k])
+            return self.arrays[k][at.start - begin : at.stop - begin]
+        which = np.searchsorted(self.ends, at, side="right")
+        out = np.empty(len(at), self.arrays[0].dtype)
+        for k in np.unique(which):
+            mine = which == k
+            out[mine] = self.arrays[k][at[mine] - (self.ends[k] - len(self.arrays[k]))]
+        return out
+
+
+def join(parts: Sequence[Examples]) -> Examples:
+    """The rows of several, one after the other; what is mapped from files stays there."""
+    if len(parts) == 1:
+        return parts[0]
+    return Examples(
+        Chain([p.ids for p in parts]),
+        Chain([p.trained for p in parts]),
+        np.concatenate([p.start + at for p, at in zip(parts, _starts(np.array([len(p.ids) for p in parts])))]),
+        np.concatenate([p.length for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+    )
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+class Cache(NamedTuple):
+    """Where tokenised rows lie. folder None: nowhere, they are held in memory; size: bytes kept in the folder."""
+
+    folder: Path | None
+    size: int = 20_000_000_000
+
+
+def tokenised(
+    table: Table, encode: Callable[[list[dict], list[str]], list[Example]], key: str, cache: Cache, processes: int = 1
+) -> Examples:
+    """The Examples of a table's rows, from the cache where an earlier run left them there.
+
+    encode: (rows, their places) -> one Example each, a pure function that can be pickled where processes > 1; key: a
+    digest of all that the result depends on (see `digest`). Chunks are encoded in `processes` processes and come back
+    in order, so that the result, and the first error, are the same for any number of them.
+    """
+    if cache.folder is None:
+        return Examples.of([e for chunk in _encoded(table, encode, processes) for e in chunk])
+    entry = cache.folder / key
+    if not (entry / META).is_file():
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache.folder))
+        try:
+            _write(draft, _encoded(table, encode, processes))
+            _publish(draft, entry)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    examples = _open(entry)
+    os.utime(entry)
+    _evict(cache, entry)
+    return examples
+
+
+def digest(*parts) -> str:
+    """Hex digest of texts, bytes and plain data, each kept apart from the next."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return hasher.hexdigest()
+
+
+def table_digest(table: Table) -> str:
+    """Digest of the cells and columns of a table, wherever its rows came from."""
+    import pyarrow as pa
+
+    hasher = hashlib.blake2b(digest_size=16)
+    arrow = table.rows.with_format("arrow")
+    for start in range(0, len(table), 10 * CHUNK):
+        chunk = arrow[start : start + 10 * CHUNK]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, chunk.schema.remove_metadata()) as stream:
+            stream.write_table(chunk.replace_schema_metadata(None).combine_chunks())
+        hasher.update(sink.getvalue())
+    return hasher.hexdigest()
+
+
+def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
+    tasks = ((rows, [table.place(start + i) for i in range(len(rows))]) for start, rows in table.chunks())
+    if processes <= 1:
+        yield from (encode(*task) for task in tasks)
+        return
+    with _pool(processes) as pool:
+        # A few chunks a process at a time: `imap` by itself would draw all rows into memory at once.
+        for first in tasks:
+            batch = [first, *_take(tasks, 4 * processes - 1)]
+            yield from pool.starmap(encode, batch, chunksize=1)
+
+
+def _take(iterator: Iterator, n: int) -> Iterable:
+    return (item for _, item in zip(range(n), iterator))
+
+
+@contextlib.contextmanager
+def _pool(processes: int):
+    """Spawned workers that do not run the caller's main module again: a script need not guard its own."""
+    import multiprocessing
+    import sys
+
+    main = sys.modules["__main__"]
+    hidden = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+    main.__spec__ = None
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes already share the cores out
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(processes)
+    finally:
+        main.__dict__.update(hidden)
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+    with pool:
+        yield pool
+
+
+def _write(folder: Path, chunks: Iterable[list[Example]]) -> None:
+    rows = tokens = 0
+    with (
+        open(folder / IDS, "wb") as ids,
+        open(folder / TRAINED, "wb") as trained,
+        open(folder / LENGTHS, "wb") as lengths,
+    ):
+        for chunk in chunks:
+            flat = Examples.of(chunk)
+            ids.write(flat.ids.tobytes())
+            trained.write(flat.trained.tobytes())
+            lengths.write(np.stack([flat.length, flat.labels], 1).astype(np.int32).tobytes())
+            rows, tokens = rows + len(flat), tokens + len(flat.ids)
+    (folder / META).write_text(json.dumps({"rows": rows, "tokens": tokens}))
+
+
+def _publish(draft: Path, entry: Path) -> None:
+    """Rename a finished draft into place, unless another process was first: both hold the same."""
+    try:
+        os.rename(draft, entry)
+    except OSError:
+        if not (entry / META).is_file():
+            raise
+
+
+def _open(entry: Path) -> Examples:
+    meta = json.loads((entry / META).read_text())
+    sizes = {IDS: 4 * meta["tokens"], TRAINED: meta["tokens"], LENGTHS: 8 * meta["rows"]}
+    for name, size in sizes.items():
+        if (entry / name).stat().st_size != size:
+            raise FtjaxError(f"{entry / name}: expected {size} bytes; the cache is damaged: delete the folder {entry}")
+    if not meta["tokens"]:
+        return Examples.of([])
+    lengths = np.fromfile(entry / LENGTHS, np.int32).reshape(-1, 2).astype(np.int64)
+    ids = np.memmap(entry / IDS, np.int32, mode="r")
+    return Examples(ids, np.memmap(entry / TRAINED, bool, mode="r"), _starts(lengths[:, 0]), *lengths.T)
+
+
+def _evict(cache: Cache, spared: Path) -> None:
+    """Remove the entries used longest ago until the rest fits into `cache.size`; mapped ones live on until closed."""
+    entries = []
+    for path in cache.folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process may be evicting too
+            if path.suffix == ".part" and path.stat().st_mtime < time.time() - DRAFTS_LIVE:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix != ".part" and (path / META).is_file():
+                entries.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total > cache.size and path != spared:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size
