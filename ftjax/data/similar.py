@@ -1,0 +1,175 @@
+"""Which rows say the same: exactly, or nearly by the Jaccard similarity of their word 3-grams.
+
+Candidates come from MinHash and locality-sensitive hashing, and are then verified.
+
+Broder, "On the resemblance and containment of documents" (1997); Leskovec et al., "Mining of Massive Datasets", ch. 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+WORDS = 3  # of a shingle; a text of fewer words is one shingle, so that it is only like itself
+PERMUTATIONS = 128  # of a signature: 512 bytes a row
+RECALL = 0.98  # share of pairs exactly at the threshold that become candidates; more similar ones are missed less often
+WINDOW = 64  # a row is compared with so many before it in a bucket: thousands of rows of one mould stay linear
+BLOCK = 50_000  # candidate pairs whose shingles are held at once
+
+ROLES = ("role", "from")  # keys of a message whose text is the format's, not the row's
+
+INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF])
+# Operators stay, for "5 - 3" is not "5 / 3"; so do points and commas within numbers, and hyphens before them.
+PUNCTUATION = re.compile(
+    r"""[!?;"'`´‘’‚“”„«»‹›()\[\]{}…—–_¿¡、。，！？；：「」『』（）【】]"""
+    r"""|(?<!\d)[.,:]|[.,:](?!\d)|(?<=[^\W\d])[-‐‑](?=[^\W\d])|--+"""
+)
+
+
+def row_text(row: dict, columns: Sequence[str] = ()) -> str:
+    """All text of a row, or of the given columns, joined by line ends; numbers, truth values and roles are left out.
+
+    Text nested in lists and objects, such as messages, counts; a list of strings is one text, joined by blanks.
+    """
+    return "\n".join(text for name in columns or row for text in _texts(row.get(name)))
+
+
+def _texts(cell) -> Iterable[str]:
+    if isinstance(cell, str):
+        yield cell
+    elif isinstance(cell, dict):
+        for key, value in cell.items():
+            if key not in ROLES:
+                yield from _texts(value)
+    elif isinstance(cell, list | tuple):
+        if cell and all(isinstance(c, str) for c in cell):
+            yield " ".join(cell)
+        else:
+            for value in cell:
+                yield from _texts(value)
+
+
+def normalise(text: str) -> str:
+    """What duplicates are judged by: NFKC, case-folded, punctuation and white space as one blank.
+
+    A text of nothing but punctuation keeps it.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(INVISIBLE))
+    text = text.casefold()
+    return " ".join(PUNCTUATION.sub(" ", text).split()) or " ".join(text.split())
+
+
+def shingles(normalised: str) -> set[str]:
+    """The word 3-grams of a normalised text; the text itself where it has fewer words; none where it has no word."""
+    words = normalised.split()
+    if len(words) <= WORDS:
+        return {normalised} if words else set()
+    return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+
+def firsts(texts: Iterable[str]) -> np.ndarray:
+    """(n,) int64: for each text the index of the first with the same `normalise`d text; its own where that is empty."""
+    seen: dict[bytes, int] = {}
+    out = []
+    for i, text in enumerate(texts):
+        normalised = normalise(text)
+        out.append(seen.setdefault(_digest(normalised), i) if normalised else i)
+    return np.array(out, np.int64)
+
+
+def near_pairs(texts: Sequence[str], threshold: float, seed: int = 0) -> np.ndarray:
+    """(P, 2) int64, i < j, sorted: pairs of texts at least `threshold` alike (0 < threshold <= 1).
+
+    Alike is the Jaccard similarity of the `shingles` of the `normalise`d texts; every pair is verified, and at least
+    about RECALL of all that are so alike is found. Of identical texts, only the first is paired: with each of the
+    others, and with what is merely similar; so thousands of them give thousands of pairs, and `clusters` the same
+    result. texts: read through twice, then by index where a candidate is verified; signatures alone stay in memory.
+    """
+    first = firsts(texts)
+    alone = first == np.arange(len(first))
+    rows, signatures = _signatures(((i, text) for i, text in enumerate(texts) if alone[i]), seed)
+    same = np.flatnonzero(~alone)
+    candidates = rows[_candidates(signatures, threshold, seed)]
+    alike = [
+        block[_alike(texts, block, threshold)] for block in np.split(candidates, range(BLOCK, len(candidates), BLOCK))
+    ]
+    pairs = np.concatenate([np.stack([first[same], same], axis=1), *alike])
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def clusters(pairs: np.ndarray, n: int) -> np.ndarray:
+    """(n,) int64: for each of n texts the smallest index that pairs (P, 2) join it with, directly or not."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    count, component = connected_components(graph, directed=False)
+    smallest = np.full(count, n, np.int64)
+    np.minimum.at(smallest, component, np.arange(n))
+    return smallest[component]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _signatures(texts: Iterable[tuple[int, str]], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of all (index, text) that have any word: the indices (m,) and the signatures (m, PERMUTATIONS)."""
+    from datasketch import MinHash
+
+    rows, signatures = [], []
+    empty = MinHash(num_perm=PERMUTATIONS, seed=seed, hashfunc=_hash)
+    for i, text in texts:
+        grams = shingles(normalise(text))
+        if grams:
+            minhash = empty.copy()
+            minhash.update_batch(grams)
+            rows.append(i)
+            signatures.append(minhash.hashvalues.astype(np.uint32))
+    return np.array(rows, np.int64), np.array(signatures, np.uint32).reshape(len(rows), PERMUTATIONS)
+
+
+def _hash(shingle: str) -> int:
+    return zlib.crc32(shingle.encode("utf-8", "surrogatepass"))
+
+
+def _candidates(signatures: np.ndarray, threshold: float, seed: int) -> np.ndarray:
+    """(C, 2), i < j, sorted: rows of the signatures that share a bucket of one band at least."""
+    n, width = len(signatures), _band(threshold)
+    multipliers = np.random.default_rng(seed).integers(0, 2**63, width, np.uint64) | np.uint64(1)
+    found = np.empty(0, np.int64)
+    for start in range(0, PERMUTATIONS - width + 1, width):
+        keys = (signatures[:, start : start + width] * multipliers).sum(axis=1, dtype=np.uint64)  # wraps around
+        order = np.argsort(keys, kind="stable")  # a bucket is a run, its rows ascending
+        keys = keys[order]
+        pairs = [found]
+        for distance in range(1, min(WINDOW, n - 1) + 1):
+            at = np.flatnonzero(keys[:-distance] == keys[distance:])
+            if len(at) == 0:
+                break
+            pairs.append(order[at] * n + order[at + distance])
+        found = np.unique(np.concatenate(pairs))
+    return np.stack([found // n, found % n], axis=1) if n else np.empty((0, 2), np.int64)
+
+
+def _band(threshold: float) -> int:
+    """Rows of a band: as many, and so as few false candidates, as RECALL at the threshold allows."""
+    fit = [r for r in range(1, PERMUTATIONS + 1) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL]
+    return max(fit, default=1)
+
+
+def _alike(texts: Sequence[str], pairs: np.ndarray, threshold: float) -> np.ndarray:
+    """(P,) bool: whether the Jaccard similarity of each pair is at least the threshold."""
+    sets = {i: shingles(normalise(texts[i])) for i in np.unique(pairs).tolist()}
+    out = np.zeros(len(pairs), bool)
+    for k, (i, j) in enumerate(pairs.tolist()):
+        a, b = sets[i], sets[j]
+        shared = len(a & b)
+        out[k] = shared >= threshold * (len(a) + len(b) - shared) - 1e-9
+    return out
