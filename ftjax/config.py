@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import traceback
 from pathlib import Path
 
@@ -81,24 +82,26 @@ def default() -> ml_collections.ConfigDict:
     clean.parts = ("train",)  # which of data.train, data.validation and data.test; the last two come from their makers
     clean.unicode = ""  # NFC | NFKC; empty: as it is
     clean.mojibake = False  # mend text that was decoded by the wrong table
-    clean.whitespace = False  # strip ends; one blank for several; at most one empty line
+    clean.whitespace = False  # strip ends; one blank for several; at most one empty line; indentation stays
     clean.control = False  # remove control and zero-width characters, line ends and tabs aside
-    clean.exact = False  # drop rows whose text is that of an earlier one
-    clean.near = 0.0  # drop rows at least this alike to an earlier one (Jaccard of word 3-grams); 0: off
+    clean.exact = False  # drop rows whose text is that of an earlier one, case, punctuation and white space aside
+    clean.near = 0.0  # drop rows at least this alike to an earlier one that stays (Jaccard of word 3-grams); 0: off
     clean.columns = ()  # columns that duplicates are judged by; empty: all text
+    clean.empty = False  # drop rows that training would refuse for an empty answer or a missing cell; rows of no known
+    # form: those without any text in `columns`
     clean.min_chars = 0  # drop rows with a shorter answer
     clean.max_chars = 0  # drop rows with longer text in all; 0: off
     clean.max_ratio = 0.0  # drop rows whose answer is so many times longer than the prompt; 0: off
     clean.personal = "keep"  # keep | mask | drop: e-mail addresses, phone and card numbers, keys
-    clean.drop = ()  # regular expressions: rows with a match in any text are dropped
+    clean.drop = ()  # regular expressions: rows with a match in any text are dropped; ^ and $ are the ends of a line
 
     data.augment = augment = ml_collections.ConfigDict()
-    augment.copies = 0  # synthetic rows made of each training row; 0: off
-    augment.ops = ("word_dropout", "word_swap", "char_noise", "case")  # what is done to them, in turn
-    augment.rate = 0.1  # share of words or characters touched
-    augment.columns = ()  # columns that are altered; must be named: an answer or a label never is
-    augment.prompts = ()  # further templates like data.prompt: each makes a synthetic copy of every row
-    augment.function = ""  # "file.py:name": name(row: dict, rng: numpy Generator) -> row or None, beside or without ops
+    augment.copies = 0  # synthetic rows made of each training row by ops and function, which take turns; 0: off
+    augment.ops = ("word_dropout", "word_swap", "char_noise", "case")  # rows of ftjax.data.augment.OPS
+    augment.rate = 0.1  # share of a text's words, or letters, that an op touches; one at least
+    augment.columns = ()  # columns with text that ops alter; must be named: an answer or a label never is
+    augment.prompts = ()  # further templates like data.prompt: each makes one more synthetic row of every row
+    augment.function = ""  # "file.py:name": name(row: dict, rng: numpy Generator) -> row, or None for no row
 
     c.optim = optim = ml_collections.ConfigDict()
     optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon
@@ -350,6 +353,17 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+def compile_patterns(patterns, key: str) -> list[re.Pattern]:
+    """Regular expressions in which ^ and $ are the ends of a line; raises FtjaxError naming `key` for a bad one."""
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern, re.MULTILINE))
+        except (re.error, TypeError) as error:
+            raise FtjaxError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+    return compiled
+
+
 def validate(config) -> None:
     """Check every choice and range that can be checked without reading a file. Raises FtjaxError naming the key."""
     values = flat(config)
@@ -380,6 +394,10 @@ def validate(config) -> None:
         need(key, lambda v: v >= 1, "at least 1")
     for key in ("train.steps", "train.eval_every", "train.patience", "train.save_every", "data.limit", "model.unroll"):
         need(key, lambda v: v >= 0, "0 or more")
+    for key in ("data.clean.min_chars", "data.clean.max_chars", "data.clean.max_ratio", "data.augment.copies"):
+        need(key, lambda v: v >= 0, "0 or more")
+    need("data.clean.parts", lambda v: set(v) <= {"train", "validation", "test"}, "of train, validation and test")
+    compile_patterns(values["data.clean.drop"], "data.clean.drop")
     for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):
         need(key, lambda v: v >= 0, "0 or more")
     for key in ("tuning.dropout", "train.label_smoothing"):

@@ -1,0 +1,313 @@
+"""Rows mended and left out, each with its reason: what `data.clean` asks for, and nothing by default."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.config import compile_patterns
+from ftjax.data.similar import ROLES, firsts, near_pairs, row_text
+from ftjax.data.table import Table
+from ftjax.data.textchecks import mask, mojibake, personal, without_control
+from ftjax.errors import FtjaxError, nearest
+
+Edit = Callable[[str, bool], str]  # text, and whether white space at its ends stays
+Answers = Callable[[dict, str], tuple[str, str]]  # row and place -> its prompt and its answer, as text
+
+PASSES = 8  # of all edits over one text; two are enough for nearly all
+JOINED = ("prompt", "completion", "response", "chosen", "rejected")  # columns that are put together as they stand
+
+
+class Removed(NamedTuple):
+    """A row that was left out: its index in the table, its place, by which rule and why; the row that it doubles."""
+
+    index: int
+    place: str
+    rule: str
+    why: str
+    twin: str = ""  # place of the row that stays, for a duplicate
+
+
+class Cleaned(NamedTuple):
+    """The rows that stay, as edited; those that went, in order; {edit: rows that it changed}."""
+
+    table: Table
+    removed: list[Removed]
+    changed: dict[str, int]
+
+
+class Row(NamedTuple):
+    """What a filter looks at: the cells, all text of them, and what calls for the prompt and the answer."""
+
+    cells: dict
+    text: str
+    answers: Callable[[], tuple[str, str]] | None
+
+
+class Rule(NamedTuple):
+    """One row of RULES. name: its field of data.clean, or what the field says; kind: edit | filter | duplicates.
+
+    make, given the settings, makes of an edit's rule (text, whether its ends stay) -> text; of a filter's, Row -> why
+    it goes, empty where it stays; of the others', texts -> {index: (index of the first like it, why)}.
+    """
+
+    name: str
+    kind: str
+    on: Callable[..., bool]
+    make: Callable
+    answers: bool = False  # whether it cannot do without them
+
+
+def clean(table: Table, settings, answers: Answers | None = None, folder: str | None = None) -> Cleaned:
+    """A table as the group `data.clean` wants it: edited, then filtered, then without duplicates, by RULES in order.
+
+    answers gives the prompt and answer of a row, for the filters that need them; None where the rows have no known
+    form. folder: as in Table.edit. Rows keep their order; every row is kept or in `removed`, and cleaning what was
+    cleaned changes nothing. Raises FtjaxError for a pattern that does not compile, for a column that does not exist,
+    for a filter on answers where there are none, and where no row is left.
+    """
+    need_columns(settings.columns, table.columns, "data.clean.columns")
+    edits, filters, duplicates = (
+        {rule.name: rule.make(settings) for rule in RULES if rule.kind == kind and rule.on(settings)}
+        for kind in ("edit", "filter", "duplicates")
+    )
+    asked = [rule.name for rule in RULES if rule.name in filters and rule.answers]
+    if asked and answers is None:
+        raise FtjaxError(
+            f"data.clean.{asked[0]} asks for each row's answer, and no known form fits the columns "
+            f"{', '.join(table.columns)}: set data.prompt and data.completion, or leave it off"
+        )
+    changed = Counter(dict.fromkeys(edits, 0))
+    edited = table.edit(lambda rows: [_edit_row(row, edits, changed) for row in rows], folder) if edits else table
+    removed = {r.index: r for r in _filtered(edited, filters, answers)} if filters else {}
+    for name, find in duplicates.items():
+        left = _left(len(table), removed)
+        for i, (first, why) in find(Texts(edited.select(left), settings.columns)).items():
+            at = int(left[i])
+            removed[at] = Removed(at, table.place(at), name, why, table.place(int(left[first])))
+    if removed and len(removed) == len(table):
+        one = removed[min(removed)]
+        raise FtjaxError(f"data.clean: no row is left of {len(table)}; {one.place} went by {one.rule!r}: {one.why}")
+    kept = edited.select(_left(len(table), removed)) if removed else edited
+    return Cleaned(kept, [removed[i] for i in sorted(removed)], dict(changed))
+
+
+def records(table: Table, removed: Iterable[Removed]) -> Iterator[dict]:
+    """What was left out of a table as plain data, each row as it was read, so that any can be put back."""
+    for r in removed:
+        yield {"place": r.place, "rule": r.rule, "why": r.why, "twin": r.twin, "row": table.row(r.index)}
+
+
+def need_columns(columns: Iterable[str], there: Sequence[str], key: str) -> None:
+    """Raise FtjaxError, which names the key, for the first column that is not there."""
+    for name in columns:
+        if name not in there:
+            raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")
+
+
+class Texts(Sequence[str]):
+    """The text of every row of a table, or of some columns: read chunk by chunk or by index, never all in memory."""
+
+    def __init__(self, table: Table, columns: Sequence[str] = ()):
+        self.table, self.columns = table, tuple(columns)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> str:
+        return row_text(self.table.row(index), self.columns)
+
+    def __iter__(self) -> Iterator[str]:
+        for _, rows in self.table.chunks():
+            yield from (row_text(row, self.columns) for row in rows)
+
+
+def unknown(columns: Iterable[str], there: Sequence[str], key: str) -> None:
+    """Raise FtjaxError, which names the key, for the first column that is not there."""
+    for name in columns:
+        if name not in there:
+            raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")
+
+
+def _left(rows: int, removed: dict[int, Removed]) -> np.ndarray:
+    return np.setdiff1d(np.arange(rows), list(removed))
+
+
+# ---------------------------------------------------------------------------------------------- edits
+
+
+def _edit_row(row: dict, edits: dict[str, Edit], changed: Counter) -> dict:
+    did: set[str] = set()
+    out = {column: _edit_cell(cell, edits, column in JOINED, did) for column, cell in row.items()}
+    changed.update(did)
+    return out
+
+
+def _edit_cell(cell, edits: dict[str, Edit], ends: bool, did: set[str]):
+    """A cell with every text in it edited: in lists and objects too, but neither keys nor the role of a message."""
+    if isinstance(cell, str):
+        return _edit_text(cell, edits, ends, did)
+    if isinstance(cell, list):
+        return [_edit_cell(c, edits, ends, did) for c in cell]
+    if isinstance(cell, dict):
+        return {key: c if key in ROLES else _edit_cell(c, edits, ends, did) for key, c in cell.items()}
+    return cell
+
+
+def _edit_text(text: str, edits: dict[str, Edit], ends: bool, did: set[str]) -> str:
+    """All edits in turn, until none changes anything: one may bring about what another looks for."""
+    for _ in range(PASSES):
+        before = text
+        for name, edit in edits.items():
+            after = edit(text, ends)
+            if after != text:
+                did.add(name)
+            text = after
+        if text == before:
+            break
+    return text
+
+
+def _mojibake(settings) -> Edit:
+    from ftfy import fix_encoding
+
+    return lambda text, ends: fix_encoding(text) if mojibake(text) else text
+
+
+def whitespace(text: str, ends: bool = False) -> str:
+    """One blank for several, none at a line's end; line ends as \\n; at most one empty line; ends stripped unless kept.
+
+    What indents a line of several stays: it may be code.
+    """
+    if ends:
+        body = text.strip()
+        before, _, after = text.partition(body) if body else (text, "", "")
+        return before + whitespace(body) + after
+    lines = [LINE.fullmatch(line) for line in LINE_END.split(text)]
+    text = EMPTY_LINES.sub("\n\n", "\n".join(m["indent"] + " ".join(m["rest"].split()) for m in lines)).strip("\n")
+    return text if "\n" in text else text.strip()
+
+
+LINE_END = re.compile(r"\r\n|\n|\r")
+LINE = re.compile(r"(?P<indent>[ \t]*(?=\S)|)(?P<rest>.*)", re.DOTALL)
+EMPTY_LINES = re.compile(r"\n{3,}")
+
+
+# ---------------------------------------------------------------------------------------------- filters
+
+
+def _filtered(table: Table, filters: dict[str, Callable[[Row], str]], answers: Answers | None) -> Iterator[Removed]:
+    for start, rows in table.chunks():
+        for i, cells in enumerate(rows, start):
+            place = table.place(i)
+            ask = answers and functools.cache(functools.partial(answers, cells, place))
+            row = Row(cells, row_text(cells), ask)
+            for name, filter in filters.items():
+                why = filter(row)
+                if why:
+                    yield Removed(i, place, name, why)
+                    break
+
+
+def _empty(settings) -> Callable[[Row], str]:
+    def why(row: Row) -> str:
+        if row.answers is None:
+            return "" if row_text(row.cells, settings.columns).strip() else "no text"
+        try:
+            row.answers()
+        except FtjaxError as error:
+            return str(error)
+        return ""
+
+    return why
+
+
+def _min_chars(settings) -> Callable[[Row], str]:
+    def why(row: Row) -> str:
+        found = len(row.answers()[1])
+        return f"an answer of {found} characters, fewer than {settings.min_chars}" if found < settings.min_chars else ""
+
+    return why
+
+
+def _max_chars(settings) -> Callable[[Row], str]:
+    def why(row: Row) -> str:
+        found = len(row.text)
+        return f"{found} characters, more than {settings.max_chars}" if found > settings.max_chars else ""
+
+    return why
+
+
+def _max_ratio(settings) -> Callable[[Row], str]:
+    def why(row: Row) -> str:
+        prompt, answer = map(len, row.answers())
+        long = answer > settings.max_ratio * prompt
+        return f"an answer of {answer} characters, more than {settings.max_ratio:g} x {prompt}" if long else ""
+
+    return why
+
+
+def _personal(settings) -> Callable[[Row], str]:
+    def why(row: Row) -> str:
+        kinds = sorted({kind for kind, _, _ in personal(row.text)})
+        return f"personal data: {', '.join(kinds)}" if kinds else ""
+
+    return why
+
+
+def _drop(settings) -> Callable[[Row], str]:
+    patterns = compile_patterns(settings.drop, "data.clean.drop")
+
+    def why(row: Row) -> str:
+        match = next((m for p in patterns if (m := p.search(row.text))), None)
+        return f"{match.re.pattern!r} matches {match[0][:80]!r}" if match else ""
+
+    return why
+
+
+# ---------------------------------------------------------------------------------------------- duplicates
+
+
+def _exact(settings) -> Callable[[Texts], dict[int, tuple[int, str]]]:
+    def find(texts: Texts) -> dict[int, tuple[int, str]]:
+        first = firsts(texts)
+        return {i: (int(first[i]), "the same text") for i in np.flatnonzero(first != np.arange(len(first))).tolist()}
+
+    return find
+
+
+def _near(settings) -> Callable[[Texts], dict[int, tuple[int, str]]]:
+    """Each row that goes is so alike to one that stays; so of three in a chain, the third may stay."""
+
+    def find(texts: Texts) -> dict[int, tuple[int, str]]:
+        gone: dict[int, tuple[int, str]] = {}
+        for i, j in near_pairs(texts, settings.near).tolist():  # sorted, so what becomes of row i is settled
+            if i not in gone:
+                gone.setdefault(j, (i, f"at least {settings.near:g} alike"))
+        return gone
+
+    return find
+
+
+# Edits come first, so that filters and duplicates see what will be trained; near duplicates include exact ones.
+RULES = (
+    Rule("mojibake", "edit", lambda s: s.mojibake, _mojibake),
+    Rule("unicode", "edit", lambda s: s.unicode, lambda s: lambda text, ends: unicodedata.normalize(s.unicode, text)),
+    Rule("control", "edit", lambda s: s.control, lambda s: lambda text, ends: without_control(text)),
+    Rule("whitespace", "edit", lambda s: s.whitespace, lambda s: whitespace),
+    Rule("mask", "edit", lambda s: s.personal == "mask", lambda s: lambda text, ends: mask(text)),
+    Rule("empty", "filter", lambda s: s.empty, _empty),
+    Rule("min_chars", "filter", lambda s: s.min_chars, _min_chars, answers=True),
+    Rule("max_chars", "filter", lambda s: s.max_chars, _max_chars),
+    Rule("max_ratio", "filter", lambda s: s.max_ratio, _max_ratio, answers=True),
+    Rule("personal", "filter", lambda s: s.personal == "drop", _personal),
+    Rule("drop", "filter", lambda s: s.drop, _drop),
+    Rule("exact", "duplicates", lambda s: s.exact or s.near, _exact),
+    Rule("near", "duplicates", lambda s: s.near, _near),
+)
