@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import string
 from collections.abc import Callable
 
+from ftjax.data.chat_templates import ALPACA_INPUT, TEMPLATES
 from ftjax.errors import FtjaxError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """One row as text. `messages`, where given, goes through the tokenizer's chat template instead."""
+    """One row as text, or as a conversation that a chat template shows.
+
+    messages: with `role` and `content`, and on an assistant's `"train": False` where it is not trained; tools: JSON
+    schemas; template: a name of `data.template`, empty: the tokenizer's own.
+    """
 
     prompt: str = ""
     completion: str = ""
     messages: tuple[dict, ...] | None = None
+    tools: tuple[dict, ...] = ()
+    template: str = ""
 
 
 # The two prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py), to the letter.
-ALPACA = (
+ALPACA_PROMPT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-ALPACA_INPUT = (
+ALPACA_PROMPT_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+ROLES = {  # ShareGPT's names, and those of sets that follow it
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+THINKING = ("reasoning_content", "thinking", "reasoning")  # fields of a message; transformers takes them for one
 
 
 def guess(columns, prompt: str = "", completion: str = "") -> str:
@@ -42,31 +60,63 @@ def guess(columns, prompt: str = "", completion: str = "") -> str:
         if all(any(name in columns for name in names) for names in needed):
             return form
     raise FtjaxError(
-        f"data.form: no known form fits the columns {', '.join(columns)}. Known: messages; instruction (input) output; "
-        'prompt completion (or response); text. For other columns set data.prompt="...{column}..." and '
-        'data.completion="...{column}...".'
+        f"data.form: no known form fits the columns {', '.join(columns)}. Known: messages; conversations; instruction "
+        "(input) output; prompt completion (or response); prompt (or conversations) chosen rejected; text. For other "
+        'columns set data.prompt="...{column}..." and data.completion="...{column}...".'
     )
 
 
-def renderer(form: str, prompt: str = "", completion: str = "") -> Callable[[dict, str], Rendered]:
+def renderer(
+    form: str, prompt: str = "", completion: str = "", template: str = "", system: str = ""
+) -> Callable[[dict, str], Rendered]:
     """(row, place) -> Rendered, for a form of FORMS; `place` names the row in errors, such as `a.jsonl row 3`.
 
-    `prompt` and `completion` are the templates of form `template`. Raises FtjaxError for a bad template at once, and,
-    when called, for a row without a needed column, with a value that is no text, or with nothing to learn in it.
+    `prompt` and `completion` are the templates of form `template`. template: see data.template; where it is set, every
+    row becomes messages. system: the first message of conversations that bring no system text. Raises FtjaxError for a
+    bad setting at once, and, when called, for a row without a needed column, with a value of the wrong kind, or with
+    nothing to learn in it.
     """
     if form == "template":
-        return _from_templates(prompt, completion)
-    if form not in FORMS:
+        render = _from_templates(prompt, completion)
+    elif form in FORMS:
+        render = FORMS[form]
+    else:
         raise FtjaxError(f"data.form: unknown form {form!r}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
-    return FORMS[form]
+    if template and form == "text":
+        raise FtjaxError(
+            f"data.template={template!r}: rows of form text are no conversation; leave data.template empty, or say by "
+            "data.prompt and data.completion what is asked and what is answered"
+        )
+    if template and form == "instruction":
+        render = _asked_alpaca if template == "alpaca" else _asked
+
+    def whole(row: dict, place: str) -> Rendered:
+        rendered = render(row, place)
+        if rendered.messages is None and template:
+            rendered = Rendered(messages=_asked_and_answered(rendered.prompt, rendered.completion))
+        if rendered.messages is not None:
+            return _conversation(rendered.messages, row, place, template, system)
+        if system:
+            raise FtjaxError(f"{place}: data.system is for conversations, and this row is none: set data.template too")
+        return rendered
+
+    return whole
 
 
 def reference(rendered: Rendered) -> str:
     """The answer that a generation for this row is compared with: the completion, or the last assistant's text."""
     if rendered.messages is None:
         return rendered.completion.strip()
-    texts = [m.get("content") or "" for m in rendered.messages if m["role"] == "assistant"]
+    texts = [m["content"] for m in rendered.messages if m["role"] == "assistant"]
     return texts[-1].strip() if texts else ""
+
+
+def question(rendered: Rendered) -> str:
+    """What comes before that answer, as text: the prompt, or every earlier message."""
+    if rendered.messages is None:
+        return rendered.prompt.strip()
+    answers = [k for k, m in enumerate(rendered.messages) if m["role"] == "assistant"]
+    return "\n".join(m["content"] for m in rendered.messages[: answers[-1] if answers else None]).strip()
 
 
 # ---------------------------------------------------------------------------------------------- the forms
@@ -82,40 +132,181 @@ def _prompt(row: dict, place: str) -> Rendered:
 
 
 def _instruction(row: dict, place: str) -> Rendered:
-    values = {"instruction": field(row, "instruction", place)}
-    template = ALPACA
-    if row.get("input") not in (None, ""):
-        values["input"], template = field(row, "input", place), ALPACA_INPUT
-    return Rendered(template.format(**values), _answer(field(row, "output", place), place))
+    instruction, given, output = _task(row, place)
+    template = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
+    return Rendered(template.format(instruction=instruction, input=given), output)
+
+
+def _asked(row: dict, place: str, between: str = "\n\n") -> Rendered:
+    instruction, given, output = _task(row, place)
+    return Rendered(instruction + (between + given if given else ""), output)
+
+
+def _asked_alpaca(row: dict, place: str) -> Rendered:
+    return _asked(row, place, ALPACA_INPUT)
+
+
+def _task(row: dict, place: str) -> tuple[str, str, str]:
+    """(instruction, input, output); the last two may stand in `instances`, as in the seed tasks of Self-Instruct."""
+    if row.get("output") is None and isinstance(row.get("instances"), list):
+        if len(row["instances"]) != 1:
+            raise FtjaxError(f"{place}: {len(row['instances'])} `instances`; expected one: make each a row of its own")
+        row = row | row["instances"][0]
+    given = "" if row.get("input") in (None, "") else field(row, "input", place)
+    return field(row, "instruction", place), given, _answer(field(row, "output", place), place)
 
 
 def _messages(row: dict, place: str) -> Rendered:
-    messages = row.get("messages")
-    if messages is None:
-        raise _missing(row, "messages", place)
-    if not isinstance(messages, list) or not messages:
-        raise FtjaxError(f"{place}: `messages` should be a list of objects with `role` and `content`")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise FtjaxError(f"{place}: message {number} should be an object with `role` and `content`")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise FtjaxError(f"{place}: message {number}: `content` should be text, found {_kind(content)}")
-    # A data set fills what one message lacks and another has with None; templates ask whether a key is there.
-    messages = tuple({k: v for k, v in m.items() if v is not None} for m in messages)
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if not any(m.get("content", "").strip() or m.get("tool_calls") for m in answers):
-        raise FtjaxError(f"{place}: no assistant message with any text: nothing to train on")
-    return Rendered(messages=messages)
+    return Rendered(messages=_turns(row, "messages", place))
 
 
-FORMS = {"text": _text, "prompt": _prompt, "instruction": _instruction, "messages": _messages}
+def _sharegpt(row: dict, place: str) -> Rendered:
+    return Rendered(messages=_turns(row, "conversations", place))
+
+
+def _preference(row: dict, place: str) -> Rendered:
+    """The chosen answer; it may be text, a message, or messages, from the answer on or from the very first."""
+    column = next((name for name in ("conversations", "messages") if isinstance(row.get(name), list)), "prompt")
+    chosen = row.get("chosen")
+    if isinstance(chosen, str) and not isinstance(row.get(column), list):
+        return Rendered(field(row, "prompt", place), _answer(chosen, place))
+    if isinstance(chosen, str):
+        chosen = [{"role": "assistant", "content": chosen}]
+    chosen = _turns({"chosen": [chosen] if isinstance(chosen, dict) else chosen}, "chosen", place)
+    if chosen[0]["role"] != "assistant":
+        return Rendered(messages=chosen)
+    if isinstance(row.get(column), list):
+        return Rendered(messages=_turns(row, column, place) + chosen)
+    return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
+
+
+FORMS = {
+    "text": _text,
+    "prompt": _prompt,
+    "instruction": _instruction,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "preference": _preference,
+}
 GUESS = (  # form, groups of columns of which each must be there by one of its names; the first form that fits
+    ("preference", (("chosen",), ("rejected",))),
     ("messages", (("messages",),)),
-    ("instruction", (("instruction",), ("output",))),
+    ("sharegpt", (("conversations",),)),
+    ("instruction", (("instruction",), ("output", "instances"))),
     ("prompt", (("prompt",), ("completion", "response"))),
     ("text", (("text",),)),
 )
+SAID = {"preference": "the chosen answer is trained, the rejected one is not used"}  # of a form, for the reader
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+
+
+def _asked_and_answered(prompt: str, completion: str) -> tuple[dict, ...]:
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
+
+
+def _conversation(messages: tuple[dict, ...], row: dict, place: str, template: str, system: str) -> Rendered:
+    """Messages with the row's system text, or else the config's, before them, and the row's tools beside them."""
+    if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
+        raise FtjaxError(f"{place}: no assistant message with any text: nothing to train on")
+    system = row["system"] if isinstance(row.get("system"), str) and row["system"] else system
+    if system and messages[0]["role"] not in ("system", "developer"):
+        messages = ({"role": "system", "content": system}, *messages)
+    if template in TEMPLATES:
+        messages = tuple(_thinking_as_text(m) for m in messages)
+    return Rendered(messages=messages, tools=_tools(row.get("tools"), place), template=template)
+
+
+def _turns(row: dict, column: str, place: str) -> tuple[dict, ...]:
+    messages = row.get(column)
+    if messages is None:
+        raise _missing(row, column, place)
+    if not isinstance(messages, list) or not messages:
+        raise FtjaxError(f"{place}: `{column}` should be a list of objects with `role` and `content`")
+    return tuple(_turn(m, f"{place}: message {number}") for number, m in enumerate(messages, 1))
+
+
+def _turn(message, said: str) -> dict:
+    """A message by the names that templates know; `said` names it in errors."""
+    # A data set fills what one message lacks and another has with None; templates ask whether a key is there.
+    turn = _without_none(message) if isinstance(message, dict) else {}
+    for theirs, ours in (("from", "role"), ("value", "content")):
+        if theirs in turn:
+            turn[ours] = turn.pop(theirs)
+    role = turn.get("role")
+    if not isinstance(role, str):
+        raise FtjaxError(f"{said} should be an object with `role` and `content`")
+    if role == "function_call":
+        turn["tool_calls"], turn["content"] = _json(turn.get("content"), f"{said}: the function call"), ""
+    turn["role"] = role = ROLES.get(role, role)
+    if "tool_calls" in turn:
+        turn["tool_calls"] = _calls(turn["tool_calls"], said)
+        if turn["tool_calls"]:
+            turn.setdefault("content", "")
+        else:
+            del turn["tool_calls"]
+    if not isinstance(turn.get("content"), str):
+        raise FtjaxError(f"{said}: `content` should be text, found {_kind(turn.get('content'))}")
+    trained = turn.pop("train", turn.pop("weight", True))
+    if trained not in (True, False):
+        raise FtjaxError(f"{said}: `train` should be true or false (or `weight` 1 or 0), found {trained!r}")
+    if not trained and role == "assistant":
+        turn["train"] = False
+    return turn
+
+
+def _calls(calls, said: str) -> list[dict]:
+    """Tool calls, each as {"type": "function", "function": {"name", "arguments"}}, arguments as an object."""
+    calls = calls if isinstance(calls, list) else [calls]
+    out = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise FtjaxError(f"{said}: a tool call should be an object with `name` and `arguments`, found {call!r}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):  # OpenAI's form; templates write JSON themselves
+            arguments = _json(arguments, f"{said}: the arguments of {function['name']!r}")
+        rest = {key: cell for key, cell in call.items() if key not in ("function", "name", "arguments")}
+        out.append({"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}})
+    return out
+
+
+def _tools(tools, place: str) -> tuple[dict, ...]:
+    """A cell with tools: schemas as templates take them, {"type": "function", "function": {...}}."""
+    if tools is None or tools == "":
+        return ()
+    tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else _without_none(tools)
+    tools = tools if isinstance(tools, list) else [tools]
+    tools = [_json(tool, f"{place}: `tools`") if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise FtjaxError(f"{place}: `tools` should be a list of JSON schemas, or that list as JSON text")
+    return tuple({"type": "function", "function": t} if "name" in t and "function" not in t else t for t in tools)
+
+
+def _thinking_as_text(message: dict) -> dict:
+    """Thinking in a field of its own, which no named template knows, before the answer as reasoning models write it."""
+    thinking = next((message[key] for key in THINKING if key in message), None)
+    if thinking is None:
+        return message
+    rest = {key: cell for key, cell in message.items() if key not in THINKING}
+    return rest | {"content": "<think>\n" + thinking.strip("\n") + "\n</think>\n\n" + message["content"]}
+
+
+def _without_none(value):
+    if isinstance(value, dict):
+        return {key: _without_none(cell) for key, cell in value.items() if cell is not None}
+    return [_without_none(cell) for cell in value] if isinstance(value, list) else value
+
+
+def _json(text, said: str):
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise FtjaxError(f"{said}: should be JSON: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- templates over columns
 
 
 def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rendered]:

@@ -6,17 +6,21 @@ together with the token that ends it, nothing else. Both are decided on ids, nev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.template import Rendered
+from ftjax.data import chat_templates
+from ftjax.data.template import THINKING, Rendered
 from ftjax.errors import FtjaxError
+from ftjax.hub.tokenizer import end_token, turn_end
 
 CHUNK = 1024  # texts given to the tokenizer at once; its own records take some 100 bytes a token
 
 Place = Callable[[int], str]  # index of a row -> its name in an error, such as "a.jsonl row 3"
+Span = tuple[int, int]  # first token, one past the last
 
 
 class Example(NamedTuple):
@@ -38,85 +42,54 @@ def encode(
     place: Place = row_number,
     end: str = "",
 ) -> list[Example]:
-    """One Example for each row, uncut.
+    """One Example for each row, uncut; the same whatever other rows stand beside it.
 
     Prompt and completion are encoded together; where that does not begin with the prompt's own ids (a token merged
     across the border), the prompt's ids come first and the completion is encoded after them. The end-of-text token is
-    added after the completion unless it stands there, and trained. Messages go through the tokenizer's chat template;
-    every assistant turn is trained up to and including the token that ends it. train_on: assistant, or all. end: the
-    token that ends a text instead of the tokenizer's end-of-text.
-    Raises FtjaxError naming the row: a template that fails, or that rewrites what an earlier prompt said so that no
-    prompt would be met in generation; a row in which nothing would be trained.
+    added after the completion unless it stands there, and trained. Messages go through their chat template; an
+    assistant's turn is trained up to and including the token that ends it, but for those with `"train": False`.
+    train_on: assistant (every turn), last (the last one) or all (every token of the row). end: the token that ends a
+    text instead of the tokenizer's end-of-text.
+    Raises FtjaxError naming the row: a template that fails, or that rewrites a trained turn or what came before it once
+    more messages follow; a row in which nothing would be trained.
     """
     end_id = end_token(tokenizer, end)
+    chats = {}  # by template
     examples = []
     for first in range(0, len(rendered), CHUNK):
         chunk = rendered[first : first + CHUNK]
-        chat = [i for i, r in enumerate(chunk) if r.messages is not None]
         plain = [i for i, r in enumerate(chunk) if r.messages is None]
-        done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer, end_id)))
-        places = [place(first + i) for i in chat]
-        done |= zip(chat, _encode_chats([chunk[i].messages for i in chat], tokenizer, places, end_id))
-        examples += [_example(*done[i], train_on, place, first + i) for i in range(len(chunk))]
+        done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer, train_on, end_id)))
+        for name in dict.fromkeys(r.template for r in chunk if r.messages is not None):
+            chats[name] = chats.get(name) or _chat(name, end, tokenizer)
+            mine = [i for i, r in enumerate(chunk) if r.messages is not None and r.template == name]
+            plans = [_plan(chats[name], chunk[i], train_on, place(first + i)) for i in mine]
+            done |= zip(mine, _encode_chats(plans, chats[name], end_id))
+        examples += [_example(*done[i], place, first + i) for i in range(len(chunk))]
     return examples
 
 
-def encode_prompts(rendered: Sequence[Rendered], tokenizer, place: Place = row_number) -> list[np.ndarray]:
+def encode_prompts(
+    rendered: Sequence[Rendered], tokenizer, place: Place = row_number, end: str = ""
+) -> list[np.ndarray]:
     """The ids (T,) int32 that generation feeds for each row; of messages, all before the last assistant turn."""
     texts = [r.prompt for r in rendered if r.messages is None]
     plain = iter(_prompt_ids(texts, tokenizer))
-    chats = []
+    chats, prompts = {}, []
     for i, r in enumerate(rendered):
         if r.messages is not None:
-            turns = [k for k, m in enumerate(r.messages) if m["role"] == "assistant"]
-            chats.append(_render(tokenizer, r.messages[: turns[-1]] if turns else r.messages, True, place(i)))
-    chat = iter(_ids(tokenizer, chats, special=False))
+            chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
+            turns = _answers(r.messages)
+            prompts.append(_show(chats[r.template], r, turns[-1] if turns else None, True, place(i)))
+    chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
-
-
-class Fitted(NamedTuple):
-    """What `fit` kept: examples; kept, their indices before; and what it cost, in rows and trained tokens."""
-
-    examples: list[Example]
-    kept: list[int]
-    long: int  # rows longer than max_length
-    lost: int  # trained tokens of those, cut or dropped
-
-
-def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = row_number) -> Fitted:
-    """Rows of at most max_length tokens: longer ones are cut at the end (`truncate`), left out (`drop`) or refused.
-
-    Raises FtjaxError naming the row: under `raise`, the first long row; under `truncate`, a row of which no trained
-    token is left.
-    """
-    out, kept, longer, lost = [], [], 0, 0
-    for i, (ids, trained) in enumerate(examples):
-        if len(ids) > max_length:
-            longer += 1
-            if long == "raise":
-                raise FtjaxError(
-                    f"{place(i)}: {len(ids)} tokens, more than data.max_length={max_length}; raise it, or set "
-                    'data.long to "truncate" or "drop"'
-                )
-            lost += int(trained.sum() if long == "drop" else trained[max_length:].sum())
-            if long == "drop":
-                continue
-            ids, trained = ids[:max_length], trained[:max_length]
-            if not trained.any():
-                raise FtjaxError(
-                    f"{place(i)}: cut to data.max_length={max_length}, no trained token is left (its answer starts "
-                    'later); raise data.max_length or set data.long="drop"'
-                )
-        out.append(Example(ids, trained))
-        kept.append(i)
-    return Fitted(out, kept, longer, lost)
 
 
 # ---------------------------------------------------------------------------------------------- plain text
 
 
-def _encode_plain(rows: list[Rendered], tokenizer, end: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """(ids, [(start, end) of what is trained]) for each row."""
+def _encode_plain(rows: list[Rendered], tokenizer, train_on: str, end: int) -> list[tuple[list[int], list[Span]]]:
+    """(ids, what is trained) for each row."""
     if not rows:
         return []
     prompts = _prompt_ids([r.prompt for r in rows], tokenizer)
@@ -127,7 +100,7 @@ def _encode_plain(rows: list[Rendered], tokenizer, end: int) -> list[tuple[list[
             ids = prompt + _continuation(tokenizer, row.completion)
         if ids[-1:] != [end]:
             ids = [*ids, end]
-        out.append((ids, [(len(prompt), len(ids))]))
+        out.append((ids, [(0 if train_on == "all" else len(prompt), len(ids))]))
     return out
 
 
@@ -150,94 +123,165 @@ def _continuation(tokenizer, text: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------- chats
 
 
-def _encode_chats(
-    chats: list, tokenizer, places: list[str], end_id: int
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """(ids, [(start, end) of what is trained]) for each chat.
+class Chat(NamedTuple):
+    """A tokenizer and the chat template that it is used with."""
 
-    An answer starts where the rendered prompt before it ends. It ends with the chat up to it, less the white space
-    that a template puts behind the end-of-turn token.
-    """
-    plans = []
-    for messages, place in zip(chats, places):
-        turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-        if turns[0] == 0:
-            raise FtjaxError(f"{place}: the first message is the assistant's: nothing comes before its answer")
-        prompts = [_render(tokenizer, messages[:k], True, place) for k in turns]
-        through = [_render(tokenizer, messages[: k + 1], False, place) for k in turns]
-        whole = through[-1] if turns[-1] == len(messages) - 1 else _render(tokenizer, messages, False, place)
-        plans.append((whole, turns, prompts, through))
-    texts = list(dict.fromkeys(text for whole, _, prompts, through in plans for text in (whole, *prompts, *through)))
-    encoded = dict(zip(texts, _one_bos(_ids(tokenizer, texts, special=False), tokenizer)))
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    out = []
-    for messages, place, (whole, turns, prompts, through) in zip(chats, places, plans):
-        ids = encoded[whole]
-        prompt_ids = [encoded[text] for text in prompts]
-        through_ids = [encoded[text] for text in through]
-        if not all(whole.startswith(p) for p in prompts):
+    tokenizer: object
+    name: str  # of data.template
+    text: str | None  # Jinja; None: the tokenizer's own
+    close: list[int]  # the token that ends a turn and the ids behind it; empty: no token does
+    special: frozenset[int]  # ids of special tokens
+
+
+class Turn(NamedTuple):
+    """An assistant's turn as text; `trained` says whether it is picked out to be trained or not to be."""
+
+    at: int  # its index in the messages
+    trained: bool
+    prompt: str  # the chat before it, as generation feeds it
+    through: str  # the chat up to and including it
+
+
+class Plan(NamedTuple):
+    """A conversation as text, and the turns of it that are to be found among its tokens."""
+
+    whole: str
+    turns: list[Turn]
+    messages: tuple[dict, ...]
+    everything: bool  # all tokens are trained, but for the turns that are found
+    place: str
+
+
+def _chat(name: str, end: str, tokenizer) -> Chat:
+    text = chat_templates.resolve(name, end, tokenizer) or None
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Chat(tokenizer, name, text, turn_end(tokenizer, text), frozenset(tokenizer.all_special_ids) | special)
+
+
+def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
+    if row.tools:
+        chat_templates.check_tools(row.template, chat.tokenizer)
+    everything = train_on == "all"
+    answers = _answers(row.messages)
+    wanted = answers[-1:] if train_on == "last" else answers
+    # Where everything is trained, what is not must be found; else what is.
+    found = [k for k in wanted if row.messages[k].get("train", True) != everything]
+    if not everything and not found:
+        raise FtjaxError(f"{place}: every answer is marked as not to be trained")
+    if found[:1] == [0]:
+        raise FtjaxError(f"{place}: the first message is the assistant's: nothing comes before its answer")
+    turns = [
+        Turn(k, not everything, _show(chat, row, k, True, place), _show(chat, row, k + 1, False, place)) for k in found
+    ]
+    return Plan(_show(chat, row, None, False, place), turns, row.messages, everything, place)
+
+
+def _encode_chats(plans: list[Plan], chat: Chat, end_id: int) -> list[tuple[list[int], list[Span]]]:
+    """(ids, what is trained) for each chat."""
+    texts = [text for plan in plans for text in (plan.whole, *(t for turn in plan.turns for t in turn[2:]))]
+    texts = list(dict.fromkeys(texts))
+    encoded = dict(zip(texts, _one_bos(_ids(chat.tokenizer, texts, special=False), chat.tokenizer)))
+    return [_place_turns(plan, chat, encoded, end_id) for plan in plans]
+
+
+def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: int) -> tuple[list[int], list[Span]]:
+    """An answer starts where the rendered prompt before it ends, and goes to the token that ends its turn."""
+    ids, through = encoded[plan.whole], [encoded[turn.through] for turn in plan.turns]
+    if not all(plan.whole.startswith(turn.prompt) for turn in plan.turns):
+        raise FtjaxError(
+            f"{plan.place}: the chat template rewrites what it rendered before, so that the prompt of an answer is no "
+            f"part of the finished chat; {LAST}"
+        )
+    if plan.turns and not _begins(ids, encoded[plan.turns[-1].prompt]):
+        last = plan.turns[-1]  # nothing that is looked for follows, so that its first token may be cut at the border
+        ids, through[-1] = (
+            encoded[last.prompt] + _continuation(chat.tokenizer, text[len(last.prompt) :])
+            for text in (plan.whole, last.through)
+        )
+    spans = []
+    for turn, turn_ids in zip(plan.turns, through):
+        start = len(encoded[turn.prompt])
+        if not _begins(ids, encoded[turn.prompt]):
             raise FtjaxError(
-                f"{place}: the chat template rewrites what it rendered before, so that the prompt of an answer is no "
-                "part of the finished chat; train such answers as rows of their own, or by data.prompt and "
-                "data.completion"
+                f"{plan.place}: the first characters of message {turn.at + 1} merge into one token with the template "
+                "before them: remove the white space at its beginning (data.clean.whitespace=True), or set "
+                'data.train_on="last"'
             )
-        if ids[: len(prompt_ids[-1])] != prompt_ids[-1]:
-            ids, through_ids[-1] = (
-                prompt_ids[-1] + _continuation(tokenizer, text[len(prompts[-1]) :]) for text in (whole, through[-1])
-            )
-        spans = []
-        for k, prompt, p_ids, t_ids in zip(turns, prompts, prompt_ids, through_ids):
-            if ids[: len(p_ids)] != p_ids:
-                raise FtjaxError(
-                    f"{place}: message {k + 1} begins with characters that merge into one token with the template "
-                    "before them: remove the white space at its beginning"
-                )
-            stop = _end_of_turn(tokenizer, special, t_ids, len(p_ids))
-            if ids[: len(t_ids)] != t_ids:  # shown differently once more messages follow: train what is shown
-                end = t_ids[stop - 1] if stop else None
-                if end not in ids[len(p_ids) :] or not _all_shown(
-                    messages[k], whole[len(prompt) :].split(tokenizer.convert_ids_to_tokens(end))[0]
-                ):
-                    raise FtjaxError(
-                        f"{place}: the chat template rewrites message {k + 1} once more messages follow (such as "
-                        "dropping its thinking): make it the last message of a row of its own, or remove what is "
-                        "dropped"
-                    )
-                stop = ids.index(end, len(p_ids)) + 1
-            elif stop is None:
-                stop = len(t_ids)
-                if len(t_ids) == len(ids) and ids[-1] != end_id:
-                    ids, stop = [*ids, end_id], stop + 1  # no token of the template ends the chat
-            spans.append((len(p_ids), stop))
-        out.append((ids, spans))
-    return out
+        spans.append((start, _stop(plan, turn, chat, ids, turn_ids, start)))
+    if plan.messages[-1]["role"] == "assistant" and ids[-1] != end_id and _closed(chat, ids, 0) is None:
+        ids = [*ids, end_id]  # no token of the template ends the chat
+        spans[-1:] = [(a, b + (b == len(ids) - 1)) for a, b in spans[-1:]]
+    if plan.everything:
+        borders = [0, *(at for span in spans for at in span), len(ids)]
+        spans = list(zip(borders[::2], borders[1::2]))
+    return ids, spans
 
 
-def _end_of_turn(tokenizer, special: set[int], ids: list[int], start: int) -> int | None:
-    """Just past the special token that ends ids[start:], white space behind it aside; None where no such token is."""
-    for end in range(len(ids), start, -1):
-        if ids[end - 1] in special:
+def _stop(plan: Plan, turn: Turn, chat: Chat, ids: list[int], turn_ids: list[int], start: int) -> int:
+    """One past the last token of a turn that starts at `start` of a chat's ids."""
+    message, shown = plan.messages[turn.at], turn.through[len(turn.prompt) :]
+    stop = _closed(chat, turn_ids, start)
+    end = turn_ids[stop - 1] if stop else None
+    stop = stop or len(turn_ids)
+    if not _begins(ids, turn_ids[:stop]):  # shown differently once more messages follow: train what is shown
+        stop = ids.index(end, start) + 1 if end in ids[start:] else None
+        shown = plan.whole[len(turn.prompt) :].partition(chat.tokenizer.convert_ids_to_tokens(end))[0] if stop else ""
+        if not stop or EMPTY_THINKING.sub("", message["content"]).strip() not in shown:
+            raise FtjaxError(
+                f"{plan.place}: the chat template rewrites message {turn.at + 1} once more messages follow (such as "
+                f"dropping its thinking); {LAST}"
+            )
+    if any(message.get(key, "").strip() not in shown for key in THINKING):
+        raise FtjaxError(f"{plan.place}: the chat template leaves out the thinking of message {turn.at + 1}; {LAST}")
+    return stop
+
+
+LAST = (
+    'set data.train_on="last", mark the answer with "train": false, remove what is left out, or choose another '
+    "data.template"
+)
+EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")  # nothing is lost where a template drops it
+
+
+def _closed(chat: Chat, ids: list[int], start: int) -> int | None:
+    """Just past the token that ends the turn ids[start:], what a template puts behind it aside; None: no token does."""
+    behind = len(chat.close)
+    if behind and ids[-behind:] == chat.close and len(ids) - behind >= start:
+        return len(ids) - behind + 1
+    for end in range(len(ids), start, -1):  # a turn may end otherwise than an answer in text, such as a tool call's
+        if ids[end - 1] in chat.special:
             return end
-        if tokenizer.decode(ids[end - 1 : end]).strip():
+        if chat.tokenizer.decode(ids[end - 1 : end]).strip():
             return None
     return None
 
 
-def _all_shown(message: dict, shown: str) -> bool:
-    return all(text.strip() in shown for key, text in message.items() if key != "role" and isinstance(text, str))
+def _begins(ids: list[int], start: list[int]) -> bool:
+    return ids[: len(start)] == start
 
 
-def _render(tokenizer, messages, generation: bool, place: str) -> str:
+def _answers(messages: Sequence[dict]) -> list[int]:
+    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _show(chat: Chat, row: Rendered, upto: int | None, generation: bool, place: str) -> str:
+    """The text of the messages before index `upto`, with the opening of an answer where `generation`."""
     import jinja2
 
-    if not tokenizer.chat_template:
+    if not (chat.text or chat.tokenizer.chat_template):
         raise FtjaxError(
-            f"{place}: messages need a chat template and this tokenizer has none; use prompt and completion columns, "
-            "or data.prompt and data.completion"
+            f"{place}: messages need a chat template and this tokenizer has none: set data.template; those that it can "
+            f"write are {', '.join(chat_templates.able(chat.tokenizer))}"
         )
+    messages = [{key: cell for key, cell in message.items() if key != "train"} for message in row.messages[:upto]]
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+        return chat.tokenizer.apply_chat_template(
+            messages,
+            tools=list(row.tools) or None,
+            chat_template=chat.text,
+            tokenize=False,
+            add_generation_prompt=generation,
+        )
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise FtjaxError(f"{place}: the chat template refuses these messages: {e}") from e
 
@@ -245,8 +289,8 @@ def _render(tokenizer, messages, generation: bool, place: str) -> str:
 # ---------------------------------------------------------------------------------------------- shared
 
 
-def _example(ids: list[int], spans: list[tuple[int, int]], train_on: str, place: Place, index: int) -> Example:
-    trained = np.full(len(ids), train_on == "all")
+def _example(ids: list[int], spans: list[Span], place: Place, index: int) -> Example:
+    trained = np.zeros(len(ids), bool)
     for start, end in spans:
         trained[start:end] = True
     trained[:1] = False
@@ -265,15 +309,3 @@ def _one_bos(rows: list[list[int]], tokenizer) -> list[list[int]]:
     """A text that brings its own BOS must not get the tokenizer's besides."""
     bos = tokenizer.bos_token_id
     return rows if bos is None else [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]
-
-
-def end_token(tokenizer, end: str = "") -> int:
-    """Id of the token `end`, by default the tokenizer's end-of-text. Raises FtjaxError where it has no such token."""
-    if not end and tokenizer.eos_token_id is None:
-        raise FtjaxError(
-            "the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json"
-        )
-    ids = _ids(tokenizer, [end], special=False)[0] if end else [tokenizer.eos_token_id]
-    if len(ids) != 1:
-        raise FtjaxError(f"data.end: {end!r} is {len(ids)} tokens for this tokenizer; expected exactly one")
-    return ids[0]

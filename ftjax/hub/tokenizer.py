@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from ftjax.errors import FtjaxError
+from ftjax.files import replace_text
 from ftjax.hub.families import read_json
 
 FILES = (
@@ -67,21 +69,37 @@ def end_tokens(folder: Path, tokenizer, end: str = "") -> tuple[int, ...]:
     official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)
     eos = read_json(official).get("eos_token_id") if official else None
     ids = list(eos) if isinstance(eos, list) else [eos]
-    ids += [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
+    ids += [tokenizer.eos_token_id, *turn_end(tokenizer)[:1]]
     ids += [tokenizer.convert_tokens_to_ids(end)] if end else []
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _end_of_turn(tokenizer) -> int | None:
-    """The first special token that the chat template puts behind an assistant's text, if any."""
-    if not tokenizer.chat_template:
-        return None
+def end_token(tokenizer, end: str = "") -> int:
+    """Id of the token `end`, by default the tokenizer's end-of-text. Raises FtjaxError where it has no such token."""
+    if not end and tokenizer.eos_token_id is None:
+        raise FtjaxError(
+            "the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json"
+        )
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else [tokenizer.eos_token_id]
+    if len(ids) != 1:
+        raise FtjaxError(f"data.end: {end!r} is {len(ids)} tokens for this tokenizer; expected exactly one")
+    return ids[0]
+
+
+def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:
+    """The token by which a chat template ends an assistant's text, and the ids of what it puts behind that token.
+
+    chat_template: Jinja text; None: the tokenizer's own. Empty where no special token follows the text. Raises
+    FtjaxError for a template that cannot show a plain chat.
+    """
+    if not (chat_template or tokenizer.chat_template):
+        return []
     import jinja2
 
     answer = "Zebra crossing"
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=chat_template)
     except jinja2.TemplateError as error:
         raise FtjaxError(
             f"{tokenizer.name_or_path}: the chat template cannot show a turn of `user` and one of `assistant`: {error}"
@@ -91,4 +109,18 @@ def _end_of_turn(tokenizer) -> int | None:
         raise FtjaxError(f"{tokenizer.name_or_path}: the chat template leaves out the text of the assistant's turn")
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((i for i in ids if i in special), None)
+    return ids[next((at for at, i in enumerate(ids) if i in special), len(ids)) :]
+
+
+def write_chat_template(folder: Path, chat_template: str) -> None:
+    """Make a Jinja text the chat template of the tokenizer in `folder`, in place of any other that it has.
+
+    It goes into tokenizer_config.json, where all versions of transformers look.
+    """
+    folder = Path(folder)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    replace_text(file, json.dumps(settings | {"chat_template": chat_template}, indent=2) + "\n")

@@ -2,14 +2,13 @@
 
 import functools
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from ftjax.assets import resolve
 from ftjax.data.read import read
 from ftjax.data.template import Rendered, guess, renderer
-from ftjax.data.tokenise import Example, encode, encode_prompts, fit
+from ftjax.data.tokenise import encode, encode_prompts
 from ftjax.errors import FtjaxError
 
 CHATML = (
@@ -125,28 +124,6 @@ def test_chats_equal_the_generation_masks_of_transformers(qwen3, row, monkeypatc
     assert example.trained.astype(int).tolist() == list(referee["assistant_masks"])
 
 
-@pytest.mark.parametrize(
-    "row, trained",
-    [
-        (chat("hi", "yo"), "<think>\n\n</think>\n\nyo<|im_end|>"),
-        (chat("hi", "<think>\nhm\n</think>\n\nyo", system="S"), "<think>\nhm\n</think>\n\nyo<|im_end|>"),
-        (chat("hi", "yo", reasoning_content="hm"), "<think>\nhm\n</think>\n\nyo<|im_end|>"),
-        (chat("hi", "yo", "and?", "<think>hm</think>no"), "yo<|im_end|><think>\nhm\n</think>\n\nno<|im_end|>"),
-    ],
-)
-def test_qwen3s_own_template(qwen3, row, trained):
-    (example,), (prompt,) = encode([row], qwen3), encode_prompts([row], qwen3)
-    assert trained_text(example, qwen3) == trained
-    assert example.ids.tolist() == qwen3.apply_chat_template(list(row.messages))["input_ids"]
-    fed = qwen3.apply_chat_template(list(row.messages[:-1]), add_generation_prompt=True)["input_ids"]
-    assert prompt.tolist() == fed == example.ids[: len(prompt)].tolist()
-
-
-def test_qwen3_refuses_an_earlier_answer_whose_thinking_it_drops(qwen3):
-    with pytest.raises(FtjaxError, match=r"row 2: the chat template rewrites message 2 once more messages follow"):
-        encode([chat("hi", "yo"), chat("hi", "<think>hm</think>yo", "and?", "no")], qwen3)
-
-
 def test_a_template_without_an_end_token_gets_the_end_of_text(qwen3, monkeypatch):
     monkeypatch.setattr(
         qwen3,
@@ -158,16 +135,32 @@ def test_a_template_without_an_end_token_gets_the_end_of_text(qwen3, monkeypatch
     assert trained_text(example, qwen3) == " yo\n no\n<|im_end|>"
 
 
-def test_chat_faults(qwen3, shared, monkeypatch):
-    with pytest.raises(FtjaxError, match="row 1: messages need a chat template and this tokenizer has none"):
-        encode([chat("hi", "yo")], load(str(shared / "tokenizers/gpt2")))
+def test_a_template_that_puts_more_behind_the_end_of_a_turn(qwen3, monkeypatch):
+    """Such as the end-of-text that Phi's puts behind a finished chat."""
+    monkeypatch.setattr(qwen3, "chat_template", CHATML + "{{ '<|endoftext|>' if not add_generation_prompt }}")
+    (example,) = encode([chat("hi", "yo", "and?", "no")], qwen3)
+    assert trained_text(example, qwen3) == "yo<|im_end|>no<|im_end|>"
+    assert qwen3.decode(example.ids[-2:]) == "\n<|endoftext|>"
+
+
+def test_turns_that_end_otherwise_than_an_answer_in_text(qwen3, monkeypatch):
+    """Such as the end of message that Llama's writes behind a call."""
+    other = CHATML.replace("m.content + '<|im_end|>'", "m.content + ('<|box_end|>' if m.call else '<|im_end|>')", 1)
+    monkeypatch.setattr(qwen3, "chat_template", other)
+    (example,) = encode([chat("hi", "f(1)", call=True)], qwen3)
+    assert trained_text(example, qwen3) == "f(1)<|box_end|>"
+
+
+def test_chat_faults(qwen3, monkeypatch):
+    late = Rendered(messages=({"role": "assistant", "content": "x"}, *chat("hi", "yo").messages))
     with pytest.raises(FtjaxError, match="row 1: the first message is the assistant's"):
-        encode([Rendered(messages=({"role": "assistant", "content": "x"},))], qwen3)
-    with pytest.raises(FtjaxError, match="row 1: message 2 begins with characters that merge into one token"):
-        encode([chat("hi", "\n\nyo", "and?", "no")], qwen3)
-    monkeypatch.setattr(qwen3, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(FtjaxError, match="row 1: the chat template refuses these messages: roles must alternate"):
-        encode([chat("hi", "yo")], qwen3)
+        encode([late], qwen3)
+    assert trained_text(encode([late], qwen3, "last")[0], qwen3) == "<think>\n\n</think>\n\nyo<|im_end|>"
+    monkeypatch.setattr(
+        qwen3, "chat_template", CHATML + "{% if messages | length > 2 %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(FtjaxError, match="row 2: the chat template refuses these messages: no"):
+        encode([chat("hi", "yo"), chat("hi", "yo", "and?", "no")], qwen3)
     monkeypatch.setattr(qwen3, "chat_template", "{{ messages[-1].content }}{% if add_generation_prompt %}A{% endif %}")
     with pytest.raises(FtjaxError, match="row 1: the chat template rewrites what it rendered before"):
         encode([chat("hi", "yo")], qwen3)
@@ -177,21 +170,3 @@ def test_a_row_whose_every_label_is_masked(shared):
     gpt2 = load(str(shared / "tokenizers/gpt2"))
     with pytest.raises(FtjaxError, match="row 2: every label is masked"):
         encode([Rendered("", "fine"), Rendered("", "<|endoftext|>")], gpt2)
-
-
-def _example(length, prompt):
-    return Example(np.arange(length, dtype=np.int32), np.arange(length) >= prompt)
-
-
-def test_long_rows():
-    rows = [_example(5, 2), _example(9, 3), _example(8, 2)]
-    cut = fit(rows, 6, "truncate")
-    assert [len(e.ids) for e in cut.examples] == [5, 6, 6]
-    assert (cut.kept, cut.long, cut.lost) == ([0, 1, 2], 2, 3 + 2)
-    assert cut.examples[1].trained.tolist() == [False] * 3 + [True] * 3
-    dropped = fit(rows, 6, "drop")
-    assert ([len(e.ids) for e in dropped.examples], dropped.kept, dropped.long, dropped.lost) == ([5], [0], 2, 6 + 6)
-    with pytest.raises(FtjaxError, match="row 2: 9 tokens, more than data.max_length=6"):
-        fit(rows, 6, "raise")
-    with pytest.raises(FtjaxError, match="row 1: cut to data.max_length=6, no trained token is left"):
-        fit([_example(9, 6)], 6, "truncate")
