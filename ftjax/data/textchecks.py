@@ -73,7 +73,7 @@ def _card(match: re.Match) -> Span | None:
     """Whether the check digit is right (Luhn)."""
     digits = [int(c) for c in reversed(match[0]) if c.isdigit()]
     total = sum(digits[::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
-    return match.span() if total % 10 == 0 and len(set(digits)) > 2 else None
+    return match.span() if total % 10 == 0 and len(set(digits)) > 1 else None
 
 
 def _key(match: re.Match) -> Span | None:
@@ -144,6 +144,15 @@ def mojibake(text: str) -> bool:
     return is_bad(text) and fix_encoding(text) != text
 
 
+def mojibake_at(text: str) -> int:
+    """The position of the first character that is broken, in a text of which `mojibake` holds."""
+    from ftfy import fix_encoding
+
+    mended = fix_encoding(text)
+    differ = (i for i, (a, b) in enumerate(zip(text, mended)) if a != b or a == "\ufffd")
+    return next(differ, min(len(text), len(mended)))
+
+
 def control(text: str) -> list[int]:
     """Positions of control characters, of unpaired surrogates and of characters without width."""
     if text.isascii() and text.isprintable():
@@ -187,7 +196,7 @@ HELP = (
 REFUSAL = re.compile(
     r"\W*(?:(?:(?:i'm |i am )?(?:really |very |so |truly )?sorry|unfortunately|i apologi[sz]e|my apologies)[,.;:]? "
     r"(?:but )?|as an? (?:ai|artificial|(?:large )?language)\b[^.!?\n]{0,60}?,? )*"
-    rf"(?:i (?:can't|can ?not|couldn't|could not|won't|will not|must decline to|must refuse to) (?:be able to )?(?:{HELP})"
+    rf"(?:i (?:can't|can ?not|couldn't|could not|won't|will not) (?:be able to )?(?:{HELP})"
     rf"|(?:i'm|i am) (?:not able|unable|not programmed|not comfortable|not going) (?:to )?(?:{HELP})"
     rf"|i (?:don't|do not) feel comfortable|i must (?:decline|refuse)|(?:it's|it is|it would be) against my )",
     re.IGNORECASE,

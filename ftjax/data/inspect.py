@@ -1,0 +1,257 @@
+"""Figures on the rows that a config names, and findings: which rows, what is wrong, what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ftjax import config as configs
+from ftjax.data import prepare
+from ftjax.data.inspect_checks import CHECKS, Check, Hit
+from ftjax.data.inspect_corpus import Corpus, corpus, near
+from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan, sides
+from ftjax.data.read import read_table
+from ftjax.data.similar import clusters, normalise, row_text
+from ftjax.data.textchecks import mask
+from ftjax.errors import FtjaxError
+
+SEVERITIES = ("error", "warning", "note")
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+EXAMPLES = 3  # rows shown of a finding
+EXCERPT = 300  # characters of one
+BARS = 30  # of a histogram
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found in one part. rows: {file: numbers of the rows in it}; none where it is about the part."""
+
+    check: str
+    part: str
+    severity: str  # error | warning | note
+    message: str
+    advice: str
+    rows: dict[str, list[int]]
+    examples: list[dict[str, str]]  # place, note and text, personal data masked
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return sum(map(len, self.rows.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """quantiles: at QUANTILES; edges (bars + 1) and counts (bars): a histogram."""
+
+    quantiles: list[int]
+    mean: float
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Figures on one part. Shares are from 0 to 1; None stands for what cannot be said."""
+
+    source: str
+    rows: int
+    form: str | None
+    guessed: bool  # the form was guessed by the columns
+    columns: dict[str, dict]  # type, empty (share), distinct
+    chars: dict[str, Lengths]  # by column
+    tokens: dict[str, Lengths]  # row, trained; by column where no form fits
+    label: str | None
+    label_guessed: bool
+    labels: dict[str, int]
+    scripts: dict[str, float]  # share of letters
+    tokens_per_word: float | None
+    unknown: float  # share of tokens
+    bytes: float  # share of tokens
+    distinct_ngrams: dict[str, float]  # "1", "2", "3": distinct n-grams by all, of the words of a sample
+    clusters: int  # groups of rows that are nearly the same, single rows among them
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Statistics by part, in order; findings, the gravest first."""
+
+    parts: dict[str, Statistics]
+    findings: list[Finding]
+
+
+def inspect(config, tokenizer) -> Inspection:
+    """Every check of CHECKS on the rows of data.train, data.validation and data.test as they are in their files.
+
+    Of a mixture, all sources. Nothing is split, cleaned or left out. Where no form fits the columns, what concerns
+    prompts and answers is left out. Raises FtjaxError for a file that cannot be read; see read.
+    """
+    with tempfile.TemporaryDirectory(prefix="ftjax-inspect-") as folder:
+        scans = [scan(one, _row_checks(), FEATURES) for one in _parts(config, tokenizer, Path(folder))]
+        whole = corpus(scans, config.seed)
+        found = [_finding(name, check, hit) for name, check in CHECKS.items() for hit in _hits(name, check, whole)]
+        group = clusters(whole.alike, len(whole.first))
+        bounds = list(zip(whole.starts, whole.starts[1:]))
+        parts = {one.name: _statistics(one, len(np.unique(group[a:b]))) for one, (a, b) in zip(scans, bounds)}
+    return Inspection(parts, sorted(found, key=lambda f: (SEVERITIES.index(f.severity), -f.count)))
+
+
+def _parts(config, tokenizer, folder: Path) -> list[Scan]:
+    found = []
+    for source, data, _ in configs.sources(config):
+        if not data.train:
+            raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
+        for part in prepare.PARTS:
+            if getattr(data, part):
+                where = {"folder": folder} if data.streaming else {}
+                table = read_table(getattr(data, part), f"data.{part}", **where)
+                recipe, guessed = _recipe(data, table.columns)
+                name = f"{part} of {source}" if source else part
+                found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer))
+    return found
+
+
+def _recipe(data, columns: list[str]) -> tuple[prepare.Recipe | None, bool]:
+    """None where no form fits the columns and none is set."""
+    try:
+        return prepare.recipe(data, columns)
+    except FtjaxError:
+        if data.form != "auto" or data.prompt or data.completion:
+            raise
+        return None, False
+
+
+def _row_checks() -> dict:
+    return {name: check.row for name, check in CHECKS.items() if check.row}
+
+
+def _hits(name: str, check: Check, whole: Corpus) -> list[Hit]:
+    if check.parts:
+        return list(check.parts(whole))
+    return [Hit(one, one.hits[name]) for one in whole.scans if one.hits[name]]
+
+
+# ---------------------------------------------------------------------------------------------- findings
+
+
+def _finding(name: str, check: Check, hit: Hit) -> Finding:
+    one, rows = hit.scan, {}
+    for i in hit.notes:
+        rows.setdefault(one.table.files[one.table.file[i]], []).append(int(one.table.number[i]))
+    number = len(hit.notes)
+    share = f"{number / len(one):.1%}" if number >= 0.001 * len(one) else "below 0.1%"
+    said = {
+        "rows": f"{number:,} ({share})",
+        "kinds": _kinds(hit.notes),
+        "subject": hit.subject,
+        "near": near(one.data),
+        "columns": _columns(one),
+    }
+    return Finding(
+        check=name,
+        part=one.name,
+        severity=check.severity,
+        message=check.message.format(**said),
+        advice=check.advice.format(**said),
+        rows=rows,
+        examples=[_example(check, hit, i) for i in _spread(hit.notes)],
+    )
+
+
+def _kinds(notes: dict[int, str], most: int = 4) -> str:
+    """The notes by their number, such as `email 30, phone 2`."""
+    counts = Counter(notes.values()).most_common()
+    said = [f"{_short(note, 120)} ({count:,})" for note, count in counts[:most]]
+    return "; ".join(said + [f"{len(counts) - most:,} more"] * (len(counts) > most))
+
+
+def _columns(one: Scan) -> str:
+    """What advice on duplicates must say besides: columns, where not all text counts."""
+    text = [name for name, column in one.columns.items() if column.text]
+    left = one.compared if set(one.compared) != set(text) - {one.label} else []
+    return f" and data.clean.columns={tuple(left)}" if left else ""
+
+
+def _spread(notes: dict[int, str]) -> list[int]:
+    """The first row of each of the first kinds of notes, then further first rows."""
+    first = {}
+    for i, note in notes.items():
+        first.setdefault(note, i)
+    return list(dict.fromkeys([*list(first.values())[:EXAMPLES], *list(notes)[:EXAMPLES]]))[:EXAMPLES]
+
+
+def _example(check: Check, hit: Hit, i: int) -> dict[str, str]:
+    one, place = hit.scan, hit.scan.table.place(i)
+    text = row_text(one.table.row(i))
+    if check.answer:
+        text = sides(*one.recipe.render([one.table.row(i)], [place]))[1]
+    if check.where is not None:
+        at = max(0, check.where(text) - EXCERPT // 2)
+        text = "…" * (at > 0) + _short(text[at:], EXCERPT)
+    elif len(text) > EXCERPT:
+        text = f"{text[: EXCERPT // 2]} … {text[-EXCERPT // 2 :]}"
+    return {"place": place, "note": _visible(hit.notes[i]), "text": _visible(mask(text))}
+
+
+def _visible(text: str) -> str:
+    """Without characters that a terminal would obey, or that nobody sees."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def _statistics(one: Scan, groups: int) -> Statistics:
+    columns = {
+        name: {"type": column.type, "empty": len(column.empty) / len(one), "distinct": column.distinct}
+        for name, column in one.columns.items()
+    }
+    letters = max(one.scripts.total(), 1)
+    labels = Counter(text for values in one.labels or () for text in values)
+    return Statistics(
+        source=one.source,
+        rows=len(one),
+        form=one.recipe.form if one.recipe else None,
+        guessed=one.guessed,
+        columns=columns,
+        chars={name: _lengths(column.chars) for name, column in one.columns.items() if column.text},
+        tokens={name: _lengths(values) for name, values in one.tokens.items() if len(values)},
+        label=one.label,
+        label_guessed=one.label is not None and not one.data.label,
+        labels=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
+        scripts={name: count / letters for name, count in one.scripts.most_common()},
+        **one.coverage,
+        distinct_ngrams=_diversity(one.sample),
+        clusters=groups,
+    )
+
+
+def _lengths(values) -> Lengths:
+    values = np.frombuffer(values, np.int32)
+    counts, edges = np.histogram(values, bins=min(BARS, max(1, int(np.ptp(values)))))
+    return Lengths(
+        quantiles=np.quantile(values, QUANTILES, method="nearest").tolist(),
+        mean=float(values.mean()),
+        edges=edges.tolist(),
+        counts=counts.tolist(),
+    )
+
+
+def _diversity(sample: list[str]) -> dict[str, float]:
+    """Distinct n-grams of words by all n-grams, n-grams within a row (Li et al. 2016, distinct-n)."""
+    total, grams, left = Counter(), {n: set() for n in (1, 2, 3)}, SAMPLE_WORDS
+    for text in sample:
+        words = normalise(text).split()[:left]
+        left -= len(words)
+        for n, found in grams.items():
+            found.update(zip(*(words[k:] for k in range(n))))
+            total[n] += max(len(words) - n + 1, 0)
+    return {str(n): len(found) / max(total[n], 1) for n, found in grams.items()}

@@ -1,0 +1,431 @@
+"""Every check of `inspect`: a function and a row of CHECKS. A row check looks at one row, a set check at all parts."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.data import textchecks
+from ftjax.data.inspect_corpus import Corpus
+from ftjax.data.inspect_scan import Scan, View, fold, unknown_id
+from ftjax.data.similar import normalise
+
+OPTIONAL = 0.2  # a column with more empty cells than this is one that rows may leave out
+COMMON = 0.95  # share of rows that the common labels, script or ending have, and what others are told apart from
+RARE = 0.05  # a label below this share of the least common of the common ones is rare
+
+
+class Hit(NamedTuple):
+    """What a set check found in one part: a note for each row, and what the message says of it."""
+
+    scan: Scan
+    notes: dict[int, str]  # by index of the row in the part
+    subject: str = ""
+
+
+class Check(NamedTuple):
+    """One of `row` and `parts` is given. message and advice may hold {rows}, a number with its share, {subject}, and
+    {kinds}, the notes by their number; advice {near} and {columns} besides.
+    """
+
+    severity: str  # error: the run stops or its results mean nothing | warning: look | note: know
+    message: str
+    advice: str
+    row: Callable[[View], str | None] | None = None  # a note on a row that it finds, or nothing
+    parts: Callable[[Corpus], Iterator[Hit]] | None = None
+    where: Callable[[str], int] | None = None  # where in the text of a row to look; None: at both ends
+    answer: bool = False  # it is about the answer: that is what is shown of a row
+
+
+# ---------------------------------------------------------------------------------------------- one row
+
+
+def _refusal(view: View) -> str | None:
+    return "a refusal" if textchecks.refusal(view.answer) else None
+
+
+def _boilerplate(view: View) -> str | None:
+    return "a set phrase" if textchecks.boilerplate(view.answer) else None
+
+
+def _mojibake(view: View) -> str | None:
+    return "broken characters" if textchecks.mojibake(view.text) else None
+
+
+def _control(view: View) -> str | None:
+    found = textchecks.control(view.text)
+    return ", ".join(f"U+{code:04X}" for code in sorted({ord(view.text[i]) for i in found})) or None
+
+
+def _personal(view: View) -> str | None:
+    return ", ".join(sorted({kind for kind, _, _ in textchecks.personal(view.text)})) or None
+
+
+def _long(view: View) -> str | None:
+    most = view.scan.data.max_length
+    return f"{len(view.ids):,} tokens" if view.scan.recipe and len(view.ids) > most else None
+
+
+def _unknown(view: View) -> str | None:
+    unknown = unknown_id(view.scan.tokenizer)
+    count = 0 if unknown is None else int(np.count_nonzero(np.asarray(view.ids) == unknown))
+    return f"{count} unknown" if count else None
+
+
+def _special(view: View) -> str | None:
+    tokens = [t for t in view.scan.tokenizer.all_special_tokens if t in view.text]
+    return ", ".join(tokens) or None
+
+
+REPEATED = 5  # words of a prompt, or of a line of it, from which its repetition is no chance
+
+
+def _repeats(view: View) -> str | None:
+    """Whether an answer holds its whole prompt, or begins with a line of it."""
+    if not view.prompt or not view.answer:
+        return None
+    answer, prompt = normalise(view.answer), normalise(view.prompt)
+    if len(prompt.split()) >= REPEATED and prompt in answer:
+        return "the whole prompt"
+    lines = map(normalise, view.prompt.splitlines())
+    return "a line of the prompt" if any(len(x.split()) >= REPEATED and answer.startswith(x) for x in lines) else None
+
+
+# ---------------------------------------------------------------------------------------------- columns
+
+
+def _empty(corpus: Corpus) -> Iterator[Hit]:
+    for scan in corpus.scans:
+        notes = defaultdict(list)
+        for name, column in scan.columns.items():
+            if 0 < len(column.empty) <= OPTIONAL * len(scan) or (column.empty and name == scan.label):
+                for i in column.empty:
+                    notes[i].append(name)
+        if notes:
+            yield Hit(scan, {i: ", ".join(notes[i]) for i in sorted(notes)})
+
+
+def _optional(corpus: Corpus) -> Iterator[Hit]:
+    for scan in corpus.scans:
+        for name, column in scan.columns.items():
+            share = len(column.empty) / len(scan)
+            if share > OPTIONAL and name != scan.label:
+                yield Hit(scan, {}, f"{name!r} is empty in {share:.1%} of the rows")
+
+
+def _constant(corpus: Corpus) -> Iterator[Hit]:
+    for scan in corpus.scans:
+        for name, column in scan.columns.items():
+            if len(scan) > 1 and column.distinct == 1:
+                yield Hit(scan, {}, repr(name))
+
+
+def _columns(corpus: Corpus) -> Iterator[Hit]:
+    head, *others = corpus.scans
+    for scan in others:
+        if scan.data.train == head.data.train and set(scan.columns) != set(head.columns):
+            subject = f"{scan.name} has {', '.join(scan.columns)}; {head.name} has {', '.join(head.columns)}"
+            yield Hit(scan, {}, subject)
+
+
+# ---------------------------------------------------------------------------------------------- the same twice
+
+
+def _duplicates(corpus: Corpus) -> Iterator[Hit]:
+    for part, scan in enumerate(corpus.scans):
+        earliest, start, notes = {}, corpus.starts[part], {}
+        for i, same in enumerate(corpus.firsts(part).tolist()):
+            twin = earliest.setdefault((same, corpus.labels(start + i)), i)
+            if twin != i:
+                notes[i] = f"as {scan.beside(i, twin)}"
+        if notes:
+            yield Hit(scan, notes)
+
+
+def _near(corpus: Corpus) -> Iterator[Hit]:
+    for part, scan in enumerate(corpus.scans):
+        notes = {j: f"nearly {scan.beside(j, i)}" for i, j in _pairs_within(corpus, part)}
+        if notes:
+            yield Hit(scan, dict(sorted(notes.items())))
+
+
+def _pairs_within(corpus: Corpus, part: int) -> list[tuple[int, int]]:
+    """(earlier, later) rows of one part, by their index in it, that are nearly the same."""
+    found = corpus.earliest(part)[corpus.pairs]
+    found = np.sort(found[(found >= 0).all(axis=1)] - corpus.starts[part], axis=1)
+    return [(i, j) for i, j in found.tolist()]
+
+
+def _overlap(corpus: Corpus) -> Iterator[Hit]:
+    """Rows of train that are in an evaluation part too, and rows of validation that are in test."""
+    order = {"train": 0, "validation": 1, "test": 2}
+    for p, scan in enumerate(corpus.scans):
+        for q, other in enumerate(corpus.scans):
+            if order[scan.part] >= order[other.part]:
+                continue
+            there = corpus.earliest(q)
+            nearly = {}
+            for i, j in corpus.pairs.tolist():
+                for a, b in ((i, j), (j, i)):
+                    if there[b] >= 0:
+                        nearly.setdefault(a, there[b])
+            notes = {}
+            for i, same in enumerate(corpus.firsts(p).tolist()):
+                if there[same] >= 0:
+                    notes[i] = f"as {corpus.place(there[same])}"
+                elif same in nearly:
+                    notes[i] = f"nearly {corpus.place(nearly[same])}"
+            if notes:
+                yield Hit(scan, notes, other.name)
+
+
+# ---------------------------------------------------------------------------------------------- labels and answers
+
+
+def _spelling(corpus: Corpus) -> Iterator[Hit]:
+    """Labels that differ from a more common one by their spelling alone."""
+    for scan in corpus.scans:
+        counts = Counter(text for labels in scan.labels or () for text in labels)
+        usual = {}
+        for text, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            usual.setdefault(fold(text), text)
+        odd = {text: f"{text!r} for {usual[fold(text)]!r}" for text in counts if text != usual[fold(text)]}
+        notes = {i: "; ".join(odd[text] for text in dict.fromkeys(labels) if text in odd)
+                 for i, labels in enumerate(scan.labels or ()) if odd.keys() & labels}  # fmt: skip
+        if notes:
+            yield Hit(scan, notes)
+
+
+def _rare(corpus: Corpus) -> Iterator[Hit]:
+    """Labels outside the set: those far rarer than the rarest of the labels that nearly all rows have."""
+    for scan in corpus.scans:
+        if scan.labels is None or any(len(labels) > 1 for labels in scan.labels):  # tags are mostly O
+            continue
+        folded = [fold(labels[0]) if labels else None for labels in scan.labels]
+        counts = Counter(text for text in folded if text is not None)
+        covered, least = 0, 0
+        for _, count in counts.most_common():
+            if covered < COMMON * counts.total():
+                covered, least = covered + count, count
+        notes = {i: repr(scan.labels[i][0]) for i, text in enumerate(folded)
+                 if text is not None and counts[text] < RARE * least}  # fmt: skip
+        if notes:
+            yield Hit(scan, notes)
+
+
+def _conflict(corpus: Corpus) -> Iterator[Hit]:
+    """Rows whose text stands elsewhere with another label: those in the minority, the later ones of a tie."""
+    for part, scan in enumerate(corpus.scans):
+        if scan.labels is None:
+            continue
+        start, groups, notes = corpus.starts[part], defaultdict(list), {}
+        for i, same in enumerate(corpus.firsts(part).tolist()):
+            groups[same].append(i)
+        for rows in groups.values():
+            counts = Counter(corpus.labels(start + i) for i in rows) if len(rows) > 1 else ()
+            if len(counts) > 1:
+                usual = counts.most_common(1)[0][0]  # the first of equals is the first met
+                kept = next(i for i in rows if corpus.labels(start + i) == usual)
+                notes |= {i: f"{_said(scan, i)}, but {_said(scan, kept)} in {scan.beside(i, kept)}"
+                          for i in rows if corpus.labels(start + i) != usual}  # fmt: skip
+        for i, j in _pairs_within(corpus, part):
+            if corpus.labels(start + i) != corpus.labels(start + j):
+                notes.setdefault(j, f"{_said(scan, j)}, but {_said(scan, i)} in the similar {scan.beside(j, i)}")
+        if notes:
+            yield Hit(scan, dict(sorted(notes.items())))
+
+
+def _said(scan: Scan, i: int) -> str:
+    text = " ".join(scan.labels[i]) or "nothing"
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _several(corpus: Corpus) -> Iterator[Hit]:
+    """Prompts with several answers, where there are no labels that say which is wrong."""
+    for scan in corpus.scans:
+        if scan.recipe is None or scan.labels is not None:
+            continue
+        first, notes = {}, {}
+        for i, (prompt, answer) in enumerate(zip(scan.prompts, scan.answers)):
+            if prompt:
+                twin, said = first.setdefault(prompt, (i, answer))
+                if said != answer:
+                    notes[i] = f"prompt as {scan.beside(i, twin)}"
+        if notes:
+            yield Hit(scan, notes)
+
+
+def _imbalance(corpus: Corpus) -> Iterator[Hit]:
+    for scan in corpus.scans:
+        counts = Counter(fold(labels[0]) for labels in scan.labels or () if len(labels) == 1)
+        most = counts.most_common()
+        if len(most) > 1 and most[0][1] > 0.9 * counts.total():
+            yield Hit(scan, {}, f"{most[0][0]!r} is the label of {most[0][1] / counts.total():.1%} of the rows")
+
+
+def _minority(feature: str, least: float) -> Callable[[Corpus], Iterator[Hit]]:
+    """Rows that differ in a feature from at least so large a share of all others."""
+
+    def check(corpus: Corpus) -> Iterator[Hit]:
+        for scan in corpus.scans:
+            counts = Counter(filter(None, scan.features[feature]))
+            usual, count = counts.most_common(1)[0] if counts else ("", 0)
+            if least * counts.total() <= count < counts.total():
+                notes = {i: value for i, value in enumerate(scan.features[feature]) if value not in ("", usual)}
+                yield Hit(scan, notes, usual)
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------- the tokenizer
+
+
+def _coverage(corpus: Corpus) -> Iterator[Hit]:
+    for scan in corpus.scans:
+        found = scan.coverage
+        bad = [key for key, (most, _) in COVERED.items() if (found[key] or 0) > most]
+        if bad:
+            yield Hit(scan, {}, ", ".join(COVERED[key][1].format(found[key]) for key in bad))
+
+
+COVERED = {  # the most that is usual for a tokenizer and the text it was made for, and how more is said
+    "tokens_per_word": (2.5, "{:.1f} tokens a word"),
+    "unknown": (0.001, "{:.1%} unknown tokens"),
+    "bytes": (0.02, "{:.1%} of the tokens stand for parts of characters"),
+}
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+CHECKS: dict[str, Check] = {
+    "unusable": Check(
+        "error", "rows that cannot be used: {rows}: {kinds}",
+        "mend or remove them: a run stops at the first",
+        row=lambda view: view.error,
+    ),
+    "overlap": Check(
+        "error", "rows that are in {subject} too, the same or nearly: {rows}",
+        'data.decontaminate=("validation", "test") leaves them out of train; out of the others, remove them yourself',
+        parts=_overlap,
+    ),
+    "empty": Check(
+        "warning", "rows without text in a column: {rows}: {kinds}",
+        "fill the cells or remove the rows; an empty answer stops a run",
+        parts=_empty,
+    ),
+    "duplicates": Check(
+        "warning", "rows that repeat an earlier one: {rows}",
+        "data.clean.exact=True{columns} drops them",
+        parts=_duplicates,
+    ),
+    "near_duplicates": Check(
+        "warning", "rows that are nearly an earlier one: {rows}",
+        "data.clean.near={near:g}{columns} drops them; data.group_near={near:g} keeps them on one side of the split",
+        parts=_near,
+    ),
+    "label_conflict": Check(
+        "warning", "rows with the text of another row, or nearly, and another label: {rows}",
+        "decide which label is right",
+        parts=_conflict,
+    ),
+    "label_spelling": Check(
+        "warning", "labels that are spelled unlike most: {rows}: {kinds}",
+        "write each label one way: every spelling is learnt as an answer of its own",
+        parts=_spelling,
+    ),
+    "label_rare": Check(
+        "warning", "labels that hardly any row has: {rows}: {kinds}",
+        "correct them, or remove the rows",
+        parts=_rare,
+    ),
+    "mojibake": Check(
+        "warning", "rows with characters decoded by the wrong table: {rows}",
+        "data.clean.mojibake=True mends them; where U+FFFD stands, the file must be written anew from its origin",
+        row=_mojibake, where=textchecks.mojibake_at,
+    ),
+    "control": Check(
+        "warning", "rows with control characters, or characters without width: {rows}: {kinds}",
+        "data.clean.control=True removes the characters",
+        row=_control, where=lambda text: textchecks.control(text)[0],
+    ),
+    "personal": Check(
+        "warning", "rows with personal data: {rows}: {kinds}",
+        'data.clean.personal="mask" or "drop"',
+        row=_personal, where=lambda text: textchecks.personal(text)[0][1],
+    ),
+    "special_tokens": Check(
+        "warning", "rows with the text of a special token: {rows}: {kinds}",
+        "take it out of the text, where it is read as the token itself; data.clean.drop takes patterns of rows to drop",
+        row=_special,
+    ),
+    "long": Check(
+        "warning", "rows of more tokens than data.max_length: {rows}",
+        "raise data.max_length, or choose by data.long whether they are cut or dropped",
+        row=_long,
+    ),
+    "unknown_tokens": Check(
+        "warning", "rows with characters that the tokenizer does not know: {rows}",
+        'take a model whose tokenizer knows them; data.clean.unicode="NFKC" may help',
+        row=_unknown,
+    ),
+    "refusals": Check(
+        "warning", "answers that refuse: {rows}",
+        "remove the rows unless refusing is to be learnt",
+        row=_refusal, answer=True,
+    ),
+    "repeated_prompt": Check(
+        "warning", "answers that repeat the prompt: {rows}: {kinds}",
+        "take the prompt out of the answer, where it is trained",
+        row=_repeats, answer=True,
+    ),
+    "white_space": Check(
+        "warning", "answers with other white space around them than most, which have {subject}: {rows}: {kinds}",
+        "data.clean.whitespace=True strips it; white space at an edge changes the tokens",
+        parts=_minority("edges", 0.5), answer=True,
+    ),
+    "columns": Check(
+        "warning", "the parts have different columns: {subject}",
+        "name the columns alike in both files",
+        parts=_columns,
+    ),
+    "boilerplate": Check(
+        "note", "answers with an assistant's set phrases, or that stand for no answer: {rows}",
+        "data.clean.drop takes patterns of rows to drop",
+        row=_boilerplate, answer=True,
+    ),
+    "format": Check(
+        "note", "answers that are not {subject}, as most are: {rows}: {kinds}",
+        "decide whether answers are to be of one format",
+        parts=_minority("layout", 0.5), answer=True,
+    ),
+    "ending": Check(
+        "note", "answers that do not end with {subject}, as most do: {rows}: {kinds}",
+        "look whether they were cut off",
+        parts=_minority("ending", COMMON), answer=True,
+    ),
+    "script": Check(
+        "note", "rows in another script than {subject}: {rows}: {kinds}",
+        "look whether they belong here",
+        parts=_minority("script", COMMON),
+    ),
+    "several_answers": Check(
+        "note", "rows with the prompt of an earlier one and another answer: {rows}",
+        "where that is meant, data.group with the prompt's columns keeps them on one side of the split",
+        parts=_several,
+    ),
+    "imbalance": Check(
+        "note", "labels of very unlike number: {subject}",
+        "split by data.stratify, and score by a metric that counts classes alike",
+        parts=_imbalance,
+    ),
+    "optional": Check("note", "column {subject}", "let no template rely on it", parts=_optional),
+    "constant": Check("note", "column {subject} is the same in all rows", "leave it out of prompts", parts=_constant),
+    "coverage": Check(
+        "note", "the tokenizer does not suit this text: {subject}",
+        "a model made for this language or kind of text reads it in fewer tokens",
+        parts=_coverage,
+    ),
+}  # fmt: skip

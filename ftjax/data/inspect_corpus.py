@@ -1,0 +1,85 @@
+"""The rows of all parts side by side: which say the same, which nearly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ftjax.data.inspect_scan import Scan, fold
+from ftjax.data.similar import firsts, near_pairs, row_text
+
+NEAR = 0.8  # similarity of near duplicates where data.clean.near does not say another
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """All parts, their n rows one after the other, and which of them say the same.
+
+    starts (parts + 1,): where each part begins; first (n,): index of the first row with the same text; pairs (P, 2):
+    of these first rows, those that are nearly the same, i < j; alike: all pairs, as `similar.clusters` takes them.
+    """
+
+    scans: list[Scan]
+    starts: np.ndarray
+    first: np.ndarray
+    pairs: np.ndarray
+    alike: np.ndarray
+
+    def firsts(self, part: int) -> np.ndarray:
+        """`first` of one part's rows."""
+        return self.first[self.starts[part] : self.starts[part + 1]]
+
+    def earliest(self, part: int) -> np.ndarray:
+        """(n,): for each text, by the index of its first row anywhere, its first row in this part; -1 where none."""
+        out = np.full(len(self.first), -1)
+        out[self.firsts(part)[::-1]] = np.arange(self.starts[part], self.starts[part + 1])[::-1]
+        return out
+
+    def place(self, index: int) -> str:
+        """Where one of all rows came from."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.scans[part].table.place(int(index - self.starts[part]))
+
+    def labels(self, index: int) -> tuple[str, ...] | None:
+        """The labels of one of all rows, however they are spelled; None where there are none."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        labels = self.scans[part].labels
+        return None if labels is None else tuple(fold(text) for text in labels[index - self.starts[part]])
+
+
+def corpus(scans: list[Scan], seed: int) -> Corpus:
+    """Compare all rows of all parts with one another."""
+    texts = _Texts(scans)
+    if not scans[0].data.streaming:
+        texts = list(texts)
+    first = firsts(texts)
+    alike = near_pairs(texts, near(scans[0].data), seed)
+    # Of identical texts, `near_pairs` joins each to the first; what it joins besides is merely similar.
+    nearly = first[alike[:, 1]] == alike[:, 1]
+    return Corpus(scans, np.cumsum([0, *map(len, scans)]), first, alike[nearly], alike)
+
+
+class _Texts(Sequence[str]):
+    """The texts of all parts, read chunk by chunk or by index, never all in memory."""
+
+    def __init__(self, scans: list[Scan]):
+        self.scans, self.starts = scans, np.cumsum([0, *map(len, scans)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __iter__(self) -> Iterator[str]:
+        for scan in self.scans:
+            yield from scan.texts()
+
+    def __getitem__(self, index: int) -> str:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        scan = self.scans[part]
+        return row_text(scan.table.row(index - int(self.starts[part])), scan.compared) if scan.compared else ""
+
+
+def near(data) -> float:
+    """The similarity from which rows are near duplicates."""
+    return data.clean.near or NEAR

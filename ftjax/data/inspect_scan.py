@@ -1,0 +1,335 @@
+"""One pass over the rows of a part: what its columns hold, how long its texts are, what is found in each row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.data import textchecks
+from ftjax.data.prepare import Recipe
+from ftjax.data.similar import normalise, row_text
+from ftjax.data.table import CHUNK, Table
+from ftjax.data.template import Rendered
+from ftjax.errors import FtjaxError
+
+LABEL_VALUES = 100  # distinct values that a label column has at most
+LABEL_LENGTH = 60  # characters of one
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "tags", "ner_tags", "tag")
+SAMPLE_ROWS, SAMPLE_WORDS = 20_000, 200_000  # what diversity and the tokenizer's coverage are measured on, at most
+
+
+@dataclasses.dataclass
+class Column:
+    """What a column's cells hold. chars: of the texts, an entry a row; values: by how often, None where too many."""
+
+    type: str
+    empty: array = dataclasses.field(default_factory=lambda: array("q"))  # rows without text or number
+    chars: array = dataclasses.field(default_factory=lambda: array("i"))
+    digests: array = dataclasses.field(default_factory=lambda: array("Q"))
+    values: Counter | None = dataclasses.field(default_factory=Counter)
+    text: bool = False  # any cell holds text
+    blank: bool = False  # any text holds white space, so that it is no mere name or number
+
+    @property
+    def distinct(self) -> int:
+        """Number of different cells."""
+        return len(np.unique(np.frombuffer(self.digests, np.uint64)))
+
+
+class View(NamedTuple):
+    """A row as the checks see it. prompt and answer are empty where no form fits or the row cannot be used."""
+
+    text: str  # of all columns
+    prompt: str
+    answer: str
+    error: str  # why it cannot be used, or empty
+    ids: Sequence[int]  # its tokens as trained; those of its columns where no form fits
+    script: str  # of most of its letters; empty where it has none
+    scan: Scan
+
+
+@dataclasses.dataclass
+class Scan:
+    """A part of a source, and what one pass over its N rows found."""
+
+    name: str  # such as `train`, or `train of NAME` in a mixture
+    part: str  # train | validation | test
+    source: str
+    data: object  # the config group of this source
+    table: Table
+    recipe: Recipe | None  # None: no form fits the columns
+    guessed: bool
+    tokenizer: object
+    columns: dict[str, Column] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, array] = dataclasses.field(default_factory=lambda: defaultdict(lambda: array("i")))
+    scripts: Counter = dataclasses.field(default_factory=Counter)
+    features: dict[str, list[str]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    hits: dict[str, dict[int, str]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
+    prompts: array = dataclasses.field(default_factory=lambda: array("Q"))  # digests, where a form fits
+    answers: array = dataclasses.field(default_factory=lambda: array("Q"))
+    sample: list[str] = dataclasses.field(default_factory=list)
+    coverage: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    label: str | None = None
+    labels: list[tuple[str, ...]] | None = None  # of each row; a list of tags gives several
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def compared(self) -> list[str]:
+        """Columns that say what a row is: data.clean.columns, or all text but labels and mere names, such as ids."""
+        if self.data.clean.columns:
+            return [c for c in self.data.clean.columns if c in self.columns]
+        text = [c for c, column in self.columns.items() if column.text and c != self.label]
+        said = [c for c in text if self.columns[c].blank or self.columns[c].distinct < len(self)]
+        return said or text
+
+    def beside(self, index: int, other: int) -> str:
+        """What a note on one row calls another: `row 3` within a file, else by its file too."""
+        table = self.table
+        return f"row {table.number[other]}" if table.file[index] == table.file[other] else table.place(other)
+
+    def texts(self) -> Iterator[str]:
+        """The text of each row that duplicates are judged by."""
+        columns = self.compared
+        for _, rows in self.table.chunks():
+            yield from (row_text(row, columns) if columns else "" for row in rows)
+
+
+def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: dict[str, Callable]) -> Scan:
+    """Fill a Scan in: `checks` give a note on a row that they find, `features` one of few words for every row."""
+    scan.columns = {name: Column(_type(kind)) for name, kind in scan.table.rows.features.items()}
+    stride = max(1, len(scan) // SAMPLE_ROWS)
+    for start, rows in scan.table.chunks(CHUNK):
+        for i, view in enumerate(_views(scan, rows, start), start):
+            if i % stride == 0:
+                scan.sample.append(view.text)
+            for name, check in checks.items():
+                note = check(view)
+                if note:
+                    scan.hits[name][i] = note
+            for name, feature in features.items():
+                scan.features[name].append(feature(view))
+    scan.coverage = _coverage(scan)
+    scan.label = _label(scan)
+    if scan.label is not None:
+        scan.labels = [label_values(row[scan.label]) for _, rows in scan.table.chunks() for row in rows]
+    return scan
+
+
+def label_values(cell) -> tuple[str, ...]:
+    """A label as text, in a tuple; each of a list of labels; none for an empty cell."""
+    if isinstance(cell, list):
+        return tuple(text for c in cell for text in label_values(c))
+    return () if cell is None or cell == "" else (str(cell),)
+
+
+def fold(label: str) -> str:
+    """A label without its spelling: case, white space, punctuation, and how a number is written."""
+    text = normalise(label)
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def _views(scan: Scan, rows: list[dict], start: int) -> Iterator[View]:
+    texts = {name: [_cell(scan, column, name, row[name], start + i) for i, row in enumerate(rows)]
+             for name, column in scan.columns.items()}  # fmt: skip
+    whole = ["\n".join(filter(None, cells)) for cells in zip(*texts.values())]
+    scripts = [_script(scan, text) for text in whole]
+    if scan.recipe is None:
+        text_columns = [name for name, column in scan.columns.items() if column.text]
+        ids = {name: _ids(scan.tokenizer, texts[name]) for name in text_columns}
+        for name in text_columns:
+            scan.tokens[name].extend(map(len, ids[name]))
+        for i, text in enumerate(whole):
+            yield View(text, "", "", "", [t for name in text_columns for t in ids[name][i]], scripts[i], scan)
+        return
+    places = [scan.table.place(start + i) for i in range(len(rows))]
+    for text, script, (rendered, example, error) in zip(whole, scripts, _encoded(scan, rows, places)):
+        if error:
+            scan.prompts.append(0)
+            scan.answers.append(0)
+            yield View(text, "", "", error, (), script, scan)
+            continue
+        prompt, answer = sides(rendered)
+        scan.tokens["row"].append(len(example.ids))
+        scan.tokens["trained"].append(int(example.trained.sum()))
+        scan.prompts.append(digest(prompt) if prompt else 0)
+        scan.answers.append(digest(answer))
+        yield View(text, prompt, answer, "", example.ids, script, scan)
+
+
+def _script(scan: Scan, text: str) -> str:
+    found = textchecks.scripts(text)
+    scan.scripts.update(found)
+    return found.most_common(1)[0][0] if found else ""
+
+
+def sides(rendered: Rendered) -> tuple[str, str]:
+    """(prompt, answer) as text; of messages, what the assistant said is the answer and all else the prompt."""
+    if rendered.messages is None:
+        return rendered.prompt, rendered.completion
+    said = [(m["role"] == "assistant", m.get("content")) for m in rendered.messages]
+    return tuple("\n".join(t for own, t in said if own is side and isinstance(t, str)) for side in (False, True))
+
+
+def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:
+    """(rendered, example, error) of each row; rows that fail are found by halving, for one stops its whole chunk."""
+    try:
+        rendered = scan.recipe.render(rows, places)
+        examples = scan.recipe.encode(scan.tokenizer, rows, places)
+        return [(r, e, "") for r, e in zip(rendered, examples)]
+    except FtjaxError as error:
+        if len(rows) == 1:
+            return [(None, None, str(error).removeprefix(f"{places[0]}: "))]
+    half = len(rows) // 2
+    return _encoded(scan, rows[:half], places[:half]) + _encoded(scan, rows[half:], places[half:])
+
+
+def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
+    """The text of a cell, counted."""
+    text = cell if isinstance(cell, str) else row_text({name: cell})
+    if text.strip():
+        column.text = True
+        column.blank = column.blank or len(text.split(None, 1)) > 1
+    elif cell is None or isinstance(cell, str | list | dict):
+        column.empty.append(index)
+    column.chars.append(len(text))
+    column.digests.append(digest(text if isinstance(cell, str) else repr(cell)))
+    if column.values is not None:
+        column.values.update(label_values(cell) if isinstance(cell, str | int | list) else ())
+        named = name == scan.data.label
+        if not named and (len(column.values) > LABEL_VALUES or len(text) > LABEL_LENGTH and not isinstance(cell, list)):
+            column.values = None
+    return text
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _type(feature) -> str:
+    """How a column's type is written: string, int64, list of string, object of role, content, or JSON."""
+    if isinstance(feature, dict):
+        return f"object of {', '.join(feature)}"
+    if isinstance(feature, list):
+        return f"list of {_type(feature[0])}"
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return f"list of {_type(inner)}"
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+
+
+def _label(scan: Scan) -> str | None:
+    """The column with the labels: data.label, or one that is named like it or answers with it, and has few values."""
+    if scan.data.label:
+        return scan.data.label if scan.data.label in scan.columns else None
+    few = [c for c, column in scan.columns.items() if _few(column, len(scan))]
+    answered = [c for c in few if f"{{{c}}}" in scan.data.completion]
+    named = sorted((c for c in few if c.lower() in LABEL_NAMES), key=lambda c: LABEL_NAMES.index(c.lower()))
+    return next(iter(answered + named), None)
+
+
+def _few(column: Column, rows: int) -> bool:
+    return column.values is not None and 2 <= len(column.values) <= max(2, rows // 4)
+
+
+# ---------------------------------------------------------------------------------------------- features
+
+
+MARKDOWN = re.compile(
+    r"^(?:#{1,6} \S|\|.+\|\s*$)|\*\*\S[^*\n]*\*\*|^ *(?:[-*+]|\d+[.)]) \S.*\n+ *(?:[-*+]|\d+[.)]) \S", re.MULTILINE
+)
+HTML = re.compile(r"</[a-zA-Z][a-zA-Z0-9]*>|<(?:br|hr|img)\b[^>\n]*>")
+
+
+def layout(view: View) -> str:
+    """What an answer is written in: JSON, HTML, a code block, Markdown or plain text."""
+    answer = view.answer.strip()
+    if not answer:
+        return ""
+    if answer[0] in "{[" and _is_json(answer):
+        return "JSON"
+    if "```" in answer:
+        return "a code block"
+    return "HTML" if HTML.search(answer) else "Markdown" if MARKDOWN.search(answer) else "plain text"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def edges(view: View) -> str:
+    """The white space around an answer."""
+    answer = view.answer
+    before, after = answer != answer.lstrip(), answer != answer.rstrip()
+    words = ("white space around it", "white space before it", "white space behind it", "no white space around it")
+    return words[2 * (not before) + (not after)] if answer else ""
+
+
+def ending(view: View) -> str:
+    """What kind of character an answer ends with."""
+    last = view.answer.rstrip()[-1:]
+    return "" if not last else "a letter" if last.isalpha() else "a digit" if last.isdigit() else "a mark"
+
+
+FEATURES: dict[str, Callable[[View], str]] = {
+    "script": lambda view: view.script,
+    "layout": layout,
+    "edges": edges,
+    "ending": ending,
+}
+
+
+# ---------------------------------------------------------------------------------------------- the tokenizer
+
+UNSPACED = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")  # written without blanks
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _coverage(scan: Scan) -> dict[str, float | None]:
+    """Of a sample: tokens a word (None for scripts without blanks), and the shares of unknown and byte tokens.
+
+    Byte tokens are those that stand for a part of a character, or are written like SentencePiece's `<0xE4>`.
+    """
+    tokenizer = scan.tokenizer
+    rows = tokenizer(scan.sample, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    counts = Counter(i for ids in rows for i in ids)
+    words = sum(len(text.split()) for text in scan.sample)
+    total = max(counts.total(), 1)
+    names = dict(zip(counts, tokenizer.convert_ids_to_tokens(list(counts))))
+    parts = sum(n for i, n in counts.items() if BYTE.fullmatch(names[i]) or "\ufffd" in tokenizer.decode([i]))
+    unspaced = sum(scan.scripts[name] for name in UNSPACED) > 0.5 * scan.scripts.total()
+    return {
+        "tokens_per_word": None if unspaced or not words else counts.total() / words,
+        "unknown": counts[unknown_id(tokenizer)] / total,
+        "bytes": parts / total,
+    }
+
+
+def unknown_id(tokenizer) -> int | None:
+    """The id of the unknown token; none where it has another office too, as in GPT-2, whose bytes know every text."""
+    offices = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in offices else tokenizer.unk_token_id
