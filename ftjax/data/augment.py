@@ -1,0 +1,342 @@
+"""Synthetic rows beside those of train: the same answer to a prompt that is worded, spelt or put a little differently.
+
+Word dropout and swap: Wei and Zou, "EDA" (2019); typing errors: Belinkov and Bisk, "Synthetic and Natural Noise Both
+Break Neural Machine Translation" (2018).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ftjax.data import columns
+from ftjax.data.clean import need_columns
+from ftjax.data.table import Table
+from ftjax.data.template import parse
+from ftjax.errors import FtjaxError, nearest
+
+Op = Callable[[str, float, np.random.Generator], str]  # text, share of it to touch, randomness -> text
+Make = Callable[[dict, np.random.Generator, str], dict | None]  # row, randomness, place -> row, or None for no row
+
+MARK = "augmented"  # column that says how a synthetic row was made; null for a row that was read
+PROMPT = "prompt_template"  # column with the template that renders a row's prompt; null: data.prompt does
+BY_FUNCTION, BY_PROMPT = "function", "prompt"  # in MARK, beside the names of OPS
+TRIES = 10  # draws for a row unlike its original and its copies so far
+# Columns with an answer, where no template says which.
+ANSWERS = ("completion", "response", "output", "chosen", "rejected")
+
+
+class Augmented(NamedTuple):
+    """The rows as they were, then the synthetic ones in the order of their origins, whose places they have.
+
+    made: {op, "function" or "prompt": rows}; failed: the same for copies that there are not, because every draw gave
+    what was there already, such as of a text of one word, or because the function returned None.
+    """
+
+    table: Table
+    made: dict[str, int]
+    failed: dict[str, int]
+
+
+def augment(table: Table, data, seed: int, folder: str | None = None) -> Augmented:
+    """A table with the synthetic rows that data.augment asks for; `data` is the config's group. For train alone.
+
+    Copy c of a row is made by one of the ops, or the function behind them, in turn; each copy has randomness of its
+    own, by the seed, the row's place and c, so that no row changes another's. Ops touch data.augment.columns alone,
+    none of them an answer or a label. Each of data.augment.prompts adds one copy of every row, to be rendered by it.
+    The columns MARK and, with prompts, PROMPT are new, where any row is made. folder: as in Table.edit.
+    Raises FtjaxError for a setting that cannot be met, for a cell that is no text, and for the function's errors.
+    """
+    import datasets
+
+    settings = data.augment
+    if not settings.copies and not settings.prompts:
+        return Augmented(table, {}, {})
+    taken = [name for name in (MARK, PROMPT) if name in table.columns]
+    if taken:
+        raise FtjaxError(
+            f"data.augment: the rows have a column {taken[0]!r} already, which augmenting adds: rename it, or, if they "
+            "were augmented before, set data.augment.copies=0 and data.augment.prompts=()"
+        )
+    makers = _makers(table, data) if settings.copies else []
+    _check_prompts(table, data)
+    added = (MARK, PROMPT) if settings.prompts else (MARK,)
+    made, failed, origins = Counter(), Counter(), []
+    with columns.Writer(
+        folder, pa.schema([*table.rows.data.schema, *((name, pa.string()) for name in added)])
+    ) as writer:
+        for start, chunk in table.chunks():
+            new, at = [], []
+            for index, row in enumerate(chunk, start):
+                for name, synthetic in _synthetic(table, index, row, makers, settings, seed):
+                    (failed if synthetic is None else made)[name] += 1
+                    if synthetic is not None:
+                        new.append(synthetic)
+                        at.append(index)
+            if new:
+                writer.add(columns.batch(new, lambda i, at=at: table.place(at[i])))
+            origins += at
+        rows = writer.finish()
+    if not origins:
+        return Augmented(table, {}, dict(failed))
+    rows = datasets.concatenate_datasets([table.rows, rows])  # the first gets nulls for the columns that it has not
+    at = np.concatenate([np.arange(len(table)), np.array(origins, np.int64)])
+    return Augmented(Table(rows, table.files, table.file[at], table.number[at]), dict(made), dict(failed))
+
+
+def _synthetic(
+    table: Table, index: int, row: dict, makers: list[tuple[str, Make]], settings, seed: int
+) -> Iterator[tuple[str, dict | None]]:
+    """(how, row) for everything that is to be made of a row; None for a copy that would not differ."""
+    file, number = int(table.file[index]), int(table.number[index])
+    unmarked = {PROMPT: None} if settings.prompts else {}
+    seen = [row]
+    for c in range(settings.copies):
+        name, make = makers[(number + c) % len(makers)]
+        rng = np.random.default_rng([seed, file, number, c])
+        draws = (make(row, rng, table.place(index)) for _ in range(TRIES))
+        new = next((draw for draw in draws if draw is None or draw not in seen), None)
+        if new is not None:
+            seen.append(new)
+        yield name, new and {**new, **unmarked, MARK: name}
+    for prompt in settings.prompts:
+        yield BY_PROMPT, {**row, PROMPT: prompt, MARK: BY_PROMPT}
+
+
+# ---------------------------------------------------------------------------------------------- who makes rows
+
+
+def _makers(table: Table, data) -> list[tuple[str, Make]]:
+    settings = data.augment
+    for name in settings.ops:
+        if name not in OPS:
+            raise FtjaxError(f"data.augment.ops: {name!r}{nearest(name, OPS)}; of {', '.join(OPS)}")
+    need_columns(settings.columns, table.columns, "data.augment.columns")
+    if settings.ops and not settings.columns:
+        raise FtjaxError(
+            f"data.augment.columns is empty: name the columns with text to alter, of {', '.join(table.columns)}; or "
+            "set data.augment.ops=()"
+        )
+    fixed = [name for name in settings.columns if name in _answers(data)]
+    if fixed:
+        raise FtjaxError(
+            f"data.augment.columns: {fixed[0]!r} holds answers or labels, which must stay as they are: name columns of "
+            "the prompt alone"
+        )
+    makers = [(name, _by_op(OPS[name], settings)) for name in settings.ops]
+    if settings.function:
+        makers.append((BY_FUNCTION, _by_function(settings.function, table)))
+    if not makers:
+        raise FtjaxError(
+            "data.augment.copies: neither data.augment.ops nor data.augment.function says how to make them"
+        )
+    return makers
+
+
+def _answers(data) -> set[str]:
+    """Columns that hold a label or an answer; in rows of text alone, the text."""
+    if data.completion:
+        answers = {name for _, name in parse(data.completion, "data.completion") if name}
+    else:
+        answers = {*ANSWERS, *([] if data.label else ["text"])}
+    return answers | {data.label, data.stratify}
+
+
+def _by_op(op: Op, settings) -> Make:
+    def make(row: dict, rng: np.random.Generator, place: str) -> dict:
+        new = dict(row)
+        for name in settings.columns:
+            cell = row[name]
+            if cell is not None and not isinstance(cell, str):
+                kind = type(cell).__name__
+                raise FtjaxError(f"{place}: data.augment.columns: {name!r} should be text to be altered, found {kind}")
+            new[name] = op(cell, settings.rate, rng) if cell else cell
+        return new
+
+    return make
+
+
+def _by_function(named: str, table: Table) -> Make:
+    file, _, name = named.rpartition(":")
+    function = _load(file, name, named)
+    names = set(table.columns)
+    check = _storable(table)
+
+    def make(row: dict, rng: np.random.Generator, place: str) -> dict | None:
+        try:
+            new = function(copy.deepcopy(row), rng)
+        except Exception as error:  # the user's own code may raise anything, and is told at which row it did
+            raise FtjaxError(f"{place}: {_failed(named, file, error)}") from error
+        if new is None:
+            return None
+        said = f"{place}: data.augment.function {named!r}"
+        if not isinstance(new, dict):
+            raise FtjaxError(f"{said} returned {type(new).__name__}; expected a row (a dict), or None for no row")
+        if set(new) != names:
+            other = ", ".join(sorted(map(str, set(new) ^ names)))
+            raise FtjaxError(f"{said}: the row returned must have the columns of the row given; not so: {other}")
+        check(new, said)
+        return new
+
+    return make
+
+
+def _load(file: str, name: str, named: str) -> Callable:
+    path = Path(file)
+    if not file or not path.is_file():
+        raise FtjaxError(f'data.augment.function: {named!r}: expected "file.py:name"; {file or named!r} is not a file')
+    spec = importlib.util.spec_from_file_location(f"ftjax_augment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # as above
+        raise FtjaxError(_failed(named, file, error)) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise FtjaxError(f"data.augment.function: {file} has no function {name!r}{nearest(name, vars(module))}")
+    return function
+
+
+def _failed(named: str, file: str, error: Exception) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(Path(file))]
+    at = f" at line {lines[-1]}" if lines else ""
+    return f"data.augment.function {named!r} failed{at}: {type(error).__name__}: {error}"
+
+
+def _storable(table: Table) -> Callable[[dict, str], None]:
+    """A check that a row's cells are of the columns' types."""
+    kinds = {field.name: field.type for field in table.rows.data.schema}
+
+    def check(row: dict, said: str) -> None:
+        for name, cell in row.items():
+            try:
+                fits = columns.unify(kinds[name], columns.infer([cell])) == kinds[name]
+            except columns.FAULTS as error:
+                raise FtjaxError(f"{said}: column {name!r}: {error}") from error
+            if not fits:
+                raise FtjaxError(f"{said}: column {name!r} is of type {kinds[name]}, which does not hold {cell!r:.80}")
+
+    return check
+
+
+def _check_prompts(table: Table, data) -> None:
+    key, prompts = "data.augment.prompts", data.augment.prompts
+    if prompts and not data.completion:
+        raise FtjaxError(f"{key} are templates beside data.prompt: set data.prompt and data.completion too")
+    for number, prompt in enumerate(prompts):
+        need_columns([name for _, name in parse(prompt, key) if name], table.columns, key)
+        if prompt == data.prompt or prompt in prompts[:number]:
+            raise FtjaxError(f"{key}: {prompt!r} is there already: it would double every row")
+
+
+# ---------------------------------------------------------------------------------------------- ops
+
+PIECE = re.compile(r"(\s*)(\S+)")  # white space before a word, and the word
+WORD = re.compile(r"[^\W\d_]{4,}")  # letters; shorter words are too easily taken for others once mistyped
+# What the label may hang on stays: numbers, and the words of English that turn a sentence round.
+KEPT = re.compile(
+    r"\d|^\W*(?:no|not|never|nor|none|neither|nothing|nobody|nowhere|without|cannot|hardly|barely|scarcely|\w*n['’]t)\W*$",
+    re.IGNORECASE,
+)
+ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of a keyboard, each half a key further right than the one above
+KEYS = {
+    a: "".join(
+        b
+        for other, keys in enumerate(ROWS)
+        for k, b in enumerate(keys)
+        if b != a and abs(other - line) <= 1 and abs(k + other / 2 - at - line / 2) <= 1
+    )
+    for line, letters in enumerate(ROWS)
+    for at, a in enumerate(letters)
+}
+
+
+def word_dropout(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Without some of its words; one at least stays."""
+    pieces = [list(piece) for piece in PIECE.findall(text)]
+    free = [i for i, (_, word) in enumerate(pieces) if not KEPT.search(word)]
+    gone = set(_chosen(free, min(_count(rate, len(pieces)), len(pieces) - 1), rng))
+    left = [piece for i, piece in enumerate(pieces) if i not in gone]
+    if left:
+        left[0][0] = pieces[0][0]
+    return _text(left, text)
+
+
+def word_swap(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Some neighbouring words change places."""
+    pieces = [list(piece) for piece in PIECE.findall(text)]
+    free = {i for i, (_, word) in enumerate(pieces) if not KEPT.search(word)}
+    able = [i for i in sorted(free) if i + 1 in free and pieces[i][1] != pieces[i + 1][1]]
+    moved: set[int] = set()
+    for i in _chosen(able, len(able), rng):
+        if len(moved) // 2 < _count(rate, len(pieces)) and not moved & {i, i + 1}:
+            pieces[i][1], pieces[i + 1][1] = pieces[i + 1][1], pieces[i][1]
+            moved |= {i, i + 1}
+    return _text(pieces, text)
+
+
+def char_noise(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Some letters within words mistyped, by one of TYPOS each; the first and the last of a word stay in place."""
+    kept = [m.span() for m in re.finditer(r"\S+", text) if KEPT.search(m[0])]
+    words = [m for m in WORD.finditer(text) if not any(start <= m.start() < end for start, end in kept)]
+    able = [i for m in words for i in range(m.start() + 1, m.end() - 2)]
+    letters = list(text)
+    for i in _chosen(able, _count(rate, sum(map(str.isalpha, text))), rng):
+        TYPOS[rng.integers(len(TYPOS))](letters, i, rng)
+    return "".join(letters)
+
+
+def case(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Some words in another case: lower, upper or with a capital."""
+    pieces = [list(piece) for piece in PIECE.findall(text)]
+    others = {i: {word.lower(), word.upper(), word.capitalize()} - {word} for i, (_, word) in enumerate(pieces)}
+    for i in _chosen([i for i in others if others[i]], _count(rate, len(pieces)), rng):
+        pieces[i][1] = str(rng.choice(sorted(others[i])))
+    return _text(pieces, text)
+
+
+OPS: dict[str, Op] = {"word_dropout": word_dropout, "word_swap": word_swap, "char_noise": char_noise, "case": case}
+
+
+def _swap(letters: list[str], i: int, rng: np.random.Generator) -> None:
+    letters[i], letters[i + 1] = letters[i + 1], letters[i]
+
+
+def _leave_out(letters: list[str], i: int, rng: np.random.Generator) -> None:
+    letters[i] = ""
+
+
+def _double(letters: list[str], i: int, rng: np.random.Generator) -> None:
+    letters[i] *= 2
+
+
+def _next_key(letters: list[str], i: int, rng: np.random.Generator) -> None:
+    keys = KEYS.get(letters[i].lower(), letters[i])
+    key = keys[rng.integers(len(keys))]
+    letters[i] = key.upper() if letters[i].isupper() else key
+
+
+TYPOS = (_swap, _leave_out, _double, _next_key)
+
+
+def _count(rate: float, n: int) -> int:
+    return max(1, round(rate * n))
+
+
+def _chosen(able: list[int], most: int, rng: np.random.Generator) -> list[int]:
+    """At most so many of these, in random order."""
+    return rng.permutation(np.array(able, np.int64))[: max(0, most)].tolist()
+
+
+def _text(pieces: list[list[str]], text: str) -> str:
+    """The pieces put together, with the white space that ended the text."""
+    return "".join(space + word for space, word in pieces) + text[len(text.rstrip()) :]
