@@ -128,13 +128,6 @@ class Texts(Sequence[str]):
             yield from (row_text(row, self.columns) for row in rows)
 
 
-def unknown(columns: Iterable[str], there: Sequence[str], key: str) -> None:
-    """Raise FtjaxError, which names the key, for the first column that is not there."""
-    for name in columns:
-        if name not in there:
-            raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")
-
-
 def _left(rows: int, removed: dict[int, Removed]) -> np.ndarray:
     return np.setdiff1d(np.arange(rows), list(removed))
 

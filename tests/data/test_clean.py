@@ -253,6 +253,14 @@ def test_the_config_refuses_what_needs_no_file():
         assert told in str(error.value)
 
 
+def test_the_rows_that_go_are_the_right_ones_beyond_a_chunk():
+    given_rows = table([{"text": f"row {i}"} for i in range(2500)])
+    cleaned = clean(given_rows, asked(drop=(r"\b(7|999|1000|2499)$",)))
+    assert [r.place for r in cleaned.removed] == [f"t.jsonl row {i}" for i in (8, 1000, 1001, 2500)]
+    assert [record["row"]["text"] for record in records(given_rows, cleaned.removed)][1:3] == ["row 999", "row 1000"]
+    assert cleaned.table.row(1000)["text"] == "row 1003" and cleaned.table.place(1000) == "t.jsonl row 1004"
+
+
 # ---------------------------------------------------------------------------------------------- duplicates
 
 
