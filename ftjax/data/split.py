@@ -175,7 +175,7 @@ def _groups(table: Table, data, seed: int) -> np.ndarray:
 def judged(table: Table, data) -> tuple[str, ...]:
     """Columns by whose text rows are compared: those of data.clean.columns that are there, else all but the label."""
     named = tuple(name for name in table.columns if name in data.clean.columns)
-    return named or tuple(name for name in table.columns if name not in (data.label, data.stratify, *data.group))
+    return named or tuple(name for name in table.columns if name != data.label)
 
 
 def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: dict[int, float], data) -> np.ndarray:
