@@ -282,14 +282,20 @@ def check_tools(name: str, tokenizer) -> None:
         )
 
 
-def installed(tokenizer, config):
-    """A tokenizer like this one that carries the run's template as its own: what is generated, exported and evaluated
-    later then follows it. The tokenizer itself where the run names none, or a mixture names several.
-
-    Raises FtjaxError as `resolve` does.
+def of_run(config, tokenizer) -> str:
+    """The Jinja text that all rows of a run are shown by, other than the tokenizer's own; empty where there is none,
+    or where the sources of a mixture have several. Raises FtjaxError as `resolve` does.
     """
     named = {(data.template, data.end) for _, data, _ in configs.sources(config)}
-    text = resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
+    return resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
+
+
+def installed(config, tokenizer):
+    """A tokenizer like this one with the run's template as its own, so that what is generated with it follows that.
+
+    The tokenizer itself where `of_run` finds no other. Raises FtjaxError as `resolve` does.
+    """
+    text = of_run(config, tokenizer)
     if not text or text == tokenizer.chat_template:
         return tokenizer
     tokenizer = copy.copy(tokenizer)

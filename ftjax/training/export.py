@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax import config as configs
+from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import families, peft, weights
+from ftjax.hub import families, peft, tokenizer, weights
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tuning import METHODS
 
@@ -30,7 +32,7 @@ def resolve_format(method: str, format: str) -> str:
 def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto", shard_size: float = 5e9) -> dict:
     """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
     "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe, rounding
-    to the stored dtype included.
+    to the stored dtype included. The tokenizer is the base's, with the chat template that the run's rows were shown by.
 
     format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the
     base's.
@@ -39,9 +41,11 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     format = resolve_format(source.method, format)
     report = {"format": format, "path": str(out)}
     record = {"config": source.config}
+    chat_template = chat_templates.of_run(configs.from_dict(source.config), base.tokenizer)
     if format == "adapter":
         adapter_config, tensors = row.to_peft(source.trained, source.frozen, source.spec)
         peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name, record=record)
+        _name_template(out, chat_template)
         return report
     params = row.merge(source.trained, source.frozen, source.spec)
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
@@ -56,10 +60,16 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         shape,
         dtype=dtype,
         shard_size=shard_size,
-        end_tokens=base.end_tokens,
+        end_tokens=(*base.end_tokens, *tokenizer.turn_end(base.tokenizer, chat_template or None)[:1]),
         record=record,
     )
+    _name_template(out, chat_template)
     return report
+
+
+def _name_template(out: Path, chat_template: str) -> None:
+    if chat_template:
+        tokenizer.write_chat_template(out, chat_template)
 
 
 def _merge_difference(source: Trained, params: dict, dtype: str) -> float:

@@ -6,10 +6,20 @@ import contextlib
 import json
 import shutil
 
+import jax
 import pytest
 
+from ftjax import config as configs
+from ftjax.assets import resolve
+from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError
-from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_tokens, load_tokenizer
+from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
+from ftjax.lm import open_base
+from ftjax.training import export
+from ftjax.training.run_folder import Trained
+from ftjax.tuning import METHODS
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo."}]
 
 
 @pytest.fixture
@@ -73,6 +83,58 @@ def test_copies_are_byte_equal(gpt2, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     for file in (tmp_path / "out").iterdir():
         assert file.read_bytes() == (gpt2 / file.name).read_bytes()
+
+
+def test_a_written_template_wins_over_every_other(gpt2):
+    (gpt2 / "chat_template.jinja").write_text("old")
+    (gpt2 / "additional_chat_templates").mkdir()
+    (gpt2 / "additional_chat_templates" / "tool_use.jinja").write_text("older")
+    before = json.loads((gpt2 / "tokenizer_config.json").read_text())
+    write_chat_template(gpt2, "new {{ messages[0].content }}")
+    assert load_tokenizer(gpt2).apply_chat_template(CHAT, tokenize=False) == "new Hi"
+    after = json.loads((gpt2 / "tokenizer_config.json").read_text())
+    assert after == before | {"chat_template": "new {{ messages[0].content }}"}
+
+
+@pytest.mark.parametrize("method, format", [("lora", "adapter"), ("lora", "merged"), ("full", "full")])
+def test_an_export_carries_the_runs_template(tmp_path, method, format):
+    lm, spec = open_base(resolve("builtin:stories260K"), "float32")
+    config = configs.default()
+    config.tuning.method, config.data.template, config.data.end = method, "plain", "<unk>"
+    spec = spec._replace(tuning=config.tuning)
+    trained, frozen = METHODS[method].init(jax.random.key(0), lm.params, spec)
+    run = Trained(method, trained, frozen, spec, lm, str(lm.folder), config.to_dict())
+    export.write(run, tmp_path / "out", format)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "<s>User:\nHi\n\nAssistant:\nYo.<unk>"
+    if format != "adapter":
+        official = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+        assert tokenizer.unk_token_id in official and set(lm.end_tokens) <= set(official)
+    assert lm.tokenizer.chat_template is None
+
+
+def test_the_template_of_a_run(shared):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen3")
+    config = configs.default()
+    for name in ("", "tokenizer"):
+        config.data.template = name
+        assert chat_templates.installed(config, tokenizer) is tokenizer
+    config.data.template = "chatml"
+    named = chat_templates.installed(config, tokenizer)
+    assert named.chat_template == chat_templates.TEMPLATES["chatml"].text != tokenizer.chat_template
+    assert chat_templates.installed(config, named) is named
+    config.data.mixture = ({"train": "a.jsonl"}, {"train": "b.jsonl", "template": "plain"})
+    assert chat_templates.installed(config, tokenizer) is tokenizer  # which of the two should it be?
+
+
+def test_the_token_that_ends_a_text(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    assert end_token(tokenizer) == 50256 and end_token(tokenizer, "!") == 0
+    with pytest.raises(FtjaxError, match="data.end: 'two words' is 2 tokens for this tokenizer; expected exactly one"):
+        end_token(tokenizer, "two words")
+    tokenizer.eos_token = None
+    with pytest.raises(FtjaxError, match="names no end-of-text token: set data.end"):
+        end_token(tokenizer)
 
 
 def test_folder_without_tokenizer_and_broken_tokenizer(tmp_path):
