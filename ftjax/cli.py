@@ -13,9 +13,19 @@ EPILOG = """examples:
   ftjax train --config configs/quickstart.py
   ftjax train --config configs/quickstart.py --config.tuning.method=full --config.run_dir=runs/full
   ftjax generate --model runs/quickstart --prompt "Words: dog park run\\nSentence:"
+  ftjax data inspect --data rows.jsonl --out report
   ftjax evaluate --model runs/quickstart --data rows.jsonl
   ftjax export --run runs/quickstart --out my-model --format merged
 `ftjax VERB --help` tells more."""
+
+
+DATA_VERBS = {
+    "inspect": "what is in the rows, and what is wrong with them",
+    "clean": "mend and filter them by data.clean",
+    "split": "clean, then deal them out to train, validation and test",
+    "augment": "split, then add synthetic training rows by data.augment",
+    "preview": "the first batches as the model will see them",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +50,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
+
+    sub = verb("data", _data, "look at rows, clean, split or augment them, as training would", epilog=overrides)
+    sub.add_argument("step", choices=DATA_VERBS, help="; ".join(f"{name}: {text}" for name, text in DATA_VERBS.items()))
+    sub.add_argument("--config", metavar="FILE", help="a Python file with get_config(), or a run's run.json")
+    sub.add_argument("--data", help="rows instead of the config's data.train; no other part is read then")
+    sub.add_argument("--model", help="whose tokenizer counts tokens, instead of the config's model.path")
+    sub.add_argument("--out", help="inspect, clean, split, augment: a new folder; preview: an HTML file")
+    sub.add_argument("--rows", type=int, default=3, help="preview: batch rows shown")
+    sub.add_argument("--ids", action="store_true", help="preview: token ids too")
 
     sub = verb(
         "evaluate",
@@ -94,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
-    if unknown or (overrides and args.verb not in ("train", "evaluate")):
+    if unknown or (overrides and args.verb not in ("train", "data", "evaluate")):
         options = [o for action in _options(top, args.verb) for o in action]
         top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
     try:
@@ -144,6 +163,27 @@ def _train(args, overrides) -> None:
     from ftjax.training.loop import train
 
     train(settings)
+
+
+def _data(args, overrides) -> None:
+    if not args.config and not args.data:
+        raise FtjaxError(f"data {args.step}: expected --config FILE or --data ROWS")
+    if args.step in ("clean", "split", "augment") and not args.out:
+        raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for what it writes")
+    from ftjax import config
+
+    settings = config.load(args.config) if args.config else config.default()
+    if args.model:
+        settings.model.path = args.model
+    if args.data:
+        settings.data.update(train=args.data, validation="", test="", mixture=())
+    config.override(settings, overrides)
+    from ftjax.data import verbs
+
+    if args.step == "preview":
+        verbs.show(settings, args.rows, args.ids, args.out)
+    else:
+        getattr(verbs, args.step)(settings, args.out)
 
 
 def _evaluate(args, overrides) -> None:

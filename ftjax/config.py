@@ -305,8 +305,9 @@ def copy(config) -> ml_collections.ConfigDict:
     return from_dict(config.to_dict())
 
 
-OF_ALL = ("mixture", "temperature", "max_length", "long", "packing", "buckets", "workers", "processes", "streaming", "cache")
-OF_ALL += ("cache_size",)
+# Fields of `data` that no source of a mixture has for itself.
+OF_ALL = ("mixture", "temperature", "decontaminate", "max_length", "long", "packing", "buckets", "workers", "processes")
+OF_ALL += ("streaming", "cache", "cache_size")
 
 
 def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]:

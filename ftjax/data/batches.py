@@ -5,6 +5,7 @@ B rows of a batch, T tokens, M trained positions, N examples, R rows that they m
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -186,6 +187,16 @@ def loader(
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
     return iter(grain.MapDataset.source(Source()).to_iter_dataset(options))
+
+
+def ahead(items: Iterator, n: int) -> Iterator:
+    """The items, each drawn `n` items before it is asked for."""
+    drawn = collections.deque()
+    for item in items:
+        drawn.append(item)
+        if len(drawn) > n:
+            yield drawn.popleft()
+    yield from drawn
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:

@@ -1,99 +1,383 @@
-"""From the config to examples: read, split, template, tokenise and fit, with a report of what that came to."""
+"""From the config to examples: read, clean, split, augment, template, tokenise and fit, with a report of it all."""
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-from typing import TYPE_CHECKING
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ftjax import config as configs
-from ftjax.data import template
+from ftjax.data import store, template
+from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
-from ftjax.data.read import join, read_parts
-from ftjax.data.tokenise import Example, Place, encode, fit
+from ftjax.data.clean import Removed, clean, records
+from ftjax.data.read import read_table
+from ftjax.data.split import decontaminate, limit, split
+from ftjax.data.store import Examples
+from ftjax.data.table import CHUNK, Table
+from ftjax.data.tokenise import Example, encode, encode_prompts
 from ftjax.errors import FtjaxError
 
-if TYPE_CHECKING:
-    import datasets
-
 PARTS = ("train", "validation", "test")
+MANY = 20_000  # rows from which further processes are worth the seconds that they take to start
+MEANT = "auto"  # data.cache: the user's cache folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a source's rows become tokens: with the tokenizer, all that their ids and labels depend on."""
+
+    form: str
+    prompt: str
+    completion: str
+    template: str
+    system: str
+    train_on: str
+    end: str
+
+    def render(self, rows: list[dict], places: list[str]) -> list[template.Rendered]:
+        """Rows as text; raises FtjaxError naming the place of a row that cannot be used."""
+        render = template.renderer(self.form, self.prompt, self.completion, self.template, self.system)
+        return [render(row, place) for row, place in zip(rows, places, strict=True)]
+
+    def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
+        """Rows as tokens; raises FtjaxError naming the place of a row that cannot be used."""
+        return encode(self.render(rows, places), tokenizer, self.train_on, places.__getitem__, self.end)
+
+
+def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
+    """The recipe that a `data` group means for rows with these columns, and whether its form was guessed from them."""
+    if (data.prompt or data.completion) and data.form not in ("auto", "template"):
+        raise FtjaxError(
+            f"data.form={data.form!r} and the templates data.prompt, data.completion: set one or the other"
+        )
+    guessed = data.form == "auto"
+    form = template.guess(columns, data.prompt, data.completion) if guessed else data.form
+    fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
+    return Recipe(form, *fields), guessed and form != "template"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one part's rows; every count is of rows or tokens."""
+    """What became of one source's rows in one part; every count is of rows or tokens."""
 
     source: str
     form: str
     guessed: bool  # the form was guessed by the columns
-    rows: int  # before any was dropped
+    rows: int  # before any was dropped for its length
+    augmented: int  # of those, synthetic
+    unmade: int  # synthetic rows asked for that no draw could tell from those that are there
     quantiles: tuple[int, int, int, int]  # lengths at 5, 50, 95 % and the longest, before cutting
     max_length: int
     policy: str  # data.long
     long: int  # rows longer than max_length
     lost: int  # trained tokens cut or dropped with them
     dropped: int  # rows left out
-    tokens: int  # of an epoch
-    trained: int  # tokens of an epoch that are labels
-    packing: bool
-    efficiency: float  # share of a batch's tokens that is no padding, once batches are full
+    tokens: int  # of the rows kept
+    trained: int  # of those, labels
+
+
+class Piece(NamedTuple):
+    """One source's rows in one part: as read, cleaned and split; which of them became examples; and how."""
+
+    table: Table
+    digest: str  # of the table
+    kept: np.ndarray
+    recipe: Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows of one part, all lists aligned: examples, the rows as read, and as rendered. Empty where there are none."""
+    """N examples, and the rows that they were made of, rendered again when asked for. Empty where there are none.
 
-    examples: list[Example] = dataclasses.field(default_factory=list)
-    rows: list[dict] = dataclasses.field(default_factory=list)
-    rendered: list[template.Rendered] = dataclasses.field(default_factory=list)
-    report: Report | None = None
+    source (N,): which of Data.sources each came from; reports: by the name of the source; efficiency: share of a
+    batch's tokens that is no padding, once batches are full.
+    """
+
+    examples: Examples = dataclasses.field(default_factory=lambda: Examples.of([]))
+    source: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    pieces: tuple[Piece, ...] = ()
+    reports: dict[str, Report] = dataclasses.field(default_factory=dict)
+    efficiency: float = 1.0
 
     def __len__(self) -> int:
         return len(self.examples)
 
+    def place(self, i: int) -> str:
+        """Where the row of an example came from, such as `a.jsonl row 3`."""
+        piece, at = self._at(i)
+        return piece.table.place(at)
+
+    def row(self, i: int) -> dict:
+        """The row of an example, as cleaned."""
+        piece, at = self._at(i)
+        return piece.table.row(at)
+
+    def rendered(self, i: int) -> template.Rendered:
+        """The row of an example as text."""
+        piece, at = self._at(i)
+        (rendered,) = piece.recipe.render([piece.table.row(at)], [piece.table.place(at)])
+        return rendered
+
+    def prompts(self, tokenizer) -> Iterator[np.ndarray]:
+        """The ids (T,) int32 that generation feeds for each example, uncut."""
+        for piece in self.pieces:
+            for start in range(0, len(piece.kept), CHUNK):
+                chunk = piece.table.select(piece.kept[start : start + CHUNK])
+                places = [chunk.place(i) for i in range(len(chunk))]
+                rendered = piece.recipe.render(chunk.rows.to_list(), places)
+                yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end)
+
+    def of_source(self, index: int) -> Examples:
+        """The examples of one of Data.sources."""
+        return self.examples.select(np.flatnonzero(self.source == index))
+
+    def _at(self, i: int) -> tuple[Piece, int]:
+        for piece in self.pieces:
+            if i < len(piece.kept):
+                return piece, int(piece.kept[i])
+            i -= len(piece.kept)
+        raise IndexError(i)
+
+
+class Gone(NamedTuple):
+    """Rows that a step left out, and the table that they stand in."""
+
+    table: Table
+    removed: list[Removed]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The three parts of a run's rows; validation and test may be empty."""
+    """The three parts of a run's rows; validation and test may be empty.
+
+    sources: the names of a mixture's, else one empty name; shares (Z,): of an epoch's examples each, None: all rows
+    once; gone: what cleaning and decontamination left out; fingerprint: digest of the
+    rows of every part.
+    """
 
     train: Part
     validation: Part
     test: Part
     max_length: int  # tokens of a row; data.max_length, or the model's positions where those are fewer
+    sources: tuple[str, ...] = ("",)
+    shares: np.ndarray | None = None
+    gone: tuple[Gone, ...] = ()
+    fingerprint: str = ""
+
+    def removed(self) -> Iterator[dict]:
+        """Every row that cleaning and decontamination left out, as `clean.records`."""
+        for table, removed in self.gone:
+            yield from records(table, removed)
 
     @property
     def report(self) -> dict[str, dict]:
-        """The reports of the parts that have rows, as plain data."""
-        return {name: dataclasses.asdict(r) for name in PARTS if (r := getattr(self, name).report)}
+        """{part: {source: its report}} for the parts that have rows, as plain data."""
+        found = {part: getattr(self, part).reports for part in PARTS if getattr(self, part).reports}
+        return {part: {name: dataclasses.asdict(r) for name, r in reports.items()} for part, reports in found.items()}
 
 
-def prepare(config, tokenizer, max_positions: int, vocab_size: int) -> Data:
+def prepare(config, tokenizer, max_positions: int) -> Data:
     """The examples of train, validation and test.
 
-    A part whose file is named consists of that file. Any other part is split off the rows of data.train at random by
-    config.seed: its share in data.split of them, at least one; train keeps the rest. So naming data.validation alone
-    still splits off a test part: a share of 0 turns that off. data.limit then takes that many rows of train at random,
-    and leaves the other parts as they are. Rows keep their order in the file. data.max_length left at its default is
-    capped by max_positions.
-    Raises FtjaxError for any row or setting that cannot be used: see read, template and tokenise; further for a set
-    data.max_length above max_positions, and for token ids beyond vocab_size.
+    A part whose file is named consists of that file. Any other part is split off the rows of data.train: see
+    split.split. Rows keep their order in the file; synthetic ones follow. data.max_length left at its default is capped
+    by max_positions. Of a mixture, every source goes this way by its own settings, and the parts are joined.
+    Raises FtjaxError for any row or setting that cannot be used: see read, clean, split, template and tokenise; further
+    for a set data.max_length above max_positions.
     """
-    data = config.data
-    max_length = _max_length(data.max_length, max_positions)
-    sources = {name: getattr(data, name) for name in PARTS if getattr(data, name)}
-    if "train" not in sources:
-        raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
-    read = {name: read_parts(source, f"data.{name}") for name, source in sources.items()}
-    chosen = _split({name: sum(len(rows) for _, rows in parts) for name, parts in read.items()}, data, config.seed)
-    done = {}
-    for name, indices in chosen.items():
-        origin = name if name in read else "train"
-        done[name] = _part(read[origin], sources[origin], f"data.{origin}", indices, data, tokenizer, max_length)
-        _check_ids(done[name].examples, tokenizer, vocab_size)
-    if not done["train"].examples:
-        raise FtjaxError(f"{data.train}: no row is left to train on (data.long={data.long!r} dropped them all)")
-    return Data(**done, max_length=max_length)
+    max_length = _max_length(config.data.max_length, max_positions)
+    chosen, gone = rows(config)
+    cache = _cache(config.data)
+    words = fingerprint(tokenizer)
+    done = {part: _part(part, chosen, config.data, tokenizer, words, max_length, cache) for part in PARTS}
+    if not len(done["train"]):
+        named = ", ".join(source.data.train for source in chosen)
+        raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
+    names = tuple(source.name for source in chosen)
+    counts = np.bincount(done["train"].source, minlength=len(names))
+    return Data(
+        **done,
+        max_length=max_length,
+        sources=names,
+        shares=_shares(config, counts),
+        gone=tuple(gone),
+        fingerprint=store.digest([[piece.digest for piece in done[part].pieces] for part in PARTS]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+class Source(NamedTuple):
+    """One source on its way: its name, its own `data` group, the rows of each part, and counts for its report."""
+
+    name: str
+    data: object
+    tables: dict[str, Table]
+    counts: dict[str, int]  # made, failed: synthetic rows of train, and those that no draw could tell from the others
+
+
+def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
+    """The rows of every part of every source, and those that were left out on the way.
+
+    Read, cleaned, split, limited and decontaminated; those of train augmented at last, where that is asked for.
+    """
+    folder = _scratch() if config.data.streaming else None
+    sources, gone = read_and_clean(config, folder)
+    for source in sources:
+        tables = dict(source.tables)
+        chosen = split(tables, source.data, config.seed)
+        chosen["train"] = limit(chosen["train"], source.data.limit, len(tables["train"]), config.seed)
+        source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
+    if config.data.decontaminate:
+        gone += _decontaminate(sources, config)
+    for source in sources if augmented else ():
+        source.tables["train"], made, failed = augment(source.tables["train"], source.data, config.seed, folder)
+        source.counts.update(made=sum(made.values()), failed=sum(failed.values()))
+    return sources, gone
+
+
+def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], list[Gone]]:
+    """The rows of the parts that each source names, those of data.clean.parts cleaned; and what went by that.
+
+    folder: where rows lie instead of in memory.
+    """
+    sources, gone = [], []
+    for name, data, _ in configs.sources(config):
+        if not data.train:
+            raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
+        tables = {}
+        for part in PARTS:
+            if not getattr(data, part):
+                continue
+            tables[part] = read_table(getattr(data, part), f"data.{part}", folder)
+            if part in data.clean.parts:
+                cleaned = clean(tables[part], data.clean, answers(data, tables[part]), folder)
+                gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
+                tables[part] = cleaned.table
+        sources.append(Source(name, data, tables, {}))
+    return sources, gone
+
+
+def answers(data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:
+    """A function (row, place) -> its prompt and answer as text; None where no form fits the columns."""
+    try:
+        how, _ = recipe(data, table.columns)
+    except FtjaxError:
+        if data.form != "auto" or data.prompt or data.completion:
+            raise
+        return None
+
+    def answer(row: dict, place: str) -> tuple[str, str]:
+        (rendered,) = how.render([row], [place])
+        return template.question(rendered), template.reference(rendered)
+
+    return answer
+
+
+def _decontaminate(sources: list[Source], config) -> list[Gone]:
+    """Take what overlaps with evaluation rows out of every source's train, in place; returns what went."""
+    others = []
+    for name in config.data.decontaminate:
+        if name in PARTS[1:]:
+            others += [(name, source.tables[name]) for source in sources if len(source.tables[name])]
+        else:
+            others.append((name, read_table(name, "data.decontaminate")))
+    gone = []
+    for source in sources:
+        table = source.tables["train"]
+        kept, removed = decontaminate(table, others, source.data)
+        source.tables["train"] = table.select(kept)
+        gone += [Gone(table, removed)] if removed else []
+    return gone
+
+
+def _scratch() -> str:
+    """A folder for the rows of a streamed set, gone with the process."""
+    folder = tempfile.mkdtemp(prefix="ftjax-rows-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+def fingerprint(tokenizer) -> str:
+    """Digest of all by which a tokenizer turns texts and chats into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    settings = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
+    name, special = type(tokenizer).__name__, tokenizer.all_special_tokens
+    return store.digest(name, rules, settings, tokenizer.chat_template, special)
+
+
+def _part(part: str, chosen: list[Source], data, tokenizer, words: str, max_length: int, cache: store.Cache) -> Part:
+    pieces, examples, reports, source = [], [], {}, []
+    for index, (name, own, tables, counts) in enumerate(chosen):
+        table = tables[part]
+        if not len(table):
+            continue
+        how, guessed = recipe(own, table.columns)
+        content = store.table_digest(table)
+        key = store.digest(store.code(), words, dataclasses.asdict(how), content)
+        encoder = functools.partial(Recipe.encode, how, tokenizer)
+        encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
+        fitted = store.fit(encoded, max_length, data.long, table.place)
+        pieces.append(Piece(table, content, fitted.kept, how))
+        examples.append(fitted.examples)
+        source.append(np.full(len(fitted.kept), index, np.int32))
+        reports[name] = Report(
+            source=getattr(own, part) or own.train,
+            form=how.form,
+            guessed=guessed,
+            rows=len(table),
+            augmented=counts.get("made", 0) if part == "train" else 0,
+            unmade=counts.get("failed", 0) if part == "train" else 0,
+            quantiles=tuple(np.quantile(encoded.length, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),
+            max_length=max_length,
+            policy=data.long,
+            long=fitted.long,
+            lost=fitted.lost,
+            dropped=len(table) - len(fitted.kept),
+            tokens=int(fitted.examples.length.sum()),
+            trained=int(fitted.examples.labels.sum()),
+        )
+    if not pieces:
+        return Part()
+    joined = store.join(examples)
+    efficiency = 1.0
+    if len(joined):
+        efficiency = Batches(joined, 1, max_length, packing=data.packing, buckets=data.buckets).efficiency
+    return Part(joined, np.concatenate(source), tuple(pieces), reports, efficiency)
+
+
+def _processes(asked: int, rows: int) -> int:
+    return asked or max(1, min(os.cpu_count() or 1, rows // (MANY // 2)))
+
+
+def _cache(data) -> store.Cache:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / "data"
+    if not data.cache:
+        return store.Cache(Path(_scratch()) if data.streaming else None)
+    return store.Cache(home if data.cache == MEANT else Path(data.cache), data.cache_size)
+
+
+def _shares(config, counts: np.ndarray) -> np.ndarray | None:
+    """Of an epoch's examples, by source; None where all rows come once."""
+    weights = [weight for _, _, weight in configs.sources(config)]
+    if weights[0] is None and config.data.temperature == 1:
+        return None
+    raw = np.array(weights, float) if weights[0] is not None else counts ** (1 / config.data.temperature)
+    return raw / raw.sum()
 
 
 def _max_length(asked: int, max_positions: int) -> int:
@@ -104,96 +388,3 @@ def _max_length(asked: int, max_positions: int) -> int:
             f"data.max_length={asked} is more than the model's {max_positions} positions: set it to at most that"
         )
     return min(asked, max_positions)
-
-
-def _split(counts: dict[str, int], data, seed: int) -> dict[str, np.ndarray]:
-    """{part: indices of rows in its source, ascending}; parts that are not in `counts` take theirs from train's."""
-    shares = dict(zip(PARTS, data.split))
-    if len(data.split) != 3 or min(data.split) < 0 or abs(sum(data.split) - 1) > 1e-6:
-        raise FtjaxError(f"data.split={tuple(data.split)}: expected three shares that add up to 1")
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(counts["train"])
-    chosen, at = {}, 0
-    for name in ("validation", "test"):
-        if name in counts:
-            chosen[name] = np.arange(counts[name])
-        else:
-            size = max(1, round(counts["train"] * shares[name])) if shares[name] else 0
-            chosen[name], at = np.sort(order[at : at + size]), at + size
-    if at >= len(order):
-        raise FtjaxError(
-            f"data.split={tuple(data.split)} leaves no row to train on, of {len(order)}: name data.validation and "
-            "data.test, or set data.split=(1.0, 0.0, 0.0)"
-        )
-    chosen["train"] = np.sort(order[at:][: data.limit or None])
-    return {name: chosen[name] for name in PARTS}
-
-
-def _part(
-    parts: list[tuple[str, datasets.Dataset]], source: str, key: str, indices, data, tokenizer, max_length: int
-) -> Part:
-    if len(indices) == 0:
-        return Part()
-    table = join(parts, key)
-    form = _form(table.column_names, data)
-    render = template.renderer(form, data.prompt, data.completion)
-    where = _places(parts)
-
-    def place(i: int) -> str:
-        return where(int(indices[i]))
-
-    rows = table.select(indices).to_list()
-    rendered = [render(row, place(i)) for i, row in enumerate(rows)]
-    examples = encode(rendered, tokenizer, data.train_on, place, data.end)
-    fitted = fit(examples, max_length, data.long, place)
-    lengths = np.array([len(e.ids) for e in examples])
-    report = Report(
-        source=source,
-        form=form,
-        guessed=data.form == "auto" and form != "template",
-        rows=len(rows),
-        quantiles=tuple(np.quantile(lengths, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),
-        max_length=max_length,
-        policy=data.long,
-        long=fitted.long,
-        lost=fitted.lost,
-        dropped=len(rows) - len(fitted.examples),
-        tokens=sum(len(e.ids) for e in fitted.examples),
-        trained=int(sum(e.trained.sum() for e in fitted.examples)),
-        packing=data.packing,
-        efficiency=_efficiency(fitted.examples, data, max_length),
-    )
-    return Part(fitted.examples, [rows[i] for i in fitted.kept], [rendered[i] for i in fitted.kept], report)
-
-
-def _form(columns: list[str], data) -> str:
-    if (data.prompt or data.completion) and data.form not in ("auto", "template"):
-        raise FtjaxError(
-            f"data.form={data.form!r} and the templates data.prompt, data.completion: set one or the other"
-        )
-    return template.guess(columns, data.prompt, data.completion) if data.form == "auto" else data.form
-
-
-def _places(parts: list[tuple[str, datasets.Dataset]]) -> Place:
-    """Index over all files of a source -> `file row n`."""
-    ends = np.cumsum([len(rows) for _, rows in parts])
-
-    def place(index: int) -> str:
-        file = int(np.searchsorted(ends, index, side="right"))
-        return f"{parts[file][0]} row {index - int(ends[file]) + len(parts[file][1]) + 1}"
-
-    return place
-
-
-def _efficiency(examples: list[Example], data, max_length: int) -> float:
-    if not examples:
-        return 1.0
-    return Batches(examples, 1, max_length, packing=data.packing, buckets=data.buckets).efficiency
-
-
-def _check_ids(examples: list[Example], tokenizer, vocab_size: int) -> None:
-    most = max((int(e.ids.max()) for e in examples), default=0)
-    if most >= vocab_size:
-        raise FtjaxError(
-            f"the tokenizer is larger than the model's embedding: token {tokenizer.convert_ids_to_tokens(most)!r} has "
-            f"the id {most}, the embedding {vocab_size} rows. Use the tokenizer that belongs to the model."
-        )

@@ -5,7 +5,9 @@ N rows, S tokens of all of them.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -53,6 +55,11 @@ class Examples(Sequence[Example]):
             return self.select(np.arange(len(self))[index])
         at = slice(self.start[index], self.start[index] + self.length[index])
         return Example(self.ids[at], self.trained[at])
+
+    def ends(self) -> list[int]:
+        """The distinct last tokens of rows whose last token is trained, ascending."""
+        last = (self.start + self.length - 1)[self.length > 0]
+        return np.unique(self.ids[last[self.trained[last]]]).tolist()
 
     def select(self, indices: np.ndarray) -> Examples:
         """The rows of these indices, in this order."""
@@ -183,6 +190,18 @@ def digest(*parts) -> str:
     return hasher.hexdigest()
 
 
+@functools.cache
+def code() -> str:
+    """Digest of the code that turns rows into tokens: what an earlier version made is not taken for this one's."""
+    import tokenizers
+    import transformers
+
+    here = Path(__file__).parent
+    names = ("template.py", "chat_templates.py", "tokenise.py", "prepare.py", "store.py")
+    texts = [(here / name).read_bytes() for name in names if (here / name).is_file()]
+    return digest(tokenizers.__version__, transformers.__version__, *texts)
+
+
 def table_digest(table: Table) -> str:
     """Digest of the cells and columns of a table, wherever its rows came from."""
     import pyarrow as pa
@@ -204,14 +223,14 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
         yield from (encode(*task) for task in tasks)
         return
     with _pool(processes) as pool:
-        # A few chunks a process at a time: `imap` by itself would draw all rows into memory at once.
-        for first in tasks:
-            batch = [first, *_take(tasks, 4 * processes - 1)]
-            yield from pool.starmap(encode, batch, chunksize=1)
-
-
-def _take(iterator: Iterator, n: int) -> Iterable:
-    return (item for _, item in zip(range(n), iterator))
+        # A few chunks a process at a time, read in order: the first bad row is the one that is told of.
+        waiting = collections.deque()
+        for task in tasks:
+            waiting.append(pool.apply_async(encode, task))
+            if len(waiting) == 4 * processes:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ ROLES = {  # ShareGPT's names, and those of sets that follow it
     "observation": "tool",
     "function_response": "tool",
 }
+PROMPT_COLUMN = "prompt_template"  # a row's own template, which wins over data.prompt
 THINKING = ("reasoning_content", "thinking", "reasoning")  # fields of a message; transformers takes them for one
 
 
@@ -322,7 +323,9 @@ def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rende
         # The answer's own fields decide whether it is empty: a template that begins with a space is never empty itself.
         if not any(field(row, name, place).strip() for _, name in after if name):
             _answer("", place)
-        return Rendered(fill(before, row, place), fill(after, row, place))
+        own = row.get(PROMPT_COLUMN)
+        asked = parse(own, f"{place}: {PROMPT_COLUMN}") if own else before
+        return Rendered(fill(asked, row, place), fill(after, row, place))
 
     return render
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from ftjax import assets
 from ftjax.data.batches import Batches
 from ftjax.data.template import reference
-from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import METRICS, find, score
@@ -54,14 +53,14 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     for name in config.evaluate.metrics:
         find(name)
     gen, groups = config.generate, {}
-    for i, ids in enumerate(encode_prompts(part.rendered, lm.tokenizer)):
+    for i, ids in enumerate(part.prompts(lm.tokenizer)):
         groups.setdefault(tuple(ids.tolist()), []).append(i)
     groups = dict(list(groups.items())[: config.evaluate.compare_rows or None])
     prompts = [list(ids) for ids in groups]
     texts = continue_ids(lm, variables, prompts, seed=config.seed, **gen.to_dict())
     predictions = [text.strip() for text in texts]
-    references = [[reference(part.rendered[i]) for i in rows] for rows in groups.values()]
-    asked = [part.rows[rows[0]] for rows in groups.values()]
+    references = [[reference(part.rendered(i)) for i in rows] for rows in groups.values()]
+    asked = [part.row(rows[0]) for rows in groups.values()]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [
         {"prompt": p, "references": r, "prediction": t, "scores": {}}

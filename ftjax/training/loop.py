@@ -16,14 +16,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import config as configs
-from ftjax.data.batches import Batches, loader
+from ftjax.data.batches import Batches, ahead, loader
 from ftjax.data.prepare import prepare
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.plot import plot_losses
-from ftjax.files import replace_text
+from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
 from ftjax.lm import LM, compute_dtype
 from ftjax.models.decoder import Decoder
@@ -38,6 +38,7 @@ from ftjax.training.step import State, compile_step, init_state
 from ftjax.tuning import METHODS, Spec
 
 VALIDATIONS = 10  # a run, where the config does not say how often
+PLACED = 2  # batches on the devices beside the one in use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def train(config, say=print) -> Result:
     spec = Spec(shape, families.linear_names(family, shape), config.tuning)
 
     # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
-    data = prepare(config, words, shape.max_positions, shape.vocab_size)
+    data = prepare(config, words, shape.max_positions)
     mesh = sharding.make_mesh(config.mesh)
     rows = config.train.batch_size
     ways = sharding.row_ways(mesh)
@@ -106,17 +107,22 @@ def train(config, say=print) -> Result:
     batch = functools.partial(
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed
     )
-    batches = batch(data.train.examples, rows)
+    batches = batch(data.train.examples, rows, source=data.train.source, shares=data.shares)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
     eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)
     save_every = config.train.save_every or eval_every
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
-    held_out = data.validation.examples[: config.evaluate.rows or None]
-    validation = batch(held_out, eval_rows, shuffle=False) if held_out else None
+    validation = {}  # by source
+    for index, name in enumerate(data.sources):
+        held_out = data.validation.of_source(index)[: config.evaluate.rows or None]
+        if len(held_out):
+            validation[name] = batch(held_out, eval_rows, shuffle=False)
 
-    going_on = claim(config, folder)
+    going_on = claim(config, folder, data.fingerprint)
     run_dir = Path(config.run_dir)
-    say(show(data, words))
+    say(show(data, words, packing=config.data.packing))
+    if data.gone:
+        write_jsonl(run_dir / "removed.jsonl", data.removed())
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
         # ---- weights, straight to where they belong ----------------------------------------------------------------
@@ -163,12 +169,17 @@ def train(config, say=print) -> Result:
             accumulate=config.train.accumulate,
         )  # fmt: skip
 
-        def validate(trained) -> float:
+        def validate(trained) -> dict[str, float]:
+            """`val_loss` over all sources, and `val_loss/NAME` of each where there are several."""
             local = sharding.local_rows(mesh, eval_rows)
-            feed = loader(validation, 0, len(validation), config.data.workers, local)
-            placed = (sharding.place_batch(b, mesh, eval_rows, local) for b in feed)
             loss = functools.partial(sums, model, applied(trained, frozen), head_chunk=config.model.head_chunk)
-            return evaluate_loss(loss, placed)["loss"]
+            found = {}
+            for name, held_out in validation.items():
+                feed = loader(held_out, 0, len(held_out), config.data.workers, local)
+                found[name] = evaluate_loss(loss, (sharding.place_batch(b, mesh, eval_rows, local) for b in feed))
+            tokens = sum(f["tokens"] for f in found.values())
+            each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(data.sources) > 1 else {}
+            return {"val_loss": sum(f["loss"] * f["tokens"] for f in found.values()) / tokens} | each
 
         def measure(trained):
             lm = LM(model, None, {}, words, folder, ends)
@@ -214,6 +225,9 @@ def train(config, say=print) -> Result:
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from)))
         local = sharding.local_rows(mesh, rows)
         feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)
+        place = functools.partial(sharding.place_batch, mesh=mesh, rows=rows, local=local)
+        # The next batches are on their way to the devices while a step runs.
+        feed = ahead(((place(b), int(np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
         stop = config.train.patience > 0 and stale >= config.train.patience
         step, loss, late = resumed_from, float("nan"), None
 
@@ -232,14 +246,14 @@ def train(config, say=print) -> Result:
             progress.show(step, values)
 
         while step < steps and not stop:
-            host_batch = next(feed)
-            state, report = step_fn(state, frozen, sharding.place_batch(host_batch, mesh, rows, local))
+            placed, tokens = next(feed)
+            state, report = step_fn(state, frozen, placed)
             step += 1
-            progress.count(int(np.count_nonzero(host_batch["segment_ids"])))
+            progress.count(tokens)
             # Numbers are read when the next step is already running, so that the device never waits for the host.
             if late:
                 tell(*late)
-            validated = validation is not None and (step % eval_every == 0 or step == steps)
+            validated = validation and (step % eval_every == 0 or step == steps)
             saved = step % save_every == 0 or step == steps
             late = (step, report) if step % config.train.log_every == 0 or validated or saved else None
             if validated or saved:  # never validate or keep a state before its loss is known to be a number
@@ -247,12 +261,13 @@ def train(config, say=print) -> Result:
                 late = None
             val_loss = None
             if validated:
-                val_loss = validate(state.trained)
+                losses = validate(state.trained)
+                val_loss = losses["val_loss"]
                 better = best is None or val_loss < best
                 best, stale = (val_loss, 0) if better else (best, stale + 1)
                 saved = saved or better
-                metrics.write(step, {"val_loss": val_loss})
-                progress.show(step, {"val_loss": val_loss})
+                metrics.write(step, losses)
+                progress.show(step, losses)
                 stop = config.train.patience > 0 and stale >= config.train.patience
             if saved or stop:
                 record = {"config": config.to_dict(), "step": step, "best": best, "stale": stale}
@@ -293,6 +308,8 @@ def train(config, say=print) -> Result:
             say(compare.side_by_side(before, after, config.evaluate.samples))
             files |= {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}
 
+    if data.gone:
+        files["left out"] = str(run_dir / "removed.jsonl")
     history = read_metrics(run_dir)
     files["loss curve"] = str(plot_losses(history, run_dir / "loss.png"))
     result = Result(
@@ -313,7 +330,7 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
     if head is None:
         return {}
     found = {}
-    for token in {int(e.ids[-1]) for e in examples if e.trained[-1]}:
+    for token in examples.ends():
         row = head[token]
         alike = int(jax.numpy.sum(jax.numpy.all(jax.numpy.abs(head - row) <= 1e-3 * jax.numpy.abs(row).max(), axis=1)))
         found |= {token: alike - 1} if alike > 1 else {}

@@ -25,23 +25,25 @@ RUN = "run.json"  # the resolved config and the base it was started on; what has
 
 # Everything that a run writes into its folder.
 WRITTEN = (RUN, "before.json", "checkpoints", "tensorboard", "wandb", "metrics.jsonl", "loss.png", "results.json")
-WRITTEN += ("samples.jsonl", "adapter", "merged", "full")
+WRITTEN += ("samples.jsonl", "removed.jsonl", "adapter", "merged", "full")
 
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
-FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "data.workers", "train.log_every",
-        "train.keep", "model.remat", "model.unroll", "model.head_chunk")  # fmt: skip
+FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.")
+FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
+FREE += ("model.remat", "model.unroll", "model.head_chunk")
 
 
-def claim(config, folder: Path) -> bool:
+def claim(config, folder: Path, rows: str) -> bool:
     """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
 
-    folder: directory of the base. Raises FtjaxError where it holds anything else and `config.overwrite` is off, or
-    where the earlier run was another one: then it names each field that differs.
+    folder: directory of the base; rows: digest of the rows that the run reads. Raises FtjaxError where it holds
+    anything else and `config.overwrite` is off, or where the earlier run was another one: then it names each field that
+    differs.
     """
     run_dir = Path(config.run_dir)
     if run_dir.is_file():
         raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
-    record = {"ftjax": ftjax.__version__, "config": config.to_dict(), "base": fingerprint(folder)}
+    record = {"ftjax": ftjax.__version__, "config": config.to_dict(), "base": fingerprint(folder), "rows": rows}
     if config.overwrite:
         _clear(run_dir)
     going_on = False
@@ -74,6 +76,8 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed]
     if new["base"] != old["base"]:
         told.append(f"the weights in {new['config']['model']['path']} are not those that it was started on")
+    if new["rows"] != old["rows"]:
+        told.append("the rows in its data files are not those that it was started on")
     if told:
         raise FtjaxError(
             f"run_dir: {run_dir} holds another run: {'; '.join(told)}. Choose another run_dir, or delete that run with "

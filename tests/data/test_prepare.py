@@ -31,7 +31,7 @@ def write(tmp_path):
 
 def settings(train, **data):
     c = config.default()
-    c.data.train = train
+    c.data.train, c.data.cache = train, ""
     for key, value in data.items():
         c.data[key] = value
     return c
@@ -41,12 +41,12 @@ def rows(n, start=0):
     return [{"prompt": f"Tell me about {i}.", "completion": f" It was big, {i}."} for i in range(start, start + n)]
 
 
-def run(c, tokenizer, positions=512, vocab=512):
-    return prepare(c, tokenizer, positions, vocab)
+def run(c, tokenizer, positions=512):
+    return prepare(c, tokenizer, positions)
 
 
 def names(part):
-    return [row["prompt"] for row in part.rows]
+    return [part.row(i)["prompt"] for i in range(len(part))]
 
 
 def test_split_is_seeded_disjoint_and_whole(write, starter):
@@ -79,10 +79,11 @@ def test_parts_stay_aligned_when_rows_are_dropped(write, starter):
     source = write("t.jsonl", [*rows(3), long, *rows(3, 10)])
     data = run(settings(source, split=(1.0, 0.0, 0.0), max_length=64, long="drop"), starter)
     assert names(data.train) == [r["prompt"] for r in rows(3) + rows(3, 10)]
-    for example, row, rendered in zip(data.train.examples, data.train.rows, data.train.rendered, strict=True):
+    for i, example in enumerate(data.train.examples):
+        row, rendered = data.train.row(i), data.train.rendered(i)
         assert rendered.completion == row["completion"]
         assert starter.decode(example.ids, skip_special_tokens=True).strip() == row["prompt"] + row["completion"]
-    report = data.report["train"]
+    report = data.report["train"][""]
     assert (report["rows"], report["dropped"], report["long"], report["form"]) == (7, 1, 1, "prompt")
     assert report["tokens"] == sum(len(e.ids) for e in data.train.examples)
     assert report["quantiles"][-1] > 200
@@ -97,11 +98,11 @@ def test_reported_efficiency_is_that_of_full_batches(shared):
     shares = []
     for packing in (True, False):
         c.data.packing = packing
-        data = run(c, gpt2, 1024, 50257)
+        data = run(c, gpt2, 1024)
         b = Batches(data.train.examples, 1, 512, packing=packing)
         batches = [b[i]["segment_ids"] for i in range(len(b))]
         share = sum((s > 0).sum() for s in batches) / sum(s.size for s in batches)
-        assert data.report["train"]["efficiency"] == pytest.approx(share)
+        assert data.train.efficiency == pytest.approx(share)
         shares.append(share)
     assert shares[0] > 0.98 and shares[1] > 0.8
 
@@ -114,7 +115,7 @@ def test_max_length_is_capped_unless_asked_for(write, starter):
         run(settings(source, max_length=200), starter, positions=128)
 
 
-def test_refusals_name_file_and_row_also_after_a_split(write, starter, shared):
+def test_refusals_name_file_and_row_also_after_a_split(write, starter):
     good, bad = write("a.jsonl", rows(30)), write("b.jsonl", [*rows(30), {"prompt": "x", "completion": None}])
     with pytest.raises(FtjaxError, match=r"b.jsonl row 31: column 'completion' is null or absent"):
         run(settings(f"{good},{bad}"), starter)
@@ -123,8 +124,6 @@ def test_refusals_name_file_and_row_also_after_a_split(write, starter, shared):
         run(settings(long, split=(1.0, 0.0, 0.0)), starter)
     with pytest.raises(FtjaxError, match=r"c.jsonl row 3: 60\d tokens, more than data.max_length=512"):
         run(settings(long, split=(1.0, 0.0, 0.0), long="raise"), starter)
-    with pytest.raises(FtjaxError, match="the tokenizer is larger than the model's embedding: .* 512 rows"):
-        run(settings(good), AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2"))
     with pytest.raises(FtjaxError, match="leaves no row to train on, of 1"):
         run(settings(write("one.jsonl", rows(1))), starter)
     with pytest.raises(FtjaxError, match="expected three shares that add up to 1"):

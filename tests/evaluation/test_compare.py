@@ -45,7 +45,7 @@ def lm(shared):
 def data(settings, lm):
     from ftjax.data.prepare import prepare
 
-    return prepare(settings, lm.tokenizer, 512, 512)
+    return prepare(settings, lm.tokenizer, 512)
 
 
 @pytest.fixture(scope="module")

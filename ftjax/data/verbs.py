@@ -1,0 +1,103 @@
+"""What `ftjax data VERB` does: the steps of preparing a run's rows, each up to a point, shown or written to files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ftjax.data import preview
+from ftjax.data.batches import Batches
+from ftjax.data.clean import records
+from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
+from ftjax.errors import FtjaxError
+from ftjax.files import replace_text, write_jsonl
+
+UNBOUNDED = 1 << 30  # positions of a folder that holds a tokenizer and no model
+
+
+def inspect(config, out: str | None = None, say: Callable = print) -> None:
+    """Every check on the rows of a config; `out`: a folder for inspect.html and inspect.json.
+
+    Raises FtjaxError for rows that cannot be read at all; what is wrong with single rows is a finding.
+    """
+    from ftjax.data import inspect as inspecting
+    from ftjax.data import inspect_report
+
+    words, _ = _tokenizer(config)
+    folder = _empty(out) if out else None
+    found = inspecting.inspect(config, words)
+    say(inspect_report.table(found))
+    if folder:
+        replace_text(folder / "inspect.json", json.dumps(inspect_report.to_json(found), indent=2, ensure_ascii=False))
+        replace_text(folder / "inspect.html", inspect_report.html(found))
+        say(f"{folder / 'inspect.html'}: the same with plots; {folder / 'inspect.json'}: with every row number")
+
+
+def clean(config, out: str, say: Callable = print) -> None:
+    """Write the rows of every named part, cleaned as `data.clean` says, and what was removed with the reasons."""
+    folder = _empty(out)
+    _write(folder, *read_and_clean(config), say)
+
+
+def split(config, out: str, say: Callable = print) -> None:
+    """Write train, validation and test: cleaned, split and decontaminated as a run would have them."""
+    folder = _empty(out)
+    _write(folder, *rows(config, augmented=False), say)
+
+
+def augment(config, out: str, say: Callable = print) -> None:
+    """As `split`, with synthetic rows behind the others of train; their column `augmented` says what was done."""
+    folder = _empty(out)
+    _write(folder, *rows(config), say)
+
+
+def show(config, count: int = 3, ids: bool = False, html: str | None = None, say: Callable = print) -> None:
+    """Figures, and the first rows of the first training batches as the model will see them."""
+    words, positions = _tokenizer(config)
+    data = prepare(config, words, positions)
+    settings = config.data
+    batches = Batches(
+        data.train.examples, config.train.batch_size or 1, data.max_length, packing=settings.packing,
+        buckets=settings.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
+    )  # fmt: skip
+    say(preview.show(data, words, packing=settings.packing))
+    say(preview.rows(data, batches, words, count, ids=ids))
+    if html:
+        replace_text(Path(html), preview.html(data, batches, words, count))
+        say(f"{html}: every token of them with its id")
+
+
+def _tokenizer(config):
+    """The tokenizer of `model.path`, and the positions of its model."""
+    from ftjax.hub import families, resolve, tokenizer
+
+    folder = resolve.resolve(config.model.path, config.model.revision)
+    words = tokenizer.load_tokenizer(folder)
+    model = (Path(folder) / "config.json").is_file()
+    return words, families.read_config(folder)[1].max_positions if model else UNBOUNDED
+
+
+def _empty(out: str) -> Path:
+    folder = Path(out)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FtjaxError(f"--out: {folder} is there already and not empty: name a new folder, nothing is overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(out: Path, sources: list[Source], gone: list[Gone], say: Callable) -> None:
+    """`[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl where any row went."""
+    for source in sources:
+        folder = out / source.name
+        folder.mkdir(exist_ok=True)
+        for part in PARTS:
+            table = source.tables.get(part)
+            if table is not None and len(table):
+                path = folder / f"{part}.jsonl"
+                write_jsonl(path, (row for _, chunk in table.chunks() for row in chunk))
+                say(f"{path}: {len(table):,} rows")
+    if gone:
+        path = out / "removed.jsonl"
+        write_jsonl(path, (record for table, removed in gone for record in records(table, removed)))
+        say(f"{path}: {preview.left_out(gone)}")
