@@ -169,6 +169,8 @@ def _preference(row: dict, place: str) -> Rendered:
     """The chosen answer; it may be text, a message, or messages, from the answer on or from the very first."""
     column = next((name for name in ("conversations", "messages") if isinstance(row.get(name), list)), "prompt")
     chosen = row.get("chosen")
+    if chosen is None:
+        raise _missing(row, "chosen", place)
     if isinstance(chosen, str) and not isinstance(row.get(column), list):
         return Rendered(field(row, "prompt", place), _answer(chosen, place))
     if isinstance(chosen, str):

@@ -1,10 +1,26 @@
 """Rendering: each form's text, the guess, and each fault with its row and column."""
 
+import json
+
 import pytest
 
-from ftjax.data.template import Rendered, guess, reference, renderer
+from ftjax.data.template import GUESS, Rendered, guess, question, reference, renderer
 from ftjax.errors import FtjaxError
 
+
+def said(*contents):
+    """Turns of user and assistant."""
+    return tuple({"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(contents))
+
+
+SYSTEM = ({"role": "system", "content": "s"},)
+SHAREGPT = [
+    {"from": "system", "value": "s"},
+    {"from": "human", "value": "q"},
+    {"from": "gpt", "value": "a"},
+    {"from": "user", "value": "q2"},
+    {"from": "bot", "value": "a2"},
+]
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": None}]
 
 
@@ -34,6 +50,13 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", 
             ),
         ),
         ({"messages": CHAT}, "messages", Rendered(messages=(CHAT[0], {"role": "assistant", "content": "a"}))),
+        ({"conversations": SHAREGPT}, "sharegpt", Rendered(messages=(*SYSTEM, *said("q", "a", "q2", "a2")))),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference", Rendered("p", "c")),
+        (
+            {"instruction": "do", "instances": [{"input": "x", "output": "o"}]},
+            "instruction",
+            renderer("instruction")({"instruction": "do", "input": "x", "output": "o"}, ""),
+        ),
     ],
 )
 def test_forms_by_their_columns(row, form, rendered):
@@ -48,17 +71,182 @@ def test_templates_over_any_columns():
     assert renderer("template", prompt, completion)(row, "row 1") == Rendered("{Words}: a {b}\n", " c 3")
 
 
-def test_reference_is_the_answer():
-    assert reference(Rendered("p", " c\n")) == "c"
-    assert reference(Rendered(messages=tuple(CHAT))) == "a"
+def test_reference_is_the_answer_and_question_what_comes_before():
+    assert (question(Rendered("p ", " c\n")), reference(Rendered("p", " c\n"))) == ("p", "c")
+    chat = Rendered(messages=SYSTEM + said("q", "a", "q2", "a2", "q3"))
+    assert (question(chat), reference(chat)) == ("s\nq\na\nq2", "a2")
 
 
-def test_dolly_and_seed_tasks(shared):
-    from ftjax.data.read import read
+@pytest.mark.parametrize(
+    "columns, form",
+    [
+        (["id", "messages", "text"], "messages"),
+        (["conversations", "system", "tools"], "sharegpt"),
+        (["conversations", "chosen", "rejected"], "preference"),
+        (["prompt", "messages", "chosen", "rejected"], "preference"),
+        (["prompt", "response", "text"], "prompt"),
+        (["prompt", "rejected", "completion"], "prompt"),
+        (["id", "instruction", "instances"], "instruction"),
+    ],
+)
+def test_guesses(columns, form):
+    assert guess(columns) == form
+    assert form in dict(GUESS)
 
-    dolly = read(str(shared / "data/instruct/dolly_hhrlhf_train_small.jsonl"))
-    render = renderer(guess(dolly.column_names))
-    assert [render(row, "") for row in dolly] == [Rendered(row["prompt"], row["response"]) for row in dolly]
+
+@pytest.mark.parametrize(
+    "row, answer",
+    [
+        ({"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}]}, said("q", "a")),
+        ({"prompt": "q", "chosen": list(said("q", "a"))}, said("q", "a")),
+        ({"prompt": list(said("q")), "chosen": list(said("q", "a"))[1:]}, said("q", "a")),
+        ({"prompt": list(said("q")), "chosen": "a"}, said("q", "a")),
+        ({"chosen": list(said("q", "a"))}, said("q", "a")),
+        ({"conversations": SHAREGPT[:4], "chosen": SHAREGPT[4]}, SYSTEM + said("q", "a", "q2", "a2")),
+        ({"conversations": SHAREGPT[:4], "chosen": "a2"}, SYSTEM + said("q", "a", "q2", "a2")),
+        ({"messages": list(said("q")), "chosen": "a"}, said("q", "a")),
+    ],
+)
+def test_preference_rows_give_the_chosen_answer(row, answer):
+    assert renderer("preference")(row | {"rejected": "r"}, "row 1") == Rendered(messages=answer)
+
+
+@pytest.mark.parametrize(
+    "form, row, messages",
+    [
+        ("prompt", {"prompt": "p", "completion": " c"}, said("p", " c")),
+        ("instruction", {"instruction": "i", "input": None, "output": "o"}, said("i", "o")),
+        ("instruction", {"instruction": "i", "input": "x", "output": "o"}, said("i\n\nx", "o")),
+        ("preference", {"prompt": "p", "chosen": "c"}, said("p", "c")),
+        ("sharegpt", {"conversations": SHAREGPT[1:3]}, said("q", "a")),
+        ("template", {"a": "p", "b": "c"}, said("p!", "c")),
+    ],
+)
+@pytest.mark.parametrize("template", ["chatml", "tokenizer"])
+def test_with_a_template_every_row_is_a_conversation(form, row, messages, template):
+    for system, before in (("", ()), ("s", SYSTEM)):
+        render = renderer(form, "{a}!", "{b}", template, system)
+        assert render(row, "row 1") == Rendered(messages=before + messages, template=template)
+
+
+def test_alpacas_template_keeps_the_heading_of_the_input():
+    render = renderer("instruction", template="alpaca")
+    row = {"instruction": "i", "input": "x", "output": "o"}
+    assert render(row, "row 1").messages == said("i\n\n### Input:\nx", "o")
+
+
+@pytest.mark.parametrize("template", ["", "chatml"])
+def test_system_text_of_the_message_then_the_row_then_the_config(template):
+    render = renderer("messages", template=template, system="s")
+    assert render({"messages": list(said("q", "a"))}, "row 1").messages == SYSTEM + said("q", "a")
+    for own in (None, ""):
+        assert render({"messages": list(said("q", "a")), "system": own}, "row 1").messages[0]["content"] == "s"
+    assert render({"messages": list(said("q", "a")), "system": "t"}, "row 1").messages[0]["content"] == "t"
+    for role in ("system", "developer"):
+        first = {"role": role, "content": ""}
+        assert render({"messages": [first, *said("q", "a")], "system": "t"}, "row 1").messages[0] == first
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [CALL | {"id": None}],
+        [{"name": "f", "arguments": {"x": 1, "y": None}}],
+        [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    ],
+)
+def test_tool_calls_as_sets_have_them(calls):
+    asked, result = said("q")[0], {"role": "tool", "content": "1", "name": "f"}
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    rendered = renderer("messages")({"messages": [asked, answer, result, said("", "a")[1]]}, "row 1")
+    assert rendered.messages == (
+        asked,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        result,
+        {"role": "assistant", "content": "a"},
+    )
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [TOOL | {"strict": None}],
+        [TOOL["function"]],
+        json.dumps([TOOL]),
+        [json.dumps(TOOL["function"])],
+        json.dumps(TOOL["function"]),
+    ],
+)
+def test_tools_of_a_row(tools):
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    ]
+    turns += [{"from": "observation", "value": "1"}, {"from": "gpt", "value": "a"}]
+    rendered = renderer("sharegpt")({"conversations": turns, "tools": tools}, "row 1")
+    assert rendered.tools == (TOOL,)
+    assert [m["role"] for m in rendered.messages] == ["user", "assistant", "tool", "assistant"]
+    assert rendered.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    for none in (None, "", []):
+        assert renderer("sharegpt")({"conversations": turns, "tools": none}, "row 1").tools == ()
+
+
+def test_turns_marked_as_not_trained():
+    messages = [
+        m | mark
+        for m, mark in zip(
+            said("q", "a", "q", "b", "q", "c"),
+            [{}, {"train": False}, {}, {"weight": 0}, {"train": None}, {"weight": 1}],
+        )
+    ]
+    rendered = renderer("messages")({"messages": messages}, "row 1")
+    assert [m.get("train") for m in rendered.messages] == [None, False, None, False, None, None]
+    assert all("weight" not in m for m in rendered.messages)
+
+
+def test_thinking_of_its_own_field_becomes_text_for_named_templates():
+    row = {"messages": [*said("q"), {"role": "assistant", "content": "a", "reasoning_content": "\nhm\n"}]}
+    assert renderer("messages", template="phi")(row, "row 1").messages == said("q", "<think>\nhm\n</think>\n\na")
+    assert renderer("messages", template="tokenizer")(row, "row 1").messages[1]["reasoning_content"] == "\nhm\n"
+
+
+def real(shared, name):
+    """(rows as their lines hold them, rows as the reader gives them, form)."""
+    from ftjax.data.read import read_table
+
+    path = shared / "data" / name
+    text = path.read_text(encoding="utf-8")
+    lines = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    table = read_table(str(path))
+    return lines, [row for _, chunk in table.chunks() for row in chunk], guess(table.columns)
+
+
+def test_dolly(shared):
+    lines, rows, form = real(shared, "instruct/dolly_hhrlhf_train_small.jsonl")
+    assert [renderer(form)(row, "") for row in rows] == [Rendered(line["prompt"], line["response"]) for line in lines]
+
+
+def test_seed_tasks(shared):
+    lines, rows, form = real(shared, "instruct/seed_tasks.jsonl")
+    for line, row in zip(lines, rows, strict=True):
+        user, answer = renderer(form, template="chatml")(row, "").messages
+        (task,) = line["instances"]
+        assert user["content"] == "\n\n".join(filter(None, (line["instruction"], task["input"])))
+        assert answer["content"] == task["output"]
+
+
+def test_preference_pairs_of_llama_factory(shared):
+    lines, rows, form = real(shared, "preference/dpo_en_demo.json")
+    assert form == "preference"
+    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    for line, row in zip(lines, rows, strict=True):
+        turns = [*line["conversations"], line["chosen"]]
+        expected = tuple({"role": names[t["from"]], "content": t["value"]} for t in turns)
+        assert renderer(form)(row, "").messages == expected
 
 
 @pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{a", "a}", "{a.__class__}"])
@@ -84,6 +272,26 @@ def test_templates_hold_plain_columns_only(template):
         ("messages", {"messages": [{"content": "x"}]}, r"f.csv row 3: message 1 should be an object with `role`"),
         ("messages", {"messages": [{"role": "user", "content": 3}]}, r"row 3: message 1: `content` should be text"),
         ("messages", {"messages": CHAT[:1]}, r"f.csv row 3: no assistant message with any text"),
+        ("messages", {"messages": [CHAT[0] | {"train": "no"}]}, r"row 3: message 1: `train` should be true or false"),
+        ("messages", {"messages": [{"role": "user", "content": None}]}, r"message 1: `content` should be text, found"),
+        ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: should be JSON: Expecting"),
+        ("messages", {"messages": CHAT, "tools": [3]}, r"f.csv row 3: `tools` should be a list of JSON schemas"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]},
+            r"f.csv row 3: message 1: a tool call should be an object with `name`",
+        ),
+        ("sharegpt", {"conversations": [{"value": "x"}]}, r"f.csv row 3: message 1 should be an object with `role`"),
+        ("sharegpt", {"conversations": []}, r"f.csv row 3: `conversations` should be a list"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": "f("}]},
+            r"f.csv row 3: message 1: the function call: should be JSON",
+        ),
+        ("preference", {"chosen": "c", "rejected": "r"}, r"f.csv row 3: column 'prompt' does not exist"),
+        ("preference", {"prompt": "q", "rejected": "r"}, r"f.csv row 3: column 'chosen' does not exist"),
+        ("preference", {"prompt": "q", "chosen": " "}, r"f.csv row 3: the answer is empty"),
+        ("instruction", {"instruction": "i", "instances": []}, r"f.csv row 3: 0 `instances`; expected one"),
     ],
 )
 def test_bad_rows(form, row, message):
@@ -102,3 +310,7 @@ def test_bad_settings():
         renderer("template", "{a}", "yes")
     with pytest.raises(FtjaxError, match="row 1: the answer is empty"):
         renderer("template", "{a}", "\n{b}")({"a": "x", "b": ""}, "row 1")
+    with pytest.raises(FtjaxError, match="data.template='chatml': rows of form text are no conversation"):
+        renderer("text", template="chatml")
+    with pytest.raises(FtjaxError, match="row 1: data.system is for conversations, and this row is none"):
+        renderer("prompt", system="s")({"prompt": "p", "completion": "c"}, "row 1")
