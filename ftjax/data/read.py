@@ -1,4 +1,4 @@
-"""Files and hub names -> rows. The standard library parses text formats, `datasets` holds rows and reads the rest.
+"""Files and hub names -> rows. The standard library parses text, pyarrow Parquet, `datasets` loads from the hub.
 
 JSON goes through `json` and not through `datasets`' reader, which turns strings that look like dates into timestamps,
 drops nothing but guesses much, and cannot name the line at which a file breaks.
@@ -6,83 +6,99 @@ drops nothing but guesses much, and cannot name the line at which a file breaks.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
 import glob
+import itertools
 import json
+import math
 import re
-import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftjax.assets import PREFIX, resolve
+from ftjax.data import columns
+from ftjax.data.table import CHUNK, CHUNK_BYTES, Table
 from ftjax.errors import FtjaxError, nearest
 
 if TYPE_CHECKING:
     import datasets
-
-    from ftjax.data.table import Table
+    import pyarrow
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+NESTING = 100  # lists and objects within one another that a row may have
 
 
 def read(source: str, key: str = "data.train") -> datasets.Dataset:
-    """All rows of a source, in the order of its files; held in memory, so that a changed file is always noticed.
+    """The rows of `read_table` alone, in memory."""
+    return read_table(source, key).rows
+
+
+def read_table(source: str, key: str = "data.train", folder: str | Path | None = None) -> Table:
+    """All rows of a source with the place of each, in the order of its files.
 
     source: a file, a glob, a comma-separated list of these, a directory, `builtin:NAME`, or a hub data set
-    `owner/name[:config][:split]` (`owner/name:train` means the split). Files: .json (an array of objects, or one object
-    a line), .jsonl, .ndjson, .csv, .tsv (no quoting), .parquet, .txt (one row a line, column `text`). Cells of csv and
-    tsv stay text exactly as written. A blank line is no row in any text format. A directory stands for those of its
-    files that are named after the split in `key` (train*, validation* or valid*, val*, dev*, test*), or for all when
-    none is named after a split.
-    Raises FtjaxError, which names `key`, file and line, for whatever cannot be read in full.
+    `owner/name[:config][:split]` (`owner/name:train` means the split). A directory stands for those of its files that
+    are named after the split in `key` (train*, validation* or valid*, val*, dev*, test*), or for all when none is named
+    after a split. Files of one source need the same columns; types may differ.
+
+    folder: rows pass through it chunk by chunk and are mapped from fresh Arrow files there, for sets larger than
+    memory; the caller deletes them. None: rows are held in memory. Both give the same table and the same errors.
+
+    Text is UTF-8, with or without a byte order mark; lines end by "\\n" or "\\r\\n" alone. A blank line is no row.
+      .json             an array of objects, or one object a line
+      .jsonl .ndjson    one object a line; a key that a row lacks is None
+      .csv              with a header and quoting; cells stay text as written; an empty name becomes `column_2`
+      .tsv              the same between tabs, without quoting
+      .conll .iob .bio  a row a sentence: `tokens`, `tags` (first and last column), `column_2` and so on between them
+      .txt              a row a line: `text`
+      .parquet          dates, times, timestamps and decimals become text, categories their values, maps lists of
+                        `key` and `value`, NaN null; bytes and durations are refused
+    A hub data set is taken like Parquet.
+    Raises FtjaxError, which names the file and the line or row, and what to do, for whatever cannot be read in full.
     """
-    return join(read_parts(source, key), key)
-
-
-def read_table(source: str, key: str = "data.train") -> Table:
-    """As `read`, with the place of every row."""
     import numpy as np
 
-    from ftjax.data.table import Table
-
-    parts = read_parts(source, key)
-    sizes = [len(rows) for _, rows in parts]
-    return Table(
-        rows=join(parts, key),
-        files=tuple(name for name, _ in parts),
-        file=np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
-        number=np.concatenate([np.arange(1, size + 1) for size in sizes]),
-    )
-
-
-def read_parts(source: str, key: str = "data.train") -> list[tuple[str, datasets.Dataset]]:
-    """As `read`, one (name, rows) for each file, so that errors further on can name the file."""
     source = str(source).strip()
     if not source:
         raise FtjaxError(f"{key} is empty: name a file, a directory or a hub data set.")
     if _is_hub_name(source):
-        return [(source, _read_hub(source, key))]
-    return [(name, _read_file(name, key)) for name in _files(source, key)]
-
-
-def join(parts: list[tuple[str, datasets.Dataset]], key: str = "data.train") -> datasets.Dataset:
-    """One data set from several with the same columns; raises FtjaxError naming the first that differs."""
-    import datasets
-    import pyarrow
-
-    (first, head), *others = parts
-    for name, rows in others:
-        if set(rows.column_names) != set(head.column_names):
-            raise FtjaxError(
-                f"{key}: {name} has the columns {_list(rows.column_names)}, {first} has {_list(head.column_names)}. "
-                "Files of one source need the same columns."
-            )
-    try:
-        return datasets.concatenate_datasets([rows for _, rows in parts])
-    except (ValueError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as e:
-        names = ", ".join(name for name, _ in parts)
-        raise FtjaxError(f"{key}: {names}: a column holds different types in different files: {e}") from e
+        rows = _load_hub(source, key)
+        names, parts = [source], [_hub_batches(source, rows)]
+        if columns.is_plain(rows.data.schema) and len(rows):  # `datasets` already maps it from its own cache
+            return Table(rows, (source,), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1))
+    else:
+        try:
+            names = _files(source, key)
+        except OSError as e:
+            raise FtjaxError(f"{key}: {source}: {e.strerror}; check the path and its permissions") from e
+        parts = [_batches(name, key) for name in names]
+    sizes, first = [], None
+    with columns.Writer(folder) as writer:
+        for name, batches in zip(names, parts):
+            size, found = 0, {}
+            for batch in batches:
+                writer.add(batch)
+                size += batch.num_rows
+                found |= dict.fromkeys(batch.schema.names)
+            if not size:
+                raise FtjaxError(f"{name} is empty: it holds no row; fill it or leave it out")
+            first = first or found
+            if found.keys() != first.keys():
+                raise FtjaxError(
+                    f"{key}: {name} has the columns {_list(found)}, {names[0]} has {_list(first)}. "
+                    "Files of one source need the same columns."
+                )
+            sizes.append(size)
+        return Table(
+            rows=writer.finish(),
+            files=tuple(names),
+            file=np.repeat(np.arange(len(names), dtype=np.int32), sizes),
+            number=np.concatenate([np.arange(1, size + 1) for size in sizes]),
+        )
 
 
 def _list(names) -> str:
@@ -131,146 +147,426 @@ def _files_of_folder(folder: Path, key: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- reading one file
 
 
-def _read_file(name: str, key: str) -> datasets.Dataset:
-    reader = READERS.get(Path(name).suffix.lower())
-    if reader is None:
-        raise FtjaxError(f"{key}: {name}: unknown extension; ftjax reads {_list(READERS)}")
-    rows = reader(name)
-    if len(rows) == 0:
-        raise FtjaxError(f"{key}: {name} is empty: it holds no row.")
-    return rows if reader is _read_parquet else _dataset(name, rows)
-
-
-def _lines(name: str) -> list[str]:
-    r"""Lines of a UTF-8 file, ended by "\n" or "\r\n" alone: "\x85" and its kin are text, unlike in str.splitlines."""
-    data = Path(name).read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start) + 1
+def _batches(name: str, key: str) -> Iterator[pyarrow.RecordBatch]:
+    suffix = Path(name).suffix.lower()
+    if suffix not in READERS:
         raise FtjaxError(
-            f"{name} line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert it, such as by "
-            f"`iconv -f latin1 -t utf-8`"
-        ) from e
-    return [line.removesuffix("\r") for line in text.split("\n")]
+            f"{key}: {name}: unknown extension; rename or convert the file to one that ftjax reads: {_list(READERS)}"
+        )
+    try:
+        if suffix == ".parquet":
+            yield from _parquet(name)
+        else:
+            with open(name, "rb") as handle:
+                text = _Text(name, handle)
+                yield from _gather(READERS[suffix](text), text)
+    except OSError as e:
+        raise FtjaxError(f"{key}: {name} cannot be read: {e.strerror or e}; check the file and its permissions") from e
+
+
+def _gather(rows: Iterable[dict], text: _Text) -> Iterator[pyarrow.RecordBatch]:
+    """Rows in batches, as many as a chunk holds by number and by bytes of the file."""
+    done, chunk, begin = 0, [], text.size
+
+    def place(index: int) -> str:
+        return f"{text.name} row {done + index + 1}"
+
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK or text.size - begin >= CHUNK_BYTES:
+            yield columns.batch(chunk, place)
+            done, chunk, begin = done + len(chunk), [], text.size
+    if chunk:
+        yield columns.batch(chunk, place)
+
+
+SIGNATURES = (  # how files begin that are no UTF-8 text, and what to do with them
+    (b"\xff\xfe\0\0", "UTF-32", "convert it by `iconv -f utf-32 -t utf-8`"),
+    (b"\0\0\xfe\xff", "UTF-32", "convert it by `iconv -f utf-32 -t utf-8`"),
+    (b"\xff\xfe", "UTF-16", "convert it by `iconv -f utf-16 -t utf-8`"),
+    (b"\xfe\xff", "UTF-16", "convert it by `iconv -f utf-16 -t utf-8`"),
+    (b"PAR1\x15", "Parquet", "name it .parquet"),
+    (b"ARROW1\0\0", "Arrow", "convert it to .parquet"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it by `gunzip`"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it by `unzstd`"),
+    (b"\xfd7zXZ\0", "compressed by xz", "unpack it by `unxz`"),
+    (b"BZh91AY&SY", "compressed by bzip2", "unpack it by `bunzip2`"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save the sheet as .csv"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file by `git lfs pull`"),
+)
+
+
+class _Text:
+    """A text file, given out once: by lines or by pieces. line: number of the last line given out; size: bytes so far.
+
+    Raises FtjaxError for what is no UTF-8 text.
+    """
+
+    def __init__(self, name: str, handle):
+        self.name, self.handle, self.line, self.size = name, handle, 0, 0
+        self.head = handle.peek(4096)
+        for signature, what, advice in SIGNATURES:
+            if self.head.startswith(signature):
+                raise FtjaxError(f"{name} line 1: the file is {what}, not UTF-8 text; {advice}")
+        if self.head.startswith(codecs.BOM_UTF8):
+            handle.read(len(codecs.BOM_UTF8))
+
+    def error(self, message: str, line: int | None = None) -> FtjaxError:
+        """What to raise about a line, by default the last one given out."""
+        return FtjaxError(f"{self.name} line {line or self.line}: {message}")
+
+    def lines(self) -> Iterator[str]:
+        r"""Lines with their ends: "\n" alone ends one; "\x85" and its kin are text, unlike in str.splitlines."""
+        for data in self.handle:
+            self.line, self.size = self.line + 1, self.size + len(data)
+            yield self._decoded(data)
+
+    def bare(self) -> Iterator[str]:
+        """Lines without their ends, the blank ones left out."""
+        for line in self.lines():
+            line = line.removesuffix("\n").removesuffix("\r")
+            if "\r" in line:
+                raise self.error(
+                    "a carriage return within the line; remove it, or let it end a line by `tr '\\r' '\\n'`"
+                )
+            if line.strip():
+                yield line
+
+    def pieces(self) -> Iterator[str]:
+        """The text, about a megabyte a piece; `line` is that of the piece's end."""
+        self.line, decoder = 1, codecs.getincrementaldecoder("utf-8")()
+        while data := self.handle.read(1 << 20):
+            self.size += len(data)
+            text = self._decoded(data, decoder.decode)
+            self.line += text.count("\n")
+            yield text
+        self._decoded(b"", functools.partial(decoder.decode, final=True))
+
+    def _decoded(self, data: bytes, decode: Callable[[bytes], str] = bytes.decode) -> str:
+        if (at := data.find(b"\0")) >= 0:
+            self.line += data.count(b"\n", 0, at)
+            raise self.error(
+                "a NUL byte, so that the file is binary, damaged, or UTF-16 without a mark; convert it by "
+                "`iconv -f utf-16le -t utf-8`, or remove the byte by `tr -d '\\0'`"
+            )
+        try:
+            return decode(data)
+        except UnicodeDecodeError as e:
+            self.line += e.object.count(b"\n", 0, e.start)
+            bad = e.object[e.start : e.start + 2]
+            if bad[0] == 0xED and bad[1:] >= b"\xa0":
+                advice = "half of a surrogate pair, as CESU-8 has it; write the file again as UTF-8"
+            elif e.reason == "unexpected end of data":
+                advice = "the file ends within a character; fetch it again, or convert it to UTF-8"
+            else:
+                advice = f"convert it, such as by `iconv -f {'cp1252' if bad[0] < 0xA0 else 'latin1'} -t utf-8`"
+            raise self.error(f"not UTF-8 (byte 0x{bad[0]:02x}); {advice}") from e
+
+
+# ---------------------------------------------------------------------------------------------- JSON
 
 
 def _once(pairs: list[tuple]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError("the same key twice in one object")
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the same key twice in one object: {twice!r}; rename or remove one")
     return row
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_once)
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not in JSON; write null or a number")
 
 
-def _read_jsonl(name: str) -> list[dict]:
-    rows = []
-    for number, line in enumerate(_lines(name), 1):
-        if not line.strip():
-            continue
-        try:
-            row = _JSON.decode(line.strip())
-        except (ValueError, RecursionError) as e:
-            raise FtjaxError(f"{name} line {number}: invalid JSON: {e}") from e
-        if not isinstance(row, dict):
-            raise FtjaxError(f"{name} line {number}: expected an object, such as {{...}}, found {line.strip()[:40]!r}")
-        rows.append(row)
-    return rows
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:20]} is too large for a fraction; write it as text")
+    return value
 
 
-def _read_json(name: str) -> list[dict]:
-    text = "\n".join(_lines(name)).strip()
-    if not text.startswith("["):
-        return _read_jsonl(name)
-    try:
-        rows = _JSON.decode(text)
-    except (ValueError, RecursionError) as e:
-        line = f" line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-        raise FtjaxError(f"{name}{line}: invalid JSON: {e}") from e
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise FtjaxError(f"{name} row {number}: expected an object, such as {{...}}, found {str(row)[:40]!r}")
-    return rows
-
-
-def _read_csv(name: str, **dialect) -> list[dict]:
-    # Line ends go back on: a quoted cell may span lines, and the reader wants them to join it again.
-    reader = csv.reader((line + "\n" for line in _lines(name)), strict=True, **dialect)
-    rows, header = [], None
-    try:
-        for cells in reader:
-            if not cells or cells == [""]:
-                continue
-            if header is None:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise FtjaxError(f"{name} line {reader.line_num}: a column is named twice: {_list(header)}")
-            elif len(cells) != len(header):
-                raise FtjaxError(
-                    f"{name} line {reader.line_num}: expected {len(header)} cells ({_list(header)}), found {len(cells)}"
-                )
-            else:
-                rows.append(dict(zip(header, cells)))
-    except csv.Error as e:
-        raise FtjaxError(f"{name} line {reader.line_num}: {e}") from e
-    return rows
-
-
-def _read_tsv(name: str) -> list[dict]:
-    return _read_csv(name, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_text(name: str) -> list[dict]:
-    return [{"text": line} for line in _lines(name) if line.strip()]
-
-
-def _read_parquet(name: str) -> datasets.Dataset:
-    import datasets
-    import pyarrow
-
-    try:
-        with tempfile.TemporaryDirectory() as cache, quiet():
-            return datasets.Dataset.from_parquet(name, cache_dir=cache, keep_in_memory=True)
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as e:
-        raise FtjaxError(f"{name}: not a readable Parquet file: {e.__cause__ or e}") from e
-
-
-READERS = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
+WHITE = re.compile(r"[ \t\n\r]*")
+CUT = "the array is not closed by ]; close it, or fetch the file again if it is cut off"
+_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
+ADVICE = {  # what the decoder says: what to do about it
+    "Extra data": "put each object on a line of its own, with nothing behind it",
+    "Expecting value": "add or mend the value, or name the file by its format if that is not JSON",
+    "Expecting property name enclosed in double quotes": "put keys and text in double quotes, no comma after the last, "
+    "no comments, and each object on one line",
+    "Unterminated string starting at": "close the quote, or fetch the file again if it is cut off",
+    "Invalid control character at": "write a line end or tab in text as \\n or \\t, and close each quote",
+    "Invalid \\escape": "write a backslash in text as \\\\",
+    "Expecting ',' delimiter": "add the comma or closing bracket, or a backslash before a quote in text",
 }
 
 
-def _dataset(name: str, rows: list[dict]) -> datasets.Dataset:
-    """Rows with any keys -> a data set with all columns; a key that a row lacks becomes None."""
-    import datasets
-    import pyarrow
+def _complaint(error: ValueError | RecursionError, start: int = 0) -> str:
+    """What is wrong with a row and what to do; start: where the text of the row, or of its line, begins."""
+    if isinstance(error, RecursionError):
+        return f"more than {NESTING} lists and objects within one another; flatten the row"
+    if isinstance(error, json.JSONDecodeError):
+        message = error.msg.removesuffix(": ")
+        advice = ADVICE.get(message, "mend or remove the row")
+        if error.doc.startswith("\ufeff", error.pos):
+            advice = "remove the byte order mark (U+FEFF) that stands here"
+        return f"invalid JSON: {message} (character {error.pos - start + 1}); {advice}"
+    if "integer string conversion" in str(error):
+        return "invalid JSON: a whole number of more than 4,300 digits; write it as text"
+    return f"invalid JSON: {error}"
 
-    columns = dict.fromkeys(key for row in rows for key in row)
-    # `from_list` takes its columns from the first row alone.
-    complete = [{**dict.fromkeys(columns), **rows[0]}, *rows[1:]]
+
+def _fault(row, text: str, start: int, end: int) -> str | None:
+    """Why what was decoded from text[start:end] cannot be a row, or None. The counts and finds are bounds that spare
+    nearly every row the closer look."""
+    if not isinstance(row, dict):
+        return f'expected an object, found {text[start:end].strip()[:40]!r}; give it a key, such as {{"text": ...}}'
+    if not row:
+        return "an object without any key; fill or remove it"
+    if text.count("[", start, end) + text.count("{", start, end) > NESTING and _depth(row) > NESTING:
+        return _complaint(RecursionError())
+    if text.find("\\u", start, end) < 0:
+        return None
     try:
-        return datasets.Dataset.from_list(complete, on_mixed_types="use_json")
-    except (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError) as e:
-        for number, row in enumerate(rows, 1):
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        return f"half of a surrogate pair (\\u{ord(e.object[e.start]):04x}), which is no character; mend or remove it"
+    if any("\0" in key for key in row):
+        return "a key holds a NUL (\\u0000); rename it"
+    return None
+
+
+def _depth(value) -> int:
+    """Lists and objects within one another."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = list(itertools.chain.from_iterable(v.values() if isinstance(v, dict) else v for v in level))
+    return depth
+
+
+def _json_lines(text: _Text) -> Iterator[dict]:
+    for line in text.bare():
+        try:
+            row = _JSON.decode(line)
+            fault = _fault(row, line, 0, len(line))
+        except (ValueError, RecursionError) as e:
+            fault = _complaint(e)
+        if fault:
+            array = text.line == 1 and line.lstrip().startswith("[")
+            raise text.error(fault + ("; or, if the file is one array of objects, name it .json" if array else ""))
+        yield row
+
+
+def _json(text: _Text) -> Iterator[dict]:
+    start = text.head.removeprefix(codecs.BOM_UTF8).lstrip()
+    return _json_array(text) if start.startswith(b"[") else _json_lines(text)
+
+
+def _json_array(text: _Text) -> Iterator[dict]:
+    """The objects of one array, of which a few pieces of the file, or one object, are in memory at once."""
+    pieces, buffer, at, number = text.pieces(), "", 0, 0
+
+    def more() -> bool:
+        nonlocal buffer, at
+        # As much again as waits already: an object of many pieces is then tried a few times and not once a piece.
+        taken, wanted = [], len(buffer) - at
+        for piece in pieces:
+            taken.append(piece)
+            wanted -= len(piece)
+            if wanted <= 0:
+                break
+        if taken:
+            buffer, at = buffer[at:] + "".join(taken), 0
+        return bool(taken)
+
+    def sign() -> str:
+        """The next character that is no white space, or "" at the end."""
+        nonlocal at
+        while True:
+            at = WHITE.match(buffer, at).end()
+            if at < len(buffer) or not more():
+                return buffer[at : at + 1]
+
+    def error(message: str, position: int) -> FtjaxError:
+        return FtjaxError(f"{text.name} row {number} (line {text.line - buffer.count(chr(10), position)}): {message}")
+
+    sign()
+    at += 1  # the bracket that opens the array
+    while True:
+        number += 1
+        after = sign()
+        if number == 1 and after == "]":
+            break
+        if not after:
+            raise error(CUT, at)
+        while True:
             try:
-                datasets.Dataset.from_list([row], on_mixed_types="use_json")
-            except (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError) as e_row:
-                raise FtjaxError(f"{name} row {number}: cannot be stored: {e_row}") from e_row
-        raise FtjaxError(f"{name}: rows disagree on the type of a column: {e}") from e
+                row, end = _JSON.raw_decode(buffer, at)
+                break
+            except (ValueError, RecursionError) as e:
+                if _cut_off(e, buffer) and more():
+                    continue
+                raise error(_complaint(e, at), e.pos if isinstance(e, json.JSONDecodeError) else at) from e
+        if fault := _fault(row, buffer, at, end):
+            raise error(fault, at)
+        yield row
+        at = end
+        after = sign()
+        if after != ",":
+            break
+        at += 1
+    if after != "]":
+        raise error(
+            f"expected a comma or ] after the object, found {buffer[at : at + 20]!r}; add it" if after else CUT, at
+        )
+    at += 1
+    if sign():
+        raise error(f"expected nothing after the array, found {buffer[at : at + 20]!r}; remove it", at)
 
 
-# ---------------------------------------------------------------------------------------------- the hub
+def _cut_off(error: ValueError | RecursionError, buffer: str) -> bool:
+    """Whether more text may mend it: the decoder stopped within a string, or at most a word before the end."""
+    return isinstance(error, json.JSONDecodeError) and (
+        error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
+    )
 
 
-def _read_hub(source: str, key: str) -> datasets.Dataset:
+# ---------------------------------------------------------------------------------------------- tables of text
+
+
+CSV_FAULTS = {  # a part of what the module says about a row: what errors say; line: the last one that was read
+    "unexpected end of data": "a quote opens in this row that the file never closes; close it",
+    "expected after": "a quote within quotes, in line {line}; double it, or close the quote that opens before it",
+    "new-line character": "a carriage return outside quotes; quote the cell, or let it end a line by `tr '\\r' '\\n'`",
+}
+
+
+def _csv(text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> Iterator[dict]:
+    csv.field_size_limit(2**31 - 1)  # a setting of the process; by itself the module refuses cells of 128 kB
+    reader = csv.reader(text.lines(), delimiter=separator, quoting=quoting, strict=True)
+    advice = "mend the row" if quoting == csv.QUOTE_NONE else "mend it, or put a cell with a comma in double quotes"
+    header, after = None, 1
+    try:
+        for cells in reader:
+            line, after = after, reader.line_num + 1  # a row may span lines: errors name its first
+            if not cells or len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1):
+                continue
+            if header is None:
+                header = _header(cells, separator, text, line)
+            elif len(cells) != len(header):
+                raise text.error(f"expected {len(header)} cells ({_list(header)}), found {len(cells)}; {advice}", line)
+            else:
+                yield dict(zip(header, cells))
+    except csv.Error as e:
+        said = next((ours for theirs, ours in CSV_FAULTS.items() if theirs in str(e)), f"{e}; mend the row")
+        raise text.error(said.format(line=text.line), after) from e
+
+
+def _header(cells: list[str], separator: str, text: _Text, line: int) -> list[str]:
+    if re.match(r"\s*(\[\s*)?\{|\s*\[\s*$", cells[0]):
+        raise text.error("the header looks like JSON; name the file .jsonl or .json", line)
+    others = [s for s in ",;\t|" if s != separator and s in cells[0]]
+    if len(cells) == 1 and others:
+        raise text.error(
+            f"one column, {cells[0]!r}, which holds {others[0]!r}; name a file with tabs .tsv, one with commas .csv, "
+            "and convert other separators",
+            line,
+        )
+    names = [cell or f"column_{number}" for number, cell in enumerate(cells, 1)]
+    if len(set(names)) < len(names):
+        raise text.error(f"a column is named twice: {_list(names)}; rename one", line)
+    return names
+
+
+def _tsv(text: _Text) -> Iterator[dict]:
+    return _csv(text, "\t", csv.QUOTE_NONE)
+
+
+def _plain_text(text: _Text) -> Iterator[dict]:
+    return ({"text": line} for line in text.bare())
+
+
+def _conll(text: _Text) -> Iterator[dict]:
+    """Sentences parted by lines that are empty or blank, or by -DOCSTART-; columns by tabs where there are any."""
+    width, words, last = None, [], 0
+    for line in text.bare():
+        if line.startswith("-DOCSTART-") or text.line != last + 1:
+            if words:
+                yield _sentence(words)
+            words = []
+        last = text.line
+        if line.startswith("-DOCSTART-"):
+            continue
+        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+        width = width or len(cells)
+        if len(cells) < 2 or not all(cells):
+            raise text.error(f"expected a token and its tag, parted by a tab or blanks, found {line[:40]!r}; add it")
+        if len(cells) != width:
+            raise text.error(f"expected {width} columns as above, found {len(cells)} in {line[:40]!r}; mend the line")
+        words.append(cells)
+    if words:
+        yield _sentence(words)
+
+
+def _sentence(words: list[list[str]]) -> dict[str, list[str]]:
+    tokens, *between, tags = map(list, zip(*words))
+    return {"tokens": tokens} | {f"column_{n}": cells for n, cells in enumerate(between, 2)} | {"tags": tags}
+
+
+# ---------------------------------------------------------------------------------------------- Parquet and the hub
+
+
+def _parquet(name: str) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(name, pre_buffer=False) as file:
+            _check_types(name, file.schema_arrow)
+            yield from _adopted(name, _row_groups(file))
+    except (OSError, pyarrow.ArrowException) as e:
+        if isinstance(e, OSError) and e.errno:
+            raise
+        raise FtjaxError(f"{name}: not a readable Parquet file: {e}; copy it or write it again") from e
+
+
+def _row_groups(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
+    # One group a call: over several, the buffers of all that were read stay until the last.
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows = CHUNK_BYTES * group.num_rows // max(1, group.total_byte_size)
+        yield from file.iter_batches(max(1, min(CHUNK, rows)), row_groups=[number])
+
+
+def _hub_batches(name: str, rows: datasets.Dataset) -> Iterator[pyarrow.RecordBatch]:
+    _check_types(name, rows.data.schema)
+    tables = rows.with_format("arrow").iter(CHUNK)
+    return _adopted(name, (batch for table in tables for batch in table.to_batches()))
+
+
+def _adopted(name: str, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    done = 0
+
+    def place(index: int) -> str:
+        return f"{name} row {done + index + 1}"
+
+    for batch in batches:
+        yield columns.adopt(batch, place)
+        done += batch.num_rows
+
+
+def _check_types(name: str, schema: pyarrow.Schema) -> None:
+    if len(set(schema.names)) < len(schema.names):
+        raise FtjaxError(f"{name}: a column is named twice: {_list(schema.names)}; rename one")
+    for field in schema:
+        try:
+            columns.plain(field.type)
+        except TypeError as e:
+            raise FtjaxError(f"{name}: column {field.name!r} {e}; convert it to text or leave it out") from e
+
+
+def _load_hub(source: str, key: str) -> datasets.Dataset:
     import datasets
 
     name, *rest = source.split(":")
@@ -283,6 +579,20 @@ def _read_hub(source: str, key: str) -> datasets.Dataset:
             f"{key}: {source} is no file or directory here, and reading it from the hub failed: {e} "
             f"(a hub data set is written owner/name[:config][:split])"
         ) from e
+
+
+READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".conll": _conll,
+    ".iob": _conll,
+    ".bio": _conll,
+    ".txt": _plain_text,
+    ".parquet": _parquet,
+}
 
 
 class quiet:

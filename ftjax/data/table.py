@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ftjax.data import columns
+
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 CHUNK = 1000  # rows held as Python objects at once
+CHUNK_BYTES = 16_000_000  # and about so much text, where rows are large
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """N rows in order. A row that is left out or changed leaves the others' places as they were in their files.
 
-    rows: the cells, in memory or mapped from a file; files: names that errors give; file (N,) int32: index into
-    `files`; number (N,) int64: the row's number in its file, from 1, blank lines and headers not counted.
+    rows: the cells, in memory or mapped from files; `chunks` and `row` give them exactly as they were read, `datasets`
+    itself all but long numbers in columns of mixed types (see `ftjax.data.columns`); files: names that errors give;
+    file (N,) int32: index into `files`; number (N,) int64: the row's number in its file, from 1, blank lines and
+    headers not counted.
     """
 
     rows: datasets.Dataset
@@ -43,12 +47,19 @@ class Table:
 
     def row(self, index: int) -> dict:
         """One row, {column: cell}."""
-        return self.rows[int(index)]
+        index = range(len(self))[int(index)]
+        return columns.rows(self._arrow(index, index + 1))[0]
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, list[dict]]]:
-        """(index of the first, rows) for all rows in order, at most `size` of them as Python objects at once."""
+        """(index of the first, rows) for all rows in order, at most `size` of them as Python objects at once; fewer
+        where they are large."""
+        data = self.rows.data
+        size = max(1, min(size, CHUNK_BYTES * len(data) // max(1, data.nbytes)))
         for start in range(0, len(self), size):
-            yield start, self.rows.select(range(start, min(start + size, len(self)))).to_list()
+            yield start, columns.rows(self._arrow(start, min(start + size, len(self))))
+
+    def _arrow(self, start: int, stop: int) -> pyarrow.Table:
+        return self.rows.with_format("arrow")[start:stop]
 
     def select(self, indices: Sequence[int]) -> Table:
         """The rows of these indices, in this order; an index may come twice."""
@@ -56,39 +67,41 @@ class Table:
         return Table(self.rows.select(indices), self.files, self.file[indices], self.number[indices])
 
     def edit(self, change: Callable[[list[dict]], list[dict]], folder: str | None = None) -> Table:
-        """As many rows, each replaced by what `change` makes of it, chunk by chunk; the columns keep their types.
+        """As many rows, each replaced by what `change` makes of it, chunk by chunk; the columns stay, and keep their
+        types where the new cells fit them.
 
         folder: where a file with the result is written and mapped from, for tables larger than memory; None: in memory.
         """
-
-        def batch(columns: dict[str, list]) -> dict[str, list]:
-            names = list(columns)
-            changed = change([dict(zip(names, cells)) for cells in zip(*columns.values())])
-            return {name: [row[name] for row in changed] for name in names}
-
-        where = {"keep_in_memory": True}
-        if folder is not None:
-            handle, path = tempfile.mkstemp(suffix=".arrow", dir=folder)
-            os.close(handle)
-            where = {"cache_file_name": path}
-        from ftjax.data.read import quiet
-
-        with quiet():
-            rows = self.rows.map(
-                batch, batched=True, batch_size=CHUNK, features=self.rows.features, load_from_cache_file=False, **where
-            )
-        return dataclasses.replace(self, rows=rows)
+        with columns.Writer(folder, self.rows.data.schema) as writer:
+            for start, rows in self.chunks():
+                changed = [{name: row[name] for name in self.columns} for row in change(rows)]
+                if len(changed) != len(rows):
+                    raise ValueError(f"{len(rows)} rows became {len(changed)}: an edit keeps their number")
+                writer.add(columns.batch(changed, lambda i, start=start: self.place(start + i)))
+            return dataclasses.replace(self, rows=writer.finish())
 
 
-def concatenate(tables: Sequence[Table]) -> Table:
-    """The rows of several tables with the same columns, one after the other."""
+def concatenate(tables: Sequence[Table], folder: str | None = None) -> Table:
+    """The rows of several tables with the same columns, one after the other, with types that hold the cells of all.
+
+    folder: as for `edit`; used only where the types differ, as rows are then written again.
+    """
     import datasets
 
     if len(tables) == 1:
         return tables[0]
+    if all(t.rows.data.schema == tables[0].rows.data.schema for t in tables):
+        rows = datasets.concatenate_datasets([t.rows for t in tables])
+    else:
+        with columns.Writer(folder) as writer:
+            for table in tables:
+                for start in range(0, len(table), CHUNK):
+                    for batch in table._arrow(start, min(start + CHUNK, len(table))).to_batches():
+                        writer.add(batch)
+            rows = writer.finish()
     starts = np.cumsum([0, *(len(t.files) for t in tables)])[:-1]
     return Table(
-        datasets.concatenate_datasets([t.rows for t in tables]),
+        rows,
         tuple(name for t in tables for name in t.files),
         np.concatenate([t.file + start for t, start in zip(tables, starts)]).astype(np.int32),
         np.concatenate([t.number for t in tables]),
