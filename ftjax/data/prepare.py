@@ -20,7 +20,7 @@ from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
 from ftjax.data.read import read_table
-from ftjax.data.split import decontaminate, limit, split
+from ftjax.data.split import absent, decontaminate, limit, split
 from ftjax.data.store import Examples
 from ftjax.data.table import CHUNK, Table
 from ftjax.data.tokenise import Example, encode, encode_prompts
@@ -73,8 +73,6 @@ class Report:
     form: str
     guessed: bool  # the form was guessed by the columns
     rows: int  # before any was dropped for its length
-    augmented: int  # of those, synthetic
-    unmade: int  # synthetic rows asked for that no draw could tell from those that are there
     quantiles: tuple[int, int, int, int]  # lengths at 5, 50, 95 % and the longest, before cutting
     max_length: int
     policy: str  # data.long
@@ -160,8 +158,8 @@ class Data:
     """The three parts of a run's rows; validation and test may be empty.
 
     sources: the names of a mixture's, else one empty name; shares (Z,): of an epoch's examples each, None: all rows
-    once; gone: what cleaning and decontamination left out; fingerprint: digest of the
-    rows of every part.
+    once; gone: what cleaning and decontamination left out; notes: what
+    else a person should know of the way; fingerprint: digest of the rows of every part.
     """
 
     train: Part
@@ -171,6 +169,7 @@ class Data:
     sources: tuple[str, ...] = ("",)
     shares: np.ndarray | None = None
     gone: tuple[Gone, ...] = ()
+    notes: tuple[str, ...] = ()
     fingerprint: str = ""
 
     def removed(self) -> Iterator[dict]:
@@ -210,6 +209,7 @@ def prepare(config, tokenizer, max_positions: int) -> Data:
         sources=names,
         shares=_shares(config, counts),
         gone=tuple(gone),
+        notes=tuple(f"{source.name}: {note}".removeprefix(": ") for source in chosen for note in source.notes),
         fingerprint=store.digest([[piece.digest for piece in done[part].pieces] for part in PARTS]),
     )
 
@@ -218,32 +218,51 @@ def prepare(config, tokenizer, max_positions: int) -> Data:
 
 
 class Source(NamedTuple):
-    """One source on its way: its name, its own `data` group, the rows of each part, and counts for its report."""
+    """One source on its way: its name, its own `data` group, and the rows of each part."""
 
     name: str
     data: object
     tables: dict[str, Table]
-    counts: dict[str, int]  # made, failed: synthetic rows of train, and those that no draw could tell from the others
+    notes: list[str]  # what a person should know of the way
 
 
 def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     """The rows of every part of every source, and those that were left out on the way.
 
-    Read, cleaned, split, limited and decontaminated; those of train augmented at last, where that is asked for.
+    Read, cleaned, split, decontaminated and limited; those of train augmented at last, where that is asked for.
     """
     folder = _scratch() if config.data.streaming else None
     sources, gone = read_and_clean(config, folder)
+    dealt = []  # indices of each source's rows of train
     for source in sources:
-        tables = dict(source.tables)
-        chosen = split(tables, source.data, config.seed)
-        chosen["train"] = limit(chosen["train"], source.data.limit, len(tables["train"]), config.seed)
+        data, tables = source.data, dict(source.tables)
+        chosen = split(tables, data, config.seed)
+        dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
-    if config.data.decontaminate:
-        gone += _decontaminate(sources, config)
-    for source in sources if augmented else ():
-        source.tables["train"], made, failed = augment(source.tables["train"], source.data, config.seed, folder)
-        source.counts.update(made=sum(made.values()), failed=sum(failed.values()))
+        if data.label or data.stratify:
+            own = {part: at for part, at in chosen.items() if part == "train" or part not in tables}
+            for value, lacking in absent(tables["train"], data.stratify or data.label, own).items():
+                source.notes.append(f"{data.stratify or data.label} {value}: no row of it in {', '.join(lacking)}")
+    others = _evaluation_rows(sources, config)
+    for source, (count, indices) in zip(sources, dealt):
+        table = source.tables["train"]
+        kept = np.arange(len(table))
+        if others:
+            kept, removed = decontaminate(table, others, source.data)
+            gone += [Gone(table, removed)] if removed else []
+        few = limit(indices[kept], source.data.limit, count, config.seed)
+        source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
+        if augmented:
+            source.tables["train"], made, failed = augment(table, source.data, config.seed, folder)
+            source.notes.extend([f"synthetic rows: {_counts(made)}"] if made else [])
+            source.notes.extend(
+                [f"no synthetic row unlike those there could be made by {_counts(failed)}"] if failed else []
+            )
     return sources, gone
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
 
 
 def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], list[Gone]]:
@@ -255,7 +274,7 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
     for name, data, _ in configs.sources(config):
         if not data.train:
             raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
-        tables = {}
+        tables, notes = {}, []
         for part in PARTS:
             if not getattr(data, part):
                 continue
@@ -264,7 +283,9 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 cleaned = clean(tables[part], data.clean, answers(data, tables[part]), folder)
                 gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
                 tables[part] = cleaned.table
-        sources.append(Source(name, data, tables, {}))
+                changed = {edit: n for edit, n in cleaned.changed.items() if n}
+                notes += [f"cleaning changed rows of {part}: {_counts(changed)}"] if changed else []
+        sources.append(Source(name, data, tables, notes))
     return sources, gone
 
 
@@ -284,21 +305,15 @@ def answers(data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None
     return answer
 
 
-def _decontaminate(sources: list[Source], config) -> list[Gone]:
-    """Take what overlaps with evaluation rows out of every source's train, in place; returns what went."""
+def _evaluation_rows(sources: list[Source], config) -> list[tuple[str, Table]]:
+    """(name, rows) of every evaluation set that data.decontaminate names."""
     others = []
     for name in config.data.decontaminate:
         if name in PARTS[1:]:
             others += [(name, source.tables[name]) for source in sources if len(source.tables[name])]
         else:
             others.append((name, read_table(name, "data.decontaminate")))
-    gone = []
-    for source in sources:
-        table = source.tables["train"]
-        kept, removed = decontaminate(table, others, source.data)
-        source.tables["train"] = table.select(kept)
-        gone += [Gone(table, removed)] if removed else []
-    return gone
+    return others
 
 
 def _scratch() -> str:
@@ -322,7 +337,7 @@ def fingerprint(tokenizer) -> str:
 
 def _part(part: str, chosen: list[Source], data, tokenizer, words: str, max_length: int, cache: store.Cache) -> Part:
     pieces, examples, reports, source = [], [], {}, []
-    for index, (name, own, tables, counts) in enumerate(chosen):
+    for index, (name, own, tables, _) in enumerate(chosen):
         table = tables[part]
         if not len(table):
             continue
@@ -340,8 +355,6 @@ def _part(part: str, chosen: list[Source], data, tokenizer, words: str, max_leng
             form=how.form,
             guessed=guessed,
             rows=len(table),
-            augmented=counts.get("made", 0) if part == "train" else 0,
-            unmade=counts.get("failed", 0) if part == "train" else 0,
             quantiles=tuple(np.quantile(encoded.length, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),
             max_length=max_length,
             policy=data.long,

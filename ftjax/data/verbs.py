@@ -97,6 +97,8 @@ def _write(out: Path, sources: list[Source], gone: list[Gone], say: Callable) ->
                 path = folder / f"{part}.jsonl"
                 write_jsonl(path, (row for _, chunk in table.chunks() for row in chunk))
                 say(f"{path}: {len(table):,} rows")
+        for note in source.notes:
+            say(f"{source.name}: {note}".removeprefix(": "))
     if gone:
         path = out / "removed.jsonl"
         write_jsonl(path, (record for table, removed in gone for record in records(table, removed)))

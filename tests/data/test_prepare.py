@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from ftjax import config
 from ftjax.assets import resolve
 from ftjax.data.batches import Batches
-from ftjax.data.prepare import prepare
+from ftjax.data.prepare import PARTS, prepare
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError
 
@@ -182,3 +182,90 @@ def test_commongen_part_is_what_the_script_makes(shared, tmp_path):
     folder = Path(path).parent
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "LICENSE"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_every_step_of_a_run_is_told_and_kept_to_its_part(write, starter):
+    labels = ["big", "small"]
+    made = [{"text": f"the {w} thing number {i} is here", "label": w} for i in range(20) for w in labels]
+    doubles = [row | {"text": row["text"].upper() + " "} for row in made[:4]]
+    leak = {"text": "a row that both sides have, word for word, as it stands, and long enough", "label": "big"}
+    train, test = (
+        write("t.jsonl", [*made, *doubles, leak, {"text": "one more", "label": "odd"}]),
+        write("x.jsonl", [leak]),
+    )
+    c = settings(train, test=test, split=(0.8, 0.2, 0.0), prompt="{text}:", completion=" {label}", label="label")
+    c.data.decontaminate = ("test",)
+    c.data.clean.update(exact=True, whitespace=True)
+    c.data.augment.update(copies=1, columns=("text",), prompts=("Is it big? {text}:",))
+    data = run(c, starter)
+    removed = {record["place"].rpartition("/")[2]: record["rule"] for record in data.removed()}
+    assert removed == {f"t.jsonl row {41 + i}": "exact" for i in range(4)} | {"t.jsonl row 45": "decontaminate"}
+    rows_of = {name: [getattr(data, name).row(i) for i in range(len(getattr(data, name)))] for name in PARTS}
+    assert not any(row.get("augmented") for name in ("validation", "test") for row in rows_of[name])
+    synthetic = [row for row in rows_of["train"] if row["augmented"]]
+    assert len(rows_of["train"]) == 3 * (len(rows_of["train"]) - len(synthetic)) and len(synthetic) == 2 * 33
+    asked = [data.train.rendered(i) for i in range(len(data.train))]
+    for row, rendered in zip(rows_of["train"], asked):
+        prompt = "Is it big? {text}:" if row["augmented"] == "prompt" else "{text}:"
+        assert rendered.prompt == prompt.format(text=row["text"]) and rendered.completion == f" {row['label']}"
+    shown = show(data, starter, colour=False)
+    for said in (
+        "cleaning changed rows of train: whitespace 4",
+        "5 rows left out: exact 4, decontaminate 1",
+        "no row of it",
+    ):
+        assert said in shown
+
+
+def test_a_limit_counts_the_rows_that_are_trained(write, starter):
+    leaks = rows(10)
+    c = settings(write("t.jsonl", rows(40)), test=write("x.jsonl", leaks), split=(1.0, 0.0, 0.0), limit=12)
+    c.data.decontaminate = ("test",)
+    data = run(c, starter)
+    assert len(data.train) == 12 and not set(names(data.train)) & {row["prompt"] for row in leaks}
+
+
+def test_a_mixture_keeps_each_source_to_its_own_settings(write, starter):
+    a, b = write("a.jsonl", rows(30)), write("b.jsonl", [{"q": f"Q{i}", "a": f"A{i}"} for i in range(10)])
+    c = settings("", packing=True)
+    c.data.mixture = (
+        {"train": a, "weight": 1, "validation": a, "split": (1.0, 0.0, 0.0)},
+        {
+            "name": "questions",
+            "train": b,
+            "weight": 3.0,
+            "prompt": "{q}?",
+            "completion": " {a}",
+            "split": (0.5, 0.5, 0.0),
+        },
+    )
+    data = run(c, starter)
+    assert data.sources == ("a", "questions") and data.shares.tolist() == [0.25, 0.75]
+    assert np.bincount(data.train.source).tolist() == [30, 5] and np.bincount(data.validation.source).tolist() == [
+        30,
+        5,
+    ]
+    assert data.train.rendered(31).prompt.endswith("?") and data.train.place(31).startswith(b)
+    assert [len(data.validation.of_source(z)) for z in (0, 1)] == [30, 5]
+    assert len(list(data.train.prompts(starter))) == len(data.train) == 35
+    shown = show(data, starter, colour=False)
+    assert "mixture: questions is 75.0% of an epoch's rows; each of its 5 comes 5.25 times on average" in shown
+    c.data.mixture = tuple({k: v for k, v in entry.items() if k != "weight"} for entry in c.data.mixture)
+    assert run(c, starter).shares is None
+    c.data.temperature = 2.0
+    np.testing.assert_allclose(run(c, starter).shares, np.sqrt([30, 5]) / np.sqrt([30, 5]).sum())
+
+
+def test_streamed_rows_are_those_in_memory(write, starter):
+    train = write("t.jsonl", rows(60))
+    c = settings(train, max_length=64)
+    c.data.clean.update(exact=True, control=True)
+    data = run(c, starter)
+    c.data.streaming = True
+    streamed = run(c, starter)
+    assert streamed.fingerprint == data.fingerprint
+    assert streamed.train.pieces[0].table.rows.cache_files  # they lie on disk
+    for name in PARTS:
+        one, other = getattr(data, name), getattr(streamed, name)
+        assert [e.ids.tolist() for e in one.examples] == [e.ids.tolist() for e in other.examples]
+        assert names(one) == names(other)
