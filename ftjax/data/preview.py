@@ -1,62 +1,247 @@
-"""What is about to be trained, for a person to look at: figures, and one row with its trained tokens marked."""
+"""What is about to be trained, for a person to look at: figures, and rows with their trained tokens marked.
+
+T tokens of a row of a batch.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.prepare import PARTS, Data, Report
+from ftjax.data.batches import Batches
+from ftjax.data.prepare import PARTS, Data, Gone, Report
+from ftjax.data.template import SAID
 from ftjax.data.tokenise import Example
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
-def show(data: Data, tokenizer, colour: bool | None = None) -> str:
+def show(data: Data, tokenizer, colour: bool | None = None, packing: bool = False) -> str:
     """The report on `data` and its first training row, the trained tokens green, or in [[ ]] without colour.
 
     colour: None means where stdout is a terminal and NO_COLOR is not set.
     """
+    marks = _marks(colour)
+    lines = [f"{'':10} {'rows':>9} {'tokens':>12} {'trained':>8} {'length 5%':>10} {'50%':>6} {'95%':>6} {'max':>6}"]
+    for part in PARTS:
+        reports = getattr(data, part).reports
+        for source, r in reports.items():
+            lengths = " ".join(f"{q:{w},}" for q, w in zip(r.quantiles, (10, 6, 6, 6)))
+            name = f"{part} {source}".strip()
+            lines.append(
+                f"{name:10} {r.rows - r.dropped:9,} {r.tokens:12,} {r.trained / max(r.tokens, 1):8.1%} {lengths}"
+            )
+        if not reports:
+            lines.append(f"{part:10} {0:9,}")
+    for part in PARTS:
+        for source, r in getattr(data, part).reports.items():
+            lines += [f"{part} {source}".strip() + f": {line}" for line in _sentences(r)]
+    lines += mixture(data)
+    lines += [*data.notes, *([left_out(data.gone)] if data.gone else [])]
+    kind = "packing efficiency" if packing else "share of tokens that are no padding"
+    shares = ", ".join(f"{part} {getattr(data, part).efficiency:.1%}" for part in PARTS if len(getattr(data, part)))
+    lines.append(f"{kind}: {shares}")
+    lines += [f"one row of train, what is trained {_said(marks)}:"]
+    return "\n".join([*lines, mark(data.train.examples[0], tokenizer, *marks)])
+
+
+def _marks(colour: bool | None) -> tuple[str, str]:
     if colour is None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    marks = (GREEN, RESET) if colour else ("[[", "]]")
-    lines = [f"{'':10} {'rows':>9} {'tokens':>12} {'trained':>8} {'length 5%':>10} {'50%':>6} {'95%':>6} {'max':>6}"]
-    reports = {name: getattr(data, name).report for name in PARTS}
-    for name, r in reports.items():
-        if r is None:
-            lines.append(f"{name:10} {0:9,}")
-            continue
-        lengths = " ".join(f"{q:{w},}" for q, w in zip(r.quantiles, (10, 6, 6, 6)))
-        lines.append(f"{name:10} {r.rows - r.dropped:9,} {r.tokens:12,} {r.trained / max(r.tokens, 1):8.1%} {lengths}")
-    for name, r in reports.items():
-        if r is not None:
-            lines += [f"{name}: {line}" for line in _sentences(r)]
-    lines += [f"one row of train, what is trained {'in green' if colour else f'in {marks[0]} {marks[1]}'}:"]
-    return "\n".join([*lines, mark(data.train.examples[0], tokenizer, *marks)])
+    return (GREEN, RESET) if colour else ("[[", "]]")
+
+
+def _said(marks: tuple[str, str]) -> str:
+    return "in green" if marks[0] == GREEN else f"in {marks[0]} {marks[1]}"
 
 
 def mark(example: Example, tokenizer, before: str, after: str) -> str:
     """The text of an example, special tokens included, its trained stretches between `before` and `after`."""
-    ids, trained = example.ids.tolist(), example.trained
-    borders = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
-    # A tokenizer may decode a token differently at the beginning of a text, so each stretch is cut off a longer one.
-    texts = [tokenizer.decode(ids[:b], clean_up_tokenization_spaces=False) for b in borders]
-    out = ""
-    for start, left, right in zip(borders, texts, texts[1:]):
-        piece = right[len(left) :]
-        out += f"{before}{piece}{after}" if trained[start] else piece
+    return _marked(pieces(example.ids.tolist(), tokenizer), example.trained, before, after)
+
+
+def _marked(texts: list[str], trained: np.ndarray, before: str, after: str, between: str = "") -> str:
+    starts = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(texts)]
+    stretches = [(trained[a], between.join(texts[a:b])) for a, b in zip(starts, starts[1:])]
+    return between.join(f"{before}{text}{after}" if mine else text for mine, text in stretches)
+
+
+def pieces(ids: list[int], tokenizer) -> list[str]:
+    """The text that each token adds to the text before it; joined they are the whole.
+
+    A tokenizer decodes a token differently at the beginning of a text, so each is decoded behind some others. Of a
+    character made of several tokens the last one has it all, the others are empty.
+    """
+    out, first, last = [], 0, 0  # ids[first:last] is the context, ids[last:i] is a character still incomplete
+    for i in range(1, len(ids) + 1):
+        known, text = (tokenizer.decode(ids[first:at], clean_up_tokenization_spaces=False) for at in (last, i))
+        if text.endswith("\ufffd") and i < len(ids):
+            out.append("")
+            continue
+        out.append(visible(text[len(known) :]))
+        first, last = last, i
     return out
+
+
+def visible(text: str) -> str:
+    """Control and format characters by their code point, so that no text can move a cursor or hide itself."""
+    return "".join(
+        f"<U+{ord(c):04X}>" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t\u200c\u200d" else c
+        for c in text
+    )
 
 
 def _sentences(r: Report) -> list[str]:
     how = "guessed by the columns" if r.guessed else "as configured"
-    lines = [f"{r.source}, form {r.form!r} ({how}), at most {r.max_length:,} tokens a row"]
+    said = f": {SAID[r.form]}" if r.form in SAID else ""
+    lines = [f"{r.source}, form {r.form!r} ({how}){said}, at most {r.max_length:,} tokens a row"]
     if r.long:
         lost = r.lost / max(r.trained + r.lost, 1)
         did = f"dropped {r.dropped:,} rows" if r.policy == "drop" else "cut at the end"
         lines += [
             f"{r.long:,} rows ({r.long / r.rows:.1%}) are longer: {did}, {r.lost:,} trained tokens lost ({lost:.1%})"
         ]
-    kind = "packing efficiency" if r.packing else "share of tokens that are no padding"
-    return [*lines, f"{kind} {r.efficiency:.1%}"]
+    return lines
+
+
+def left_out(gone: Iterable[Gone]) -> str:
+    """How many rows cleaning and decontamination left out, and by which rules."""
+    rules = Counter(removed.rule for step in gone for removed in step.removed)
+    return f"{rules.total():,} rows left out: " + ", ".join(f"{rule} {n:,}" for rule, n in rules.items())
+
+
+def mixture(data: Data) -> list[str]:
+    """How often each source of a mixture is seen in an epoch."""
+    if data.shares is None:
+        return []
+    counts = np.bincount(data.train.source, minlength=len(data.sources))
+    return [
+        f"mixture: {name} is {share:.1%} of an epoch's rows; each of its {count:,} comes "
+        f"{share * counts.sum() / count:.2f} times on average"
+        for name, share, count in zip(data.sources, data.shares, counts.tolist())
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- rows of batches
+
+
+class View(NamedTuple):
+    """One row of a batch as the model gets it, each array (T,). trained: the token is a label of the one before it."""
+
+    step: int
+    members: np.ndarray  # the examples that it holds, one a segment
+    tokens: np.ndarray
+    segments: np.ndarray  # 1, 2, ...; 0: padding
+    positions: np.ndarray  # from 0 in each segment
+    trained: np.ndarray
+
+    def parts(self) -> list[tuple[int, slice]]:
+        """(example, where it stands) for each segment."""
+        borders = np.searchsorted(self.segments[: self.filled], np.arange(1, len(self.members) + 2))
+        return [(int(i), slice(a, b)) for i, a, b in zip(self.members, borders, borders[1:])]
+
+    @property
+    def filled(self) -> int:
+        """Tokens before the padding."""
+        return int(np.count_nonzero(self.segments))
+
+
+def views(batches: Batches, count: int) -> list[View]:
+    """The first `count` rows of the first epoch's batches, by their arrays; what only fills a batch is left out."""
+    found = []
+    for step in range(len(batches)):
+        batch, members = batches[step], batches.rows(step)
+        for b in range(len(members)):
+            if len(found) == count:
+                return found
+            if len(members[b]):
+                trained = np.zeros(batch["tokens"].shape[1], bool)
+                trained[batch["loss_index"][b][batch["weights"][b] > 0] + 1] = True
+                arrays = (batch[name][b] for name in ("tokens", "segment_ids", "positions"))
+                found.append(View(step, members[b], *arrays, trained))
+    return found
+
+
+def rows(data: Data, batches: Batches, tokenizer, count: int, ids: bool = False, colour: bool | None = None) -> str:
+    """The first rows of the first batches of data.train: every segment with its place, its text and what is trained.
+
+    ids: the token ids too; colour: see show.
+    """
+    marks = _marks(colour)
+    lines = [f"rows of the first batches, what is trained {_said(marks)}:"]
+    for number, view in enumerate(views(batches, count), 1):
+        lines += ["", _about(number, view)]
+        for example, at in view.parts():
+            tokens, trained = view.tokens[at].tolist(), view.trained[at]
+            lines += [f"── {_about_part(data, example, trained)}", _marked(pieces(tokens, tokenizer), trained, *marks)]
+            lines += [f"ids: {_marked(list(map(str, tokens)), trained, *marks, between=' ')}"] if ids else []
+    return "\n".join(lines)
+
+
+def _about(number: int, view: View) -> str:
+    filled, width = view.filled, len(view.tokens)
+    trained = np.count_nonzero(view.trained)
+    return (
+        f"row {number} (step {view.step}): {width:,} tokens, {filled:,} in {len(view.members):,} segments "
+        f"({trained:,} trained) and {width - filled:,} of padding"
+    )
+
+
+def _about_part(data: Data, example: int, trained: np.ndarray) -> str:
+    return f"{data.train.place(example)}: {len(trained):,} tokens, {np.count_nonzero(trained):,} trained"
+
+
+def html(data: Data, batches: Batches, tokenizer, count: int) -> str:
+    """The same rows as one page that needs nothing else; each token tells its id and its position."""
+    body = []
+    for number, view in enumerate(views(batches, count), 1):
+        body.append(f"<h2>{escape(_about(number, view))}</h2>\n<div class=row>")
+        for example, at in view.parts():
+            title = escape(_about_part(data, example, view.trained[at]))
+            body.append(f"<section><h3>{title}</h3><p>{_spans(view, at, tokenizer)}</p></section>")
+        if view.filled < len(view.tokens):
+            spans = _spans(view, slice(view.filled, len(view.tokens)), tokenizer)
+            body.append(f"<section class=padding><h3>padding</h3><p>{spans}</p></section>")
+        body.append("</div>")
+    return PAGE.replace("BODY", "\n".join(body))
+
+
+def _spans(view: View, at: slice, tokenizer) -> str:
+    ids = view.tokens[at].tolist()
+    names = tokenizer.convert_ids_to_tokens(ids)
+    out = []
+    for k, (column, text) in enumerate(zip(range(at.start, at.stop), pieces(ids, tokenizer))):
+        trained = view.trained[column]
+        about = f"id {ids[k]} {names[k]!r}, position {view.positions[column]}, column {column}"
+        about += ", trained" if trained else ""
+        shown = escape(text).replace("\n", "↵\n") or "·"
+        out.append(f'<span{" class=trained" if trained else ""} title="{escape(about)}">{shown}</span>')
+    return "".join(out)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Rows as the model sees them</title><style>
+:root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e6e7e9); --soft: light-dark(#6a6f76, #9aa0a8);
+  --line: light-dark(#d5d8dc, #3b4047); --label: light-dark(#c9efd2, #1e5631); }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { font-size: 1rem; margin: 2rem 0 .5rem; } h3 { font-size: .8rem; color: var(--soft); margin: 0 0 .3rem; }
+.row { border: 1px solid var(--line); border-radius: 6px; } section { padding: .6rem .8rem; }
+section + section { border-top: 3px double var(--soft); }
+section p { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+span { border-left: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
+span:hover { outline: 1px solid var(--soft); }
+.trained { background: var(--label); } .padding p { color: var(--soft); opacity: .6; }
+</style></head><body>
+<h1>Rows as the model sees them</h1>
+<p>Every token stands in a box that tells its id and position; <span class="trained">trained ones</span> are coloured;
+a double line parts the segments of a row.</p>
+BODY
+</body></html>
+"""

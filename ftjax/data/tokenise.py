@@ -127,17 +127,15 @@ class Chat(NamedTuple):
     """A tokenizer and the chat template that it is used with."""
 
     tokenizer: object
-    name: str  # of data.template
     text: str | None  # Jinja; None: the tokenizer's own
     close: list[int]  # the token that ends a turn and the ids behind it; empty: no token does
     special: frozenset[int]  # ids of special tokens
 
 
 class Turn(NamedTuple):
-    """An assistant's turn as text; `trained` says whether it is picked out to be trained or not to be."""
+    """An assistant's turn as text."""
 
     at: int  # its index in the messages
-    trained: bool
     prompt: str  # the chat before it, as generation feeds it
     through: str  # the chat up to and including it
 
@@ -155,7 +153,7 @@ class Plan(NamedTuple):
 def _chat(name: str, end: str, tokenizer) -> Chat:
     text = chat_templates.resolve(name, end, tokenizer) or None
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return Chat(tokenizer, name, text, turn_end(tokenizer, text), frozenset(tokenizer.all_special_ids) | special)
+    return Chat(tokenizer, text, turn_end(tokenizer, text), frozenset(tokenizer.all_special_ids) | special)
 
 
 def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
@@ -170,15 +168,13 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
         raise FtjaxError(f"{place}: every answer is marked as not to be trained")
     if found[:1] == [0]:
         raise FtjaxError(f"{place}: the first message is the assistant's: nothing comes before its answer")
-    turns = [
-        Turn(k, not everything, _show(chat, row, k, True, place), _show(chat, row, k + 1, False, place)) for k in found
-    ]
+    turns = [Turn(k, _show(chat, row, k, True, place), _show(chat, row, k + 1, False, place)) for k in found]
     return Plan(_show(chat, row, None, False, place), turns, row.messages, everything, place)
 
 
 def _encode_chats(plans: list[Plan], chat: Chat, end_id: int) -> list[tuple[list[int], list[Span]]]:
     """(ids, what is trained) for each chat."""
-    texts = [text for plan in plans for text in (plan.whole, *(t for turn in plan.turns for t in turn[2:]))]
+    texts = [text for plan in plans for text in (plan.whole, *(t for turn in plan.turns for t in turn[1:]))]
     texts = list(dict.fromkeys(texts))
     encoded = dict(zip(texts, _one_bos(_ids(chat.tokenizer, texts, special=False), chat.tokenizer)))
     return [_place_turns(plan, chat, encoded, end_id) for plan in plans]
