@@ -187,9 +187,9 @@ def rows(data: Data, batches: Batches, tokenizer, count: int, ids: bool = False,
 
 def _about(number: int, view: View) -> str:
     filled, width = view.filled, len(view.tokens)
-    trained = np.count_nonzero(view.trained)
+    trained, several = np.count_nonzero(view.trained), "s" if len(view.members) > 1 else ""
     return (
-        f"row {number} (step {view.step}): {width:,} tokens, {filled:,} in {len(view.members):,} segments "
+        f"row {number} (step {view.step}): {width:,} tokens, {filled:,} in {len(view.members):,} segment{several} "
         f"({trained:,} trained) and {width - filled:,} of padding"
     )
 
