@@ -232,7 +232,8 @@ def _conflict(corpus: Corpus) -> Iterator[Hit]:
                 notes |= {i: f"{_said(scan, i)}, but {_said(scan, kept)} in {scan.beside(i, kept)}"
                           for i in rows if corpus.labels(start + i) != usual}  # fmt: skip
         for i, j in _pairs_within(corpus, part):
-            if corpus.labels(start + i) != corpus.labels(start + j):
+            labels = corpus.labels(start + i), corpus.labels(start + j)
+            if labels[0] != labels[1] and len(labels[0]) == len(labels[1]) == 1:  # tags differ with the words
                 notes.setdefault(j, f"{_said(scan, j)}, but {_said(scan, i)} in the similar {scan.beside(j, i)}")
         if notes:
             yield Hit(scan, dict(sorted(notes.items())))

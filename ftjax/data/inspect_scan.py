@@ -23,7 +23,7 @@ from ftjax.errors import FtjaxError
 LABEL_VALUES = 100  # distinct values that a label column has at most
 LABEL_LENGTH = 60  # characters of one
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "tags", "ner_tags", "tag")
-SAMPLE_ROWS, SAMPLE_WORDS = 20_000, 200_000  # what diversity and the tokenizer's coverage are measured on, at most
+SAMPLE_ROWS, SAMPLE_WORDS = 5_000, 200_000  # what diversity and the tokenizer's coverage are measured on, at most
 
 
 @dataclasses.dataclass
@@ -107,21 +107,20 @@ class Scan:
 def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: dict[str, Callable]) -> Scan:
     """Fill a Scan in: `checks` give a note on a row that they find, `features` one of few words for every row."""
     scan.columns = {name: Column(_type(kind)) for name, kind in scan.table.rows.features.items()}
-    stride = max(1, len(scan) // SAMPLE_ROWS)
     for start, rows in scan.table.chunks(CHUNK):
         for i, view in enumerate(_views(scan, rows, start), start):
-            if i % stride == 0:
-                scan.sample.append(view.text)
             for name, check in checks.items():
                 note = check(view)
                 if note:
                     scan.hits[name][i] = note
             for name, feature in features.items():
                 scan.features[name].append(feature(view))
-    scan.coverage = _coverage(scan)
     scan.label = _label(scan)
     if scan.label is not None:
         scan.labels = [label_values(row[scan.label]) for _, rows in scan.table.chunks() for row in rows]
+    some = scan.table.select(np.arange(0, len(scan), max(1, len(scan) // SAMPLE_ROWS)))
+    scan.sample = [row_text(row, scan.compared) for _, rows in some.chunks() for row in rows] if scan.compared else []
+    scan.coverage = _coverage(scan)
     return scan
 
 
@@ -315,8 +314,7 @@ def _coverage(scan: Scan) -> dict[str, float | None]:
     Byte tokens are those that stand for a part of a character, or are written like SentencePiece's `<0xE4>`.
     """
     tokenizer = scan.tokenizer
-    rows = tokenizer(scan.sample, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    counts = Counter(i for ids in rows for i in ids)
+    counts = Counter(i for ids in _ids(tokenizer, scan.sample) for i in ids) if scan.sample else Counter()
     words = sum(len(text.split()) for text in scan.sample)
     total = max(counts.total(), 1)
     names = dict(zip(counts, tokenizer.convert_ids_to_tokens(list(counts))))
