@@ -189,12 +189,13 @@ def _example(check: Check, hit: Hit, i: int) -> dict[str, str]:
     text = row_text(one.table.row(i))
     if check.answer:
         text = sides(*one.recipe.render([one.table.row(i)], [place]))[1]
+    shown = mask(text)
     if check.where is not None:
-        at = max(0, check.where(text) - EXCERPT // 2)
-        text = "…" * (at > 0) + _short(text[at:], EXCERPT)
-    elif len(text) > EXCERPT:
-        text = f"{text[: EXCERPT // 2]} … {text[-EXCERPT // 2 :]}"
-    return {"place": place, "note": _visible(hit.notes[i]), "text": _visible(mask(text))}
+        at = max(0, len(mask(text[: check.where(text)])) - EXCERPT // 2)
+        shown = "…" * (at > 0) + _short(shown[at:], EXCERPT)
+    elif len(shown) > EXCERPT:
+        shown = f"{shown[: EXCERPT // 2]} … {shown[-EXCERPT // 2 :]}"
+    return {"place": place, "note": _visible(hit.notes[i]), "text": _visible(shown)}
 
 
 def _visible(text: str) -> str:

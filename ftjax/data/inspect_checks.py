@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax.data import textchecks
 from ftjax.data.inspect_corpus import Corpus
-from ftjax.data.inspect_scan import Scan, View, fold, unknown_id
+from ftjax.data.inspect_scan import Scan, View, fold
 from ftjax.data.similar import normalise
 
 OPTIONAL = 0.2  # a column with more empty cells than this is one that rows may leave out
@@ -70,13 +70,13 @@ def _long(view: View) -> str | None:
 
 
 def _unknown(view: View) -> str | None:
-    unknown = unknown_id(view.scan.tokenizer)
+    unknown = view.scan.unknown
     count = 0 if unknown is None else int(np.count_nonzero(np.asarray(view.ids) == unknown))
     return f"{count} unknown" if count else None
 
 
 def _special(view: View) -> str | None:
-    tokens = [t for t in view.scan.tokenizer.all_special_tokens if t in view.text]
+    tokens = [t for t in view.scan.special if t in view.text]
     return ", ".join(tokens) or None
 
 

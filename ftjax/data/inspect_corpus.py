@@ -50,7 +50,7 @@ class Corpus:
 
 
 def corpus(scans: list[Scan], seed: int) -> Corpus:
-    """Compare all rows of all parts with one another."""
+    """Compare all rows of all parts with one another, by the first source's settings."""
     texts = _Texts(scans)
     if not scans[0].data.streaming:
         texts = list(texts)

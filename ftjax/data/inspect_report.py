@@ -75,7 +75,7 @@ def _sentences(part: Statistics) -> list[str]:
     """Figures of a part, a sentence each."""
     form = "no form fits the columns" if part.form is None else f"form {part.form!r}"
     guessed = " (guessed by the columns)" if part.guessed else ""
-    groups = f"{_count(part.clusters, 'cluster')} of rows that are nearly the same"
+    groups = f"{_count(part.clusters, 'cluster')} of like rows"
     out = [f"{_count(part.rows, 'row')}, {form}{guessed}, {groups}"]
     out += [
         f"column {name!r}: {c['type']}, {c['distinct']:,} distinct, {_share(c['empty'])} empty"

@@ -68,6 +68,8 @@ class Scan:
     recipe: Recipe | None  # None: no form fits the columns
     guessed: bool
     tokenizer: object
+    special: tuple[str, ...] = ()  # the tokenizer's special tokens
+    unknown: int | None = None  # the id of its unknown token; see _unknown
     columns: dict[str, Column] = dataclasses.field(default_factory=dict)
     tokens: dict[str, array] = dataclasses.field(default_factory=lambda: defaultdict(lambda: array("i")))
     scripts: Counter = dataclasses.field(default_factory=Counter)
@@ -106,6 +108,7 @@ class Scan:
 
 def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: dict[str, Callable]) -> Scan:
     """Fill a Scan in: `checks` give a note on a row that they find, `features` one of few words for every row."""
+    scan.special, scan.unknown = tuple(scan.tokenizer.all_special_tokens), _unknown(scan.tokenizer)
     scan.columns = {name: Column(_type(kind)) for name, kind in scan.table.rows.features.items()}
     for start, rows in scan.table.chunks(CHUNK):
         for i, view in enumerate(_views(scan, rows, start), start):
@@ -151,7 +154,7 @@ def digest(text: str) -> int:
 def _views(scan: Scan, rows: list[dict], start: int) -> Iterator[View]:
     texts = {name: [_cell(scan, column, name, row[name], start + i) for i, row in enumerate(rows)]
              for name, column in scan.columns.items()}  # fmt: skip
-    whole = ["\n".join(filter(None, cells)) for cells in zip(*texts.values())]
+    whole = [row_text(row) for row in rows]
     scripts = [_script(scan, text) for text in whole]
     if scan.recipe is None:
         text_columns = [name for name, column in scan.columns.items() if column.text]
@@ -209,7 +212,7 @@ def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
     if text.strip():
         column.text = True
         column.blank = column.blank or len(text.split(None, 1)) > 1
-    elif cell is None or isinstance(cell, str | list | dict):
+    elif _is_empty(cell):
         column.empty.append(index)
     column.chars.append(len(text))
     column.digests.append(digest(text if isinstance(cell, str) else repr(cell)))
@@ -219,6 +222,13 @@ def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
         if not named and (len(column.values) > LABEL_VALUES or len(text) > LABEL_LENGTH and not isinstance(cell, list)):
             column.values = None
     return text
+
+
+def _is_empty(cell) -> bool:
+    """Whether a cell holds neither text nor a number, nor anything inside it."""
+    if isinstance(cell, list | dict):
+        return all(map(_is_empty, cell.values() if isinstance(cell, dict) else cell))
+    return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -322,12 +332,12 @@ def _coverage(scan: Scan) -> dict[str, float | None]:
     unspaced = sum(scan.scripts[name] for name in UNSPACED) > 0.5 * scan.scripts.total()
     return {
         "tokens_per_word": None if unspaced or not words else counts.total() / words,
-        "unknown": counts[unknown_id(tokenizer)] / total,
+        "unknown": counts[scan.unknown] / total,
         "bytes": parts / total,
     }
 
 
-def unknown_id(tokenizer) -> int | None:
+def _unknown(tokenizer) -> int | None:
     """The id of the unknown token; none where it has another office too, as in GPT-2, whose bytes know every text."""
     offices = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in offices else tokenizer.unk_token_id
