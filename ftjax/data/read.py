@@ -13,6 +13,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 NESTING = 100  # lists and objects within one another that a row may have
+PIECE = 1 << 20  # bytes of an array that are read at once
 
 
 def read(source: str, key: str = "data.train") -> datasets.Dataset:
@@ -161,7 +163,8 @@ def _batches(name: str, key: str) -> Iterator[pyarrow.RecordBatch]:
                 text = _Text(name, handle)
                 yield from _gather(READERS[suffix](text), text)
     except OSError as e:
-        raise FtjaxError(f"{key}: {name} cannot be read: {e.strerror or e}; check the file and its permissions") from e
+        reason = os.strerror(e.errno) if e.errno else e
+        raise FtjaxError(f"{key}: {name} cannot be read: {reason}; check the file and its permissions") from e
 
 
 def _gather(rows: Iterable[dict], text: _Text) -> Iterator[pyarrow.RecordBatch]:
@@ -233,9 +236,9 @@ class _Text:
                 yield line
 
     def pieces(self) -> Iterator[str]:
-        """The text, about a megabyte a piece; `line` is that of the piece's end."""
+        """The text, PIECE bytes at a time; `line` is that of the piece's end."""
         self.line, decoder = 1, codecs.getincrementaldecoder("utf-8")()
-        while data := self.handle.read(1 << 20):
+        while data := self.handle.read(PIECE):
             self.size += len(data)
             text = self._decoded(data, decoder.decode)
             self.line += text.count("\n")

@@ -171,6 +171,11 @@ JSON_CASES = {
         b'{"a": {"k": 1}}\n{"a": {"l": "07"}}\n{"a": {}}\n',
         [{"a": {"k": 1}}, {"a": {"l": "07"}}, {"a": {}}],
     ),
+    "objects with keys in another order": (
+        "t.jsonl",
+        b'{"a": {"x": 1, "y": 2}}\n' * 2 + b'{"a": {"y": 3, "x": 4}}\n',
+        [{"a": {"x": 1, "y": 2}}] * 2 + [{"a": {"y": 3, "x": 4}}],
+    ),
     "text after nulls": ("t.jsonl", b'{"a": null}\n' * 5 + b'{"a": "x"}\n', [{"a": None}] * 5 + [{"a": "x"}]),
     "objects after nulls": (
         "t.jsonl",
@@ -317,6 +322,7 @@ CSV_CASES = {
     "quote within a bare cell": ("t.csv", b'a,b\n5" disk,2\n', [{"a": '5" disk', "b": "2"}]),
     "quoted line ends": ("t.csv", b'a,b\n"1\n2\r\n3\r4",5\n', [{"a": "1\n2\r\n3\r4", "b": "5"}]),
     "row behind a row over lines": ("t.csv", b'a,b\n"1\n2",3\n4\n', r" line 4: expected 2 cells \(a, b\), found 1"),
+    "ragged row over lines": ("t.csv", b'a,b\n"1\n2",3,4\n', r" line 2: expected 2 cells \(a, b\), found 3"),
     "quoted separators": ("t.csv", b'a,b\n"1,2",3\n', [{"a": "1,2", "b": "3"}]),
     "too few cells": ("t.csv", b"a,b\n1,2\n3\n", r" line 3: expected 2 cells \(a, b\), found 1"),
     "too many cells": (

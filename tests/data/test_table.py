@@ -53,6 +53,7 @@ def test_rows_are_read_exactly_in_any_chunks_and_places(folder, rows, size, suff
     whole = read_table(str(path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "CHUNK", size)
+        patch.setattr(read, "PIECE", size)
         table = read_table(str(path), folder=folder if streaming else None)
     assert exact(all_rows(table)) == exact(complete(rows))
     assert exact(map(table.row, range(len(table)))) == exact(complete(rows))
