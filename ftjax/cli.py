@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--template", help='prompt over the columns of --prompts, such as "Words: {src}"; a run brings its own'
     )
+    sub.add_argument("--chat", action="store_true", help="a prompt is what a user says, for the chat template to show")
     sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of text to the terminal")
     sub.add_argument("--max-new-tokens", type=int, default=64)
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -206,7 +207,7 @@ def _generate(args, overrides) -> None:
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}
     rows = answer(
-        args.model, prompts, args.prompts, template=args.template, max_new_tokens=args.max_new_tokens,
+        args.model, prompts, args.prompts, template=args.template, chat=args.chat, max_new_tokens=args.max_new_tokens,
         stop=tuple(args.stop), **sampling,
     )  # fmt: skip
     if args.out:

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import config as configs
+from ftjax.data import chat_templates
+from ftjax.data.template import Rendered
+from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, tokenizer, weights
 from ftjax.models.decoder import Decoder
@@ -59,9 +62,6 @@ class LM:
 
         stop: strings of one token each that end an answer beside the model's own end tokens.
         """
-        from ftjax.data.template import Rendered
-        from ftjax.data.tokenise import encode_prompts
-
         ids = [i.tolist() for i in encode_prompts([Rendered(prompt=text) for text in prompts], self.tokenizer)]
         return continue_ids(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
 
@@ -102,15 +102,18 @@ def _logits(model, variables, ids, positions, segments):
     return model.apply(variables, ids, positions, segments)
 
 
-def open_base(folder: Path, dtype: str = "auto", end: str = "") -> tuple[LM, Spec]:
+def open_base(folder: Path, dtype: str = "auto", config=None) -> tuple[LM, Spec]:
     """The model in a local directory, on the default device, and its Spec with the default tuning.
 
-    dtype: see ftjax.load; end: a token that ends answers beside those that the directory names.
+    dtype: see ftjax.load; config: of a run, whose chat template and end token then take the directory's place.
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocab(words, shape.vocab_size)
+    if config is not None:
+        words = chat_templates.installed(config, words)
+    end = "" if config is None else config.data.end
     compute = compute_dtype(dtype)
     params = weights.read_params(folder, family, shape, dtype=lambda path: compute)
     lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))

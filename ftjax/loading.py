@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.errors import FtjaxError
-from ftjax.hub import peft, resolve
+from ftjax.hub import peft, resolve, tokenizer
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import RUN, open_run
 from ftjax.tuning import METHODS
@@ -43,6 +43,10 @@ def _load_adapter(folder: Path, dtype: str) -> LM:
             f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on"
         )
     lm, spec = open_base(resolve.resolve(base, adapter_config.get("revision") or ""), dtype)
+    text = tokenizer.chat_template(folder)
+    if text:  # of the adapter's own training; the base may have none, or another
+        lm.tokenizer.chat_template = text
+        lm = dataclasses.replace(lm, end_tokens=tokenizer.end_tokens(lm.folder, lm.tokenizer))
     trained, fields = method.from_peft(adapter_config, tensors, lm.params, spec)
     spec.tuning.update(fields)
     return _with(lm, method.variables(jax.tree.map(jnp.asarray, trained), lm.params, spec))

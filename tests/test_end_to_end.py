@@ -158,3 +158,38 @@ def test_public_names_are_there_and_importing_them_is_free():
     assert callable(ftjax.train) and callable(ftjax.evaluate)
     with pytest.raises(AttributeError, match="no attribute"):
         ftjax.nothing  # noqa: B018
+
+
+@pytest.mark.slow
+def test_a_mixture_of_cleaned_chats_from_disk_comes_back_with_its_template(tmp_path):
+    """The whole way of the data in one run: mixed, cleaned, streamed, templated, packed; its losses, its leavings."""
+    rows = [{"prompt": f"Say {word}", "completion": f"{word}, {word}!"} for word in ("one", "two", "six", "ten") * 12]
+    chats = [
+        {"conversations": [{"from": "human", "value": f"Is {i} big?"}, {"from": "gpt", "value": "No." * (i % 3 + 1)}]}
+        for i in range(24)
+    ]
+    for name, content in (("rows", rows), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    c = settings(assets.resolve("builtin:stories260K"), "lora", tmp_path / "run", ("adapter", "merged"))
+    c.data.update(prompt="", completion="", limit=0, packing=True, streaming=True, max_length=128, template="plain")
+    c.data.update(end="<s>", split=(0.5, 0.5, 0.0), cache=str(tmp_path / "cache"))
+    c.data.mixture = (
+        {"train": str(tmp_path / "rows.jsonl"), "weight": 0.5, "system": "Be short."},
+        {"train": str(tmp_path / "chats.jsonl"), "weight": 0.5, "clean.exact": True},
+    )
+    said = []
+    result = ftjax.train(c, say=said.append)
+    assert any("mixture: chats is 50.0% of an epoch's rows" in line for line in said)
+    validated = [row for row in read_metrics(tmp_path / "run") if "val_loss" in row]
+    assert result.steps == 4 and validated
+    for row in validated:
+        assert min(row["val_loss/rows"], row["val_loss/chats"]) < row["val_loss"]
+        assert row["val_loss"] < max(row["val_loss/rows"], row["val_loss/chats"])
+    text = ftjax.load(tmp_path / "run").tokenizer.chat_template
+    for folder in ("adapter", "merged"):
+        assert ftjax.load(tmp_path / "run" / folder).tokenizer.chat_template == text
+    (answered,) = import_module("ftjax.evaluation.run").answer(str(tmp_path / "run"), ["Is 3 big?"], max_new_tokens=2)
+    lm = ftjax.load(tmp_path / "run" / "merged")
+    asked = [{"role": "user", "content": "Is 3 big?"}]
+    shown = lm.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert answered["prompt"].replace("<s> ", "<s>") == shown  # decoding puts a blank behind a special token

@@ -256,7 +256,9 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
             source.tables["train"], made, failed = augment(table, source.data, config.seed, folder)
             source.notes.extend([f"synthetic rows: {_counts(made)}"] if made else [])
             source.notes.extend(
-                [f"no synthetic row unlike those there could be made by {_counts(failed)}"] if failed else []
+                [f"synthetic rows given up, for no draw differed from the rows there: {_counts(failed)}"]
+                if failed
+                else []
             )
     return sources, gone
 

@@ -197,8 +197,8 @@ def code() -> str:
     import transformers
 
     here = Path(__file__).parent
-    names = ("template.py", "chat_templates.py", "tokenise.py", "prepare.py", "store.py")
-    texts = [(here / name).read_bytes() for name in names if (here / name).is_file()]
+    names = ("template.py", "chat_templates.py", "tokenise.py", "prepare.py", "store.py", "../hub/tokenizer.py")
+    texts = [(here / name).read_bytes() for name in names]
     return digest(tokenizers.__version__, transformers.__version__, *texts)
 
 
@@ -222,19 +222,29 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
     if processes <= 1:
         yield from (encode(*task) for task in tasks)
         return
-    with _pool(processes) as pool:
+    with _pool(processes, encode) as pool:
         # A few chunks a process at a time, read in order: the first bad row is the one that is told of.
         waiting = collections.deque()
         for task in tasks:
-            waiting.append(pool.apply_async(encode, task))
+            waiting.append(pool.apply_async(_encode, task))
             if len(waiting) == 4 * processes:
                 yield waiting.popleft().get()
         while waiting:
             yield waiting.popleft().get()
 
 
+def _install(encode) -> None:
+    """In a worker: keep the encoder, whose tokenizer takes longer to send than a chunk takes to encode."""
+    global _encode
+    _encode = encode
+
+
+def _encode(rows: list[dict], places: list[str]) -> list[Example]:
+    raise NotImplementedError("a worker's encoder comes by _install")
+
+
 @contextlib.contextmanager
-def _pool(processes: int):
+def _pool(processes: int, encode):
     """Spawned workers that do not run the caller's main module again: a script need not guard its own."""
     import multiprocessing
     import sys
@@ -245,7 +255,7 @@ def _pool(processes: int):
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes already share the cores out
     try:
-        pool = multiprocessing.get_context("spawn").Pool(processes)
+        pool = multiprocessing.get_context("spawn").Pool(processes, _install, (encode,))
     finally:
         main.__dict__.update(hidden)
         os.environ.pop("TOKENIZERS_PARALLELISM")

@@ -96,12 +96,21 @@ def renderer(
         if rendered.messages is None and template:
             rendered = Rendered(messages=_asked_and_answered(rendered.prompt, rendered.completion))
         if rendered.messages is not None:
+            if not any(_answers_with(message) for message in rendered.messages):
+                raise FtjaxError(f"{place}: no assistant message with any text: nothing to train on")
             return _conversation(rendered.messages, row, place, template, system)
         if system:
             raise FtjaxError(f"{place}: data.system is for conversations, and this row is none: set data.template too")
         return rendered
 
     return whole
+
+
+def asked(row: dict, place: str, template: str = "", system: str = "") -> Rendered:
+    """A row with `messages`, `conversations` or a `prompt` as a conversation to go on with; it needs no answer."""
+    column = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    messages = _turns(row, column, place) if column else ({"role": "user", "content": field(row, "prompt", place)},)
+    return _conversation(messages, row, place, template, system)
 
 
 def reference(rendered: Rendered) -> str:
@@ -205,14 +214,16 @@ SAID = {"preference": "the chosen answer is trained, the rejected one is not use
 # ---------------------------------------------------------------------------------------------- conversations
 
 
+def _answers_with(message: dict) -> bool:
+    return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
+
+
 def _asked_and_answered(prompt: str, completion: str) -> tuple[dict, ...]:
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
 
 
 def _conversation(messages: tuple[dict, ...], row: dict, place: str, template: str, system: str) -> Rendered:
     """Messages with the row's system text, or else the config's, before them, and the row's tools beside them."""
-    if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
-        raise FtjaxError(f"{place}: no assistant message with any text: nothing to train on")
     system = row["system"] if isinstance(row.get("system"), str) and row["system"] else system
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = ({"role": "system", "content": system}, *messages)

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 from ftjax import config as configs
-from ftjax.data import read, template
+from ftjax.data import read
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import prepare
+from ftjax.data.template import Rendered, asked, fill, parse
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
@@ -67,37 +68,41 @@ def answer(
     file: str | None = None,
     *,
     template: str | None = None,
+    chat: bool = False,
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
     **sampling,
 ) -> list[dict]:
     """One {"prompt", "completion"} for each of `prompts` and then for each row of `file`.
 
-    file: rows with a column `prompt`, with `messages` (through the chat template, up to the last answer), or with the
-    columns of `template`; a run folder brings the template that it was trained with. sampling: see generate.generate.
+    file: rows with a column `prompt`, with `messages` or `conversations` (through the chat template, up to the last
+    answer), or with the columns of `template`; a run folder brings the template that it was trained with. chat: every
+    prompt is what a user says, shown by the chat template; so it is where the run's `data.template` is set. sampling:
+    see generate.generate.
     """
     config = _config(model, None, ())
     lm = model if isinstance(model, LM) else load(model)
-    rendered = [_prompt(text) for text in prompts]
+    data = config.data
+
+    def prompt(text: str, place: str = "--prompt") -> Rendered:
+        if chat or data.template:
+            return asked({"prompt": text}, place, data.template, data.system)
+        return Rendered(prompt=text)
+
+    rendered = [prompt(text) for text in prompts]
     if file:
-        rendered += _rendered(file, template or config.data.prompt)
-    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer)]
+        rows = read.read(file, "--prompts")
+        places = [f"{file} row {i}" for i in range(1, len(rows) + 1)]
+        before = template or data.prompt
+        if not before and {"messages", "conversations"} & set(rows.column_names):
+            rendered += [asked(row, place, data.template, data.system) for row, place in zip(rows, places)]
+        else:
+            only = rows.column_names == ["text"]
+            parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
+            rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
+    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end)]
     texts = continue_ids(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
     shown = [
         r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)
     ]
     return [{"prompt": p, "completion": c} for p, c in zip(shown, texts, strict=True)]
-
-
-def _prompt(text: str) -> template.Rendered:
-    return template.Rendered(prompt=text)
-
-
-def _rendered(file: str, prompt: str) -> list[template.Rendered]:
-    rows = read.read(file, "--prompts")
-    if not prompt and "messages" in rows.column_names:
-        return [template.Rendered(messages=tuple(row["messages"])) for row in rows]
-    if not prompt and "prompt" not in rows.column_names and rows.column_names == ["text"]:
-        return [_prompt(row["text"]) for row in rows]
-    parts = template.parse(prompt or "{prompt}", "--template")
-    return [_prompt(template.fill(parts, row, f"{file} row {i}")) for i, row in enumerate(rows, 1)]

@@ -112,6 +112,15 @@ def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:
     return ids[next((at for at, i in enumerate(ids) if i in special), len(ids)) :]
 
 
+def chat_template(folder: Path) -> str:
+    """The Jinja text of the chat template in a directory, without its tokenizer; empty where there is none."""
+    file, settings = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    text = read_json(settings).get("chat_template") if settings.is_file() else None
+    return text if isinstance(text, str) else ""
+
+
 def write_chat_template(folder: Path, chat_template: str) -> None:
     """Make a Jinja text the chat template of the tokenizer in `folder`, in place of any other that it has.
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import config as configs
+from ftjax.data import chat_templates
 from ftjax.data.batches import Batches, ahead, loader
 from ftjax.data.prepare import prepare
 from ftjax.data.preview import show
@@ -89,7 +90,8 @@ def train(config, say=print) -> Result:
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocab(words, shape.vocab_size)
-    ends = tokenizer.end_tokens(folder, words, config.data.end)
+    chatty = chat_templates.installed(config, words)
+    ends = tokenizer.end_tokens(folder, chatty, config.data.end)
     dtype = compute_dtype(config.model.dtype)
     model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning)
@@ -182,7 +184,7 @@ def train(config, say=print) -> Result:
             return {"val_loss": sum(f["loss"] * f["tokens"] for f in found.values()) / tokens} | each
 
         def measure(trained):
-            lm = LM(model, None, {}, words, folder, ends)
+            lm = LM(model, None, {}, chatty, folder, ends)
             return compare.measure(lm, applied(trained, frozen), data, config)
 
         # ---- the state before, and the state to go on from ---------------------------------------------------------
@@ -289,7 +291,7 @@ def train(config, say=print) -> Result:
             trained = checkpoints.trained(kept, abstract)
         del state
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
-        lm = LM(model, None, {}, words, folder, ends)
+        lm = LM(model, None, {}, chatty, folder, ends)
         source = Trained(config.tuning.method, trained, frozen, spec, lm, base_name(config, folder), config.to_dict())
         for format in dict.fromkeys(formats):
             written = export.write(
