@@ -6,6 +6,7 @@ B batch, T tokens, D width, d head size, R rank; kernels lie (out, in), as Huggi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,21 @@ from flax import linen as nn
 
 from ftjax.models.axes import constrain
 
-# name in the `adapter` collection -> how it changes a linear map; filled by the files of ftjax.tuning.
-# f(x, y, kernel, leaves, rng) -> y: x (B, T, in), y = x kernelᵀ + bias (B, T, out), leaves: what the collection holds
-# under that name for this layer, rng: a key while training, None otherwise.
-ADAPTERS: dict[str, Callable] = {}
+
+class Adapter(NamedTuple):
+    """How one kind of adapter changes a linear map.
+
+    before(x, leaves, rng) -> x (B, T, in), which the map is then applied to; after(x, y, kernel, leaves, rng) -> y: y =
+    x kernelᵀ + bias (B, T, out). leaves: what the `adapter` collection holds under the adapter's name for this layer;
+    rng: a key while training, None otherwise.
+    """
+
+    before: Callable = lambda x, leaves, rng: x
+    after: Callable = lambda x, y, kernel, leaves, rng: y
+
+
+# name in the `adapter` collection -> Adapter; filled by the files of ftjax.tuning
+ADAPTERS: dict[str, Adapter] = {}
 
 
 @jax.custom_vjp
@@ -53,19 +65,24 @@ class Linear(nn.Module):
     def __call__(self, x):
         """x (B, T, in) -> (B, T, features)."""
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
-        kernel = kernel.astype(self.dtype)
-        y = project(x, kernel)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return adapted(self, x, y, kernel)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        return adapted_project(self, x, kernel.astype(self.dtype), bias)
 
 
-def adapted(module: nn.Module, x, y, kernel):
-    """`y` as the adapters in `module`'s own scope of the `adapter` collection change it; without any, `y` itself."""
-    for name, apply in ADAPTERS.items():
+def adapted_project(module: nn.Module, x, kernel, bias=None):
+    """x kernelᵀ + bias, as the adapters in `module`'s own scope of the `adapter` collection change it."""
+    found = []
+    for name, adapter in ADAPTERS.items():
         if module.has_variable("adapter", name):
             rng = module.make_rng("dropout") if module.has_rng("dropout") else None
-            y = apply(x, y, kernel, module.get_variable("adapter", name), rng)
+            found.append((adapter, module.get_variable("adapter", name), rng))
+    for adapter, leaves, rng in found:
+        x = adapter.before(x, leaves, rng)
+    y = project(x, kernel)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    for adapter, leaves, rng in found:
+        y = adapter.after(x, y, kernel, leaves, rng)
     return y
 
 
@@ -110,8 +127,7 @@ class Embedding(nn.Module):
 
     def attend(self, x):
         """x (B, T, D) -> (B, T, V): the product with every row of the table."""
-        kernel = self.embedding.astype(self.dtype)
-        return adapted(self, x, project(x, kernel), kernel)
+        return adapted_project(self, x, self.embedding.astype(self.dtype))
 
 
 def dropout(module: nn.Module, x, rate: float):

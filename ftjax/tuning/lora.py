@@ -15,7 +15,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.models.decoder import parameter_axes
-from ftjax.models.layers import ADAPTERS, project
+from ftjax.models.layers import ADAPTERS, Adapter, project
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
 from ftjax.tuning.lora_peft import lora_from_peft, lora_to_peft
@@ -31,7 +31,7 @@ def apply(x, y, kernel, leaves, rng):
     return y + project(low, leaves["b"].astype(x.dtype))
 
 
-ADAPTERS["lora"] = apply
+ADAPTERS["lora"] = Adapter(after=apply)
 
 
 def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:

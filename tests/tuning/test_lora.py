@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import peft as peft_files
-from ftjax.models.layers import ADAPTERS
+from ftjax.models.layers import ADAPTERS, Adapter
 from ftjax.objectives import causal
 from ftjax.training.optimizer import optimizer
 from ftjax.training.step import compile_step, init_state
@@ -246,7 +246,7 @@ def test_every_adapted_map_draws_its_own_dropout(monkeypatch):
         jax.debug.callback(lambda key: keys.append(tuple(key.tolist())), jax.random.key_data(rng))
         return y
 
-    monkeypatch.setitem(ADAPTERS, "lora", record)
+    monkeypatch.setitem(ADAPTERS, "lora", Adapter(after=record))
     variables = method.variables(trained, frozen, pair.spec)
     pair.model.apply(variables, jnp.ones((1, 4), jnp.int32), rngs={"dropout": jax.random.key(0)})
     jax.effects_barrier()
