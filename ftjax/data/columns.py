@@ -114,7 +114,23 @@ def encode(cells: list, kind: pa.DataType) -> pa.Array:
     mend = _within(kind, functools.partial(json.dumps, ensure_ascii=False))
     if not mend:
         return pa.array(cells, kind)
-    return pa.array([mend(cell) for cell in cells], _storage(kind)).cast(kind)
+    return _as(pa.array([mend(cell) for cell in cells], _storage(kind)), kind)
+
+
+def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """An array of the type `_storage(kind)` as one of `kind`, on the same buffers.
+
+    pyarrow's cast (26.0) gives lists of nulls within an object too few values.
+    """
+    if kind == array.type:
+        return array
+    if kind == JSON:
+        return pa.ExtensionArray.from_storage(kind, array)
+    if pa.types.is_list(kind):
+        own, children = 2, [_as(array.values, kind.value_type)]
+    else:
+        own, children = 1, [_as(array.field(i), kind.field(i).type) for i in range(kind.num_fields)]
+    return pa.Array.from_buffers(kind, len(array), array.buffers()[:own], children=children)
 
 
 def decode(column: pa.Array | pa.ChunkedArray) -> list:
@@ -229,13 +245,13 @@ def _adopt(column: pa.Array) -> pa.Array:
     kind = plain(column.type)
     if column.type != kind:
         column = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
-        column = column.cast(_storage(kind)).cast(kind)
+        column = column.cast(_storage(kind))
     column.validate(full=True)
-    if all(pc.all(pc.is_finite(leaf)).as_py() is not False for leaf in _floats(column)):
-        if _within(kind, json.loads):
-            decode(column)  # raises ValueError where another program's JSON is none
+    mend = _within(kind, json.loads)  # raises ValueError where another program's JSON is none
+    if not mend and all(pc.all(pc.is_finite(leaf)).as_py() is not False for leaf in _floats(column)):
         return column
-    return encode([_without_nan(cell) for cell in decode(column)], kind)
+    cells = column.to_pylist()
+    return encode([_without_nan(mend(cell) if mend else cell) for cell in cells], kind)
 
 
 def _floats(array: pa.Array) -> Iterator[pa.Array]:

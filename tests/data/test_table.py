@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ftjax.data import columns, read
@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=150, deadline=None)
+@example(rows=[{"a": {"b": {}, "c": [None, None]}}], size=1, suffix=".jsonl", streaming=False)
 @given(rows=rows, size=st.integers(1, 4), suffix=st.sampled_from([".jsonl", ".json"]), streaming=st.booleans())
 def test_rows_are_read_exactly_in_any_chunks_and_places(folder, rows, size, suffix, streaming):
     path = folder / f"t{suffix}"
