@@ -131,7 +131,7 @@ class Part:
             for start in range(0, len(piece.kept), CHUNK):
                 chunk = piece.table.select(piece.kept[start : start + CHUNK])
                 places = [chunk.place(i) for i in range(len(chunk))]
-                rendered = piece.recipe.render(chunk.rows.to_list(), places)
+                rendered = piece.recipe.render([row for _, rows in chunk.chunks() for row in rows], places)
                 yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end)
 
     def of_source(self, index: int) -> Examples:
