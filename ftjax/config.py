@@ -115,6 +115,9 @@ def default() -> ml_collections.ConfigDict:
     optim.b2 = 0.999
     optim.eps = 1e-8
     optim.clip_norm = 1.0  # global norm; 0 turns clipping off
+    optim.layer_decay = 1.0  # each layer learns this many times as fast as the one above it, embeddings as one below
+    # the lowest; 1: all alike. 0.7 to 0.95 keep low layers near what pretraining made of them
+    optim.lora_plus = 1.0  # B of LoRA learns this many times as fast as A; 1: as A
 
     c.train = train = ml_collections.ConfigDict()
     train.batch_size = placeholder(int)  # rows (packed rows when packing) a step; None: the method's default
@@ -406,6 +409,8 @@ def validate(config) -> None:
     for key in ("optim.final_lr", "optim.decay", "generate.top_p"):
         need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     need("optim.lr", lambda v: v is None or v > 0, "more than 0")
+    need("optim.layer_decay", lambda v: 0 < v <= 1, "more than 0 and at most 1")
+    need("optim.lora_plus", lambda v: v > 0, "more than 0")
     need("data.temperature", lambda v: v > 0, "more than 0")
     for key in ("data.group_near", "data.clean.near", "data.augment.rate"):
         need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")

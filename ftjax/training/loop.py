@@ -32,7 +32,7 @@ from ftjax.objectives import causal
 from ftjax.training import export, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
-from ftjax.training.optimizer import optimizer, schedule
+from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import Trained, base_name, claim
 from ftjax.training.step import State, compile_step, init_state
@@ -156,7 +156,7 @@ def train(config, say=print) -> Result:
 
         # ---- the step ----------------------------------------------------------------------------------------------
         rate = schedule(config.optim, steps, config.optim.lr)
-        optim = optimizer(config.optim, rate)
+        optim = optimizer(config.optim, rate, multipliers(config.optim, shape.layers, method.lr_scale))
         everywhere = NamedSharding(mesh, PartitionSpec())
         moments = sharding.optimizer_shardings(optim, trained_shapes, places, mesh)
         state_places = State(everywhere, places, moments)

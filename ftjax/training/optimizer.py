@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ftjax.tree import map_paths
@@ -36,8 +39,33 @@ def decayed(params) -> dict:
     return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "bias"), params)
 
 
-def optimizer(config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Global-norm clipping, then the optimizer `config.name` with decoupled weight decay. Adds -lr · direction."""
+def multipliers(config, layers: int, lr_scale: Callable = lambda path, optim: 1.0) -> Callable:
+    """Function of a trained leaf's path and the leaf itself -> what the learning rate is multiplied by there.
+
+    The product of what the tuning method says (`Method.lr_scale`) and of layer-wise decay (Howard & Ruder 2018; Clark
+    et al. 2020, ELECTRA): decay^(L-1-l) in layer l, of shape (L, 1, ...) for stacked leaves; decay^L for what comes
+    before the blocks, a tied head with it; 1 for what comes behind. layers: L.
+    """
+
+    def multiplier(path: str, leaf):
+        first, decay = path.split("/", 1)[0], config.layer_decay
+        below = 0
+        if first == "layers":
+            below = layers - 1 - np.arange(layers).reshape(layers, *(1,) * (leaf.ndim - 1))
+        elif first not in ("final_norm", "lm_head"):
+            below = layers
+        return np.float32(lr_scale(path, config) * decay**below)
+
+    return multiplier
+
+
+def optimizer(
+    config, learning_rate: optax.Schedule, multiplier: Callable | None = None
+) -> optax.GradientTransformation:
+    """Global-norm clipping, then the optimizer `config.name` with decoupled weight decay. Adds -lr · direction.
+
+    multiplier: see `multipliers`; it scales the whole update of a leaf, weight decay included.
+    """
     c = config
     decay = optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay else optax.identity()
     direction = {
@@ -48,7 +76,10 @@ def optimizer(config, learning_rate: optax.Schedule) -> optax.GradientTransforma
         "muon": lambda: _muon(c),
     }[c.name]()
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
-    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(learning_rate))
+    scale = optax.identity()
+    if multiplier:
+        scale = optax.stateless(lambda updates, _: map_paths(lambda path, u: u * multiplier(path, u), updates))
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(learning_rate), scale)
 
 
 def _muon(c):

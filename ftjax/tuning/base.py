@@ -28,7 +28,8 @@ class Method:
     to_peft(trained, frozen, spec) -> (adapter_config, {tensor name: array}) in PEFT's format; None where PEFT has none.
     from_peft(adapter_config, tensors, base, spec) -> (trained, fields): the way back, and the fields of config.tuning
     that describe it. `peft_type` is the name by which adapter_config.json calls the method. axes(path) -> logical axes
-    of a trained leaf, see ftjax.models.axes.
+    of a trained leaf, see ftjax.models.axes. lr_scale(path, optim) -> how many times faster than `optim.lr` the trained
+    leaf at `path` learns; optim: config.optim.
     """
 
     init: Callable
@@ -38,6 +39,7 @@ class Method:
     from_peft: Callable | None = None
     peft_type: str = ""
     axes: Callable[[str], tuple] = parameter_axes
+    lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ftjax import config as configs
-from ftjax.training.optimizer import optimizer, schedule
+from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.tree import flatten
 
 NAMES = configs.CHOICES["optim.name"]
@@ -202,3 +202,36 @@ def test_clipping_bounds_the_whole_tree():
     moved = run(optimizer(config, lambda step: 1.0), params, [gradient])[0]
     norm = np.sqrt(sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params))))
     assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_lower_layers_learn_slower():
+    """Adam's first step has the size of the learning rate: what each leaf moves by is its multiplier."""
+    params = {
+        "embed": {"embedding": jnp.ones((5, 4))},
+        "pos_embed": {"embedding": jnp.ones((3, 4))},
+        "layers": {"attn": {"q_proj": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}}},
+        "final_norm": {"scale": jnp.ones(4)},
+        "lm_head": {"kernel": jnp.ones((5, 4))},
+    }
+    config = optim(name="adamw", clip_norm=0.0, layer_decay=0.5)
+    moved = run(optimizer(config, lambda step: 1e-2, multipliers(config, 3)), params, [params])[0]
+    want = {"embed": 0.125, "pos_embed": 0.125, "final_norm": 1.0, "lm_head": 1.0}
+    for path, x in flatten(moved).items():
+        factor = want.get(path.split("/")[0], np.array([0.25, 0.5, 1.0]).reshape(3, *(1,) * (x.ndim - 1)))
+        np.testing.assert_allclose(x, 1 - 1e-2 * factor * np.ones(x.shape), rtol=1e-6, err_msg=path)
+
+
+def test_a_method_scales_its_leaves_and_their_decay_with_them():
+    """As parameter groups of torch do, whose learning rate acts on weight decay too."""
+    config = optim(name="adamw", weight_decay=0.5, clip_norm=0.0, lora_plus=16.0)
+    b_faster = lambda path, optim: optim.lora_plus if path.endswith("lora/b") else 1.0  # noqa: E731
+    params = {"layers": {"mlp": {"up_proj": {"lora": {"a": jnp.ones((2, 3, 4)), "b": jnp.ones((2, 5, 3))}}}}}
+    gradients = [jax.tree.map(lambda x, s=s: x * s, params) for s in (1.0, -3.0, 2.0)]
+    ours = flatten(run(optimizer(config, lambda step: 1e-2, multipliers(config, 2, b_faster)), params, gradients)[-1])
+    for path, rate in (("a", 1e-2), ("b", 16e-2)):
+        tensor = torch.nn.Parameter(torch.ones(()))
+        adam = torch.optim.AdamW([tensor], lr=rate, weight_decay=0.5)
+        for g in (1.0, -3.0, 2.0):
+            tensor.grad = torch.tensor(g)
+            adam.step()
+        np.testing.assert_allclose(ours[f"layers/mlp/up_proj/lora/{path}"], float(tensor), rtol=1e-5)
