@@ -18,13 +18,15 @@ from ftjax.models.axes import constrain
 class Adapter(NamedTuple):
     """How one kind of adapter changes a linear map.
 
-    before(x, leaves, rng) -> x (B, T, in), which the map is then applied to; after(x, y, kernel, leaves, rng) -> y: y =
-    x kernelᵀ + bias (B, T, out). leaves: what the `adapter` collection holds under the adapter's name for this layer;
+    before(x, leaves, rng) -> x (B, T, in), which the map is then applied to; after(x, y, kernel, bias, leaves, rng) ->
+    y: y = x kernelᵀ + bias (B, T, out), bias (out,) or None. lookup(ids, y, leaves) -> y: of a table of embeddings, y
+    (B, T, D) its rows ids (B, T). leaves: what the `adapter` collection holds under the adapter's name for this layer;
     rng: a key while training, None otherwise.
     """
 
     before: Callable = lambda x, leaves, rng: x
-    after: Callable = lambda x, y, kernel, leaves, rng: y
+    after: Callable = lambda x, y, kernel, bias, leaves, rng: y
+    lookup: Callable = lambda ids, y, leaves: y
 
 
 # name in the `adapter` collection -> Adapter; filled by the files of ftjax.tuning
@@ -82,7 +84,7 @@ def adapted_project(module: nn.Module, x, kernel, bias=None):
     if bias is not None:
         y = y + bias.astype(y.dtype)
     for adapter, leaves, rng in found:
-        y = adapter.after(x, y, kernel, leaves, rng)
+        y = adapter.after(x, y, kernel, bias, leaves, rng)
     return y
 
 
@@ -123,11 +125,15 @@ class Embedding(nn.Module):
         """ids (B, T) int -> (B, T, D)."""
         # Gathered over D before rows are taken: XLA would otherwise replicate the whole result to reshard it.
         table = constrain(self.embedding, self.axis, None)
-        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        y = jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        for name, adapter in ADAPTERS.items():
+            if self.has_variable("adapter", name):
+                y = adapter.lookup(ids, y, self.get_variable("adapter", name))
+        return y
 
     def attend(self, x):
-        """x (B, T, D) -> (B, T, V): the product with every row of the table."""
-        return adapted_project(self, x, self.embedding.astype(self.dtype))
+        """x (B, T, D) -> (B, T, V): the product with every row of the table itself, whatever changes its lookups."""
+        return project(x, self.embedding.astype(self.dtype))
 
 
 def dropout(module: nn.Module, x, rate: float):

@@ -22,7 +22,7 @@ from ftjax.tuning.lora_peft import lora_from_peft, lora_to_peft
 from ftjax.tuning.targets import by_pattern, check_patterns, module_names, select
 
 
-def apply(x, y, kernel, leaves, rng):
+def apply(x, y, kernel, bias, leaves, rng):
     """y + s · (x Aᵀ) Bᵀ, with dropout on x where `leaves` holds a rate and a key is given."""
     if "dropout" in leaves and rng is not None:
         keep = 1.0 - leaves["dropout"]

@@ -227,7 +227,7 @@ def test_dropout_statistics():
     rate, n = 0.3, 512
     leaves = {"a": jnp.eye(n), "b": jnp.eye(n), "scale": jnp.float32(2.0), "dropout": jnp.float32(rate)}
     x, y = jnp.ones((2, 100, n)), jnp.full((2, 100, n), 5.0)
-    change = np.asarray(lora.apply(x, y, None, leaves, jax.random.key(0))) - 5.0
+    change = np.asarray(lora.apply(x, y, None, None, leaves, jax.random.key(0))) - 5.0
     dropped = np.abs(change) < 1e-6
     np.testing.assert_allclose(change[~dropped], 2.0 / (1 - rate), rtol=1e-5)
     deviation = (rate * (1 - rate)) ** 0.5
@@ -235,14 +235,14 @@ def test_dropout_statistics():
     for axis in range(3):  # no row, place or column is dropped as one
         means = dropped.mean(axis=tuple({0, 1, 2} - {axis}))
         assert np.abs(means - rate).max() < 5 * deviation / (dropped.size / len(means)) ** 0.5
-    np.testing.assert_allclose(lora.apply(x, y, None, leaves, None), 7.0)
+    np.testing.assert_allclose(lora.apply(x, y, None, None, leaves, None), 7.0)
 
 
 def test_every_adapted_map_draws_its_own_dropout(monkeypatch):
     pair, method, _, trained, frozen = trained_pair()
     keys = []
 
-    def record(x, y, kernel, leaves, rng):
+    def record(x, y, kernel, bias, leaves, rng):
         jax.debug.callback(lambda key: keys.append(tuple(key.tolist())), jax.random.key_data(rng))
         return y
 
