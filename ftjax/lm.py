@@ -19,7 +19,7 @@ from ftjax.data.template import Rendered
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, tokenizer, weights
-from ftjax.models.decoder import Decoder
+from ftjax.models.decoder import Decoder, max_tokens
 from ftjax.tuning import Spec
 
 
@@ -43,13 +43,18 @@ class LM:
         """What `model.apply` takes."""
         return {"params": self.params, "adapter": self.adapter} if self.adapter else {"params": self.params}
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a row may have: the model's positions, less those of virtual tokens."""
+        return max_tokens(self.model.config, self.variables)
+
     def logits(self, input_ids, attention_mask=None) -> np.ndarray:
         """input_ids, attention_mask (B, T) int -> logits (B, T, V) float32; padding may lie on either side."""
         ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(np.asarray(attention_mask), jnp.int32)
         if ids.ndim != 2 or mask.shape != ids.shape:
             raise FtjaxError(f"logits: expected ids and mask of one shape (B, T); found {ids.shape} and {mask.shape}")
-        if ids.shape[1] > (limit := self.model.config.max_positions):
+        if ids.shape[1] > (limit := self.max_tokens):
             raise FtjaxError(f"logits: rows of {ids.shape[1]} tokens exceed the model's {limit} positions")
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         return np.asarray(_logits(self.model, self.variables, ids, positions, mask))

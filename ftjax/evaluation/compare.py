@@ -15,6 +15,7 @@ from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import METRICS, find, score
 from ftjax.files import replace_text
 from ftjax.lm import continue_ids
+from ftjax.models.decoder import max_tokens
 
 LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
 
@@ -38,7 +39,7 @@ def measure(lm, variables, data, config) -> dict:
     result |= scores
     if ev.forgetting:
         documents = read_documents(assets.resolve(ev.forgetting))
-        limit = lm.model.config.max_positions
+        limit = max_tokens(lm.model.config, variables)
         forgetting = text_loss(loss, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
         result["forgetting_loss"] = forgetting["loss"]
     return result | {"samples": samples}

@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import constrain
-from ftjax.models.decoder import make_cache
+from ftjax.models.decoder import as_prefix, make_cache, max_tokens
 
 EXCLUDED = -1e30  # finite, as a logit that is never drawn
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
@@ -41,7 +41,7 @@ def generate(
     on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer).
 
     Raises FtjaxError for a setting out of its range, an empty prompt, and a prompt that with its answer exceeds the
-    model's positions.
+    model's positions, less those of virtual tokens.
     """
     for name, value, good, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
@@ -52,7 +52,7 @@ def generate(
     ):
         if not good:
             raise FtjaxError(f"generate.{name}: expected {wanted}; found {value}")
-    limit = model.config.max_positions
+    limit = max_tokens(model.config, variables)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise FtjaxError(f"prompt {number} holds no token; give at least one, such as the model's BOS")
@@ -98,6 +98,7 @@ def _decode(model, variables, tokens, lengths, rows, key, N, sampling, end_token
     """
     B, P = tokens.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    variables = as_prefix(model, variables)
 
     def step(tokens, positions, segments, cache):
         x, cache = model.apply(variables, tokens, positions, segments, cache, method="hidden")

@@ -32,7 +32,7 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
     lm = model if isinstance(model, LM) else load(model)
     if data:
         config.data.update(train=data, validation="", test="", mixture=(), split=(1.0, 0.0, 0.0), limit=0)
-    prepared = prepare(config, lm.tokenizer, lm.model.config.max_positions)
+    prepared = prepare(config, lm.tokenizer, lm.max_tokens)
     part = prepared.train if data else prepared.test
     if not len(part):
         raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")

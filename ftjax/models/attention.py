@@ -1,6 +1,6 @@
 """Causal attention over rows that may be padded, packed, windowed or continued from a cache.
 
-B batch, T queries, S keys, H heads, K KV heads, G = H / K query heads a KV head, d head size.
+B batch, T queries, S keys, n keys of a prefix, H heads, K KV heads, G = H / K query heads a KV head, d head size.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
 
-def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
+def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None):
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
 
     q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B,
     S) int: a query sees the keys of its own segment only; `offset` is the place of the first query among the keys;
-    `window` tokens are seen at most, itself included (0: all). Returns (B, T, H, d) in q's dtype; the softmax is taken
-    in float32.
+    `window` tokens are seen at most, itself included (0: all). prefix: further keys k (K, d, n) and values v (K, n, d)
+    at positions 0..n-1 of every segment, which needs the queries' `positions` (B, T) from n on. Returns (B, T, H, d) in
+    q's dtype; the softmax is taken in float32.
     """
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
@@ -28,6 +29,12 @@ def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0):
     columns = jnp.arange(S)[None, :]
     seen = (columns <= rows) & ((window == 0) | (rows - columns < window))
     seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])  # (B, T, S)
+    if prefix is not None:
+        n = prefix["v"].shape[1]
+        near = (window == 0) | (positions[..., None] - jnp.arange(n) < window)  # (B, T, n)
+        seen = jnp.concatenate([near, seen], axis=-1)
+        k = jnp.concatenate([jnp.broadcast_to(prefix["k"].astype(k.dtype), (B, K, d, n)), k], axis=3)
+        v = jnp.concatenate([jnp.broadcast_to(prefix["v"].astype(v.dtype), (B, K, n, d)), v], axis=2)
     # The query heads of one KV head are folded into its rows: two plain batched products per KV head, no repeated keys.
     q = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     out = _softmax_product(q, k, v, seen, d**-0.5)

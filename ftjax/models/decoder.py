@@ -1,6 +1,7 @@
 """One decoder for GPT-2 and the LLaMA family: a block, scanned over layers.
 
-B batch, T tokens, S cache slots, D width, H heads, K KV heads, d head size, F hidden, V vocabulary, L layers.
+B batch, T tokens, n virtual tokens, S cache slots, D width, H heads, K KV heads, d head size, F hidden, V vocabulary,
+L layers.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ class Attention(nn.Module):
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
-        y = attend(q, k, v, shared["segments"], k_segments, offset=offset, window=layer["window"])
+        y = attend(
+            q, k, v, shared["segments"], k_segments, offset=offset, window=layer["window"],
+            prefix=layer.get("prefix"), positions=shared["positions"],
+        )  # fmt: skip
         y = linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d))
         return dropout(self, y, self.dropout), cache
 
@@ -117,7 +121,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, shared):
-        """carry: x (B, T, D) and the cache; layer: its `window` and `index`; shared: the same for all layers."""
+        """carry: x (B, T, D) and the cache; layer: its `window`, `index`, `prefix`; shared: the same for all."""
         x, cache = carry
         c = self.config
         h = Norm(c.norm, c.norm_eps, self.dtype, name="attn_norm")(x)
@@ -172,26 +176,56 @@ class Decoder(nn.Module):
         positions (B, T) int: place in its own document, 0 first; default: 0..T-1.
         segment_ids (B, T) int: tokens see only tokens of their own id; 0 is padding by convention; default: one
         segment. cache: from `make_cache`; the T tokens are appended at `cache["length"]`, padding included.
+
+        A soft prompt or prefix of n virtual tokens stands before every segment: places count from behind it, and a
+        token is given the position n later.
         """
-        c, (B, T) = self.config, tokens.shape
+        B, T = tokens.shape
         start = 0 if cache is None else cache["length"]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T) + start, (B, T))
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
-        if cache is not None:
-            cache = cache | {"segments": jax.lax.dynamic_update_slice(cache["segments"], segment_ids, (0, start))}
-        x = self.embed(tokens)
-        shared = {"segments": segment_ids}
+        prefix = self.prefix()
+        if prefix is not None:
+            positions = positions + prefix["v"].shape[-2]
+        x, new_cache = self.blocks(self.embed(tokens), positions, segment_ids, cache, prefix)
+        x = self.final_norm(x)
+        return x if cache is None else (x, new_cache)
+
+    def prefix(self):
+        """Keys k (L, K, d, n) and values v (L, K, n, d) of the virtual tokens that every token sees; None without any.
+
+        Either the collection `adapter` holds them as `prefix`, or embeddings `prompt` (n, D) that have them: nothing
+        stands before a soft prompt, so that its keys and values are the same for every row and every segment.
+        """
+        if self.has_variable("adapter", "prefix"):
+            return self.get_variable("adapter", "prefix")
+        if not self.has_variable("adapter", "prompt"):
+            return None
+        x = self.get_variable("adapter", "prompt").astype(self.dtype)[None]
+        n = x.shape[1]
+        cache = make_cache(self.config, 1, n, self.dtype)
+        _, cache = self.blocks(x, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32), cache)
+        return {"k": cache["k"][:, 0], "v": cache["v"][:, 0]}
+
+    def blocks(self, x, positions, segment_ids, cache, prefix=None):
+        """Embeddings x (B, T, D) -> states before the last norm (B, T, D), and the cache with theirs written."""
+        c, T = self.config, x.shape[1]
+        shared = {"segments": segment_ids, "positions": positions}
         if c.positions == "learned":
             x = x + self.pos_embed(positions)
         else:
             shared["rotary"] = rotary_tables(positions, rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         x = constrain(dropout(self, x, self.dropout), "batch", None, None)
         layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
+        if prefix is not None:
+            layer["prefix"] = prefix
+        if cache is not None:
+            segments = jax.lax.dynamic_update_slice(cache["segments"], segment_ids, (0, cache["length"]))
+            cache = cache | {"segments": segments}
         (x, cache), _ = self.layers((x, cache), layer, shared)
-        x = self.final_norm(x)
-        return x if cache is None else (x, cache | {"length": start + T})
+        return x, None if cache is None else cache | {"length": cache["length"] + T}
 
     def head(self, x):
         """Hidden states (B, T, D) -> logits (B, T, V) float32."""
@@ -212,6 +246,27 @@ def make_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32)
         "segments": jnp.full((batch, slots), -1, jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }
+
+
+def virtual_tokens(variables: dict) -> int:
+    """How many virtual tokens `variables` put before every segment: the length of their soft prompt or prefix."""
+    adapter = variables.get("adapter", {})
+    if "prompt" in adapter:
+        return adapter["prompt"].shape[0]
+    return adapter["prefix"]["v"].shape[-2] if "prefix" in adapter else 0
+
+
+def max_tokens(config: DecoderConfig, variables: dict) -> int:
+    """Tokens that a row may have: the model's positions, less those that virtual tokens take."""
+    return config.max_positions - virtual_tokens(variables)
+
+
+def as_prefix(model: Decoder, variables: dict) -> dict:
+    """`variables` with a soft prompt turned into its keys and values, which decoding would compute at every token."""
+    if "prompt" not in variables.get("adapter", {}):
+        return variables
+    others = {name: leaf for name, leaf in variables["adapter"].items() if name != "prompt"}
+    return variables | {"adapter": others | {"prefix": model.apply(variables, method="prefix")}}
 
 
 def parameter_axes(path: str) -> tuple[str | None, ...]:
