@@ -27,6 +27,12 @@ DATA_VERBS = {
     "preview": "the first batches as the model will see them",
 }
 
+# Settings of glibc's malloc that keep its pages.
+MALLOC = ":".join(
+    f"glibc.malloc.{setting}"
+    for setting in ("hugetlb=1", "mmap_max=0", "trim_threshold=1000000000", "top_pad=268435456")
+)
+
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every verb."""
@@ -152,8 +158,7 @@ def _tune_malloc() -> None:
         return
     if os.environ.get("FTJAX_MALLOC") == "0":
         return
-    tunables = "hugetlb=1 mmap_max=0 trim_threshold=1000000000 top_pad=268435456".split()
-    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{t}" for t in tunables)
+    os.environ["GLIBC_TUNABLES"] = MALLOC
     os.execv(sys.executable, [sys.executable, "-m", "ftjax", *sys.argv[1:]])
 
 
