@@ -22,6 +22,8 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
+STACKS = ("layers", "top_layers")  # where parameters of blocks lie, on a leading layer axis
+
 # The end of a parameter's path -> its logical axes (ftjax.models.axes). Stacked parameters have a layer axis before
 # these.
 PARAMETER_AXES = {
@@ -137,6 +139,9 @@ class Decoder(nn.Module):
 
     dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings and
     on what each sublayer adds, active when `rngs={"dropout": key}` is given.
+
+    Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
+    never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
     """
 
     config: DecoderConfig
@@ -151,16 +156,25 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             self.pos_embed = Embedding(c.max_positions, c.width, None, self.dtype, c.initializer_range)
         block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "adapter": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=c.layers,
-            unroll=self.unroll or c.layers,
-        )(c, self.dtype, self.dropout)
+
+        def stack(layers):
+            return nn.scan(
+                block,
+                variable_axes={"params": 0, "adapter": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=layers,
+                unroll=self.unroll or layers,
+            )(c, self.dtype, self.dropout)
+
+        top = jax.tree.leaves(self.get_variable("params", "top_layers", {}))
+        self.lower = c.layers - (top[0].shape[0] if top else 0)  # blocks in `layers`
+        self.layers = stack(self.lower)
+        if top:
+            self.top_layers = stack(c.layers - self.lower)
         self.final_norm = Norm(c.norm, c.norm_eps, self.dtype)
-        if not c.tied:
+        self.tied = c.tied and not self.has_variable("params", "lm_head")
+        if not self.tied:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, c.initializer_range)
 
     def __call__(self, tokens, positions=None, segment_ids=None, cache=None):
@@ -224,12 +238,14 @@ class Decoder(nn.Module):
         if cache is not None:
             segments = jax.lax.dynamic_update_slice(cache["segments"], segment_ids, (0, cache["length"]))
             cache = cache | {"segments": segments}
-        (x, cache), _ = self.layers((x, cache), layer, shared)
+        (x, cache), _ = self.layers((x, cache), jax.tree.map(lambda a: a[: self.lower], layer), shared)
+        if self.lower < c.layers:
+            (x, cache), _ = self.top_layers((x, cache), jax.tree.map(lambda a: a[self.lower :], layer), shared)
         return x, None if cache is None else cache | {"length": cache["length"] + T}
 
     def head(self, x):
         """Hidden states (B, T, D) -> logits (B, T, V) float32."""
-        logits = self.embed.attend(x) if self.config.tied else self.lm_head(x)
+        logits = self.embed.attend(x) if self.tied else self.lm_head(x)
         return constrain(logits.astype(jnp.float32), "batch", None, "vocab")
 
 
@@ -277,4 +293,4 @@ def parameter_axes(path: str) -> tuple[str | None, ...]:
     parts = path.split("/")
     tail = "/".join(parts[-2:])
     axes = PARAMETER_AXES[tail] if tail in PARAMETER_AXES else PARAMETER_AXES[parts[-1]]
-    return (None,) * (parts[0] == "layers") + axes
+    return (None,) * (parts[0] in STACKS) + axes

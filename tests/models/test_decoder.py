@@ -231,3 +231,36 @@ def test_initial_parameters_have_the_shapes_of_the_files():
         made = jax.eval_shape(pair.model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
         shapes = {path: x.shape for path, x in flatten(made).items()}
         assert shapes == {path: x.shape for path, x in flatten(pair.params).items()}, name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2-window"])
+def test_parameters_in_two_stacks_are_the_same_model(name):
+    """With a cache too: keys and values lie where their layers are, whichever stack these come from."""
+    pair = tiny.pair(name)
+    ids = jnp.asarray(np.stack(tiny.documents((12, 12))))
+    apply = tiny.jit(lambda params: pair.model.apply({"params": params}, ids))
+    cached = tiny.jit(
+        lambda params: pair.model.apply({"params": params}, ids, cache=make_cache(pair.model.config, 2, 16))
+    )
+    (logits, cache), plain = cached(pair.params), apply(pair.params)
+    for lower in (1, 2):
+        stacks = {"layers": (0, lower), "top_layers": (lower, 3)}
+        split = pair.params | {
+            name: jax.tree.map(lambda x, b=bounds: x[slice(*b)], pair.params["layers"])
+            for name, bounds in stacks.items()
+        }
+        np.testing.assert_allclose(apply(split), plain, rtol=0, atol=1e-6)
+        for ours, whole in zip(jax.tree.leaves(cached(split)), jax.tree.leaves((logits, cache)), strict=True):
+            np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-6)
+
+
+def test_a_head_beside_tied_embeddings_is_the_head():
+    pair = tiny.pair("llama-tied")
+    ids = jnp.asarray(np.stack(tiny.documents((12, 12))))
+    apply = tiny.jit(lambda params: pair.model.apply({"params": params}, ids))
+    table = pair.params["embed"]["embedding"]
+    np.testing.assert_allclose(
+        apply(pair.params | {"lm_head": {"kernel": table}}), apply(pair.params), rtol=0, atol=1e-6
+    )
+    doubled = apply(pair.params | {"lm_head": {"kernel": 2 * table}})
+    np.testing.assert_allclose(doubled, 2 * apply(pair.params), rtol=0, atol=1e-5)
