@@ -44,6 +44,14 @@ def default() -> ml_collections.ConfigDict:
     tuning.targets = ("all-linear",)  # names as PEFT matches them, one regular expression `re:...`, or all-linear
     tuning.rank_pattern = ()  # (("regex of a module name", rank), ...): the first match wins over `rank`
     tuning.alpha_pattern = ()  # (("regex of a module name", alpha), ...)
+    tuning.virtual_tokens = 50  # prompt, prefix, ptuning: trained tokens before every row, which take its positions
+    tuning.prompt_init = "vocab"  # vocab | text | random: prompt and prefix start as tokens drawn from the vocabulary,
+    # as those of prompt_text, or as noise, from which they rarely learn
+    tuning.prompt_text = ""  # best says what to do; repeated or cut to virtual_tokens
+    tuning.prompt_ids = ()  # tokens of prompt_text, from the run's tokenizer
+    tuning.prefix_projection = False  # prefix: made by two dense layers while it is trained
+    tuning.encoder = "mlp"  # mlp | lstm: what makes the prompt of ptuning
+    tuning.encoder_hidden = 0  # width of the layers that make a prompt or prefix; 0: as wide as what they read
 
     c.data = data = ml_collections.ConfigDict()
     data.train = "builtin:commongen/train.jsonl"  # file, glob, comma-separated list, directory, builtin: or hub name
@@ -181,6 +189,8 @@ CHOICES = {
     "data.clean.unicode": ("", "NFC", "NFKC"),
     "data.clean.personal": ("keep", "mask", "drop"),
     "data.long": ("truncate", "drop", "raise"),
+    "tuning.prompt_init": ("vocab", "text", "random"),
+    "tuning.encoder": ("mlp", "lstm"),
     "optim.name": ("adamw", "adafactor", "lion", "sgd", "muon"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "evaluate.compare_on": ("validation", "test"),
@@ -381,6 +391,7 @@ def validate(config) -> None:
 
     for key in (
         "tuning.rank",
+        "tuning.virtual_tokens",
         "data.max_length",
         "data.buckets",
         "data.workers",
@@ -420,6 +431,9 @@ def validate(config) -> None:
     need(
         "data.split", lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6, "three shares that add up to 1"
     )
+    need("tuning.encoder_hidden", lambda v: v >= 0, "0 or more")
+    by_text = config.tuning.prompt_init == "text"
+    need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     for key in ("tuning.rank_pattern", "tuning.alpha_pattern"):
         need(key, lambda v: all(isinstance(p, tuple) and len(p) == 2 for p in v), "pairs of (pattern, value)")
     if config.data.mixture:

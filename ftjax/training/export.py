@@ -22,6 +22,10 @@ def resolve_format(method: str, format: str) -> str:
     if format == "auto":
         format = "adapter" if row.to_peft else "full"
     able = [f for f, f_able in (("adapter", row.to_peft), ("merged", row.merge), ("full", row.merge)) if f_able]
+    if format in ("merged", "full") and not row.merge:
+        raise FtjaxError(
+            f"export format {format!r}: no plain model has the logits of {method}; set export.formats to ('adapter',)"
+        )
     if format not in able:
         raise FtjaxError(
             f"export format {format!r}: {method} can be written as {' or '.join(able)}{nearest(format, able)}"

@@ -92,12 +92,15 @@ def train(config, say=print) -> Result:
     tokenizer.check_vocab(words, shape.vocab_size)
     chatty = chat_templates.installed(config, words)
     ends = tokenizer.end_tokens(folder, chatty, config.data.end)
+    if config.tuning.prompt_init == "text":
+        config.tuning.prompt_ids = tuple(words(config.tuning.prompt_text)["input_ids"])
     dtype = compute_dtype(config.model.dtype)
     model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning)
 
     # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
-    data = prepare(config, words, shape.max_positions)
+    virtual = method.virtual_tokens(spec)
+    data = prepare(config, words, shape.max_positions - virtual)
     mesh = sharding.make_mesh(config.mesh)
     rows = config.train.batch_size
     ways = sharding.row_ways(mesh)
@@ -183,9 +186,9 @@ def train(config, say=print) -> Result:
             each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(data.sources) > 1 else {}
             return {"val_loss": sum(f["loss"] * f["tokens"] for f in found.values()) / tokens} | each
 
-        def measure(trained):
+        def measure(variables):
             lm = LM(model, None, {}, chatty, folder, ends)
-            return compare.measure(lm, applied(trained, frozen), data, config)
+            return compare.measure(lm, variables, data, config)
 
         # ---- the state before, and the state to go on from ---------------------------------------------------------
         before = None
@@ -194,7 +197,9 @@ def train(config, say=print) -> Result:
             if before_file.exists():
                 before = json.loads(before_file.read_text())
             else:
-                before = measure(state.trained)
+                untuned = applied(state.trained, frozen)
+                # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
+                before = measure({"params": untuned["params"]} if virtual else untuned)
                 replace_text(before_file, json.dumps(before))
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
@@ -221,7 +226,7 @@ def train(config, say=print) -> Result:
             f"{jax.devices()[0].device_kind}"
         )
         peak = PEAKS.get(jax.devices()[0].device_kind)
-        length = max(T for _, T, _ in batches.shapes())
+        length = max(T for _, T, _ in batches.shapes()) + virtual
         flops = flops_per_token(shape, base_shapes, trained_shapes, bool(frozen_shapes), length)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from)))
@@ -303,7 +308,7 @@ def train(config, say=print) -> Result:
                 say(f"merged model: its logits differ from the adapted one's by at most {drift:.1e}")
         results = None
         if config.evaluate.compare:
-            after = measure(trained)
+            after = measure(applied(trained, frozen))
             seconds = spent + time.perf_counter() - started
             results = compare.write_results(run_dir, before, after, seconds)
             say(compare.table(before, after, seconds))
@@ -342,7 +347,7 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
 def summary(result: Result, config) -> str:
     """The last lines of a run: what it reached, the files it wrote, and the commands that come next."""
     val = "" if result.val_loss is None else f", best validation loss {result.val_loss:.4f} at step {result.best_step}"
-    whole = "full" if config.tuning.method == "full" else "merged"
+    whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
     lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     lines += [

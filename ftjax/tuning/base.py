@@ -27,9 +27,10 @@ class Method:
     merge(trained, frozen, spec) -> params: a plain model with the same logits; None where there can be none.
     to_peft(trained, frozen, spec) -> (adapter_config, {tensor name: array}) in PEFT's format; None where PEFT has none.
     from_peft(adapter_config, tensors, base, spec) -> (trained, fields): the way back, and the fields of config.tuning
-    that describe it. `peft_type` is the name by which adapter_config.json calls the method. axes(path) -> logical axes
-    of a trained leaf, see ftjax.models.axes. lr_scale(path, optim) -> how many times faster than `optim.lr` the trained
-    leaf at `path` learns; optim: config.optim.
+    that describe it. `peft_type` is the name by which adapter_config.json calls the method. virtual_tokens(spec) -> how
+    many tokens it puts before every row. axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
+    lr_scale(path, optim) -> how many times faster than `optim.lr` the trained leaf at `path` learns; optim:
+    config.optim.
     """
 
     init: Callable
@@ -38,6 +39,7 @@ class Method:
     to_peft: Callable | None = None
     from_peft: Callable | None = None
     peft_type: str = ""
+    virtual_tokens: Callable[[Spec], int] = lambda spec: 0
     axes: Callable[[str], tuple] = parameter_axes
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     lr: float = 2e-4  # default peak learning rate

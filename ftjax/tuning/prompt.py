@@ -1,0 +1,113 @@
+"""Prompt tuning (Lester et al. 2021): n trained embeddings before every row, the model itself frozen.
+
+n virtual tokens, D width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import FtjaxError
+from ftjax.hub.peft import CONFIG
+from ftjax.models.config import DecoderConfig
+from ftjax.tuning.base import Method, register
+
+TENSOR = "prompt_embeddings"  # what PEFT calls the one tensor of every soft prompt
+
+
+def virtual_tokens(spec) -> int:
+    """n. Raises FtjaxError where they leave no positions to tokens."""
+    n, positions = spec.tuning.virtual_tokens, spec.model.max_positions
+    if n > positions - 2:
+        raise FtjaxError(
+            f"tuning.virtual_tokens: {n} of them take that many of the model's {positions} positions; rows need 2 at "
+            f"least, so that {positions - 2} is the most"
+        )
+    return n
+
+
+def first_tokens(key, spec):
+    """Ids (n,) that a prompt starts as: drawn from the vocabulary, or those of tuning.prompt_text, repeated or cut."""
+    n, ids = virtual_tokens(spec), spec.tuning.prompt_ids
+    if spec.tuning.prompt_init == "text":
+        if not ids:
+            raise FtjaxError(f"tuning.prompt_text: {spec.tuning.prompt_text!r} holds no token of this tokenizer")
+        return jnp.resize(jnp.array(ids, jnp.int32), n)
+    return jax.random.randint(key, (n,), 0, spec.model.vocab_size)
+
+
+def init(key, base, spec):
+    """Rows of the embedding table, or noise as PEFT draws it, of a standard deviation of 1."""
+    if spec.tuning.prompt_init == "random":
+        prompt = jax.random.normal(key, (virtual_tokens(spec), spec.model.width))
+    else:
+        prompt = base["embed"]["embedding"][first_tokens(key, spec)]
+    return {"prompt": prompt.astype(jnp.float32)}, base
+
+
+def variables(trained, frozen, spec):
+    """The base's parameters, and the prompt, which the decoder puts before every segment."""
+    return {"params": frozen, "adapter": {"prompt": trained["prompt"]}}
+
+
+def axes(path):
+    """Whole on every device: a prompt is small."""
+    return None, None
+
+
+def shared_config(peft_type: str, n: int, model: DecoderConfig) -> dict:
+    """What adapter_config.json says of every soft prompt."""
+    return {
+        "peft_type": peft_type,
+        "num_virtual_tokens": n,
+        "token_dim": model.width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": model.heads,
+        "num_layers": model.layers,
+    }
+
+
+def to_peft(trained, frozen, spec):
+    """PEFT's PROMPT_TUNING."""
+    prompt = np.asarray(trained["prompt"], np.float32)
+    config = shared_config("PROMPT_TUNING", len(prompt), spec.model) | {"prompt_tuning_init": "RANDOM"}
+    return config, {TENSOR: prompt}
+
+
+def read_tensor(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
+    """The one tensor (n, width) of a soft prompt, float32. Raises FtjaxError for other tensors, or another width."""
+    if other := sorted(tensors.keys() - {TENSOR}):
+        raise FtjaxError(f"adapter tensor {other[0]}: a soft prompt has the tensor {TENSOR} alone")
+    if TENSOR not in tensors:
+        raise FtjaxError(f"adapter tensor {TENSOR} is missing")
+    x = np.asarray(tensors[TENSOR], np.float32)
+    if x.ndim != 2 or x.shape[1] != width:
+        raise FtjaxError(f"adapter tensor {TENSOR} has shape {x.shape}, expected (virtual tokens, {width})")
+    return x
+
+
+def from_peft(adapter_config, tensors, base, spec):
+    """A PEFT PROMPT_TUNING, or a P_TUNING, whose files hold what its encoder made."""
+    if adapter_config.get("num_transformer_submodules") not in (1, None):
+        raise FtjaxError(f"{CONFIG}: num_transformer_submodules is of a model with encoder and decoder; expected 1")
+    prompt = read_tensor(tensors, spec.model.width)
+    return {"prompt": prompt}, {"virtual_tokens": len(prompt)}
+
+
+register(
+    "prompt",
+    Method(
+        init=init,
+        variables=variables,
+        to_peft=to_peft,
+        from_peft=from_peft,
+        peft_type="PROMPT_TUNING",
+        axes=axes,
+        virtual_tokens=virtual_tokens,
+        # PEFT's comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 34.3 % with this and vocabulary initialisation, 5.7 %
+        # with its defaults.
+        lr=1e-3,
+    ),
+)
