@@ -39,9 +39,13 @@ def default() -> ml_collections.ConfigDict:
     c.tuning = tuning = ml_collections.ConfigDict()
     tuning.method = "lora"  # a row of ftjax.tuning.METHODS
     tuning.rank = 16
-    tuning.alpha = 32.0  # the update is scaled by alpha / rank
+    tuning.alpha = 32.0  # the update is scaled by alpha / rank, see rslora
     tuning.dropout = 0.0  # on the adapter's input
-    tuning.targets = ("all-linear",)  # names as PEFT matches them, one regular expression `re:...`, or all-linear
+    tuning.targets = ()  # names as PEFT matches them, one regular expression `re:...`, or all-linear; empty: the
+    # method's own, all-linear for LoRA and DoRA, keys, values and the feed-forward's last map for IA3
+    tuning.feedforward = ()  # ia3: targets whose input is scaled, not their output; empty: the feed-forward's last map
+    tuning.rslora = False  # scale by alpha / sqrt(rank), so that updates do not shrink with the rank
+    tuning.init = "default"  # default | gaussian | orthogonal | pissa | olora: where A and B of LoRA start
     tuning.rank_pattern = ()  # (("regex of a module name", rank), ...): the first match wins over `rank`
     tuning.alpha_pattern = ()  # (("regex of a module name", alpha), ...)
     tuning.virtual_tokens = 50  # prompt, prefix, ptuning: trained tokens before every row, which take its positions
@@ -189,6 +193,7 @@ CHOICES = {
     "data.clean.unicode": ("", "NFC", "NFKC"),
     "data.clean.personal": ("keep", "mask", "drop"),
     "data.long": ("truncate", "drop", "raise"),
+    "tuning.init": ("default", "gaussian", "orthogonal", "pissa", "olora"),
     "tuning.prompt_init": ("vocab", "text", "random"),
     "tuning.encoder": ("mlp", "lstm"),
     "optim.name": ("adamw", "adafactor", "lion", "sgd", "muon"),

@@ -429,9 +429,10 @@ def module_name(path: str, family: Family) -> str:
 
 
 def linear_names(family: Family, config: DecoderConfig) -> dict[str, str]:
-    """Path -> module name of every linear map of a model, in the order of its table."""
-    kernels = shapes(config)
-    return {module.path: module.name for module in family.modules if f"{module.path}/kernel" in kernels}
+    """Path -> module name of every linear map of a model, tables of embeddings among them, in the order of its table."""
+    found = shapes(config)
+    leaves = ("kernel", "embedding")
+    return {m.path: m.name for m in family.modules if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
 
 
 def tensor_names(family: Family, config: DecoderConfig) -> dict[str, tuple[list[str], bool]]:

@@ -140,7 +140,7 @@ def train(config, say=print) -> Result:
         read_dtype = frozen_dtype if frozen_shapes else trained_dtype
         base = weights.read_params(folder, family, shape, whole, dtype=lambda path: read_dtype)
         places = sharding.parameter_shardings(trained_shapes, shape, mesh, method.axes)
-        frozen_places = sharding.parameter_shardings(frozen_shapes, shape, mesh)
+        frozen_places = sharding.parameter_shardings(frozen_shapes, shape, mesh, method.frozen_axes)
 
         def begin(key, base):
             trained, frozen = start(key, base)

@@ -125,11 +125,11 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best")
         raise FtjaxError(
             f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"
         )
-    shapes, frozen = jax.eval_shape(lambda key, base: method.init(key, base, spec), jax.random.key(0), lm.params)
+    # As the run began: of what is frozen, all that is not the base's comes from its seed.
+    shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
     stored = jnp.dtype(config.model.trained_dtype)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     trained = saved.trained(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes))
     saved.close()
-    base = lm.params if frozen else {}
     name = base_name(config, lm.folder)
-    return Trained(config.tuning.method, trained, base, spec, lm, name, config.to_dict()), config
+    return Trained(config.tuning.method, trained, frozen, spec, lm, name, config.to_dict()), config

@@ -14,7 +14,7 @@ class Spec(NamedTuple):
     """What a method may know besides arrays."""
 
     model: DecoderConfig
-    names: dict[str, str]  # path of a linear map in our tree -> its module in Hugging Face's, `{l}` for the layer
+    names: dict[str, str]  # path of a linear map or embedding in our tree -> its Hugging Face module, `{l}`: the layer
     tuning: Any  # config.tuning
 
 
@@ -41,6 +41,7 @@ class Method:
     peft_type: str = ""
     virtual_tokens: Callable[[Spec], int] = lambda spec: 0
     axes: Callable[[str], tuple] = parameter_axes
+    frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step

@@ -1,13 +1,16 @@
 """LoRA (Hu et al. 2021): W x + s B A x with A (R, in), B (out, R), s = alpha / rank; W frozen.
 
-L layers, R rank. Adapters of stacked maps are stacked too. A layer whose rank is below R, or that is not a target at
-all, keeps the rest of its A and B at zero: their gradients are then zero as well, and stay so.
+Of a table of embeddings (V, D) W is the transpose: A (R, V), B (D, R). L layers, R rank. Adapters of stacked maps are
+stacked too. A layer whose rank is below R, or that is not a target at all, keeps the rest of its A and B at zero: their
+gradients are then zero as well, and stay so.
+
+Where the initial BA is a part of W (`tuning.init` pissa, olora), W itself stays as it is, the base's, and the initial
+adapter is taken away beside it: W x + s B A x - s B₀ A₀ x. `frozen` then holds A₀ and B₀ beside the parameters.
 """
 
 from __future__ import annotations
 
 import re
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +21,35 @@ from ftjax.models.decoder import parameter_axes
 from ftjax.models.layers import ADAPTERS, Adapter, project
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
-from ftjax.tuning.lora_peft import lora_from_peft, lora_to_peft
-from ftjax.tuning.targets import by_pattern, check_patterns, module_names, select
+from ftjax.tuning.lora_init import EMBEDDING, INITS, draw
+from ftjax.tuning.lora_peft import divisor, lora_from_peft, lora_to_peft
+from ftjax.tuning.targets import EMBEDDINGS, by_pattern, check_patterns, module_names, select
 
 
-def apply(x, y, kernel, bias, leaves, rng):
-    """y + s · (x Aᵀ) Bᵀ, with dropout on x where `leaves` holds a rate and a key is given."""
+def update(x, leaves, rng):
+    """s · (x Aᵀ) Bᵀ, with dropout on x where `leaves` holds a rate and a key is given."""
     if "dropout" in leaves and rng is not None:
         keep = 1.0 - leaves["dropout"]
         x = jnp.where(jax.random.bernoulli(rng, keep, x.shape), x / keep, 0).astype(x.dtype)
     low = project(x, leaves["a"].astype(x.dtype)) * leaves["scale"].astype(x.dtype)
-    return y + project(low, leaves["b"].astype(x.dtype))
+    return project(low, leaves["b"].astype(x.dtype))
 
 
-ADAPTERS["lora"] = Adapter(after=apply)
+def lookup(ids, y, leaves):
+    """y + s · Aᵀ[ids] Bᵀ."""
+    low = jnp.take(leaves["a"].T, ids, axis=0, mode="clip").astype(y.dtype) * leaves["scale"].astype(y.dtype)
+    return y + project(low, leaves["b"].astype(y.dtype))
+
+
+ADAPTERS["lora"] = Adapter(after=lambda x, y, kernel, bias, leaves, rng: y + update(x, leaves, rng), lookup=lookup)
+ADAPTERS["lora_initial"] = Adapter(after=lambda x, y, kernel, bias, leaves, rng: y - update(x, leaves, rng))
 
 
 def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Path of each target -> its rank (int) and scale (float32), each (L,), or (1,) where it is not stacked."""
     tuning, layers = spec.tuning, spec.model.layers
     out, adapted = {}, []
-    for path, hits in select(spec.names, layers, tuple(tuning.targets)).items():
+    for path, hits in select(spec.names, layers, tuple(tuning.targets) or ("all-linear",)).items():
         rank, scale = [], []
         for module, hit in zip(module_names(path, spec.names[path], layers), hits, strict=True):
             r = by_pattern(tuning.rank_pattern, module, tuning.rank, "tuning.rank_pattern")
@@ -47,7 +58,7 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 raise FtjaxError(f"tuning.rank: {module} would get rank {r}; expected at least 1")
             adapted += [module] * hit
             rank.append(r if hit else 0)
-            scale.append(alpha / r if hit else 0.0)
+            scale.append(alpha / divisor(r, tuning.rslora) if hit else 0.0)
         out[path] = np.array(rank), np.array(scale, np.float32)
     for key in ("rank_pattern", "alpha_pattern"):
         check_patterns(tuning[key], adapted, f"tuning.{key}")
@@ -55,66 +66,106 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def init(key, base, spec):
-    """A as PEFT draws it, uniform in ±1/sqrt(in); B zero, so that training starts from the base model's logits."""
-    kernels, trained = flatten(base), {}
-    for path, (rank, _) in ranks(spec).items():
-        shape = kernels[f"{path}/kernel"].shape
-        stack, (out, in_), R = shape[:-2], shape[-2:], int(rank.max())
-        # The key depends on the path alone: choosing other targets leaves this one's start as it was.
-        a = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), (*stack, R, in_), minval=-1.0)
-        used = (np.arange(R) < rank[:, None]).reshape(*stack, R, 1)
-        trained[f"{path}/lora/a"] = jnp.where(used, a * in_**-0.5, 0.0)
-        trained[f"{path}/lora/b"] = jnp.zeros((*stack, out, R))
-    return unflatten(trained), base
+    """A and B as `tuning.init` says: what they start from gives the base model's logits."""
+    params, trained, initial = flatten(base), {}, {}
+    for path, (rank, scale) in ranks(spec).items():
+        kernel, start = _kernel(params, path), EMBEDDING if path in EMBEDDINGS else INITS[spec.tuning.init]
+        a, b = draw(key, path, kernel if kernel.ndim == 3 else kernel[None], rank, scale, start)
+        pair = (
+            {f"{path}/lora/a": a, f"{path}/lora/b": b}
+            if kernel.ndim == 3
+            else {f"{path}/lora/a": a[0], f"{path}/lora/b": b[0]}
+        )
+        trained |= pair
+        if start.residual:
+            initial |= {leaf.replace("/lora/", "/lora_initial/"): x for leaf, x in pair.items()}
+    return unflatten(trained), unflatten(params | initial) if initial else base
 
 
 def variables(trained, frozen, spec):
     """The base's parameters, and A, B, scale and dropout rate in the `adapter` collection."""
-    adapter = flatten(trained)
+    params, initial = split(frozen)
+    adapter = flatten(trained) | flatten(initial)
     for path, (_, scale) in ranks(spec).items():
-        per_layer = scale if path.startswith("layers/") else scale[0]
-        adapter[f"{path}/lora/scale"] = jnp.asarray(per_layer)
+        per_layer = jnp.asarray(scale if path.startswith("layers/") else scale[0])
+        adapter[f"{path}/lora/scale"] = per_layer
+        if f"{path}/lora_initial/a" in adapter:
+            adapter[f"{path}/lora_initial/scale"] = per_layer
         if spec.tuning.dropout:
             adapter[f"{path}/lora/dropout"] = jnp.full_like(per_layer, spec.tuning.dropout)
-    return {"params": frozen, "adapter": unflatten(adapter)}
+    return {"params": params, "adapter": unflatten(adapter)}
 
 
 def merge(trained, frozen, spec):
-    """W + s B A, summed in float32 and stored as W was."""
-    params, adapter = flatten(frozen), flatten(trained)
+    """W + s B A, summed in float32 and stored as W was. A tied head keeps the table that it was, as its own."""
+    params, initial = split(frozen)
+    params, adapter, initial = flatten(params), flatten(trained), flatten(initial)
     for path, (_, scale) in ranks(spec).items():
-        kernel = params[f"{path}/kernel"]
-        s = scale.reshape(-1, *(1,) * 2) if kernel.ndim == 3 else scale[0]
-        update = s * (adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"])
-        params[f"{path}/kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        kernel = _kernel(params, path)
+        change = adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"]
+        if f"{path}/lora_initial/a" in initial:
+            change = change - initial[f"{path}/lora_initial/b"] @ initial[f"{path}/lora_initial/a"]
+        change = change * (scale[:, None, None] if kernel.ndim == 3 else scale[0])
+        kernel = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        if path == "embed" and spec.model.tied:
+            params["lm_head/kernel"] = params["embed/embedding"]
+        leaf, value = ("embedding", kernel.T) if path in EMBEDDINGS else ("kernel", kernel)
+        params[f"{path}/{leaf}"] = value
     return unflatten(params)
+
+
+def split(frozen):
+    """`frozen` -> the base's parameters, and the tree of initial adapters that stand beside them."""
+    flat = flatten(frozen)
+    initial = {path: x for path, x in flat.items() if "/lora_initial/" in path}
+    return unflatten({path: x for path, x in flat.items() if path not in initial}), unflatten(initial)
+
+
+def _kernel(params, path):
+    """The kernel (out, in) at `path`, stacked on L where it is."""
+    return params[f"{path}/embedding"].T if path in EMBEDDINGS else params[f"{path}/kernel"]
 
 
 def axes(path):
     """A is split as the kernel's input axis is, B as its output axis; ranks are too small to split."""
-    module, leaf = path.rsplit("/lora/", 1)
-    *stack, out, in_ = parameter_axes(f"{module}/kernel")
+    if "/lora" not in path:
+        return parameter_axes(path)
+    module, _, leaf = path.rsplit("/", 2)
+    if module in EMBEDDINGS:
+        in_, out = parameter_axes(f"{module}/embedding")
+        stack = []
+    else:
+        *stack, out, in_ = parameter_axes(f"{module}/kernel")
     return (*stack, None, in_) if leaf == "a" else (*stack, out, None)
 
 
+def lr_scale(path, optim):
+    """LoRA+ (Hayou et al. 2024): B learns `optim.lora_plus` times as fast as A; on embeddings both learn as A does."""
+    return optim.lora_plus if path.endswith("/lora/b") and path.split("/")[0] not in EMBEDDINGS else 1.0
+
+
 def to_peft(trained, frozen, spec):
-    """PEFT's LORA."""
-    return lora_to_peft(trained, ranks(spec), spec.names)
+    """PEFT's LORA; of twice the rank where the initial adapter is taken away, so that it goes on the base as it is."""
+    initial = {path.replace("/lora_initial/", "/lora/"): x for path, x in flatten(split(frozen)[1]).items()}
+    return lora_to_peft(trained, ranks(spec), spec.names, spec.tuning.rslora, unflatten(initial))
 
 
 def from_peft(adapter_config, tensors, base, spec):
     """A PEFT LORA, rank and alpha of each of its modules spelled out as patterns."""
     trained, found = lora_from_peft(adapter_config, tensors, spec.names, spec.model, base)
+    rslora = bool(adapter_config.get("use_rslora"))
     rank_of, alpha_of = {}, {}
     for path, (rank, scale) in found.items():
         modules = module_names(path, spec.names[path], spec.model.layers)
         used = [(module, int(r), float(s)) for module, r, s in zip(modules, rank, scale, strict=True) if r]
         rank_of |= {module: r for module, r, _ in used}
-        alpha_of |= {module: r * s for module, r, s in used}
+        alpha_of |= {module: divisor(r, rslora) * s for module, r, s in used}
     fields = {
         "targets": tuple(rank_of),
         "rank_pattern": tuple((re.escape(module), r) for module, r in rank_of.items()),
         "alpha_pattern": tuple((re.escape(module), alpha) for module, alpha in alpha_of.items()),
+        "rslora": rslora,
+        "init": "default",  # its tensors are where it starts from
     }
     return trained, fields
 
@@ -129,6 +180,8 @@ register(
         from_peft=from_peft,
         peft_type="LORA",
         axes=axes,
+        frozen_axes=axes,
+        lr_scale=lr_scale,
         lr=2e-4,  # QLoRA's for 7B to 13B, and ten times full training's, as LoRA wants (Schulman et al. 2025)
         batch_size=16,  # small batches: LoRA loses to full training as batches grow (same source)
     ),

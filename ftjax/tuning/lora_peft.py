@@ -1,7 +1,8 @@
 """LoRA's tensors as PEFT names them <-> our adapter tree. Facts read off peft 0.21.
 
 L layers, R rank. In our tree adapters of stacked maps are stacked: a (L, R, in), b (L, out, R), R the largest rank of
-the layers; a layer of smaller rank, or without adapter (rank 0), keeps the rest at zero.
+the layers; a layer of smaller rank, or without adapter (rank 0), keeps the rest at zero. Of a table of embeddings (V,
+D), `in` is V and `out` is D.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections import Counter
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.families import FAMILIES, shapes
+from ftjax.hub.families import shapes
 from ftjax.hub.peft import CONFIG, PREFIX
 from ftjax.models.config import DecoderConfig
 from ftjax.tree import flatten, unflatten
-from ftjax.tuning.targets import by_pattern, module_names
+from ftjax.tuning.targets import EMBEDDINGS, by_pattern, fan_in_fan_out, module_names, peft_targets
 
 # Keys of a LoRA adapter_config.json that tell what the tensors mean, or nothing about it; any other key that is set to
 # something names a variant of LoRA.
@@ -29,28 +30,38 @@ LORA_KEYS = {
 }
 # Those of the initialisations that leave the base model's weights alone.
 LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Ends of the names of A and B: of a map that is multiplied with, and of a table of embeddings.
+SUFFIXES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 def lora_to_peft(
-    adapter: dict, ranks: dict[str, tuple[np.ndarray, np.ndarray]], names: dict[str, str]
+    adapter: dict,
+    ranks: dict[str, tuple[np.ndarray, np.ndarray]],
+    names: dict[str, str],
+    rslora: bool = False,
+    initial: dict | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Our LoRA tree -> (adapter_config, tensors by PEFT's names, float32).
 
     ranks: path of each adapted map -> its ranks (int, 0: none) and scales, (L,) each, or (1,) where it is not stacked.
-    names: path -> module name, see `families.linear_names`.
+    names: path -> module name, see `families.linear_names`. rslora: say scales as alpha / sqrt(rank). initial: a tree
+    like `adapter`, whose update is taken away: BA - B₀A₀ is one adapter of twice the rank.
     """
-    leaves, tensors, rank_of, alpha_of, targets = flatten(adapter), {}, {}, {}, set()
+    leaves, start, tensors, rank_of, alpha_of = flatten(adapter), flatten(initial or {}), {}, {}, {}
     for path, (rank, scale) in ranks.items():
-        stacked = path.startswith("layers/")
-        modules = module_names(path, names[path], len(rank))
-        a, b = (np.asarray(leaves[f"{path}/lora/{n}"], np.float32) for n in ("a", "b"))
-        for layer, module in enumerate(modules):
+        suffixes = SUFFIXES[path in EMBEDDINGS]
+        a, b = (_stack(leaves[f"{path}/lora/{n}"], path) for n in ("a", "b"))
+        for layer, module in enumerate(module_names(path, names[path], len(rank))):
             if r := int(rank[layer]):
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = (a[layer] if stacked else a)[:r]
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = (b[layer] if stacked else b)[:, :r]
-                rank_of[module], alpha_of[module] = r, _plain(float(scale[layer]) * r)
-        targets |= {_tail(names[path], names.values())} if all(rank) else rank_of.keys() & set(modules)
-    adapted = {names[path] for path in ranks}
+                a_rows, b_columns = [a[layer, :r]], [b[layer, :, :r]]
+                if f"{path}/lora/a" in start:
+                    a_rows += [_stack(start[f"{path}/lora/a"], path)[layer, :r]]
+                    b_columns += [-_stack(start[f"{path}/lora/b"], path)[layer, :, :r]]
+                tensors[f"{PREFIX}{module}.{suffixes[0]}"] = np.concatenate(a_rows)
+                tensors[f"{PREFIX}{module}.{suffixes[1]}"] = np.concatenate(b_columns, axis=1)
+                rank_of[module] = r * len(a_rows)
+                alpha_of[module] = _plain(float(scale[layer]) * divisor(rank_of[module], rslora))
+    chosen = {path: (rank > 0).tolist() for path, (rank, _) in ranks.items()}
     r, rank_pattern = _pattern(rank_of)
     alpha, alpha_pattern = _pattern(alpha_of)
     config = {
@@ -59,12 +70,12 @@ def lora_to_peft(
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(targets),
+        "target_modules": peft_targets(chosen, names),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(m.transposed and m.name in adapted for f in FAMILIES.values() for m in f.modules),
+        "fan_in_fan_out": fan_in_fan_out(chosen, names),
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": rslora,
         "modules_to_save": None,
         "init_lora_weights": True,
     }
@@ -84,9 +95,8 @@ def lora_from_peft(
     Raises FtjaxError for variants of LoRA, and tensors that are not of this model, incomplete or of the wrong shape.
     """
     _refuse_variants(adapter_config)
-    kernels, expected = {}, shapes(config)
-    for path in names:
-        kernels[path] = expected.get(f"{path}/kernel") or expected[f"{path}/embedding"]
+    expected = shapes(config)
+    kernels = {p: expected[f"{p}/embedding"][::-1] if p in EMBEDDINGS else expected[f"{p}/kernel"] for p in names}
     places = {
         module: (path, layer)
         for path, name in names.items()
@@ -96,16 +106,19 @@ def lora_from_peft(
     for name, x in tensors.items():
         if not name.startswith(PREFIX):
             raise FtjaxError(f"adapter tensor {name}: expected the prefix {PREFIX!r}; PEFT would ignore it")
-        match = re.fullmatch(r"(.+)\.(lora_A|lora_B|base_layer)\.weight", name.removeprefix(PREFIX))
+        match = re.fullmatch(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)", name[len(PREFIX) :])
         if match is None:
             raise FtjaxError(f"adapter tensor {name}: expected MODULE.lora_A.weight or MODULE.lora_B.weight")
-        module, which = match.groups()
+        module, suffix = match.groups()
         if module not in places:
-            raise FtjaxError(f"adapter tensor {name}: this model has no linear map {module!r}{nearest(module, places)}")
-        if which == "base_layer":
+            tied = "; its head is tied: the table of embeddings itself" * (module == "lm_head")
+            raise FtjaxError(
+                f"adapter tensor {name}: this model has no linear map {module!r}{tied or nearest(module, places)}"
+            )
+        if suffix == "base_layer.weight":
             _check_copy(name, x, places[module], base)
         else:
-            pairs.setdefault(module, {})[which] = np.asarray(x, np.float32)
+            pairs.setdefault(module, {})[suffix] = np.asarray(x, np.float32)
     if not pairs:
         raise FtjaxError("the adapter has no LoRA tensors")
 
@@ -118,11 +131,11 @@ def lora_from_peft(
         rank, scale = np.zeros(len(modules), int), np.zeros(len(modules), np.float32)
         for layer, pair in used.items():
             rank[layer], scale[layer] = _rank_and_scale(adapter_config, modules[layer])
-            _check_pair(pair, modules[layer], int(rank[layer]), shape[-2:])
+            _check_pair(pair, modules[layer], SUFFIXES[path in EMBEDDINGS], int(rank[layer]), shape[-2:])
         R, (out, in_) = rank.max(), shape[-2:]
         a, b = np.zeros((len(modules), R, in_), np.float32), np.zeros((len(modules), out, R), np.float32)
         for layer, pair in used.items():
-            a[layer, : rank[layer]], b[layer, :, : rank[layer]] = pair["lora_A"], pair["lora_B"]
+            a[layer, : rank[layer]], b[layer, :, : rank[layer]] = (pair[s] for s in SUFFIXES[path in EMBEDDINGS])
         stacked = path.startswith("layers/")
         flat[f"{path}/lora/a"], flat[f"{path}/lora/b"] = (a, b) if stacked else (a[0], b[0])
         ranks[path] = rank, scale
@@ -148,16 +161,26 @@ def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
 
     r = lookup("rank_pattern", config.get("r", 8))
     alpha = lookup("alpha_pattern", config.get("lora_alpha", 8))
-    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return r, alpha / divisor(r, bool(config.get("use_rslora")))
 
 
-def _check_pair(pair: dict, module: str, rank: int, kernel: tuple[int, int]) -> None:
-    for which, shape in (("lora_A", (rank, kernel[1])), ("lora_B", (kernel[0], rank))):
-        name = f"{PREFIX}{module}.{which}.weight"
-        if which not in pair:
+def divisor(rank: int, rslora: bool) -> float:
+    """What alpha is divided by: the rank, or its root where updates shall not shrink with it (Kalajdzievski 2023)."""
+    return math.sqrt(rank) if rslora else rank
+
+
+def _stack(x, path: str) -> np.ndarray:
+    x = np.asarray(x, np.float32)
+    return x if path.startswith("layers/") else x[None]
+
+
+def _check_pair(pair: dict, module: str, suffixes: tuple[str, str], rank: int, kernel: tuple[int, int]) -> None:
+    for suffix, shape in zip(suffixes, ((rank, kernel[1]), (kernel[0], rank)), strict=True):
+        name = f"{PREFIX}{module}.{suffix}"
+        if suffix not in pair:
             raise FtjaxError(f"adapter tensor {name} is missing")
-        if pair[which].shape != shape:
-            raise FtjaxError(f"adapter tensor {name} has shape {pair[which].shape}, expected {shape}")
+        if pair[suffix].shape != shape:
+            raise FtjaxError(f"adapter tensor {name} has shape {pair[suffix].shape}, expected {shape}")
 
 
 def _check_copy(name: str, x: np.ndarray, place: tuple[str, int], base: dict | None) -> None:
@@ -169,13 +192,6 @@ def _check_copy(name: str, x: np.ndarray, place: tuple[str, int], base: dict | N
     kernel = np.asarray(kernel[layer] if path.startswith("layers/") else kernel)
     if not np.array_equal(kernel, x.astype(kernel.dtype)):
         raise FtjaxError(f"adapter tensor {name} differs from the base's own weight: it was made for another base")
-
-
-def _tail(name: str, names) -> str:
-    """The shortest end of a module name that no other module of the model shares, such as `q_proj` or `attn.c_proj`."""
-    parts = name.split(".")
-    tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in names) == 1)
 
 
 def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:

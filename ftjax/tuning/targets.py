@@ -1,6 +1,6 @@
 """Which linear maps an adapter goes on, with the meaning that PEFT gives to names and patterns.
 
-L layers.
+A table of embeddings is a linear map too, of one-hot ids: (D, V), the transpose of the parameter. L layers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 
 from ftjax.errors import FtjaxError, nearest
+from ftjax.hub.families import FAMILIES
+
+EMBEDDINGS = ("embed", "pos_embed")  # paths of tables that are read by index
 
 
 def module_names(path: str, template: str, layers: int) -> list[str]:
@@ -35,8 +38,36 @@ def select(names: dict[str, str], layers: int, targets: tuple[str, ...]) -> dict
             raise FtjaxError(
                 f"tuning.targets: {target!r} matches no linear map of this model{nearest(target, tails)}; "
                 f"it has {', '.join(tails)}; `all-linear` takes all of its blocks"
+                + ("; its head is tied: the table of embeddings itself" * (target == "lm_head"))
             )
     return chosen
+
+
+def without_embeddings(names: dict[str, str]) -> dict[str, str]:
+    """`names` of the maps that are multiplied with, not looked up."""
+    return {path: name for path, name in names.items() if path not in EMBEDDINGS}
+
+
+def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[str]:
+    """What `select` chose, as PEFT's `target_modules`: short names where all layers are, whole ones elsewhere."""
+    targets = set()
+    for path, hits in chosen.items():
+        modules = module_names(path, names[path], len(hits))
+        targets |= {_tail(names[path], names.values())} if all(hits) else {m for m, h in zip(modules, hits) if h}
+    return sorted(targets)
+
+
+def fan_in_fan_out(chosen: dict[str, list[bool]], names: dict[str, str]) -> bool:
+    """PEFT's word for maps that are stored (in, out): whether one of those chosen is."""
+    adapted = {names[path] for path in chosen}
+    return any(m.transposed and m.name in adapted for family in FAMILIES.values() for m in family.modules)
+
+
+def _tail(name: str, names) -> str:
+    """The shortest end of a module name that no other module of the model shares, such as `q_proj` or `attn.c_proj`."""
+    parts = name.split(".")
+    tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in names) == 1)
 
 
 def _matches(target: str, module: str, path: str) -> bool:

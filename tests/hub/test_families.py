@@ -63,7 +63,7 @@ def test_module_names_are_the_referees(variant):
 
     folder, model = variant
     family, config = read_config(folder)
-    theirs = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    theirs = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding, Conv1D))}
     ours = {name.format(l=i) for name in linear_names(family, config).values() for i in range(config.layers)}
     assert ours == (theirs - {"lm_head"} if config.tied else theirs)
     assert module_name("layers/attn/q_proj", FAMILIES["llama"]) == "model.layers.{l}.self_attn.q_proj"

@@ -36,7 +36,9 @@ ADAPTERS = {
     "some-layers": ("llama2", {"target_modules": LLAMA_TARGETS, "layers_to_transform": [0, 2]}),
     "one-module": ("llama2", {"target_modules": ["model.layers.1.mlp.up_proj", "v_proj"]}),
     "head": ("llama2", {"target_modules": ["lm_head", "q_proj"]}),
-    "tied-head": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "embeddings": ("llama2", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied-embeddings": ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "gpt2-embeddings": ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "fan_in_fan_out": True}),
     "gaussian": ("qwen2", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
 }
 
@@ -57,7 +59,7 @@ def adapter(saved, tmp_path):
         torch.manual_seed(1)
         with torch.no_grad():
             for n, p in model.named_parameters():
-                if "lora_B" in n:
+                if "lora_B" in n or "lora_embedding_A" in n:
                     p.normal_(std=0.5)
         model.save_pretrained(tmp_path / "adapter")
         trained = logits(model)
@@ -67,12 +69,9 @@ def adapter(saved, tmp_path):
     return make
 
 
-def names_of(folder, name):
+def names_of(folder):
     family, config = read_config(folder)
-    names = linear_names(family, config)
-    if name == "tied-head":  # LoRA on the head of a tied model lies at the table that serves as head
-        names["embed"] = "lm_head"
-    return names, config, read_params(folder, *read_config(folder))
+    return linear_names(family, config), config, read_params(folder, family, config)
 
 
 def peft_logits(base, folder):
@@ -90,7 +89,7 @@ def peft_logits(base, folder):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_there_and_back(adapter, tmp_path, name):
     base, folder, trained = adapter(name)
-    names, config, params = names_of(base, name)
+    names, config, params = names_of(base)
     adapter_config, tensors = read_adapter(folder)
     tree, ranks = lora_from_peft(adapter_config, tensors, names, config, params)
     assert {str(x.dtype) for x in flatten(tree).values()} == {"float32"}
@@ -101,7 +100,7 @@ def test_there_and_back(adapter, tmp_path, name):
     write_adapter(tmp_path / "out", back, again, base, "some/base")
     adapted, model = peft_logits(base, tmp_path / "out")
     np.testing.assert_allclose(adapted, trained, atol=1e-5)
-    if name != "tied-head":  # peft itself merges into the table that tied lookups read too
+    if name not in ("tied-embeddings", "gpt2-embeddings"):  # peft itself merges into the table that the tied head reads
         np.testing.assert_allclose(logits(model.merge_and_unload()), trained, atol=1e-4)
 
 
@@ -111,7 +110,7 @@ def test_the_tree_means_w_plus_s_b_a(adapter, name):
     import torch
 
     base, folder, trained = adapter(name)
-    names, config, params = names_of(base, name)
+    names, config, params = names_of(base)
     tree, ranks = lora_from_peft(*read_adapter(folder), names, config, params)
     leaves, model = flatten(tree), load(base)
     for path, (rank, scale) in ranks.items():
@@ -132,7 +131,7 @@ def test_written_config_says_all_that_readers_need(adapter, tmp_path):
     base, folder, _ = adapter("gpt2")
     (base / "tokenizer.json").write_text("{ }")
     (base / "chat_template.jinja").write_text("t")
-    names, config, _ = names_of(base, "gpt2")
+    names, config, _ = names_of(base)
     said, tensors = lora_to_peft(*lora_from_peft(*read_adapter(folder), names, config), names)
     write_adapter(tmp_path / "out", tensors, said, base, "openai-community/gpt2")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -165,7 +164,7 @@ def test_bfloat16_adapters_are_read(adapter):
     base, folder, _ = adapter("llama")
     tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in load_file(folder / "adapter_model.safetensors").items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    tree, _ = lora_from_peft(*read_adapter(folder), *names_of(base, "llama"))
+    tree, _ = lora_from_peft(*read_adapter(folder), *names_of(base))
     a = flatten(tree)["layers/attn/q_proj/lora/a"]
     expected = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
     np.testing.assert_array_equal(a[1], expected.astype(np.float32))
@@ -194,7 +193,7 @@ def test_variants_are_refused_by_name(adapter, change, message):
     base, folder, _ = adapter("llama")
     adapter_config, tensors = read_adapter(folder)
     with pytest.raises(FtjaxError, match=message):
-        lora_from_peft(adapter_config | change, tensors, *names_of(base, "llama"))
+        lora_from_peft(adapter_config | change, tensors, *names_of(base))
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -216,12 +215,12 @@ def test_tensors_that_do_not_fit(adapter, change, message):
     base, folder, _ = adapter("llama")
     adapter_config, tensors = read_adapter(folder)
     with pytest.raises(FtjaxError, match=message):
-        lora_from_peft(adapter_config, change(tensors), *names_of(base, "llama"))
+        lora_from_peft(adapter_config, change(tensors), *names_of(base))
 
 
 def test_a_copy_of_the_base_must_be_of_this_base(adapter):
     base, folder, _ = adapter("head")
-    names, config, params = names_of(base, "head")
+    names, config, params = names_of(base)
     adapter_config, tensors = read_adapter(folder)
     copy = "base_model.model.lm_head.base_layer.weight"
     with pytest.raises(FtjaxError, match=f"{copy} differs from the base"):
