@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ftjax.models.axes import constrain
+from ftjax.models.quantised import Quantised
 
 
 class Adapter(NamedTuple):
@@ -35,8 +36,11 @@ ADAPTERS: dict[str, Adapter] = {}
 
 @jax.custom_vjp
 def project(x, kernel):
-    """x (..., in) @ kernel (out, in)ᵀ -> (..., out), summed in float32, in x's dtype."""
-    return _contract(x, kernel, ((x.ndim - 1,), (1,))).astype(x.dtype)
+    """x (..., in) @ kernel (out, in)ᵀ -> (..., out), summed in float32, in x's dtype; kernel: an array or a Quantised.
+
+    A quantised kernel has no gradient, and is dequantised for each pass anew.
+    """
+    return _contract(x, kernel.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
 
 
 def _contract(a, b, dims):
@@ -47,12 +51,16 @@ def _project_bwd(saved, g):
     # The kernel's gradient contracts rows and positions where they lie: flattening them first makes XLA's CPU transpose
     # both. A frozen kernel's is never used, and so never computed.
     x, kernel = saved
-    lead = tuple(range(x.ndim - 1))
-    dx = _contract(g, kernel, ((g.ndim - 1,), (0,))).astype(x.dtype)
-    return dx, _contract(g, x, (lead, lead)).astype(kernel.dtype)
+    lead = tuple(range(g.ndim - 1))
+    dx = _contract(g, kernel.astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
+    return dx, None if x is None else _contract(g, x, (lead, lead)).astype(kernel.dtype)
 
 
-project.defvjp(lambda x, kernel: (project(x, kernel), (x, kernel)), _project_bwd)
+def _project_fwd(x, kernel):
+    return project(x, kernel), (None if isinstance(kernel, Quantised) else x, kernel)
+
+
+project.defvjp(_project_fwd, _project_bwd)
 
 
 class Linear(nn.Module):
@@ -66,9 +74,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x (B, T, in) -> (B, T, features)."""
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Quantised):
+            kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
+            kernel = kernel.astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        return adapted_project(self, x, kernel.astype(self.dtype), bias)
+        return adapted_project(self, x, kernel, bias)
 
 
 def adapted_project(module: nn.Module, x, kernel, bias=None):
@@ -84,7 +95,7 @@ def adapted_project(module: nn.Module, x, kernel, bias=None):
     if bias is not None:
         y = y + bias.astype(y.dtype)
     for adapter, leaves, rng in found:
-        y = adapter.after(x, y, kernel, bias, leaves, rng)
+        y = adapter.after(x, y, kernel.astype(y.dtype), bias, leaves, rng)
     return y
 
 

@@ -1,0 +1,187 @@
+"""Frozen kernels kept in 8 or 4 bits: int8 by blocks, and NF4 (Dettmers et al. 2023, QLoRA).
+
+Own code and not qwix (0.1.8), which quantises scales no further, wants blocks that divide an axis, and leaves it to
+autodiff what a backward pass keeps: there a dequantised kernel for every layer.
+in, out: a kernel's axes, which lies (..., out, in); n blocks of a row. Blocks lie within rows, as in bitsandbytes
+wherever `in` is a multiple of the block; else a row's last block is shorter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# QLoRA's appendix E: quantiles of the normal distribution, each half scaled to end at 1, and zero itself.
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+# Values that share a scale. NF4: QLoRA's. int8: its steps are fine enough for twice that, and float32 scales cost 3 %.
+BLOCK = {"nf4": 64, "int8": 128}
+SCALES = 256  # scales that share a second one (QLoRA, section 3)
+TINY = np.finfo(np.float32).tiny  # a block of zeros is divided by this; smaller numbers are zero to XLA
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """The 256 values of signed dynamic 8-bit quantisation, ascending (Dettmers et al. 2022, 8-bit optimizers).
+
+    For each of seven powers of ten, the middles of twice as many equal steps from 0.1 to 1 as for the power below.
+    """
+    values = [0.0, 1.0]
+    for power in range(7):
+        edges = np.linspace(0.1, 1, 2**power + 1, dtype=np.float32)
+        middles = np.float32(10.0 ** (power - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*middles, *-middles]
+    return np.sort(np.array(values, np.float32))
+
+
+def _node(*data):
+    """A dataclass as a pytree whose leaves are the fields `data`; its other fields are static."""
+
+    def register(cls):
+        static = [f.name for f in dataclasses.fields(cls) if f.name not in data]
+        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=static)
+
+    return register
+
+
+@_node("codes", "scale", "mean")
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Scales of blocks, quantised once more: `dynamic_map[codes] * scale + mean`."""
+
+    codes: jax.Array  # (..., out, n) uint8
+    scale: jax.Array  # (..., m) float32: m = ceil(out * n / SCALES)
+    mean: jax.Array  # (...) float32
+
+    def decode(self):
+        """(..., out, n) float32."""
+        values = jnp.asarray(dynamic_map())[self.codes]
+        *_, out, n = self.codes.shape
+        scale = jnp.repeat(self.scale, SCALES, axis=-1)[..., : out * n].reshape(values.shape)
+        return values * scale + self.mean[..., None, None]
+
+
+@_node("codes", "scale")
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A kernel (..., out, in) in few bits, with as much of an array's face as methods need of a frozen kernel: `shape`,
+    `ndim`, `size`, `dtype` (of the kernel that it stands for), `astype`, which dequantises, and layers by index."""
+
+    codes: jax.Array  # int8: (..., out, in) int8; nf4: (..., out, ceil(in / 2)) uint8, the first value in the high bits
+    scale: jax.Array | Scales  # (..., out, n) float32, or quantised itself
+    kind: str  # int8 | nf4
+    width: int  # in
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.width)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def astype(self, dtype) -> jax.Array:
+        """The kernel that it stands for: computed in float32, stored as `dtype`."""
+        scale = self.scale.decode() if isinstance(self.scale, Scales) else self.scale
+        scale = jnp.repeat(scale, BLOCK[self.kind], axis=-1)[..., : self.width]
+        return (VALUES[self.kind](self.codes)[..., : self.width] * scale).astype(dtype)
+
+    def __getitem__(self, index) -> Quantised:
+        """Of a stack (L, out, in), a layer or some; None adds an axis in front."""
+        if self.ndim == 2 and index is not None:
+            raise TypeError("a quantised kernel cannot be indexed within: see astype")
+        return jax.tree.map(lambda x: x[index], self)
+
+    def map(self, f: Callable, axes: tuple) -> Quantised:
+        """One of the same form, of f(array, its logical axes), where `axes` are the kernel's."""
+        scale = self.scale
+        if isinstance(scale, Scales):
+            stack = axes[:-2]  # second scales run over rows, and are too few to split
+            scale = Scales(f(scale.codes, axes), f(scale.scale, (*stack, None)), f(scale.mean, stack))
+        else:
+            scale = f(scale, axes)
+        return dataclasses.replace(self, codes=f(self.codes, axes), scale=scale)
+
+
+def _int8_values(codes):
+    return codes.astype(jnp.float32)
+
+
+def _nf4_values(codes):
+    """(..., in / 2) uint8 -> (..., in) float32 values of the code book."""
+    pairs = codes[..., None] >> jnp.array([4, 0], jnp.uint8) & 15  # elementwise, so that XLA fuses it with the product
+    return jnp.take(jnp.asarray(NF4), pairs.reshape(*codes.shape[:-1], -1), mode="clip")
+
+
+VALUES = {"int8": _int8_values, "nf4": _nf4_values}
+
+
+def quantise(kernel, kind: str, double: bool = False, dtype=None) -> Quantised:
+    """kernel (..., out, in) -> its nearest values in blocks of BLOCK[kind], each scaled by its largest magnitude.
+
+    int8: the block's step is that magnitude / 127, as in LLM.int8() (Dettmers et al. 2022), whose blocks are whole
+    rows. double: scales are quantised too (NF4 alone). dtype: that the result calls its own; None: the kernel's.
+    """
+    *stack, out, width = kernel.shape
+    block = BLOCK[kind]
+    n = -(-width // block)
+    x = jnp.pad(kernel.astype(jnp.float32), [(0, 0)] * (kernel.ndim - 1) + [(0, n * block - width)])
+    x = x.reshape(*stack, out, n, block)
+    largest = jnp.abs(x).max(axis=-1, keepdims=True)
+    if kind == "int8":
+        codes = jnp.round(x * (127.0 / jnp.maximum(largest, TINY))).astype(jnp.int8)
+        codes = codes.reshape(*stack, out, -1)[..., :width]
+        scale = largest[..., 0] / 127.0
+    else:
+        bounds = (NF4[1:] + NF4[:-1]) / 2
+        x = x * (1.0 / jnp.maximum(largest, TINY))
+        codes = jnp.sum(x[..., None] > bounds, axis=-1, dtype=jnp.uint8).reshape(*stack, out, n * block // 2, 2)
+        codes = (codes[..., 0] << 4 | codes[..., 1])[..., : -(-width // 2)]
+        scale = largest[..., 0]
+        scale = _quantise_scales(scale) if double else scale
+    return Quantised(codes, scale, kind, width, np.dtype(dtype or kernel.dtype))
+
+
+def _quantise_scales(scale) -> Scales:
+    """scale (..., out, n) float32, all above or at zero: their mean is taken off first."""
+    *stack, out, n = scale.shape
+    mean = scale.mean(axis=(-2, -1))
+    m = -(-out * n // SCALES)
+    x = (scale - mean[..., None, None]).reshape(*stack, out * n)
+    x = jnp.pad(x, [(0, 0)] * len(stack) + [(0, m * SCALES - out * n)]).reshape(*stack, m, SCALES)
+    largest = jnp.abs(x).max(axis=-1, keepdims=True)
+    values = dynamic_map()
+    codes = jnp.searchsorted(jnp.asarray((values[1:] + values[:-1]) / 2), x / jnp.maximum(largest, TINY))
+    codes = codes.astype(jnp.uint8).reshape(*stack, -1)[..., : out * n].reshape(scale.shape)
+    return Scales(codes, largest[..., 0], mean)
+
+
+def chosen(path: str) -> bool:
+    """Whether the parameter at `path` is one that is quantised: kernels of the blocks.
+
+    Tables and heads are left as they are, as QLoRA leaves them: few of a large model's bytes, and looked up exactly.
+    """
+    return path.startswith("layers/") and path.endswith("/kernel")
+
+
+def dequantised(tree):
+    """A tree in which every Quantised is an array of its own dtype."""
+    whole = lambda x: x.astype(x.dtype) if isinstance(x, Quantised) else x  # noqa: E731
+    return jax.tree.map(whole, tree, is_leaf=lambda x: isinstance(x, Quantised))
