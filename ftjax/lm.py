@@ -122,7 +122,14 @@ def open_base(folder: Path, dtype: str = "auto", config=None) -> tuple[LM, Spec]
     compute = compute_dtype(dtype)
     params = weights.read_params(folder, family, shape, dtype=lambda path: compute)
     lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))
-    return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning)
+    return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
+
+
+def quantiser(kind: str, double: bool, dtype):
+    """What weights.read_params makes of the blocks' kernels: None for `none`. See ftjax.models.quantised.quantise."""
+    if kind == "none":
+        return None
+    return jax.jit(functools.partial(quantised.quantise, kind=kind, double=double, dtype=dtype))
 
 
 def compute_dtype(name: str):

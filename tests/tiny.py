@@ -69,7 +69,7 @@ def spec(family, shape, **tuning) -> Spec:
     """The Spec of a model with the default tuning, changed by `tuning`."""
     config = configs.default().tuning
     config.update(tuning)
-    return Spec(shape, families.linear_names(family, shape), config)
+    return Spec(shape, families.linear_names(family, shape), config, family)
 
 
 def tuned(pair: Pair, **tuning) -> Pair:

@@ -96,7 +96,7 @@ def train(config, say=print) -> Result:
         config.tuning.prompt_ids = tuple(words(config.tuning.prompt_text)["input_ids"])
     dtype = compute_dtype(config.model.dtype)
     model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
-    spec = Spec(shape, families.linear_names(family, shape), config.tuning)
+    spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
 
     # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
     virtual = method.virtual_tokens(spec)
@@ -159,7 +159,9 @@ def train(config, say=print) -> Result:
 
         # ---- the step ----------------------------------------------------------------------------------------------
         rate = schedule(config.optim, steps, config.optim.lr)
-        optim = optimizer(config.optim, rate, multipliers(config.optim, shape.layers, method.lr_scale))
+        layer_ids = functools.partial(method.layer_ids, spec=spec)
+        by_leaf = multipliers(config.optim, shape.layers, method.lr_scale, layer_ids)
+        optim = optimizer(config.optim, rate, by_leaf)
         everywhere = NamedSharding(mesh, PartitionSpec())
         moments = sharding.optimizer_shardings(optim, trained_shapes, places, mesh)
         state_places = State(everywhere, places, moments)

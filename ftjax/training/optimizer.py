@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ftjax.models.decoder import STACKS
 from ftjax.tree import map_paths
 
 
@@ -39,19 +40,23 @@ def decayed(params) -> dict:
     return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "bias"), params)
 
 
-def multipliers(config, layers: int, lr_scale: Callable = lambda path, optim: 1.0) -> Callable:
+def multipliers(
+    config, layers: int, lr_scale: Callable = lambda path, optim: 1.0, layer_ids: Callable | None = None
+) -> Callable:
     """Function of a trained leaf's path and the leaf itself -> what the learning rate is multiplied by there.
 
     The product of what the tuning method says (`Method.lr_scale`) and of layer-wise decay (Howard & Ruder 2018; Clark
     et al. 2020, ELECTRA): decay^(L-1-l) in layer l, of shape (L, 1, ...) for stacked leaves; decay^L for what comes
-    before the blocks, a tied head with it; 1 for what comes behind. layers: L.
+    before the blocks, a tied head with it; 1 for what comes behind. layers: L; layer_ids(path) -> which layers a stacked
+    leaf holds, None: all.
     """
 
     def multiplier(path: str, leaf):
         first, decay = path.split("/", 1)[0], config.layer_decay
         below = 0
-        if first == "layers":
-            below = layers - 1 - np.arange(layers).reshape(layers, *(1,) * (leaf.ndim - 1))
+        if first in STACKS:
+            ids = layer_ids(path) if layer_ids else np.arange(layers)
+            below = layers - 1 - ids.reshape(-1, *(1,) * (leaf.ndim - 1))
         elif first not in ("final_norm", "lm_head"):
             below = layers
         return np.float32(lr_scale(path, config) * decay**below)
@@ -87,7 +92,7 @@ def _muon(c):
 
     def label(path, leaf):
         tail = path.rsplit("/", 1)[-1]
-        return "muon" if path.startswith("layers/") and tail not in ("scale", "bias") else "adam"
+        return "muon" if path.split("/", 1)[0] in STACKS and tail not in ("scale", "bias") else "adam"
 
     # Stacked matrices are (L, out, in): the layer axis is one of batch, each layer is made orthogonal by itself.
     matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)

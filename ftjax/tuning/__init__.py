@@ -1,6 +1,6 @@
 """What is trained, one file a method. Importing this package fills METHODS."""
 
-from ftjax.tuning import full, lora, prefix, prompt, ptuning  # noqa: F401  each registers itself
+from ftjax.tuning import full, lora, parts, prefix, prompt, ptuning  # noqa: F401  each registers itself
 from ftjax.tuning.base import METHODS, Method, Spec, register
 
 __all__ = ["METHODS", "Method", "Spec", "register"]

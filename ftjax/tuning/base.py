@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ftjax.hub.families import Family
 from ftjax.models.config import DecoderConfig
 from ftjax.models.decoder import parameter_axes
 
@@ -16,6 +19,7 @@ class Spec(NamedTuple):
     model: DecoderConfig
     names: dict[str, str]  # path of a linear map or embedding in our tree -> its Hugging Face module, `{l}`: the layer
     tuning: Any  # config.tuning
+    family: Family | None = None  # the row of its names on disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Method:
     that describe it. `peft_type` is the name by which adapter_config.json calls the method. virtual_tokens(spec) -> how
     many tokens it puts before every row. axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
     lr_scale(path, optim) -> how many times faster than `optim.lr` the trained leaf at `path` learns; optim:
-    config.optim.
+    config.optim. layer_ids(path, spec) -> the layers (n,) that a trained leaf on a stack holds.
     """
 
     init: Callable
@@ -44,6 +48,7 @@ class Method:
     frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     lr: float = 2e-4  # default peak learning rate
+    layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
     batch_size: int = 16  # default rows a step
 
 
