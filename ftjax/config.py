@@ -56,14 +56,14 @@ def default() -> ml_collections.ConfigDict:
     tuning.prefix_projection = False  # prefix: made by two dense layers while it is trained
     tuning.encoder = "mlp"  # mlp | lstm: what makes the prompt of ptuning
     tuning.encoder_hidden = 0  # width of the layers that make a prompt or prefix; 0: as wide as what they read
-
-    c.data = data = ml_collections.ConfigDict()
-    data.train = "builtin:commongen/train.jsonl"  # file, glob, comma-separated list, directory, builtin: or hub name
     tuning.layers = 0.25  # last_layers: how many; a share of all if below 1. A quarter gives most of what full training
     # does (Lee et al. 2019, What Would Elsa Do?)
     tuning.layers_with = ("final_norm",)  # last_layers: what is trained behind them: final_norm | lm_head
     tuning.pattern = ()  # pattern: regular expressions; what one matches as a whole is trained: the name of a tensor in
     # the model's files (`model.layers.3.mlp.up_proj.weight`) or our path (`layers/mlp/up_proj/kernel`)
+
+    c.data = data = ml_collections.ConfigDict()
+    data.train = "builtin:commongen/train.jsonl"  # file, glob, comma-separated list, directory, builtin: or hub name
     data.validation = ""  # like train; empty: split off from train by `split`
     data.test = ""  # like train; empty: split off from train by `split`
     data.split = (0.8, 0.1, 0.1)  # train, validation, test shares, used where a file is not named
@@ -430,12 +430,12 @@ def validate(config) -> None:
     for key in ("optim.final_lr", "optim.decay", "generate.top_p"):
         need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     need("optim.lr", lambda v: v is None or v > 0, "more than 0")
+    need("tuning.layers", lambda v: v > 0, "more than 0")
+    need("tuning.layers_with", lambda v: set(v) <= {"final_norm", "lm_head"}, "of final_norm and lm_head")
     need("optim.layer_decay", lambda v: 0 < v <= 1, "more than 0 and at most 1")
     need("optim.lora_plus", lambda v: v > 0, "more than 0")
     need("data.temperature", lambda v: v > 0, "more than 0")
     for key in ("data.group_near", "data.clean.near", "data.augment.rate"):
-    need("tuning.layers", lambda v: v > 0, "more than 0")
-    need("tuning.layers_with", lambda v: set(v) <= {"final_norm", "lm_head"}, "of final_norm and lm_head")
         need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     need("train.batch_size", lambda v: v is None or v >= 1, "at least 1")
     need("train.dropout", lambda v: v is None or 0 <= v < 1, "a share from 0 to below 1")

@@ -125,13 +125,6 @@ def open_base(folder: Path, dtype: str = "auto", config=None) -> tuple[LM, Spec]
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 
-def quantiser(kind: str, double: bool, dtype):
-    """What weights.read_params makes of the blocks' kernels: None for `none`. See ftjax.models.quantised.quantise."""
-    if kind == "none":
-        return None
-    return jax.jit(functools.partial(quantised.quantise, kind=kind, double=double, dtype=dtype))
-
-
 def compute_dtype(name: str):
     """`auto`, `float32` or `bfloat16` -> numpy dtype; auto by the backend in use."""
     if name == "auto":

@@ -47,8 +47,8 @@ def multipliers(
 
     The product of what the tuning method says (`Method.lr_scale`) and of layer-wise decay (Howard & Ruder 2018; Clark
     et al. 2020, ELECTRA): decay^(L-1-l) in layer l, of shape (L, 1, ...) for stacked leaves; decay^L for what comes
-    before the blocks, a tied head with it; 1 for what comes behind. layers: L; layer_ids(path) -> which layers a stacked
-    leaf holds, None: all.
+    before the blocks, a tied head with it; 1 for what comes behind. layers: L; layer_ids(path) -> which layers a
+    stacked leaf holds, None: all.
     """
 
     def multiplier(path: str, leaf):

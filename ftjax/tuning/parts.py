@@ -92,7 +92,7 @@ def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
 
 def _nothing(rule: Callable, names: dict) -> str:
     if rule is is_bias:
-        return "tuning.method: bitfit trains biases, and this model has none; `norms` is as small, `ia3` and `lora` do more"
+        return "tuning.method: bitfit trains biases, and this model has none; try `norms`, `ia3` or `lora`"
     some = [tensors[-1] for tensors, _ in names.values()]
     return (
         f"tuning.pattern: no parameter is matched; a pattern must match a whole name such as {some[0]}, {some[1]} or "

@@ -1,7 +1,8 @@
 """Trained parts of a model as a PEFT adapter: a LoRA that changes nothing, and beside it what was trained.
 
-PEFT's LoRA (0.21) can carry all biases (`bias="all"`) or whole modules (`modules_to_save`). It must adapt something: the
-embedding table gets a LoRA of rank 1, all zeros, since no bias and no trained module lies there. V vocabulary, D width.
+PEFT's LoRA (0.21) can carry all biases (`bias="all"`) or whole modules (`modules_to_save`). It must adapt something:
+the embedding table gets a LoRA of rank 1, all zeros, since no bias and no trained module lies there. V vocabulary, D
+width.
 """
 
 from __future__ import annotations
