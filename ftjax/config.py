@@ -32,6 +32,8 @@ def default() -> ml_collections.ConfigDict:
     model.dtype = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on GPU and TPU, float32 on CPU
     model.trained_dtype = "float32"  # stored dtype of what is trained; small updates vanish in bfloat16
     model.frozen_dtype = "auto"  # stored dtype of what is not; auto: the compute dtype
+    model.quantise = "none"  # none | int8 | nf4: frozen kernels of the blocks, a half or a quarter of bfloat16's bytes
+    model.double_quantise = True  # nf4: its scales in 8 bits too, as QLoRA has it; False: in float32
     model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time
     model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
     model.head_chunk = 512  # rows x positions of logits held at once are about this times a batch's rows
@@ -193,6 +195,7 @@ CHOICES = {
     "model.trained_dtype": ("float32", "bfloat16"),
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "full"),
+    "model.quantise": ("none", "int8", "nf4"),
     "data.form": ("auto", "text", "prompt", "instruction", "messages", "sharegpt", "preference", "template"),
     "data.train_on": ("assistant", "last", "all"),
     "data.clean.unicode": ("", "NFC", "NFKC"),

@@ -20,6 +20,7 @@ from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, tokenizer, weights
 from ftjax.models.decoder import Decoder, max_tokens
+from ftjax.models import quantised
 from ftjax.tuning import Spec
 
 
@@ -107,10 +108,11 @@ def _logits(model, variables, ids, positions, segments):
     return model.apply(variables, ids, positions, segments)
 
 
-def open_base(folder: Path, dtype: str = "auto", config=None) -> tuple[LM, Spec]:
+def open_base(folder: Path, dtype: str = "auto", config=None, quantise: str = "") -> tuple[LM, Spec]:
     """The model in a local directory, on the default device, and its Spec with the default tuning.
 
-    dtype: see ftjax.load; config: of a run, whose chat template and end token then take the directory's place.
+    dtype, quantise: see ftjax.load; config: of a run, whose chat template and end token then take the directory's
+    place.
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
@@ -120,12 +122,21 @@ def open_base(folder: Path, dtype: str = "auto", config=None) -> tuple[LM, Spec]
         words = chat_templates.installed(config, words)
     end = "" if config is None else config.data.end
     compute = compute_dtype(dtype)
-    params = weights.read_params(folder, family, shape, dtype=lambda path: compute)
+    kept = (configs.default() if config is None else config).model
+    small = quantiser(quantise or kept.quantise, kept.double_quantise, compute)
+    params = weights.read_params(folder, family, shape, dtype=lambda path: compute, quantise=small)
     lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 
 def compute_dtype(name: str):
+def quantiser(kind: str, double: bool, dtype):
+    """What weights.read_params makes of the blocks' kernels: None for `none`. See ftjax.models.quantised.quantise."""
+    if kind == "none":
+        return None
+    return jax.jit(functools.partial(quantised.quantise, kind=kind, double=double, dtype=dtype))
+
+
     """`auto`, `float32` or `bfloat16` -> numpy dtype; auto by the backend in use."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloat16`
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -25,6 +26,7 @@ from ftjax.hub.families import Family, is_buffer, read_json, rope_to_hf, shapes,
 from ftjax.hub.resolve import new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 from ftjax.models.config import DecoderConfig
+from ftjax.models.quantised import chosen
 from ftjax.tree import flatten, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -93,12 +95,14 @@ def read_params(
     config: DecoderConfig,
     shardings: dict | None = None,
     dtype: Callable[[str], np.dtype] | None = None,
+    quantise: Callable[[jax.Array], Any] | None = None,
 ) -> dict:
     """The parameters in a model directory as a tree of jax arrays.
 
     shardings: tree of jax.sharding.Sharding like the parameters; each device's part alone is read for it. None: the
     default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
-    a time.
+    a time. quantise: (out, in) float32 -> what is kept of it, for every layer of the kernels that are quantised (see
+    ftjax.models.quantised.chosen); never are two layers of one whole on a device.
     Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
     """
     located = _locate(Path(folder), family, config)
@@ -107,10 +111,31 @@ def read_params(
     for path, shape in shapes(config).items():
         tensors, transposed = located[path]
         target = np.dtype(dtype(path) if dtype else jnp.result_type(*{DTYPES[t.dtype] for t in tensors}))
-        load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target)
+        sharding = shardings[path] if shardings else None
         # One after another: transfers in flight would keep the host's copies of several parameters alive at once.
-        params[path] = jax.block_until_ready(_place(load, shape, shardings[path] if shardings else None))
+        if quantise and chosen(path):
+            # From float32 whatever the run computes in: so a run and who loads it anywhere have one and the same base.
+            load = functools.partial(_load, tensors, transposed, True, np.dtype(np.float32))
+            params[path] = jax.block_until_ready(_quantised(load, shape, sharding, quantise))
+            continue
+        load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target)
+        params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
+
+
+def _quantised(load: Callable, shape: tuple[int, ...], sharding, quantise: Callable):
+    """A stacked kernel as `quantise` leaves its layers, read and quantised one after another."""
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    layers = []
+    for layer in range(shape[0]):
+        place = functools.partial(_one, load, layer)
+        layers.append(jax.block_until_ready(quantise(_place(place, shape[1:], sharding))))
+    return jax.jit(lambda *layers: jax.tree.map(lambda *x: jnp.stack(x), *layers))(*layers)
+
+
+def _one(load: Callable, layer: int, bounds) -> np.ndarray:
+    return load(((layer, layer + 1), *bounds))[0]
 
 
 def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:

@@ -181,7 +181,16 @@ def chosen(path: str) -> bool:
     return path.startswith("layers/") and path.endswith("/kernel")
 
 
+def is_quantised(x) -> bool:
+    """For `is_leaf` of jax.tree."""
+    return isinstance(x, Quantised)
+
+
 def dequantised(tree):
     """A tree in which every Quantised is an array of its own dtype."""
-    whole = lambda x: x.astype(x.dtype) if isinstance(x, Quantised) else x  # noqa: E731
-    return jax.tree.map(whole, tree, is_leaf=lambda x: isinstance(x, Quantised))
+    return jax.tree.map(lambda x: x.astype(x.dtype) if is_quantised(x) else x, tree, is_leaf=is_quantised)
+
+
+def quantised_size(tree) -> int:
+    """How many values of a tree are kept quantised."""
+    return sum(x.size for x in jax.tree.leaves(tree, is_leaf=is_quantised) if is_quantised(x))

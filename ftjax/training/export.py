@@ -12,6 +12,7 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
+from ftjax.models.quantised import dequantised
 from ftjax.hub import families, peft, tokenizer, weights
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tuning import METHODS
@@ -52,7 +53,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name, record=record)
         _name_template(out, chat_template)
         return report
-    params = row.merge(source.trained, source.frozen, source.spec)
+    params = dequantised(row.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
     if source.frozen:
         report["merge_difference"] = _merge_difference(source, params, dtype)

@@ -26,8 +26,9 @@ from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.plot import plot_losses
 from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
-from ftjax.lm import LM, compute_dtype
+from ftjax.lm import LM, compute_dtype, quantiser
 from ftjax.models.decoder import Decoder
+from ftjax.models.quantised import chosen, quantised_size
 from ftjax.objectives import causal
 from ftjax.training import export, sharding
 from ftjax.training.checkpoint import Checkpoints
@@ -36,6 +37,7 @@ from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import Trained, base_name, claim
 from ftjax.training.step import State, compile_step, init_state
+from ftjax.tree import map_paths
 from ftjax.tuning import METHODS, Spec
 
 VALIDATIONS = 10  # a run, where the config does not say how often
@@ -136,9 +138,16 @@ def train(config, say=print) -> Result:
         whole = sharding.parameter_shardings(weights.param_shapes(shape), shape, mesh)
         start = functools.partial(method.init, spec=spec)
         base_shapes = weights.param_shapes(shape, frozen_dtype)
-        trained_shapes, frozen_shapes = jax.eval_shape(start, jax.random.key(0), base_shapes)
+        small = quantiser(config.model.quantise, config.model.double_quantise, frozen_dtype)
+        kept_shapes = map_paths(lambda p, x: jax.eval_shape(small, x) if small and chosen(p) else x, base_shapes)
+        trained_shapes, frozen_shapes = jax.eval_shape(start, jax.random.key(0), kept_shapes)
+        if quantised_size(frozen_shapes) != quantised_size(kept_shapes):
+            raise FtjaxError(
+                f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
+                f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
+            )
         read_dtype = frozen_dtype if frozen_shapes else trained_dtype
-        base = weights.read_params(folder, family, shape, whole, dtype=lambda path: read_dtype)
+        base = weights.read_params(folder, family, shape, whole, dtype=lambda path: read_dtype, quantise=small)
         places = sharding.parameter_shardings(trained_shapes, shape, mesh, method.axes)
         frozen_places = sharding.parameter_shardings(frozen_shapes, shape, mesh, method.frozen_axes)
 

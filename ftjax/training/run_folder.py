@@ -107,17 +107,18 @@ def base_name(config, folder: Path) -> str:
     return str(folder) if config.model.path.startswith(assets.PREFIX) else config.model.path
 
 
-def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best"):
+def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best", quantise: str = ""):
     """What a run trained, on the default device, and its config: (Trained, ConfigDict).
 
-    checkpoint: `best` or `last`; dtype: see ftjax.load. Raises FtjaxError where there is no run, or no checkpoint yet.
+    checkpoint: `best` or `last`; dtype, quantise: see ftjax.load. Raises FtjaxError where there is no run, or no
+    checkpoint yet.
     """
     run_dir = Path(run_dir)
     if not (run_dir / RUN).is_file():
         raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN}; `ftjax train` makes such folders")
     config = configs.from_dict(json.loads((run_dir / RUN).read_text())["config"])
     method = METHODS[config.tuning.method]
-    lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config)
+    lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config, quantise)
     spec = spec._replace(tuning=config.tuning)
     saved = Checkpoints(run_dir, read_only=True)
     step = saved.best() if checkpoint == "best" else saved.latest()

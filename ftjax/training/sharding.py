@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -9,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import MESH_AXES, spec
 from ftjax.models.decoder import parameter_axes
+from ftjax.models.quantised import Quantised
 from ftjax.tree import flatten, map_paths
 
 
@@ -31,14 +34,17 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
 def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:
     """Tree of NamedSharding for a tree of shapes; `axes(path)` names the logical axes of a leaf."""
 
-    def place(path, leaf):
-        names = axes(path)
-        # Heads are cut between heads, never through one.
+    def place(leaf, names):
+        # Heads are cut between heads, never through one; codes and scales of a quantised kernel are fewer than its
+        # columns.
         units = {"heads": config.heads, "kv_heads": config.kv_heads}
-        sizes = tuple(units.get(name, size) for name, size in zip(names, leaf.shape, strict=True))
+        sizes = tuple(math.gcd(units.get(name, size), size) for name, size in zip(names, leaf.shape, strict=True))
         return NamedSharding(mesh, spec(names, sizes, mesh))
 
-    return map_paths(place, shapes)
+    def place_all(path, leaf):
+        return leaf.map(place, axes(path)) if isinstance(leaf, Quantised) else place(leaf, axes(path))
+
+    return map_paths(place_all, shapes)
 
 
 def optimizer_shardings(optimizer, shapes: dict, shardings: dict, mesh):
