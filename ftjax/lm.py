@@ -6,6 +6,7 @@ B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from ftjax.data.template import Rendered
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, tokenizer, weights
-from ftjax.models.decoder import Decoder, max_tokens
 from ftjax.models import quantised
+from ftjax.models.decoder import Decoder, max_tokens
 from ftjax.tuning import Spec
 
 
@@ -129,7 +130,6 @@ def open_base(folder: Path, dtype: str = "auto", config=None, quantise: str = ""
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 
-def compute_dtype(name: str):
 def quantiser(kind: str, double: bool, dtype):
     """What weights.read_params makes of the blocks' kernels: None for `none`. See ftjax.models.quantised.quantise."""
     if kind == "none":
@@ -137,6 +137,7 @@ def quantiser(kind: str, double: bool, dtype):
     return jax.jit(functools.partial(quantised.quantise, kind=kind, double=double, dtype=dtype))
 
 
+def compute_dtype(name: str):
     """`auto`, `float32` or `bfloat16` -> numpy dtype; auto by the backend in use."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"

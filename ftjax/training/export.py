@@ -12,8 +12,8 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
-from ftjax.models.quantised import dequantised
 from ftjax.hub import families, peft, tokenizer, weights
+from ftjax.models.quantised import dequantised
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tuning import METHODS
 
