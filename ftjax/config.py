@@ -45,7 +45,8 @@ def default() -> ml_collections.ConfigDict:
     tuning.dropout = 0.0  # on the adapter's input
     tuning.targets = ()  # names as PEFT matches them, one regular expression `re:...`, or all-linear; empty: the
     # method's own, all-linear for LoRA and DoRA, keys, values and the feed-forward's last map for IA3
-    tuning.feedforward = ()  # ia3: targets whose input is scaled, not their output; empty: the feed-forward's last map
+    tuning.feedforward = ()  # ia3: targets whose input is scaled, not their output; empty: the feed-forward's last map;
+    # none: no target's
     tuning.rslora = False  # scale by alpha / sqrt(rank), so that updates do not shrink with the rank
     tuning.init = "default"  # default | gaussian | orthogonal | pissa | olora: where A and B of LoRA start
     tuning.rank_pattern = ()  # (("regex of a module name", rank), ...): the first match wins over `rank`

@@ -12,7 +12,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub import peft, resolve, tokenizer
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import RUN, open_run
-from ftjax.tuning import METHODS
+from ftjax.tuning import METHODS, of_peft
 
 
 def load(
@@ -36,9 +36,9 @@ def load(
 def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     adapter_config, tensors = peft.read_adapter(folder)
     kind = adapter_config.get("peft_type")
-    method = next((m for m in METHODS.values() if m.peft_type and m.peft_type == kind), None)
+    method = of_peft(adapter_config)
     if method is None:
-        known = ", ".join(m.peft_type for m in METHODS.values() if m.peft_type)
+        known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS.values() if m.peft_type))
         raise FtjaxError(f"{folder / peft.CONFIG}: peft_type {kind!r} is not supported; known: {known}")
     base = adapter_config.get("base_model_name_or_path")
     if not base:
@@ -52,7 +52,8 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
         lm = dataclasses.replace(lm, end_tokens=tokenizer.end_tokens(lm.folder, lm.tokenizer))
     trained, fields = method.from_peft(adapter_config, tensors, lm.params, spec)
     spec.tuning.update(fields)
-    return _with(lm, method.variables(jax.tree.map(jnp.asarray, trained), lm.params, spec))
+    _, frozen = method.init(jax.random.key(0), lm.params, spec)
+    return _with(lm, method.variables(jax.tree.map(jnp.asarray, trained), frozen, spec))
 
 
 def _with(lm: LM, variables: dict) -> LM:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -80,15 +79,15 @@ def _name_template(out: Path, chat_template: str) -> None:
 
 def _merge_difference(source: Trained, params: dict, dtype: str) -> float:
     """Largest |merged - adapted| logit on one row of spread-out token ids, the merged weights as `dtype` holds them."""
-    shape, model = source.spec.model, source.base.model
-    merged = model.clone(config=dataclasses.replace(shape, tied=shape.tied and "lm_head" not in params))
+    shape = source.spec.model
     tokens = np.linspace(0, shape.vocab_size - 1, min(64, shape.max_positions)).astype(np.int32)[None]
 
     @jax.jit
     def difference(params, trained, frozen):
         stored = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
         adapted = METHODS[source.method].variables(trained, frozen, source.spec)
-        return jnp.max(jnp.abs(merged.apply({"params": stored}, tokens) - model.apply(adapted, tokens)))
+        apply = source.base.model.apply
+        return jnp.max(jnp.abs(apply({"params": stored}, tokens) - apply(adapted, tokens)))
 
     return float(difference(params, source.trained, source.frozen))
 

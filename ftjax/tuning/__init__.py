@@ -1,6 +1,6 @@
 """What is trained, one file a method. Importing this package fills METHODS."""
 
-from ftjax.tuning import full, lora, parts, prefix, prompt, ptuning  # noqa: F401  each registers itself
-from ftjax.tuning.base import METHODS, Method, Spec, register
+from ftjax.tuning import dora, full, ia3, lora, parts, prefix, prompt, ptuning  # noqa: F401  each registers itself
+from ftjax.tuning.base import METHODS, Method, Spec, of_peft, register
 
-__all__ = ["METHODS", "Method", "Spec", "register"]
+__all__ = ["METHODS", "Method", "Spec", "of_peft", "register"]

@@ -43,12 +43,13 @@ class Method:
     to_peft: Callable | None = None
     from_peft: Callable | None = None
     peft_type: str = ""
+    peft_variant: Callable[[dict], bool] | None = None  # which adapter_configs of a shared peft_type; None: the rest
     virtual_tokens: Callable[[Spec], int] = lambda spec: 0
     axes: Callable[[str], tuple] = parameter_axes
     frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
-    lr: float = 2e-4  # default peak learning rate
     layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
+    lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 
 
@@ -58,3 +59,11 @@ METHODS: dict[str, Method] = {}
 def register(name: str, method: Method) -> None:
     """Make `tuning.method = name` known."""
     METHODS[name] = method
+
+
+def of_peft(adapter_config: dict) -> Method | None:
+    """The method that an adapter_config.json describes: a variant that knows it before the method it is one of."""
+    kind = adapter_config.get("peft_type")
+    able = [m for m in METHODS.values() if kind and m.peft_type == kind]
+    variants = [m for m in able if m.peft_variant and m.peft_variant(adapter_config)]
+    return next(iter(variants + [m for m in able if m.peft_variant is None]), None)

@@ -18,17 +18,19 @@ def module_names(path: str, template: str, layers: int) -> list[str]:
     return [template.format(l=i) for i in range(layers)] if path.startswith("layers/") else [template]
 
 
-def select(names: dict[str, str], layers: int, targets: tuple[str, ...]) -> dict[str, list[bool]]:
+def select(
+    names: dict[str, str], layers: int, targets: tuple[str, ...], key: str = "tuning.targets"
+) -> dict[str, list[bool]]:
     """Path -> for each of its modules whether `targets` selects it; paths without any are left out.
 
     names: path -> template of module names. A target is `all-linear` (every linear map in the blocks), `re:PATTERN`
     (must match a whole module name), or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
-    Raises FtjaxError for a target that selects nothing.
+    Raises FtjaxError that names `key`, where they were given, for a target that selects nothing.
     """
     chosen, used = {}, set()
     for path, template in names.items():
         modules = module_names(path, template, layers)
-        hits = [[t for t in targets if _matches(t, module, path)] for module in modules]
+        hits = [[t for t in targets if _matches(t, module, path, key)] for module in modules]
         used.update(t for hit in hits for t in hit)
         if any(hits):
             chosen[path] = [bool(hit) for hit in hits]
@@ -36,7 +38,7 @@ def select(names: dict[str, str], layers: int, targets: tuple[str, ...]) -> dict
         if target not in used:
             tails = sorted({template.rsplit(".", 1)[-1] for template in names.values()})
             raise FtjaxError(
-                f"tuning.targets: {target!r} matches no linear map of this model{nearest(target, tails)}; "
+                f"{key}: {target!r} matches no linear map of this model{nearest(target, tails)}; "
                 f"it has {', '.join(tails)}; `all-linear` takes all of its blocks"
                 + ("; its head is tied: the table of embeddings itself" * (target == "lm_head"))
             )
@@ -70,11 +72,11 @@ def _tail(name: str, names) -> str:
     return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in names) == 1)
 
 
-def _matches(target: str, module: str, path: str) -> bool:
+def _matches(target: str, module: str, path: str, key: str) -> bool:
     if target == "all-linear":
         return path.startswith("layers/")
     if target.startswith("re:"):
-        return _compile(target[3:], "tuning.targets").fullmatch(module) is not None
+        return _compile(target[3:], key).fullmatch(module) is not None
     return module == target or module.endswith("." + target)
 
 

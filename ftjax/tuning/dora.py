@@ -1,0 +1,161 @@
+"""DoRA (Liu et al. 2024): W' = m · (W + s B A) / ‖W + s B A‖, the norm taken over each output's row; W frozen.
+
+m (out,) is trained and starts as the row norms of W, so that W' = W. A and B are LoRA's, and so is all that concerns
+them alone: targets, ranks, scales and initialisations. No gradient flows through the norm (section 4.3 of the paper).
+Dropout acts on what A and B add; PEFT drops a part of W x too. L layers, R rank.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import FtjaxError
+from ftjax.hub.peft import PREFIX
+from ftjax.models.decoder import parameter_axes
+from ftjax.models.layers import ADAPTERS, Adapter
+from ftjax.tree import flatten, unflatten
+from ftjax.tuning import lora
+from ftjax.tuning.base import Method, register
+from ftjax.tuning.lora_init import INITS
+from ftjax.tuning.targets import EMBEDDINGS, module_names
+
+SUFFIX = ".lora_magnitude_vector"  # in PEFT's files, without `.weight`
+TINY = 1e-12  # a row of zeros has a norm of zero
+
+
+def row_norms(kernel, a, b, scale):
+    """‖W + s B A‖ of each row (out,), float32, from W Aᵀ and A Aᵀ: the sum itself (out, in) is never built.
+
+    ‖w + s b A‖² = ‖w‖² + 2 s (W Aᵀ) · b + s² b (A Aᵀ) · b.
+    """
+
+    def dot(x, y):
+        return jnp.matmul(x, y, precision="highest", preferred_element_type=jnp.float32)
+
+    squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-1)
+    across = jnp.sum(dot(kernel, a.T.astype(kernel.dtype)) * b, axis=-1)
+    low = jnp.sum(dot(b, dot(a, a.T)) * b, axis=-1)
+    return jnp.sqrt(jnp.maximum(squares + 2 * scale * across + scale**2 * low, TINY**2))
+
+
+def apply(x, y, kernel, bias, leaves, rng):
+    """m / ‖W + s B A‖ · (y - bias + s B A x) + bias; a layer whose scale is zero is no target, and stays as it is."""
+    norms = jax.lax.stop_gradient(row_norms(kernel, leaves["a"], leaves["b"], leaves["scale"]))
+    gain = jnp.where(leaves["scale"] > 0, leaves["magnitude"] / norms, 1.0).astype(y.dtype)
+    bias = 0 if bias is None else bias.astype(y.dtype)
+    return gain * (y - bias + lora.update(x, leaves, rng)) + bias
+
+
+ADAPTERS["dora"] = Adapter(after=apply)
+
+
+def init(key, base, spec):
+    """LoRA's A and B, and the row norms of W."""
+    if INITS[spec.tuning.init].residual:
+        plain = ", ".join(name for name, row in INITS.items() if not row.residual)
+        raise FtjaxError(f"tuning.init: {spec.tuning.init} takes W apart, which dora needs whole; one of {plain}")
+    _refuse_embeddings(lora.ranks(spec))
+    trained, frozen = lora.init(key, base, spec)
+    params, trained = flatten(base), flatten(trained)
+    for path, (rank, _) in lora.ranks(spec).items():
+        kernel = params[f"{path}/kernel"].astype(jnp.float32)
+        norms = jnp.linalg.norm(kernel, axis=-1)
+        targets = rank[:, None] > 0
+        trained[f"{path}/lora/magnitude"] = jnp.where(targets, norms, 0.0) if kernel.ndim == 3 else norms
+    return unflatten(trained), frozen
+
+
+def variables(trained, frozen, spec):
+    """As LoRA's, in the `adapter` collection under `dora`."""
+    out = lora.variables(trained, frozen, spec)
+    adapter = {path.replace("/lora/", "/dora/"): x for path, x in flatten(out["adapter"]).items()}
+    return {"params": out["params"], "adapter": unflatten(adapter)}
+
+
+def merge(trained, frozen, spec):
+    """W', computed in float32 and stored as W was."""
+    params, adapter = flatten(frozen), flatten(trained)
+    for path, (_, scale) in lora.ranks(spec).items():
+        kernel = params[f"{path}/kernel"]
+        a, b, magnitude = (adapter[f"{path}/lora/{leaf}"] for leaf in ("a", "b", "magnitude"))
+        s = scale[:, None, None] if kernel.ndim == 3 else scale[0]
+        total = kernel.astype(jnp.float32) + s * (b @ a)
+        gain = magnitude[..., None] / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), TINY)
+        params[f"{path}/kernel"] = jnp.where(s > 0, gain * total, kernel).astype(kernel.dtype)
+    return unflatten(params)
+
+
+def axes(path):
+    """LoRA's; magnitudes are split as the kernel's output axis is."""
+    if path.endswith("/magnitude"):
+        *stack, out, _ = parameter_axes(path.replace("/lora/magnitude", "/kernel"))
+        return *stack, out
+    return lora.axes(path)
+
+
+def lr_scale(path, optim):
+    """LoRA+; PEFT counts magnitudes with B."""
+    return optim.lora_plus if path.endswith("/magnitude") else lora.lr_scale(path, optim)
+
+
+def to_peft(trained, frozen, spec):
+    """PEFT's LORA with `use_dora`."""
+    adapter_config, tensors = lora.to_peft(trained, frozen, spec)
+    leaves = flatten(trained)
+    for path, (rank, _) in lora.ranks(spec).items():
+        magnitude = np.asarray(leaves[f"{path}/lora/magnitude"], np.float32).reshape(len(rank), -1)
+        for module, r, row in zip(module_names(path, spec.names[path], len(rank)), rank, magnitude, strict=True):
+            if r:
+                tensors[f"{PREFIX}{module}{SUFFIX}"] = row
+    return adapter_config | {"use_dora": True}, tensors
+
+
+def from_peft(adapter_config, tensors, base, spec):
+    """A PEFT LORA with `use_dora`. Raises FtjaxError where a module's magnitudes are missing or of another length."""
+    pairs = {name: x for name, x in tensors.items() if not name.endswith(SUFFIX)}
+    trained, fields = lora.from_peft(adapter_config | {"use_dora": False}, pairs, base, spec)
+    leaves, out = flatten(trained), flatten(trained)
+    adapted = set(fields["targets"])
+    _refuse_embeddings({path.split("/lora/")[0] for path in leaves})
+    for path in [path.removesuffix("/lora/b") for path in leaves if path.endswith("/lora/b")]:
+        b = leaves[f"{path}/lora/b"]
+        modules = module_names(path, spec.names[path], spec.model.layers)
+        magnitude = np.zeros((len(modules), b.shape[-2]), np.float32)
+        for layer, module in enumerate(modules):
+            if module in adapted:
+                magnitude[layer] = _magnitude(tensors, f"{PREFIX}{module}{SUFFIX}", b.shape[-2])
+        out[f"{path}/lora/magnitude"] = magnitude if b.ndim == 3 else magnitude[0]
+    return unflatten(out), fields
+
+
+def _magnitude(tensors, name, size):
+    if name not in tensors:
+        raise FtjaxError(f"adapter tensor {name} is missing")
+    if tensors[name].shape != (size,):
+        raise FtjaxError(f"adapter tensor {name} has shape {tensors[name].shape}, expected {(size,)}")
+    return tensors[name]
+
+
+def _refuse_embeddings(paths):
+    if any(path in EMBEDDINGS for path in paths):
+        raise FtjaxError("tuning.targets: dora goes on no tables of embeddings; lora does")
+
+
+register(
+    "dora",
+    Method(
+        init=init,
+        variables=variables,
+        merge=merge,
+        to_peft=to_peft,
+        from_peft=from_peft,
+        peft_type="LORA",
+        peft_variant=lambda adapter_config: bool(adapter_config.get("use_dora")),
+        axes=axes,
+        lr_scale=lr_scale,
+        lr=2e-4,  # of the authors' own runs on LLaMA-7B (NVlabs/DoRA, llama_7B_Dora.sh)
+        batch_size=16,  # the same
+    ),
+)

@@ -1,0 +1,189 @@
+"""IA3 (Liu et al. 2022): trained vectors that scale keys, values and the hidden layer of the feed-forward.
+
+Of a target either the output is scaled, bias included, or, for a feed-forward's last map, the input. L layers. A vector
+of a stacked map is stacked too; in layers that are no target it has no effect and no gradient.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import FtjaxError, nearest
+from ftjax.hub.families import shapes
+from ftjax.hub.peft import CONFIG, PREFIX
+from ftjax.models.decoder import parameter_axes
+from ftjax.models.layers import ADAPTERS, Adapter
+from ftjax.tree import flatten, unflatten
+from ftjax.tuning.base import Method, Spec, register
+from ftjax.tuning.targets import fan_in_fan_out, module_names, peft_targets, select, without_embeddings
+
+# Path of a map -> what of it is scaled, where `tuning.targets` names nothing: keys, values and hidden layers, as in the
+# paper; GPT-2's one map for queries, keys and values is scaled as a whole, as PEFT does it.
+TARGETS = {
+    "layers/attn/k_proj": "output",
+    "layers/attn/v_proj": "output",
+    "layers/attn/c_attn": "output",
+    "layers/mlp/down_proj": "input",
+}
+NONE = ("none",)  # tuning.feedforward: no target's input is scaled
+# Keys of an IA3 adapter_config.json that tell what the tensors mean, or nothing about it.
+KEYS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"),
+    *("init_ia3_weights", "runtime_config"),
+}
+
+
+def before(x, leaves, rng):
+    """x · l."""
+    return (x * leaves["input"]).astype(x.dtype) if "input" in leaves else x
+
+
+def after(x, y, kernel, bias, leaves, rng):
+    """y · l."""
+    return (y * leaves["output"]).astype(y.dtype) if "output" in leaves else y
+
+
+ADAPTERS["ia3"] = Adapter(before, after)
+
+
+def scaled(spec: Spec) -> dict[str, list[bool]]:
+    """`PATH/ia3/input` and `PATH/ia3/output` of what is scaled -> whether it is, layer by layer."""
+    names, layers = without_embeddings(spec.names), spec.model.layers
+    if spec.tuning.targets:
+        chosen = select(names, layers, tuple(spec.tuning.targets))
+    else:
+        chosen = {path: [True] * layers for path in TARGETS if path in names}
+    feedforward = tuple(spec.tuning.feedforward)
+    if feedforward == NONE:
+        inputs = {}
+    elif feedforward:
+        inputs = select({path: names[path] for path in chosen}, layers, feedforward, "tuning.feedforward")
+    else:
+        inputs = {path: hits for path, hits in chosen.items() if TARGETS.get(path) == "input"}
+    out = {}
+    for path, hits in chosen.items():
+        first = inputs.get(path, [False] * len(hits))
+        out[f"{path}/ia3/input"] = [hit and i for hit, i in zip(hits, first, strict=True)]
+        out[f"{path}/ia3/output"] = [hit and not i for hit, i in zip(hits, first, strict=True)]
+    return {leaf: hits for leaf, hits in out.items() if any(hits)}
+
+
+def init(key, base, spec):
+    """Ones: training starts from the base model's logits."""
+    params, trained = flatten(base), {}
+    for leaf in scaled(spec):
+        *stack, out, in_ = params[leaf.rsplit("/", 2)[0] + "/kernel"].shape
+        trained[leaf] = jnp.ones((*stack, in_ if leaf.endswith("input") else out))
+    return unflatten(trained), base
+
+
+def variables(trained, frozen, spec):
+    """The base's parameters, and the vectors in the `adapter` collection, ones where a layer is no target."""
+    return {"params": frozen, "adapter": unflatten(_effective(trained, spec))}
+
+
+def _effective(trained, spec):
+    leaves = flatten(trained)
+    return {
+        leaf: jnp.where(np.array(hits)[:, None], leaves[leaf], 1.0) if leaves[leaf].ndim == 2 else leaves[leaf]
+        for leaf, hits in scaled(spec).items()
+    }
+
+
+def merge(trained, frozen, spec):
+    """W with its columns scaled where the input is, its rows and the bias where the output is; stored as they were."""
+    params = flatten(frozen)
+    for leaf, scale in _effective(trained, spec).items():
+        path = leaf.rsplit("/", 2)[0]
+        kernel = params[f"{path}/kernel"]
+        if leaf.endswith("input"):
+            params[f"{path}/kernel"] = (kernel * scale[..., None, :]).astype(kernel.dtype)
+            continue
+        params[f"{path}/kernel"] = (kernel * scale[..., None]).astype(kernel.dtype)
+        if f"{path}/bias" in params:
+            bias = params[f"{path}/bias"]
+            params[f"{path}/bias"] = (bias * scale).astype(bias.dtype)
+    return unflatten(params)
+
+
+def axes(path):
+    """Split as the kernel's axis of the same name is."""
+    module, _, leaf = path.rsplit("/", 2)
+    *stack, out, in_ = parameter_axes(f"{module}/kernel")
+    return (*stack, in_ if leaf == "input" else out)
+
+
+def to_peft(trained, frozen, spec):
+    """PEFT's IA3: `ia3_l` is (1, in) of the modules that `feedforward_modules` names, (out, 1) of the others."""
+    leaves, tensors, chosen, inputs = flatten(trained), {}, {}, {}
+    for leaf, hits in scaled(spec).items():
+        path, _, side = leaf.rsplit("/", 2)
+        vectors = np.asarray(leaves[leaf], np.float32).reshape(len(hits), -1)
+        for module, hit, vector in zip(module_names(path, spec.names[path], len(hits)), hits, vectors, strict=True):
+            if hit:
+                tensors[f"{PREFIX}{module}.ia3_l"] = vector[None] if side == "input" else vector[:, None]
+        chosen[path] = [a or b for a, b in zip(chosen.get(path, hits), hits, strict=True)]
+        if side == "input":
+            inputs[path] = hits
+    feedforward = peft_targets(inputs, spec.names)
+    config = {
+        "peft_type": "IA3",
+        # What is scaled at its input must be named alike in both lists.
+        "target_modules": sorted({*peft_targets(chosen, spec.names), *feedforward}),
+        "feedforward_modules": feedforward,
+        "fan_in_fan_out": fan_in_fan_out(chosen, spec.names),
+        "modules_to_save": None,
+        "init_ia3_weights": True,
+    }
+    return config, tensors
+
+
+def from_peft(adapter_config, tensors, base, spec):
+    """A PEFT IA3; which side of a module is scaled is told by the shape of its vector."""
+    for key, value in adapter_config.items():
+        if key not in KEYS and value:
+            raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of IA3 that ftjax does not support")
+    names, expected, layers = without_embeddings(spec.names), shapes(spec.model), spec.model.layers
+    places = {m: (path, i) for path, name in names.items() for i, m in enumerate(module_names(path, name, layers))}
+    found, sides = {}, {"input": [], "output": []}
+    for name, x in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.ia3_l", name)
+        if match is None:
+            raise FtjaxError(f"adapter tensor {name}: expected {PREFIX}MODULE.ia3_l")
+        module = match[1]
+        if module not in places:
+            raise FtjaxError(f"adapter tensor {name}: this model has no linear map {module!r}{nearest(module, places)}")
+        path, layer = places[module]
+        out, in_ = expected[f"{path}/kernel"][-2:]
+        side = {(1, in_): "input", (out, 1): "output"}.get(x.shape)
+        if side is None:
+            raise FtjaxError(f"adapter tensor {name} has shape {x.shape}, expected {(out, 1)} or {(1, in_)}")
+        count = layers if path.startswith("layers/") else 1
+        rows = found.setdefault(f"{path}/ia3/{side}", np.ones((count, x.size), np.float32))
+        rows[layer] = np.asarray(x, np.float32).reshape(-1)
+        sides[side].append(module)
+    if not found:
+        raise FtjaxError("the adapter has no IA3 tensors")
+    trained = {leaf: rows if leaf.startswith("layers/") else rows[0] for leaf, rows in found.items()}
+    fields = {"targets": (*sides["output"], *sides["input"]), "feedforward": tuple(sides["input"]) or NONE}
+    return unflatten(trained), fields
+
+
+register(
+    "ia3",
+    Method(
+        init=init,
+        variables=variables,
+        merge=merge,
+        to_peft=to_peft,
+        from_peft=from_peft,
+        peft_type="IA3",
+        axes=axes,
+        lr=3e-3,  # the paper's, its recipe T-Few: 1,000 steps of 8 rows
+        batch_size=8,  # the same
+    ),
+)
