@@ -36,8 +36,13 @@ def schedule(config, steps: int, lr: float) -> optax.Schedule:
 
 
 def decayed(params) -> dict:
-    """True for the leaves that weight decay acts on: matrices, not norms and not biases."""
-    return map_paths(lambda path, _: path.rsplit("/", 1)[-1] not in ("scale", "bias"), params)
+    """True for the leaves that weight decay acts on: matrices, not the vectors of norms, biases and adapters."""
+    return map_paths(is_matrix, params)
+
+
+def is_matrix(path: str, leaf) -> bool:
+    """Whether a leaf is a matrix, or a stack of them on a leading layer axis."""
+    return leaf.ndim - (path.split("/", 1)[0] in STACKS) > 1
 
 
 def multipliers(
@@ -91,8 +96,7 @@ def _muon(c):
     """Muon (Jordan et al. 2024) on matrices inside blocks, one a layer; Adam on embeddings, heads, norms and biases."""
 
     def label(path, leaf):
-        tail = path.rsplit("/", 1)[-1]
-        return "muon" if path.split("/", 1)[0] in STACKS and tail not in ("scale", "bias") else "adam"
+        return "muon" if path.split("/", 1)[0] in STACKS and is_matrix(path, leaf) else "adam"
 
     # Stacked matrices are (L, out, in): the layer axis is one of batch, each layer is made orthogonal by itself.
     matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)

@@ -42,7 +42,7 @@ def row_norms(kernel, a, b, scale):
 
 def apply(x, y, kernel, bias, leaves, rng):
     """m / ‖W + s B A‖ · (y - bias + s B A x) + bias; a layer whose scale is zero is no target, and stays as it is."""
-    norms = jax.lax.stop_gradient(row_norms(kernel, leaves["a"], leaves["b"], leaves["scale"]))
+    norms = row_norms(kernel, *jax.lax.stop_gradient((leaves["a"], leaves["b"])), leaves["scale"])
     gain = jnp.where(leaves["scale"] > 0, leaves["magnitude"] / norms, 1.0).astype(y.dtype)
     bias = 0 if bias is None else bias.astype(y.dtype)
     return gain * (y - bias + lora.update(x, leaves, rng)) + bias
@@ -60,10 +60,14 @@ def init(key, base, spec):
     trained, frozen = lora.init(key, base, spec)
     params, trained = flatten(base), flatten(trained)
     for path, (rank, _) in lora.ranks(spec).items():
-        kernel = params[f"{path}/kernel"].astype(jnp.float32)
-        norms = jnp.linalg.norm(kernel, axis=-1)
-        targets = rank[:, None] > 0
-        trained[f"{path}/lora/magnitude"] = jnp.where(targets, norms, 0.0) if kernel.ndim == 3 else norms
+        kernel = params[f"{path}/kernel"]
+        stack = kernel if kernel.ndim == 3 else kernel[None]
+        # One layer after another: no more than one kernel in float32 at a time.
+        norms = jax.lax.map(
+            lambda layer, stack=stack: jnp.linalg.norm(stack[layer].astype(jnp.float32), axis=-1), jnp.arange(len(rank))
+        )
+        norms = jnp.where(rank[:, None] > 0, norms, 0.0)
+        trained[f"{path}/lora/magnitude"] = norms if kernel.ndim == 3 else norms[0]
     return unflatten(trained), frozen
 
 

@@ -101,9 +101,9 @@ def merge(trained, frozen, spec):
         path = leaf.rsplit("/", 2)[0]
         kernel = params[f"{path}/kernel"]
         if leaf.endswith("input"):
-            params[f"{path}/kernel"] = (kernel * scale[..., None, :]).astype(kernel.dtype)
+            params[f"{path}/kernel"] = (kernel.astype(jnp.float32) * scale[..., None, :]).astype(kernel.dtype)
             continue
-        params[f"{path}/kernel"] = (kernel * scale[..., None]).astype(kernel.dtype)
+        params[f"{path}/kernel"] = (kernel.astype(jnp.float32) * scale[..., None]).astype(kernel.dtype)
         if f"{path}/bias" in params:
             bias = params[f"{path}/bias"]
             params[f"{path}/bias"] = (bias * scale).astype(bias.dtype)

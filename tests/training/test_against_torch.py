@@ -24,7 +24,7 @@ from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import compile_step, init_state
 
 STEPS, WARMUP, B, DECAY = 50, 5, 4, 0.1
-LR = {"full": 1e-3, "lora": 2e-3}
+LR = {"full": 1e-3, "lora": 2e-3, "dora": 2e-3, "ia3": 2e-2}
 
 
 def random_rows(vocab, T):
@@ -64,8 +64,8 @@ def their_losses(model, rows, peak):
     model.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.squeeze().ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in trained if p.squeeze().ndim <= 1], "weight_decay": 0.0},
     ]
     adam, reports = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), eps=1e-8), []
     for step, (docs, prompts) in enumerate(rows):
