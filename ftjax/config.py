@@ -40,6 +40,8 @@ def default() -> ml_collections.ConfigDict:
 
     c.tuning = tuning = ml_collections.ConfigDict()
     tuning.method = "lora"  # a row of ftjax.tuning.METHODS
+    tuning.init_from = ""  # PEFT adapter directory or hub name whose tensors are where training starts; its shape,
+    # rank, scale and targets are then the run's
     tuning.rank = 16
     tuning.alpha = 32.0  # the update is scaled by alpha / rank, see rslora
     tuning.dropout = 0.0  # on the adapter's input

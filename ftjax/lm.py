@@ -23,6 +23,7 @@ from ftjax.hub import families, tokenizer, weights
 from ftjax.models import quantised
 from ftjax.models.decoder import Decoder, max_tokens
 from ftjax.tuning import Spec
+from ftjax.tuning.adapters import pick, weighted
 
 
 @dataclasses.dataclass
@@ -30,7 +31,8 @@ class LM:
     """A decoder, what it is applied to, and its tokenizer.
 
     model: the Flax module; params: the base's parameters; adapter: the `adapter` collection, empty for a plain model;
-    folder: the local directory of the base; end_tokens: ids that end an answer.
+    folder: the local directory of the base; end_tokens: ids that end an answer; adapters: name -> what the model is
+    applied to under an adapter that was loaded beside, see `with_adapter`.
     """
 
     model: Decoder
@@ -39,6 +41,7 @@ class LM:
     tokenizer: Any
     folder: Path
     end_tokens: tuple[int, ...]
+    adapters: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property
     def variables(self) -> dict:
@@ -49,6 +52,21 @@ class LM:
     def max_tokens(self) -> int:
         """Tokens that a row may have: the model's positions, less those of virtual tokens."""
         return max_tokens(self.model.config, self.variables)
+
+    def with_adapter(self, adapter: str | dict[str, float], combine: str = "cat") -> LM:
+        """This model under one of its `adapters`, or under the sum of several LoRAs: {"a": 0.7, "b": 0.3}.
+
+        combine: how they are added, `cat` or `linear`, see ftjax.tuning.adapters.weighted. Nothing of the base is
+        copied. Raises FtjaxError for an adapter that was not loaded, and for what cannot be added.
+        """
+        if isinstance(adapter, str):
+            return self.applied(pick(self.adapters, adapter))
+        collections = {name: variables.get("adapter", {}) for name, variables in self.adapters.items()}
+        return self.applied(self.variables | {"adapter": weighted(collections, adapter, combine)})
+
+    def applied(self, variables: dict) -> LM:
+        """This model under `variables`: {"params": ..., "adapter": ...}."""
+        return dataclasses.replace(self, params=variables["params"], adapter=variables.get("adapter", {}))
 
     def logits(self, input_ids, attention_mask=None) -> np.ndarray:
         """input_ids, attention_mask (B, T) int -> logits (B, T, V) float32; padding may lie on either side."""

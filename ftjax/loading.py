@@ -5,41 +5,49 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from ftjax.errors import FtjaxError
 from ftjax.hub import peft, resolve, tokenizer
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import RUN, open_run
-from ftjax.tuning import METHODS, of_peft
+from ftjax.tuning import METHODS
+from ftjax.tuning import adapters as peft_adapters
 
 
 def load(
-    path: str | Path, *, revision: str = "", dtype: str = "auto", checkpoint: str = "best", quantise: str = ""
+    path: str | Path,
+    *,
+    adapters: dict[str, str | Path] | None = None,
+    revision: str = "",
+    dtype: str = "auto",
+    checkpoint: str = "best",
+    quantise: str = "",
 ) -> LM:
     """A model directory, hub name, PEFT adapter directory (with its base) or run folder of `ftjax train` -> LM.
 
-    dtype: compute and storage, `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU, float32 on CPU); checkpoint:
-    of a run folder, `best` or `last`; quantise: kernels of the blocks as `int8`, `nf4` or `none`, empty: as in the run,
-    or `none`. Raises FtjaxError for anything that is none of these.
+    adapters: name -> PEFT adapter directory or hub name, for a base model: read beside it, for `LM.with_adapter`; the
+    LM itself stays the base. dtype: compute and storage, `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU,
+    float32 on CPU); checkpoint: of a run folder, `best` or `last`; quantise: kernels of the blocks as `int8`, `nf4` or
+    `none`, empty: as in the run, or `none`. Raises FtjaxError for anything that is none of these.
     """
-    if (Path(path) / RUN).is_file():
+    run = (Path(path) / RUN).is_file()
+    folder = Path(path) if run else resolve.resolve(path, revision)
+    whole = run or (folder / peft.CONFIG).is_file()
+    if whole and adapters:
+        raise FtjaxError(f"{path}: adapters go on a base model, and this holds one of its own; name the base instead")
+    if run:
         source, _ = open_run(path, dtype, checkpoint, quantise)
-        return _with(source.base, METHODS[source.method].variables(source.trained, source.frozen, source.spec))
-    folder = resolve.resolve(path, revision)
-    if (folder / peft.CONFIG).is_file():
+        return source.base.applied(METHODS[source.method].variables(source.trained, source.frozen, source.spec))
+    if whole:
         return _load_adapter(folder, dtype, quantise)
-    return open_base(folder, dtype, quantise=quantise)[0]
+    lm, spec = open_base(folder, dtype, quantise=quantise)
+    found = {name: peft_adapters.read(resolve.resolve(at)) for name, at in (adapters or {}).items()}
+    beside = {name: peft_adapters.variables(adapter, lm.params, spec) for name, adapter in found.items()}
+    return dataclasses.replace(lm, adapters=beside)
 
 
 def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
-    adapter_config, tensors = peft.read_adapter(folder)
-    kind = adapter_config.get("peft_type")
-    method = of_peft(adapter_config)
-    if method is None:
-        known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS.values() if m.peft_type))
-        raise FtjaxError(f"{folder / peft.CONFIG}: peft_type {kind!r} is not supported; known: {known}")
+    adapter = peft_adapters.read(folder)
+    _, adapter_config, _ = adapter
     base = adapter_config.get("base_model_name_or_path")
     if not base:
         raise FtjaxError(
@@ -50,11 +58,4 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     if text:  # of the adapter's own training; the base may have none, or another
         lm.tokenizer.chat_template = text
         lm = dataclasses.replace(lm, end_tokens=tokenizer.end_tokens(lm.folder, lm.tokenizer))
-    trained, fields = method.from_peft(adapter_config, tensors, lm.params, spec)
-    spec.tuning.update(fields)
-    _, frozen = method.init(jax.random.key(0), lm.params, spec)
-    return _with(lm, method.variables(jax.tree.map(jnp.asarray, trained), frozen, spec))
-
-
-def _with(lm: LM, variables: dict) -> LM:
-    return dataclasses.replace(lm, params=variables["params"], adapter=variables.get("adapter", {}))
+    return lm.applied(peft_adapters.variables(adapter, lm.params, spec))

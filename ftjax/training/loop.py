@@ -39,6 +39,7 @@ from ftjax.training.run_folder import Trained, base_name, claim
 from ftjax.training.step import State, compile_step, init_state
 from ftjax.tree import map_paths
 from ftjax.tuning import METHODS, Spec
+from ftjax.tuning.adapters import Start
 
 VALIDATIONS = 10  # a run, where the config does not say how often
 PLACED = 2  # batches on the devices beside the one in use
@@ -100,6 +101,10 @@ def train(config, say=print) -> Result:
     model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
 
+    given = Start(config.tuning) if config.tuning.init_from else None
+    if given:
+        given.fill(spec)
+
     # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
     virtual = method.virtual_tokens(spec)
     data = prepare(config, words, shape.max_positions - virtual)
@@ -156,7 +161,10 @@ def train(config, say=print) -> Result:
             return jax.tree.map(lambda x: x.astype(trained_dtype), trained), frozen
 
         begin = jax.jit(begin, donate_argnums=1, out_shardings=(places, frozen_places))
+        made_elsewhere = given.trained(base, spec, trained_shapes) if given else None
         trained, frozen = begin(jax.random.key(config.seed), base)
+        if given:
+            trained = jax.device_put(jax.tree.map(lambda x: np.asarray(x, trained_dtype), made_elsewhere), places)
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
         for token, alike in indistinct_ends(frozen, data.train.examples).items():
             say(

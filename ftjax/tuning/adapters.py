@@ -1,0 +1,124 @@
+"""PEFT adapters made elsewhere: what the model is applied to under one, several of them added, and a run's start.
+
+L layers, R rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ftjax import config as configs
+from ftjax.errors import FtjaxError, nearest
+from ftjax.hub import peft, resolve, weights
+from ftjax.tree import flatten, unflatten
+from ftjax.tuning.base import METHODS, Method, Spec, of_peft
+
+# Fields of config.tuning that an adapter_config.json says under another name, where it says them.
+SAID = {"rank": "r", "alpha": "lora_alpha"}
+
+
+def read(folder: Path) -> tuple[Method, dict, dict]:
+    """A PEFT adapter directory -> the method that it is of, its adapter_config.json and its tensors by name."""
+    if not (folder / peft.CONFIG).is_file():
+        own = "; a run's own adapter lies in its folder `adapter`" if (folder / "run.json").is_file() else ""
+        raise FtjaxError(f"{folder}: is no PEFT adapter: it has no {peft.CONFIG}{own}")
+    adapter_config, tensors = peft.read_adapter(folder)
+    method = of_peft(adapter_config)
+    if method is None:
+        known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS.values() if m.peft_type))
+        kind = adapter_config.get("peft_type")
+        raise FtjaxError(f"{folder / peft.CONFIG}: peft_type {kind!r} is not supported; known: {known}")
+    return method, adapter_config, tensors
+
+
+def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:
+    """What the model is applied to under an adapter as `read` gives it; base: its parameters, which are not copied."""
+    method, adapter_config, tensors = adapter
+    spec = spec._replace(tuning=spec.tuning.copy_and_resolve_references())
+    trained, fields = method.from_peft(adapter_config, tensors, base, spec)
+    spec.tuning.update(fields)
+    _, frozen = method.init(jax.random.key(0), base, spec)
+    return method.variables(jax.tree.map(jnp.asarray, trained), frozen, spec)
+
+
+def weighted(collections: dict[str, dict], weights: dict[str, float], combine: str) -> dict:
+    """One `adapter` collection for the weighted sum of several LoRAs, as PEFT's add_weighted_adapter has it.
+
+    combine: `cat` sets ranks beside each other, which is the sum of w · s · B A to the letter; `linear` adds A to A and
+    B to B, each times the root of |w · s|, which keeps the rank and brings products of one's B with another's A along.
+    Raises FtjaxError for an unknown name or way, for adapters other than LoRA, and for `linear` on unequal ranks.
+    """
+    if combine not in ("cat", "linear"):
+        raise FtjaxError(f"combine: {combine!r}{nearest(combine, ('cat', 'linear'))}; one of cat, linear")
+    found = {}  # path of a map -> [(weight · scale, a, b), ...]
+    for name, weight in weights.items():
+        leaves = flatten(pick(collections, name))
+        other = sorted({path.split("/")[-2] for path in leaves if "/lora/" not in path})
+        if other:
+            raise FtjaxError(f"adapter {name!r} holds {', '.join(other)}: only LoRA's are weighted and added")
+        for path in dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves):
+            a, b, scale = (leaves[f"{path}/{leaf}"] for leaf in ("a", "b", "scale"))
+            factor = weight * (scale[:, None, None] if a.ndim == 3 else scale)
+            found.setdefault(path, []).append((factor, a, b))
+    out = {}
+    for path, parts in found.items():
+        if combine == "cat":
+            a = jnp.concatenate([factor * a for factor, a, _ in parts], axis=-2)
+            b = jnp.concatenate([b for _, _, b in parts], axis=-1)
+        else:
+            if len({a.shape for _, a, _ in parts}) > 1:
+                ranks = ", ".join(str(a.shape[-2]) for _, a, _ in parts)
+                raise FtjaxError(f"combine: linear needs adapters of one rank; at {path} they have {ranks}: use cat")
+            a = sum(jnp.sign(factor) * jnp.sqrt(jnp.abs(factor)) * a for factor, a, _ in parts)
+            b = sum(jnp.sqrt(jnp.abs(factor)) * b for factor, _, b in parts)
+        out |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": jnp.ones(a.shape[:-2])}
+    return unflatten(out)
+
+
+def pick(adapters: dict, name: str):
+    """The adapter of that name. Raises FtjaxError where there is none."""
+    if name not in adapters:
+        raise FtjaxError(
+            f"adapter {name!r}: not loaded{nearest(name, adapters)}; loaded: {', '.join(adapters) or 'none'}"
+        )
+    return adapters[name]
+
+
+class Start:
+    """The adapter of `tuning.init_from`, which a run starts from."""
+
+    def __init__(self, tuning):
+        """tuning: config.tuning. Raises FtjaxError for a folder that is no adapter, or one of another method."""
+        self.folder = resolve.resolve(tuning.init_from)
+        self.method, self.adapter_config, self.tensors = read(self.folder)
+        if METHODS[tuning.method] is not self.method:
+            name = next(name for name, method in METHODS.items() if method is self.method)
+            raise FtjaxError(
+                f"tuning.method: {tuning.method!r}, but tuning.init_from {self.folder} holds an adapter of {name!r}"
+            )
+
+    def fill(self, spec: Spec) -> None:
+        """Set what the adapter's tensors decide in spec.tuning. Raises FtjaxError where the config says otherwise."""
+        # A copy of the base's own weight is looked at when the base is there.
+        own = {name: x for name, x in self.tensors.items() if ".base_layer." not in name}
+        _, fields = self.method.from_peft(self.adapter_config, own, weights.param_shapes(spec.model), spec)
+        fields |= {ours: self.adapter_config[said] for ours, said in SAID.items() if said in self.adapter_config}
+        tuning, default = spec.tuning, configs.default().tuning
+        for key, value in fields.items():
+            if tuning[key] != default[key] and tuning[key] != value:
+                raise FtjaxError(
+                    f"tuning.{key}: {tuning[key]!r}, but the adapter in tuning.init_from {self.folder} has {value!r}; "
+                    f"leave tuning.{key} out"
+                )
+        tuning.update(fields)
+
+    def trained(self, base: dict, spec: Spec, expected: dict) -> dict:
+        """Its tensors as a run trains them; expected: tree of their shapes."""
+        found, _ = self.method.from_peft(self.adapter_config, self.tensors, base, spec)
+        shapes = {path: x.shape for path, x in flatten(expected).items()}
+        if {path: x.shape for path, x in flatten(found).items()} != shapes:
+            raise FtjaxError(f"tuning.init_from: {self.folder} holds other tensors than the config trains")
+        return found

@@ -1,0 +1,180 @@
+"""Adapters made elsewhere: several on one base, added as peft adds them, and a run that starts from one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+
+import ftjax
+from ftjax import assets
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.hub.peft import read_adapter
+from ftjax.training.report import read_metrics
+
+VOCABULARY = 512  # of the starter's tokenizer, which the random models borrow
+IDS = np.arange(3, 27).reshape(2, 12) * 7 % VOCABULARY
+
+# name of an adapter -> settings of peft's LoraConfig
+LORAS = {
+    "left": {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 3, "lora_alpha": 6},
+    "right": {
+        "target_modules": ["q_proj", "model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"],
+        "r": 3,
+        "lora_alpha": 12,
+    },
+    "wide": {"target_modules": ["q_proj", "v_proj"], "r": 5, "use_rslora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder of a tiny llama with grouped heads and the starter's tokenizer; name -> folder of a peft adapter on it;
+    the model under peft with all LORAS loaded)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    out = tmp_path_factory.mktemp("adapters")
+    base = tiny_models.make("llama", tiny_models.SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": 256})
+    base.save_pretrained(out / "base")
+    starter = assets.resolve("builtin:stories260K")
+    shutil.copy(f"{starter}/tokenizer.json", out / "base")
+    words = json.loads(open(f"{starter}/tokenizer_config.json").read()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (out / "base" / "tokenizer_config.json").write_text(json.dumps(words))
+    model = None
+    for name, settings in LORAS.items():
+        config = LoraConfig(task_type="CAUSAL_LM", **settings)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    model.get_base_model().name_or_path = str(out / "base")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(out)
+    return out / "base", {name: out / name for name in LORAS}, model.eval()
+
+
+def peft_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.float().numpy()
+
+
+def test_adapters_are_switched_by_name(made):
+    base, folders, model = made
+    lm = ftjax.load(base, adapters=folders)
+    with model.disable_adapter():
+        np.testing.assert_allclose(lm.logits(IDS), peft_logits(model), atol=1e-4)
+    for name in folders:
+        model.set_adapter(name)
+        theirs = peft_logits(model)
+        np.testing.assert_allclose(lm.with_adapter(name).logits(IDS), theirs, atol=1e-4)
+        assert np.abs(theirs - lm.logits(IDS)).max() > 1e-2
+    for ours, of_base in zip(jax.tree.leaves(lm.with_adapter("left").params), jax.tree.leaves(lm.params), strict=True):
+        assert ours is of_base  # not copied
+
+
+@pytest.mark.parametrize(
+    ("combine", "weights"),
+    [
+        ("cat", {"left": 0.7, "right": 0.3}),
+        ("cat", {"left": 1.0, "wide": -0.5, "right": 2.0}),
+        ("linear", {"left": 0.7, "right": 0.3}),
+        ("linear", {"right": -0.4, "left": 1.5}),
+    ],
+)
+def test_weighted_sums_are_those_of_peft(made, combine, weights):
+    base, folders, model = made
+    name = f"{combine} of {' '.join(weights)}".replace(".", "")
+    model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type=combine)
+    model.set_adapter(name)
+    lm = ftjax.load(base, adapters=folders)
+    ours = lm.with_adapter(weights, combine).logits(IDS)
+    np.testing.assert_allclose(ours, peft_logits(model), atol=1e-4)
+    for alone in weights:
+        assert np.abs(ours - lm.with_adapter(alone).logits(IDS)).max() > 1e-2
+
+
+def test_adapters_that_cannot_be_used(made, tmp_path):
+    base, folders, _ = made
+    lm = ftjax.load(base, adapters=folders)
+    with pytest.raises(FtjaxError, match=r'adapter \'wid\': not loaded .did you mean "wide"'):
+        lm.with_adapter("wid")
+    with pytest.raises(FtjaxError, match="adapter 'c': not loaded"):
+        lm.with_adapter({"left": 0.5, "c": 0.5})
+    with pytest.raises(FtjaxError, match="linear needs adapters of one rank; at .*q_proj/lora they have 3, 5: use cat"):
+        lm.with_adapter({"left": 0.5, "wide": 0.5}, "linear")
+    with pytest.raises(FtjaxError, match="combine: 'svd'; one of cat, linear"):
+        lm.with_adapter({"left": 1.0}, "svd")
+    with pytest.raises(FtjaxError, match="is no PEFT adapter: it has no adapter_config.json"):
+        ftjax.load(base, adapters={"left": base})
+    with pytest.raises(FtjaxError, match="adapters go on a base model"):
+        ftjax.load(folders["left"], adapters=folders)
+
+
+def settings(base, run_dir, start, **tuning):
+    c = configs.default()
+    c.run_dir = str(run_dir)
+    c.model.path = str(base)
+    c.tuning.update(init_from=str(start), **tuning)
+    c.data.update(prompt="Words: {src}\nSentence:", completion=" {tgt}", limit=32, buckets=1, max_length=128)
+    c.data.end = "<s>"
+    c.optim.update(lr=1e-3, warmup=0.0)
+    c.train.update(steps=2, batch_size=8, eval_every=1, log_every=1)
+    c.evaluate.rows = 4
+    c.log.update(tensorboard=False, compilation_cache=False)
+    return c
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_adapter_made_elsewhere(made, tmp_path):
+    """Its tensors, ranks, scales and targets; a run that goes on, loading and export are as ever."""
+    base, folders, _ = made
+    config = settings(base, tmp_path / "run", folders["right"])
+    config.optim.lr = 1e-12  # nothing moves: what comes out is what went in
+    ftjax.train(config, say=lambda line: None)
+    before = ftjax.load(base, adapters=folders).with_adapter("right").logits(IDS)
+    np.testing.assert_allclose(ftjax.load(tmp_path / "run").logits(IDS), before, atol=1e-4)
+    _, out = read_adapter(tmp_path / "run" / "adapter")
+    _, given = read_adapter(folders["right"])
+    assert out.keys() == given.keys()
+    for name in given:
+        np.testing.assert_allclose(out[name], given[name], atol=1e-6)
+
+    config = settings(base, tmp_path / "moved", folders["right"])
+    first = ftjax.train(config, say=lambda line: None)
+    assert np.abs(ftjax.load(tmp_path / "moved").logits(IDS) - before).max() > 1e-3
+    again = ftjax.train(config, say=lambda line: None)  # finds itself done
+    assert again.resumed_from == first.steps == 2
+    told = json.loads((tmp_path / "moved" / "run.json").read_text())["config"]["tuning"]
+    assert told["rank"] == 3 and "model.layers.2.mlp.up_proj" in told["targets"]
+    assert len(read_metrics(tmp_path / "moved")) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 8}, "tuning.rank: 8, but the adapter in tuning.init_from .* has 3; leave tuning.rank out"),
+        ({"alpha": 7.0}, "tuning.alpha: 7.0, but the adapter"),
+        ({"targets": ("k_proj",)}, r"tuning.targets: \('k_proj',\), but the adapter"),
+        ({"method": "ia3"}, "tuning.method: 'ia3', but tuning.init_from .* holds an adapter of 'lora'"),
+    ],
+)
+def test_a_config_that_says_otherwise(made, tmp_path, fields, message):
+    base, folders, _ = made
+    with pytest.raises(FtjaxError, match=message):
+        ftjax.train(settings(base, tmp_path / "run", folders["right"], **fields), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
