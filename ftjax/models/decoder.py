@@ -23,6 +23,7 @@ ACTIVATIONS = {
 }
 
 STACKS = ("layers", "top_layers")  # where parameters of blocks lie, on a leading layer axis
+BEHIND = ("final_norm", "lm_head")  # where those lie that stand behind the blocks
 
 # The end of a parameter's path -> its logical axes (ftjax.models.axes). Stacked parameters have a layer axis before
 # these.

@@ -1,6 +1,6 @@
 """Arithmetic of a training step by formula, and what known devices can do.
 
-N matmul parameters, L layers, T tokens, H heads, d head size.
+N parameters of matrices, L layers, T tokens, H heads, d head size.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.models.config import DecoderConfig
+from ftjax.models.decoder import BEHIND
 from ftjax.tree import flatten
 
 # device_kind of JAX -> dense bfloat16 FLOP/s of one device, from its maker's datasheet
@@ -26,19 +27,27 @@ PEAKS = {
 }
 
 
-def flops_per_token(config: DecoderConfig, base: dict, trained: dict, frozen: bool, length: int) -> float:
+def flops_per_token(config: DecoderConfig, base: dict, trained: dict, frozen: dict, length: int) -> float:
     """FLOPs of forward and backward for one token of a row of `length`.
 
-    Full training: 6 N + 6 L T H d; with frozen kernels 4 N + 6 N_trained + 6 L T H d: the kernels' own gradients fall
-    away. base, trained: trees of shapes; frozen: whether the base's kernels are, or are themselves what is trained.
+    Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +
+    6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers below the
+    lowest trained one have no backward pass where they lie apart, see ftjax.tuning.parts. base, trained, frozen: trees
+    of shapes.
     """
 
-    def matmul(tree):
-        inside = ("kernel", "lora/a", "lora/b")
-        return sum(int(np.prod(x.shape)) for path, x in flatten(tree).items() if path.endswith(inside))
+    def matmul(tree, *ends):
+        return sum(int(np.prod(x.shape)) for path, x in flatten(tree).items() if path.endswith(ends))
 
-    N = matmul(base) + (config.vocab_size * config.width if config.tied else 0)
-    attention = 6 * config.layers * length * config.heads * config.head_dim
-    if not frozen:
-        return 6 * N + attention
-    return 4 * N + 6 * matmul(trained) + attention
+    paths, L = flatten(trained), config.layers
+    head = config.vocab_size * config.width
+    blocks = matmul(base, "kernel") - (0 if config.tied else head)
+    adapters = matmul(trained, "lora/a", "lora/b")
+    own = matmul(trained, "kernel") + (head if config.tied and "embed/embedding" in paths else 0)
+    top = [x.shape[0] for path, x in (flatten(frozen) | paths).items() if path.startswith("top_layers/")]
+    passed = max(top, default=L)  # layers that gradients go through
+    if all(path.startswith(BEHIND) for path in paths):
+        passed = 0
+    into_head = 0 if all(path.startswith("lm_head") for path in paths) else head
+    attention = (2 * L + 4 * passed) * length * config.heads * config.head_dim
+    return 2 * (blocks + head + adapters) + 2 * (blocks * passed // L + into_head + 2 * adapters + own) + attention

@@ -28,7 +28,7 @@ from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
 from ftjax.lm import LM, compute_dtype, quantiser
 from ftjax.models.decoder import Decoder
-from ftjax.models.quantised import chosen, quantised_size
+from ftjax.models.quantised import chosen, is_quantised, quantised_size
 from ftjax.objectives import causal
 from ftjax.training import export, sharding
 from ftjax.training.checkpoint import Checkpoints
@@ -166,7 +166,7 @@ def train(config, say=print) -> Result:
         if given:
             trained = jax.device_put(jax.tree.map(lambda x: np.asarray(x, trained_dtype), made_elsewhere), places)
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
-        for token, alike in indistinct_ends(frozen, data.train.examples).items():
+        for token, alike in indistinct_ends({} if "lm_head" in trained else frozen, data.train.examples).items():
             say(
                 f"warning: answers end with {words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is "
                 f"that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
@@ -237,7 +237,7 @@ def train(config, say=print) -> Result:
 
         # ---- training ----------------------------------------------------------------------------------------------
         trained_count, total_count = _count(trained_shapes), _count(base_shapes)
-        share = trained_count / (total_count + (trained_count if frozen_shapes else 0))
+        share = trained_count / _count((trained_shapes, frozen_shapes))
         say(
             f"training {trained_count:,} of {total_count:,} parameters ({share:.2%}), {config.tuning.method}, "
             f"{steps:,} steps of {rows} rows, {len(batches):,} steps an epoch, learning rate {config.optim.lr:g}, "
@@ -246,7 +246,7 @@ def train(config, say=print) -> Result:
         )
         peak = PEAKS.get(jax.devices()[0].device_kind)
         length = max(T for _, T, _ in batches.shapes()) + virtual
-        flops = flops_per_token(shape, base_shapes, trained_shapes, bool(frozen_shapes), length)
+        flops = flops_per_token(shape, base_shapes, trained_shapes, frozen_shapes, length)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from)))
         local = sharding.local_rows(mesh, rows)
@@ -387,4 +387,4 @@ def use_compilation_cache() -> None:
 
 
 def _count(shapes) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ftjax.models.decoder import STACKS
+from ftjax.models.decoder import BEHIND, STACKS
 from ftjax.tree import map_paths
 
 
@@ -62,7 +62,7 @@ def multipliers(
         if first in STACKS:
             ids = layer_ids(path) if layer_ids else np.arange(layers)
             below = layers - 1 - ids.reshape(-1, *(1,) * (leaf.ndim - 1))
-        elif first not in ("final_norm", "lm_head"):
+        elif first not in BEHIND:
             below = layers
         return np.float32(lr_scale(path, config) * decay**below)
 

@@ -17,14 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families
+from ftjax.models.decoder import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
-from ftjax.tuning.parts_peft import as_biases, as_modules
-
-BEHIND = ("final_norm", "lm_head")  # what stands behind the blocks
-
+from ftjax.tuning.parts_peft import as_biases, as_modules, carries_parts, parts_of_peft
 
 # ---- which parameters: (path, tensor name, layer or None, spec) -> whether it is trained --------------------------
 
@@ -74,11 +72,11 @@ def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern]:
 def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
     """Path -> for each of its layers whether it is trained, (L,) bool, or (1,) where it is not stacked; those with any.
 
-    A tied model's head counts as a parameter of its own for the rules that name it, and is then one. Raises FtjaxError
-    where nothing is trained.
+    A tied model's head counts as a parameter of its own, and is one once trained; patterns must say `lm_head` for it.
+    Raises FtjaxError where nothing is trained.
     """
-    own_head = not spec.model.tied or rule in (in_last_layers, is_head)
-    names = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=not own_head))
+    tied = spec.model.tied and rule is matches and not any("lm_head" in p for p in spec.tuning.pattern)
+    names = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
     found = {}
     for path, (tensors, _) in names.items():
         layers = range(len(tensors)) if path.startswith("layers/") else (None,)
@@ -131,11 +129,8 @@ def init(key, base, spec, rule):
     for path, leaf in flatten(base).items():
         hits = parts.get(path, np.zeros(spec.model.layers if path.startswith("layers/") else 1, bool))
         if lower and path.startswith("layers/"):
-            frozen[path] = jax.tree.map(lambda x: x[:lower], leaf)
-            leaf = jax.tree.map(lambda x: x[lower:], leaf)
+            frozen[path], leaf = leaf[:lower], leaf[lower:]
         path, hits = placed(path, hits, lower)
-        if hits.any() and not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
-            raise FtjaxError(f"tuning.method: {path} is quantised, and cannot be trained; set model.quantise to none")
         if hits.all():
             trained[path] = leaf
             continue
@@ -175,6 +170,32 @@ def to_peft(trained, frozen, spec, rule, form):
     return form(chosen(rule, spec), merge(trained, frozen, spec, rule), spec)
 
 
+def from_peft(adapter_config, tensors, base, spec):
+    """What a LoRA carries beside changes of its own, of which it must have none; `tuning.pattern` names it."""
+    named = parts_of_peft(tensors)
+    fields = {"pattern": tuple(re.escape(name) for name in named)}
+    tuning = spec.tuning.copy_and_resolve_references()
+    tuning.update(fields)
+    spec = spec._replace(tuning=tuning)
+    parts, trained = chosen(matches, spec), flatten(init(None, base, spec, matches)[0])
+    tied = spec.model.tied and "lm_head/kernel" not in parts
+    stored = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
+    for path, hits in parts.items():
+        names, transposed = stored[path]
+        layers = [named.pop(names[layer]) for layer in np.flatnonzero(hits)]
+        layers = [np.asarray(x.T if transposed else x, np.float32) for x in layers]
+        x = np.stack(layers) if path.startswith("layers/") else layers[0]
+        place, _ = placed(path, hits, lower_layers(parts, spec))
+        if x.shape != trained[place].shape:
+            raise FtjaxError(f"adapter tensors of {path}: shape {x.shape}, expected {trained[place].shape}")
+        trained[place] = x
+    if named:
+        known = [name for names, _ in stored.values() for name in names]
+        name = next(iter(named))
+        raise FtjaxError(f"adapter tensor {name}: this model has no such parameter{nearest(name, known)}")
+    return unflatten(trained), fields
+
+
 def method(rule: Callable, lr: float, form: Callable | None = None, **fields) -> Method:
     """A row of METHODS that trains what `rule` names; form: how PEFT carries it, None where it cannot."""
     bound = {f.__name__: functools.partial(f, rule=rule) for f in (init, variables, merge, layer_ids)}
@@ -185,4 +206,7 @@ register("last_layers", method(in_last_layers, 1e-4, as_modules))
 register("bitfit", method(is_bias, 1e-3, as_biases))
 register("norms", method(is_norm, 1e-3, as_modules))
 register("head", method(is_head, 1e-3, as_modules))
-register("pattern", method(matches, 1e-4))
+register(
+    "pattern",
+    method(matches, 1e-4, peft_type="LORA", peft_variant=carries_parts, from_peft=from_peft),
+)

@@ -8,9 +8,11 @@ width.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
+from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.hub.peft import PREFIX
 from ftjax.tree import flatten
@@ -36,6 +38,30 @@ def as_modules(parts: dict[str, np.ndarray], params: dict, spec) -> tuple[dict, 
     saved = _tensors(whole, params, spec)
     names = sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in saved})
     return config | {"modules_to_save": names}, tensors | saved
+
+
+def carries_parts(adapter_config: dict) -> bool:
+    """Whether the adapter_config of a LoRA says that it carries biases or whole modules."""
+    return adapter_config.get("bias", "none") != "none" or bool(adapter_config.get("modules_to_save"))
+
+
+def parts_of_peft(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of such an adapter -> those beside its LoRA, by their names in the model's files.
+
+    Raises FtjaxError for a LoRA that changes something, and names that PEFT would ignore.
+    """
+    found = {}
+    for name, x in tensors.items():
+        if not name.startswith(PREFIX):
+            raise FtjaxError(f"adapter tensor {name}: expected the prefix {PREFIX!r}; PEFT would ignore it")
+        if ".lora_" not in name:
+            found[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = x
+        elif re.search(r"lora_(embedding_)?B", name) and np.any(x):
+            raise FtjaxError(
+                f"adapter tensor {name}: a LoRA that changes its module, beside biases or modules_to_save; only one of "
+                "the two is read. Merge it, where peft is installed, with merge_and_unload"
+            )
+    return found
 
 
 def _tensors(parts, params, spec) -> dict[str, np.ndarray]:

@@ -26,9 +26,10 @@ LLAMA = DecoderConfig(
 )
 
 
-def lowered(shape: DecoderConfig, method_name: str, B: int, T: int, *, rank: int = 8, **options):
-    """The training step of a llama, not yet compiled, and the shapes of its base and of what it trains."""
-    method, spec = METHODS[method_name], tiny.spec(families.FAMILIES["llama"], shape, method=method_name, rank=rank)
+def lowered(shape: DecoderConfig, method_name: str, B: int, T: int, tuning: dict | None = None, **options):
+    """The training step of a llama, not yet compiled, and the shapes of its base, and of what is trained and frozen."""
+    tuning = {"method": method_name, "rank": 8} | (tuning or {})
+    method, spec = METHODS[method_name], tiny.spec(families.FAMILIES["llama"], shape, **tuning)
     model, base = Decoder(shape, **options), weights.param_shapes(shape)
     trained, frozen = jax.eval_shape(functools.partial(method.init, spec=spec), jax.random.key(0), base)
     optim = optimizer(configs.default().optim, lambda step: 1e-3)
@@ -40,20 +41,19 @@ def lowered(shape: DecoderConfig, method_name: str, B: int, T: int, *, rank: int
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "segment_ids", "loss_index", "labels"), ids)
     batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    return step.lower(state, frozen, batch), base, trained
+    return step.lower(state, frozen, batch), base, trained, frozen
 
 
 @functools.cache
-def flops(method_name, vocab):
+def flops(method_name, vocab, **tuning):
     """FLOPs of a compiled step of 4 rows of 256 tokens, all of them trained, and the same by formula."""
     shape = dataclasses.replace(LLAMA, vocab_size=vocab)
     B, T = 4, 256
-    program, base, trained = lowered(shape, method_name, B, T, unroll=0)
+    program, *trees = lowered(shape, method_name, B, T, tuning, unroll=0)
     counted = program.compile(tiny.HASTE).cost_analysis()["flops"]
-    formula = flops_per_token(shape, base, trained, method_name == "lora", T)
     # The formula counts what causal attention needs; a product with a mask computes the other half too.
-    masked = 6 * shape.layers * T * shape.heads * shape.head_dim
-    return counted, B * T * (formula + masked)
+    masked = flops_per_token(shape, *trees, 2 * T) - flops_per_token(shape, *trees, T)
+    return counted, B * T * (flops_per_token(shape, *trees, T) + masked)
 
 
 @pytest.mark.parametrize("vocab", [4096, 32000])
@@ -70,6 +70,39 @@ def test_formula_is_what_the_compiler_counts(method):
     assert formula == pytest.approx(counted, rel=0.04)
 
 
+def test_steps_get_cheaper_the_fewer_layers_are_trained():
+    """No backward pass below the lowest trained layer: what a layer less saves is what its gradients cost."""
+    counted = {}
+    for k in (1, 4, 8):
+        counted[k], formula = flops("last_layers", 4096, layers=k)
+        assert formula == pytest.approx(counted[k], rel=0.04)
+    full, forward = flops("full", 4096)[0], flops("full", 4096)[0] / 3
+    print({k: f"{c / full:.3f}" for k, c in counted.items()})
+    # All layers and no head: full training less the head's own gradient. Then two thirds of each layer fall away.
+    assert counted[1] < counted[4] < counted[8] < full
+    per_layer = (counted[8] - counted[1]) / 7
+    assert counted[4] == pytest.approx(counted[1] + 3 * per_layer, rel=0.01)
+    assert counted[1] < 0.5 * full and counted[1] - per_layer > forward
+
+
+@pytest.mark.parametrize("method", ["head", "norms"])
+def test_other_parts_cost_what_the_formula_says(method):
+    counted, formula = flops(method, 4096)
+    print(f"{method}: {counted / formula:.4f}, {counted / flops('full', 4096)[0]:.3f} of a full step")
+    assert formula == pytest.approx(counted, rel=0.04)
+
+
+def test_layers_below_are_scanned_without_a_backward_pass():
+    """In the scanned program too: one loop back, of the trained layers alone, and no gradient of a frozen kernel."""
+    shape = dataclasses.replace(LLAMA, vocab_size=64, width=32, heads=4, kv_heads=4, head_dim=8, hidden=48)
+    text = lowered(shape, "last_layers", 2, 16, {"layers": 3})[0].as_text()
+    assert text.count("stablehlo.while") == 3  # below, the trained layers, and back through these
+    assert "tensor<5x32x32xf32>" in text and "tensor<3x48x32xf32>" in text
+    # Of frozen kernels nothing is made: their shape stands in arguments, and in the loop that reads them.
+    made = [line for line in text.splitlines() if " = " in line and line.rstrip().endswith("tensor<5x48x32xf32>")]
+    assert not [line for line in made if "while" not in line and "iterArg" not in line], made
+
+
 @pytest.mark.parametrize(("method", "remat"), [("full", "none"), ("lora", "full")])
 def test_program_does_not_grow_with_depth(method, remat):
     """Compile time goes with the number of instructions, before and after XLA's passes."""
@@ -78,7 +111,7 @@ def test_program_does_not_grow_with_depth(method, remat):
         shape = DecoderConfig(
             vocab_size=64, width=32, layers=layers, heads=4, kv_heads=2, head_dim=8, hidden=48, max_positions=64
         )
-        program, _, _ = lowered(shape, method, 2, 16, remat=remat)
+        program, *_ = lowered(shape, method, 2, 16, remat=remat)
         size[layers] = [text.count(" = ") for text in (program.as_text(), program.compile(tiny.HASTE).as_text())]
     print(method, size)
     assert np.all(np.array(size[32]) <= 1.05 * np.array(size[4]))
