@@ -5,6 +5,8 @@ n virtual tokens in a row, h hidden width; kernels lie (out, in).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,11 +15,11 @@ DIRECTIONS = ("forward", "backward")
 
 def dense_init(key, out: int, in_: int) -> dict:
     """Kernel and bias uniform in ±1/sqrt(in)."""
-    return _uniform(key, in_, {"kernel": (out, in_), "bias": (out,)})
+    return _uniform(key, out, in_, in_)
 
 
 def dense(leaves, x):
-    """x (n, in) -> (n, out)."""
+    """x (..., in) -> (..., out)."""
     return x @ leaves["kernel"].T + leaves["bias"]
 
 
@@ -26,9 +28,8 @@ def lstm_init(key, in_: int, h: int, layers: int) -> dict:
     out = {}
     for layer in range(layers):
         for name in DIRECTIONS:
-            key, own = jax.random.split(key)
-            shapes = {"input": (4 * h, in_), "hidden": (4 * h, h), "input_bias": (4 * h,), "hidden_bias": (4 * h,)}
-            out[f"{name}_{layer}"] = _uniform(own, h, shapes)
+            key, *own = jax.random.split(key, 3)
+            out[f"{name}_{layer}"] = {"input": _uniform(own[0], 4 * h, in_, h), "hidden": _uniform(own[1], 4 * h, h, h)}
         in_ = 2 * h
     return out
 
@@ -39,13 +40,12 @@ def lstm(leaves, x):
     def run(own, x, reverse):
         def step(state, x):
             h, c = state
-            gates = own["input"] @ x + own["input_bias"] + own["hidden"] @ h + own["hidden_bias"]
-            i, f, g, o = jnp.split(gates, 4)
+            i, f, g, o = jnp.split(dense(own["input"], x) + dense(own["hidden"], h), 4)
             c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
             return (h, c), h
 
-        zero = jnp.zeros(own["hidden"].shape[1], x.dtype)
+        zero = jnp.zeros(own["hidden"]["kernel"].shape[1], x.dtype)
         return jax.lax.scan(step, (zero, zero), x, reverse=reverse)[1]
 
     for layer in range(len(leaves) // len(DIRECTIONS)):
@@ -59,9 +59,7 @@ def encoder_axes(path: str) -> tuple[str | None, ...]:
     return (None,) if path.endswith("bias") else (None, "embed")
 
 
-def _uniform(key, fan: int, shapes: dict) -> dict:
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: jax.random.uniform(own, shape, minval=-1.0) * fan**-0.5
-        for own, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+def _uniform(key, out: int, in_: int, fan: int) -> dict:
+    kernel, bias = jax.random.split(key)
+    draw = functools.partial(jax.random.uniform, minval=-(fan**-0.5), maxval=fan**-0.5)
+    return {"kernel": draw(kernel, (out, in_)), "bias": draw(bias, (out,))}
