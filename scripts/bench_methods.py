@@ -22,10 +22,29 @@ import tempfile
 import time
 from pathlib import Path
 
-# Learning rate of each method for this model of 260,000 parameters: the best of {1/4, 1/2, 1, 2, 4} times a first guess
-# by validation loss of seed 0. The defaults of the methods are for billions.
-LR = {"full": 4e-3, "lora": 1e-2}
-RUNS = {"untuned": {}, "full": {"tuning.method": "full"}, "lora": {"tuning.method": "lora"}}
+# What sets each run apart, and its learning rate for this model of 260,000 parameters: the defaults of the methods are for
+# billions.
+RUNS = {
+    "untuned": {},
+    "full": {"tuning.method": "full", "optim.lr": 4e-3},
+    "last_layers": {"tuning.method": "last_layers", "tuning.layers": 2, "optim.lr": 4e-3},
+    "norms": {"tuning.method": "norms", "optim.lr": 2e-2},
+    "head": {"tuning.method": "head", "optim.lr": 4e-3},
+    "lora": {"optim.lr": 1e-2},
+    "lora, rslora": {"tuning.rslora": True, "optim.lr": 5e-3},
+    "lora, plus": {"optim.lora_plus": 4.0, "optim.lr": 5e-3},
+    "lora, pissa": {"tuning.init": "pissa", "optim.lr": 5e-3},
+    "lora on int8": {"model.quantise": "int8", "optim.lr": 1e-2},
+    "lora on nf4": {"model.quantise": "nf4", "optim.lr": 1e-2},
+    "lora, neftune": {"train.neftune": 5.0, "optim.lr": 1e-2},
+    "lora, ema": {"train.ema": 0.98, "optim.lr": 1e-2},
+    "dora": {"tuning.method": "dora", "optim.lr": 1e-2},
+    "ia3": {"tuning.method": "ia3", "optim.lr": 3e-2},
+    "prompt": {"tuning.method": "prompt", "optim.lr": 3e-2},
+    "prefix": {"tuning.method": "prefix", "optim.lr": 3e-2},
+    "ptuning": {"tuning.method": "ptuning", "optim.lr": 1e-2},
+}
+TORCH = {"torch-full": "full", "torch-lora": "lora"}
 FIGURES = ("perplexity", "coverage", "rouge_l", "forgetting_loss", "trained", "seconds", "peak_mb")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,13 +55,13 @@ def settings(name: str, seed: int, steps: int, folder: str):
 
     c = configs.load(ROOT / "configs" / "quickstart.py")
     c.update(run_dir=folder, seed=seed)
-    c.optim.update(name="adamw", lr=LR.get(name.removeprefix("torch-")))
+    c.optim.name = "adamw"
     c.tuning.update(rank=16, alpha=32.0)
     c.train.update(steps=steps, eval_every=steps)
     c.evaluate.update(compare=False, compare_rows=100)
     c.export.formats = ("auto",)
     c.log.tensorboard = False
-    configs.override(c, [f"{key}={value}" for key, value in RUNS.get(name, {}).items()])
+    configs.override(c, [f"{key}={value}" for key, value in RUNS[TORCH.get(name, name)].items()])
     return c
 
 
@@ -57,8 +76,8 @@ def one(name: str, seed: int, steps: int) -> dict:
         start = time.perf_counter()
         trained = 0
         path = c.model.path
-        if name.startswith("torch-"):
-            path, trained = by_torch(name.removeprefix("torch-"), c, folder)
+        if name in TORCH:
+            path, trained = by_torch(TORCH[name], c, folder)
         elif name != "untuned":
             from ftjax.training.loop import train
 
@@ -136,7 +155,7 @@ def table(found: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="*", default=[*RUNS, "torch-full", "torch-lora"])
+    parser.add_argument("--methods", nargs="*", default=[*RUNS, *TORCH])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--out", type=Path, help="JSON with every run; runs that it holds are not run again")
