@@ -13,31 +13,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.data.batches import Batches, ahead, loader
 from ftjax.data.prepare import prepare
 from ftjax.data.preview import show
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.plot import plot_losses
 from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
-from ftjax.lm import LM, compute_dtype, quantiser
-from ftjax.models.decoder import Decoder
-from ftjax.models.quantised import chosen, is_quantised, quantised_size
-from ftjax.objectives import causal
+from ftjax.lm import LM, compute_dtype
+from ftjax.models.quantised import is_quantised
 from ftjax.training import export, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
-from ftjax.training.optimizer import multipliers, optimizer, schedule
+from ftjax.training.program import build, check_rows, fill_defaults, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import Trained, base_name, claim
-from ftjax.training.step import State, compile_step, init_state
-from ftjax.tree import map_paths
 from ftjax.tuning import METHODS, Spec
 from ftjax.tuning.adapters import Start
 
@@ -76,14 +71,8 @@ def train(config, say=print) -> Result:
     # ---- what is asked for -----------------------------------------------------------------------------------------
     config = configs.copy(config)
     configs.validate(config)
-    if config.tuning.method not in METHODS:
-        name = config.tuning.method
-        raise FtjaxError(f"tuning.method: {name!r}{nearest(name, METHODS)}; one of {', '.join(METHODS)}")
+    fill_defaults(config)
     method = METHODS[config.tuning.method]
-    if config.optim.lr is None:
-        config.optim.lr = method.lr
-    if config.train.batch_size is None:
-        config.train.batch_size = method.batch_size
     formats = [export.resolve_format(config.tuning.method, f) for f in config.export.formats]
     if config.log.compilation_cache:
         use_compilation_cache()
@@ -98,7 +87,6 @@ def train(config, say=print) -> Result:
     if config.tuning.prompt_init == "text":
         config.tuning.prompt_ids = tuple(words(config.tuning.prompt_text)["input_ids"])
     dtype = compute_dtype(config.model.dtype)
-    model = Decoder(shape, dtype, config.model.remat, config.model.unroll, config.train.dropout or 0.0)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
 
     given = Start(config.tuning) if config.tuning.init_from else None
@@ -109,13 +97,8 @@ def train(config, say=print) -> Result:
     virtual = method.virtual_tokens(spec)
     data = prepare(config, words, shape.max_positions - virtual)
     mesh = sharding.make_mesh(config.mesh)
-    rows = config.train.batch_size
-    ways = sharding.row_ways(mesh)
-    if rows % (ways * config.train.accumulate):
-        raise FtjaxError(
-            f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} "
-            f"parts of the mesh; a multiple of {ways * config.train.accumulate} can"
-        )
+    check_rows(config, mesh)
+    rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     batch = functools.partial(
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed
     )
@@ -138,33 +121,16 @@ def train(config, say=print) -> Result:
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
         # ---- weights, straight to where they belong ----------------------------------------------------------------
-        frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jax.numpy.dtype(config.model.frozen_dtype)
-        trained_dtype = jax.numpy.dtype(config.model.trained_dtype)
-        whole = sharding.parameter_shardings(weights.param_shapes(shape), shape, mesh)
-        start = functools.partial(method.init, spec=spec)
-        base_shapes = weights.param_shapes(shape, frozen_dtype)
-        small = quantiser(config.model.quantise, config.model.double_quantise, frozen_dtype)
-        kept_shapes = map_paths(lambda p, x: jax.eval_shape(small, x) if small and chosen(p) else x, base_shapes)
-        trained_shapes, frozen_shapes = jax.eval_shape(start, jax.random.key(0), kept_shapes)
-        if quantised_size(frozen_shapes) != quantised_size(kept_shapes):
-            raise FtjaxError(
-                f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
-                f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
-            )
-        read_dtype = frozen_dtype if frozen_shapes else trained_dtype
-        base = weights.read_params(folder, family, shape, whole, dtype=lambda path: read_dtype, quantise=small)
-        places = sharding.parameter_shardings(trained_shapes, shape, mesh, method.axes)
-        frozen_places = sharding.parameter_shardings(frozen_shapes, shape, mesh, method.frozen_axes)
-
-        def begin(key, base):
-            trained, frozen = start(key, base)
-            return jax.tree.map(lambda x: x.astype(trained_dtype), trained), frozen
-
-        begin = jax.jit(begin, donate_argnums=1, out_shardings=(places, frozen_places))
-        made_elsewhere = given.trained(base, spec, trained_shapes) if given else None
-        trained, frozen = begin(jax.random.key(config.seed), base)
+        program = build(config, spec, mesh, dtype, steps)
+        model, applied = program.model, program.variables
+        base = weights.read_params(
+            folder, family, shape, program.base_places, lambda path: program.read_dtype, quantise=program.quantise
+        )
+        made_elsewhere = given.trained(base, spec, program.trained) if given else None
+        trained, frozen = program.begin(jax.random.key(config.seed), base)
         if given:
-            trained = jax.device_put(jax.tree.map(lambda x: np.asarray(x, trained_dtype), made_elsewhere), places)
+            made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
+            trained = jax.device_put(made_elsewhere, program.trained_places)
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
         for token, alike in indistinct_ends({} if "lm_head" in trained else frozen, data.train.examples).items():
             say(
@@ -172,26 +138,8 @@ def train(config, say=print) -> Result:
                 f"that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
                 "token that was"
             )
-        applied = functools.partial(method.variables, spec=spec)
-
-        # ---- the step ----------------------------------------------------------------------------------------------
-        rate = schedule(config.optim, steps, config.optim.lr)
-        layer_ids = functools.partial(method.layer_ids, spec=spec)
-        by_leaf = multipliers(config.optim, shape.layers, method.lr_scale, layer_ids)
-        optim = optimizer(config.optim, rate, by_leaf)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        moments = sharding.optimizer_shardings(optim, trained_shapes, places, mesh)
-        state_places = State(everywhere, places, moments)
-        state = jax.jit(functools.partial(init_state, optim), out_shardings=state_places)(trained)
+        state = program.init_state(trained)
         del trained  # the state's own from here on
-
-        objective = functools.partial(
-            causal.sums, model, label_smoothing=config.train.label_smoothing, head_chunk=config.model.head_chunk
-        )
-        step_fn = compile_step(
-            state_places, sums=objective, variables=applied, optimizer=optim, seed=config.seed,
-            accumulate=config.train.accumulate,
-        )  # fmt: skip
 
         def validate(trained) -> dict[str, float]:
             """`val_loss` over all sources, and `val_loss/NAME` of each where there are several."""
@@ -224,9 +172,7 @@ def train(config, say=print) -> Result:
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
         resumed_from, best, stale, spent = checkpoints.latest() or 0, None, 0, 0.0
         if resumed_from:
-            abstract = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_places
-            )
+            abstract = placed(state, program.state_places)
             del state  # before the one of the checkpoint comes in: they are of one size
             state = checkpoints.state(resumed_from, abstract)
             record = checkpoints.record(resumed_from)
@@ -236,8 +182,8 @@ def train(config, say=print) -> Result:
             say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
 
         # ---- training ----------------------------------------------------------------------------------------------
-        trained_count, total_count = _count(trained_shapes), _count(base_shapes)
-        share = trained_count / _count((trained_shapes, frozen_shapes))
+        trained_count, total_count = _count(program.trained), _count(program.base)
+        share = trained_count / _count((program.trained, program.frozen))
         say(
             f"training {trained_count:,} of {total_count:,} parameters ({share:.2%}), {config.tuning.method}, "
             f"{steps:,} steps of {rows} rows, {len(batches):,} steps an epoch, learning rate {config.optim.lr:g}, "
@@ -246,7 +192,7 @@ def train(config, say=print) -> Result:
         )
         peak = PEAKS.get(jax.devices()[0].device_kind)
         length = max(T for _, T, _ in batches.shapes()) + virtual
-        flops = flops_per_token(shape, base_shapes, trained_shapes, frozen_shapes, length)
+        flops = flops_per_token(shape, program.base, program.trained, program.frozen, length)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from)))
         local = sharding.local_rows(mesh, rows)
@@ -267,13 +213,13 @@ def train(config, say=print) -> Result:
                     f"the loss became {loss} between step {step - config.train.log_every + 1} and step {step}. A lower "
                     "optim.lr or a longer optim.warmup helps most often; the checkpoints before are whole"
                 )
-            values |= {"lr": float(rate(step - 1))} | progress.rates(step)
+            values |= {"lr": float(program.rate(step - 1))} | progress.rates(step)
             metrics.write(step, values)
             progress.show(step, values)
 
         while step < steps and not stop:
-            placed, tokens = next(feed)
-            state, report = step_fn(state, frozen, placed)
+            arrays, tokens = next(feed)
+            state, report = program.step(state, frozen, arrays)
             step += 1
             progress.count(tokens)
             # Numbers are read when the next step is already running, so that the device never waits for the host.
@@ -287,7 +233,7 @@ def train(config, say=print) -> Result:
                 late = None
             val_loss = None
             if validated:
-                losses = validate(state.trained)
+                losses = validate(state.averaged)
                 val_loss = losses["val_loss"]
                 better = best is None or val_loss < best
                 best, stale = (val_loss, 0) if better else (best, stale + 1)
@@ -307,12 +253,10 @@ def train(config, say=print) -> Result:
         # ---- what came of it ---------------------------------------------------------------------------------------
         best_step = checkpoints.best() or step
         kept = best_step if config.export.checkpoint == "best" else step
-        trained = state.trained
+        trained = state.averaged
         if kept != step:
-            abstract = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, trained_dtype, sharding=place), trained_shapes, places
-            )
-            trained = checkpoints.trained(kept, abstract)
+            abstract = placed(jax.eval_shape(lambda x: x, trained), program.trained_places)
+            trained = checkpoints.trained(kept, abstract, ema=config.train.ema > 0)
         del state
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
         lm = LM(model, None, {}, chatty, folder, ends)

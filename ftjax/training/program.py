@@ -1,0 +1,140 @@
+"""The training step of a config and all that it takes, as shapes: `train` fills them with arrays, `plan` needs none.
+
+B rows, T tokens, M trained tokens a row at most.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ftjax.errors import FtjaxError, nearest
+from ftjax.hub import weights
+from ftjax.lm import quantiser
+from ftjax.models.axes import spec as axes_spec
+from ftjax.models.decoder import Decoder
+from ftjax.models.quantised import chosen, quantised_size
+from ftjax.objectives import causal
+from ftjax.training import sharding
+from ftjax.training.optimizer import multipliers, optimizer, schedule
+from ftjax.training.step import State, compile_step, init_state
+from ftjax.tree import map_paths
+from ftjax.tuning import METHODS, Spec
+
+
+class Program(NamedTuple):
+    """What a run computes, before there is an array of it. Trees of shapes are of jax.ShapeDtypeStruct."""
+
+    model: Decoder
+    mesh: jax.sharding.Mesh
+    base: dict  # shapes of the model's own parameters
+    trained: dict  # shapes of what is trained
+    frozen: dict  # shapes of what is not
+    base_places: dict  # shardings of the three
+    trained_places: dict
+    frozen_places: dict
+    state_places: State
+    read_dtype: jnp.dtype  # that the base is read in
+    quantise: Callable | None  # what makes a kernel of the base small as it is read
+    begin: Callable  # (key, base) -> (trained, frozen); base is given away
+    variables: Callable  # (trained, frozen) -> what the model is applied to
+    rate: Callable  # step -> learning rate
+    init_state: Callable  # trained -> State
+    step: Callable  # (state, frozen, batch) -> (state, report); the state is given away
+
+
+def fill_defaults(config) -> None:
+    """Set what the tuning method decides where the config leaves it open. Raises FtjaxError for an unknown method."""
+    name = config.tuning.method
+    if name not in METHODS:
+        raise FtjaxError(f"tuning.method: {name!r}{nearest(name, METHODS)}; one of {', '.join(METHODS)}")
+    if config.optim.lr is None:
+        config.optim.lr = METHODS[name].lr
+    if config.train.batch_size is None:
+        config.train.batch_size = METHODS[name].batch_size
+
+
+def check_rows(config, mesh) -> None:
+    """Raises FtjaxError where the batch does not divide into microbatches over the mesh."""
+    rows, ways = config.train.batch_size, sharding.row_ways(mesh)
+    if rows % (ways * config.train.accumulate):
+        raise FtjaxError(
+            f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} "
+            f"parts of the mesh; a multiple of {ways * config.train.accumulate} can"
+        )
+
+
+def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
+    """The program of a config whose defaults are filled, `steps` steps on `mesh`; dtype: of computation.
+
+    To be called, and its functions traced, with `mesh` in force: `jax.set_mesh`, or `jax.sharding.use_abstract_mesh`
+    where its devices are not here. Raises FtjaxError for a method that changes what model.quantise would make small.
+    """
+    method, shape = METHODS[config.tuning.method], spec.model
+    dropout, ema = config.train.dropout or 0.0, config.train.ema
+    model = Decoder(shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune)
+    frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jnp.dtype(config.model.frozen_dtype)
+    trained_dtype = jnp.dtype(config.model.trained_dtype)
+    base = weights.param_shapes(shape, frozen_dtype)
+    small = quantiser(config.model.quantise, config.model.double_quantise, frozen_dtype)
+    kept = map_paths(lambda path, x: jax.eval_shape(small, x) if small and chosen(path) else x, base)
+
+    def begin(key, base):
+        trained, frozen = method.init(key, base, spec)
+        return jax.tree.map(lambda x: x.astype(trained_dtype), trained), frozen
+
+    trained, frozen = jax.eval_shape(begin, jax.random.key(0), kept)
+    if quantised_size(frozen) != quantised_size(kept):
+        raise FtjaxError(
+            f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
+            f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
+        )
+    trained_places = sharding.parameter_shardings(trained, shape, mesh, method.axes)
+    frozen_places = sharding.parameter_shardings(frozen, shape, mesh, method.frozen_axes)
+    variables = functools.partial(method.variables, spec=spec)
+
+    rate = schedule(config.optim, steps, config.optim.lr)
+    layer_ids = functools.partial(method.layer_ids, spec=spec)
+    optim = optimizer(config.optim, rate, multipliers(config.optim, shape.layers, method.lr_scale, layer_ids))
+    moments = sharding.optimizer_shardings(optim, trained, trained_places, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state_places = State(everywhere, trained_places, moments, trained_places if ema else None)
+    objective = functools.partial(
+        causal.sums, model, label_smoothing=config.train.label_smoothing, head_chunk=config.model.head_chunk
+    )
+    step = compile_step(
+        state_places, sums=objective, variables=variables, optimizer=optim, seed=config.seed,
+        accumulate=config.train.accumulate, ema=ema,
+    )  # fmt: skip
+    return Program(
+        model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,
+        base_places=sharding.parameter_shardings(base, shape, mesh), trained_places=trained_places,
+        frozen_places=frozen_places, state_places=state_places, read_dtype=frozen_dtype if frozen else trained_dtype,
+        quantise=small, begin=jax.jit(begin, donate_argnums=1, out_shardings=(trained_places, frozen_places)),
+        variables=variables, rate=rate, init_state=jax.jit(functools.partial(init_state, optim, ema=ema),
+        out_shardings=state_places), step=step,
+    )  # fmt: skip
+
+
+def placed(shapes, places):
+    """Shapes with their shardings: what a step is compiled for where there are no arrays."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+
+
+def arguments(program: Program, B: int, T: int, M: int) -> tuple:
+    """(state, frozen, batch) of a step as shapes with shardings."""
+    state = jax.eval_shape(program.init_state, program.trained)
+
+    def split_by_rows(width, dtype):
+        places = NamedSharding(program.mesh, axes_spec(("batch", None), (B, width), program.mesh))
+        return jax.ShapeDtypeStruct((B, width), dtype, sharding=places)
+
+    batch = {name: split_by_rows(T, jnp.int32) for name in ("tokens", "positions", "segment_ids")}
+    batch |= {name: split_by_rows(M, jnp.int32) for name in ("loss_index", "labels")}
+    batch["weights"] = split_by_rows(M, jnp.float32)
+    return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch
