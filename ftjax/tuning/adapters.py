@@ -56,7 +56,7 @@ def weighted(collections: dict[str, dict], weights: dict[str, float], combine: s
     found = {}  # path of a map -> [(weight · scale, a, b), ...]
     for name, weight in weights.items():
         leaves = flatten(pick(collections, name))
-        other = sorted({path.split("/")[-2] for path in leaves if "/lora/" not in path})
+        other = sorted({path.split("/")[-2:][0] for path in leaves if "/lora/" not in path})
         if other:
             raise FtjaxError(f"adapter {name!r} holds {', '.join(other)}: only LoRA's are weighted and added")
         for path in dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves):

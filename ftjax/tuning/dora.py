@@ -85,9 +85,10 @@ def merge(trained, frozen, spec):
         kernel = params[f"{path}/kernel"]
         a, b, magnitude = (adapter[f"{path}/lora/{leaf}"] for leaf in ("a", "b", "magnitude"))
         s = scale[:, None, None] if kernel.ndim == 3 else scale[0]
-        total = kernel.astype(jnp.float32) + s * (b @ a)
+        whole = kernel.astype(jnp.float32)
+        total = whole + s * (b @ a)
         gain = magnitude[..., None] / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), TINY)
-        params[f"{path}/kernel"] = jnp.where(s > 0, gain * total, kernel).astype(kernel.dtype)
+        params[f"{path}/kernel"] = jnp.where(s > 0, gain * total, whole).astype(kernel.dtype)
     return unflatten(params)
 
 
