@@ -148,6 +148,10 @@ def default() -> ml_collections.ConfigDict:
     train.steps = 0  # optimizer steps; 0: by epochs
     train.label_smoothing = 0.0
     train.dropout = placeholder(float)  # residual, embedding and attention dropout; None: none, as LLaMA; GPT-2 had 0.1
+    train.neftune = 0.0  # alpha: noise on embeddings in training, within alpha / sqrt(tokens x width); 0: off. 5 to 15
+    # improve answers of chat models (Jain et al. 2023, NEFTune)
+    train.ema = 0.0  # decay a step of an exponential moving average of what is trained, which is validated and exported
+    # in its place; 0: off
     train.log_every = 10  # steps between lines of metrics.jsonl
     train.eval_every = 0  # steps between validations; 0: ten times a run
     train.patience = 0  # stop after so many validations without a better loss; 0: never
@@ -431,7 +435,8 @@ def validate(config) -> None:
     compile_patterns(values["data.clean.drop"], "data.clean.drop")
     for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):
         need(key, lambda v: v >= 0, "0 or more")
-    for key in ("tuning.dropout", "train.label_smoothing"):
+    need("train.neftune", lambda v: v >= 0, "0 or more")
+    for key in ("tuning.dropout", "train.label_smoothing", "train.ema"):
         need(key, lambda v: 0 <= v < 1, "a share from 0 to below 1")
     for key in ("optim.final_lr", "optim.decay", "generate.top_p"):
         need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")

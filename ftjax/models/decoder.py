@@ -13,7 +13,7 @@ from flax import linen as nn
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.axes import constrain
 from ftjax.models.config import DecoderConfig
-from ftjax.models.layers import Embedding, Linear, Norm, dropout, rotary_frequencies, rotary_tables, rotate
+from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -139,7 +139,8 @@ class Decoder(nn.Module):
     """A causal language model: `apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits.
 
     dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings and
-    on what each sublayer adds, active when `rngs={"dropout": key}` is given.
+    on what each sublayer adds, active when `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings,
+    active with a key `noise`.
 
     Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
     never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
@@ -150,6 +151,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     unroll: int = 1
     dropout: float = 0.0
+    neftune: float = 0.0
 
     def setup(self):
         c = self.config
@@ -204,7 +206,8 @@ class Decoder(nn.Module):
         prefix = self.prefix()
         if prefix is not None:
             positions = positions + prefix["v"].shape[-2]
-        x, new_cache = self.blocks(self.embed(tokens), positions, segment_ids, cache, prefix)
+        x = neftune(self, self.embed(tokens), self.neftune, segment_ids)
+        x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix)
         x = self.final_norm(x)
         return x if cache is None else (x, new_cache)
 

@@ -155,6 +155,16 @@ def dropout(module: nn.Module, x, rate: float):
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def neftune(module: nn.Module, x, alpha: float, segment_ids):
+    """Embeddings x (B, T, D) plus uniform noise within ±alpha / sqrt(tokens of its segment · D), when a `noise` key is
+    given; otherwise x itself (Jain et al. 2023)."""
+    if alpha == 0.0 or not module.has_rng("noise"):
+        return x
+    tokens = jnp.sum(segment_ids[:, :, None] == segment_ids[:, None, :], axis=-1)
+    noise = jax.random.uniform(module.make_rng("noise"), x.shape, minval=-alpha, maxval=alpha)
+    return x + (noise * jax.lax.rsqrt(1.0 * tokens * x.shape[-1])[..., None]).astype(x.dtype)
+
+
 def rotary_frequencies(head_dim: int, theta: float, scaling) -> jax.Array:
     """Angles a position, (d/2,) float32; `scaling` is a RopeScaling.
 

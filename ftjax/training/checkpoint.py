@@ -1,7 +1,8 @@
 """Checkpoints: what was trained, its optimizer, and the record of the run, written by Orbax in the background.
 
-One folder a step, atomically renamed into place: `trained`, `optimizer` and `run` lie side by side in it, so that an
-export reads what was trained without its optimizer. The frozen base is named in the run's record, never copied.
+One folder a step, atomically renamed into place: `trained`, `optimizer`, `run`, and `ema` where an average is kept, lie
+side by side in it, so that an export reads what was trained without its optimizer. The frozen base is named in the
+run's record, never copied.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Checkpoints:
         self.ocp = ocp
         self.manager = ocp.CheckpointManager(
             Path(run_dir).resolve() / FOLDER,
-            item_handlers={"trained": arrays(), "optimizer": arrays(), "run": ocp.JsonCheckpointHandler()},
+            item_handlers={name: arrays() for name in ("trained", "optimizer", "ema")}
+            | {"run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda m: m["val_loss"],  # without it Orbax stores no metrics, and the policy sees none
                 best_mode="min",
@@ -48,13 +50,10 @@ class Checkpoints:
     def save(self, state, run: dict, val_loss: float | None) -> None:
         """Start writing `state` (a train.step.State) and the record `run`; returns before it lies on disk."""
         save = self.ocp.args
+        arrays = {name: save.PyTreeSave(getattr(state, name)) for name in _arrays(state)}
         self.manager.save(
             int(state.step),
-            args=save.Composite(
-                trained=save.PyTreeSave(state.trained),
-                optimizer=save.PyTreeSave(state.optimizer),
-                run=save.JsonSave(run),
-            ),
+            args=save.Composite(**arrays, run=save.JsonSave(run)),
             metrics=None if val_loss is None else {"val_loss": val_loss},
             force=True,
         )
@@ -73,20 +72,20 @@ class Checkpoints:
         """The record that `save` was given at `step`."""
         return self.manager.restore(step, args=self.ocp.args.Composite(run=self.ocp.args.JsonRestore()))["run"]
 
-    def trained(self, step: int, abstract: dict) -> dict:
-        """What was trained, into the shapes, dtypes and shardings of `abstract`: any mesh, not that of the run."""
-        return self.manager.restore(step, args=self.ocp.args.Composite(trained=self._into(abstract)))["trained"]
+    def trained(self, step: int, abstract: dict, ema: bool = False) -> dict:
+        """What was trained, into the shapes, dtypes and shardings of `abstract`: any mesh, not that of the run.
+
+        ema: its average instead.
+        """
+        item = "ema" if ema else "trained"
+        return self.manager.restore(step, args=self.ocp.args.Composite(**{item: self._into(abstract)}))[item]
 
     def state(self, step: int, abstract):
         """The whole `State`, into `abstract`, a State of jax.ShapeDtypeStruct with shardings."""
-        restored = self.manager.restore(
-            step,
-            args=self.ocp.args.Composite(
-                trained=self._into(abstract.trained), optimizer=self._into(abstract.optimizer)
-            ),
-        )
+        arrays = {name: self._into(getattr(abstract, name)) for name in _arrays(abstract)}
+        restored = self.manager.restore(step, args=self.ocp.args.Composite(**arrays))
         place = jax.device_put(np.int32(step), abstract.step.sharding)
-        return type(abstract)(place, restored["trained"], restored["optimizer"])
+        return type(abstract)(place, **{name: restored[name] for name in arrays})
 
     def _into(self, abstract):
         arguments = self.ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -96,3 +95,8 @@ class Checkpoints:
         """Wait until everything lies on disk."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def _arrays(state) -> list[str]:
+    """The fields of a State that a checkpoint holds."""
+    return ["trained", "optimizer"] + ([] if state.ema is None else ["ema"])

@@ -128,9 +128,10 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best",
         )
     # As the run began: of what is frozen, all that is not the base's comes from its seed.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
-    stored = jnp.dtype(config.model.trained_dtype)
+    stored = jnp.dtype("float32" if config.train.ema else config.model.trained_dtype)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    trained = saved.trained(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes)
+    trained = saved.trained(step, abstract, ema=config.train.ema > 0)
     saved.close()
     name = base_name(config, lm.folder)
     return Trained(config.tuning.method, trained, frozen, spec, lm, name, config.to_dict()), config

@@ -19,6 +19,12 @@ class State(NamedTuple):
     step: jax.Array  # steps taken, () int32
     trained: dict
     optimizer: Any
+    ema: dict | None = None  # exponential moving average of `trained`, float32; None where none is kept
+
+    @property
+    def averaged(self) -> dict:
+        """What is validated, kept as the best and exported: the average where there is one."""
+        return self.trained if self.ema is None else self.ema
 
 
 def as_float32(tree):
@@ -26,9 +32,11 @@ def as_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def init_state(optimizer, trained) -> State:
-    """State before the first step."""
-    return State(jnp.zeros((), jnp.int32), trained, optimizer.init(as_float32(trained)))
+def init_state(optimizer, trained, ema: float = 0.0) -> State:
+    """State before the first step; with an average where its decay `ema` is not 0."""
+    start = as_float32(trained)
+    average = jax.tree.map(jnp.copy, start) if ema else None  # buffers of its own, as the step gives both away
+    return State(jnp.zeros((), jnp.int32), trained, optimizer.init(start), average)
 
 
 def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
@@ -41,7 +49,8 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     """
 
     def loss(trained, rows, key):
-        total, weight, metrics = sums(variables(trained, frozen), rows, rngs={"dropout": key})
+        rngs = {"dropout": key, "noise": jax.random.fold_in(key, 1)}  # one key would draw the same for both
+        total, weight, metrics = sums(variables(trained, frozen), rows, rngs=rngs)
         return total, (weight, metrics)
 
     def microbatch(rows, key):
@@ -62,8 +71,10 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     return jax.tree.map(lambda g: g / weight, gradient), weight, metrics
 
 
-def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate: int = 1):
+def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0):
     """State after one update, and {"loss", "accuracy", "grad_norm", "tokens"} as device scalars.
+
+    ema: decay of the average; the first step sets it to what that step made, as torch's AveragedModel does.
 
     The key of a step is a function of seed and step alone: a run that goes on draws what it would have drawn.
     """
@@ -71,14 +82,19 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
     trained = as_float32(state.trained)
     updates, moments = optimizer.update(gradient, state.optimizer, trained)
-    trained = jax.tree.map(lambda new, old: new.astype(old.dtype), optax.apply_updates(trained, updates), state.trained)
+    updated = optax.apply_updates(trained, updates)
+    trained = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, state.trained)
+    average = state.ema
+    if ema:
+        decay = jnp.where(state.step == 0, 0.0, ema)
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, updated)
     report = {
         "loss": metrics["loss"] / weight,
         "accuracy": metrics["correct"] / weight,
         "grad_norm": optax.tree.norm(gradient),
         "tokens": weight,
     }
-    return State(state.step + 1, trained, moments), report
+    return State(state.step + 1, trained, moments, average), report
 
 
 def compile_step(state_shardings, **fixed):

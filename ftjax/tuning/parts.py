@@ -177,7 +177,8 @@ def from_peft(adapter_config, tensors, base, spec):
     tuning = spec.tuning.copy_and_resolve_references()
     tuning.update(fields)
     spec = spec._replace(tuning=tuning)
-    parts, trained = chosen(matches, spec), flatten(init(None, base, spec, matches)[0])
+    shapes, _ = jax.eval_shape(lambda base: init(None, base, spec, matches), base)
+    parts, trained = chosen(matches, spec), flatten(shapes)
     tied = spec.model.tied and "lm_head/kernel" not in parts
     stored = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
     for path, hits in parts.items():

@@ -5,6 +5,7 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
 from flax import linen as nn
 
 from ftjax.models import layers
@@ -264,3 +266,50 @@ def test_a_head_beside_tied_embeddings_is_the_head():
     )
     doubled = apply(pair.params | {"lm_head": {"kernel": 2 * table}})
     np.testing.assert_allclose(doubled, 2 * apply(pair.params), rtol=0, atol=1e-5)
+
+
+def test_noise_on_embeddings_is_that_of_transformers(monkeypatch):
+    """NEFTune through transformers' own hook: the same uniform draws give the same logits."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    pair, alpha = tiny.pair("gpt2"), 5.0
+    ids = np.stack(tiny.documents((9, 9)))
+    u = np.random.default_rng(0).uniform(size=(2, 9, 16)).astype(np.float32)
+    monkeypatch.setattr(layers.jax.random, "uniform", lambda key, shape, minval, maxval: minval + (maxval - minval) * u)
+    monkeypatch.setattr(
+        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(torch.tensor(low + (high - low) * u))
+    )
+    ours = pair.model.clone(neftune=alpha).apply({"params": pair.params}, ids, rngs={"noise": jax.random.key(0)})
+    theirs = copy.deepcopy(pair.torch)
+    for dropout in (m for m in theirs.modules() if isinstance(m, torch.nn.Dropout)):
+        dropout.p = 0.0
+    table = theirs.train().get_input_embeddings()
+    table.neftune_noise_alpha = alpha
+    table.register_forward_hook(neftune_post_forward_hook)
+    want = tiny.torch_logits(theirs, ids)
+    np.testing.assert_allclose(ours, want, rtol=0, atol=1e-4)
+    assert np.abs(want - tiny.torch_logits(pair.torch, ids)).max() > 1e-2
+
+
+def test_noise_goes_by_the_tokens_of_each_segment_and_needs_a_key():
+    """Within alpha / sqrt(tokens of its own document · D), however rows are packed and padded; never in evaluation."""
+    pair, alpha = tiny.pair("llama2"), 8.0
+    docs = tiny.documents((3, 9, 12))
+    batch = tiny.batch([docs[:2], docs[2:]], [[1, 1], [1]], 16)
+    model, D = pair.model.clone(neftune=alpha), 16
+
+    @tiny.jit
+    def noise(key):
+        x = jnp.zeros((2, 16, D))
+        return model.apply({}, x, batch["segment_ids"], method=add, rngs={"noise": key})
+
+    add = lambda module, x, segments: layers.neftune(module, x, alpha, segments)  # noqa: E731
+    drawn = np.abs(np.stack([noise(jax.random.key(seed)) for seed in range(20)]))
+    for row, start, T in ((0, 0, 3), (0, 3, 9), (1, 0, 12)):
+        part, bound = drawn[:, row, start : start + T], alpha / (T * D) ** 0.5
+        assert 0.98 * bound < part.max() <= bound and abs(part.mean() - bound / 2) < 0.05 * bound
+    apply = tiny.jit(lambda rngs: model.apply({"params": pair.params}, batch["tokens"], rngs=rngs))
+    plain = tiny.jit(lambda: pair.model.apply({"params": pair.params}, batch["tokens"]))()
+    np.testing.assert_array_equal(apply({}), plain)
+    np.testing.assert_array_equal(apply({"dropout": jax.random.key(0)}), plain)
+    assert np.abs(apply({"noise": jax.random.key(0)}) - plain).max() > 1e-2
