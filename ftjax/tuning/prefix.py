@@ -87,7 +87,8 @@ def from_peft(adapter_config, tensors, base, spec):
     if adapter_config.get("num_transformer_submodules") not in (1, None):
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is of a model with encoder and decoder; expected 1")
     flat = prompt.read_tensor(tensors, model.layers * 2 * model.kv_heads * model.head_dim)
-    return {"prefix": from_flat(flat, model)}, {"virtual_tokens": len(flat), "prefix_projection": False}
+    fields = {"virtual_tokens": len(flat), "prefix_projection": False, "prompt_init": "random"}
+    return {"prefix": from_flat(flat, model)}, fields
 
 
 register(

@@ -89,11 +89,11 @@ def read_tensor(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
 
 
 def from_peft(adapter_config, tensors, base, spec):
-    """A PEFT PROMPT_TUNING, or a P_TUNING, whose files hold what its encoder made."""
+    """A PEFT PROMPT_TUNING, or a P_TUNING, whose files hold what its encoder made; not what it had started as."""
     if adapter_config.get("num_transformer_submodules") not in (1, None):
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is of a model with encoder and decoder; expected 1")
     prompt = read_tensor(tensors, spec.model.width)
-    return {"prompt": prompt}, {"virtual_tokens": len(prompt)}
+    return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 
 
 register(

@@ -25,6 +25,7 @@ from ftjax.training.optimizer import optimizer
 from ftjax.training.step import gradients, init_state
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS
+from ftjax.tuning.adapters import weighted
 
 n, T = 4, 10
 
@@ -242,5 +243,7 @@ def test_what_cannot_be_used():
     ):
         with pytest.raises(FtjaxError, match=message):
             method.from_peft(adapter_config, wrong, frozen, pair.spec)
+    with pytest.raises(FtjaxError, match="adapter 'a' holds prompt: only LoRA's are weighted"):
+        weighted({"a": {"prompt": trained["prompt"]}}, {"a": 1.0}, "cat")
     with pytest.raises(FtjaxError, match="num_transformer_submodules"):
         method.from_peft(adapter_config | {"num_transformer_submodules": 2}, tensors, frozen, pair.spec)
