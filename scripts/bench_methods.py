@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# What sets each run apart, and its learning rate for this model of 260,000 parameters: the defaults of the methods are for
-# billions.
+# What sets each run apart, and its learning rate for this model of 260,000 parameters: the defaults of the methods are
+# for billions.
 RUNS = {
     "untuned": {},
     "full": {"tuning.method": "full", "optim.lr": 4e-3},
