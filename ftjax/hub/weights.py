@@ -241,8 +241,8 @@ def write_model(
     None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
     most, unless one tensor is larger. end_tokens: added to the ids that end a generation. A tied model whose `params`
     hold an `lm_head` has been untied by training: both tables are written, and config.json says so.
-    record: see new_folder. Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with
-    files of somebody else.
+    record: see new_folder. Of several processes all must call, and the first writes.
+    Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
     """
     leaves = flatten(params)
     config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)
@@ -260,8 +260,13 @@ def write_model(
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
     if config.positions == "rotary":
         hf |= rope_to_hf(config)
+    pieces = _pieces(leaves, tensor_names(family, config), dtype)
+    if jax.process_index():  # the first process writes; the others help it to gather what lies on several hosts
+        for piece in pieces:
+            _value(piece, leaves, dtype)
+        return
     with new_folder(out, overwrite, record) as folder:
-        _write_shards(folder, _pieces(leaves, tensor_names(family, config), dtype), leaves, dtype, shard_size)
+        _write_shards(folder, pieces, leaves, dtype, shard_size)
         write_json(folder / "config.json", hf)
         write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
         if source:
@@ -329,8 +334,19 @@ def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(value.T if piece.transposed else value)
 
 
+def whole(x) -> np.ndarray:
+    """An array as numpy; one that lies on several hosts is gathered, in which every process must take part."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(x, tiled=True)
+
+
 def _on_host(leaf, layer: int | None) -> np.ndarray:
     """A parameter, or one layer of a stacked one: a view where it lies on the host, else a copy of that layer alone."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return whole(leaf if layer is None else leaf[layer])
     if layer is None:
         return np.asarray(leaf)
     if isinstance(leaf, jax.Array) and not (len(leaf.devices()) == 1 and leaf.device.platform == "cpu"):

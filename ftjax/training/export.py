@@ -14,6 +14,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, peft, tokenizer, weights
 from ftjax.models.quantised import dequantised
 from ftjax.training.run_folder import Trained, open_run
+from ftjax.tree import map_paths
 from ftjax.tuning import METHODS
 
 
@@ -38,6 +39,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
     "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe, rounding
     to the stored dtype included. The tokenizer is the base's, with the chat template that the run's rows were shown by.
+    Of several processes all must call, and the first writes.
 
     format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the
     base's.
@@ -48,9 +50,14 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     record = {"config": source.config}
     chat_template = chat_templates.of_run(configs.from_dict(source.config), base.tokenizer)
     if format == "adapter":
-        adapter_config, tensors = row.to_peft(source.trained, source.frozen, source.spec)
-        peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name, record=record)
-        _name_template(out, chat_template)
+        # What lies on several hosts is gathered, but for the base itself: no adapter holds any of that.
+        params = families.shapes(source.spec.model)
+        frozen = map_paths(lambda path, x: x if path in params else weights.whole(x), source.frozen)
+        trained = jax.tree.map(weights.whole, source.trained)
+        if jax.process_index() == 0:
+            adapter_config, tensors = row.to_peft(trained, frozen, source.spec)
+            peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name, record=record)
+            _name_template(out, chat_template)
         return report
     params = dequantised(row.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
@@ -68,7 +75,8 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         end_tokens=(*base.end_tokens, *tokenizer.turn_end(base.tokenizer, chat_template or None)[:1]),
         record=record,
     )
-    _name_template(out, chat_template)
+    if jax.process_index() == 0:
+        _name_template(out, chat_template)
     return report
 
 

@@ -27,12 +27,12 @@ from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
 from ftjax.lm import LM, compute_dtype
 from ftjax.models.quantised import is_quantised
-from ftjax.training import export, sharding
+from ftjax.training import export, hosts, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.program import build, check_rows, fill_defaults, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import Trained, base_name, claim
+from ftjax.training.run_folder import RUN, Trained, base_name, claim
 from ftjax.tuning import METHODS, Spec
 from ftjax.tuning.adapters import Start
 
@@ -61,12 +61,15 @@ class Result:
     files: dict[str, str]
 
 
+@hosts.together
 def train(config, say=print) -> Result:
     """Run `config` (see ftjax.config.default), or go on with the run that `config.run_dir` holds.
 
     say: called with lines for a person. Raises FtjaxError for anything in the config or the data that cannot be used.
     """
     started = time.perf_counter()
+    first = hosts.start()  # of several processes, one speaks and writes for all
+    say = say if first else (lambda text: None)
 
     # ---- what is asked for -----------------------------------------------------------------------------------------
     config = configs.copy(config)
@@ -113,10 +116,11 @@ def train(config, say=print) -> Result:
         if len(held_out):
             validation[name] = batch(held_out, eval_rows, shuffle=False)
 
-    going_on = claim(config, folder, data.fingerprint)
+    going_on = hosts.from_first(lambda: claim(config, folder, data.fingerprint))
     run_dir = Path(config.run_dir)
+    hosts.check_shared(run_dir / RUN)
     say(show(data, words, packing=config.data.packing))
-    if data.gone:
+    if data.gone and first:
         write_jsonl(run_dir / "removed.jsonl", data.removed())
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
@@ -161,13 +165,13 @@ def train(config, say=print) -> Result:
         before = None
         if config.evaluate.compare:
             before_file = run_dir / "before.json"
-            if before_file.exists():
-                before = json.loads(before_file.read_text())
-            else:
+            before = hosts.from_first(lambda: json.loads(before_file.read_text()) if before_file.exists() else None)
+            if before is None:
                 untuned = applied(state.trained, frozen)
                 # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
                 before = measure({"params": untuned["params"]} if virtual else untuned)
-                replace_text(before_file, json.dumps(before))
+                if first:
+                    replace_text(before_file, json.dumps(before))
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
         resumed_from, best, stale, spent = checkpoints.latest() or 0, None, 0, 0.0
@@ -194,14 +198,21 @@ def train(config, say=print) -> Result:
         length = max(T for _, T, _ in batches.shapes()) + virtual
         flops = flops_per_token(shape, program.base, program.trained, program.frozen, length)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
-        metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from)))
+        metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from))) if first else None
+        opened.push(hosts.end_together)  # before what is open is closed, which waits for all processes
         local = sharding.local_rows(mesh, rows)
+        shares = rows / (local.stop - local.start)  # of a batch, of which this process has one
         feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)
         place = functools.partial(sharding.place_batch, mesh=mesh, rows=rows, local=local)
         # The next batches are on their way to the devices while a step runs.
-        feed = ahead(((place(b), int(np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
+        feed = ahead(((place(b), int(shares * np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
         stop = config.train.patience > 0 and stale >= config.train.patience
         step, loss, late = resumed_from, float("nan"), None
+
+        def note(step, values):
+            if first:
+                metrics.write(step, values)
+                progress.show(step, values)
 
         def tell(step, report):
             """Read a step's numbers, which the device has finished by now, and refuse to go on without a loss."""
@@ -213,9 +224,7 @@ def train(config, say=print) -> Result:
                     f"the loss became {loss} between step {step - config.train.log_every + 1} and step {step}. A lower "
                     "optim.lr or a longer optim.warmup helps most often; the checkpoints before are whole"
                 )
-            values |= {"lr": float(program.rate(step - 1))} | progress.rates(step)
-            metrics.write(step, values)
-            progress.show(step, values)
+            note(step, values | {"lr": float(program.rate(step - 1))} | progress.rates(step))
 
         while step < steps and not stop:
             arrays, tokens = next(feed)
@@ -226,7 +235,8 @@ def train(config, say=print) -> Result:
             if late:
                 tell(*late)
             validated = validation and (step % eval_every == 0 or step == steps)
-            saved = step % save_every == 0 or step == steps
+            preempted = hosts.preempted(step)
+            saved = step % save_every == 0 or step == steps or preempted
             late = (step, report) if step % config.train.log_every == 0 or validated or saved else None
             if validated or saved:  # never validate or keep a state before its loss is known to be a number
                 tell(*late)
@@ -238,13 +248,15 @@ def train(config, say=print) -> Result:
                 better = best is None or val_loss < best
                 best, stale = (val_loss, 0) if better else (best, stale + 1)
                 saved = saved or better
-                metrics.write(step, losses)
-                progress.show(step, losses)
+                note(step, losses)
                 stop = config.train.patience > 0 and stale >= config.train.patience
             if saved or stop:
                 record = {"config": config.to_dict(), "step": step, "best": best, "stale": stale}
                 record["seconds"] = spent + time.perf_counter() - started
                 checkpoints.save(state, record, val_loss)
+            if preempted and step < steps:
+                checkpoints.manager.wait_until_finished()
+                raise KeyboardInterrupt  # the same command goes on from here
         stopped_early = step < steps
         if stopped_early:
             say(f"stopped at step {step}: {stale} validations without a better loss (train.patience)")
@@ -273,7 +285,7 @@ def train(config, say=print) -> Result:
         if config.evaluate.compare:
             after = measure(applied(trained, frozen))
             seconds = spent + time.perf_counter() - started
-            results = compare.write_results(run_dir, before, after, seconds)
+            results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, seconds))
             say(compare.table(before, after, seconds))
             say(compare.side_by_side(before, after, config.evaluate.samples))
             files |= {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}
@@ -281,7 +293,7 @@ def train(config, say=print) -> Result:
     if data.gone:
         files["left out"] = str(run_dir / "removed.jsonl")
     history = read_metrics(run_dir)
-    files["loss curve"] = str(plot_losses(history, run_dir / "loss.png"))
+    files["loss curve"] = hosts.from_first(lambda: str(plot_losses(history, run_dir / "loss.png")))
     result = Result(
         run_dir=str(run_dir), steps=step, resumed_from=resumed_from, stopped_early=stopped_early,
         train_loss=next((row["loss"] for row in reversed(history) if "loss" in row), loss), val_loss=best,

@@ -1,0 +1,182 @@
+"""Several processes that train one model: starting them, agreeing, and ending together.
+
+A run on one process needs none of this: there every function here does nothing, or the plain thing.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+import sys
+import traceback
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ftjax.errors import FtjaxError
+
+VARIABLES = ("FTJAX_COORDINATOR", "FTJAX_PROCESSES", "FTJAX_PROCESS")
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and all others end
+GRACE = 10  # seconds in which an error of all processes shows itself on all
+
+# What starts processes and tells them -> how many it started, by what it tells. JAX finds the rest by itself.
+LAUNCHERS = {
+    "SLURM's srun": lambda: os.environ.get("SLURM_STEP_NUM_TASKS"),
+    "Open MPI": lambda: os.environ.get("OMPI_COMM_WORLD_SIZE"),
+    "the TPU slice": lambda: tpu_hosts(),
+}
+
+
+def start() -> bool:
+    """Join the other processes of this run, where there are any, before a device is used; True on the first of all.
+
+    FTJAX_COORDINATOR (host:port of process 0), FTJAX_PROCESSES and FTJAX_PROCESS (0, 1, ...) come first; then what
+    SLURM, Open MPI or a TPU slice says. Processes that were joined by somebody else stay so. Raises FtjaxError for
+    settings that cannot be used, and where the others do not come.
+    """
+    if not jax.distributed.is_initialized():
+        given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+        launcher = next((name for name, processes in LAUNCHERS.items() if _several(name, processes())), None)
+        if given:
+            _initialize("FTJAX_COORDINATOR", **_explicit(given))
+        elif launcher:
+            _initialize(launcher)
+        else:
+            return True
+    return jax.process_index() == 0
+
+
+def _several(name: str, processes: str | None) -> bool:
+    if processes and not processes.isdecimal():
+        raise FtjaxError(f"{name}: says that it started {processes!r} processes; expected a number")
+    return int(processes or 1) > 1
+
+
+def _explicit(given: dict[str, str]) -> dict:
+    """The three variables -> arguments of jax.distributed.initialize."""
+    if missing := [name for name in VARIABLES if name not in given]:
+        raise FtjaxError(f"{', '.join(given)}: set, but {', '.join(missing)} not; set all of them, or none")
+    coordinator, processes, process = (given[name] for name in VARIABLES)
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise FtjaxError(f"FTJAX_COORDINATOR: {coordinator!r}; expected host:port of the machine with process 0")
+    if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
+        raise FtjaxError(
+            f"FTJAX_PROCESS={process}, FTJAX_PROCESSES={processes}: expected how many processes there are, and a "
+            "number from 0 to one less that no other process has"
+        )
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": int(processes),
+        "process_id": int(process),
+        # Each process sees the devices that its environment shows it (CUDA_VISIBLE_DEVICES), whatever started it.
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _initialize(said: str, **arguments) -> None:
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
+    except (RuntimeError, ValueError) as error:  # devices in use already; nobody answers; nothing found out
+        raise FtjaxError(
+            f"{said}: the processes of this run did not find each other: {error}. Start all of them at once, before "
+            f"anything uses a device; {', '.join(VARIABLES)} say by hand where the first is and how many there are"
+        ) from None
+
+
+def tpu_hosts() -> str | None:
+    """How many machines the TPU slices of this job span; None where there is no TPU, or nobody who knows."""
+    if not _tpu_devices():
+        return None
+    names, slices = os.environ.get("TPU_WORKER_HOSTNAMES"), os.environ.get("MEGASCALE_NUM_SLICES")
+    names = names or _metadata("worker-network-endpoints")
+    if slices is None:
+        lines = dict(line.split(":", 1) for line in _metadata("tpu-env").splitlines() if ":" in line)
+        slices = lines.get("MEGASCALE_NUM_SLICES", "1").strip(" '")
+    return str(len(names.split(",")) * int(slices))
+
+
+def _tpu_devices() -> list[str]:
+    return glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+
+
+def _metadata(key: str) -> str:
+    """What Google's metadata server says of this machine; empty where there is none or it does not say."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as f:
+            return f.read().decode()
+    except OSError:
+        return ""
+
+
+def from_first(f: Callable):
+    """What f() returns on the first process, as plain JSON data, on all; f is called there alone.
+
+    The others wait for it, so that this is a barrier too.
+    """
+    if jax.process_count() == 1:
+        return f()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    text = json.dumps(f()).encode() if jax.process_index() == 0 else b""
+    size = int(broadcast_one_to_all(np.int32(len(text))))
+    return json.loads(broadcast_one_to_all(np.frombuffer(text.ljust(size), np.uint8)).tobytes())
+
+
+def check_shared(file: Path) -> None:
+    """Raises FtjaxError where this process does not see a file of the run that the first has just written."""
+    if not file.is_file():
+        raise FtjaxError(
+            f"run_dir: process {jax.process_index()} does not see {file}, which the first process wrote. Checkpoints "
+            "are written by all: choose a folder on a file system that all machines share"
+        )
+
+
+def preempted(step: int) -> bool:
+    """Whether a process was told to go (SIGTERM), and all are to stop behind this step: they hear of it in time to stop
+    behind the same one. To be called at every step. A process alone dies of the signal, as ever.
+    """
+    if jax.process_count() == 1:
+        return False
+    from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+    return reached_preemption_sync_point(step)
+
+
+def together(f: Callable) -> Callable:
+    """A function that every process calls: an error of one ends all."""
+
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+        try:
+            return f(*args, **kwargs)
+        except BaseException:
+            end_together(*sys.exc_info())
+            raise
+
+    return run
+
+
+def end_together(kind, error, trace) -> None:
+    """Where all processes have an error, each may go its way; an error that others do not have ends this process at
+    once, and so all others: what they wait for cannot come any more. To be called while an error is on its way; the
+    arguments are those of `__exit__`.
+    """
+    if error is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost
+
+    try:
+        multihost.get_barrier_sync_fn()(key="ftjax.end_together", timeout_ms=GRACE * 1000)
+    except jax.errors.JaxRuntimeError:
+        said = f"ftjax: {error}" if isinstance(error, FtjaxError) else "".join(traceback.format_exception(error))
+        print(f"{said}\nftjax: process {jax.process_index()} ends, and with it all others", file=sys.stderr, flush=True)
+        # Not sys.exit: whatever would be closed on the way out waits for the other processes.
+        os._exit(2 if isinstance(error, FtjaxError) else 1)

@@ -1,0 +1,269 @@
+"""Runs on several real processes of this machine: the curve of one process, whole files, and an end for all."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.training import hosts
+from ftjax.training.report import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import local_processes  # noqa: E402
+
+HASTE = "--xla_backend_optimization_level=0"  # most of these tests' time is starting and compiling
+DEVICES = 4  # of a run, however many processes share them
+WORDS = "dog park run cat tree climb girl ball throw boy kite fly bird song sing fish pond swim".split()
+
+
+def settings(folder: Path, run_dir: Path, **fields) -> dict:
+    """A config of eight steps on a mesh of four devices, weights split over all of them."""
+    rows = [{"prompt": f"{a} {b}", "completion": f" The {a} and the {b}" + "." * (i % 4)}
+            for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS)]  # fmt: skip
+    for part, some in (("train", rows[:200]), ("validation", rows[200:213]), ("test", rows[220:226])):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    c = configs.default()
+    c.run_dir = str(run_dir)
+    c.data.update({part: str(folder / f"{part}.jsonl") for part in ("train", "validation", "test")})
+    c.data.update(cache="", buckets=1)
+    c.mesh.update(fsdp=2, tensor=2, data=1)
+    c.train.update(steps=8, batch_size=8, log_every=1, eval_every=4)
+    c.log.update(tensorboard=False, compilation_cache=False)
+    for name, value in fields.items():
+        configs._set(c, name, value, name)
+    return c.to_dict()
+
+
+def run(processes: int, folder: Path, config: dict, **asked) -> list[dict]:
+    """What each of so many processes came to."""
+    out = folder / f"{processes}-{len(list(folder.iterdir()))}"
+    (folder / "settings.json").write_text(json.dumps({"config": config} | asked))
+    command = [sys.executable, str(Path(__file__).with_name("process.py")), str(folder / "settings.json"), str(out)]
+    port = local_processes.free_port()
+    told = [local_processes.environment(i, processes, port, [], DEVICES // processes) for i in range(processes)]
+    told = [t | {"XLA_FLAGS": f"{t['XLA_FLAGS']} {HASTE}"} for t in told]
+    if processes == 1:
+        told = [{"XLA_FLAGS": told[0]["XLA_FLAGS"]}]
+    assert local_processes.run(command, told, grace=60) == asked.get("code", 0)
+    return [json.loads(Path(f"{out}.{i}").read_text()) for i in range(processes)] if "code" not in asked else []
+
+
+def curve(run_dir) -> np.ndarray:
+    """(loss, gradient norm) of each step, then the validation losses."""
+    rows = read_metrics(run_dir)
+    steps = [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+    assert [step for step, *_ in steps] == list(range(1, len(steps) + 1))
+    return np.array(
+        [x for _, *values in steps for x in values] + [row["val_loss"] for row in rows if "val_loss" in row]
+    )
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_train_as_one(tmp_path):
+    rows = {}
+    for n in (1, 2, 4):
+        found = run(n, tmp_path, settings(tmp_path, tmp_path / str(n), **{"export.formats": ("adapter", "merged")}))
+        rows[n] = [sorted({tuple(span) for span in one["rows"]}) for one in found]
+        assert found[0]["said"] and not any(one["said"] for one in found[1:])
+    # Of four processes two hold the halves of the same weights, and so read the same rows.
+    first, second = [(0, 4)], [(4, 8)]
+    assert rows == {1: [[(0, 8)]], 2: [first, second], 4: [first, first, second, second]}
+    one = curve(tmp_path / "1")
+    assert len(one) == 18 and one[0] != one[14]
+    for n in (2, 4):
+        np.testing.assert_allclose(curve(tmp_path / str(n)), one, rtol=1e-5)
+        for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+            same_tensors(tmp_path / str(n) / file, tmp_path / "1" / file)
+
+
+@pytest.mark.slow
+def test_resume_from_two_processes_to_one_and_back(tmp_path):
+    """Full training, answers before and after among it, in three parts against one."""
+    fields = {"tuning.method": "full", "optim.lr": 1e-3, "evaluate.compare": True, "generate.max_new_tokens": 8}
+    fields |= {"export.formats": ("full",), "data.packing": True}
+    (whole,) = run(1, tmp_path, settings(tmp_path, tmp_path / "whole", **fields))
+    config = settings(tmp_path, tmp_path / "parts", **fields)
+    for processes, stop_at in ((2, 2), (1, 5)):
+        found = run(processes, tmp_path, config, stop_at=stop_at)
+        assert all(one["preempted"] for one in found)
+    last = run(2, tmp_path, config)
+    assert [one["resumed_from"] for one in last] == [5, 5]
+    np.testing.assert_allclose(curve(tmp_path / "parts"), curve(tmp_path / "whole"), rtol=1e-5)
+    same_tensors(tmp_path / "parts" / "full" / "model.safetensors", tmp_path / "whole" / "full" / "model.safetensors")
+    for state in ("before", "after"):
+        ours, theirs = (found[0]["results"][state] for found in (last, [whole]))
+        assert ours["rouge_l"] == theirs["rouge_l"]
+        np.testing.assert_allclose(ours["perplexity"], theirs["perplexity"], rtol=1e-4)
+    assert last[0]["results"] == last[1]["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_process_ends_all(failing, tmp_path, capfd):
+    config = settings(tmp_path, tmp_path / "run", **{"train.save_every": 1})
+    run(2, tmp_path, config, fail_at=3, failing=failing, code=2)
+    said = capfd.readouterr().out
+    assert f"[{failing}] ftjax: this process alone cannot go on\n" in said
+    assert f"[{failing}] ftjax: process {failing} ends, and with it all others\n" in said
+
+
+@pytest.mark.slow
+def test_an_error_of_all_is_told_by_each_and_no_more(tmp_path):
+    """Through the launcher and the command line: what another run wrote is left alone, and the exit code is 2."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    done = launch(tmp_path, settings(tmp_path, tmp_path / "run", **{"data.train": "nothing.jsonl"}))
+    said, _ = done.communicate(timeout=240)
+    assert done.returncode == 2
+    for i in range(2):
+        assert f"[{i}] ftjax: " in said and "nothing.jsonl" in said
+    assert "Traceback" not in said and "ends, and with it" not in said
+
+
+@pytest.mark.slow
+def test_told_to_go_all_keep_a_checkpoint_and_stop(tmp_path):
+    config = settings(tmp_path, tmp_path / "run", **{"train.steps": 100_000, "train.eval_every": 50_000})
+    running = launch(tmp_path, config)
+    said = []
+    for line in running.stdout:
+        said.append(line)
+        if line.startswith("[0] training"):
+            break
+    while not read_metrics(tmp_path / "run"):
+        assert running.poll() is None, "".join(said) + running.stdout.read()
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    rest, _ = running.communicate(timeout=240)
+    assert running.returncode == 130, "".join(said) + rest
+    assert all(f"[{i}] ftjax: stopped; the same command goes on" in rest for i in range(2))
+    (kept,) = (int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 0 < kept < 50_000 and kept >= read_metrics(tmp_path / "run")[-1]["step"]
+
+
+def launch(folder: Path, config: dict) -> subprocess.Popen:
+    """Two processes of `ftjax train`, started as a person would."""
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, str(ROOT / "scripts" / "local_processes.py"), "-n", "2", "--cpu-devices", "2", "--"]
+    return subprocess.Popen(
+        [*command, "train", "--config", str(folder / "config.json")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": HASTE, "FTJAX_MALLOC": "0"},
+    )  # fmt: skip
+
+
+def same_tensors(ours: Path, theirs: Path) -> None:
+    """Two safetensors files hold the same, but for rounding."""
+    ours, theirs = load_file(ours), load_file(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def clean(monkeypatch, **variables):
+    """No launcher's variables but these."""
+    for name in (*hosts.VARIABLES, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The arguments of every call of jax.distributed.initialize, which then does nothing."""
+    calls = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    return calls
+
+
+def test_one_process_alone_joins_nobody(monkeypatch, asked):
+    for alone in ({}, {"SLURM_STEP_NUM_TASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}):
+        clean(monkeypatch, **alone)
+        assert hosts.start() and not asked
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_launchers_are_left_to_jax(variable, monkeypatch, asked):
+    clean(monkeypatch, **{variable: "4"})
+    hosts.start()
+    assert asked == [{"heartbeat_timeout_seconds": hosts.HEARTBEAT}]
+
+
+def test_variables_come_before_launchers(monkeypatch, asked):
+    told = {"FTJAX_COORDINATOR": "node-1:1234", "FTJAX_PROCESSES": "2", "FTJAX_PROCESS": "1"}
+    clean(monkeypatch, SLURM_STEP_NUM_TASKS="4", **told)
+    hosts.start()
+    (arguments,) = asked
+    assert arguments["coordinator_address"] == "node-1:1234"
+    assert (arguments["num_processes"], arguments["process_id"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"FTJAX_PROCESS": ""}, "FTJAX_PROCESS not; set all of them"),
+        ({"FTJAX_COORDINATOR": "node-1"}, "FTJAX_COORDINATOR: 'node-1'; expected host:port"),
+        ({"FTJAX_PROCESS": "2"}, "a number from 0 to one less"),
+        ({"FTJAX_PROCESSES": "two"}, "how many processes there are"),
+    ],
+)
+def test_variables_that_cannot_be_used(change, told, monkeypatch):
+    clean(monkeypatch, **{"FTJAX_COORDINATOR": "localhost:1", "FTJAX_PROCESSES": "2", "FTJAX_PROCESS": "0"} | change)
+    with pytest.raises(FtjaxError, match=told):
+        hosts.start()
+
+
+def test_processes_that_are_too_late(monkeypatch):
+    """The devices of this process are in use: nobody can be joined any more."""
+    jax.devices()
+    clean(monkeypatch, FTJAX_COORDINATOR="localhost:1", FTJAX_PROCESSES="2", FTJAX_PROCESS="0")
+    with pytest.raises(FtjaxError, match="before anything uses a device"):
+        hosts.start()
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Google's metadata server, as far as a TPU VM of a pod of two machines asks it."""
+
+    said = {
+        "worker-network-endpoints": "a:b:10.0.0.1,c:d:10.0.0.2",
+        "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n",
+    }
+
+    def do_GET(self):
+        text = self.said.get(self.path.rsplit("/", 1)[-1]) if self.headers["Metadata-Flavor"] == "Google" else None
+        self.send_response(404 if text is None else 200)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *args):
+        """Says nothing."""
+
+
+def test_a_tpu_slice_says_how_many_machines_it_has(monkeypatch, asked):
+    clean(monkeypatch)
+    monkeypatch.delenv("MEGASCALE_NUM_SLICES", raising=False)
+    assert hosts.tpu_hosts() is None
+    monkeypatch.setattr(hosts, "_tpu_devices", lambda: ["/dev/accel0"])
+    server = http.server.HTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+    assert hosts.tpu_hosts() == "6"
+    hosts.start()
+    assert asked == [{"heartbeat_timeout_seconds": hosts.HEARTBEAT}]
+    server.shutdown()
+    server.server_close()
+    assert hosts.tpu_hosts() == "1"  # nobody knows: a machine with TPUs elsewhere
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")  # on Kubernetes
+    assert hosts.tpu_hosts() == "4"
