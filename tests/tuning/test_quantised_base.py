@@ -156,24 +156,3 @@ def test_a_base_is_the_same_whatever_it_computes_in():
     ours, theirs = (p["layers"]["mlp"]["down_proj"]["kernel"] for p in (half, full))
     jax.tree.map(np.testing.assert_array_equal, (ours.codes, ours.scale), (theirs.codes, theirs.scale))
     assert (str(ours.dtype), str(theirs.dtype)) == ("bfloat16", "float32")
-
-
-@pytest.mark.slow
-def test_lora_on_nf4_ends_near_lora_on_the_whole_base(tmp_path):
-    """The starter on CommonGen: what 4 bits cost before training is learned back to within 0.05 nats a token."""
-    ends = {}
-    for kind in ("none", "nf4"):
-        config = settings(tmp_path / kind, kind)
-        config.model.unroll = 0
-        config.tuning.update(rank=32, alpha=64.0)
-        config.data.limit = 0
-        config.data.train, config.data.validation, config.data.test = (
-            f"builtin:commongen/{part}.jsonl" for part in ("train", "validation", "test")
-        )
-        config.optim.update(name="muon", lr=1.2e-2, warmup=0.03)
-        config.train.update(steps=150, batch_size=16, eval_every=150, save_every=150, log_every=50)
-        config.evaluate.rows = 256
-        config.export.formats = ("adapter",)
-        ends[kind] = ftjax.train(config, say=lambda line: None).val_loss
-    print(ends)
-    assert ends["nf4"] == pytest.approx(ends["none"], abs=0.05)
