@@ -150,6 +150,8 @@ def default() -> ml_collections.ConfigDict:
     train.dropout = placeholder(float)  # residual, embedding and attention dropout; None: none, as LLaMA; GPT-2 had 0.1
     train.neftune = 0.0  # alpha: noise on embeddings in training, within alpha / sqrt(tokens x width); 0: off. 5 to 15
     # improve answers of chat models (Jain et al. 2023, NEFTune)
+    train.cache_features = True  # where the head alone is trained, for more than an epoch: compute the states that it
+    # reads once, and keep them in a file of run_dir while the run lasts
     train.ema = 0.0  # decay a step of an exponential moving average of what is trained, which is validated and exported
     # in its place; 0: off
     train.log_every = 10  # steps between lines of metrics.jsonl

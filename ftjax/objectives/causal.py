@@ -9,20 +9,26 @@ import jax
 import jax.numpy as jnp
 
 
+def states(model, variables, batch, *, rngs=None):
+    """Hidden states (B, M, D) that the trained tokens of a batch are predicted from; see `sums`."""
+    found = model.apply(
+        variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
+    )
+    return jnp.take_along_axis(found, batch["loss_index"][..., None], axis=1)
+
+
 def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 512):
     """Sums over the trained tokens of a batch, never means: whoever calls divides once, by everything it has summed.
 
     batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, where a state predicts; labels (B, M)
-    int; weights (B, M) float, 0 where a row has fewer than M. Hidden states are gathered before the head, so that
-    no logits are computed for tokens that are not trained, and at most (B, head_chunk, V) of them are held at once.
+    int; weights (B, M) float, 0 where a row has fewer than M; and `states`, where they are known. Hidden states are
+    gathered before the head, so that no logits are computed for tokens that are not trained, and at most (B,
+    head_chunk, V) of them are held at once.
 
     Returns (loss sum, weight sum, {"loss", "correct"}): loss with label smoothing (Szegedy et al. 2016), the metrics'
     `loss` without; all float32.
     """
-    states = model.apply(
-        variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
-    )
-    states = jnp.take_along_axis(states, batch["loss_index"][..., None], axis=1)
+    found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
 
     def chunk_sums(states, labels, weights):
         logits = model.apply(variables, states, rngs=rngs, method="head")
@@ -38,9 +44,9 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
     labels, weights = batch["labels"], batch["weights"].astype(jnp.float32)
     M = labels.shape[1]
     if M <= head_chunk:
-        total = chunk_sums(states, labels, weights)
+        total = chunk_sums(found, labels, weights)
     else:
-        total = _scan_chunks(chunk_sums, (states, labels, weights), M, head_chunk)
+        total = _scan_chunks(chunk_sums, (found, labels, weights), M, head_chunk)
     return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
 from ftjax.lm import LM, compute_dtype
 from ftjax.models.quantised import is_quantised
-from ftjax.training import export, hosts, sharding
+from ftjax.training import export, features, hosts, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.program import build, check_rows, fill_defaults, placed
@@ -131,7 +132,10 @@ def train(config, say=print) -> Result:
             folder, family, shape, program.base_places, lambda path: program.read_dtype, quantise=program.quantise
         )
         made_elsewhere = given.trained(base, spec, program.trained) if given else None
-        trained, frozen = program.begin(jax.random.key(config.seed), base)
+        with warnings.catch_warnings():
+            # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            trained, frozen = program.begin(jax.random.key(config.seed), base)
         if given:
             made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
             trained = jax.device_put(made_elsewhere, program.trained_places)
@@ -197,6 +201,12 @@ def train(config, say=print) -> Result:
         peak = PEAKS.get(jax.devices()[0].device_kind)
         length = max(T for _, T, _ in batches.shapes()) + virtual
         flops = flops_per_token(shape, program.base, program.trained, program.frozen, length)
+        if features.usable(config, program.trained, steps, len(batches)):
+            keep = functools.partial(
+                features.Features, model=model, variables=applied(state.trained, frozen), mesh=mesh, folder=run_dir
+            )
+            batches, flops = keep(batches), features.flops_per_token(shape)
+            validation = {name: keep(held_out) for name, held_out in validation.items()}
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from))) if first else None
         opened.push(hosts.end_together)  # before what is open is closed, which waits for all processes

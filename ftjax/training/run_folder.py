@@ -30,7 +30,7 @@ WRITTEN += ("samples.jsonl", "removed.jsonl", "adapter", "merged", "full")
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
-FREE += ("model.remat", "model.unroll", "model.head_chunk")
+FREE += ("train.cache_features", "model.remat", "model.unroll", "model.head_chunk")
 
 
 def claim(config, folder: Path, rows: str) -> bool:
