@@ -57,6 +57,22 @@ def parser() -> argparse.ArgumentParser:
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
 
+    sub = verb("plan", _plan, "what a run will need: memory, time, money, and what would fit", epilog=overrides)
+    sub.add_argument(
+        "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
+    )
+    sub.add_argument(
+        "--devices", default="cpu:1", help="v5p:4x8x8, v6e:4x4, v5e:2x2, h200x8, cpu:8, ...; default: cpu:1"
+    )
+    sub.add_argument("--data", action="store_true", help="read the rows, for the number of steps and their lengths")
+    sub.add_argument(
+        "--memory", type=float, metavar="GIB", help="that a program may use of a device; default: by a table"
+    )
+    sub.add_argument("--price", type=float, metavar="DOLLARS", help="of a device hour; default: by a table, for TPUs")
+    sub.add_argument("--share", type=float, default=0.5, help="of the devices' peaks that the run will reach")
+    sub.add_argument("--seconds", type=float, default=60.0, help="choices are compiled as long as so much time is left")
+    sub.add_argument("--json", metavar="FILE", help="write the plan there too")
+
     sub = verb("data", _data, "look at rows, clean, split or augment them, as training would", epilog=overrides)
     sub.add_argument("step", choices=DATA_VERBS, help="; ".join(f"{name}: {text}" for name, text in DATA_VERBS.items()))
     sub.add_argument("--config", metavar="FILE", help="a Python file with get_config(), or a run's run.json")
@@ -115,25 +131,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 3 for a plan that does not fit,
+    130 after Ctrl-C."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
-    if unknown or (overrides and args.verb not in ("train", "data", "evaluate")):
+    if unknown or (overrides and args.verb not in ("train", "plan", "data", "evaluate")):
         options = [o for action in _options(top, args.verb) for o in action]
         top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
     try:
         if argv is None:
             _tune_malloc()
-        args.run(args, overrides)
+        return args.run(args, overrides) or 0
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nftjax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 def _options(top, verb):
@@ -169,6 +185,23 @@ def _train(args, overrides) -> None:
     from ftjax.training.loop import train
 
     train(settings)
+
+
+def _plan(args, overrides) -> int:
+    for flag in ("share", "seconds", "memory", "price"):
+        value = getattr(args, flag)
+        if value is not None and value <= 0:
+            raise FtjaxError(f"--{flag}: expected a number above 0; found {value}")
+    from ftjax import config
+    from ftjax.plan.report import report
+    from ftjax.plan.run import plan
+
+    settings, memory = config.load(args.config, overrides), args.memory and args.memory * 2**30
+    found = plan(settings, args.devices, data=args.data, memory=memory, seconds=args.seconds)
+    print(report(found, args.price, args.share))
+    if args.json:
+        _write_json(args.json, found)
+    return 0 if found["asked"]["fits"] else 3
 
 
 def _data(args, overrides) -> None:

@@ -1,0 +1,140 @@
+"""A run's step, compiled for devices that need not be here, and what the compiled program says of itself.
+
+B rows, T tokens, M trained tokens a row at most.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from ftjax.errors import FtjaxError
+from ftjax.models.axes import MESH_AXES
+from ftjax.models.quantised import is_quantised
+from ftjax.plan import flops, hlo
+from ftjax.plan.devices import Devices
+from ftjax.training import program as programs
+from ftjax.training import sharding
+from ftjax.training.flops import flops_per_token
+from ftjax.tuning import Spec
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# What the TPU compiler says when it refuses a program: early, of its temporaries alone, or late, of everything.
+NUMBER = r"([\d.]+)([KMGT]?)"
+EARLY = rf"HLO temporaries \({NUMBER}\) exceeds available HBM \({NUMBER}\)"
+LATE = rf"Used {NUMBER} of {NUMBER} hbm"
+
+
+def compute_dtype(name: str, devices: Devices):
+    """What `auto` means on these devices, which are not those that JAX sees here."""
+    if name == "auto":
+        name = "float32" if devices.kind == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def device_list(devices: Devices) -> list:
+    """The devices of a TPU slice as its compiler knows them, or simulated ones. Raises FtjaxError for no such slice."""
+    if not devices.topology:
+        return jax.devices()[: devices.count]
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(devices.topology, "tpu").devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise FtjaxError(f"--devices {devices.name}: the TPU compiler has no such slice: {error}") from None
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh without devices: shapes and shardings need no more."""
+    return AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def shard_bytes(shapes, places=None) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    leaves = jax.tree.leaves(shapes if places is None else programs.placed(shapes, places))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def as_float32(shapes):
+    """The same shapes in float32, as gradients are kept."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
+
+
+def count(shapes) -> int:
+    """Values in a tree of shapes, a quantised kernel's as many as it stands for."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
+
+
+def held(program, state, frozen, batch) -> dict[str, int]:
+    """Kind -> bytes that one device holds between steps, exactly, from the shardings alone."""
+    return {
+        "trained weights": shard_bytes(state.trained),
+        "frozen weights": shard_bytes(frozen),
+        "moments": shard_bytes(state.optimizer),
+        "batch": shard_bytes(batch),
+    }
+
+
+def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: int) -> dict:
+    """Compile the step that `train` would run with `config`, and read memory, FLOPs, traffic and collectives from it.
+
+    A program that the compiler refuses for its size has "fits": False and what it would have used, and nothing of
+    traffic. Raises FtjaxError for a mesh or batch that cannot be.
+    """
+    mesh = sharding.make_mesh(config.mesh, device_list(devices))
+    programs.check_rows(config, mesh)
+    started = time.perf_counter(), time.process_time()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices), steps)
+        arguments = programs.arguments(program, config.train.batch_size, T, M)
+        out = {
+            "mesh": {axis: int(n) for axis, n in mesh.shape.items()},
+            "parameters": {"trained": count(program.trained), "total": count((program.trained, program.frozen))},
+            "model_flops_per_token": flops_per_token(spec.model, program.base, program.trained, program.frozen, T),
+            "flops": flops.count(program.step, *arguments),
+            "held": held(program, *arguments),
+            "gradients": shard_bytes(as_float32(program.trained), program.trained_places),
+            "head": head_bytes(config, spec, mesh.shape, M),
+        }
+        try:
+            compiled = program.step.trace(*arguments).lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            early, late = re.search(EARLY, str(error)), re.search(LATE, str(error))
+            if not (found := early or late):
+                raise
+            used, limit = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
+            total = used + (sum(out["held"].values()) if early else 0)
+            out |= {"fits": False, "total": total, "limit": limit, "temporaries": total - sum(out["held"].values())}
+            return out | _spent(started)
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = analysis.argument_size_in_bytes + new + analysis.temp_size_in_bytes
+    out |= {
+        "fits": total <= devices.device.memory,
+        "total": total,
+        "limit": devices.device.memory,
+        "temporaries": analysis.temp_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "traffic": hlo.memory_bytes(text),
+        "collectives": [c._asdict() for c in hlo.collectives(text)],
+    }
+    return out | _spent(started)
+
+
+def _spent(started) -> dict:
+    return {
+        "compile_seconds": time.perf_counter() - started[0],
+        "compile_cpu_seconds": time.process_time() - started[1],
+    }
+
+
+def head_bytes(config, spec: Spec, sizes: dict, M: int) -> float:
+    """Bytes of one chunk's logits on one device, float32."""
+    V, tensor = spec.model.vocab_size, sizes["tensor"]
+    rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
+    return 4 * rows * min(M, config.model.head_chunk) * (V / tensor if V % tensor == 0 else V)

@@ -1,0 +1,61 @@
+"""`ftjax plan`: what a run needs before it runs. Nothing here imports JAX: the work is done in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ftjax.errors import FtjaxError
+from ftjax.plan.devices import Devices, parse
+
+SECONDS = 60.0  # a plan's further programs are compiled within
+
+
+def plan(
+    config, devices: str = "cpu:1", *, data: bool = False, memory: float | None = None, seconds: float = SECONDS
+) -> dict:
+    """Memory, FLOPs, traffic, collectives and time of a step of `config` on `devices`, and what else would fit.
+
+    No weights are read: the model's config.json is enough. data: read the run's rows for its steps and lengths; else a
+    row has data.max_length tokens, all of them trained. memory: bytes that a program may use of a device; None: by the
+    table. seconds: choices are compiled, not only estimated, as long as
+    there is time. Raises FtjaxError for devices, a config or a mesh that cannot be.
+    """
+    target = parse(devices)
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"config": config.to_dict(), "devices": target.name, "data": data, "memory": memory, "seconds": seconds}
+        job["result"] = str(Path(folder) / "result.json")
+        (Path(folder) / "job.json").write_text(json.dumps(job))
+        done = subprocess.run(
+            [sys.executable, "-m", "ftjax.plan.worker", str(Path(folder) / "job.json")],
+            env=os.environ | environment(target), stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if done.returncode == 2:
+            raise FtjaxError(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            raise RuntimeError(f"the planning process ended with {done.returncode}:\n{done.stderr}")
+        result = json.loads(Path(job["result"]).read_text())
+    result["simulated"] = not target.topology and target.kind != "cpu"
+    return result
+
+
+def environment(devices: Devices) -> dict[str, str]:
+    """What the process that compiles needs: no accelerator is touched, however many devices it compiles for.
+
+    Raises FtjaxError for a TPU without its compiler.
+    """
+    out = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    if not devices.topology:
+        return out | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices.count}"}
+    if importlib.util.find_spec("libtpu") is None:
+        raise FtjaxError(
+            f"--devices {devices.name}: the TPU compiler is missing: pip install 'ftjax[plan-tpu]' (it needs no TPU)"
+        )
+    # Outside a TPU's host the compiler would ask the metadata server who it is; and several plans may run at once.
+    out |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return out | {"TPU_ACCELERATOR_TYPE": f"{devices.kind}-{devices.count}", "XLA_FLAGS": ""}

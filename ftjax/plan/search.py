@@ -1,0 +1,299 @@
+"""Other meshes, remat and batches for the same run, by estimates that one compiled program calibrates.
+
+What lies between steps is exact: it follows from the shardings. Temporaries are estimated from the residuals of the
+model's own backward pass, and scaled by what the compiler needed for the program that was asked for.
+B rows, T tokens, M trained tokens a row at most, V vocabulary, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.objectives import causal
+from ftjax.plan import compiled, flops
+from ftjax.plan.devices import Devices, larger
+from ftjax.training import program as programs
+from ftjax.tuning import Spec
+
+TENSOR_WAYS = (1, 2, 4, 8)
+BATCHES = (0.25, 0.5, 1, 2, 4, 8)  # times the batch that is asked for
+STATE_PASSES = 3  # times that a step reads or writes weights and moments: forward, backward, update
+ACCUMULATE = (2, 4, 8)  # tried where the batch does not fit at once
+
+# Tried where nothing fits: what a run may do without, the smallest change to what it learns first.
+SMALLER = (
+    {"model.trained_dtype": "bfloat16"},
+    {"optim.name": "adafactor"},
+    {"model.trained_dtype": "bfloat16", "optim.name": "adafactor"},
+    {"tuning.method": "lora"},
+    {"tuning.method": "lora", "model.quantise": "int8"},
+    {"tuning.method": "lora", "model.quantise": "nf4"},
+)
+
+
+class Setting(NamedTuple):
+    """One way to run: what it overrides, on which devices."""
+
+    overrides: dict
+    devices: Devices
+
+
+def settings(config, spec: Spec, devices: Devices) -> list[Setting]:
+    """Every mesh with remat none and full and some batches around the one asked for; that one is among them."""
+    rows = config.train.batch_size
+    wanted = {round(rows * times) for times in BATCHES}
+    out = []
+    for sizes, remat in itertools.product(meshes(spec, devices), ("none", "full")):
+        ways = sizes["data"] * sizes["fsdp"] * config.train.accumulate
+        for batch in sorted({max(1, round(n / ways)) * ways for n in wanted}):
+            mesh = {f"mesh.{axis}": n for axis, n in sizes.items()}
+            out.append(Setting(mesh | {"model.remat": remat, "train.batch_size": batch}, devices))
+    return out
+
+
+def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
+    """Shapes of (data, fsdp, tensor): tensor within a host and between heads, and data alone, fsdp alone or both."""
+    out = []
+    for tensor in TENSOR_WAYS:
+        whole = spec.model.kv_heads % tensor == 0 and spec.model.hidden % tensor == 0
+        if devices.count % tensor or tensor > devices.device.per_host or not whole:
+            continue
+        rest = devices.count // tensor
+        for fsdp in sorted({rest, min(rest, max(1, devices.device.per_host // tensor)), 1}):
+            if rest % fsdp == 0:
+                out.append({"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor})
+    return out
+
+
+def changed(config, overrides: dict):
+    """A copy of a config with other values; learning rate and batch go by the method where they are not set."""
+    new = configs.copy(config)
+    configs.override(new, [f"{key}={value}" for key, value in overrides.items()])
+    programs.fill_defaults(new)
+    return new
+
+
+class Search:
+    """Estimates for settings of one run."""
+
+    def __init__(self, config, spec: Spec, T: int, M: int, steps: int, asked: dict, devices: Devices):
+        """asked: what compiled.compile_step said of `config` on `devices`."""
+        self.config, self.spec, self.T, self.M, self.steps = config, spec, T, M, steps
+        guess = self._temporaries(config, asked["mesh"], devices)
+        self.scale = max(asked["temporaries"], 1) / guess
+        # What is left of the traffic without that of weights and moments is of activations, which goes with the rows.
+        states = STATE_PASSES * sum(asked["held"].values())
+        self.row_traffic = max(0.0, asked.get("traffic", 0.0) - states) / _rows(config, asked["mesh"])
+
+    def estimate(self, setting: Setting) -> dict:
+        """{"total", "flops", "traffic", "links", ...} of a setting, as compile_step gives them for a compiled one."""
+        config, devices = changed(self.config, setting.overrides), setting.devices
+        sizes = resolve_mesh(config, devices)
+        held = self._held(config, sizes, devices)
+        total = sum(held.values()) + self.scale * self._temporaries(config, sizes, devices)
+        return {
+            "overrides": setting.overrides,
+            "devices": devices.name,
+            "mesh": sizes,
+            "remat": config.model.remat,
+            "batch": config.train.batch_size,
+            "accumulate": config.train.accumulate,
+            "total": total,
+            "fits": total <= devices.device.memory,
+            "flops": self._flops(config, devices) * config.train.batch_size,
+            "traffic": STATE_PASSES * sum(held.values()) + self.row_traffic * _rows(config, sizes),
+            "sent": self._sent(config, sizes, devices),
+            "compiled": False,
+        }
+
+    def _program(self, config, sizes, devices):
+        spec = self.spec._replace(tuning=config.tuning)
+        mesh = compiled.abstract_mesh(sizes)
+        return programs.build(config, spec, mesh, compiled.compute_dtype(config.model.dtype, devices), self.steps)
+
+    def _held(self, config, sizes, devices) -> dict[str, int]:
+        with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
+            program = self._program(config, sizes, devices)
+            return compiled.held(program, *programs.arguments(program, config.train.batch_size, self.T, self.M))
+
+    def _temporaries(self, config, sizes, devices) -> float:
+        """Gradients, saved activations, one layer at work, the head's chunk, and a layer's gathered weights."""
+        with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
+            program = self._program(config, sizes, devices)
+            gradients = compiled.shard_bytes(compiled.as_float32(program.trained), program.trained_places)
+        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        saved, one_layer = (
+            self._residuals(remat, sizes["tensor"], config.tuning.method, str(dtype))
+            for remat in (config.model.remat, "none")
+        )
+        rows, layers = _rows(config, sizes) / config.train.accumulate, self.spec.model.layers
+        weights = 2 * dtype.itemsize * compiled.count(program.base) / layers / sizes["tensor"]
+        gathered = weights if sizes["fsdp"] > 1 else 0
+        head = 2 * compiled.head_bytes(config, self.spec, sizes, self.M)
+        twice = 2 if config.train.accumulate > 1 else 1
+        return twice * gradients + rows * (saved + one_layer / layers) + head + gathered
+
+    @functools.cache  # noqa: B019  one search lives as long as the process
+    def _residuals(self, remat: str, tensor: int, method: str, dtype: str) -> float:
+        """Bytes that the backward pass of the blocks keeps of one row, on one of `tensor` devices that share it."""
+        shape = self.spec.model
+        shape = dataclasses.replace(
+            shape, heads=shape.heads // tensor, kv_heads=shape.kv_heads // tensor, hidden=shape.hidden // tensor,
+            vocab_size=-(-shape.vocab_size // tensor),
+        )  # fmt: skip
+        config = changed(self.config, {"tuning.method": method, "model.remat": remat, "model.quantise": "none"})
+        spec = self.spec._replace(model=shape, tuning=config.tuning)
+        one = {axis: 1 for axis in ("data", "fsdp", "tensor")}
+        program = programs.build(config, spec, compiled.abstract_mesh(one), jnp.dtype(dtype), self.steps)
+        ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
+
+        def residuals(trained, frozen, ids):
+            hidden = lambda t: program.model.apply(program.variables(t, frozen), ids, method="hidden")  # noqa: E731
+            return jax.vjp(hidden, trained)[1]
+
+        kept = jax.tree.leaves(jax.eval_shape(residuals, program.trained, program.frozen, ids))
+        # Weights are among them, as they lie or cast: what does not grow with the row is not counted.
+        parameters = {x.shape for x in jax.tree.leaves((program.trained, program.frozen))}
+        return sum(x.size * x.dtype.itemsize for x in kept if x.shape not in parameters)
+
+    def _flops(self, config, devices) -> float:
+        """FLOPs of a step for each of its rows."""
+        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        return self._row_flops(config.model.remat, config.tuning.method, str(dtype))
+
+    @functools.cache  # noqa: B019
+    def _row_flops(self, remat: str, method: str, dtype: str) -> float:
+        config = changed(self.config, {"tuning.method": method, "model.remat": remat, "model.quantise": "none"})
+        one = {axis: 1 for axis in ("data", "fsdp", "tensor")}
+        spec = self.spec._replace(tuning=config.tuning)
+        program = programs.build(config, spec, compiled.abstract_mesh(one), jnp.dtype(dtype), self.steps)
+        ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
+        labels = jax.ShapeDtypeStruct((1, self.M), jnp.int32)
+        batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids)
+        batch |= dict.fromkeys(("loss_index", "labels"), labels)
+        batch["weights"] = jax.ShapeDtypeStruct((1, self.M), jnp.float32)
+
+        def gradient(trained, frozen, batch):
+            loss = lambda t: causal.sums(  # noqa: E731
+                program.model, program.variables(t, frozen), batch, head_chunk=config.model.head_chunk
+            )[0]
+            return jax.grad(loss)(trained)
+
+        return flops.count(gradient, program.trained, program.frozen, batch)
+
+    def _sent(self, config, sizes, devices) -> float:
+        """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp, gradients summed
+        over data, and four sums of activations a layer over tensor, six with remat."""
+        with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
+            program = self._program(config, sizes, devices)
+        itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
+        data, fsdp, tensor = (sizes[a] for a in ("data", "fsdp", "tensor"))
+        away = lambda n: (n - 1) / n  # noqa: E731
+        weights = compiled.count(program.base) * itemsize / tensor * config.train.accumulate
+        gradients = 4 * compiled.count(program.trained) / tensor * config.train.accumulate
+        sums = (6 if config.model.remat == "full" else 4) * self.spec.model.layers
+        activations = _rows(config, sizes) * self.T * self.spec.model.width * itemsize
+        over_fsdp = (2 * weights + gradients) * away(fsdp)
+        return over_fsdp + 2 * gradients / fsdp * away(data) + 2 * sums * activations * away(tensor)
+
+    def fitting_instead(self, setting: Setting) -> list[dict]:
+        """For a run that does not fit: estimates of what would, the nearest to what was asked first."""
+        near = [row for row in map(self.try_estimate, settings(self.config, self.spec, setting.devices)) if row]
+        rows = self.config.train.batch_size
+        same = [row for row in near if row["batch"] == rows and row["fits"]]
+        if not same:
+            same = [row for row in map(self.try_estimate, self._accumulating(setting)) if row and row["fits"]]
+        found = sorted(same, key=lambda row: _seconds(row, setting.devices))[:2]
+        remat = {"model.remat": "full"}
+        for sizes in meshes(self.spec, setting.devices)[:3]:
+            mesh = {f"mesh.{axis}": n for axis, n in sizes.items()}
+            for change in SMALLER:
+                row = self.try_estimate(Setting(remat | mesh | change, setting.devices))
+                if row and row["fits"]:
+                    found.append(row)
+        more = []
+        for devices in larger(setting.devices):
+            mesh = {"mesh.data": 1, "mesh.fsdp": devices.count, "mesh.tensor": 1}
+            batch = {"train.batch_size": -(-rows // devices.count) * devices.count}
+            row = self.try_estimate(Setting(remat | mesh | batch, devices))
+            if row and row["fits"]:
+                more.append(row)
+                break
+        seen, distinct = set(), []
+        for row in sorted(found, key=lambda r: (len(set(r["overrides"]) - {"model.remat"}), r["total"])):
+            key = tuple(sorted((k, v) for k, v in row["overrides"].items() if not k.startswith("mesh.")))
+            if key not in seen:
+                seen.add(key)
+                distinct.append(row)
+        return distinct[:5] + more
+
+    def _accumulating(self, setting: Setting) -> list[Setting]:
+        out, rows = [], self.config.train.batch_size
+        for sizes, times in itertools.product(meshes(self.spec, setting.devices), ACCUMULATE):
+            if rows % (sizes["data"] * sizes["fsdp"] * times) == 0:
+                mesh = {f"mesh.{axis}": n for axis, n in sizes.items()}
+                out.append(Setting(mesh | {"model.remat": "full", "train.accumulate": times}, setting.devices))
+        return out
+
+    def try_estimate(self, setting: Setting) -> dict | None:
+        """`estimate`, or None for a setting that the method, the mesh or the batch rules out."""
+        config = changed(self.config, setting.overrides)
+        sizes = resolve_mesh(config, setting.devices)
+        if config.train.batch_size % (sizes["data"] * sizes["fsdp"] * config.train.accumulate):
+            return None
+        try:
+            return self.estimate(setting)
+        except FtjaxError:  # such as a method that changes what quantised kernels hold
+            return None
+
+
+def resolve_mesh(config, devices: Devices) -> dict[str, int]:
+    """The mesh of a config on so many devices, its -1 filled in."""
+    sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    known = math.prod(n for n in sizes.values() if n != -1)
+    return {axis: devices.count // known if n == -1 else n for axis, n in sizes.items()}
+
+
+def _rows(config, sizes) -> float:
+    """Rows of a step that one device takes."""
+    return config.train.batch_size / (sizes["data"] * sizes["fsdp"])
+
+
+def _seconds(row: dict, devices: Devices) -> float:
+    """Seconds a token of a row, by the roofline."""
+    return roofline(row, devices)["seconds"] / row["batch"]
+
+
+def roofline(row: dict, devices: Devices) -> dict:
+    """Seconds of a step at the peaks of the devices: arithmetic, memory and links, and the longest of them.
+
+    Every one of them may hide behind the others; a real run reaches a share of this.
+    """
+    device = devices.device
+    parts = {
+        "arithmetic": row["flops"] / devices.count / device.flops,
+        "memory": row["traffic"] / device.bandwidth,
+        "links": row["sent"] / device.link if devices.count > 1 else 0.0,
+    }
+    longest = max(parts, key=parts.get)
+    return parts | {"seconds": parts[longest], "bound": longest}
+
+
+def pareto(rows: list[dict], devices: Devices) -> list[dict]:
+    """Of what fits: no other is as fast a row of the batch and needs as little memory; the fastest first."""
+    fitting = sorted((row for row in rows if row["fits"]), key=lambda row: (_seconds(row, devices), row["total"]))
+    out, least = [], math.inf
+    for row in fitting:
+        if row["total"] < least:
+            out.append(row)
+            least = row["total"]
+    return out

@@ -1,0 +1,118 @@
+"""The process that compiles for a plan: its environment is set before JAX starts. `python -m ftjax.plan.worker JOB`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from ftjax.errors import FtjaxError
+
+
+def work(job: dict) -> dict:
+    """What ftjax.plan.run.plan returns, for its arguments in `job`."""
+    started = time.perf_counter()
+    from ftjax import config as configs
+    from ftjax.hub import families, resolve
+    from ftjax.plan import compiled, search
+    from ftjax.plan.devices import parse
+    from ftjax.training import program as programs
+    from ftjax.tuning import METHODS, Spec
+
+    config, devices = configs.from_dict(job["config"]), parse(job["devices"])
+    if job["memory"]:
+        devices = devices._replace(device=devices.device._replace(memory=job["memory"]))
+    programs.fill_defaults(config)
+    folder = resolve.resolve(config.model.path, config.model.revision)
+    family, shape = families.read_config(folder)
+    spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
+    longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
+    T = M = min(config.data.max_length, longest)
+    steps, tokens = config.train.steps or None, None
+    if job["data"]:
+        T, M, steps, tokens = _from_data(config, folder, longest)
+    sizes = search.resolve_mesh(config, devices)
+    config.mesh.update(sizes)
+
+    asked = compiled.compile_step(config, spec, devices, T, M, steps or 1)
+    asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
+    asked |= {"remat": config.model.remat, "accumulate": config.train.accumulate}
+    asked["sent"] = sum(c["bytes"] for c in asked.get("collectives", ()))
+    out = {
+        "devices": {"name": devices.name, "count": devices.count, **devices.device._asdict()},
+        "method": config.tuning.method,
+        "model": config.model.path,
+        "rows": {"batch": config.train.batch_size, "length": T, "labels": M, "from_data": bool(job["data"])},
+        "steps": steps,
+        "tokens_per_step": tokens or config.train.batch_size * T,
+        "asked": asked,
+    }
+    if asked["fits"]:
+        out["time"] = search.roofline(asked, devices)
+    estimates = search.Search(config, spec, T, M, steps or 1, asked, devices)
+    if asked["fits"]:
+        rows = [row for s in search.settings(config, spec, devices) if (row := estimates.try_estimate(s))]
+        same = ("mesh", "remat", "batch", "accumulate")
+        rows = [asked] + [row for row in rows if any(row[key] != asked[key] for key in same)]
+        rows = search.pareto(rows, devices)
+        _confirm(rows, config, spec, devices, T, M, steps, started, job["seconds"])
+        out["choices"] = search.pareto(rows, devices)
+    else:
+        out["instead"] = estimates.fitting_instead(search.Setting({}, devices))
+    for row in out.get("choices", []):
+        row["time"] = search.roofline(row, devices)
+    return out
+
+
+def _confirm(rows, config, spec, devices, T, M, steps, started, seconds) -> None:
+    """Compile the first choices, one after another, as long as there is time for one more; in place."""
+    from ftjax.plan import compiled, search
+
+    last = 0.0
+    for row in rows:
+        if row["compiled"]:
+            continue
+        if time.perf_counter() - started + last > seconds:
+            return
+        new = search.changed(config, row["overrides"])
+        found = compiled.compile_step(new, spec._replace(tuning=new.tuning), devices, T, M, steps or 1)
+        found["sent"] = sum(c["bytes"] for c in found.get("collectives", ()))
+        row |= {key: found[key] for key in ("total", "fits", "traffic", "sent", "flops") if key in found}
+        row["compiled"] = True
+        last = found["compile_seconds"]
+
+
+def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
+    """(T, M) of the largest batch, the steps of the run, and tokens a step that are no padding, from its real rows."""
+    import numpy as np
+
+    from ftjax.data.batches import Batches
+    from ftjax.data.prepare import prepare
+    from ftjax.hub import tokenizer
+
+    data = prepare(config, tokenizer.load_tokenizer(folder), longest)
+    batches = Batches(
+        data.train.examples, config.train.batch_size, data.max_length, packing=config.data.packing,
+        buckets=config.data.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
+    )  # fmt: skip
+    _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
+    return T, M, steps, float(np.sum(data.train.examples.length)) / len(batches)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with a message for input that cannot be used."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        result = work(job)
+    except FtjaxError as error:
+        print(error, file=sys.stderr)
+        return 2
+    Path(job["result"]).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
