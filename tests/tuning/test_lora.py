@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import tiny
+import torch
 from peft.tuners.lora import LoraLayer
 
 from ftjax import config as configs
@@ -43,6 +44,7 @@ CASES = {
                            ((r"layers\.1\.self_attn\.q_proj", 3), ("q_proj", 5)), ()),
     "embeddings": ("llama2", ("embed_tokens", "q_proj"), ["embed_tokens", "q_proj"], (("embed_tokens", 2),), ()),
     "tied embeddings": ("gpt2", ("wte", "wpe", "c_attn"), ["wte", "wpe", "c_attn"], (), ()),
+    "rslora": ("llama2", ("all-linear",), "all-linear", (("q_proj", 2),), (("k_proj", 6),)),
     "alphas": ("llama2", ("all-linear",), "all-linear", (("k_proj", 2),), (("k_proj", 6), (r".*\.2\.mlp\..*", 1))),
 }  # fmt: skip
 
@@ -59,10 +61,11 @@ def adapted(pair):
 @pytest.mark.parametrize("case", CASES)
 def test_targets_ranks_and_scales_are_those_of_peft(case):
     name, targets, modules, ranks, alphas = CASES[case]
-    pair = tiny.tuned(tiny.pair(name), rank=4, alpha=10.0, targets=targets, rank_pattern=ranks, alpha_pattern=alphas)
+    tuning = {"rank_pattern": ranks, "alpha_pattern": alphas, "rslora": case == "rslora"}
+    pair = tiny.tuned(tiny.pair(name), rank=4, alpha=10.0, targets=targets, **tuning)
     config = peft.LoraConfig(
         r=4, lora_alpha=10, target_modules=modules, rank_pattern=dict(ranks), alpha_pattern=dict(alphas),
-        task_type="CAUSAL_LM",
+        use_rslora=case == "rslora", task_type="CAUSAL_LM",
     )  # fmt: skip
     model = peft.get_peft_model(copy.deepcopy(pair.torch), config).get_base_model()
     theirs = {
@@ -96,6 +99,8 @@ def test_targets_ranks_and_scales_are_those_of_peft(case):
         ({"rank_pattern": (("porj", 2),)}, r"tuning.rank_pattern: 'porj' matches no module"),  # no part of a word
         ({"alpha_pattern": (("k_porj", 2),)}, r"tuning.alpha_pattern: 'k_porj' .*did you mean \"k_proj\""),
         ({"rank_pattern": (("q_proj", 0),)}, "would get rank 0"),
+        ({"init": "orthogonal", "rank": 3}, "tuning.init: orthogonal needs even ranks; found 3"),
+        ({"init": "pissa", "rank": 17}, "tuning.rank: layers/attn/q_proj is 16 x 16 and has no 17 singular vectors"),
     ],
 )
 def test_targets_that_cannot_be_used(fields, message):
@@ -121,6 +126,49 @@ def test_initial_a_is_drawn_as_peft_draws_it():
         assert a.std() == pytest.approx(bound / 3**0.5, rel=0.06) and abs(a.mean()) < 0.06 * bound
     layers = np.asarray(trained["layers"]["mlp"]["down_proj"]["lora"]["a"])
     assert np.abs(layers[0] - layers[1]).max() > 0.1 * bound  # each layer has its own
+
+
+@pytest.mark.parametrize("name", ["gaussian", "orthogonal", "embedding"])
+def test_other_random_starts_are_drawn_as_peft_draws_them(name):
+    """The same spread of A and of B, and BA = 0."""
+    target = "embed_tokens" if name == "embedding" else "down_proj"
+    drawn = "default" if name == "embedding" else name
+    pair = tiny.tuned(tiny.pair("llama2"), rank=16, targets=(target,), init=drawn)
+    _, trained, _ = tiny.start(pair)
+    a, b = (np.asarray(trained["embed"]["lora"][leaf] if name == "embedding" else
+                       trained["layers"]["mlp"]["down_proj"]["lora"][leaf]) for leaf in "ab")  # fmt: skip
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=16, target_modules=[target], init_lora_weights=True if drawn == "default" else drawn)
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), config)
+    theirs = {}
+    for path, p in model.named_parameters():
+        if "lora_" in path:
+            theirs.setdefault("a" if "_A" in path else "b", []).append(p.detach().numpy())
+    for leaf, x in (("a", a), ("b", b)):
+        want = np.stack(theirs[leaf])
+        assert x.shape == want.shape[-x.ndim :]
+        assert x.std() == pytest.approx(want.std(), rel=0.15) and abs(x.mean()) < 0.1 * (x.std() or 1)
+    np.testing.assert_allclose(b @ a, 0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_starts_from_the_base_are_those_of_peft(name):
+    """Their products; singular vectors have no sign of their own. The base's own weights stay as they are."""
+    pair = tiny.tuned(tiny.pair("llama2"), rank=4, alpha=6.0, targets=("up_proj",), init=name)
+    _, trained, frozen = tiny.start(pair)
+    params, initial = lora.split(frozen)
+    assert jax.tree.structure(params) == jax.tree.structure(pair.params)
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params)
+    leaves, start = (flatten(tree) for tree in (trained, initial))
+    assert start.keys() == {path.replace("/lora/", "/lora_initial/") for path in leaves}
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"], init_lora_weights=name)
+    model = peft.get_peft_model(copy.deepcopy(pair.torch), config).get_base_model().model
+    for layer, block in enumerate(model.layers):
+        weights = block.mlp.up_proj
+        want = (weights.lora_B["default"].weight @ weights.lora_A["default"].weight).detach().numpy()
+        for tree, scope in ((leaves, "lora"), (start, "lora_initial")):
+            a, b = (np.asarray(tree[f"layers/mlp/up_proj/{scope}/{leaf}"])[layer] for leaf in "ab")
+            np.testing.assert_allclose(b @ a, want, rtol=0, atol=1e-5)
 
 
 def test_start_of_one_target_does_not_depend_on_the_others():
