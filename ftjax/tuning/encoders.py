@@ -1,6 +1,6 @@
 """Small networks that make virtual tokens while they are trained, computed and initialised as torch does.
 
-n virtual tokens in a row, h hidden width; kernels lie (out, in).
+n virtual tokens in a row, h hidden width; weights lie (out, in).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ DIRECTIONS = ("forward", "backward")
 
 
 def dense_init(key, out: int, in_: int) -> dict:
-    """Kernel and bias uniform in ±1/sqrt(in)."""
+    """Weight and bias uniform in ±1/sqrt(in)."""
     return _uniform(key, out, in_, in_)
 
 
 def dense(leaves, x):
     """x (..., in) -> (..., out)."""
-    return x @ leaves["kernel"].T + leaves["bias"]
+    return x @ leaves["weight"].T + leaves["bias"]
 
 
 def lstm_init(key, in_: int, h: int, layers: int) -> dict:
@@ -45,7 +45,7 @@ def lstm(leaves, x):
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
             return (h, c), h
 
-        zero = jnp.zeros(own["hidden"]["kernel"].shape[1], x.dtype)
+        zero = jnp.zeros(own["hidden"]["weight"].shape[1], x.dtype)
         return jax.lax.scan(step, (zero, zero), x, reverse=reverse)[1]
 
     for layer in range(len(leaves) // len(DIRECTIONS)):
@@ -60,6 +60,6 @@ def encoder_axes(path: str) -> tuple[str | None, ...]:
 
 
 def _uniform(key, out: int, in_: int, fan: int) -> dict:
-    kernel, bias = jax.random.split(key)
+    weight, bias = jax.random.split(key)
     draw = functools.partial(jax.random.uniform, minval=-(fan**-0.5), maxval=fan**-0.5)
-    return {"kernel": draw(kernel, (out, in_)), "bias": draw(bias, (out,))}
+    return {"weight": draw(weight, (out, in_)), "bias": draw(bias, (out,))}

@@ -35,7 +35,7 @@ CASES = {
 
 
 def dense(prefix, leaves):
-    return {f"{prefix}.weight": leaves["kernel"], f"{prefix}.bias": leaves["bias"]}
+    return {f"{prefix}.weight": leaves["weight"], f"{prefix}.bias": leaves["bias"]}
 
 
 def names(name, trained):
@@ -54,7 +54,7 @@ def names(name, trained):
         direction, layer = part.split("_")
         tail = f"l{layer}" + ("_reverse" if direction == "backward" else "")
         for which, own in (("ih", leaves["input"]), ("hh", leaves["hidden"])):
-            out |= {f"lstm_head.weight_{which}_{tail}": own["kernel"], f"lstm_head.bias_{which}_{tail}": own["bias"]}
+            out |= {f"lstm_head.weight_{which}_{tail}": own["weight"], f"lstm_head.bias_{which}_{tail}": own["bias"]}
     return out
 
 

@@ -58,9 +58,9 @@ def test_a_projection_makes_the_prefix_of_its_embeddings():
     method, trained, frozen = tiny.start(pair)
     trained = jax.tree.map(np.asarray, trained)
     first, second = trained["dense_0"], trained["dense_1"]
-    hidden = np.tanh(trained["embedding"] @ first["kernel"].T + first["bias"])
+    hidden = np.tanh(trained["embedding"] @ first["weight"].T + first["bias"])
     assert hidden.shape == (n, 5)
     adapter_config, tensors = method.to_peft(trained, frozen, pair.spec)
-    want = hidden @ second["kernel"].T + second["bias"]
+    want = hidden @ second["weight"].T + second["bias"]
     np.testing.assert_allclose(tensors["prompt_embeddings"], want, rtol=0, atol=1e-5)
     assert adapter_config["prefix_projection"] is False and want.shape == (n, 3 * 2 * 16)

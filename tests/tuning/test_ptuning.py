@@ -23,7 +23,7 @@ def test_lstm_is_that_of_torch():
         for name, tail in (("forward", ""), ("backward", "_reverse")):
             for part, short in (("input", "ih"), ("hidden", "hh")):
                 own = leaves[f"{name}_{layer}"][part]
-                tensors[f"weight_{short}_l{layer}{tail}"] = torch.tensor(np.asarray(own["kernel"]))
+                tensors[f"weight_{short}_l{layer}{tail}"] = torch.tensor(np.asarray(own["weight"]))
                 tensors[f"bias_{short}_l{layer}{tail}"] = torch.tensor(np.asarray(own["bias"]))
     model.load_state_dict(tensors)
     x = np.random.default_rng(0).normal(size=(n, 8)).astype(np.float32)
@@ -35,15 +35,15 @@ def test_lstm_is_that_of_torch():
 
 @pytest.mark.parametrize(("encoder", "count"), [("mlp", 3), ("lstm", 2)])
 def test_it_starts_as_torch_would(encoder, count):
-    """Standard normal embeddings; kernels and biases uniform in ±1/sqrt(in), an LSTM's in ±1/sqrt(h)."""
+    """Standard normal embeddings; weights and biases uniform in ±1/sqrt(in), an LSTM's in ±1/sqrt(h)."""
     h = 32
     pair = tiny.tuned(tiny.pair("llama-tied"), method="ptuning", virtual_tokens=n, encoder=encoder, encoder_hidden=h)
     _, trained, _ = tiny.start(pair)
     leaves = {path: np.asarray(x) for path, x in flatten(trained).items()}
     assert np.std(leaves.pop("embedding")) == pytest.approx(1, abs=0.2)
-    assert sum(path.startswith("dense_") and path.endswith("kernel") for path in leaves) == count
+    assert sum(path.startswith("dense_") and path.endswith("weight") for path in leaves) == count
     for path, x in leaves.items():
-        fan = h if path.startswith("lstm/") else leaves[f"{path.rsplit('/', 1)[0]}/kernel"].shape[1]
+        fan = h if path.startswith("lstm/") else leaves[f"{path.rsplit('/', 1)[0]}/weight"].shape[1]
         assert 0.6 * fan**-0.5 < np.abs(x).max() <= fan**-0.5, path
     assert len({x.tobytes() for x in leaves.values()}) == len(leaves)
     assert ptuning.encode(trained).shape == (n, 16)
