@@ -18,7 +18,7 @@ from ftjax.files import replace_text
 from ftjax.hub import resolve
 from ftjax.hub.fingerprint import fingerprint
 from ftjax.lm import LM, open_base
-from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.tuning import METHODS, Spec
 
 RUN = "run.json"  # the resolved config and the base it was started on; what has it is a run folder
@@ -44,7 +44,7 @@ def claim(config, folder: Path, rows: str) -> bool:
     if run_dir.is_file():
         raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
     record = {"ftjax": ftjax.__version__, "config": config.to_dict(), "base": fingerprint(folder), "rows": rows}
-    if config.overwrite:
+    if config.overwrite or _stillborn(run_dir):
         _clear(run_dir)
     going_on = False
     if run_dir.is_dir() and any(run_dir.iterdir()) and not config.overwrite:
@@ -58,6 +58,13 @@ def claim(config, folder: Path, rows: str) -> bool:
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / RUN, json.dumps(record, indent=2) + "\n")
     return going_on
+
+
+def _stillborn(run_dir: Path) -> bool:
+    """Whether a run ended here before its first step, such as by an error in its config: it holds nothing to keep."""
+    kept = run_dir / FOLDER
+    trained = (run_dir / "metrics.jsonl").is_file() or (kept.is_dir() and any(kept.iterdir()))
+    return (run_dir / RUN).is_file() and not trained
 
 
 def _clear(run_dir: Path) -> None:
@@ -76,7 +83,7 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed]
     if new["base"] != old["base"]:
         told.append(f"the weights in {new['config']['model']['path']} are not those that it was started on")
-    if new["rows"] != old["rows"]:
+    if new["rows"] != old.get("rows", new["rows"]):
         told.append("the rows in its data files are not those that it was started on")
     if told:
         raise FtjaxError(
