@@ -17,7 +17,7 @@ from ftjax.training import hosts
 asked = json.loads(Path(sys.argv[1]).read_text())
 process = os.environ.get("FTJAX_PROCESS", "0")
 found = {"rows": [], "said": []}
-get, together = Batches.get, hosts.preempted
+get, preempted = Batches.get, hosts.preempted
 
 
 def recorded(self, step, row_slice=slice(None)):
@@ -30,7 +30,7 @@ def at_step(step):
     """A step that the test wants the run to be preempted, or one process to fail at."""
     if step == asked.get("fail_at") and process == str(asked["failing"]):
         raise FtjaxError("this process alone cannot go on")
-    return step == asked.get("stop_at") or together(step)
+    return step == asked.get("stop_at") or preempted(step)
 
 
 Batches.get, hosts.preempted, hosts.GRACE = recorded, at_step, 2
