@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import resource
 import time
 
 import jax
@@ -76,6 +77,7 @@ def held(program, state, frozen, batch) -> dict[str, int]:
         "trained weights": shard_bytes(state.trained),
         "frozen weights": shard_bytes(frozen),
         "moments": shard_bytes(state.optimizer),
+        "averaged weights": shard_bytes(state.ema),
         "batch": shard_bytes(batch),
     }
 
@@ -127,9 +129,11 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
 
 
 def _spent(started) -> dict:
+    """What compiling took of this machine: seconds, CPU seconds, and the most memory of the process so far, bytes."""
     return {
         "compile_seconds": time.perf_counter() - started[0],
         "compile_cpu_seconds": time.process_time() - started[1],
+        "compile_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 

@@ -41,7 +41,8 @@ def _what(plan) -> list[str]:
         f"{plan['model']}, {plan['method']}, on {plan['devices']['name']}: {mesh}, remat {asked['remat']}",
         f"a step: {batch}" + (f", in {asked['accumulate']} microbatches" if asked["accumulate"] > 1 else ""),
         f"parameters: {trained:,} trained, {total - trained:,} frozen",
-        f"compiled by {by} in {asked['compile_seconds']:.0f} s ({asked['compile_cpu_seconds']:.0f} s of CPU)",
+        f"compiled by {by} in {asked['compile_seconds']:.0f} s ({asked['compile_cpu_seconds']:.0f} s of CPU, "
+        f"{asked['compile_memory'] / 1e9:.1f} GB of this machine's memory)",
     ]
 
 
