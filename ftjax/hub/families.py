@@ -429,7 +429,7 @@ def module_name(path: str, family: Family) -> str:
 
 
 def linear_names(family: Family, config: DecoderConfig) -> dict[str, str]:
-    """Path -> module name of every linear map of a model, tables of embeddings among them, in the order of its table."""
+    """Path -> module name of every linear map of a model, tables of embeddings among them, in the table's order."""
     found = shapes(config)
     leaves = ("kernel", "embedding")
     return {m.path: m.name for m in family.modules if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
