@@ -162,6 +162,18 @@ def test_parameters_and_moments_are_split_as_the_table_says(method, cut):
     assert checked >= len(PARTS[cut])
 
 
+def test_layers_in_two_stacks_on_a_mesh():
+    """The frozen lower one and the trained one above it are split as one stack would be."""
+    cut = "data=2,fsdp=2,tensor=2"
+    want, _, _, _ = run("last_layers", None)
+    got, _, state, frozen = run("last_layers", cut)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for path, parts in PARTS[cut].items():
+        if path.startswith("layers/") and path.endswith("/kernel"):
+            for x in (flatten(frozen)[path], flatten(state.trained)[f"top_{path}"]):
+                assert x.shape[0] == 1 and {shard.data.size for shard in x.addressable_shards} == {x.size // parts}
+
+
 def test_mesh_that_does_not_fit_the_devices():
     with pytest.raises(FtjaxError, match="does not multiply to the 8 devices"):
         sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})

@@ -14,12 +14,14 @@ import pytest
 import tiny
 import torch
 
+import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.generate import generate
 from ftjax.hub import families, weights
 from ftjax.hub import peft as peft_files
 from ftjax.objectives import causal
+from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import compile_step, init_state
 from ftjax.tree import flatten
@@ -263,6 +265,56 @@ def test_packing_padding_and_cache_give_what_plain_rows_give(name):
         np.testing.assert_allclose(packed[r, start : start + len(doc)], row[: len(doc)], rtol=0, atol=1e-5)
         greedy = np.asarray(row).argmax(-1)[: len(doc) - 1]
         assert len(answer) == 4 and greedy[-4:].tolist() == answer
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_run_of_the_last_layers(tmp_path, monkeypatch):
+    """Killed and gone on with, it ends in the same bits; its folder, adapter and whole model are one model."""
+
+    def config(run_dir):
+        c = configs.default()
+        c.update(run_dir=str(run_dir))
+        c.data.update(prompt="Words: {src}\nSentence:", completion=" {tgt}", limit=60, buckets=1, cache="")
+        c.tuning.update(method="last_layers", layers=2)
+        c.optim.update(lr=1e-3, layer_decay=0.8)
+        c.train.update(steps=6, batch_size=8, eval_every=3, log_every=1)
+        c.evaluate.rows = 8
+        c.export.update(formats=("adapter", "merged"), checkpoint="last")
+        c.log.update(tensorboard=False, compilation_cache=False)
+        return c
+
+    lines = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ftjax.train(config(tmp_path / "whole"), say=lines.append)
+    # Two of five layers, and the final norm; the share is of the model's own parameters.
+    assert any("training 90,944 of 260,032 parameters (34.97%)" in line for line in lines), lines
+    save = Checkpoints.save
+
+    def die(self, state, record, val_loss):
+        save(self, state, record, val_loss)
+        self.close()
+        raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", die)
+    with pytest.raises(Killed):
+        ftjax.train(config(tmp_path / "killed"), say=lambda line: None)
+    monkeypatch.undo()
+    assert ftjax.train(config(tmp_path / "killed"), say=lambda line: None).resumed_from == 3
+
+    lms = {name: ftjax.load(tmp_path / "whole" / name, checkpoint="last") for name in ("", "adapter", "merged")}
+    ids = [[1, 403, 407, 261, 378]]
+    logits = {name: lm.logits(ids) for name, lm in lms.items()}
+    assert np.abs(logits[""] - ftjax.load("builtin:stories260K").logits(ids)).max() > 1e-2
+    np.testing.assert_array_equal(ftjax.load(tmp_path / "killed", checkpoint="last").logits(ids), logits[""])
+    for name in ("adapter", "merged"):
+        np.testing.assert_allclose(logits[name], logits[""], rtol=0, atol=1e-4)
+    answers = {name: lm.generate(["Words: dog, ball\nSentence:"], max_new_tokens=12) for name, lm in lms.items()}
+    assert answers[""] == answers["adapter"] == answers["merged"]
 
 
 # -- bad input, each with its message
