@@ -111,7 +111,8 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
                 raise
             used, limit = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
             total = used + (sum(out["held"].values()) if early else 0)
-            out |= {"fits": False, "total": total, "limit": limit, "temporaries": total - sum(out["held"].values())}
+            out |= {"fits": False, "at_first_sight": bool(early), "total": total, "limit": limit}
+            out["temporaries"] = total - sum(out["held"].values())
             return out | _spent(started)
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

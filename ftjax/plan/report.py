@@ -19,8 +19,8 @@ def report(plan: dict, price: float | None = None, share: float = SHARE) -> str:
 
 
 def does_not_fit(plan: dict) -> str:
-    """`does not fit: 23.4 of 15.8 GiB`."""
-    return f"does not fit: {plan['asked']['total'] / GIB:.1f} of {plan['asked']['limit'] / GIB:.1f} GiB a device"
+    """`does not fit: 23.4 of 15.8 GiB a device`."""
+    return f"does not fit: {plan['asked']['total'] / GIB:.3g} of {plan['asked']['limit'] / GIB:.3g} GiB a device"
 
 
 def _what(plan) -> list[str]:
@@ -108,12 +108,14 @@ def _choices(plan) -> list[str]:
 
 def _instead(plan) -> list[str]:
     lines = [does_not_fit(plan)]
+    if plan["asked"].get("at_first_sight"):
+        lines.append("(refused at first sight, before the compiler saved any memory: less may be needed, yet too much)")
     if not plan["instead"]:
         return lines + ["nothing that was tried fits either: take larger devices, or a smaller model"]
     lines.append("these would, by estimate:")
     for row in plan["instead"]:
         devices = "" if row["devices"] == plan["devices"]["name"] else f"--devices {row['devices']} "
-        lines.append(f"  {row['total'] / GIB:>7.1f} GiB  {devices}{paste(row)}")
+        lines.append(f"  {row['total'] / GIB:>8.3g} GiB  {devices}{paste(row)}")
     return lines
 
 

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
 from ftjax.training import program as programs
 from ftjax.tuning import Spec
 
+ONE = dict.fromkeys(MESH_AXES, 1)
 TENSOR_WAYS = (1, 2, 4, 8)
 BATCHES = (0.25, 0.5, 1, 2, 4, 8)  # times the batch that is asked for
 STATE_PASSES = 3  # times that a step reads or writes weights and moments: forward, backward, update
@@ -47,21 +49,28 @@ class Setting(NamedTuple):
     devices: Devices
 
 
-def settings(config, spec: Spec, devices: Devices) -> list[Setting]:
-    """Every mesh with remat none and full and some batches around the one asked for; that one is among them."""
-    rows = config.train.batch_size
-    wanted = {round(rows * times) for times in BATCHES}
+def settings(config, spec: Spec, devices: Devices, batches=BATCHES, change: dict | None = None) -> list[Setting]:
+    """Every mesh, with remat none and full, and batches so many times the one asked for; change: overrides of all."""
     out = []
     for sizes, remat in itertools.product(meshes(spec, devices), ("none", "full")):
         ways = sizes["data"] * sizes["fsdp"] * config.train.accumulate
-        for batch in sorted({max(1, round(n / ways)) * ways for n in wanted}):
-            mesh = {f"mesh.{axis}": n for axis, n in sizes.items()}
-            out.append(Setting(mesh | {"model.remat": remat, "train.batch_size": batch}, devices))
+        for batch in sorted({max(1, round(config.train.batch_size * n / ways)) * ways for n in batches}):
+            cut = {"model.remat": remat} | ({"train.batch_size": batch} if batch != config.train.batch_size else {})
+            out.append(Setting((change or {}) | _overrides(sizes) | cut, devices))
     return out
 
 
+def accumulating(config, spec: Spec, devices: Devices) -> list[Setting]:
+    """Every mesh with remat, and the batch in more microbatches."""
+    return [
+        Setting(_overrides(sizes) | {"model.remat": "full", "train.accumulate": times}, devices)
+        for sizes, times in itertools.product(meshes(spec, devices), ACCUMULATE)
+        if config.train.batch_size % (sizes["data"] * sizes["fsdp"] * times) == 0
+    ]
+
+
 def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
-    """Shapes of (data, fsdp, tensor): tensor within a host and between heads, and data alone, fsdp alone or both."""
+    """Sizes of the mesh's axes: tensor within a host and between heads, and data alone, fsdp alone or both."""
     out = []
     for tensor in TENSOR_WAYS:
         whole = spec.model.kv_heads % tensor == 0 and spec.model.hidden % tensor == 0
@@ -70,8 +79,12 @@ def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
         rest = devices.count // tensor
         for fsdp in sorted({rest, min(rest, max(1, devices.device.per_host // tensor)), 1}):
             if rest % fsdp == 0:
-                out.append({"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor})
+                out.append(ONE | {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor})
     return out
+
+
+def _overrides(sizes: dict[str, int]) -> dict:
+    return {f"mesh.{axis}": n for axis, n in sizes.items()}
 
 
 def changed(config, overrides: dict):
@@ -89,13 +102,14 @@ class Search:
         """asked: what compiled.compile_step said of `config` on `devices`."""
         self.config, self.spec, self.T, self.M, self.steps = config, spec, T, M, steps
         guess = self._temporaries(config, asked["mesh"], devices)
-        self.scale = max(asked["temporaries"], 1) / guess
+        # What is refused at first sight was not compiled: nothing to calibrate by.
+        self.scale = 1.0 if asked.get("at_first_sight") else max(asked["temporaries"], 1) / guess
         # What is left of the traffic without that of weights and moments is of activations, which goes with the rows.
         states = STATE_PASSES * sum(asked["held"].values())
         self.row_traffic = max(0.0, asked.get("traffic", 0.0) - states) / _rows(config, asked["mesh"])
 
     def estimate(self, setting: Setting) -> dict:
-        """{"total", "flops", "traffic", "links", ...} of a setting, as compile_step gives them for a compiled one."""
+        """{"total", "flops", "traffic", "sent", ...} of a setting, as compile_step gives them for a compiled one."""
         config, devices = changed(self.config, setting.overrides), setting.devices
         sizes = resolve_mesh(config, devices)
         held = self._held(config, sizes, devices)
@@ -152,8 +166,7 @@ class Search:
         )  # fmt: skip
         config = changed(self.config, {"tuning.method": method, "model.remat": remat, "model.quantise": "none"})
         spec = self.spec._replace(model=shape, tuning=config.tuning)
-        one = {axis: 1 for axis in ("data", "fsdp", "tensor")}
-        program = programs.build(config, spec, compiled.abstract_mesh(one), jnp.dtype(dtype), self.steps)
+        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps)
         ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
 
         def residuals(trained, frozen, ids):
@@ -173,9 +186,8 @@ class Search:
     @functools.cache  # noqa: B019
     def _row_flops(self, remat: str, method: str, dtype: str) -> float:
         config = changed(self.config, {"tuning.method": method, "model.remat": remat, "model.quantise": "none"})
-        one = {axis: 1 for axis in ("data", "fsdp", "tensor")}
         spec = self.spec._replace(tuning=config.tuning)
-        program = programs.build(config, spec, compiled.abstract_mesh(one), jnp.dtype(dtype), self.steps)
+        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps)
         ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
         labels = jax.ShapeDtypeStruct((1, self.M), jnp.int32)
         batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids)
@@ -205,44 +217,27 @@ class Search:
         over_fsdp = (2 * weights + gradients) * away(fsdp)
         return over_fsdp + 2 * gradients / fsdp * away(data) + 2 * sums * activations * away(tensor)
 
-    def fitting_instead(self, setting: Setting) -> list[dict]:
-        """For a run that does not fit: estimates of what would, the nearest to what was asked first."""
-        near = [row for row in map(self.try_estimate, settings(self.config, self.spec, setting.devices)) if row]
-        rows = self.config.train.batch_size
-        same = [row for row in near if row["batch"] == rows and row["fits"]]
-        if not same:
-            same = [row for row in map(self.try_estimate, self._accumulating(setting)) if row and row["fits"]]
-        found = sorted(same, key=lambda row: _seconds(row, setting.devices))[:2]
-        remat = {"model.remat": "full"}
-        for sizes in meshes(self.spec, setting.devices)[:3]:
-            mesh = {f"mesh.{axis}": n for axis, n in sizes.items()}
-            for change in SMALLER:
-                row = self.try_estimate(Setting(remat | mesh | change, setting.devices))
-                if row and row["fits"]:
-                    found.append(row)
+    def fitting_instead(self, devices: Devices) -> list[dict]:
+        """Estimates of what would fit where the run does not, of each kind the fastest first: the same run cut otherwise
+        or, where that does not help, runs that train with less; and the same run on more devices."""
+        same = self._fitting(settings(self.config, self.spec, devices, (1,)))
+        cut = same or self._fitting(accumulating(self.config, self.spec, devices))
+        rows, now = self.config.train.batch_size, configs.flat(self.config)
+        smaller = []
+        for change in SMALLER:
+            if not cut and any(now[key] != value for key, value in change.items()):
+                smaller += self._fitting(settings(self.config, self.spec, devices, (1,), change))[:1]
         more = []
-        for devices in larger(setting.devices):
-            mesh = {"mesh.data": 1, "mesh.fsdp": devices.count, "mesh.tensor": 1}
-            batch = {"train.batch_size": -(-rows // devices.count) * devices.count}
-            row = self.try_estimate(Setting(remat | mesh | batch, devices))
-            if row and row["fits"]:
-                more.append(row)
-                break
-        seen, distinct = set(), []
-        for row in sorted(found, key=lambda r: (len(set(r["overrides"]) - {"model.remat"}), r["total"])):
-            key = tuple(sorted((k, v) for k, v in row["overrides"].items() if not k.startswith("mesh.")))
-            if key not in seen:
-                seen.add(key)
-                distinct.append(row)
-        return distinct[:5] + more
+        for next_size in larger(devices):
+            batch = -(-rows // next_size.count) * next_size.count
+            mesh = {"mesh.data": 1, "mesh.fsdp": next_size.count, "mesh.tensor": 1}
+            overrides = mesh | {"model.remat": "full", "train.batch_size": batch}
+            more = more or self._fitting([Setting(overrides, next_size)])
+        return cut[:2] + smaller + more
 
-    def _accumulating(self, setting: Setting) -> list[Setting]:
-        out, rows = [], self.config.train.batch_size
-        for sizes, times in itertools.product(meshes(self.spec, setting.devices), ACCUMULATE):
-            if rows % (sizes["data"] * sizes["fsdp"] * times) == 0:
-                mesh = {f"mesh.{axis}": n for axis, n in sizes.items()}
-                out.append(Setting(mesh | {"model.remat": "full", "train.accumulate": times}, setting.devices))
-        return out
+    def _fitting(self, tried: list[Setting]) -> list[dict]:
+        rows = [row for setting in tried if (row := self.try_estimate(setting)) and row["fits"]]
+        return sorted(rows, key=lambda row: _seconds(row, tried[0].devices))
 
     def try_estimate(self, setting: Setting) -> dict | None:
         """`estimate`, or None for a setting that the method, the mesh or the batch rules out."""
@@ -258,7 +253,7 @@ class Search:
 
 def resolve_mesh(config, devices: Devices) -> dict[str, int]:
     """The mesh of a config on so many devices, its -1 filled in."""
-    sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
     known = math.prod(n for n in sizes.values() if n != -1)
     return {axis: devices.count // known if n == -1 else n for axis, n in sizes.items()}
 

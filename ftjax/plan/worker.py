@@ -60,7 +60,7 @@ def work(job: dict) -> dict:
         _confirm(rows, config, spec, devices, T, M, steps, started, job["seconds"])
         out["choices"] = search.pareto(rows, devices)
     else:
-        out["instead"] = estimates.fitting_instead(search.Setting({}, devices))
+        out["instead"] = estimates.fitting_instead(devices)
     for row in out.get("choices", []):
         row["time"] = search.roofline(row, devices)
     return out

@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
     out = tmp_path / "plan.json"
     done = command(*QUICK, "--devices", "cpu:1", "--memory", "0.1", "--json", str(out))
     assert done.returncode == 3, done.stderr
-    assert "does not fit: 0." in done.stdout and "of 0.1 GiB" in done.stdout
+    assert "does not fit: 0." in done.stdout and "of 0.1 GiB a device" in done.stdout
     found = json.loads(out.read_text())
     first = found["instead"][0]
     overrides = [f"--config.{key}={value}" for key, value in first["overrides"].items()]
