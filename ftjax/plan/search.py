@@ -218,8 +218,8 @@ class Search:
         return over_fsdp + 2 * gradients / fsdp * away(data) + 2 * sums * activations * away(tensor)
 
     def fitting_instead(self, devices: Devices) -> list[dict]:
-        """Estimates of what would fit where the run does not, of each kind the fastest first: the same run cut otherwise
-        or, where that does not help, runs that train with less; and the same run on more devices."""
+        """Estimates of what would fit, of each kind the fastest first: the same run cut otherwise, or, where that does
+        not help, runs that train with less; and the same run on more devices."""
         same = self._fitting(settings(self.config, self.spec, devices, (1,)))
         cut = same or self._fitting(accumulating(self.config, self.spec, devices))
         rows, now = self.config.train.batch_size, configs.flat(self.config)
