@@ -56,6 +56,8 @@ def weighted(collections: dict[str, dict], weights: dict[str, float], combine: s
     found = {}  # path of a map -> [(weight · scale, a, b), ...]
     for name, weight in weights.items():
         leaves = flatten(pick(collections, name))
+        if not leaves:
+            raise FtjaxError(f"adapter {name!r} holds whole parameters: only LoRA's are weighted and added")
         other = sorted({path.split("/")[-2:][0] for path in leaves if "/lora/" not in path})
         if other:
             raise FtjaxError(f"adapter {name!r} holds {', '.join(other)}: only LoRA's are weighted and added")

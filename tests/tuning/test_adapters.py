@@ -17,6 +17,7 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import read_adapter
 from ftjax.training.report import read_metrics
+from ftjax.tuning import adapters
 
 VOCABULARY = 512  # of the starter's tokenizer, which the random models borrow
 IDS = np.arange(3, 27).reshape(2, 12) * 7 % VOCABULARY
@@ -178,3 +179,8 @@ def test_a_config_that_says_otherwise(made, tmp_path, fields, message):
     with pytest.raises(FtjaxError, match=message):
         ftjax.train(settings(base, tmp_path / "run", folders["right"], **fields), say=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_whole_parameters_are_not_added_as_if_they_were_nothing():
+    with pytest.raises(FtjaxError, match="adapter 'head' holds whole parameters: only LoRA's are weighted and added"):
+        adapters.weighted({"head": {}}, {"head": 1.0}, "cat")
