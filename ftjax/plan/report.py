@@ -32,9 +32,7 @@ def _what(plan) -> list[str]:
     batch += f", at most {rows['labels']:,} trained" if rows["from_data"] else " (data.max_length), all trained"
     by = "the TPU compiler"
     if plan["simulated"]:
-        by = (
-            "XLA's CPU compiler for as many simulated devices: temporaries and traffic are not those of a GPU's kernels"
-        )
+        by = "XLA's CPU compiler (a GPU's program keeps no float32 copies of bfloat16: it needs less)"
     elif plan["devices"]["name"].startswith("cpu"):
         by = "XLA's CPU compiler, as in training"
     return [
