@@ -89,6 +89,8 @@ def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
         return jax.tree.map(lambda x: x.astype(trained_dtype), trained), frozen
 
     trained, frozen = jax.eval_shape(begin, jax.random.key(0), kept)
+    if not jax.tree.leaves(trained):
+        raise FtjaxError(f"tuning.method: {config.tuning.method} trains nothing of this model; see tuning.targets")
     if quantised_size(frozen) != quantised_size(kept):
         raise FtjaxError(
             f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
