@@ -25,6 +25,7 @@ from ftjax.data.tokenise import Example, Place, row_number
 from ftjax.errors import FtjaxError
 
 META, IDS, TRAINED, LENGTHS = "meta.json", "ids.int32", "trained.bool", "lengths.int32"
+_encoder: Callable | None = None  # of a worker process, see _install
 DRAFTS_LIVE = 86_400  # seconds; an older draft is of a run that was killed
 
 
@@ -235,12 +236,12 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
 
 def _install(encode) -> None:
     """In a worker: keep the encoder, whose tokenizer takes longer to send than a chunk takes to encode."""
-    global _encode
-    _encode = encode
+    global _encoder
+    _encoder = encode
 
 
 def _encode(rows: list[dict], places: list[str]) -> list[Example]:
-    raise NotImplementedError("a worker's encoder comes by _install")
+    return _encoder(rows, places)
 
 
 @contextlib.contextmanager
