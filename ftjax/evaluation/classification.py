@@ -1,0 +1,336 @@
+"""Classes, one a row or any number: figures of counts of rows (ftjax.evaluation.resample), and thresholds.
+
+N rows, C classes, B resamples at a time. A tally is three arrays (..., C): rows of a class that are rightly predicted,
+rows predicted as it, rows labelled with it.
+
+A figure without a denominator is NaN here, where scikit-learn by its default gives 0 (`zero_division`): precision of a
+class never predicted, recall of one without labels, F1 of one with neither, MCC and ROC-AUC of one class only. Inside a
+macro average it counts as 0, as there. As there, too, a macro average runs over the classes that labels or predictions
+hold, and over all C where a row may have any number of classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ftjax.errors import FtjaxError, nearest
+from ftjax.evaluation.resample import Reduce, divide, totals
+
+BINS = 15  # of the calibration error, as Guo et al. 2017
+UNDEFINED = {  # why a figure is None
+    "precision": "no row is predicted as it",
+    "recall": "no row is labelled with it",
+    "f1": "no row is labelled with it or predicted as it",
+    "precision_micro": "no row is predicted as any class",
+    "recall_micro": "no row is labelled with any class",
+    "f1_micro": "no row is labelled with any class or predicted as any",
+    "mcc": "labels or predictions hold one class only",
+    "roc_auc": "labels hold one class only",
+    "roc_auc_macro": "no class has both rows labelled with it and others",
+}
+UNDEFINED |= {f"{name}_macro": UNDEFINED["f1_micro"] for name in ("precision", "recall", "f1")}
+
+
+# Figures of a tally
+
+
+def precision_recall_f1(right, predicted, labelled) -> dict[str, np.ndarray]:
+    """Of each class: (..., C) each."""
+    return {
+        "precision": divide(right, predicted),
+        "recall": divide(right, labelled),
+        "f1": divide(2 * right, predicted + labelled),
+    }
+
+
+def micro(right, predicted, labelled) -> dict[str, np.ndarray]:
+    """Of all classes taken as one: (...) each."""
+    return precision_recall_f1(right.sum(-1), predicted.sum(-1), labelled.sum(-1))
+
+
+def macro(right, predicted, labelled, absent: bool = False) -> dict[str, np.ndarray]:
+    """Mean over the classes with labels or predictions, and with `absent` over the others too: (...) each."""
+    classes = (predicted + labelled > 0).sum(-1)
+    if absent:
+        classes = np.where(classes > 0, right.shape[-1], 0)
+    each = precision_recall_f1(right, predicted, labelled)
+    return {name: divide(np.nan_to_num(x).sum(-1), classes) for name, x in each.items()}
+
+
+def accuracy(right, predicted, labelled) -> np.ndarray:
+    """Share of rows rightly predicted, of one class a row."""
+    return divide(right.sum(-1), labelled.sum(-1))
+
+
+def balanced_accuracy(right, predicted, labelled) -> np.ndarray:
+    """Mean recall of the classes with labels."""
+    return divide(np.nan_to_num(divide(right, labelled)).sum(-1), (labelled > 0).sum(-1))
+
+
+def mcc(right, predicted, labelled) -> np.ndarray:
+    """Matthews correlation of one class a row, for any number of classes (Gorodkin 2004)."""
+    n = labelled.sum(-1)
+    covariance = right.sum(-1) * n - (predicted * labelled).sum(-1)
+    spread = [np.sqrt(n**2 - (x**2).sum(-1)) for x in (predicted, labelled)]
+    return divide(covariance, spread[0] * spread[1])
+
+
+# One class a row
+
+
+def single_rows(labels, probabilities, threshold: float | None = None) -> dict[str, np.ndarray]:
+    """What each row contributes. labels: (N,) int; probabilities: (N, C), each row summing to 1.
+
+    Predicted is the class of the highest probability, the first of equals; of two classes with a `threshold`, class 1
+    where its probability reaches it. loss: -log of the label's probability (nats), clipped at the precision of the
+    probabilities' type as scikit-learn clips. Raises FtjaxError for a label out of range and for what is no
+    probability.
+    """
+    labels, p = np.asarray(labels), _probabilities(probabilities)
+    N, C = p.shape
+    if labels.shape != (N,) or not np.issubdtype(labels.dtype, np.integer):
+        raise FtjaxError(f"expected one label a row, ({N},) int; found {labels.shape} {labels.dtype}")
+    if C < 2 or (threshold is not None and C != 2):
+        raise FtjaxError(f"expected {'two classes or more' if C < 2 else 'two classes for a threshold'}; found {C}")
+    _refuse((labels < 0) | (labels >= C), labels, f"a label from 0 to {C - 1}")
+    total = p.sum(1, dtype=float)
+    _refuse(abs(total - 1) > 1e-2, total, "probabilities that sum to 1 (the softmax of logits)")
+    tiny = np.finfo(p.dtype).eps
+    p = p.astype(float)
+    predicted = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
+    loss = -np.log(np.clip(p[np.arange(N), labels], tiny, 1 - tiny))
+    return {"label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": predicted != labels}
+
+
+def single_tally(rows):
+    """counts (B, N) -> the tally (B, C)."""
+    N, C = rows["probabilities"].shape
+    place, right = np.arange(N), np.flatnonzero(~rows["wrong"])
+    entries = (rows["label"][right], right), (rows["predicted"], place), (rows["label"], place)
+    parts = [totals(C, codes, of, N) for codes, of in entries]
+    return lambda counts: tuple(part(counts) for part in parts)
+
+
+def single_metrics(rows) -> Reduce:
+    """Figures of one class a row; precision, recall, F1 without a suffix are those of class 1 of two.
+
+    The micro averages all equal the accuracy. ROC-AUC is by the probability of class 1 of two; of more, the mean over
+    the classes with labels of each against the rest. The calibration error is that of `calibration`.
+    """
+    tally, p = single_tally(rows), rows["probabilities"]
+    binary = p.shape[1] == 2
+    classes = [1] if binary else range(p.shape[1])
+    curves = [roc_auc(rows["label"] == c, p[:, c]) for c in classes]
+    bins, gaps = _confidence_bins(rows)
+    gaps_of_bins = np.where(bins[:, None] == np.arange(BINS), gaps[:, None], 0)
+
+    def reduce(counts):
+        t, n = tally(counts), counts.sum(1)
+        out = {"accuracy": accuracy(*t), "balanced_accuracy": balanced_accuracy(*t)}
+        if binary:
+            out |= {name: x[:, 1] for name, x in precision_recall_f1(*t).items()}
+        out |= {f"{name}_macro": x for name, x in macro(*t).items()}
+        out |= {f"{name}_micro": x for name, x in micro(*t).items()}
+        out |= {"mcc": mcc(*t), "roc_auc" if binary else "roc_auc_macro": _mean([curve(counts) for curve in curves])}
+        out["log_loss"] = counts @ rows["loss"] / n
+        out["calibration_error"] = abs(counts @ gaps_of_bins).sum(1) / n
+        return out
+
+    return reduce
+
+
+def _confidence_bins(rows):
+    """The bin of each row (N,) int, and its confidence less whether it is right (N,)."""
+    confidence = rows["probabilities"].max(1)
+    right = rows["probabilities"].argmax(1) == rows["label"]
+    return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence, side="left"), confidence - right
+
+
+def calibration(rows) -> list[dict]:
+    """The bins behind the expected calibration error (Guo et al. 2017) that hold rows, lowest first.
+
+    A row's confidence is its highest probability. 15 bins of equal width; bin m holds confidences above (m - 1) / 15 up
+    to m / 15. The error is the mean over rows of |mean confidence - share right| of their bins.
+    """
+    bins, gaps = _confidence_bins(rows)
+    confidence = rows["probabilities"].max(1)
+    out = []
+    for m in range(BINS):
+        held = bins == m
+        if held.any():
+            mean, gap = float(confidence[held].mean()), float(gaps[held].mean())
+            entry = {"low": m / BINS, "high": (m + 1) / BINS, "rows": int(held.sum())}
+            out.append(entry | {"confidence": mean, "accuracy": mean - gap})
+    return out
+
+
+def confusion(rows) -> list[list[int]]:
+    """(C, C) counts: row the label, column the prediction."""
+    C = rows["probabilities"].shape[1]
+    return np.bincount(rows["label"] * C + rows["predicted"], minlength=C * C).reshape(C, C).tolist()
+
+
+# Any number of classes a row
+
+
+def multi_rows(labels, probabilities, thresholds=0.5) -> dict[str, np.ndarray]:
+    """What each row contributes. labels: (N, C) of 0 and 1; probabilities: (N, C); thresholds: one, or (C,).
+
+    Predicted is each class whose probability reaches its threshold. loss: the sum over classes of binary cross-entropy
+    (nats). Raises FtjaxError for shapes that differ and for what is no label or no probability.
+    """
+    labels, p = np.asarray(labels), _probabilities(probabilities)
+    if labels.shape != p.shape:
+        raise FtjaxError(f"expected labels of the shape of the probabilities, {p.shape}; found {labels.shape}")
+    _refuse(((labels != 0) & (labels != 1)).any(1), labels, "labels of 0 and 1")
+    thresholds = np.asarray(thresholds, float)
+    if thresholds.shape not in ((), p.shape[1:]):
+        raise FtjaxError(f"expected one threshold, or one for each of {p.shape[1]} classes; found {thresholds.shape}")
+    tiny, labels, p = np.finfo(p.dtype).eps, labels.astype(bool), p.astype(float)
+    predicted = p >= thresholds
+    loss = -np.log(np.clip(np.where(labels, p, 1 - p), tiny, 1 - tiny)).sum(1)
+    wrong = (predicted != labels).any(1)
+    return {"label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": wrong}
+
+
+def multi_tally(rows):
+    """counts (B, N) -> the tally (B, C)."""
+    label, predicted = rows["label"], rows["predicted"]
+    parts = np.concatenate([label & predicted, predicted, label], axis=1).astype(float)
+    return lambda counts: tuple(np.split(counts @ parts, 3, axis=1))
+
+
+def multi_metrics(rows) -> Reduce:
+    """Figures of any number of classes a row. ROC-AUC is the mean over the classes that some rows have, not all."""
+    tally = multi_tally(rows)
+    curves = [roc_auc(label, p) for label, p in zip(rows["label"].T, rows["probabilities"].T, strict=True)]
+
+    def reduce(counts):
+        t, n = tally(counts), counts.sum(1)
+        out = {"subset_accuracy": counts @ ~rows["wrong"] / n}
+        out |= {f"{name}_micro": x for name, x in micro(*t).items()}
+        out |= {f"{name}_macro": x for name, x in macro(*t, absent=True).items()}
+        return out | {"roc_auc_macro": _mean([curve(counts) for curve in curves])}
+
+    return reduce
+
+
+# Both
+
+
+def roc_auc(positive: np.ndarray, scores: np.ndarray):
+    """counts (B, N) -> (B,): the chance that a positive row scores above another, ties counting half."""
+    pos, neg, n = np.flatnonzero(positive), np.flatnonzero(~positive), len(scores)
+    levels, level = np.unique(scores[pos], return_inverse=True)
+    K = len(levels)
+    # A negative row is below level k where k >= first, and half so where it ties with it.
+    ties, first = (np.searchsorted(levels, scores[neg], side) for side in ("left", "right"))
+    at_level = totals(K, level, pos, n)
+    entering = totals(K + 1, np.concatenate([ties, first]), np.concatenate([neg, neg]), n, 0.5)
+
+    def reduce(counts):
+        held, below = at_level(counts), np.cumsum(entering(counts), axis=1)
+        return divide((held * below[:, :-1]).sum(1), held.sum(1) * below[:, -1])
+
+    return reduce
+
+
+def notes(tally, n: int, absent: bool = False) -> dict[str, str]:
+    """What the averages of a tally (C,) of n rows leave out or count as 0: figure -> one sentence.
+
+    absent: whether classes that labels and predictions lack are in the macro averages.
+    """
+    right, predicted, labelled = tally
+    neither = (predicted + labelled) == 0
+
+    def say(classes, what):
+        count = int(classes.sum())
+        return [what.format(f"{count:,} class{'' if count == 1 else 'es'}")] if count else []
+
+    counted = np.ones_like(neither) if absent else ~neither
+    left_out = [] if absent else say(neither, "without {} that labels and predictions lack")
+    out = {
+        "precision_macro": say(counted & (predicted == 0), "{} never predicted counted as 0") + left_out,
+        "recall_macro": say(counted & (labelled == 0), "{} without labels counted as 0") + left_out,
+        "f1_macro": say(counted & neither, "{} without labels and predictions counted as 0") + left_out,
+        "balanced_accuracy": say(labelled == 0, "without {} that labels lack"),
+        "roc_auc_macro": say((labelled == 0) | (labelled == n), "without {} that no row is labelled with, or all"),
+    }
+    return {name: "; ".join(parts) for name, parts in out.items() if parts}
+
+
+def _mean(figures) -> np.ndarray:
+    """Mean over those that are defined."""
+    figures = np.array(figures)
+    return divide(np.nansum(figures, axis=0), (~np.isnan(figures)).sum(0))
+
+
+def _probabilities(p) -> np.ndarray:
+    p = np.asarray(p)
+    if p.ndim != 2 or not np.issubdtype(p.dtype, np.floating):
+        raise FtjaxError(f"expected probabilities (rows, classes) of a float type; found {p.shape} {p.dtype}")
+    _refuse(~((p >= 0) & (p <= 1)).all(1), p, "probabilities from 0 to 1")
+    return p
+
+
+def _refuse(bad, found, wanted: str) -> None:
+    if bad.any():
+        i = int(bad.argmax())
+        raise FtjaxError(f"row {i + 1}: expected {wanted}; found {found[i]}")
+
+
+# Thresholds
+
+THRESHOLD_METRICS = {  # of a tally of two classes, (K, 2)
+    "f1": lambda *tally: precision_recall_f1(*tally)["f1"][:, 1],
+    "mcc": mcc,
+    "balanced_accuracy": balanced_accuracy,
+    "accuracy": accuracy,
+}
+
+
+def best_threshold(labels, scores, metric: str = "f1") -> dict:
+    """The threshold that maximises a metric of THRESHOLD_METRICS over all there are: {"threshold", "value"}.
+
+    labels: (N,) of 0 and 1; scores: (N,) float; a row is positive where its score >= threshold. A threshold lies midway
+    between the scores that it parts, exact in the scores' own type; of equally good ones it is the nearest to 0.5. With
+    labels of one class nothing can be chosen: 0.5, value None and a note. Raises FtjaxError for an unknown metric,
+    labels other than 0 and 1, and scores that are no numbers.
+    """
+    if metric not in THRESHOLD_METRICS:
+        known = ", ".join(THRESHOLD_METRICS)
+        raise FtjaxError(f"threshold: unknown metric {metric!r}{nearest(metric, THRESHOLD_METRICS)}; known: {known}")
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise FtjaxError(f"threshold: expected a label and a score a row; found {labels.shape} and {scores.shape}")
+    _refuse((labels != 0) & (labels != 1), labels, "a label of 0 or 1")
+    _refuse(~np.isfinite(scores), scores, "a finite score")
+    distinct, codes = np.unique(scores, return_inverse=True)
+    pos, every = (np.bincount(codes, w, len(distinct)) for w in (labels.astype(float), None))
+    n, positives = len(labels), pos.sum()
+    if positives in (0, n):
+        return {"threshold": 0.5, "value": None, "note": "labels hold one class only: nothing to choose by"}
+    # Of each cut, below distinct[k] for k = 0..K: the rows from there on are positive.
+    right, predicted = (np.append(np.cumsum(x[::-1])[::-1], 0.0) for x in (pos, every))
+    negative = (n - predicted) - (positives - right)
+    labelled = np.broadcast_to([n - positives, positives], (len(predicted), 2))
+    figures = THRESHOLD_METRICS[metric](
+        np.stack([negative, right], 1), np.stack([n - predicted, predicted], 1), labelled
+    )
+    low, high = distinct[:-1], distinct[1:]
+    middle = low + (high - low) / 2
+    middle = np.where(middle > low, middle, high)  # neighbours in their type have no number between
+    cuts = np.concatenate([distinct[:1], middle, np.nextafter(distinct[-1:], np.inf)])
+    best = np.flatnonzero(figures == np.nanmax(figures))
+    k = best[np.argmin(abs(cuts[best].astype(float) - 0.5))]
+    return {"threshold": float(cuts[k]), "value": float(figures[k])}
+
+
+def best_thresholds(labels, scores, metric: str = "f1") -> list[dict]:
+    """`best_threshold` of each of C classes by itself. labels, scores: (N, C)."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if labels.ndim != 2 or labels.shape != scores.shape:
+        raise FtjaxError(
+            f"thresholds: expected labels and scores (rows, classes); found {labels.shape}, {scores.shape}"
+        )
+    return [best_threshold(label, score, metric) for label, score in zip(labels.T, scores.T, strict=True)]

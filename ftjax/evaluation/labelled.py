@@ -1,0 +1,262 @@
+"""Predictions on labelled rows judged: every figure with its bootstrap interval, by group, and the worst mistakes.
+
+The one way in to resample, classification, entities, squad and regression. A new kind of task is a row of KINDS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ftjax.errors import FtjaxError, nearest
+from ftjax.evaluation import classification, entities, regression, squad
+from ftjax.evaluation.resample import Reduce, difference, intervals
+
+LOWER = ("log_loss", "calibration_error", "mse", "mae")  # figures of which less is better
+SHOWN = 30  # classes that `table` lists at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How rows of one kind of task are judged.
+
+    rows(labels, predictions, **settings) -> what each row contributes: name -> (N, ...), with `loss` and `wrong` (N,).
+    metrics(rows) -> the figures, a Reduce, whose order is that of the report; undefined: why one is None; main: those
+    that a table by group shows. tally(rows), where there are classes: their tally, as classification has it; absent:
+    whether macro averages hold classes that occur nowhere.
+    """
+
+    rows: Callable[..., dict[str, np.ndarray]]
+    metrics: Callable[[dict], Reduce]
+    undefined: dict[str, str]
+    main: tuple[str, ...]
+    tally: Callable | None = None
+    absent: bool = False
+
+
+KINDS = {
+    "single_label": Kind(
+        classification.single_rows,
+        classification.single_metrics,
+        classification.UNDEFINED,
+        ("accuracy", "f1_macro", "mcc"),
+        classification.single_tally,
+    ),
+    "multi_label": Kind(
+        classification.multi_rows,
+        classification.multi_metrics,
+        classification.UNDEFINED,
+        ("subset_accuracy", "f1_micro", "f1_macro"),
+        classification.multi_tally,
+        absent=True,
+    ),
+    "regression": Kind(
+        regression.regression_rows, regression.regression_metrics, regression.UNDEFINED, ("pearson", "spearman", "mse")
+    ),
+    "tags": Kind(
+        entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1"), entities.tag_tally
+    ),
+    "answers": Kind(squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1")),
+}
+
+
+def report(
+    kind: str,
+    labels,
+    predictions,
+    *,
+    names: Sequence[str] | None = None,
+    groups: Sequence | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    **settings,
+) -> dict:
+    """All that is known of predictions on N rows, as plain data for JSON.
+
+    kind, labels, predictions, settings:
+      single_label  (N,) int        probabilities (N, C)                   threshold: of class 1 of two
+      multi_label   (N, C) 0 or 1   probabilities (N, C)                   thresholds: one, or (C,); default 0.5
+      regression    (N,)            (N,)
+      tags          N lists of BIO, IOBES or BILOU tags, of either         strict: as seqeval's mode="strict"
+      answers       N lists of texts; N texts                              no_answer: by SQuAD v2.0
+    names: of the C classes; default 0, 1, ... groups: a value a row. Intervals by resample.intervals; the same seed
+    gives the same resamples of as many rows, whatever the kind.
+
+    {"kind", "rows", "level", "draws", "seed",
+     "metrics": {name: {"value", "low", "high"}}    None where undefined; "note" says why, and what averages leave out
+     "groups":  {value: {"rows", "metrics"}}        with `groups`, in sorted order
+     "per_class" or "per_type": {name: {"precision", "recall", "f1", as in metrics; "labelled", "predicted": counts}}
+     "confusion": {"names", "counts"}               single_label; counts[label][prediction]
+     "calibration": bins of classification.calibration}   single_label
+    Raises FtjaxError for no rows, an unknown kind, and what the kind's rows refuse.
+    """
+    this, rows, classes = _rows(kind, labels, predictions, names, settings)
+    how = {"draws": draws, "seed": seed, "level": level}
+    N = len(rows["loss"])
+    out = {"kind": kind, "rows": N, **how, "metrics": _metrics(this, rows, how)}
+    if groups is not None:
+        out["groups"] = {
+            value: {"rows": len(chosen), "metrics": _metrics(this, {k: v[chosen] for k, v in rows.items()}, how)}
+            for value, chosen in _members(groups, N).items()
+        }
+    if this.tally:
+        out["per_type" if kind == "tags" else "per_class"] = _each(this, rows, classes, how)
+    if kind == "single_label":
+        out["confusion"] = {"names": classes, "counts": classification.confusion(rows)}
+        out["calibration"] = classification.calibration(rows)
+    return out
+
+
+def worst(kind: str, labels, predictions, n: int = 20, *, losses=None, **settings) -> list[int]:
+    """The places, from 0, of the up to n wrong rows of highest loss, highest first; of equal ones the earlier first.
+
+    losses: (N,), default the kind's own (its `*_rows` say which, and what counts as wrong).
+    """
+    _, rows, _ = _rows(kind, labels, predictions, None, settings)
+    loss = rows["loss"] if losses is None else np.asarray(losses, float)
+    if loss.shape != rows["loss"].shape or np.isnan(loss).any():
+        raise FtjaxError(
+            f"losses: expected one number for each of {len(rows['loss'])} rows; found {loss.shape}, or NaN"
+        )
+    order = np.argsort(-loss, kind="stable")
+    return order[rows["wrong"][order]][:n].tolist()
+
+
+def paired(kind: str, labels, a, b, *, draws: int = 1000, seed: int = 0, level: float = 0.95, **settings) -> dict:
+    """What predictions `a` have more than `b` on the same rows: {name: {"value", "low", "high"}}, paired by row."""
+    this, rows, _ = _rows(kind, labels, a, None, settings)
+    _, others, _ = _rows(kind, labels, b, None, settings)
+    figures = intervals(len(rows["loss"]), difference(this.metrics(rows), this.metrics(others)), draws, seed, level)
+    return {name: _noted(entry, "undefined for one of the two", None) for name, entry in figures.items()}
+
+
+def _rows(kind, labels, predictions, names, settings):
+    if kind not in KINDS:
+        raise FtjaxError(f"unknown kind of task {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+    if not len(labels):
+        raise FtjaxError("nothing to judge: there are no rows; give at least one")
+    this = KINDS[kind]
+    rows, classes = this.rows(labels, predictions, **settings), []
+    if kind == "tags":
+        rows, classes = rows
+    elif this.tally:
+        C = rows["probabilities"].shape[1]
+        classes = [str(name) for name in (range(C) if names is None else names)]
+        if len(classes) != C or len(set(classes)) != C:
+            raise FtjaxError(f"names: expected {C} different names, one a class; found {classes}")
+    return this, rows, classes
+
+
+def _metrics(kind: Kind, rows, how) -> dict[str, dict]:
+    N = len(rows["loss"])
+    figures = intervals(N, kind.metrics(rows), **how)
+    said = {}
+    if kind.tally and "probabilities" in rows:
+        tally = tuple(x[0] for x in kind.tally(rows)(np.ones((1, N))))
+        said = classification.notes(tally, N, kind.absent)
+    return {name: _noted(entry, kind.undefined.get(name), said.get(name)) for name, entry in figures.items()}
+
+
+def _noted(entry: dict, undefined: str | None, said: str | None) -> dict:
+    parts = [undefined] if entry["value"] is None else [said, entry.get("note")]
+    note = "; ".join(part for part in parts if part)
+    return entry | ({"note": note} if note else {})
+
+
+def _each(kind: Kind, rows, classes, how) -> dict[str, dict]:
+    """Figures of each class or type."""
+    N, tally = len(rows["loss"]), kind.tally(rows)
+    figures = intervals(N, lambda counts: classification.precision_recall_f1(*tally(counts)), **how)
+    _, predicted, labelled = (x[0].astype(int).tolist() for x in tally(np.ones((1, N))))
+    return {
+        name: {metric: _noted(entries[c], kind.undefined[metric], None) for metric, entries in figures.items()}
+        | {"labelled": labelled[c], "predicted": predicted[c]}
+        for c, name in enumerate(classes)
+    }
+
+
+def _members(groups, N) -> dict[str, np.ndarray]:
+    """The places of the rows of each value, as text, sorted."""
+    if len(groups) != N:
+        raise FtjaxError(f"groups: expected one value for each of {N} rows; found {len(groups)}")
+    members = {}
+    for i, value in enumerate(groups):
+        members.setdefault(str(value), []).append(i)
+    return {value: np.array(members[value]) for value in sorted(members)}
+
+
+# For the terminal
+
+
+def table(report: dict) -> str:
+    """A report as text: figures with their intervals, then the classes or types, then the groups."""
+    percent = f"{100 * report['level']:g} % interval"
+    lines = [_line(*item) for item in report["metrics"].items()]
+    columns = 4 if any(note for *_, note in lines) else 3
+    head = [("", 0), ("value", 1), (percent, 1), ("note", 0)]
+    parts = [_grid(head[:columns], [line[:columns] for line in lines])]
+    classes = report.get("per_class") or report.get("per_type") or {}
+    if classes:
+        shown = list(classes.items())[:SHOWN]
+        head = [("class" if "per_class" in report else "type", 0), ("labelled", 1), ("predicted", 1)]
+        head += [(name, 1) for name in ("precision", "recall", "f1")]
+        lines = [
+            [name, f"{c['labelled']:,}", f"{c['predicted']:,}", *(_short(c[m]) for m in ("precision", "recall", "f1"))]
+            for name, c in shown
+        ]
+        parts.append(_grid(head, lines))
+        if len(shown) < len(classes):
+            parts.append(f"the first {len(shown)} of {len(classes):,}\n")
+    if report.get("groups"):
+        main = KINDS[report["kind"]].main
+        head = [("group", 0), ("rows", 1)] + [(_arrow(name), 1) for name in main]
+        lines = [
+            [value, f"{g['rows']:,}", *(_short(g["metrics"][name]) for name in main)]
+            for value, g in report["groups"].items()
+        ]
+        parts.append(_grid(head, lines))
+    how = f"{report['rows']:,} rows; intervals from {report['draws']:,} resamples of them, seed {report['seed']}"
+    return "".join(parts) + f"↑ higher is better, ↓ lower is better; {how}"
+
+
+def _arrow(name: str) -> str:
+    return f"{name} {'↓' if name in LOWER else '↑'}"
+
+
+def _figure(x: float | None, digits: int) -> str:
+    return "undefined" if x is None else f"{x:.{digits}g}"
+
+
+def _range(entry: dict, digits: int) -> str:
+    return "" if entry["low"] is None else " to ".join(_figure(entry[end], digits) for end in ("low", "high"))
+
+
+def _line(name: str, entry: dict) -> list[str]:
+    return [_arrow(name), _figure(entry["value"], 4), _range(entry, 4), entry.get("note", "")]
+
+
+def _short(entry: dict) -> str:
+    span = _range(entry, 3)
+    return _figure(entry["value"], 3) + (f" ({span})" if span else "")
+
+
+def _grid(head: list[tuple[str, int]], lines: list[list[str]]) -> str:
+    """head: (title, whether to the right) of each column."""
+    import io
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table()
+    for title, right in head:
+        out.add_column(title, justify="right" if right else "left")
+    for line in lines:
+        out.add_row(*map(Text, line))  # Text: brackets in names are no markup
+    console = Console(file=io.StringIO(), width=min(shutil.get_terminal_size((120, 24)).columns, 160))
+    console.print(out)
+    return console.file.getvalue()
