@@ -292,8 +292,9 @@ def test_the_check_for_tpus_fails_on_a_cpu(fakes):
     venv = fakes.home / "env"
     fakes.add(venv / "bin" / "pip")
     (venv / "bin" / "python").symlink_to(sys.executable)
-    # The interpreter behind the link has the packages of this one.
-    done = fakes.run("tpu_vm_setup.sh", "--venv", str(venv), PYTHONPATH=os.pathsep.join(sys.path), JAX_PLATFORMS="cpu")
+    # The interpreter behind the link has the packages of this one, and ftjax, however that was installed here.
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    done = fakes.run("tpu_vm_setup.sh", "--venv", str(venv), PYTHONPATH=path, JAX_PLATFORMS="cpu")
     assert done.returncode == 1 and "no TPU: JAX runs on cpu" in done.stderr
 
 
