@@ -21,21 +21,21 @@ from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, tokenizer, weights
 from ftjax.models import quantised
-from ftjax.models.decoder import Decoder, max_tokens
+from ftjax.models.transformer import Transformer, max_tokens
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
 
 @dataclasses.dataclass
 class LM:
-    """A decoder, what it is applied to, and its tokenizer.
+    """A model, what it is applied to, and its tokenizer.
 
     model: the Flax module; params: the base's parameters; adapter: the `adapter` collection, empty for a plain model;
     folder: the local directory of the base; end_tokens: ids that end an answer; adapters: name -> what the model is
     applied to under an adapter that was loaded beside, see `with_adapter`.
     """
 
-    model: Decoder
+    model: Transformer
     params: dict
     adapter: dict
     tokenizer: Any
@@ -144,7 +144,7 @@ def open_base(folder: Path, dtype: str = "auto", config=None, quantise: str = ""
     kept = (configs.default() if config is None else config).model
     small = quantiser(quantise or kept.quantise, kept.double_quantise, compute)
     params = weights.read_params(folder, family, shape, dtype=lambda path: compute, quantise=small)
-    lm = LM(Decoder(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))
+    lm = LM(Transformer(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 

@@ -16,8 +16,8 @@ import jax
 
 from ftjax import config as configs
 from ftjax.hub import families, weights
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import Decoder
+from ftjax.models.config import ModelConfig
+from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import compile_step, init_state
@@ -26,7 +26,7 @@ from ftjax.tuning import METHODS, Spec
 
 def compile_seconds(layers: int, method_name: str, remat: str) -> float:
     """Seconds from Python to an executable, nothing cached."""
-    shape = DecoderConfig(
+    shape = ModelConfig(
         vocab_size=4096, width=256, layers=layers, heads=8, kv_heads=4, head_dim=32, hidden=688, max_positions=512,
         tied=False,
     )  # fmt: skip
@@ -39,7 +39,7 @@ def compile_seconds(layers: int, method_name: str, remat: str) -> float:
     ids |= {name: jax.ShapeDtypeStruct((4, 256), "int32") for name in ("loss_index", "labels")}
     batch = ids | {"weights": jax.ShapeDtypeStruct((4, 256), "float32")}
     step = compile_step(
-        None, sums=functools.partial(causal.sums, Decoder(shape, remat=remat)),
+        None, sums=functools.partial(causal.sums, Transformer(shape, remat=remat)),
         variables=functools.partial(method.variables, spec=spec), optimizer=optim, seed=0,
     )  # fmt: skip
     state = jax.eval_shape(functools.partial(init_state, optim), trained)

@@ -26,7 +26,7 @@ from ftjax.data.pack import pack
 from ftjax.data.prepare import prepare
 from ftjax.data.read import read_table
 from ftjax.hub import families, resolve, tokenizer, weights
-from ftjax.models.decoder import Decoder
+from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import compile_step, init_state
@@ -51,7 +51,7 @@ def starter_step(config, rows: int):
     trained, frozen = method.init(jax.random.key(0), base, spec)
     optim = optimizer(config.optim, schedule(config.optim, 1000, 1e-3))
     step = compile_step(
-        None, sums=functools.partial(causal.sums, Decoder(shape, unroll=config.model.unroll)),
+        None, sums=functools.partial(causal.sums, Transformer(shape, unroll=config.model.unroll)),
         variables=functools.partial(method.variables, spec=spec), optimizer=optim, seed=0,
     )  # fmt: skip
     state = init_state(optim, trained)

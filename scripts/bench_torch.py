@@ -50,7 +50,7 @@ def ours(folder: Path, method: str, dtype: str, unroll: int):
 
     from ftjax import config as configs
     from ftjax.hub import families, weights
-    from ftjax.models.decoder import Decoder
+    from ftjax.models.transformer import Transformer
     from ftjax.objectives import causal
     from ftjax.training.optimizer import optimizer, schedule
     from ftjax.training.step import compile_step, init_state
@@ -67,7 +67,7 @@ def ours(folder: Path, method: str, dtype: str, unroll: int):
     trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
     optim = optimizer(config.optim, schedule(config.optim, 10_000, 1e-4))
     step = compile_step(
-        None, sums=functools.partial(causal.sums, Decoder(shape, jnp.dtype(dtype), unroll=unroll)),
+        None, sums=functools.partial(causal.sums, Transformer(shape, jnp.dtype(dtype), unroll=unroll)),
         variables=functools.partial(row.variables, spec=spec), optimizer=optim, seed=0,
     )  # fmt: skip
     state = init_state(optim, trained)

@@ -17,7 +17,7 @@ import torch
 
 from ftjax import config as configs
 from ftjax.hub import families, weights
-from ftjax.models.decoder import Decoder
+from ftjax.models.transformer import Transformer
 from ftjax.tuning import METHODS, Spec
 
 torch.set_num_threads(1)  # models this small only wait for further threads
@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 
     torch: Any
     family: families.Family
-    model: Decoder
+    model: Transformer
     params: dict
     spec: Spec
 
@@ -62,7 +62,7 @@ def read(torch_model) -> Pair:
         torch_model.save_pretrained(folder)
         family, shape = families.read_config(Path(folder))
         params = weights.read_params(Path(folder), family, shape)
-    return Pair(torch_model, family, Decoder(shape), params, spec(family, shape))
+    return Pair(torch_model, family, Transformer(shape), params, spec(family, shape))
 
 
 def spec(family, shape, **tuning) -> Spec:

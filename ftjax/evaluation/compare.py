@@ -15,7 +15,7 @@ from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import METRICS, find, score
 from ftjax.files import replace_text
 from ftjax.lm import continue_ids
-from ftjax.models.decoder import max_tokens
+from ftjax.models.transformer import max_tokens
 
 LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
 

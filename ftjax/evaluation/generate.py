@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import constrain
-from ftjax.models.decoder import as_prefix, make_cache, max_tokens
+from ftjax.models.transformer import as_prefix, make_cache, max_tokens
 
 EXCLUDED = -1e30  # finite, as a logit that is never drawn
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.models.config import DecoderConfig, RopeScaling
+from ftjax.models.config import ModelConfig, RopeScaling
 
 
 class Module(NamedTuple):
@@ -31,10 +31,10 @@ class Family:
     architecture: str  # the class that transformers loads it with
     modules: tuple[Module, ...]
     prefix: str  # start of tensor names that some files leave out
-    keys: dict[str, str]  # field of DecoderConfig -> key of config.json
+    keys: dict[str, str]  # field of ModelConfig -> key of config.json
     defaults: dict[str, object]  # key -> what transformers 4 and 5 both assume where config.json leaves it out
-    constants: dict[str, object]  # fields of DecoderConfig that are the same in the whole family
-    only: dict[str, tuple]  # key -> the values, of those that change the logits, which Decoder can compute
+    constants: dict[str, object]  # fields of ModelConfig that are the same in the whole family
+    only: dict[str, tuple]  # key -> the values, of those that change the logits, which Transformer can compute
     buffers: str = r"$^"  # regular expression of stored tensors that are no parameters
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of keys
 
@@ -266,17 +266,17 @@ def read_json(file: Path) -> dict:
     return value
 
 
-def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Family and shape of the model in a directory; see `from_hf`."""
     file = Path(folder) / "config.json"
     return from_hf(read_json(file), str(file))
 
 
-def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, DecoderConfig]:
-    """The content of a config.json, written by transformers 4 or 5, -> its family and our DecoderConfig.
+def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
+    """The content of a config.json, written by transformers 4 or 5, -> its family and our ModelConfig.
 
     Raises FtjaxError for an unknown `model_type`, a value of the wrong type, and whatever would change the logits in a
-    way that Decoder cannot compute; `where` starts the message.
+    way that Transformer cannot compute; `where` starts the message.
     """
     kind = hf.get("model_type")
     if kind not in FAMILIES:
@@ -311,12 +311,12 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, DecoderConfig
         raise FtjaxError(f"{where}: num_key_value_heads = {values['kv_heads']} does not divide the {heads} heads")
     if family.constants["positions"] == "rotary":
         values |= _rope_from_hf(hf, values["max_positions"], where)
-    return family, DecoderConfig(**values, **family.constants, windows=_windows_from_hf(hf, family, where))
+    return family, ModelConfig(**values, **family.constants, windows=_windows_from_hf(hf, family, where))
 
 
 def _check_types(values: dict, family: Family, where: str) -> None:
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    types = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     for field, value in values.items():
         key, kind = family.keys[field], types[field]
         if value is None and (family.defaults[key] is None or field == "kv_heads"):
@@ -356,7 +356,7 @@ def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
     return {"rope_theta": float(rope.get("rope_theta", 10000.0)), "rope_scaling": scaling}
 
 
-def rope_to_hf(config: DecoderConfig) -> dict:
+def rope_to_hf(config: ModelConfig) -> dict:
     """What config.json says of the rotary embedding, for transformers 4 (top level) and 5 (nested) at once."""
     scaling = {key: getattr(config.rope_scaling, field) for field, key in ROPE[config.rope_scaling.kind]}
     rope = {"rope_type": config.rope_scaling.kind} | scaling
@@ -389,7 +389,7 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
     return tuple(window if s else 0 for s in sliding) if any(sliding) else ()
 
 
-def _windows_to_hf(config: DecoderConfig, family: Family) -> dict:
+def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
     if "sliding_window" not in family.defaults:
         return {}
     window = max(config.windows, default=0) or None
@@ -405,7 +405,7 @@ def _windows_to_hf(config: DecoderConfig, family: Family) -> dict:
     }
 
 
-def to_hf(family: Family, config: DecoderConfig) -> dict:
+def to_hf(family: Family, config: ModelConfig) -> dict:
     """The content of a complete config.json for a model of this shape: the inverse of `from_hf`.
 
     Raises FtjaxError where the family has no way to say it.
@@ -428,14 +428,14 @@ def module_name(path: str, family: Family) -> str:
     return {module.path: module.name for module in family.modules}[path]
 
 
-def linear_names(family: Family, config: DecoderConfig) -> dict[str, str]:
+def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
     """Path -> module name of every linear map of a model, tables of embeddings among them, in the table's order."""
     found = shapes(config)
     leaves = ("kernel", "embedding")
     return {m.path: m.name for m in family.modules if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
 
 
-def tensor_names(family: Family, config: DecoderConfig) -> dict[str, tuple[list[str], bool]]:
+def tensor_names(family: Family, config: ModelConfig) -> dict[str, tuple[list[str], bool]]:
     """Path of each parameter -> names of its tensors on disk, one a layer if stacked; whether they are (in, out)."""
     names, expected = {}, shapes(config)
     for module in family.modules:
@@ -447,7 +447,7 @@ def tensor_names(family: Family, config: DecoderConfig) -> dict[str, tuple[list[
     return names
 
 
-def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path of every parameter -> its shape; those of the blocks are stacked on a leading layer axis."""
     c = config
     D, F, L, q, kv = c.width, c.hidden, c.layers, c.heads * c.head_dim, c.kv_heads * c.head_dim

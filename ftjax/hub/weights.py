@@ -25,7 +25,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub.families import Family, is_buffer, read_json, rope_to_hf, shapes, tensor_names, to_hf
 from ftjax.hub.resolve import new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
-from ftjax.models.config import DecoderConfig
+from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import chosen
 from ftjax.tree import flatten, unflatten
 
@@ -41,7 +41,7 @@ class Stored(NamedTuple):
     dtype: str  # as safetensors calls it
 
 
-def param_shapes(config: DecoderConfig, dtype=jnp.float32) -> dict:
+def param_shapes(config: ModelConfig, dtype=jnp.float32) -> dict:
     """The parameter tree of a model as jax.ShapeDtypeStruct, from its shape alone."""
     return unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes(config).items()})
 
@@ -92,7 +92,7 @@ def stored_dtype(folder: Path) -> str:
 def read_params(
     folder: Path,
     family: Family,
-    config: DecoderConfig,
+    config: ModelConfig,
     shardings: dict | None = None,
     dtype: Callable[[str], np.dtype] | None = None,
     quantise: Callable[[jax.Array], Any] | None = None,
@@ -169,7 +169,7 @@ def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
     return part.T if transposed else part
 
 
-def _locate(folder: Path, family: Family, config: DecoderConfig) -> dict[str, tuple[list[Stored], bool]]:
+def _locate(folder: Path, family: Family, config: ModelConfig) -> dict[str, tuple[list[Stored], bool]]:
     """Path -> where its tensors lie, one a layer, and whether transposed; all names and shapes checked."""
     stored = {name.removeprefix(family.prefix): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
@@ -227,7 +227,7 @@ def write_model(
     params: dict,
     source: Path | None,
     family: Family,
-    config: DecoderConfig,
+    config: ModelConfig,
     *,
     dtype: str | None = None,
     shard_size: float = 5e9,

@@ -24,7 +24,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class ModelConfig:
     """Static description of a decoder-only transformer; hashable, so that it can be a module's field."""
 
     vocab_size: int  # V

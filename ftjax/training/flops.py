@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import BEHIND
+from ftjax.models.config import ModelConfig
+from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten
 
 # device_kind of JAX -> dense bfloat16 FLOP/s of one device, from its maker's datasheet
@@ -27,7 +27,7 @@ PEAKS = {
 }
 
 
-def flops_per_token(config: DecoderConfig, base: dict, trained: dict, frozen: dict, length: int) -> float:
+def flops_per_token(config: ModelConfig, base: dict, trained: dict, frozen: dict, length: int) -> float:
     """FLOPs of forward and backward for one token of a row of `length`.
 
     Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +

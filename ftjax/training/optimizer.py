@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ftjax.models.decoder import BEHIND, STACKS
+from ftjax.models.transformer import BEHIND, STACKS
 from ftjax.tree import map_paths
 
 

@@ -17,8 +17,8 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import weights
 from ftjax.lm import quantiser
 from ftjax.models.axes import spec as axes_spec
-from ftjax.models.decoder import Decoder
 from ftjax.models.quantised import chosen, quantised_size
+from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training import sharding
 from ftjax.training.optimizer import multipliers, optimizer, schedule
@@ -30,7 +30,7 @@ from ftjax.tuning import METHODS, Spec
 class Program(NamedTuple):
     """What a run computes, before there is an array of it. Trees of shapes are of jax.ShapeDtypeStruct."""
 
-    model: Decoder
+    model: Transformer
     mesh: jax.sharding.Mesh
     base: dict  # shapes of the model's own parameters
     trained: dict  # shapes of what is trained
@@ -77,7 +77,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
     """
     method, shape = METHODS[config.tuning.method], spec.model
     dropout, ema = config.train.dropout or 0.0, config.train.ema
-    model = Decoder(shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune)
+    model = Transformer(shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune)
     frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jnp.dtype(config.model.frozen_dtype)
     trained_dtype = jnp.dtype(config.model.trained_dtype)
     base = weights.param_shapes(shape, frozen_dtype)

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import MESH_AXES, spec
-from ftjax.models.decoder import parameter_axes
 from ftjax.models.quantised import Quantised
+from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, map_paths
 
 

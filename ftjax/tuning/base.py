@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.hub.families import Family
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import parameter_axes
+from ftjax.models.config import ModelConfig
+from ftjax.models.transformer import parameter_axes
 
 
 class Spec(NamedTuple):
     """What a method may know besides arrays."""
 
-    model: DecoderConfig
+    model: ModelConfig
     names: dict[str, str]  # path of a linear map or embedding in our tree -> its Hugging Face module, `{l}`: the layer
     tuning: Any  # config.tuning
     family: Family | None = None  # the row of its names on disk

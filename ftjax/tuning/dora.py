@@ -13,8 +13,8 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import PREFIX
-from ftjax.models.decoder import parameter_axes
 from ftjax.models.layers import ADAPTERS, Adapter
+from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning import lora
 from ftjax.tuning.base import Method, register

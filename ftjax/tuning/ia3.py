@@ -14,8 +14,8 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.families import shapes
 from ftjax.hub.peft import CONFIG, PREFIX
-from ftjax.models.decoder import parameter_axes
 from ftjax.models.layers import ADAPTERS, Adapter
+from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
 from ftjax.tuning.targets import fan_in_fan_out, module_names, peft_targets, select, without_embeddings

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.models.decoder import parameter_axes
 from ftjax.models.layers import ADAPTERS, Adapter, project
+from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
 from ftjax.tuning.lora_init import EMBEDDING, INITS, draw

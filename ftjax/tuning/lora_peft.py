@@ -16,7 +16,7 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.families import shapes
 from ftjax.hub.peft import CONFIG, PREFIX
-from ftjax.models.config import DecoderConfig
+from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import EMBEDDINGS, by_pattern, fan_in_fan_out, module_names, peft_targets
 
@@ -86,7 +86,7 @@ def lora_from_peft(
     adapter_config: dict,
     tensors: dict[str, np.ndarray],
     names: dict[str, str],
-    config: DecoderConfig,
+    config: ModelConfig,
     base: dict | None = None,
 ) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """(adapter_config, tensors) of a PEFT LoRA -> our tree in float32, and ranks and scales as in `lora_to_peft`.

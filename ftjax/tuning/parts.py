@@ -1,9 +1,9 @@
 """Training parts of a model as they are: its last layers, biases, norms, head, or what a pattern names.
 
 L layers. The blocks below the lowest trained one are a stack of their own, `layers`, and the others `top_layers` (see
-ftjax.models.decoder): no backward pass enters the lower stack, and so steps get cheaper the fewer layers are trained.
-Where nothing but what stands behind the blocks is trained, or something in or before the lowest of them, all of them
-stay in `layers`.
+ftjax.models.transformer): no backward pass enters the lower stack, and so steps get cheaper the fewer layers are
+trained. Where nothing but what stands behind the blocks is trained, or something in or before the lowest of them, all
+of them stay in `layers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families
-from ftjax.models.decoder import BEHIND
+from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
 from ftjax.tuning.parts_peft import as_biases, as_modules, carries_parts, parts_of_peft

@@ -11,8 +11,8 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import CONFIG
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import Decoder
+from ftjax.models.config import ModelConfig
+from ftjax.models.transformer import Transformer
 from ftjax.tuning import prompt
 from ftjax.tuning.base import Method, register
 from ftjax.tuning.encoders import dense, dense_init, encoder_axes
@@ -36,7 +36,7 @@ def init(key, base, spec):
         prefix = from_flat(jax.random.normal(keys[0], (n, model.layers * 2 * width)), model)
     else:
         tokens = {"prompt": base["embed"]["embedding"][prompt.first_tokens(keys[0], spec)]}
-        prefix = Decoder(model).apply({"params": base, "adapter": tokens}, method="prefix")
+        prefix = Transformer(model).apply({"params": base, "adapter": tokens}, method="prefix")
     return {"prefix": jax.tree.map(lambda x: x.astype(jnp.float32), prefix)}, base
 
 
@@ -58,7 +58,7 @@ def axes(path):
     return (None, "kv_heads", None, None) if path.startswith("prefix/") else encoder_axes(path)
 
 
-def from_flat(flat, model: DecoderConfig) -> dict:
+def from_flat(flat, model: ModelConfig) -> dict:
     """PEFT's (n, L · 2 · K · d), keys before values in each layer, -> what `encode` gives."""
     x = flat.reshape(-1, model.layers, 2, model.kv_heads, model.head_dim)
     return {"k": x[:, :, 0].transpose(1, 2, 3, 0), "v": x[:, :, 1].transpose(1, 2, 0, 3)}

@@ -11,7 +11,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import CONFIG
-from ftjax.models.config import DecoderConfig
+from ftjax.models.config import ModelConfig
 from ftjax.tuning.base import Method, register
 
 TENSOR = "prompt_embeddings"  # what PEFT calls the one tensor of every soft prompt
@@ -57,7 +57,7 @@ def axes(path):
     return None, None
 
 
-def shared_config(peft_type: str, n: int, model: DecoderConfig) -> dict:
+def shared_config(peft_type: str, n: int, model: ModelConfig) -> dict:
     """What adapter_config.json says of every soft prompt."""
     return {
         "peft_type": peft_type,

@@ -8,8 +8,8 @@ import pytest
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.generate import EXCLUDED, choose, generate
 from ftjax.hub import families, weights
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import Decoder
+from ftjax.models.config import ModelConfig
+from ftjax.models.transformer import Transformer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,7 +28,7 @@ TINY = {
 def ours(folder):
     family, shape = families.read_config(folder)
     params = weights.read_params(folder, family, shape, dtype=lambda path: jnp.dtype("float32"))
-    return Decoder(shape), {"params": params}
+    return Transformer(shape), {"params": params}
 
 
 def theirs(model, prompts, n):
@@ -81,11 +81,11 @@ def test_starter_writes_its_published_text(shared):
 
 @pytest.fixture(scope="module")
 def random_model():
-    shape = DecoderConfig(
+    shape = ModelConfig(
         vocab_size=61, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, hidden=32, max_positions=64,
         initializer_range=0.3,
     )  # fmt: skip
-    model = Decoder(shape)
+    model = Transformer(shape)
     return model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
 
 

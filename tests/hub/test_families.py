@@ -1,4 +1,4 @@
-"""config.json <-> DecoderConfig, against transformers' own reading of the same file."""
+"""config.json <-> ModelConfig, against transformers' own reading of the same file."""
 
 from __future__ import annotations
 

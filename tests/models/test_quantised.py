@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 from ftjax.hub import families, weights
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import Decoder
+from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import NF4, Quantised, chosen, dequantised, dynamic_map, quantise
+from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.tree import flatten, map_paths
 from ftjax.tuning import METHODS
@@ -115,7 +115,7 @@ def quantised(params, kind):
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.55), ("nf4 twice", 0.30)])
 def test_bytes_of_a_whole_model(kind, share):
     """Llama-2-7B, its table and head in bfloat16 included."""
-    shape = DecoderConfig(
+    shape = ModelConfig(
         vocab_size=32000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, hidden=11008, max_positions=4096,
         tied=False,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_the_model_computes_with_what_the_kernels_stand_for(name, kind):
     batch = tiny.batch([[doc] for doc in tiny.documents((12, 9))], [[0], [3]], 12)
 
     def loss(trained, frozen, remat):
-        model = Decoder(pair.model.config, remat=remat)
+        model = Transformer(pair.model.config, remat=remat)
         return causal.sums(model, method.variables(trained, frozen, pair.spec), batch)[0]
 
     step = lambda frozen, remat: tiny.jit(jax.value_and_grad(loss), static_argnums=2)(trained, frozen, remat)  # noqa: E731
@@ -165,13 +165,13 @@ def test_no_dequantised_kernel_lives_between_forward_and_backward():
     method = METHODS["lora"]
 
     def temporary(layers, kind, given):
-        shape = DecoderConfig(
+        shape = ModelConfig(
             vocab_size=50, width=128, layers=layers, heads=4, kv_heads=4, head_dim=32, hidden=256, max_positions=16
         )
         spec = tiny.spec(families.FAMILIES["llama"], shape, method="lora", rank=2)
         base = jax.eval_shape(lambda base: quantised(base, kind), weights.param_shapes(shape))
         trained, frozen = jax.eval_shape(lambda base: method.init(jax.random.key(0), base, spec), base)
-        loss = lambda t, f: causal.sums(Decoder(shape), method.variables(t, given(f), spec), batch)[0]  # noqa: E731
+        loss = lambda t, f: causal.sums(Transformer(shape), method.variables(t, given(f), spec), batch)[0]  # noqa: E731
         compiled = jax.jit(jax.value_and_grad(loss)).lower(trained, frozen).compile(tiny.HASTE)
         return compiled.memory_analysis().temp_size_in_bytes
 

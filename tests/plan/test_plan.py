@@ -20,7 +20,7 @@ from ftjax import cli
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
-from ftjax.models.config import DecoderConfig
+from ftjax.models.config import ModelConfig
 from ftjax.plan import compiled, flops, hlo, search
 from ftjax.plan.devices import DEVICES, larger, parse
 from ftjax.plan.report import report
@@ -127,7 +127,7 @@ def test_what_lies_on_the_chip_is_no_traffic():
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------
-LLAMA = DecoderConfig(
+LLAMA = ModelConfig(
     vocab_size=4096, width=512, layers=4, heads=8, kv_heads=4, head_dim=64, hidden=1376, max_positions=512, tied=False
 )
 

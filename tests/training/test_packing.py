@@ -14,7 +14,7 @@ from ftjax.data.prepare import prepare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.hub import families, weights
 from ftjax.hub.tokenizer import load_tokenizer
-from ftjax.models.decoder import Decoder
+from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.step import gradients
 
@@ -25,7 +25,7 @@ ROWS, LENGTH = 24, 192
 def starter():
     folder = resolve("builtin:stories260K")
     family, shape = families.read_config(folder)
-    return Decoder(shape), {"params": weights.read_params(folder, family, shape)}, load_tokenizer(folder)
+    return Transformer(shape), {"params": weights.read_params(folder, family, shape)}, load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -13,24 +13,24 @@ import tiny
 
 from ftjax import config as configs
 from ftjax.hub import families, weights
-from ftjax.models.config import DecoderConfig
-from ftjax.models.decoder import Decoder
+from ftjax.models.config import ModelConfig
+from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.flops import flops_per_token
 from ftjax.training.optimizer import optimizer
 from ftjax.training.step import compile_step, init_state
 from ftjax.tuning import METHODS
 
-LLAMA = DecoderConfig(
+LLAMA = ModelConfig(
     vocab_size=4096, width=512, layers=8, heads=8, kv_heads=8, head_dim=64, hidden=1376, max_positions=512, tied=False
 )
 
 
-def lowered(shape: DecoderConfig, method_name: str, B: int, T: int, tuning: dict | None = None, **options):
+def lowered(shape: ModelConfig, method_name: str, B: int, T: int, tuning: dict | None = None, **options):
     """The training step of a llama, not yet compiled, and the shapes of its base, and of what is trained and frozen."""
     tuning = {"method": method_name, "rank": 8} | (tuning or {})
     method, spec = METHODS[method_name], tiny.spec(families.FAMILIES["llama"], shape, **tuning)
-    model, base = Decoder(shape, **options), weights.param_shapes(shape)
+    model, base = Transformer(shape, **options), weights.param_shapes(shape)
     trained, frozen = jax.eval_shape(functools.partial(method.init, spec=spec), jax.random.key(0), base)
     optim = optimizer(configs.default().optim, lambda step: 1e-3)
     state = jax.eval_shape(functools.partial(init_state, optim), trained)
@@ -108,7 +108,7 @@ def test_program_does_not_grow_with_depth(method, remat):
     """Compile time goes with the number of instructions, before and after XLA's passes."""
     size = {}
     for layers in (4, 32):
-        shape = DecoderConfig(
+        shape = ModelConfig(
             vocab_size=64, width=32, layers=layers, heads=4, kv_heads=2, head_dim=8, hidden=48, max_positions=64
         )
         program, *_ = lowered(shape, method, 2, 16, remat=remat)

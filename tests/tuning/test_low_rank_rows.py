@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from ftjax import config as configs
-from ftjax.models.decoder import make_cache
+from ftjax.models.transformer import make_cache
 from ftjax.objectives import causal
 from ftjax.training import sharding
 from ftjax.training.optimizer import optimizer

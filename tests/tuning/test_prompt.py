@@ -18,7 +18,7 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.generate import generate
 from ftjax.hub import peft as peft_files
-from ftjax.models.decoder import as_prefix, max_tokens, virtual_tokens
+from ftjax.models.transformer import as_prefix, max_tokens, virtual_tokens
 from ftjax.objectives import causal
 from ftjax.training import export, sharding
 from ftjax.training.flops import flops_per_token

@@ -17,7 +17,7 @@ import torch
 from flax import linen as nn
 
 from ftjax.models import layers
-from ftjax.models.decoder import Decoder, make_cache
+from ftjax.models.transformer import Transformer, make_cache
 from ftjax.tree import flatten
 
 T = 20  # more than the windows of the tiny models, fewer than their positions
@@ -169,7 +169,7 @@ def test_unrolled_and_rematerialised_layers_change_nothing(name, choices):
     pair = tiny.pair(name)
     value, gradient = loss_and_gradient(pair.model, pair.params)
     for options in choices:
-        other_value, other = loss_and_gradient(Decoder(pair.model.config, **options), pair.params)
+        other_value, other = loss_and_gradient(Transformer(pair.model.config, **options), pair.params)
         assert other_value == pytest.approx(value, rel=1e-6)
         for path, g in gradient.items():
             np.testing.assert_allclose(other[path], g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=f"{options} {path}")
@@ -180,7 +180,7 @@ def test_bfloat16_compute_is_close(name):
     pair = tiny.pair(name)
     ids = jnp.asarray(plain())
     want = tiny.torch_logits(pair.torch, plain())
-    half = Decoder(pair.model.config, jnp.bfloat16)
+    half = Transformer(pair.model.config, jnp.bfloat16)
     got = np.asarray(tiny.jit(lambda params: half.apply({"params": params}, ids))(pair.params))
     assert got.dtype == np.float32
     error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
@@ -190,7 +190,7 @@ def test_bfloat16_compute_is_close(name):
 def test_dropout_needs_a_key():
     pair = tiny.pair("gpt2")
     ids = jnp.asarray(plain())
-    model = Decoder(pair.model.config, dropout=0.3)
+    model = Transformer(pair.model.config, dropout=0.3)
 
     @tiny.jit
     def run(rngs):

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.axes import constrain
-from ftjax.models.config import DecoderConfig
+from ftjax.models.config import ModelConfig
 from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
 
 ACTIVATIONS = {
@@ -52,7 +52,7 @@ PARAMETER_AXES = {
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with a residual's worth of projections around it."""
 
-    config: DecoderConfig
+    config: ModelConfig
     dtype: jnp.dtype
     dropout: float
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020), or down(act(up(x)))."""
 
-    config: DecoderConfig
+    config: ModelConfig
     dtype: jnp.dtype
     dropout: float
 
@@ -118,7 +118,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    config: DecoderConfig
+    config: ModelConfig
     dtype: jnp.dtype
     dropout: float
 
@@ -135,7 +135,7 @@ class Block(nn.Module):
         return (x, cache), None
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """A causal language model: `apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits.
 
     dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings and
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
     never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     unroll: int = 1
@@ -253,7 +253,7 @@ class Decoder(nn.Module):
         return constrain(logits.astype(jnp.float32), "batch", None, "vocab")
 
 
-def make_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> dict:
+def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> dict:
     """An empty KV cache for `batch` rows of up to `slots` tokens.
 
     k (L, B, K, d, S) and v (L, B, K, S, d) as attention takes them; segments (B, S); length (), the slots in use.
@@ -276,12 +276,12 @@ def virtual_tokens(variables: dict) -> int:
     return adapter["prefix"]["v"].shape[-2] if "prefix" in adapter else 0
 
 
-def max_tokens(config: DecoderConfig, variables: dict) -> int:
+def max_tokens(config: ModelConfig, variables: dict) -> int:
     """Tokens that a row may have: the model's positions, less those that virtual tokens take."""
     return config.max_positions - virtual_tokens(variables)
 
 
-def as_prefix(model: Decoder, variables: dict) -> dict:
+def as_prefix(model: Transformer, variables: dict) -> dict:
     """`variables` with a soft prompt turned into its keys and values, which decoding would compute at every token."""
     if "prompt" not in variables.get("adapter", {}):
         return variables
