@@ -99,6 +99,7 @@ def single_rows(labels, probabilities, threshold: float | None = None) -> dict[s
     p = p.astype(float)
     predicted = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
     loss = -np.log(np.clip(p[np.arange(N), labels], tiny, 1 - tiny))
+    labels = labels.astype(int)  # wide enough for label * C + prediction
     return {"label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": predicted != labels}
 
 
@@ -293,9 +294,9 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
     """The threshold that maximises a metric of THRESHOLD_METRICS over all there are: {"threshold", "value"}.
 
     labels: (N,) of 0 and 1; scores: (N,) float; a row is positive where its score >= threshold. A threshold lies midway
-    between the scores that it parts, exact in the scores' own type; of equally good ones it is the nearest to 0.5. With
-    labels of one class nothing can be chosen: 0.5, value None and a note. Raises FtjaxError for an unknown metric,
-    labels other than 0 and 1, and scores that are no numbers.
+    between the scores that it parts, exact in the scores' own type; of equally good ones it is the nearest to 0.5.
+    Where nothing can be chosen, labels or (by MCC) scores being all the same: 0.5, value None and a note. Raises
+    FtjaxError for an unknown metric, labels other than 0 and 1, and scores that are no numbers.
     """
     if metric not in THRESHOLD_METRICS:
         known = ", ".join(THRESHOLD_METRICS)
@@ -309,7 +310,7 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
     pos, every = (np.bincount(codes, w, len(distinct)) for w in (labels.astype(float), None))
     n, positives = len(labels), pos.sum()
     if positives in (0, n):
-        return {"threshold": 0.5, "value": None, "note": "labels hold one class only: nothing to choose by"}
+        return {"threshold": 0.5, "value": None, "note": "nothing to choose by: labels hold one class only"}
     # Of each cut, below distinct[k] for k = 0..K: the rows from there on are positive.
     right, predicted = (np.append(np.cumsum(x[::-1])[::-1], 0.0) for x in (pos, every))
     negative = (n - predicted) - (positives - right)
@@ -317,6 +318,8 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
     figures = THRESHOLD_METRICS[metric](
         np.stack([negative, right], 1), np.stack([n - predicted, predicted], 1), labelled
     )
+    if np.isnan(figures).all():
+        return {"threshold": 0.5, "value": None, "note": "nothing to choose by: all scores are the same"}
     low, high = distinct[:-1], distinct[1:]
     middle = low + (high - low) / 2
     middle = np.where(middle > low, middle, high)  # neighbours in their type have no number between

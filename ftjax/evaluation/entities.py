@@ -111,7 +111,7 @@ def tag_tally(rows):
     """counts (B, N) -> entities right, predicted and labelled, of each type (B, T)."""
     N, _, T = rows["tally"].shape
     flat = rows["tally"].reshape(N, 3 * T).astype(float)
-    return lambda counts: tuple((counts @ flat).reshape(-1, 3, T).swapaxes(0, 1))
+    return lambda counts: tuple((counts @ flat).reshape(len(counts), 3, T).swapaxes(0, 1))
 
 
 def tag_metrics(rows) -> Reduce:

@@ -22,10 +22,10 @@ SHOWN = 30  # classes that `table` lists at most
 class Kind:
     """How rows of one kind of task are judged.
 
-    rows(labels, predictions, **settings) -> what each row contributes: name -> (N, ...), with `loss` and `wrong` (N,).
-    metrics(rows) -> the figures, a Reduce, whose order is that of the report; undefined: why one is None; main: those
-    that a table by group shows. tally(rows), where there are classes: their tally, as classification has it; absent:
-    whether macro averages hold classes that occur nowhere.
+    rows(labels, predictions, **settings) -> what each row contributes: name -> (N, ...), with `loss` and `wrong` (N,);
+    for tags a pair of that and the types. metrics(rows) -> the figures, a Reduce, whose order is that of the report;
+    undefined: why one is None; main: those that a table by group shows. tally(rows), where there are classes: their
+    tally, as classification has it; absent: whether macro averages hold classes that occur nowhere.
     """
 
     rows: Callable[..., dict[str, np.ndarray]]
@@ -118,9 +118,8 @@ def worst(kind: str, labels, predictions, n: int = 20, *, losses=None, **setting
     _, rows, _ = _rows(kind, labels, predictions, None, settings)
     loss = rows["loss"] if losses is None else np.asarray(losses, float)
     if loss.shape != rows["loss"].shape or np.isnan(loss).any():
-        raise FtjaxError(
-            f"losses: expected one number for each of {len(rows['loss'])} rows; found {loss.shape}, or NaN"
-        )
+        found = f"{loss.shape}{' with NaN' if np.isnan(loss).any() else ''}"
+        raise FtjaxError(f"losses: expected a number for each of {len(rows['loss'])} rows; found {found}")
     order = np.argsort(-loss, kind="stable")
     return order[rows["wrong"][order]][:n].tolist()
 

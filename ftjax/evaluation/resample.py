@@ -50,7 +50,7 @@ def intervals(n: int, reduce: Reduce, draws: int = 1000, seed: int = 0, level: f
     """
     if not 0 < level < 1:
         raise FtjaxError(f"the level of an interval lies between 0 and 1; found {level}")
-    whole, drawn = values(n, reduce), bootstrap(n, reduce, draws, seed)
+    drawn, whole = bootstrap(n, reduce, draws, seed), values(n, reduce)
     return {
         name: _interval(float(value), drawn[name], level)
         if np.ndim(value) == 0

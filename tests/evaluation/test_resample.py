@@ -1,0 +1,96 @@
+"""Bootstrap intervals against resampling row by row, against scipy, and by how often they hold the truth."""
+
+import numpy as np
+import pytest
+
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import resample
+from ftjax.evaluation.classification import precision_recall_f1
+
+
+def test_a_resample_is_n_rows_drawn_from_n():
+    blocks = list(resample.resamples(700, 1000, seed=3))
+    counts = np.concatenate(blocks)
+    assert len(blocks) > 1 and counts.shape == (1000, 700)
+    assert (counts.sum(1) == 700).all() and (counts == counts.astype(int)).all()
+    # Each count is binomial(700, 1/700): mean 1, variance 1 - 1/700.
+    assert counts.mean() == 1 and counts.var() == pytest.approx(1 - 1 / 700, abs=0.01)
+    assert np.array_equal(counts, np.concatenate(list(resample.resamples(700, 1000, seed=3))))
+    assert not np.array_equal(counts, np.concatenate(list(resample.resamples(700, 1000, seed=4))))
+
+
+def test_blocks_do_not_change_the_draws(monkeypatch):
+    whole = np.concatenate(list(resample.resamples(50, 20, seed=0)))
+    monkeypatch.setattr(resample, "BLOCK", 150)
+    assert np.array_equal(whole, np.concatenate(list(resample.resamples(50, 20, seed=0))))
+
+
+def test_intervals_are_those_of_scipy():
+    from scipy import stats
+
+    x = np.random.default_rng(0).exponential(size=300)
+    ours = resample.intervals(300, resample.means(mean=x), draws=20_000, seed=1)["mean"]
+    theirs = stats.bootstrap((x,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    assert ours["value"] == pytest.approx(x.mean())
+    assert [ours["low"], ours["high"]] == pytest.approx([theirs.low, theirs.high], abs=0.004)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng, held = np.random.default_rng(0), {"accuracy": 0, "f1": 0}
+    # A classifier that is right on 80 % of positives and 90 % of negatives, 30 % of the rows being positive.
+    truth = {"accuracy": 0.3 * 0.8 + 0.7 * 0.9, "f1": 2 * 0.24 / (0.3 + 0.24 + 0.07)}
+    for trial in range(400):
+        label = rng.random(250) < 0.3
+        predicted = label == (rng.random(250) < np.where(label, 0.8, 0.9))
+        rows = np.stack([label & predicted, predicted, label, label == predicted], axis=1)
+
+        def reduce(sums):
+            return {"accuracy": sums[:, 3] / 250, "f1": precision_recall_f1(*sums[:, :3].T)["f1"]}
+
+        for name, entry in resample.intervals(250, resample.of_sums(rows, reduce), draws=300, seed=trial).items():
+            held[name] += entry["low"] <= truth[name] <= entry["high"]
+    # Of 400, a true 95 % gives 380, standard deviation 4.4; the percentile interval holds a little less.
+    assert all(366 <= n <= 392 for n in held.values()), held
+
+
+def test_a_difference_is_paired_by_row():
+    rng = np.random.default_rng(0)
+    hard = rng.random(500)
+    a = hard < 0.80
+    b = a & (rng.random(500) < 0.97)  # as a, but for 3 % of its right rows
+    means_a, means_b = resample.means(accuracy=a), resample.means(accuracy=b)
+    both = resample.intervals(500, resample.difference(means_a, means_b))["accuracy"]
+    assert both["value"] == pytest.approx(a.mean() - b.mean())
+    assert both["low"] > 0  # though the intervals of the two overlap widely
+    apart = [resample.intervals(500, m)["accuracy"] for m in (means_a, means_b)]
+    assert apart[1]["high"] > apart[0]["low"]
+    drawn = resample.bootstrap(500, resample.difference(means_a, means_b), draws=7, seed=5)["accuracy"]
+    by_hand = [(c * (a.astype(int) - b)).sum() / 500 for c in np.concatenate(list(resample.resamples(500, 7, 5)))]
+    assert drawn == pytest.approx(by_hand)
+
+
+def test_what_is_undefined_is_none_and_said():
+    def reduce(counts):  # the mean of row 0 and the rest, undefined without row 0; and never defined
+        return {"some": np.where(counts[:, 0] > 0, counts[:, 1], np.nan), "none": np.full(len(counts), np.nan)}
+
+    found = resample.intervals(10, reduce, draws=400)
+    undefined = int(sum(c[0] == 0 for c in np.concatenate(list(resample.resamples(10, 400, 0)))))
+    assert 0 < undefined < 400
+    assert found["some"]["note"] == f"undefined in {undefined} of 400 resamples, left out"
+    assert found["none"] == {"value": None, "low": None, "high": None}
+    constant = resample.intervals(10, resample.means(right=np.ones(10)))["right"]
+    assert constant["low"] == constant["high"] == 1 and "all resamples give this figure" in constant["note"]
+
+
+def test_figures_of_several_classes_come_as_lists():
+    x = np.random.default_rng(0).random((40, 3))
+    found = resample.intervals(40, lambda counts: {"mean": counts @ x / 40}, draws=50)["mean"]
+    assert [entry["value"] for entry in found] == pytest.approx(x.mean(0))
+    one = resample.intervals(40, resample.means(mean=x[:, 1]), draws=50)["mean"]
+    assert found[1] == pytest.approx(one)
+
+
+@pytest.mark.parametrize("n, how", [(0, {}), (5, {"draws": 0}), (5, {"level": 1.0})])
+def test_bad_input_is_named(n, how):
+    with pytest.raises(FtjaxError, match="at least one row and one draw|lies between 0 and 1"):
+        resample.intervals(n, lambda counts: {"sum": counts.sum(1)}, **how)
