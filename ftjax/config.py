@@ -163,6 +163,7 @@ def default() -> ml_collections.ConfigDict:
     c.mesh = mesh = ml_collections.ConfigDict()
     mesh.data = -1  # rows split, weights whole; -1: all devices that the others leave
     mesh.fsdp = 1  # rows split, weights split and gathered for use
+    mesh.sequence = 1  # tokens of a row split, for rows too long for one device; weights split as by fsdp
     mesh.tensor = 1  # heads, feed-forward and vocabulary split
 
     c.evaluate = ev = ml_collections.ConfigDict()

@@ -1,24 +1,65 @@
-"""The one table that says how logical axes lie on the mesh, and the constraint that models put on activations.
+"""The tables that say how logical axes lie on the mesh, and the constraints that models put on what they compute.
 
-Data parallelism, FSDP, tensor parallelism and their mixes differ in this table and in the mesh's shape alone.
+Data parallelism, FSDP, tensor and sequence parallelism and their mixes differ in these tables and in the mesh's shape
+alone.
 """
 
 from __future__ import annotations
 
-import jax
-from jax.sharding import PartitionSpec
+import math
 
-MESH_AXES = ("data", "fsdp", "tensor")
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from ftjax.models.quantised import Quantised
+
+# The last axis has the nearest neighbours: tensor parallelism talks most.
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 # logical axis -> mesh axes that split it
 RULES = {
     "batch": ("data", "fsdp"),  # rows
-    "embed": ("fsdp",),  # D of weights; activations keep it whole and are named None there
+    "tokens": ("sequence",),  # T of activations, and of labels
+    "embed": ("fsdp", "sequence"),  # D of weights; activations keep it whole and are named None there
     "heads": ("tensor",),  # H * d
     "kv_heads": ("tensor",),  # K * d
     "hidden": ("tensor",),  # F
     "vocab": ("tensor",),  # V
 }
+
+# The end of a parameter's path -> its logical axes. Stacked parameters have a layer axis before these.
+PARAMETER_AXES = {
+    "embed/embedding": ("vocab", "embed"),
+    "pos_embed/embedding": (None, "embed"),
+    "type_embed/embedding": (None, "embed"),
+    "dense/kernel": (None, "embed"),
+    "out/kernel": (None, "embed"),
+    "lm_head/kernel": ("vocab", "embed"),
+    "q_proj/kernel": ("heads", "embed"),
+    "k_proj/kernel": ("kv_heads", "embed"),
+    "v_proj/kernel": ("kv_heads", "embed"),
+    "c_attn/kernel": (None, "embed"),  # q, k and v lie one after another: cutting across them would tear heads apart
+    "o_proj/kernel": ("embed", "heads"),
+    "gate_proj/kernel": ("hidden", "embed"),
+    "up_proj/kernel": ("hidden", "embed"),
+    "gate_up_proj/kernel": (None, "embed"),  # as c_attn
+    "down_proj/kernel": ("embed", "hidden"),
+    "q_proj/bias": ("heads",),
+    "k_proj/bias": ("kv_heads",),
+    "v_proj/bias": ("kv_heads",),
+    "gate_proj/bias": ("hidden",),
+    "up_proj/bias": ("hidden",),
+    "bias": (None,),
+    "scale": (None,),
+}
+
+# An array of a batch -> its logical axes; others are split by rows alone. Every device knows all places that are read.
+BATCH_AXES = {name: ("batch", "tokens") for name in ("tokens", "positions", "segment_ids", "labels", "weights")}
+
+
+def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of the array `name` of a batch."""
+    return (BATCH_AXES.get(name, ("batch",)) + (None,) * ndim)[:ndim]
 
 
 def spec(axes: tuple[str | None, ...], sizes: tuple[int, ...], mesh) -> PartitionSpec:
@@ -26,14 +67,17 @@ def spec(axes: tuple[str | None, ...], sizes: tuple[int, ...], mesh) -> Partitio
 
     A dimension that its mesh axes do not divide stays whole: correct on every mesh, and split where it can be.
     """
-    out = []
+    kinds, out = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)), []
     for axis, size in zip(axes, sizes, strict=True):
-        names = tuple(n for n in RULES.get(axis, ()) if n in mesh.axis_names and mesh.shape[n] > 1)
-        ways = 1
-        for n in names:
-            ways *= mesh.shape[n]
-        out.append(names if names and size % ways == 0 else None)
+        # Along a manual axis an array is already one device's own.
+        names = tuple(n for n in RULES.get(axis, ()) if ways(mesh, n) > 1 and kinds[n] != AxisType.Manual)
+        out.append(names if names and size % ways(mesh, *names) == 0 else None)
     return PartitionSpec(*out)
+
+
+def ways(mesh, *names: str) -> int:
+    """Into how many parts these mesh axes cut together; 1 for axes that the mesh does not have."""
+    return math.prod(mesh.shape.get(n, 1) for n in names)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -42,3 +86,28 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def whole(x, axes: tuple[str | None, ...] | None):
+    """A parameter with logical `axes` gathered along its embed axis, as products take it; None: left as it lies.
+
+    Left to itself the compiler splits the sum of the product instead, and adds up activations.
+    """
+    if isinstance(x, Quantised):
+        return x if axes is None else x.map(lambda part, names: whole(part, names), axes)
+    return _along_embed(x, axes, lambda own: None)
+
+
+def split(x: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
+    """The gradient of what `whole` gathered, summed over devices and split as its parameter is."""
+    return _along_embed(x, axes, lambda own: own)
+
+
+def _along_embed(x, axes, place):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or axes is None or ways(mesh, *RULES["embed"]) == 1:
+        return x
+    own = spec(axes, x.shape, mesh)
+    # The other axes stay as they come: heads, say, are cut between heads, which their number here does not tell.
+    free = [place(p) if axis == "embed" else PartitionSpec.UNCONSTRAINED for axis, p in zip(axes, own, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free))

@@ -5,6 +5,7 @@ B batch, T tokens, D width, d head size, R rank; kernels lie (out, in), as Huggi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ftjax.models.axes import constrain
+from ftjax.models.axes import PARAMETER_AXES, split, whole
+from ftjax.models.by_device import look_up
 from ftjax.models.quantised import Quantised
 
 
@@ -34,30 +36,31 @@ class Adapter(NamedTuple):
 ADAPTERS: dict[str, Adapter] = {}
 
 
-@jax.custom_vjp
-def project(x, kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x, kernel, axes=None):
     """x (..., in) @ kernel (out, in)ᵀ -> (..., out), summed in float32, in x's dtype; kernel: an array or a Quantised.
 
-    A quantised kernel has no gradient, and is dequantised for each pass anew.
+    axes: the kernel's logical axes, where it may be split along its embed axis. It is gathered for each pass anew, as a
+    quantised one, which has no gradient, is dequantised.
     """
-    return _contract(x, kernel.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
+    return _contract(x, whole(kernel, axes).astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
 
 
 def _contract(a, b, dims):
     return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _project_bwd(saved, g):
+def _project_bwd(axes, saved, g):
     # The kernel's gradient contracts rows and positions where they lie: flattening them first makes XLA's CPU transpose
     # both. A frozen kernel's is never used, and so never computed.
     x, kernel = saved
     lead = tuple(range(g.ndim - 1))
-    dx = _contract(g, kernel.astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
-    return dx, None if x is None else _contract(g, x, (lead, lead)).astype(kernel.dtype)
+    dx = _contract(g, whole(kernel, axes).astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
+    return dx, None if x is None else split(_contract(g, x, (lead, lead)), axes).astype(kernel.dtype)
 
 
-def _project_fwd(x, kernel):
-    return project(x, kernel), (None if isinstance(kernel, Quantised) else x, kernel)
+def _project_fwd(x, kernel, axes):
+    return project(x, kernel, axes), (None if isinstance(kernel, Quantised) else x, kernel)
 
 
 project.defvjp(_project_fwd, _project_bwd)
@@ -79,11 +82,12 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
             kernel = kernel.astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        return adapted_project(self, x, kernel, bias)
+        return adapted_project(self, x, kernel, bias, PARAMETER_AXES.get(f"{self.name}/kernel"))
 
 
-def adapted_project(module: nn.Module, x, kernel, bias=None):
-    """x kernelᵀ + bias, as the adapters in `module`'s own scope of the `adapter` collection change it."""
+def adapted_project(module: nn.Module, x, kernel, bias=None, axes=None):
+    """x kernelᵀ + bias, as the adapters in `module`'s own scope of the `adapter` collection change it; axes: as for
+    `project`."""
     found = []
     for name, adapter in ADAPTERS.items():
         if module.has_variable("adapter", name):
@@ -91,7 +95,7 @@ def adapted_project(module: nn.Module, x, kernel, bias=None):
             found.append((adapter, module.get_variable("adapter", name), rng))
     for adapter, leaves, rng in found:
         x = adapter.before(x, leaves, rng)
-    y = project(x, kernel)
+    y = project(x, kernel, axes)
     if bias is not None:
         y = y + bias.astype(y.dtype)
     for adapter, leaves, rng in found:
@@ -134,9 +138,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids):
         """ids (B, T) int -> (B, T, D)."""
-        # Gathered over D before rows are taken: XLA would otherwise replicate the whole result to reshard it.
-        table = constrain(self.embedding, self.axis, None)
-        y = jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        y = look_up(self.embedding, ids, self.axis).astype(self.dtype)
         for name, adapter in ADAPTERS.items():
             if self.has_variable("adapter", name):
                 y = adapter.lookup(ids, y, self.get_variable("adapter", name))
@@ -144,7 +146,7 @@ class Embedding(nn.Module):
 
     def attend(self, x):
         """x (B, T, D) -> (B, T, V): the product with every row of the table itself, whatever changes its lookups."""
-        return project(x, self.embedding.astype(self.dtype))
+        return project(x, self.embedding.astype(self.dtype), (self.axis, "embed"))
 
 
 def dropout(module: nn.Module, x, rate: float):

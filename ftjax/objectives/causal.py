@@ -5,8 +5,12 @@ B rows, T tokens, M trained tokens a row at most, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from ftjax.models.by_device import sum_rows, take_tokens
 
 
 def states(model, variables, batch, *, rngs=None):
@@ -14,7 +18,7 @@ def states(model, variables, batch, *, rngs=None):
     found = model.apply(
         variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
     )
-    return jnp.take_along_axis(found, batch["loss_index"][..., None], axis=1)
+    return take_tokens(found, batch["loss_index"])
 
 
 def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 512):
@@ -30,7 +34,7 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
     """
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
 
-    def chunk_sums(states, labels, weights):
+    def chunk_sums(variables, rngs, states, labels, weights):
         logits = model.apply(variables, states, rngs=rngs, method="head")
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         loss = normaliser - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
@@ -41,13 +45,21 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
         correct = jnp.argmax(logits, axis=-1) == labels
         return jnp.stack([jnp.sum(x * weights) for x in (smooth, loss, correct)])
 
-    labels, weights = batch["labels"], batch["weights"].astype(jnp.float32)
-    M = labels.shape[1]
-    if M <= head_chunk:
-        total = chunk_sums(found, labels, weights)
-    else:
-        total = _scan_chunks(chunk_sums, (found, labels, weights), M, head_chunk)
+    def all_sums(variables, arrays, rngs):
+        M = arrays[0].shape[1]
+        chunk = functools.partial(chunk_sums, variables, rngs)
+        return chunk(*arrays) if M <= head_chunk else _scan_chunks(chunk, arrays, M, head_chunk)
+
+    weights = batch["weights"].astype(jnp.float32)
+    total = sum_rows(all_sums, head_variables(variables), (found, batch["labels"], weights), rngs)
     return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
+
+
+def head_variables(variables: dict) -> dict:
+    """The part of a model's variables that its logits are computed from."""
+    tied = "lm_head" not in variables["params"]
+    names = ("embed" if tied else "lm_head",)
+    return {kind: {name: tree[name] for name in names if name in tree} for kind, tree in variables.items()}
 
 
 def _scan_chunks(chunk_sums, arrays, M, size):

@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import weights
 from ftjax.lm import quantiser
-from ftjax.models.axes import spec as axes_spec
 from ftjax.models.quantised import chosen, quantised_size
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
@@ -132,11 +131,11 @@ def arguments(program: Program, B: int, T: int, M: int) -> tuple:
     """(state, frozen, batch) of a step as shapes with shardings."""
     state = jax.eval_shape(program.init_state, program.trained)
 
-    def split_by_rows(width, dtype):
-        places = NamedSharding(program.mesh, axes_spec(("batch", None), (B, width), program.mesh))
+    def array(name, width):
+        dtype = jnp.float32 if name == "weights" else jnp.int32
+        places = sharding.batch_sharding(program.mesh, name, (B, width))
         return jax.ShapeDtypeStruct((B, width), dtype, sharding=places)
 
-    batch = {name: split_by_rows(T, jnp.int32) for name in ("tokens", "positions", "segment_ids")}
-    batch |= {name: split_by_rows(M, jnp.int32) for name in ("loss_index", "labels")}
-    batch["weights"] = split_by_rows(M, jnp.float32)
+    widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
+    batch = {name: array(name, width) for name, width in widths.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch

@@ -9,26 +9,26 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ftjax.errors import FtjaxError
-from ftjax.models.axes import MESH_AXES, spec
+from ftjax.models.axes import MESH_AXES, batch_axes, spec, ways
 from ftjax.models.quantised import Quantised
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, map_paths
 
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
-    """Mesh with axes `data`, `fsdp`, `tensor` over all devices; one axis of -1 takes what the others leave.
+    """Mesh with MESH_AXES over all devices; one axis of -1 takes what the others leave; an axis not named is 1.
 
     Raises FtjaxError where the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [config[axis] for axis in MESH_AXES]
+    shape = [config.get(axis, 1) for axis in MESH_AXES]
     known = int(np.prod([n for n in shape if n != -1]))
     if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices) or min(shape) < 1:
-        told = ", ".join(f"{axis}={config[axis]}" for axis in MESH_AXES)
+        told = ", ".join(f"{axis}={config.get(axis, 1)}" for axis in MESH_AXES)
         raise FtjaxError(f"mesh: {told} does not multiply to the {len(devices)} devices here; set one axis to -1")
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:
@@ -68,7 +68,7 @@ def optimizer_shardings(optimizer, shapes: dict, shardings: dict, mesh):
 
 def row_ways(mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return ways(mesh, "data", "fsdp")
 
 
 def local_rows(mesh, rows: int) -> slice:
@@ -79,16 +79,21 @@ def local_rows(mesh, rows: int) -> slice:
 
 
 def place_batch(batch: dict, mesh, rows: int, local: slice) -> dict:
-    """Host arrays (of the rows `local`) -> device arrays of all `rows` rows, split by rows over the mesh."""
+    """Host arrays (of the rows `local`) -> device arrays of all `rows` rows, split over the mesh by rows and tokens."""
 
-    def place(x):
+    def place(name, x):
         shape = (rows, *x.shape[1:])
-        sharding = NamedSharding(mesh, spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh))
+        sharding = batch_sharding(mesh, name, shape)
 
         def part(index):
             start, stop, _ = index[0].indices(rows)
-            return x[start - local.start : stop - local.start]
+            return x[start - local.start : stop - local.start, *index[1:]]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
-    return {name: place(x) for name, x in batch.items()}
+    return {name: place(name, x) for name, x in batch.items()}
+
+
+def batch_sharding(mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the array `name` of a batch lies."""
+    return NamedSharding(mesh, spec(batch_axes(name, len(shape)), shape, mesh))

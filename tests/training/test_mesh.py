@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
 from ftjax.training import sharding
 from ftjax.training.optimizer import optimizer, schedule
@@ -38,6 +39,9 @@ SIZES = {
 
 # name -> (mesh, microbatches)
 CUTS = {
+    "sequence=8": ({"sequence": 8}, 1),
+    "sequence=2,fsdp=2,tensor=2": ({"sequence": 2, "fsdp": 2, "tensor": 2}, 1),
+    "data=2,sequence=4": ({"data": 2, "sequence": 4}, 1),
     "accumulate=8": ({"data": 1}, 8),
     "data=8": ({"data": 8}, 1),
     "fsdp=8": ({"fsdp": 8}, 1),
@@ -104,7 +108,7 @@ def run(method_name, cut):
     pair = tiny.tuned(model(), method=method_name, rank=4)
     method, trained, frozen = tiny.start(pair)
     shape = pair.model.config
-    mesh_shape = {"data": 1, "fsdp": 1, "tensor": 1} | mesh_shape
+    mesh_shape = dict.fromkeys(MESH_AXES, 1) | mesh_shape
     mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(list(mesh_shape.values())))])
     config = configs.default().optim
     config.update(weight_decay=0.1, warmup=2)
@@ -177,7 +181,8 @@ def test_layers_in_two_stacks_on_a_mesh():
 def test_mesh_that_does_not_fit_the_devices():
     with pytest.raises(FtjaxError, match="does not multiply to the 8 devices"):
         sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
-    assert sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2}).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2})
+    assert mesh.shape == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
 
 def test_every_parameter_of_every_family_has_a_place():

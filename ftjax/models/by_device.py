@@ -1,0 +1,106 @@
+"""Code that is written for what one device has, and says itself what is sent: where the compiler finds no good way.
+
+Along the mesh axes that it names, a function sees its device's own part; along the others it is compiled as ever.
+B rows, T tokens, M places that are read, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ftjax.models.axes import PARAMETER_AXES, ways, whole
+
+ALL = ("data", "fsdp", "sequence")  # that rows and tokens are split over
+
+
+def mesh_that_cuts(*names: str):
+    """The mesh in force where these axes cut anything and no code around this is by device already; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if not mesh.empty and not mesh.manual_axes and ways(mesh, *names) > 1 else None
+
+
+def by_device(f, mesh, names, in_specs, out_specs):
+    """f on what each device has along the mesh axes `names`; along the others it is compiled as ever."""
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(names), check_vma=False
+    )
+
+
+def look_up(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
+    """Rows ids (B, T) of a table (V, D) with logical axes (axis, "embed"): (B, T, D).
+
+    Each device looks up the columns that it has for the tokens of all that share its rows, and they exchange them: the
+    table is never gathered, nor its gradient summed whole.
+    """
+    mesh = mesh_that_cuts("fsdp", "sequence")
+    (B, T), D = ids.shape, table.shape[1]
+    if not mesh or B % ways(mesh, "data", "fsdp") or T % ways(mesh, "sequence") or D % ways(mesh, "fsdp", "sequence"):
+        return jnp.take(whole(table, (axis, "embed")), ids, axis=0, mode="clip")
+
+    def local(table, ids):
+        for name, dim in (("sequence", 1), ("fsdp", 0)):
+            ids = jax.lax.all_gather(ids, name, axis=dim, tiled=True)
+        y = jnp.take(table, ids, axis=0, mode="clip")
+        for name, dim in (("sequence", 1), ("fsdp", 0)):
+            y = jax.lax.all_to_all(y, name, split_axis=dim, concat_axis=2, tiled=True)
+        return y
+
+    rows = (("data", "fsdp"), "sequence")
+    specs = PartitionSpec(None, ("fsdp", "sequence")), PartitionSpec(*rows)
+    return by_device(local, mesh, ALL, specs, PartitionSpec(*rows, None))(table, ids)
+
+
+def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x (B, T, D) at places index (B, M) of its tokens: (B, M, D), which are split over devices as tokens are."""
+    mesh, T, M = mesh_that_cuts("sequence"), x.shape[1], index.shape[1]
+    if not mesh or T % ways(mesh, "sequence") or M % ways(mesh, "sequence"):
+        return jnp.take_along_axis(x, index[..., None], axis=1)
+
+    def local(x, index):
+        place = (index - jax.lax.axis_index("sequence") * x.shape[1])[..., None]
+        mine = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1), axis=1)
+        mine = jnp.where((place >= 0) & (place < x.shape[1]), mine, 0)
+        return jax.lax.psum_scatter(mine, "sequence", scatter_dimension=1, tiled=True)
+
+    tokens = PartitionSpec(None, "sequence")
+    return by_device(local, mesh, ("sequence",), (tokens, PartitionSpec()), tokens)(x, index)
+
+
+def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
+    """f(variables, arrays, rngs) where f sums over rows and places of arrays (B, M, ...), each device over its own.
+
+    What f reads of `variables` is gathered once, however often f uses it, and its gradients are summed once.
+    """
+    mesh, (B, M) = mesh_that_cuts(*ALL), arrays[0].shape[:2]
+    if not mesh or B % ways(mesh, "data", "fsdp") or M % ways(mesh, "sequence"):
+        return f(variables, arrays, rngs)
+
+    def place(keys, x):
+        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
+        axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else ()
+        columns = [("fsdp", "sequence") if axis == "embed" else None for axis in axes]
+        return PartitionSpec(*columns if x.ndim == len(axes) == 2 and _divides(x, columns, mesh) else ())
+
+    places = jax.tree_util.tree_map_with_path(place, variables)
+
+    def local(variables, arrays, rngs):
+        gathered = jax.tree.map(_gather, variables, places)
+        own = jax.lax.axis_index(ALL)
+        rngs = None if rngs is None else {name: jax.random.fold_in(key, own) for name, key in rngs.items()}
+        return jax.lax.psum(f(gathered, arrays, rngs), ALL)
+
+    rows = jax.tree.map(lambda x: PartitionSpec(("data", "fsdp"), "sequence"), arrays)
+    keys = jax.tree.map(lambda key: PartitionSpec(), rngs)
+    return by_device(local, mesh, ALL, (places, rows, keys), PartitionSpec())(variables, arrays, rngs)
+
+
+def _divides(x, columns, mesh) -> bool:
+    return all(size % ways(mesh, *(names or ())) == 0 for size, names in zip(x.shape, columns, strict=True))
+
+
+def _gather(x, place):
+    for dim, names in enumerate(place):
+        x = jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+    return x
