@@ -102,7 +102,7 @@ def _decode(model, variables, tokens, lengths, rows, key, N, sampling, end_token
 
     def step(tokens, positions, segments, cache):
         x, cache = model.apply(variables, tokens, positions, segments, cache, method="hidden")
-        return model.apply(variables, x[:, -1:], method="head")[:, 0, :vocab_size], cache
+        return model.apply(variables, x[:, -1:], method="logits")[:, 0, :vocab_size], cache
 
     def emit(n, logits, new, counts, done):
         token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, n), *sampling)

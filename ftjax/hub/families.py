@@ -1,4 +1,4 @@
-"""What tells one model family on disk from another: one row of FAMILIES each, read both ways.
+"""config.json and names of tensors <-> ModelConfig and paths, by the table of families, read both ways.
 
 D width, H heads, K KV heads, d head size, F hidden, V vocabulary, P positions, L layers.
 """
@@ -9,35 +9,10 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.models.config import ModelConfig, RopeScaling
-
-
-class Module(NamedTuple):
-    """One module: our path, its name in Hugging Face's model (`{l}`: the layer), and how its weight lies there."""
-
-    path: str
-    name: str
-    transposed: bool = False  # stored (in, out), as GPT-2's Conv1D does, not (out, in)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Family:
-    """A row of FAMILIES: the names of a `model_type`, and what its config.json means."""
-
-    model_type: str
-    architecture: str  # the class that transformers loads it with
-    modules: tuple[Module, ...]
-    prefix: str  # start of tensor names that some files leave out
-    keys: dict[str, str]  # field of ModelConfig -> key of config.json
-    defaults: dict[str, object]  # key -> what transformers 4 and 5 both assume where config.json leaves it out
-    constants: dict[str, object]  # fields of ModelConfig that are the same in the whole family
-    only: dict[str, tuple]  # key -> the values, of those that change the logits, which Transformer can compute
-    buffers: str = r"$^"  # regular expression of stored tensors that are no parameters
-    aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of keys
-
+from ftjax.hub.family_table import FAMILIES, Family, Module
+from ftjax.models.config import Head, ModelConfig, RopeScaling
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -46,6 +21,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "tanh": "tanh",
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -76,181 +52,7 @@ ANY_FAMILY = {
     "pruned_heads": (None, {}),
 }
 
-LLAMA_MODULES = (
-    Module("embed", "model.embed_tokens"),
-    Module("layers/attn_norm", "model.layers.{l}.input_layernorm"),
-    Module("layers/attn/q_proj", "model.layers.{l}.self_attn.q_proj"),
-    Module("layers/attn/k_proj", "model.layers.{l}.self_attn.k_proj"),
-    Module("layers/attn/v_proj", "model.layers.{l}.self_attn.v_proj"),
-    Module("layers/attn/q_norm", "model.layers.{l}.self_attn.q_norm"),
-    Module("layers/attn/k_norm", "model.layers.{l}.self_attn.k_norm"),
-    Module("layers/attn/o_proj", "model.layers.{l}.self_attn.o_proj"),
-    Module("layers/mlp_norm", "model.layers.{l}.post_attention_layernorm"),
-    Module("layers/mlp/gate_proj", "model.layers.{l}.mlp.gate_proj"),
-    Module("layers/mlp/up_proj", "model.layers.{l}.mlp.up_proj"),
-    Module("layers/mlp/down_proj", "model.layers.{l}.mlp.down_proj"),
-    Module("final_norm", "model.norm"),
-    Module("lm_head", "lm_head"),
-)
-LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "hidden": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "activation": "hidden_act",
-    "tied": "tie_word_embeddings",
-    "initializer_range": "initializer_range",
-}
-LLAMA_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-}
-QWEN_DEFAULTS = LLAMA_DEFAULTS | {
-    "vocab_size": 151936,
-    "num_key_value_heads": 32,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
-LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
-LLAMA_BUFFERS = r"rotary_emb\.inv_freq$"
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(
-            model_type="gpt2",
-            architecture="GPT2LMHeadModel",
-            modules=(
-                Module("embed", "transformer.wte"),
-                Module("pos_embed", "transformer.wpe"),
-                Module("layers/attn_norm", "transformer.h.{l}.ln_1"),
-                Module("layers/attn/c_attn", "transformer.h.{l}.attn.c_attn", transposed=True),
-                Module("layers/attn/o_proj", "transformer.h.{l}.attn.c_proj", transposed=True),
-                Module("layers/mlp_norm", "transformer.h.{l}.ln_2"),
-                Module("layers/mlp/up_proj", "transformer.h.{l}.mlp.c_fc", transposed=True),
-                Module("layers/mlp/down_proj", "transformer.h.{l}.mlp.c_proj", transposed=True),
-                Module("final_norm", "transformer.ln_f"),
-                Module("lm_head", "lm_head"),
-            ),
-            prefix="transformer.",
-            keys={
-                "vocab_size": "vocab_size",
-                "width": "n_embd",
-                "layers": "n_layer",
-                "heads": "n_head",
-                "hidden": "n_inner",
-                "max_positions": "n_positions",
-                "norm_eps": "layer_norm_epsilon",
-                "activation": "activation_function",
-                "tied": "tie_word_embeddings",
-                "initializer_range": "initializer_range",
-            },
-            defaults={
-                "vocab_size": 50257,
-                "n_embd": 768,
-                "n_layer": 12,
-                "n_head": 12,
-                "n_inner": None,
-                "n_positions": 1024,
-                "layer_norm_epsilon": 1e-5,
-                "activation_function": "gelu_new",
-                "tie_word_embeddings": True,
-                "initializer_range": 0.02,
-            },
-            constants={
-                "norm": "layer",
-                "gated": False,
-                "fused_qkv": True,
-                "qkv_bias": True,
-                "out_bias": True,
-                "mlp_bias": True,
-                "positions": "learned",
-            },
-            only={
-                "scale_attn_weights": (True,),
-                "scale_attn_by_inverse_layer_idx": (False,),
-                "reorder_and_upcast_attn": (False,),
-            },
-            buffers=r"\.attn\.(bias|masked_bias)$",
-            aliases={
-                "hidden_size": "n_embd",
-                "max_position_embeddings": "n_positions",
-                "num_attention_heads": "n_head",
-                "num_hidden_layers": "n_layer",
-            },
-        ),
-        Family(
-            model_type="llama",
-            architecture="LlamaForCausalLM",
-            modules=LLAMA_MODULES,
-            prefix="model.",
-            keys=LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-            defaults=LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
-            constants=LLAMA_CONSTANTS,
-            only=LLAMA_ONLY,
-            buffers=LLAMA_BUFFERS,
-        ),
-        Family(
-            model_type="mistral",
-            architecture="MistralForCausalLM",
-            modules=LLAMA_MODULES,
-            prefix="model.",
-            keys=LLAMA_KEYS,
-            defaults=LLAMA_DEFAULTS
-            | {
-                "num_key_value_heads": 8,
-                "intermediate_size": 14336,
-                "max_position_embeddings": 131072,
-                "sliding_window": 4096,
-            },
-            constants=LLAMA_CONSTANTS,
-            only=LLAMA_ONLY | {"layer_types": (None,)},
-            buffers=LLAMA_BUFFERS,
-        ),
-        Family(
-            model_type="qwen2",
-            architecture="Qwen2ForCausalLM",
-            modules=LLAMA_MODULES,
-            prefix="model.",
-            keys=LLAMA_KEYS,
-            defaults=QWEN_DEFAULTS,
-            constants=LLAMA_CONSTANTS | {"qkv_bias": True},
-            only=LLAMA_ONLY,
-            buffers=LLAMA_BUFFERS,
-        ),
-        Family(
-            model_type="qwen3",
-            architecture="Qwen3ForCausalLM",
-            modules=LLAMA_MODULES,
-            prefix="model.",
-            keys=LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias"},
-            defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-            constants=LLAMA_CONSTANTS | {"qk_norm": True},
-            only=LLAMA_ONLY,
-            buffers=LLAMA_BUFFERS,
-        ),
-    )
-}
+POOLS = {"cls": "first", "mean": "mean"}  # Hugging Face's name -> Head.pool
 
 
 def read_json(file: Path) -> dict:
@@ -303,15 +105,51 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     heads = values["heads"]
     values["kv_heads"] = values.get("kv_heads") or heads
     values["hidden"] = values["hidden"] or 4 * values["width"]
+    values["max_positions"] -= family.constants.get("position_offset", 0)
     if not values.get("head_dim"):
         values["head_dim"], rest = divmod(values["width"], heads)
         if rest:
             raise FtjaxError(f"{where}: width {values['width']} is not a multiple of the {heads} heads")
     if heads % values["kv_heads"]:
         raise FtjaxError(f"{where}: num_key_value_heads = {values['kv_heads']} does not divide the {heads} heads")
-    if family.constants["positions"] == "rotary":
+    if "local_attention" in family.defaults:
+        values |= _local_from_hf(hf, family, where)
+    elif family.constants["positions"] == "rotary":
         values |= _rope_from_hf(hf, values["max_positions"], where)
-    return family, ModelConfig(**values, **family.constants, windows=_windows_from_hf(hf, family, where))
+    windows = values.pop("windows", None) or _windows_from_hf(hf, family, where)
+    return family, ModelConfig(**values, **family.constants, windows=windows, head=_head_from_hf(hf, family, where))
+
+
+def _head_from_hf(hf: dict, family: Family, where: str) -> Head:
+    named = (hf.get("architectures") or [None])[0]
+    task = next((task for task, form in family.forms.items() if form.architecture == named), next(iter(family.forms)))
+    labels = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
+    return _head(family, task, labels, hf, where)
+
+
+def _head(family: Family, task: str, labels: int, hf: dict, where: str) -> Head:
+    form = family.forms[task]
+    fields = {field: hf[key] for field, key in form.keys.items() if key in hf}
+    for field, known in (("activation", ACTIVATIONS), ("pool", POOLS)):
+        if field in fields:
+            if fields[field] not in known:
+                raise FtjaxError(f"{where}: {form.keys[field]} = {fields[field]!r}; expected one of {', '.join(known)}")
+            fields[field] = known[fields[field]]
+    if task in ("sequence", "token", "span"):
+        fields["labels"] = 2 if task == "span" else labels
+    return dataclasses.replace(form.head, **fields)
+
+
+def with_head(family: Family, config: ModelConfig, task: str, labels: int, folder: Path) -> ModelConfig:
+    """The shape of a directory's model with a head for `task` instead of its own; labels: C, see ModelConfig.head.
+
+    Raises FtjaxError for a task that the family has no head for.
+    """
+    if task not in family.forms:
+        able = ", ".join(family.forms)
+        raise FtjaxError(f"a {family.model_type} model has no head for the task {task!r}; it has those for {able}")
+    file = Path(folder) / "config.json"
+    return dataclasses.replace(config, head=_head(family, task, labels, read_json(file), str(file)))
 
 
 def _check_types(values: dict, family: Family, where: str) -> None:
@@ -358,6 +196,10 @@ def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
 
 def rope_to_hf(config: ModelConfig) -> dict:
     """What config.json says of the rotary embedding, for transformers 4 (top level) and 5 (nested) at once."""
+    if config.positions != "rotary":
+        return {}
+    if config.local_theta:
+        return _local_to_hf(config)
     scaling = {key: getattr(config.rope_scaling, field) for field, key in ROPE[config.rope_scaling.kind]}
     rope = {"rope_type": config.rope_scaling.kind} | scaling
     return {
@@ -389,6 +231,44 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
     return tuple(window if s else 0 for s in sliding) if any(sliding) else ()
 
 
+def _local_from_hf(hf: dict, family: Family, where: str) -> dict:
+    """Windows and rotary angles of a family whose layers see all, or `local_attention` tokens around them."""
+    span, layers, every = hf["local_attention"], hf[family.keys["layers"]], hf["global_attn_every_n_layers"]
+    if not isinstance(span, int) or span < 2:
+        raise FtjaxError(f"{where}: local_attention = {span!r}; expected an even number of tokens")
+    types = hf["layer_types"] or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    known = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r}")
+    theta = {}
+    for kind, key in known.items():
+        rope = (hf.get("rope_parameters") or {}).get(kind) or {}
+        if hf.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+            raise FtjaxError(f"{where}: a scaled rotary embedding is not supported for {family.model_type}")
+        value = rope.get("rope_theta", hf.get(key, {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}[key]))
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise FtjaxError(f"{where}: {key} = {value!r}; expected a positive number")
+        theta[kind] = float(value)
+    return {
+        "rope_theta": theta["full_attention"],
+        "local_theta": theta["sliding_attention"],
+        "windows": tuple(span // 2 + 1 if t == "sliding_attention" else 0 for t in types),
+    }
+
+
+def _local_to_hf(config: ModelConfig) -> dict:
+    theta = {"full_attention": config.rope_theta, "sliding_attention": config.local_theta}
+    types = ["sliding_attention" if w else "full_attention" for w in config.windows or (0,) * config.layers]
+    return {
+        "local_attention": 2 * (max(config.windows, default=65) - 1),
+        "layer_types": types,
+        "global_attn_every_n_layers": next((i for i, t in enumerate(types) if i and t == "full_attention"), 3),
+        "global_rope_theta": theta["full_attention"],
+        "local_rope_theta": theta["sliding_attention"],
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": value} for kind, value in theta.items()},
+    }
+
+
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
     if "sliding_window" not in family.defaults:
         return {}
@@ -410,12 +290,17 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
 
     Raises FtjaxError where the family has no way to say it.
     """
-    hf = {"model_type": family.model_type, "architectures": [family.architecture]}
+    form, head = family.forms[config.head.task], config.head
+    hf = {"model_type": family.model_type, "architectures": [form.architecture]}
     hf |= {key: getattr(config, field) for field, key in family.keys.items()}
+    hf[family.keys["max_positions"]] += config.position_offset
+    if head.labels:
+        hf |= names_of_labels([f"LABEL_{i}" for i in range(head.labels)])
+    said = {**dataclasses.asdict(head), "pool": {ours: theirs for theirs, ours in POOLS.items()}.get(head.pool)}
+    hf |= {key: said[field] for field, key in form.keys.items()}
     hf[family.keys["activation"]] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     hf |= _windows_to_hf(config, family)
-    if config.positions == "rotary":
-        hf |= rope_to_hf(config)
+    hf |= rope_to_hf(config)
     said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(config)
     lost = [f"{field} = {meant[field]!r}" for field in meant if said[field] != meant[field]]
     if lost:
@@ -423,26 +308,52 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
     return hf
 
 
-def module_name(path: str, family: Family) -> str:
+def names_of_labels(names: list[str]) -> dict:
+    """What config.json says of labels, in the order of their ids."""
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def modules(family: Family, config: ModelConfig) -> list[Module]:
+    """The modules of a model, those of its head among them, by the names that its class gives them."""
+    form = family.forms[config.head.task]
+    names = [m.name if not form.prefix else form.prefix + m.name.removeprefix(family.prefix) for m in family.modules]
+    return [m._replace(name=name) for m, name in zip(family.modules, names, strict=True)] + list(form.modules)
+
+
+def other_heads(family: Family, config: ModelConfig) -> tuple[str, ...]:
+    """Starts of the names of tensors that a model for another task has and this one has not."""
+    mine = {module.name for module in modules(family, config)}
+    known = {module.name for form in family.forms.values() for module in form.modules}
+    return tuple(f"{name}." for name in known - mine)
+
+
+def module_name(path: str, family: Family, config: ModelConfig) -> str:
     """`layers/attn/q_proj` -> `model.layers.{l}.self_attn.q_proj`. Raises KeyError for a path outside the table."""
-    return {module.path: module.name for module in family.modules}[path]
+    return {module.path: module.name for module in modules(family, config)}[path]
 
 
 def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
-    """Path -> module name of every linear map of a model, tables of embeddings among them, in the table's order."""
-    found = shapes(config)
+    """Path -> module name of every linear map of a model, tables of embeddings among them, in the table's order.
+
+    The maps of a head over labels are none of them: they are trained as they are, see ftjax.tuning.head.
+    """
+    found = {path for path in shapes(config) if not path.startswith("head/")}
     leaves = ("kernel", "embedding")
-    return {m.path: m.name for m in family.modules if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
+    return {m.path: m.name for m in modules(family, config) if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
 
 
 def tensor_names(family: Family, config: ModelConfig) -> dict[str, tuple[list[str], bool]]:
-    """Path of each parameter -> names of its tensors on disk, one a layer if stacked; whether they are (in, out)."""
+    """Path of each parameter -> names of its tensors on disk, one a layer if stacked; whether they are (in, out).
+
+    A layer that lacks the module has an empty name.
+    """
     names, expected = {}, shapes(config)
-    for module in family.modules:
+    for module in modules(family, config):
         layers = range(config.layers) if module.path.startswith("layers/") else (0,)
         for leaf, suffix in LEAVES.items():
             if (path := f"{module.path}/{leaf}") in expected:
-                stored = [f"{module.name.format(l=layer)}.{suffix}" for layer in layers]
+                found = [f"{module.name.format(l=layer)}.{suffix}" for layer in layers]
+                stored = [""] * module.first + found[module.first :]
                 names[path] = (stored, module.transposed and leaf == "kernel")
     return names
 
@@ -456,27 +367,53 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear["attn/c_attn"] = (q + 2 * kv, D, c.qkv_bias)
     else:
         linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if c.gated:
+    if c.fused_gate:
+        del linear["mlp/up_proj"]
+        linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)
+    elif c.gated:
         linear["mlp/gate_proj"] = (F, D, c.mlp_bias)
     norms = {"attn_norm": D, "mlp_norm": D}
     if c.qk_norm:
         norms |= {"attn/q_norm": c.head_dim, "attn/k_norm": c.head_dim}
 
-    out = {"embed/embedding": (c.vocab_size, D), "final_norm/scale": (D,)}
+    out = {"embed/embedding": (c.vocab_size, D)}
     if c.positions == "learned":
-        out["pos_embed/embedding"] = (c.max_positions, D)
-    if c.norm == "layer":
-        out["final_norm/bias"] = (D,)
-    if not c.tied:
+        out["pos_embed/embedding"] = (c.position_offset + c.max_positions, D)
+    if c.types:
+        out["type_embed/embedding"] = (c.types, D)
+    single = [name for name, there in (("embed_norm", c.embed_norm), ("final_norm", c.final_norm)) if there]
+    if c.head.norm:
+        single.append("head/norm")
+    for name in single:
+        out[f"{name}/scale"] = (D,)
+        if c.norm == "layer" and c.norm_bias:
+            out[f"{name}/bias"] = (D,)
+    if c.head.task in ("causal", "masked") and not c.tied:
         out["lm_head/kernel"] = (c.vocab_size, D)
+    out |= _head_shapes(c)
     for name, size in norms.items():
         out[f"layers/{name}/scale"] = (L, size)
-        if c.norm == "layer":
+        if c.norm == "layer" and c.norm_bias:
             out[f"layers/{name}/bias"] = (L, size)
     for name, (rows, columns, bias) in linear.items():
         out[f"layers/{name}/kernel"] = (L, rows, columns)
         if bias:
             out[f"layers/{name}/bias"] = (L, rows)
+    return out
+
+
+def _head_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    head, D, out = c.head, c.width, {}
+    if head.activation:
+        out["head/dense/kernel"] = (D, D)
+        if head.dense_bias:
+            out["head/dense/bias"] = (D,)
+    if head.labels:
+        out["head/out/kernel"] = (head.labels, D)
+        if head.bias:
+            out["head/out/bias"] = (head.labels,)
+    elif head.task == "masked" and head.bias:
+        out["head/bias"] = (c.vocab_size,)
     return out
 
 

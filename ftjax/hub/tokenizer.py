@@ -86,6 +86,12 @@ def end_token(tokenizer, end: str = "") -> int:
     return ids[0]
 
 
+def pad_token(folder: Path) -> int | None:
+    """Id of the token that fills rows up: the tokenizer's own, or else its end-of-text."""
+    tokenizer = load_tokenizer(folder)
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:
     """The token by which a chat template ends an assistant's text, and the ids of what it puts behind that token.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.families import Family, is_buffer, read_json, rope_to_hf, shapes, tensor_names, to_hf
+from ftjax.hub.families import (
+    is_buffer,
+    names_of_labels,
+    other_heads,
+    read_json,
+    rope_to_hf,
+    shapes,
+    tensor_names,
+    to_hf,
+)
+from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import new_folder, write_json
-from ftjax.hub.tokenizer import copy_tokenizer
+from ftjax.hub.tokenizer import copy_tokenizer, pad_token
 from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import chosen
 from ftjax.tree import flatten, unflatten
@@ -96,22 +108,29 @@ def read_params(
     shardings: dict | None = None,
     dtype: Callable[[str], np.dtype] | None = None,
     quantise: Callable[[jax.Array], Any] | None = None,
+    new_head: jax.Array | None = None,
 ) -> dict:
     """The parameters in a model directory as a tree of jax arrays.
 
     shardings: tree of jax.sharding.Sharding like the parameters; each device's part alone is read for it. None: the
     default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
     a time. quantise: (out, in) float32 -> what is kept of it, for every layer of the kernels that are quantised (see
-    ftjax.models.quantised.chosen); never are two layers of one whole on a device.
+    ftjax.models.quantised.chosen); never are two layers of one whole on a device. new_head: key by which modules of the
+    head that the files lack are made; None: they may lack none.
     Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
     """
-    located = _locate(Path(folder), family, config)
+    located = _locate(Path(folder), family, config, new_head is not None)
     shardings = flatten(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes(config).items():
         tensors, transposed = located[path]
-        target = np.dtype(dtype(path) if dtype else jnp.result_type(*{DTYPES[t.dtype] for t in tensors}))
+        dtypes = {DTYPES[t.dtype] for t in tensors if t} or {"float32"}
+        target = np.dtype(dtype(path) if dtype else jnp.result_type(*dtypes))
         sharding = shardings[path] if shardings else None
+        if not tensors:
+            made = _fresh(path, shape, config, jax.random.fold_in(new_head, zlib.crc32(path.encode())))
+            params[path] = _place(functools.partial(_cut, np.asarray(made, target)), shape, sharding)
+            continue
         # One after another: transfers in flight would keep the host's copies of several parameters alive at once.
         if quantise and chosen(path):
             # From float32 whatever the run computes in: so a run and who loads it anywhere have one and the same base.
@@ -121,6 +140,23 @@ def read_params(
         load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
+
+
+def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
+    """The modules of the head that a directory's files do not have, as `head/out`."""
+    located = _locate(Path(folder), family, config, True)
+    return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, (tensors, _) in located.items() if not tensors))
+
+
+def _fresh(path: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Array) -> jax.Array:
+    """A parameter of a new head, as transformers begins it: kernels normal, scales 1, biases 0."""
+    if path.endswith("/kernel"):
+        return config.initializer_range * jax.random.normal(key, shape)
+    return jnp.full(shape, 1.0 if path.endswith("/scale") else 0.0)
+
+
+def _cut(x: np.ndarray, bounds) -> np.ndarray:
+    return x[tuple(slice(*b) for b in bounds)]
 
 
 def _quantised(load: Callable, shape: tuple[int, ...], sharding, quantise: Callable):
@@ -157,7 +193,7 @@ def _load(tensors, transposed, stacked, dtype, bounds) -> np.ndarray:
     (first, last), rest = bounds[0], bounds[1:]
     out = np.empty([stop - start for start, stop in bounds], dtype)
     for row, tensor in enumerate(tensors[first:last]):
-        out[row] = _slice(tensor, rest, transposed)
+        out[row] = 1 if tensor is None else _slice(tensor, rest, transposed)  # a norm that this layer does without
     return out
 
 
@@ -169,9 +205,23 @@ def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
     return part.T if transposed else part
 
 
-def _locate(folder: Path, family: Family, config: ModelConfig) -> dict[str, tuple[list[Stored], bool]]:
-    """Path -> where its tensors lie, one a layer, and whether transposed; all names and shapes checked."""
-    stored = {name.removeprefix(family.prefix): tensor for name, tensor in stored_tensors(folder).items()}
+def _plain(name: str, family: Family) -> str:
+    """A tensor's name without what files may leave out, and by the newer of two spellings."""
+    for prefix in (family.prefix, *(form.prefix for form in family.forms.values())):
+        if prefix and name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+
+
+def _locate(
+    folder: Path, family: Family, config: ModelConfig, new_head: bool = False
+) -> dict[str, tuple[list[Stored | None], bool]]:
+    """Path -> where its tensors lie, one a layer, and whether transposed; all names and shapes checked.
+
+    None: a layer that lacks the module. new_head: modules of the head may be missing, and then have no tensors.
+    """
+    stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
     used = set()
     for path, (names, transposed) in tensor_names(family, config).items():
@@ -179,8 +229,13 @@ def _locate(folder: Path, family: Family, config: ModelConfig) -> dict[str, tupl
         shape = shape[::-1] if transposed else shape
         found = []
         for name in names:
-            tensor = stored.get(name.removeprefix(family.prefix))
+            if not name:
+                found.append(None)
+                continue
+            tensor = stored.get(_plain(name, family))
             if tensor is None:
+                if path.startswith("head/") and new_head:
+                    continue
                 problems.append(f"tensor {name} {shape} is missing")
                 continue
             used.add(tensor.name)
@@ -194,15 +249,17 @@ def _locate(folder: Path, family: Family, config: ModelConfig) -> dict[str, tupl
                 )
         out[path] = (found, transposed)
     head = stored.get("lm_head.weight")
-    if config.tied and head is not None and not problems:
+    if config.tied and config.head.task == "causal" and head is not None and not problems:
         used.add(head.name)
         if not _equal(head, out["embed/embedding"][0][0]):
             problems.append(
                 f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
                 "one; set it to false in config.json"
             )
+    others = tuple(_plain(name, family) for name in other_heads(family, config))
     for tensor in stored.values():
-        if tensor.name not in used and not is_buffer(tensor.name, family):
+        told_elsewhere = is_buffer(tensor.name, family) or _plain(tensor.name, family).startswith(others)
+        if tensor.name not in used and not told_elsewhere:
             problems.append(f"{tensor.file.name}: tensor {tensor.name} {tensor.shape} is not expected")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -232,6 +289,7 @@ def write_model(
     dtype: str | None = None,
     shard_size: float = 5e9,
     end_tokens: tuple[int, ...] = (),
+    labels: tuple[str, ...] = (),
     overwrite: bool = False,
     record: dict | None = None,
 ) -> None:
@@ -239,13 +297,15 @@ def write_model(
 
     source: the directory that the model came from; its config, tokenizer, template and generation config go along.
     None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
-    most, unless one tensor is larger. end_tokens: added to the ids that end a generation. A tied model whose `params`
-    hold an `lm_head` has been untied by training: both tables are written, and config.json says so.
+    most, unless one tensor is larger. end_tokens: added to the ids that end a generation. labels: names of a head's
+    labels, in the order of their ids. A tied model whose `params` hold an `lm_head` has been untied by training: both
+    tables are written, and config.json says so.
     record: see new_folder. Of several processes all must call, and the first writes.
     Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
     """
     leaves = flatten(params)
-    config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)
+    if config.head.task in ("causal", "masked"):
+        config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)
     expected, found = shapes(config), {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if expected != found:
         paths = [path for path in expected | found if expected.get(path) != found.get(path)]
@@ -256,10 +316,13 @@ def write_model(
     hf = to_hf(family, config)
     if source:
         hf |= read_json(Path(source) / "config.json")
-    hf |= {"architectures": [family.architecture], "tie_word_embeddings": config.tied}
+    hf |= {"architectures": [family.forms[config.head.task].architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
-    if config.positions == "rotary":
-        hf |= rope_to_hf(config)
+    hf |= rope_to_hf(config)
+    if config.head.labels:
+        hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
+    if config.head.pool == "last" and hf.get("pad_token_id") is None:
+        hf["pad_token_id"] = pad_token(source) if source else None  # by it transformers finds a row's last token
     pieces = _pieces(leaves, tensor_names(family, config), dtype)
     if jax.process_index():  # the first process writes; the others help it to gather what lies on several hosts
         for piece in pieces:
@@ -268,7 +331,8 @@ def write_model(
     with new_folder(out, overwrite, record) as folder:
         _write_shards(folder, pieces, leaves, dtype, shard_size)
         write_json(folder / "config.json", hf)
-        write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
+        if config.head.task == "causal":
+            write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
         if source:
             copy_tokenizer(source, folder)
 
@@ -298,9 +362,9 @@ def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
     for path, (stored, transposed) in names.items():
         layers = range(len(stored)) if path.startswith("layers/") else [None]
         size = leaves[path].size // len(stored) * np.dtype(dtype).itemsize
-        pieces += [_Piece(name, path, l, transposed, size) for name, l in zip(stored, layers, strict=True)]
+        pieces += [_Piece(name, path, l, transposed, size) for name, l in zip(stored, layers, strict=True) if name]
     depth = {piece.layer for piece in pieces if piece.layer is not None}
-    after = ("final_norm", "lm_head")
+    after = ("final_norm", "lm_head", "head")
     return sorted(
         pieces, key=lambda p: p.layer if p.layer is not None else len(depth) if p.path.startswith(after) else -1
     )

@@ -1,4 +1,4 @@
-"""Causal attention over rows that may be padded, packed, windowed or continued from a cache.
+"""Attention over rows that may be padded, packed, windowed or continued from a cache.
 
 B batch, T queries, S keys, n keys of a prefix, H heads, K KV heads, G = H / K query heads a KV head, d head size.
 """
@@ -9,16 +9,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ftjax.models.axes import ways
+from ftjax.models.by_device import by_device, mesh_that_cuts
 
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
 
-def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None):
+def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True):
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
 
     q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B,
     S) int: a query sees the keys of its own segment only; `offset` is the place of the first query among the keys;
-    `window` tokens are seen at most, itself included (0: all). prefix: further keys k (K, d, n) and values v (K, n, d)
+    `window` tokens are seen at most, itself included (0: all). Not causal, it sees those behind it too, as many as
+    before. prefix: further keys k (K, d, n) and values v (K, n, d)
     at positions 0..n-1 of every segment, which needs the queries' `positions` (B, T) from n on. Returns (B, T, H, d) in
     q's dtype; the softmax is taken in float32.
     """
@@ -27,7 +32,9 @@ def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, 
     G = H // K
     rows = jnp.arange(T)[:, None] + offset
     columns = jnp.arange(S)[None, :]
-    seen = (columns <= rows) & ((window == 0) | (rows - columns < window))
+    seen = (window == 0) | (jnp.abs(rows - columns) < window)
+    if causal:
+        seen &= columns <= rows
     seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])  # (B, T, S)
     if prefix is not None:
         n = prefix["v"].shape[1]
@@ -39,6 +46,29 @@ def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, 
     q = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     out = _softmax_product(q, k, v, seen, d**-0.5)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True):
+    """`attend` of the tokens of rows among themselves, segments (B, T). Where the mesh splits rows between devices,
+    each has its own queries, and gathers keys and values."""
+    mesh, T = mesh_that_cuts("sequence"), q.shape[1]
+    if not mesh or T % ways(mesh, "sequence"):
+        return attend(q, k, v, segments, segments, window=window, prefix=prefix, positions=positions, causal=causal)
+
+    def local(q, k, v, segments, window, prefix, positions):
+        keys, values, owners = (
+            jax.lax.all_gather(x, "sequence", axis=dim, tiled=True) for x, dim in ((k, 3), (v, 2), (segments, 1))
+        )
+        offset = jax.lax.axis_index("sequence") * q.shape[1]
+        return attend(
+            q, keys, values, segments, owners, offset=offset, window=window, prefix=prefix, positions=positions,
+            causal=causal,
+        )  # fmt: skip
+
+    tokens, everywhere = PartitionSpec(None, "sequence"), PartitionSpec()
+    keys, values = PartitionSpec(None, None, None, "sequence"), PartitionSpec(None, None, "sequence")
+    places = tokens, keys, values, tokens, everywhere, everywhere, tokens
+    return by_device(local, mesh, ("sequence",), places, tokens)(q, k, v, segments, window, prefix, positions)
 
 
 def key_layout(k, v):

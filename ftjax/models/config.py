@@ -1,4 +1,4 @@
-"""The shape of a decoder: what distinguishes one family from another, as plain data.
+"""The shape of a transformer: what distinguishes one family from another, as plain data.
 
 B batch, T tokens, D width, H heads, K KV heads, d head size, F hidden, V vocabulary, L layers.
 """
@@ -24,8 +24,22 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """What is made of the hidden states: [a dense layer, its activation,] [a norm,] and a map to `labels`."""
+
+    task: str = "causal"  # causal | masked: logits over the vocabulary | sequence | token: over labels | span: of its
+    # start and its end, over tokens | none: hidden states themselves
+    labels: int = 0  # C; 0 where it is the vocabulary
+    pool: str = ""  # sequence: which state of a segment is read: first | last | mean; empty: the one at a given place
+    activation: str = ""  # of the dense layer; empty: there is none
+    dense_bias: bool = True
+    norm: bool = False
+    bias: bool = True  # of the last map
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Static description of a decoder-only transformer; hashable, so that it can be a module's field."""
+    """Static description of a transformer; hashable, so that it can be a module's field."""
 
     vocab_size: int  # V
     width: int  # D
@@ -39,14 +53,27 @@ class ModelConfig:
     norm_eps: float = 1e-6
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     gated: bool = True  # act(gate(x)) * up(x) instead of act(up(x))
+    fused_gate: bool = False  # one projection gate_up_proj for both, the gate first
     fused_qkv: bool = False  # one projection c_attn for q, k and v, as GPT-2 has it
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rotary
+    causal: bool = True  # a token sees itself and those before it; else all of its segment
+    post_norm: bool = False  # norms behind what each sublayer adds, as BERT has them, not before each sublayer
+    first_norm: bool = True  # False: the first block's attention reads its input as it is
+    final_norm: bool = True  # a norm behind the blocks
+    embed_norm: bool = False  # a norm behind the sum of embeddings
+    norm_bias: bool = True  # of layer norms
+    types: int = 0  # token types, each with an embedding
     positions: str = "rotary"  # rotary | learned
+    position_offset: int = 0  # rows of the table of positions before that of the first
     rope_theta: float = 10000.0
+    local_theta: float = 0.0  # the same of layers with a window; 0: rope_theta
     rope_scaling: RopeScaling = RopeScaling()
-    windows: tuple[int, ...] = ()  # one a layer: tokens seen, itself included; 0: all; empty: all layers 0
+    windows: tuple[
+        int, ...
+    ] = ()  # one a layer: tokens seen to a side, itself included; 0: all; empty: all layers 0
     tied: bool = True  # the head is the embedding table
-    initializer_range: float = 0.02  # only for models made from nothing
+    initializer_range: float = 0.02  # standard deviation of kernels that are made anew
+    head: Head = Head()

@@ -1,4 +1,4 @@
-"""The parts that decoders are made of. Pure Flax Linen; parameters in float32 or bfloat16, compute in `dtype`.
+"""The parts that transformers are made of. Pure Flax Linen; parameters in float32 or bfloat16, compute in `dtype`.
 
 B batch, T tokens, D width, d head size, R rank; kernels lie (out, in), as Hugging Face stores them.
 """
@@ -109,6 +109,7 @@ class Norm(nn.Module):
     kind: str = "rms"
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True  # of a layer norm
 
     @nn.compact
     def __call__(self, x):
@@ -120,7 +121,8 @@ class Norm(nn.Module):
         else:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
             y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+            if self.use_bias:
+                y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
         return y.astype(self.dtype)
 
 

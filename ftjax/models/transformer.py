@@ -1,7 +1,7 @@
-"""One decoder for GPT-2 and the LLaMA family: a block, scanned over layers.
+"""One transformer for GPT-2, the LLaMA family and encoders like BERT: a block, scanned over layers.
 
-B batch, T tokens, n virtual tokens, S cache slots, D width, H heads, K KV heads, d head size, F hidden, V vocabulary,
-L layers.
+B batch, T tokens, M places that are read, n virtual tokens, S cache slots, D width, H heads, K KV heads, d head size,
+F hidden, V vocabulary, C labels, L layers.
 """
 
 from __future__ import annotations
@@ -10,43 +10,21 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ftjax.models.attention import attend, key_layout
-from ftjax.models.axes import constrain
+from ftjax.models.attention import attend, attend_in_row, key_layout
+from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.config import ModelConfig
 from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
 
 ACTIVATIONS = {
     "silu": nn.silu,
     "relu": nn.relu,
+    "tanh": nn.tanh,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
 STACKS = ("layers", "top_layers")  # where parameters of blocks lie, on a leading layer axis
-BEHIND = ("final_norm", "lm_head")  # where those lie that stand behind the blocks
-
-# The end of a parameter's path -> its logical axes (ftjax.models.axes). Stacked parameters have a layer axis before
-# these.
-PARAMETER_AXES = {
-    "embed/embedding": ("vocab", "embed"),
-    "pos_embed/embedding": (None, "embed"),
-    "lm_head/kernel": ("vocab", "embed"),
-    "q_proj/kernel": ("heads", "embed"),
-    "k_proj/kernel": ("kv_heads", "embed"),
-    "v_proj/kernel": ("kv_heads", "embed"),
-    "c_attn/kernel": (None, "embed"),  # q, k and v lie one after another: cutting across them would tear heads apart
-    "o_proj/kernel": ("embed", "heads"),
-    "gate_proj/kernel": ("hidden", "embed"),
-    "up_proj/kernel": ("hidden", "embed"),
-    "down_proj/kernel": ("embed", "hidden"),
-    "q_proj/bias": ("heads",),
-    "k_proj/bias": ("kv_heads",),
-    "v_proj/bias": ("kv_heads",),
-    "gate_proj/bias": ("hidden",),
-    "up_proj/bias": ("hidden",),
-    "bias": (None,),
-    "scale": (None,),
-}
+BEHIND = ("final_norm", "lm_head", "head")  # where those lie that stand behind the blocks
 
 
 class Attention(nn.Module):
@@ -76,21 +54,26 @@ class Attention(nn.Module):
             q = Norm("rms", c.norm_eps, self.dtype, name="q_norm")(q)
             k = Norm("rms", c.norm_eps, self.dtype, name="k_norm")(k)
         if c.positions == "rotary":
-            q, k = rotate(q, shared["rotary"]), rotate(k, shared["rotary"])
+            tables = shared["rotary"]
+            if c.local_theta:
+                tables = jax.tree.map(
+                    lambda local, all: jnp.where(layer["window"] > 0, local, all), shared["local"], tables
+                )
+            q, k = rotate(q, tables), rotate(k, tables)
         k, v = key_layout(k, v)
-        offset, k_segments = 0, shared["segments"]
-        if cache is not None:
-            offset, k_segments = cache["length"], cache["segments"]
+        how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
+        how["causal"] = c.causal
+        if cache is None:
+            y = attend_in_row(q, k, v, shared["segments"], **how)
+        else:
+            offset = cache["length"]
             starts = {"k": (layer["index"], 0, 0, 0, offset), "v": (layer["index"], 0, 0, offset, 0)}
             cache = cache | {
                 name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), starts[name])
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
-        y = attend(
-            q, k, v, shared["segments"], k_segments, offset=offset, window=layer["window"],
-            prefix=layer.get("prefix"), positions=shared["positions"],
-        )  # fmt: skip
+            y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how)
         y = linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d))
         return dropout(self, y, self.dropout), cache
 
@@ -110,13 +93,17 @@ class MLP(nn.Module):
         def linear(name, features):
             return Linear(features, c.mlp_bias, self.dtype, c.initializer_range, name=name)
 
-        up = linear("up_proj", c.hidden)(x)
-        h = act(linear("gate_proj", c.hidden)(x)) * up if c.gated else act(up)
+        if c.fused_gate:
+            gate, up = jnp.split(linear("gate_up_proj", 2 * c.hidden)(x), 2, axis=-1)
+        else:
+            up = linear("up_proj", c.hidden)(x)
+            gate = linear("gate_proj", c.hidden)(x) if c.gated else None
+        h = act(gate) * up if c.gated else act(up)
         return dropout(self, linear("down_proj", c.width)(h), self.dropout)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A transformer block, its norms before each sublayer, or behind what it adds."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -127,16 +114,48 @@ class Block(nn.Module):
         """carry: x (B, T, D) and the cache; layer: its `window`, `index`, `prefix`; shared: the same for all."""
         x, cache = carry
         c = self.config
-        h = Norm(c.norm, c.norm_eps, self.dtype, name="attn_norm")(x)
+        attn_norm, mlp_norm = (
+            Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name=name) for name in ("attn_norm", "mlp_norm")
+        )
+        h = x if c.post_norm else attn_norm(x)
+        if not c.first_norm:
+            h = jnp.where(layer["index"] == 0, x, h)
         h, cache = Attention(c, self.dtype, self.dropout, name="attn")(h, layer, shared, cache)
-        x = constrain(x + h, "batch", None, None)
-        h = Norm(c.norm, c.norm_eps, self.dtype, name="mlp_norm")(x)
-        x = constrain(x + MLP(c, self.dtype, self.dropout, name="mlp")(h), "batch", None, None)
-        return (x, cache), None
+        x = attn_norm(x + h) if c.post_norm else x + h
+        x = constrain(x, "batch", "tokens", None)
+        h = x if c.post_norm else mlp_norm(x)
+        h = MLP(c, self.dtype, self.dropout, name="mlp")(h)
+        x = mlp_norm(x + h) if c.post_norm else x + h
+        return (constrain(x, "batch", "tokens", None), cache), None
+
+
+class Classifier(nn.Module):
+    """What ModelConfig.head says, but for the table of embeddings that masked models end with."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x, attend=None):
+        """x (B, M, D) -> (B, M, C); with `attend`, which maps (B, M, D) to the vocabulary: (B, M, V)."""
+        c, head = self.config, self.config.head
+        if head.activation:
+            x = Linear(c.width, head.dense_bias, self.dtype, c.initializer_range, name="dense")(x)
+            x = ACTIVATIONS[head.activation](x)
+        if head.norm:
+            x = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name="norm")(x)
+        x = dropout(self, x, self.dropout)
+        if attend is None:
+            return Linear(head.labels, head.bias, self.dtype, c.initializer_range, name="out")(x)
+        y = attend(x).astype(jnp.float32)
+        if not head.bias:
+            return y
+        return y + self.param("bias", nn.initializers.zeros, (c.vocab_size,)).astype(jnp.float32)
 
 
 class Transformer(nn.Module):
-    """A causal language model: `apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits.
+    """`apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits, of the head that its config names.
 
     dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings and
     on what each sublayer adds, active when `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings,
@@ -157,7 +176,12 @@ class Transformer(nn.Module):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.width, "vocab", self.dtype, c.initializer_range)
         if c.positions == "learned":
-            self.pos_embed = Embedding(c.max_positions, c.width, None, self.dtype, c.initializer_range)
+            rows = c.position_offset + c.max_positions
+            self.pos_embed = Embedding(rows, c.width, None, self.dtype, c.initializer_range)
+        if c.types:
+            self.type_embed = Embedding(c.types, c.width, None, self.dtype, c.initializer_range)
+        if c.embed_norm:
+            self.embed_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
         block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
 
         def stack(layers):
@@ -175,24 +199,41 @@ class Transformer(nn.Module):
         self.layers = stack(self.lower)
         if top:
             self.top_layers = stack(c.layers - self.lower)
-        self.final_norm = Norm(c.norm, c.norm_eps, self.dtype)
+        if c.final_norm:
+            self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
         self.tied = c.tied and not self.has_variable("params", "lm_head")
-        if not self.tied:
+        if c.head.task in ("causal", "masked") and not self.tied:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, c.initializer_range)
+        if c.head.task not in ("causal", "none"):
+            self.head = Classifier(c, self.dtype, self.dropout)
 
-    def __call__(self, tokens, positions=None, segment_ids=None, cache=None):
-        """tokens (B, T) int -> logits (B, T, V) float32; with a cache: (logits, cache). See `hidden`."""
+    def __call__(self, tokens, positions=None, segment_ids=None, cache=None, types=None):
+        """tokens (B, T) int -> logits float32 of every token, (B, T, V) or (B, T, C); with a cache: (logits, cache).
+
+        See `hidden`.
+        """
         if cache is None:
-            return self.head(self.hidden(tokens, positions, segment_ids))
+            return self.logits(self.hidden(tokens, positions, segment_ids, types=types))
         x, cache = self.hidden(tokens, positions, segment_ids, cache)
-        return self.head(x), cache
+        return self.logits(x), cache
 
-    def hidden(self, tokens, positions=None, segment_ids=None, cache=None):
+    def read(self, tokens, positions, segment_ids, index, types=None):
+        """The states that a head reads, (B, M, D): those at places `index` (B, M), or means over their segments."""
+        x = self.hidden(tokens, positions, segment_ids, types=types)
+        if self.config.head.pool != "mean":
+            return jnp.take_along_axis(x, index[..., None], axis=1)
+        segments = jnp.take_along_axis(segment_ids, index, axis=1)
+        mine = (segments[..., None] == segment_ids[:, None, :]).astype(jnp.float32)  # (B, M, T)
+        mean = jnp.einsum("bmt,btd->bmd", mine, x.astype(jnp.float32)) / mine.sum(-1, keepdims=True)
+        return mean.astype(x.dtype)
+
+    def hidden(self, tokens, positions=None, segment_ids=None, cache=None, types=None):
         """Hidden states after the last norm, (B, T, D); with a cache: (states, cache).
 
         positions (B, T) int: place in its own document, 0 first; default: 0..T-1.
         segment_ids (B, T) int: tokens see only tokens of their own id; 0 is padding by convention; default: one
         segment. cache: from `make_cache`; the T tokens are appended at `cache["length"]`, padding included.
+        types (B, T) int: of tokens, where the model has such; default: 0.
 
         A soft prompt or prefix of n virtual tokens stands before every segment: places count from behind it, and a
         token is given the position n later.
@@ -207,8 +248,9 @@ class Transformer(nn.Module):
         if prefix is not None:
             positions = positions + prefix["v"].shape[-2]
         x = neftune(self, self.embed(tokens), self.neftune, segment_ids)
-        x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix)
-        x = self.final_norm(x)
+        x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix, types)
+        if self.config.final_norm:
+            x = self.final_norm(x)
         return x if cache is None else (x, new_cache)
 
     def prefix(self):
@@ -227,15 +269,21 @@ class Transformer(nn.Module):
         _, cache = self.blocks(x, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32), cache)
         return {"k": cache["k"][:, 0], "v": cache["v"][:, 0]}
 
-    def blocks(self, x, positions, segment_ids, cache, prefix=None):
+    def blocks(self, x, positions, segment_ids, cache, prefix=None, types=None):
         """Embeddings x (B, T, D) -> states before the last norm (B, T, D), and the cache with theirs written."""
         c, T = self.config, x.shape[1]
         shared = {"segments": segment_ids, "positions": positions}
+        if c.types:
+            x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
         if c.positions == "learned":
-            x = x + self.pos_embed(positions)
+            x = x + self.pos_embed(positions + c.position_offset)
         else:
             shared["rotary"] = rotary_tables(positions, rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        x = constrain(dropout(self, x, self.dropout), "batch", None, None)
+        if c.local_theta:
+            shared["local"] = rotary_tables(positions, rotary_frequencies(c.head_dim, c.local_theta, c.rope_scaling))
+        if c.embed_norm:
+            x = self.embed_norm(x)
+        x = constrain(dropout(self, x, self.dropout), "batch", "tokens", None)
         layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
         if prefix is not None:
             layer["prefix"] = prefix
@@ -247,10 +295,16 @@ class Transformer(nn.Module):
             (x, cache), _ = self.top_layers((x, cache), jax.tree.map(lambda a: a[self.lower :], layer), shared)
         return x, None if cache is None else cache | {"length": cache["length"] + T}
 
-    def head(self, x):
-        """Hidden states (B, T, D) -> logits (B, T, V) float32."""
-        logits = self.embed.attend(x) if self.tied else self.lm_head(x)
-        return constrain(logits.astype(jnp.float32), "batch", None, "vocab")
+    def logits(self, x):
+        """States (B, T, D) -> float32: (B, T, V), or (B, T, C) of a head over labels; without a head x itself."""
+        task = self.config.head.task
+        if task == "none":
+            return x.astype(jnp.float32)
+        if task not in ("causal", "masked"):
+            return self.head(x).astype(jnp.float32)
+        attend = self.embed.attend if self.tied else self.lm_head
+        y = attend(x) if task == "causal" else self.head(x, attend)
+        return constrain(y.astype(jnp.float32), "batch", "tokens", "vocab")
 
 
 def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> dict:

@@ -35,7 +35,7 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
 
     def chunk_sums(variables, rngs, states, labels, weights):
-        logits = model.apply(variables, states, rngs=rngs, method="head")
+        logits = model.apply(variables, states, rngs=rngs, method="logits")
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         loss = normaliser - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         smooth = loss

@@ -78,7 +78,7 @@ def _tensors(parts, params, spec) -> dict[str, np.ndarray]:
 
 
 def _nothing(spec) -> tuple[dict, dict[str, np.ndarray]]:
-    module, (V, D) = families.module_name("embed", spec.family), (spec.model.vocab_size, spec.model.width)
+    module, (V, D) = families.module_name("embed", spec.family, spec.model), (spec.model.vocab_size, spec.model.width)
     config = {
         "peft_type": "LORA",
         "r": 1,

@@ -28,13 +28,19 @@ def test_missing_keys_mean_what_transformers_assumes(kind):
     for field, key in family.keys.items():
         value = getattr(theirs, key, None) or 4096 // 32 if key == "head_dim" else getattr(theirs, key)
         if field == "activation":
-            value = {"silu": "silu", "gelu_new": "gelu_tanh"}[value]
+            value = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh"}[value]
+        if field == "max_positions":
+            value -= ours.position_offset
         if key == "n_inner":
             value = 4 * theirs.n_embd
         assert getattr(ours, field) == value, field
-    if ours.positions == "rotary":
+    if ours.local_theta:
+        assert ours.rope_theta == theirs.rope_parameters["full_attention"]["rope_theta"]
+        assert ours.local_theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
+    elif ours.positions == "rotary":
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    windows = {"mistral": (4096,) * 32}.get(kind, ())
+    modern = tuple(65 if kind == "sliding_attention" else 0 for kind in getattr(theirs, "layer_types", None) or ())
+    windows = {"mistral": (4096,) * 32, "modernbert": modern}.get(kind, ())
     assert ours.windows == windows
 
 
@@ -66,7 +72,8 @@ def test_module_names_are_the_referees(variant):
     theirs = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding, Conv1D))}
     ours = {name.format(l=i) for name in linear_names(family, config).values() for i in range(config.layers)}
     assert ours == (theirs - {"lm_head"} if config.tied else theirs)
-    assert module_name("layers/attn/q_proj", FAMILIES["llama"]) == "model.layers.{l}.self_attn.q_proj"
+    path = "layers/attn/c_attn" if family.model_type == "gpt2" else "layers/attn/q_proj"
+    assert module_name(path, family, config) == linear_names(family, config)[path]
 
 
 SCALED = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)

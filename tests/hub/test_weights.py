@@ -260,7 +260,7 @@ def drop(name):
             lambda t: t | {"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)},
             r"model.safetensors: tensor model.layers.0.self_attn.q_proj.bias \(16,\) is not expected",
         ),
-        (lambda t: t | {"score.weight": np.ones((2, 16), np.float32)}, r"score.weight \(2, 16\) is not expected"),
+        (lambda t: t | {"gate.weight": np.ones((2, 16), np.float32)}, r"gate.weight \(2, 16\) is not expected"),
         (lambda t: t | {"model.norm.weight": np.ones(16, np.int8)}, r"norm.weight is I8, expected one of .*quantised"),
     ],
 )

@@ -1,0 +1,513 @@
+"""Facts about model families, a row each: names of tensors, keys of config.json, what stands behind the blocks.
+
+D width, F hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from ftjax.models.config import Head
+
+
+class Module(NamedTuple):
+    """One module: our path, its name in Hugging Face's model (`{l}`: the layer), and how its weight lies there."""
+
+    path: str
+    name: str
+    transposed: bool = False  # stored (in, out), as GPT-2's Conv1D does, not (out, in)
+    first: int = 0  # the lowest layer that has it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Form:
+    """A model of a family for one task: the class that transformers loads it with, and its head."""
+
+    architecture: str
+    head: Head
+    modules: tuple[Module, ...] = ()
+    prefix: str = ""  # that names of the other modules have instead of the family's
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)  # field of Head -> key of config.json
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """A row of FAMILIES: the names of a `model_type`, and what its config.json means."""
+
+    model_type: str
+    forms: dict[str, Form]  # task of Head -> form; the first is that of files which name none
+    modules: tuple[Module, ...]
+    prefix: str  # start of tensor names that some files leave out
+    keys: dict[str, str]  # field of ModelConfig -> key of config.json
+    defaults: dict[str, object]  # key -> what transformers 4 and 5 both assume where config.json leaves it out
+    constants: dict[str, object]  # fields of ModelConfig that are the same in the whole family
+    only: dict[str, tuple]  # key -> the values, of those that change the logits, which Transformer can compute
+    buffers: str = r"$^"  # regular expression of stored tensors that are no parameters
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of keys
+
+
+def decoder_forms(name: str, head: str, tagger: str = "score", span: str = "") -> dict[str, Form]:
+    """Those of a decoder: head: the module of its causal model; tagger: that of its token classifier; span: see
+    Form.prefix, of its model for answers."""
+    return {
+        "causal": Form(f"{name}{head}", Head(), (Module("lm_head", "lm_head"),)),
+        "sequence": Form(
+            f"{name}ForSequenceClassification",
+            Head("sequence", pool="last", bias=False),
+            (Module("head/out", "score"),),
+        ),
+        "token": Form(f"{name}ForTokenClassification", Head("token"), (Module("head/out", tagger),)),
+        "span": Form(f"{name}ForQuestionAnswering", Head("span"), (Module("head/out", "qa_outputs"),), span),
+    }
+
+
+LLAMA_MODULES = (
+    Module("embed", "model.embed_tokens"),
+    Module("layers/attn_norm", "model.layers.{l}.input_layernorm"),
+    Module("layers/attn/q_proj", "model.layers.{l}.self_attn.q_proj"),
+    Module("layers/attn/k_proj", "model.layers.{l}.self_attn.k_proj"),
+    Module("layers/attn/v_proj", "model.layers.{l}.self_attn.v_proj"),
+    Module("layers/attn/q_norm", "model.layers.{l}.self_attn.q_norm"),
+    Module("layers/attn/k_norm", "model.layers.{l}.self_attn.k_norm"),
+    Module("layers/attn/o_proj", "model.layers.{l}.self_attn.o_proj"),
+    Module("layers/mlp_norm", "model.layers.{l}.post_attention_layernorm"),
+    Module("layers/mlp/gate_proj", "model.layers.{l}.mlp.gate_proj"),
+    Module("layers/mlp/up_proj", "model.layers.{l}.mlp.up_proj"),
+    Module("layers/mlp/down_proj", "model.layers.{l}.mlp.down_proj"),
+    Module("final_norm", "model.norm"),
+)
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "activation": "hidden_act",
+    "tied": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+QWEN_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151936,
+    "num_key_value_heads": 32,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
+LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
+LLAMA_BUFFERS = r"rotary_emb\.inv_freq$"
+
+DECODERS = (
+    Family(
+        model_type="gpt2",
+        forms=decoder_forms("GPT2", "LMHeadModel", tagger="classifier"),
+        modules=(
+            Module("embed", "transformer.wte"),
+            Module("pos_embed", "transformer.wpe"),
+            Module("layers/attn_norm", "transformer.h.{l}.ln_1"),
+            Module("layers/attn/c_attn", "transformer.h.{l}.attn.c_attn", transposed=True),
+            Module("layers/attn/o_proj", "transformer.h.{l}.attn.c_proj", transposed=True),
+            Module("layers/mlp_norm", "transformer.h.{l}.ln_2"),
+            Module("layers/mlp/up_proj", "transformer.h.{l}.mlp.c_fc", transposed=True),
+            Module("layers/mlp/down_proj", "transformer.h.{l}.mlp.c_proj", transposed=True),
+            Module("final_norm", "transformer.ln_f"),
+        ),
+        prefix="transformer.",
+        keys={
+            "vocab_size": "vocab_size",
+            "width": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "hidden": "n_inner",
+            "max_positions": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+            "tied": "tie_word_embeddings",
+            "initializer_range": "initializer_range",
+        },
+        defaults={
+            "vocab_size": 50257,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "n_inner": None,
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+        },
+        constants={
+            "norm": "layer",
+            "gated": False,
+            "fused_qkv": True,
+            "qkv_bias": True,
+            "out_bias": True,
+            "mlp_bias": True,
+            "positions": "learned",
+        },
+        only={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+        },
+        buffers=r"\.attn\.(bias|masked_bias)$",
+        aliases={
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
+    ),
+    Family(
+        model_type="llama",
+        forms=decoder_forms("Llama", "ForCausalLM", span="transformer."),
+        modules=LLAMA_MODULES,
+        prefix="model.",
+        keys=LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        defaults=LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
+        constants=LLAMA_CONSTANTS,
+        only=LLAMA_ONLY,
+        buffers=LLAMA_BUFFERS,
+    ),
+    Family(
+        model_type="mistral",
+        forms=decoder_forms("Mistral", "ForCausalLM"),
+        modules=LLAMA_MODULES,
+        prefix="model.",
+        keys=LLAMA_KEYS,
+        defaults=LLAMA_DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        constants=LLAMA_CONSTANTS,
+        only=LLAMA_ONLY | {"layer_types": (None,)},
+        buffers=LLAMA_BUFFERS,
+    ),
+    Family(
+        model_type="qwen2",
+        forms=decoder_forms("Qwen2", "ForCausalLM", span="transformer."),
+        modules=LLAMA_MODULES,
+        prefix="model.",
+        keys=LLAMA_KEYS,
+        defaults=QWEN_DEFAULTS,
+        constants=LLAMA_CONSTANTS | {"qkv_bias": True},
+        only=LLAMA_ONLY,
+        buffers=LLAMA_BUFFERS,
+    ),
+    Family(
+        model_type="qwen3",
+        forms=decoder_forms("Qwen3", "ForCausalLM", span="transformer."),
+        modules=LLAMA_MODULES,
+        prefix="model.",
+        keys=LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias"},
+        defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+        constants=LLAMA_CONSTANTS | {"qk_norm": True},
+        only=LLAMA_ONLY,
+        buffers=LLAMA_BUFFERS,
+    ),
+)
+
+
+BERT_DEFAULTS = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+BERT_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "types": "type_vocab_size",
+    "norm_eps": "layer_norm_eps",
+    "activation": "hidden_act",
+    "tied": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}
+BERT_CONSTANTS = {
+    "norm": "layer",
+    "gated": False,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "causal": False,
+    "post_norm": True,
+    "final_norm": False,
+    "embed_norm": True,
+    "positions": "learned",
+}
+BERT_ONLY = {"is_causal": (False,), "is_decoder": (False,), "position_embedding_type": ("absolute",)}
+
+
+def bert_modules(base: str) -> tuple[Module, ...]:
+    """Those of BERT and RoBERTa; base: the name that their task models give the encoder."""
+    layer = f"{base}.encoder.layer.{{l}}"
+    return (
+        Module("embed", f"{base}.embeddings.word_embeddings"),
+        Module("pos_embed", f"{base}.embeddings.position_embeddings"),
+        Module("type_embed", f"{base}.embeddings.token_type_embeddings"),
+        Module("embed_norm", f"{base}.embeddings.LayerNorm"),
+        Module("layers/attn/q_proj", f"{layer}.attention.self.query"),
+        Module("layers/attn/k_proj", f"{layer}.attention.self.key"),
+        Module("layers/attn/v_proj", f"{layer}.attention.self.value"),
+        Module("layers/attn/o_proj", f"{layer}.attention.output.dense"),
+        Module("layers/attn_norm", f"{layer}.attention.output.LayerNorm"),
+        Module("layers/mlp/up_proj", f"{layer}.intermediate.dense"),
+        Module("layers/mlp/down_proj", f"{layer}.output.dense"),
+        Module("layers/mlp_norm", f"{layer}.output.LayerNorm"),
+    )
+
+
+def encoder_forms(name: str, activation: str = "", **tasks: tuple[Head, tuple[Module, ...]]) -> dict[str, Form]:
+    """The bare encoder, and one with each of the heads; activation: the key that names that of the masked one's."""
+    names = {
+        "masked": "ForMaskedLM",
+        "sequence": "ForSequenceClassification",
+        "token": "ForTokenClassification",
+        "span": "ForQuestionAnswering",
+    }
+    keys = {"masked": {"activation": activation}} if activation else {}
+    forms = {t: Form(f"{name}{names[t]}", head, mods, keys=keys.get(t, {})) for t, (head, mods) in tasks.items()}
+    return {"none": Form(f"{name}Model", Head("none"))} | forms
+
+
+CLASSIFIER, ANSWERS = (Module("head/out", "classifier"),), (Module("head/out", "qa_outputs"),)
+MODERNBERT_HEAD = (Module("head/dense", "head.dense"), Module("head/norm", "head.norm"))
+MODERNBERT_HEAD_KEYS = {"activation": "classifier_activation", "dense_bias": "classifier_bias"}
+
+
+def modernbert_forms() -> dict[str, Form]:
+    """ModernBERT's: all heads have its dense layer and norm, which config.json describes."""
+
+    def form(task, name, last, keys=None, **fields):
+        head = Head(task, activation="gelu", dense_bias=False, norm=True, **fields)
+        return Form(f"ModernBert{name}", head, (*MODERNBERT_HEAD, last), keys=MODERNBERT_HEAD_KEYS | (keys or {}))
+
+    last = CLASSIFIER[0]
+    return {
+        "none": Form("ModernBertModel", Head("none")),
+        "masked": form("masked", "ForMaskedLM", Module("head", "decoder"), {"bias": "decoder_bias"}),
+        "sequence": form("sequence", "ForSequenceClassification", last, {"pool": "classifier_pooling"}, pool="first"),
+        "token": form("token", "ForTokenClassification", last),
+        "span": form("span", "ForQuestionAnswering", last),
+    }
+
+
+ENCODERS = (
+    Family(
+        model_type="bert",
+        forms=encoder_forms(
+            "Bert",
+            "hidden_act",
+            masked=(
+                Head("masked", activation="gelu", norm=True),
+                (
+                    Module("head/dense", "cls.predictions.transform.dense"),
+                    Module("head/norm", "cls.predictions.transform.LayerNorm"),
+                    Module("head", "cls.predictions"),
+                ),
+            ),
+            sequence=(
+                Head("sequence", pool="first", activation="tanh"),
+                (Module("head/dense", "bert.pooler.dense"), *CLASSIFIER),
+            ),
+            token=(Head("token"), CLASSIFIER),
+            span=(Head("span"), ANSWERS),
+        ),
+        modules=bert_modules("bert"),
+        prefix="bert.",
+        keys=BERT_KEYS,
+        defaults=BERT_DEFAULTS,
+        constants=BERT_CONSTANTS,
+        only=BERT_ONLY,
+        buffers=r"embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$|cls\.seq_relationship\.",
+    ),
+    Family(
+        model_type="roberta",
+        forms=encoder_forms(
+            "Roberta",
+            masked=(
+                Head("masked", activation="gelu", norm=True),
+                (
+                    Module("head/dense", "lm_head.dense"),
+                    Module("head/norm", "lm_head.layer_norm"),
+                    Module("head", "lm_head"),
+                ),
+            ),
+            sequence=(
+                Head("sequence", pool="first", activation="tanh"),
+                (Module("head/dense", "classifier.dense"), Module("head/out", "classifier.out_proj")),
+            ),
+            token=(Head("token"), CLASSIFIER),
+            span=(Head("span"), ANSWERS),
+        ),
+        modules=bert_modules("roberta"),
+        prefix="roberta.",
+        keys=BERT_KEYS,
+        defaults=BERT_DEFAULTS | {"vocab_size": 50265},
+        constants=BERT_CONSTANTS | {"position_offset": 2},  # behind that of the padding token, 1
+        only=BERT_ONLY | {"pad_token_id": (1,)},
+        buffers=r"embeddings\.position_ids$|lm_head\.decoder\.(weight|bias)$|pooler\.dense\.",
+    ),
+    Family(
+        model_type="distilbert",
+        forms=encoder_forms(
+            "DistilBert",
+            "activation",
+            masked=(
+                Head("masked", activation="gelu", norm=True),
+                (
+                    Module("head/dense", "vocab_transform"),
+                    Module("head/norm", "vocab_layer_norm"),
+                    Module("head", "vocab_projector"),
+                ),
+            ),
+            sequence=(
+                Head("sequence", pool="first", activation="relu"),
+                (Module("head/dense", "pre_classifier"), *CLASSIFIER),
+            ),
+            token=(Head("token"), CLASSIFIER),
+            span=(Head("span"), ANSWERS),
+        ),
+        modules=(
+            Module("embed", "distilbert.embeddings.word_embeddings"),
+            Module("pos_embed", "distilbert.embeddings.position_embeddings"),
+            Module("embed_norm", "distilbert.embeddings.LayerNorm"),
+            Module("layers/attn/q_proj", "distilbert.transformer.layer.{l}.attention.q_lin"),
+            Module("layers/attn/k_proj", "distilbert.transformer.layer.{l}.attention.k_lin"),
+            Module("layers/attn/v_proj", "distilbert.transformer.layer.{l}.attention.v_lin"),
+            Module("layers/attn/o_proj", "distilbert.transformer.layer.{l}.attention.out_lin"),
+            Module("layers/attn_norm", "distilbert.transformer.layer.{l}.sa_layer_norm"),
+            Module("layers/mlp/up_proj", "distilbert.transformer.layer.{l}.ffn.lin1"),
+            Module("layers/mlp/down_proj", "distilbert.transformer.layer.{l}.ffn.lin2"),
+            Module("layers/mlp_norm", "distilbert.transformer.layer.{l}.output_layer_norm"),
+        ),
+        prefix="distilbert.",
+        keys={
+            "vocab_size": "vocab_size",
+            "width": "dim",
+            "layers": "n_layers",
+            "heads": "n_heads",
+            "hidden": "hidden_dim",
+            "max_positions": "max_position_embeddings",
+            "activation": "activation",
+            "tied": "tie_word_embeddings",
+            "initializer_range": "initializer_range",
+        },
+        defaults={
+            "vocab_size": 30522,
+            "dim": 768,
+            "n_layers": 6,
+            "n_heads": 12,
+            "hidden_dim": 3072,
+            "max_position_embeddings": 512,
+            "activation": "gelu",
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+        },
+        constants=BERT_CONSTANTS | {"norm_eps": 1e-12},
+        only={"is_causal": (False,), "is_decoder": (False,), "sinusoidal_pos_embds": (False, True)},
+        buffers=r"embeddings\.position_ids$|vocab_projector\.weight$",
+        aliases={"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"},
+    ),
+    Family(
+        model_type="modernbert",
+        forms=modernbert_forms(),
+        modules=(
+            Module("embed", "model.embeddings.tok_embeddings"),
+            Module("embed_norm", "model.embeddings.norm"),
+            Module("layers/attn_norm", "model.layers.{l}.attn_norm", first=1),
+            Module("layers/attn/c_attn", "model.layers.{l}.attn.Wqkv"),
+            Module("layers/attn/o_proj", "model.layers.{l}.attn.Wo"),
+            Module("layers/mlp_norm", "model.layers.{l}.mlp_norm"),
+            Module("layers/mlp/gate_up_proj", "model.layers.{l}.mlp.Wi"),
+            Module("layers/mlp/down_proj", "model.layers.{l}.mlp.Wo"),
+            Module("final_norm", "model.final_norm"),
+        ),
+        prefix="model.",
+        keys={
+            "vocab_size": "vocab_size",
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "hidden": "intermediate_size",
+            "max_positions": "max_position_embeddings",
+            "norm_eps": "norm_eps",
+            "norm_bias": "norm_bias",
+            "qkv_bias": "attention_bias",
+            "out_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+            "activation": "hidden_activation",
+            "tied": "tie_word_embeddings",
+            "initializer_range": "initializer_range",
+        },
+        defaults={
+            "vocab_size": 50368,
+            "hidden_size": 768,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+            "intermediate_size": 1152,
+            "max_position_embeddings": 8192,
+            "norm_eps": 1e-5,
+            "norm_bias": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "hidden_activation": "gelu",
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+            "local_attention": 128,
+            "global_attn_every_n_layers": 3,
+            "layer_types": None,
+        },
+        constants={
+            "norm": "layer",
+            "gated": True,
+            "fused_gate": True,
+            "fused_qkv": True,
+            "causal": False,
+            "first_norm": False,
+            "embed_norm": True,
+            "positions": "rotary",
+        },
+        only={"is_causal": (False,), "is_decoder": (False,)},
+        buffers=r"rotary_emb\.|^decoder\.weight$",
+    ),
+)
+
+FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS)}

@@ -1,0 +1,153 @@
+"""Encoders and heads over labels against transformers: hidden states, logits, packed rows, files both ways."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from ftjax.hub import families, weights
+from ftjax.models.transformer import Transformer
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}
+DISTIL = {"vocab_size": 60, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 40, "max_position_embeddings": 64}
+MODERN = SIZES | {"local_attention": 8, "num_hidden_layers": 4, "pad_token_id": 0} | {
+    f"{name}_token_id": 1 for name in ("bos", "eos", "cls", "sep")
+}  # fmt: skip
+ENCODERS = {
+    "bert": ("bert", SIZES),
+    "bert-relu": ("bert", SIZES | {"hidden_act": "relu", "layer_norm_eps": 1e-5, "type_vocab_size": 3}),
+    "roberta": ("roberta", SIZES | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "distilbert": ("distilbert", DISTIL),
+    "modernbert": ("modernbert", MODERN),
+    "modernbert-biases": (
+        "modernbert",
+        MODERN
+        | {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}
+        | {"classifier_pooling": "mean", "classifier_activation": "relu", "decoder_bias": False},
+    ),
+}
+CLASSES = {
+    "none": "AutoModel",
+    "masked": "AutoModelForMaskedLM",
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "span": "AutoModelForQuestionAnswering",
+}
+DECODERS = {name: tiny_models.VARIANTS[name] for name in ("gpt2", "llama-tied", "mistral", "qwen3")}
+CASES = [(name, task) for name in ENCODERS for task in CLASSES]
+CASES += [(name, task) for name in DECODERS for task in ("sequence", "token", "span")]
+
+
+def make(name: str, task: str, folder):
+    """(transformers' model, our family, our shape, our parameters), of random weights saved by transformers."""
+    import torch
+    import transformers
+
+    kind, settings = (ENCODERS | DECODERS)[name]
+    labels = {} if task == "span" else {"num_labels": 3}
+    pad = {} if "pad_token_id" in settings or name == "distilbert" else {"pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **settings, **labels, **pad)
+    model = getattr(transformers, CLASSES[task]).from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder)
+    family, shape = families.read_config(folder)
+    return model, family, shape, weights.read_params(folder, family, shape)
+
+
+def theirs(model, task, tokens, mask, types=None):
+    """transformers' float32 logits, or hidden states where it has no head; of answers (B, T, 2)."""
+    import torch
+
+    kwargs = {} if types is None else {"token_type_ids": torch.tensor(types)}
+    with torch.no_grad():
+        out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask), **kwargs)
+    if task == "none":
+        return out.last_hidden_state.numpy()
+    if task == "span":
+        return np.stack([out.start_logits.numpy(), out.end_logits.numpy()], -1)
+    return out.logits.numpy()
+
+
+def rows(pad: int, seed=0):
+    """tokens, mask (2, 14): a whole row and one of 9 tokens; none of them is the padding's id."""
+    tokens = np.random.default_rng(seed).integers(2, 50, (2, 14))
+    mask = np.ones_like(tokens)
+    tokens[1, 9:], mask[1, 9:] = pad, 0
+    return tokens, mask
+
+
+def ours(shape, params, task, tokens, mask, types=None):
+    """Our logits on padded rows: (B, C) of sequences, else (B, T, ...)."""
+    model, segments = Transformer(shape), jnp.asarray(mask, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    types = None if types is None else jnp.asarray(types)
+    if task != "sequence":
+        return np.asarray(model.apply({"params": params}, jnp.asarray(tokens), positions, segments, types=types))
+    places = np.zeros((len(tokens), 1), int) if shape.head.pool != "last" else mask.sum(1, keepdims=True) - 1
+    states = model.apply(
+        {"params": params}, jnp.asarray(tokens), positions, segments, jnp.asarray(places), types, method="read"
+    )
+    return np.asarray(model.apply({"params": params}, states, method="logits"))[:, 0]
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_padded_rows_are_transformers(name, task, tmp_path):
+    model, _, shape, params = make(name, task, tmp_path)
+    assert shape.head.task == task
+    pad = model.config.pad_token_id or 0
+    tokens, mask = rows(pad)
+    types = np.random.default_rng(1).integers(0, 2, tokens.shape) if shape.types > 1 else None
+    expected, found = theirs(model, task, tokens, mask, types), ours(shape, params, task, tokens, mask, types)
+    real = mask.astype(bool) if expected.ndim == 3 else slice(None)
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
+    assert np.ptp(expected[real]) > 0.1
+
+
+@pytest.mark.parametrize(("name", "task"), [case for case in CASES if case[1] in ("none", "sequence", "token")])
+def test_packed_rows_are_plain_ones(name, task, tmp_path):
+    model, _, shape, params = make(name, task, tmp_path)
+    lengths = (9, 5, 11)
+    parts = [np.random.default_rng(i).integers(2, 50, (1, n)) for i, n in enumerate(lengths)]
+    alone = [ours(shape, params, task, part, np.ones_like(part)) for part in parts]
+    tokens = jnp.asarray(np.concatenate(parts, axis=1))
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None])
+    segments = jnp.asarray(np.repeat(np.arange(1, 4), lengths)[None])
+    net = Transformer(shape)
+    if task == "sequence":
+        ends = np.cumsum(lengths)
+        index = jnp.asarray((ends - 1 if shape.head.pool == "last" else ends - lengths)[None])
+        states = net.apply({"params": params}, tokens, positions, segments, index, method="read")
+        packed = np.asarray(net.apply({"params": params}, states, method="logits"))[0]
+        np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
+    else:
+        packed = np.asarray(net.apply({"params": params}, tokens, positions, segments))
+        np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_what_is_written_loads_there_to_the_same_logits(name, task, tmp_path):
+    import transformers
+
+    model, family, shape, params = make(name, task, tmp_path / "source")
+    names = ("no", "maybe", "yes")[: shape.head.labels]
+    weights.write_model(tmp_path / "out", params, tmp_path / "source", family, shape, labels=names)
+    again, info = getattr(transformers, CLASSES[task]).from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
+    missing = {name for name in info["missing_keys"] if "pooler" not in name}  # no file of a bare encoder needs one
+    assert not missing and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    if shape.head.labels:
+        assert again.config.id2label == dict(enumerate(names))
+    tokens, mask = rows(model.config.pad_token_id or 0)
+    np.testing.assert_allclose(theirs(again.eval(), task, tokens, mask), theirs(model, task, tokens, mask), atol=1e-5)
+    assert families.read_config(tmp_path / "out") == families.from_hf(families.to_hf(family, shape)) == (family, shape)
