@@ -24,8 +24,9 @@ class Batches:
 
     packing: rows hold several examples, at most max_length tokens. Otherwise a row holds one, and rows of like length
     share a batch, padded to one of at most `buckets` lengths. What does not fill a batch of one length goes up to the
-    next; only the last batch of the greatest length is filled up with empty rows (weight 0). shuffle: rows are dealt
-    to batches, and batches ordered, anew in each epoch by (seed, epoch); else in the order of the examples.
+    next; only the last batch of the greatest length is filled up with empty rows (weight 0). ways: parts that each row
+    is split into, of which T and M are multiples, T even where max_length is none. shuffle: rows are dealt to batches,
+    and batches ordered, anew in each epoch by (seed, epoch); else in the order of the examples.
 
     shares (Z,), with source (N,), the index of each example's source: an epoch still has about N examples, of which
     each source gives its share. It goes through its rows in an order shuffled by (seed, source, pass) and on with the
@@ -45,6 +46,7 @@ class Batches:
         shuffle: bool = True,
         source: np.ndarray | None = None,
         shares: Sequence[float] | None = None,
+        ways: int = 1,
     ):
         examples = Examples.of(examples)
         N = len(examples)
@@ -63,11 +65,13 @@ class Batches:
         self.first = np.cumsum(self.sizes) - self.sizes  # (R,) where each row begins in `members`
         row_tokens = np.add.reduceat(examples.length[self.members], self.first)
         row_labels = np.add.reduceat(examples.labels[self.members], self.first)
-        self.widths = bucket_lengths(row_tokens, 1 if packing else buckets, max_length)  # T of each bucket
+        self.widths = bucket_lengths(row_tokens, 1 if packing else buckets, max_length)
+        self.widths = -(-self.widths // ways) * ways  # T of each bucket
         self.bucket = np.searchsorted(self.widths, row_tokens)  # (R,)
         # Rows of a shorter bucket may come up into a longer one, so that its M must hold theirs too.
         most = [row_labels[self.bucket <= b].max() for b in range(len(self.widths))]
-        self.label_widths = np.minimum(-(-np.array(most) // GRANULE) * GRANULE, self.widths)  # M of each bucket
+        granule = math.lcm(GRANULE, ways)
+        self.label_widths = np.minimum(-(-np.array(most) // granule) * granule, self.widths)  # M of each bucket
         self.streams = None if shares is None else self._streams(groups, source, np.asarray(shares, float))
         dealt = np.arange(len(self.sizes)) if self.streams is None else self._dealt(0)
         # Share of T that is no padding, once batches are full.

@@ -29,12 +29,12 @@ def work(job: dict) -> dict:
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
-    T = M = min(config.data.max_length, longest)
+    sizes = search.resolve_mesh(config, devices)
+    config.mesh.update(sizes)
+    T = M = -(-min(config.data.max_length, longest) // sizes["sequence"]) * sizes["sequence"]
     steps, tokens = config.train.steps or None, None
     if job["data"]:
         T, M, steps, tokens = _from_data(config, folder, longest)
-    sizes = search.resolve_mesh(config, devices)
-    config.mesh.update(sizes)
 
     asked = compiled.compile_step(config, spec, devices, T, M, steps or 1)
     asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
@@ -96,6 +96,7 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     batches = Batches(
         data.train.examples, config.train.batch_size, data.max_length, packing=config.data.packing,
         buckets=config.data.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
+        ways=config.mesh.sequence,
     )  # fmt: skip
     _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))

@@ -104,8 +104,9 @@ def train(config, say=print) -> Result:
     check_rows(config, mesh)
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     batch = functools.partial(
-        Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed
-    )
+        Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed,
+        ways=mesh.shape["sequence"],
+    )  # fmt: skip
     batches = batch(data.train.examples, rows, source=data.train.source, shares=data.shares)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
     eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)

@@ -99,6 +99,13 @@ def test_rows_of_like_length_share_a_batch():
     assert all(len({lengths[i] for row in b.rows(step) for i in row}) == 1 for step in range(len(b)))
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_that_are_split_divide(packing):
+    b = Batches(make([5, 18, 37, 37, 61]), 2, 61, buckets=3, packing=packing, ways=12)
+    assert all(T % 12 == 0 and M % 12 == 0 for _, T, M in b.shapes())
+    assert sum(np.count_nonzero(b[step]["segment_ids"]) for step in range(len(b))) == 5 + 18 + 37 + 37 + 61
+
+
 def test_order_follows_seed_and_epoch():
     def orders(**options):
         b = Batches(make([9] * 40), 4, 16, **options)
