@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ftjax.models.axes import PARAMETER_AXES, ways, whole
+from ftjax.models.axes import PARAMETER_AXES, split, ways, whole
 
-ALL = ("data", "fsdp", "sequence")  # that rows and tokens are split over
+ALL = ("data", "fsdp", "sequence")  # mesh axes that rows and tokens are split over
+ROWS = PartitionSpec(("data", "fsdp"), "sequence")  # of what is (B, T)
+EMBED = ("fsdp", "sequence")  # that weights are split over
 
 
 def mesh_that_cuts(*names: str):
@@ -35,8 +37,8 @@ def look_up(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
     table is never gathered, nor its gradient summed whole.
     """
     mesh = mesh_that_cuts("fsdp", "sequence")
-    (B, T), D = ids.shape, table.shape[1]
-    if not mesh or B % ways(mesh, "data", "fsdp") or T % ways(mesh, "sequence") or D % ways(mesh, "fsdp", "sequence"):
+    columns = PartitionSpec(None, EMBED)
+    if not mesh or _uneven(ids.shape, ROWS, mesh) or _uneven(table.shape, columns, mesh):
         return jnp.take(whole(table, (axis, "embed")), ids, axis=0, mode="clip")
 
     def local(table, ids):
@@ -47,9 +49,26 @@ def look_up(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
             y = jax.lax.all_to_all(y, name, split_axis=dim, concat_axis=2, tiled=True)
         return y
 
-    rows = (("data", "fsdp"), "sequence")
-    specs = PartitionSpec(None, ("fsdp", "sequence")), PartitionSpec(*rows)
-    return by_device(local, mesh, ALL, specs, PartitionSpec(*rows, None))(table, ids)
+    return by_device(local, mesh, ALL, (columns, ROWS), ROWS)(table, ids)
+
+
+def sum_outer(g: jax.Array, x: jax.Array, product, axes: tuple[str | None, ...] | None) -> jax.Array:
+    """The gradient product(g, x) (out, in), float32, of a kernel with logical `axes`, from g (B, T, out) and x (B, T,
+    in): each device's own tokens first, whose sums are then scattered as the kernel is split."""
+    mesh = mesh_that_cuts("fsdp", "sequence")
+    if not mesh or not axes or "embed" not in axes or g.ndim != 3:
+        return product(g, x)
+    dim = axes.index("embed")
+    place = PartitionSpec(*(EMBED if i == dim else None for i in range(2)))
+    if _uneven(g.shape, ROWS, mesh) or _uneven((g.shape[2], x.shape[2]), place, mesh):
+        return split(product(g, x), axes)
+
+    def local(g, x):
+        total = product(x, g) if dim else product(g, x)  # embed in front, see `_gather`
+        total = jax.lax.psum(jax.lax.psum_scatter(total, EMBED, tiled=True), "data")
+        return total.T if dim else total
+
+    return by_device(local, mesh, ALL, (ROWS, ROWS), place)(g, x)
 
 
 def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -73,15 +92,15 @@ def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
 
     What f reads of `variables` is gathered once, however often f uses it, and its gradients are summed once.
     """
-    mesh, (B, M) = mesh_that_cuts(*ALL), arrays[0].shape[:2]
-    if not mesh or B % ways(mesh, "data", "fsdp") or M % ways(mesh, "sequence"):
+    mesh = mesh_that_cuts(*ALL)
+    if not mesh or _uneven(arrays[0].shape, ROWS, mesh):
         return f(variables, arrays, rngs)
 
     def place(keys, x):
         names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
         axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else ()
-        columns = [("fsdp", "sequence") if axis == "embed" else None for axis in axes]
-        return PartitionSpec(*columns if x.ndim == len(axes) == 2 and _divides(x, columns, mesh) else ())
+        columns = [EMBED if axis == "embed" else None for axis in axes]
+        return PartitionSpec(*() if _uneven(x.shape, columns, mesh) else columns)
 
     places = jax.tree_util.tree_map_with_path(place, variables)
 
@@ -91,16 +110,18 @@ def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
         rngs = None if rngs is None else {name: jax.random.fold_in(key, own) for name, key in rngs.items()}
         return jax.lax.psum(f(gathered, arrays, rngs), ALL)
 
-    rows = jax.tree.map(lambda x: PartitionSpec(("data", "fsdp"), "sequence"), arrays)
-    keys = jax.tree.map(lambda key: PartitionSpec(), rngs)
-    return by_device(local, mesh, ALL, (places, rows, keys), PartitionSpec())(variables, arrays, rngs)
+    specs = places, jax.tree.map(lambda x: ROWS, arrays), jax.tree.map(lambda key: PartitionSpec(), rngs)
+    return by_device(local, mesh, ALL, specs, PartitionSpec())(variables, arrays, rngs)
 
 
-def _divides(x, columns, mesh) -> bool:
-    return all(size % ways(mesh, *(names or ())) == 0 for size, names in zip(x.shape, columns, strict=True))
+def _uneven(shape, places, mesh) -> bool:
+    """Whether mesh axes do not divide the sizes that they are to split."""
+    names = [(n,) if isinstance(n, str) else n or () for n in places]
+    return any(size % ways(mesh, *n) for size, n in zip(shape, names, strict=False))
 
 
 def _gather(x, place):
     for dim, names in enumerate(place):
-        x = jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+        if names:  # in front: TPUs scatter the gradient of what is gathered along a minor axis by summing it whole
+            x = jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 0), names, tiled=True), 0, dim)
     return x

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ftjax.models.axes import PARAMETER_AXES, split, whole
-from ftjax.models.by_device import look_up
+from ftjax.models.axes import PARAMETER_AXES, whole
+from ftjax.models.by_device import look_up, sum_outer
 from ftjax.models.quantised import Quantised
 
 
@@ -24,12 +24,14 @@ class Adapter(NamedTuple):
     before(x, leaves, rng) -> x (B, T, in), which the map is then applied to; after(x, y, kernel, bias, leaves, rng) ->
     y: y = x kernelᵀ + bias (B, T, out), bias (out,) or None. lookup(ids, y, leaves) -> y: of a table of embeddings, y
     (B, T, D) its rows ids (B, T). leaves: what the `adapter` collection holds under the adapter's name for this layer;
-    rng: a key while training, None otherwise.
+    rng: a key while training, None otherwise. axes(out, in) -> logical axes of leaves, from the kernel's: what is
+    split along an embed axis is gathered before it is used.
     """
 
     before: Callable = lambda x, leaves, rng: x
     after: Callable = lambda x, y, kernel, bias, leaves, rng: y
     lookup: Callable = lambda ids, y, leaves: y
+    axes: Callable = lambda out, in_: {}
 
 
 # name in the `adapter` collection -> Adapter; filled by the files of ftjax.tuning
@@ -56,7 +58,8 @@ def _project_bwd(axes, saved, g):
     x, kernel = saved
     lead = tuple(range(g.ndim - 1))
     dx = _contract(g, whole(kernel, axes).astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
-    return dx, None if x is None else split(_contract(g, x, (lead, lead)), axes).astype(kernel.dtype)
+    product = lambda a, b: _contract(a, b, (lead, lead))  # noqa: E731
+    return dx, None if x is None else sum_outer(g, x, product, axes).astype(kernel.dtype)
 
 
 def _project_fwd(x, kernel, axes):
@@ -92,7 +95,8 @@ def adapted_project(module: nn.Module, x, kernel, bias=None, axes=None):
     for name, adapter in ADAPTERS.items():
         if module.has_variable("adapter", name):
             rng = module.make_rng("dropout") if module.has_rng("dropout") else None
-            found.append((adapter, module.get_variable("adapter", name), rng))
+            leaves, known = module.get_variable("adapter", name), adapter.axes(*axes) if axes else {}
+            found.append((adapter, {leaf: whole(x, known.get(leaf)) for leaf, x in leaves.items()}, rng))
     for adapter, leaves, rng in found:
         x = adapter.before(x, leaves, rng)
     y = project(x, kernel, axes)

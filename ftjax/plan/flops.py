@@ -35,7 +35,16 @@ def _equation(equation) -> float:
         return max(_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
     inner = [j.jaxpr if isinstance(j, core.ClosedJaxpr) else j for j in core.jaxprs_in_params(equation.params)]
     if inner:
-        return equation.params.get("length", 1) * sum(map(_jaxpr, inner)) if name == "scan" else sum(map(_jaxpr, inner))
+        return _times(equation) * sum(map(_jaxpr, inner))
     if name in ELEMENTWISE:
         return equation.outvars[0].aval.size
     return equation.invars[0].aval.size if name in REDUCTIONS else 0
+
+
+def _times(equation) -> int:
+    """How often all devices together do what stands inside, which of a shard_map is what one does."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name == "shard_map":
+        return math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["manual_axes"])
+    return 1

@@ -48,7 +48,7 @@ def apply(x, y, kernel, bias, leaves, rng):
     return gain * (y - bias + lora.update(x, leaves, rng)) + bias
 
 
-ADAPTERS["dora"] = Adapter(after=apply)
+ADAPTERS["dora"] = Adapter(after=apply, axes=lora.leaf_axes)
 
 
 def init(key, base, spec):

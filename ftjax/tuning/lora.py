@@ -41,8 +41,17 @@ def lookup(ids, y, leaves):
     return y + project(low, leaves["b"].astype(y.dtype))
 
 
-ADAPTERS["lora"] = Adapter(after=lambda x, y, kernel, bias, leaves, rng: y + update(x, leaves, rng), lookup=lookup)
-ADAPTERS["lora_initial"] = Adapter(after=lambda x, y, kernel, bias, leaves, rng: y - update(x, leaves, rng))
+def leaf_axes(out, in_):
+    """A is split as the kernel's input axis is, B as its output axis; ranks are too small to split."""
+    return {"a": (None, in_), "b": (out, None)}
+
+
+ADAPTERS["lora"] = Adapter(
+    after=lambda x, y, kernel, bias, leaves, rng: y + update(x, leaves, rng), lookup=lookup, axes=leaf_axes
+)
+ADAPTERS["lora_initial"] = Adapter(
+    after=lambda x, y, kernel, bias, leaves, rng: y - update(x, leaves, rng), axes=leaf_axes
+)
 
 
 def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -127,7 +136,7 @@ def _kernel(params, path):
 
 
 def axes(path):
-    """A is split as the kernel's input axis is, B as its output axis; ranks are too small to split."""
+    """As `leaf_axes` says, of stacks too."""
     if "/lora" not in path:
         return parameter_axes(path)
     module, _, leaf = path.rsplit("/", 2)
@@ -136,7 +145,7 @@ def axes(path):
         stack = []
     else:
         *stack, out, in_ = parameter_axes(f"{module}/kernel")
-    return (*stack, None, in_) if leaf == "a" else (*stack, out, None)
+    return *stack, *leaf_axes(out, in_)[leaf]
 
 
 def lr_scale(path, optim):
