@@ -46,5 +46,5 @@ def _times(equation) -> int:
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "shard_map":
-        return math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["manual_axes"])
+        return math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
     return 1
