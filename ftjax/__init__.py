@@ -11,6 +11,7 @@ _PUBLIC = {
     "train": "ftjax.training.loop",
     "Result": "ftjax.training.loop",
     "evaluate": "ftjax.evaluation.run",
+    "predict": "ftjax.evaluation.run",
     "export": "ftjax.training.export",
     "FtjaxError": "ftjax.errors",
 }

@@ -96,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", metavar="FILE", help="write the figures as JSON")
 
+    sub = verb("predict", _predict, "what a model with a head over labels says of rows", epilog=overrides)
+    sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
+    sub.add_argument("--data", required=True, help="rows, as data.train takes them; they need no labels")
+    sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of to the terminal")
+
     sub = verb("generate", _generate, "continue prompts")
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
     sub.add_argument(
@@ -137,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
-    if unknown or (overrides and args.verb not in ("train", "plan", "data", "evaluate")):
+    if unknown or (overrides and args.verb not in ("train", "plan", "data", "evaluate", "predict")):
         options = [o for action in _options(top, args.verb) for o in action]
         top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
     try:
@@ -235,6 +240,22 @@ def _evaluate(args, overrides) -> None:
     print(figures(report))
     if args.out:
         _write_json(args.out, report)
+
+
+def _predict(args, overrides) -> None:
+    import json
+    from pathlib import Path
+
+    from ftjax.evaluation.run import predict
+
+    text = "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in predict(args.model, args.data, overrides=overrides)
+    )
+    if args.out:
+        Path(args.out).write_text(text, encoding="utf-8")
+        print(f"{text.count(chr(10)):,} predictions in {args.out}")
+    else:
+        print(text, end="")
 
 
 def _generate(args, overrides) -> None:

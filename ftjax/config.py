@@ -72,7 +72,8 @@ def default() -> ml_collections.ConfigDict:
     data.validation = ""  # like train; empty: split off from train by `split`
     data.test = ""  # like train; empty: split off from train by `split`
     data.split = (0.8, 0.1, 0.1)  # train, validation, test shares, used where a file is not named
-    data.label = ""  # column with a row's class, where there is one
+    data.label = ""  # column with a row's class, where there is one; empty: task.kind takes the first of the usual
+    # names, `label`, `category`, ...
     data.stratify = ""  # column whose values `split` deals out in equal shares; empty: data.label, or none
     data.group = ()  # columns; rows that share a value of one of them stay in one part
     data.group_near = 0.0  # rows at least this alike (Jaccard of word 3-grams) stay in one part; 0: off
@@ -125,6 +126,20 @@ def default() -> ml_collections.ConfigDict:
     augment.prompts = ()  # further templates like data.prompt: each makes one more synthetic row of every row
     augment.function = ""  # "file.py:name": name(row: dict, rng: numpy Generator) -> row, or None for no row
 
+    c.task = task = ml_collections.ConfigDict()
+    task.kind = "causal"  # causal: the next token | classify: one label a text | multilabel: several | regress: numbers
+    task.text = ""  # column with the text; empty: the first of the usual names, `sentence`, `text`, ...
+    task.pair = ""  # column with a second text, read together with the first
+    task.labels = ()  # names of labels in the order of their ids; empty: those of the model's files where it has a head
+    # for them, or else as training rows have them; regress: of the numbers
+    task.class_weights = ()  # weight of each label in the loss, in the order of their ids; ("balanced",): by how rare
+    # it is, so that each label weighs as much as any other
+    task.balanced = False  # each label is as many of an epoch's rows as any other, rare ones drawn more often
+    task.focal = 0.0  # γ of the focal loss, by which what is known well already counts less; 0: off
+    task.threshold = ""  # two labels, or multilabel: figure by which thresholds are chosen on validation rows: f1 |
+    # mcc | balanced_accuracy | accuracy; empty: 0.5
+    task.group = ""  # column by whose values figures are told apart
+
     c.optim = optim = ml_collections.ConfigDict()
     optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon
     optim.lr = placeholder(float)  # peak learning rate; None: the method's default
@@ -161,7 +176,8 @@ def default() -> ml_collections.ConfigDict:
     train.keep = 1  # latest checkpoints kept beside the best
 
     c.mesh = mesh = ml_collections.ConfigDict()
-    mesh.data = -1  # rows split, weights whole; -1: all devices that the others leave
+    mesh.data = -1  # rows split, weights whole; -1: all devices that the others leave; 0: all axes are chosen for the
+    # devices and the model, and the reason is told
     mesh.fsdp = 1  # rows split, weights split and gathered for use
     mesh.sequence = 1  # tokens of a row split, for rows too long for one device; weights split as by fsdp
     mesh.tensor = 1  # heads, feed-forward and vocabulary split
@@ -206,6 +222,8 @@ CHOICES = {
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.quantise": ("none", "int8", "nf4"),
     "model.remat": ("none", "full"),
+    "task.kind": ("causal", "classify", "multilabel", "regress"),
+    "task.threshold": ("", "f1", "mcc", "balanced_accuracy", "accuracy"),
     "data.form": ("auto", "text", "prompt", "instruction", "messages", "sharegpt", "preference", "template"),
     "data.train_on": ("assistant", "last", "all"),
     "data.clean.unicode": ("", "NFC", "NFKC"),
@@ -438,6 +456,7 @@ def validate(config) -> None:
     compile_patterns(values["data.clean.drop"], "data.clean.drop")
     for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):
         need(key, lambda v: v >= 0, "0 or more")
+    need("task.focal", lambda v: v >= 0, "0 or more")
     need("train.neftune", lambda v: v >= 0, "0 or more")
     for key in ("tuning.dropout", "train.label_smoothing", "train.ema"):
         need(key, lambda v: 0 <= v < 1, "a share from 0 to below 1")

@@ -22,6 +22,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub import families, tokenizer, weights
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
+from ftjax.objectives import TASKS, kind_of
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
@@ -42,6 +43,8 @@ class LM:
     folder: Path
     end_tokens: tuple[int, ...]
     adapters: dict[str, dict] = dataclasses.field(default_factory=dict)
+    labels: tuple[str, ...] = ()  # names of those of its head, in the order of their ids
+    kind: str = "causal"  # a row of ftjax.objectives.TASKS
 
     @property
     def variables(self) -> dict:
@@ -127,11 +130,13 @@ def _logits(model, variables, ids, positions, segments):
     return model.apply(variables, ids, positions, segments)
 
 
-def open_base(folder: Path, dtype: str = "auto", config=None, quantise: str = "") -> tuple[LM, Spec]:
+def open_base(
+    folder: Path, dtype: str = "auto", config=None, quantise: str = "", task: tuple[str, tuple[str, ...]] | None = None
+) -> tuple[LM, Spec]:
     """The model in a local directory, on the default device, and its Spec with the default tuning.
 
     dtype, quantise: see ftjax.load; config: of a run, whose chat template and end token then take the directory's
-    place.
+    place; task: (kind, names of labels), for which the model gets a head instead of its own, new where it has none.
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
@@ -143,8 +148,18 @@ def open_base(folder: Path, dtype: str = "auto", config=None, quantise: str = ""
     compute = compute_dtype(dtype)
     kept = (configs.default() if config is None else config).model
     small = quantiser(quantise or kept.quantise, kept.double_quantise, compute)
-    params = weights.read_params(folder, family, shape, dtype=lambda path: compute, quantise=small)
-    lm = LM(Transformer(shape, compute), params, {}, words, folder, tokenizer.end_tokens(folder, words, end))
+    labels = families.label_names(folder) if shape.head.labels else ()
+    if task:
+        kind, labels = task
+        shape = families.with_head(family, shape, TASKS[kind].head, len(labels), folder)
+    else:
+        kind = kind_of(shape.head.task, families.read_json(folder / "config.json").get("problem_type") or "")
+    key = jax.random.key(0 if config is None else config.seed)
+    params = weights.read_params(
+        folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
+    )
+    ends = tokenizer.end_tokens(folder, words, end)
+    lm = LM(Transformer(shape, compute), params, {}, words, folder, ends, labels=labels, kind=kind)
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 

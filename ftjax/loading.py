@@ -53,7 +53,9 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
         raise FtjaxError(
             f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on"
         )
-    lm, spec = open_base(resolve.resolve(base, adapter_config.get("revision") or ""), dtype, quantise=quantise)
+    base = resolve.resolve(base, adapter_config.get("revision") or "")
+    task = peft_adapters.task(folder, adapter, base)
+    lm, spec = open_base(base, dtype, quantise=quantise, task=task)
     text = tokenizer.chat_template(folder)
     if text:  # of the adapter's own training; the base may have none, or another
         lm.tokenizer.chat_template = text

@@ -32,6 +32,8 @@ class Batches:
     each source gives its share. It goes through its rows in an order shuffled by (seed, source, pass) and on with the
     next pass, so that over the epochs none of its rows comes more than once more often than another. Packed rows then
     hold examples of one source.
+
+    class_weights (C,): weight of a label by its class.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Batches:
         source: np.ndarray | None = None,
         shares: Sequence[float] | None = None,
         ways: int = 1,
+        class_weights: np.ndarray | None = None,
     ):
         examples = Examples.of(examples)
         N = len(examples)
         if not N:
             raise ValueError("no examples")
         self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
+        self.class_weights, self.paired = class_weights, bool(examples.second.any())
         if examples.length.max() > max_length:
             raise ValueError(f"an example has {examples.length.max()} tokens, more than max_length={max_length}")
         groups = [np.arange(N)] if shares is None else [np.flatnonzero(source == z) for z in range(len(shares))]
@@ -131,7 +135,9 @@ class Batches:
 
         `tokens`, `positions` (from 0 in every segment) and `segment_ids` (from 1; 0: padding), all (B, T) int32;
         `loss_index` (B, M) int32, positions t of which the hidden state predicts; `labels` (B, M) int32, the token at
-        t + 1 of the same segment; `weights` (B, M) float32, 1, or 0 for the padding of M.
+        t + 1 of the same segment; `weights` (B, M) float32, 1, or 0 for the padding of M. Of examples with targets,
+        `labels` (B, M, ...) are those, read off the state at t; and where some have a second text, `types` (B, T) int32
+        is 1 there.
         """
         bucket, rows = self._at(step)
         rows, ex = rows[row_slice], self.examples
@@ -149,15 +155,26 @@ class Batches:
         batch["positions"][row_of, column] = position
         batch["segment_ids"][row_of, column] = np.repeat(segment + 1, length)
 
-        # A label is predicted from the position before it; the first token of a segment has none.
-        label = np.flatnonzero(trained & (position > 0))
+        if self.paired:
+            second = np.repeat(ex.second[example], length)
+            batch["types"] = np.zeros((B, T), np.int32)
+            batch["types"][row_of, column] = (second > 0) & (position >= second)
+
+        if ex.targets is None:
+            # A label is predicted from the position before it; the first token of a segment has none.
+            label = np.flatnonzero(trained & (position > 0))
+            values, back = tokens[label], 1
+        else:
+            label = np.flatnonzero(trained)
+            values, back = ex.targets[np.repeat(ex.first[example], ex.labels[example]) + _ranges(ex.labels[example])], 0
         row_of, column = row_of[label], column[label]
         nth = np.arange(len(label)) - np.searchsorted(row_of, row_of)  # within its row
-        batch |= {name: np.zeros((B, M), np.int32) for name in ("loss_index", "labels")}
+        batch["loss_index"] = np.zeros((B, M), np.int32)
+        batch["labels"] = np.zeros((B, M, *values.shape[1:]), values.dtype)
         batch["weights"] = np.zeros((B, M), np.float32)
-        batch["loss_index"][row_of, nth] = column - 1
-        batch["labels"][row_of, nth] = tokens[label]
-        batch["weights"][row_of, nth] = 1
+        batch["loss_index"][row_of, nth] = column - back
+        batch["labels"][row_of, nth] = values
+        batch["weights"][row_of, nth] = 1 if self.class_weights is None else self.class_weights[values]
         return batch
 
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax import config as configs
-from ftjax.data import store, template
+from ftjax.data import labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
@@ -89,7 +89,7 @@ class Piece(NamedTuple):
     table: Table
     digest: str  # of the table
     kept: np.ndarray
-    recipe: Recipe
+    recipe: Recipe | labelled.Labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +167,7 @@ class Data:
     test: Part
     max_length: int  # tokens of a row; data.max_length, or the model's positions where those are fewer
     sources: tuple[str, ...] = ("",)
+    labels: tuple[str, ...] = ()  # names of a task's labels, in the order of their ids
     shares: np.ndarray | None = None
     gone: tuple[Gone, ...] = ()
     notes: tuple[str, ...] = ()
@@ -184,8 +185,10 @@ class Data:
         return {part: {name: dataclasses.asdict(r) for name, r in reports.items()} for part, reports in found.items()}
 
 
-def prepare(config, tokenizer, max_positions: int) -> Data:
+def prepare(config, tokenizer, max_positions: int, *, pool: str = "", known: tuple[str, ...] = ()) -> Data:
     """The examples of train, validation and test.
+
+    pool: where the head over labels reads, see ModelConfig; known: labels that the model's head has names for.
 
     A part whose file is named consists of that file. Any other part is split off the rows of data.train: see
     split.split. Rows keep their order in the file; synthetic ones follow. data.max_length left at its default is capped
@@ -197,16 +200,26 @@ def prepare(config, tokenizer, max_positions: int) -> Data:
     chosen, gone = rows(config)
     cache = _cache(config.data)
     words = fingerprint(tokenizer)
-    done = {part: _part(part, chosen, config.data, tokenizer, words, max_length, cache) for part in PARTS}
+    names = ()
+    if config.task.kind != "causal":
+        names = labelled.names_of(config, [(source.data, source.tables["train"]) for source in chosen], known)
+
+    def how(data, columns):
+        if config.task.kind == "causal":
+            return recipe(data, columns)
+        return labelled.recipe(config, data, columns, names, pool, max_length), False
+
+    done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in PARTS}
     if not len(done["train"]):
         named = ", ".join(source.data.train for source in chosen)
         raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
-    names = tuple(source.name for source in chosen)
-    counts = np.bincount(done["train"].source, minlength=len(names))
+    sources = tuple(source.name for source in chosen)
+    counts = np.bincount(done["train"].source, minlength=len(sources))
     return Data(
         **done,
         max_length=max_length,
-        sources=names,
+        sources=sources,
+        labels=names,
         shares=_shares(config, counts),
         gone=tuple(gone),
         notes=tuple(f"{source.name}: {note}".removeprefix(": ") for source in chosen for note in source.notes),
@@ -337,16 +350,17 @@ def fingerprint(tokenizer) -> str:
     return store.digest(name, rules, settings, tokenizer.chat_template, special)
 
 
-def _part(part: str, chosen: list[Source], data, tokenizer, words: str, max_length: int, cache: store.Cache) -> Part:
+def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_length: int, cache) -> Part:
+    """how_of(data, columns) -> the recipe of a source, and whether it was guessed."""
     pieces, examples, reports, source = [], [], {}, []
     for index, (name, own, tables, _) in enumerate(chosen):
         table = tables[part]
         if not len(table):
             continue
-        how, guessed = recipe(own, table.columns)
+        how, guessed = how_of(own, table.columns)
         content = store.table_digest(table)
         key = store.digest(store.code(), words, dataclasses.asdict(how), content)
-        encoder = functools.partial(Recipe.encode, how, tokenizer)
+        encoder = functools.partial(type(how).encode, how, tokenizer)
         encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
         fitted = store.fit(encoded, max_length, data.long, table.place)
         pieces.append(Piece(table, content, fitted.kept, how))
@@ -357,12 +371,12 @@ def _part(part: str, chosen: list[Source], data, tokenizer, words: str, max_leng
             form=how.form,
             guessed=guessed,
             rows=len(table),
-            quantiles=tuple(np.quantile(encoded.length, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),
+            quantiles=tuple(np.quantile(encoded.whole, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),
             max_length=max_length,
             policy=data.long,
             long=fitted.long,
             lost=fitted.lost,
-            dropped=len(table) - len(fitted.kept),
+            dropped=len(table) - len(np.unique(fitted.kept)),
             tokens=int(fitted.examples.length.sum()),
             trained=int(fitted.examples.labels.sum()),
         )

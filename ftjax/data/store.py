@@ -24,7 +24,7 @@ from ftjax.data.table import CHUNK, Table
 from ftjax.data.tokenise import Example, Place, row_number
 from ftjax.errors import FtjaxError
 
-META, IDS, TRAINED, LENGTHS = "meta.json", "ids.int32", "trained.bool", "lengths.int32"
+META, IDS, TRAINED, LENGTHS, TARGETS = "meta.json", "ids.int32", "trained.bool", "lengths.int32", "targets"
 _encoder: Callable | None = None  # of a worker process, see _install
 DRAFTS_LIVE = 86_400  # seconds; an older draft is of a run that was killed
 
@@ -32,11 +32,30 @@ DRAFTS_LIVE = 86_400  # seconds; an older draft is of a run that was killed
 class Examples(Sequence[Example]):
     """N rows of a flat array: ids (S,) int32; trained (S,) bool; start, length and labels (trained tokens), each (N,).
 
-    An Example of it is a view. The first token of a row is never trained.
+    An Example of it is a view. Of labelled rows further targets (n, ...), and first (N,), where a row's begin among
+    them; None: a trained token is its own label. second, whole (N,): see Example; row (N,): the row of a table that
+    each was made of.
     """
 
-    def __init__(self, ids: np.ndarray, trained: np.ndarray, start: np.ndarray, length: np.ndarray, labels: np.ndarray):
+    def __init__(
+        self,
+        ids: np.ndarray,
+        trained: np.ndarray,
+        start: np.ndarray,
+        length: np.ndarray,
+        labels: np.ndarray,
+        *,
+        targets: np.ndarray | None = None,
+        first: np.ndarray | None = None,
+        second: np.ndarray | None = None,
+        row: np.ndarray | None = None,
+        whole: np.ndarray | None = None,
+    ):
         self.ids, self.trained, self.start, self.length, self.labels = ids, trained, start, length, labels
+        self.targets, self.first = targets, first
+        self.second = np.zeros(len(start), np.int64) if second is None else second
+        self.row = np.arange(len(start)) if row is None else row
+        self.whole = length if whole is None else whole
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
@@ -46,7 +65,16 @@ class Examples(Sequence[Example]):
         length = np.array([len(e.ids) for e in examples], np.int64)
         flat = [np.concatenate([e[k] for e in examples]) if len(examples) else np.zeros(0) for k in (0, 1)]
         labels = np.array([int(e.trained.sum()) for e in examples], np.int64)
-        return cls(flat[0].astype(np.int32), flat[1].astype(bool), _starts(length), length, labels)
+        targets = None
+        if len(examples) and examples[0].targets is not None:
+            targets = np.concatenate([e.targets for e in examples])
+        return cls(
+            flat[0].astype(np.int32), flat[1].astype(bool), _starts(length), length, labels, targets=targets,
+            first=None if targets is None else _starts(labels),
+            second=np.array([e.second for e in examples], np.int64),
+            row=np.array([i if e.row is None else e.row for i, e in enumerate(examples)], np.int64),
+            whole=np.array([e.whole or len(e.ids) for e in examples], np.int64),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.start)
@@ -55,7 +83,11 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         at = slice(self.start[index], self.start[index] + self.length[index])
-        return Example(self.ids[at], self.trained[at])
+        if self.targets is None:
+            return Example(self.ids[at], self.trained[at])
+        mine = slice(self.first[index], self.first[index] + self.labels[index])
+        others = (int(x[index]) for x in (self.second, self.row, self.whole))
+        return Example(self.ids[at], self.trained[at], self.targets[mine], *others)
 
     def ends(self) -> list[int]:
         """The distinct last tokens of rows whose last token is trained, ascending."""
@@ -64,11 +96,15 @@ class Examples(Sequence[Example]):
 
     def select(self, indices: np.ndarray) -> Examples:
         """The rows of these indices, in this order."""
-        return Examples(self.ids, self.trained, self.start[indices], self.length[indices], self.labels[indices])
+        return Examples(
+            self.ids, self.trained, self.start[indices], self.length[indices], self.labels[indices],
+            targets=self.targets, first=None if self.first is None else self.first[indices],
+            second=self.second[indices], row=self.row[indices], whole=self.whole[indices],
+        )  # fmt: skip
 
 
 class Fitted(NamedTuple):
-    """What `fit` kept: examples; kept, their indices before; and what it cost, in rows and trained tokens."""
+    """What `fit` kept: examples; kept, the rows they were made of; and what it cost, in rows and trained tokens."""
 
     examples: Examples
     kept: np.ndarray
@@ -83,26 +119,27 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
     token is left.
     """
     examples = Examples.of(examples)
-    over = np.flatnonzero(examples.length > max_length)
+    over = np.flatnonzero(examples.whole > max_length)
     before = int(examples.labels[over].sum())
     if long == "raise" and len(over):
         raise FtjaxError(
-            f"{place(int(over[0]))}: {examples.length[over[0]]} tokens, more than data.max_length={max_length}; raise "
-            'it, or set data.long to "truncate" or "drop"'
+            f"{place(int(examples.row[over[0]]))}: {examples.whole[over[0]]} tokens, more than "
+            f'data.max_length={max_length}; raise it, or set data.long to "truncate" or "drop"'
         )
     if long == "drop":
-        kept = np.flatnonzero(examples.length <= max_length)
-        return Fitted(examples.select(kept), kept, len(over), before)
+        kept = np.flatnonzero(examples.whole <= max_length)
+        return Fitted(examples.select(kept), examples.row[kept], len(over), before)
     length, labels = np.minimum(examples.length, max_length), examples.labels.copy()
     for i in over.tolist():
-        labels[i] = np.count_nonzero(examples.trained[examples.start[i] : examples.start[i] + max_length])
+        labels[i] = np.count_nonzero(examples.trained[examples.start[i] : examples.start[i] + length[i]])
         if not labels[i]:
             raise FtjaxError(
-                f"{place(i)}: cut to data.max_length={max_length}, no trained token is left (its answer starts later); "
-                'raise data.max_length or set data.long="drop"'
+                f"{place(int(examples.row[i]))}: cut to data.max_length={max_length}, no trained token is left (its "
+                'answer starts later); raise data.max_length or set data.long="drop"'
             )
-    cut = Examples(examples.ids, examples.trained, examples.start, length, labels)
-    return Fitted(cut, np.arange(len(cut)), len(over), before - int(labels[over].sum()))
+    cut = examples.select(np.arange(len(examples)))
+    cut.length, cut.labels = length, labels
+    return Fitted(cut, cut.row, len(over), before - int(labels[over].sum()))
 
 
 class Chain:
@@ -115,6 +152,14 @@ class Chain:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.arrays[0].shape[1:])
+
+    @property
+    def dtype(self):
+        return self.arrays[0].dtype
+
     def __getitem__(self, at: slice | np.ndarray) -> np.ndarray:
         """A slice within one of the arrays, or the elements at any positions."""
         if isinstance(at, slice):
@@ -122,7 +167,7 @@ class Chain:
             begin = int(self.ends[k]) - len(self.arrays[k])
             return self.arrays[k][at.start - begin : at.stop - begin]
         which = np.searchsorted(self.ends, at, side="right")
-        out = np.empty(len(at), self.arrays[0].dtype)
+        out = np.empty((len(at), *self.shape[1:]), self.dtype)
         for k in np.unique(which):
             mine = which == k
             out[mine] = self.arrays[k][at[mine] - (self.ends[k] - len(self.arrays[k]))]
@@ -133,12 +178,23 @@ def join(parts: Sequence[Examples]) -> Examples:
     """The rows of several, one after the other; what is mapped from files stays there."""
     if len(parts) == 1:
         return parts[0]
+
+    def shifted(starts, flat):
+        return np.concatenate([s + at for s, at in zip(starts, _starts(np.array([len(x) for x in flat])))])
+
+    ids, targets = [p.ids for p in parts], [p.targets for p in parts]
+    labelled = targets[0] is not None
     return Examples(
-        Chain([p.ids for p in parts]),
+        Chain(ids),
         Chain([p.trained for p in parts]),
-        np.concatenate([p.start + at for p, at in zip(parts, _starts(np.array([len(p.ids) for p in parts])))]),
+        shifted([p.start for p in parts], ids),
         np.concatenate([p.length for p in parts]),
         np.concatenate([p.labels for p in parts]),
+        targets=Chain(targets) if labelled else None,
+        first=shifted([p.first for p in parts], targets) if labelled else None,
+        second=np.concatenate([p.second for p in parts]),
+        row=np.concatenate([p.row for p in parts]),
+        whole=np.concatenate([p.whole for p in parts]),
     )
 
 
@@ -161,9 +217,10 @@ def tokenised(
 ) -> Examples:
     """The Examples of a table's rows, from the cache where an earlier run left them there.
 
-    encode: (rows, their places) -> one Example each, a pure function that can be pickled where processes > 1; key: a
-    digest of all that the result depends on (see `digest`). Chunks are encoded in `processes` processes and come back
-    in order, so that the result, and the first error, are the same for any number of them.
+    encode: (rows, their places) -> one Example each, or several that say which row is theirs, a pure function that can
+    be pickled where processes > 1; key: a digest of all that the result depends on (see `digest`). Chunks are encoded
+    in `processes` processes and come back in order, so that the result, and the first error, are the same for any
+    number of them.
     """
     if cache.folder is None:
         return Examples.of([e for chunk in _encoded(table, encode, processes) for e in chunk])
@@ -198,7 +255,8 @@ def code() -> str:
     import transformers
 
     here = Path(__file__).parent
-    names = ("template.py", "chat_templates.py", "tokenise.py", "prepare.py", "store.py", "../hub/tokenizer.py")
+    names = ("template.py", "chat_templates.py", "tokenise.py", "labelled.py", "prepare.py", "store.py")
+    names += ("../hub/tokenizer.py",)
     texts = [(here / name).read_bytes() for name in names]
     return digest(tokenizers.__version__, transformers.__version__, *texts)
 
@@ -219,19 +277,25 @@ def table_digest(table: Table) -> str:
 
 
 def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
-    tasks = ((rows, [table.place(start + i) for i in range(len(rows))]) for start, rows in table.chunks())
+    """The examples of each chunk of rows, in order, each with its row of the table."""
+    tasks = ((start, rows, [table.place(start + i) for i in range(len(rows))]) for start, rows in table.chunks())
+
+    def numbered(start, examples):
+        return [e._replace(row=start + (i if e.row is None else e.row)) for i, e in enumerate(examples)]
+
     if processes <= 1:
-        yield from (encode(*task) for task in tasks)
+        yield from (numbered(start, encode(*task)) for start, *task in tasks)
         return
     with _pool(processes, encode) as pool:
         # A few chunks a process at a time, read in order: the first bad row is the one that is told of.
         waiting = collections.deque()
-        for task in tasks:
-            waiting.append(pool.apply_async(_encode, task))
+        for start, *task in tasks:
+            waiting.append((start, pool.apply_async(_encode, task)))
             if len(waiting) == 4 * processes:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+                start, found = waiting.popleft()
+                yield numbered(start, found.get())
+        for start, found in waiting:
+            yield numbered(start, found.get())
 
 
 def _install(encode) -> None:
@@ -268,18 +332,24 @@ def _pool(processes: int, encode):
 
 def _write(folder: Path, chunks: Iterable[list[Example]]) -> None:
     rows = tokens = 0
+    kind = None  # dtype and shape of a target
     with (
         open(folder / IDS, "wb") as ids,
         open(folder / TRAINED, "wb") as trained,
         open(folder / LENGTHS, "wb") as lengths,
+        open(folder / TARGETS, "wb") as targets,
     ):
         for chunk in chunks:
             flat = Examples.of(chunk)
             ids.write(flat.ids.tobytes())
             trained.write(flat.trained.tobytes())
-            lengths.write(np.stack([flat.length, flat.labels], 1).astype(np.int32).tobytes())
+            columns = (flat.length, flat.labels, flat.second, flat.row, flat.whole)
+            lengths.write(np.stack(columns, 1).astype(np.int32).tobytes())
+            if flat.targets is not None:
+                kind = (str(flat.targets.dtype), flat.targets.shape[1:])
+                targets.write(flat.targets.tobytes())
             rows, tokens = rows + len(flat), tokens + len(flat.ids)
-    (folder / META).write_text(json.dumps({"rows": rows, "tokens": tokens}))
+    (folder / META).write_text(json.dumps({"rows": rows, "tokens": tokens, "targets": kind}))
 
 
 def _publish(draft: Path, entry: Path) -> None:
@@ -293,15 +363,21 @@ def _publish(draft: Path, entry: Path) -> None:
 
 def _open(entry: Path) -> Examples:
     meta = json.loads((entry / META).read_text())
-    sizes = {IDS: 4 * meta["tokens"], TRAINED: meta["tokens"], LENGTHS: 8 * meta["rows"]}
+    sizes = {IDS: 4 * meta["tokens"], TRAINED: meta["tokens"], LENGTHS: 20 * meta["rows"]}
     for name, size in sizes.items():
         if (entry / name).stat().st_size != size:
             raise FtjaxError(f"{entry / name}: expected {size} bytes; the cache is damaged: delete the folder {entry}")
     if not meta["tokens"]:
         return Examples.of([])
-    lengths = np.fromfile(entry / LENGTHS, np.int32).reshape(-1, 2).astype(np.int64)
-    ids = np.memmap(entry / IDS, np.int32, mode="r")
-    return Examples(ids, np.memmap(entry / TRAINED, bool, mode="r"), _starts(lengths[:, 0]), *lengths.T)
+    length, labels, second, row, whole = np.fromfile(entry / LENGTHS, np.int32).reshape(-1, 5).astype(np.int64).T
+    targets = first = None
+    if meta["targets"]:
+        dtype, shape = meta["targets"]
+        targets, first = np.fromfile(entry / TARGETS, dtype).reshape(-1, *shape), _starts(labels)
+    ids, trained = np.memmap(entry / IDS, np.int32, mode="r"), np.memmap(entry / TRAINED, bool, mode="r")
+    return Examples(
+        ids, trained, _starts(length), length, labels, targets=targets, first=first, second=second, row=row, whole=whole
+    )
 
 
 def _evict(cache: Cache, spared: Path) -> None:

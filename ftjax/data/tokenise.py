@@ -24,10 +24,20 @@ Span = tuple[int, int]  # first token, one past the last
 
 
 class Example(NamedTuple):
-    """One row: ids (T,) int32; trained (T,) bool, whether the token is a label. The first token never is."""
+    """One row: ids (T,) int32; trained (T,) bool, whether the token is a label, which the first never is.
+
+    Of labelled rows, see ftjax.data.labelled: trained: whether a label is read off the token; targets (n, ...): that of
+    each of those; second: where the second of two texts begins, 0: there is none; row: which of the rows that were
+    encoded together it came from, None: the one at its own place; whole: how many tokens it had before it was cut,
+    None: it was not.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
+    targets: np.ndarray | None = None
+    second: int = 0
+    row: int | None = None
+    whole: int | None = None
 
 
 def row_number(index: int) -> str:

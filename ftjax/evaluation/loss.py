@@ -6,6 +6,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,10 +17,16 @@ import numpy as np
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
-from ftjax.objectives import causal
+from ftjax.objectives import TASKS
 
-# The objective as evaluation computes it: (model, variables, batch, head_chunk=...) -> sums, without dropout.
-sums = jax.jit(causal.sums, static_argnums=0, static_argnames="head_chunk")
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "head_chunk"))
+def sums(model, variables, batch, *, head_chunk: int = 512, kind: str = "causal"):
+    """The objective of a task as evaluation computes it: without dropout, smoothing and the like."""
+    task = TASKS[kind]
+    options = {"head_chunk": head_chunk} if task.head in ("causal", "masked") else {}
+    return task.sums(model, variables, batch, **options)
+
 
 AHEAD = 8  # batches that the device may be given before the first of them is read
 SEPARATOR = "<|endoftext|>"

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from ftjax import config as configs
-from ftjax.data import read
+from ftjax.data import labelled, read
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import prepare
 from ftjax.data.template import Rendered, asked, fill, parse
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import compare
+from ftjax.evaluation import compare, judge
+from ftjax.evaluation import labelled as labelled_report
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.lm import LM, continue_ids
 from ftjax.loading import load
@@ -30,12 +31,11 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
     """
     config = _config(model, config, overrides)
     lm = model if isinstance(model, LM) else load(model)
-    if data:
-        config.data.update(train=data, validation="", test="", mixture=(), split=(1.0, 0.0, 0.0), limit=0)
-    prepared = prepare(config, lm.tokenizer, lm.max_tokens)
-    part = prepared.train if data else prepared.test
+    prepared, part = _rows(lm, data, config)
     if not len(part):
         raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")
+    if lm.labels:
+        return judge.judge(lm, part, prepared, config)
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     batches = Batches(part.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False)
     loss = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
@@ -44,6 +44,31 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
         scores, samples = compare.answers(lm, lm.variables, part, config)
         report |= scores | {"samples": samples}
     return report
+
+
+def _rows(lm: LM, data: str | None, config):
+    """(Data, the part of it that is asked for): rows as the model's task has them."""
+    if data:
+        config.data.update(train=data, validation="", test="", mixture=(), split=(1.0, 0.0, 0.0), limit=0)
+    if lm.labels:
+        config.task.update(kind=lm.kind, labels=lm.labels)
+    prepared = prepare(config, lm.tokenizer, lm.max_tokens, pool=lm.model.config.head.pool)
+    return prepared, prepared.train if data else prepared.test
+
+
+def predict(model: str | LM, data: str, config=None, *, overrides=()) -> list[dict]:
+    """What a model with a head over labels says of rows: {"row", "text", "prediction", "probabilities"} of each.
+
+    model, data, config, overrides: see `evaluate`; rows need no labels. Raises FtjaxError for a model without such a
+    head.
+    """
+    config = _config(model, config, overrides)
+    lm = model if isinstance(model, LM) else load(model)
+    if not lm.labels:
+        raise FtjaxError("predict: this model has no head over labels; `ftjax generate` continues texts")
+    config.data.label = labelled.NO_LABEL
+    prepared, part = _rows(lm, data, config)
+    return judge.predict(lm, part, prepared, config)
 
 
 def _config(model, config, overrides):
@@ -59,6 +84,8 @@ def _config(model, config, overrides):
 
 def figures(report: dict) -> str:
     """A report of `evaluate` as lines for the terminal."""
+    if "kind" in report:
+        return labelled_report.table(report)
     return "\n".join(f"{name:<12} {value:,.6g}" for name, value in report.items() if name != "samples")
 
 

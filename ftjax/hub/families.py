@@ -313,6 +313,17 @@ def names_of_labels(names: list[str]) -> dict:
     return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
+def label_names(folder: Path) -> tuple[str, ...]:
+    """Names of the labels of a directory's head, in the order of their ids; empty where it names none."""
+    return labels_in(read_json(Path(folder) / "config.json"))
+
+
+def labels_in(hf: dict) -> tuple[str, ...]:
+    """What a config.json calls its labels."""
+    found = hf.get("id2label") or {}
+    return tuple(str(found[i]) for i in sorted(found, key=int))
+
+
 def modules(family: Family, config: ModelConfig) -> list[Module]:
     """The modules of a model, those of its head among them, by the names that its class gives them."""
     form = family.forms[config.head.task]

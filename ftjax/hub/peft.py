@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.families import read_json
+from ftjax.hub.families import names_of_labels, read_json
 from ftjax.hub.resolve import new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -43,15 +43,20 @@ def write_adapter(
     *,
     overwrite: bool = False,
     record: dict | None = None,
+    labels: tuple[str, ...] = (),
+    problem: str = "",
 ) -> None:
     """Write a PEFT adapter directory, with the tokenizer and chat template of `source`.
 
     adapter_config: what the method says (`peft_type`, `r`, ...); base_name: the base's hub name or path;
-    record: see new_folder.
+    record: see new_folder; labels, problem: see weights.write_model; PEFT has no place for them: they go into a file
+    beside.
     """
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
     with new_folder(out, overwrite, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
         write_json(folder / CONFIG, shared | adapter_config)
+        if labels:
+            write_json(folder / LABELS, names_of_labels(labels) | {"problem_type": problem})
         if source:
             copy_tokenizer(source, folder)

@@ -290,6 +290,7 @@ def write_model(
     shard_size: float = 5e9,
     end_tokens: tuple[int, ...] = (),
     labels: tuple[str, ...] = (),
+    problem: str = "",
     overwrite: bool = False,
     record: dict | None = None,
 ) -> None:
@@ -298,8 +299,8 @@ def write_model(
     source: the directory that the model came from; its config, tokenizer, template and generation config go along.
     None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
     most, unless one tensor is larger. end_tokens: added to the ids that end a generation. labels: names of a head's
-    labels, in the order of their ids. A tied model whose `params` hold an `lm_head` has been untied by training: both
-    tables are written, and config.json says so.
+    labels, in the order of their ids; problem: `problem_type`, by which transformers chooses a loss. A tied model whose
+    `params` hold an `lm_head` has been untied by training: both tables are written, and config.json says so.
     record: see new_folder. Of several processes all must call, and the first writes.
     Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
     """
@@ -321,6 +322,7 @@ def write_model(
     hf |= rope_to_hf(config)
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
+        hf |= {"problem_type": problem} if problem else {}
     if config.head.pool == "last" and hf.get("pad_token_id") is None:
         hf["pad_token_id"] = pad_token(source) if source else None  # by it transformers finds a row's last token
     pieces = _pieces(leaves, tensor_names(family, config), dtype)

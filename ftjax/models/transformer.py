@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from ftjax.models.attention import attend, attend_in_row, key_layout
 from ftjax.models.axes import PARAMETER_AXES, constrain
+from ftjax.models.by_device import take_tokens
 from ftjax.models.config import ModelConfig
 from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
 
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
         """The states that a head reads, (B, M, D): those at places `index` (B, M), or means over their segments."""
         x = self.hidden(tokens, positions, segment_ids, types=types)
         if self.config.head.pool != "mean":
-            return jnp.take_along_axis(x, index[..., None], axis=1)
+            return take_tokens(x, index)
         segments = jnp.take_along_axis(segment_ids, index, axis=1)
         mine = (segments[..., None] == segment_ids[:, None, :]).astype(jnp.float32)  # (B, M, T)
         mean = jnp.einsum("bmt,btd->bmd", mine, x.astype(jnp.float32)) / mine.sum(-1, keepdims=True)

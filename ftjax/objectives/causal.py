@@ -10,15 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.by_device import sum_rows, take_tokens
+from ftjax.models.by_device import sum_rows
 
 
 def states(model, variables, batch, *, rngs=None):
     """Hidden states (B, M, D) that the trained tokens of a batch are predicted from; see `sums`."""
-    found = model.apply(
-        variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs, method="hidden"
-    )
-    return take_tokens(found, batch["loss_index"])
+    rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "loss_index"))
+    return model.apply(variables, *rows, batch.get("types"), rngs=rngs, method="read")
 
 
 def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 512):

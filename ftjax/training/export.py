@@ -13,6 +13,7 @@ from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, peft, tokenizer, weights
 from ftjax.models.quantised import dequantised
+from ftjax.objectives import TASKS
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tree import map_paths
 from ftjax.tuning import METHODS
@@ -56,20 +57,25 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         trained = jax.tree.map(weights.whole, source.trained)
         if jax.process_index() == 0:
             adapter_config, tensors = row.to_peft(trained, frozen, source.spec)
-            peft.write_adapter(out, tensors, adapter_config, base.folder, source.base_name, record=record)
+            labels = tuple(source.config["task"]["labels"])
+            peft.write_adapter(
+                out, tensors, adapter_config, base.folder, source.base_name, record=record, labels=labels,
+                problem=TASKS[source.config["task"]["kind"]].problem,
+            )  # fmt: skip
             _name_template(out, chat_template)
         return report
     params = dequantised(row.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
     if source.frozen:
         report["merge_difference"] = _merge_difference(source, params, dtype)
-    family, shape = families.read_config(base.folder)
     weights.write_model(
         out,
         params,
         base.folder,
-        family,
-        shape,
+        source.spec.family,
+        source.spec.model,
+        labels=tuple(source.config["task"]["labels"]),
+        problem=TASKS[source.config["task"]["kind"]].problem,
         dtype=dtype,
         shard_size=shard_size,
         end_tokens=(*base.end_tokens, *tokenizer.turn_end(base.tokenizer, chat_template or None)[:1]),

@@ -21,17 +21,18 @@ from ftjax.data.batches import Batches, ahead, loader
 from ftjax.data.prepare import prepare
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import compare
+from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.plot import plot_losses
 from ftjax.files import replace_text, write_jsonl
 from ftjax.hub import families, resolve, tokenizer, weights
 from ftjax.lm import LM, compute_dtype
 from ftjax.models.quantised import is_quantised
-from ftjax.training import export, features, hosts, sharding
+from ftjax.objectives import TASKS
+from ftjax.training import auto_mesh, export, features, hosts, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
-from ftjax.training.program import build, check_rows, fill_defaults, placed
+from ftjax.training.program import build, check_rows, fill_defaults, placed, with_task
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import RUN, Trained, base_name, claim
 from ftjax.tuning import METHODS, Spec
@@ -99,7 +100,15 @@ def train(config, say=print) -> Result:
 
     # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
     virtual = method.virtual_tokens(spec)
-    data = prepare(config, words, shape.max_positions - virtual)
+    task = TASKS[config.task.kind]
+    pool = families.with_head(family, shape, task.head, 1, folder).head.pool
+    known = families.label_names(folder) if shape.head.task == task.head else ()
+    data = prepare(config, words, shape.max_positions - virtual, pool=pool, known=known)
+    config.task.labels = data.labels
+    shape = with_task(config, family, shape, folder, len(data.labels))
+    spec = spec._replace(model=shape, names=families.linear_names(family, shape))
+    if chosen := auto_mesh.settle(config, spec, auto_mesh.here(), data.max_length, dtype):
+        say(chosen)
     mesh = sharding.make_mesh(config.mesh)
     check_rows(config, mesh)
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
@@ -107,7 +116,8 @@ def train(config, say=print) -> Result:
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed,
         ways=mesh.shape["sequence"],
     )  # fmt: skip
-    batches = batch(data.train.examples, rows, source=data.train.source, shares=data.shares)
+    drawn, weights_of_classes = judge.by_class(config, data)
+    batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
     eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)
     save_every = config.train.save_every or eval_every
@@ -130,8 +140,11 @@ def train(config, say=print) -> Result:
         program = build(config, spec, mesh, dtype, steps)
         model, applied = program.model, program.variables
         base = weights.read_params(
-            folder, family, shape, program.base_places, lambda path: program.read_dtype, quantise=program.quantise
-        )
+            folder, family, shape, program.base_places, lambda path: program.read_dtype, quantise=program.quantise,
+            new_head=jax.random.key(config.seed) if data.labels else None,
+        )  # fmt: skip
+        if data.labels and (new := weights.head_is_new(folder, family, shape)):
+            say(f"new, and trained whole: {', '.join(new)}, for {len(data.labels)} labels")
         made_elsewhere = given.trained(base, spec, program.trained) if given else None
         with warnings.catch_warnings():
             # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
@@ -141,7 +154,9 @@ def train(config, say=print) -> Result:
             made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
             trained = jax.device_put(made_elsewhere, program.trained_places)
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
-        for token, alike in indistinct_ends({} if "lm_head" in trained else frozen, data.train.examples).items():
+        generates = task.head == "causal"
+        fixed = frozen if generates and "lm_head" not in trained else {}
+        for token, alike in indistinct_ends(fixed, data.train.examples).items():
             say(
                 f"warning: answers end with {words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is "
                 f"that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
@@ -153,7 +168,8 @@ def train(config, say=print) -> Result:
         def validate(trained) -> dict[str, float]:
             """`val_loss` over all sources, and `val_loss/NAME` of each where there are several."""
             local = sharding.local_rows(mesh, eval_rows)
-            loss = functools.partial(sums, model, applied(trained, frozen), head_chunk=config.model.head_chunk)
+            options = {"head_chunk": config.model.head_chunk, "kind": config.task.kind}
+            loss = functools.partial(sums, model, applied(trained, frozen), **options)
             found = {}
             for name, held_out in validation.items():
                 feed = loader(held_out, 0, len(held_out), config.data.workers, local)
@@ -168,7 +184,7 @@ def train(config, say=print) -> Result:
 
         # ---- the state before, and the state to go on from ---------------------------------------------------------
         before = None
-        if config.evaluate.compare:
+        if config.evaluate.compare and generates:
             before_file = run_dir / "before.json"
             before = hosts.from_first(lambda: json.loads(before_file.read_text()) if before_file.exists() else None)
             if before is None:
@@ -206,7 +222,7 @@ def train(config, say=print) -> Result:
             keep = functools.partial(
                 features.Features, model=model, variables=applied(state.trained, frozen), mesh=mesh, folder=run_dir
             )
-            batches, flops = keep(batches), features.flops_per_token(shape)
+            batches, flops = keep(batches), features.flops_per_token(program.trained)
             validation = {name: keep(held_out) for name, held_out in validation.items()}
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from))) if first else None
@@ -293,7 +309,12 @@ def train(config, say=print) -> Result:
                 drift = written["merge_difference"]
                 say(f"merged model: its logits differ from the adapted one's by at most {drift:.1e}")
         results = None
-        if config.evaluate.compare:
+        if task.judged:
+            found = judge.finish(run_dir, model, applied(trained, frozen), data, config)
+            results = hosts.from_first(lambda: found.results)
+            say(found.text)
+            files |= found.files
+        elif config.evaluate.compare:
             after = measure(applied(trained, frozen))
             seconds = spent + time.perf_counter() - started
             results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, seconds))
@@ -338,7 +359,9 @@ def summary(result: Result, config) -> str:
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     lines += [
         "next:",
-        f"  ftjax generate --model {result.run_dir} --prompt '...'",
+        f"  ftjax predict --model {result.run_dir} --data FILE"
+        if TASKS[config.task.kind].judged
+        else f"  ftjax generate --model {result.run_dir} --prompt '...'",
         f"  ftjax evaluate --model {result.run_dir} --data FILE",
         f"  ftjax export --run {result.run_dir} --out DIR --format {whole}",
     ]

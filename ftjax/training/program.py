@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import weights
+from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.models.quantised import chosen, quantised_size
 from ftjax.models.transformer import Transformer
-from ftjax.objectives import causal
+from ftjax.objectives import TASKS, objective
 from ftjax.training import sharding
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
@@ -68,6 +68,22 @@ def check_rows(config, mesh) -> None:
         )
 
 
+def with_task(config, family, shape, folder, labels: int):
+    """The shape of a directory's model with the head that config.task wants; labels: how many names it has.
+
+    Raises FtjaxError for a task that the family has no head for, and a method that the model is not made for.
+    """
+    task, method = TASKS[config.task.kind], METHODS[config.tuning.method]
+    if method.causal_only and not shape.causal:
+        raise FtjaxError(
+            f"tuning.method: {config.tuning.method} puts tokens before a row that see none of it, and a "
+            f"{family.model_type} model lets all see all; try lora"
+        )
+    if task.head == shape.head.task and labels == shape.head.labels:
+        return shape
+    return families.with_head(family, shape, task.head, labels, folder)
+
+
 def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
     """The program of a config whose defaults are filled, `steps` steps on `mesh`; dtype: of computation.
 
@@ -105,11 +121,8 @@ def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
     moments = sharding.optimizer_shardings(optim, trained, trained_places, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     state_places = State(everywhere, trained_places, moments, trained_places if ema else None)
-    objective = functools.partial(
-        causal.sums, model, label_smoothing=config.train.label_smoothing, head_chunk=config.model.head_chunk
-    )
     step = compile_step(
-        state_places, sums=objective, variables=variables, optimizer=optim, seed=config.seed,
+        state_places, sums=objective(config, model), variables=variables, optimizer=optim, seed=config.seed,
         accumulate=config.train.accumulate, ema=ema,
     )  # fmt: skip
     return Program(
@@ -127,14 +140,16 @@ def placed(shapes, places):
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
 
 
-def arguments(program: Program, B: int, T: int, M: int) -> tuple:
-    """(state, frozen, batch) of a step as shapes with shardings."""
+def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") -> tuple:
+    """(state, frozen, batch) of a step as shapes with shardings; kind: of config.task."""
     state = jax.eval_shape(program.init_state, program.trained)
+    shape, dtype = TASKS[kind].target(program.model.config.head.labels)
+    special = {"labels": (shape, dtype), "weights": ((), "float32")}
 
     def array(name, width):
-        dtype = jnp.float32 if name == "weights" else jnp.int32
-        places = sharding.batch_sharding(program.mesh, name, (B, width))
-        return jax.ShapeDtypeStruct((B, width), dtype, sharding=places)
+        more, dtype = special.get(name, ((), "int32"))
+        places = sharding.batch_sharding(program.mesh, name, (B, width, *more))
+        return jax.ShapeDtypeStruct((B, width, *more), jnp.dtype(dtype), sharding=places)
 
     widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
     batch = {name: array(name, width) for name, width in widths.items()}

@@ -26,6 +26,7 @@ RUN = "run.json"  # the resolved config and the base it was started on; what has
 # Everything that a run writes into its folder.
 WRITTEN = (RUN, "before.json", "checkpoints", "tensorboard", "wandb", "metrics.jsonl", "loss.png", "results.json")
 WRITTEN += ("samples.jsonl", "removed.jsonl", "adapter", "merged", "full")
+WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration.png")
 
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.")
@@ -125,7 +126,8 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best",
         raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN}; `ftjax train` makes such folders")
     config = configs.from_dict(json.loads((run_dir / RUN).read_text())["config"])
     method = METHODS[config.tuning.method]
-    lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config, quantise)
+    task = (config.task.kind, config.task.labels) if config.task.labels else None
+    lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config, quantise, task)
     spec = spec._replace(tuning=config.tuning)
     saved = Checkpoints(run_dir, read_only=True)
     step = saved.best() if checkpoint == "best" else saved.latest()

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import peft, resolve, weights
+from ftjax.hub import families, peft, resolve, weights
+from ftjax.objectives import kind_of
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import METHODS, Method, Spec, of_peft
+from ftjax.tuning.head import PEFT_TASKS
 
 # Fields of config.tuning that an adapter_config.json says under another name, where it says them.
 SAID = {"rank": "r", "alpha": "lora_alpha"}
@@ -32,6 +34,27 @@ def read(folder: Path) -> tuple[Method, dict, dict]:
         kind = adapter_config.get("peft_type")
         raise FtjaxError(f"{folder / peft.CONFIG}: peft_type {kind!r} is not supported; known: {known}")
     return method, adapter_config, tensors
+
+
+def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[str, tuple[str, ...]] | None:
+    """(kind, names of labels) of the head over labels that an adapter brings; None where it brings none.
+
+    base: the directory of its base. Names stand in a file beside the adapter, which PEFT does not know.
+    """
+    _, adapter_config, tensors = adapter
+    head = next((head for head, name in PEFT_TASKS.items() if name == adapter_config.get("task_type")), None)
+    if head is None:
+        return None
+    file = folder / peft.LABELS
+    if file.is_file():
+        said = families.read_json(file)
+        return kind_of(head, said.get("problem_type", "")), families.labels_in(said)
+    family, shape = families.read_config(base)
+    wanted = families.with_head(family, shape, head, 1, base)
+    name = f"{peft.PREFIX}{families.tensor_names(family, wanted)['head/out/kernel'][0][0]}"
+    if name not in tensors:
+        raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name}, its head, is missing")
+    return kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[name])))
 
 
 def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:

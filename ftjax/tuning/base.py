@@ -11,6 +11,7 @@ import numpy as np
 from ftjax.hub.families import Family
 from ftjax.models.config import ModelConfig
 from ftjax.models.transformer import parameter_axes
+from ftjax.tuning.head import with_head
 
 
 class Spec(NamedTuple):
@@ -49,6 +50,8 @@ class Method:
     frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
+    causal_only: bool = False  # whether it needs a model in which no token sees those behind it
+    own_head: bool = False  # whether it decides itself what is trained of a head over labels, see tuning/head.py
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 
@@ -58,7 +61,7 @@ METHODS: dict[str, Method] = {}
 
 def register(name: str, method: Method) -> None:
     """Make `tuning.method = name` known."""
-    METHODS[name] = method
+    METHODS[name] = method if method.own_head else with_head(method)
 
 
 def of_peft(adapter_config: dict) -> Method | None:

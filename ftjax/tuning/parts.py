@@ -22,6 +22,7 @@ from ftjax.hub import families
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
+from ftjax.tuning.head import PEFT_TASKS, has_labels, saved_modules
 from ftjax.tuning.parts_peft import as_biases, as_modules, carries_parts, parts_of_peft
 
 # ---- which parameters: (path, tensor name, layer or None, spec) -> whether it is trained --------------------------
@@ -52,7 +53,7 @@ def is_norm(path, name, layer, spec):
 
 
 def is_head(path, name, layer, spec):
-    """The head."""
+    """The head; one over labels every rule trains, see `chosen`."""
     return path.startswith("lm_head/")
 
 
@@ -80,7 +81,8 @@ def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
     found = {}
     for path, (tensors, _) in names.items():
         layers = range(len(tensors)) if path.startswith("layers/") else (None,)
-        hits = [rule(path, name, layer, spec) for name, layer in zip(tensors, layers, strict=True)]
+        always = has_labels(spec) and path.startswith("head/")
+        hits = [always or rule(path, name, layer, spec) for name, layer in zip(tensors, layers, strict=True)]
         if any(hits):
             found[path] = np.array(hits)
     if not found:
@@ -167,7 +169,12 @@ def layer_ids(path, spec, rule):
 
 def to_peft(trained, frozen, spec, rule, form):
     """PEFT's LORA of nothing, that carries what was trained: see parts_peft."""
-    return form(chosen(rule, spec), merge(trained, frozen, spec, rule), spec)
+    config, tensors = form(chosen(rule, spec), merge(trained, frozen, spec, rule), spec)
+    if has_labels(spec):
+        head = tuple(saved_modules(spec))
+        others = [name for name in config["modules_to_save"] or () if not name.startswith(head)]
+        config |= {"task_type": PEFT_TASKS[spec.model.head.task], "modules_to_save": sorted((*others, *head))}
+    return config, tensors
 
 
 def from_peft(adapter_config, tensors, base, spec):
@@ -200,7 +207,8 @@ def from_peft(adapter_config, tensors, base, spec):
 def method(rule: Callable, lr: float, form: Callable | None = None, **fields) -> Method:
     """A row of METHODS that trains what `rule` names; form: how PEFT carries it, None where it cannot."""
     bound = {f.__name__: functools.partial(f, rule=rule) for f in (init, variables, merge, layer_ids)}
-    return Method(**bound, to_peft=form and functools.partial(to_peft, rule=rule, form=form), lr=lr, **fields)
+    form = form and functools.partial(to_peft, rule=rule, form=form)
+    return Method(**bound, to_peft=form, lr=lr, own_head=True, **fields)
 
 
 # Learning rates: of a few tried on CommonGen, the starter model of 260,000 parameters learned best with 1e-3 in its

@@ -16,6 +16,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.hub.peft import PREFIX
 from ftjax.tree import flatten
+from ftjax.tuning.head import PEFT_TASKS
 
 
 def as_biases(parts: dict[str, np.ndarray], params: dict, spec) -> tuple[dict, dict[str, np.ndarray]]:
@@ -41,8 +42,12 @@ def as_modules(parts: dict[str, np.ndarray], params: dict, spec) -> tuple[dict, 
 
 
 def carries_parts(adapter_config: dict) -> bool:
-    """Whether the adapter_config of a LoRA says that it carries biases or whole modules."""
-    return adapter_config.get("bias", "none") != "none" or bool(adapter_config.get("modules_to_save"))
+    """Whether the adapter_config of a LoRA says that it carries biases or whole modules, a head over labels aside."""
+    head_alone = adapter_config.get("task_type") in PEFT_TASKS.values() and not (
+        adapter_config.get("r") == adapter_config.get("lora_alpha") == 1 and len(adapter_config["target_modules"]) == 1
+    )
+    saved = adapter_config.get("modules_to_save") and not head_alone
+    return adapter_config.get("bias", "none") != "none" or bool(saved)
 
 
 def parts_of_peft(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -95,6 +95,7 @@ register(
     "prefix",
     Method(
         init=init,
+        causal_only=True,
         variables=variables,
         to_peft=to_peft,
         from_peft=from_peft,

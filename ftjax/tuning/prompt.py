@@ -100,6 +100,7 @@ register(
     "prompt",
     Method(
         init=init,
+        causal_only=True,
         variables=variables,
         to_peft=to_peft,
         from_peft=from_peft,

@@ -58,6 +58,7 @@ register(
     "ptuning",
     Method(
         init=init,
+        causal_only=True,
         variables=variables,
         to_peft=to_peft,
         from_peft=prompt.from_peft,

@@ -1,0 +1,24 @@
+"""Sentiment of film reviews: all of MiniLM, on SST-2."""
+
+from ftjax import config
+
+
+def get_config():
+    c = config.default()
+    c.run_dir = "runs/sst2_minilm_full"
+    c.model.path = "sentence-transformers/all-MiniLM-L6-v2"
+    c.data.train = "sst2/train.tsv"
+    c.data.test = "sst2/dev.tsv"
+    c.data.split = (0.98, 0.02, 0.0)
+    c.data.max_length = 128
+    c.data.buckets = 8
+    c.task.kind = "classify"
+    c.task.labels = ("negative", "positive")
+    c.tuning.method = "full"
+    c.optim.lr = 5e-5
+    c.optim.schedule = "linear"
+    c.optim.warmup = 0.0
+    c.optim.weight_decay = 0.01
+    c.train.epochs = 1.0
+    c.train.batch_size = 32
+    return c

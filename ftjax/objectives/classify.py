@@ -1,0 +1,59 @@
+"""Labels of texts, and of tokens: one class, several, or numbers, read off hidden states at given places.
+
+B rows, T tokens, M places a row at most, D width, C labels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.objectives.causal import states
+
+
+def logits(model, variables, batch, *, rngs=None):
+    """What the head says at each place of a batch, (B, M, C) float32; see `one_class`."""
+    found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
+    return model.apply(variables, found, rngs=rngs, method="logits")
+
+
+def one_class(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, focal: float = 0.0):
+    """Cross-entropy, summed over the places of a batch, each times its weight.
+
+    batch: tokens, positions, segment_ids (B, T), and types where the model has such; loss_index (B, M) int, the places;
+    labels (B, M) int, ids of classes; weights (B, M) float, 0 where a row has fewer. label_smoothing: Szegedy et al.
+    2016; focal: γ of the factor (1 - p)^γ on each place's loss (Lin et al. 2017).
+
+    Returns (loss sum, weight sum, {"loss", "correct"}), the metrics' `loss` plain; all float32.
+    """
+    scores = jax.nn.log_softmax(logits(model, variables, batch, rngs=rngs), axis=-1)
+    right = jnp.take_along_axis(scores, batch["labels"][..., None], axis=-1)[..., 0]
+    loss = -right
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(scores, axis=-1)
+    if focal:
+        loss = loss * (1 - jnp.exp(right)) ** focal
+    correct = jnp.argmax(scores, axis=-1) == batch["labels"]
+    return _sums(batch, loss, -right, correct)
+
+
+def many_classes(model, variables, batch, *, rngs=None, focal: float = 0.0):
+    """Binary cross-entropy, its mean over labels (B, M, C) of 0 and 1; correct where all C are right at 0.5."""
+    found = logits(model, variables, batch, rngs=rngs)
+    signed = jnp.where(batch["labels"] > 0, found, -found)
+    plain = -jax.nn.log_sigmoid(signed)
+    loss = plain * jax.nn.sigmoid(-signed) ** focal if focal else plain
+    return _sums(batch, jnp.mean(loss, -1), jnp.mean(plain, -1), jnp.all(signed > 0, axis=-1))
+
+
+def numbers(model, variables, batch, *, rngs=None):
+    """Squared error, its mean over labels (B, M, C) float; nothing is ever correct."""
+    found = logits(model, variables, batch, rngs=rngs)
+    loss = jnp.mean((found - batch["labels"]) ** 2, axis=-1)
+    return _sums(batch, loss, loss, jnp.zeros_like(loss))
+
+
+def _sums(batch, loss, plain, correct):
+    weights = batch["weights"].astype(jnp.float32)
+    total, told, right = (jnp.sum(x * weights) for x in (loss, plain, correct))
+    return total, jnp.sum(weights), {"loss": told, "correct": right}

@@ -1,0 +1,191 @@
+"""Runs on labelled rows, from files to files, on a tiny random encoder and decoder: what PyTorch makes of the results."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+
+import ftjax
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+
+WORDS = {"good": ("fine", "warm", "clever", "moving"), "bad": ("dull", "flat", "stale", "clumsy")}
+
+
+def rows(count: int, seed: int, **more) -> list[dict]:
+    """Texts whose words tell their label."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        label = str(rng.choice(["bad", "good"], p=[0.3, 0.7]))
+        words = [*rng.choice(["a", "the", "film", "it", "was", "of"], 4), *rng.choice(WORDS[label], 2)]
+        out.append({"text": " ".join(rng.permutation(words)), "label": label} | {k: f(rng) for k, f in more.items()})
+    return out
+
+
+def write(file, found: list[dict]):
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(file)
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    return make(tmp_path / "bert", "bert")
+
+
+def make(folder, kind: str):
+    """A tiny random model directory with a tokenizer of whole words."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "film", "it", "was", "of"]
+    words += [word for group in WORDS.values() for word in group]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    if kind == "bert":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+        )
+    else:
+        special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = tiny_models.SIZES | {"num_hidden_layers": 2, "initializer_range": 0.2}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **sizes))
+    if kind == "llama":
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes))
+    model.save_pretrained(folder)
+    return folder
+
+
+def config(tmp_path, model, **overrides):
+    c = configs.default()
+    c.run_dir = str(tmp_path / "run")
+    c.model.path = str(model)
+    c.data.update(train=write(tmp_path / "train.jsonl", rows(200, 0)), max_length=16, cache="")
+    c.data.test = write(tmp_path / "test.jsonl", rows(40, 1))
+    c.data.split = (0.8, 0.2, 0.0)
+    c.task.kind = "classify"
+    c.train.update(steps=60, batch_size=16, eval_every=20)
+    c.optim.lr = 1e-2
+    c.tuning.rank = 4
+    c.log.tensorboard = False
+    configs.override(c, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    return c
+
+
+def theirs(model, folder, texts: list[str]) -> np.ndarray:
+    """Probabilities by transformers, of texts padded together."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        return model(**batch).logits.softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_an_adapter_and_its_head_load_in_peft(kind, tmp_path):
+    import peft
+    import transformers
+
+    base = make(tmp_path / "base", kind)
+    c = config(tmp_path, base, export__formats='("adapter", "merged")')
+    result = ftjax.train(c, say=lambda text: None)
+    assert result.results["labels"] == ["bad", "good"]
+    assert result.results["test"]["metrics"]["accuracy"]["value"] > 0.9
+    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    texts = [record["text"] for record in records]
+    ours = np.array([[record["probabilities"][name] for name in ("bad", "good")] for record in records])
+
+    pad = {"pad_token_id": 0}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, **pad)
+    adapter = tmp_path / "run" / "adapter"
+    tuned = peft.PeftModel.from_pretrained(model, adapter).eval()
+    np.testing.assert_allclose(theirs(tuned, adapter, texts), ours, atol=1e-4)
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged").eval()
+    assert whole.config.id2label == {0: "bad", 1: "good"}
+    np.testing.assert_allclose(theirs(whole, adapter, texts), ours, atol=1e-4)
+    # and back here, from the run, the adapter and the whole model
+    test = str(tmp_path / "test.jsonl")
+    for path in ("run", "run/adapter", "run/merged"):
+        found = ftjax.predict(str(tmp_path / path), test)
+        again = np.array([[row["probabilities"][name] for name in ("bad", "good")] for row in found])
+        np.testing.assert_allclose(again, ours, atol=1e-4)
+        report = ftjax.evaluate(str(tmp_path / path), test)
+        assert report["metrics"]["accuracy"]["value"] == result.results["test"]["metrics"]["accuracy"]["value"]
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bitfit", "dora", "ia3", "last_layers"])
+def test_every_method_trains_the_head_and_hands_it_over(method, encoder, tmp_path):
+    import peft
+    import transformers
+
+    formats = '("full",)' if method == "full" else '("adapter", "full")'
+    c = config(tmp_path, encoder, tuning__method=method, optim__lr=5e-3, export__formats=formats)
+    result = ftjax.train(c, say=lambda text: None)
+    # What a few trained numbers can make of random layers is little; what there is of it must come through.
+    assert result.train_loss < 0.66
+    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    texts = [record["text"] for record in records]
+    ours = np.array([[record["probabilities"][name] for name in ("bad", "good")] for record in records])
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "full").eval()
+    np.testing.assert_allclose(theirs(whole, encoder, texts), ours, atol=1e-4)
+    if method != "full":
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+        tuned = peft.PeftModel.from_pretrained(model, tmp_path / "run" / "adapter").eval()
+        np.testing.assert_allclose(theirs(tuned, encoder, texts), ours, atol=1e-4)
+        found = ftjax.predict(str(tmp_path / "run" / "adapter"), str(tmp_path / "test.jsonl"))
+        again = np.array([[row["probabilities"][name] for name in ("bad", "good")] for row in found])
+        np.testing.assert_allclose(again, ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning"])
+def test_virtual_tokens_want_a_causal_model(method, encoder, tmp_path):
+    with pytest.raises(FtjaxError, match=f"tuning.method: {method}.*all see all; try lora"):
+        ftjax.train(config(tmp_path, encoder, tuning__method=method), say=lambda text: None)
+
+
+def test_what_cannot_be_used_is_told(encoder, tmp_path):
+    def fails(match, **overrides):
+        with pytest.raises(FtjaxError, match=match):
+            ftjax.train(config(tmp_path, encoder, overwrite=True, **overrides), say=lambda text: None)
+
+    fails("data.label: 'lable' is no column.*\"label\"", data__label="lable")
+    fails("row 1: column 'label' holds .*expected one of no, yes", task__labels='("no", "yes")')
+    fails("task.class_weights: expected 2 numbers", task__class_weights="(1.0, 2.0, 3.0)")
+    fails("has no head for the task 'causal'", task__kind="causal")
+    fails("task.balanced: is of task.kind classify", task__kind="multilabel", task__balanced=True)
+    fails("task.text: none of the usual names is a column", data__train=write(tmp_path / "x.jsonl", [{"a": 1}] * 9))
+
+
+def test_rare_labels_drawn_as_often_and_weighed(encoder, tmp_path):
+    c = config(tmp_path, encoder, task__balanced=True, task__threshold="f1")
+    result = ftjax.train(c, say=lambda text: None)
+    (cut,) = result.results["thresholds"]
+    assert 0 <= cut <= 1 and result.results["validation"]["metrics"]["accuracy"]["value"] > 0.9
+    c = config(tmp_path, encoder, task__class_weights='("balanced",)', overwrite=True, data__packing=True)
+    assert ftjax.train(c, say=lambda text: None).results["test"]["metrics"]["accuracy"]["value"] > 0.9
+
+
+def test_several_labels_and_numbers(encoder, tmp_path):
+    def several(row):
+        return [name for name in ("fine", "dull", "film") if name in row["text"]]
+
+    found = [row | {"label": several(row), "score": row["text"].count("good")} for row in rows(300, 3)]
+    c = config(tmp_path, encoder, task__kind="multilabel", train__steps=80, export__formats='("merged",)')
+    c.data.update(train=write(tmp_path / "several.jsonl", found), test="")
+    result = ftjax.train(c, say=lambda text: None)
+    assert result.results["labels"] == ["dull", "film", "fine"]
+    assert result.results["validation"]["metrics"]["f1_micro"]["value"] > 0.9
+    assert ftjax.load(tmp_path / "run" / "merged").kind == "multilabel"
+
+    numbered = [row | {"label": float(sum(row["text"].count(word) for word in WORDS["good"]))} for row in rows(300, 4)]
+    c = config(tmp_path, encoder, task__kind="regress", overwrite=True, train__steps=80)
+    c.data.update(train=write(tmp_path / "numbers.jsonl", numbered), test="")
+    result = ftjax.train(c, say=lambda text: None)
+    assert result.results["validation"]["metrics"]["pearson"]["value"] > 0.9
