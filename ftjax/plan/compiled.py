@@ -142,4 +142,4 @@ def head_bytes(config, spec: Spec, sizes: dict, M: int) -> float:
     """Bytes of one chunk's logits on one device, float32."""
     V, tensor = spec.model.vocab_size, sizes["tensor"]
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
-    return 4 * rows * min(M, config.model.head_chunk) * (V / tensor if V % tensor == 0 else V)
+    return 4 * rows * min(M / sizes["sequence"], config.model.head_chunk) * (V / tensor if V % tensor == 0 else V)

@@ -36,6 +36,7 @@ def _what(plan) -> list[str]:
     elif plan["devices"]["name"].startswith("cpu"):
         by = "XLA's CPU compiler, as in training"
     return [
+        *([plan["chosen"]] if plan["chosen"] else []),
         f"{plan['model']}, {plan['method']}, on {plan['devices']['name']}: {mesh}, remat {asked['remat']}",
         f"a step: {batch}" + (f", in {asked['accumulate']} microbatches" if asked["accumulate"] > 1 else ""),
         f"parameters: {trained:,} trained, {total - trained:,} frozen",

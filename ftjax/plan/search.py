@@ -151,7 +151,7 @@ class Search:
         )
         rows, layers = _rows(config, sizes) / config.train.accumulate, self.spec.model.layers
         weights = 2 * dtype.itemsize * compiled.count(program.base) / layers / sizes["tensor"]
-        gathered = weights if sizes["fsdp"] > 1 else 0
+        gathered = weights if sizes["fsdp"] * sizes["sequence"] > 1 else 0
         head = 2 * compiled.head_bytes(config, self.spec, sizes, self.M)
         twice = 2 if config.train.accumulate > 1 else 1
         return twice * gradients + rows * (saved + one_layer / layers) + head + gathered
@@ -203,19 +203,25 @@ class Search:
         return flops.count(gradient, program.trained, program.frozen, batch)
 
     def _sent(self, config, sizes, devices) -> float:
-        """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp, gradients summed
-        over data, and four sums of activations a layer over tensor, six with remat."""
+        """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp and sequence,
+        gradients summed over data, four sums of activations a layer over tensor, six with remat, and keys and values
+        over sequence."""
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
             program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
-        data, fsdp, tensor = (sizes[a] for a in ("data", "fsdp", "tensor"))
+        data, sequence, tensor = (sizes[a] for a in ("data", "sequence", "tensor"))
+        split = sizes["fsdp"] * sequence
         away = lambda n: (n - 1) / n  # noqa: E731
         weights = compiled.count(program.base) * itemsize / tensor * config.train.accumulate
         gradients = 4 * compiled.count(program.trained) / tensor * config.train.accumulate
         sums = (6 if config.model.remat == "full" else 4) * self.spec.model.layers
         activations = _rows(config, sizes) * self.T * self.spec.model.width * itemsize
-        over_fsdp = (2 * weights + gradients) * away(fsdp)
-        return over_fsdp + 2 * gradients / fsdp * away(data) + 2 * sums * activations * away(tensor)
+        over_fsdp = (2 * weights + gradients) * away(split)
+        # Keys and values of rows are gathered forward and again backward, and their gradients scattered.
+        shape = self.spec.model
+        keys = 2 * shape.kv_heads * shape.head_dim / tensor * shape.layers * self.T * _rows(config, sizes) * itemsize
+        over_tokens = 3 * keys * (sequence - 1)
+        return over_fsdp + over_tokens + 2 * gradients / split * away(data) + 2 * sums * activations * away(tensor)
 
     def fitting_instead(self, devices: Devices) -> list[dict]:
         """Estimates of what would fit, of each kind the fastest first: the same run cut otherwise, or, where that does
@@ -259,8 +265,8 @@ def resolve_mesh(config, devices: Devices) -> dict[str, int]:
 
 
 def _rows(config, sizes) -> float:
-    """Rows of a step that one device takes."""
-    return config.train.batch_size / (sizes["data"] * sizes["fsdp"])
+    """Rows of a step that one device takes, parts of rows counted as such."""
+    return config.train.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
 
 
 def _seconds(row: dict, devices: Devices) -> float:

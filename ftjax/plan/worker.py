@@ -18,6 +18,7 @@ def work(job: dict) -> dict:
     from ftjax.hub import families, resolve
     from ftjax.plan import compiled, search
     from ftjax.plan.devices import parse
+    from ftjax.training import auto_mesh
     from ftjax.training import program as programs
     from ftjax.tuning import METHODS, Spec
 
@@ -29,9 +30,12 @@ def work(job: dict) -> dict:
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
+    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host)
+    T = min(config.data.max_length, longest)
+    chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     sizes = search.resolve_mesh(config, devices)
     config.mesh.update(sizes)
-    T = M = -(-min(config.data.max_length, longest) // sizes["sequence"]) * sizes["sequence"]
+    T = M = -(-T // sizes["sequence"]) * sizes["sequence"]
     steps, tokens = config.train.steps or None, None
     if job["data"]:
         T, M, steps, tokens = _from_data(config, folder, longest)
@@ -43,6 +47,7 @@ def work(job: dict) -> dict:
     out = {
         "devices": {"name": devices.name, "count": devices.count, **devices.device._asdict()},
         "method": config.tuning.method,
+        "chosen": chosen,
         "model": config.model.path,
         "rows": {"batch": config.train.batch_size, "length": T, "labels": M, "from_data": bool(job["data"])},
         "steps": steps,

@@ -1,14 +1,20 @@
-"""One batch of eight rows, however it is cut: microbatches, and eight simulated devices in every kind of mesh.
+"""One batch of eight rows, however it is cut: microbatches, and eight simulated devices in every mesh there is.
 
-B rows, T tokens.
+What devices send on each mesh is written down in collectives.txt. B rows, T tokens.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
+import itertools
+import math
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import optax
 import pytest
@@ -17,15 +23,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.hub import families
 from ftjax.models.axes import MESH_AXES
+from ftjax.models.config import ModelConfig
 from ftjax.objectives import causal
+from ftjax.plan import compiled, hlo
+from ftjax.training import program as programs
 from ftjax.training import sharding
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS
 
-B, T, STEPS = 8, 16, 20
+GOLDEN = Path(__file__).with_name("collectives.txt")
+B, T, STEPS = 8, 16, 6
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -37,23 +48,29 @@ SIZES = {
     "attention_bias": True,
 }
 
+# Every way to write 8 as a product over the mesh's axes.
+MESHES = [dict(zip(MESH_AXES, n)) for n in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if math.prod(n) == 8]
+
+
+def told(mesh):
+    return ",".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1)
+
+
 # name -> (mesh, microbatches)
-CUTS = {
-    "sequence=8": ({"sequence": 8}, 1),
-    "sequence=2,fsdp=2,tensor=2": ({"sequence": 2, "fsdp": 2, "tensor": 2}, 1),
-    "data=2,sequence=4": ({"data": 2, "sequence": 4}, 1),
-    "accumulate=8": ({"data": 1}, 8),
-    "data=8": ({"data": 8}, 1),
-    "fsdp=8": ({"fsdp": 8}, 1),
-    "tensor=8": ({"tensor": 8}, 1),
-    "data=2,fsdp=2,tensor=2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
-    "fsdp=4,tensor=2": ({"fsdp": 4, "tensor": 2}, 1),
-    "data=2,fsdp=2,accumulate=2": ({"data": 2, "fsdp": 2}, 2),
-}
+CUTS = {told(mesh): (mesh, 1) for mesh in MESHES}
+CUTS |= {"accumulate=8": ({}, 8), "data=2,fsdp=2,accumulate=2": ({"data": 2, "fsdp": 2}, 2)}
+# LoRA on all of them; full training, whose programs take longer to compile, where it differs.
+RUNS = [("lora", cut) for cut in CUTS]
+RUNS += [("full", cut) for cut in ("fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,sequence=2,tensor=2")]
+RUNS += [("full", "data=2,fsdp=2,accumulate=2")]
 
 # For each mesh: parameter -> into how many parts it is split, as the table of ftjax.models.axes says.
 PARTS = {
     "data=8": {"layers/attn/q_proj/kernel": 1, "embed/embedding": 1, "lm_head/kernel": 1},
+    "fsdp=2,sequence=2,tensor=2": {
+        "layers/attn/q_proj/kernel": 8, "layers/mlp/down_proj/kernel": 8, "embed/embedding": 8, "lm_head/kernel": 8,
+        "layers/attn/q_proj/bias": 2, "layers/mlp/down_proj/lora/a": 2, "layers/mlp/down_proj/lora/b": 4,
+    },
     "fsdp=8": {
         "layers/attn/q_proj/kernel": 8, "layers/mlp/down_proj/kernel": 8, "embed/embedding": 8, "lm_head/kernel": 8,
         "layers/attn/q_proj/bias": 1, "final_norm/scale": 1, "layers/attn/q_proj/lora/a": 8,
@@ -101,11 +118,19 @@ def keep_gradient():
     )
 
 
+PROGRAMS = {}  # (method, cut) -> the compiled step, and the bytes of its arguments on the first device
+
+
+def held_by_one(arrays):
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arrays))
+
+
 @functools.cache
 def run(method_name, cut):
     """Losses of STEPS steps, first and last gradients, and the state and frozen tree as they lie on the mesh."""
-    mesh_shape, accumulate = CUTS[cut] if cut else ({"data": 1}, 1)
-    pair = tiny.tuned(model(), method=method_name, rank=4)
+    mesh_shape, accumulate = CUTS[cut] if cut else ({}, 1)
+    # A few of the maps: programs compile the sooner.
+    pair = tiny.tuned(model(), method=method_name, rank=4, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
     method, trained, frozen = tiny.start(pair)
     shape = pair.model.config
     mesh_shape = dict.fromkeys(MESH_AXES, 1) | mesh_shape
@@ -129,6 +154,8 @@ def run(method_name, cut):
         losses, gradients, local = [], [], sharding.local_rows(mesh, B)
         placed = [sharding.place_batch(batch, mesh, B, local) for batch in batches()]
         step = step.lower(state, frozen, placed[0]).compile(tiny.HASTE)
+        unread = state.optimizer[0]  # the gradient before is kept, and never read
+        PROGRAMS[method_name, cut] = step, held_by_one((state, frozen, placed[0])) - held_by_one(unread)
         for batch in placed:
             state, report = step(state, frozen, batch)
             losses.append(float(report["loss"]))
@@ -136,8 +163,8 @@ def run(method_name, cut):
     return np.array(losses), (gradients[0], gradients[-1]), state, frozen
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method, cut", RUNS)
 def test_same_losses_and_gradients_however_the_batch_is_cut(method, cut):
     want, want_gradients, _, _ = run(method, None)
     got, gradients, _, _ = run(method, cut)
@@ -150,8 +177,8 @@ def test_same_losses_and_gradients_however_the_batch_is_cut(method, cut):
             np.testing.assert_allclose(ours[path], g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("cut", PARTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method, cut", [run for run in RUNS if run[1] in PARTS])
 def test_parameters_and_moments_are_split_as_the_table_says(method, cut):
     _, _, state, frozen = run(method, cut)
     adam = state.optimizer[1][1]
@@ -166,6 +193,58 @@ def test_parameters_and_moments_are_split_as_the_table_says(method, cut):
     assert checked >= len(PARTS[cut])
 
 
+@pytest.mark.slow
+def test_collectives_are_those_of_the_golden_table():
+    """What one device sends in a step of each mesh: a change must be seen, understood and written down."""
+    lines = []
+    for method, cut in RUNS:
+        run(method, cut)
+        found = {c.kind: f"{c.count} x, {c.bytes:,.0f} B" for c in hlo.collectives(PROGRAMS[method, cut][0].as_text())}
+        lines.append(f"{method} {cut}".ljust(39) + "".join(found.get(kind, "-").rjust(20) for kind in hlo.SENT))
+    head = f"jaxlib {jaxlib.__version__}".ljust(39) + "".join(kind.rjust(20) for kind in hlo.SENT)
+    if os.environ.get("FTJAX_WRITE_GOLDEN"):
+        GOLDEN.write_text("\n".join([head, *lines, ""]))
+    want_head, *want = GOLDEN.read_text().splitlines()
+    if want_head != head:
+        pytest.skip(f"written down for {want_head.split('  ')[0]}; FTJAX_WRITE_GOLDEN=1 writes it anew")
+    difference = "\n".join(difflib.unified_diff(want, lines, "collectives.txt", "now", lineterm="", n=0))
+    assert not difference, f"if it is meant, FTJAX_WRITE_GOLDEN=1 writes it down:\n{difference}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, cut", RUNS)
+def test_a_device_holds_its_own_parts_alone(method, cut):
+    run(method, cut)
+    program, held = PROGRAMS[method, cut]
+    assert program.memory_analysis().argument_size_in_bytes == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=told)
+def test_arguments_of_a_device_are_the_total_over_the_shards(mesh):
+    """Of a model whose sizes all divide, norms aside: weights and moments over all axes that split them, rows too."""
+    shape = ModelConfig(
+        vocab_size=1024, width=128, layers=2, heads=8, kv_heads=8, head_dim=16, hidden=256, max_positions=64, tied=False
+    )
+    config = configs.default()
+    config.tuning.method = "full"
+    programs.fill_defaults(config)
+
+    def held(sizes):
+        abstract = compiled.abstract_mesh(dict.fromkeys(MESH_AXES, 1) | sizes)
+        with jax.sharding.use_abstract_mesh(abstract):
+            spec = tiny.spec(families.FAMILIES["llama"], shape, method="full")
+            program = programs.build(config, spec, abstract, jnp.dtype("float32"), STEPS)
+            state, _, batch = programs.arguments(program, B, 64, 64)
+            return compiled.shard_bytes(state), compiled.shard_bytes(batch)
+
+    state, batch = held({})
+    ours, our_batch = held(mesh)
+    assert ours == pytest.approx(state / (mesh["fsdp"] * mesh["sequence"] * mesh["tensor"]), rel=0.02)
+    by_rows, by_tokens = mesh["data"] * mesh["fsdp"], mesh["sequence"]
+    assert our_batch == pytest.approx(batch / by_rows * (5 / by_tokens + 1) / 6)  # every device knows all places
+
+
+@pytest.mark.slow
 def test_layers_in_two_stacks_on_a_mesh():
     """The frozen lower one and the trained one above it are split as one stack would be."""
     cut = "data=2,fsdp=2,tensor=2"

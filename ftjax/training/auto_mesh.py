@@ -1,0 +1,119 @@
+"""The shape of the mesh where a config leaves it open (`mesh.data = 0`): a rule from memory and traffic, and why.
+
+`ftjax plan` compiles and compares; this decides in a second. T tokens a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from ftjax.models.axes import MESH_AXES
+from ftjax.models.quantised import is_quantised
+from ftjax.training import program as programs
+from ftjax.tuning import Spec
+
+USED = 0.85  # share of a device's memory that a run is planned into: the rest is for what is not counted here
+SMALL = 0.1  # of that: states that take less are not worth gathering
+MANY = 0.5  # share of the parameters, from which on gradients are as large as weights
+GIB = 2**30
+
+
+class Machine(NamedTuple):
+    """What the rule knows of the devices."""
+
+    count: int
+    memory: float  # bytes of a device that a program may use; inf: unknown
+    per_host: int  # devices with fast links between all of them
+
+
+def here() -> Machine:
+    """The devices of this run."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return Machine(jax.device_count(), memory, jax.local_device_count())
+
+
+def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[str, int], str]:
+    """(sizes of the mesh's axes, the reason in a sentence) for rows of T tokens, computed in dtype.
+
+    1. Rows go to devices as far as they divide: they need nothing of each other. What devices are left then share
+       rows: between heads and feed-forward (tensor) within a host as far as they divide, else by tokens (sequence).
+    2. A row whose activations fit no device is split by its tokens (sequence) until they do.
+    3. Of the devices with rows of their own, data parallelism keeps weights whole, and sends nothing but gradients;
+       FSDP gathers weights twice a step. So weights are split only as far as they must be to fit; but where most
+       parameters are trained both send about 8 bytes a parameter, and splitting over all costs nothing.
+    """
+    shape, rows = spec.model, config.train.batch_size // config.train.accumulate
+    states, many = _states(config, spec, dtype)
+    row = _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
+    budget = USED * machine.memory
+
+    by_rows = math.gcd(machine.count, rows)
+    shared = machine.count // by_rows
+    whole = math.gcd(math.gcd(shape.kv_heads, shape.hidden), machine.per_host)  # ways that tensor may cut
+    tensor, reasons = math.gcd(shared, whole), []
+    sequence = shared // tensor
+    if shared > 1:
+        reasons.append(f"{rows} rows divide over {by_rows} of {machine.count} devices")
+    while row / (tensor * sequence) > budget / 2 and by_rows % 2 == 0:
+        by_rows, sequence = by_rows // 2, sequence * 2
+        reasons = [f"a row of {T:,} tokens takes about {row / GIB:.3g} GiB"]
+
+    def held(fsdp):
+        return states / (fsdp * sequence * tensor) + row * rows / (by_rows * sequence * tensor)
+
+    ways = [n for n in range(1, by_rows + 1) if by_rows % n == 0]
+    fsdp = next((n for n in ways if held(n) <= budget), by_rows)
+    shared = tensor * sequence
+    told = f"weights, moments and gradients take {states / GIB:.3g} GiB"
+    told += f", {states / shared / GIB:.3g} on each of {shared} devices that share rows" if shared > 1 else ""
+    of = "" if math.isinf(machine.memory) else f" of {machine.memory / GIB:.3g} GiB a device"
+    if states / shared <= SMALL * budget:
+        fsdp = 1
+        reasons.append(f"{told}{of}: little, not split further")
+    elif many:
+        fsdp = by_rows
+        reasons.append(f"{told}, most of it trained: split over all devices with rows, which sends no more")
+    elif fsdp > 1:
+        reasons.append(f"{told}{of}: split as far as they must be")
+    else:
+        reasons.append(f"{told}{of}: not split further")
+    if held(fsdp) > budget:
+        reasons.append(f"about {held(fsdp) / GIB:.3g} GiB a device even so: see `ftjax plan`")
+    sizes = {"data": by_rows // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    return sizes, "; ".join(reasons)
+
+
+def settle(config, spec: Spec, machine: Machine, T: int, dtype) -> str:
+    """Fill in the mesh of a config that leaves it open; what was chosen and why, empty where there was no choice."""
+    if config.mesh.data != 0:
+        return ""
+    sizes, reason = choose(config, spec, machine, T, dtype)
+    config.mesh.update(sizes)
+    return "mesh " + " x ".join(f"{axis}={n}" for axis, n in sizes.items()) + f": {reason}"
+
+
+def _states(config, spec: Spec, dtype) -> tuple[float, bool]:
+    """(bytes of weights, moments, averages and gradients of the whole run, whether most parameters are trained)."""
+    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    program = programs.build(config, spec, mesh, dtype, 1)
+    state = jax.eval_shape(program.init_state, program.trained)
+    trained, total = _count(program.trained), _count((program.trained, program.frozen))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, program.frozen)))
+    return held + 4 * trained, trained > MANY * total
+
+
+def _count(shapes) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
+
+
+def _row_bytes(config, shape, T: int, itemsize: int) -> float:
+    """About what activations of one row take: what the backward pass keeps, a layer at work, a chunk of the head."""
+    products = itemsize * (8 * shape.width + 4 * shape.hidden)  # a token of a layer
+    at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32
+    kept = itemsize * shape.width if config.model.remat == "full" else products + itemsize * shape.heads * T
+    return T * (shape.layers * kept + at_work) + 8 * min(T, config.model.head_chunk) * shape.vocab_size

@@ -1,0 +1,84 @@
+"""The mesh where a config leaves it open: what is chosen for models and machines of every size, and that it runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import ftjax
+from ftjax import config as configs
+from ftjax.hub import families
+from ftjax.plan.devices import parse
+from ftjax.training import auto_mesh
+from ftjax.training import program as programs
+from ftjax.tuning import Spec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def choose(folder, devices, T, overrides, dtype="bfloat16"):
+    config = configs.default()
+    configs.override(config, ["mesh.data=0", "model.remat=full", *overrides])
+    programs.fill_defaults(config)
+    family, shape = families.read_config(ROOT / folder)
+    spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
+    devices = parse(devices)
+    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host)
+    said = auto_mesh.settle(config, spec, machine, T, jnp.dtype(dtype))
+    sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp", "sequence", "tensor")}
+    assert math.prod(sizes.values()) == devices.count
+    return {axis: n for axis, n in sizes.items() if n > 1}, said
+
+
+FULL = ["tuning.method=full", "model.trained_dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "model, devices, T, overrides, want, why",
+    [
+        # It fits beside its rows: nothing but adapters' gradients is sent.
+        ("8b", "v6e:4x4", 2048, ["train.batch_size=16"], {"data": 16}, "not split further"),
+        # 15 GiB of weights and devices of 15.75 GiB.
+        ("8b", "v5e:4x4", 2048, ["train.batch_size=16"], {"data": 8, "fsdp": 2}, "as far as they must"),
+        ("8b", "v6e:4x4", 4096, [*FULL, "train.batch_size=16"], {"fsdp": 16}, "most of it trained"),
+        # Rows run out: four devices of a host share one.
+        ("70b", "v5p:4x8x8", 4096, [*FULL, "train.batch_size=64"], {"fsdp": 64, "tensor": 4}, "64 rows divide over 64"),
+        # 8 KV heads cut 8 ways at most, and hosts have 4 devices: the rest is split by tokens.
+        ("8b", "v5p:4x4x2", 4096, [*FULL, "train.batch_size=2"], {"data": 2, "sequence": 4, "tensor": 4}, "2 rows"),
+        # One row after another on each device would fit, but for its length.
+        ("8b", "v6e:4x4", 12288, ["train.batch_size=16"], {"data": 2, "sequence": 8}, "a row of 12,288 tokens"),
+    ],
+)
+def test_what_is_chosen(model, devices, T, overrides, want, why):
+    found, said = choose(f"configs/llama-3.1-{model}", devices, T, overrides)
+    print(said)
+    assert found == want and why in said
+
+
+def test_what_does_not_fit_is_told():
+    found, said = choose("configs/llama-3.1-70b", "v5e:2x4", 4096, [*FULL, "train.batch_size=8"])
+    assert found == {"fsdp": 2, "sequence": 4} and "even so: see `ftjax plan`" in said
+
+
+def test_a_mesh_that_is_given_stays():
+    config = configs.default()
+    assert auto_mesh.settle(config, None, auto_mesh.here(), 64, None) == "" and config.mesh.data == -1
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_mesh(tmp_path):
+    config = configs.default()
+    config.update_from_flattened_dict(
+        {
+            "run_dir": str(tmp_path / "run"), "mesh.data": 0, "train.batch_size": 8, "train.steps": 1, "data.limit": 64,
+            "data.prompt": "Words: {src}\nSentence:", "data.completion": " {tgt}", "data.max_length": 64,
+            "data.buckets": 1, "data.cache": "", "evaluate.rows": 8, "export.formats": (), "log.tensorboard": False,
+            "log.compilation_cache": False,
+        }
+    )  # fmt: skip
+    said = []
+    ftjax.train(config, say=said.append)
+    assert any(line.startswith("mesh data=8 x fsdp=1 x sequence=1 x tensor=1: weights") for line in said)
