@@ -1,4 +1,4 @@
-"""Runs on labelled rows, from files to files, on a tiny random encoder and decoder: what PyTorch makes of the results."""
+"""Runs on labelled rows, from files to files, on tiny random models: what PyTorch makes of the results."""
 
 import json
 

@@ -55,7 +55,9 @@ def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[s
     targets = set()
     for path, hits in chosen.items():
         modules = module_names(path, names[path], len(hits))
-        targets |= {_tail(names[path], names.values())} if all(hits) else {m for m, h in zip(modules, hits) if h}
+        tail = _tail(names[path], names.values())
+        short = all(hits) and "{l}" not in tail  # what tells it apart may be the layer's number alone
+        targets |= {tail} if short else {m for m, h in zip(modules, hits) if h}
     return sorted(targets)
 
 
