@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ftjax.models.axes import ways
-from ftjax.models.by_device import by_device, mesh_that_cuts
+from ftjax.models.by_device import by_device, gather, mesh_that_cuts, wide
 
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
@@ -56,9 +56,8 @@ def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, c
         return attend(q, k, v, segments, segments, window=window, prefix=prefix, positions=positions, causal=causal)
 
     def local(q, k, v, segments, window, prefix, positions):
-        keys, values, owners = (
-            jax.lax.all_gather(x, "sequence", axis=dim, tiled=True) for x, dim in ((k, 3), (v, 2), (segments, 1))
-        )
+        keys, values = gather(k, "sequence", 3, k.dtype), gather(v, "sequence", 2, v.dtype)
+        owners = jax.lax.all_gather(segments, "sequence", axis=1, tiled=True)
         offset = jax.lax.axis_index("sequence") * q.shape[1]
         return attend(
             q, keys, values, segments, owners, offset=offset, window=window, prefix=prefix, positions=positions,
@@ -68,7 +67,7 @@ def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, c
     tokens, everywhere = PartitionSpec(None, "sequence"), PartitionSpec()
     keys, values = PartitionSpec(None, None, None, "sequence"), PartitionSpec(None, None, "sequence")
     places = tokens, keys, values, tokens, everywhere, everywhere, tokens
-    return by_device(local, mesh, ("sequence",), places, tokens)(q, k, v, segments, window, prefix, positions)
+    return by_device(local, mesh, ("sequence",), places, tokens)(q, k, v, segments, window, wide(prefix), positions)
 
 
 def key_layout(k, v):

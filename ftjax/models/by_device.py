@@ -6,6 +6,8 @@ B rows, T tokens, M places that are read, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -30,6 +32,27 @@ def by_device(f, mesh, names, in_specs, out_specs):
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(x: jax.Array, names, dim: int, dtype) -> jax.Array:
+    """What all devices along the mesh axes `names` have of x, one after another along `dim`, in dtype; its gradients
+    are summed in float32."""
+    # In front: TPUs scatter the gradient of what is gathered along a minor axis by summing it whole.
+    return jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x.astype(dtype), dim, 0), names, tiled=True), 0, dim)
+
+
+def _gather_bwd(names, dim, dtype, like, g):
+    total = jnp.moveaxis(g.astype(jnp.float32), dim, 0)
+    return (jnp.moveaxis(jax.lax.psum_scatter(total, names, tiled=True), 0, dim).astype(like.dtype),)
+
+
+gather.defvjp(lambda x, *how: (gather(x, *how), jnp.zeros((), x.dtype)), _gather_bwd)
+
+
+def wide(tree):
+    """Floats as float32: what is whole on several devices enters so, and gradients are summed so where they meet."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
 def look_up(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
     """Rows ids (B, T) of a table (V, D) with logical axes (axis, "embed"): (B, T, D).
 
@@ -37,19 +60,19 @@ def look_up(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
     table is never gathered, nor its gradient summed whole.
     """
     mesh = mesh_that_cuts("fsdp", "sequence")
-    columns = PartitionSpec(None, EMBED)
+    columns, dtype = PartitionSpec(None, EMBED), table.dtype
     if not mesh or _uneven(ids.shape, ROWS, mesh) or _uneven(table.shape, columns, mesh):
         return jnp.take(whole(table, (axis, "embed")), ids, axis=0, mode="clip")
 
     def local(table, ids):
         for name, dim in (("sequence", 1), ("fsdp", 0)):
             ids = jax.lax.all_gather(ids, name, axis=dim, tiled=True)
-        y = jnp.take(table, ids, axis=0, mode="clip")
+        y = jnp.take(table.astype(dtype), ids, axis=0, mode="clip")
         for name, dim in (("sequence", 1), ("fsdp", 0)):
             y = jax.lax.all_to_all(y, name, split_axis=dim, concat_axis=2, tiled=True)
         return y
 
-    return by_device(local, mesh, ALL, (columns, ROWS), ROWS)(table, ids)
+    return by_device(local, mesh, ALL, (columns, ROWS), ROWS)(wide(table), ids)
 
 
 def sum_outer(g: jax.Array, x: jax.Array, product, axes: tuple[str | None, ...] | None) -> jax.Array:
@@ -64,7 +87,7 @@ def sum_outer(g: jax.Array, x: jax.Array, product, axes: tuple[str | None, ...] 
         return split(product(g, x), axes)
 
     def local(g, x):
-        total = product(x, g) if dim else product(g, x)  # embed in front, see `_gather`
+        total = product(x, g) if dim else product(g, x)  # embed in front, see `gather`
         total = jax.lax.psum(jax.lax.psum_scatter(total, EMBED, tiled=True), "data")
         return total.T if dim else total
 
@@ -81,7 +104,8 @@ def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
         place = (index - jax.lax.axis_index("sequence") * x.shape[1])[..., None]
         mine = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1), axis=1)
         mine = jnp.where((place >= 0) & (place < x.shape[1]), mine, 0)
-        return jax.lax.psum_scatter(mine, "sequence", scatter_dimension=1, tiled=True)
+        mine = jax.lax.psum_scatter(mine.astype(jnp.float32), "sequence", scatter_dimension=1, tiled=True)
+        return mine.astype(x.dtype)
 
     tokens = PartitionSpec(None, "sequence")
     return by_device(local, mesh, ("sequence",), (tokens, PartitionSpec()), tokens)(x, index)
@@ -103,25 +127,24 @@ def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
         return PartitionSpec(*() if _uneven(x.shape, columns, mesh) else columns)
 
     places = jax.tree_util.tree_map_with_path(place, variables)
+    dtypes = jax.tree.map(lambda x: x.dtype, variables)
+
+    def whole_again(x, place, dtype):
+        for dim, names in enumerate(place):
+            x = gather(x, names, dim, dtype) if names else x
+        return x.astype(dtype)
 
     def local(variables, arrays, rngs):
-        gathered = jax.tree.map(_gather, variables, places)
+        gathered = jax.tree.map(whole_again, variables, places, dtypes)
         own = jax.lax.axis_index(ALL)
         rngs = None if rngs is None else {name: jax.random.fold_in(key, own) for name, key in rngs.items()}
         return jax.lax.psum(f(gathered, arrays, rngs), ALL)
 
     specs = places, jax.tree.map(lambda x: ROWS, arrays), jax.tree.map(lambda key: PartitionSpec(), rngs)
-    return by_device(local, mesh, ALL, specs, PartitionSpec())(variables, arrays, rngs)
+    return by_device(local, mesh, ALL, specs, PartitionSpec())(wide(variables), arrays, rngs)
 
 
 def _uneven(shape, places, mesh) -> bool:
     """Whether mesh axes do not divide the sizes that they are to split."""
     names = [(n,) if isinstance(n, str) else n or () for n in places]
     return any(size % ways(mesh, *n) for size, n in zip(shape, names, strict=False))
-
-
-def _gather(x, place):
-    for dim, names in enumerate(place):
-        if names:  # in front: TPUs scatter the gradient of what is gathered along a minor axis by summing it whole
-            x = jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x, dim, 0), names, tiled=True), 0, dim)
-    return x

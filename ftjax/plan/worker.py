@@ -56,6 +56,8 @@ def work(job: dict) -> dict:
     }
     if asked["fits"]:
         out["time"] = search.roofline(asked, devices)
+    if not job["choices"]:
+        return out
     estimates = search.Search(config, spec, T, M, steps or 1, asked, devices)
     if asked["fits"]:
         rows = [row for s in search.settings(config, spec, devices) if (row := estimates.try_estimate(s))]

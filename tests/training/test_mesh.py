@@ -245,6 +245,33 @@ def test_arguments_of_a_device_are_the_total_over_the_shards(mesh):
 
 
 @pytest.mark.slow
+def test_bfloat16_is_summed_in_float32_between_devices():
+    """XLA's CPU compiler cannot sum bfloat16 between devices at all, and no other should."""
+    config = configs.default()
+    config.update_from_flattened_dict(
+        {"tuning.method": "full", "model.trained_dtype": "bfloat16", "train.batch_size": B, "optim.lr": 1e-2}
+    )
+    pair = tiny.tuned(model(), method="full")
+
+    def losses(mesh):
+        mesh = sharding.make_mesh(mesh, jax.devices()[: math.prod(mesh.values())])
+        with jax.set_mesh(mesh):
+            program = programs.build(config, pair.spec, mesh, jnp.dtype("bfloat16"), STEPS)
+            base = jax.tree.map(lambda x: np.asarray(x, program.read_dtype), pair.params)
+            trained, frozen = program.begin(jax.random.key(0), jax.device_put(base, program.base_places))
+            state, out = program.init_state(trained), []
+            for batch in batches():
+                batch = sharding.place_batch(batch, mesh, B, sharding.local_rows(mesh, B))
+                state, report = program.step(state, frozen, batch)
+                out.append(float(report["loss"]))
+        return np.array(out)
+
+    want, got = losses({"data": 1}), losses({"data": 2, "fsdp": 2, "sequence": 2})
+    assert want[-1] < want[0] - 0.01
+    np.testing.assert_allclose(got, want, rtol=5e-3)
+
+
+@pytest.mark.slow
 def test_layers_in_two_stacks_on_a_mesh():
     """The frozen lower one and the trained one above it are split as one stack would be."""
     cut = "data=2,fsdp=2,tensor=2"
