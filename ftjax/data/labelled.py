@@ -1,4 +1,4 @@
-"""Rows with labels -> token ids, and the places at which labels are read off: of texts, of pairs of texts.
+"""Rows with labels -> token ids, and the places at which labels are read off.
 
 N rows, C labels.
 """
@@ -7,17 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data import masks, pairs, spans, tags
 from ftjax.data.table import Table
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError, nearest
 
 TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")  # usual names, in order
-NO_LABEL = "-"  # data.label of rows that have none, of which only predictions are wanted
 LABELS = ("label", "labels", "category", "class", "target")
+
+
+
+class Columns(NamedTuple):
+    """Usual names of the columns of a kind of task, in order. pair empty: there is one text, unless task.pair names a
+    second; label empty: rows have none."""
+
+    text: tuple[str, ...] = TEXTS
+    pair: tuple[str, ...] = ()
+    label: tuple[str, ...] = LABELS
+
+
+COLUMNS = {
+    "tag": Columns(("tokens", "words"), (), ("tags", "ner_tags", "labels")),
+    "span": Columns(("question",), ("context",), ("answers",)),
+    "masked": Columns(label=()),
+    "embed": Columns(("anchor", "query", *TEXTS), ("positive", "answer", "sentence2", "hypothesis", "context"), ()),
+}
+FIXED = {"span": ("start", "end"), "masked": (), "embed": ()}  # names of labels that do not depend on rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +46,7 @@ class Labelled:
 
     text, pair, label: columns, pair empty where there is one text; names: of the labels, in the order of their ids;
     pool: ModelConfig.head's, by which the last token of a text is read, or its first; max_length: tokens to which a
-    text is cut, special tokens kept; 0: none is.
+    text is cut, special tokens kept; 0: none is; subwords, stride: those of config.task.
     """
 
     form: str
@@ -36,10 +56,15 @@ class Labelled:
     names: tuple[str, ...]
     pool: str
     max_length: int
+    subwords: str = "first"
+    stride: int = 0
 
     def render(self, rows: list[dict], places: list[str]) -> list[Rendered]:
         """Rows as text and the text of their label."""
-        texts = [[self.cell(row, column, place) for column in self.texts] for row, place in zip(rows, places)]
+        if self.form == "tag":
+            texts = [[" ".join(tags.cell(row, self.text, place))] for row, place in zip(rows, places)]
+        else:
+            texts = [[self.cell(row, column, place) for column in self.texts] for row, place in zip(rows, places)]
         return [
             Rendered(prompt="\n".join(text), completion=str(row.get(self.label, "")))
             for text, row in zip(texts, rows, strict=True)
@@ -64,13 +89,22 @@ class Labelled:
         return value
 
 
-def recipe(config, data, columns: list[str], names: tuple[str, ...], pool: str, max_length: int) -> Labelled:
-    """The recipe that a config means for rows with these columns; data: its group, or that of one source."""
-    task, cut = config.task, max_length if config.data.long == "truncate" else 0
-    text = column(task.text, TEXTS, columns, "task.text")
-    pair = column(task.pair, (), columns, "task.pair") if task.pair else ""
-    label = "" if data.label == NO_LABEL else column(data.label, LABELS, columns, "data.label")
-    return Labelled(task.kind, text, pair, label, names, pool, cut)
+def recipe(
+    config, data, columns: list[str], names: tuple[str, ...], pool: str, max_length: int, truths: bool = True
+) -> Labelled:
+    """The recipe that a config means for rows with these columns; data: its group, or that of one source; truths:
+    whether the rows have labels."""
+    task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
+    text = column(task.text, usual.text, columns, "task.text")
+    pair = label = ""
+    if task.pair or usual.pair and (truths or task.kind == "span"):
+        pair = column(task.pair, usual.pair, columns, "task.pair")
+    if usual.label and truths:
+        label = column(data.label, usual.label, columns, "data.label")
+    # Long texts of these kinds are cut into several examples, none of which is too long.
+    cut = max_length if config.data.long == "truncate" or task.kind in ("span", "masked") else 0
+    cut = cut // 2 if task.kind == "embed" and pair else cut  # a row holds both
+    return Labelled(task.kind, text, pair, label, names, pool, cut, task.subwords, task.stride)
 
 
 def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,7 +112,9 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
 
     tables: (data group, rows of train) of each source. Raises FtjaxError for fewer than two labels.
     """
-    task = config.task
+    task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
+    if task.kind in FIXED:
+        return FIXED[task.kind]
     if task.labels:
         return tuple(map(str, task.labels))
     if task.kind == "regress":
@@ -87,9 +123,9 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
         return known
     found = set()
     for data, table in tables:
-        named = column(data.label, LABELS, table.columns, "data.label")
-        found |= label_names(table, named, task.kind == "multilabel")
-    names = in_order(found)
+        named = column(data.label, usual.label, table.columns, "data.label")
+        found |= label_names(table, named, task.kind in ("multilabel", "tag"))
+    names = tags.in_order(found) if task.kind == "tag" else in_order(found)
     if len(names) < 2 and task.kind == "classify":
         raise FtjaxError(f"data.label: the rows of train have the label {', '.join(names)!r} only; expected two")
     return names
@@ -214,4 +250,15 @@ ENCODERS: dict[str, Callable[..., list[Example]]] = {
     "classify": _labelled(one_class),
     "multilabel": _labelled(many_classes),
     "regress": _labelled(numbers),
+    "tag": tags.encode,
+    "span": spans.encode,
+    "masked": masks.encode,
+    "embed": pairs.encode,
 }
+
+
+def layout(config, tokenizer) -> dict:
+    """What Batches has to know of a kind of task to lay its examples out."""
+    if config.task.kind == "masked":
+        return {"masking": masks.masking(config.task, tokenizer)}
+    return {"apart": True} if config.task.kind == "embed" else {}

@@ -185,10 +185,13 @@ class Data:
         return {part: {name: dataclasses.asdict(r) for name, r in reports.items()} for part, reports in found.items()}
 
 
-def prepare(config, tokenizer, max_positions: int, *, pool: str = "", known: tuple[str, ...] = ()) -> Data:
+def prepare(
+    config, tokenizer, max_positions: int, *, pool: str = "", known: tuple[str, ...] = (), truths: bool = True
+) -> Data:
     """The examples of train, validation and test.
 
-    pool: where the head over labels reads, see ModelConfig; known: labels that the model's head has names for.
+    pool: where the head over labels reads, see ModelConfig; known: labels that the model's head has names for; truths:
+    False where rows need no labels.
 
     A part whose file is named consists of that file. Any other part is split off the rows of data.train: see
     split.split. Rows keep their order in the file; synthetic ones follow. data.max_length left at its default is capped
@@ -207,7 +210,7 @@ def prepare(config, tokenizer, max_positions: int, *, pool: str = "", known: tup
     def how(data, columns):
         if config.task.kind == "causal":
             return recipe(data, columns)
-        return labelled.recipe(config, data, columns, names, pool, max_length), False
+        return labelled.recipe(config, data, columns, names, pool, max_length, truths), False
 
     done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in PARTS}
     if not len(done["train"]):

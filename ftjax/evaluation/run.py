@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ftjax import config as configs
-from ftjax.data import labelled, read
+from ftjax.data import read
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import prepare
 from ftjax.data.template import Rendered, asked, fill, parse
@@ -46,13 +46,15 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
     return report
 
 
-def _rows(lm: LM, data: str | None, config):
+def _rows(lm: LM, data: str | None, config, truths: bool = True):
     """(Data, the part of it that is asked for): rows as the model's task has them."""
     if data:
         config.data.update(train=data, validation="", test="", mixture=(), split=(1.0, 0.0, 0.0), limit=0)
     if lm.labels:
         config.task.update(kind=lm.kind, labels=lm.labels)
-    prepared = prepare(config, lm.tokenizer, lm.max_tokens, pool=lm.model.config.head.pool)
+    if not truths:
+        config.data.update(label="", stratify="")
+    prepared = prepare(config, lm.tokenizer, lm.max_tokens, pool=lm.model.config.head.pool, truths=truths)
     return prepared, prepared.train if data else prepared.test
 
 
@@ -66,8 +68,7 @@ def predict(model: str | LM, data: str, config=None, *, overrides=()) -> list[di
     lm = model if isinstance(model, LM) else load(model)
     if not lm.labels:
         raise FtjaxError("predict: this model has no head over labels; `ftjax generate` continues texts")
-    config.data.label = labelled.NO_LABEL
-    prepared, part = _rows(lm, data, config)
+    prepared, part = _rows(lm, data, config, truths=False)
     return judge.predict(lm, part, prepared, config)
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ftjax import config as configs
-from ftjax.data import chat_templates
+from ftjax.data import chat_templates, labelled
 from ftjax.data.batches import Batches, ahead, loader
 from ftjax.data.prepare import prepare
 from ftjax.data.preview import show
@@ -32,7 +32,7 @@ from ftjax.objectives import TASKS
 from ftjax.training import auto_mesh, export, features, hosts, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
-from ftjax.training.program import build, check_rows, fill_defaults, placed, with_task
+from ftjax.training.program import build, check_method, check_new_head, check_rows, fill_defaults, placed, with_task
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import RUN, Trained, base_name, claim
 from ftjax.tuning import METHODS, Spec
@@ -85,6 +85,7 @@ def train(config, say=print) -> Result:
     # ---- the model and its tokenizer, no weights yet ---------------------------------------------------------------
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
+    check_method(config, family, shape)
     words = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocab(words, shape.vocab_size)
     chatty = chat_templates.installed(config, words)
@@ -101,6 +102,7 @@ def train(config, say=print) -> Result:
     # ---- data: everything that can be wrong with it is found here, before the devices are used ---------------------
     virtual = method.virtual_tokens(spec)
     task = TASKS[config.task.kind]
+    generates = task.head == "causal"
     pool = families.with_head(family, shape, task.head, 1, folder).head.pool
     known = families.label_names(folder) if shape.head.task == task.head else ()
     data = prepare(config, words, shape.max_positions - virtual, pool=pool, known=known)
@@ -114,7 +116,7 @@ def train(config, say=print) -> Result:
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     batch = functools.partial(
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed,
-        ways=mesh.shape["sequence"],
+        ways=mesh.shape["sequence"], **labelled.layout(config, words),
     )  # fmt: skip
     drawn, weights_of_classes = judge.by_class(config, data)
     batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
@@ -141,10 +143,11 @@ def train(config, say=print) -> Result:
         model, applied = program.model, program.variables
         base = weights.read_params(
             folder, family, shape, program.base_places, lambda path: program.read_dtype, quantise=program.quantise,
-            new_head=jax.random.key(config.seed) if data.labels else None,
+            new_head=None if generates else jax.random.key(config.seed),
         )  # fmt: skip
-        if data.labels and (new := weights.head_is_new(folder, family, shape)):
-            say(f"new, and trained whole: {', '.join(new)}, for {len(data.labels)} labels")
+        if not generates and (new := weights.head_is_new(folder, family, shape)):
+            check_new_head(new, program.trained, config)
+            say(f"new, and trained whole: {', '.join(new)}" + (f", for {len(data.labels)} labels" if data.labels else ""))
         made_elsewhere = given.trained(base, spec, program.trained) if given else None
         with warnings.catch_warnings():
             # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
@@ -154,7 +157,6 @@ def train(config, say=print) -> Result:
             made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
             trained = jax.device_put(made_elsewhere, program.trained_places)
         del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
-        generates = task.head == "causal"
         fixed = frozen if generates and "lm_head" not in trained else {}
         for token, alike in indistinct_ends(fixed, data.train.examples).items():
             say(
@@ -168,8 +170,9 @@ def train(config, say=print) -> Result:
         def validate(trained) -> dict[str, float]:
             """`val_loss` over all sources, and `val_loss/NAME` of each where there are several."""
             local = sharding.local_rows(mesh, eval_rows)
-            options = {"head_chunk": config.model.head_chunk, "kind": config.task.kind}
-            loss = functools.partial(sums, model, applied(trained, frozen), **options)
+            loss = functools.partial(
+                sums, model, applied(trained, frozen), kind=config.task.kind, **task.always(config)
+            )
             found = {}
             for name, held_out in validation.items():
                 feed = loader(held_out, 0, len(held_out), config.data.workers, local)

@@ -22,7 +22,7 @@ from ftjax.objectives import TASKS, objective
 from ftjax.training import sharding
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
-from ftjax.tree import map_paths
+from ftjax.tree import flatten, map_paths
 from ftjax.tuning import METHODS, Spec
 
 
@@ -68,17 +68,31 @@ def check_rows(config, mesh) -> None:
         )
 
 
-def with_task(config, family, shape, folder, labels: int):
-    """The shape of a directory's model with the head that config.task wants; labels: how many names it has.
-
-    Raises FtjaxError for a task that the family has no head for, and a method that the model is not made for.
-    """
-    task, method = TASKS[config.task.kind], METHODS[config.tuning.method]
-    if method.causal_only and not shape.causal:
+def check_method(config, family, shape) -> None:
+    """Raises FtjaxError for a method that a model is not made for."""
+    if METHODS[config.tuning.method].causal_only and not shape.causal:
         raise FtjaxError(
             f"tuning.method: {config.tuning.method} puts tokens before a row that see none of it, and a "
             f"{family.model_type} model lets all see all; try lora"
         )
+
+
+def check_new_head(new: list[str], trained: dict, config) -> None:
+    """Raises FtjaxError where a module of a new head would stay as it was drawn; trained: tree of what is trained."""
+    paths = set(flatten(trained))
+    if left := [path for path in new if not any(p.startswith(f"{path}/") or p == path for p in paths)]:
+        raise FtjaxError(
+            f"tuning.method: {config.tuning.method} would leave {', '.join(left)} as drawn at random, which the model's "
+            "files do not have; set tuning.method to full"
+        )
+
+
+def with_task(config, family, shape, folder, labels: int):
+    """The shape of a directory's model with the head that config.task wants; labels: how many names it has.
+
+    Raises FtjaxError for a task that the family has no head for.
+    """
+    task = TASKS[config.task.kind]
     if task.head == shape.head.task and labels == shape.head.labels:
         return shape
     return families.with_head(family, shape, task.head, labels, folder)

@@ -10,7 +10,7 @@ import re
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.families import FAMILIES
 
-EMBEDDINGS = ("embed", "pos_embed")  # paths of tables that are read by index
+EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are read by index
 
 
 def module_names(path: str, template: str, layers: int) -> list[str]:
