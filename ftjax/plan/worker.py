@@ -40,7 +40,7 @@ def work(job: dict) -> dict:
     if job["data"]:
         T, M, steps, tokens = _from_data(config, folder, longest)
 
-    asked = compiled.compile_step(config, spec, devices, T, M, steps or 1)
+    asked = compiled.compile_step(config, spec, devices, T, M, steps or 1, job["quick"])
     asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
     asked |= {"remat": config.model.remat, "accumulate": config.train.accumulate}
     asked["sent"] = sum(c["bytes"] for c in asked.get("collectives", ()))
