@@ -128,8 +128,12 @@ def default() -> ml_collections.ConfigDict:
 
     c.task = task = ml_collections.ConfigDict()
     task.kind = "causal"  # causal: the next token | classify: one label a text | multilabel: several | regress: numbers
-    task.text = ""  # column with the text; empty: the first of the usual names, `sentence`, `text`, ...
-    task.pair = ""  # column with a second text, read together with the first
+    # | tag: a label a word | span: where a question's answer stands in a text | masked: hidden tokens of plain text |
+    # embed: texts that belong together lie near each other
+    task.text = ""  # column with the text; empty: the first of the usual names, `sentence`, `text`, ...; tag: with the
+    # list of words; span: with the question; embed: with the first text
+    task.pair = ""  # column with a second text, read together with the first; span: with the text that holds the
+    # answer; embed: with the text that belongs to the first
     task.labels = ()  # names of labels in the order of their ids; empty: those of the model's files where it has a head
     # for them, or else as training rows have them; regress: of the numbers
     task.class_weights = ()  # weight of each label in the loss, in the order of their ids; ("balanced",): by how rare
@@ -139,6 +143,14 @@ def default() -> ml_collections.ConfigDict:
     task.threshold = ""  # two labels, or multilabel: figure by which thresholds are chosen on validation rows: f1 |
     # mcc | balanced_accuracy | accuracy; empty: 0.5
     task.group = ""  # column by whose values figures are told apart
+    task.subwords = "first"  # tag: the first token of a word carries its tag, or all do; predicted by the first
+    task.stride = 128  # span: tokens that a window of a long text shares with the one before
+    task.max_answer = 30  # span: tokens of a predicted answer at most
+    task.no_answer = False  # span: some questions have no answer (SQuAD v2.0); empty is then a prediction too
+    task.mask_rate = 0.15  # masked: share of a text's tokens that are hidden
+    task.whole_words = False  # masked: all tokens of a word are hidden, or none
+    task.pool = "mean"  # embed: a text's vector is the mean of its tokens' states | cls: that of the first
+    task.temperature = 0.05  # embed: cosines are divided by it; the lower, the more the nearest wrong texts count
 
     c.optim = optim = ml_collections.ConfigDict()
     optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon
@@ -222,7 +234,9 @@ CHOICES = {
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.quantise": ("none", "int8", "nf4"),
     "model.remat": ("none", "full"),
-    "task.kind": ("causal", "classify", "multilabel", "regress"),
+    "task.kind": ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed"),
+    "task.subwords": ("first", "all"),
+    "task.pool": ("mean", "cls"),
     "task.threshold": ("", "f1", "mcc", "balanced_accuracy", "accuracy"),
     "data.form": ("auto", "text", "prompt", "instruction", "messages", "sharegpt", "preference", "template"),
     "data.train_on": ("assistant", "last", "all"),
@@ -457,6 +471,13 @@ def validate(config) -> None:
     for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):
         need(key, lambda v: v >= 0, "0 or more")
     need("task.focal", lambda v: v >= 0, "0 or more")
+    need("task.stride", lambda v: v >= 0, "0 or more")
+    need("task.max_answer", lambda v: v >= 1, "at least 1")
+    need("task.mask_rate", lambda v: 0 < v <= 1, "a share above 0")
+    need("task.temperature", lambda v: v > 0, "more than 0")
+    if config.task.kind == "embed":
+        need("train.accumulate", lambda v: v == 1, "1: a text is told from all others of its batch, which microbatches "
+             "do not see; model.remat=full saves memory instead")  # fmt: skip
     need("train.neftune", lambda v: v >= 0, "0 or more")
     for key in ("tuning.dropout", "train.label_smoothing", "train.ema"):
         need(key, lambda v: 0 <= v < 1, "a share from 0 to below 1")

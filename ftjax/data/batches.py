@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ftjax.data.masks import Masking
 from ftjax.data.pack import bucket_lengths, pack
 from ftjax.data.store import Examples
 from ftjax.data.tokenise import Example
@@ -33,7 +34,9 @@ class Batches:
     next pass, so that over the epochs none of its rows comes more than once more often than another. Packed rows then
     hold examples of one source.
 
-    class_weights (C,): weight of a label by its class.
+    class_weights (C,): weight of a label by its class. masking: see ftjax.data.masks; trained tokens are those that may
+    be masked, and masks are drawn by (seed, epoch, example) alone. apart: the second text of an example is a segment of
+    its own.
     """
 
     def __init__(
@@ -50,13 +53,16 @@ class Batches:
         shares: Sequence[float] | None = None,
         ways: int = 1,
         class_weights: np.ndarray | None = None,
+        masking: Masking | None = None,
+        apart: bool = False,
     ):
         examples = Examples.of(examples)
         N = len(examples)
         if not N:
             raise ValueError("no examples")
         self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
-        self.class_weights, self.paired = class_weights, bool(examples.second.any())
+        self.class_weights, self.masking, self.apart = class_weights, masking, apart
+        self.paired = not apart and bool(examples.second.any())
         if examples.length.max() > max_length:
             raise ValueError(f"an example has {examples.length.max()} tokens, more than max_length={max_length}")
         groups = [np.arange(N)] if shares is None else [np.flatnonzero(source == z) for z in range(len(shares))]
@@ -68,7 +74,8 @@ class Batches:
             self.members, self.sizes = np.concatenate(groups), np.ones(N, int)
         self.first = np.cumsum(self.sizes) - self.sizes  # (R,) where each row begins in `members`
         row_tokens = np.add.reduceat(examples.length[self.members], self.first)
-        row_labels = np.add.reduceat(examples.labels[self.members], self.first)
+        labels = examples.labels if masking is None else masking.count(examples.labels)
+        row_labels = np.add.reduceat(labels[self.members], self.first)
         self.widths = bucket_lengths(row_tokens, 1 if packing else buckets, max_length)
         self.widths = -(-self.widths // ways) * ways  # T of each bucket
         self.bucket = np.searchsorted(self.widths, row_tokens)  # (R,)
@@ -137,7 +144,7 @@ class Batches:
         `loss_index` (B, M) int32, positions t of which the hidden state predicts; `labels` (B, M) int32, the token at
         t + 1 of the same segment; `weights` (B, M) float32, 1, or 0 for the padding of M. Of examples with targets,
         `labels` (B, M, ...) are those, read off the state at t; and where some have a second text, `types` (B, T) int32
-        is 1 there.
+        is 1 there. Under masking `labels` are tokens as they were, and some of `tokens` others.
         """
         bucket, rows = self._at(step)
         rows, ex = rows[row_slice], self.examples
@@ -155,12 +162,20 @@ class Batches:
         batch["positions"][row_of, column] = position
         batch["segment_ids"][row_of, column] = np.repeat(segment + 1, length)
 
+        second = np.repeat(ex.second[example], length)
+        behind = (second > 0) & (position >= second)
         if self.paired:
-            second = np.repeat(ex.second[example], length)
             batch["types"] = np.zeros((B, T), np.int32)
-            batch["types"][row_of, column] = (second > 0) & (position >= second)
+            batch["types"][row_of, column] = behind
+        if self.apart:
+            batch["positions"][row_of, column] = position - second * behind
+            batch["segment_ids"][row_of, column] = 2 * np.repeat(segment, length) + 1 + behind
 
-        if ex.targets is None:
+        if self.masking:
+            label, shown = self._masked(step // len(self), example, np.cumsum(length) - length, tokens, trained)
+            values, back = tokens[label], 0
+            batch["tokens"][row_of[label], column[label]] = shown
+        elif ex.targets is None:
             # A label is predicted from the position before it; the first token of a segment has none.
             label = np.flatnonzero(trained & (position > 0))
             values, back = tokens[label], 1
@@ -176,6 +191,17 @@ class Batches:
         batch["labels"][row_of, nth] = values
         batch["weights"][row_of, nth] = 1 if self.class_weights is None else self.class_weights[values]
         return batch
+
+    def _masked(self, epoch: int, example, start, tokens, trained) -> tuple[np.ndarray, np.ndarray]:
+        """Places of masked tokens among those of these examples, which begin at `start`; and what stands there."""
+        ex, chosen, shown = self.examples, [np.zeros(0, int)], [np.zeros(0, np.int32)]
+        for i, at in zip(example.tolist(), start.tolist()):
+            able = at + np.flatnonzero(trained[at : at + ex.length[i]])
+            word = ex.targets[ex.first[i] : ex.first[i] + ex.labels[i]]
+            drawn, instead = self.masking.draw((self.seed, epoch, i), tokens[able], word)
+            chosen.append(able[drawn])
+            shown.append(instead)
+        return np.concatenate(chosen), np.concatenate(shown)
 
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(bucket, rows (B,) int64, -1: empty) for each step of an epoch."""

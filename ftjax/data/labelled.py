@@ -21,7 +21,6 @@ TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "rev
 LABELS = ("label", "labels", "category", "class", "target")
 
 
-
 class Columns(NamedTuple):
     """Usual names of the columns of a kind of task, in order. pair empty: there is one text, unless task.pair names a
     second; label empty: rows have none."""
@@ -46,7 +45,8 @@ class Labelled:
 
     text, pair, label: columns, pair empty where there is one text; names: of the labels, in the order of their ids;
     pool: ModelConfig.head's, by which the last token of a text is read, or its first; max_length: tokens to which a
-    text is cut, special tokens kept; 0: none is; subwords, stride: those of config.task.
+    text is cut, special tokens kept; 0: none is; subwords, stride, no_answer: those
+    of config.task.
     """
 
     form: str
@@ -58,6 +58,7 @@ class Labelled:
     max_length: int
     subwords: str = "first"
     stride: int = 0
+    no_answer: bool = False
 
     def render(self, rows: list[dict], places: list[str]) -> list[Rendered]:
         """Rows as text and the text of their label."""
@@ -104,7 +105,7 @@ def recipe(
     # Long texts of these kinds are cut into several examples, none of which is too long.
     cut = max_length if config.data.long == "truncate" or task.kind in ("span", "masked") else 0
     cut = cut // 2 if task.kind == "embed" and pair else cut  # a row holds both
-    return Labelled(task.kind, text, pair, label, names, pool, cut, task.subwords, task.stride)
+    return Labelled(task.kind, text, pair, label, names, pool, cut, task.subwords, task.stride, task.no_answer)
 
 
 def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")
 MANY = 20_000  # rows from which further processes are worth the seconds that they take to start
+BY_LABEL = ("causal", "classify", "multilabel")  # task.kind by whose labels rows are dealt to the parts
 MEANT = "auto"  # data.cache: the user's cache folder
 
 
@@ -118,6 +119,15 @@ class Part:
         """The row of an example, as cleaned."""
         piece, at = self._at(i)
         return piece.table.row(at)
+
+    def origin(self, i: int) -> tuple[int, int]:
+        """(which of the pieces, which row of its table) an example was made of; several may be made of one."""
+        piece, at = self._at(i)
+        return next(n for n, other in enumerate(self.pieces) if other is piece), at
+
+    def recipe(self, i: int) -> Recipe | labelled.Labelled:
+        """How the row of an example became tokens."""
+        return self._at(i)[0].recipe
 
     def rendered(self, i: int) -> template.Rendered:
         """The row of an example as text."""
@@ -252,10 +262,11 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     dealt = []  # indices of each source's rows of train
     for source in sources:
         data, tables = source.data, dict(source.tables)
-        chosen = split(tables, data, config.seed)
+        dealt_by = data if data.stratify or config.task.kind in BY_LABEL else _unlabelled(data)
+        chosen = split(tables, dealt_by, config.seed)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
-        if data.label or data.stratify:
+        if data.stratify or data.label and config.task.kind in BY_LABEL:
             own = {part: at for part, at in chosen.items() if part == "train" or part not in tables}
             for value, lacking in absent(tables["train"], data.stratify or data.label, own).items():
                 source.notes.append(f"{data.stratify or data.label} {value}: no row of it in {', '.join(lacking)}")
@@ -277,6 +288,13 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
                 else []
             )
     return sources, gone
+
+
+def _unlabelled(data):
+    """A `data` group whose label does not say how rows are dealt."""
+    data = data.copy_and_resolve_references()
+    data.label = ""
+    return data
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -89,6 +89,11 @@ class Examples(Sequence[Example]):
         others = (int(x[index]) for x in (self.second, self.row, self.whole))
         return Example(self.ids[at], self.trained[at], self.targets[mine], *others)
 
+    def truths(self) -> np.ndarray:
+        """The targets of all rows, one after the other (n, ...)."""
+        before = np.cumsum(self.labels) - self.labels
+        return self.targets[np.repeat(self.first - before, self.labels) + np.arange(self.labels.sum())]
+
     def ends(self) -> list[int]:
         """The distinct last tokens of rows whose last token is trained, ascending."""
         last = (self.start + self.length - 1)[self.length > 0]
@@ -256,7 +261,7 @@ def code() -> str:
 
     here = Path(__file__).parent
     names = ("template.py", "chat_templates.py", "tokenise.py", "labelled.py", "prepare.py", "store.py")
-    names += ("../hub/tokenizer.py",)
+    names += ("tags.py", "spans.py", "masks.py", "pairs.py", "../hub/tokenizer.py")
     texts = [(here / name).read_bytes() for name in names]
     return digest(tokenizers.__version__, transformers.__version__, *texts)
 

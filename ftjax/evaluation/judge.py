@@ -1,4 +1,4 @@
-"""What a model with a head over labels says of rows, and how good that is: predictions, figures, mistakes, pictures.
+"""How good what a model says of rows is, for every kind of task: predictions, figures, mistakes, pictures.
 
 N examples, B rows, M places a row at most, C labels.
 """
@@ -14,22 +14,18 @@ import jax
 import numpy as np
 
 from ftjax.data.batches import Batches
+from ftjax.data.labelled import layout
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import labelled
+from ftjax.evaluation import labelled, spans, tagged, vectors
 from ftjax.evaluation.classification import best_thresholds
+from ftjax.evaluation.loss import evaluate_loss, sums
+from ftjax.evaluation.said import Asked, Judge, at_places, groups, logits
+from ftjax.evaluation.said import text as said_text
 from ftjax.files import replace_text
-from ftjax.hub.weights import whole
-from ftjax.objectives import TASKS, classify
+from ftjax.objectives import TASKS
 
 MISTAKES = 50  # rows listed at most
-LEAST = 8  # rows a step at least: where nothing is trained they cost little memory
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, variables, batch):
-    """(B, M, C) float32, see objectives.classify."""
-    return classify.logits(model, variables, batch)
 
 
 def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
@@ -39,12 +35,12 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     """
     task, examples = config.task, data.train.examples
     drawn, C = {"source": data.train.source, "shares": data.shares}, len(data.labels)
-    if task.kind != "classify":
-        for key in ("class_weights", "balanced"):
-            if task[key]:
-                raise FtjaxError(f"task.{key}: is of task.kind classify; this one is {task.kind}")
+    for key, kinds in (("class_weights", ("classify", "tag")), ("balanced", ("classify",))):
+        if task[key] and task.kind not in kinds:
+            raise FtjaxError(f"task.{key}: is of task.kind {' and '.join(kinds)}; this one is {task.kind}")
+    if not task.class_weights and not task.balanced:
         return drawn, None
-    classes = examples.targets[examples.first]
+    classes = examples.truths()
     counts = np.bincount(classes, minlength=C)
     if task.balanced:
         if data.shares is not None:
@@ -63,21 +59,9 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     return drawn, np.array(weights, np.float32)
 
 
-def predictions(model, variables, part: Part, config, max_length: int) -> list[np.ndarray]:
-    """What the head says at each place of each example, (n, C) float32, in the order of the examples."""
-    rows = config.evaluate.batch_size or config.train.batch_size or 16
-    rows = max(LEAST, min(rows, len(part)))
-    batches = Batches(part.examples, rows, max_length, buckets=max(config.data.buckets, 8), shuffle=False)
-    found: list[np.ndarray] = [None] * len(part)
-    for step in range(len(batches)):
-        told = whole(logits(model, variables, batches[step]))
-        for said, members in zip(told, batches.rows(step), strict=True):
-            at = 0
-            for example in members:
-                count = part.examples.labels[example]
-                found[example] = said[at : at + count]
-                at += count
-    return found
+def say(asked: Asked) -> np.ndarray:
+    """Logits (N, C) of the examples."""
+    return np.concatenate(at_places(logits, asked))
 
 
 def probabilities(kind: str, said: np.ndarray) -> np.ndarray:
@@ -118,26 +102,20 @@ def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
     return [float(found["threshold"]) for found in best_thresholds(labels, chances, metric)]
 
 
-def report(config, part: Part, said: np.ndarray, labels, thresholds=None) -> dict:
+def report(asked: Asked, said: np.ndarray, thresholds=None) -> dict:
     """labelled.report of what a model said (N, C) of a part's rows."""
-    kind = config.task.kind
-    groups = None
-    if config.task.group:
-        rows = [part.row(i) for i in range(len(part))]
-        if config.task.group not in rows[0]:
-            raise FtjaxError(f"task.group: {config.task.group!r} is no column; they are {', '.join(rows[0])}")
-        groups = [str(row[config.task.group]) for row in rows]
-    names = None if kind == "regress" else list(labels)
+    kind, config = asked.config.task.kind, asked.config
+    names = None if kind == "regress" else list(asked.data.labels)
     return labelled.report(
-        TASKS[kind].judged, truths(part), probabilities(kind, said), names=names, groups=groups, seed=config.seed,
-        **settings(kind, thresholds),
+        TASKS[kind].judged, truths(asked.part), probabilities(kind, said), names=names,
+        groups=groups(asked, range(len(said))), seed=config.seed, **settings(kind, thresholds),
     )  # fmt: skip
 
 
-def lines(config, part: Part, said: np.ndarray, labels, thresholds=None) -> list[dict]:
+def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
     """One record a row: its place, its text, its label, what is predicted, and every label's probability."""
-    kind, chances, truth = config.task.kind, probabilities(config.task.kind, said), truths(part)
-    out = []
+    part, labels, kind = asked.part, asked.data.labels, asked.config.task.kind
+    chances, truth, out = probabilities(kind, said), truths(part), []
     for i in range(len(part)):
         record = {"row": part.place(i), "text": part.rendered(i).prompt}
         if kind == "regress":
@@ -154,6 +132,43 @@ def lines(config, part: Part, said: np.ndarray, labels, thresholds=None) -> list
     return out
 
 
+def worst(asked: Asked, said: np.ndarray, thresholds, n: int) -> list[int]:
+    """The rows of highest loss among those told wrongly."""
+    kind = asked.config.task.kind
+    return labelled.worst(
+        TASKS[kind].judged, truths(asked.part), probabilities(kind, said), n, **settings(kind, thresholds)
+    )
+
+
+def shown(record: dict) -> str:
+    """What a row is, what it was taken for, and its text."""
+    return f"{record['label']!r} taken for {record['prediction']!r}: {record['text'][:100]!r}"
+
+
+def masked_loss(asked: Asked) -> dict:
+    """Loss and accuracy of masked tokens, see loss.evaluate_loss."""
+    part, config = asked.part, asked.config
+    batches = Batches(
+        part.examples, config.evaluate.batch_size or config.train.batch_size or 16, asked.data.max_length,
+        buckets=config.data.buckets, seed=config.seed, shuffle=False, **layout(config, asked.tokenizer),
+    )  # fmt: skip
+    options = TASKS[config.task.kind].always(config)
+    loss = functools.partial(sums, asked.model, asked.variables, kind=config.task.kind, **options)
+    return evaluate_loss(loss, (batches[i] for i in range(len(batches))))
+
+
+BY_LABEL = Judge(say, report, lines, worst, shown, known=("label",))
+JUDGES = {
+    "classify": BY_LABEL,
+    "multilabel": BY_LABEL,
+    "regress": BY_LABEL,
+    "tag": tagged.JUDGE,
+    "span": spans.JUDGE,
+    "masked": Judge(masked_loss, lambda asked, said, thresholds: said),
+    "embed": vectors.JUDGE,
+}
+
+
 class Finished(NamedTuple):
     """What `finish` made: the content of results.json, lines for a person, and files by name."""
 
@@ -162,38 +177,35 @@ class Finished(NamedTuple):
     files: dict[str, str]
 
 
-def finish(run_dir: Path, model, variables, data: Data, config) -> Finished:
+def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Finished:
     """Figures on validation and test rows, with every prediction, the worst mistakes and pictures in the run folder.
 
     Thresholds are chosen on validation rows. Predictions and mistakes are those of test, or of validation where there
     is no test. Of several processes all must call, and the first writes.
     """
-    run_dir, kind = Path(run_dir), config.task.kind
+    run_dir, judge = Path(run_dir), JUDGES[config.task.kind]
     parts = {name: getattr(data, name) for name in ("validation", "test") if len(getattr(data, name))}
-    said = {
-        name: np.concatenate(predictions(model, variables, part, config, data.max_length))
-        for name, part in parts.items()
-    }
+    asked = {name: Asked(model, variables, tokenizer, data, part, config) for name, part in parts.items()}
+    said = {name: judge.say(asked[name]) for name in parts}
     if config.task.threshold and "validation" not in parts:
         raise FtjaxError("task.threshold: chosen on validation rows, and there are none")
     cut = thresholds_of(config, parts["validation"], said["validation"]) if config.task.threshold else None
     results = {"labels": list(data.labels), "thresholds": cut}
-    results |= {name: report(config, part, said[name], data.labels, cut) for name, part in parts.items()}
-    text = "\n".join(f"{name}:\n{labelled.table(results[name])}" for name in parts)
+    results |= {name: judge.report(asked[name], said[name], cut) for name in parts}
+    text = "\n".join(f"{name}:\n{said_text(results[name])}" for name in parts)
     if jax.process_index() or not parts:
         return Finished(results, text, {})
     last = list(parts)[-1]
-    part, chances = parts[last], probabilities(kind, said[last])
-    records = lines(config, part, said[last], data.labels, cut)
-    wrong = labelled.worst(TASKS[kind].judged, truths(part), chances, MISTAKES, **settings(kind, cut))
-    files = {
-        "results": ("results.json", json.dumps(results, indent=2) + "\n"),
-        "predictions": ("predictions.jsonl", _jsonl(records)),
-        "mistakes": ("mistakes.jsonl", _jsonl([records[i] for i in wrong])),
-    }
-    for name, content in files.values():
+    contents = {"results": ("results.json", json.dumps(results, indent=2) + "\n")}
+    wrong = []
+    if judge.lines:
+        records = judge.lines(asked[last], said[last], cut)
+        wrong = [records[i] for i in judge.worst(asked[last], said[last], cut, MISTAKES)]
+        contents["predictions"] = ("predictions.jsonl", _jsonl(records))
+        contents["mistakes"] = ("mistakes.jsonl", _jsonl(wrong))
+    for name, content in contents.values():
         replace_text(run_dir / name, content)
-    written = {key: str(run_dir / name) for key, (name, _) in files.items()}
+    written = {key: str(run_dir / name) for key, (name, _) in contents.items()}
     if "confusion" in results[last]:
         from ftjax.evaluation.pictures import confusion_picture, reliability_picture
 
@@ -201,10 +213,8 @@ def finish(run_dir: Path, model, variables, data: Data, config) -> Finished:
             written[key] = str(run_dir / f"{key}.png")
             draw(results[last], written[key])
     if wrong:
-        text += f"\nworst mistakes on {last}:\n" + "\n".join(
-            f"  {records[i]['label']!r} taken for {records[i]['prediction']!r}: {records[i]['text'][:100]!r}"
-            for i in wrong[: config.evaluate.samples]
-        )
+        shown = [f"  {judge.shown(record)}" for record in wrong[: config.evaluate.samples]]
+        text += "\n".join([f"\nworst mistakes on {last}:", *shown])
     return Finished(results, text, written)
 
 
@@ -213,16 +223,20 @@ def _jsonl(records: list[dict]) -> str:
 
 
 def judge(lm, part: Part, data: Data, config) -> dict:
-    """`report` of a loaded model on rows; thresholds as the run chose them, where it did."""
-    said = np.concatenate(predictions(lm.model, lm.variables, part, config, data.max_length))
-    return report(config, part, said, lm.labels, _chosen(config))
+    """The report of a loaded model on rows; thresholds as the run chose them, where it did."""
+    asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
+    this = JUDGES[lm.kind]
+    return this.report(asked, this.say(asked), _chosen(config))
 
 
 def predict(lm, part: Part, data: Data, config) -> list[dict]:
-    """`lines` of a loaded model on rows whose labels are not known."""
-    said = np.concatenate(predictions(lm.model, lm.variables, part, config, data.max_length))
-    records = lines(config, part, said, lm.labels, _chosen(config))
-    return [{key: value for key, value in record.items() if key != "label"} for record in records]
+    """The records of a loaded model on rows whose labels are not known. Raises FtjaxError where a task has none."""
+    this = JUDGES[lm.kind]
+    if this.lines is None:
+        raise FtjaxError(f"predict: a model for the task {lm.kind} says nothing of rows; `ftjax evaluate` measures it")
+    asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
+    records = this.lines(asked, this.say(asked), _chosen(config))
+    return [{key: value for key, value in record.items() if key not in this.known} for record in records]
 
 
 def _chosen(config) -> list[float] | None:

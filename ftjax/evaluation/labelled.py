@@ -1,6 +1,7 @@
 """Predictions on labelled rows judged: every figure with its bootstrap interval, by group, and the worst mistakes.
 
-The one way in to resample, classification, entities, squad and regression. A new kind of task is a row of KINDS.
+The one way in to resample, classification, entities, squad, retrieval and regression. A new kind of task is a row of
+KINDS.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.evaluation import classification, entities, regression, squad
+from ftjax.evaluation import classification, entities, regression, retrieval, squad
 from ftjax.evaluation.resample import Reduce, difference, intervals
 
-LOWER = ("log_loss", "calibration_error", "mse", "mae")  # figures of which less is better
+LOWER = ("log_loss", "calibration_error", "mse", "mae", "mean_rank")  # figures of which less is better
 SHOWN = 30  # classes that `table` lists at most
 
 
@@ -59,6 +60,9 @@ KINDS = {
         entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1"), entities.tag_tally
     ),
     "answers": Kind(squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1")),
+    "retrieval": Kind(
+        retrieval.rank_rows, retrieval.rank_metrics, retrieval.UNDEFINED, ("mrr", "recall_at_1", "recall_at_10")
+    ),
 }
 
 
@@ -82,6 +86,7 @@ def report(
       regression    (N,)            (N,)
       tags          N lists of BIO, IOBES or BILOU tags, of either         strict: as seqeval's mode="strict"
       answers       N lists of texts; N texts                              no_answer: by SQuAD v2.0
+      retrieval     (N, D) partners' vectors; (N, D) vectors
     names: of the C classes; default 0, 1, ... groups: a value a row. Intervals by resample.intervals; the same seed
     gives the same resamples of as many rows, whatever the kind.
 

@@ -20,12 +20,15 @@ from ftjax.errors import FtjaxError
 from ftjax.objectives import TASKS
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "head_chunk"))
-def sums(model, variables, batch, *, head_chunk: int = 512, kind: str = "causal"):
-    """The objective of a task as evaluation computes it: without dropout, smoothing and the like."""
-    task = TASKS[kind]
-    options = {"head_chunk": head_chunk} if task.head in ("causal", "masked") else {}
-    return task.sums(model, variables, batch, **options)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "options"))
+def _sums(model, variables, batch, *, kind: str, options: tuple):
+    return TASKS[kind].sums(model, variables, batch, **dict(options))
+
+
+def sums(model, variables, batch, *, kind: str = "causal", **options):
+    """The objective of a task as evaluation computes it: without dropout, smoothing and the like; options: those that
+    `always` of its row of TASKS names."""
+    return _sums(model, variables, batch, kind=kind, options=tuple(options.items()))
 
 
 AHEAD = 8  # batches that the device may be given before the first of them is read

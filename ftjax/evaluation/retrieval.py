@@ -1,0 +1,47 @@
+"""How well vectors of texts find their partners: the rank of each text's own among all, and figures of ranks.
+
+N pairs, D width, B resamples at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ftjax.errors import FtjaxError
+from ftjax.evaluation.resample import Reduce
+
+AT_ONCE = 1024  # texts compared with all partners at once
+UNDEFINED: dict[str, str] = {}  # every figure has a value
+
+
+def ranks(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(N,) the place, from 1, of second[i] among all by its inner product with first[i]; of equal ones the last."""
+    out = np.zeros(len(first), int)
+    for start in range(0, len(first), AT_ONCE):
+        scores = first[start : start + AT_ONCE].astype(np.float32) @ second.T.astype(np.float32)
+        own = scores[np.arange(len(scores)), start + np.arange(len(scores))]
+        out[start : start + AT_ONCE] = (scores >= own[:, None]).sum(1)
+    return out
+
+
+def rank_rows(labels, predictions) -> dict[str, np.ndarray]:
+    """What each row contributes; labels: N vectors of partners (N, D), predictions: of the texts (N, D).
+
+    loss: 1 - 1 / rank; wrong: another one is as near.
+    """
+    first, second = np.asarray(predictions), np.asarray(labels)
+    if first.shape != second.shape or first.ndim != 2:
+        raise FtjaxError(f"expected two vectors of one length for each pair; found {first.shape} and {second.shape}")
+    rank = ranks(first, second)
+    return {"rank": rank, "loss": 1 - 1 / rank, "wrong": rank > 1}
+
+
+def rank_metrics(rows) -> Reduce:
+    """Mean reciprocal rank, shares of rows whose partner is the nearest, or among the ten nearest, and mean rank."""
+    rank = rows["rank"]
+    columns = {"mrr": 1 / rank, "recall_at_1": rank <= 1, "recall_at_10": rank <= 10, "mean_rank": rank}
+
+    def reduce(counts):
+        return {name: counts @ column.astype(float) / counts.sum(1) for name, column in columns.items()}
+
+    return reduce

@@ -1,0 +1,105 @@
+"""What a model says of examples, and what it takes to judge a kind of task by it: what `judge` and its kin share.
+
+B rows, T tokens, M places a row at most.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ftjax.data.batches import Batches
+from ftjax.data.prepare import Data, Part
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import labelled
+from ftjax.hub.weights import whole
+from ftjax.objectives import classify
+
+LEAST = 8  # rows a step at least: where nothing is trained they cost little memory
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, variables, batch):
+    """(B, M, C) float32, see objectives.classify."""
+    return classify.logits(model, variables, batch)
+
+
+class Asked(NamedTuple):
+    """What is asked of a model: variables: what it is applied to; data: the rows, of which `part` is judged."""
+
+    model: object
+    variables: dict
+    tokenizer: object
+    data: Data
+    part: Part
+    config: object
+
+
+class Judge(NamedTuple):
+    """One kind of task: how predictions are made of what a model says, judged and shown.
+
+    say(Asked) -> what the model says; report(Asked, said, thresholds) -> for results.json; lines(Asked, said,
+    thresholds) -> one record a row for predictions.jsonl; worst(Asked, said, thresholds, n) -> the up to n of these
+    records that are told most wrongly, by their places; shown(record) -> a mistake in a line. None: there is nothing to
+    write. known: names in a record of what the row says and not the model.
+    """
+
+    say: Callable
+    report: Callable
+    lines: Callable | None = None
+    worst: Callable | None = None
+    shown: Callable | None = None
+    known: tuple[str, ...] = ()
+
+
+def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
+    """f(model, variables, batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its
+    tokens, (n, ...), in the order of the examples. layout: see labelled.layout."""
+    part, config = asked.part, asked.config
+    rows = config.evaluate.batch_size or config.train.batch_size or 16
+    rows = max(LEAST, min(rows, len(part)))
+    batches = Batches(
+        part.examples, rows, asked.data.max_length, buckets=max(config.data.buckets, 8), shuffle=False, **layout
+    )
+    counts = part.examples.length if whole_rows else part.examples.labels
+    found: list[np.ndarray] = [None] * len(part)
+    for step in range(len(batches)):
+        told = whole(f(asked.model, asked.variables, batches[step]))
+        for said, members in zip(told, batches.rows(step), strict=True):
+            at = 0
+            for example in members:
+                found[example] = said[at : at + counts[example]]
+                at += counts[example]
+    return found
+
+
+def by_row(part: Part) -> list[list[int]]:
+    """The examples of each row, for rows that several are made of; in order."""
+    found = []
+    for i in range(len(part)):
+        if not found or part.origin(found[-1][0]) != part.origin(i):
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def groups(asked: Asked, firsts) -> list[str] | None:
+    """The value of config.task.group in the row of each of these examples; None where none is named."""
+    column = asked.config.task.group
+    if not column:
+        return None
+    rows = [asked.part.row(i) for i in firsts]
+    if column not in rows[0]:
+        raise FtjaxError(f"task.group: {column!r} is no column; they are {', '.join(rows[0])}")
+    return [str(row[column]) for row in rows]
+
+
+def text(report: dict) -> str:
+    """A report as lines for the terminal."""
+    if "kind" in report:
+        return labelled.table(report) + (f"\n{report['note']}" if "note" in report else "")
+    return "\n".join(f"{name:<12} {value:,.6g}" for name, value in report.items() if name != "samples")

@@ -1,0 +1,108 @@
+"""Answers as stretches of a text: the likeliest of all that a model's scores allow, judged by SQuAD's rule.
+
+T tokens of a window, K places at which an answer may begin.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ftjax.data import spans
+from ftjax.evaluation import labelled
+from ftjax.evaluation.said import Asked, Judge, at_places, by_row, groups
+from ftjax.objectives import span
+
+BEST = 3  # other answers that a record lists
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, variables, batch):
+    """(B, T, 2) float32, see objectives.span."""
+    return span.logits(model, variables, batch)
+
+
+class Answer(NamedTuple):
+    """score: sum of the logits of its beginning and its end; start, end: characters, first and one past the last."""
+
+    score: float
+    start: int
+    end: int
+
+
+def best(scores: np.ndarray, offsets: np.ndarray, longest: int, n: int) -> list[Answer]:
+    """The n answers of highest score that a window's scores (T, 2) allow, highest first: within the text, begun before
+    they end, and of at most `longest` tokens. offsets: see spans.Window."""
+    text = np.flatnonzero(offsets[:, 1] >= 0)
+    start, end = scores[text].astype(np.float64).T
+    longest = min(longest, len(text))
+    ends = np.pad(end, (0, longest - 1), constant_values=-np.inf)
+    sums = start[:, None] + np.lib.stride_tricks.sliding_window_view(ends, longest)  # (K, tokens behind the first)
+    flat = sums.ravel()
+    chosen = np.argsort(-flat, kind="stable")[:n]
+    first, behind = np.divmod(chosen[np.isfinite(flat[chosen])], longest)
+    at = zip(offsets[text[first], 0], offsets[text[first + behind], 1], strict=True)
+    return [Answer(float(sums[f, b]), int(s), int(e)) for f, b, (s, e) in zip(first, behind, at, strict=True)]
+
+
+def say(asked: Asked) -> list[dict]:
+    """{"row", "question", "answers", "prediction", "score", "others"} of each row; of unlabelled rows no "answers".
+
+    An answer is the best of all windows. Where config.task.no_answer, it is empty if that scores lower than the first
+    token of the window that is least sure of none (Devlin et al. 2019).
+    """
+    part, task = asked.part, asked.config.task
+    said = at_places(logits, asked, whole_rows=True)
+    out = []
+    for members in by_row(part):
+        how, row, place = part.recipe(members[0]), part.row(members[0]), part.place(members[0])
+        text = row[how.pair]
+        found, none = [], np.inf
+        for i, window in zip(members, spans.windows(how, asked.tokenizer, [row], [place]), strict=True):
+            found += best(said[i], window.offsets, task.max_answer, BEST + 1)
+            none = min(none, float(said[i][0].sum()))
+        found = sorted(found, key=lambda answer: -answer.score)
+        texts = [{"text": text[a.start : a.end].strip(), "score": round(a.score, 4)} for a in found]
+        if task.no_answer:
+            texts = sorted([{"text": "", "score": round(none, 4)}, *texts], key=lambda answer: -answer["score"])
+        distinct = {}
+        for answer in texts:
+            distinct.setdefault(answer["text"], answer)
+        first, *others = distinct.values()
+        known = {"answers": [answer for _, answer in spans.answers(how, row, place)]} if how.label else {}
+        record = {"row": place, "question": row[how.text]} | known
+        out.append(record | {"prediction": first["text"], "score": first["score"], "others": others[:BEST]})
+    return out
+
+
+def report(asked: Asked, said: list[dict], thresholds) -> dict:
+    """labelled.report of answers, by the rule of SQuAD v2.0 where config.task.no_answer, else of v1.1."""
+    firsts = [members[0] for members in by_row(asked.part)]
+    return labelled.report(
+        "answers", *_sides(said), groups=groups(asked, firsts), seed=asked.config.seed, **_settings(asked)
+    )
+
+
+def _sides(said: list[dict]) -> tuple[list, list]:
+    return [record["answers"] for record in said], [record["prediction"] for record in said]
+
+
+def _settings(asked: Asked) -> dict:
+    return {"no_answer": asked.config.task.no_answer}
+
+
+def worst(asked: Asked, said: list[dict], thresholds, n: int) -> list[int]:
+    """The rows of lowest F1."""
+    return labelled.worst("answers", *_sides(said), n, **_settings(asked))
+
+
+def shown(record: dict) -> str:
+    """What was asked, what was told, and what is right."""
+    right = record["answers"][0] if record["answers"] else ""
+    return f"{record['question'][:100]!r}: {record['prediction'][:60]!r}, expected {right[:60]!r}"
+
+
+JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("answers",))

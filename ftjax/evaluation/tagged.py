@@ -1,0 +1,73 @@
+"""Tags of words, as a model predicts them, judged by the entities that they spell."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ftjax.data import tags
+from ftjax.data.labelled import Labelled, label_id
+from ftjax.evaluation import labelled
+from ftjax.evaluation.entities import entities, parse
+from ftjax.evaluation.said import Asked, Judge, at_places, groups, logits
+
+OUTSIDE = "O"
+
+
+def say(asked: Asked) -> list[dict]:
+    """{"row", "words", "tags", "predicted"} of each row; of rows without tags no "tags".
+
+    A word's tag is that predicted at its first token. A word without one, such as those behind a row's cut, is no part
+    of an entity.
+    """
+    part, names, out = asked.part, asked.data.labels, []
+    for i, said in enumerate(at_places(logits, asked)):
+        how, row, place = part.recipe(i), part.row(i), part.place(i)
+        words = tags.cell(row, how.text, place)
+        predicted = [OUTSIDE] * len(words)
+        (found,) = tags.in_words(asked.tokenizer, [words], how.max_length)
+        carriers, first = (tags.carriers(found.word, which) for which in (how.subwords, "first"))
+        for word, tag in zip(found.word[first], said.argmax(-1)[first[carriers]], strict=True):
+            predicted[word] = names[tag]
+        known = {"tags": [names[label_id(x, names, place, how.label)] for x in row[how.label]]} if how.label else {}
+        out.append({"row": place, "words": words} | known | {"predicted": predicted})
+    return out
+
+
+def report(asked: Asked, said: list[dict], thresholds) -> dict:
+    """labelled.report of tags, and how many words were cut off."""
+    found = labelled.report("tags", *_sides(said), groups=groups(asked, range(len(said))), seed=asked.config.seed)
+    cut = sum(len(record["words"]) - _seen(asked, i, record["words"]) for i, record in enumerate(said))
+    return found | ({"note": f"{cut:,} words have no token within data.max_length: taken for O"} if cut else {})
+
+
+def _seen(asked: Asked, i: int, words: list[str]) -> int:
+    """How many words the model was shown."""
+    how: Labelled = asked.part.recipe(i)
+    if how.subwords == "first":
+        return int(asked.part.examples.labels[i])
+    (found,) = tags.in_words(asked.tokenizer, [words], how.max_length)
+    return len(np.unique(found.word[found.word >= 0]))
+
+
+def _sides(said: list[dict]) -> tuple[list, list]:
+    return [record["tags"] for record in said], [record["predicted"] for record in said]
+
+
+def worst(asked: Asked, said: list[dict], thresholds, n: int) -> list[int]:
+    """The rows with most entities missed or made up."""
+    return labelled.worst("tags", *_sides(said), n)
+
+
+def shown(record: dict) -> str:
+    """The entities of a row that are missed, and those that are made up."""
+    told, meant = (
+        {(kind, " ".join(record["words"][a : b + 1])) for kind, a, b in entities([parse(t, "") for t in record[side]])}
+        for side in ("predicted", "tags")
+    )
+    parts = {"missed": sorted(meant - told), "made up": sorted(told - meant)}
+    return "; ".join(
+        f"{said} " + ", ".join(f"{text!r} ({kind})" for kind, text in found) for said, found in parts.items() if found
+    )
+
+
+JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("tags",))

@@ -1,0 +1,56 @@
+"""Vectors of texts, as a model gives them, judged by how well they find their partners."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from ftjax.evaluation import labelled
+from ftjax.evaluation.retrieval import ranks
+from ftjax.evaluation.said import Asked, Judge, at_places, groups
+from ftjax.objectives import contrast
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="pool")
+def embeddings(model, variables, batch, pool):
+    """(B, M, D) float32, see objectives.contrast."""
+    return contrast.embeddings(model, variables, batch, pool=pool)
+
+
+def say(asked: Asked) -> np.ndarray:
+    """(N, 2, D) vectors of the two texts of each row, (N, 1, D) where there is one."""
+    return np.stack(at_places(functools.partial(embeddings, pool=asked.config.task.pool), asked, apart=True))
+
+
+def report(asked: Asked, said: np.ndarray, thresholds) -> dict:
+    """labelled.report of how near each first text's partner lies, among those of all rows."""
+    return labelled.report(
+        "retrieval", said[:, 1], said[:, 0], groups=groups(asked, range(len(said))), seed=asked.config.seed
+    )
+
+
+def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
+    """{"row", "text", "pair", "rank"} of each pair; of texts alone {"row", "text", "vector"}."""
+    part, paired = asked.part, said.shape[1] == 2
+    rank = ranks(said[:, 0], said[:, 1]).tolist() if paired else []
+    out = []
+    for i in range(len(part)):
+        row, how = part.row(i), part.recipe(i)
+        own = {"pair": row[how.pair], "rank": rank[i]} if paired else {"vector": said[i, 0].tolist()}
+        out.append({"row": part.place(i), "text": row[how.text]} | own)
+    return out
+
+
+def worst(asked: Asked, said: np.ndarray, thresholds, n: int) -> list[int]:
+    """The rows whose partner is farthest down."""
+    return labelled.worst("retrieval", said[:, 1], said[:, 0], n)
+
+
+def shown(record: dict) -> str:
+    """The texts of a pair, and the partner's rank."""
+    return f"{record['text'][:70]!r} and {record['pair'][:70]!r}: rank {record['rank']:,}"
+
+
+JUDGE = Judge(say, report, lines, worst, shown)

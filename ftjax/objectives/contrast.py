@@ -1,0 +1,47 @@
+"""Texts that belong together are told from all others of a batch by how near their vectors lie.
+
+B rows, T tokens, M texts a row at most, D width, P pairs of a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.models.config import Head
+from ftjax.objectives.causal import states
+
+POOLS = {"mean": "mean", "cls": "first"}  # config.task.pool -> ModelConfig.head.pool
+
+
+def embeddings(model, variables, batch, *, pool: str, rngs=None):
+    """Vectors of length 1 of the texts that begin at batch["loss_index"] (B, M), each a segment: (B, M, D) float32."""
+    shape = dataclasses.replace(model.config, head=Head("none", pool=POOLS[pool]))
+    x = states(model.clone(config=shape), variables, batch, rngs=rngs).astype(jnp.float32)
+    # As torch.nn.functional.normalize has it.
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.05, rngs=None):
+    """InfoNCE (van den Oord et al. 2018): the cross-entropy of finding each first text's own second text among the
+    second texts of the whole batch, by cosines over the temperature; summed over pairs. sentence-transformers calls it
+    multiple negatives ranking loss, and 1 / temperature its scale.
+
+    batch: as `ftjax.objectives.causal.sums` takes it, each text a segment of its own, first and second by turns at
+    loss_index; weights 0 where a row has fewer texts. All devices' rows are one batch.
+
+    Returns (loss sum, weight sum, {"loss", "correct"}), correct where the own text is the nearest; all float32.
+    """
+    x = embeddings(model, variables, batch, pool=pool, rngs=rngs)
+    first, second = x.reshape(-1, 2, x.shape[-1]).swapaxes(0, 1)  # (P, D)
+    weights = batch["weights"].astype(jnp.float32).reshape(-1, 2)[:, 0]
+    cosines = jnp.einsum("pd,qd->pq", first, second, precision="highest")
+    scores = jnp.where(weights > 0, cosines / temperature, -jnp.inf)
+    own = jnp.diagonal(cosines) / temperature
+    # Where there is no pair its own score would be missing, and the gradient not a number.
+    loss = jnp.where(weights > 0, jax.nn.logsumexp(scores, axis=1) - own, 0.0)
+    correct = jnp.argmax(scores, axis=1) == jnp.arange(len(own))
+    total = jnp.sum(loss * weights)
+    return total, jnp.sum(weights), {"loss": total, "correct": jnp.sum(correct * weights)}
