@@ -24,7 +24,7 @@ from ftjax.models.config import ModelConfig
 from ftjax.plan import compiled, flops, hlo, search
 from ftjax.plan.devices import DEVICES, larger, parse
 from ftjax.plan.report import report
-from ftjax.plan.run import plan
+from ftjax.plan.run import environment, plan
 from ftjax.training import loop, sharding
 from ftjax.training import program as programs
 
@@ -251,6 +251,16 @@ def test_a_tpu_needs_its_compiler(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), "--devices", "v6e:2x2"]) == 2
     assert "plan-tpu" in capsys.readouterr().err
+
+
+def test_axes_that_take_part_of_a_side_of_a_slice():
+    pytest.importorskip("libtpu", reason="needs the extra `plan-tpu`")
+    script = "from ftjax.plan.compiled import device_list as d; from ftjax.plan.devices import parse; "
+    script += "from ftjax.training.sharding import make_mesh as m; "
+    script += "print(m({'data': 2, 'fsdp': 8, 'tensor': 1}, d(parse('v6e:4x4'))).shape['fsdp'])"
+    env = os.environ | environment(parse("v6e:4x4")) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "8", done.stderr
 
 
 @pytest.mark.slow
