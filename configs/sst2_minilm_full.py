@@ -11,7 +11,7 @@ def get_config():
     c.data.test = "sst2/dev.tsv"
     c.data.split = (0.98, 0.02, 0.0)
     c.data.max_length = 128
-    c.data.buckets = 8
+    c.data.buckets = 12
     c.task.kind = "classify"
     c.task.labels = ("negative", "positive")
     c.tuning.method = "full"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+SHORT = 32  # tokens of a row on average
+
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Indices of rows, by the packed row they share; none is cut, dropped or repeated.
@@ -39,12 +41,14 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def bucket_lengths(lengths: np.ndarray, buckets: int, max_length: int) -> np.ndarray:
-    """At most `buckets` padded lengths, ascending, multiples of 8 (the last capped by max_length), int64.
+    """At most `buckets` padded lengths, ascending, multiples of 8 (the last capped by max_length), int64; of 4 where
+    rows are so short that eights would waste a good part of them.
 
     The lengths that waste the fewest tokens on padding each row to the next of them: exact, by dynamic programming
     over at most 256 quantiles of the rows' lengths.
     """
-    candidates, counts = np.unique(-(-np.asarray(lengths) // 8) * 8, return_counts=True)
+    step = 8 if np.mean(lengths) >= SHORT else 4
+    candidates, counts = np.unique(-(-np.asarray(lengths) // step) * step, return_counts=True)
     if len(candidates) > 256:
         keep = np.unique(np.quantile(np.arange(len(candidates)), np.linspace(0, 1, 256), method="higher").astype(int))
         counts = np.add.reduceat(counts, np.concatenate([[0], keep[:-1] + 1]))
