@@ -91,6 +91,8 @@ def main() -> int:
     for method in METHODS:
         for mesh in MESHES:
             for n in args.devices:
+                if rows and MESHES[mesh](n) in (MESHES[row["mesh"]](n) for row in rows if row["method"] == method):
+                    continue  # one host: the same mesh by another name
                 rows.append(measure(args.model, method, mesh, n, args.rows, args.length))
                 print(f"{method}, {mesh}, {n}: {rows[-1]['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))

@@ -177,14 +177,19 @@ def _result(instruction: Instruction) -> float:
 
 def group_size(instruction: Instruction) -> int:
     """Devices that take part in one collective together."""
-    if named := re.search(r"replica_groups=@?mesh\[([^\]]*)\]\s*\{([^}]*)\}", instruction.rest):
+    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", instruction.rest)
+    if named:
         axes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
-        return math.prod(int(axes[axis]) for axis in re.findall(r"'([^']*)'", named[2]))
+        # `'a':(2)4`: a part of the axis, 4 devices of it
+        parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or axes[axis]) for axis, part in parts)
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.rest):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=", instruction.rest):
         return int(iota[1].split(",")[-1])
-    return 2  # collective-permute names pairs
+    if "source_target_pairs" in instruction.rest:
+        return 2
+    raise ValueError(f"the devices that take part in {instruction.name} cannot be read: {instruction.rest[:200]}")
 
 
 def memory_bytes(text: str) -> float:

@@ -92,6 +92,8 @@ def test_collectives_in_loops_count_as_often_as_they_run():
         ("replica_groups=[2,8]<=[16], dimensions={0}", 8),
         ("replica_groups=mesh['a'=2,'b'=16] {'b'}, dimensions={1}", 16),
         ("replica_groups=@mesh['a'=2,'b'=16] {'a','b'}, dimensions={1}", 32),
+        ("replica_groups=mesh['a'=8,'b'=1,'c'=2], device_ids=([2,8]T(1,0)) {'a'}, dimensions={0}", 8),
+        ("replica_groups=mesh['a'=8,'b'=4] {'a':(2)4,'b'}, dimensions={0}", 16),
     ],
 )
 def test_groups_of_devices(line, n):
