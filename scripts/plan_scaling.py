@@ -60,7 +60,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Time of the links as a share of that of arithmetic, against the number of devices."""
+    """Tokens a device at which links take as long as arithmetic, against the number of devices."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
