@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--price", type=float, metavar="DOLLARS", help="of a device hour; default: by a table, for TPUs")
     sub.add_argument("--share", type=float, default=0.5, help="of the devices' peaks that the run will reach")
     sub.add_argument("--seconds", type=float, default=60.0, help="choices are compiled as long as so much time is left")
+    sub.add_argument("--exact", action="store_true", help="let the TPU compiler take its full time")
     sub.add_argument("--json", metavar="FILE", help="write the plan there too")
 
     sub = verb("data", _data, "look at rows, clean, split or augment them, as training would", epilog=overrides)
@@ -202,7 +203,7 @@ def _plan(args, overrides) -> int:
     from ftjax.plan.run import plan
 
     settings, memory = config.load(args.config, overrides), args.memory and args.memory * 2**30
-    found = plan(settings, args.devices, data=args.data, memory=memory, seconds=args.seconds)
+    found = plan(settings, args.devices, data=args.data, memory=memory, seconds=args.seconds, exact=args.exact)
     print(report(found, args.price, args.share))
     if args.json:
         _write_json(args.json, found)

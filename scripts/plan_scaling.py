@@ -36,7 +36,7 @@ def measure(model: str, method: str, mesh: str, n: int, rows: int, length: int) 
     overrides = METHODS[method] | MESHES[mesh](n) | {"model.path": model, "model.remat": "full"}
     overrides |= {"train.batch_size": rows * n, "train.steps": 1, "data.max_length": length}
     configs.override(config, [f"{key}={value}" for key, value in overrides.items()])
-    found = plan(config, f"v6e:{SLICES[n]}", choices=False, quick=True)["asked"]
+    found = plan(config, f"v6e:{SLICES[n]}", choices=False)["asked"]
     sent = {c["kind"]: c["bytes"] for c in found["collectives"]}
     links, compute = sum(sent.values()) / CHIP.link, found["flops"] / n / CHIP.flops
     return {

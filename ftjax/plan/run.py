@@ -24,20 +24,21 @@ def plan(
     memory: float | None = None,
     seconds: float = SECONDS,
     choices: bool = True,
-    quick: bool = False,
+    exact: bool = False,
 ) -> dict:
     """Memory, FLOPs, traffic, collectives and time of a step of `config` on `devices`, and what else would fit.
 
     No weights are read: the model's config.json is enough. data: read the run's rows for its steps and lengths; else a
     row has data.max_length tokens, all of them trained. memory: bytes that a program may use of a device; None: by the
     table. seconds: choices are compiled, not only estimated, as long as
-    there is time. choices: say what else would fit. quick: see compile_step. Raises FtjaxError for devices, a config or
+    there is time. choices: say what else would fit. exact: the TPU compiler
+    takes all the time that it would take there, see compile_step. Raises FtjaxError for devices, a config or
     a mesh that cannot be.
     """
     target = parse(devices)
     with tempfile.TemporaryDirectory() as folder:
         job = {"config": config.to_dict(), "devices": target.name, "data": data, "memory": memory, "seconds": seconds}
-        job |= {"choices": choices, "quick": quick}
+        job |= {"choices": choices, "quick": not exact}
         job["result"] = str(Path(folder) / "result.json")
         (Path(folder) / "job.json").write_text(json.dumps(job))
         done = subprocess.run(

@@ -64,7 +64,7 @@ def work(job: dict) -> dict:
         same = ("mesh", "remat", "batch", "accumulate")
         rows = [asked] + [row for row in rows if any(row[key] != asked[key] for key in same)]
         rows = search.pareto(rows, devices)
-        _confirm(rows, config, spec, devices, T, M, steps, started, job["seconds"])
+        _confirm(rows, config, spec, devices, T, M, steps, started, job["seconds"], job["quick"])
         out["choices"] = search.pareto(rows, devices)
     else:
         out["instead"] = estimates.fitting_instead(devices)
@@ -73,7 +73,7 @@ def work(job: dict) -> dict:
     return out
 
 
-def _confirm(rows, config, spec, devices, T, M, steps, started, seconds) -> None:
+def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) -> None:
     """Compile the first choices, one after another, as long as there is time for one more; in place."""
     from ftjax.plan import compiled, search
 
@@ -84,7 +84,7 @@ def _confirm(rows, config, spec, devices, T, M, steps, started, seconds) -> None
         if time.perf_counter() - started + last > seconds:
             return
         new = search.changed(config, row["overrides"])
-        found = compiled.compile_step(new, spec._replace(tuning=new.tuning), devices, T, M, steps or 1)
+        found = compiled.compile_step(new, spec._replace(tuning=new.tuning), devices, T, M, steps or 1, quick)
         found["sent"] = sum(c["bytes"] for c in found.get("collectives", ()))
         row |= {key: found[key] for key in ("total", "fits", "traffic", "sent", "flops") if key in found}
         row["compiled"] = True
