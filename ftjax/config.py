@@ -72,6 +72,7 @@ def default() -> ml_collections.ConfigDict:
     data.validation = ""  # like train; empty: split off from train by `split`
     data.test = ""  # like train; empty: split off from train by `split`
     data.split = (0.8, 0.1, 0.1)  # train, validation, test shares, used where a file is not named
+    data.columns = ()  # names of the columns of .csv and .tsv files whose first line is a row and does not name them
     data.label = ""  # column with a row's class, where there is one; empty: task.kind takes the first of the usual
     # names, `label`, `category`, ...
     data.stratify = ""  # column whose values `split` deals out in equal shares; empty: data.label, or none

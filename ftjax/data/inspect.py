@@ -107,7 +107,7 @@ def _parts(config, tokenizer, folder: Path) -> list[Scan]:
             raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
         for part in prepare.PARTS:
             if getattr(data, part):
-                where = {"folder": folder} if data.streaming else {}
+                where = {"header": data.columns} | ({"folder": folder} if data.streaming else {})
                 table = read_table(getattr(data, part), f"data.{part}", **where)
                 recipe, guessed = _recipe(data, table.columns)
                 name = f"{part} of {source}" if source else part

@@ -104,7 +104,7 @@ def recipe(
         label = column(data.label, usual.label, columns, "data.label")
     # Long texts of these kinds are cut into several examples, none of which is too long.
     cut = max_length if config.data.long == "truncate" or task.kind in ("span", "masked") else 0
-    cut = cut // 2 if task.kind == "embed" and pair else cut  # a row holds both
+    cut = cut // 2 if task.kind == "embed" else cut  # a row holds two
     return Labelled(task.kind, text, pair, label, names, pool, cut, task.subwords, task.stride, task.no_answer)
 
 

@@ -209,7 +209,8 @@ def prepare(
     Raises FtjaxError for any row or setting that cannot be used: see read, clean, split, template and tokenise; further
     for a set data.max_length above max_positions.
     """
-    max_length = _max_length(config.data.max_length, max_positions)
+    texts = 2 if config.task.kind == "embed" else 1  # in a row, each with positions of its own
+    max_length = _max_length(config.data.max_length, texts * max_positions)
     chosen, gone = rows(config)
     cache = _cache(config.data)
     words = fingerprint(tokenizer)
@@ -314,7 +315,7 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
         for part in PARTS:
             if not getattr(data, part):
                 continue
-            tables[part] = read_table(getattr(data, part), f"data.{part}", folder)
+            tables[part] = read_table(getattr(data, part), f"data.{part}", folder, data.columns)
             if part in data.clean.parts:
                 cleaned = clean(tables[part], data.clean, answers(data, tables[part]), folder)
                 gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []

@@ -39,7 +39,9 @@ def read(source: str, key: str = "data.train") -> datasets.Dataset:
     return read_table(source, key).rows
 
 
-def read_table(source: str, key: str = "data.train", folder: str | Path | None = None) -> Table:
+def read_table(
+    source: str, key: str = "data.train", folder: str | Path | None = None, header: tuple[str, ...] = ()
+) -> Table:
     """All rows of a source with the place of each, in the order of its files.
 
     source: a file, a glob, a comma-separated list of these, a directory, `builtin:NAME`, or a hub data set
@@ -49,9 +51,11 @@ def read_table(source: str, key: str = "data.train", folder: str | Path | None =
 
     folder: rows pass through it chunk by chunk and are mapped from fresh Arrow files there, for sets larger than
     memory; the caller deletes them. None: rows are held in memory. Both give the same table and the same errors.
+    header: names of the columns of .csv and .tsv files without a line that names them; empty: their first line does.
 
     Text is UTF-8, with or without a byte order mark; lines end by "\\n" or "\\r\\n" alone. A blank line is no row.
-      .json             an array of objects, or one object a line
+      .json             an array of objects, or one object a line; of SQuAD's own files a row a question: `id`, `title`,
+                        `context`, `question`, `answers` {`text`, `answer_start`}, as the hub's copies have them
       .jsonl .ndjson    one object a line; a key that a row lacks is None
       .csv              with a header and quoting; cells stay text as written; an empty name becomes `column_2`
       .tsv              the same between tabs, without quoting
@@ -77,7 +81,7 @@ def read_table(source: str, key: str = "data.train", folder: str | Path | None =
             names = _files(source, key)
         except OSError as e:
             raise FtjaxError(f"{key}: {source}: {e.strerror}; check the path and its permissions") from e
-        parts = [_batches(name, key) for name in names]
+        parts = [_batches(name, key, header) for name in names]
     sizes, first = [], None
     with columns.Writer(folder) as writer:
         for name, batches in zip(names, parts):
@@ -149,7 +153,7 @@ def _files_of_folder(folder: Path, key: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- reading one file
 
 
-def _batches(name: str, key: str) -> Iterator[pyarrow.RecordBatch]:
+def _batches(name: str, key: str, header: tuple[str, ...] = ()) -> Iterator[pyarrow.RecordBatch]:
     suffix = Path(name).suffix.lower()
     if suffix not in READERS:
         raise FtjaxError(
@@ -161,7 +165,8 @@ def _batches(name: str, key: str) -> Iterator[pyarrow.RecordBatch]:
         else:
             with open(name, "rb") as handle:
                 text = _Text(name, handle)
-                yield from _gather(READERS[suffix](text), text)
+                more = {"header": list(header)} if header and suffix in (".csv", ".tsv") else {}
+                yield from _gather(READERS[suffix](text, **more), text)
     except OSError as e:
         reason = os.strerror(e.errno) if e.errno else e
         raise FtjaxError(f"{key}: {name} cannot be read: {reason}; check the file and its permissions") from e
@@ -363,7 +368,39 @@ def _json_lines(text: _Text) -> Iterator[dict]:
 
 def _json(text: _Text) -> Iterator[dict]:
     start = text.head.removeprefix(codecs.BOM_UTF8).lstrip()
-    return _json_array(text) if start.startswith(b"[") else _json_lines(text)
+    if start.startswith(b"["):
+        return _json_array(text)
+    return _squad(text) if SQUAD.match(start) and b'"paragraphs"' in start else _json_lines(text)
+
+
+SQUAD = re.compile(rb'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')
+
+
+def _squad(text: _Text) -> Iterator[dict]:
+    """The questions of a file in SQuAD's layout (https://rajpurkar.github.io/SQuAD-explorer), read whole."""
+    try:
+        whole = _JSON.decode("".join(text.pieces()))
+    except (ValueError, RecursionError) as e:
+        raise text.error(_complaint(e)) from e
+    number = 0
+    try:
+        for article in whole["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    number += 1
+                    answers = question.get("answers", [])
+                    yield {
+                        "id": question["id"],
+                        "title": article.get("title", ""),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
+                    }
+    except (KeyError, TypeError, AttributeError) as e:
+        raise FtjaxError(
+            f"{text.name} row {number or 1}: expected SQuAD's layout, data > paragraphs > context and qas > id, "
+            f"question and answers > text and answer_start; found none: {e}"
+        ) from e
 
 
 def _json_array(text: _Text) -> Iterator[dict]:
@@ -445,11 +482,13 @@ CSV_FAULTS = {  # a part of what the module says about a row: what errors say; l
 }
 
 
-def _csv(text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> Iterator[dict]:
+def _csv(
+    text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL, header: list[str] | None = None
+) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # a setting of the process; by itself the module refuses cells of 128 kB
     reader = csv.reader(text.lines(), delimiter=separator, quoting=quoting, strict=True)
     advice = "mend the row" if quoting == csv.QUOTE_NONE else "mend it, or put a cell with a comma in double quotes"
-    header, after = None, 1
+    after = 1
     try:
         for cells in reader:
             line, after = after, reader.line_num + 1  # a row may span lines: errors name its first
@@ -482,8 +521,8 @@ def _header(cells: list[str], separator: str, text: _Text, line: int) -> list[st
     return names
 
 
-def _tsv(text: _Text) -> Iterator[dict]:
-    return _csv(text, "\t", csv.QUOTE_NONE)
+def _tsv(text: _Text, header: list[str] | None = None) -> Iterator[dict]:
+    return _csv(text, "\t", csv.QUOTE_NONE, header)
 
 
 def _plain_text(text: _Text) -> Iterator[dict]:
