@@ -1,7 +1,6 @@
 """One label a text, by any encoder or decoder: set model.path and data.train; rows have a text and a label.
 
-Reaches what its model and rows allow; docs/encoders.md tells how to read the figures, and configs/sst2_minilm_full.py is
-an example with figures.
+docs/encoders.md tells what a run then writes; configs/sst2_minilm_full.py is an example with a real encoder.
 """
 
 from ftjax import config

@@ -1,4 +1,5 @@
-"""Domain adaptation by masked words: all of MiniLM reads plain text, a document a line, with a new masked-language head,
+"""Domain adaptation by masked words: all of MiniLM reads plain text, a document a line, with a new masked-language
+head,
 since its files have none. The result is a model for AutoModelForMaskedLM, and a `model.path` for any other task."""
 
 from ftjax import config
