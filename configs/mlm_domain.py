@@ -1,6 +1,6 @@
 """Domain adaptation by masked words: all of MiniLM reads plain text, a document a line, with a new masked-language
-head,
-since its files have none. The result is a model for AutoModelForMaskedLM, and a `model.path` for any other task."""
+head, since its files have none. The result is a model for AutoModelForMaskedLM, and a `model.path` for any other task.
+"""
 
 from ftjax import config
 
