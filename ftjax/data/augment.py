@@ -7,17 +7,15 @@ Break Neural Machine Translation" (2018).
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from ftjax import user_code
 from ftjax.data import columns
 from ftjax.data.clean import need_columns
 from ftjax.data.table import Table
@@ -166,8 +164,7 @@ def _by_op(op: Op, settings) -> Make:
 
 
 def _by_function(named: str, table: Table) -> Make:
-    file, _, name = named.rpartition(":")
-    function = _load(file, name, named)
+    function = user_code.load(named, "data.augment.function")
     names = set(table.columns)
     check = _storable(table)
 
@@ -175,7 +172,7 @@ def _by_function(named: str, table: Table) -> Make:
         try:
             new = function(copy.deepcopy(row), rng)
         except Exception as error:  # the user's own code may raise anything, and is told at which row it did
-            raise FtjaxError(f"{place}: {_failed(named, file, error)}") from error
+            raise FtjaxError(f"{place}: {user_code.failed(named, 'data.augment.function', error)}") from error
         if new is None:
             return None
         said = f"{place}: data.augment.function {named!r}"
@@ -188,28 +185,6 @@ def _by_function(named: str, table: Table) -> Make:
         return new
 
     return make
-
-
-def _load(file: str, name: str, named: str) -> Callable:
-    path = Path(file)
-    if not file or not path.is_file():
-        raise FtjaxError(f'data.augment.function: {named!r}: expected "file.py:name"; {file or named!r} is not a file')
-    spec = importlib.util.spec_from_file_location(f"ftjax_augment_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # as above
-        raise FtjaxError(_failed(named, file, error)) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise FtjaxError(f"data.augment.function: {file} has no function {name!r}{nearest(name, vars(module))}")
-    return function
-
-
-def _failed(named: str, file: str, error: Exception) -> str:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(Path(file))]
-    at = f" at line {lines[-1]}" if lines else ""
-    return f"data.augment.function {named!r} failed{at}: {type(error).__name__}: {error}"
 
 
 def _storable(table: Table) -> Callable[[dict, str], None]:

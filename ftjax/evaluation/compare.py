@@ -12,7 +12,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
-from ftjax.evaluation.metrics import METRICS, find, score
+from ftjax.evaluation.metrics import find, score
 from ftjax.files import replace_text
 from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
@@ -88,9 +88,10 @@ def table(before: dict, after: dict, seconds: float) -> str:
         column.justify = "right"
     for name, old in _figures(before).items():
         new = after[name]
-        higher = name not in LOWER and METRICS[name].higher
-        verdict = "same" if new == old else "better" if (new > old) == higher else "worse"
-        out.add_row(f"{name} {'↑' if higher else '↓'}", f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}", verdict)
+        higher = False if name in LOWER else find(name).higher
+        verdict = "same" if new == old else "" if higher is None else "better" if (new > old) == higher else "worse"
+        arrow = {True: " ↑", False: " ↓", None: ""}[higher]
+        out.add_row(f"{name}{arrow}", f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}", verdict)
     n = len(after["samples"])
     return _rendered(out) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
 

@@ -1,14 +1,24 @@
-"""Scores of generated answers. A new metric is one function and one row of METRICS."""
+"""Scores of generated answers. A new metric is one function and one row of METRICS, or a user's own `file.py:function`.
+
+The user's is called with (prediction: text, references: list of texts, row: dict) and returns a number; more is better
+unless it has an attribute `higher = False`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 
+from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
+from ftjax.evaluation import squad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +27,12 @@ class Metric:
 
     predictions: N texts; references: N lists of texts; rows: N rows of the data set, for metrics that need a column;
     settings: config.evaluate. corpus(predictions, references) -> the figure, for metrics whose figure is not the mean
-    of the rows' scores. higher: whether more is better.
+    of the rows' scores. higher: whether more is better, None where neither is.
     """
 
     rows: Callable[..., list[float]]
     corpus: Callable[..., float] | None = None
-    higher: bool = True
+    higher: bool | None = True
 
 
 def score(
@@ -37,18 +47,51 @@ def score(
 
 
 def find(name: str) -> Metric:
-    """The row `name` of METRICS. Raises FtjaxError for an unknown one."""
+    """The row `name` of METRICS, or the user's metric `file.py:function`. Raises FtjaxError for an unknown one."""
+    if ":" in name:
+        file = Path(name.rpartition(":")[0])
+        return _users(name, file.stat().st_mtime_ns if file.is_file() else None)
     if name not in METRICS:
-        raise FtjaxError(f"evaluate.metrics: unknown {name!r}{nearest(name, METRICS)}; known: {', '.join(METRICS)}")
+        raise FtjaxError(
+            f"evaluate.metrics: unknown {name!r}{nearest(name, METRICS)}; known: {', '.join(METRICS)}, and your own as "
+            "file.py:function"
+        )
     return METRICS[name]
 
 
-def rouge_l(predictions, references, rows, settings) -> list[float]:
-    """F1 of the longest common subsequence of words (Lin 2004), by `rouge-score` with its stemmer; 0 to 1."""
-    from rouge_score.rouge_scorer import RougeScorer
+@functools.lru_cache  # a file is run once for each of its states
+def _users(named: str, state: int | None) -> Metric:
+    key = "evaluate.metrics"
+    function = user_code.load(named, key)
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [scorer.score_multi(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
+    def rows(predictions, references, rows, settings):
+        scores = []
+        for number, given in enumerate(zip(predictions, references, rows, strict=True), 1):
+            try:
+                value = function(*given)
+            except Exception as error:  # the user's own code may raise anything, and is told at which row it did
+                raise FtjaxError(f"prediction {number}: {user_code.failed(named, key, error)}") from error
+            if not isinstance(value, numbers.Real | np.bool_) or not np.isfinite(value):
+                raise FtjaxError(f"prediction {number}: {key} {named!r} returned {value!r}; expected a finite number")
+            scores.append(float(value))
+        return scores
+
+    return Metric(rows, higher=getattr(function, "higher", True))
+
+
+def rouge(kind: str) -> Callable[..., list[float]]:
+    """F1 of what a prediction has in common with its best reference (Lin 2004), by `rouge-score` with its stemmer.
+
+    kind: rouge1 or rouge2 for words or pairs of them, rougeL for the longest common subsequence of words; 0 to 1.
+    """
+
+    def rows(predictions, references, rows, settings):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([kind], use_stemmer=True)
+        return [scorer.score_multi(r, p)[kind].fmeasure for p, r in zip(predictions, references, strict=True)]
+
+    return rows
 
 
 def exact_match(predictions, references, rows, settings) -> list[float]:
@@ -58,6 +101,66 @@ def exact_match(predictions, references, rows, settings) -> list[float]:
         return " ".join(text.split())
 
     return [float(plain(p) in map(plain, r)) for p, r in zip(predictions, references, strict=True)]
+
+
+def token_f1(predictions, references, rows, settings) -> list[float]:
+    """F1 of the words in common by SQuAD v1.1's rule, see ftjax.evaluation.squad; 0 to 1."""
+    return squad.answer_rows(references, predictions)["f1"].tolist()
+
+
+# A number with its sign, a dollar, commas between digits and a fraction; a hyphen behind a digit is no sign (`3-5`).
+NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+MARK = "####"
+
+
+def final_number(text: str) -> Decimal | None:
+    """The answer of a worked solution: the number behind the first `####` if there is one, else the last number.
+
+    GSM8K's rule (Cobbe et al. 2021, grade_school_math/dataset.py): `#### (-?[0-9.,]+)` without its commas. Further, `$`
+    and dots that end a sentence are left out, and the space behind the mark may lack. None: there is no number.
+    """
+    _, mark, behind = text.partition(MARK)
+    found = NUMBER.match(behind.lstrip()) if mark else [*NUMBER.finditer(text), None][-2:][0]
+    return Decimal(found[0].replace(",", "").replace("$", "")) if found else None
+
+
+def number_match(predictions, references, rows, settings) -> list[float]:
+    """1 where the final number is that of a reference, by value: `18.00` is `18`. See final_number."""
+    scores = []
+    for i, (prediction, texts) in enumerate(zip(predictions, references, strict=True), 1):
+        right = [final_number(text) for text in texts]
+        if None in right:
+            raise FtjaxError(
+                f"number_match: the reference {texts[right.index(None)]!r} of prediction {i} has no number"
+            )
+        scores.append(float(final_number(prediction) in right))
+    return scores
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def distinct(n: int) -> Metric:
+    """Distinct n-grams of words by all n-grams, of one answer, and of all answers together (Li et al. 2016); 0 to 1.
+
+    Words are what white space divides, in lower case. Text without an n-gram has 0. The figure falls as more text is
+    taken together: it compares contenders on the same prompts.
+    """
+
+    def share(grams):
+        return len(set(grams)) / len(grams) if grams else 0.0
+
+    return Metric(
+        lambda predictions, references, rows, settings: [share(_grams(p, n)) for p in predictions],
+        lambda predictions, references: share([gram for p in predictions for gram in _grams(p, n)]),
+    )
+
+
+def length(predictions, references, rows, settings) -> list[float]:
+    """Words, as white space divides them."""
+    return [float(len(p.split())) for p in predictions]
 
 
 def coverage(predictions, references, rows, settings) -> list[float]:
@@ -91,7 +194,7 @@ def _sacrebleu():
     try:
         import sacrebleu
     except ImportError:
-        raise FtjaxError("evaluate.metrics: bleu needs sacrebleu; pip install sacrebleu") from None
+        raise FtjaxError("evaluate.metrics: bleu and chrf need sacrebleu; pip install sacrebleu") from None
     return sacrebleu
 
 
@@ -103,14 +206,36 @@ def bleu_rows(predictions, references, rows, settings) -> list[float]:
 
 def bleu_corpus(predictions, references) -> float:
     """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100."""
-    most = max(map(len, references))
-    streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
-    return _sacrebleu().corpus_bleu(predictions, streams).score
+    return _sacrebleu().corpus_bleu(predictions, _streams(references)).score
+
+
+def _streams(references: list[list[str]]) -> list[list[str | None]]:
+    """References as sacrebleu takes them: the first of every prediction, then the second, None where there is none."""
+    return [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
+
+
+def chrf_rows(predictions, references, rows, settings) -> list[float]:
+    """Sentence chrF with `sacrebleu`'s defaults; 0 to 100."""
+    chrf = _sacrebleu().CHRF()
+    return [chrf.sentence_score(p, r).score for p, r in zip(predictions, references, strict=True)]
+
+
+def chrf_corpus(predictions, references) -> float:
+    """Corpus chrF (Popović 2015), by `sacrebleu` with its defaults: chrF2, characters up to 6-grams; 0 to 100."""
+    return _sacrebleu().CHRF().corpus_score(predictions, _streams(references)).score
 
 
 METRICS = {
-    "rouge_l": Metric(rouge_l),
-    "coverage": Metric(coverage),
     "exact_match": Metric(exact_match),
+    "token_f1": Metric(token_f1),
+    "rouge_1": Metric(rouge("rouge1")),
+    "rouge_2": Metric(rouge("rouge2")),
+    "rouge_l": Metric(rouge("rougeL")),
     "bleu": Metric(bleu_rows, bleu_corpus),
+    "chrf": Metric(chrf_rows, chrf_corpus),
+    "coverage": Metric(coverage),
+    "number_match": Metric(number_match),
+    "distinct_1": distinct(1),
+    "distinct_2": distinct(2),
+    "length": Metric(length, higher=None),
 }

@@ -1,13 +1,21 @@
 """Metrics against the libraries' own figures and against cases worked out by hand."""
 
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.metrics import score
+from ftjax.evaluation.compare import table
+from ftjax.evaluation.metrics import METRICS, final_number, find, score
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SimpleNamespace(words="src")
 
 
@@ -47,6 +55,161 @@ def test_bleu_is_that_of_the_corpus():
     assert figure == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
     assert scores == pytest.approx([sacrebleu.sentence_bleu(p, r).score for p, r in zip(predictions, references)])
     assert figure != pytest.approx(np.mean(scores))
+
+
+def commongen(n):
+    """Sentences of people as predictions, those of others for the same words as references."""
+    groups = {}
+    for line in (ROOT / "ftjax/assets/commongen/validation.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        groups.setdefault(row["src"], []).append(row["tgt"])
+    several = [group for group in groups.values() if len(group) > 1][:n]
+    return [group[0] for group in several], [group[1:] for group in several]
+
+
+@pytest.mark.parametrize("name, theirs", [("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")])
+def test_rouge_is_that_of_rouge_score(name, theirs):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    predictions, references = commongen(60)
+    figure, scores = score(name, predictions, references, [{}] * len(predictions), SETTINGS)
+    scorer = RougeScorer([theirs], use_stemmer=True)
+    best = [max(scorer.score(r, p)[theirs].fmeasure for r in rs) for p, rs in zip(predictions, references)]
+    assert scores == pytest.approx(best) and figure == pytest.approx(np.mean(best)) and 0 < figure < 1
+
+
+def test_chrf_is_that_of_the_corpus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    predictions, references = commongen(60)
+    figure, scores = score("chrf", predictions, references, [{}] * len(predictions), SETTINGS)
+    most = max(map(len, references))
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    assert figure == pytest.approx(sacrebleu.corpus_chrf(predictions, streams).score)
+    assert scores == pytest.approx([sacrebleu.sentence_chrf(p, r).score for p, r in zip(predictions, references)])
+    assert figure != pytest.approx(np.mean(scores))
+
+
+def test_token_f1_is_squads():
+    predictions = ["The cat sat.", "a red, red ball", "", "an the", "Paris"]
+    references = [["cat sat"], ["red ball", "ball"], ["x"], ["the"], ["in Paris, France", "London"]]
+    _, scores = score("token_f1", predictions, references, [{}] * 5, SETTINGS)
+    # red red ball | red ball: 2 common, 2/3 and 2/2; v1.1 gives 0 where no word is left; paris | in paris france.
+    assert scores == pytest.approx([1, 0.8, 0, 0, 0.5])
+
+
+OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")  # grade_school_math/dataset.py
+
+
+def test_the_final_number_is_gsm8ks_on_its_own_answers(shared):
+    answers = [
+        json.loads(line)["answer"]
+        for name in ("train", "test")
+        for line in (shared / f"data/gsm8k/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    official = [OFFICIAL.search(a)[1].replace(",", "") for a in answers]
+    assert len(answers) == 8792 and [final_number(a) for a in answers] == [Decimal(o) for o in official]
+    # Without the mark, an answer is judged by its last number.
+    plain = [a.replace("####", "The answer is") + "." for a in answers]
+    assert [final_number(p) for p in plain] == [Decimal(o) for o in official]
+    wrong = [answers[i - 1] for i in range(len(answers))]
+    figure, scores = score("number_match", answers, [[w] for w in wrong], [{}] * len(answers), SETTINGS)
+    assert scores == [float(a == b) for a, b in zip(map(Decimal, official), map(Decimal, official[-1:] + official))]
+    assert 0 < figure < 0.1
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("#### 1,234", "1234"),
+        ("so 3 + 4 = 7.", "7"),
+        ("it costs $1,050.50.", "1050.50"),
+        ("#### $18", "18"),
+        ("####-5 and then 6 #### 7", "-5"),
+        ("between 10-12", "12"),
+        ("minus -3", "-3"),
+        ("-$2", "-2"),
+        ("a half is .5", ".5"),
+        ("18.00", "18"),
+        ("5 #### none", None),
+        ("nothing", None),
+        ("####", None),
+    ],
+)
+def test_the_final_number_of_a_text(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+@given(st.decimals(-(10**9), 10**9, places=2), st.text(alphabet="abc .,$#", max_size=9))
+def test_a_number_is_read_as_it_is_written(value, before):
+    for written in (f"{value:,}", f"{value}", f"{value:,}."):
+        assert final_number("#### " + written) == value
+        if "####" not in before:
+            assert final_number(before + " " + written) == value
+
+
+def test_distinct_counts_ngrams_of_all_answers_together():
+    predictions = ["a b a b", "A c", "x", ""]
+    one, ones = score("distinct_1", predictions, [[""]] * 4, [{}] * 4, SETTINGS)
+    two, twos = score("distinct_2", predictions, [[""]] * 4, [{}] * 4, SETTINGS)
+    assert ones == [0.5, 1, 1, 0] and one == pytest.approx(4 / 7)  # a b c x of 7 words
+    assert twos == pytest.approx([2 / 3, 1, 0, 0]) and two == pytest.approx(3 / 4)  # ab ba ac of 4 pairs
+    assert score("length", predictions, [[""]] * 4, [{}] * 4, SETTINGS)[1] == [4, 2, 1, 0]
+
+
+@given(st.lists(st.text(alphabet="ab c.", max_size=12), min_size=1, max_size=4))
+def test_scores_stay_in_their_range_and_oneself_is_matched(texts):
+    # Words of ASCII letters alone, so that none of the metrics is left without a word.
+    predictions = [text + " word" for text in texts]
+    for name in ("exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "distinct_1", "distinct_2"):
+        figure, scores = score(name, predictions, [[p] for p in predictions], [{}] * len(texts), SETTINGS)
+        assert 0 <= figure <= 1 and all(0 <= s <= 1 for s in scores)
+        if name in ("exact_match", "token_f1", "rouge_1", "rouge_l"):
+            assert scores == [1.0] * len(texts)
+
+
+USERS = """
+def shout(prediction, references, row):
+    return sum(map(str.isupper, prediction)) + len(references) / row["weight"]
+
+def errors(prediction, references, row):
+    return len(prediction)
+errors.higher = False
+
+def words(prediction, references, row):
+    return prediction
+"""
+
+
+def test_a_metric_of_the_users_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(USERS)
+    figure, scores = score(f"{file}:shout", ["AbC", "d"], [["x"], ["y", "z"]], [{"weight": 2}] * 2, SETTINGS)
+    assert scores == [2.5, 1.0] and figure == 1.75
+    assert find(f"{file}:shout").higher and not find(f"{file}:errors").higher
+    for name, message in (
+        (f"{file}:shuot", "has no function 'shuot' .did you mean \"shout\""),
+        (f"{tmp_path}/other.py:shout", 'expected "file.py:name"; .*other.py\' is not a file'),
+        (f"{file}:words", "prediction 1: evaluate.metrics .*returned 'AbC'; expected a finite number"),
+        (f"{file}:shout", "prediction 1: evaluate.metrics .* failed at line 3: KeyError: 'weight'"),
+    ):
+        with pytest.raises(FtjaxError, match=message):
+            score(name, ["AbC"], [["x"]], [{}], SETTINGS)
+    file.write_text("def shout(prediction, references, row):\n    return 7\n# edited\n")
+    assert score(f"{file}:shout", ["AbC"], [["x"]], [{}], SETTINGS)[0] == 7
+
+
+def test_the_table_calls_no_length_better():
+    before = {"length": 5.0, "rouge_l": 0.2, "perplexity": 9.0, "samples": []}
+    after = {"length": 7.0, "rouge_l": 0.1, "perplexity": 8.0, "samples": []}
+    lines = {line.split()[1]: line for line in table(before, after, 1).splitlines() if len(line.split()) > 2}
+    assert "better" in lines["perplexity"] and "worse" in lines["rouge_l"]
+    assert not {"better", "worse"} & set(lines["length"].split()) and "↑" not in lines["length"]
+
+
+def test_a_reference_without_a_number_is_named():
+    with pytest.raises(FtjaxError, match="number_match: the reference 'ten' of prediction 2 has no number"):
+        score("number_match", ["1", "2"], [["1"], ["3", "ten"]], [{}] * 2, SETTINGS)
+    assert set(METRICS) >= {"token_f1", "chrf", "number_match"}
 
 
 @pytest.mark.parametrize(
