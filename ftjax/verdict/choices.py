@@ -1,0 +1,202 @@
+"""Log-likelihoods of texts: multiple choice without generation, and perplexity, as lm-evaluation-harness defines them.
+
+N rows, C choices of a row, B rows of a batch, T tokens, M scored tokens of a row at most, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.data.batches import Batches
+from ftjax.data.tokenise import Example
+from ftjax.errors import FtjaxError
+from ftjax.objectives.causal import states
+
+BUCKETS = 8  # lengths that rows are padded to, each compiled once
+CHUNK = 128  # tokens of a row whose logits are held at once
+Pair = tuple[list[int], list[int]]  # ids that are given, one at least, and ids that are scored
+
+
+class Likelihood(NamedTuple):
+    log: float  # sum over the scored tokens, nats
+    greedy: bool  # whether each of them is the likeliest where it stands
+    tokens: int
+
+
+# ---------------------------------------------------------------------------------------------- ids
+
+
+def log_likelihoods(lm, pairs: Sequence[Pair], batch_size: int = 16) -> list[Likelihood]:
+    """Of the second part of each pair behind the first, in their order. What exceeds the model's positions is left out
+    of the first part, from its beginning. Raises FtjaxError for a pair that cannot be scored."""
+    limit, examples = lm.max_tokens, []
+    for number, (given, scored) in enumerate(pairs, 1):
+        if not len(given) or not 0 < len(scored) <= limit:
+            raise FtjaxError(
+                f"text {number}: {len(given)} tokens are given and {len(scored)} are to be scored; expected one or "
+                f"more of each, and at most the model's {limit} positions to be scored"
+            )
+        ids = np.array([*given, *scored][-(limit + 1) :], np.int32)
+        examples.append(Example(ids, np.arange(len(ids)) >= len(ids) - len(scored)))
+    if not examples:
+        return []
+    batches = Batches(examples, min(batch_size, len(examples)), limit + 1, buckets=BUCKETS, shuffle=False)
+    out: list[Likelihood] = [None] * len(examples)
+    for step in range(len(batches)):
+        batch = batches[step]
+        for name in ("tokens", "positions", "segment_ids"):
+            batch[name] = batch[name][:, :limit]  # the last token of the longest rows is scored and not read
+        for logs, greedy, members in zip(*map(np.asarray, _told(lm.model, lm.variables, batch)), batches.rows(step)):
+            for i in members:
+                n = int(batches.examples.labels[i])
+                out[i] = Likelihood(float(logs[:n].sum(dtype=np.float64)), bool(greedy[:n].all()), n)
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _told(model, variables, batch):
+    """(B, M) each: log-probability of a label in float32, and whether no other token has more."""
+
+    def told(piece):
+        found, labels = piece
+        logits = model.apply(variables, found, method="logits")
+        mine = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return mine - jax.nn.logsumexp(logits, axis=-1), mine >= jnp.max(logits, axis=-1)
+
+    pieces = states(model, variables, batch), batch["labels"]
+    M = batch["labels"].shape[1]
+    if M <= CHUNK:
+        return told(pieces)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -M % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :M], jax.lax.map(told, jax.tree.map(cut, pieces))
+    )
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+
+def encode_pair(tokenizer, given: str, scored: str) -> Pair:
+    """Ids of a text and of what goes on from it, encoded as one; spaces that end the first belong to the second.
+
+    An empty first text is the tokenizer's BOS, or EOS where it has none.
+    """
+    if not given:
+        start, ids = _start(tokenizer), tokenizer(scored, add_special_tokens=False)["input_ids"]
+        return (ids[:1], ids[1:]) if ids[:1] == [start] else ([start], ids)
+    kept = given.rstrip()
+    before, whole = _ids(tokenizer, kept), _ids(tokenizer, given + scored)
+    return before, whole[len(before) :]
+
+
+def _start(tokenizer) -> int:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise FtjaxError("the tokenizer has neither BOS nor EOS, which the first token of a text is scored behind")
+    return start
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """Ids with the tokenizer's own special tokens, unless the text begins with BOS itself."""
+    special = not text.startswith(tokenizer.decode(_start(tokenizer)))
+    return tokenizer(text, **({} if special else {"add_special_tokens": False}))["input_ids"]
+
+
+# ---------------------------------------------------------------------------------------------- multiple choice
+
+LENGTHS = {  # what the log-likelihood of a choice is divided by
+    "acc": lambda choice: 1,
+    "acc_norm": len,
+    "acc_bytes": lambda choice: len(choice.encode()),
+}
+
+
+def choose(
+    lm, questions: Sequence[str], choices: Sequence[Sequence[str]], *, between: str = " ", batch_size: int = 16
+) -> list[np.ndarray]:
+    """Log-likelihoods (C,) of each question's choices. between: stands before a choice, and counts as no part of it.
+
+    Raises FtjaxError for a question without a choice, and for an empty choice.
+    """
+    for number, options in enumerate(choices, 1):
+        if not options or not all(options):
+            raise FtjaxError(f"question {number}: expected choices that are not empty; found {list(options)!r}")
+    pairs = [encode_pair(lm.tokenizer, q, between + c) for q, cs in zip(questions, choices, strict=True) for c in cs]
+    logs = np.array([told.log for told in log_likelihoods(lm, pairs, batch_size)])
+    return np.split(logs, np.cumsum([len(cs) for cs in choices])[:-1])
+
+
+def accuracies(logs: Sequence[np.ndarray], choices: Sequence[Sequence[str]], right: Sequence[int]) -> dict:
+    """1 where the likeliest choice is the right one, (N,) float64, by each rule of LENGTHS: plain (`acc`), by character
+    (`acc_norm`) and by byte (`acc_bytes`); the first of equals is taken. right: its index among the choices."""
+    for number, (cs, at) in enumerate(zip(choices, right, strict=True), 1):
+        if not 0 <= at < len(cs):
+            raise FtjaxError(f"question {number}: the right choice has the index {at}, and there are {len(cs)}")
+    return {
+        name: np.array(
+            [float(np.argmax(x / np.array([length(c) for c in cs])) == r) for x, cs, r in zip(logs, choices, right)]
+        )
+        for name, length in LENGTHS.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------- perplexity
+
+
+class Rolled(NamedTuple):
+    """Of N texts, (N,) each."""
+
+    log: np.ndarray  # log-likelihood, nats
+    tokens: np.ndarray
+    words: np.ndarray
+    bytes: np.ndarray
+
+    def perplexities(self) -> dict[str, float]:
+        """By token, by word and by byte, and bits a byte. Figures by word and byte compare models whose tokenizers
+        differ; those by token do not."""
+        units = {"token": self.tokens, "word": self.words, "byte": self.bytes}
+        out = {f"{name}_perplexity": math.exp(-self.log.sum() / n.sum()) for name, n in units.items()}
+        return out | {"bits_per_byte": float(-self.log.sum() / self.bytes.sum() / math.log(2))}
+
+
+def roll(lm, texts: Sequence[str], batch_size: int = 16) -> Rolled:
+    """Log-likelihood of whole texts behind BOS, as `loglikelihood_rolling` and the task `wikitext` have it.
+
+    A text that exceeds the model's positions is scored window by window, each token once, the last window behind as
+    much of the text as there is room for. BOS is scored too where the tokenizer puts it before a text. Words are what
+    white space divides, an empty one at the ends included.
+    """
+    limit, start = lm.max_tokens, _start(lm.tokenizer)
+    found = [windows(_ids(lm.tokenizer, text), start, limit) for text in texts]
+    for number, pairs in enumerate(found, 1):
+        if not pairs:
+            raise FtjaxError(f"text {number}: is empty; there is nothing to score")
+    told = iter(log_likelihoods(lm, [pair for pairs in found for pair in pairs], batch_size))
+    scored = [[next(told) for _ in pairs] for pairs in found]
+    return Rolled(
+        np.array([sum(t.log for t in parts) for parts in scored]),
+        np.array([sum(t.tokens for t in parts) for parts in scored]),
+        np.array([len(re.split(r"\s+", text)) for text in texts]),
+        np.array([len(text.encode()) for text in texts]),
+    )
+
+
+def windows(ids: list[int], start: int, limit: int) -> list[Pair]:
+    """Pairs that score each of `ids` once, reading at most `limit` tokens each: the first behind `start`."""
+    out = [([start], ids[:limit])] if ids else []
+    for first in range(limit, len(ids), limit):
+        last = min(first + limit, len(ids))
+        out.append((ids[last - limit - 1 : first], ids[first:last]))
+    return out
