@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,9 +35,25 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihoods(lm, pairs: Sequence[Pair], batch_size: int = 16) -> list[Likelihood]:
-    """Of the second part of each pair behind the first, in their order. What exceeds the model's positions is left out
-    of the first part, from its beginning. Raises FtjaxError for a pair that cannot be scored."""
-    limit, examples = lm.max_tokens, []
+    """Of the second part of each pair behind the first, in their order; see `batched`."""
+    out: list[Likelihood] = [None] * len(pairs)
+    for batch, rows in batched(pairs, lm.max_tokens, batch_size):
+        logs, greedy = map(np.asarray, _told(lm.model, lm.variables, batch))
+        for row, i, n in rows:
+            out[i] = Likelihood(float(logs[row, :n].sum(dtype=np.float64)), bool(greedy[row, :n].all()), n)
+    return out
+
+
+def batched(
+    pairs: Sequence[Pair], limit: int, batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, int, int]]]]:
+    """Batches as objectives take them, whose labels are the scored tokens, by length; and where each pair is: (row,
+    index of the pair, scored tokens).
+
+    What exceeds the model's `limit` of positions is left out of the first part, from its beginning. Raises FtjaxError
+    for a pair that cannot be scored.
+    """
+    examples = []
     for number, (given, scored) in enumerate(pairs, 1):
         if not len(given) or not 0 < len(scored) <= limit:
             raise FtjaxError(
@@ -47,42 +63,40 @@ def log_likelihoods(lm, pairs: Sequence[Pair], batch_size: int = 16) -> list[Lik
         ids = np.array([*given, *scored][-(limit + 1) :], np.int32)
         examples.append(Example(ids, np.arange(len(ids)) >= len(ids) - len(scored)))
     if not examples:
-        return []
+        return
     batches = Batches(examples, min(batch_size, len(examples)), limit + 1, buckets=BUCKETS, shuffle=False)
-    out: list[Likelihood] = [None] * len(examples)
     for step in range(len(batches)):
         batch = batches[step]
         for name in ("tokens", "positions", "segment_ids"):
             batch[name] = batch[name][:, :limit]  # the last token of the longest rows is scored and not read
-        for logs, greedy, members in zip(*map(np.asarray, _told(lm.model, lm.variables, batch)), batches.rows(step)):
-            for i in members:
-                n = int(batches.examples.labels[i])
-                out[i] = Likelihood(float(logs[:n].sum(dtype=np.float64)), bool(greedy[:n].all()), n)
-    return out
+        members = enumerate(batches.rows(step))
+        yield batch, [(row, int(i), int(batches.examples.labels[i])) for row, found in members for i in found]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _told(model, variables, batch):
     """(B, M) each: log-probability of a label in float32, and whether no other token has more."""
 
-    def told(piece):
-        found, labels = piece
+    def told(found, labels):
         logits = model.apply(variables, found, method="logits")
         mine = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return mine - jax.nn.logsumexp(logits, axis=-1), mine >= jnp.max(logits, axis=-1)
 
-    pieces = states(model, variables, batch), batch["labels"]
-    M = batch["labels"].shape[1]
+    return in_chunks(told, states(model, variables, batch), batch["labels"])
+
+
+def in_chunks(f: Callable, *arrays):
+    """f of arrays (B, M, ...), which gives arrays (B, M), of CHUNK of the M places at a time."""
+    B, M = arrays[0].shape[:2]
     if M <= CHUNK:
-        return told(pieces)
+        return f(*arrays)
 
     def cut(x):
         x = jnp.pad(x, [(0, 0), (0, -M % CHUNK)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(B, -1, CHUNK, *x.shape[2:]), 1, 0)
 
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :M], jax.lax.map(told, jax.tree.map(cut, pieces))
-    )
+    pieces = jax.lax.map(lambda piece: f(*piece), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :M], pieces)
 
 
 # ---------------------------------------------------------------------------------------------- texts

@@ -1,0 +1,69 @@
+"""Which claims of an answer a passage bears out, by the words that they have in common.
+
+Lexical entailment, the baseline of the entailment challenges (Dagan, Glickman & Magnini 2006): a claim is taken for
+supported where enough of its content stands in the passage. It sees neither negation nor who did what to whom, and
+takes a paraphrase for unsupported: a rate by it compares contenders on the same passages, and is no count of
+hallucinations.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
+WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?")
+LEAST = 0.5  # share of a claim's content that supports it
+# Words of English that carry no content of their own; in other languages all words count.
+EMPTY = frozenset(
+    "a about after all also am an and any are as at be because been before being but by can could did do does "
+    "doing for from had has have having he her hers him his how i if in into is it its just may me might more "
+    "most must my no nor not of on once only or other our ours out over own same shall she should so some such "
+    "than that the their theirs them then there these they this those through to too under until up us very "
+    "was we were what when where which while who whom whose why will with would you your yours".split()
+)
+
+
+class Claim(NamedTuple):
+    text: str
+    share: float  # of its content n-grams, those that the passage has
+    numbers: tuple[str, ...]  # numbers that the passage does not have
+
+    @property
+    def supported(self) -> bool:
+        return self.share >= LEAST and not self.numbers
+
+
+def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
+    """The sentences of an answer that have content, each with how far the passage has it.
+
+    Content is n-grams of the stems (Porter 1980) of words that are not EMPTY; of a sentence shorter than n, all of it.
+    A number that the passage lacks leaves a claim unsupported whatever else it says.
+    """
+    from nltk.stem.porter import PorterStemmer
+
+    stem = PorterStemmer().stem
+
+    def content(text: str) -> list[str]:
+        return [stem(word.replace(",", "")) for word in WORD.findall(text.lower()) if word not in EMPTY]
+
+    words = content(passage)
+    there = {size: set(_grams(words, size)) for size in range(1, n + 1)}
+    out = []
+    for sentence in SENTENCE.split(answer):
+        own = content(sentence)
+        if own:
+            grams = _grams(own, min(n, len(own)))
+            numbers = tuple(w for w in dict.fromkeys(own) if w[0].isdigit() and (w,) not in there[1])
+            out.append(Claim(sentence, sum(g in there[len(g)] for g in grams) / len(grams), numbers))
+    return out
+
+
+def unsupported_rate(answer: str, passage: str, n: int = 1) -> float:
+    """Share of an answer's claims that are not supported; 0 for an answer without a claim."""
+    found = claims(answer, passage, n)
+    return sum(not claim.supported for claim in found) / len(found) if found else 0.0
+
+
+def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[i:] for i in range(n))))

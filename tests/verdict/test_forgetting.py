@@ -1,0 +1,53 @@
+"""The divergence of two models against their logits, summed by hand."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from ftjax.errors import FtjaxError
+from ftjax.loading import load
+from ftjax.verdict import choices
+from ftjax.verdict.choices import windows
+from ftjax.verdict.forgetting import divergence
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load("builtin:stories260K")
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + 0.02 * rng.normal(size=x.shape).astype(np.float32), base.params)
+    return base.applied({"params": moved})
+
+
+def by_hand(p, q, given, scored):
+    logs = [
+        log_softmax(lm.logits([given + scored])[0].astype(np.float64), axis=-1)[len(given) - 1 : -1] for lm in (p, q)
+    ]
+    return (np.exp(logs[0]) * (logs[0] - logs[1])).sum()
+
+
+def test_divergence_is_that_of_the_logits(base, tuned, monkeypatch):
+    monkeypatch.setattr(choices, "CHUNK", 8)  # the last chunk of 22 tokens is filled up
+    ids = base.tokenizer("Once upon a time, there was a little girl named Lily. She loved to play.")["input_ids"]
+    pairs = [(ids[:5], ids[5:]), ([1], ids[1:9]), (ids[:1], ids[1:2])]
+    found = divergence(tuned, base, pairs, batch_size=2)
+    assert found.kl == pytest.approx([by_hand(tuned, base, *pair) for pair in pairs], rel=1e-3)
+    assert found.tokens.tolist() == [len(ids) - 5, 8, 1] and found.tokens[0] > 16
+    back = divergence(base, tuned, pairs, batch_size=2)
+    assert back.kl == pytest.approx([by_hand(base, tuned, *pair) for pair in pairs], rel=1e-3)
+    assert abs(back.kl[0] - found.kl[0]) > 0.01 * found.kl[0]  # it has a direction
+    assert divergence(base, base, pairs, batch_size=2).kl == pytest.approx([0, 0, 0], abs=1e-4)
+
+
+def test_vocabularies_must_agree(base):
+    small = dataclasses.replace(base.model.config, vocab_size=500)
+    other = dataclasses.replace(base, model=base.model.clone(config=small))
+    with pytest.raises(FtjaxError, match="vocabularies have 512 and 500 tokens"):
+        divergence(base, other, windows([5, 6], 1, 3))

@@ -1,0 +1,80 @@
+"""Copied runs against a search of every place, and exposure against ranks by hand and known distributions."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from ftjax.errors import FtjaxError
+from ftjax.verdict.memorisation import canaries, copied, exposure
+
+TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4)
+
+
+@given(TEXTS, TEXTS, st.integers(1, 4))
+def test_copied_runs_are_those_of_a_search_of_every_place(outputs, training, n):
+    def runs(text):
+        return {tuple(text[i:j]) for i in range(len(text)) for j in range(i + 1, len(text) + 1)}
+
+    for out, found in zip(outputs, copied(outputs, training, n), strict=True):
+        common = {run for run in runs(out) for text in training if run in runs(text)}
+        longest = max((len(run) for run in common if len(run) >= n), default=0)
+        grams = [tuple(out[i : i + n]) for i in range(len(out) - n + 1)]
+        assert (found.grams, found.seen, found.longest) == (len(grams), sum(g in common for g in grams), longest)
+        if longest:
+            assert any(len(run) == longest for run in runs(out) & runs(training[found.source]))
+        else:
+            assert found.source is None
+
+
+def test_a_run_does_not_go_on_from_one_text_into_another():
+    training = ["the cat sat on the mat".split(), "on the mat lay a dog".split()]
+    (found,) = copied(["the cat sat on the mat lay a dog".split()], training, n=3)
+    assert found == (7, 7, 6, 0)  # each n-gram is seen, and no text has more than six words of it
+    with pytest.raises(FtjaxError, match="found n=0"):
+        copied([], [], n=0)
+
+
+def test_exposure_is_the_rank_in_bits():
+    others = list(range(1, 1024))
+    assert exposure(0.5, others) == 10  # of 1,024 the first
+    assert exposure(1.5, others) == 9 and exposure(1, others) == 9  # a tie ranks before it
+    assert exposure(2000, others) == 0
+    assert exposure(0.5, others, space=1024) == 10
+
+
+def test_exposure_from_a_sample_goes_beyond_it():
+    rng = np.random.default_rng(0)
+    others = stats.skewnorm.rvs(3, loc=10, scale=2, size=4000, random_state=rng)
+    for canary in (10.0, 9.0, 8.5):
+        true = -math.log2(stats.skewnorm.cdf(canary, 3, loc=10, scale=2))
+        assert exposure(canary, others, space=10**9) == pytest.approx(true, rel=0.15)
+    assert exposure(0.0, others, space=10**9) == pytest.approx(math.log2(10**9))
+    plain = rng.normal(size=(300, 50))  # canaries that were not learnt: 1 / ln 2 bits on average
+    assert np.mean([exposure(row[0], row[1:]) for row in plain]) == pytest.approx(1 / math.log(2), abs=0.25)
+
+
+def test_canaries_are_distinct_and_repeatable():
+    found = canaries("The code is {}.", "0123456789", 2, 100, seed=1)
+    assert len(set(found)) == 100 and sorted(found) == [f"The code is {i:02}." for i in range(100)]
+    assert found == canaries("The code is {}.", "0123456789", 2, 100, seed=1)
+    assert found != canaries("The code is {}.", "0123456789", 2, 100, seed=2)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: canaries("code", "01", 3, 2), "expected one {}"),
+        (lambda: canaries("{}", "01", 3, 9), "9 of 8"),
+        (lambda: canaries("{}", "00", 3, 2), "distinct symbols"),
+        (lambda: exposure(1.0, []), "one other text at least"),
+        (lambda: exposure(1.0, [math.nan]), "finite"),
+        (lambda: exposure(1.0, [1, 2], space=2), "2 other texts, and only 2 secrets"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(FtjaxError, match=message):
+        call()
