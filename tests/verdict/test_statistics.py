@@ -157,7 +157,10 @@ def test_a_verdict_may_need_seeds_instead_of_rows():
 
 
 def test_few_rows_cannot_be_told_apart():
-    assert sign_flips(np.ones(4)) > 0.05  # 2 of 16 ways
+    assert sign_flips(np.array([1.0, 2, 3, 4, 5, 0])) == 2 / 32
+    assert sign_flips(np.ones(6)) == pytest.approx(2 / 64)
+    (verdict,) = verdicts({"tuned": np.ones(5), "base": np.zeros(5)}, "base").values()
+    assert verdict.text == "cannot tell with 5 rows; about 6 rows would do"
     low, high = percentiles(np.array([0.0, 1.0]))
     assert (low, high) == (0.0, 1.0)
 
