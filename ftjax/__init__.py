@@ -13,6 +13,7 @@ _PUBLIC = {
     "evaluate": "ftjax.evaluation.run",
     "predict": "ftjax.evaluation.run",
     "export": "ftjax.training.export",
+    "sweep": "ftjax.verdict.sweep",
     "FtjaxError": "ftjax.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -57,6 +57,15 @@ def parser() -> argparse.ArgumentParser:
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
 
+    sub = verb("sweep", _sweep, "train a config at every point of a grid, with several seeds", epilog=overrides)
+    sub.add_argument(
+        "--config", required=True, metavar="FILE", help="a Python file with get_config(); its run_dir holds all runs"
+    )
+    sub.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values that a field takes in turn; repeat"
+    )
+    sub.add_argument("--seeds", type=int, default=1, help="runs at each point, from the config's seed on")
+
     sub = verb("plan", _plan, "what a run will need: memory, time, money, and what would fit", epilog=overrides)
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
@@ -97,10 +106,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", metavar="FILE", help="write the figures as JSON")
 
-    sub = verb("predict", _predict, "what a model with a head over labels says of rows", epilog=overrides)
+    sub = verb(
+        "predict", _predict, "what a model says of rows: labels, tags of words, answers, vectors", epilog=overrides
+    )
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
     sub.add_argument("--data", required=True, help="rows, as data.train takes them; they need no labels")
-    sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of to the terminal")
+    sub.add_argument(
+        "--out", metavar="FILE", help="write JSON lines there instead of to the terminal; vectors as .npy too"
+    )
 
     sub = verb("generate", _generate, "continue prompts")
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
@@ -193,6 +206,15 @@ def _train(args, overrides) -> None:
     train(settings)
 
 
+def _sweep(args, overrides) -> None:
+    from ftjax import config
+
+    settings = config.load(args.config, overrides)
+    from ftjax.verdict.sweep import sweep
+
+    sweep(settings, args.grid, args.seeds)
+
+
 def _plan(args, overrides) -> int:
     for flag in ("share", "seconds", "memory", "price"):
         value = getattr(args, flag)
@@ -249,9 +271,16 @@ def _predict(args, overrides) -> None:
 
     from ftjax.evaluation.run import predict
 
-    text = "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in predict(args.model, args.data, overrides=overrides)
-    )
+    rows = predict(args.model, args.data, overrides=overrides)
+    if args.out and args.out.endswith(".npy"):
+        if "vector" not in rows[0]:
+            raise FtjaxError(f"--out {args.out}: only vectors of texts are written as .npy; name a .jsonl file")
+        import numpy as np
+
+        np.save(args.out, np.array([row["vector"] for row in rows], np.float32))
+        print(f"{len(rows):,} vectors in {args.out}")
+        return
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")
         print(f"{text.count(chr(10)):,} predictions in {args.out}")

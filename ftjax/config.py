@@ -83,6 +83,7 @@ def default() -> ml_collections.ConfigDict:
     # any other field of `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
     data.temperature = 1.0  # mixture without weights: shares go by rows ** (1 / temperature); 1: by size
     data.limit = 0  # use only so many rows of train, after shuffling with the seed; 0: all
+    data.shots = 0  # classify: use only so many rows of train of each label, drawn by the seed; 0: all
     data.form = "auto"  # auto | text | prompt | instruction | messages | sharegpt | preference | template; auto goes by
     # the columns
     data.template = ""  # chat template of all rows: tokenizer | alpaca | chatml | llama-3 | mistral | gemma | phi |
@@ -463,10 +464,20 @@ def validate(config) -> None:
         "export.shard_size",
     ):
         need(key, lambda v: v >= 1, "at least 1")
-    for key in ("train.steps", "train.eval_every", "train.patience", "train.save_every", "data.limit", "model.unroll"):
+    for key in (
+        "train.steps",
+        "train.eval_every",
+        "train.patience",
+        "train.save_every",
+        "data.limit",
+        "data.shots",
+        "model.unroll",
+    ):
         need(key, lambda v: v >= 0, "0 or more")
     for key in ("data.clean.min_chars", "data.clean.max_chars", "data.clean.max_ratio", "data.augment.copies"):
         need(key, lambda v: v >= 0, "0 or more")
+    if config.task.kind != "classify":
+        need("data.shots", lambda v: v == 0, "0 where task.kind is not classify; data.limit is for rows of any kind")
     need("data.clean.parts", lambda v: set(v) <= {"train", "validation", "test"}, "of train, validation and test")
     compile_patterns(values["data.clean.drop"], "data.clean.drop")
     for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):

@@ -17,12 +17,14 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.data.template import Rendered
-from ftjax.data.tokenise import encode_prompts
-from ftjax.errors import FtjaxError
-from ftjax.hub import families, tokenizer, weights
+from ftjax.data.tokenise import Example, encode_prompts
+from ftjax.errors import FtjaxError, nearest
+from ftjax.hub import families, pooling, tokenizer, weights
+from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
 from ftjax.objectives import TASKS, kind_of
+from ftjax.objectives.contrast import POOLS
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
@@ -45,6 +47,7 @@ class LM:
     adapters: dict[str, dict] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()  # names of those of its head, in the order of their ids
     kind: str = "causal"  # a row of ftjax.objectives.TASKS
+    pooling: Pooling = Pooling()  # how vectors of texts are made
 
     @property
     def variables(self) -> dict:
@@ -81,6 +84,28 @@ class LM:
             raise FtjaxError(f"logits: rows of {ids.shape[1]} tokens exceed the model's {limit} positions")
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
+
+    def embed(self, texts: list[str], *, pool: str = "", max_length: int = 0, batch_size: int = 32) -> np.ndarray:
+        """Vectors (N, D) float32 of length 1 of texts, from the hidden states behind the last norm.
+
+        pool: mean | cls; max_length: tokens to which a text is cut; empty and 0: as the model's files or its run say,
+        or else the mean of as many tokens as it has positions for.
+        """
+        from ftjax.data.pairs import encode_texts
+        from ftjax.evaluation.said import by_example
+        from ftjax.evaluation.vectors import embeddings
+
+        if pool not in ("", *POOLS):
+            raise FtjaxError(f"embed: pool {pool!r}{nearest(pool, POOLS)}; one of {', '.join(POOLS)}")
+        if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
+            raise FtjaxError("embed: expected a list of texts, none of them empty")
+        if not texts:
+            return np.zeros((0, self.model.config.width), np.float32)
+        most = min(max_length or self.pooling.max_length or self.max_tokens, self.max_tokens)
+        ids, _ = encode_texts(self.tokenizer, list(texts), most)
+        examples = [Example(x, np.arange(len(x)) == 0, np.zeros(1, np.int32)) for x in ids]
+        f = functools.partial(embeddings, self.model, self.variables, pool=pool or self.pooling.pool)
+        return np.concatenate(by_example(f, examples, batch_size, most, apart=True))
 
     def generate(
         self, prompts: list[str], *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling
@@ -159,8 +184,17 @@ def open_base(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
     )
     ends = tokenizer.end_tokens(folder, words, end)
+    of_texts = None
+    if kind == "embed":
+        of_texts = run_pooling(config, shape.max_positions) if config is not None else pooling.read(folder)
     lm = LM(Transformer(shape, compute), params, {}, words, folder, ends, labels=labels, kind=kind)
+    lm.pooling = of_texts or lm.pooling
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
+
+
+def run_pooling(config, max_positions: int) -> Pooling:
+    """How a run makes vectors of texts, of which a row of its batches holds two."""
+    return Pooling(config.task.pool, min(config.data.max_length // 2, max_positions))
 
 
 def quantiser(kind: str, double: bool, dtype):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ftjax.errors import FtjaxError
-from ftjax.hub import peft, resolve, tokenizer
+from ftjax.hub import peft, pooling, resolve, tokenizer
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import RUN, open_run
 from ftjax.tuning import METHODS
@@ -60,4 +60,5 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     if text:  # of the adapter's own training; the base may have none, or another
         lm.tokenizer.chat_template = text
         lm = dataclasses.replace(lm, end_tokens=tokenizer.end_tokens(lm.folder, lm.tokenizer))
+    lm.pooling = pooling.read(folder) or lm.pooling
     return lm.applied(peft_adapters.variables(adapter, lm.params, spec))

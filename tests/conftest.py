@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Most of the tests' time is compiling, of which the backend's optimisation is half.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,3 +38,29 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs the real data of ../shared, which is not on this machine")
     return path
+
+
+@pytest.fixture(autouse=True)
+def small_mesh(monkeypatch):
+    """A run whose config names no mesh takes one of the simulated devices: it compiles in less time than for all."""
+    from ftjax.training import sharding
+
+    make_mesh = sharding.make_mesh
+
+    def make(config, devices=None):
+        named = config.get("data", 1) != -1 or any(config.get(axis, 1) != 1 for axis in sharding.MESH_AXES[1:])
+        if devices is None and not named:
+            devices = sharding.jax.devices()[:1]
+        return make_mesh(config, devices)
+
+    monkeypatch.setattr(sharding, "make_mesh", make)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_old_programs():
+    """Programs of one module are of no use to the next, and hold memory that every garbage collection walks through."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

@@ -44,6 +44,7 @@ def make(folder, kind: str):
         )
     else:
         special |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
+    special["model_input_names"] = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = tiny_models.SIZES | {"num_hidden_layers": 2, "initializer_range": 0.2}

@@ -223,15 +223,13 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
         texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
-        encoded = tokenizer(*texts, return_token_type_ids=True, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(*texts, return_attention_mask=False, verbose=False)
         short = encoded
         if how.max_length and max(map(len, encoded["input_ids"])) > how.max_length:
-            short = tokenizer(
-                *texts, return_token_type_ids=True, return_attention_mask=False, truncation=True,
-                max_length=how.max_length,
-            )  # fmt: skip
+            short = tokenizer(*texts, return_attention_mask=False, truncation=True, max_length=how.max_length)
+        types_of = short.get("token_type_ids") or [[]] * len(chunk)  # of tokenizers whose models have them
         for i, (row, place) in enumerate(zip(chunk, at)):
-            ids, types = np.array(short["input_ids"][i], np.int32), short["token_type_ids"][i]
+            ids, types = np.array(short["input_ids"][i], np.int32), types_of[i]
             if not len(ids):
                 raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
             trained = np.zeros(len(ids), bool)

@@ -20,7 +20,7 @@ from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
 from ftjax.data.read import read_table
-from ftjax.data.split import absent, decontaminate, limit, split
+from ftjax.data.split import absent, decontaminate, limit, shots, split
 from ftjax.data.store import Examples
 from ftjax.data.table import CHUNK, Table
 from ftjax.data.tokenise import Example, encode, encode_prompts
@@ -279,6 +279,11 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
             kept, removed = decontaminate(table, others, source.data)
             gone += [Gone(table, removed)] if removed else []
         few = limit(indices[kept], source.data.limit, count, config.seed)
+        if source.data.shots:
+            column = labelled.column(source.data.label, labelled.LABELS, table.columns, "data.label")
+            there = dict(zip(indices.tolist(), table.rows[column], strict=True))
+            cells = {i: there[i] for i in few.tolist()}
+            few = shots(cells, source.data.shots, count, config.seed)
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
         if augmented:
             source.tables["train"], made, failed = augment(table, source.data, config.seed, folder)

@@ -38,11 +38,10 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
         texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
-        encoded = tokenizer(
-            *texts, return_token_type_ids=True, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
+        encoded = tokenizer(*texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        types_of = encoded.get("token_type_ids") or [[]] * len(chunk)  # of tokenizers whose models have them
         for i, place in enumerate(at):
-            mine = (encoded[name][i] for name in ("input_ids", "token_type_ids", "offset_mapping"))
+            mine = encoded["input_ids"][i], types_of[i], encoded["offset_mapping"][i]
             ids, types, offsets = (np.array(x) for x in mine)
             text = np.array([side == 1 for side in encoded.sequence_ids(i)])
             if not text.any():

@@ -71,6 +71,19 @@ def limit(indices: np.ndarray, most: int, rows: int, seed: int) -> np.ndarray:
     return np.sort(order[np.isin(order, indices)][:most]) if most else np.asarray(indices)
 
 
+def shots(cells: dict[int, object], most: int, rows: int, seed: int) -> np.ndarray:
+    """Of some rows of train's table at most so many of each value, at random by the seed, ascending.
+
+    cells: index of each of these rows -> its value; rows: of train's table. The rows of fewer shots are among those of
+    more.
+    """
+    taken = {}
+    for i in _order(rows, seed).tolist():
+        if i in cells:
+            taken.setdefault(_key(cells[i]), []).append(i)
+    return np.sort(np.concatenate([found[:most] for found in taken.values()]))
+
+
 def absent(table: Table, column: str, parts: dict[str, Sequence[int]]) -> dict[str, list[str]]:
     """{value of a column: the parts without a row of it}, for values that some part lacks; as JSON text.
 

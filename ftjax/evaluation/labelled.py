@@ -201,7 +201,7 @@ def table(report: dict) -> str:
     lines = [_line(*item) for item in report["metrics"].items()]
     columns = 4 if any(note for *_, note in lines) else 3
     head = [("", 0), ("value", 1), (percent, 1), ("note", 0)]
-    parts = [_grid(head[:columns], [line[:columns] for line in lines])]
+    parts = [grid(head[:columns], [line[:columns] for line in lines])]
     classes = report.get("per_class") or report.get("per_type") or {}
     if classes:
         shown = list(classes.items())[:SHOWN]
@@ -211,7 +211,7 @@ def table(report: dict) -> str:
             [name, f"{c['labelled']:,}", f"{c['predicted']:,}", *(_short(c[m]) for m in ("precision", "recall", "f1"))]
             for name, c in shown
         ]
-        parts.append(_grid(head, lines))
+        parts.append(grid(head, lines))
         if len(shown) < len(classes):
             parts.append(f"the first {len(shown)} of {len(classes):,}\n")
     if report.get("groups"):
@@ -221,7 +221,7 @@ def table(report: dict) -> str:
             [value, f"{g['rows']:,}", *(_short(g["metrics"][name]) for name in main)]
             for value, g in report["groups"].items()
         ]
-        parts.append(_grid(head, lines))
+        parts.append(grid(head, lines))
     how = f"{report['rows']:,} rows; intervals from {report['draws']:,} resamples of them, seed {report['seed']}"
     return "".join(parts) + f"↑ higher is better, ↓ lower is better; {how}"
 
@@ -247,7 +247,7 @@ def _short(entry: dict) -> str:
     return _figure(entry["value"], 3) + (f" ({span})" if span else "")
 
 
-def _grid(head: list[tuple[str, int]], lines: list[list[str]]) -> str:
+def grid(head: list[tuple[str, int]], lines: list[list[str]]) -> str:
     """head: (title, whether to the right) of each column."""
     import io
     import shutil

@@ -51,6 +51,9 @@ def _rows(lm: LM, data: str | None, config, truths: bool = True):
         config.data.update(train=data, validation="", test="", mixture=(), split=(1.0, 0.0, 0.0), limit=0)
     if lm.kind != "causal":
         config.task.update(kind=lm.kind, labels=lm.labels)
+        if lm.kind == "embed":
+            config.task.pool = lm.pooling.pool
+            config.data.max_length = 2 * lm.pooling.max_length or config.data.max_length
     if not truths:
         config.data.update(label="", stratify="")
     prepared = prepare(config, lm.tokenizer, lm.max_tokens, pool=lm.model.config.head.pool, truths=truths)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, Part
+from ftjax.data.store import Examples
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import labelled
 from ftjax.hub.weights import whole
@@ -59,16 +60,24 @@ class Judge(NamedTuple):
 def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
     """f(model, variables, batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its
     tokens, (n, ...), in the order of the examples. layout: see labelled.layout."""
-    part, config = asked.part, asked.config
+    examples, config = asked.part.examples, asked.config
     rows = config.evaluate.batch_size or config.train.batch_size or 16
-    rows = max(LEAST, min(rows, len(part)))
-    batches = Batches(
-        part.examples, rows, asked.data.max_length, buckets=max(config.data.buckets, 8), shuffle=False, **layout
-    )
-    counts = part.examples.length if whole_rows else part.examples.labels
-    found: list[np.ndarray] = [None] * len(part)
+    f = functools.partial(f, asked.model, asked.variables)
+    buckets = max(config.data.buckets, 8)
+    return by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
+
+
+def by_example(
+    f: Callable, examples, rows: int, max_length: int, buckets: int = 8, *, whole_rows: bool = False, **layout
+) -> list[np.ndarray]:
+    """`at_places` of examples, `rows` of them at once; f(batch)."""
+    examples = Examples.of(examples)
+    rows = max(LEAST, min(rows, len(examples)))
+    batches = Batches(examples, rows, max_length, buckets=buckets, shuffle=False, **layout)
+    counts = examples.length if whole_rows else examples.labels
+    found: list[np.ndarray] = [None] * len(examples)
     for step in range(len(batches)):
-        told = whole(f(asked.model, asked.variables, batches[step]))
+        told = whole(f(batches[step]))
         for said, members in zip(told, batches.rows(step), strict=True):
             at = 0
             for example in members:

@@ -327,7 +327,8 @@ def labels_in(hf: dict) -> tuple[str, ...]:
 def modules(family: Family, config: ModelConfig) -> list[Module]:
     """The modules of a model, those of its head among them, by the names that its class gives them."""
     form = family.forms[config.head.task]
-    names = [m.name if not form.prefix else form.prefix + m.name.removeprefix(family.prefix) for m in family.modules]
+    start = family.prefix if form.prefix is None else form.prefix
+    names = [start + m.name.removeprefix(family.prefix) for m in family.modules]
     return [m._replace(name=name) for m, name in zip(family.modules, names, strict=True)] + list(form.modules)
 
 

@@ -27,7 +27,8 @@ class Form:
     architecture: str
     head: Head
     modules: tuple[Module, ...] = ()
-    prefix: str = ""  # that names of the other modules have instead of the family's
+    prefix: str | None = None  # that names of the other modules have instead of the family's; None: the family's
+    kept: tuple[str, ...] = ()  # modules that the class has and nothing here computes: files keep what they had
     keys: dict[str, str] = dataclasses.field(default_factory=dict)  # field of Head -> key of config.json
 
 
@@ -58,7 +59,7 @@ def decoder_forms(name: str, head: str, tagger: str = "score", span: str = "") -
             (Module("head/out", "score"),),
         ),
         "token": Form(f"{name}ForTokenClassification", Head("token"), (Module("head/out", tagger),)),
-        "span": Form(f"{name}ForQuestionAnswering", Head("span"), (Module("head/out", "qa_outputs"),), span),
+        "span": Form(f"{name}ForQuestionAnswering", Head("span"), (Module("head/out", "qa_outputs"),), span or None),
     }
 
 
@@ -304,7 +305,7 @@ def encoder_forms(name: str, activation: str = "", **tasks: tuple[Head, tuple[Mo
     }
     keys = {"masked": {"activation": activation}} if activation else {}
     forms = {t: Form(f"{name}{names[t]}", head, mods, keys=keys.get(t, {})) for t, (head, mods) in tasks.items()}
-    return {"none": Form(f"{name}Model", Head("none"))} | forms
+    return {"none": Form(f"{name}Model", Head("none"), prefix="", kept=("pooler.dense",))} | forms
 
 
 CLASSIFIER, ANSWERS = (Module("head/out", "classifier"),), (Module("head/out", "qa_outputs"),)
@@ -321,7 +322,7 @@ def modernbert_forms() -> dict[str, Form]:
 
     last = CLASSIFIER[0]
     return {
-        "none": Form("ModernBertModel", Head("none")),
+        "none": Form("ModernBertModel", Head("none"), prefix=""),
         "masked": form("masked", "ForMaskedLM", Module("head", "decoder"), {"bias": "decoder_bias"}),
         "sequence": form("sequence", "ForSequenceClassification", last, {"pool": "classifier_pooling"}, pool="first"),
         "token": form("token", "ForTokenClassification", last),

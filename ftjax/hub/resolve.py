@@ -86,6 +86,6 @@ def new_folder(out: str | Path, overwrite: bool = False, record: dict | None = N
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(file: Path, value: dict) -> None:
+def write_json(file: Path, value: dict | list) -> None:
     """Indented, keys in the order given, as Hugging Face's files are."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -325,7 +325,10 @@ def write_model(
         hf |= {"problem_type": problem} if problem else {}
     if config.head.pool == "last" and hf.get("pad_token_id") is None:
         hf["pad_token_id"] = pad_token(source) if source else None  # by it transformers finds a row's last token
-    pieces = _pieces(leaves, tensor_names(family, config), dtype)
+    kept = _kept(source, family, config) if source else {}
+    leaves |= {f"kept/{name}": x for name, x in kept.items()}
+    names = tensor_names(family, config) | {f"kept/{name}": ([name], False) for name in kept}
+    pieces = _pieces(leaves, names, dtype)
     if jax.process_index():  # the first process writes; the others help it to gather what lies on several hosts
         for piece in pieces:
             _value(piece, leaves, dtype)
@@ -337,6 +340,18 @@ def write_model(
             write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
         if source:
             copy_tokenizer(source, folder)
+
+
+def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Tensors in a directory's files of modules that the class has and nothing here computes, see Form.kept."""
+    form = family.forms[config.head.task]
+    starts = tuple(f"{name}." for name in form.kept)
+    found = {_plain(name, family): tensor for name, tensor in stored_tensors(source).items()} if starts else {}
+    return {
+        f"{form.prefix or ''}{name}": _slice(tensor, [(0, n) for n in tensor.shape], False)
+        for name, tensor in found.items()
+        if name.startswith(starts)
+    }
 
 
 def _generation_config(source, hf: dict, end_tokens) -> dict:

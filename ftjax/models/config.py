@@ -71,9 +71,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     local_theta: float = 0.0  # the same of layers with a window; 0: rope_theta
     rope_scaling: RopeScaling = RopeScaling()
-    windows: tuple[
-        int, ...
-    ] = ()  # one a layer: tokens seen to a side, itself included; 0: all; empty: all layers 0
+    windows: tuple[int, ...] = ()  # one a layer: tokens seen to a side, itself included; 0: all; empty: all layers 0
     tied: bool = True  # the head is the embedding table
     initializer_range: float = 0.02  # standard deviation of kernels that are made anew
     head: Head = Head()

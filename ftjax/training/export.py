@@ -11,12 +11,16 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import families, peft, tokenizer, weights
+from ftjax.hub import families, peft, pooling, tokenizer, weights
+from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.objectives import TASKS
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tree import map_paths
 from ftjax.tuning import METHODS
+
+# Task of a head that PEFT has no name of its own for -> what an adapter says instead of CAUSAL_LM.
+TASK_TYPES = {"none": {"task_type": "FEATURE_EXTRACTION"}, "masked": {"task_type": None}}
 
 
 def resolve_format(method: str, format: str) -> str:
@@ -57,12 +61,13 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         trained = jax.tree.map(weights.whole, source.trained)
         if jax.process_index() == 0:
             adapter_config, tensors = row.to_peft(trained, frozen, source.spec)
+            adapter_config |= TASK_TYPES.get(source.spec.model.head.task, {})
             labels = tuple(source.config["task"]["labels"])
             peft.write_adapter(
                 out, tensors, adapter_config, base.folder, source.base_name, record=record, labels=labels,
                 problem=TASKS[source.config["task"]["kind"]].problem,
             )  # fmt: skip
-            _name_template(out, chat_template)
+            _beside(out, source, chat_template)
         return report
     params = dequantised(row.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
@@ -82,13 +87,17 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         record=record,
     )
     if jax.process_index() == 0:
-        _name_template(out, chat_template)
+        _beside(out, source, chat_template)
     return report
 
 
-def _name_template(out: Path, chat_template: str) -> None:
+def _beside(out: Path, source: Trained, chat_template: str) -> None:
+    """What a directory says beside the model: its chat template, and how vectors of texts are made."""
     if chat_template:
         tokenizer.write_chat_template(out, chat_template)
+    if source.config["task"]["kind"] == "embed":
+        shape = source.spec.model
+        pooling.write(out, run_pooling(configs.from_dict(source.config), shape.max_positions), shape.width)
 
 
 def _merge_difference(source: Trained, params: dict, dtype: str) -> float:

@@ -360,11 +360,12 @@ def summary(result: Result, config) -> str:
     whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
     lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
+    says = [f"  ftjax predict --model {result.run_dir} --data FILE"] if TASKS[config.task.kind].judged else []
+    if config.task.kind == "causal":
+        says = [f"  ftjax generate --model {result.run_dir} --prompt '...'"]
     lines += [
         "next:",
-        f"  ftjax predict --model {result.run_dir} --data FILE"
-        if TASKS[config.task.kind].judged
-        else f"  ftjax generate --model {result.run_dir} --prompt '...'",
+        *says,
         f"  ftjax evaluate --model {result.run_dir} --data FILE",
         f"  ftjax export --run {result.run_dir} --out DIR --format {whole}",
     ]

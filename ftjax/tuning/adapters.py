@@ -37,11 +37,13 @@ def read(folder: Path) -> tuple[Method, dict, dict]:
 
 
 def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[str, tuple[str, ...]] | None:
-    """(kind, names of labels) of the head over labels that an adapter brings; None where it brings none.
+    """(kind, names of labels) of the head that an adapter is made for; None where that is the base's own.
 
     base: the directory of its base. Names stand in a file beside the adapter, which PEFT does not know.
     """
     _, adapter_config, tensors = adapter
+    if adapter_config.get("task_type") == "FEATURE_EXTRACTION":
+        return kind_of("none"), ()
     head = next((head for head, name in PEFT_TASKS.items() if name == adapter_config.get("task_type")), None)
     if head is None:
         return None

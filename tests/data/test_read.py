@@ -200,3 +200,16 @@ def test_types_of_a_column_may_differ_between_files(tmp_path):
     first, second = _write(tmp_path / "a.jsonl", [{"a": 1}]), _write(tmp_path / "b.jsonl", [{"a": "1"}])
     table = read_table(f"{first},{second}")
     assert [table.row(0), table.row(1)] == [{"a": 1}, {"a": "1"}]
+
+
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_columns_are_named_where_a_file_does_not(name, between, tmp_path):
+    path = tmp_path / name
+    path.write_text(f"yes{between}good{between}1\nno{between}bad{between}2\n")
+    table = read_table(str(path), header=("label", "text", "n"))
+    assert [table.row(i) for i in range(2)] == [
+        {"label": "yes", "text": "good", "n": "1"}, {"label": "no", "text": "bad", "n": "2"},
+    ]  # fmt: skip
+    assert table.place(0) == f"{path} row 1"
+    with pytest.raises(FtjaxError, match=r"expected 2 cells \(label, text\), found 3"):
+        read_table(str(path), header=("label", "text"))

@@ -38,7 +38,7 @@ def test_windows_are_the_tokenizers_own(name, rows, tokenizer, shared):
     found = spans.windows(how(), tokenizer, rows, places)
     theirs = tokenizer(
         [row["question"] for row in rows], [row["context"] for row in rows], truncation="only_second", max_length=96,
-        stride=20, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+        stride=20, return_overflowing_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
     assert len(found) == len(theirs["input_ids"]) > 2 * len(rows)
     for i, window in enumerate(found):
@@ -47,7 +47,7 @@ def test_windows_are_the_tokenizers_own(name, rows, tokenizer, shared):
         text = np.array([side == 1 for side in theirs.sequence_ids(i)])
         np.testing.assert_array_equal(window.offsets[text], np.array(theirs["offset_mapping"][i])[text])
         assert (window.offsets[~text] == -1).all()
-        types = np.array(theirs["token_type_ids"][i])
+        types = np.array(theirs["token_type_ids"][i]) if name == "wordpiece" else np.zeros(len(window.ids))
         np.testing.assert_array_equal(types, (np.arange(len(types)) >= window.second) & (window.second > 0))
 
 

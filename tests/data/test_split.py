@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ftjax import config
 from ftjax.data.read import read_table
 from ftjax.data.similar import normalise, shingles
-from ftjax.data.split import GRAM, PARTS, absent, decontaminate, limit, split
+from ftjax.data.split import GRAM, PARTS, absent, decontaminate, limit, shots, split
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 
@@ -306,3 +306,12 @@ def test_columns_named_for_cleaning_are_those_compared():
     (removed,) = decontaminate(train, others, data)[1]
     assert (removed.place, removed.twin) == ("t.jsonl row 1", "e.jsonl row 1")
     assert removed.why == "is 1.00 alike to a row of test"
+
+
+def test_shots_are_so_many_rows_of_each_value_and_fewer_are_among_more():
+    values = [i % 3 for i in range(60)] + ["rare"]
+    cells = {i: values[i] for i in range(10, 61)}
+    few, more = (shots(cells, k, 61, seed=3) for k in (2, 5))
+    assert [sum(values[i] == v for i in few) for v in (0, 1, 2, "rare")] == [2, 2, 2, 1]
+    assert set(few) < set(more) <= set(cells) and list(more) == sorted(more) and len(more) == 16
+    assert list(few) != list(shots(cells, 2, 61, seed=4))
