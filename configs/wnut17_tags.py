@@ -1,4 +1,4 @@
-"""Named entities in noisy text: all of MiniLM, on WNUT17's training rows, judged on its dev rows by strict entity F1."""
+"""Named entities in noisy text: all of MiniLM, on WNUT17, judged on its dev rows by strict entity F1."""
 
 from ftjax import config
 

@@ -17,15 +17,18 @@ from ftjax.models.by_device import by_device, gather, mesh_that_cuts, wide
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
 
-def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True):
+def attend(
+    q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None
+):
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
 
     q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B,
     S) int: a query sees the keys of its own segment only; `offset` is the place of the first query among the keys;
     `window` tokens are seen at most, itself included (0: all). Not causal, it sees those behind it too, as many as
     before. prefix: further keys k (K, d, n) and values v (K, n, d)
-    at positions 0..n-1 of every segment, which needs the queries' `positions` (B, T) from n on. Returns (B, T, H, d) in
-    q's dtype; the softmax is taken in float32.
+    at positions 0..n-1 of every segment, which needs the queries' `positions` (B, T) from n on. With a `key`, a share
+    `rate` of the softmax is dropped and the rest scaled up. Returns (B, T, H, d) in q's dtype; the softmax is taken in
+    float32.
     """
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
@@ -44,30 +47,34 @@ def attend(q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, 
         v = jnp.concatenate([jnp.broadcast_to(prefix["v"].astype(v.dtype), (B, K, n, d)), v], axis=2)
     # The query heads of one KV head are folded into its rows: two plain batched products per KV head, no repeated keys.
     q = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
-    out = _softmax_product(q, k, v, seen, d**-0.5)
+    kept = None
+    if key is not None and rate:
+        kept = jax.random.bernoulli(key, 1.0 - rate, (*q.shape[:3], k.shape[3])).astype(q.dtype) / (1.0 - rate)
+    out = _softmax_product(q, k, v, seen, kept, d**-0.5)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
 
 
-def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True):
+def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None):
     """`attend` of the tokens of rows among themselves, segments (B, T). Where the mesh splits rows between devices,
     each has its own queries, and gathers keys and values."""
     mesh, T = mesh_that_cuts("sequence"), q.shape[1]
     if not mesh or T % ways(mesh, "sequence"):
-        return attend(q, k, v, segments, segments, window=window, prefix=prefix, positions=positions, causal=causal)
+        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal}
+        return attend(q, k, v, segments, segments, **how, rate=rate, key=key)
 
-    def local(q, k, v, segments, window, prefix, positions):
+    def local(q, k, v, segments, window, prefix, positions, key):
         keys, values = gather(k, "sequence", 3, k.dtype), gather(v, "sequence", 2, v.dtype)
         owners = jax.lax.all_gather(segments, "sequence", axis=1, tiled=True)
-        offset = jax.lax.axis_index("sequence") * q.shape[1]
-        return attend(
-            q, keys, values, segments, owners, offset=offset, window=window, prefix=prefix, positions=positions,
-            causal=causal,
-        )  # fmt: skip
+        own = jax.lax.axis_index("sequence")
+        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal, "rate": rate}
+        key = None if key is None else jax.random.fold_in(key, own)
+        return attend(q, keys, values, segments, owners, offset=own * q.shape[1], **how, key=key)
 
     tokens, everywhere = PartitionSpec(None, "sequence"), PartitionSpec()
     keys, values = PartitionSpec(None, None, None, "sequence"), PartitionSpec(None, None, "sequence")
-    places = tokens, keys, values, tokens, everywhere, everywhere, tokens
-    return by_device(local, mesh, ("sequence",), places, tokens)(q, k, v, segments, window, wide(prefix), positions)
+    places = tokens, keys, values, tokens, everywhere, everywhere, tokens, everywhere
+    arrays = q, k, v, segments, window, wide(prefix), positions, key
+    return by_device(local, mesh, ("sequence",), places, tokens)(*arrays)
 
 
 def key_layout(k, v):
@@ -90,26 +97,32 @@ def _probabilities(q, k, seen, scale):
     return jax.nn.softmax(scores, axis=-1).reshape(B, K, GT, S)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _softmax_product(q, k, v, seen, scale):
-    """q (B, K, G*T, d), k (B, K, d, S), v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d)."""
-    return _softmax_product_fwd(q, k, v, seen, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _softmax_product(q, k, v, seen, kept, scale):
+    """q (B, K, G*T, d), k (B, K, d, S), v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d).
+
+    kept (B, K, G*T, S): factors of the softmax, those of dropout; None: all 1."""
+    return _softmax_product_fwd(q, k, v, seen, kept, scale)[0]
 
 
-def _softmax_product_fwd(q, k, v, seen, scale):
+def _softmax_product_fwd(q, k, v, seen, kept, scale):
     p = _probabilities(q, k, seen, scale).astype(q.dtype)
-    out = _dot(p, v, (3, 2)).astype(q.dtype)
-    return out, (q, k, v, p, out)
+    out = _dot(_times(p, kept), v, (3, 2)).astype(q.dtype)
+    return out, (q, k, v, p, kept, out)
+
+
+def _times(x, kept):
+    return x if kept is None else x * kept
 
 
 def _softmax_product_bwd(scale, saved, g):
     # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step.
-    q, k, v, p, out = saved
-    dv = _dot(p, g, (2, 2)).astype(v.dtype)
-    dp = _dot(g, v, (3, 3))
+    q, k, v, p, kept, out = saved
+    dv = _dot(_times(p, kept), g, (2, 2)).astype(v.dtype)
+    dp = _times(_dot(g, v, (3, 3)), kept)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     ds = (p.astype(jnp.float32) * (dp - inner) * scale).astype(q.dtype)
-    return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None
+    return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None, None
 
 
 _softmax_product.defvjp(_softmax_product_fwd, _softmax_product_bwd)

@@ -65,7 +65,8 @@ class Attention(nn.Module):
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
         how["causal"] = c.causal
         if cache is None:
-            y = attend_in_row(q, k, v, shared["segments"], **how)
+            key = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
+            y = attend_in_row(q, k, v, shared["segments"], **how, rate=self.dropout, key=key)
         else:
             offset = cache["length"]
             starts = {"k": (layer["index"], 0, 0, 0, offset), "v": (layer["index"], 0, 0, offset, 0)}
@@ -146,8 +147,8 @@ class Classifier(nn.Module):
             x = ACTIVATIONS[head.activation](x)
         if head.norm:
             x = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name="norm")(x)
-        x = dropout(self, x, self.dropout)
         if attend is None:
+            x = dropout(self, x, self.dropout)
             return Linear(head.labels, head.bias, self.dtype, c.initializer_range, name="out")(x)
         y = attend(x).astype(jnp.float32)
         if not head.bias:
@@ -158,9 +159,9 @@ class Classifier(nn.Module):
 class Transformer(nn.Module):
     """`apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits, of the head that its config names.
 
-    dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings and
-    on what each sublayer adds, active when `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings,
-    active with a key `noise`.
+    dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings, on
+    attention, on what each sublayer adds and before a head over labels, active when `rngs={"dropout": key}` is given;
+    neftune: strength of noise on embeddings, active with a key `noise`.
 
     Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
     never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.

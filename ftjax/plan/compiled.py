@@ -96,7 +96,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
     started = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices), steps)
-        arguments = programs.arguments(program, config.train.batch_size, T, M)
+        arguments = programs.arguments(program, config.train.batch_size, T, M, config.task.kind)
         out = {
             "mesh": {axis: int(n) for axis, n in mesh.shape.items()},
             "parameters": {"trained": count(program.trained), "total": count((program.trained, program.frozen))},
@@ -142,7 +142,7 @@ def _spent(started) -> dict:
 
 
 def head_bytes(config, spec: Spec, sizes: dict, M: int) -> float:
-    """Bytes of one chunk's logits on one device, float32."""
-    V, tensor = spec.model.vocab_size, sizes["tensor"]
+    """Bytes of one chunk's logits on one device, float32; of a head over labels, which are few: 0."""
+    V, tensor = spec.model.vocab_size if spec.model.head.labels == 0 else 0, sizes["tensor"]
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
     return 4 * rows * min(M / sizes["sequence"], config.model.head_chunk) * (V / tensor if V % tensor == 0 else V)

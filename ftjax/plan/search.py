@@ -137,7 +137,9 @@ class Search:
     def _held(self, config, sizes, devices) -> dict[str, int]:
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
             program = self._program(config, sizes, devices)
-            return compiled.held(program, *programs.arguments(program, config.train.batch_size, self.T, self.M))
+            return compiled.held(
+                program, *programs.arguments(program, config.train.batch_size, self.T, self.M, config.task.kind)
+            )
 
     def _temporaries(self, config, sizes, devices) -> float:
         """Gradients, saved activations, one layer at work, the head's chunk, and a layer's gathered weights."""

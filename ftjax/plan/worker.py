@@ -35,10 +35,14 @@ def work(job: dict) -> dict:
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     sizes = search.resolve_mesh(config, devices)
     config.mesh.update(sizes)
-    T = M = -(-T // sizes["sequence"]) * sizes["sequence"]
-    steps, tokens = config.train.steps or None, None
+    T = -(-T // sizes["sequence"]) * sizes["sequence"]
+    M, steps, tokens = _places(config, T), config.train.steps or None, None
     if job["data"]:
         T, M, steps, tokens = _from_data(config, folder, longest)
+    # Without rows, labels that nobody names are taken for two.
+    labels = len(config.task.labels) or {"causal": 0, "masked": 0, "embed": 0, "regress": 1}.get(config.task.kind, 2)
+    shape = programs.with_task(config, family, shape, folder, labels)
+    spec = spec._replace(model=shape, names=families.linear_names(family, shape))
 
     asked = compiled.compile_step(config, spec, devices, T, M, steps or 1, job["quick"])
     asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
@@ -73,6 +77,13 @@ def work(job: dict) -> dict:
     return out
 
 
+def _places(config, T: int) -> int:
+    """At how many places a row of T tokens is trained, where nothing is known of the rows."""
+    if config.data.packing or config.task.kind in ("causal", "tag"):
+        return T
+    return {"masked": max(1, round(T * config.task.mask_rate)), "embed": 2}.get(config.task.kind, 1)
+
+
 def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) -> None:
     """Compile the first choices, one after another, as long as there is time for one more; in place."""
     from ftjax.plan import compiled, search
@@ -95,15 +106,18 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     """(T, M) of the largest batch, the steps of the run, and tokens a step that are no padding, from its real rows."""
     import numpy as np
 
+    from ftjax.data import labelled
     from ftjax.data.batches import Batches
     from ftjax.data.prepare import prepare
     from ftjax.hub import tokenizer
 
-    data = prepare(config, tokenizer.load_tokenizer(folder), longest)
+    words = tokenizer.load_tokenizer(folder)
+    data = prepare(config, words, longest)
+    config.task.labels = data.labels
     batches = Batches(
         data.train.examples, config.train.batch_size, data.max_length, packing=config.data.packing,
         buckets=config.data.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
-        ways=config.mesh.sequence,
+        ways=config.mesh.sequence, **labelled.layout(config, words),
     )  # fmt: skip
     _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))

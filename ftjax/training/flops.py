@@ -32,15 +32,15 @@ def flops_per_token(config: ModelConfig, base: dict, trained: dict, frozen: dict
 
     Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +
     6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers below the
-    lowest trained one have no backward pass where they lie apart, see ftjax.tuning.parts. base, trained, frozen: trees
-    of shapes.
+    lowest trained one have no backward pass where they lie apart, see ftjax.tuning.parts. A head over labels counts as
+    if it read every token. base, trained, frozen: trees of shapes.
     """
 
     def matmul(tree, *ends):
         return sum(int(np.prod(x.shape)) for path, x in flatten(tree).items() if path.endswith(ends))
 
     paths, L = flatten(trained), config.layers
-    head = config.vocab_size * config.width
+    head = config.vocab_size * config.width if config.head.task in ("causal", "masked") else 0
     blocks = matmul(base, "kernel") - (0 if config.tied else head)
     adapters = matmul(trained, "lora/a", "lora/b")
     own = matmul(trained, "kernel") + (head if config.tied and "embed/embedding" in paths else 0)

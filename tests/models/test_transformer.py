@@ -16,7 +16,7 @@ import tiny
 import torch
 from flax import linen as nn
 
-from ftjax.models import layers
+from ftjax.models import attention, layers
 from ftjax.models.transformer import Transformer, make_cache
 from ftjax.tree import flatten
 
@@ -313,3 +313,25 @@ def test_noise_goes_by_the_tokens_of_each_segment_and_needs_a_key():
     np.testing.assert_array_equal(apply({}), plain)
     np.testing.assert_array_equal(apply({"dropout": jax.random.key(0)}), plain)
     assert np.abs(apply({"noise": jax.random.key(0)}) - plain).max() > 1e-2
+
+
+def test_dropout_of_attention_has_the_gradients_of_its_definition():
+    B, T, H, K, d, rate, key = 2, 7, 4, 2, 8, 0.4, jax.random.key(3)
+    q, k, v = (jax.random.normal(jax.random.key(i), (B, T, n, d)) for i, n in enumerate((H, K, K)))
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 2, 2, 2]])
+    seen = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
+
+    def ours(q, k, v):
+        return attention.attend_in_row(q, *attention.key_layout(k, v), segments, rate=rate, key=key)
+
+    def definition(q, k, v):
+        scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, K, H // K, d), k) / d**0.5
+        p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30))
+        kept = jax.random.bernoulli(key, 1 - rate, (B, K, H // K * T, T)).reshape(p.shape)
+        return jnp.einsum("bkgts,bskd->btkgd", p * kept / (1 - rate), v).reshape(B, T, H, d)
+
+    target = jax.random.normal(jax.random.key(9), (B, T, H, d))
+    got, want = jax.jit(lambda *qkv: jax.vjp(ours, *qkv)[1](target))(q, k, v), jax.vjp(definition, q, k, v)[1](target)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+    np.testing.assert_allclose(ours(q, k, v), definition(q, k, v), atol=2e-5)
+    assert np.abs(ours(q, k, v) - attention.attend_in_row(q, *attention.key_layout(k, v), segments)).max() > 0.1

@@ -1,0 +1,23 @@
+"""Sentiment of film reviews: a head on MiniLM's frozen states, each computed once, on SST-2."""
+
+from ftjax import config
+
+
+def get_config():
+    c = config.default()
+    c.run_dir = "runs/sst2_head_only"
+    c.model.path = "sentence-transformers/all-MiniLM-L6-v2"
+    c.data.train = "sst2/train.tsv"
+    c.data.test = "sst2/dev.tsv"
+    c.data.split = (0.98, 0.02, 0.0)
+    c.data.max_length = 128
+    c.data.buckets = 12
+    c.task.kind = "classify"
+    c.task.labels = ("negative", "positive")
+    c.tuning.method = "head"
+    c.optim.lr = 1e-3
+    c.optim.schedule = "linear"
+    c.optim.warmup = 0.06
+    c.train.epochs = 10.0
+    c.train.batch_size = 64
+    return c
