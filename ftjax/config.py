@@ -202,7 +202,7 @@ def default() -> ml_collections.ConfigDict:
     ev.compare = False  # generate on held-out rows before and after training, score, and write results.json
     ev.compare_rows = 0  # distinct held-out prompts generated for; 0: all
     ev.compare_on = "test"  # validation | test
-    ev.metrics = ("rouge_l",)  # rows of ftjax.evaluation.metrics.METRICS
+    ev.metrics = ("rouge_l",)  # rows of ftjax.evaluation.metrics.METRICS; or "file.py:name" of a function of your own
     ev.words = ""  # column with the given words, for the metric `coverage`
     ev.forgetting = ""  # text file; the loss on it before and after says what was forgotten
     ev.samples = 5  # generations shown side by side
