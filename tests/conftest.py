@@ -41,7 +41,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_mesh(monkeypatch):
+def small_mesh():
     """A run whose config names no mesh takes one of the simulated devices: it compiles in less time than for all."""
     from ftjax.training import sharding
 
@@ -53,7 +53,9 @@ def small_mesh(monkeypatch):
             devices = sharding.jax.devices()[:1]
         return make_mesh(config, devices)
 
-    monkeypatch.setattr(sharding, "make_mesh", make)
+    with pytest.MonkeyPatch.context() as patched:  # one that a test's own undo() leaves as it is
+        patched.setattr(sharding, "make_mesh", make)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

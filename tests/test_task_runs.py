@@ -128,7 +128,8 @@ def test_answers_are_those_that_torch_scores_highest(tmp_path):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     plain = transformers.AutoModelForQuestionAnswering.from_pretrained(base)
-    tuned = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
+    # Merged, for PEFT's own class for answers does not hand token types on to the model.
+    tuned = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").merge_and_unload().eval()
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["task_type"] == "QUESTION_ANS"
     whole = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run" / "merged").eval()
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").open()]
@@ -187,7 +188,7 @@ def test_masked_tokens_are_learned_and_the_decoder_stays_tied(tmp_path):
     for _ in range(300):
         start = int(rng.integers(8))
         found.append({"text": " ".join(cycle[(start + i) % 8] for i in range(int(rng.integers(8, 40))))})
-    how = {"tuning__method": "full", "optim__lr": 3e-3, "train__steps": 400, "data__max_length": 16}
+    how = {"tuning__method": "full", "optim__lr": 1e-2, "train__steps": 400, "data__max_length": 16}
     how |= {"task__mask_rate": 0.2, "data__packing": True}
     c = settings(tmp_path, found, "masked", base, **how)
     result = ftjax.train(c, say=quiet)

@@ -17,4 +17,5 @@ def wordpiece(texts: list[str], size: int = 300):
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
     named = {f"{name[1:-1].lower()}_token": name for name in special}
+    named["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)

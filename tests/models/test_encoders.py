@@ -1,5 +1,7 @@
 """Encoders and heads over labels against transformers: hidden states, logits, packed rows, files both ways."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +61,25 @@ def test_padded_rows_are_transformers(name, task, tmp_path):
     real = mask.astype(bool) if expected.ndim == 3 else slice(None)
     np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
     assert np.ptp(expected[real]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-relu"])
+def test_pooled_output_is_transformers(name, tmp_path):
+    """The pooler is a part of our head: an identity in the classifier's place gives what it hands over."""
+    model, _, shape, params = make(name, "sequence", tmp_path)
+    tokens, mask = rows(0)
+    pooled = theirs_of_the_pooler(model, tokens, mask)
+    params["head"]["out"] = {"kernel": jnp.eye(shape.width), "bias": jnp.zeros(shape.width)}
+    shape = dataclasses.replace(shape, head=dataclasses.replace(shape.head, labels=shape.width))
+    np.testing.assert_allclose(ours(shape, params, "sequence", tokens, mask), pooled, atol=1e-4)
+    assert np.ptp(pooled) > 0.1
+
+
+def theirs_of_the_pooler(model, tokens, mask):
+    import torch
+
+    with torch.no_grad():
+        return model.bert(torch.tensor(tokens), attention_mask=torch.tensor(mask)).pooler_output.numpy()
 
 
 @pytest.mark.parametrize(("name", "task"), [case for case in CASES if case[1] in ("none", "sequence", "token")])
