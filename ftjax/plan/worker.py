@@ -79,9 +79,12 @@ def work(job: dict) -> dict:
 
 def _places(config, T: int) -> int:
     """At how many places a row of T tokens is trained, where nothing is known of the rows."""
+    from ftjax.data.batches import GRANULE
+
     if config.data.packing or config.task.kind in ("causal", "tag"):
         return T
-    return {"masked": max(1, round(T * config.task.mask_rate)), "embed": 2}.get(config.task.kind, 1)
+    places = round(T * config.task.mask_rate) if config.task.kind == "masked" else 1
+    return max(GRANULE, -(-places // GRANULE) * GRANULE)
 
 
 def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) -> None:
