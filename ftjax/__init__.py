@@ -14,6 +14,7 @@ _PUBLIC = {
     "predict": "ftjax.evaluation.run",
     "export": "ftjax.training.export",
     "sweep": "ftjax.verdict.sweep",
+    "compare": "ftjax.verdict.run",
     "FtjaxError": "ftjax.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

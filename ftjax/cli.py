@@ -27,6 +27,8 @@ DATA_VERBS = {
     "preview": "the first batches as the model will see them",
 }
 
+CONFIGURED = ("train", "sweep", "compare", "plan", "data", "evaluate", "predict")  # verbs that take --config.KEY=VALUE
+
 # Settings of glibc's malloc that keep its pages.
 MALLOC = ":".join(
     f"glibc.malloc.{setting}"
@@ -65,6 +67,15 @@ def parser() -> argparse.ArgumentParser:
         "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values that a field takes in turn; repeat"
     )
     sub.add_argument("--seeds", type=int, default=1, help="runs at each point, from the config's seed on")
+
+    sub = verb(
+        "compare", _compare, "prompts, tuned models and other models on the same rows: which is better, at what cost",
+        epilog=overrides,
+    )  # fmt: skip
+    sub.add_argument(
+        "--config", required=True, metavar="FILE", help="a Python file with get_config(); its run_dir holds all runs"
+    )
+    sub.add_argument("--out", metavar="DIR", help="where the report goes; default: the config's run_dir")
 
     sub = verb("plan", _plan, "what a run will need: memory, time, money, and what would fit", epilog=overrides)
     sub.add_argument(
@@ -156,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
-    if unknown or (overrides and args.verb not in ("train", "plan", "data", "evaluate", "predict")):
+    if unknown or (overrides and args.verb not in CONFIGURED):
         options = [o for action in _options(top, args.verb) for o in action]
         top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
     try:
@@ -213,6 +224,15 @@ def _sweep(args, overrides) -> None:
     from ftjax.verdict.sweep import sweep
 
     sweep(settings, args.grid, args.seeds)
+
+
+def _compare(args, overrides) -> None:
+    from ftjax import config
+
+    settings = config.load(args.config, overrides)
+    from ftjax.verdict.run import compare
+
+    compare(settings, args.out)
 
 
 def _plan(args, overrides) -> int:

@@ -207,6 +207,27 @@ def default() -> ml_collections.ConfigDict:
     ev.forgetting = ""  # text file; the loss on it before and after says what was forgotten
     ev.samples = 5  # generations shown side by side
 
+    c.compare = comp = ml_collections.ConfigDict()
+    comp.contenders = ("zero-shot", "few-shot", {"name": "tuned"})  # the first is what the others are judged against.
+    # Rows of ftjax.verdict.baselines.PROMPTS: the base model, so asked; `majority`: the commonest label; a run folder,
+    # adapter, model directory or hub name; or a dict: its "name", any field of the config that it is trained with,
+    # such as "tuning.method", and of "prompt" (of PROMPTS), "shots" and "model" (a path) what differs
+    comp.metric = ""  # what the verdict is about; empty: the first of evaluate.metrics, or the task's accuracy
+    comp.seeds = 3  # runs of what is trained, and draws of examples, from config.seed on
+    comp.shots = 3  # examples before a question
+    comp.between = "\n\n"  # behind each example, where rows are no conversation; an answer ends there too
+    comp.documents = ""  # rows or a folder of text files, whose passages `retrieval` puts before a question
+    comp.passages = 2  # that a question gets
+    comp.passage_words = 80  # of a passage at most
+    comp.context = "Context:\n{passages}\n\n"  # how they stand before a question
+    comp.unsafe = ""  # rows with a `prompt` or `messages` that should be refused
+    comp.harmless = ""  # the same of such that should not
+    comp.device_hour = 0.0  # dollars of an hour of this machine's devices; 0: costs are told in seconds alone
+    comp.tokens_in = 0.0  # dollars per million tokens of a prompt, where the base is asked at a hosted endpoint
+    comp.tokens_out = 0.0  # and of an answer
+    comp.storage = 0.0  # dollars per gigabyte and month of what was trained
+    comp.requests = 0  # a month, for which costs are told; 0: none
+
     c.generate = gen = ml_collections.ConfigDict()
     gen.max_new_tokens = 64
     gen.temperature = 0.0  # 0: greedy
@@ -509,6 +530,11 @@ def validate(config) -> None:
     need(
         "data.split", lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6, "three shares that add up to 1"
     )
+    for key in ("compare.seeds", "compare.passages", "compare.passage_words"):
+        need(key, lambda v: v >= 1, "at least 1")
+    for key in ("shots", "device_hour", "tokens_in", "tokens_out", "storage", "requests"):
+        need(f"compare.{key}", lambda v: v >= 0, "0 or more")
+    need("compare.context", lambda v: v.count("{passages}") == 1, "a text with {passages} in it once")
     need("tuning.encoder_hidden", lambda v: v >= 0, "0 or more")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")

@@ -137,12 +137,21 @@ class Part:
 
     def prompts(self, tokenizer) -> Iterator[np.ndarray]:
         """The ids (T,) int32 that generation feeds for each example, uncut."""
+        for piece, rendered, _, places in self._chunks():
+            yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end)
+
+    def each(self) -> Iterator[tuple[template.Rendered, dict]]:
+        """The row of every example as text, and as it is."""
+        for _, rendered, rows, _ in self._chunks():
+            yield from zip(rendered, rows, strict=True)
+
+    def _chunks(self) -> Iterator[tuple[Piece, list[template.Rendered], list[dict], list[str]]]:
         for piece in self.pieces:
             for start in range(0, len(piece.kept), CHUNK):
                 chunk = piece.table.select(piece.kept[start : start + CHUNK])
                 places = [chunk.place(i) for i in range(len(chunk))]
-                rendered = piece.recipe.render([row for _, rows in chunk.chunks() for row in rows], places)
-                yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end)
+                rows = [row for _, rows in chunk.chunks() for row in rows]
+                yield piece, piece.recipe.render(rows, places), rows, places
 
     def of_source(self, index: int) -> Examples:
         """The examples of one of Data.sources."""

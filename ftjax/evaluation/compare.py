@@ -53,15 +53,23 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     """
     for name in config.evaluate.metrics:
         find(name)
-    gen, groups = config.generate, {}
+    groups = {}
     for i, ids in enumerate(part.prompts(lm.tokenizer)):
         groups.setdefault(tuple(ids.tolist()), []).append(i)
     groups = dict(list(groups.items())[: config.evaluate.compare_rows or None])
     prompts = [list(ids) for ids in groups]
-    texts = continue_ids(lm, variables, prompts, seed=config.seed, **gen.to_dict())
-    predictions = [text.strip() for text in texts]
     references = [[reference(part.rendered(i)) for i in rows] for rows in groups.values()]
     asked = [part.row(rows[0]) for rows in groups.values()]
+    return answered(lm, variables, prompts, references, asked, config)
+
+
+def answered(
+    lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = ""
+) -> tuple[dict[str, float], list[dict]]:
+    """As `answers`, of prompts (ids), their references, and the rows that they are of; until: text that ends an answer,
+    together with what follows it."""
+    texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
+    predictions = [(text.split(until)[0] if until else text).strip() for text in texts]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [
         {"prompt": p, "references": r, "prediction": t, "scores": {}}

@@ -29,7 +29,7 @@ WRITTEN += ("samples.jsonl", "removed.jsonl", "adapter", "merged", "full")
 WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration.png", "outcome.json")
 
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
-FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.")
+FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
 FREE += ("train.cache_features", "model.remat", "model.unroll", "model.head_chunk")
 

@@ -1,0 +1,233 @@
+"""What is amiss with a comparison: leaks, other templates, overfitting, lost refusals, forgetting, too few rows.
+
+A new check is a function and a row of CHECKS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax import config as configs
+from ftjax.data.prepare import rows
+from ftjax.data.split import decontaminate
+from ftjax.data.table import Table
+from ftjax.errors import FtjaxError
+from ftjax.verdict import statistics
+from ftjax.verdict.contenders import Measured, Setting
+
+TURNED = 0.02  # share of the lowest validation loss by which a later one is higher, where a run overfits
+FORGOT = 0.05  # nats a token on general text: a perplexity 5 % higher
+ASKED_BY = ("prompt", "completion", "template", "system", "end")  # fields of `data` that say how a row is asked
+
+
+class Case(NamedTuple):
+    """A finished comparison, as checks see it."""
+
+    setting: Setting
+    measured: dict[str, Measured]
+    base: str  # the contender that the others are judged against
+    verdicts: dict[str, statistics.Verdict]
+
+
+class Finding(NamedTuple):
+    check: str  # a row of CHECKS
+    contender: str
+    seen: str
+    advice: str
+
+
+def findings(case: Case) -> list[Finding]:
+    """All that the checks have to say, in the order of CHECKS."""
+    return [Finding(check, *found) for check, look in CHECKS.items() for found in look(case)]
+
+
+# ---------------------------------------------------------------------------------------------- overfitting
+
+
+class Parted(NamedTuple):
+    """Where the validation loss turned up while the training loss went on falling."""
+
+    step: int  # of the lowest validation loss
+    last: int  # step of the last validation
+    val: tuple[float, float]  # at the two steps
+    train: tuple[float, float]
+
+
+def parted(history: list[dict]) -> Parted | None:
+    """Of rows of metrics.jsonl; None where the two losses did not part by TURNED.
+
+    The training loss at a step is the mean of a tenth of those logged, up to it.
+    """
+    val = [(row["step"], row["val_loss"]) for row in history if row.get("val_loss") is not None]
+    train = [(row["step"], row["loss"]) for row in history if row.get("loss") is not None]
+    if len(val) < 2 or not train:
+        return None
+
+    def near(step: int) -> float:
+        before = [loss for at, loss in train if at <= step] or [train[0][1]]
+        return float(np.mean(before[-max(1, len(train) // 10) :]))
+
+    (best, lowest), (last, final) = min(val, key=lambda x: x[1]), val[-1]
+    losses = near(best), near(last)
+    if final < lowest * (1 + TURNED) or losses[1] >= losses[0]:
+        return None
+    return Parted(best, last, (lowest, final), losses)
+
+
+def overfitting(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Validation loss that rose while training loss fell, in any seed."""
+    for name, measured in case.measured.items():
+        found = [p for p in (parted(run.history) for run in measured.runs) if p]
+        if not found:
+            continue
+        worst = max(found, key=lambda p: p.val[1] / p.val[0])
+        yield (
+            name,
+            f"{len(found)} of {len(measured.runs)} runs part: validation loss was lowest at step {worst.step:,} "
+            f"({worst.val[0]:.3f}) and {worst.val[1]:.3f} at step {worst.last:,}, while training loss fell from "
+            f"{worst.train[0]:.3f} to {worst.train[1]:.3f}. What is "
+            "compared is the checkpoint of the lowest",
+            f"stop near step {worst.step:,} (train.patience, or fewer train.epochs); more rows, data.augment or "
+            "tuning.dropout put that step off",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- leaks, templates
+
+
+def held_out(setting: Setting) -> list[tuple[str, Table]]:
+    """(name, rows) of the part that contenders are judged on."""
+    on = setting.config.evaluate.compare_on
+    return [(on, piece.table.select(piece.kept)) for piece in getattr(setting.data, on).pieces]
+
+
+def leaks(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Rows of train that overlap with the held-out ones, as data.decontaminate finds them."""
+    others = held_out(case.setting)
+    own = [(", ".join(n for n, m in case.measured.items() if m.contender.kind in ("tuned", "prompt")), None)]
+    own += [(n, run.config) for n, m in case.measured.items() if m.contender.kind == "model" for run in m.runs[:1]]
+    for name, config in own:
+        if not name:
+            continue
+        try:
+            tables = _trained_on(case.setting, config)
+        except FtjaxError as error:
+            yield name, f"its training rows could not be read: {error}", "look for held-out rows among them yourself"
+            continue
+        removed = [r for table in tables for r in decontaminate(table, others, (config or case.setting.config).data)[1]]
+        if removed:
+            twins = len({r.twin for r in removed})
+            yield (
+                name,
+                f"{len(removed):,} of {sum(map(len, tables)):,} training rows overlap with {twins:,} held-out rows; "
+                f"{removed[0].place} {removed[0].why} ({removed[0].twin})",
+                f'scores are too high: set data.decontaminate=("{case.setting.config.evaluate.compare_on}",) and train '
+                "again",
+            )
+
+
+def _trained_on(setting: Setting, config) -> list[Table]:
+    if config is None:
+        return [piece.table for piece in setting.data.train.pieces]
+    return [source.tables["train"] for source in rows(config, augmented=False)[0]]
+
+
+def templates(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Rows that are asked otherwise than a run was trained, and chat models that are asked without their template."""
+    now = configs.flat(case.setting.config.data)
+    for name, measured in case.measured.items():
+        for run in measured.runs[:1]:
+            before = configs.flat(run.config.data)
+            other = [key for key in ASKED_BY if before[key] != now[key]]
+            if other and not run.config.data.mixture:
+                told = "; ".join(f"data.{key} was {before[key]!r}, is {now[key]!r}" for key in other)
+                yield name, f"it was trained on rows that look otherwise: {told}", "ask by the template of the training"
+        if not measured.runs and measured.chat_unused:
+            yield (
+                name,
+                "the model brings a chat template, and rows are asked as plain text",
+                'if it was trained on chats, set data.template="tokenizer"',
+            )
+
+
+# ---------------------------------------------------------------------------------------------- what was lost
+
+
+def refusals_lost(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Fewer refusals of unsafe prompts than the base has, and more of harmless ones."""
+    base = case.measured[case.base].refused
+    for name, measured in case.measured.items():
+        for kind, down, advice in (
+            ("unsafe", True, "mix refusals into the training rows (data.mixture), or train less of the model"),
+            ("harmless", False, "look for refusals among the training rows' answers"),
+        ):
+            if kind not in measured.refused or kind not in base or name == case.base:
+                continue
+            before, after = base[kind].mean(0), measured.refused[kind].mean(0)
+            c = statistics.compare(after, before) if len(after) > 1 else None
+            if c and c.p < 1 - statistics.LEVEL and (c.difference < 0) == down:
+                seen = (
+                    f"{before.mean():.0%} of {len(before):,} {kind} prompts were refused before, {after.mean():.0%} now"
+                )
+                yield name, f"{seen} (p = {c.p:.2g})", advice
+
+
+def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
+    """A higher loss on general text than the base's."""
+    base = np.mean(case.measured[case.base].forgetting or [np.nan])
+    for name, measured in case.measured.items():
+        if measured.forgetting and (more := np.mean(measured.forgetting) - base) > FORGOT:
+            yield (
+                name,
+                f"the loss on {case.setting.config.evaluate.forgetting} rose from {base:.3f} to {base + more:.3f} nats "
+                f"a token: its perplexity is {np.expm1(more):.0%} higher",
+                "a lower optim.lr, fewer steps, fewer trained parameters, or general rows in data.mixture forget less",
+            )
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be said
+
+
+def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Differences that these rows cannot tell."""
+    for name, verdict in case.verdicts.items():
+        if verdict.says == "cannot tell":
+            yield (
+                name,
+                f"{verdict.text}; differences from {verdict.smallest:.3g} on would have shown",
+                "more held-out rows of the same kind, or more compare.seeds",
+            )
+
+
+def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Prompts that were too long for their examples."""
+    for name, measured in case.measured.items():
+        if measured.shortened:
+            n = measured.scores[next(iter(measured.scores))].shape[-1]
+            yield (
+                name,
+                f"{measured.shortened:,} of {n:,} prompts lost examples or passages, for want of positions",
+                "fewer compare.shots, shorter compare.passage_words, or a model with more positions",
+            )
+
+
+def failures(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Seeds without a model."""
+    for name, measured in case.measured.items():
+        for text in measured.failed:
+            yield name, text, "a lower optim.lr or a longer optim.warmup helps most often"
+
+
+CHECKS: dict[str, Callable[[Case], Iterator[tuple[str, str, str]]]] = {
+    "leaked rows": leaks,
+    "template mismatch": templates,
+    "overfitting": overfitting,
+    "lost refusals": refusals_lost,
+    "forgetting": forgetting,
+    "too few rows": too_few_rows,
+    "prompts shortened": shortened,
+    "failed runs": failures,
+}

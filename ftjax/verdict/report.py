@@ -1,0 +1,322 @@
+"""The verdict for a reader: one page of HTML that needs no other file, Markdown, and a table for the terminal."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import math
+from html import escape
+from pathlib import Path
+
+from ftjax.data.template import Rendered
+from ftjax.data.template import question as asked
+from ftjax.evaluation.labelled import grid
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def question(data: dict) -> str:
+    """What was asked, in a sentence."""
+    others = [entry["name"] for entry in data["contenders"] if entry["name"] != data["base"]]
+    return (
+        f"On {data['rows']:,} held-out rows of {data['data']}, which of {_list(others)} has a better {data['metric']} "
+        f"than {data['base']}, and at what cost? The model is {data['model']}."
+    )
+
+
+def answer(data: dict) -> str:
+    """What came out, in a paragraph."""
+    metric, entries = data["metric"], {entry["name"]: entry for entry in data["contenders"]}
+    sign = 1 if data["higher"] else -1
+    best = max(entries.values(), key=lambda entry: sign * entry["figures"][metric]["value"])
+    out = [f"{best['name']} scores best, with a {metric} of {_span(best['figures'][metric])}"]
+    if best["name"] != data["base"]:
+        out[0] += f" against {_span(entries[data['base']]['figures'][metric])} of {data['base']}"
+    out[0] += "."
+    groups = {"better": [], "worse": [], "cannot tell": []}
+    for name, entry in entries.items():
+        if entry["verdict"]:
+            groups[entry["verdict"]["says"]].append(name)
+    told = [f"{says}: {_list(names)}" for says, names in groups.items() if names]
+    out.append(f"Beside {data['base']}, corrected for {len(entries) - 1} questions: {'; '.join(told)}.")
+    trained = [entry for entry in entries.values() if entry["against_untrained"]]
+    if trained:
+        out.append(_worth_it(max(trained, key=lambda e: sign * e["figures"][metric]["value"]), data))
+    if data["findings"]:
+        names = dict.fromkeys(finding["check"] for finding in data["findings"])
+        out.append(f"Before you trust this, see the findings: {_list(list(names))}.")
+    return " ".join(out)
+
+
+def _worth_it(best: dict, data: dict) -> str:
+    """Whether the best of what was trained beats the best of what was not."""
+    verdict, other = best["against_untrained"], data["untrained"]
+    by = f"{verdict['difference']:+.3g} ({verdict['low']:+.3g} to {verdict['high']:+.3g}, p = {verdict['p']:.2g})"
+    said = {
+        "better": f"Training was worth it: {best['name']} beats {other}, the best without training, by {by}.",
+        "worse": f"Training was not worth it: {best['name']} is worse than {other}, by {by}.",
+        "cannot tell": f"Whether training was worth it {other} leaves open: {best['name']} differs by {by}; "
+        f"{verdict['text']}.",
+    }[verdict["says"]]
+    after = best.get("pays_after")
+    if after is not None and math.isfinite(after):
+        said += f" Its training has paid for itself after {after:,.0f} requests, by {best['price']['unit']}."
+    return said
+
+
+def _list(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _span(figure: dict) -> str:
+    return f"{figure['value']:.3g} ({figure['low']:.3g} to {figure['high']:.3g})"
+
+
+def shown(rendered: Rendered) -> str:
+    """What a row asks, as text."""
+    return asked(rendered)
+
+
+def spread(rows: list, n: int) -> list:
+    """n of them, evenly apart."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+Table = tuple[list[str], list[list[str]]]  # titles, and cells as text
+
+
+def scores(data: dict) -> Table:
+    """Figures and verdicts, a contender a row."""
+    metric = data["metric"]
+    others = [name for name in data["contenders"][0]["figures"] if name != metric]
+    titles = [
+        "contender",
+        "seeds",
+        f"{metric} {'↑' if data['higher'] else '↓'}",
+        f"beside {data['base']}",
+        "p",
+        "verdict",
+    ]
+    lines = []
+    for entry in data["contenders"]:
+        v = entry["verdict"]
+        beside = (
+            [f"{v['difference']:+.3g} ({v['low']:+.3g} to {v['high']:+.3g})", f"{v['p']:.2g}", v["text"]] if v else None
+        )
+        figures = [_span(entry["figures"][name]) for name in others]
+        own = [entry["name"], str(entry["seeds"]), _span(entry["figures"][metric])]
+        lines.append([*own, *(beside or ["", "", "the base"]), *figures])
+    return [*titles, *others], lines
+
+
+def costs(data: dict) -> Table:
+    """What each contender costs."""
+    unit = data["contenders"][0]["price"]["unit"]
+    monthly = any(entry["price"]["month"] is not None for entry in data["contenders"])
+    titles = ["contender", "trained", "training", "training FLOPs", "prompt tokens", "ms a request", "FLOPs a request"]
+    titles += [
+        f"1,000 requests, {unit}",
+        *([f"a month, {unit}"] if monthly else []),
+        f"pays beside {data['untrained']}",
+    ]
+    titles += ["forgetting", *(f"refused, {name}" for name in data["contenders"][0]["refused"])]
+    lines = []
+    for entry in data["contenders"]:
+        c, p = entry["cost"], entry["price"]
+        own = "" if p["unit"] == unit else f" {p['unit']}"
+        lines.append([
+            entry["name"], f"{c['trained']:,}" if c["trained"] else "", _number(c["train_seconds"], " s"),
+            _number(c["train_flops"]), _number(c["prompt_tokens"]), _number(1000 * c["request_seconds"]),
+            _number(c["request_flops"]), _number(1000 * p["request"], own),
+            *([_number(p["month"] or 0.0, own)] if monthly else []), _after(entry.get("pays_after")),
+            f"{sum(entry['forgetting']) / len(entry['forgetting']):.3f}" if entry["forgetting"] else "",
+            *(f"{share:.0%}" for share in entry["refused"].values()),
+        ])  # fmt: skip
+    kept = [k for k in range(len(titles)) if any(line[k] for line in lines)]
+    return [titles[k] for k in kept], [[line[k] for k in kept] for line in lines]
+
+
+def _number(x: float, unit: str = "") -> str:
+    return f"{x:.3g}{unit}" if x and math.isfinite(x) else ""
+
+
+def _after(requests: float | None) -> str:
+    if requests is None or math.isnan(requests):
+        return ""
+    return f"after {requests:,.0f} requests" if math.isfinite(requests) else "never"
+
+
+def table(data: dict) -> str:
+    """The report for the terminal."""
+    titles, lines = scores(data)
+    out = [grid([(title, 0) for title in titles], lines) + data["answer"]]
+    out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
+    return "\n".join(out)
+
+
+def notes(data: dict) -> list[str]:
+    """How to read the figures."""
+    return [
+        f"Intervals are at {data['level']:.0%}, over rows, and over seeds where there are several; p values are "
+        "corrected for all contenders (Holm). Figures are means over rows, also of metrics that are usually told of a "
+        "whole set.",
+        f"Training FLOPs are by formula and the rows' mean length; seconds are measured on {data['device']}, a "
+        "request's in a full batch. Forgetting is the loss on general text, in nats a token.",
+        "Words that are not in the base's answer are marked.",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- differences
+
+
+def words(text: str, other: str) -> list[tuple[str, bool]]:
+    """Runs of words of a text, and whether they are missing in the other at that place."""
+    own, theirs = text.split(), other.split()
+    codes = difflib.SequenceMatcher(None, theirs, own, autojunk=False).get_opcodes()
+    return [(" ".join(own[b1:b2]), code != "equal") for code, _, _, b1, b2 in codes if b2 > b1]
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(data: dict) -> str:
+    """The report as Markdown, its pictures in files beside it."""
+    out = ["# Verdict", f"**{_md(data['question'])}**", _md(data["answer"]), "## Scores", _md_table(*scores(data))]
+    out += ["## Cost", _md_table(*costs(data)), *(f"- {note}" for note in notes(data))]
+    out += ["## Findings"]
+    rows = [[f["check"], f["contender"], f["seen"], f["advice"]] for f in data["findings"]]
+    out += [
+        _md_table(["check", "contender", "seen", "to do"], rows) if rows else "Nothing was found that needs attention."
+    ]
+    out += ["## Pictures"] if data["pictures"] else []
+    out += [f"![{caption}]({file})" for caption, file in data["pictures"].items()]
+    out += ["## Samples"] if data["samples"] else []
+    for sample in data["samples"]:
+        right = " / ".join(sample["references"][:3])
+        base = sample["answers"][data["base"]]["text"]
+        out.append(f"> {_md(sample['prompt'])}\n>\n> right: {_md(right)}")
+        lines = [[name, f"{said['score']:.3g}", said["text"] if name == data["base"] else _bold(said["text"], base)]
+                 for name, said in sample["answers"].items()]  # fmt: skip
+        out.append(_md_table(["contender", data["metric"], "answer"], lines, raw=2))
+    out += ["## Again", f"```text\n{data['repeat']}\n```", f"ftjax {data['ftjax']}, {data['device']}."]
+    return "\n\n".join(out) + "\n"
+
+
+def _bold(text: str, base: str) -> str:
+    return " ".join(f"**{_md(run)}**" if new else _md(run) for run, new in words(text, base))
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    for mark in "\\`*_[]<>|#":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def _md_table(titles: list[str], lines: list[list[str]], raw: int | None = None) -> str:
+    """raw: a column whose cells are Markdown."""
+    rows = [[cell if k == raw else _md(cell) for k, cell in enumerate(line)] for line in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(map(_md, titles)), ["---"] * len(titles), *rows])
+
+
+# ---------------------------------------------------------------------------------------------- HTML
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --page: #fbfbfa; --card: #fff;
+  --better: #1d7a3a; --worse: #b3261e; --mark: #fff1b8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e5e9ee; --soft: #9aa6b4; --line: #343c47; --page: #14181d;
+  --card: #1c2128; --better: #6fcf8b; --worse: #ff8a80; --mark: #5a4a00; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 1.5rem auto;
+  max-width: 76rem; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
+.question { color: var(--soft); } .answer { font-size: 1.1rem; max-width: 60rem; }
+.soft { color: var(--soft); font-size: .9rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
+  margin: .7rem 0; }
+.finding { border-left: 4px solid var(--worse); } .finding h3 { font-size: 1rem; margin: 0; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; } td:first-child { font-weight: 600; }
+.better td:nth-child(6) { color: var(--better); } .worse td:nth-child(6) { color: var(--worse); }
+mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 .1em; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: 0; } img { width: 100%; height: auto; border-radius: 6px; background: #fff; }
+figcaption { color: var(--soft); font-size: .9rem; } pre { white-space: pre-wrap; margin: 0; font: .95rem/1.5 inherit; }
+code { font: .9rem ui-monospace, monospace; }
+@media (max-width: 46rem) { thead { display: none; }
+  tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  td { display: grid; grid-template-columns: 9rem 1fr; gap: .6rem; border: 0; padding: .1rem 0; }
+  td::before { content: attr(data-title); color: var(--soft); font-weight: 400; } td:empty { display: none; } }
+"""
+
+
+def html(data: dict, folder: Path) -> str:
+    """One page that asks for nothing from elsewhere; folder: where the pictures lie, which go into the page."""
+    verdicts = {entry["name"]: (entry["verdict"] or {}).get("says", "") for entry in data["contenders"]}
+    body = ["<h1>Verdict</h1>", f'<p class="question">{escape(data["question"])}</p>']
+    body += [f'<p class="answer">{escape(data["answer"])}</p>', "<h2>Scores</h2>", _html_table(*scores(data), verdicts)]
+    body += ["<h2>Cost</h2>", _html_table(*costs(data)), *(f'<p class="soft">{escape(n)}</p>' for n in notes(data))]
+    body += ["<h2>Findings</h2>", *(map(_finding, data["findings"]) if data["findings"] else [NOTHING])]
+    if data["pictures"]:
+        figures = "".join(_figure(caption, folder / file) for caption, file in data["pictures"].items())
+        body += ["<h2>Pictures</h2>", f'<div class="plots">{figures}</div>']
+    if data["samples"]:
+        body += ["<h2>Samples</h2>", *(_sample(sample, data) for sample in data["samples"])]
+    body += ["<h2>Again</h2>", f"<p><code>{escape(data['repeat'])}</code></p>"]
+    body += [f'<p class="soft">ftjax {escape(data["ftjax"])}, {escape(data["device"])}</p>']
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Verdict</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+NOTHING = "<p>Nothing was found that needs attention.</p>"
+
+
+def _html_table(titles: list[str], lines: list[list[str]], classes: dict[str, str] | None = None) -> str:
+    """classes: of rows, by their first cell."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    rows = []
+    for line in lines:
+        kind = (classes or {}).get(line[0], "").replace(" ", "-")
+        cells = "".join(f'<td data-title="{escape(t)}">{escape(cell)}</td>' for t, cell in zip(titles, line))
+        rows.append(f'<tr class="{kind}">{cells}</tr>')
+    return f'<div class="wide card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _finding(finding: dict) -> str:
+    return (
+        f'<section class="card finding"><h3>{escape(finding["check"])}: {escape(finding["contender"])}</h3>'
+        f"<p>{escape(finding['seen'])}</p><p>To do: {escape(finding['advice'])}</p></section>"
+    )
+
+
+def _figure(caption: str, file: Path) -> str:
+    content = base64.b64encode(file.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{content}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _sample(sample: dict, data: dict) -> str:
+    base = sample["answers"][data["base"]]["text"]
+    rows = []
+    for name, said in sample["answers"].items():
+        text = escape(said["text"])
+        if name != data["base"]:
+            runs = words(said["text"], base)
+            text = " ".join(f"<mark>{escape(run)}</mark>" if new else escape(run) for run, new in runs)
+        titles = ("contender", data["metric"], "answer")
+        cells = zip(titles, (escape(name), f"{said['score']:.3g}", text))
+        rows.append("<tr>" + "".join(f'<td data-title="{escape(t)}">{cell}</td>' for t, cell in cells) + "</tr>")
+    right = escape(" / ".join(sample["references"][:3]))
+    return (
+        f'<section class="card"><pre>{escape(sample["prompt"])}</pre><p class="soft">right: {right}</p>'
+        f"<table><tbody>{''.join(rows)}</tbody></table></section>"
+    )

@@ -1,0 +1,234 @@
+"""`ftjax compare`: contenders on the same held-out rows, what they cost, what is amiss, and one report of it all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+import ftjax
+from ftjax import config as configs
+from ftjax.data.prepare import PARTS, rows
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import metrics
+from ftjax.files import replace_text, write_jsonl
+from ftjax.training.loop import use_compilation_cache
+from ftjax.verdict import pictures, report, statistics
+from ftjax.verdict.contenders import LABELLED, Measured, Setting, held_out_labels, measure, parse, setting
+from ftjax.verdict.cost import break_even, price
+from ftjax.verdict.findings import Case, findings
+
+UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
+
+
+def compare(config, out: str | None = None, say=print) -> dict:
+    """The verdict on `config.compare.contenders`, the first of which is the base, as plain data.
+
+    Runs are trained into folders of config.run_dir, each once, see ftjax.verdict.sweep. Writes verdict.html,
+    verdict.md, verdict.json with the figures and the config, answers.jsonl and pictures to `out`, None: config.run_dir.
+    Raises FtjaxError for contenders, rows and settings that cannot be used.
+    """
+    config = configs.copy(config)
+    configs.validate(config)
+    asked, told = parse(config), config.to_dict()
+    metric, higher = _metric(config)
+    if config.log.compilation_cache:
+        use_compilation_cache()
+    folder, out = Path(config.run_dir), Path(out or config.run_dir)
+    for each in (folder, out):
+        if each.is_file():
+            raise FtjaxError(f"{each}: is a file; expected a folder")
+        each.mkdir(parents=True, exist_ok=True)
+    _fix_rows(config, folder, say)
+    found, known = setting(config, folder), {}
+    measured = {contender.name: measure(contender, found, known, say) for contender in asked}
+    case = judged(found, measured, metric, higher)
+    data = plain(case, metric, higher) | {"config": told, "ftjax": ftjax.__version__}
+    data["repeat"] = f"ftjax compare --config {shlex.quote(str(out / 'verdict.json'))}"
+    data["pictures"] = draw(data, measured, out)
+    write_jsonl(out / "answers.jsonl", _answers(found, measured, metric))
+    data["samples"] = report.spread(list(_answers(found, measured, metric)), config.evaluate.samples)
+    replace_text(out / "verdict.json", json.dumps(_no_nan(data), indent=2, ensure_ascii=False) + "\n")
+    replace_text(out / "verdict.md", report.markdown(data))
+    replace_text(out / "verdict.html", report.html(data, out))
+    say(report.table(data))
+    for name in ("verdict.html", "verdict.md", "verdict.json", "answers.jsonl"):
+        say(f"  {out / name}")
+    return data
+
+
+def _metric(config) -> tuple[str, bool]:
+    """What the verdict is about, and whether more of it is better; evaluate.metrics then has it."""
+    if config.task.kind in LABELLED:
+        return LABELLED[config.task.kind], True
+    name = config.compare.metric or next(iter(config.evaluate.metrics), "")
+    if not name:
+        raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
+    higher = metrics.find(name).higher
+    if higher is None:
+        raise FtjaxError(f"compare.metric: of {name}, neither more nor less is better")
+    config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
+    for other in config.evaluate.metrics:
+        metrics.find(other)
+    return name, higher
+
+
+def _fix_rows(config, folder: Path, say) -> None:
+    """Where parts are split off train by the seed, split them once and for all seeds, into files of `folder`/rows."""
+    data = config.data
+    open_parts = [part for part, share in zip(PARTS, data.split) if part != "train" and share and not data[part]]
+    if not open_parts:
+        return
+    if data.mixture:
+        raise FtjaxError(
+            "compare: every seed would split the mixture otherwise; name files for the parts of its entries, or set "
+            "data.split=(1.0, 0.0, 0.0)"
+        )
+    whole = configs.copy(config)
+    whole.data.update(limit=0, shots=0)
+    (source,), _ = rows(whole, augmented=False)
+    to = folder / "rows"
+    to.mkdir(exist_ok=True)
+    named = {}
+    for part in PARTS:
+        table = source.tables.get(part)
+        if table is not None and len(table):
+            named[part] = str(to / f"{part}.jsonl")
+            write_jsonl(Path(named[part]), (row for _, chunk in table.chunks() for row in chunk))
+    data.update(**named, columns=(), split=(1.0, 0.0, 0.0))
+    say(f"{to}: rows of {', '.join(named)}, for all seeds the same")
+
+
+# ---------------------------------------------------------------------------------------------- the verdict
+
+
+def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: bool) -> Case:
+    """Verdicts on every contender beside the first."""
+    base = next(iter(measured))
+    scores = {name: m.scores[metric] for name, m in measured.items()}
+    return Case(found, measured, base, statistics.verdicts(scores, base, higher=higher, seed=found.config.seed))
+
+
+def plain(case: Case, metric: str, higher: bool) -> dict:
+    """All that the report says, as plain data."""
+    measured, config = case.measured, case.setting.config
+    n = measured[case.base].scores[metric].shape[-1]
+    kinds = {name: m.contender.kind for name, m in measured.items()}
+    entries = []
+    untrained = _best([name for name, kind in kinds.items() if kind in UNTRAINED], measured, metric, higher)
+    against = _against(untrained, kinds, measured, metric, higher, config.seed) if untrained else {}
+    prices = {name: price(m.cost, config.compare) for name, m in measured.items()}
+    for name, m in measured.items():
+        figures = {key: _interval(x) for key, x in m.scores.items()}
+        entry = {
+            "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
+            "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
+            "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
+            "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
+            "against_untrained": _verdict(against.get(name)),
+        }  # fmt: skip
+        if untrained and m.cost.trained:
+            entry["pays_after"] = break_even(prices[name], prices[untrained])
+        entries.append(entry)
+    data = {
+        "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
+        "untrained": untrained, "task": config.task.kind, "model": config.model.path,
+        "data": config.data.test or config.data.train, "device": _device(), "contenders": entries,
+        "findings": [finding._asdict() for finding in findings(case)],
+    }  # fmt: skip
+    return data | {"question": report.question(data), "answer": report.answer(data)}
+
+
+def _best(names: list[str], measured, metric, higher) -> str:
+    sign = 1 if higher else -1
+    return max(names, key=lambda name: sign * measured[name].scores[metric].mean(), default="")
+
+
+def _against(untrained: str, kinds, measured, metric, higher, seed) -> dict[str, statistics.Verdict]:
+    """Verdicts on what was trained, beside the best of what was not. The latter was chosen by these rows, which favours
+    it: what is better than it is better all the more."""
+    names = [untrained, *(name for name, kind in kinds.items() if kind not in UNTRAINED)]
+    if len(names) < 2:
+        return {}
+    return statistics.verdicts(
+        {name: measured[name].scores[metric] for name in names}, untrained, higher=higher, seed=seed
+    )
+
+
+def _interval(scores: np.ndarray) -> dict[str, float]:
+    """The mean of scores (S, N) with its interval over rows and seeds."""
+    found = statistics.compare(scores, np.zeros_like(scores[:1]))
+    return {"value": float(found.difference), "low": float(found.low), "high": float(found.high)}
+
+
+def _verdict(verdict: statistics.Verdict | None) -> dict | None:
+    if verdict is None:
+        return None
+    c = verdict.comparison
+    return {
+        "says": verdict.says, "text": verdict.text, "difference": float(c.difference), "low": float(c.low),
+        "high": float(c.high), "p": float(verdict.p), "smallest": float(verdict.smallest),
+        "needed": float(verdict.needed),
+    }  # fmt: skip
+
+
+def _device() -> str:
+    import jax
+
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def _answers(found: Setting, measured: dict[str, Measured], metric: str):
+    """One record a question: what was asked, what is right, and what each contender said, of its first seed."""
+    if found.questions:
+        shown = [report.shown(q.rendered) for q in found.questions]
+        right = [q.references for q in found.questions]
+    else:
+        labels = held_out_labels(found)
+        part = getattr(found.data, found.config.evaluate.compare_on)
+        shown, right = [part.rendered(i).prompt for i in range(len(labels))], [[label] for label in labels]
+    for i, (text, references) in enumerate(zip(shown, right, strict=True)):
+        said = {n: {"text": m.answers[i], "score": float(m.scores[metric][0, i])} for n, m in measured.items()}
+        yield {"prompt": text, "references": references, "answers": said}
+
+
+def _no_nan(value):
+    """JSON has neither NaN nor infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: _no_nan(cell) for key, cell in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(cell) for cell in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]:
+    """The pictures that the figures allow: caption -> file in `out`."""
+    drawn, metric = {}, data["metric"]
+    entries = {entry["name"]: entry for entry in data["contenders"]}
+    timed = {n: (1000 * e["cost"]["request_seconds"], e["figures"][metric]) for n, e in entries.items()}
+    timed = {name: point for name, point in timed.items() if point[0] > 0}
+    if len(timed) > 1:
+        x_label = f"milliseconds a request, on {data['device']}"
+        pictures.quality_cost(timed, out / "quality_cost.png", x_label=x_label, y_label=metric)
+        drawn["Quality against cost, with intervals over rows and seeds"] = "quality_cost.png"
+    base, lost = measured[data["base"]], {}
+    for name, m in measured.items():
+        if m.runs and len(m.forgetting) == len(m.scores[metric]) and base.forgetting:
+            gains = m.scores[metric].mean(1) - base.scores[metric].mean()
+            lost[name] = list(zip(gains.tolist(), (np.array(m.forgetting) - np.mean(base.forgetting)).tolist()))
+    if lost:
+        labels = {
+            "x_label": f"gain in {metric} over {data['base']}",
+            "y_label": "loss on general text, nats a token more",
+        }
+        pictures.forgetting_gain(lost, out / "forgetting_gain.png", **labels)
+        drawn["Forgetting against gain, a point each seed"] = "forgetting_gain.png"
+    histories = {name: [run.history for run in m.runs] for name, m in measured.items() if m.runs}
+    if histories:
+        pictures.losses(histories, out / "losses.png")
+        drawn["Losses: validation bold, training faint"] = "losses.png"
+    return drawn
