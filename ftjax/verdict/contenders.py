@@ -75,7 +75,10 @@ def parse(config) -> list[Contender]:
         said = f"compare.contenders entry {number}"
         contender = _named(entry, config, said) if isinstance(entry, str) else _described(entry, config, said)
         if contender.kind == "tuned":
-            contender.config(config)
+            try:
+                contender.config(config)
+            except FtjaxError as error:
+                raise FtjaxError(f"{said}: {str(error).removeprefix('--config.')}") from None
         if config.task.kind == "causal" and contender.kind == MAJORITY:
             raise FtjaxError(f"{said}: {MAJORITY} is of labels, and task.kind is causal")
         if config.task.kind != "causal" and (contender.kind == "prompt" or contender.how != Prompting()):
@@ -283,7 +286,10 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
     config, comp = setting.config, setting.config.compare
     sources, failed, seeds = [contender.source], [], [config.seed]
     if contender.kind == "tuned":
-        outcomes = sweep(_to_train(contender, setting), (), comp.seeds, say)
+        say(f"{contender.name}: {comp.seeds} runs")
+        # What a run says in many lines lies in its folder too.
+        brief = lambda text: None if "\n" in text else say(text)  # noqa: E731
+        outcomes = sweep(_to_train(contender, setting), (), comp.seeds, brief)
         sources = [o.run_dir for o in outcomes if not o.failed]
         seeds = [o.seed for o in outcomes if not o.failed]
         failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]

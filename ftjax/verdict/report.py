@@ -54,13 +54,14 @@ def _worth_it(best: dict, data: dict) -> str:
     by = f"{verdict['difference']:+.3g} ({verdict['low']:+.3g} to {verdict['high']:+.3g}, p = {verdict['p']:.2g})"
     said = {
         "better": f"Training was worth it: {best['name']} beats {other}, the best without training, by {by}.",
-        "worse": f"Training was not worth it: {best['name']} is worse than {other}, by {by}.",
-        "cannot tell": f"Whether training was worth it {other} leaves open: {best['name']} differs by {by}; "
-        f"{verdict['text']}.",
+        "worse": f"Training was not worth it: {best['name']} is worse than {other}, the best without training, by "
+        f"{by}.",
+        "cannot tell": f"Whether training was worth it is open: {best['name']} differs from {other}, the best without "
+        f"training, by {by}; {verdict['text']}.",
     }[verdict["says"]]
     after = best.get("pays_after")
-    if after is not None and math.isfinite(after):
-        said += f" Its training has paid for itself after {after:,.0f} requests, by {best['price']['unit']}."
+    if after is not None and math.isfinite(after) and verdict["says"] != "worse":
+        said += f" Against {other}, its training has paid for itself after {after:,.0f} requests."
     return said
 
 
@@ -231,7 +232,7 @@ STYLE = """
   --card: #1c2128; --better: #6fcf8b; --worse: #ff8a80; --mark: #5a4a00; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 1.5rem auto;
-  max-width: 76rem; padding: 0 1rem; overflow-wrap: anywhere; }
+  max-width: 76rem; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
 .question { color: var(--soft); } .answer { font-size: 1.1rem; max-width: 60rem; }
 .soft { color: var(--soft); font-size: .9rem; }

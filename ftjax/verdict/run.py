@@ -213,7 +213,7 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
     timed = {name: point for name, point in timed.items() if point[0] > 0}
     if len(timed) > 1:
         x_label = f"milliseconds a request, on {data['device']}"
-        pictures.quality_cost(timed, out / "quality_cost.png", x_label=x_label, y_label=metric)
+        pictures.quality_cost(timed, out / "quality_cost.png", list(entries), x_label=x_label, y_label=metric)
         drawn["Quality against cost, with intervals over rows and seeds"] = "quality_cost.png"
     base, lost = measured[data["base"]], {}
     for name, m in measured.items():
@@ -225,10 +225,10 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
             "x_label": f"gain in {metric} over {data['base']}",
             "y_label": "loss on general text, nats a token more",
         }
-        pictures.forgetting_gain(lost, out / "forgetting_gain.png", **labels)
+        pictures.forgetting_gain(lost, out / "forgetting_gain.png", list(entries), **labels)
         drawn["Forgetting against gain, a point each seed"] = "forgetting_gain.png"
     histories = {name: [run.history for run in m.runs] for name, m in measured.items() if m.runs}
     if histories:
-        pictures.losses(histories, out / "losses.png")
+        pictures.losses(histories, out / "losses.png", list(entries))
         drawn["Losses: validation bold, training faint"] = "losses.png"
     return drawn
