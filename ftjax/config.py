@@ -220,6 +220,7 @@ def default() -> ml_collections.ConfigDict:
     comp.passages = 2  # that a question gets
     comp.passage_words = 80  # of a passage at most
     comp.context = "Context:\n{passages}\n\n"  # how they stand before a question
+    comp.divergence = 64  # questions on whose answers a tuned model is compared with its base, token by token; 0: none
     comp.unsafe = ""  # rows with a `prompt` or `messages` that should be refused
     comp.harmless = ""  # the same of such that should not
     comp.device_hour = 0.0  # dollars of an hour of this machine's devices; 0: costs are told in seconds alone
@@ -532,7 +533,7 @@ def validate(config) -> None:
     )
     for key in ("compare.seeds", "compare.passages", "compare.passage_words"):
         need(key, lambda v: v >= 1, "at least 1")
-    for key in ("shots", "device_hour", "tokens_in", "tokens_out", "storage", "requests"):
+    for key in ("shots", "divergence", "device_hour", "tokens_in", "tokens_out", "storage", "requests"):
         need(f"compare.{key}", lambda v: v >= 0, "0 or more")
     need("compare.context", lambda v: v.count("{passages}") == 1, "a text with {passages} in it once")
     need("tuning.encoder_hidden", lambda v: v >= 0, "0 or more")

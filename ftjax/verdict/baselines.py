@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -63,6 +64,7 @@ class Index:
     def __init__(self, texts: Sequence[str]):
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every step
         words = [stems(text) for text in texts]
         if not any(words):
             raise FtjaxError(f"BM25: none of the {len(words)} texts to be searched holds a word")

@@ -33,6 +33,7 @@ from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import RUN
 from ftjax.verdict import cost
 from ftjax.verdict.baselines import PROMPTS, Library, Prompting, fitted
+from ftjax.verdict.forgetting import divergence
 from ftjax.verdict.safeguards import refusals
 from ftjax.verdict.sweep import sweep
 
@@ -267,6 +268,7 @@ class Measured:
     failed: list[str] = dataclasses.field(default_factory=list)
     forgetting: list[float] = dataclasses.field(default_factory=list)  # nats a token, of each model
     refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # `unsafe`, `harmless` -> (models, rows)
+    divergence: float | None = None  # KL of the first model from the base on its own answers, nats a token
     shortened: int = 0  # prompts that lost an example or a passage
     chat_unused: bool = False  # the model brings a chat template, and rows are asked as plain text
 
@@ -313,6 +315,7 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
             plain = bool(setting.questions) and setting.questions[0].rendered.messages is None
             chat = plain and bool(lm.tokenizer.chat_template)
             out = Measured(contender, {}, texts, None, failed=failed, shortened=shortened, chat_unused=chat)
+            out.divergence = _divergence(lm, setting, texts) if source and setting.base else None
     models = dict.fromkeys(sources)
     out.runs = [run for run in map(open_run, models) if run]
     out.scores = {name: np.stack([scores[name] for scores, _ in done]) for name in done[0][0]}
@@ -410,6 +413,19 @@ def _general(lm: LM, setting: Setting) -> General:
         ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=config.data.end)]
         refused[name] = refusals(continue_ids(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
     return General(loss, refused)
+
+
+def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
+    """KL(model || base), a token, on the model's answers to the first questions as the base is asked them; None where
+    it has other tokens than the base, or nothing to say."""
+    most = setting.config.compare.divergence
+    if lm.model.config.vocab_size != setting.base.model.config.vocab_size or not most:
+        return None
+    asked = [q.rendered for q in setting.questions[:most]]
+    prompts = encode_prompts(asked, lm.tokenizer, end=setting.config.data.end)
+    told = lm.tokenizer(texts[:most], add_special_tokens=False)["input_ids"]
+    found = divergence(lm, setting.base, [(p.tolist(), ids) for p, ids in zip(prompts, told) if ids])
+    return float(found.kl.sum() / found.tokens.sum()) if found.tokens.sum() else None
 
 
 def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.Cost:

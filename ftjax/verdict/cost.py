@@ -113,10 +113,13 @@ def price(cost: Cost, prices) -> Price:
     return Price("dollars", cost.train_seconds / 3600 * prices.device_hour, one, month)
 
 
+NOISE = 0.1  # share of a request's price by which two must differ: clocks do not tell less
+
+
 def break_even(tuned: Price, other: Price) -> float:
-    """Requests after which a tuned model has cost less than the other, its training included; inf: never, NaN: the two
-    are told in different units."""
+    """Requests after which a tuned model has cost less than the other, its training included; inf: never, as far as
+    can be told, NaN: the two are told in different units."""
     if tuned.unit != other.unit:
         return math.nan
     saved = other.request - tuned.request
-    return max(tuned.training - other.training, 0.0) / saved if saved > 0 else math.inf
+    return max(tuned.training - other.training, 0.0) / saved if saved > NOISE * other.request else math.inf

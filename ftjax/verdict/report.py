@@ -9,8 +9,10 @@ from html import escape
 from pathlib import Path
 
 from ftjax.data.template import Rendered
-from ftjax.data.template import question as asked
+from ftjax.data.template import question as question_of
 from ftjax.evaluation.labelled import grid
+
+COPIED = 8  # words of a run that counts as copied
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -38,7 +40,8 @@ def answer(data: dict) -> str:
         if entry["verdict"]:
             groups[entry["verdict"]["says"]].append(name)
     told = [f"{says}: {_list(names)}" for says, names in groups.items() if names]
-    out.append(f"Beside {data['base']}, corrected for {len(entries) - 1} questions: {'; '.join(told)}.")
+    asked = f", corrected for {len(entries) - 1} comparisons" if len(entries) > 2 else ""
+    out.append(f"Beside {data['base']}{asked}: {'; '.join(told)}.")
     trained = [entry for entry in entries.values() if entry["against_untrained"]]
     if trained:
         out.append(_worth_it(max(trained, key=lambda e: sign * e["figures"][metric]["value"]), data))
@@ -75,7 +78,7 @@ def _span(figure: dict) -> str:
 
 def shown(rendered: Rendered) -> str:
     """What a row asks, as text."""
-    return asked(rendered)
+    return question_of(rendered)
 
 
 def spread(rows: list, n: int) -> list:
@@ -93,49 +96,51 @@ def scores(data: dict) -> Table:
     """Figures and verdicts, a contender a row."""
     metric = data["metric"]
     others = [name for name in data["contenders"][0]["figures"] if name != metric]
-    titles = [
-        "contender",
-        "seeds",
-        f"{metric} {'↑' if data['higher'] else '↓'}",
-        f"beside {data['base']}",
-        "p",
-        "verdict",
-    ]
+    titles = ["contender", "seeds", f"{metric} {'↑' if data['higher'] else '↓'}", f"beside {data['base']}", "p"]
+    titles += ["verdict", "rows won, tied", *others]
     lines = []
     for entry in data["contenders"]:
-        v = entry["verdict"]
-        beside = (
-            [f"{v['difference']:+.3g} ({v['low']:+.3g} to {v['high']:+.3g})", f"{v['p']:.2g}", v["text"]] if v else None
-        )
-        figures = [_span(entry["figures"][name]) for name in others]
-        own = [entry["name"], str(entry["seeds"]), _span(entry["figures"][metric])]
-        lines.append([*own, *(beside or ["", "", "the base"]), *figures])
-    return [*titles, *others], lines
+        v, wins = entry["verdict"], entry["wins"]
+        beside = ["", "", "the base", ""]
+        if v:
+            beside = [f"{v['difference']:+.3g} ({v['low']:+.3g} to {v['high']:+.3g})", f"{v['p']:.2g}", v["text"]]
+            beside += [f"{wins['win']['value']:.0%}, {wins['tie']['value']:.0%}"]
+        figures = [_span(entry["figures"][name]) for name in (metric, *others)]
+        lines.append([entry["name"], str(entry["seeds"]), figures[0], *beside, *figures[1:]])
+    return titles, lines
 
 
 def costs(data: dict) -> Table:
     """What each contender costs."""
     unit = data["contenders"][0]["price"]["unit"]
-    monthly = any(entry["price"]["month"] is not None for entry in data["contenders"])
     titles = ["contender", "trained", "training", "training FLOPs", "prompt tokens", "ms a request", "FLOPs a request"]
-    titles += [
-        f"1,000 requests, {unit}",
-        *([f"a month, {unit}"] if monthly else []),
-        f"pays beside {data['untrained']}",
-    ]
-    titles += ["forgetting", *(f"refused, {name}" for name in data["contenders"][0]["refused"])]
+    titles += [f"1,000 requests, {unit}", f"a month, {unit}", f"pays beside {data['untrained']}"]
     lines = []
     for entry in data["contenders"]:
         c, p = entry["cost"], entry["price"]
         own = "" if p["unit"] == unit else f" {p['unit']}"
-        lines.append([
-            entry["name"], f"{c['trained']:,}" if c["trained"] else "", _number(c["train_seconds"], " s"),
-            _number(c["train_flops"]), _number(c["prompt_tokens"]), _number(1000 * c["request_seconds"]),
-            _number(c["request_flops"]), _number(1000 * p["request"], own),
-            *([_number(p["month"] or 0.0, own)] if monthly else []), _after(entry.get("pays_after")),
-            f"{sum(entry['forgetting']) / len(entry['forgetting']):.3f}" if entry["forgetting"] else "",
-            *(f"{share:.0%}" for share in entry["refused"].values()),
-        ])  # fmt: skip
+        line = [entry["name"], f"{c['trained']:,}" if c["trained"] else "", _number(c["train_seconds"], " s")]
+        line += [_number(c["train_flops"]), _number(c["prompt_tokens"]), _number(1000 * c["request_seconds"])]
+        line += [_number(c["request_flops"]), _number(1000 * p["request"], own), _number(p["month"] or 0.0, own)]
+        lines.append([*line, _after(entry.get("pays_after"))])
+    return _filled(titles, lines)
+
+
+def changes(data: dict) -> Table:
+    """What else each contender does, beside the task."""
+    refused = list(data["contenders"][0]["refused"])
+    titles = ["contender", "loss on general text", "KL from the base", "copied from training"]
+    lines = []
+    for entry in data["contenders"]:
+        loss, kl, copied = entry["forgetting"], entry["divergence"], entry["copied"]
+        line = [entry["name"], f"{sum(loss) / len(loss):.3f}" if loss else "", "" if kl is None else f"{kl:.3g}"]
+        line += ["" if copied is None else f"{copied:.1%}"]
+        lines.append([*line, *(f"{entry['refused'][name]:.0%}" for name in refused if name in entry["refused"])])
+    return _filled([*titles, *(f"refused, {name}" for name in refused)], lines)
+
+
+def _filled(titles: list[str], lines: list[list[str]]) -> Table:
+    """Without columns of empty cells."""
     kept = [k for k in range(len(titles)) if any(line[k] for line in lines)]
     return [titles[k] for k in kept], [[line[k] for k in kept] for line in lines]
 
@@ -165,7 +170,10 @@ def notes(data: dict) -> list[str]:
         "corrected for all contenders (Holm). Figures are means over rows, also of metrics that are usually told of a "
         "whole set.",
         f"Training FLOPs are by formula and the rows' mean length; seconds are measured on {data['device']}, a "
-        "request's in a full batch. Forgetting is the loss on general text, in nats a token.",
+        "request's in a full batch.",
+        "Losses and KL are in nats a token; KL is that of a model from its base on its own answers. Copied: of all "
+        f"runs of {COPIED} words in its answers, those that stand in the training answers. Rows won: with a better "
+        f"{data['metric']} than {data['base']}.",
         "Words that are not in the base's answer are marked.",
     ]
 
@@ -186,7 +194,9 @@ def words(text: str, other: str) -> list[tuple[str, bool]]:
 def markdown(data: dict) -> str:
     """The report as Markdown, its pictures in files beside it."""
     out = ["# Verdict", f"**{_md(data['question'])}**", _md(data["answer"]), "## Scores", _md_table(*scores(data))]
-    out += ["## Cost", _md_table(*costs(data)), *(f"- {note}" for note in notes(data))]
+    out += ["## Cost", _md_table(*costs(data))]
+    out += ["## Beside the task", _md_table(*changes(data))] if len(changes(data)[0]) > 1 else []
+    out += ["\n".join(f"- {note}" for note in notes(data))]
     out += ["## Findings"]
     rows = [[f["check"], f["contender"], f["seen"], f["advice"]] for f in data["findings"]]
     out += [
@@ -260,7 +270,9 @@ def html(data: dict, folder: Path) -> str:
     verdicts = {entry["name"]: (entry["verdict"] or {}).get("says", "") for entry in data["contenders"]}
     body = ["<h1>Verdict</h1>", f'<p class="question">{escape(data["question"])}</p>']
     body += [f'<p class="answer">{escape(data["answer"])}</p>', "<h2>Scores</h2>", _html_table(*scores(data), verdicts)]
-    body += ["<h2>Cost</h2>", _html_table(*costs(data)), *(f'<p class="soft">{escape(n)}</p>' for n in notes(data))]
+    body += ["<h2>Cost</h2>", _html_table(*costs(data))]
+    body += ["<h2>Beside the task</h2>", _html_table(*changes(data))] if len(changes(data)[0]) > 1 else []
+    body += [f'<p class="soft">{escape(note)}</p>' for note in notes(data)]
     body += ["<h2>Findings</h2>", *(map(_finding, data["findings"]) if data["findings"] else [NOTHING])]
     if data["pictures"]:
         figures = "".join(_figure(caption, folder / file) for caption, file in data["pictures"].items())

@@ -13,6 +13,7 @@ import numpy as np
 import ftjax
 from ftjax import config as configs
 from ftjax.data.prepare import PARTS, rows
+from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
 from ftjax.files import replace_text, write_jsonl
@@ -21,6 +22,8 @@ from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.contenders import LABELLED, Measured, Setting, held_out_labels, measure, parse, setting
 from ftjax.verdict.cost import break_even, price
 from ftjax.verdict.findings import Case, findings
+from ftjax.verdict.memorisation import copied
+from ftjax.verdict.rating import win_rate
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
 
@@ -129,7 +132,8 @@ def plain(case: Case, metric: str, higher: bool) -> dict:
             "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
             "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
-            "against_untrained": _verdict(against.get(name)),
+            "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
+            "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
         if untrained and m.cost.trained:
             entry["pays_after"] = break_even(prices[name], prices[untrained])
@@ -174,6 +178,24 @@ def _verdict(verdict: statistics.Verdict | None) -> dict | None:
         "high": float(c.high), "p": float(verdict.p), "smallest": float(verdict.smallest),
         "needed": float(verdict.needed),
     }  # fmt: skip
+
+
+def _wins(measured: Measured, base: Measured, metric: str, higher: bool) -> dict | None:
+    """On how many rows it scores better than the base, by the means over seeds."""
+    if measured is base:
+        return None
+    return win_rate(measured.scores[metric].mean(0), base.scores[metric].mean(0), higher=higher)
+
+
+def _copied(measured: Measured, found: Setting) -> float | None:
+    """Share of the runs of COPIED words in its answers that training answers have; None where it has no such runs, or
+    was not trained here."""
+    if not found.questions or measured.contender.kind != "tuned":
+        return None
+    training = [reference(rendered).split() for rendered, _ in found.data.train.each()]
+    told = copied([answer.split() for answer in measured.answers], training, report.COPIED)
+    grams = sum(c.grams for c in told)
+    return sum(c.seen for c in told) / grams if grams else None
 
 
 def _device() -> str:

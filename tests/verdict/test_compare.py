@@ -30,7 +30,7 @@ def config(folder, **compare):
         {"name": "2-shot", "prompt": "few-shot", "shots": 2},
         {"name": "LoRA", "tuning.method": "lora"},
     )
-    c.compare.seeds = 2
+    c.compare.seeds, c.compare.divergence = 2, 0
     c.compare.update(device_hour=2.0, storage=0.1, requests=1000, **compare)
     return c
 
@@ -76,6 +76,8 @@ def test_figures_are_those_of_the_answers(verdict, folder):
     assert all("\n\n" not in a["answers"]["2-shot"]["text"] for a in answers)
     assert entries["2-shot"]["cost"]["prompt_tokens"] > 2 * entries["zero-shot"]["cost"]["prompt_tokens"]
     assert entries["zero-shot"]["verdict"] is None and entries["LoRA"]["verdict"]["says"] in said
+    wins = [a["answers"]["LoRA"]["score"] > a["answers"]["zero-shot"]["score"] for a in answers]
+    assert set(entries["LoRA"]["wins"]) == {"win", "tie", "loss", "win_rate"} and len(wins) == 24
     assert set(entries["LoRA"]["refused"]) == {"unsafe"}
     lora = entries["LoRA"]
     assert len(lora["forgetting"]) == 2 and lora["forgetting"][0] != lora["forgetting"][1]
@@ -119,11 +121,12 @@ def test_the_page_asks_for_nothing_and_says_what_markdown_says(verdict, folder):
 
 def test_runs_are_not_run_again_and_a_template_that_differs_is_named(verdict, folder):
     c, said = config(folder), []
-    c.evaluate.metrics = ("rouge_l",)
+    c.evaluate.metrics, c.compare.divergence = ("rouge_l",), 8
     c.data.prompt = "Use: {src}\nSentence:"
     c.compare.contenders = ("zero-shot", f"run:{folder / 'run/LoRA/seed=1'}")
     data = ftjax.compare(c, str(folder / "other"), say=said.append)
     assert [f["check"] for f in data["findings"]].count("template mismatch") == 1
+    assert data["contenders"][0]["divergence"] is None and 0 < data["contenders"][1]["divergence"] < 5
     assert not any("training" in text for text in said if text.startswith("training "))
     assert data["contenders"][1]["runs"] == [str(folder / "run/LoRA/seed=1")]
 
