@@ -31,9 +31,9 @@ def answer(data: dict) -> str:
     metric, entries = data["metric"], {entry["name"]: entry for entry in data["contenders"]}
     sign = 1 if data["higher"] else -1
     best = max(entries.values(), key=lambda entry: sign * entry["figures"][metric]["value"])
-    out = [f"{best['name']} scores best, with a {metric} of {_span(best['figures'][metric])}"]
+    out = [f"{best['name']} scores best: {metric} {_span(best['figures'][metric])}"]
     if best["name"] != data["base"]:
-        out[0] += f" against {_span(entries[data['base']]['figures'][metric])} of {data['base']}"
+        out[0] += f", against {_span(entries[data['base']]['figures'][metric])} of {data['base']}"
     out[0] += "."
     groups = {"better": [], "worse": [], "cannot tell": []}
     for name, entry in entries.items():
@@ -62,10 +62,15 @@ def _worth_it(best: dict, data: dict) -> str:
         "cannot tell": f"Whether training was worth it is open: {best['name']} differs from {other}, the best without "
         f"training, by {by}; {verdict['text']}.",
     }[verdict["says"]]
-    after = best.get("pays_after")
-    if after is not None and math.isfinite(after) and verdict["says"] != "worse":
-        said += f" Against {other}, its training has paid for itself after {after:,.0f} requests."
+    if verdict["says"] != "worse" and (paid := _paid(best["pays_after"])):
+        said += f" Its training has paid for itself {paid}."
     return said
+
+
+def _paid(after: dict[str, float]) -> str:
+    """Of a contender's `pays_after`: when it has cost less than each prompt, as far as it ever does."""
+    told = [f"{n:,.0f} requests by {name}" for name, n in after.items() if math.isfinite(n)]
+    return f"after {_list(told)}" if told else ""
 
 
 def _list(names: list[str]) -> str:
@@ -114,7 +119,7 @@ def costs(data: dict) -> Table:
     """What each contender costs."""
     unit = data["contenders"][0]["price"]["unit"]
     titles = ["contender", "trained", "training", "training FLOPs", "prompt tokens", "ms a request", "FLOPs a request"]
-    titles += [f"1,000 requests, {unit}", f"a month, {unit}", f"pays beside {data['untrained']}"]
+    titles += [f"1,000 requests, {unit}", f"a month, {unit}", "training has paid"]
     lines = []
     for entry in data["contenders"]:
         c, p = entry["cost"], entry["price"]
@@ -122,7 +127,7 @@ def costs(data: dict) -> Table:
         line = [entry["name"], f"{c['trained']:,}" if c["trained"] else "", _number(c["train_seconds"], " s")]
         line += [_number(c["train_flops"]), _number(c["prompt_tokens"]), _number(1000 * c["request_seconds"])]
         line += [_number(c["request_flops"]), _number(1000 * p["request"], own), _number(p["month"] or 0.0, own)]
-        lines.append([*line, _after(entry.get("pays_after"))])
+        lines.append([*line, _paid(entry["pays_after"])])
     return _filled(titles, lines)
 
 
@@ -147,12 +152,6 @@ def _filled(titles: list[str], lines: list[list[str]]) -> Table:
 
 def _number(x: float, unit: str = "") -> str:
     return f"{x:.3g}{unit}" if x and math.isfinite(x) else ""
-
-
-def _after(requests: float | None) -> str:
-    if requests is None or math.isnan(requests):
-        return ""
-    return f"after {requests:,.0f} requests" if math.isfinite(requests) else "never"
 
 
 def table(data: dict) -> str:
@@ -249,6 +248,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2r
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
   margin: .7rem 0; }
 .finding { border-left: 4px solid var(--worse); } .finding h3 { font-size: 1rem; margin: 0; }
+ul { margin: .4rem 0; padding-left: 1.2rem; } .finding p { margin: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; } td:first-child { font-weight: 600; }
@@ -273,7 +273,7 @@ def html(data: dict, folder: Path) -> str:
     body += ["<h2>Cost</h2>", _html_table(*costs(data))]
     body += ["<h2>Beside the task</h2>", _html_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     body += [f'<p class="soft">{escape(note)}</p>' for note in notes(data)]
-    body += ["<h2>Findings</h2>", *(map(_finding, data["findings"]) if data["findings"] else [NOTHING])]
+    body += ["<h2>Findings</h2>", _findings(data["findings"]) or NOTHING]
     if data["pictures"]:
         figures = "".join(_figure(caption, folder / file) for caption, file in data["pictures"].items())
         body += ["<h2>Pictures</h2>", f'<div class="plots">{figures}</div>']
@@ -302,11 +302,18 @@ def _html_table(titles: list[str], lines: list[list[str]], classes: dict[str, st
     return f'<div class="wide card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _finding(finding: dict) -> str:
-    return (
-        f'<section class="card finding"><h3>{escape(finding["check"])}: {escape(finding["contender"])}</h3>'
-        f"<p>{escape(finding['seen'])}</p><p>To do: {escape(finding['advice'])}</p></section>"
-    )
+def _findings(found: list[dict]) -> str:
+    """A card for each check, with all contenders that it has something to say of."""
+    out = []
+    for check in dict.fromkeys(finding["check"] for finding in found):
+        mine = [finding for finding in found if finding["check"] == check]
+        seen = "".join(f"<li><b>{escape(f['contender'])}</b>: {escape(f['seen'])}</li>" for f in mine)
+        advice = "; ".join(dict.fromkeys(f["advice"] for f in mine))
+        out.append(
+            f'<section class="card finding"><h3>{escape(check)}</h3><ul>{seen}</ul><p>To do: {escape(advice)}</p>'
+            "</section>"
+        )
+    return "".join(out)
 
 
 def _figure(caption: str, file: Path) -> str:

@@ -135,8 +135,8 @@ def plain(case: Case, metric: str, higher: bool) -> dict:
             "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
-        if untrained and m.cost.trained:
-            entry["pays_after"] = break_even(prices[name], prices[untrained])
+        others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
+        entry["pays_after"] = {other: break_even(prices[name], prices[other]) for other in others}
         entries.append(entry)
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,

@@ -64,6 +64,7 @@ def _loss(lm, text):
     return -log[np.arange(len(log)), ids[0, 1:]].mean()
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_answers(verdict, folder):
     data, said = verdict
     entries = {entry["name"]: entry for entry in data["contenders"]}
@@ -80,6 +81,7 @@ def test_figures_are_those_of_the_answers(verdict, folder):
     assert set(entries["LoRA"]["wins"]) == {"win", "tie", "loss", "win_rate"} and len(wins) == 24
     assert set(entries["LoRA"]["refused"]) == {"unsafe"}
     lora = entries["LoRA"]
+    assert set(lora["pays_after"]) == {"zero-shot", "2-shot"} and entries["2-shot"]["pays_after"] == {}
     assert len(lora["forgetting"]) == 2 and lora["forgetting"][0] != lora["forgetting"][1]
     [untuned] = entries["zero-shot"]["forgetting"]
     lm = ftjax.load("builtin:stories260K")
@@ -179,6 +181,36 @@ def test_prices_and_break_even():
     assert hosted.request == pytest.approx((4000 * 0.5 + 100 * 2) / 1e6)
     assert cost.break_even(cost.price(tuned, prices), hosted) == pytest.approx(2.0 / (0.0022 - 2e-5))
     assert cost.break_even(hosted, cost.price(tuned, prices)) == float("inf")
+
+
+def test_a_report_says_when_training_has_paid_and_whether_it_was_worth_it():
+    assert report._paid({"a": 1200.4, "b": float("inf"), "c": 3.0}) == "after 1,200 requests by a and 3 requests by c"
+    assert report._paid({"a": float("inf")}) == report._paid({}) == ""
+
+    def entry(name, value, verdict=None, against=None):
+        figure = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        return {
+            "name": name, "figures": {"f1": figure}, "verdict": verdict, "against_untrained": against,
+            "pays_after": {"few-shot": 900.0} if against else {},
+        }  # fmt: skip
+
+    def said(says):
+        return {"says": says, "text": says, "difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.01}
+
+    data = {"metric": "f1", "higher": True, "base": "zero-shot", "untrained": "few-shot", "findings": [{"check": "x"}]}
+    data["contenders"] = [
+        entry("zero-shot", 0.1), entry("few-shot", 0.3, said("better")),
+        entry("full", 0.2, said("cannot tell"), said("worse")), entry("LoRA", 0.5, said("better"), said("better")),
+    ]  # fmt: skip
+    text = report.answer(data)
+    assert text.startswith("LoRA scores best: f1 0.5 (0.4 to 0.6), against 0.1 (0 to 0.2) of zero-shot.")
+    assert "corrected for 3 comparisons: better: few-shot and LoRA; cannot tell: full." in text
+    assert "Training was worth it: LoRA beats few-shot, the best without training, by +0.2 (+0.1 to +0.3" in text
+    assert "paid for itself after 900 requests by few-shot." in text and text.endswith("see the findings: x.")
+    data["higher"] = False
+    assert report.answer(data).startswith(
+        "zero-shot scores best"
+    ) and "Training was not worth it: full" in report.answer(data)
 
 
 def test_differences_are_marked_word_by_word():
