@@ -13,6 +13,7 @@ EPILOG = """examples:
   ftjax train --config configs/quickstart.py
   ftjax train --config configs/quickstart.py --config.tuning.method=full --config.run_dir=runs/full
   ftjax generate --model runs/quickstart --prompt "Words: dog park run\\nSentence:"
+  ftjax compare --config configs/compare_commongen.py
   ftjax data inspect --data rows.jsonl --out report
   ftjax evaluate --model runs/quickstart --data rows.jsonl
   ftjax export --run runs/quickstart --out my-model --format merged

@@ -107,7 +107,8 @@ def held_out(setting: Setting) -> list[tuple[str, Table]]:
 def leaks(case: Case) -> Iterator[tuple[str, str, str]]:
     """Rows of train that overlap with the held-out ones, as data.decontaminate finds them."""
     others = held_out(case.setting)
-    own = [(", ".join(n for n, m in case.measured.items() if m.contender.kind in ("tuned", "prompt")), None)]
+    read = [n for n, m in case.measured.items() if m.contender.kind == "tuned" or m.contender.how.shots]
+    own = [(", ".join(read), None)]
     own += [(n, run.config) for n, m in case.measured.items() if m.contender.kind == "model" for run in m.runs[:1]]
     for name, config in own:
         if not name:
