@@ -285,27 +285,14 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
     added to. Raises FtjaxError where every run of a contender failed."""
     if contender.kind == MAJORITY:
         return _majority(contender, setting)
-    config, comp = setting.config, setting.config.compare
-    sources, failed, seeds = [contender.source], [], [config.seed]
-    if contender.kind == "tuned":
-        say(f"{contender.name}: {comp.seeds} runs")
-        # What a run says in many lines lies in its folder too.
-        brief = lambda text: None if "\n" in text else say(text)  # noqa: E731
-        outcomes = sweep(_to_train(contender, setting), (), comp.seeds, brief)
-        sources = [o.run_dir for o in outcomes if not o.failed]
-        seeds = [o.seed for o in outcomes if not o.failed]
-        failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]
-        if not sources:
-            raise FtjaxError(f"{contender.name}: every run failed; {failed[0]}")
-    elif config.generate.temperature > 0 or (contender.how.shots and not contender.how.near and contender.shots):
-        seeds = list(range(config.seed, config.seed + comp.seeds))
-        sources = sources * comp.seeds
+    config, asked = setting.config, len(setting.questions) or len(held_out_labels(setting))
+    sources, seeds, failed = _models(contender, setting, say)
     done, out, opened = [], None, {}
     for source, seed in zip(sources, seeds, strict=True):
         if source not in opened:  # one model at a time
             opened = {source: open_model(source, config) if source else setting.base}
         lm = opened[source]
-        say(f"{contender.name}, seed {seed}: {len(setting.questions) or 'all'} questions")
+        say(f"{contender.name}, seed {seed}: {asked:,} rows")
         answer = _labelled if config.task.kind != "causal" else _answered
         scores, texts, spent, shortened = answer(contender, setting, lm, seed)
         done.append((scores, spent))
@@ -323,6 +310,27 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
     out.refused = {name: np.stack([known[s].refused[name] for s in models]) for name in setting.sensitive}
     out.cost = _cost(out.runs, lm, setting, [spent for _, spent in done])
     return out
+
+
+def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list[str], list[int], list[str]]:
+    """(sources, the seed of each, what is said of runs that failed) of the models that answer for a contender."""
+    comp, seeds = setting.config.compare, range(setting.config.seed, setting.config.seed + setting.config.compare.seeds)
+    if contender.kind != "tuned":
+        drawn = contender.how.shots and not contender.how.near and contender.shots
+        seeds = list(seeds if drawn or setting.config.generate.temperature > 0 else seeds[:1])
+        return [contender.source] * len(seeds), seeds, []
+    say(f"{contender.name}: {comp.seeds} runs")
+
+    def brief(text: str) -> None:  # what a run says in many lines lies in its folder too
+        if "\n" not in text:
+            say(text)
+
+    outcomes = sweep(_to_train(contender, setting), (), comp.seeds, brief)
+    failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]
+    ended = [o for o in outcomes if not o.failed]
+    if not ended:
+        raise FtjaxError(f"{contender.name}: every run failed; {failed[0]}")
+    return [o.run_dir for o in ended], [o.seed for o in ended], failed
 
 
 def _to_train(contender: Contender, setting: Setting):

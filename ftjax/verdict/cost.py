@@ -100,9 +100,9 @@ class Price:
     month: float | None  # all requests of a month and storage; None where compare.requests is 0
 
 
-def price(cost: Cost, prices) -> Price:
-    """prices: config.compare. What is not trained is asked at the hosted endpoint where that has a price."""
-    hosted = (prices.tokens_in or prices.tokens_out) and not cost.trained
+def price(cost: Cost, prices, base: bool = False) -> Price:
+    """prices: config.compare; base: whether the base answers, at the hosted endpoint where that has a price."""
+    hosted = base and (prices.tokens_in or prices.tokens_out)
     if not prices.device_hour and not hosted:
         month = prices.requests * cost.request_seconds if prices.requests else None
         return Price("seconds", cost.train_seconds, cost.request_seconds, month)

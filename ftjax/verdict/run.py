@@ -41,7 +41,7 @@ def compare(config, out: str | None = None, say=print) -> dict:
     metric, higher = _metric(config)
     if config.log.compilation_cache:
         use_compilation_cache()
-    folder, out = Path(config.run_dir), Path(out or config.run_dir)
+    folder, out, elsewhere = Path(config.run_dir), Path(out or config.run_dir), out
     for each in (folder, out):
         if each.is_file():
             raise FtjaxError(f"{each}: is a file; expected a folder")
@@ -51,10 +51,12 @@ def compare(config, out: str | None = None, say=print) -> dict:
     measured = {contender.name: measure(contender, found, known, say) for contender in asked}
     case = judged(found, measured, metric, higher)
     data = plain(case, metric, higher) | {"config": told, "ftjax": ftjax.__version__}
-    data["repeat"] = f"ftjax compare --config {shlex.quote(str(out / 'verdict.json'))}"
+    command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
+    data["repeat"] = shlex.join(command)
     data["pictures"] = draw(data, measured, out)
-    write_jsonl(out / "answers.jsonl", _answers(found, measured, metric))
-    data["samples"] = report.spread(list(_answers(found, measured, metric)), config.evaluate.samples)
+    answers = list(_answers(found, measured, metric))
+    write_jsonl(out / "answers.jsonl", answers)
+    data["samples"] = report.spread(answers, config.evaluate.samples)
     replace_text(out / "verdict.json", json.dumps(_no_nan(data), indent=2, ensure_ascii=False) + "\n")
     replace_text(out / "verdict.md", report.markdown(data))
     replace_text(out / "verdict.html", report.html(data, out))
@@ -124,7 +126,7 @@ def plain(case: Case, metric: str, higher: bool) -> dict:
     entries = []
     untrained = _best([name for name, kind in kinds.items() if kind in UNTRAINED], measured, metric, higher)
     against = _against(untrained, kinds, measured, metric, higher, config.seed) if untrained else {}
-    prices = {name: price(m.cost, config.compare) for name, m in measured.items()}
+    prices = {n: price(m.cost, config.compare, kinds[n] == "prompt") for n, m in measured.items()}
     for name, m in measured.items():
         figures = {key: _interval(x) for key, x in m.scores.items()}
         entry = {
