@@ -27,6 +27,8 @@ DATA_VERBS = {
     "preview": "the first batches as the model will see them",
 }
 
+CONFIGURED = ("train", "sweep", "plan", "data", "evaluate", "predict")  # verbs that take --config.KEY=VALUE
+
 # Settings of glibc's malloc that keep its pages.
 MALLOC = ":".join(
     f"glibc.malloc.{setting}"
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
-    if unknown or (overrides and args.verb not in ("train", "plan", "data", "evaluate", "predict")):
+    if unknown or (overrides and args.verb not in CONFIGURED):
         options = [o for action in _options(top, args.verb) for o in action]
         top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
     try:
