@@ -1,4 +1,8 @@
-"""Sentiment of film reviews: a head on MiniLM's frozen states, each computed once, on SST-2."""
+"""Sentiment of film reviews: a head on MiniLM's frozen states, each computed once, on SST-2.
+
+Dev accuracy, seed 0: 0.760 (trained on 98 % of the rows). The class that the export is for reads the first token;
+MiniLM was pretrained on means, of which a logistic regression makes 0.800.
+"""
 
 from ftjax import config
 
