@@ -274,9 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("speed", "quality", "tags"))
     parser.add_argument("--model", type=Path, required=True, help="directory of an encoder such as all-MiniLM-L6-v2")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder of SST-2's, or WNUT17's, train and dev files"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of SST-2's, or WNUT17's, train and dev files")
     parser.add_argument("--methods", nargs="*", default=list(RATES), choices=list(RATES))
     parser.add_argument("--rows", type=int, default=10_000, help="of train, drawn by the seed; 0: all")
     parser.add_argument("--seeds", type=int, default=3)
