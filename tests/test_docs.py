@@ -28,6 +28,7 @@ def commands(body: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_documentation_runs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     env = os.environ | {"PYTHONPATH": str(ROOT), "FTJAX_MALLOC": "0", "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)}
