@@ -28,7 +28,7 @@ def confusion_picture(report: dict, path: str | Path) -> Path:
     C, labelled = len(names), counts.sum(1, keepdims=True)
     share = np.divide(counts, labelled, out=np.zeros(counts.shape), where=labelled > 0)
     size = float(np.clip(2.5 + 0.42 * C, 5, 13))
-    figure, axes = _axes(size + 1, size)
+    figure, axes = new_axes(size + 1, size)
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
     if C <= NUMBERED:
         for i, j in np.argwhere(counts > 0):
@@ -45,7 +45,7 @@ def confusion_picture(report: dict, path: str | Path) -> Path:
     axes.set(xlabel="predicted", ylabel="label", title=f"Accuracy {accuracy:.4f} of {counts.sum():,} rows")
     axes.tick_params(length=0 if C <= NAMED else 2)
     figure.colorbar(image, ax=axes, label="share of the rows with that label", shrink=0.8)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def reliability_picture(report: dict, path: str | Path) -> Path:
@@ -56,7 +56,7 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
     bins = report["calibration"]
     confidence, right, rows = (np.array([b[k] for b in bins]) for k in ("confidence", "accuracy", "rows"))
     low, width = np.array([b["low"] for b in bins]), bins[0]["high"] - bins[0]["low"]
-    figure, (axes, below) = _axes(5.5, 6.5, 2, sharex=True, height_ratios=[3, 1])
+    figure, (axes, below) = new_axes(5.5, 6.5, 2, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="calibrated")
     axes.vlines(confidence, np.minimum(confidence, right), np.maximum(confidence, right), color=RED, alpha=0.5)
     axes.plot(confidence, right, color=BLUE, linewidth=1)
@@ -71,8 +71,8 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
     below.bar(low, rows, width=width, align="edge", color=BLUE, alpha=0.6)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="rows")
     for each in (axes, below):
-        _plain(each)
-    return _saved(figure, path)
+        plain(each)
+    return saved(figure, path)
 
 
 def learning_picture(
@@ -92,7 +92,7 @@ def learning_picture(
     for name, points in curves.items():
         if not points or not all(len(figures) for figures in points.values()):
             raise FtjaxError(f"learning curve {name!r}: expected one figure or more at each x; found {dict(points)}")
-    figure, axes = _axes(7.5, 4.5)
+    figure, axes = new_axes(7.5, 4.5)
     every = sorted({x for points in curves.values() for x in points})
     for i, (name, points) in enumerate(curves.items()):
         x = sorted(points)
@@ -116,11 +116,12 @@ def learning_picture(
         axes.set_title(f"Mean and standard deviation of {of} draws")
     if len(curves) > 1:
         axes.legend(frameon=False)
-    _plain(axes)
-    return _saved(figure, path)
+    plain(axes)
+    return saved(figure, path)
 
 
-def _axes(width: float, height: float, rows: int = 1, **how):
+def new_axes(width: float, height: float, rows: int = 1, **how):
+    """A figure, inches, and its axes; no window, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,7 +130,8 @@ def _axes(width: float, height: float, rows: int = 1, **how):
     return figure, figure.subplots(rows, **how)
 
 
-def _plain(axes):
+def plain(axes):
+    """A faint grid, and no box."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -140,6 +142,7 @@ def _shortened(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _saved(figure, path) -> Path:
+def saved(figure, path) -> Path:
+    """Write the PNG file; returns its path."""
     figure.savefig(path, dpi=150)
     return Path(path)

@@ -172,6 +172,8 @@ SYSTEM = ("system", "developer")  # roles whose text holds for a whole conversat
 
 
 class Prompts(NamedTuple):
+    """What contenders are asked."""
+
     ids: list[list[int]]
     shortened: int  # prompts that lost an example or a passage
 

@@ -26,6 +26,8 @@ Pair = tuple[list[int], list[int]]  # ids that are given, one at least, and ids 
 
 
 class Likelihood(NamedTuple):
+    """Of a text behind another."""
+
     log: float  # sum over the scored tokens, nats
     greedy: bool  # whether each of them is the likeliest where it stands
     tokens: int

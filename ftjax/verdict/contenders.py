@@ -138,6 +138,8 @@ def _described(entry, config, said: str) -> Contender:
 
 
 class Question(NamedTuple):
+    """A question, and the answers of all rows that ask it."""
+
     rendered: Rendered
     references: list[str]
     row: dict

@@ -33,6 +33,8 @@ class Case(NamedTuple):
 
 
 class Finding(NamedTuple):
+    """What a check found amiss with a contender, and what to do."""
+
     check: str  # a row of CHECKS
     contender: str
     seen: str

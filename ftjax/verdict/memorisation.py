@@ -14,6 +14,8 @@ Units = Sequence[Hashable]  # tokens or words
 
 
 class Copied(NamedTuple):
+    """What of an output training text has."""
+
     grams: int  # n-grams of an output
     seen: int  # those of them that training text has
     longest: int  # units of the longest run that training text has too; 0 where none has n

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ftjax.evaluation.pictures import new_axes, plain, saved
+
 COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833", "#bb5566", "#555555")
 MARKS = "osD^vPX*"
 
@@ -15,7 +17,7 @@ def quality_cost(
     points: Mapping[str, tuple[float, dict]], path: Path, order: list[str], *, x_label: str, y_label: str
 ) -> Path:
     """Figures with their intervals against what a request costs. points: name -> (cost, {"value", "low", "high"})."""
-    figure, axes = _axes()
+    figure, axes = new_axes(7.5, 4.5)
     for name, (x, y) in points.items():
         around = [[max(y["value"] - y["low"], 0)], [max(y["high"] - y["value"], 0)]]
         axes.errorbar(
@@ -34,7 +36,7 @@ def forgetting_gain(
     points: Mapping[str, Sequence[tuple[float, float]]], path: Path, order: list[str], *, x_label: str, y_label: str
 ) -> Path:
     """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s."""
-    figure, axes = _axes()
+    figure, axes = new_axes(7.5, 4.5)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.axvline(0, color="#888888", linewidth=1)
     for name, each in points.items():
@@ -47,7 +49,7 @@ def forgetting_gain(
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
     """Validation loss of every run as a line, training loss faint. histories: name -> rows of metrics.jsonl a seed."""
-    figure, axes = _axes()
+    figure, axes = new_axes(7.5, 4.5)
     for name, runs in histories.items():
         mine = _look(order.index(name))
         for seed, history in enumerate(runs):
@@ -60,15 +62,6 @@ def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: lis
     return _saved(figure, axes, path)
 
 
-def _axes():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
 def _look(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 6}
 
@@ -79,9 +72,7 @@ def _plain(name: str) -> str:
 
 
 def _saved(figure, axes, path: Path) -> Path:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
-    return path
+    return saved(figure, path)

@@ -49,6 +49,8 @@ BALLOT = ("id", "prompt", "left", "right", "rating")
 
 
 class Vote(NamedTuple):
+    """What a rater said of two contenders' answers to a prompt."""
+
     rater: str
     row: int  # of the prompts that the ballots were made of
     first: str  # a contender; of a pair, always the same one

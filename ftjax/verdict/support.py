@@ -25,6 +25,8 @@ EMPTY = frozenset(
 
 
 class Claim(NamedTuple):
+    """A sentence of an answer, beside a passage."""
+
     text: str
     share: float  # of its content n-grams, those that the passage has
     numbers: tuple[str, ...]  # numbers that the passage does not have
