@@ -151,7 +151,8 @@ def default() -> ml_collections.ConfigDict:
     task.no_answer = False  # span: some questions have no answer (SQuAD v2.0); empty is then a prediction too
     task.mask_rate = 0.15  # masked: share of a text's tokens that are hidden
     task.whole_words = False  # masked: all tokens of a word are hidden, or none
-    task.pool = "mean"  # embed: a text's vector is the mean of its tokens' states | cls: that of the first
+    task.pool = "auto"  # mean | cls: a text's vector, and what a head over its labels reads, is the mean of its tokens'
+    # states, or that of the first; auto: embed the mean, labels what the model's class reads
     task.temperature = 0.05  # embed: cosines are divided by it; the lower, the more the nearest wrong texts count
 
     c.optim = optim = ml_collections.ConfigDict()
@@ -260,7 +261,7 @@ CHOICES = {
     "model.remat": ("none", "full"),
     "task.kind": ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed"),
     "task.subwords": ("first", "all"),
-    "task.pool": ("mean", "cls"),
+    "task.pool": ("auto", "mean", "cls"),
     "task.threshold": ("", "f1", "mcc", "balanced_accuracy", "accuracy"),
     "data.form": ("auto", "text", "prompt", "instruction", "messages", "sharegpt", "preference", "template"),
     "data.train_on": ("assistant", "last", "all"),

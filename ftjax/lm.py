@@ -19,7 +19,7 @@ from ftjax.data import chat_templates
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import families, pooling, tokenizer, weights
+from ftjax.hub import families, pooling, resolve, tokenizer, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
@@ -176,9 +176,10 @@ def open_base(
     labels = families.label_names(folder) if shape.head.labels else ()
     if task:
         kind, labels = task
-        shape = families.with_head(family, shape, TASKS[kind].head, len(labels), folder)
+        pool = "auto" if config is None else config.task.pool
+        shape = families.with_head(family, shape, TASKS[kind].head, len(labels), folder, pool)
     else:
-        kind = kind_of(shape.head.task, families.read_json(folder / "config.json").get("problem_type") or "")
+        kind = kind_of(shape.head.task, resolve.read_json(folder / "config.json").get("problem_type") or "")
     key = jax.random.key(0 if config is None else config.seed)
     params = weights.read_params(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
@@ -194,7 +195,8 @@ def open_base(
 
 def run_pooling(config, max_positions: int) -> Pooling:
     """How a run makes vectors of texts, of which a row of its batches holds two."""
-    return Pooling(config.task.pool, min(config.data.max_length // 2, max_positions))
+    pool = "mean" if config.task.pool == "auto" else config.task.pool
+    return Pooling(pool, min(config.data.max_length // 2, max_positions))
 
 
 def quantiser(kind: str, double: bool, dtype):

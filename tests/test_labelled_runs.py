@@ -71,6 +71,56 @@ def test_every_method_trains_the_head_and_hands_it_over(method, encoder, tmp_pat
         np.testing.assert_allclose(again, ours, atol=1e-4)
 
 
+def predicted(folder) -> tuple[list[str], np.ndarray]:
+    """Texts, and probabilities (N, 2) of their labels, of a run's predictions."""
+    records = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+    return [r["text"] for r in records], np.array([[r["probabilities"][n] for n in ("bad", "good")] for r in records])
+
+
+@pytest.mark.parametrize(("method", "format"), [("full", "full"), ("lora", "merged")])
+def test_a_head_on_means_loads_in_sentence_transformers(method, format, encoder, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    c = config(tmp_path, encoder, tuning__method=method, task__pool="mean", optim__lr=5e-3)
+    c.export.formats = (format,)
+    c.data.packing = method == "lora"
+    assert ftjax.train(c, say=lambda text: None).results["test"]["metrics"]["accuracy"]["value"] > 0.9
+    texts, ours = predicted(tmp_path / "run")
+    folder = tmp_path / "run" / format
+    logits = st.SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
+    np.testing.assert_allclose(logits.softmax(-1).numpy(), ours, atol=1e-4)
+    # and back here; who goes on from it goes on with its head
+    for path in ("run", f"run/{format}"):
+        found = ftjax.predict(str(tmp_path / path), str(tmp_path / "test.jsonl"))
+        again = np.array([[row["probabilities"][name] for name in ("bad", "good")] for row in found])
+        np.testing.assert_allclose(again, ours, atol=1e-4)
+    c = config(tmp_path, folder, tuning__method="head", train__steps=1, optim__lr=1e-9)
+    c.run_dir = str(tmp_path / "further")
+    assert ftjax.train(c, say=lambda text: None).results["test"]["metrics"]["accuracy"]["value"] > 0.9
+    assert (tmp_path / "further" / "full" / "3_Dense" / "model.safetensors").is_file()
+
+
+def test_a_head_on_means_where_the_class_of_the_family_has_one(tmp_path):
+    import transformers
+
+    base = make(tmp_path / "base", "modernbert")
+    c = config(tmp_path, base, task__pool="mean", tuning__method="full", optim__lr=5e-3)
+    ftjax.train(c, say=lambda text: None)
+    texts, ours = predicted(tmp_path / "run")
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "full").eval()
+    assert whole.config.classifier_pooling == "mean"
+    np.testing.assert_allclose(theirs(whole, base, texts), ours, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "formats", "message"),
+    [("llama", '("full",)', "task.pool: a llama model's head.*reads the last token"), ("bert", '("adapter",)', "full")],
+)
+def test_a_head_on_means_that_pytorch_could_not_load_is_refused(kind, formats, message, tmp_path):
+    base = make(tmp_path / "base", kind)
+    with pytest.raises(FtjaxError, match=message):
+        ftjax.train(config(tmp_path, base, task__pool="mean", export__formats=formats), say=lambda text: None)
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning"])
 def test_virtual_tokens_want_a_causal_model(method, encoder, tmp_path):
     with pytest.raises(FtjaxError, match=f"tuning.method: {method}.*all see all; try lora"):

@@ -38,7 +38,7 @@ def make(folder, kind: str):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    if kind == "bert":
+    if kind != "llama":
         tokenizer.post_processor = processors.TemplateProcessing(
             "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
         )
@@ -48,6 +48,8 @@ def make(folder, kind: str):
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = tiny_models.SIZES | {"num_hidden_layers": 2, "initializer_range": 0.2}
+    if kind == "modernbert":
+        sizes |= {f"{name}_token_id": i for name, i in (("pad", 0), ("bos", 2), ("cls", 2), ("eos", 3), ("sep", 3))}
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **sizes))
     if kind == "llama":
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes))

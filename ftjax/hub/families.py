@@ -6,12 +6,13 @@ D width, H heads, K KV heads, d head size, F hidden, V vocabulary, P positions, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.family_table import FAMILIES, Family, Module
+from ftjax.hub import pooling
+from ftjax.hub.family_table import FAMILIES, Family, Form, Module
+from ftjax.hub.resolve import read_json
 from ftjax.models.config import Head, ModelConfig, RopeScaling
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -55,23 +56,15 @@ ANY_FAMILY = {
 POOLS = {"cls": "first", "mean": "mean"}  # Hugging Face's name -> Head.pool
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises FtjaxError where there is no file, no JSON or no object."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FtjaxError(f"{file}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FtjaxError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FtjaxError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Family and shape of the model in a directory; see `from_hf`."""
+    """Family and shape of the model in a directory; see `from_hf`.
+
+    A bare encoder may have its head beside it, in modules of sentence-transformers.
+    """
     file = Path(folder) / "config.json"
-    return from_hf(read_json(file), str(file))
+    family, shape = from_hf(read_json(file), str(file))
+    beside = pooling.read_head(folder) if shape.head.task == "none" else None
+    return family, dataclasses.replace(shape, head=beside) if beside else shape
 
 
 def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
@@ -135,21 +128,40 @@ def _head(family: Family, task: str, labels: int, hf: dict, where: str) -> Head:
             if fields[field] not in known:
                 raise FtjaxError(f"{where}: {form.keys[field]} = {fields[field]!r}; expected one of {', '.join(known)}")
             fields[field] = known[fields[field]]
-    if task in ("sequence", "token", "span"):
+    if form.head.task in ("sequence", "token", "span"):
         fields["labels"] = 2 if task == "span" else labels
     return dataclasses.replace(form.head, **fields)
 
 
-def with_head(family: Family, config: ModelConfig, task: str, labels: int, folder: Path) -> ModelConfig:
+def with_head(
+    family: Family, config: ModelConfig, task: str, labels: int, folder: Path, pool: str = "auto"
+) -> ModelConfig:
     """The shape of a directory's model with a head for `task` instead of its own; labels: C, see ModelConfig.head.
 
-    Raises FtjaxError for a task that the family has no head for.
+    pool: what a head over labels of whole texts reads, see config.task.pool; auto: as the model's own such head, or
+    else the family's. Raises FtjaxError for a task that the
+    family has no head for, and for a way of pooling that its heads cannot have.
     """
     if task not in family.forms:
-        able = ", ".join(family.forms)
+        able = ", ".join(dict.fromkeys(form.head.task for form in family.forms.values()))
         raise FtjaxError(f"a {family.model_type} model has no head for the task {task!r}; it has those for {able}")
     file = Path(folder) / "config.json"
-    return dataclasses.replace(config, head=_head(family, task, labels, read_json(file), str(file)))
+    head = _head(family, task, labels, read_json(file), str(file))
+    own = config.head.pool if config.head.task == task else head.pool
+    if task == "sequence" and (wanted := POOLS.get(pool, own)) != head.pool:
+        form = family.forms.get(f"{task}/{wanted}")
+        if form is None and "pool" not in family.forms[task].keys:
+            raise FtjaxError(
+                f"task.pool: a {family.model_type} model's head over labels reads the {head.pool} token of a text, and "
+                f"no class of transformers or sentence-transformers has another; set it to auto, not {pool}"
+            )
+        head = dataclasses.replace(form.head if form else head, pool=wanted, labels=labels)
+    return dataclasses.replace(config, head=head)
+
+
+def form_of(family: Family, head: Head) -> Form:
+    """The form of a family's model with this head."""
+    return family.forms.get(f"{head.task}/{head.pool}") or family.forms[head.task]
 
 
 def _check_types(values: dict, family: Family, where: str) -> None:
@@ -290,22 +302,28 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
 
     Raises FtjaxError where the family has no way to say it.
     """
-    form, head = family.forms[config.head.task], config.head
+    form, head = form_of(family, config.head), config.head
     hf = {"model_type": family.model_type, "architectures": [form.architecture]}
     hf |= {key: getattr(config, field) for field, key in family.keys.items()}
     hf[family.keys["max_positions"]] += config.position_offset
     if head.labels:
         hf |= names_of_labels([f"LABEL_{i}" for i in range(head.labels)])
-    said = {**dataclasses.asdict(head), "pool": {ours: theirs for theirs, ours in POOLS.items()}.get(head.pool)}
-    hf |= {key: said[field] for field, key in form.keys.items()}
+    hf |= head_to_hf(form, head)
     hf[family.keys["activation"]] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     hf |= _windows_to_hf(config, family)
     hf |= rope_to_hf(config)
-    said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(config)
+    told = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
+    said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(told)
     lost = [f"{field} = {meant[field]!r}" for field in meant if said[field] != meant[field]]
     if lost:
         raise FtjaxError(f"a {family.model_type} model cannot have {', '.join(lost)}")
     return hf
+
+
+def head_to_hf(form: Form, head: Head) -> dict:
+    """What config.json says of a head, besides its labels."""
+    said = {**dataclasses.asdict(head), "pool": {ours: theirs for theirs, ours in POOLS.items()}.get(head.pool)}
+    return {key: said[field] for field, key in form.keys.items()}
 
 
 def names_of_labels(names: list[str]) -> dict:
@@ -326,7 +344,7 @@ def labels_in(hf: dict) -> tuple[str, ...]:
 
 def modules(family: Family, config: ModelConfig) -> list[Module]:
     """The modules of a model, those of its head among them, by the names that its class gives them."""
-    form = family.forms[config.head.task]
+    form = form_of(family, config.head)
     start = family.prefix if form.prefix is None else form.prefix
     names = [start + m.name.removeprefix(family.prefix) for m in family.modules]
     return [m._replace(name=name) for m, name in zip(family.modules, names, strict=True)] + list(form.modules)

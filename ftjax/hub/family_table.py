@@ -30,6 +30,7 @@ class Form:
     prefix: str | None = None  # that names of the other modules have instead of the family's; None: the family's
     kept: tuple[str, ...] = ()  # modules that the class has and nothing here computes: files keep what they had
     keys: dict[str, str] = dataclasses.field(default_factory=dict)  # field of Head -> key of config.json
+    beside: bool = False  # the head lies in folders beside the class's own files, see ftjax.hub.pooling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +38,9 @@ class Family:
     """A row of FAMILIES: the names of a `model_type`, and what its config.json means."""
 
     model_type: str
-    forms: dict[str, Form]  # task of Head -> form; the first is that of files which name none
+    # Task of Head -> form; the first is that of files which name none. `task/pool` is for a head that pools in another
+    # way than the task's own.
+    forms: dict[str, Form]
     modules: tuple[Module, ...]
     prefix: str  # start of tensor names that some files leave out
     keys: dict[str, str]  # field of ModelConfig -> key of config.json
@@ -305,9 +308,14 @@ def encoder_forms(name: str, activation: str = "", **tasks: tuple[Head, tuple[Mo
     }
     keys = {"masked": {"activation": activation}} if activation else {}
     forms = {t: Form(f"{name}{names[t]}", head, mods, keys=keys.get(t, {})) for t, (head, mods) in tasks.items()}
-    return {"none": Form(f"{name}Model", Head("none"), prefix="", kept=("pooler.dense",))} | forms
+    bare = Form(f"{name}Model", Head("none"), prefix="", kept=("pooler.dense",))
+    of_means = dataclasses.replace(
+        bare, head=Head("sequence", pool="mean", activation="tanh"), modules=MEAN_HEAD, beside=True
+    )
+    return {"none": bare} | forms | {"sequence/mean": of_means}
 
 
+MEAN_HEAD = (Module("head/dense", "2_Dense.linear"), Module("head/out", "3_Dense.linear"))
 CLASSIFIER, ANSWERS = (Module("head/out", "classifier"),), (Module("head/out", "qa_outputs"),)
 MODERNBERT_HEAD = (Module("head/dense", "head.dense"), Module("head/norm", "head.norm"))
 MODERNBERT_HEAD_KEYS = {"activation": "classifier_activation", "dense_bias": "classifier_bias"}

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.families import names_of_labels, read_json
-from ftjax.hub.resolve import new_folder, write_json
+from ftjax.hub.families import names_of_labels
+from ftjax.hub.resolve import new_folder, read_json, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."

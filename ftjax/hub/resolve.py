@@ -86,6 +86,19 @@ def new_folder(out: str | Path, overwrite: bool = False, record: dict | None = N
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises FtjaxError where there is no file, no JSON or no object."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FtjaxError(f"{file}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FtjaxError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FtjaxError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def write_json(file: Path, value: dict | list) -> None:
     """Indented, keys in the order given, as Hugging Face's files are."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
-from ftjax.hub.families import read_json
+from ftjax.hub.resolve import read_json
 
 FILES = (
     "tokenizer.json",

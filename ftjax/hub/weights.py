@@ -24,18 +24,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ftjax.errors import FtjaxError
+from ftjax.hub import pooling
 from ftjax.hub.families import (
+    form_of,
+    head_to_hf,
     is_buffer,
     names_of_labels,
     other_heads,
-    read_json,
     rope_to_hf,
     shapes,
     tensor_names,
     to_hf,
 )
 from ftjax.hub.family_table import Family
-from ftjax.hub.resolve import new_folder, write_json
+from ftjax.hub.resolve import new_folder, read_json, write_json
 from ftjax.hub.tokenizer import copy_tokenizer, pad_token
 from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import chosen
@@ -82,13 +84,15 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model directory by name, from the files' headers alone."""
     found = {}
-    for file in weight_files(folder):
+    files = [(file, "") for file in weight_files(folder)]
+    files += [(Path(folder) / at / "model.safetensors", f"{at}.") for at in pooling.dense_folders(folder)]
+    for file, start in files:
         try:
             with safe_open(file, "numpy") as f:
                 names = f.keys()
                 slices = {name: f.get_slice(name) for name in names}
-                found |= {n: Stored(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-        except SafetensorError as error:
+                found |= {start + n: Stored(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+        except (SafetensorError, FileNotFoundError) as error:
             raise FtjaxError(f"{file}: not a whole safetensors file: {error}; fetch it again") from None
     return found
 
@@ -238,7 +242,7 @@ def _locate(
                     continue
                 problems.append(f"tensor {name} {shape} is missing")
                 continue
-            used.add(tensor.name)
+            used.add(tensor)
             found.append(tensor)
             if tensor.shape != shape:
                 problems.append(f"{tensor.file.name}: tensor {tensor.name} has shape {tensor.shape}, expected {shape}")
@@ -250,16 +254,16 @@ def _locate(
         out[path] = (found, transposed)
     head = stored.get("lm_head.weight")
     if config.tied and config.head.task == "causal" and head is not None and not problems:
-        used.add(head.name)
+        used.add(head)
         if not _equal(head, out["embed/embedding"][0][0]):
             problems.append(
                 f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
                 "one; set it to false in config.json"
             )
     others = tuple(_plain(name, family) for name in other_heads(family, config))
-    for tensor in stored.values():
-        told_elsewhere = is_buffer(tensor.name, family) or _plain(tensor.name, family).startswith(others)
-        if tensor.name not in used and not told_elsewhere:
+    for name, tensor in stored.items():
+        told_elsewhere = is_buffer(tensor.name, family) or name.startswith(others)
+        if tensor not in used and not told_elsewhere:
             problems.append(f"{tensor.file.name}: tensor {tensor.name} {tensor.shape} is not expected")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -291,6 +295,7 @@ def write_model(
     end_tokens: tuple[int, ...] = (),
     labels: tuple[str, ...] = (),
     problem: str = "",
+    max_length: int = 0,
     overwrite: bool = False,
     record: dict | None = None,
 ) -> None:
@@ -299,9 +304,10 @@ def write_model(
     source: the directory that the model came from; its config, tokenizer, template and generation config go along.
     None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
     most, unless one tensor is larger. end_tokens: added to the ids that end a generation. labels: names of a head's
-    labels, in the order of their ids; problem: `problem_type`, by which transformers chooses a loss. A tied model whose
-    `params` hold an `lm_head` has been untied by training: both tables are written, and config.json says so.
-    record: see new_folder. Of several processes all must call, and the first writes.
+    labels, in the order of their ids; problem: `problem_type`, by which transformers chooses a loss; max_length: tokens
+    to which texts are cut where the head lies beside the class's files, see Form. A tied model whose `params` hold an
+    `lm_head` has been untied by training: both tables are written, and config.json says so. record: see new_folder. Of
+    several processes all must call, and the first writes.
     Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
     """
     leaves = flatten(params)
@@ -317,12 +323,15 @@ def write_model(
     hf = to_hf(family, config)
     if source:
         hf |= read_json(Path(source) / "config.json")
-    hf |= {"architectures": [family.forms[config.head.task].architecture], "tie_word_embeddings": config.tied}
+    form = form_of(family, config.head)
+    hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
     hf |= rope_to_hf(config)
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
+    if "pool" in form.keys:  # a run may have chosen it
+        hf |= {form.keys["pool"]: head_to_hf(form, config.head)[form.keys["pool"]]}
     if config.head.pool == "last" and hf.get("pad_token_id") is None:
         hf["pad_token_id"] = pad_token(source) if source else None  # by it transformers finds a row's last token
     kept = _kept(source, family, config) if source else {}
@@ -334,7 +343,11 @@ def write_model(
             _value(piece, leaves, dtype)
         return
     with new_folder(out, overwrite, record) as folder:
-        _write_shards(folder, pieces, leaves, dtype, shard_size)
+        beside = [p for p in pieces if form.beside and p.path.startswith("head/")]
+        _write_shards(folder, [p for p in pieces if p not in beside], leaves, dtype, shard_size)
+        if beside:
+            pooling.write_head(folder, pooling.Pooling("mean", max_length), config.width, config.head.labels)
+            _write_beside(folder, beside, leaves, dtype)
         write_json(folder / "config.json", hf)
         if config.head.task == "causal":
             write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
@@ -344,7 +357,7 @@ def write_model(
 
 def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
     """Tensors in a directory's files of modules that the class has and nothing here computes, see Form.kept."""
-    form = family.forms[config.head.task]
+    form = form_of(family, config.head)
     starts = tuple(f"{name}." for name in form.kept)
     found = {_plain(name, family): tensor for name, tensor in stored_tensors(source).items()} if starts else {}
     return {
@@ -404,6 +417,13 @@ def _write_shards(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str, 
         write_json(folder / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
         save_file({piece.name: _value(piece, leaves, dtype) for piece in shard}, folder / file, {"format": "pt"})
+
+
+def _write_beside(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str) -> None:
+    """Each piece in the folder that its name begins with, by the rest of its name."""
+    for at in dict.fromkeys(piece.name.split(".")[0] for piece in pieces):
+        mine = {p.name.removeprefix(f"{at}."): _value(p, leaves, dtype) for p in pieces if p.name.startswith(f"{at}.")}
+        save_file(mine, folder / at / "model.safetensors", {"format": "pt"})
 
 
 def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ftjax.models.config import Head
 from ftjax.objectives.causal import states
 
-POOLS = {"mean": "mean", "cls": "first"}  # config.task.pool -> ModelConfig.head.pool
+POOLS = {"auto": "mean", "mean": "mean", "cls": "first"}  # config.task.pool -> ModelConfig.head.pool
 
 
 def embeddings(model, variables, batch, *, pool: str, rngs=None):

@@ -23,12 +23,14 @@ from ftjax.tuning import METHODS
 TASK_TYPES = {"none": {"task_type": "FEATURE_EXTRACTION"}, "masked": {"task_type": None}}
 
 
-def resolve_format(method: str, format: str) -> str:
-    """`auto` -> `adapter` where the method has one, else `full`. Raises FtjaxError for what it cannot be written as."""
+def resolve_format(method: str, format: str, form: families.Form | None = None) -> str:
+    """`auto` -> `adapter` where the method has one, else `full`; form: of the model with its head, which PEFT must have
+    a class for. Raises FtjaxError for what it cannot be written as."""
     row = METHODS[method]
+    adapts = row.to_peft and not (form and form.beside)
     if format == "auto":
-        format = "adapter" if row.to_peft else "full"
-    able = [f for f, f_able in (("adapter", row.to_peft), ("merged", row.merge), ("full", row.merge)) if f_able]
+        format = "adapter" if adapts else "full"
+    able = [f for f, f_able in (("adapter", adapts), ("merged", row.merge), ("full", row.merge)) if f_able]
     if format in ("merged", "full") and not row.merge:
         raise FtjaxError(
             f"export format {format!r}: no plain model has the logits of {method}; set export.formats to ('adapter',)"
@@ -50,7 +52,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     base's.
     """
     row, base, out = METHODS[source.method], source.base, Path(out)
-    format = resolve_format(source.method, format)
+    format = resolve_format(source.method, format, families.form_of(source.spec.family, source.spec.model.head))
     report = {"format": format, "path": str(out)}
     record = {"config": source.config}
     chat_template = chat_templates.of_run(configs.from_dict(source.config), base.tokenizer)
@@ -81,6 +83,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         source.spec.model,
         labels=tuple(source.config["task"]["labels"]),
         problem=TASKS[source.config["task"]["kind"]].problem,
+        max_length=source.config["data"]["max_length"],
         dtype=dtype,
         shard_size=shard_size,
         end_tokens=(*base.end_tokens, *tokenizer.turn_end(base.tokenizer, chat_template or None)[:1]),

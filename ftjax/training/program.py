@@ -92,10 +92,7 @@ def with_task(config, family, shape, folder, labels: int):
 
     Raises FtjaxError for a task that the family has no head for.
     """
-    task = TASKS[config.task.kind]
-    if task.head == shape.head.task and labels == shape.head.labels:
-        return shape
-    return families.with_head(family, shape, task.head, labels, folder)
+    return families.with_head(family, shape, TASKS[config.task.kind].head, labels, folder, config.task.pool)
 
 
 def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:

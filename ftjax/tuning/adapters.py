@@ -49,7 +49,7 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
         return None
     file = folder / peft.LABELS
     if file.is_file():
-        said = families.read_json(file)
+        said = resolve.read_json(file)
         return kind_of(head, said.get("problem_type", "")), families.labels_in(said)
     family, shape = families.read_config(base)
     wanted = families.with_head(family, shape, head, 1, base)
