@@ -1,0 +1,99 @@
+"""The weights of a run: from files to the state that its first step takes, and how it does before that step."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ftjax.data.batches import loader
+from ftjax.evaluation import compare
+from ftjax.evaluation.loss import evaluate_loss, sums
+from ftjax.files import replace_text
+from ftjax.hub import weights
+from ftjax.training import hosts, sharding
+from ftjax.training.job import Job
+from ftjax.training.program import Program, check_new_head
+
+
+def first_state(job: Job, program: Program, say) -> tuple:
+    """(State, frozen): the model's weights, straight to where they belong, as the method begins with them.
+
+    Raises FtjaxError for weights that are not the model's, and a head that is new and would not be trained.
+    """
+    config, spec = job.config, job.spec
+    base = weights.read_params(
+        job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
+        quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed),
+    )  # fmt: skip
+    if not job.generates and (new := weights.head_is_new(job.folder, spec.family, spec.model)):
+        check_new_head(new, program.trained, config)
+        say(f"new, and trained whole: {', '.join(new)}")
+    made_elsewhere = job.given.trained(base, spec, program.trained) if job.given else None
+    with warnings.catch_warnings():
+        # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        trained, frozen = program.begin(jax.random.key(config.seed), base)
+    del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
+    if job.given:
+        made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
+        trained = jax.device_put(made_elsewhere, program.trained_places)
+    fixed = frozen if job.generates and "lm_head" not in trained else {}
+    for token, alike in indistinct_ends(fixed, job.data.train.examples).items():
+        say(
+            f"warning: answers end with {job.words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is "
+            f"that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
+            "token that was"
+        )
+    return program.init_state(trained), frozen
+
+
+def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
+    """Last tokens of examples -> how many other tokens have the same row in a frozen head, where any has.
+
+    Tokens that pretraining never met keep rows all alike, so that a frozen head gives them one and the same logit.
+    """
+    head = frozen.get("lm_head", {}).get("kernel", frozen.get("embed", {}).get("embedding"))
+    if head is None:
+        return {}
+    found = {}
+    for token in examples.ends():
+        row = head[token]
+        alike = int(jax.numpy.sum(jax.numpy.all(jax.numpy.abs(head - row) <= 1e-3 * jax.numpy.abs(row).max(), axis=1)))
+        found |= {token: alike - 1} if alike > 1 else {}
+    return found
+
+
+def untuned(job: Job, program: Program, trained: dict, frozen: dict) -> dict | None:
+    """What the model answers before it is tuned, measured once and kept in the run folder; None where nobody asks."""
+    if not (job.config.evaluate.compare and job.generates):
+        return None
+    file = Path(job.config.run_dir) / "before.json"
+    before = hosts.from_first(lambda: json.loads(file.read_text()) if file.exists() else None)
+    if before is None:
+        variables = program.variables(trained, frozen)
+        # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
+        variables = {"params": variables["params"]} if job.virtual else variables
+        before = compare.measure(job.lm(program.model), variables, job.data, job.config)
+        if jax.process_index() == 0:
+            replace_text(file, json.dumps(before))
+    return before
+
+
+def validate(job: Job, program: Program, variables: dict, validation: dict) -> dict[str, float]:
+    """`val_loss` over all sources, and `val_loss/NAME` of each where there are several; validation: batches by source,
+    which may carry their states, see ftjax.training.features."""
+    local = sharding.local_rows(job.mesh, job.eval_rows)
+    kind = job.config.task.kind
+    loss = functools.partial(sums, program.model, variables, kind=kind, **job.task.always(job.config))
+    found = {}
+    for name, held_out in validation.items():
+        feed = loader(held_out, 0, len(held_out), job.config.data.workers, local)
+        found[name] = evaluate_loss(loss, (sharding.place_batch(b, job.mesh, job.eval_rows, local) for b in feed))
+    tokens = sum(f["tokens"] for f in found.values())
+    each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(job.data.sources) > 1 else {}
+    return {"val_loss": sum(f["loss"] * f["tokens"] for f in found.values()) / tokens} | each
