@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=overrides,
     )
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
+    _add_adapter(sub)
     sub.add_argument("--data", help="rows, as data.train takes them; default: the test part of the run's own data")
     sub.add_argument("--config", metavar="FILE", help="how to read the rows; default: as the run did, or the defaults")
     sub.add_argument(
@@ -129,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = verb("generate", _generate, "continue prompts")
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
+    _add_adapter(sub)
     sub.add_argument(
         "--prompt", action="append", default=[], help="a prompt as it stands, \\n for a line end; may be repeated"
     )
@@ -159,6 +161,13 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the base's"
     )
     return top
+
+
+def _add_adapter(sub) -> None:
+    sub.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]DIR",
+        help="a PEFT adapter to put on --model, which is a base then; repeat to ask the base under each of several",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -280,10 +289,12 @@ def _evaluate(args, overrides) -> None:
     settings = config.load(args.config) if args.config else None
     from ftjax.evaluation.run import evaluate, figures
 
-    report = evaluate(args.model, args.data, settings, overrides=overrides, generate=args.generate)
-    print(figures(report))
+    reports = {}
+    for name, model in _models(args):
+        reports[name] = evaluate(model, args.data, settings, overrides=overrides, generate=args.generate)
+        print((f"{name}:\n" if len(args.adapter) > 1 else "") + figures(reports[name]))
     if args.out:
-        _write_json(args.out, report)
+        _write_json(args.out, reports if len(reports) > 1 else reports[name])
 
 
 def _predict(args, overrides) -> None:
@@ -316,10 +327,13 @@ def _generate(args, overrides) -> None:
 
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}
-    rows = answer(
-        args.model, prompts, args.prompts, template=args.template, chat=args.chat, max_new_tokens=args.max_new_tokens,
-        stop=tuple(args.stop), **sampling,
-    )  # fmt: skip
+    rows = []
+    for name, model in _models(args):
+        found = answer(
+            model, prompts, args.prompts, template=args.template, chat=args.chat, max_new_tokens=args.max_new_tokens,
+            stop=tuple(args.stop), **sampling,
+        )  # fmt: skip
+        rows += [row | ({"adapter": name} if name else {}) for row in found]
     if args.out:
         import json
         from pathlib import Path
@@ -328,11 +342,31 @@ def _generate(args, overrides) -> None:
         print(f"{len(rows)} answers in {args.out}")
         return
     for row in rows:
+        if len(args.adapter) > 1:
+            print(f"{row['adapter']}:")
         print(
             f"{row['prompt']}\033[1m{row['completion']}\033[0m"
             if sys.stdout.isatty()
             else row["prompt"] + row["completion"]
         )
+
+
+def _models(args):
+    """(name, what to ask): --model itself, or under each --adapter, the base read once."""
+    if not args.adapter:
+        return [("", args.model)]
+    named = {}
+    for text in args.adapter:
+        name, equals, folder = text.partition("=")
+        if not name or (equals and not folder):
+            raise FtjaxError(f"--adapter {text}: expected DIR or NAME=DIR")
+        if name in named:
+            raise FtjaxError(f"--adapter {text}: there is one named {name} already; tell them apart by NAME=DIR")
+        named[name] = folder if equals else text
+    from ftjax.loading import load
+
+    base = load(args.model, adapters=named)
+    return [(name, base.with_adapter(name)) for name in named]
 
 
 def _export(args, overrides) -> None:

@@ -40,7 +40,13 @@ def load(
     if whole:
         return _load_adapter(folder, dtype, quantise)
     lm, spec = open_base(folder, dtype, quantise=quantise)
-    found = {name: peft_adapters.read(resolve.resolve(at)) for name, at in (adapters or {}).items()}
+    found = {}
+    for name, at in (adapters or {}).items():
+        at = resolve.resolve(at)
+        found[name] = peft_adapters.read(at)
+        _, labels = peft_adapters.task(at, found[name], folder) or ("", ())
+        if labels and not lm.labels:
+            raise FtjaxError(f"{at}: this adapter brings a head over labels, which {path} lacks; name it as the model")
     beside = {name: peft_adapters.variables(adapter, lm.params, spec) for name, adapter in found.items()}
     return dataclasses.replace(lm, adapters=beside)
 

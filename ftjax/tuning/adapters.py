@@ -47,16 +47,18 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     head = next((head for head, name in PEFT_TASKS.items() if name == adapter_config.get("task_type")), None)
     if head is None:
         return None
+    family, shape = families.read_config(base)
+    wanted = families.with_head(family, shape, head, 1, base)
+    new = tuple(f"{module}/" for module in (*weights.head_is_new(base, family, wanted), "head/out"))
+    names = {path: f"{peft.PREFIX}{stored[0]}" for path, (stored, _) in families.tensor_names(family, wanted).items()}
+    for path, name in names.items():
+        if path.startswith(new) and name not in tensors:
+            raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name} of its head is missing")
     file = folder / peft.LABELS
     if file.is_file():
         said = resolve.read_json(file)
         return kind_of(head, said.get("problem_type", "")), families.labels_in(said)
-    family, shape = families.read_config(base)
-    wanted = families.with_head(family, shape, head, 1, base)
-    name = f"{peft.PREFIX}{families.tensor_names(family, wanted)['head/out/kernel'][0][0]}"
-    if name not in tensors:
-        raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name}, its head, is missing")
-    return kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[name])))
+    return kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
 
 
 def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:

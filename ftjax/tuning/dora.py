@@ -160,7 +160,7 @@ register(
         peft_variant=lambda adapter_config: bool(adapter_config.get("use_dora")),
         axes=axes,
         lr_scale=lr_scale,
-        lr=2e-4,  # of the authors' own runs on LLaMA-7B (NVlabs/DoRA, llama_7B_Dora.sh)
+        lr=2e-4,  # of the authors' runs on LLaMA-7B and Llama-2-7B (NVlabs/DoRA, commonsense_reasoning)
         batch_size=16,  # the same
     ),
 )

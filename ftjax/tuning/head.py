@@ -61,8 +61,8 @@ def with_head(method: Any) -> Any:
     def from_peft(adapter_config, tensors, base, spec):
         if not has_labels(spec):
             return method.from_peft(adapter_config, tensors, base, spec)
-        below, _ = split(base)
-        head, rest = head_of_peft(tensors, spec)
+        below, own = split(base)
+        head, rest = head_of_peft(tensors, own, spec)
         trained, fields = method.from_peft(adapter_config | {"modules_to_save": None}, rest, below, spec)
         return trained | head, fields
 
@@ -97,17 +97,23 @@ def head_tensors(params: dict, spec) -> dict[str, np.ndarray]:
     return {f"{PREFIX}{stored[path][0][0]}": np.asarray(x, np.float32) for path, x in leaves.items()}
 
 
-def head_of_peft(tensors: dict[str, np.ndarray], spec) -> tuple[dict, dict[str, np.ndarray]]:
+def head_of_peft(tensors: dict[str, np.ndarray], own: dict, spec) -> tuple[dict, dict[str, np.ndarray]]:
     """Tensors of an adapter -> the head's as a tree {"head": ...}, and the others.
 
-    Raises FtjaxError where one is missing or of another shape.
+    own: the head of the base, whose parameters stand in for those that the adapter does not carry: PEFT by default
+    trains the last map alone, and leaves a BERT's pooler as it is. Raises FtjaxError for another shape, and where the
+    last map is missing.
     """
-    stored, shapes, found, rest = families.tensor_names(spec.family, spec.model), {}, {}, dict(tensors)
+    found, rest, own = {}, dict(tensors), flatten({"head": own})
+    stored = families.tensor_names(spec.family, spec.model)
     shapes = {path: shape for path, shape in families.shapes(spec.model).items() if path.startswith("head/")}
     for path, shape in shapes.items():
         name = f"{PREFIX}{stored[path][0][0]}"
-        if name not in rest or rest[name].shape != shape:
-            there = f"has shape {rest[name].shape}" if name in rest else "is missing"
+        if name in rest:
+            found[path] = np.asarray(rest.pop(name), np.float32)
+        elif not path.startswith("head/out/"):
+            found[path] = own[path]
+        if path not in found or found[path].shape != shape:
+            there = f"has shape {found[path].shape}" if path in found else "is missing"
             raise FtjaxError(f"adapter tensor {name} {there}, expected {shape}: the head over labels, trained whole")
-        found[path] = np.asarray(rest.pop(name), np.float32)
     return unflatten(found), rest

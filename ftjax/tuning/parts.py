@@ -214,7 +214,7 @@ def method(rule: Callable, lr: float, form: Callable | None = None, **fields) ->
 # Learning rates: of a few tried on CommonGen, the starter model of 260,000 parameters learned best with 1e-3 in its
 # last layers, 5e-3 in its norms and 1e-3 in its head; wider models want less for matrices (Yang et al. 2022, muP).
 register("last_layers", method(in_last_layers, 3e-4, as_modules))
-register("bitfit", method(is_bias, 1e-3, as_biases))  # the larger of what BitFit's authors searched, 1e-4 to 1e-3
+register("bitfit", method(is_bias, 1e-3, as_biases))  # what its authors' run_glue.py takes by default, with AdamW
 register("norms", method(is_norm, 2e-3, as_modules))
 register("head", method(is_head, 1e-3, as_modules))
 register("pattern", method(matches, 3e-4, peft_type="LORA", peft_variant=carries_parts, from_peft=from_peft))

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 
 import ftjax
-from ftjax import assets
+from ftjax import assets, cli
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import read_adapter
@@ -124,6 +124,44 @@ def test_adapters_that_cannot_be_used(made, tmp_path):
         ftjax.load(base, adapters={"left": base})
     with pytest.raises(FtjaxError, match="adapters go on a base model"):
         ftjax.load(folders["left"], adapters=folders)
+
+
+def test_the_command_line_asks_a_base_under_adapters(made, tmp_path, capsys):
+    """One read of the base, an answer and a report for each adapter: those of the adapter's own folder."""
+    base, folders, _ = made
+    rows, out = tmp_path / "rows.txt", tmp_path / "out.json"
+    rows.write_text("One day, Tom went to the park.\n")
+    generate = ["generate", "--model", str(base), "--prompt", "One day,", "--max-new-tokens", "6", "--out", str(out)]
+    assert cli.main([*generate, "--adapter", f"a={folders['left']}", "--adapter", str(folders["wide"])]) == 0
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["adapter"] for row in told] == ["a", str(folders["wide"])]
+    evaluate = ["evaluate", "--data", str(rows), "--out", str(out)]
+    adapted = [part for name, folder in folders.items() for part in ("--adapter", f"{name}={folder}")]
+    assert cli.main([*evaluate, "--model", str(base), *adapted]) == 0
+    said, reports = capsys.readouterr().out, json.loads(out.read_text())
+    assert list(reports) == list(folders) and all(f"{name}:\nloss" in said for name in folders)
+    for name, row in (("left", told[0]), ("wide", told[1])):
+        alone = ftjax.load(folders[name])
+        assert [row["completion"]] == alone.generate(["One day,"], max_new_tokens=6)
+        assert cli.main([*evaluate, "--model", str(folders[name])]) == 0
+        assert json.loads(out.read_text())["loss"] == pytest.approx(reports[name]["loss"], rel=1e-6)
+    assert abs(reports["left"]["loss"] - reports["wide"]["loss"]) > 1e-3
+    assert cli.main([*evaluate, "--model", str(base), *adapted[:2]]) == 0
+    assert json.loads(out.read_text()) == reports["left"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "left", "--adapter", "left"], "--adapter left: there is one named left already"),
+        (["--adapter", "left="], "--adapter left=: expected DIR or NAME=DIR"),
+        (["--adapter", "no/such/adapter"], "no such folder"),
+    ],
+)
+def test_adapters_that_the_command_line_refuses(made, capsys, options, message):
+    base, _, _ = made
+    assert cli.main(["generate", "--model", str(base), "--prompt", "x", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def settings(base, run_dir, start, **tuning):

@@ -85,7 +85,7 @@ def by_tensor(pair, params) -> dict[str, np.ndarray]:
     return out
 
 
-STEPS, B, T, DECAY = 12, 3, 12, 0.1
+STEPS, B, T, DECAY = 30, 3, 12, 0.1
 
 
 def rows():
