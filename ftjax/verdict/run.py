@@ -19,11 +19,13 @@ from ftjax.evaluation import metrics
 from ftjax.files import replace_text, write_jsonl
 from ftjax.training.loop import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
-from ftjax.verdict.contenders import LABELLED, Measured, Setting, held_out_labels, measure, parse, setting
+from ftjax.verdict.contenders import LABELLED, parse
 from ftjax.verdict.cost import break_even, price
 from ftjax.verdict.findings import Case, findings
+from ftjax.verdict.measure import Measured, measure
 from ftjax.verdict.memorisation import copied
 from ftjax.verdict.rating import win_rate
+from ftjax.verdict.setting import Setting, held_out_labels, setting
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
 

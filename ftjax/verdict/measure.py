@@ -1,0 +1,223 @@
+"""How contenders answer: models trained where that is asked for, scores of the same held-out rows, what else they do.
+
+N rows that are asked, S seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax import config as configs
+from ftjax.data.prepare import prepare
+from ftjax.data.tokenise import encode_prompts
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import compare, judge
+from ftjax.evaluation.loss import sums, text_loss
+from ftjax.evaluation.said import Asked
+from ftjax.lm import LM, continue_ids
+from ftjax.training.report import read_metrics
+from ftjax.training.run_folder import RUN
+from ftjax.verdict import cost
+from ftjax.verdict.baselines import fitted
+from ftjax.verdict.contenders import LABELLED, MAJORITY, Contender
+from ftjax.verdict.forgetting import divergence
+from ftjax.verdict.safeguards import refusals
+from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model
+from ftjax.verdict.sweep import sweep
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder: its resolved config, and its metrics.jsonl."""
+
+    path: str
+    config: object
+    history: list[dict]
+
+
+@dataclasses.dataclass
+class Measured:
+    """How one contender did. runs: of each seed that was trained, in order; failed: what is said of those that ended
+    without a model."""
+
+    contender: Contender
+    scores: dict[str, np.ndarray]  # metric -> (S, N)
+    answers: list[str]  # of the first seed
+    cost: cost.Cost
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+    forgetting: list[float] = dataclasses.field(default_factory=list)  # nats a token, of each model
+    refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # `unsafe`, `harmless` -> (models, rows)
+    divergence: float | None = None  # KL of the first model from the base on its own answers, nats a token
+    shortened: int = 0  # prompts that lost an example or a passage
+    chat_unused: bool = False  # the model brings a chat template, and rows are asked as plain text
+
+
+class General(NamedTuple):
+    """What is asked of a model beside the task."""
+
+    forgetting: float | None
+    refused: dict[str, np.ndarray]
+
+
+def measure(contender: Contender, setting: Setting, known: dict[str, General], say: Callable = print) -> Measured:
+    """Train where that is asked for, and answer all questions; known: of models that were measured before, by source,
+    added to. Raises FtjaxError where every run of a contender failed."""
+    if contender.kind == MAJORITY:
+        return _majority(contender, setting)
+    config, asked = setting.config, len(setting.questions) or len(held_out_labels(setting))
+    sources, seeds, failed = _models(contender, setting, say)
+    done, out, opened = [], None, {}
+    for source, seed in zip(sources, seeds, strict=True):
+        if source not in opened:  # one model at a time
+            opened = {source: open_model(source, config) if source else setting.base}
+        lm = opened[source]
+        say(f"{contender.name}, seed {seed}: {asked:,} rows")
+        answer = _labelled if config.task.kind != "causal" else _answered
+        scores, texts, spent, shortened = answer(contender, setting, lm, seed)
+        done.append((scores, spent))
+        if source not in known:
+            known[source] = _general(lm, setting)
+        if out is None:
+            plain = bool(setting.questions) and setting.questions[0].rendered.messages is None
+            chat = plain and bool(lm.tokenizer.chat_template)
+            out = Measured(contender, {}, texts, None, failed=failed, shortened=shortened, chat_unused=chat)
+            out.divergence = _divergence(lm, setting, texts) if source and setting.base else None
+    models = dict.fromkeys(sources)
+    out.runs = [run for run in map(open_run, models) if run]
+    out.scores = {name: np.stack([scores[name] for scores, _ in done]) for name in done[0][0]}
+    out.forgetting = [known[s].forgetting for s in models if known[s].forgetting is not None]
+    out.refused = {name: np.stack([known[s].refused[name] for s in models]) for name in setting.sensitive}
+    out.cost = _cost(out.runs, lm, setting, [spent for _, spent in done])
+    return out
+
+
+def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list[str], list[int], list[str]]:
+    """(sources, the seed of each, what is said of runs that failed) of the models that answer for a contender."""
+    comp, seeds = setting.config.compare, range(setting.config.seed, setting.config.seed + setting.config.compare.seeds)
+    if contender.kind != "tuned":
+        drawn = contender.how.shots and not contender.how.near and contender.shots
+        seeds = list(seeds if drawn or setting.config.generate.temperature > 0 else seeds[:1])
+        return [contender.source] * len(seeds), seeds, []
+    say(f"{contender.name}: {comp.seeds} runs")
+
+    def brief(text: str) -> None:  # what a run says in many lines lies in its folder too
+        if "\n" not in text:
+            say(text)
+
+    outcomes = sweep(_to_train(contender, setting), (), comp.seeds, brief)
+    failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]
+    ended = [o for o in outcomes if not o.failed]
+    if not ended:
+        raise FtjaxError(f"{contender.name}: every run failed; {failed[0]}")
+    return [o.run_dir for o in ended], [o.seed for o in ended], failed
+
+
+def _to_train(contender: Contender, setting: Setting):
+    """The config of a contender's runs. What does not change what is trained is as the default has it, so that asking
+    for other metrics trains nothing anew."""
+    c, plain = contender.config(setting.config), configs.default()
+    c.run_dir = str(setting.folder / contender.folder)
+    plain.evaluate.update(rows=c.evaluate.rows, batch_size=c.evaluate.batch_size)
+    c.evaluate, c.generate = plain.evaluate, plain.generate
+    c.export.formats = ()
+    return c
+
+
+def open_run(source: str) -> Run | None:
+    """A run folder; None for any other model."""
+    file = Path(source) / RUN
+    if not source or not file.is_file():
+        return None
+    return Run(source, configs.from_dict(json.loads(file.read_text())["config"]), read_metrics(source))
+
+
+def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
+    """(metric -> (N,), answers, fields of Cost, prompts that were shortened)"""
+    config, comp = configs.copy(setting.config), setting.config.compare
+    config.seed = seed
+    rows = [q.rendered for q in setting.questions]
+    limit = lm.max_tokens - config.generate.max_new_tokens
+    prompts = fitted(
+        rows, setting.library.shots(rows, contender.how, contender.shots, seed),
+        setting.library.context(rows, contender.how), lm.tokenizer, limit,
+        between=comp.between, context=comp.context, end=config.data.end,
+    )  # fmt: skip
+    until = comp.between if contender.how.shots and rows[0].messages is None else ""
+    references, asked_of = [q.references for q in setting.questions], [q.row for q in setting.questions]
+    _, samples = compare.answered(lm, lm.variables, prompts.ids, references, asked_of, config, until)
+    scores = {n: np.array([s["scores"][n] for s in samples], float) for n in config.evaluate.metrics}
+    texts = [s["prediction"] for s in samples]
+    return scores, texts, cost.request(lm, prompts.ids, texts, config), prompts.shortened
+
+
+def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
+    """As `_answered`, of rows with labels."""
+    config = configs.copy(setting.config)
+    config.task.labels = lm.labels
+    data = prepare(config, lm.tokenizer, lm.max_tokens, pool=lm.model.config.head.pool)
+    part = getattr(data, config.evaluate.compare_on)
+    whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
+    records = judge.lines(whole, judge.say(whole))[: config.evaluate.compare_rows or None]
+    right = np.array([record["prediction"] == record["label"] for record in records], float)
+    spent = {"prompt_tokens": float(part.examples.length.mean())}
+    return {LABELLED[config.task.kind]: right}, [as_text(r["prediction"]) for r in records], spent, 0
+
+
+def _majority(contender: Contender, setting: Setting) -> Measured:
+    """Each row gets the commonest label of train."""
+    config, data = setting.config, setting.data
+    told = Counter(labels(data, data.train))
+    best = max(told, key=told.get)
+    right = np.array([label == best for label in held_out_labels(setting)], float)
+    return Measured(contender, {LABELLED[config.task.kind]: right[None]}, [best] * len(right), cost.Cost(0))
+
+
+def _general(lm: LM, setting: Setting) -> General:
+    """Loss on general text, where the vocabulary is the base's; refusals."""
+    config, loss, refused = setting.config, None, {}
+    if setting.documents and lm.model.config.vocab_size == setting.base.model.config.vocab_size:
+        told = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
+        rows = config.evaluate.batch_size or config.train.batch_size or 16
+        loss = text_loss(told, lm.tokenizer, setting.documents, max_positions=lm.max_tokens, batch_size=rows)["loss"]
+    for name, rendered in setting.sensitive.items():
+        ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=config.data.end)]
+        refused[name] = refusals(continue_ids(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
+    return General(loss, refused)
+
+
+def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
+    """KL(model || base), a token, on the model's answers to the first questions as the base is asked them; None where
+    it has other tokens than the base, or nothing to say."""
+    most = setting.config.compare.divergence
+    if lm.model.config.vocab_size != setting.base.model.config.vocab_size or not most:
+        return None
+    asked = [q.rendered for q in setting.questions[:most]]
+    prompts = encode_prompts(asked, lm.tokenizer, end=setting.config.data.end)
+    told = lm.tokenizer(texts[:most], add_special_tokens=False)["input_ids"]
+    found = divergence(lm, setting.base, [(p.tolist(), ids) for p, ids in zip(prompts, told) if ids])
+    return float(found.kl.sum() / found.tokens.sum()) if found.tokens.sum() else None
+
+
+def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.Cost:
+    """lm: the last of its models."""
+    fields = {name: float(np.mean([s[name] for s in spent])) for name in spent[0]}
+    if runs:
+        train = setting.data.train.examples
+        tokens = float(np.mean(train.length))
+        each = [cost.training(run.config, len(lm.labels), tokens) for run in runs]
+        steps = [run.history[-1]["step"] if run.history else 0 for run in runs]
+        rows = [flops * n * run.config.train.batch_size for (_, flops), n, run in zip(each, steps, runs)]
+        fields["trained"] = each[0][0]
+        fields["stored"] = each[0][0] * np.dtype(lm.model.dtype).itemsize
+        fields["train_flops"] = float(np.mean(rows))
+        fields["train_seconds"] = float(np.mean([cost.run_seconds(run.path) for run in runs]))
+    return cost.Cost(cost.count(lm.params), **fields)
