@@ -89,13 +89,15 @@ def fit(
     points: Mapping[float, Sequence[float]],
     *,
     higher: bool = True,
-    best: float | None = 1.0,
+    best: float | None = None,
+    bounded: bool = True,
     noise: float = 0.0,
     seed: int = 0,
 ) -> Curve:
     """The law of a figure over amounts. points: amount -> the figure of every run there.
 
-    higher: whether more is better; best: what no figure passes, None: there is no such bound; noise: standard deviation
+    higher: whether more is better; best: what no figure passes, None: 1, or 0 where less is better; bounded: whether
+    there is such a bound; noise: standard deviation
     of a figure by the sampling of the rows it is measured on, which are the same at all points. Points are weighted by
     their spread over runs; where runs are few it is taken together with that of the others, along the amounts. How far
     the law itself misses a point is told by the points, so that it counts for more where they do not lie on any law.
@@ -110,7 +112,7 @@ def fit(
     if amounts[0] <= 0 or not all(len(v) and np.isfinite(v).all() for v in values):
         raise FtjaxError("a curve is fitted to amounts above 0, with a number of one run or more at each")
     sign = -1 if higher else 1
-    bound = best if best is not None else 0.0
+    bound = float(higher if best is None else best)
     errors = np.array([sign * (v.mean() - bound) for v in values])
     runs = np.array([len(v) for v in values])
     spread = _spread(np.log(amounts), values)
@@ -137,7 +139,7 @@ def fit(
     # a >= 0, b >= 0: draws that break these are left out, which makes the rest those of the bounded posterior.
     first, last = drawn[..., 0], drawn[..., 1]
     limit = last + (first - last) * _limit(amounts, c, n0)[:, None]
-    holds = (first >= last) & ((limit >= 0) | (best is None))
+    holds = (first >= last) & ((limit >= 0) | (not bounded))
     chance = np.where(holds, np.exp(evidence - evidence.max())[:, None], 0.0).ravel()
     if not chance.sum() > 0:
         raise FtjaxError("no law of a falling error comes near these figures; look at the points")

@@ -62,6 +62,36 @@ def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: lis
     return _saved(figure, axes, path)
 
 
+def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
+    """Learning curves, see ftjax.verdict.curve.report: runs as dots, their means as marks, the law as a line with its
+    interval, dashed beyond the runs; a hollow mark with an error bar is what the law of smaller amounts had said."""
+    figure, axes = new_axes(7.5, 4.5)
+    for name, one in told.items():
+        look, points, law = _look(order.index(name)), one["points"], one["law"]
+        for point in points:
+            axes.plot([point["amount"]] * len(point["values"]), point["values"], ".", color=look["color"], alpha=0.4)
+        x, y = [p["amount"] for p in points], [np.mean(p["values"]) for p in points]
+        axes.plot(x, y, linestyle="none", label=_plain(name), **look)
+        if law:
+            at, value, low, high = (np.array([p[k] for p in law]) for k in ("amount", "value", "low", "high"))
+            for part, dash in ((at <= x[-1] * 1.0001, "-"), (at >= x[-1] * 0.93, "--")):
+                axes.plot(at[part], value[part], dash, color=look["color"], linewidth=1.5)
+            axes.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
+        else:
+            axes.plot(x, y, ":", color=look["color"])
+        if check := one["check"]:
+            around = [[check["value"] - check["low"]], [check["high"] - check["value"]]]
+            axes.errorbar(
+                1.06 * check["amount"], check["value"], yerr=around, capsize=4, **look | {"markerfacecolor": "none"}
+            )
+    every = [n for one in told.values() for n in [p["amount"] for p in one["points"] + one["law"]]]
+    if max(every) >= 20 * min(every):
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    return _saved(figure, axes, path)
+
+
 def _look(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 6}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ftjax.data.template import Rendered
 from ftjax.data.template import question as question_of
-from ftjax.evaluation.labelled import grid
+from ftjax.evaluation.tables import grid
 
 COPIED = 8  # words of a run that counts as copied
 

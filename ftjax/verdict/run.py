@@ -12,7 +12,6 @@ import numpy as np
 
 import ftjax
 from ftjax import config as configs
-from ftjax.data.prepare import PARTS, rows
 from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
@@ -25,6 +24,7 @@ from ftjax.verdict.findings import Case, findings
 from ftjax.verdict.measure import Measured, measure
 from ftjax.verdict.memorisation import copied
 from ftjax.verdict.rating import win_rate
+from ftjax.verdict.rows import fix_rows
 from ftjax.verdict.setting import Setting, held_out_labels, setting
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
@@ -48,7 +48,7 @@ def compare(config, out: str | None = None, say=print) -> dict:
         if each.is_file():
             raise FtjaxError(f"{each}: is a file; expected a folder")
         each.mkdir(parents=True, exist_ok=True)
-    _fix_rows(config, folder, say)
+    fix_rows(config, folder / "rows", say)
     found, known = setting(config, folder), {}
     measured = {contender.name: measure(contender, found, known, say) for contender in asked}
     case = judged(found, measured, metric, higher)
@@ -82,32 +82,6 @@ def _metric(config) -> tuple[str, bool]:
     for other in config.evaluate.metrics:
         metrics.find(other)
     return name, higher
-
-
-def _fix_rows(config, folder: Path, say) -> None:
-    """Where parts are split off train by the seed, split them once and for all seeds, into files of `folder`/rows."""
-    data = config.data
-    open_parts = [part for part, share in zip(PARTS, data.split) if part != "train" and share and not data[part]]
-    if not open_parts:
-        return
-    if data.mixture:
-        raise FtjaxError(
-            "compare: every seed would split the mixture otherwise; name files for the parts of its entries, or set "
-            "data.split=(1.0, 0.0, 0.0)"
-        )
-    whole = configs.copy(config)
-    whole.data.update(limit=0, shots=0)
-    (source,), _ = rows(whole, augmented=False)
-    to = folder / "rows"
-    to.mkdir(exist_ok=True)
-    named = {}
-    for part in PARTS:
-        table = source.tables.get(part)
-        if table is not None and len(table):
-            named[part] = str(to / f"{part}.jsonl")
-            write_jsonl(Path(named[part]), (row for _, chunk in table.chunks() for row in chunk))
-    data.update(**named, columns=(), split=(1.0, 0.0, 0.0))
-    say(f"{to}: rows of {', '.join(named)}, for all seeds the same")
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
