@@ -30,7 +30,7 @@ from ftjax.verdict.baselines import fitted
 from ftjax.verdict.contenders import LABELLED, MAJORITY, Contender
 from ftjax.verdict.forgetting import divergence
 from ftjax.verdict.safeguards import refusals
-from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model
+from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model, read_by
 from ftjax.verdict.sweep import sweep
 
 
@@ -81,7 +81,6 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
             opened = {source: open_model(source, config) if source else setting.base}
         lm = opened[source]
         say(f"{contender.name}, seed {seed}: {asked:,} rows")
-        answer = _labelled if config.task.kind != "causal" else _answered
         scores, texts, spent, shortened = answer(contender, setting, lm, seed)
         done.append((scores, spent))
         if source not in known:
@@ -108,12 +107,7 @@ def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list
         seeds = list(seeds if drawn or setting.config.generate.temperature > 0 else seeds[:1])
         return [contender.source] * len(seeds), seeds, []
     say(f"{contender.name}: {comp.seeds} runs")
-
-    def brief(text: str) -> None:  # what a run says in many lines lies in its folder too
-        if "\n" not in text:
-            say(text)
-
-    outcomes = sweep(_to_train(contender, setting), (), comp.seeds, brief)
+    outcomes = sweep(train_config(contender, setting), (), comp.seeds, briefly(say))
     failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]
     ended = [o for o in outcomes if not o.failed]
     if not ended:
@@ -121,7 +115,12 @@ def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list
     return [o.run_dir for o in ended], [o.seed for o in ended], failed
 
 
-def _to_train(contender: Contender, setting: Setting):
+def briefly(say: Callable) -> Callable:
+    """What a run says in many lines lies in its folder too, and is left out."""
+    return lambda text: say(text) if "\n" not in text else None
+
+
+def train_config(contender: Contender, setting: Setting):
     """The config of a contender's runs. What does not change what is trained is as the default has it, so that asking
     for other metrics trains nothing anew."""
     c, plain = contender.config(setting.config), configs.default()
@@ -140,8 +139,13 @@ def open_run(source: str) -> Run | None:
     return Run(source, configs.from_dict(json.loads(file.read_text())["config"]), read_metrics(source))
 
 
+def answer(contender: Contender, setting: Setting, lm: LM, seed: int):
+    """(metric -> (N,), answers, fields of Cost, prompts that were shortened) of a model asked as a contender is."""
+    return (_labelled if setting.config.task.kind != "causal" else _answered)(contender, setting, lm, seed)
+
+
 def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
-    """(metric -> (N,), answers, fields of Cost, prompts that were shortened)"""
+    """As `answer`, by generation."""
     config, comp = configs.copy(setting.config), setting.config.compare
     config.seed = seed
     rows = [q.rendered for q in setting.questions]
@@ -160,10 +164,12 @@ def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
 
 
 def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
-    """As `_answered`, of rows with labels."""
+    """As `answer`, of rows with labels."""
     config = configs.copy(setting.config)
     config.task.labels = lm.labels
-    data = prepare(config, lm.tokenizer, lm.max_tokens, pool=lm.model.config.head.pool)
+    pool, data = lm.model.config.head.pool, setting.data
+    if read_by(lm.tokenizer, lm.labels, lm.max_tokens, pool) != setting.read_by:
+        data = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
     part = getattr(data, config.evaluate.compare_on)
     whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     records = judge.lines(whole, judge.say(whole))[: config.evaluate.compare_rows or None]

@@ -45,6 +45,10 @@ def answer(data: dict) -> str:
     trained = [entry for entry in entries.values() if entry["against_untrained"]]
     if trained:
         out.append(_worth_it(max(trained, key=lambda e: sign * e["figures"][metric]["value"]), data))
+    curves = {one["name"]: one for one in data.get("curves", ()) if one["law"]}
+    if curves:
+        name = max(curves, key=lambda name: sign * entries[name]["figures"][metric]["value"])
+        out.append(f"With more rows for {name}: {curves[name]['says']}.")
     if data["findings"]:
         names = dict.fromkeys(finding["check"] for finding in data["findings"])
         out.append(f"Before you trust this, see the findings: {_list(list(names))}.")
@@ -144,6 +148,45 @@ def changes(data: dict) -> Table:
     return _filled([*titles, *(f"refused, {name}" for name in refused)], lines)
 
 
+def learning(data: dict) -> Table:
+    """Means over runs and their standard deviations, an amount of rows a row."""
+    titles = ["rows", *(one["name"] for one in data["curves"])]
+    by = [{point["amount"]: point["values"] for point in one["points"]} for one in data["curves"]]
+    every = sorted({n for points in by for n in points})
+    return titles, [[f"{n:,}", *(_runs(points.get(n, [])) for points in by)] for n in every]
+
+
+def _runs(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.2g}"
+
+
+def laws(data: dict) -> list[str]:
+    """What the law of each learning curve says, and whether it held."""
+    out = []
+    for one in data["curves"]:
+        text = f"{one['name']}: {one['says']}."
+        if check := one["check"]:
+            text += (
+                f" Of {check['amount']:,} rows the law of the smaller amounts says {_span(check)}; measured is "
+                f"{check['measured']:.3g}, which lies {'within' if check['inside'] else 'OUTSIDE'}."
+            )
+        text += "".join(f" With {p['amount']:,} rows: {_span(p)}." for p in one["predicted"])
+        out.append(text + "".join(f" Failed: {failed}." for failed in one["failed"]))
+    return out
+
+
+LAW = (
+    "Rows are drawn anew for each seed; the law is error(n) = a + b (n + n0)^-c. Intervals are of the mean that "
+    "as many runs would reach: where it is compared with what was measured, and of twice the rows, on these very held-out rows, "
+    "else on others of the kind."
+)
+
+
 def _filled(titles: list[str], lines: list[list[str]]) -> Table:
     """Without columns of empty cells."""
     kept = [k for k in range(len(titles)) if any(line[k] for line in lines)]
@@ -158,6 +201,7 @@ def table(data: dict) -> str:
     """The report for the terminal."""
     titles, lines = scores(data)
     out = [grid([(title, 0) for title in titles], lines) + data["answer"]]
+    out += laws(data)
     out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
     return "\n".join(out)
 
@@ -196,6 +240,9 @@ def markdown(data: dict) -> str:
     out += ["## Cost", _md_table(*costs(data))]
     out += ["## Beside the task", _md_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     out += ["\n".join(f"- {note}" for note in notes(data))]
+    if data["curves"]:
+        said = "\n".join(f"- {_md(text)}" for text in (*laws(data), LAW))
+        out += ["## Learning curves", _md_table(*learning(data)), said]
     out += ["## Findings"]
     rows = [[f["check"], f["contender"], f["seen"], f["advice"]] for f in data["findings"]]
     out += [
@@ -273,6 +320,9 @@ def html(data: dict, folder: Path) -> str:
     body += ["<h2>Cost</h2>", _html_table(*costs(data))]
     body += ["<h2>Beside the task</h2>", _html_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     body += [f'<p class="soft">{escape(note)}</p>' for note in notes(data)]
+    if data["curves"]:
+        body += ["<h2>Learning curves</h2>", _html_table(*learning(data)), *(f"<p>{escape(t)}</p>" for t in laws(data))]
+        body += [f'<p class="soft">{escape(LAW)}</p>']
     body += ["<h2>Findings</h2>", _findings(data["findings"]) or NOTHING]
     if data["pictures"]:
         figures = "".join(_figure(caption, folder / file) for caption, file in data["pictures"].items())

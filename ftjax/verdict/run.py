@@ -18,6 +18,7 @@ from ftjax.evaluation import metrics
 from ftjax.files import replace_text, write_jsonl
 from ftjax.training.loop import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
+from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import LABELLED, parse
 from ftjax.verdict.cost import break_even, price
 from ftjax.verdict.findings import Case, findings
@@ -40,7 +41,9 @@ def compare(config, out: str | None = None, say=print) -> dict:
     config = configs.copy(config)
     configs.validate(config)
     asked, told = parse(config), config.to_dict()
-    metric, higher = _metric(config)
+    curved = with_curves(asked, config)
+    metric, law = _metric(config)
+    higher = law["higher"]
     if config.log.compilation_cache:
         use_compilation_cache()
     folder, out, elsewhere = Path(config.run_dir), Path(out or config.run_dir), out
@@ -50,9 +53,12 @@ def compare(config, out: str | None = None, say=print) -> dict:
         each.mkdir(parents=True, exist_ok=True)
     fix_rows(config, folder / "rows", say)
     found, known = setting(config, folder), {}
+    if curved:
+        amounts(found)  # what is wrong with them is told before anything is trained
     measured = {contender.name: measure(contender, found, known, say) for contender in asked}
     case = judged(found, measured, metric, higher)
-    data = plain(case, metric, higher) | {"config": told, "ftjax": ftjax.__version__}
+    curves = [learning_curve(c, found, measured[c.name], metric, law, say) for c in curved]
+    data = plain(case, metric, higher, curves) | {"config": told, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
     data["pictures"] = draw(data, measured, out)
@@ -68,20 +74,20 @@ def compare(config, out: str | None = None, say=print) -> dict:
     return data
 
 
-def _metric(config) -> tuple[str, bool]:
-    """What the verdict is about, and whether more of it is better; evaluate.metrics then has it."""
+def _metric(config) -> tuple[str, dict]:
+    """What the verdict is about, and which way it is better, as curve.fit takes it; evaluate.metrics then has it."""
     if config.task.kind in LABELLED:
-        return LABELLED[config.task.kind], True
+        return LABELLED[config.task.kind], {"higher": True}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
-    higher = metrics.find(name).higher
-    if higher is None:
+    metric = metrics.find(name)
+    if metric.higher is None:
         raise FtjaxError(f"compare.metric: of {name}, neither more nor less is better")
     config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
     for other in config.evaluate.metrics:
         metrics.find(other)
-    return name, higher
+    return name, {"higher": metric.higher, "best": metric.best, "bounded": metric.best is not None}
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
@@ -94,8 +100,8 @@ def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: b
     return Case(found, measured, base, statistics.verdicts(scores, base, higher=higher, seed=found.config.seed))
 
 
-def plain(case: Case, metric: str, higher: bool) -> dict:
-    """All that the report says, as plain data."""
+def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
+    """All that the report says, as plain data; curves: see ftjax.verdict.amounts."""
     measured, config = case.measured, case.setting.config
     n = measured[case.base].scores[metric].shape[-1]
     kinds = {name: m.contender.kind for name, m in measured.items()}
@@ -119,7 +125,7 @@ def plain(case: Case, metric: str, higher: bool) -> dict:
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
-        "data": config.data.test or config.data.train, "device": _device(), "contenders": entries,
+        "data": config.data.test or config.data.train, "device": _device(), "contenders": entries, "curves": curves,
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
     return data | {"question": report.question(data), "answer": report.answer(data)}
@@ -215,6 +221,11 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
         x_label = f"milliseconds a request, on {data['device']}"
         pictures.quality_cost(timed, out / "quality_cost.png", list(entries), x_label=x_label, y_label=metric)
         drawn["Quality against cost, with intervals over rows and seeds"] = "quality_cost.png"
+    if data["curves"]:
+        told = {one["name"]: one for one in data["curves"]}
+        pictures.curves(told, out / "curve.png", list(entries), x_label="rows of train", y_label=metric)
+        caption = "Learning curves and their laws, dashed beyond the runs; hollow: all rows, by the smaller amounts"
+        drawn[caption] = "curve.png"
     base, lost = measured[data["base"]], {}
     for name, m in measured.items():
         if m.runs and len(m.forgetting) == len(m.scores[metric]) and base.forgetting:

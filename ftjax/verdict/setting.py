@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ftjax import assets
 from ftjax.data import chat_templates, read
-from ftjax.data.prepare import Data, prepare
+from ftjax.data.prepare import Data, fingerprint, prepare
 from ftjax.data.template import Rendered, asked, reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import judge
@@ -64,6 +64,7 @@ class Setting(NamedTuple):
     base: LM | None
     documents: list[str]  # general text, on which forgetting is measured
     sensitive: dict[str, list[Rendered]]  # `unsafe`, `harmless` -> what is asked
+    read_by: tuple = ()  # of labelled rows, what their tokens depend on
 
 
 def setting(config, folder: Path) -> Setting:
@@ -72,9 +73,9 @@ def setting(config, folder: Path) -> Setting:
     causal = config.task.kind == "causal"
     if causal:
         base = open_model("", config)
-        data = prepare(config, base.tokenizer, base.max_tokens)
+        data, by = prepare(config, base.tokenizer, base.max_tokens), ()
     else:
-        base, data = None, _labelled_data(config)
+        base, (data, by) = None, _labelled_data(config)
     part = getattr(data, on)
     if not len(part):
         raise FtjaxError(f"evaluate.compare_on: {on} has no rows; give data.{on}, or a share of data.split")
@@ -88,17 +89,25 @@ def setting(config, folder: Path) -> Setting:
         base,
         read_documents(assets.resolve(config.evaluate.forgetting)) if forgetting else [],
         {n: _asked(comp[n], f"compare.{n}", config.data) for n in ("unsafe", "harmless") if causal and comp[n]},
+        by,
     )
 
 
-def _labelled_data(config) -> Data:
-    """Rows with labels, as training with the config's own model reads them."""
+def read_by(words, labels: tuple[str, ...], max_tokens: int, pool: str) -> tuple:
+    """What the tokens of labelled rows depend on, beside the config."""
+    return fingerprint(words), tuple(labels), max_tokens, pool
+
+
+def _labelled_data(config) -> tuple[Data, tuple]:
+    """Rows with labels, as training with the config's own model reads them, and their `read_by`."""
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     head = TASKS[config.task.kind].head
     known = families.label_names(folder) if shape.head.task == head else ()
     pool = families.with_head(family, shape, head, 1, folder).head.pool
-    return prepare(config, tokenizer.load_tokenizer(folder), shape.max_positions, pool=pool, known=known)
+    words = tokenizer.load_tokenizer(folder)
+    data = prepare(config, words, shape.max_positions, pool=pool, known=known)
+    return data, read_by(words, data.labels, shape.max_positions, pool)
 
 
 def _asked(source: str, key: str, data) -> list[Rendered]:
