@@ -192,6 +192,25 @@ def coverage(predictions, references, rows, settings) -> list[float]:
     return scores
 
 
+def unsupported(predictions, references, rows, settings) -> list[float]:
+    """Share of the sentences that say something which the passage does not bear out, see ftjax.evaluation.support.
+
+    The passage is the column `evaluate.passage`; where it names none, the reference that bears out most. 0 to 1.
+    """
+    from ftjax.evaluation.support import unsupported_rate
+
+    column, scores = settings.passage, []
+    for prediction, texts, row in zip(predictions, references, rows, strict=True):
+        if column and not isinstance(row.get(column), str):
+            raise FtjaxError(
+                f"evaluate.passage: the metric unsupported needs text in the column {column!r}{nearest(column, row)}; "
+                f"the columns are {', '.join(row)}"
+            )
+        passages = [row[column]] if column else texts
+        scores.append(min(unsupported_rate(prediction, passage) for passage in passages))
+    return scores
+
+
 def _sacrebleu():
     try:
         import sacrebleu
@@ -239,5 +258,6 @@ METRICS = {
     "number_match": Metric(number_match),
     "distinct_1": distinct(1),
     "distinct_2": distinct(2),
+    "unsupported": Metric(unsupported, higher=False, best=0.0),
     "length": Metric(length, higher=None, best=None),
 }

@@ -61,6 +61,8 @@ def parse(config) -> list[Contender]:
                 f"{MAJORITY}, runs, and what is trained"
             )
         found.append(contender)
+    if config.compare.ballots and config.task.kind != "causal":
+        raise FtjaxError(f"compare.ballots: answers are rated, and task.kind {config.task.kind} has labels")
     folders = [contender.folder for contender in found]
     twice = next((c.name for c in found if folders.count(c.folder) > 1), None)
     if twice:

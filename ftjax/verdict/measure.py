@@ -22,6 +22,7 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import sums, text_loss
 from ftjax.evaluation.said import Asked
+from ftjax.evaluation.support import unsupported_rate
 from ftjax.lm import LM, continue_ids
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import RUN
@@ -31,7 +32,7 @@ from ftjax.verdict.contenders import LABELLED, MAJORITY, Contender
 from ftjax.verdict.forgetting import divergence
 from ftjax.verdict.safeguards import refusals
 from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model, read_by
-from ftjax.verdict.sweep import sweep
+from ftjax.verdict.sweep import run_joules, sweep
 
 
 @dataclasses.dataclass
@@ -57,6 +58,7 @@ class Measured:
     forgetting: list[float] = dataclasses.field(default_factory=list)  # nats a token, of each model
     refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # `unsafe`, `harmless` -> (models, rows)
     divergence: float | None = None  # KL of the first model from the base on its own answers, nats a token
+    unsupported: float | None = None  # share of sentences that the passages before the question do not bear out
     shortened: int = 0  # prompts that lost an example or a passage
     chat_unused: bool = False  # the model brings a chat template, and rows are asked as plain text
 
@@ -89,6 +91,7 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
             plain = bool(setting.questions) and setting.questions[0].rendered.messages is None
             chat = plain and bool(lm.tokenizer.chat_template)
             out = Measured(contender, {}, texts, None, failed=failed, shortened=shortened, chat_unused=chat)
+            out.unsupported = _unsupported(contender, setting, texts)
             out.divergence = _divergence(lm, setting, texts) if source and setting.base else None
     models = dict.fromkeys(sources)
     out.runs = [run for run in map(open_run, models) if run]
@@ -163,6 +166,14 @@ def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
     return scores, texts, cost.request(lm, prompts.ids, texts, config), prompts.shortened
 
 
+def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> float | None:
+    """How far answers go beyond the passages that they were given; None without passages."""
+    if not contender.how.passages:
+        return None
+    context = setting.library.context([q.rendered for q in setting.questions], contender.how)
+    return float(np.mean([unsupported_rate(t, "\n".join(c)) for t, c in zip(texts, context, strict=True)]))
+
+
 def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
     """As `answer`, of rows with labels."""
     config = configs.copy(setting.config)
@@ -215,7 +226,7 @@ def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
 
 def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.Cost:
     """lm: the last of its models."""
-    fields = {name: float(np.mean([s[name] for s in spent])) for name in spent[0]}
+    fields = {name: _mean([s[name] for s in spent]) for name in spent[0]}
     if runs:
         train = setting.data.train.examples
         tokens = float(np.mean(train.length))
@@ -226,4 +237,9 @@ def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.
         fields["stored"] = each[0][0] * np.dtype(lm.model.dtype).itemsize
         fields["train_flops"] = float(np.mean(rows))
         fields["train_seconds"] = float(np.mean([cost.run_seconds(run.path) for run in runs]))
+        fields["train_joules"] = _mean([run_joules(run.path) for run in runs])
     return cost.Cost(cost.count(lm.params), **fields)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))

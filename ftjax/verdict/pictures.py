@@ -11,13 +11,14 @@ from ftjax.evaluation.pictures import new_axes, plain, saved
 
 COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833", "#bb5566", "#555555")
 MARKS = "osD^vPX*"
+SIZE = (5.6, 4.2)  # inches: words are large enough on a phone
 
 
 def quality_cost(
     points: Mapping[str, tuple[float, dict]], path: Path, order: list[str], *, x_label: str, y_label: str
 ) -> Path:
     """Figures with their intervals against what a request costs. points: name -> (cost, {"value", "low", "high"})."""
-    figure, axes = new_axes(7.5, 4.5)
+    figure, axes = new_axes(*SIZE)
     for name, (x, y) in points.items():
         around = [[max(y["value"] - y["low"], 0)], [max(y["high"] - y["value"], 0)]]
         axes.errorbar(
@@ -36,7 +37,7 @@ def forgetting_gain(
     points: Mapping[str, Sequence[tuple[float, float]]], path: Path, order: list[str], *, x_label: str, y_label: str
 ) -> Path:
     """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s."""
-    figure, axes = new_axes(7.5, 4.5)
+    figure, axes = new_axes(*SIZE)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.axvline(0, color="#888888", linewidth=1)
     for name, each in points.items():
@@ -49,7 +50,7 @@ def forgetting_gain(
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
     """Validation loss of every run as a line, training loss faint. histories: name -> rows of metrics.jsonl a seed."""
-    figure, axes = new_axes(7.5, 4.5)
+    figure, axes = new_axes(*SIZE)
     for name, runs in histories.items():
         mine = _look(order.index(name))
         for seed, history in enumerate(runs):
@@ -65,7 +66,7 @@ def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: lis
 def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
     """Learning curves, see ftjax.verdict.curve.report: runs as dots, their means as marks, the law as a line with its
     interval, dashed beyond the runs; a hollow mark with an error bar is what the law of smaller amounts had said."""
-    figure, axes = new_axes(7.5, 4.5)
+    figure, axes = new_axes(*SIZE)
     for name, one in told.items():
         look, points, law = _look(order.index(name)), one["points"], one["law"]
         for point in points:
@@ -103,6 +104,9 @@ def _plain(name: str) -> str:
 
 def _saved(figure, axes, path: Path) -> Path:
     plain(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9
+        )
     return saved(figure, path)

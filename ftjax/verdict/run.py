@@ -21,10 +21,11 @@ from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import LABELLED, parse
 from ftjax.verdict.cost import break_even, price
+from ftjax.verdict.energy import Meter
 from ftjax.verdict.findings import Case, findings
 from ftjax.verdict.measure import Measured, measure
 from ftjax.verdict.memorisation import copied
-from ftjax.verdict.rating import win_rate
+from ftjax.verdict.rating import win_rate, write_ballots
 from ftjax.verdict.rows import fix_rows
 from ftjax.verdict.setting import Setting, held_out_labels, setting
 
@@ -64,12 +65,19 @@ def compare(config, out: str | None = None, say=print) -> dict:
     data["pictures"] = draw(data, measured, out)
     answers = list(_answers(found, measured, metric))
     write_jsonl(out / "answers.jsonl", answers)
+    written = ["verdict.html", "verdict.md", "verdict.json", "answers.jsonl"]
+    if config.compare.ballots:
+        asked_of = report.spread(answers, config.compare.ballots)
+        said = {name: [row["answers"][name]["text"] for row in asked_of] for name in measured}
+        prompts = [row["prompt"] for row in asked_of]
+        write_ballots(out / "ballots.csv", out / "ballots_key.jsonl", prompts, said, seed=config.seed)
+        written += ["ballots.csv", "ballots_key.jsonl"]
     data["samples"] = report.spread(answers, config.evaluate.samples)
     replace_text(out / "verdict.json", json.dumps(_no_nan(data), indent=2, ensure_ascii=False) + "\n")
     replace_text(out / "verdict.md", report.markdown(data))
     replace_text(out / "verdict.html", report.html(data, out))
     say(report.table(data))
-    for name in ("verdict.html", "verdict.md", "verdict.json", "answers.jsonl"):
+    for name in written:
         say(f"  {out / name}")
     return data
 
@@ -116,7 +124,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
             "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
             "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
-            "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
+            "unsupported": m.unsupported, "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
         others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
@@ -125,7 +133,8 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
-        "data": config.data.test or config.data.train, "device": _device(), "contenders": entries, "curves": curves,
+        "data": config.data.test or config.data.train, "device": _device(), "energy": bool(Meter().counters),
+        "contenders": entries, "curves": curves,
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
     return data | {"question": report.question(data), "answer": report.answer(data)}

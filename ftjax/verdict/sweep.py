@@ -34,6 +34,7 @@ from ftjax.training import hosts
 from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
 from ftjax.verdict import claims, curve, pictures, search
+from ftjax.verdict.energy import metered
 from ftjax.verdict.rows import fix_rows
 
 OUTCOME = "outcome.json"
@@ -44,7 +45,8 @@ NORMAL = 1.96  # standard deviations on either side of an interval at 95 %
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a run came to. figures: name -> value; noise: name -> its standard deviation by the sampling of the rows it
-    is measured on, where that is known; failed: why it has none, else empty; seconds: that it took."""
+    is measured on, where that is known; failed: why it has none, else empty; seconds: that it took; joules: of its
+    processors, None where they are not readable."""
 
     settings: dict
     seed: int
@@ -53,6 +55,7 @@ class Outcome:
     seconds: float
     failed: str = ""
     noise: dict[str, float] = dataclasses.field(default_factory=dict)
+    joules: float | None = None
 
 
 def sweep(
@@ -267,7 +270,8 @@ def _ended(config) -> Outcome | None:
 def _run(settings: dict, config, say) -> Outcome:
     run_dir = Path(config.run_dir)
     try:
-        result = train(config, say=say)
+        with metered() as meter:
+            result = train(config, say=say)
     except FtjaxError as error:
         if not (run_dir / "metrics.jsonl").is_file():
             raise FtjaxError(f"{run_dir.name}: {error}") from error
@@ -275,11 +279,17 @@ def _run(settings: dict, config, say) -> Outcome:
         say(f"failed: {error}")
     else:
         found, noise = figures(result), _noise(result)
-        outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise)
+        outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=meter.joules)
     replace_text(
         run_dir / OUTCOME, json.dumps(dataclasses.asdict(outcome) | {"asked": _asked(config)}, indent=2) + "\n"
     )
     return outcome
+
+
+def run_joules(run_dir: str) -> float | None:
+    """What a run of a sweep has taken; None where that is not known."""
+    file = Path(run_dir) / OUTCOME
+    return json.loads(file.read_text()).get("joules") if file.is_file() else None
 
 
 def figures(result) -> dict[str, float]:
