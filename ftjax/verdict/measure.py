@@ -24,6 +24,8 @@ from ftjax.evaluation.loss import sums, text_loss
 from ftjax.evaluation.said import Asked
 from ftjax.evaluation.support import unsupported_rate
 from ftjax.lm import LM, continue_ids
+from ftjax.loading import load
+from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import RUN
 from ftjax.verdict import cost
@@ -44,6 +46,14 @@ class Run:
     history: list[dict]
 
 
+class Passed(NamedTuple):
+    """A checkpoint that a run passed on its way: its scores' means, and its loss on general text, nats a token."""
+
+    step: int
+    scores: dict[str, float]
+    forgetting: float
+
+
 @dataclasses.dataclass
 class Measured:
     """How one contender did. runs: of each seed that was trained, in order; failed: what is said of those that ended
@@ -58,6 +68,7 @@ class Measured:
     forgetting: list[float] = dataclasses.field(default_factory=list)  # nats a token, of each model
     refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # `unsafe`, `harmless` -> (models, rows)
     divergence: float | None = None  # KL of the first model from the base on its own answers, nats a token
+    way: list[Passed] = dataclasses.field(default_factory=list)  # of the first run, where it keeps several checkpoints
     unsupported: float | None = None  # share of sentences that the passages before the question do not bear out
     shortened: int = 0  # prompts that lost an example or a passage
     chat_unused: bool = False  # the model brings a chat template, and rows are asked as plain text
@@ -98,6 +109,8 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
     out.scores = {name: np.stack([scores[name] for scores, _ in done]) for name in done[0][0]}
     out.forgetting = [known[s].forgetting for s in models if known[s].forgetting is not None]
     out.refused = {name: np.stack([known[s].refused[name] for s in models]) for name in setting.sensitive}
+    if contender.kind == "tuned" and setting.documents:
+        out.way = _way(contender, setting, sources[0], seeds[0], say)
     out.cost = _cost(out.runs, lm, setting, [spent for _, spent in done])
     return out
 
@@ -209,6 +222,23 @@ def _general(lm: LM, setting: Setting) -> General:
         ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=config.data.end)]
         refused[name] = refusals(continue_ids(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
     return General(loss, refused)
+
+
+def _way(contender: Contender, setting: Setting, source: str, seed: int, say: Callable) -> list[Passed]:
+    """Every checkpoint of a run that keeps more than the latest and the best."""
+    saved = Checkpoints(source, read_only=True)
+    steps, found = saved.steps(), []
+    saved.close()
+    if setting.config.train.keep < 2:
+        return []
+    for step in steps:
+        say(f"{contender.name}, seed {seed}, step {step}")
+        lm = load(source, dtype=setting.config.model.dtype, checkpoint=step)
+        general = _general(lm, setting)
+        if general.forgetting is not None:
+            scores = answer(contender, setting, lm, seed)[0]
+            found.append(Passed(step, {name: float(x.mean()) for name, x in scores.items()}, general.forgetting))
+    return found
 
 
 def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:

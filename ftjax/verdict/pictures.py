@@ -34,9 +34,16 @@ def quality_cost(
 
 
 def forgetting_gain(
-    points: Mapping[str, Sequence[tuple[float, float]]], path: Path, order: list[str], *, x_label: str, y_label: str
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    path: Path,
+    order: list[str],
+    *,
+    x_label: str,
+    y_label: str,
+    ways: Mapping[str, Sequence[tuple[int, float, float]]] | None = None,
 ) -> Path:
-    """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s."""
+    """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s;
+    ways: name -> (step, gain, loss) of a run's checkpoints, which a line joins from where nothing is won or lost."""
     figure, axes = new_axes(*SIZE)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.axvline(0, color="#888888", linewidth=1)
@@ -44,6 +51,13 @@ def forgetting_gain(
         each, look = np.array(each), _look(order.index(name))
         axes.plot(*each.T, look["marker"], color=look["color"], alpha=0.4, markersize=5)
         axes.plot(*each.mean(0), look["marker"], color=look["color"], markersize=10, label=_plain(name))
+    for name, way in (ways or {}).items():
+        if way:
+            look = _look(order.index(name))
+            axes.plot([0, *(x for _, x, _ in way)], [0, *(y for _, _, y in way)], "-", color=look["color"], linewidth=1)
+            for step, x, y in way:
+                beside = {"textcoords": "offset points", "xytext": (3, 3), "fontsize": 7, "color": look["color"]}
+                axes.annotate(f"{step:,}", (x, y), **beside)
     axes.set(xlabel=x_label, ylabel=y_label)
     return _saved(figure, axes, path)
 

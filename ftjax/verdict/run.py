@@ -123,6 +123,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
             "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
             "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
             "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
+            "checkpoints": [passed._asdict() for passed in m.way],
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
             "unsupported": m.unsupported, "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
@@ -235,18 +236,21 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
         pictures.curves(told, out / "curve.png", list(entries), x_label="rows of train", y_label=metric)
         caption = "Learning curves and their laws, dashed beyond the runs; hollow: all rows, by the smaller amounts"
         drawn[caption] = "curve.png"
-    base, lost = measured[data["base"]], {}
+    base, lost, ways = measured[data["base"]], {}, {}
     for name, m in measured.items():
         if m.runs and len(m.forgetting) == len(m.scores[metric]) and base.forgetting:
             gains = m.scores[metric].mean(1) - base.scores[metric].mean()
             lost[name] = list(zip(gains.tolist(), (np.array(m.forgetting) - np.mean(base.forgetting)).tolist()))
+            start = base.scores[metric].mean(), np.mean(base.forgetting)
+            ways[name] = [(p.step, p.scores[metric] - start[0], p.forgetting - start[1]) for p in m.way]
     if lost:
         labels = {
             "x_label": f"gain in {metric} over {data['base']}",
             "y_label": "loss on general text, nats a token more",
         }
-        pictures.forgetting_gain(lost, out / "forgetting_gain.png", list(entries), **labels)
-        drawn["Forgetting against gain, a point each seed"] = "forgetting_gain.png"
+        pictures.forgetting_gain(lost, out / "forgetting_gain.png", list(entries), ways=ways, **labels)
+        way = "; lines: the checkpoints of a run, by their steps" if any(ways.values()) else ""
+        drawn[f"Forgetting against gain, a point each seed{way}"] = "forgetting_gain.png"
     histories = {name: [run.history for run in m.runs] for name, m in measured.items() if m.runs}
     if histories:
         pictures.losses(histories, out / "losses.png", list(entries))

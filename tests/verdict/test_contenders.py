@@ -31,6 +31,7 @@ def config(folder, **compare):
         {"name": "2-shot", "prompt": "retrieval-few-shot", "shots": 2},
         {"name": "LoRA", "tuning.method": "lora"},
     )
+    c.train.keep = 3
     c.compare.seeds, c.compare.divergence = 2, 0
     c.compare.update(documents=str(folder / "train.jsonl"), passages=1, passage_words=12, ballots=5)
     c.compare.update(device_hour=2.0, storage=0.1, requests=1000, **compare)
@@ -85,6 +86,11 @@ def test_figures_are_those_of_the_answers(verdict, folder):
     lora = entries["LoRA"]
     assert set(lora["pays_after"]) == {"zero-shot", "2-shot"} and entries["2-shot"]["pays_after"] == {}
     assert len(lora["forgetting"]) == 2 and lora["forgetting"][0] != lora["forgetting"][1]
+    # Both checkpoints of the first run; the one of lower loss is what is compared.
+    assert [p["step"] for p in lora["checkpoints"]] == [2, 4]
+    assert any(p["forgetting"] == pytest.approx(lora["forgetting"][0]) for p in lora["checkpoints"])
+    first = np.mean([a["answers"]["LoRA"]["score"] for a in answers])
+    assert any(p["scores"]["coverage"] == pytest.approx(first) for p in lora["checkpoints"])
     [untuned] = entries["zero-shot"]["forgetting"]
     lm = ftjax.load("builtin:stories260K")
     assert untuned == pytest.approx(_loss(lm, (folder / "stories.txt").read_text().strip()), rel=1e-5)
