@@ -102,8 +102,9 @@ def fit(
     their spread over runs; where runs are few it is taken together with that of the others, along the amounts. How far
     the law itself misses a point is told by the points, so that it counts for more where they do not lie on any law.
 
-    In simulated laws, the interval of `predict` at 4 and 8 times the largest amount held what was measured there in 95
-    to 99 % of draws. Raises FtjaxError for fewer than LEAST amounts, amounts and figures that are no such.
+    In simulated laws, with four or six amounts and two or three runs, the interval of `predict` at 4 and 8 times the
+    largest amount held what was measured there in 93 to 100 % of draws, 98 % on average. Raises FtjaxError for fewer
+    than LEAST amounts, amounts and figures that are no such.
     """
     amounts = np.array(sorted(points), float)
     if len(amounts) < LEAST:

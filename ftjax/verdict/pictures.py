@@ -54,9 +54,11 @@ def forgetting_gain(
     for name, way in (ways or {}).items():
         if way:
             look = _look(order.index(name))
-            axes.plot([0, *(x for _, x, _ in way)], [0, *(y for _, _, y in way)], "-", color=look["color"], linewidth=1)
+            axes.plot(
+                [0, *(x for _, x, _ in way)], [0, *(y for _, _, y in way)], ".-", color=look["color"], linewidth=1
+            )
             for step, x, y in way:
-                beside = {"textcoords": "offset points", "xytext": (3, 3), "fontsize": 7, "color": look["color"]}
+                beside = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 7, "color": look["color"]}
                 axes.annotate(f"{step:,}", (x, y), **beside)
     axes.set(xlabel=x_label, ylabel=y_label)
     return _saved(figure, axes, path)

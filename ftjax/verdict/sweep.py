@@ -372,7 +372,8 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     amount = functools.cache(_parameters) if key == "model.path" else lambda value: value
     curves: dict[str, dict] = {}
     for outcome in outcomes:
-        if name in outcome.figures:
+        all_rows = key in AMOUNTS and not outcome.settings[key]  # 0: however many there are
+        if name in outcome.figures and not all_rows:
             others = [f"{k.split('.')[-1]}={v}" for k, v in outcome.settings.items() if k != key]
             points = curves.setdefault(", ".join(others) or name, {})
             points.setdefault(amount(outcome.settings[key]), []).append(outcome.figures[name])

@@ -1,5 +1,6 @@
 """Runs over a grid: each once, what failed told, and what they came to."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ def test_a_grid_is_read_as_the_command_line_reads_fields():
         search.axes(["tuning.rank=4", "tuning.rank=8"])
 
 
+@pytest.mark.slow
 def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     c = tiny_labelled.config(tmp_path, tiny_labelled.make(tmp_path / "base", "bert"), tuning__method="head")
     c.train.update(steps=6, eval_every=6, log_every=1, batch_size=8)
@@ -74,6 +76,31 @@ def test_a_table_tells_mean_and_spread_over_seeds():
     assert "1.1 ± 0.1" in text and "2.05 ± 0.071" in text and "failed: 2-2: the loss became nan" in text
 
 
+def test_an_axis_of_amounts_gets_its_law(tmp_path):
+    said = []
+    outcomes = []
+    for lr, n, seed in itertools.product((0.1, 0.2), (0, 50, 100, 200, 400), (0, 1)):
+        f1 = 1 - lr - max(n, 1) ** -0.5 + seed / 1000
+        outcomes.append(Outcome({"data.limit": n, "optim.lr": lr}, seed, "", {"f1": f1}, 1.0, noise={"f1": 0.01}))
+    assert sweep.draw(outcomes, "f1", tmp_path / "sweep.png", said.append).stat().st_size > 10_000
+    told = json.loads((tmp_path / "curves.json").read_text())
+    assert list(told) == ["lr=0.1", "lr=0.2"] and [p["amount"] for p in told["lr=0.1"]["points"]] == [50, 100, 200, 400]
+    assert said == [f"{label}: {one['says']}" for label, one in told.items()] and "twice the data" in said[0]
+    assert told["lr=0.2"]["law"][-1]["value"] == pytest.approx(1 - 0.2 - 1600**-0.5, abs=0.02)
+
+    tiny = str(tiny_labelled.make(tmp_path / "tiny", "bert"))
+    models = [
+        Outcome({"model.path": path}, 0, "", {"perplexity": x}, 1.0)
+        for path, x in (("builtin:stories260K", 3.0), (tiny, 4.0))
+    ]
+    sweep.draw(models, "perplexity", tmp_path / "sweep.png", said.append)
+    told = json.loads((tmp_path / "curves.json").read_text())["perplexity"]
+    assert 260_032 in [p["amount"] for p in told["points"]] and len(told["points"]) == 2
+    assert "4 different amounts or more; there are 2" in said[-1]
+    assert sweep.law_of("perplexity") == {"higher": False, "best": 1.0} and sweep.law_of("bleu")["best"] == 100
+    assert sweep.law_of("val_loss")["higher"] is False and sweep.law_of("accuracy")["higher"] is True
+
+
 def test_settings_name_folders_and_odd_ones_are_set_apart():
     assert sweep._name(["tuning.rank=4", "seed=0"]) == "tuning.rank=4,seed=0"
     one, other = (sweep._name([f"data.train=a{between}b", "seed=0"]) for between in "/ ")
@@ -105,6 +132,7 @@ def test_points_are_drawn_from_lists_and_ranges():
     assert [search.rungs(n) for n in (1, 2, 9, 10)] == [[1], [2, 1], [9, 3, 1], [10, 4, 2, 1]]
 
 
+@pytest.mark.slow
 def test_halving_goes_on_with_the_best_and_all_seeds_share_their_rows(tmp_path):
     c, said = small(tmp_path), []
     c.train.update(steps=9, eval_every=3)
