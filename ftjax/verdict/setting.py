@@ -18,6 +18,7 @@ from ftjax.hub import families, resolve, tokenizer
 from ftjax.lm import LM, open_base
 from ftjax.loading import load
 from ftjax.objectives import TASKS
+from ftjax.training.program import with_task
 from ftjax.training.run_folder import RUN
 from ftjax.verdict.baselines import Library
 
@@ -102,9 +103,8 @@ def _labelled_data(config) -> tuple[Data, tuple]:
     """Rows with labels, as training with the config's own model reads them, and their `read_by`."""
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
-    head = TASKS[config.task.kind].head
-    known = families.label_names(folder) if shape.head.task == head else ()
-    pool = families.with_head(family, shape, head, 1, folder).head.pool
+    known = families.label_names(folder) if shape.head.task == TASKS[config.task.kind].head else ()
+    pool = with_task(config, family, shape, folder, 1).head.pool
     words = tokenizer.load_tokenizer(folder)
     data = prepare(config, words, shape.max_positions, pool=pool, known=known)
     return data, read_by(words, data.labels, shape.max_positions, pool)
