@@ -68,6 +68,21 @@ def parser() -> argparse.ArgumentParser:
         "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values that a field takes in turn; repeat"
     )
     sub.add_argument("--seeds", type=int, default=1, help="runs at each point, from the config's seed on")
+    sub.add_argument(
+        "--random",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N points; --grid may then be a range, KEY=LOW..HIGH:log",
+    )
+    sub.add_argument("--optuna", type=int, default=0, metavar="N", help="N points proposed by Optuna, likewise")
+    sub.add_argument(
+        "--halving", action="store_true", help="all points shortly, the best third by validation loss longer, and so on"
+    )
+    sub.add_argument(
+        "--stale", type=float, default=600.0, metavar="SECONDS",
+        help="without a sign of life after which a run of another process is taken over",
+    )  # fmt: skip
 
     sub = verb(
         "compare", _compare, "prompts, tuned models and other models on the same rows: which is better, at what cost",
@@ -233,7 +248,8 @@ def _sweep(args, overrides) -> None:
     settings = config.load(args.config, overrides)
     from ftjax.verdict.sweep import sweep
 
-    sweep(settings, args.grid, args.seeds)
+    how = {name: getattr(args, name) for name in ("random", "optuna", "halving", "stale")}
+    sweep(settings, args.grid, args.seeds, **how)
 
 
 def _compare(args, overrides) -> None:

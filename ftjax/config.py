@@ -205,6 +205,7 @@ def default() -> ml_collections.ConfigDict:
     ev.compare_on = "test"  # validation | test
     ev.metrics = ("rouge_l",)  # rows of ftjax.evaluation.metrics.METRICS; or "file.py:name" of a function of your own
     ev.words = ""  # column with the given words, for the metric `coverage`
+    ev.passage = ""  # column with the text that answers should keep to, for the metric `unsupported`; empty: references
     ev.forgetting = ""  # text file; the loss on it before and after says what was forgotten
     ev.samples = 5  # generations shown side by side
 
@@ -221,6 +222,13 @@ def default() -> ml_collections.ConfigDict:
     comp.passages = 2  # that a question gets
     comp.passage_words = 80  # of a passage at most
     comp.context = "Context:\n{passages}\n\n"  # how they stand before a question
+    comp.curve = ()  # amounts of rows of train, (500, 1000, 2000, ...), that contenders are trained on as well: their
+    # learning curves, each with its law, and what more rows would bring
+    comp.curve_shots = ()  # classify: the same in rows of each label
+    comp.curve_of = ()  # names of those contenders; empty: all that are trained
+    comp.curve_steps = 0  # optimizer steps of each of these runs at least, where train.steps is 0
+    comp.curve_to = ()  # amounts, also such as are not there, at which the law is asked
+    comp.ballots = 0  # questions whose answers are written down to be rated blindly, two by two; 0: none
     comp.divergence = 64  # questions on whose answers a tuned model is compared with its base, token by token; 0: none
     comp.unsafe = ""  # rows with a `prompt` or `messages` that should be refused
     comp.harmless = ""  # the same of such that should not
@@ -534,8 +542,11 @@ def validate(config) -> None:
     )
     for key in ("compare.seeds", "compare.passages", "compare.passage_words"):
         need(key, lambda v: v >= 1, "at least 1")
-    for key in ("shots", "divergence", "device_hour", "tokens_in", "tokens_out", "storage", "requests"):
+    for key in ("shots", "ballots", "divergence", "device_hour", "tokens_in", "tokens_out", "storage", "requests"):
         need(f"compare.{key}", lambda v: v >= 0, "0 or more")
+    for key in ("curve", "curve_shots", "curve_to"):
+        need(f"compare.{key}", lambda v: all(isinstance(n, int) and n > 0 for n in v), "numbers of rows, above 0")
+    need("compare.curve_steps", lambda v: v >= 0, "0 or more")
     need("compare.context", lambda v: v.count("{passages}") == 1, "a text with {passages} in it once")
     need("tuning.encoder_hidden", lambda v: v >= 0, "0 or more")
     by_text = config.tuning.prompt_init == "text"

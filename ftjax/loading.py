@@ -19,15 +19,16 @@ def load(
     adapters: dict[str, str | Path] | None = None,
     revision: str = "",
     dtype: str = "auto",
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     quantise: str = "",
 ) -> LM:
     """A model directory, hub name, PEFT adapter directory (with its base) or run folder of `ftjax train` -> LM.
 
     adapters: name -> PEFT adapter directory or hub name, for a base model: read beside it, for `LM.with_adapter`; the
     LM itself stays the base. dtype: compute and storage, `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU,
-    float32 on CPU); checkpoint: of a run folder, `best` or `last`; quantise: kernels of the blocks as `int8`, `nf4` or
-    `none`, empty: as in the run, or `none`. Raises FtjaxError for anything that is none of these.
+    float32 on CPU); checkpoint: of a run folder, `best`, `last` or a step that it keeps; quantise: kernels of the
+    blocks as `int8`, `nf4` or `none`, empty: as in the run, or `none`. Raises FtjaxError for anything that is none of
+    these.
     """
     run = (Path(path) / RUN).is_file()
     folder = Path(path) if run else resolve.resolve(path, revision)

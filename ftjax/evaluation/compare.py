@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
+from ftjax.evaluation.tables import rendered
 from ftjax.files import replace_text
 from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
@@ -101,7 +101,7 @@ def table(before: dict, after: dict, seconds: float) -> str:
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
         out.add_row(f"{name}{arrow}", f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}", verdict)
     n = len(after["samples"])
-    return _rendered(out) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
+    return rendered(out) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
 
 
 def side_by_side(before: dict, after: dict, n: int) -> str:
@@ -115,7 +115,7 @@ def side_by_side(before: dict, after: dict, n: int) -> str:
         old, new = pairs[i * len(pairs) // min(n, len(pairs))]
         cells = (old["prompt"], old["references"][0], old["prediction"], new["prediction"])
         out.add_row(*map(Text, cells))  # Text: brackets in answers are no markup
-    return _rendered(out).rstrip("\n")
+    return rendered(out).rstrip("\n")
 
 
 def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float) -> dict:
@@ -130,13 +130,3 @@ def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float
     replace_text(Path(run_dir) / "samples.jsonl", "".join(lines))
     replace_text(Path(run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def _rendered(table) -> str:
-    import shutil
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=min(shutil.get_terminal_size((120, 24)).columns, 160))
-    console.print(table)
-    return console.file.getvalue()

@@ -14,6 +14,7 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import classification, entities, regression, retrieval, squad
 from ftjax.evaluation.resample import Reduce, difference, intervals
+from ftjax.evaluation.tables import grid
 
 LOWER = ("log_loss", "calibration_error", "mse", "mae", "mean_rank")  # figures of which less is better
 SHOWN = 30  # classes that `table` lists at most
@@ -245,22 +246,3 @@ def _line(name: str, entry: dict) -> list[str]:
 def _short(entry: dict) -> str:
     span = _range(entry, 3)
     return _figure(entry["value"], 3) + (f" ({span})" if span else "")
-
-
-def grid(head: list[tuple[str, int]], lines: list[list[str]]) -> str:
-    """head: (title, whether to the right) of each column."""
-    import io
-    import shutil
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Table()
-    for title, right in head:
-        out.add_column(title, justify="right" if right else "left")
-    for line in lines:
-        out.add_row(*map(Text, line))  # Text: brackets in names are no markup
-    console = Console(file=io.StringIO(), width=min(shutil.get_terminal_size((120, 24)).columns, 160))
-    console.print(out)
-    return console.file.getvalue()

@@ -27,12 +27,14 @@ class Metric:
 
     predictions: N texts; references: N lists of texts; rows: N rows of the data set, for metrics that need a column;
     settings: config.evaluate. corpus(predictions, references) -> the figure, for metrics whose figure is not the mean
-    of the rows' scores. higher: whether more is better, None where neither is.
+    of the rows' scores. higher: whether more is better, None where neither is; best: what no score passes, None: there
+    is no such bound.
     """
 
     rows: Callable[..., list[float]]
     corpus: Callable[..., float] | None = None
     higher: bool | None = True
+    best: float | None = 1.0
 
 
 def score(
@@ -76,7 +78,7 @@ def _users(named: str, state: int | None) -> Metric:
             scores.append(float(value))
         return scores
 
-    return Metric(rows, higher=getattr(function, "higher", True))
+    return Metric(rows, higher=getattr(function, "higher", True), best=None)
 
 
 def rouge(kind: str) -> Callable[..., list[float]]:
@@ -190,6 +192,25 @@ def coverage(predictions, references, rows, settings) -> list[float]:
     return scores
 
 
+def unsupported(predictions, references, rows, settings) -> list[float]:
+    """Share of the sentences that say something which the passage does not bear out, see ftjax.evaluation.support.
+
+    The passage is the column `evaluate.passage`; where it names none, the reference that bears out most. 0 to 1.
+    """
+    from ftjax.evaluation.support import unsupported_rate
+
+    column, scores = settings.passage, []
+    for prediction, texts, row in zip(predictions, references, rows, strict=True):
+        if column and not isinstance(row.get(column), str):
+            raise FtjaxError(
+                f"evaluate.passage: the metric unsupported needs text in the column {column!r}{nearest(column, row)}; "
+                f"the columns are {', '.join(row)}"
+            )
+        passages = [row[column]] if column else texts
+        scores.append(min(unsupported_rate(prediction, passage) for passage in passages))
+    return scores
+
+
 def _sacrebleu():
     try:
         import sacrebleu
@@ -231,11 +252,12 @@ METRICS = {
     "rouge_1": Metric(rouge("rouge1")),
     "rouge_2": Metric(rouge("rouge2")),
     "rouge_l": Metric(rouge("rougeL")),
-    "bleu": Metric(bleu_rows, bleu_corpus),
-    "chrf": Metric(chrf_rows, chrf_corpus),
+    "bleu": Metric(bleu_rows, bleu_corpus, best=100.0),
+    "chrf": Metric(chrf_rows, chrf_corpus, best=100.0),
     "coverage": Metric(coverage),
     "number_match": Metric(number_match),
     "distinct_1": distinct(1),
     "distinct_2": distinct(2),
-    "length": Metric(length, higher=None),
+    "unsupported": Metric(unsupported, higher=False, best=0.0),
+    "length": Metric(length, higher=None, best=None),
 }

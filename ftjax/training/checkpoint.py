@@ -62,9 +62,13 @@ class Checkpoints:
         """Step of the latest checkpoint, None where there is none."""
         return self.manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints that are kept, ascending."""
+        return sorted(self.manager.all_steps())
+
     def best(self) -> int | None:
         """Step of the lowest validation loss; the latest where none was measured; None without checkpoints."""
-        scored = [(self.manager.metrics(step), step) for step in sorted(self.manager.all_steps())]
+        scored = [(self.manager.metrics(step), step) for step in self.steps()]
         scored = [(metrics["val_loss"], step) for metrics, step in scored if metrics]
         return min(scored)[1] if scored else self.latest()
 

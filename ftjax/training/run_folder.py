@@ -115,11 +115,11 @@ def base_name(config, folder: Path) -> str:
     return str(folder) if config.model.path.startswith(assets.PREFIX) else config.model.path
 
 
-def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best", quantise: str = ""):
+def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "best", quantise: str = ""):
     """What a run trained, on the default device, and its config: (Trained, ConfigDict).
 
-    checkpoint: `best` or `last`; dtype, quantise: see ftjax.load. Raises FtjaxError where there is no run, or no
-    checkpoint yet.
+    checkpoint: `best`, `last`, or a step of those that it keeps; dtype, quantise: see ftjax.load. Raises FtjaxError
+    where there is no run, or no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not (run_dir / RUN).is_file():
@@ -130,7 +130,10 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str = "best",
     lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config, quantise, task)
     spec = spec._replace(tuning=config.tuning)
     saved = Checkpoints(run_dir, read_only=True)
-    step = saved.best() if checkpoint == "best" else saved.latest()
+    step = checkpoint if isinstance(checkpoint, int) else saved.best() if checkpoint == "best" else saved.latest()
+    if isinstance(step, int) and step not in saved.steps():
+        kept = ", ".join(map(str, saved.steps()))
+        raise FtjaxError(f"{run_dir}: keeps no checkpoint of step {step}; it has those of {kept}")
     if step is None:
         raise FtjaxError(
             f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"

@@ -16,6 +16,7 @@ from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import flops_per_token
 from ftjax.training.program import with_task
 from ftjax.tuning import METHODS, Spec
+from ftjax.verdict.energy import metered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Cost:
     stored: int = 0  # bytes of what was trained
     train_seconds: float = 0.0  # of a run, with all that belongs to it
     train_flops: float = 0.0
+    train_joules: float | None = None  # of the processors, see ftjax.verdict.energy; None: not readable
     prompt_tokens: float = 0.0  # of a request; virtual tokens are among them
     answer_tokens: float = 0.0
     request_seconds: float = 0.0  # in a batch of generate.batch_size
     request_flops: float = 0.0
+    request_joules: float | None = None
 
 
 def training(config, labels: int, tokens_per_row: float) -> tuple[int, float]:
@@ -73,7 +76,8 @@ def request(lm, ids: list[list[int]], answers: list[str], config) -> dict[str, f
     first = batches[len(batches) // 2]
     chosen = sorted(range(len(ids)), key=lambda i: len(ids[i]))[first : first + size]
     begun = time.perf_counter()
-    continue_ids(lm, lm.variables, [ids[i] for i in chosen], seed=config.seed, **config.generate.to_dict())
+    with metered() as meter:
+        continue_ids(lm, lm.variables, [ids[i] for i in chosen], seed=config.seed, **config.generate.to_dict())
     seconds = (time.perf_counter() - begun) / len(chosen)
     virtual = lm.model.config.max_positions - lm.max_tokens
     prompt = float(np.mean([len(i) for i in ids])) + virtual
@@ -84,6 +88,7 @@ def request(lm, ids: list[list[int]], answers: list[str], config) -> dict[str, f
     return {
         "prompt_tokens": prompt, "answer_tokens": answer, "request_seconds": seconds,
         "request_flops": (prompt + answer) * forward,
+        "request_joules": None if meter.joules is None else meter.joules / len(chosen),
     }  # fmt: skip
 
 

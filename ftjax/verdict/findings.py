@@ -16,7 +16,8 @@ from ftjax.data.split import decontaminate
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 from ftjax.verdict import statistics
-from ftjax.verdict.contenders import Measured, Setting
+from ftjax.verdict.measure import Measured
+from ftjax.verdict.setting import Setting
 
 TURNED = 0.02  # share of the lowest validation loss by which a later one is higher, where a run overfits
 FORGOT = 0.05  # nats a token on general text: a perplexity 5 % higher

@@ -11,13 +11,14 @@ from ftjax.evaluation.pictures import new_axes, plain, saved
 
 COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833", "#bb5566", "#555555")
 MARKS = "osD^vPX*"
+SIZE = (5.6, 4.2)  # inches: words are large enough on a phone
 
 
 def quality_cost(
     points: Mapping[str, tuple[float, dict]], path: Path, order: list[str], *, x_label: str, y_label: str
 ) -> Path:
     """Figures with their intervals against what a request costs. points: name -> (cost, {"value", "low", "high"})."""
-    figure, axes = new_axes(7.5, 4.5)
+    figure, axes = new_axes(*SIZE)
     for name, (x, y) in points.items():
         around = [[max(y["value"] - y["low"], 0)], [max(y["high"] - y["value"], 0)]]
         axes.errorbar(
@@ -33,23 +34,39 @@ def quality_cost(
 
 
 def forgetting_gain(
-    points: Mapping[str, Sequence[tuple[float, float]]], path: Path, order: list[str], *, x_label: str, y_label: str
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    path: Path,
+    order: list[str],
+    *,
+    x_label: str,
+    y_label: str,
+    ways: Mapping[str, Sequence[tuple[int, float, float]]] | None = None,
 ) -> Path:
-    """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s."""
-    figure, axes = new_axes(7.5, 4.5)
+    """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s;
+    ways: name -> (step, gain, loss) of a run's checkpoints, which a line joins from where nothing is won or lost."""
+    figure, axes = new_axes(*SIZE)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.axvline(0, color="#888888", linewidth=1)
     for name, each in points.items():
         each, look = np.array(each), _look(order.index(name))
         axes.plot(*each.T, look["marker"], color=look["color"], alpha=0.4, markersize=5)
         axes.plot(*each.mean(0), look["marker"], color=look["color"], markersize=10, label=_plain(name))
+    for name, way in (ways or {}).items():
+        if way:
+            look = _look(order.index(name))
+            axes.plot(
+                [0, *(x for _, x, _ in way)], [0, *(y for _, _, y in way)], ".-", color=look["color"], linewidth=1
+            )
+            for step, x, y in way:
+                beside = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 7, "color": look["color"]}
+                axes.annotate(f"{step:,}", (x, y), **beside)
     axes.set(xlabel=x_label, ylabel=y_label)
     return _saved(figure, axes, path)
 
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
     """Validation loss of every run as a line, training loss faint. histories: name -> rows of metrics.jsonl a seed."""
-    figure, axes = new_axes(7.5, 4.5)
+    figure, axes = new_axes(*SIZE)
     for name, runs in histories.items():
         mine = _look(order.index(name))
         for seed, history in enumerate(runs):
@@ -59,6 +76,36 @@ def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: lis
                 look = mine if key == "val_loss" else {"color": mine["color"]}
                 axes.plot(*zip(*rows), alpha=strength, linewidth=width, label=label, **look) if rows else None
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
+    return _saved(figure, axes, path)
+
+
+def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
+    """Learning curves, see ftjax.verdict.curve.report: runs as dots, their means as marks, the law as a line with its
+    interval, dashed beyond the runs; a hollow mark with an error bar is what the law of smaller amounts had said."""
+    figure, axes = new_axes(*SIZE)
+    for name, one in told.items():
+        look, points, law = _look(order.index(name)), one["points"], one["law"]
+        for point in points:
+            axes.plot([point["amount"]] * len(point["values"]), point["values"], ".", color=look["color"], alpha=0.4)
+        x, y = [p["amount"] for p in points], [np.mean(p["values"]) for p in points]
+        axes.plot(x, y, linestyle="none", label=_plain(name), **look)
+        if law:
+            at, value, low, high = (np.array([p[k] for p in law]) for k in ("amount", "value", "low", "high"))
+            for part, dash in ((at <= x[-1] * 1.0001, "-"), (at >= x[-1] * 0.93, "--")):
+                axes.plot(at[part], value[part], dash, color=look["color"], linewidth=1.5)
+            axes.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
+        else:
+            axes.plot(x, y, ":", color=look["color"])
+        if check := one["check"]:
+            around = [[check["value"] - check["low"]], [check["high"] - check["value"]]]
+            axes.errorbar(
+                1.06 * check["amount"], check["value"], yerr=around, capsize=4, **look | {"markerfacecolor": "none"}
+            )
+    every = [n for one in told.values() for n in [p["amount"] for p in one["points"] + one["law"]]]
+    if max(every) >= 20 * min(every):
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set(xlabel=x_label, ylabel=y_label)
     return _saved(figure, axes, path)
 
 
@@ -73,6 +120,9 @@ def _plain(name: str) -> str:
 
 def _saved(figure, axes, path: Path) -> Path:
     plain(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9
+        )
     return saved(figure, path)

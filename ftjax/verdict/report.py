@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ftjax.data.template import Rendered
 from ftjax.data.template import question as question_of
-from ftjax.evaluation.labelled import grid
+from ftjax.evaluation.tables import grid
 
 COPIED = 8  # words of a run that counts as copied
 
@@ -45,6 +45,10 @@ def answer(data: dict) -> str:
     trained = [entry for entry in entries.values() if entry["against_untrained"]]
     if trained:
         out.append(_worth_it(max(trained, key=lambda e: sign * e["figures"][metric]["value"]), data))
+    curves = {one["name"]: one for one in data.get("curves", ()) if one["law"]}
+    if curves:
+        name = max(curves, key=lambda name: sign * entries[name]["figures"][metric]["value"])
+        out.append(f"With more rows for {name}: {curves[name]['says']}.")
     if data["findings"]:
         names = dict.fromkeys(finding["check"] for finding in data["findings"])
         out.append(f"Before you trust this, see the findings: {_list(list(names))}.")
@@ -118,15 +122,18 @@ def scores(data: dict) -> Table:
 def costs(data: dict) -> Table:
     """What each contender costs."""
     unit = data["contenders"][0]["price"]["unit"]
-    titles = ["contender", "trained", "training", "training FLOPs", "prompt tokens", "ms a request", "FLOPs a request"]
+    titles = ["contender", "trained", "training", "training FLOPs", "training energy", "prompt tokens", "ms a request"]
+    titles += ["FLOPs a request", "energy a request"]
     titles += [f"1,000 requests, {unit}", f"a month, {unit}", "training has paid"]
     lines = []
     for entry in data["contenders"]:
         c, p = entry["cost"], entry["price"]
         own = "" if p["unit"] == unit else f" {p['unit']}"
         line = [entry["name"], f"{c['trained']:,}" if c["trained"] else "", _number(c["train_seconds"], " s")]
-        line += [_number(c["train_flops"]), _number(c["prompt_tokens"]), _number(1000 * c["request_seconds"])]
-        line += [_number(c["request_flops"]), _number(1000 * p["request"], own), _number(p["month"] or 0.0, own)]
+        line += [_number(c["train_flops"]), _number(c["train_joules"] or 0.0, " J"), _number(c["prompt_tokens"])]
+        line += [_number(1000 * c["request_seconds"]), _number(c["request_flops"])]
+        line += [_number(c["request_joules"] or 0.0, " J"), _number(1000 * p["request"], own)]
+        line += [_number(p["month"] or 0.0, own)]
         lines.append([*line, _paid(entry["pays_after"])])
     return _filled(titles, lines)
 
@@ -135,13 +142,53 @@ def changes(data: dict) -> Table:
     """What else each contender does, beside the task."""
     refused = list(data["contenders"][0]["refused"])
     titles = ["contender", "loss on general text", "KL from the base", "copied from training"]
+    titles += ["unsupported by its passages"]
     lines = []
     for entry in data["contenders"]:
         loss, kl, copied = entry["forgetting"], entry["divergence"], entry["copied"]
         line = [entry["name"], f"{sum(loss) / len(loss):.3f}" if loss else "", "" if kl is None else f"{kl:.3g}"]
-        line += ["" if copied is None else f"{copied:.1%}"]
+        line += ["" if share is None else f"{share:.1%}" for share in (copied, entry["unsupported"])]
         lines.append([*line, *(f"{entry['refused'][name]:.0%}" for name in refused if name in entry["refused"])])
     return _filled([*titles, *(f"refused, {name}" for name in refused)], lines)
+
+
+def learning(data: dict) -> Table:
+    """Means over runs and their standard deviations, an amount of rows a row."""
+    titles = ["rows", *(one["name"] for one in data["curves"])]
+    by = [{point["amount"]: point["values"] for point in one["points"]} for one in data["curves"]]
+    every = sorted({n for points in by for n in points})
+    return titles, [[f"{n:,}", *(_runs(points.get(n, [])) for points in by)] for n in every]
+
+
+def _runs(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.2g}"
+
+
+def laws(data: dict) -> list[str]:
+    """What the law of each learning curve says, and whether it held."""
+    out = []
+    for one in data["curves"]:
+        text = f"{one['name']}: {one['says']}."
+        if check := one["check"]:
+            text += (
+                f" Of {check['amount']:,} rows the law of the smaller amounts says {_span(check)}; measured is "
+                f"{check['measured']:.3g}, which lies {'within' if check['inside'] else 'OUTSIDE'}."
+            )
+        text += "".join(f" With {p['amount']:,} rows: {_span(p)}." for p in one["predicted"])
+        out.append(text + "".join(f" Failed: {failed}." for failed in one["failed"]))
+    return out
+
+
+LAW = (
+    "Rows are drawn anew for each seed; the law is error(n) = a + b (n + n0)^-c. Intervals are of the mean that as "
+    "many runs would reach: beside a measured one, and of twice the rows, on these very held-out rows, else on others "
+    "of the kind."
+)
 
 
 def _filled(titles: list[str], lines: list[list[str]]) -> Table:
@@ -158,21 +205,33 @@ def table(data: dict) -> str:
     """The report for the terminal."""
     titles, lines = scores(data)
     out = [grid([(title, 0) for title in titles], lines) + data["answer"]]
+    out += laws(data)
     out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
     return "\n".join(out)
 
 
+ENERGY = "Energy is that of the machine's processors, with all that they did beside."
+NO_ENERGY = "Energy is not readable here: /sys/class/powercap has no counters of it that this process may read."
+UNSUPPORTED = (
+    "Unsupported: sentences of an answer with less than half of their content in the passages, or with a number that "
+    "these do not have; by words alone, which takes a paraphrase for unsupported and sees no negation."
+)
+
+
 def notes(data: dict) -> list[str]:
     """How to read the figures."""
+    by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
+    by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
     return [
         f"Intervals are at {data['level']:.0%}, over rows, and over seeds where there are several; p values are "
         "corrected for all contenders (Holm). Figures are means over rows, also of metrics that are usually told of a "
         "whole set.",
         f"Training FLOPs are by formula and the rows' mean length; seconds are measured on {data['device']}, a "
-        "request's in a full batch.",
+        f"request's in a full batch. {ENERGY if data['energy'] else NO_ENERGY}",
         "Losses and KL are in nats a token; KL is that of a model from its base on its own answers. Copied: of all "
         f"runs of {COPIED} words in its answers, those that stand in the training answers. Rows won: with a better "
         f"{data['metric']} than {data['base']}.",
+        *([UNSUPPORTED] if by_words else []),
         "Words that are not in the base's answer are marked.",
     ]
 
@@ -196,6 +255,9 @@ def markdown(data: dict) -> str:
     out += ["## Cost", _md_table(*costs(data))]
     out += ["## Beside the task", _md_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     out += ["\n".join(f"- {note}" for note in notes(data))]
+    if data["curves"]:
+        said = "\n".join(f"- {_md(text)}" for text in (*laws(data), LAW))
+        out += ["## Learning curves", _md_table(*learning(data)), said]
     out += ["## Findings"]
     rows = [[f["check"], f["contender"], f["seen"], f["advice"]] for f in data["findings"]]
     out += [
@@ -260,7 +322,8 @@ figcaption { color: var(--soft); font-size: .9rem; } pre { white-space: pre-wrap
 code { font: .9rem ui-monospace, monospace; }
 @media (max-width: 46rem) { thead { display: none; }
   tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  td { display: grid; grid-template-columns: 9rem 1fr; gap: .6rem; border: 0; padding: .1rem 0; }
+  td { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .6rem; border: 0; padding: .1rem 0; }
+  td > span { overflow-wrap: anywhere; }
   td::before { content: attr(data-title); color: var(--soft); font-weight: 400; } td:empty { display: none; } }
 """
 
@@ -273,6 +336,9 @@ def html(data: dict, folder: Path) -> str:
     body += ["<h2>Cost</h2>", _html_table(*costs(data))]
     body += ["<h2>Beside the task</h2>", _html_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     body += [f'<p class="soft">{escape(note)}</p>' for note in notes(data)]
+    if data["curves"]:
+        body += ["<h2>Learning curves</h2>", _html_table(*learning(data)), *(f"<p>{escape(t)}</p>" for t in laws(data))]
+        body += [f'<p class="soft">{escape(LAW)}</p>']
     body += ["<h2>Findings</h2>", _findings(data["findings"]) or NOTHING]
     if data["pictures"]:
         figures = "".join(_figure(caption, folder / file) for caption, file in data["pictures"].items())
@@ -297,9 +363,14 @@ def _html_table(titles: list[str], lines: list[list[str]], classes: dict[str, st
     rows = []
     for line in lines:
         kind = (classes or {}).get(line[0], "").replace(" ", "-")
-        cells = "".join(f'<td data-title="{escape(t)}">{escape(cell)}</td>' for t, cell in zip(titles, line))
+        cells = "".join(_cell(title, escape(cell)) for title, cell in zip(titles, line))
         rows.append(f'<tr class="{kind}">{cells}</tr>')
     return f'<div class="wide card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cell(title: str, content: str) -> str:
+    """On a narrow screen its title stands beside it; content: HTML."""
+    return f'<td data-title="{escape(title)}">' + (f"<span>{content}</span>" if content else "") + "</td>"
 
 
 def _findings(found: list[dict]) -> str:
@@ -334,7 +405,7 @@ def _sample(sample: dict, data: dict) -> str:
             text = " ".join(f"<mark>{escape(run)}</mark>" if new else escape(run) for run, new in runs)
         titles = ("contender", data["metric"], "answer")
         cells = zip(titles, (escape(name), f"{said['score']:.3g}", text))
-        rows.append("<tr>" + "".join(f'<td data-title="{escape(t)}">{cell}</td>' for t, cell in cells) + "</tr>")
+        rows.append("<tr>" + "".join(_cell(title, cell) for title, cell in cells) + "</tr>")
     right = escape(" / ".join(sample["references"][:3]))
     return (
         f'<section class="card"><pre>{escape(sample["prompt"])}</pre><p class="soft">right: {right}</p>'

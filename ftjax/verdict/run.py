@@ -12,18 +12,22 @@ import numpy as np
 
 import ftjax
 from ftjax import config as configs
-from ftjax.data.prepare import PARTS, rows
 from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
 from ftjax.files import replace_text, write_jsonl
 from ftjax.training.loop import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
-from ftjax.verdict.contenders import LABELLED, Measured, Setting, held_out_labels, measure, parse, setting
+from ftjax.verdict.amounts import amounts, learning_curve, with_curves
+from ftjax.verdict.contenders import LABELLED, parse
 from ftjax.verdict.cost import break_even, price
+from ftjax.verdict.energy import Meter
 from ftjax.verdict.findings import Case, findings
+from ftjax.verdict.measure import Measured, measure
 from ftjax.verdict.memorisation import copied
-from ftjax.verdict.rating import win_rate
+from ftjax.verdict.rating import win_rate, write_ballots
+from ftjax.verdict.rows import fix_rows
+from ftjax.verdict.setting import Setting, held_out_labels, setting
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
 
@@ -38,7 +42,9 @@ def compare(config, out: str | None = None, say=print) -> dict:
     config = configs.copy(config)
     configs.validate(config)
     asked, told = parse(config), config.to_dict()
-    metric, higher = _metric(config)
+    curved = with_curves(asked, config)
+    metric, law = _metric(config)
+    higher = law["higher"]
     if config.log.compilation_cache:
         use_compilation_cache()
     folder, out, elsewhere = Path(config.run_dir), Path(out or config.run_dir), out
@@ -46,66 +52,50 @@ def compare(config, out: str | None = None, say=print) -> dict:
         if each.is_file():
             raise FtjaxError(f"{each}: is a file; expected a folder")
         each.mkdir(parents=True, exist_ok=True)
-    _fix_rows(config, folder, say)
+    fix_rows(config, folder / "rows", say)
     found, known = setting(config, folder), {}
+    if curved:
+        amounts(found)  # what is wrong with them is told before anything is trained
     measured = {contender.name: measure(contender, found, known, say) for contender in asked}
     case = judged(found, measured, metric, higher)
-    data = plain(case, metric, higher) | {"config": told, "ftjax": ftjax.__version__}
+    curves = [learning_curve(c, found, measured[c.name], metric, law, say) for c in curved]
+    data = plain(case, metric, higher, curves) | {"config": told, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
     data["pictures"] = draw(data, measured, out)
     answers = list(_answers(found, measured, metric))
     write_jsonl(out / "answers.jsonl", answers)
+    written = ["verdict.html", "verdict.md", "verdict.json", "answers.jsonl"]
+    if config.compare.ballots:
+        asked_of = report.spread(answers, config.compare.ballots)
+        said = {name: [row["answers"][name]["text"] for row in asked_of] for name in measured}
+        prompts = [row["prompt"] for row in asked_of]
+        write_ballots(out / "ballots.csv", out / "ballots_key.jsonl", prompts, said, seed=config.seed)
+        written += ["ballots.csv", "ballots_key.jsonl"]
     data["samples"] = report.spread(answers, config.evaluate.samples)
     replace_text(out / "verdict.json", json.dumps(_no_nan(data), indent=2, ensure_ascii=False) + "\n")
     replace_text(out / "verdict.md", report.markdown(data))
     replace_text(out / "verdict.html", report.html(data, out))
     say(report.table(data))
-    for name in ("verdict.html", "verdict.md", "verdict.json", "answers.jsonl"):
+    for name in written:
         say(f"  {out / name}")
     return data
 
 
-def _metric(config) -> tuple[str, bool]:
-    """What the verdict is about, and whether more of it is better; evaluate.metrics then has it."""
+def _metric(config) -> tuple[str, dict]:
+    """What the verdict is about, and which way it is better, as curve.fit takes it; evaluate.metrics then has it."""
     if config.task.kind in LABELLED:
-        return LABELLED[config.task.kind], True
+        return LABELLED[config.task.kind], {"higher": True}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
-    higher = metrics.find(name).higher
-    if higher is None:
+    metric = metrics.find(name)
+    if metric.higher is None:
         raise FtjaxError(f"compare.metric: of {name}, neither more nor less is better")
     config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
     for other in config.evaluate.metrics:
         metrics.find(other)
-    return name, higher
-
-
-def _fix_rows(config, folder: Path, say) -> None:
-    """Where parts are split off train by the seed, split them once and for all seeds, into files of `folder`/rows."""
-    data = config.data
-    open_parts = [part for part, share in zip(PARTS, data.split) if part != "train" and share and not data[part]]
-    if not open_parts:
-        return
-    if data.mixture:
-        raise FtjaxError(
-            "compare: every seed would split the mixture otherwise; name files for the parts of its entries, or set "
-            "data.split=(1.0, 0.0, 0.0)"
-        )
-    whole = configs.copy(config)
-    whole.data.update(limit=0, shots=0)
-    (source,), _ = rows(whole, augmented=False)
-    to = folder / "rows"
-    to.mkdir(exist_ok=True)
-    named = {}
-    for part in PARTS:
-        table = source.tables.get(part)
-        if table is not None and len(table):
-            named[part] = str(to / f"{part}.jsonl")
-            write_jsonl(Path(named[part]), (row for _, chunk in table.chunks() for row in chunk))
-    data.update(**named, columns=(), split=(1.0, 0.0, 0.0))
-    say(f"{to}: rows of {', '.join(named)}, for all seeds the same")
+    return name, {"higher": metric.higher, "best": metric.best, "bounded": metric.best is not None}
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
@@ -118,8 +108,8 @@ def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: b
     return Case(found, measured, base, statistics.verdicts(scores, base, higher=higher, seed=found.config.seed))
 
 
-def plain(case: Case, metric: str, higher: bool) -> dict:
-    """All that the report says, as plain data."""
+def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
+    """All that the report says, as plain data; curves: see ftjax.verdict.amounts."""
     measured, config = case.measured, case.setting.config
     n = measured[case.base].scores[metric].shape[-1]
     kinds = {name: m.contender.kind for name, m in measured.items()}
@@ -133,8 +123,9 @@ def plain(case: Case, metric: str, higher: bool) -> dict:
             "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
             "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
             "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
+            "checkpoints": [passed._asdict() for passed in m.way],
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
-            "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
+            "unsupported": m.unsupported, "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
         others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
@@ -143,7 +134,8 @@ def plain(case: Case, metric: str, higher: bool) -> dict:
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
-        "data": config.data.test or config.data.train, "device": _device(), "contenders": entries,
+        "data": config.data.test or config.data.train, "device": _device(), "energy": bool(Meter().counters),
+        "contenders": entries, "curves": curves,
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
     return data | {"question": report.question(data), "answer": report.answer(data)}
@@ -239,18 +231,26 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
         x_label = f"milliseconds a request, on {data['device']}"
         pictures.quality_cost(timed, out / "quality_cost.png", list(entries), x_label=x_label, y_label=metric)
         drawn["Quality against cost, with intervals over rows and seeds"] = "quality_cost.png"
-    base, lost = measured[data["base"]], {}
+    if data["curves"]:
+        told = {one["name"]: one for one in data["curves"]}
+        pictures.curves(told, out / "curve.png", list(entries), x_label="rows of train", y_label=metric)
+        caption = "Learning curves and their laws, dashed beyond the runs; hollow: all rows, by the smaller amounts"
+        drawn[caption] = "curve.png"
+    base, lost, ways = measured[data["base"]], {}, {}
     for name, m in measured.items():
         if m.runs and len(m.forgetting) == len(m.scores[metric]) and base.forgetting:
             gains = m.scores[metric].mean(1) - base.scores[metric].mean()
             lost[name] = list(zip(gains.tolist(), (np.array(m.forgetting) - np.mean(base.forgetting)).tolist()))
+            start = base.scores[metric].mean(), np.mean(base.forgetting)
+            ways[name] = [(p.step, p.scores[metric] - start[0], p.forgetting - start[1]) for p in m.way]
     if lost:
         labels = {
             "x_label": f"gain in {metric} over {data['base']}",
             "y_label": "loss on general text, nats a token more",
         }
-        pictures.forgetting_gain(lost, out / "forgetting_gain.png", list(entries), **labels)
-        drawn["Forgetting against gain, a point each seed"] = "forgetting_gain.png"
+        pictures.forgetting_gain(lost, out / "forgetting_gain.png", list(entries), ways=ways, **labels)
+        way = "; lines: the checkpoints of a run, by their steps" if any(ways.values()) else ""
+        drawn[f"Forgetting against gain, a point each seed{way}"] = "forgetting_gain.png"
     histories = {name: [run.history for run in m.runs] for name, m in measured.items() if m.runs}
     if histories:
         pictures.losses(histories, out / "losses.png", list(entries))

@@ -238,7 +238,7 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
         return Verdict(says, says, c, p, smallest, needed)
     if needed <= n:  # the test and Student's t disagree by a hair
         needed = float(n + 1)
-    seeds = f" and {' and '.join(map(str, sorted(set(c.seeds))))} seeds" if max(c.seeds) > 1 else ""
+    seeds = f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
     text = f"cannot tell with {n:,} rows{seeds}"
     if math.isfinite(needed):
         text += f"; about {_rounded(needed):,} rows would do"
@@ -247,6 +247,13 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
     else:
         text += "; more seeds are needed, no number of rows would do"
     return Verdict("cannot tell", text, c, p, smallest, needed)
+
+
+def _seeds(own: int, base: int) -> str:
+    """Of a contender and of what it stands beside."""
+    if own == base:
+        return f"{own} seeds"
+    return f"{own} seed{'s' * (own > 1)} against {base}"
 
 
 def _rounded(rows: float) -> int:

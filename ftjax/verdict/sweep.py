@@ -1,44 +1,52 @@
-"""A config run at every point of a grid of its fields, with several seeds: each run once, and what they came to.
+"""A config run at many points of its fields, with several seeds: each run once, and what they came to.
 
 A run's folder is named after its settings and holds `outcome.json` once it has ended, so that the same command goes on
-where it was stopped, and a wider grid runs only what is new.
+where it was stopped, and a wider grid runs only what is new. Several processes, or hosts that share the folder, divide
+the runs among themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.labelled import KINDS, grid
+from ftjax.evaluation import compare
+from ftjax.evaluation.labelled import KINDS, LOWER
+from ftjax.evaluation.metrics import METRICS
+from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_text
+from ftjax.hub import families, resolve, weights
 from ftjax.objectives import TASKS
+from ftjax.training import hosts
 from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
+from ftjax.verdict import claims, curve, pictures, search
+from ftjax.verdict.energy import metered
+from ftjax.verdict.rows import fix_rows
 
 OUTCOME = "outcome.json"
-
-
-class Axis(NamedTuple):
-    """A field of the config and the values that it takes in turn."""
-
-    key: str
-    values: tuple
+AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
+NORMAL = 1.96  # standard deviations on either side of an interval at 95 %
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to. figures: name -> value; failed: why it has none, else empty; seconds: that it took."""
+    """What a run came to. figures: name -> value; noise: name -> its standard deviation by the sampling of the rows it
+    is measured on, where that is known; failed: why it has none, else empty; seconds: that it took; joules: of its
+    processors, None where they are not readable."""
 
     settings: dict
     seed: int
@@ -46,61 +54,187 @@ class Outcome:
     figures: dict[str, float]
     seconds: float
     failed: str = ""
+    noise: dict[str, float] = dataclasses.field(default_factory=dict)
+    joules: float | None = None
 
 
-def axes(grid: Sequence[str]) -> list[Axis]:
-    """`tuning.rank=4,8,16` -> its axis, of each text. Raises FtjaxError for anything else, and a key named twice."""
-    found = []
-    for text in grid:
-        key, equals, values = text.partition("=")
-        if not equals or not values:
-            raise FtjaxError(f"--grid {text!r}: expected key=value,value,... such as tuning.rank=4,8,16")
-        if key in ("seed", "run_dir"):
-            raise FtjaxError(f"--grid {text!r}: {key} is of no grid; --seeds says how many, --config.seed the first")
-        if key in (axis.key for axis in found):
-            raise FtjaxError(f"--grid {text!r}: {key} is named twice")
-        # A comma within brackets or quotes is a value's own.
-        parts = re.findall(r"""(?:[^,("'\[]|\([^)]*\)|\[[^\]]*\]|"[^"]*"|'[^']*')+""", values)
-        found.append(Axis(key, tuple(dict.fromkeys(parts))))
-    return found
-
-
-def sweep(config, grid: Sequence[str], seeds: int = 1, say: Callable[[str], None] = print) -> list[Outcome]:
+def sweep(
+    config,
+    grid: Sequence[str] = (),
+    seeds: int = 1,
+    say: Callable[[str], None] = print,
+    *,
+    random: int = 0,
+    halving: bool = False,
+    optuna: int = 0,
+    stale: float = claims.STALE,
+) -> list[Outcome]:
     """Train `config` at every point of the grid, `seeds` times each, into folders of `config.run_dir`.
 
-    grid: texts `key=value,value,...`; the seeds are config.seed and those that follow. Writes sweep.json with every
-    outcome and, where an axis has numbers, sweep.png with a figure against it. Settings are checked for all points
-    before the first run. A run that ends with an error once it trains, such as for a loss that is no number, is told
-    with its outcome, and the others go on. Raises FtjaxError for settings that cannot be, and for a folder that holds
-    another run.
+    grid: texts `key=value,value,...`; the seeds are config.seed and those that follow. random: so many points are
+    drawn, where a text may also be a range, `optim.lr=1e-5..1e-3:log`; optuna: so many are proposed by Optuna, by the
+    validation loss of those before. halving: all points are run with a small part of train.steps or train.epochs, the
+    best third by validation loss with three times as much, and so on. stale: see ftjax.verdict.claims.
+
+    Parts that are split off train are split once, for all seeds. Writes sweep.json with every outcome and, where an
+    axis has numbers, sweep.png with a figure against it; along AMOUNTS with its law, in curves.json too. Settings are
+    checked for all points before the first run. A run that ends with an error once it trains, such as for a loss that
+    is no number, is told with its outcome, and the others go on. Raises FtjaxError for settings that cannot be, and for
+    a folder that holds another run.
     """
     if seeds < 1:
         raise FtjaxError(f"--seeds: expected at least 1; found {seeds}")
-    found, folder = axes(grid), Path(config.run_dir)
-    asked = []
-    for values in itertools.product(*(axis.values for axis in found)):
-        texts = [f"{axis.key}={value}" for axis, value in zip(found, values, strict=True)]
-        for seed in range(config.seed, config.seed + seeds):
-            c = configs.copy(config)
-            configs.override(c, texts)
-            c.seed, c.run_dir = seed, str(folder / _name([*texts, f"seed={seed}"]))
-            settings = {axis.key: configs.flat(c)[axis.key] for axis in found}
-            asked.append((settings, c))
-    done = [_ended(c) for _, c in asked]
-    say(f"{folder}: {len(asked)} runs, of which {sum(o is not None for o in done)} have ended before")
-    outcomes = []
-    for number, ((settings, c), outcome) in enumerate(zip(asked, done, strict=True), 1):
-        if outcome is None:
-            say(f"---- run {number} of {len(asked)}: {Path(c.run_dir).name}")
-            outcome = _run(settings, c, say)
-        outcomes.append(outcome)
-    folder.mkdir(parents=True, exist_ok=True)
+    if min(random, optuna) < 0 or (random > 0) + (optuna > 0) + (halving and optuna > 0) > 1:
+        raise FtjaxError("--random and --optuna: a number of points, of one of them; --halving goes with --random")
+    found, folder = search.axes(grid, drawn=bool(random or optuna)), Path(config.run_dir)
+    if (random or optuna) and not found:
+        raise FtjaxError("--random and --optuna: nothing to draw; name lists or ranges by --grid")
+    plan = functools.partial(_plan, config, seeds=seeds, fixed={}, say=say)
+    run = functools.partial(run_all, folder=folder, say=say, stale=stale)
+    if optuna:
+        outcomes = _by_optuna(found, optuna, config.seed, lambda points: run(plan(points)))
+    else:
+        points = search.drawn(found, random, config.seed) if random else search.every(found)
+        outcomes = _halved(config, points, plan, run, say) if halving else run(plan(points))
     replace_text(folder / "sweep.json", json.dumps([dataclasses.asdict(o) for o in outcomes], indent=2) + "\n")
     shown = main_figures(config, outcomes)
     say(table(outcomes, shown))
-    if picture := draw(outcomes, shown[0], folder / "sweep.png"):
+    if picture := draw(outcomes, shown[0], folder / "sweep.png", say):
         say(f"  picture      {picture}")
     return outcomes
+
+
+# ---------------------------------------------------------------------------------------------- what is run
+
+Job = tuple[dict, object]  # settings as plain values, and the whole config with seed and run_dir
+
+
+def _plan(config, points: Sequence[search.Point], seeds: int, fixed: dict, say, budget: tuple[str, ...] = ()):
+    """The jobs of points, `seeds` each; fixed: rows that were dealt, by what they depend on, added to; budget: texts
+    that belong to all of them, of which a folder's name tells."""
+    folder, jobs = Path(config.run_dir), []
+    for point in points:
+        for seed in range(config.seed, config.seed + seeds):
+            c = configs.copy(config)
+            configs.override(c, [*point, *budget])
+            settings = {text.partition("=")[0]: None for text in (*point, *budget)}
+            settings = {key: configs.flat(c)[key] for key in settings}
+            _share_rows(c, folder, fixed, say)
+            c.seed, c.run_dir = seed, str(folder / _name([*point, *budget, f"seed={seed}"]))
+            jobs.append((settings, c))
+    return jobs
+
+
+def _share_rows(config, folder: Path, fixed: dict, say) -> None:
+    """Rows as fix_rows deals them, once for all points that read the same."""
+    data = {key: value for key, value in configs.flat(config.data).items() if key not in ("limit", "shots")}
+    key = json.dumps([data, config.task.kind, config.seed], sort_keys=True)
+    if key not in fixed:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+        fix_rows(config, folder / (f"rows-{digest}" if fixed else "rows"), say)
+        fixed[key] = {name: config.data[name] for name in ("train", "validation", "test", "columns", "split")}
+    config.data.update(fixed[key])
+
+
+def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.STALE) -> list[Outcome]:
+    """The outcome of every job, in order; what has ended before is not run again, and what another process runs is
+    waited for. Raises FtjaxError for a folder that holds another run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = [_ended(c) for _, c in jobs]
+    say(f"{folder}: {len(jobs)} runs, of which {sum(o is not None for o in done)} have ended before")
+    hosts.start()  # of a run on several hosts: all work on the same job
+    ours = jax.process_count() > 1
+    told = set()
+    while None in done:
+        went = False
+        for number, (settings, c) in enumerate(jobs):
+            if done[number] is not None:
+                continue
+            path = folder / f"{Path(c.run_dir).name}.claim"
+            with contextlib.nullcontext(True) if ours else claims.claimed(path, stale) as mine:
+                if not mine:
+                    if number not in told:
+                        say(f"{Path(c.run_dir).name}: is run by {claims.owner(path)}")
+                    told.add(number)
+                    continue
+                went, done[number] = True, None if c.overwrite else _ended(c)
+                if done[number] is None:
+                    say(f"---- run {number + 1} of {len(jobs)}: {Path(c.run_dir).name}")
+                    done[number] = _run(settings, c, say)
+        if not went:
+            time.sleep(claims.WAIT)
+            done = [o or (None if c.overwrite else _ended(c)) for o, (_, c) in zip(done, jobs, strict=True)]
+    return done
+
+
+def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]:
+    """The outcomes of all rungs."""
+    key = "train.steps" if config.train.steps else "train.epochs"
+    whole, sizes, outcomes = configs.flat(config)[key], search.rungs(len(points)), []
+    if any(text.partition("=")[0] == key for text in points[0]):
+        raise FtjaxError(f"--halving: {key} is what is halved, and cannot be an axis too")
+    for left, size in zip(range(len(sizes) - 1, -1, -1), sizes, strict=True):
+        budget = whole / search.THIRD**left
+        budget = max(1, round(budget)) if key == "train.steps" else float(f"{budget:.3g}")
+        rung = len(sizes) - left
+        say(f"---- rung {rung} of {len(sizes)}: {size} points, {key}={budget}" + (", trained anew, as a schedule "
+            "belongs to its length" if rung > 1 else ""))  # fmt: skip
+        found = run(plan(points, budget=(f"{key}={budget}",)))
+        outcomes += found
+        if left:
+            losses = [_loss(mine) for mine in _by_point(found, len(points))]
+            best = np.argsort(losses, kind="stable")[: sizes[rung]]
+            points = [points[i] for i in sorted(best)]
+    return outcomes
+
+
+def _by_point(outcomes: list[Outcome], points: int) -> list[list[Outcome]]:
+    seeds = len(outcomes) // points
+    return [outcomes[i * seeds : (i + 1) * seeds] for i in range(points)]
+
+
+def _loss(outcomes: list[Outcome]) -> float:
+    """Mean validation loss over seeds, infinite where one failed. Raises FtjaxError where none was measured."""
+    if any(o.failed for o in outcomes):
+        return math.inf
+    found = values(outcomes, "val_loss")
+    if not found:
+        raise FtjaxError(
+            "--halving and --optuna choose by validation loss: name data.validation, or give it a share of data.split"
+        )
+    return float(np.mean(found))
+
+
+def _by_optuna(found: list[search.Axis], trials: int, seed: int, run) -> list[Outcome]:
+    """The outcomes of `trials` points, each proposed by Optuna's TPE from the validation losses of those before."""
+    try:
+        import optuna
+    except ImportError:
+        raise FtjaxError("--optuna: Optuna is not installed; pip install 'ftjax[optuna]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    outcomes, known = [], {}
+    for _ in range(trials):
+        trial = study.ask()
+        point = tuple(f"{axis.key}={_proposed(trial, axis)}" for axis in found)
+        if point not in known:
+            mine = run([point])
+            outcomes += mine
+            known[point] = _loss(mine)
+        if math.isfinite(known[point]):
+            study.tell(trial, known[point])
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    return outcomes
+
+
+def _proposed(trial, axis: search.Axis) -> str:
+    if not isinstance(axis.values, search.Range):
+        return trial.suggest_categorical(axis.key, list(axis.values))
+    suggest = trial.suggest_int if axis.values.whole else trial.suggest_float
+    low, high = (int(x) if axis.values.whole else x for x in axis.values[:2])
+    value = suggest(axis.key, low, high, log=axis.values.log)
+    return f"{value}" if axis.values.whole else f"{value:.4g}"
 
 
 def _name(texts: list[str]) -> str:
@@ -136,29 +270,47 @@ def _ended(config) -> Outcome | None:
 def _run(settings: dict, config, say) -> Outcome:
     run_dir = Path(config.run_dir)
     try:
-        result = train(config, say=say)
+        with metered() as meter:
+            result = train(config, say=say)
     except FtjaxError as error:
         if not (run_dir / "metrics.jsonl").is_file():
             raise FtjaxError(f"{run_dir.name}: {error}") from error
         outcome = Outcome(settings, config.seed, str(run_dir), {}, math.nan, failed=str(error))
         say(f"failed: {error}")
     else:
-        outcome = Outcome(settings, config.seed, str(run_dir), figures(result), result.seconds)
+        found, noise = figures(result), _noise(result)
+        outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=meter.joules)
     replace_text(
         run_dir / OUTCOME, json.dumps(dataclasses.asdict(outcome) | {"asked": _asked(config)}, indent=2) + "\n"
     )
     return outcome
 
 
+def run_joules(run_dir: str) -> float | None:
+    """What a run of a sweep has taken; None where that is not known."""
+    file = Path(run_dir) / OUTCOME
+    return json.loads(file.read_text()).get("joules") if file.is_file() else None
+
+
 def figures(result) -> dict[str, float]:
     """Every figure of a run by name: its losses, and those on the test part, or else on validation."""
     found = {"train_loss": result.train_loss}
     found |= {} if result.val_loss is None else {"val_loss": result.val_loss}
+    values = {name: entry["value"] if isinstance(entry, dict) else entry for name, entry in _judged(result).items()}
+    return found | {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _judged(result) -> dict:
+    """What was measured on held-out rows: name -> a number, or an entry with its interval."""
     results = result.results or {}
     judged = results.get("after") or results.get("test") or results.get("validation") or {}
-    metrics = judged.get("metrics", judged)
-    values = {name: entry["value"] if isinstance(entry, dict) else entry for name, entry in metrics.items()}
-    return found | {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    return judged.get("metrics", judged)
+
+
+def _noise(result) -> dict[str, float]:
+    """Half of the width of the intervals over rows, in standard deviations."""
+    spans = {n: e for n, e in _judged(result).items() if isinstance(e, dict) and e.get("low") is not None}
+    return {name: (entry["high"] - entry["low"]) / (2 * NORMAL) for name, entry in spans.items()}
 
 
 def main_figures(config, outcomes: list[Outcome]) -> list[str]:
@@ -184,7 +336,7 @@ def values(outcomes: list[Outcome], name: str) -> list[float]:
 
 def table(outcomes: list[Outcome], shown: Sequence[str]) -> str:
     """Mean and standard deviation (of a sample) over seeds of each figure at each point, as text."""
-    keys = list(outcomes[0].settings)
+    keys = list(dict.fromkeys(key for o in outcomes for key in o.settings))
     head = [*((key, False) for key in keys), ("runs", True), *((name, True) for name in shown), ("seconds", True)]
     lines, failed = [], []
     for settings, runs in points(outcomes).items():
@@ -194,7 +346,7 @@ def table(outcomes: list[Outcome], shown: Sequence[str]) -> str:
         cells = [_spread(values(runs, name)) for name in shown]
         lines.append([*(f"{value}" for _, value in settings), f"{len(ended)}", *cells, seconds])
     said = [f"failed: {Path(o.run_dir).name}: {o.failed}" for o in failed]
-    return "\n".join([grid(head, lines) + "mean ± standard deviation over seeds", *said])
+    return "\n".join([grid_text(head, lines) + "mean ± standard deviation over seeds", *said])
 
 
 def _spread(found: list[float]) -> str:
@@ -203,22 +355,52 @@ def _spread(found: list[float]) -> str:
     return f"{np.mean(found):.4g}" + (f" ± {np.std(found, ddof=1):.2g}" if len(found) > 1 else "")
 
 
-def draw(outcomes: list[Outcome], name: str, path: Path) -> Path | None:
-    """A figure against the axis with most numbers, one curve a setting of the others; None without such an axis."""
+def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | None:
+    """A figure against an axis of AMOUNTS, with its law, or else that with most numbers, one curve a setting of the
+    others; None without such an axis."""
     from ftjax.evaluation.pictures import learning_picture
 
     numbers = {}
     for key in outcomes[0].settings:
         found = {o.settings[key] for o in outcomes}
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in found) and len(found) > 1:
+        number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
+        if len(found) > 1 and (number or key == "model.path"):
             numbers[key] = len(found)
     if not numbers:
         return None
-    key = max(numbers, key=numbers.get)
+    key = next((k for k in AMOUNTS if k in numbers), None) or max(numbers, key=numbers.get)
+    amount = functools.cache(_parameters) if key == "model.path" else lambda value: value
     curves: dict[str, dict] = {}
     for outcome in outcomes:
-        if name in outcome.figures:
+        all_rows = key in AMOUNTS and not outcome.settings[key]  # 0: however many there are
+        if name in outcome.figures and not all_rows:
             others = [f"{k.split('.')[-1]}={v}" for k, v in outcome.settings.items() if k != key]
-            curve = curves.setdefault(", ".join(others) or name, {})
-            curve.setdefault(outcome.settings[key], []).append(outcome.figures[name])
-    return learning_picture(curves, path, x_label=key, y_label=name) if curves else None
+            points = curves.setdefault(", ".join(others) or name, {})
+            points.setdefault(amount(outcome.settings[key]), []).append(outcome.figures[name])
+    if not curves:
+        return None
+    if key not in AMOUNTS:
+        return learning_picture(curves, path, x_label=key, y_label=name)
+    noise = [o.noise[name] for o in outcomes if name in o.noise]
+    what = "the parameters" if key == "model.path" else "the data"
+    how = {**law_of(name), "noise": float(np.mean(noise)) if noise else 0.0, "what": what}
+    told = {label: curve.report(points, **how) for label, points in curves.items()}
+    for label, one in told.items():
+        say(f"{label}: {one['says']}")
+    replace_text(path.with_name("curves.json"), json.dumps(told, indent=2) + "\n")
+    return pictures.curves(told, path, list(told), x_label="parameters" if key == "model.path" else key, y_label=name)
+
+
+def law_of(name: str) -> dict:
+    """Which way a figure is better and what bounds it, as curve.fit takes them."""
+    if name in METRICS:
+        return {"higher": bool(METRICS[name].higher), "best": METRICS[name].best}
+    lower = name in (*LOWER, *compare.LOWER) or "loss" in name
+    return {"higher": not lower, "best": 1.0 if name == "perplexity" else None}
+
+
+def _parameters(path: str) -> int:
+    """Of a model directory."""
+    folder = resolve.resolve(path)
+    _, shape = families.read_config(folder)
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(weights.param_shapes(shape, np.float32)))

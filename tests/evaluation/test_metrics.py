@@ -147,6 +147,18 @@ def test_a_number_is_read_as_it_is_written(value, before):
             assert final_number(before + " " + written) == value
 
 
+def test_unsupported_is_told_of_the_passage_or_else_of_the_best_reference():
+    rows = [{"text": "William conquered England in 1066."}] * 2
+    said = ["William conquered England.", "William conquered England in 1067. The Alps are far. He won."]
+    by_passage, by_reference = SimpleNamespace(passage="text"), SimpleNamespace(passage="")
+    assert score("unsupported", said, [["x"], ["x"]], rows, by_passage)[1] == [0, 1]
+    figure, scores = score("unsupported", said, [["x", said[0]], ["Far are the Alps."]], rows, by_reference)
+    assert scores == [0, pytest.approx(2 / 3)] and figure == pytest.approx(1 / 3)
+    with pytest.raises(FtjaxError, match="evaluate.passage: the metric unsupported needs text in the column 'txt'"):
+        score("unsupported", said, [["x"], ["x"]], rows, SimpleNamespace(passage="txt"))
+    assert find("unsupported").higher is False
+
+
 def test_distinct_counts_ngrams_of_all_answers_together():
     predictions = ["a b a b", "A c", "x", ""]
     one, ones = score("distinct_1", predictions, [[""]] * 4, [{}] * 4, SETTINGS)

@@ -43,6 +43,52 @@ def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_pat
     assert [line["prompt"] for line in lines] == [row["text"] for row in rows]
 
 
+@pytest.mark.slow
+def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
+    c, said = config.copy_and_resolve_references(), []
+    c.compare.update(curve=(32, 64), curve_shots=(2, 6), curve_steps=10, curve_to=(1000,))
+    c.train.update(steps=0, epochs=2.0)
+    c.run_dir = str(tmp_path / "run")
+    data = ftjax.compare(c, say=said.append)
+    (curve,) = data["curves"]
+    assert [p["amount"] for p in curve["points"]] == [4, 12, 32, 64, 160] and curve["failed"] == []
+    assert all(len(p["values"]) == 2 for p in curve["points"])
+    head = data["contenders"][1]
+    assert np.mean(curve["points"][-1]["values"]) == pytest.approx(head["figures"]["accuracy"]["value"])
+    check = curve["check"]
+    assert check["measured"] == pytest.approx(head["figures"]["accuracy"]["value"])
+    assert check["inside"] == (check["low"] <= check["measured"] <= check["high"]) and check["amount"] == 160
+    folder = tmp_path / "run/the_head/curve"
+    runs = {p.name: json.loads((p / "run.json").read_text()) for p in folder.iterdir() if p.is_dir()}
+    assert set(runs) == {f"data.{a},seed={s}" for a in ("limit=32", "limit=64", "shots=2", "shots=6") for s in (0, 1)}
+    # 2 epochs of 64 rows are 8 steps of 16 rows: ten at least.
+    assert runs["data.limit=64,seed=0"]["config"]["train"]["steps"] == 10
+    results = json.loads((folder / "data.limit=64,seed=1/results.json").read_text())["test"]["metrics"]
+    assert results["accuracy"]["value"] == pytest.approx(curve["points"][3]["values"][1])
+    page, text = ((tmp_path / "run" / name).read_text() for name in ("verdict.html", "verdict.md"))
+    assert "Of 160 rows the law of the smaller amounts says" in page and "## Learning curves" in text
+    assert "With 1,000 rows: " in text and (tmp_path / "run/curve.png").stat().st_size > 10_000
+    assert f"With more rows for the head: {curve['says']}." in data["answer"] and "twice the data" in curve["says"]
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"curve": (10, 400)}, "data.limit=400 is no part of the 160 rows"),
+        ({"curve": (10,), "curve_of": ("head",)}, 'did you mean "the head"'),
+        ({"curve": (0, 5)}, "numbers of rows, above 0"),
+        ({"curve": (10,), "contenders": ("majority", {"name": "few", "data.limit": 100})}, "'few' sets data.limit"),
+    ],
+)
+def test_amounts_that_cannot_be_are_refused_before_anything_is_trained(config, tmp_path, fields, told):
+    c = config.copy_and_resolve_references()
+    c.run_dir = str(tmp_path / "run")
+    c.compare.update(fields)
+    with pytest.raises(FtjaxError) as error:
+        ftjax.compare(c, say=lambda text: None)
+    assert told in str(error.value) and not (tmp_path / "run/the_head").exists()
+
+
 def test_prompts_and_other_tasks_are_refused(config):
     c = config.copy_and_resolve_references()
     c.compare.contenders = ("zero-shot", "majority")

@@ -1,5 +1,6 @@
 """A comparison from the config to the report, on the starter model with real rows."""
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ import pytest
 import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.verdict import contenders, cost, report
+from ftjax.verdict import contenders, cost, rating, report
 
 
 def config(folder, **compare):
@@ -27,10 +28,12 @@ def config(folder, **compare):
     c.log.update(tensorboard=False, compilation_cache=False)
     c.compare.contenders = (
         "zero-shot",
-        {"name": "2-shot", "prompt": "few-shot", "shots": 2},
+        {"name": "2-shot", "prompt": "retrieval-few-shot", "shots": 2},
         {"name": "LoRA", "tuning.method": "lora"},
     )
+    c.train.keep = 3
     c.compare.seeds, c.compare.divergence = 2, 0
+    c.compare.update(documents=str(folder / "train.jsonl"), passages=1, passage_words=12, ballots=5)
     c.compare.update(device_hour=2.0, storage=0.1, requests=1000, **compare)
     return c
 
@@ -83,10 +86,37 @@ def test_figures_are_those_of_the_answers(verdict, folder):
     lora = entries["LoRA"]
     assert set(lora["pays_after"]) == {"zero-shot", "2-shot"} and entries["2-shot"]["pays_after"] == {}
     assert len(lora["forgetting"]) == 2 and lora["forgetting"][0] != lora["forgetting"][1]
+    # Both checkpoints of the first run; the one of lower loss is what is compared.
+    assert [p["step"] for p in lora["checkpoints"]] == [2, 4]
+    assert any(p["forgetting"] == pytest.approx(lora["forgetting"][0]) for p in lora["checkpoints"])
+    first = np.mean([a["answers"]["LoRA"]["score"] for a in answers])
+    assert any(p["scores"]["coverage"] == pytest.approx(first) for p in lora["checkpoints"])
     [untuned] = entries["zero-shot"]["forgetting"]
     lm = ftjax.load("builtin:stories260K")
     assert untuned == pytest.approx(_loss(lm, (folder / "stories.txt").read_text().strip()), rel=1e-5)
+    assert lora["unsupported"] is None and 0 < entries["2-shot"]["unsupported"] <= 1
     assert lora["cost"]["trained"] > 1000 and lora["cost"]["train_seconds"] > 0 and lora["price"]["unit"] == "dollars"
+
+
+def test_ballots_are_blind_and_their_key_tells_whose_answers_they_hold(verdict, folder):
+    answers = {a["prompt"]: a["answers"] for a in map(json.loads, open(folder / "out/answers.jsonl"))}
+    key = {entry["id"]: entry for entry in map(json.loads, open(folder / "out/ballots_key.jsonl"))}
+    with open(folder / "out/ballots.csv", newline="") as file:
+        ballots = list(csv.DictReader(file))
+    assert len(ballots) == 15 == len(key)  # three pairs, five questions
+    for ballot in ballots:
+        said = answers[ballot["prompt"]]
+        for side in ("left", "right"):
+            assert ballot[side] == said[key[ballot["id"]][side]]["text"]
+        ballot["rating"] = "left" if key[ballot["id"]]["left"] == "LoRA" else "right"
+    rated = folder / "rated.csv"
+    with open(rated, "w", newline="") as file:
+        writer = csv.DictWriter(file, ballots[0])
+        writer.writeheader()
+        writer.writerows(ballots)
+    votes = rating.read_ballots({"ann": rated}, folder / "out/ballots_key.jsonl")
+    by = rating.strengths(votes, draws=50)
+    assert len(votes) == 15 and by["LoRA"]["wins"] + by["LoRA"]["losses"] == 10
 
 
 def test_all_seeds_are_judged_on_the_same_rows_and_trained_on_none_of_them(verdict, folder):

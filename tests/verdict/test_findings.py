@@ -8,9 +8,10 @@ from ftjax import config as configs
 from ftjax.data.prepare import Data, prepare
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.verdict import findings, statistics
-from ftjax.verdict.contenders import Contender, Measured, Run
+from ftjax.verdict.contenders import Contender
 from ftjax.verdict.cost import Cost
 from ftjax.verdict.findings import Case, Finding, parted
+from ftjax.verdict.measure import Measured, Run
 
 
 def history(val, train):

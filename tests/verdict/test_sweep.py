@@ -1,29 +1,37 @@
 """Runs over a grid: each once, what failed told, and what they came to."""
 
+import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
 import tiny_labelled
 
 import ftjax
 from ftjax.errors import FtjaxError
-from ftjax.verdict import sweep
-from ftjax.verdict.sweep import Axis, Outcome
+from ftjax.verdict import claims, search, sweep
+from ftjax.verdict.search import Axis
+from ftjax.verdict.sweep import Outcome
 
 
 def test_a_grid_is_read_as_the_command_line_reads_fields():
-    assert sweep.axes(["tuning.rank=4,8", "tuning.targets=('query',),('query', 'value')", 'data.prompt="a, b",c']) == [
+    assert search.axes(["tuning.rank=4,8", "tuning.targets=('query',),('query', 'value')", 'data.prompt="a, b",c']) == [
         Axis("tuning.rank", ("4", "8")),
         Axis("tuning.targets", ("('query',)", "('query', 'value')")),
         Axis("data.prompt", ('"a, b"', "c")),
     ]
     for text, match in (("rank", "expected key="), ("rank=", "expected key="), ("seed=1,2", "--seeds")):
         with pytest.raises(FtjaxError, match=match):
-            sweep.axes([text])
+            search.axes([text])
     with pytest.raises(FtjaxError, match="named twice"):
-        sweep.axes(["tuning.rank=4", "tuning.rank=8"])
+        search.axes(["tuning.rank=4", "tuning.rank=8"])
 
 
+@pytest.mark.slow
 def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     c = tiny_labelled.config(tmp_path, tiny_labelled.make(tmp_path / "base", "bert"), tuning__method="head")
     c.train.update(steps=6, eval_every=6, log_every=1, batch_size=8)
@@ -34,7 +42,8 @@ def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     assert [(o.settings, o.seed) for o in first] == [({"data.shots": k}, s) for k in (2, 8) for s in (0, 1)]
     assert all(0 <= o.figures["accuracy"] <= 1 and o.figures["val_loss"] > 0 for o in first)
     assert first[0].figures["val_loss"] != first[1].figures["val_loss"]
-    assert "±" in said[-2] and "accuracy" in said[-2]
+    told = next(text for text in said if "mean ± standard" in text)
+    assert "accuracy" in told and "accuracy: a curve is fitted to 4 different amounts or more; there are 2" in said
     assert (tmp_path / "run" / "sweep.png").stat().st_size > 5_000
     written = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert [o["figures"] for o in written] == [o.figures for o in first]
@@ -43,9 +52,11 @@ def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     wider = ftjax.sweep(c, ["data.shots=2,8", "optim.lr=1e-2,1e38"], seeds=1, say=said.append)
     bad = [o for o in wider if o.settings["optim.lr"] == 1e38]
     assert all("the loss became" in o.failed and not o.figures for o in bad) and not any(o.failed for o in wider[::2])
-    assert sum(text.startswith("failed: ") for text in said) == 2 and "failed: data.shots=2,optim.lr=1e38" in said[-2]
+    assert sum(text.startswith("failed: ") for text in said) == 2
+    assert any("\nfailed: data.shots=2,optim.lr=1e38" in text for text in said)
+    said.clear()
     again = ftjax.sweep(c, ["data.shots=2,8", "optim.lr=1e-2,1e38"], seeds=1, say=said.append)
-    assert "4 runs, of which 4 have ended" in said[-3] and again[::2] == wider[::2]
+    assert any("4 runs, of which 4 have ended" in text for text in said) and again[::2] == wider[::2]
 
     c.train.steps = 7
     with pytest.raises(FtjaxError, match="shots=2.* holds another run: train.steps was 6, is 7"):
@@ -65,7 +76,145 @@ def test_a_table_tells_mean_and_spread_over_seeds():
     assert "1.1 ± 0.1" in text and "2.05 ± 0.071" in text and "failed: 2-2: the loss became nan" in text
 
 
+def test_an_axis_of_amounts_gets_its_law(tmp_path):
+    said = []
+    outcomes = []
+    for lr, n, seed in itertools.product((0.1, 0.2), (0, 50, 100, 200, 400), (0, 1)):
+        f1 = 1 - lr - max(n, 1) ** -0.5 + seed / 1000
+        outcomes.append(Outcome({"data.limit": n, "optim.lr": lr}, seed, "", {"f1": f1}, 1.0, noise={"f1": 0.01}))
+    assert sweep.draw(outcomes, "f1", tmp_path / "sweep.png", said.append).stat().st_size > 10_000
+    told = json.loads((tmp_path / "curves.json").read_text())
+    assert list(told) == ["lr=0.1", "lr=0.2"] and [p["amount"] for p in told["lr=0.1"]["points"]] == [50, 100, 200, 400]
+    assert said == [f"{label}: {one['says']}" for label, one in told.items()] and "twice the data" in said[0]
+    assert told["lr=0.2"]["law"][-1]["value"] == pytest.approx(1 - 0.2 - 1600**-0.5, abs=0.02)
+
+    tiny = str(tiny_labelled.make(tmp_path / "tiny", "bert"))
+    models = [
+        Outcome({"model.path": path}, 0, "", {"perplexity": x}, 1.0)
+        for path, x in (("builtin:stories260K", 3.0), (tiny, 4.0))
+    ]
+    sweep.draw(models, "perplexity", tmp_path / "sweep.png", said.append)
+    told = json.loads((tmp_path / "curves.json").read_text())["perplexity"]
+    assert 260_032 in [p["amount"] for p in told["points"]] and len(told["points"]) == 2
+    assert "4 different amounts or more; there are 2" in said[-1]
+    assert sweep.law_of("perplexity") == {"higher": False, "best": 1.0} and sweep.law_of("bleu")["best"] == 100
+    assert sweep.law_of("val_loss")["higher"] is False and sweep.law_of("accuracy")["higher"] is True
+
+
 def test_settings_name_folders_and_odd_ones_are_set_apart():
     assert sweep._name(["tuning.rank=4", "seed=0"]) == "tuning.rank=4,seed=0"
     one, other = (sweep._name([f"data.train=a{between}b", "seed=0"]) for between in "/ ")
     assert one.startswith("data.train=a_b") and one != other
+
+
+def small(tmp_path):
+    """Two steps of a head, on rows of which every seed would hold out others."""
+    c = tiny_labelled.config(tmp_path, tiny_labelled.make(tmp_path / "base", "bert"), tuning__method="head")
+    c.train.update(steps=2, eval_every=2, log_every=1, batch_size=8)
+    c.data.update(buckets=1, test="", split=(0.6, 0.2, 0.2))
+    c.export.formats = ()
+    return c
+
+
+def test_points_are_drawn_from_lists_and_ranges():
+    found = search.axes(["optim.lr=1e-5..1e-3:log", "tuning.rank=4..64", "optim.name=adamw,lion"], drawn=True)
+    points = search.drawn(found, 300, seed=1)
+    assert len(set(points)) == 300 and points[:20] == search.drawn(found, 20, seed=1)
+    rates, ranks, names = (np.array([p[i].partition("=")[2] for p in points]) for i in range(3))
+    assert abs(np.mean(rates.astype(float) < 1e-4) - 0.5) < 0.1 and 1e-5 <= rates.astype(float).min()
+    assert {int(r) for r in ranks} <= set(range(4, 65)) and {*names} == {"adamw", "lion"}
+    assert len(search.drawn(search.axes(["a=1,2"], drawn=True), 9, seed=0)) == 2
+    for text, match in (("optim.lr=0..1:log", "above 0 for :log"), ("optim.lr=2..1", "low..high")):
+        with pytest.raises(FtjaxError, match=match):
+            search.axes([text], drawn=True)
+    with pytest.raises(FtjaxError, match="--random N draws from it"):
+        search.axes(["optim.lr=1e-5..1e-3"])
+    assert [search.rungs(n) for n in (1, 2, 9, 10)] == [[1], [2, 1], [9, 3, 1], [10, 4, 2, 1]]
+
+
+@pytest.mark.slow
+def test_halving_goes_on_with_the_best_and_all_seeds_share_their_rows(tmp_path):
+    c, said = small(tmp_path), []
+    c.train.update(steps=9, eval_every=3)
+    found = ftjax.sweep(c, ["optim.lr=1e-6,1e-2,3e-2"], seeds=2, say=said.append, halving=True)
+    first, last = found[:6], found[6:]
+    assert [o.settings["train.steps"] for o in found] == [3] * 6 + [9] * 2
+    losses = {
+        lr: np.mean([o.figures["val_loss"] for o in first if o.settings["optim.lr"] == lr]) for lr in (1e-6, 1e-2, 3e-2)
+    }
+    assert {o.settings["optim.lr"] for o in last} == {min(losses, key=losses.get)}
+    assert any("rung 2 of 2: 1 points, train.steps=9, trained anew" in text for text in said)
+    runs = [json.loads((tmp_path / "run" / f"{name}/run.json").read_text()) for name in
+            ("optim.lr=1e-2,train.steps=3,seed=0", "optim.lr=1e-2,train.steps=3,seed=1")]  # fmt: skip
+    assert {run["config"]["data"]["test"] for run in runs} == {str(tmp_path / "run/rows/test.jsonl")}
+    with pytest.raises(FtjaxError, match="train.steps is what is halved"):
+        ftjax.sweep(c, ["train.steps=2,4"], say=said.append, halving=True)
+
+
+def test_optuna_proposes_points_and_runs_none_twice(tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra optuna")
+    c = small(tmp_path)
+    found = ftjax.sweep(c, ["optim.lr=1e-4..1e-1:log"], say=lambda text: None, optuna=3)
+    assert len({o.settings["optim.lr"] for o in found}) == 3 and all(
+        1e-4 <= o.settings["optim.lr"] <= 0.1 for o in found
+    )
+
+
+SWEEP = """
+import sys
+import ftjax
+from ftjax import config
+c = config.load(sys.argv[1])
+ftjax.sweep(c, ["optim.lr=1e-3,1e-2"], seeds=2, say=lambda text: print(text, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_runs(tmp_path):
+    c = small(tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps(c.to_dict()))
+    command = [sys.executable, "-c", SWEEP, str(tmp_path / "c.json")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    ran = [line.split(": ")[1] for text in texts for line in text.splitlines() if line.startswith("---- run")]
+    assert sorted(ran) == [f"optim.lr={lr},seed={seed}" for lr in ("1e-2", "1e-3") for seed in (0, 1)]
+    assert len(json.loads((tmp_path / "run/sweep.json").read_text())) == 4
+    assert not list((tmp_path / "run").glob("*.claim")) and not list((tmp_path / "run").glob("**/*.part"))
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from ftjax.verdict import claims
+with claims.claimed(Path(sys.argv[1])) as mine:
+    assert mine
+    os._exit(0)
+"""
+
+
+def test_claims_are_of_one_and_are_taken_over_from_the_dead_and_the_silent(tmp_path):
+    path = tmp_path / "a.claim"
+    with claims.claimed(path) as mine:
+        assert mine and claims.owner(path).startswith(f"process {os.getpid()} of ")
+        with claims.claimed(path) as second:
+            assert not second
+    assert not path.exists() and claims.owner(path) == "nobody"
+
+    subprocess.run([sys.executable, "-c", DIES, str(path)], check=True)
+    assert path.exists()
+    with claims.claimed(path) as mine:
+        assert mine
+
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with claims.claimed(path, stale=60) as mine:
+        assert not mine
+    os.utime(path, (time.time() - 61,) * 2)
+    with claims.claimed(path, stale=60) as mine:
+        assert mine
+    assert not list(tmp_path.iterdir())
+
+    with claims.claimed(path, stale=0.4) as mine:  # the owner lives, and says so
+        time.sleep(0.8)
+        with claims.claimed(path, stale=0.4) as second:
+            assert mine and not second

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ftjax.verdict.support import claims, unsupported_rate
+from ftjax.evaluation.support import claims, unsupported_rate
 
 PASSAGE = (
     "The Norman dynasty had a major political impact on medieval Europe. Duke William conquered England in 1066, "

@@ -1,0 +1,90 @@
+"""Contenders trained on fewer rows, for the learning curves of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from ftjax.errors import FtjaxError, nearest
+from ftjax.training.program import fill_defaults
+from ftjax.verdict import curve
+from ftjax.verdict.contenders import Contender
+from ftjax.verdict.measure import Measured, answer, briefly, train_config
+from ftjax.verdict.setting import Setting, labels, open_model
+from ftjax.verdict.sweep import sweep
+
+
+def with_curves(contenders: list[Contender], config) -> list[Contender]:
+    """Those of compare.curve_of, none where no amounts are asked for. Raises FtjaxError for what has no curve."""
+    comp = config.compare
+    if not (comp.curve or comp.curve_shots):
+        return []
+    if comp.curve_shots and config.task.kind != "classify":
+        raise FtjaxError("compare.curve_shots: rows of each label are of task.kind classify; compare.curve is of any")
+    tuned = {c.name: c for c in contenders if c.kind == "tuned"}
+    for name in comp.curve_of:
+        if name not in tuned:
+            raise FtjaxError(
+                f"compare.curve_of: {name!r}{nearest(name, tuned)} is not trained here; {', '.join(tuned)} are"
+            )
+    chosen = [tuned[name] for name in comp.curve_of] or list(tuned.values())
+    for contender in chosen:
+        own = next((key for key in contender.settings if key.startswith("data.")), None)
+        if own:
+            raise FtjaxError(
+                f"compare.curve: {contender.name!r} sets {own}, so that its rows are not the others'; leave it out of "
+                "compare.curve_of"
+            )
+    if not chosen:
+        raise FtjaxError("compare.curve: none of compare.contenders is trained")
+    return chosen
+
+
+def amounts(setting: Setting) -> tuple[list[tuple[str, int]], int]:
+    """(the field that takes so many rows, their number) of every amount, fewest first; and the number of all rows of
+    train. Raises FtjaxError for amounts that are no fewer."""
+    comp, train = setting.config.compare, setting.data.train
+    whole = sum(len(piece.table) for piece in train.pieces)
+    found = [(f"data.limit={n}", n) for n in comp.curve]
+    if comp.curve_shots:
+        counts = Counter(labels(setting.data, train)).values()
+        found += [(f"data.shots={k}", sum(min(k, count) for count in counts)) for k in comp.curve_shots]
+    for text, n in found:
+        if n >= whole:
+            raise FtjaxError(f"compare.curve: {text} is no part of the {whole:,} rows of train")
+    return sorted(found, key=lambda item: item[1]), whole
+
+
+def learning_curve(
+    contender: Contender, setting: Setting, measured: Measured, metric: str, law: dict, say: Callable = print
+) -> dict:
+    """curve.report of a contender's metric over rows of train, with its "name" and what "failed".
+
+    measured: with all rows, on which the law of the smaller amounts is checked; law: of curve.fit, how it is bounded.
+    """
+    config, (asked, whole) = setting.config, amounts(setting)
+    points, failed = {}, []
+    for text, rows in asked:
+        say(f"{contender.name}, {text}: {config.compare.seeds} runs")
+        c = train_config(contender, setting)
+        c.run_dir = f"{c.run_dir}/curve"
+        fill_defaults(c)
+        if config.compare.curve_steps and not c.train.steps:
+            steps = math.ceil(c.train.epochs * math.ceil(rows / c.train.batch_size))
+            c.train.steps = max(config.compare.curve_steps, steps)
+        for outcome in sweep(c, [text], config.compare.seeds, briefly(say)):
+            if outcome.failed:
+                failed.append(f"{text}, seed {outcome.seed}: {outcome.failed}")
+                continue
+            lm = open_model(outcome.run_dir, config)
+            scores = answer(contender, setting, lm, outcome.seed)[0][metric]
+            points.setdefault(rows, []).append(float(scores.mean()))
+    scores = measured.scores[metric]
+    noise = scores.mean(0).std(ddof=1) / math.sqrt(scores.shape[1])
+    found = curve.report(
+        points, whole=(whole, np.mean(scores, 1)), at=config.compare.curve_to, noise=noise, seed=config.seed, **law
+    )
+    return {"name": contender.name, "failed": failed} | found

@@ -1,0 +1,275 @@
+"""How contenders answer: models trained where that is asked for, scores of the same held-out rows, what else they do.
+
+N rows that are asked, S seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax import config as configs
+from ftjax.data.prepare import prepare
+from ftjax.data.tokenise import encode_prompts
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import compare, judge
+from ftjax.evaluation.loss import sums, text_loss
+from ftjax.evaluation.said import Asked
+from ftjax.evaluation.support import unsupported_rate
+from ftjax.lm import LM, continue_ids
+from ftjax.loading import load
+from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.report import read_metrics
+from ftjax.training.run_folder import RUN
+from ftjax.verdict import cost
+from ftjax.verdict.baselines import fitted
+from ftjax.verdict.contenders import LABELLED, MAJORITY, Contender
+from ftjax.verdict.forgetting import divergence
+from ftjax.verdict.safeguards import refusals
+from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model, read_by
+from ftjax.verdict.sweep import run_joules, sweep
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder: its resolved config, and its metrics.jsonl."""
+
+    path: str
+    config: object
+    history: list[dict]
+
+
+class Passed(NamedTuple):
+    """A checkpoint that a run passed on its way: its scores' means, and its loss on general text, nats a token."""
+
+    step: int
+    scores: dict[str, float]
+    forgetting: float
+
+
+@dataclasses.dataclass
+class Measured:
+    """How one contender did. runs: of each seed that was trained, in order; failed: what is said of those that ended
+    without a model."""
+
+    contender: Contender
+    scores: dict[str, np.ndarray]  # metric -> (S, N)
+    answers: list[str]  # of the first seed
+    cost: cost.Cost
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+    forgetting: list[float] = dataclasses.field(default_factory=list)  # nats a token, of each model
+    refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # `unsafe`, `harmless` -> (models, rows)
+    divergence: float | None = None  # KL of the first model from the base on its own answers, nats a token
+    way: list[Passed] = dataclasses.field(default_factory=list)  # of the first run, where it keeps several checkpoints
+    unsupported: float | None = None  # share of sentences that the passages before the question do not bear out
+    shortened: int = 0  # prompts that lost an example or a passage
+    chat_unused: bool = False  # the model brings a chat template, and rows are asked as plain text
+
+
+class General(NamedTuple):
+    """What is asked of a model beside the task."""
+
+    forgetting: float | None
+    refused: dict[str, np.ndarray]
+
+
+def measure(contender: Contender, setting: Setting, known: dict[str, General], say: Callable = print) -> Measured:
+    """Train where that is asked for, and answer all questions; known: of models that were measured before, by source,
+    added to. Raises FtjaxError where every run of a contender failed."""
+    if contender.kind == MAJORITY:
+        return _majority(contender, setting)
+    config, asked = setting.config, len(setting.questions) or len(held_out_labels(setting))
+    sources, seeds, failed = _models(contender, setting, say)
+    done, out, opened = [], None, {}
+    for source, seed in zip(sources, seeds, strict=True):
+        if source not in opened:  # one model at a time
+            opened = {source: open_model(source, config) if source else setting.base}
+        lm = opened[source]
+        say(f"{contender.name}, seed {seed}: {asked:,} rows")
+        scores, texts, spent, shortened = answer(contender, setting, lm, seed)
+        done.append((scores, spent))
+        if source not in known:
+            known[source] = _general(lm, setting)
+        if out is None:
+            plain = bool(setting.questions) and setting.questions[0].rendered.messages is None
+            chat = plain and bool(lm.tokenizer.chat_template)
+            out = Measured(contender, {}, texts, None, failed=failed, shortened=shortened, chat_unused=chat)
+            out.unsupported = _unsupported(contender, setting, texts)
+            out.divergence = _divergence(lm, setting, texts) if source and setting.base else None
+    models = dict.fromkeys(sources)
+    out.runs = [run for run in map(open_run, models) if run]
+    out.scores = {name: np.stack([scores[name] for scores, _ in done]) for name in done[0][0]}
+    out.forgetting = [known[s].forgetting for s in models if known[s].forgetting is not None]
+    out.refused = {name: np.stack([known[s].refused[name] for s in models]) for name in setting.sensitive}
+    if contender.kind == "tuned" and setting.documents:
+        out.way = _way(contender, setting, sources[0], seeds[0], say)
+    out.cost = _cost(out.runs, lm, setting, [spent for _, spent in done])
+    return out
+
+
+def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list[str], list[int], list[str]]:
+    """(sources, the seed of each, what is said of runs that failed) of the models that answer for a contender."""
+    comp, seeds = setting.config.compare, range(setting.config.seed, setting.config.seed + setting.config.compare.seeds)
+    if contender.kind != "tuned":
+        drawn = contender.how.shots and not contender.how.near and contender.shots
+        seeds = list(seeds if drawn or setting.config.generate.temperature > 0 else seeds[:1])
+        return [contender.source] * len(seeds), seeds, []
+    say(f"{contender.name}: {comp.seeds} runs")
+    outcomes = sweep(train_config(contender, setting), (), comp.seeds, briefly(say))
+    failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]
+    ended = [o for o in outcomes if not o.failed]
+    if not ended:
+        raise FtjaxError(f"{contender.name}: every run failed; {failed[0]}")
+    return [o.run_dir for o in ended], [o.seed for o in ended], failed
+
+
+def briefly(say: Callable) -> Callable:
+    """What a run says in many lines lies in its folder too, and is left out."""
+    return lambda text: say(text) if "\n" not in text else None
+
+
+def train_config(contender: Contender, setting: Setting):
+    """The config of a contender's runs. What does not change what is trained is as the default has it, so that asking
+    for other metrics trains nothing anew."""
+    c, plain = contender.config(setting.config), configs.default()
+    c.run_dir = str(setting.folder / contender.folder)
+    plain.evaluate.update(rows=c.evaluate.rows, batch_size=c.evaluate.batch_size)
+    c.evaluate, c.generate = plain.evaluate, plain.generate
+    c.export.formats = ()
+    return c
+
+
+def open_run(source: str) -> Run | None:
+    """A run folder; None for any other model."""
+    file = Path(source) / RUN
+    if not source or not file.is_file():
+        return None
+    return Run(source, configs.from_dict(json.loads(file.read_text())["config"]), read_metrics(source))
+
+
+def answer(contender: Contender, setting: Setting, lm: LM, seed: int):
+    """(metric -> (N,), answers, fields of Cost, prompts that were shortened) of a model asked as a contender is."""
+    return (_labelled if setting.config.task.kind != "causal" else _answered)(contender, setting, lm, seed)
+
+
+def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
+    """As `answer`, by generation."""
+    config, comp = configs.copy(setting.config), setting.config.compare
+    config.seed = seed
+    rows = [q.rendered for q in setting.questions]
+    limit = lm.max_tokens - config.generate.max_new_tokens
+    prompts = fitted(
+        rows, setting.library.shots(rows, contender.how, contender.shots, seed),
+        setting.library.context(rows, contender.how), lm.tokenizer, limit,
+        between=comp.between, context=comp.context, end=config.data.end,
+    )  # fmt: skip
+    until = comp.between if contender.how.shots and rows[0].messages is None else ""
+    references, asked_of = [q.references for q in setting.questions], [q.row for q in setting.questions]
+    _, samples = compare.answered(lm, lm.variables, prompts.ids, references, asked_of, config, until)
+    scores = {n: np.array([s["scores"][n] for s in samples], float) for n in config.evaluate.metrics}
+    texts = [s["prediction"] for s in samples]
+    return scores, texts, cost.request(lm, prompts.ids, texts, config), prompts.shortened
+
+
+def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> float | None:
+    """How far answers go beyond the passages that they were given; None without passages."""
+    if not contender.how.passages:
+        return None
+    context = setting.library.context([q.rendered for q in setting.questions], contender.how)
+    return float(np.mean([unsupported_rate(t, "\n".join(c)) for t, c in zip(texts, context, strict=True)]))
+
+
+def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
+    """As `answer`, of rows with labels."""
+    config = configs.copy(setting.config)
+    config.task.labels = lm.labels
+    pool, data = lm.model.config.head.pool, setting.data
+    if read_by(lm.tokenizer, lm.labels, lm.max_tokens, pool) != setting.read_by:
+        data = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
+    part = getattr(data, config.evaluate.compare_on)
+    whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
+    records = judge.lines(whole, judge.say(whole))[: config.evaluate.compare_rows or None]
+    right = np.array([record["prediction"] == record["label"] for record in records], float)
+    spent = {"prompt_tokens": float(part.examples.length.mean())}
+    return {LABELLED[config.task.kind]: right}, [as_text(r["prediction"]) for r in records], spent, 0
+
+
+def _majority(contender: Contender, setting: Setting) -> Measured:
+    """Each row gets the commonest label of train."""
+    config, data = setting.config, setting.data
+    told = Counter(labels(data, data.train))
+    best = max(told, key=told.get)
+    right = np.array([label == best for label in held_out_labels(setting)], float)
+    return Measured(contender, {LABELLED[config.task.kind]: right[None]}, [best] * len(right), cost.Cost(0))
+
+
+def _general(lm: LM, setting: Setting) -> General:
+    """Loss on general text, where the vocabulary is the base's; refusals."""
+    config, loss, refused = setting.config, None, {}
+    if setting.documents and lm.model.config.vocab_size == setting.base.model.config.vocab_size:
+        told = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
+        rows = config.evaluate.batch_size or config.train.batch_size or 16
+        loss = text_loss(told, lm.tokenizer, setting.documents, max_positions=lm.max_tokens, batch_size=rows)["loss"]
+    for name, rendered in setting.sensitive.items():
+        ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=config.data.end)]
+        refused[name] = refusals(continue_ids(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
+    return General(loss, refused)
+
+
+def _way(contender: Contender, setting: Setting, source: str, seed: int, say: Callable) -> list[Passed]:
+    """Every checkpoint of a run that keeps more than the latest and the best."""
+    saved = Checkpoints(source, read_only=True)
+    steps, found = saved.steps(), []
+    saved.close()
+    if setting.config.train.keep < 2:
+        return []
+    for step in steps:
+        say(f"{contender.name}, seed {seed}, step {step}")
+        lm = load(source, dtype=setting.config.model.dtype, checkpoint=step)
+        general = _general(lm, setting)
+        if general.forgetting is not None:
+            scores = answer(contender, setting, lm, seed)[0]
+            found.append(Passed(step, {name: float(x.mean()) for name, x in scores.items()}, general.forgetting))
+    return found
+
+
+def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
+    """KL(model || base), a token, on the model's answers to the first questions as the base is asked them; None where
+    it has other tokens than the base, or nothing to say."""
+    most = setting.config.compare.divergence
+    if lm.model.config.vocab_size != setting.base.model.config.vocab_size or not most:
+        return None
+    asked = [q.rendered for q in setting.questions[:most]]
+    prompts = encode_prompts(asked, lm.tokenizer, end=setting.config.data.end)
+    told = lm.tokenizer(texts[:most], add_special_tokens=False)["input_ids"]
+    found = divergence(lm, setting.base, [(p.tolist(), ids) for p, ids in zip(prompts, told) if ids])
+    return float(found.kl.sum() / found.tokens.sum()) if found.tokens.sum() else None
+
+
+def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.Cost:
+    """lm: the last of its models."""
+    fields = {name: _mean([s[name] for s in spent]) for name in spent[0]}
+    if runs:
+        train = setting.data.train.examples
+        tokens = float(np.mean(train.length))
+        each = [cost.training(run.config, len(lm.labels), tokens) for run in runs]
+        steps = [run.history[-1]["step"] if run.history else 0 for run in runs]
+        rows = [flops * n * run.config.train.batch_size for (_, flops), n, run in zip(each, steps, runs)]
+        fields["trained"] = each[0][0]
+        fields["stored"] = each[0][0] * np.dtype(lm.model.dtype).itemsize
+        fields["train_flops"] = float(np.mean(rows))
+        fields["train_seconds"] = float(np.mean([cost.run_seconds(run.path) for run in runs]))
+        fields["train_joules"] = _mean([run_joules(run.path) for run in runs])
+    return cost.Cost(cost.count(lm.params), **fields)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))

@@ -1,0 +1,114 @@
+"""Which settings a sweep runs: every point of a grid, or points drawn from lists and ranges.
+
+A point is a tuple of texts `key=value`, in the order of the axes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.errors import FtjaxError
+
+THIRD = 3  # of the points of a rung, one in so many goes on, with so many times the budget
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(:log)?")
+Point = tuple[str, ...]
+
+
+class Range(NamedTuple):
+    """Numbers from low to high; log: each factor between them as likely as any other."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def at(self, share: float) -> str:
+        """The number that so large a share of the range lies below."""
+        low, high = (math.log(x) if self.log else x for x in self[:2])
+        x = low + share * (high - low)
+        x = math.exp(x) if self.log else x
+        return f"{round(x)}" if self.whole else f"{x:.4g}"
+
+
+class Axis(NamedTuple):
+    """A field of the config, and the values that it takes in turn, or the range that they are drawn from."""
+
+    key: str
+    values: tuple | Range
+
+
+def axes(grid: Sequence[str], drawn: bool = False) -> list[Axis]:
+    """`tuning.rank=4,8,16`, and where points are drawn `optim.lr=1e-5..1e-3:log` -> its axis, of each text.
+
+    Raises FtjaxError for anything else, and a key named twice.
+    """
+    found = []
+    for text in grid:
+        key, equals, values = text.partition("=")
+        if not equals or not values:
+            raise FtjaxError(f"--grid {text!r}: expected key=value,value,... such as tuning.rank=4,8,16")
+        if key in ("seed", "run_dir"):
+            raise FtjaxError(f"--grid {text!r}: {key} is of no grid; --seeds says how many, --config.seed the first")
+        if key in (axis.key for axis in found):
+            raise FtjaxError(f"--grid {text!r}: {key} is named twice")
+        found.append(Axis(key, _range(text, values, drawn) or _list(values)))
+    return found
+
+
+def _list(values: str) -> tuple:
+    # A comma within brackets or quotes is a value's own.
+    parts = re.findall(r"""(?:[^,("'\[]|\([^)]*\)|\[[^\]]*\]|"[^"]*"|'[^']*')+""", values)
+    return tuple(dict.fromkeys(parts))
+
+
+def _range(text: str, values: str, drawn: bool) -> Range | None:
+    match = RANGE.fullmatch(values)
+    if not match:
+        return None
+    if not drawn:
+        raise FtjaxError(f"--grid {text!r}: a range has no end of values; --random N draws from it")
+    low, high, log = float(match[1]), float(match[2]), bool(match[3])
+    if low >= high or log and low <= 0:
+        raise FtjaxError(f"--grid {text!r}: expected low..high, both above 0 for :log")
+    return Range(low, high, log, whole=all(re.fullmatch(r"[+-]?\d+", match[i]) for i in (1, 2)))
+
+
+def every(found: list[Axis]) -> list[Point]:
+    """All points of a grid."""
+    return [_point(found, values) for values in itertools.product(*(axis.values for axis in found))]
+
+
+def drawn(found: list[Axis], n: int, seed: int) -> list[Point]:
+    """n different points, fewer where there are no more; the first of them are those of a smaller n."""
+    points, rng = {}, np.random.default_rng(seed)
+    for _ in range(100 * n):
+        shares = rng.random(len(found))
+        values = [
+            axis.values.at(share)
+            if isinstance(axis.values, Range)
+            else axis.values[min(int(share * len(axis.values)), len(axis.values) - 1)]
+            for axis, share in zip(found, shares, strict=True)
+        ]
+        points[_point(found, values)] = None
+        if len(points) == n:
+            break
+    return list(points)
+
+
+def _point(found: list[Axis], values) -> Point:
+    return tuple(f"{axis.key}={value}" for axis, value in zip(found, values, strict=True))
+
+
+def rungs(points: int) -> list[int]:
+    """How many points each rung of successive halving runs (Jamieson & Talwalkar 2016): all, a third, ..., one."""
+    found = [points]
+    while found[-1] > 1:
+        found.append(math.ceil(found[-1] / THIRD))
+    return found

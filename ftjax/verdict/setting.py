@@ -1,0 +1,156 @@
+"""What all contenders of a comparison share: the rows that are asked, the base, and how models are opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from ftjax import assets
+from ftjax.data import chat_templates, read
+from ftjax.data.prepare import Data, fingerprint, prepare
+from ftjax.data.template import Rendered, asked, reference
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import judge
+from ftjax.evaluation.loss import read_documents
+from ftjax.hub import families, resolve, tokenizer
+from ftjax.lm import LM, open_base
+from ftjax.loading import load
+from ftjax.objectives import TASKS
+from ftjax.training.program import with_task
+from ftjax.training.run_folder import RUN
+from ftjax.verdict.baselines import Library
+
+
+class Question(NamedTuple):
+    """A question, and the answers of all rows that ask it."""
+
+    rendered: Rendered
+    references: list[str]
+    row: dict
+
+
+def questions(part, most: int = 0) -> list[Question]:
+    """The first `most` distinct questions of a part (0: all), each with the answers of all rows that ask it.
+
+    Raises FtjaxError where rows ask nothing.
+    """
+    found: dict[str, Question] = {}
+    for rendered, row in part.each():
+        key = json.dumps([rendered.prompt, _before_answer(rendered), rendered.tools, rendered.template])
+        if rendered.messages is None and not rendered.prompt:
+            raise FtjaxError("compare: rows of plain text ask nothing; name their question by data.prompt")
+        if key in found:
+            found[key].references.append(reference(rendered))
+        else:
+            found[key] = Question(rendered, [reference(rendered)], row)
+    return list(found.values())[: most or None]
+
+
+def _before_answer(rendered: Rendered) -> list[dict]:
+    messages = list(rendered.messages or ())
+    last = max((k for k, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+    return messages[:last]
+
+
+class Setting(NamedTuple):
+    """What all contenders share. questions: empty, and base: None, for labelled tasks."""
+
+    config: object
+    folder: Path  # of the runs
+    data: Data
+    questions: list[Question]
+    library: Library
+    base: LM | None
+    documents: list[str]  # general text, on which forgetting is measured
+    sensitive: dict[str, list[Rendered]]  # `unsafe`, `harmless` -> what is asked
+    read_by: tuple = ()  # of labelled rows, what their tokens depend on
+
+
+def setting(config, folder: Path) -> Setting:
+    """Reads rows and the base. Raises FtjaxError for a part without rows."""
+    comp, on = config.compare, config.evaluate.compare_on
+    causal = config.task.kind == "causal"
+    if causal:
+        base = open_model("", config)
+        data, by = prepare(config, base.tokenizer, base.max_tokens), ()
+    else:
+        base, (data, by) = None, _labelled_data(config)
+    part = getattr(data, on)
+    if not len(part):
+        raise FtjaxError(f"evaluate.compare_on: {on} has no rows; give data.{on}, or a share of data.split")
+    forgetting = causal and config.evaluate.forgetting
+    return Setting(
+        config,
+        folder,
+        data,
+        questions(part, config.evaluate.compare_rows) if causal else [],
+        Library(config, data.train),
+        base,
+        read_documents(assets.resolve(config.evaluate.forgetting)) if forgetting else [],
+        {n: _asked(comp[n], f"compare.{n}", config.data) for n in ("unsafe", "harmless") if causal and comp[n]},
+        by,
+    )
+
+
+def read_by(words, labels: tuple[str, ...], max_tokens: int, pool: str) -> tuple:
+    """What the tokens of labelled rows depend on, beside the config."""
+    return fingerprint(words), tuple(labels), max_tokens, pool
+
+
+def _labelled_data(config) -> tuple[Data, tuple]:
+    """Rows with labels, as training with the config's own model reads them, and their `read_by`."""
+    folder = resolve.resolve(config.model.path, config.model.revision)
+    family, shape = families.read_config(folder)
+    known = families.label_names(folder) if shape.head.task == TASKS[config.task.kind].head else ()
+    pool = with_task(config, family, shape, folder, 1).head.pool
+    words = tokenizer.load_tokenizer(folder)
+    data = prepare(config, words, shape.max_positions, pool=pool, known=known)
+    return data, read_by(words, data.labels, shape.max_positions, pool)
+
+
+def _asked(source: str, key: str, data) -> list[Rendered]:
+    """Prompts of a file: conversations by the chat template, where the task's rows are so or the file has messages."""
+    table, out = read.read_table(assets.resolve(source), key), []
+    for _, rows in table.chunks():
+        for row in rows:
+            place = table.place(len(out))
+            chat = data.template or {"messages", "conversations"} & set(row)
+            if not chat and not isinstance(row.get("prompt"), str):
+                raise FtjaxError(f"{place}: {key}: expected a column `prompt` or `messages`; found {', '.join(row)}")
+            out.append(asked(row, place, data.template, data.system) if chat else Rendered(row["prompt"]))
+    return out
+
+
+def open_model(source: str, config) -> LM:
+    """A model as contenders are asked: with the config's chat template and the token that ends its answers.
+
+    source: see ftjax.load; empty: the config's own model, as it is. Raises FtjaxError for a model of another task.
+    """
+    if not source:
+        return open_base(resolve.resolve(config.model.path, config.model.revision), config.model.dtype, config)[0]
+    lm = load(source, dtype=config.model.dtype)
+    if lm.kind != config.task.kind:
+        raise FtjaxError(f"{source}: is a model for the task {lm.kind}; the config's task.kind is {config.task.kind}")
+    if (Path(source) / RUN).is_file():
+        return lm
+    words = chat_templates.installed(config, lm.tokenizer)
+    return dataclasses.replace(lm, tokenizer=words, end_tokens=tokenizer.end_tokens(lm.folder, words, config.data.end))
+
+
+def held_out_labels(setting: Setting) -> list[str]:
+    """The label of each row that is judged; several as one text."""
+    config, data = setting.config, setting.data
+    return labels(data, getattr(data, config.evaluate.compare_on))[: config.evaluate.compare_rows or None]
+
+
+def labels(data: Data, part) -> list[str]:
+    targets = judge.truths(part)
+    if targets.ndim == 1:
+        return [data.labels[int(target)] for target in targets]
+    return [as_text([name for name, there in zip(data.labels, target) if there > 0]) for target in targets]
+
+
+def as_text(label) -> str:
+    return label if isinstance(label, str) else ", ".join(label)
