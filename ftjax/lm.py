@@ -16,6 +16,8 @@ import numpy as np
 
 from ftjax import config as configs
 from ftjax.data import chat_templates
+from ftjax.data.batches import by_example
+from ftjax.data.pairs import encode_texts
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.errors import FtjaxError, nearest
@@ -23,8 +25,7 @@ from ftjax.hub import families, pooling, resolve, tokenizer, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
-from ftjax.objectives import TASKS, kind_of
-from ftjax.objectives.contrast import POOLS
+from ftjax.objectives import TASKS, contrast, kind_of
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
@@ -91,12 +92,8 @@ class LM:
         pool: mean | cls; max_length: tokens to which a text is cut; empty and 0: as the model's files or its run say,
         or else the mean of as many tokens as it has positions for.
         """
-        from ftjax.data.pairs import encode_texts
-        from ftjax.evaluation.said import by_example
-        from ftjax.evaluation.vectors import embeddings
-
-        if pool not in ("", *POOLS):
-            raise FtjaxError(f"embed: pool {pool!r}{nearest(pool, POOLS)}; one of {', '.join(POOLS)}")
+        if pool not in ("", *contrast.POOLS):
+            raise FtjaxError(f"embed: pool {pool!r}{nearest(pool, contrast.POOLS)}; one of {', '.join(contrast.POOLS)}")
         if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
             raise FtjaxError("embed: expected a list of texts, none of them empty")
         if not texts:
@@ -104,7 +101,7 @@ class LM:
         most = min(max_length or self.pooling.max_length or self.max_tokens, self.max_tokens)
         ids, _ = encode_texts(self.tokenizer, list(texts), most)
         examples = [Example(x, np.arange(len(x)) == 0, np.zeros(1, np.int32)) for x in ids]
-        f = functools.partial(embeddings, self.model, self.variables, pool=pool or self.pooling.pool)
+        f = functools.partial(contrast.embed, self.model, self.variables, pool=pool or self.pooling.pool)
         return np.concatenate(by_example(f, examples, batch_size, most, apart=True))
 
     def generate(

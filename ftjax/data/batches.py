@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from ftjax.data.masks import Masking
 from ftjax.data.pack import bucket_lengths, pack
 from ftjax.data.store import Examples
 from ftjax.data.tokenise import Example
+from ftjax.hub.weights import whole
 
 GRANULE = 8  # T and M are multiples of it, so that few shapes compile
+LEAST = 8  # rows a step at least where nothing is trained: they cost little memory
 
 
 class Batches:
@@ -217,6 +219,26 @@ class Batches:
         if len(left):
             plan.append((bucket, np.concatenate([left, np.full(B - len(left), -1)])))
         return [plan[i] for i in rng.permutation(len(plan))] if self.shuffle else plan
+
+
+def by_example(
+    f: Callable, examples, rows: int, max_length: int, buckets: int = 8, *, whole_rows: bool = False, **layout
+) -> list[np.ndarray]:
+    """f(batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its tokens, (n, ...),
+    in the order of the examples. rows: of them at once; layout: of Batches."""
+    examples = Examples.of(examples)
+    rows = max(LEAST, min(rows, len(examples)))
+    batches = Batches(examples, rows, max_length, buckets=buckets, shuffle=False, **layout)
+    counts = examples.length if whole_rows else examples.labels
+    found: list[np.ndarray] = [None] * len(examples)
+    for step in range(len(batches)):
+        told = whole(f(batches[step]))
+        for said, members in zip(told, batches.rows(step), strict=True):
+            at = 0
+            for example in members:
+                found[example] = said[at : at + counts[example]]
+                at += counts[example]
+    return found
 
 
 def loader(

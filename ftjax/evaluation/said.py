@@ -12,15 +12,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ftjax.data.batches import Batches
+from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
-from ftjax.data.store import Examples
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import labelled
-from ftjax.hub.weights import whole
 from ftjax.objectives import classify
-
-LEAST = 8  # rows a step at least: where nothing is trained they cost little memory
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,25 +61,6 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
     f = functools.partial(f, asked.model, asked.variables)
     buckets = max(config.data.buckets, 8)
     return by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
-
-
-def by_example(
-    f: Callable, examples, rows: int, max_length: int, buckets: int = 8, *, whole_rows: bool = False, **layout
-) -> list[np.ndarray]:
-    """`at_places` of examples, `rows` of them at once; f(batch)."""
-    examples = Examples.of(examples)
-    rows = max(LEAST, min(rows, len(examples)))
-    batches = Batches(examples, rows, max_length, buckets=buckets, shuffle=False, **layout)
-    counts = examples.length if whole_rows else examples.labels
-    found: list[np.ndarray] = [None] * len(examples)
-    for step in range(len(batches)):
-        told = whole(f(batches[step]))
-        for said, members in zip(told, batches.rows(step), strict=True):
-            at = 0
-            for example in members:
-                found[example] = said[at : at + counts[example]]
-                at += counts[example]
-    return found
 
 
 def by_row(part: Part) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import numpy as np
 
 from ftjax.evaluation import labelled
@@ -13,15 +12,9 @@ from ftjax.evaluation.said import Asked, Judge, at_places, groups
 from ftjax.objectives import contrast
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="pool")
-def embeddings(model, variables, batch, pool):
-    """(B, M, D) float32, see objectives.contrast."""
-    return contrast.embeddings(model, variables, batch, pool=pool)
-
-
 def say(asked: Asked) -> np.ndarray:
     """(N, 2, D) vectors of the two texts of each row, (N, 1, D) where there is one."""
-    return np.stack(at_places(functools.partial(embeddings, pool=asked.config.task.pool), asked, apart=True))
+    return np.stack(at_places(functools.partial(contrast.embed, pool=asked.config.task.pool), asked, apart=True))
 
 
 def report(asked: Asked, said: np.ndarray, thresholds) -> dict:

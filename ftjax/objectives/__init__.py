@@ -16,7 +16,8 @@ class Task(NamedTuple):
     {"loss", "correct"}), see objectives.causal; options: config -> those of training alone; always: config -> those of
     evaluation too; judged: the kind of ftjax.evaluation.labelled that its predictions are judged as, empty: by
     generation, or its loss alone; problem: `problem_type` in transformers' config.json, where it has one;
-    target(labels) -> shape and dtype of one target.
+    target(labels) -> shape and dtype of one target; unnamed: labels of its head that a plan takes where nobody names
+    any.
     """
 
     head: str
@@ -26,6 +27,7 @@ class Task(NamedTuple):
     judged: str = ""
     problem: str = ""
     target: Callable = lambda labels: ((), "int32")
+    unnamed: int = 2
 
 
 def _smoothing(config) -> dict:
@@ -41,7 +43,7 @@ def _classes(config) -> dict:
 
 
 TASKS = {
-    "causal": Task("causal", causal.sums, _smoothing, _chunk),
+    "causal": Task("causal", causal.sums, _smoothing, _chunk, unnamed=0),
     "classify": Task(
         "sequence", classify.one_class, _classes, judged="single_label", problem="single_label_classification"
     ),
@@ -58,16 +60,18 @@ TASKS = {
         classify.numbers,
         judged="regression",
         problem="regression",
+        unnamed=1,
         target=lambda labels: ((labels,), "float32"),
     ),
     "tag": Task("token", classify.one_class, _classes, judged="tags"),
     "span": Task("span", span.sums, judged="answers", target=lambda labels: ((2,), "int32")),
-    "masked": Task("masked", causal.sums, _smoothing, _chunk),
+    "masked": Task("masked", causal.sums, _smoothing, _chunk, unnamed=0),
     "embed": Task(
         "none",
         contrast.sums,
         always=lambda config: {"pool": config.task.pool, "temperature": config.task.temperature},
         judged="retrieval",
+        unnamed=0,
     ),
 }
 

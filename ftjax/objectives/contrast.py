@@ -24,6 +24,9 @@ def embeddings(model, variables, batch, *, pool: str, rngs=None):
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+embed = jax.jit(embeddings, static_argnums=0, static_argnames="pool")
+
+
 def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.05, rngs=None):
     """InfoNCE (van den Oord et al. 2018): the cross-entropy of finding each first text's own second text among the
     second texts of the whole batch, by cosines over the temperature; summed over pairs. sentence-transformers calls it

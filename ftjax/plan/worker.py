@@ -16,6 +16,7 @@ def work(job: dict) -> dict:
     started = time.perf_counter()
     from ftjax import config as configs
     from ftjax.hub import families, resolve
+    from ftjax.objectives import TASKS
     from ftjax.plan import compiled, search
     from ftjax.plan.devices import parse
     from ftjax.training import auto_mesh
@@ -39,8 +40,7 @@ def work(job: dict) -> dict:
     M, steps, tokens = _places(config, T), config.train.steps or None, None
     if job["data"]:
         T, M, steps, tokens = _from_data(config, folder, longest)
-    # Without rows, labels that nobody names are taken for two.
-    labels = len(config.task.labels) or {"causal": 0, "masked": 0, "embed": 0, "regress": 1}.get(config.task.kind, 2)
+    labels = len(config.task.labels) or TASKS[config.task.kind].unnamed
     shape = programs.with_task(config, family, shape, folder, labels)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
 
