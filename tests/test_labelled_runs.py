@@ -47,6 +47,26 @@ def test_an_adapter_and_its_head_load_in_peft(kind, tmp_path):
         assert report["metrics"]["accuracy"]["value"] == result.results["test"]["metrics"]["accuracy"]["value"]
 
 
+def test_an_adapter_made_by_peft_reads_the_pooler_of_its_base(encoder, tmp_path):
+    """PEFT by default carries a BERT's classifier alone; a base that has no pooler either leaves nothing to read."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    made = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).eval()
+    made.save_pretrained(tmp_path / "adapter")
+    texts = [row["text"] for row in rows(8, 5)]
+    lm = ftjax.load(tmp_path / "adapter")
+    found = ftjax.predict(lm, write(tmp_path / "asked.jsonl", [{"text": text} for text in texts]))
+    ours = [[row["probabilities"][f"LABEL_{i}"] for i in range(2)] for row in found]
+    np.testing.assert_allclose(theirs(made, encoder, texts), ours, atol=1e-4)
+    with pytest.raises(FtjaxError, match="brings a head over labels, which .* lacks; name it as the model"):
+        ftjax.load(encoder, adapters={"a": tmp_path / "adapter"})
+    transformers.BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(encoder)
+    with pytest.raises(FtjaxError, match=r"SEQ_CLS, but tensor .*pooler.dense.* of its head is missing"):
+        ftjax.load(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("method", ["full", "head", "bitfit", "dora", "ia3", "last_layers"])
 def test_every_method_trains_the_head_and_hands_it_over(method, encoder, tmp_path):
     import peft

@@ -5,12 +5,16 @@ out, in: a kernel's axes; L layers, T tokens.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from ftjax import assets
 from ftjax.hub import families, weights
 from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import NF4, Quantised, chosen, dequantised, dynamic_map, quantise
@@ -104,6 +108,9 @@ def test_bytes_of_a_kernel(kind, share):
     assert q.shape == (4096, 11008) and q.dtype == jnp.bfloat16
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def stored_bytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -122,6 +129,27 @@ def test_bytes_of_a_whole_model(kind, share):
     base = weights.param_shapes(shape, jnp.bfloat16)
     found = stored_bytes(jax.eval_shape(lambda base: quantised(base, kind), base)) / stored_bytes(base)
     assert 0.9 * share < found <= share
+
+
+def test_the_table_of_bytes_is_true(tmp_path):
+    """docs/methods.md: of each model the kernels' bytes and the whole base's, against bfloat16's."""
+    import transformers
+
+    transformers.GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    folders = {"starter": assets.resolve("builtin:stories260K"), "GPT-2": tmp_path}
+    folders |= {f"Llama 3.1 {size}": ROOT / "configs" / f"llama-3.1-{size.lower()}" for size in ("8B", "70B")}
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for name, folder in folders.items():
+        family, shape = families.read_config(Path(folder))
+        base = weights.param_shapes(shape, jnp.bfloat16)
+        row = [float(cell) for cell in re.search(rf"^\| {re.escape(name)} \|(.*)\|$", text, re.M)[1].split("|")]
+        found = []
+        for kind in ("int8", "nf4 twice"):
+            small = jax.eval_shape(lambda base, kind=kind: quantised(base, kind), base)
+            kernels = [{path: x for path, x in flatten(tree).items() if chosen(path)} for tree in (small, base)]
+            found += [stored_bytes(a) / stored_bytes(b) for a, b in (kernels, (small, base))]
+        np.testing.assert_allclose(row, found, atol=0.005, err_msg=name)
+        assert found[0] <= 0.55 and found[2] <= 0.30  # of what is quantised, for every shape
 
 
 # -- in the model
