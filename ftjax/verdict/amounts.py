@@ -11,7 +11,7 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.training.program import fill_defaults
 from ftjax.verdict import curve
-from ftjax.verdict.contenders import Contender
+from ftjax.verdict.contenders import LABELLED, Contender
 from ftjax.verdict.measure import Measured, answer, briefly, train_config
 from ftjax.verdict.setting import Setting, labels, open_model
 from ftjax.verdict.sweep import sweep
@@ -58,6 +58,12 @@ def amounts(setting: Setting) -> tuple[list[tuple[str, int]], int]:
     return sorted(found, key=lambda item: item[1]), whole
 
 
+def _same_rows(config) -> bool:
+    """Whether a run of a labelled task has judged itself on just the rows, and by the rule, of the comparison."""
+    plain = config.evaluate.compare_on == "test" and not config.evaluate.compare_rows and not config.task.threshold
+    return plain and config.task.kind in LABELLED
+
+
 def learning_curve(
     contender: Contender, setting: Setting, measured: Measured, metric: str, law: dict, say: Callable = print
 ) -> dict:
@@ -79,9 +85,11 @@ def learning_curve(
             if outcome.failed:
                 failed.append(f"{text}, seed {outcome.seed}: {outcome.failed}")
                 continue
-            lm = open_model(outcome.run_dir, config)
-            scores = answer(contender, setting, lm, outcome.seed)[0][metric]
-            points.setdefault(rows, []).append(float(scores.mean()))
+            value = outcome.figures[metric] if _same_rows(config) else None
+            if value is None:
+                lm = open_model(outcome.run_dir, config)
+                value = float(answer(contender, setting, lm, outcome.seed)[0][metric].mean())
+            points.setdefault(rows, []).append(value)
     scores = measured.scores[metric]
     noise = scores.mean(0).std(ddof=1) / math.sqrt(scores.shape[1])
     found = curve.report(

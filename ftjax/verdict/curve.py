@@ -171,13 +171,13 @@ def report(
     every = points | ({whole[0]: list(map(float, whole[1]))} if whole and len(whole[1]) else {})
     out = {"points": [{"amount": n, "values": every[n]} for n in sorted(every)], "law": [], "predicted": []}
     out |= {"check": None, "says": ""}
-    if len(every) > len(points) and len(points) >= LEAST:
-        n, values = whole
-        found, measured = fit(points, **how).predict(n, same_rows=True), float(np.mean(values))
-        inside = found.low <= measured <= found.high
-        out["check"] = {"amount": n, **found._asdict(), "measured": measured, "inside": inside}
     try:
         law = fit(every, **how)
+        if len(every) > len(points) >= LEAST:
+            n, measured = whole[0], float(np.mean(whole[1]))
+            found = fit(points, **how).predict(n, same_rows=True)
+            inside = found.low <= measured <= found.high
+            out["check"] = {"amount": n, **found._asdict(), "measured": measured, "inside": inside}
     except FtjaxError as error:
         return out | {"says": f"{error}"}
     end = max(4 * law.amounts[-1], *at, 0)

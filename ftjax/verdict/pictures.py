@@ -65,18 +65,26 @@ def forgetting_gain(
 
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
-    """Validation loss of every run as a line, training loss faint. histories: name -> rows of metrics.jsonl a seed."""
+    """Validation loss of every run as a line, training loss faint, or alone where nothing was validated. histories:
+    name -> rows of metrics.jsonl a seed."""
     figure, axes = new_axes(*SIZE)
     for name, runs in histories.items():
         mine = _look(order.index(name))
         for seed, history in enumerate(runs):
-            for key, width, strength in (("loss", 1, 0.25), ("val_loss", 2, 1)):
-                rows = [(row["step"], row[key]) for row in history if row.get(key) is not None]
-                label = _plain(name) if key == "val_loss" and not seed else None
-                look = mine if key == "val_loss" else {"color": mine["color"]}
-                axes.plot(*zip(*rows), alpha=strength, linewidth=width, label=label, **look) if rows else None
+            val, train = (_series(history, key) for key in ("val_loss", "loss"))
+            label = _plain(name) if not seed else None
+            if val:
+                axes.plot(*zip(*val), linewidth=2, label=label, **mine)
+            if train and val:
+                axes.plot(*zip(*train), alpha=0.25, linewidth=1, color=mine["color"])
+            elif train:
+                axes.plot(*zip(*train), alpha=0.7, linewidth=1, label=label, **mine | {"markersize": 3})
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
     return _saved(figure, axes, path)
+
+
+def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in history if row.get(key) is not None]
 
 
 def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:

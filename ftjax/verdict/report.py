@@ -212,6 +212,10 @@ def table(data: dict) -> str:
 
 ENERGY = "Energy is that of the machine's processors, with all that they did beside."
 NO_ENERGY = "Energy is not readable here: /sys/class/powercap has no counters of it that this process may read."
+BESIDE = (
+    "Losses and KL are in nats a token; KL is that of a model from its base on its own answers. Copied: of all runs of "
+    f"{COPIED} words in its answers, those that stand in the training answers."
+)
 UNSUPPORTED = (
     "Unsupported: sentences of an answer with less than half of their content in the passages, or with a number that "
     "these do not have; by words alone, which takes a paraphrase for unsupported and sees no negation."
@@ -225,12 +229,10 @@ def notes(data: dict) -> list[str]:
     return [
         f"Intervals are at {data['level']:.0%}, over rows, and over seeds where there are several; p values are "
         "corrected for all contenders (Holm). Figures are means over rows, also of metrics that are usually told of a "
-        "whole set.",
+        f"whole set. Rows won: with a better {data['metric']} than {data['base']}.",
         f"Training FLOPs are by formula and the rows' mean length; seconds are measured on {data['device']}, a "
         f"request's in a full batch. {ENERGY if data['energy'] else NO_ENERGY}",
-        "Losses and KL are in nats a token; KL is that of a model from its base on its own answers. Copied: of all "
-        f"runs of {COPIED} words in its answers, those that stand in the training answers. Rows won: with a better "
-        f"{data['metric']} than {data['base']}.",
+        *([BESIDE] if len(changes(data)[0]) > 1 else []),
         *([UNSUPPORTED] if by_words else []),
         "Words that are not in the base's answer are marked.",
     ]

@@ -254,5 +254,5 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
     histories = {name: [run.history for run in m.runs] for name, m in measured.items() if m.runs}
     if histories:
         pictures.losses(histories, out / "losses.png", list(entries))
-        drawn["Losses: validation bold, training faint"] = "losses.png"
+        drawn["Losses: validation bold, training faint, or alone"] = "losses.png"
     return drawn

@@ -65,6 +65,12 @@ def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
     assert runs["data.limit=64,seed=0"]["config"]["train"]["steps"] == 10
     results = json.loads((folder / "data.limit=64,seed=1/results.json").read_text())["test"]["metrics"]
     assert results["accuracy"]["value"] == pytest.approx(curve["points"][3]["values"][1])
+    # Asked once more as contenders are, which other rows would need.
+    c.evaluate.compare_rows = 10**6
+    again = ftjax.compare(c, str(tmp_path / "again"), say=lambda text: None)
+    assert again["curves"][0]["points"] == [
+        {"amount": p["amount"], "values": pytest.approx(p["values"])} for p in curve["points"]
+    ]
     page, text = ((tmp_path / "run" / name).read_text() for name in ("verdict.html", "verdict.md"))
     assert "Of 160 rows the law of the smaller amounts says" in page and "## Learning curves" in text
     assert "With 1,000 rows: " in text and (tmp_path / "run/curve.png").stat().st_size > 10_000
