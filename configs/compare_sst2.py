@@ -2,7 +2,7 @@
 
     ftjax compare --config configs/compare_sst2.py
 
-Each is trained on 8,000 rows, and for its learning curve on 8 to 512 rows a class, 2,000 and 4,000 rows, with two seeds.
+Each is trained on 8,000 rows, and for its learning curve on 8 to 512 rows a class, 2,000 and 4,000 rows; two seeds.
 The report, runs/compare_sst2/verdict.html, says whether the law of the smaller amounts holds at 8,000 rows, and what it
 says of all 67,349.
 """
