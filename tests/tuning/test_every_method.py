@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
+import ftjax
+from ftjax import assets
 from ftjax import config as configs
 from ftjax.objectives import causal
 from ftjax.training.optimizer import multipliers, optimizer, schedule
@@ -70,6 +74,44 @@ def test_a_step_moves_what_is_trained_and_nothing_else(method):
     for path, x in flatten(state.trained).items():
         # A's gradient is zero while B is.
         assert np.any(np.asarray(x) != flatten(before[0])[path]) or path.endswith("/lora/a"), path
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_at_most_four_times_its_adapter(tmp_path):
+    """Trained tensors and two moments of each, whatever the base: here one of 0.07 and one of 8 MB.
+
+    Of an adapter of 130 kB; below that, the few kB that any checkpoint takes for the names of its tensors would show.
+    """
+    sizes, bases = {}, {}
+    for vocabulary in (512, 80_000):
+        folder = tmp_path / str(vocabulary)
+        model = tiny.tiny_models.make(
+            "llama", tiny.tiny_models.SIZES | {"vocab_size": vocabulary, "max_position_embeddings": 64}
+        )
+        model.save_pretrained(folder / "base")
+        starter = Path(assets.resolve("builtin:stories260K"))
+        shutil.copy(starter / "tokenizer.json", folder / "base")
+        words = json.loads((starter / "tokenizer_config.json").read_text())
+        words |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "base" / "tokenizer_config.json").write_text(json.dumps(words))
+        c = configs.default()
+        c.run_dir, c.model.path = str(folder / "run"), str(folder / "base")
+        c.tuning.rank = 32
+        c.data.update(prompt="Words: {src}\nSentence:", completion=" {tgt}", end="<s>", limit=16, buckets=1, cache="")
+        c.data.max_length = 64
+        c.train.update(steps=2, batch_size=4, eval_every=2)
+        c.evaluate.rows = 4
+        c.log.update(tensorboard=False, compilation_cache=False)
+        ftjax.train(c, say=lambda line: None)
+        (adapter,) = (folder / "run" / "adapter").glob("*.safetensors")
+        steps = [step for step in (folder / "run" / "checkpoints").iterdir() if step.name.isdigit()]
+        assert steps
+        for step in steps:
+            sizes[vocabulary] = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
+            assert 2 * adapter.stat().st_size < sizes[vocabulary] <= 4 * adapter.stat().st_size
+        bases[vocabulary] = (folder / "base" / "model.safetensors").stat().st_size
+    assert bases[80_000] > 50 * bases[512]
+    assert sizes[80_000] == pytest.approx(sizes[512], rel=0.02)
 
 
 def test_the_table_of_methods_is_true():

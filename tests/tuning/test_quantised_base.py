@@ -6,6 +6,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -156,3 +157,25 @@ def test_a_base_is_the_same_whatever_it_computes_in():
     ours, theirs = (p["layers"]["mlp"]["down_proj"]["kernel"] for p in (half, full))
     jax.tree.map(np.testing.assert_array_equal, (ours.codes, ours.scale), (theirs.codes, theirs.scale))
     assert (str(ours.dtype), str(theirs.dtype)) == ("bfloat16", "float32")
+
+
+@pytest.mark.slow
+def test_lora_on_a_quantised_base_ends_near_the_unquantised_one(tmp_path):
+    """In 200 steps of the quick start training takes back most of what NF4 costs the untuned starter."""
+    ends, untuned = {}, {}
+    for kind in ("none", "int8", "nf4"):
+        c = configs.load(Path(__file__).parents[2] / "configs" / "quickstart.py")
+        c.run_dir = str(tmp_path / kind)
+        c.model.quantise = kind
+        c.data.update(test="", cache="")
+        c.train.update(steps=200, eval_every=200)
+        c.evaluate.update(compare=False)
+        c.export.formats = ()
+        c.log.tensorboard = False
+        ends[kind] = ftjax.train(c, say=lambda line: None).val_loss
+        if kind != "int8":
+            c.data.update(test=c.data.validation, limit=16)
+            untuned[kind] = ftjax.evaluate(ftjax.load(c.model.path, quantise=kind), None, c)["loss"]
+    assert untuned["nf4"] - untuned["none"] > 0.08  # that there is something to take back
+    assert ends["none"] < untuned["none"] - 0.15
+    assert ends["nf4"] - ends["none"] < 0.05 and abs(ends["int8"] - ends["none"]) < 0.05
