@@ -187,7 +187,11 @@ def test_two_processes_divide_the_runs(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(c.to_dict()))
     command = [sys.executable, "-c", SWEEP, str(tmp_path / "c.json")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    texts = [process.communicate(timeout=300)[0] for process in both]
+    try:
+        texts = [process.communicate()[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0], texts
     ran = [line.split(": ")[1] for text in texts for line in text.splitlines() if line.startswith("---- run")]
     assert sorted(ran) == [f"optim.lr={lr},seed={seed}" for lr in ("1e-2", "1e-3") for seed in (0, 1)]
