@@ -119,21 +119,27 @@ def _plan(config, points: Sequence[search.Point], seeds: int, fixed: dict, say, 
             configs.override(c, [*point, *budget])
             settings = {text.partition("=")[0]: None for text in (*point, *budget)}
             settings = {key: configs.flat(c)[key] for key in settings}
-            _share_rows(c, folder, fixed, say)
+            _share_rows(c, config, fixed, say)
             c.seed, c.run_dir = seed, str(folder / _name([*point, *budget, f"seed={seed}"]))
             jobs.append((settings, c))
     return jobs
 
 
-def _share_rows(config, folder: Path, fixed: dict, say) -> None:
-    """Rows as fix_rows deals them, once for all points that read the same."""
-    data = {key: value for key, value in configs.flat(config.data).items() if key not in ("limit", "shots")}
-    key = json.dumps([data, config.task.kind, config.seed], sort_keys=True)
+def _share_rows(config, base, fixed: dict, say) -> None:
+    """Rows of a point as fix_rows deals them, once for all points that read the same; in a folder of their own where
+    they are others than the base's."""
+    key = _read_by(config)
     if key not in fixed:
-        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-        fix_rows(config, folder / (f"rows-{digest}" if fixed else "rows"), say)
+        name = "rows" if key == _read_by(base) else f"rows-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        fix_rows(config, Path(base.run_dir) / name, say)
         fixed[key] = {name: config.data[name] for name in ("train", "validation", "test", "columns", "split")}
     config.data.update(fixed[key])
+
+
+def _read_by(config) -> str:
+    """What the rows of all parts depend on."""
+    data = {key: value for key, value in configs.flat(config.data).items() if key not in ("limit", "shots")}
+    return json.dumps([data, config.task.kind, config.seed], sort_keys=True)
 
 
 def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.STALE) -> list[Outcome]:
@@ -177,7 +183,7 @@ def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]
         budget = whole / search.THIRD**left
         budget = max(1, round(budget)) if key == "train.steps" else float(f"{budget:.3g}")
         rung = len(sizes) - left
-        say(f"---- rung {rung} of {len(sizes)}: {size} points, {key}={budget}" + (", trained anew, as a schedule "
+        say(f"---- rung {rung} of {len(sizes)}: {_points(size)}, {key}={budget}" + (", trained anew, as a schedule "
             "belongs to its length" if rung > 1 else ""))  # fmt: skip
         found = run(plan(points, budget=(f"{key}={budget}",)))
         outcomes += found
@@ -186,6 +192,10 @@ def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]
             best = np.argsort(losses, kind="stable")[: sizes[rung]]
             points = [points[i] for i in sorted(best)]
     return outcomes
+
+
+def _points(n: int) -> str:
+    return f"{n} point{'s' * (n != 1)}"
 
 
 def _by_point(outcomes: list[Outcome], points: int) -> list[list[Outcome]]:

@@ -76,6 +76,18 @@ def test_a_table_tells_mean_and_spread_over_seeds():
     assert "1.1 ± 0.1" in text and "2.05 ± 0.071" in text and "failed: 2-2: the loss became nan" in text
 
 
+def test_points_that_read_other_rows_have_files_of_their_own_in_any_order(tmp_path):
+    c = small(tmp_path)
+    points = [("data.stratify=label",), ("data.stratify=",)]
+
+    def rows(points):
+        jobs = sweep._plan(c, points, seeds=2, fixed={}, say=lambda text: None)
+        assert len({job.data.test for _, job in jobs}) == 2
+        return {(settings["data.stratify"], job.seed): job.data.test for settings, job in jobs}
+
+    assert rows(points) == rows(points[::-1]) and rows(points)["", 1] == str(tmp_path / "run/rows/test.jsonl")
+
+
 def test_an_axis_of_amounts_gets_its_law(tmp_path):
     said = []
     outcomes = []
@@ -143,7 +155,7 @@ def test_halving_goes_on_with_the_best_and_all_seeds_share_their_rows(tmp_path):
         lr: np.mean([o.figures["val_loss"] for o in first if o.settings["optim.lr"] == lr]) for lr in (1e-6, 1e-2, 3e-2)
     }
     assert {o.settings["optim.lr"] for o in last} == {min(losses, key=losses.get)}
-    assert any("rung 2 of 2: 1 points, train.steps=9, trained anew" in text for text in said)
+    assert any("rung 2 of 2: 1 point, train.steps=9, trained anew" in text for text in said)
     runs = [json.loads((tmp_path / "run" / f"{name}/run.json").read_text()) for name in
             ("optim.lr=1e-2,train.steps=3,seed=0", "optim.lr=1e-2,train.steps=3,seed=1")]  # fmt: skip
     assert {run["config"]["data"]["test"] for run in runs} == {str(tmp_path / "run/rows/test.jsonl")}
@@ -175,7 +187,11 @@ def test_two_processes_divide_the_runs(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(c.to_dict()))
     command = [sys.executable, "-c", SWEEP, str(tmp_path / "c.json")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    texts = [process.communicate(timeout=300)[0] for process in both]
+    try:
+        texts = [process.communicate()[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0], texts
     ran = [line.split(": ")[1] for text in texts for line in text.splitlines() if line.startswith("---- run")]
     assert sorted(ran) == [f"optim.lr={lr},seed={seed}" for lr in ("1e-2", "1e-3") for seed in (0, 1)]
