@@ -1,6 +1,7 @@
 """Sentiment of film reviews: all of MiniLM, on SST-2.
 
-Dev accuracy after one epoch, seed 0: 0.890 (0.869 to 0.909), trained on 98 % of the rows with train.dropout 0.1.
+Dev accuracy after one epoch, seed 0: 0.890 (0.869 to 0.909), trained on 98 % of the rows. Three epochs with
+optim.lr=1e-4 optim.warmup=0.06 train.ema=0.999 model.dtype=bfloat16: 0.891 (0.872 to 0.913).
 """
 
 from ftjax import config
