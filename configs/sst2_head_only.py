@@ -1,6 +1,6 @@
 """Sentiment of film reviews: a head on MiniLM's frozen states, each computed once, on SST-2.
 
-It reads means, on which MiniLM was pretrained. Dev accuracy on its first token, seed 0: 0.760.
+It reads means, on which MiniLM was pretrained. Dev accuracy, seed 0: 0.794 (0.766 to 0.822); on first tokens 0.760.
 """
 
 from pathlib import Path
