@@ -146,6 +146,7 @@ def held_out_labels(setting: Setting) -> list[str]:
 
 
 def labels(data: Data, part) -> list[str]:
+    """The label of each example of a part; several as one text."""
     targets = judge.truths(part)
     if targets.ndim == 1:
         return [data.labels[int(target)] for target in targets]
@@ -153,4 +154,5 @@ def labels(data: Data, part) -> list[str]:
 
 
 def as_text(label) -> str:
+    """One label as it is, several with commas between."""
     return label if isinstance(label, str) else ", ".join(label)
