@@ -139,8 +139,8 @@ def with_head(
     """The shape of a directory's model with a head for `task` instead of its own; labels: C, see ModelConfig.head.
 
     pool: what a head over labels of whole texts reads, see config.task.pool; auto: as the model's own such head, or
-    else the family's. Raises FtjaxError for a task that the
-    family has no head for, and for a way of pooling that its heads cannot have.
+    else the family's. Raises FtjaxError for a task that the family has no head for, and for a way of pooling that its
+    heads cannot have.
     """
     if task not in family.forms:
         able = ", ".join(dict.fromkeys(form.head.task for form in family.forms.values()))

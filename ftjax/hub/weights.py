@@ -330,8 +330,8 @@ def write_model(
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
-    if "pool" in form.keys:  # a run may have chosen it
-        hf |= {form.keys["pool"]: head_to_hf(form, config.head)[form.keys["pool"]]}
+    if key := form.keys.get("pool"):  # a run may have chosen another than the source's
+        hf[key] = head_to_hf(form, config.head)[key]
     if config.head.pool == "last" and hf.get("pad_token_id") is None:
         hf["pad_token_id"] = pad_token(source) if source else None  # by it transformers finds a row's last token
     kept = _kept(source, family, config) if source else {}

@@ -226,11 +226,11 @@ def _general(lm: LM, setting: Setting) -> General:
 
 def _way(contender: Contender, setting: Setting, source: str, seed: int, say: Callable) -> list[Passed]:
     """Every checkpoint of a run that keeps more than the latest and the best."""
+    if setting.config.train.keep < 2:
+        return []
     saved = Checkpoints(source, read_only=True)
     steps, found = saved.steps(), []
     saved.close()
-    if setting.config.train.keep < 2:
-        return []
     for step in steps:
         say(f"{contender.name}, seed {seed}, step {step}")
         lm = load(source, dtype=setting.config.model.dtype, checkpoint=step)
