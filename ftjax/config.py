@@ -33,6 +33,8 @@ def default() -> ml_collections.ConfigDict:
     model.trained_dtype = "float32"  # stored dtype of what is trained; small updates vanish in bfloat16
     model.frozen_dtype = "auto"  # stored dtype of what is not; auto: the compute dtype
     model.quantise = "none"  # none | int8 | nf4: frozen kernels of the blocks, a half or a quarter of bfloat16's bytes
+    model.quantise_tables = False  # with it, the table of embeddings and the head in int8 too, of whatever kind the
+    # kernels are: a sixth of an 8B model's bytes, which QLoRA leaves as they are
     model.double_quantise = True  # nf4: its scales in 8 bits too, as QLoRA has it; False: in float32
     model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time
     model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower

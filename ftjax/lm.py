@@ -169,7 +169,7 @@ def open_base(
     end = "" if config is None else config.data.end
     compute = compute_dtype(dtype)
     kept = (configs.default() if config is None else config).model
-    small = quantiser(quantise or kept.quantise, kept.double_quantise, compute)
+    small = quantiser(quantise or kept.quantise, kept, compute)
     labels = families.label_names(folder) if shape.head.labels else ()
     if task:
         kind, labels = task
@@ -196,11 +196,14 @@ def run_pooling(config, max_positions: int) -> Pooling:
     return Pooling(pool, min(config.data.max_length // 2, max_positions))
 
 
-def quantiser(kind: str, double: bool, dtype):
-    """What weights.read_params makes of the blocks' kernels: None for `none`. See ftjax.models.quantised.quantise."""
-    if kind == "none":
-        return None
-    return jax.jit(functools.partial(quantised.quantise, kind=kind, double=double, dtype=dtype))
+def quantiser(kind: str, settings, dtype):
+    """path of a parameter -> what weights.read_params makes of it; None: it stays as it is.
+
+    kind: of kernels of the blocks; settings: config.model, for what else is quantised and how.
+    """
+    quantise = functools.partial(quantised.quantise, double=settings.double_quantise, dtype=dtype)
+    small = {kind: jax.jit(functools.partial(quantise, kind=kind)) for kind in quantised.VALUES}
+    return lambda path: small.get(quantised.kind_of(path, kind, settings.quantise_tables))
 
 
 def compute_dtype(name: str):

@@ -40,7 +40,6 @@ from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import new_folder, read_json, write_json
 from ftjax.hub.tokenizer import copy_tokenizer, pad_token
 from ftjax.models.config import ModelConfig
-from ftjax.models.quantised import chosen
 from ftjax.tree import flatten, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -111,16 +110,16 @@ def read_params(
     config: ModelConfig,
     shardings: dict | None = None,
     dtype: Callable[[str], np.dtype] | None = None,
-    quantise: Callable[[jax.Array], Any] | None = None,
+    quantise: Callable[[str], Callable[[jax.Array], Any] | None] = lambda path: None,
     new_head: jax.Array | None = None,
 ) -> dict:
     """The parameters in a model directory as a tree of jax arrays.
 
     shardings: tree of jax.sharding.Sharding like the parameters; each device's part alone is read for it. None: the
     default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
-    a time. quantise: (out, in) float32 -> what is kept of it, for every layer of the kernels that are quantised (see
-    ftjax.models.quantised.chosen); never are two layers of one whole on a device. new_head: key by which modules of the
-    head that the files lack are made; None: they may lack none.
+    a time. quantise: path -> what makes (out, in) float32 into what is kept of it, layer by layer, so that never two
+    layers are whole on a device; None: it stays as it is. new_head: key by which modules of the head that the files
+    lack are made; None: they may lack none.
     Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
     """
     located = _locate(Path(folder), family, config, new_head is not None)
@@ -136,10 +135,10 @@ def read_params(
             params[path] = _place(functools.partial(_cut, np.asarray(made, target)), shape, sharding)
             continue
         # One after another: transfers in flight would keep the host's copies of several parameters alive at once.
-        if quantise and chosen(path):
+        if small := quantise(path):
             # From float32 whatever the run computes in: so a run and who loads it anywhere have one and the same base.
-            load = functools.partial(_load, tensors, transposed, True, np.dtype(np.float32))
-            params[path] = jax.block_until_ready(_quantised(load, shape, sharding, quantise))
+            load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), np.dtype(np.float32))
+            params[path] = jax.block_until_ready(_quantised(load, shape, sharding, small))
             continue
         load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
@@ -164,7 +163,9 @@ def _cut(x: np.ndarray, bounds) -> np.ndarray:
 
 
 def _quantised(load: Callable, shape: tuple[int, ...], sharding, quantise: Callable):
-    """A stacked kernel as `quantise` leaves its layers, read and quantised one after another."""
+    """A table as `quantise` leaves it, or a stacked kernel: its layers, read and quantised one after another."""
+    if len(shape) == 2:
+        return quantise(_place(load, shape, sharding))
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     layers = []

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ftjax.models.axes import PARAMETER_AXES, split, ways, whole
+from ftjax.models.quantised import Quantised
 
 ALL = ("data", "fsdp", "sequence")  # mesh axes that rows and tokens are split over
 ROWS = PartitionSpec(("data", "fsdp"), "sequence")  # of what is (B, T)
@@ -53,12 +54,14 @@ def wide(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def look_up(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
+def look_up(table: jax.Array | Quantised, ids: jax.Array, axis: str | None) -> jax.Array:
     """Rows ids (B, T) of a table (V, D) with logical axes (axis, "embed"): (B, T, D).
 
     Each device looks up the columns that it has for the tokens of all that share its rows, and they exchange them: the
-    table is never gathered, nor its gradient summed whole.
+    table is never gathered, nor its gradient summed whole. A quantised one, small and without gradient, is gathered.
     """
+    if isinstance(table, Quantised):
+        return whole(table, (axis, "embed")).rows(ids)
     mesh = mesh_that_cuts("fsdp", "sequence")
     columns, dtype = PartitionSpec(None, EMBED), table.dtype
     if not mesh or _uneven(ids.shape, ROWS, mesh) or _uneven(table.shape, columns, mesh):

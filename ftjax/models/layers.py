@@ -140,7 +140,10 @@ class Embedding(nn.Module):
     init_std: float = 0.02
 
     def setup(self):
-        self.embedding = self.param("embedding", nn.initializers.normal(self.init_std), (self.size, self.width))
+        table = self.get_variable("params", "embedding")
+        if not isinstance(table, Quantised):
+            table = self.param("embedding", nn.initializers.normal(self.init_std), (self.size, self.width))
+        self.embedding = table
 
     def __call__(self, ids):
         """ids (B, T) int -> (B, T, D)."""
@@ -152,7 +155,8 @@ class Embedding(nn.Module):
 
     def attend(self, x):
         """x (B, T, D) -> (B, T, V): the product with every row of the table itself, whatever changes its lookups."""
-        return project(x, self.embedding.astype(self.dtype), (self.axis, "embed"))
+        table = self.embedding if isinstance(self.embedding, Quantised) else self.embedding.astype(self.dtype)
+        return project(x, table, (self.axis, "embed"))
 
 
 def dropout(module: nn.Module, x, rate: float):

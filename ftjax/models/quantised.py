@@ -109,6 +109,16 @@ class Quantised:
             raise TypeError("a quantised kernel cannot be indexed within: see astype")
         return jax.tree.map(lambda x: x[index], self)
 
+    def rows(self, ids) -> jax.Array:
+        """Rows ids (...) of a table (V, in): (..., in), of its own dtype.
+
+        Raises TypeError where scales are quantised too: second scales run over rows.
+        """
+        if isinstance(self.scale, Scales):
+            raise TypeError("rows of a kernel whose scales are quantised cannot be read alone: see astype")
+        taken = jax.tree.map(lambda x: jnp.take(x, ids, axis=0, mode="clip"), self)
+        return taken.astype(self.dtype)
+
     def map(self, f: Callable, axes: tuple) -> Quantised:
         """One of the same form, of f(array, its logical axes), where `axes` are the kernel's."""
         scale = self.scale
@@ -173,12 +183,23 @@ def _quantise_scales(scale) -> Scales:
     return Scales(codes, largest[..., 0], mean)
 
 
-def chosen(path: str) -> bool:
-    """Whether the parameter at `path` is one that is quantised: kernels of the blocks.
+TABLES = ("embed/embedding", "lm_head/kernel")
 
-    Tables and heads are left as they are, as QLoRA leaves them: few of a large model's bytes, and looked up exactly.
+
+def kind_of(path: str, kind: str, tables: bool = False) -> str:
+    """What the parameter at `path` is kept as, where kernels of the blocks are kept as `kind`: of VALUES, or `none`.
+
+    tables: the table of embeddings and the head as well, in int8 whatever the kernels are in: each row stands for a
+    token by itself. QLoRA leaves them as they are, but they are a sixth of an 8B model's bytes.
     """
-    return path.startswith("layers/") and path.endswith("/kernel")
+    if path.startswith("layers/") and path.endswith("/kernel"):
+        return kind
+    return "int8" if tables and kind != "none" and path in TABLES else "none"
+
+
+def read_rows(table, ids):
+    """Rows ids (...) of a table (V, D), an array or a Quantised: (..., D)."""
+    return table.rows(ids) if isinstance(table, Quantised) else table[ids]
 
 
 def is_quantised(x) -> bool:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
-from ftjax.models.quantised import chosen, quantised_size
+from ftjax.models.quantised import quantised_size
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import TASKS, objective
 from ftjax.training import sharding
@@ -39,7 +39,7 @@ class Program(NamedTuple):
     frozen_places: dict
     state_places: State
     read_dtype: jnp.dtype  # that the base is read in
-    quantise: Callable | None  # what makes a kernel of the base small as it is read
+    quantise: Callable  # path -> what makes that parameter of the base small as it is read, or None
     begin: Callable  # (key, base) -> (trained, frozen); base is given away
     variables: Callable  # (trained, frozen) -> what the model is applied to
     rate: Callable  # step -> learning rate
@@ -107,8 +107,8 @@ def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
     frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jnp.dtype(config.model.frozen_dtype)
     trained_dtype = jnp.dtype(config.model.trained_dtype)
     base = weights.param_shapes(shape, frozen_dtype)
-    small = quantiser(config.model.quantise, config.model.double_quantise, frozen_dtype)
-    kept = map_paths(lambda path, x: jax.eval_shape(small, x) if small and chosen(path) else x, base)
+    small = quantiser(config.model.quantise, config.model, frozen_dtype)
+    kept = map_paths(lambda path, x: jax.eval_shape(small(path), x) if small(path) else x, base)
 
     def begin(key, base):
         trained, frozen = method.init(key, base, spec)
@@ -117,10 +117,12 @@ def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
     trained, frozen = jax.eval_shape(begin, jax.random.key(0), kept)
     if not jax.tree.leaves(trained):
         raise FtjaxError(f"tuning.method: {config.tuning.method} trains nothing of this model; see tuning.targets")
-    if quantised_size(frozen) != quantised_size(kept):
+    if quantised_size(frozen) != quantised_size(kept) or quantised_size(trained):
         raise FtjaxError(
             f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
             f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
+            + ", or model.quantise_tables to False"
+            * config.model.quantise_tables
         )
     trained_places = sharding.parameter_shardings(trained, shape, mesh, method.axes)
     frozen_places = sharding.parameter_shardings(frozen, shape, mesh, method.frozen_axes)

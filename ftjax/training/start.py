@@ -15,6 +15,7 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_text
 from ftjax.hub import weights
+from ftjax.models.quantised import dequantised
 from ftjax.training import hosts, sharding
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
@@ -60,7 +61,7 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
     head = frozen.get("lm_head", {}).get("kernel", frozen.get("embed", {}).get("embedding"))
     if head is None:
         return {}
-    found = {}
+    head, found = dequantised(head), {}
     for token in examples.ends():
         row = head[token]
         alike = int(jax.numpy.sum(jax.numpy.all(jax.numpy.abs(head - row) <= 1e-3 * jax.numpy.abs(row).max(), axis=1)))

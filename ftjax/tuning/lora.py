@@ -18,6 +18,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.models.layers import ADAPTERS, Adapter, project
+from ftjax.models.quantised import dequantised
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
@@ -132,7 +133,7 @@ def split(frozen):
 
 def _kernel(params, path):
     """The kernel (out, in) at `path`, stacked on L where it is."""
-    return params[f"{path}/embedding"].T if path in EMBEDDINGS else params[f"{path}/kernel"]
+    return dequantised(params[f"{path}/embedding"]).T if path in EMBEDDINGS else params[f"{path}/kernel"]
 
 
 def axes(path):

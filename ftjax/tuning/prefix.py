@@ -12,6 +12,7 @@ import numpy as np
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import CONFIG
 from ftjax.models.config import ModelConfig
+from ftjax.models.quantised import read_rows
 from ftjax.models.transformer import Transformer
 from ftjax.tuning import prompt
 from ftjax.tuning.base import Method, register
@@ -35,7 +36,7 @@ def init(key, base, spec):
     if spec.tuning.prompt_init == "random":
         prefix = from_flat(jax.random.normal(keys[0], (n, model.layers * 2 * width)), model)
     else:
-        tokens = {"prompt": base["embed"]["embedding"][prompt.first_tokens(keys[0], spec)]}
+        tokens = {"prompt": read_rows(base["embed"]["embedding"], prompt.first_tokens(keys[0], spec))}
         prefix = Transformer(model).apply({"params": base, "adapter": tokens}, method="prefix")
     return {"prefix": jax.tree.map(lambda x: x.astype(jnp.float32), prefix)}, base
 

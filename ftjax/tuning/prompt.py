@@ -12,6 +12,7 @@ import numpy as np
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import CONFIG
 from ftjax.models.config import ModelConfig
+from ftjax.models.quantised import read_rows
 from ftjax.tuning.base import Method, register
 
 TENSOR = "prompt_embeddings"  # what PEFT calls the one tensor of every soft prompt
@@ -43,7 +44,7 @@ def init(key, base, spec):
     if spec.tuning.prompt_init == "random":
         prompt = jax.random.normal(key, (virtual_tokens(spec), spec.model.width))
     else:
-        prompt = base["embed"]["embedding"][first_tokens(key, spec)]
+        prompt = read_rows(base["embed"]["embedding"], first_tokens(key, spec))
     return {"prompt": prompt.astype(jnp.float32)}, base
 
 

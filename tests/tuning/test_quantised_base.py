@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.models.quantised import Quantised, chosen, dequantised, is_quantised, quantise
+from ftjax.models.quantised import Quantised, dequantised, is_quantised, kind_of, quantise
 from ftjax.objectives import causal
 from ftjax.training import sharding
 from ftjax.training.report import Progress, read_metrics
@@ -27,23 +27,37 @@ from ftjax.tuning import METHODS
 IDS = np.arange(3, 43)[None]
 
 
-def small(params, kind="nf4"):
-    return map_paths(lambda path, x: quantise(x, kind, double=True) if chosen(path) else x, params)
+def small(params, kind="nf4", tables=False):
+    def one(path, x):
+        kept_as = kind_of(path, kind, tables)
+        return x if kept_as == "none" else quantise(x, kept_as, double=True)
+
+    return map_paths(one, params)
 
 
 @functools.cache
-def base(name):
-    return tiny.jit(small)(tiny.pair(name).params)
+def base(name, tables):
+    return tiny.jit(functools.partial(small, tables=tables))(tiny.pair(name).params)
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "bitfit", "prefix"])
-def test_other_methods_than_lora(method):
+METHODS_ON = {  # name -> method, whether tables are quantised, fields of config.tuning
+    "dora": ("dora", False, {}),
+    "ia3": ("ia3", False, {}),
+    "bitfit": ("bitfit", False, {}),
+    "prefix": ("prefix", False, {"virtual_tokens": 3}),
+    "prompt, tables": ("prompt", True, {"virtual_tokens": 3}),
+    "lora of all, tables": ("lora", True, {"targets": ("all-linear", "embed_tokens", "lm_head"), "rank": 4}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS_ON)
+def test_methods(name):
     """Loss, gradients and merged model are those of the method on the dequantised base."""
-    fields = {"virtual_tokens": 3} if method == "prefix" else {}
+    method, tables, fields = METHODS_ON[name]
     pair = tiny.tuned(tiny.pair("llama-biases"), method=method, **fields)
     row = METHODS[method]
-    trained, frozen = tiny.jit(lambda base: row.init(jax.random.key(0), base, pair.spec))(base("llama-biases"))
-    assert sum(map(is_quantised, jax.tree.leaves(frozen, is_leaf=is_quantised))) == 7
+    trained, frozen = tiny.jit(lambda base: row.init(jax.random.key(0), base, pair.spec))(base("llama-biases", tables))
+    assert sum(map(is_quantised, jax.tree.leaves(frozen, is_leaf=is_quantised))) == 7 + 2 * tables
     trained = jax.tree.map(lambda x: x + 0.05, trained)
     batch = tiny.batch([[doc] for doc in tiny.documents((12, 9))], [[0], [3]], 12)
 
@@ -64,12 +78,15 @@ def test_other_methods_than_lora(method):
         np.testing.assert_allclose(got, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_base_on_a_mesh(kind):
-    """Codes and scales are split where the kernel is, and the loss is that of one device."""
-    name = "llama2"
+@pytest.mark.parametrize(
+    ("name", "kind", "tables"), [("llama2", "int8", False), ("llama2", "nf4", True), ("gpt2", "nf4", True)]
+)
+def test_a_quantised_base_on_a_mesh(name, kind, tables):
+    """Codes and scales are split where the kernel is, and the loss is that of one device; tables too, tied or not."""
     pair, row = tiny.tuned(tiny.pair(name), rank=4), METHODS["lora"]
-    trained, frozen = tiny.jit(lambda p: row.init(jax.random.key(0), small(p, kind), pair.spec))(tiny.pair(name).params)
+    trained, frozen = tiny.jit(lambda p: row.init(jax.random.key(0), small(p, kind, tables), pair.spec))(
+        tiny.pair(name).params
+    )
     trained = jax.tree.map(lambda x: x + 0.05, trained)
     batch = tiny.batch([[doc] for doc in tiny.documents((12, 9, 7, 12))], [[0], [3], [1], [2]], 12)
     loss = lambda t, f, b: causal.sums(pair.model, row.variables(t, f, pair.spec), b)[0]  # noqa: E731
@@ -82,9 +99,10 @@ def test_a_quantised_base_on_a_mesh(kind):
         adapter = jax.device_put(trained, sharding.parameter_shardings(trained, shape, mesh, row.axes))
         rows = sharding.place_batch(batch, mesh, 4, sharding.local_rows(mesh, 4))
         np.testing.assert_allclose(tiny.jit(loss)(adapter, placed, rows), alone, rtol=1e-5)
-    kernel = flatten(places)["layers/attn/q_proj/kernel"]
+    path = "layers/mlp/up_proj/kernel"
+    kernel = flatten(places)[path]
     assert isinstance(kernel, Quantised) and isinstance(kernel.codes, NamedSharding)
-    codes = flatten(placed)["layers/attn/q_proj/kernel"].codes
+    codes = flatten(placed)[path].codes
     assert {shard.data.size for shard in codes.addressable_shards} == {codes.size // 4}
 
 
@@ -142,9 +160,19 @@ def test_a_run_on_nf4_resumes_loads_and_merges(tmp_path, monkeypatch):
     assert with_cache == merged.generate(["Words: dog run\nSentence:"], max_new_tokens=8)
 
 
-@pytest.mark.parametrize("method", ["full", "last_layers"])
-def test_kernels_that_are_trained_are_not_quantised(method, tmp_path):
-    config = settings(tmp_path / "run", "int8")
+def test_a_run_with_quantised_tables_loads_and_merges(tmp_path):
+    ftjax.train(settings(tmp_path / "run", "nf4", quantise_tables=True), say=lambda line: None)
+    lm = ftjax.load(tmp_path / "run")
+    table = lm.params["embed"]["embedding"]
+    assert is_quantised(table) and table.kind == "int8"
+    trained = lm.logits(IDS)
+    np.testing.assert_allclose(ftjax.load(tmp_path / "run" / "merged").logits(IDS), trained, atol=1e-4)
+    assert np.abs(ftjax.load(tmp_path / "run" / "adapter", quantise="nf4").logits(IDS) - trained).max() > 1e-3
+
+
+@pytest.mark.parametrize(("method", "tables"), [("full", False), ("last_layers", False), ("head", True)])
+def test_kernels_that_are_trained_are_not_quantised(method, tables, tmp_path):
+    config = settings(tmp_path / "run", "int8", quantise_tables=tables)
     config.tuning.method = method
     config.export.formats = ("auto",)
     with pytest.raises(FtjaxError, match=f"model.quantise: int8 .* tuning.method {method} .* to none"):
