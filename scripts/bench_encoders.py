@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -251,9 +252,10 @@ def tagger(args, rows: dict[str, list[dict]], seed: int, scratch: str) -> float:
             out.append({"input_ids": batch["input_ids"][i], "labels": labels})
         return out
 
+    warmup = math.ceil(TAGS["warmup"] * TAGS["epochs"] * math.ceil(len(rows["train"]) / TAGS["batch"]))
     settings = TrainingArguments(
         output_dir=f"{scratch}/torch", num_train_epochs=TAGS["epochs"], per_device_train_batch_size=TAGS["batch"],
-        learning_rate=TAGS["lr"], lr_scheduler_type="linear", warmup_ratio=TAGS["warmup"], weight_decay=TAGS["decay"],
+        learning_rate=TAGS["lr"], lr_scheduler_type="linear", warmup_steps=warmup, weight_decay=TAGS["decay"],
         seed=seed, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
     )  # fmt: skip
