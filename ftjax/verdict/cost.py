@@ -12,6 +12,7 @@ import numpy as np
 
 from ftjax.hub import families, resolve, weights
 from ftjax.lm import continue_ids
+from ftjax.training import features
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import flops_per_token
 from ftjax.training.program import with_task
@@ -36,10 +37,12 @@ class Cost:
     request_joules: float | None = None
 
 
-def training(config, labels: int, tokens_per_row: float) -> tuple[int, float]:
-    """(parameters that are trained, FLOPs a row) of a run's resolved config; labels: how many names its head has.
+def training(config, labels: int, examples, steps: int) -> tuple[int, float]:
+    """(parameters that are trained, FLOPs) of `steps` steps of a run's resolved config on `examples`; labels: how many
+    names its head has.
 
-    By formula, see flops_per_token, of the rows' mean number of tokens.
+    By formula, see flops_per_token, of the rows' mean number of tokens. Where a head alone is trained, the states that
+    it reads are computed once.
     """
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
@@ -47,8 +50,13 @@ def training(config, labels: int, tokens_per_row: float) -> tuple[int, float]:
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     method, base = METHODS[config.tuning.method], weights.param_shapes(shape, np.float32)
     trained, frozen = jax.eval_shape(lambda key, base: method.init(key, base, spec), jax.random.key(0), base)
-    length = tokens_per_row + method.virtual_tokens(spec)
-    return count(trained), length * flops_per_token(shape, base, trained, frozen, length)
+    length = float(np.mean(examples.length)) + method.virtual_tokens(spec)
+    row = length * flops_per_token(shape, base, trained, frozen, length)
+    size = config.train.batch_size
+    if features.usable(config, trained, steps, math.ceil(len(examples.length) / size)):
+        places = float(np.mean(examples.labels))
+        return count(trained), len(examples.length) * row + steps * size * places * features.flops_per_token(trained)
+    return count(trained), steps * size * row
 
 
 def count(shapes) -> int:

@@ -258,14 +258,12 @@ def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.
     """lm: the last of its models."""
     fields = {name: _mean([s[name] for s in spent]) for name in spent[0]}
     if runs:
-        train = setting.data.train.examples
-        tokens = float(np.mean(train.length))
-        each = [cost.training(run.config, len(lm.labels), tokens) for run in runs]
+        examples = setting.data.train.examples
         steps = [run.history[-1]["step"] if run.history else 0 for run in runs]
-        rows = [flops * n * run.config.train.batch_size for (_, flops), n, run in zip(each, steps, runs)]
+        each = [cost.training(run.config, len(lm.labels), examples, n) for run, n in zip(runs, steps)]
         fields["trained"] = each[0][0]
         fields["stored"] = each[0][0] * np.dtype(lm.model.dtype).itemsize
-        fields["train_flops"] = float(np.mean(rows))
+        fields["train_flops"] = float(np.mean([flops for _, flops in each]))
         fields["train_seconds"] = float(np.mean([cost.run_seconds(run.path) for run in runs]))
         fields["train_joules"] = _mean([run_joules(run.path) for run in runs])
     return cost.Cost(cost.count(lm.params), **fields)

@@ -1,6 +1,7 @@
 """Contenders for labels: the commonest one, what is trained, and a run folder, judged on the same rows."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import tiny_labelled
 
 import ftjax
 from ftjax.errors import FtjaxError
-from ftjax.verdict import contenders
+from ftjax.verdict import contenders, cost
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,19 @@ def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "again/answers.jsonl").read_text().splitlines()]
     assert [line["references"] for line in lines] == [[row["label"]] for row in rows]
     assert [line["prompt"] for line in lines] == [row["text"] for row in rows]
+
+
+def test_states_that_are_kept_are_paid_for_once(config):
+    """30 steps of 16 rows are three epochs of 160 rows, each with one place that the head reads."""
+    rows, again = (
+        types.SimpleNamespace(length=np.full(160, 12), labels=np.ones(160)),
+        config.copy_and_resolve_references(),
+    )
+    again.train.cache_features = False
+    (_, kept), (_, three), (_, one) = (
+        cost.training(c, 2, rows, n) for c, n in ((config, 30), (again, 30), (again, 10))
+    )
+    assert three == pytest.approx(3 * one) and one < kept < 1.5 * one
 
 
 @pytest.mark.slow
