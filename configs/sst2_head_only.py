@@ -17,6 +17,6 @@ def get_config():
     c.optim.warmup = 0.06
     c.optim.weight_decay = 0.0
     c.train.dropout = 0.0
-    c.train.epochs = 10.0
+    c.train.epochs = 3.0
     c.train.batch_size = 64
     return c
