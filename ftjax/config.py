@@ -34,7 +34,9 @@ def default() -> ml_collections.ConfigDict:
     model.frozen_dtype = "auto"  # stored dtype of what is not; auto: the compute dtype
     model.quantise = "none"  # none | int8 | nf4: frozen kernels of the blocks, a half or a quarter of bfloat16's bytes
     model.double_quantise = True  # nf4: its scales in 8 bits too, as QLoRA has it; False: in float32
-    model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time
+    model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time;
+    # in between, keep `attention` (what its products and it give) or `products` (what all give); offload: what a block
+    # gets waits in the host's memory; offload_products: all of these do; auto: the fastest that fits
     model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
     model.head_chunk = 512  # rows x positions of logits held at once are about this times a batch's rows
 
@@ -266,7 +268,7 @@ CHOICES = {
     "model.trained_dtype": ("float32", "bfloat16"),
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.quantise": ("none", "int8", "nf4"),
-    "model.remat": ("none", "full"),
+    "model.remat": ("none", "auto", "products", "attention", "offload_products", "full", "offload"),
     "task.kind": ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed"),
     "task.subwords": ("first", "all"),
     "task.pool": ("auto", "mean", "cls"),

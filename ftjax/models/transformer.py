@@ -15,6 +15,7 @@ from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import take_tokens
 from ftjax.models.config import ModelConfig
 from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
+from ftjax.models.remat import named, rematerialised
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -50,6 +51,7 @@ class Attention(nn.Module):
             q = linear("q_proj", H * d, c.qkv_bias)(x)
             k = linear("k_proj", K * d, c.qkv_bias)(x)
             v = linear("v_proj", K * d, c.qkv_bias)(x)
+        q, k, v = named(q, "q"), named(k, "k"), named(v, "v")
         q, k, v = q.reshape(B, T, H, d), k.reshape(B, T, K, d), v.reshape(B, T, K, d)
         if c.qk_norm:
             q = Norm("rms", c.norm_eps, self.dtype, name="q_norm")(q)
@@ -76,7 +78,7 @@ class Attention(nn.Module):
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
             y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how)
-        y = linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d))
+        y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
         return dropout(self, y, self.dropout), cache
 
 
@@ -100,8 +102,9 @@ class MLP(nn.Module):
         else:
             up = linear("up_proj", c.hidden)(x)
             gate = linear("gate_proj", c.hidden)(x) if c.gated else None
+        up, gate = named(up, "up"), named(gate, "gate") if c.gated else None
         h = act(gate) * up if c.gated else act(up)
-        return dropout(self, linear("down_proj", c.width)(h), self.dropout)
+        return dropout(self, named(linear("down_proj", c.width)(h), "down"), self.dropout)
 
 
 class Block(nn.Module):
@@ -115,7 +118,7 @@ class Block(nn.Module):
     def __call__(self, carry, layer, shared):
         """carry: x (B, T, D) and the cache; layer: its `window`, `index`, `prefix`; shared: the same for all."""
         x, cache = carry
-        c = self.config
+        x, c = named(x, "input"), self.config
         attn_norm, mlp_norm = (
             Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name=name) for name in ("attn_norm", "mlp_norm")
         )
@@ -159,9 +162,9 @@ class Classifier(nn.Module):
 class Transformer(nn.Module):
     """`apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits, of the head that its config names.
 
-    dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings, on
-    attention, on what each sublayer adds and before a head over labels, active when `rngs={"dropout": key}` is given;
-    neftune: strength of noise on embeddings, active with a key `noise`.
+    dtype: compute; remat: `none` or a row of `remat.PRESETS`; unroll: layers a scan iteration, 0 for all; dropout: rate
+    on embeddings, on attention, on what each sublayer adds and before a head over labels, active when
+    `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings, active with a key `noise`.
 
     Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
     never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
@@ -184,7 +187,7 @@ class Transformer(nn.Module):
             self.type_embed = Embedding(c.types, c.width, None, self.dtype, c.initializer_range)
         if c.embed_norm:
             self.embed_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+        block = rematerialised(Block, self.remat)
 
         def stack(layers):
             return nn.scan(

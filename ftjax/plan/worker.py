@@ -31,11 +31,16 @@ def work(job: dict) -> dict:
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
-    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host)
+    platform = "tpu" if devices.topology else devices.kind if devices.kind == "cpu" else "gpu"
+    machine = auto_mesh.Machine(
+        devices.count, devices.device.memory, devices.device.per_host, platform, platform != "cpu"
+    )
     T = min(config.data.max_length, longest)
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     sizes = search.resolve_mesh(config, devices)
     config.mesh.update(sizes)
+    dtype = compiled.compute_dtype(config.model.dtype, devices)
+    chosen = [chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]
     T = -(-T // sizes["sequence"]) * sizes["sequence"]
     M, steps, tokens = _places(config, T), config.train.steps or None, None
     if job["data"]:
@@ -48,10 +53,11 @@ def work(job: dict) -> dict:
     asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
     asked |= {"remat": config.model.remat, "accumulate": config.train.accumulate}
     asked["sent"] = sum(c["bytes"] for c in asked.get("collectives", ()))
+    asked["host"] = search.host_bytes(config, spec, sizes, devices, T)
     out = {
         "devices": {"name": devices.name, "count": devices.count, **devices.device._asdict()},
         "method": config.tuning.method,
-        "chosen": chosen,
+        "chosen": [line for line in chosen if line],
         "model": config.model.path,
         "rows": {"batch": config.train.batch_size, "length": T, "labels": M, "from_data": bool(job["data"])},
         "steps": steps,

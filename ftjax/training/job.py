@@ -18,7 +18,7 @@ from ftjax.hub import families, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
 from ftjax.training import auto_mesh, export, sharding
-from ftjax.training.program import check_method, check_rows, fill_defaults, with_task
+from ftjax.training.program import check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.tuning import METHODS, Method, Spec
 from ftjax.tuning.adapters import Start
 
@@ -122,6 +122,9 @@ def prepared(config, say) -> Job:
         say(chosen)
     mesh = sharding.make_mesh(config.mesh)
     check_rows(config, mesh)
+    if chosen := auto_mesh.settle_remat(config, spec, auto_mesh.here(), mesh.shape, data.max_length, dtype):
+        say(chosen)
+    check_remat(config, mesh.devices.flat[0])
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
     batch = functools.partial(

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
+from ftjax.models import remat
 from ftjax.models.quantised import chosen, quantised_size
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import TASKS, objective
@@ -65,6 +66,16 @@ def check_rows(config, mesh) -> None:
         raise FtjaxError(
             f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} "
             f"parts of the mesh; a multiple of {ways * config.train.accumulate} can"
+        )
+
+
+def check_remat(config, device) -> None:
+    """Raises FtjaxError where model.remat sends to a memory of the host that `device` does not reach by itself."""
+    preset = remat.PRESETS.get(config.model.remat)
+    if preset and preset.offload and remat.HOST not in {m.kind for m in device.addressable_memories()}:
+        raise FtjaxError(
+            f"model.remat: {config.model.remat} keeps tensors in the host's {remat.HOST} memory, which JAX does not "
+            f"offer for {device.device_kind}; full or attention keep less on the device without it"
         )
 
 
