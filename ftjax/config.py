@@ -37,6 +37,8 @@ def default() -> ml_collections.ConfigDict:
     model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time;
     # in between, keep `attention` (what its products and it give) or `products` (what all give); offload: what a block
     # gets waits in the host's memory; offload_products: all of these do; auto: the fastest that fits
+    model.attention = "auto"  # auto | xla | cudnn | splash | tokamax: kernels of training; auto: cudnn on GPUs, splash
+    # on TPUs, where they can serve, else xla, which is the fastest on CPUs
     model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
     model.head_chunk = 512  # rows x positions of logits held at once are about this times a batch's rows
 
@@ -268,6 +270,7 @@ CHOICES = {
     "model.trained_dtype": ("float32", "bfloat16"),
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.quantise": ("none", "int8", "nf4"),
+    "model.attention": ("auto", "xla", "cudnn", "splash", "tokamax"),
     "model.remat": ("none", "auto", "products", "attention", "offload_products", "full", "offload"),
     "task.kind": ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed"),
     "task.subwords": ("first", "all"),

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ftjax.models.attention import attend, attend_in_row, key_layout
+from ftjax.models.attention import attend, key_layout
+from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import take_tokens
 from ftjax.models.config import ModelConfig
@@ -35,6 +36,7 @@ class Attention(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x, layer, shared, cache):
@@ -63,13 +65,12 @@ class Attention(nn.Module):
                     lambda local, all: jnp.where(layer["window"] > 0, local, all), shared["local"], tables
                 )
             q, k = rotate(q, tables), rotate(k, tables)
-        k, v = key_layout(k, v)
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
-        how["causal"] = c.causal
         if cache is None:
-            key = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
-            y = attend_in_row(q, k, v, shared["segments"], **how, rate=self.dropout, key=key)
+            how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
+            y = attend_rows(q, k, v, shared["segments"], **how, kernels=self.kernels, shape=c, rate=self.dropout)
         else:
+            k, v = key_layout(k, v)
             offset = cache["length"]
             starts = {"k": (layer["index"], 0, 0, 0, offset), "v": (layer["index"], 0, 0, offset, 0)}
             cache = cache | {
@@ -77,7 +78,7 @@ class Attention(nn.Module):
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
-            y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how)
+            y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how, causal=c.causal)
         y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
         return dropout(self, y, self.dropout), cache
 
@@ -113,6 +114,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, carry, layer, shared):
@@ -125,7 +127,7 @@ class Block(nn.Module):
         h = x if c.post_norm else attn_norm(x)
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        h, cache = Attention(c, self.dtype, self.dropout, name="attn")(h, layer, shared, cache)
+        h, cache = Attention(c, self.dtype, self.dropout, self.kernels, name="attn")(h, layer, shared, cache)
         x = attn_norm(x + h) if c.post_norm else x + h
         x = constrain(x, "batch", "tokens", None)
         h = x if c.post_norm else mlp_norm(x)
@@ -164,7 +166,8 @@ class Transformer(nn.Module):
 
     dtype: compute; remat: `none` or a row of `remat.PRESETS`; unroll: layers a scan iteration, 0 for all; dropout: rate
     on embeddings, on attention, on what each sublayer adds and before a head over labels, active when
-    `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings, active with a key `noise`.
+    `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings, active with a key `noise`; kernels: of
+    attention without a cache.
 
     Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
     never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
@@ -176,6 +179,7 @@ class Transformer(nn.Module):
     unroll: int = 1
     dropout: float = 0.0
     neftune: float = 0.0
+    kernels: Kernels = Kernels()
 
     def setup(self):
         c = self.config
@@ -197,7 +201,7 @@ class Transformer(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=layers,
                 unroll=self.unroll or layers,
-            )(c, self.dtype, self.dropout)
+            )(c, self.dtype, self.dropout, self.kernels)
 
         top = jax.tree.leaves(self.get_variable("params", "top_layers", {}))
         self.lower = c.layers - (top[0].shape[0] if top else 0)  # blocks in `layers`
