@@ -142,7 +142,7 @@ def _splash_lacks(case: Case) -> list[tuple[bool, str]]:
 
 # ---- tokamax ---------------------------------------------------------------------------------------------------------
 def tokamax(q, k, v, segments, *, window, causal, packed=True, implementation="mosaic_gpu"):
-    """openxla/tokamax's kernel for Hopper and Blackwell: each query has a first and a last key, and there is no mask."""
+    """openxla/tokamax's kernel for Hopper and Blackwell: each query has a first and a last key; there is no mask."""
     from tokamax._src.ops.attention import api, base
 
     T = q.shape[1]
@@ -185,10 +185,13 @@ def why_not(case: Case) -> str:
     """Why the kernel that a model should run cannot serve; empty: it can, as xla always does."""
     if case.kernels.name == "xla":
         return ""
-    backend, mesh = BACKENDS[case.kernels.name], case.mesh
+    backend, mesh, here = BACKENDS[case.kernels.name], case.mesh, case.kernels.platform
     by_rows, tensor = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("tensor", 1)
     pairs = [
-        (case.kernels.platform != backend.platform, f"it is for {backend.platform}s; this is a {case.kernels.platform}"),
+        (
+            case.kernels.platform != backend.platform,
+            f"it is for {backend.platform}s, this is a {case.kernels.platform}",
+        ),
         (case.prefix, "the tuning method puts keys of its own before every document"),
         (case.dropout, "train.dropout drops part of the softmax"),
         (mesh.get("sequence", 1) > 1, "mesh.sequence splits rows between devices"),

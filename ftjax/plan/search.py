@@ -106,6 +106,7 @@ class Search:
     def __init__(self, config, spec: Spec, T: int, M: int, steps: int, asked: dict, devices: Devices):
         """asked: what compiled.compile_step said of `config` on `devices`."""
         self.config, self.spec, self.T, self.M, self.steps = config, spec, T, M, steps
+        self.kernels = programs.kernels(config, compiled.device_list(devices)[0])
         guess = self._temporaries(config, asked["mesh"], devices)
         # What is refused at first sight was not compiled: nothing to calibrate by.
         self.scale = 1.0 if asked.get("at_first_sight") else max(asked["temporaries"], 1) / guess
@@ -172,7 +173,7 @@ class Search:
         """Bytes that the backward pass of the blocks keeps of one row, on one of `tensor` devices that share it."""
         config = changed(self.config, {"tuning.method": method, "model.quantise": "none"})
         spec = self.spec._replace(tuning=config.tuning)
-        return auto_mesh.saved_row_bytes(config, spec, preset, self.T, dtype, tensor)
+        return auto_mesh.saved_row_bytes(config, spec, preset, self.T, dtype, tensor, self.kernels)
 
     def _flops(self, config, devices) -> float:
         """FLOPs of a step for each of its rows."""
@@ -183,7 +184,7 @@ class Search:
     def _row_flops(self, preset: str, method: str, dtype: str) -> float:
         config = changed(self.config, {"tuning.method": method, "model.remat": preset, "model.quantise": "none"})
         spec = self.spec._replace(tuning=config.tuning)
-        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps)
+        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps, self.kernels)
         ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
         labels = jax.ShapeDtypeStruct((1, self.M), jnp.int32)
         batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids)

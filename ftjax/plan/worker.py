@@ -19,7 +19,7 @@ def work(job: dict) -> dict:
     from ftjax.objectives import TASKS
     from ftjax.plan import compiled, search
     from ftjax.plan.devices import parse
-    from ftjax.training import auto_mesh
+    from ftjax.training import auto_mesh, sharding
     from ftjax.training import program as programs
     from ftjax.tuning import METHODS, Spec
 
@@ -31,15 +31,15 @@ def work(job: dict) -> dict:
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
-    platform = "tpu" if devices.topology else devices.kind if devices.kind == "cpu" else "gpu"
-    machine = auto_mesh.Machine(
-        devices.count, devices.device.memory, devices.device.per_host, platform, platform != "cpu"
-    )
+    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host, devices.platform)
+    machine = machine._replace(offloads=devices.platform != "cpu")
     T = min(config.data.max_length, longest)
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     sizes = search.resolve_mesh(config, devices)
     config.mesh.update(sizes)
     dtype = compiled.compute_dtype(config.model.dtype, devices)
+    if devices.platform == "gpu":
+        config.model.attention = "xla"  # the program is compiled for simulated devices, which have no other
     chosen = [chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]
     T = -(-T // sizes["sequence"]) * sizes["sequence"]
     M, steps, tokens = _places(config, T), config.train.steps or None, None
@@ -48,6 +48,8 @@ def work(job: dict) -> dict:
     labels = len(config.task.labels) or TASKS[config.task.kind].unnamed
     shape = programs.with_task(config, family, shape, folder, labels)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
+    mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))
+    chosen.append(programs.check_attention(config, spec, mesh, dtype, [T]))
 
     asked = compiled.compile_step(config, spec, devices, T, M, steps or 1, job["quick"])
     asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}

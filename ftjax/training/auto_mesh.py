@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from ftjax import config as configs
-from ftjax.models import remat
+from ftjax.models import attention_backends, remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.quantised import is_quantised
 from ftjax.training import program as programs
@@ -36,6 +36,7 @@ class Machine(NamedTuple):
     memory: float  # bytes of a device that a program may use; inf: unknown
     per_host: int  # devices with fast links between all of them
     platform: str = "cpu"  # cpu | gpu | tpu
+    capability: str = ""  # of a GPU, such as 9.0
     offloads: bool = False  # whether the host's memory is another one, which they reach by themselves
 
 
@@ -46,7 +47,8 @@ def here() -> Machine:
     if device.platform == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / count
     offloads = device.platform != "cpu" and remat.HOST in {m.kind for m in device.addressable_memories()}
-    return Machine(jax.device_count(), memory, count, device.platform, offloads)
+    capability = getattr(device, "compute_capability", "")
+    return Machine(jax.device_count(), memory, count, device.platform, capability, offloads)
 
 
 def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[str, int], str]:
@@ -119,11 +121,14 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     shared = sizes["fsdp"] * sizes["sequence"] * sizes["tensor"]
     states = _states(config, spec, dtype)[0] / shared
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
-    one_layer = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], machine.platform) / spec.model.layers
+    attention = attention_backends.choose(
+        config.model.attention, machine.platform, machine.capability, config.data.packing
+    )
+    one_layer = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention) / spec.model.layers
     head = 8 * min(T, config.model.head_chunk) * spec.model.vocab_size
 
     def needed(preset):
-        saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], machine.platform)
+        saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
         return states + rows * (saved + one_layer + head)
 
     tried, budget = {}, USED * machine.memory
@@ -140,9 +145,9 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     return said + ("; see `ftjax plan`" if tried[preset] > budget else "")
 
 
-def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int = 1, platform: str = "cpu") -> float:
-    """Bytes that the backward pass of the blocks finds kept of one row with remat `preset`, on one of `tensor` devices
-    that share it, of `platform`: from the program itself, traced."""
+def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int, attention) -> float:
+    """Bytes that the backward pass of the blocks finds kept of one row with remat `preset` and these Kernels of
+    attention, on one of `tensor` devices that share it: from the program itself, traced."""
     shape = spec.model
     shape = dataclasses.replace(
         shape, heads=shape.heads // tensor, kv_heads=shape.kv_heads // tensor, hidden=shape.hidden // tensor,
@@ -151,7 +156,7 @@ def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int 
     config = configs.copy(config)
     config.model.update(remat=preset, quantise="none")
     spec = spec._replace(model=shape, tuning=config.tuning)
-    program = programs.build(config, spec, ONE_DEVICE, jnp.dtype(dtype), 1)
+    program = programs.build(config, spec, ONE_DEVICE, jnp.dtype(dtype), 1, attention)
     ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
     def hidden(trained, frozen, ids):

@@ -134,9 +134,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     if attention is None:
         concrete = isinstance(mesh, jax.sharding.Mesh)
         attention = kernels(config, mesh.devices.flat[0]) if concrete else attention_backends.Kernels()
-    model = Transformer(
-        shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune, attention
-    )
+    model = Transformer(shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune, attention)
     frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jnp.dtype(config.model.frozen_dtype)
     trained_dtype = jnp.dtype(config.model.trained_dtype)
     base = weights.param_shapes(shape, frozen_dtype)

@@ -98,7 +98,7 @@ def test_auto_takes_the_fastest_that_fits():
     sizes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
     def chosen(memory, offloads=False):
-        new, machine = configs.copy(config), auto_mesh.Machine(1, memory * 2**30, 1, "gpu", offloads)
+        new, machine = configs.copy(config), auto_mesh.Machine(1, memory * 2**30, 1, "cpu", offloads=offloads)
         said = auto_mesh.settle_remat(new, spec, machine, sizes, 2048, jnp.bfloat16)
         print(said)
         assert said.startswith(f"remat {new.model.remat}: about ")
