@@ -143,8 +143,11 @@ def _splash_lacks(case: Case) -> list[tuple[bool, str]]:
 # ---- tokamax ---------------------------------------------------------------------------------------------------------
 def tokamax(q, k, v, segments, *, window, causal, packed=True, implementation="mosaic_gpu"):
     """openxla/tokamax's kernel for Hopper and Blackwell: each query has a first and a last key; there is no mask."""
+    from absl import flags
     from tokamax._src.ops.attention import api, base
 
+    if not flags.FLAGS.is_parsed():  # it would read its settings from our command line
+        flags.FLAGS.mark_as_parsed()
     T = q.shape[1]
     places, edge = jnp.arange(T), segments[:, 1:] != segments[:, :-1]
     ends = jnp.ones((q.shape[0], 1), bool)
@@ -188,10 +191,7 @@ def why_not(case: Case) -> str:
     backend, mesh, here = BACKENDS[case.kernels.name], case.mesh, case.kernels.platform
     by_rows, tensor = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("tensor", 1)
     pairs = [
-        (
-            case.kernels.platform != backend.platform,
-            f"it is for {backend.platform}s, this is a {case.kernels.platform}",
-        ),
+        (here != backend.platform, f"it is for a {backend.platform}, and this is a {here}"),
         (case.prefix, "the tuning method puts keys of its own before every document"),
         (case.dropout, "train.dropout drops part of the softmax"),
         (mesh.get("sequence", 1) > 1, "mesh.sequence splits rows between devices"),
