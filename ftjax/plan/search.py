@@ -31,6 +31,7 @@ TENSOR_WAYS = (1, 2, 4, 8)
 BATCHES = (0.25, 0.5, 1, 2, 4, 8)  # times the batch that is asked for
 STATE_PASSES = 3  # times that a step reads or writes weights and moments: forward, backward, update
 ACCUMULATE = (2, 4, 8)  # tried where the batch does not fit at once
+NO_SHAPES = ("model.remat", "train.batch_size", "train.accumulate")  # fields that no state or weight has its shape from
 # Bytes a second between a device and its host's memory, one way, which makers do not state for TPUs: PCIe 4.0, 16 lanes
 HOST_LINK = 32e9
 
@@ -106,6 +107,7 @@ class Search:
     def __init__(self, config, spec: Spec, T: int, M: int, steps: int, asked: dict, devices: Devices):
         """asked: what compiled.compile_step said of `config` on `devices`."""
         self.config, self.spec, self.T, self.M, self.steps = config, spec, T, M, steps
+        self.programs, self.holds = {}, {}  # what settings have in common
         self.kernels = programs.kernels(config, compiled.device_list(devices)[0])
         guess = self._temporaries(config, asked["mesh"], devices)
         # What is refused at first sight was not compiled: nothing to calibrate by.
@@ -140,21 +142,28 @@ class Search:
         }
 
     def _program(self, config, sizes, devices):
-        spec = self.spec._replace(tuning=config.tuning)
-        mesh = compiled.abstract_mesh(sizes)
-        return programs.build(config, spec, mesh, compiled.compute_dtype(config.model.dtype, devices), self.steps)
+        """The program of a setting, as far as shapes and shardings of what it is given go: built once for those."""
+        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        like = {key: value for key, value in configs.flat(config).items() if key not in NO_SHAPES}
+        key = repr((like, sizes, dtype))
+        if key not in self.programs:
+            spec, mesh = self.spec._replace(tuning=config.tuning), compiled.abstract_mesh(sizes)
+            self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
+        return key, self.programs[key]
 
     def _held(self, config, sizes, devices) -> dict[str, int]:
+        B = config.train.batch_size
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
-            program = self._program(config, sizes, devices)
-            return compiled.held(
-                program, *programs.arguments(program, config.train.batch_size, self.T, self.M, config.task.kind)
-            )
+            key, program = self._program(config, sizes, devices)
+            if (key, B) not in self.holds:
+                arguments = programs.arguments(program, B, self.T, self.M, config.task.kind)
+                self.holds[key, B] = compiled.held(program, *arguments)
+            return self.holds[key, B]
 
     def _temporaries(self, config, sizes, devices) -> float:
         """Gradients, saved activations, one layer at work, the head's chunk, and a layer's gathered weights."""
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
-            program = self._program(config, sizes, devices)
+            _, program = self._program(config, sizes, devices)
             gradients = compiled.shard_bytes(compiled.as_float32(program.trained), program.trained_places)
         dtype = compiled.compute_dtype(config.model.dtype, devices)
         saved, one_layer = (
@@ -205,7 +214,7 @@ class Search:
         them, and keys and values
         over sequence."""
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
-            program = self._program(config, sizes, devices)
+            _, program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
         data, sequence, tensor = (sizes[a] for a in ("data", "sequence", "tensor"))
         split = sizes["fsdp"] * sequence
