@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from ftjax import config as configs
-from ftjax.models import attention_backends, remat
+from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.quantised import is_quantised
 from ftjax.training import program as programs
@@ -36,7 +36,7 @@ class Machine(NamedTuple):
     memory: float  # bytes of a device that a program may use; inf: unknown
     per_host: int  # devices with fast links between all of them
     platform: str = "cpu"  # cpu | gpu | tpu
-    capability: str = ""  # of a GPU, such as 9.0
+    compute_capability: str = ""  # of a GPU, such as 9.0
     offloads: bool = False  # whether the host's memory is another one, which they reach by themselves
 
 
@@ -121,9 +121,7 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     shared = sizes["fsdp"] * sizes["sequence"] * sizes["tensor"]
     states = _states(config, spec, dtype)[0] / shared
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
-    attention = attention_backends.choose(
-        config.model.attention, machine.platform, machine.capability, config.data.packing
-    )
+    attention = programs.kernels(config, machine)
     one_layer = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention) / spec.model.layers
     head = 8 * min(T, config.model.head_chunk) * spec.model.vocab_size
 

@@ -107,9 +107,10 @@ def with_task(config, family, shape, folder, labels: int):
 
 
 def kernels(config, device) -> attention_backends.Kernels:
-    """The attention of a config's model on a device."""
+    """The attention of a config's model on a device, or on anything else with a `platform`."""
+    several = config.data.packing or config.task.kind == "embed"  # documents a row
     capability = getattr(device, "compute_capability", "")
-    return attention_backends.choose(config.model.attention, device.platform, capability, config.data.packing)
+    return attention_backends.choose(config.model.attention, device.platform, capability, several)
 
 
 def check_attention(config, spec: Spec, mesh, dtype, lengths: list[int]) -> str:

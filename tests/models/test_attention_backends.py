@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,35 @@ def test_presets_of_remat_keep_what_a_kernel_of_cudnn_gives(monkeypatch):
 
     # Two kernels, one a window: each runs once forward; where what they gave is not kept, once more.
     assert [forward_kernels(preset) for preset in ("none", "products", "attention", "full")] == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "packed, causal, window, kernel, mask_type, sliding",
+    [
+        (True, True, 20, "fmhaScaleBiasSoftmax", "CAUSAL", 0),
+        (False, True, 0, "fmhaSoftmax", "CAUSAL", 0),
+        (False, True, 20, "fmhaSoftmax", "CAUSAL", 20),
+        (False, False, 0, "fmhaSoftmax", "PADDING", 0),
+        (False, False, 20, "fmhaScaleBiasSoftmax", "NO_MASK", 0),
+    ],
+)
+def test_what_is_asked_of_cudnn(packed, causal, window, kernel, mask_type, sliding, monkeypatch):
+    """Lowered for CUDA, which needs no GPU: a mask only where documents or windows need one."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+
+    def loss(q, k, v, segments):
+        out = backends.cudnn(q, k, v, segments, window=window, causal=causal, packed=packed)
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, k, v, _ = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays())
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"__cudnn\$(\w+)", text)) == {kernel, f"{kernel}Backward"}
+    assert set(re.findall(r"mask_type.{5,9}22(.*?)\\22", text)) == {mask_type}
+    assert set(re.findall(r"sliding_window_length.22: *(\d+)", text)) == {str(sliding)}
 
 
 def test_flops_of_a_kernel_are_those_of_its_products():
