@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,6 +94,7 @@ def cudnn(q, k, v, segments, *, window, causal, packed, implementation="cudnn"):
 def _cudnn_lacks(case: Case) -> list[tuple[bool, str]]:
     most = 256 if case.kernels.capability >= HOPPER else 128
     return [
+        (not case.kernels.capability, "it is for GPUs of NVIDIA's"),
         (case.dtype not in HALF, f"it computes in bfloat16, not in {case.dtype}"),
         (case.head_dim % 8 != 0, f"heads of size {case.head_dim}, which is no multiple of 8"),
         (case.head_dim > most, f"heads of size {case.head_dim}; at most {most} on this GPU"),
@@ -179,9 +181,10 @@ AUTO = {"gpu": "cudnn", "tpu": "splash"}  # platform -> backend; elsewhere xla
 
 
 def choose(name: str, platform: str, capability: str = "", packed: bool = True) -> Kernels:
-    """What `model.attention = name` means on a platform; capability: of a GPU, such as 9.0."""
+    """What `model.attention = name` means on a platform; capability: of a GPU of NVIDIA's, such as 9.0."""
     name = AUTO.get(platform, "xla") if name == "auto" else name
-    return Kernels(name, platform, tuple(int(n) for n in capability.split(".") if n), packed)
+    numbers = tuple(map(int, capability.split("."))) if re.fullmatch(r"\d+\.\d+", capability) else ()
+    return Kernels(name, platform, numbers, packed)
 
 
 def why_not(case: Case) -> str:

@@ -210,9 +210,8 @@ class Search:
 
     def _sent(self, config, sizes, devices) -> float:
         """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp and sequence,
-        gradients summed over data, four sums of activations a layer over tensor, six where remat does not keep
-        them, and keys and values
-        over sequence."""
+        gradients summed over data, four sums of activations a layer over tensor, six where remat does not keep them,
+        and keys and values over sequence."""
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize

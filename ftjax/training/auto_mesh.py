@@ -122,12 +122,14 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     states = _states(config, spec, dtype)[0] / shared
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     attention = programs.kernels(config, machine)
-    one_layer = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention) / spec.model.layers
+    all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
     head = 8 * min(T, config.model.head_chunk) * spec.model.vocab_size
 
     def needed(preset):
-        saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
-        return states + rows * (saved + one_layer + head)
+        saved = all_of_it
+        if preset != "none":
+            saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
+        return states + rows * (saved + all_of_it / spec.model.layers + head)  # one layer is at work
 
     tried, budget = {}, USED * machine.memory
     order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads

@@ -251,6 +251,7 @@ def case(name="splash", platform="tpu", capability="", packed=True, **changes):
         (case(rows=3), "3 rows do not divide over 2"),
         (case(kv_heads=1), "1 KV heads do not divide over mesh.tensor=2"),
         (case(length=130), "130 tokens, which is no multiple of 128"),
+        (case("cudnn", "gpu", "gfx90a"), "it is for GPUs of NVIDIA's"),
         (case("cudnn", "gpu", "9.0", dtype="float32"), "bfloat16, not in float32"),
         (case("cudnn", "gpu", "9.0", head_dim=12), "no multiple of 8"),
         (case("cudnn", "gpu", "8.0", head_dim=256), "at most 128 on this GPU"),
