@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -126,12 +127,13 @@ def _splash_kernel(T: int, heads: int, window: int, causal: bool, interpret: boo
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():  # kept for other traces: no tracer may be in it
-        kernel = sp.make_splash_mha(
-            sp.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
-            residual_checkpoint_name="attention",
-        )  # fmt: skip
-    return jax.tree.map(np.asarray, kernel)
+    make = functools.partial(
+        sp.make_splash_mha, sp.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+        interpret=interpret, residual_checkpoint_name="attention",
+    )  # fmt: skip
+    # Kept for other traces, so that no tracer may be in it: a thread of its own has nothing of what is being traced.
+    with ThreadPoolExecutor(1) as aside:
+        return jax.tree.map(np.asarray, aside.submit(make).result())
 
 
 def _splash_lacks(case: Case) -> list[tuple[bool, str]]:

@@ -231,6 +231,20 @@ def test_flops_of_a_kernel_are_those_of_its_products():
     assert ours == pytest.approx(flops.count(reference(segments, 0, True), q, k, v), rel=0.1)
 
 
+def test_memory_with_splash_attention_is_traced_before_anything_is_compiled():
+    """Two lengths that have no kernel yet; what is kept does not grow with the square of the length."""
+
+    def kept(length):
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        model = Transformer(SHAPE, jnp.bfloat16, "attention", kernels=backends.Kernels("splash", "tpu"))
+        hidden = lambda p, ids: model.apply({"params": p}, ids, method="hidden")  # noqa: E731
+        return sum(
+            size for shape, size in remat.kept_bytes(hidden, weights.param_shapes(SHAPE), ids) if length in shape
+        )
+
+    assert kept(768) == pytest.approx(2 * kept(384), rel=0.05)
+
+
 # ---- the table --------------------------------------------------------------------------------------------------
 def case(name="splash", platform="tpu", capability="", packed=True, **changes):
     kernels = backends.choose(name, platform, capability, packed)
