@@ -36,7 +36,11 @@ def default() -> ml_collections.ConfigDict:
     model.quantise_tables = False  # with it, the table of embeddings and the head in int8 too, of whatever kind the
     # kernels are: a sixth of an 8B model's bytes, which QLoRA leaves as they are
     model.double_quantise = True  # nf4: its scales in 8 bits too, as QLoRA has it; False: in float32
-    model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time
+    model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time;
+    # in between, keep `attention` (what its products and it give) or `products` (what all give); offload: what a block
+    # gets waits in the host's memory; offload_products: all of these do; auto: the fastest that fits
+    model.attention = "auto"  # auto | xla | cudnn | splash | tokamax: kernels of training; auto: cudnn on GPUs, splash
+    # on TPUs, where they can serve, else xla, which is the fastest on CPUs
     model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
     model.head_chunk = 512  # rows x positions of logits held at once are about this times a batch's rows
 
@@ -268,7 +272,8 @@ CHOICES = {
     "model.trained_dtype": ("float32", "bfloat16"),
     "model.frozen_dtype": ("auto", "float32", "bfloat16"),
     "model.quantise": ("none", "int8", "nf4"),
-    "model.remat": ("none", "full"),
+    "model.attention": ("auto", "xla", "cudnn", "splash", "tokamax"),
+    "model.remat": ("none", "auto", "products", "attention", "offload_products", "full", "offload"),
     "task.kind": ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed"),
     "task.subwords": ("first", "all"),
     "task.pool": ("auto", "mean", "cls"),

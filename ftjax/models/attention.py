@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from ftjax.models.axes import ways
 from ftjax.models.by_device import by_device, gather, mesh_that_cuts, wide
+from ftjax.models.remat import named
 
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
@@ -107,7 +108,8 @@ def _softmax_product(q, k, v, seen, kept, scale):
 
 def _softmax_product_fwd(q, k, v, seen, kept, scale):
     p = _probabilities(q, k, seen, scale).astype(q.dtype)
-    out = _dot(_times(p, kept), v, (3, 2)).astype(q.dtype)
+    # Named here, the one array is both what is computed and what goes back: kept once, where a preset keeps it.
+    out = named(_dot(_times(p, kept), v, (3, 2)).astype(q.dtype), "attention")
     return out, (q, k, v, p, kept, out)
 
 

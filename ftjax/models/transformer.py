@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ftjax.models.attention import attend, attend_in_row, key_layout
+from ftjax.models.attention import attend, key_layout
+from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import take_tokens
 from ftjax.models.config import ModelConfig
 from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
+from ftjax.models.remat import named, rematerialised
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -34,6 +36,7 @@ class Attention(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x, layer, shared, cache):
@@ -50,6 +53,7 @@ class Attention(nn.Module):
             q = linear("q_proj", H * d, c.qkv_bias)(x)
             k = linear("k_proj", K * d, c.qkv_bias)(x)
             v = linear("v_proj", K * d, c.qkv_bias)(x)
+        q, k, v = named(q, "q"), named(k, "k"), named(v, "v")
         q, k, v = q.reshape(B, T, H, d), k.reshape(B, T, K, d), v.reshape(B, T, K, d)
         if c.qk_norm:
             q = Norm("rms", c.norm_eps, self.dtype, name="q_norm")(q)
@@ -61,13 +65,12 @@ class Attention(nn.Module):
                     lambda local, all: jnp.where(layer["window"] > 0, local, all), shared["local"], tables
                 )
             q, k = rotate(q, tables), rotate(k, tables)
-        k, v = key_layout(k, v)
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
-        how["causal"] = c.causal
         if cache is None:
-            key = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
-            y = attend_in_row(q, k, v, shared["segments"], **how, rate=self.dropout, key=key)
+            how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
+            y = attend_rows(q, k, v, shared["segments"], **how, kernels=self.kernels, shape=c, rate=self.dropout)
         else:
+            k, v = key_layout(k, v)
             offset = cache["length"]
             starts = {"k": (layer["index"], 0, 0, 0, offset), "v": (layer["index"], 0, 0, offset, 0)}
             cache = cache | {
@@ -75,8 +78,8 @@ class Attention(nn.Module):
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
-            y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how)
-        y = linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d))
+            y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how, causal=c.causal)
+        y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
         return dropout(self, y, self.dropout), cache
 
 
@@ -100,8 +103,9 @@ class MLP(nn.Module):
         else:
             up = linear("up_proj", c.hidden)(x)
             gate = linear("gate_proj", c.hidden)(x) if c.gated else None
+        up, gate = named(up, "up"), named(gate, "gate") if c.gated else None
         h = act(gate) * up if c.gated else act(up)
-        return dropout(self, linear("down_proj", c.width)(h), self.dropout)
+        return dropout(self, named(linear("down_proj", c.width)(h), "down"), self.dropout)
 
 
 class Block(nn.Module):
@@ -110,19 +114,20 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, carry, layer, shared):
         """carry: x (B, T, D) and the cache; layer: its `window`, `index`, `prefix`; shared: the same for all."""
         x, cache = carry
-        c = self.config
+        x, c = named(x, "input"), self.config
         attn_norm, mlp_norm = (
             Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name=name) for name in ("attn_norm", "mlp_norm")
         )
         h = x if c.post_norm else attn_norm(x)
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        h, cache = Attention(c, self.dtype, self.dropout, name="attn")(h, layer, shared, cache)
+        h, cache = Attention(c, self.dtype, self.dropout, self.kernels, name="attn")(h, layer, shared, cache)
         x = attn_norm(x + h) if c.post_norm else x + h
         x = constrain(x, "batch", "tokens", None)
         h = x if c.post_norm else mlp_norm(x)
@@ -159,9 +164,10 @@ class Classifier(nn.Module):
 class Transformer(nn.Module):
     """`apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits, of the head that its config names.
 
-    dtype: compute; remat: `none` or `full`; unroll: layers a scan iteration, 0 for all; dropout: rate on embeddings, on
-    attention, on what each sublayer adds and before a head over labels, active when `rngs={"dropout": key}` is given;
-    neftune: strength of noise on embeddings, active with a key `noise`.
+    dtype: compute; remat: `none` or a row of `remat.PRESETS`; unroll: layers a scan iteration, 0 for all; dropout: rate
+    on embeddings, on attention, on what each sublayer adds and before a head over labels, active when
+    `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings, active with a key `noise`; kernels: of
+    attention without a cache.
 
     Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
     never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
@@ -173,6 +179,7 @@ class Transformer(nn.Module):
     unroll: int = 1
     dropout: float = 0.0
     neftune: float = 0.0
+    kernels: Kernels = Kernels()
 
     def setup(self):
         c = self.config
@@ -184,7 +191,7 @@ class Transformer(nn.Module):
             self.type_embed = Embedding(c.types, c.width, None, self.dtype, c.initializer_range)
         if c.embed_norm:
             self.embed_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+        block = rematerialised(Block, self.remat)
 
         def stack(layers):
             return nn.scan(
@@ -194,7 +201,7 @@ class Transformer(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=layers,
                 unroll=self.unroll or layers,
-            )(c, self.dtype, self.dropout)
+            )(c, self.dtype, self.dropout, self.kernels)
 
         top = jax.tree.leaves(self.get_variable("params", "top_layers", {}))
         self.lower = c.layers - (top[0].shape[0] if top else 0)  # blocks in `layers`

@@ -51,6 +51,11 @@ class Devices(NamedTuple):
     device: Device
 
     @property
+    def platform(self) -> str:
+        """What JAX calls devices of this kind: cpu, gpu or tpu."""
+        return "tpu" if self.device.topology else "cpu" if self.kind == "cpu" else "gpu"
+
+    @property
     def topology(self) -> str | None:
         """How libtpu calls the slice; None for what is no TPU."""
         return self.name if self.device.topology else None

@@ -45,6 +45,8 @@ def _times(equation) -> int:
     """How often all devices together do what stands inside, which of a shard_map is what one does."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
+    if equation.primitive.name == "pallas_call":  # blocks that a kernel skips for its mask are counted
+        return math.prod(equation.params["grid_mapping"].grid)
     if equation.primitive.name == "shard_map":
         return math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
     return 1

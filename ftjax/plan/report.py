@@ -36,7 +36,7 @@ def _what(plan) -> list[str]:
     elif plan["devices"]["name"].startswith("cpu"):
         by = "XLA's CPU compiler, as in training"
     return [
-        *([plan["chosen"]] if plan["chosen"] else []),
+        *plan["chosen"],
         f"{plan['model']}, {plan['method']}, on {plan['devices']['name']}: {mesh}, remat {asked['remat']}",
         f"a step: {batch}" + (f", in {asked['accumulate']} microbatches" if asked["accumulate"] > 1 else ""),
         f"parameters: {trained:,} trained, {total - trained:,} frozen",
@@ -73,7 +73,8 @@ def _work(plan) -> list[str]:
 
 def _time(plan, price, from_table, share) -> list[str]:
     time, count = plan["time"], plan["devices"]["count"]
-    parts = ", ".join(f"{name} {time[name] * 1e3:,.3g} ms" for name in ("arithmetic", "memory", "links"))
+    names = ("arithmetic", "memory", "links", *(("host",) if time["host"] else ()))
+    parts = ", ".join(f"{name} {time[name] * 1e3:,.3g} ms" for name in names)
     seconds = time["seconds"] / share
     steps = plan["steps"] or 1000
     hours = seconds * steps / 3600

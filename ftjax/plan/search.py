@@ -7,7 +7,6 @@ B rows, T tokens, M trained tokens a row at most, V vocabulary, D width, L layer
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -18,10 +17,12 @@ import jax.numpy as jnp
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
+from ftjax.training import auto_mesh
 from ftjax.training import program as programs
 from ftjax.tuning import Spec
 
@@ -30,6 +31,9 @@ TENSOR_WAYS = (1, 2, 4, 8)
 BATCHES = (0.25, 0.5, 1, 2, 4, 8)  # times the batch that is asked for
 STATE_PASSES = 3  # times that a step reads or writes weights and moments: forward, backward, update
 ACCUMULATE = (2, 4, 8)  # tried where the batch does not fit at once
+NO_SHAPES = ("model.remat", "train.batch_size", "train.accumulate")  # fields that no state or weight has its shape from
+# Bytes a second between a device and its host's memory, one way, which makers do not state for TPUs: PCIe 4.0, 16 lanes
+HOST_LINK = 32e9
 
 # Tried where nothing fits: what a run may do without, the smallest change to what it learns first.
 SMALLER = (
@@ -50,12 +54,14 @@ class Setting(NamedTuple):
 
 
 def settings(config, spec: Spec, devices: Devices, batches=BATCHES, change: dict | None = None) -> list[Setting]:
-    """Every mesh, with remat none and full, and batches so many times the one asked for; change: overrides of all."""
+    """Every mesh, with every remat, and batches so many times the one asked for; change: overrides of all."""
     out = []
-    for sizes, remat in itertools.product(meshes(spec, devices), ("none", "full")):
+    # A CPU's memory is the host's.
+    presets = [name for name in remat.CHOICES if devices.kind != "cpu" or not name.startswith("offload")]
+    for sizes, preset in itertools.product(meshes(spec, devices), presets):
         ways = sizes["data"] * sizes["fsdp"] * config.train.accumulate
         for batch in sorted({max(1, round(config.train.batch_size * n / ways)) * ways for n in batches}):
-            cut = {"model.remat": remat} | ({"train.batch_size": batch} if batch != config.train.batch_size else {})
+            cut = {"model.remat": preset} | ({"train.batch_size": batch} if batch != config.train.batch_size else {})
             out.append(Setting((change or {}) | _overrides(sizes) | cut, devices))
     return out
 
@@ -101,12 +107,15 @@ class Search:
     def __init__(self, config, spec: Spec, T: int, M: int, steps: int, asked: dict, devices: Devices):
         """asked: what compiled.compile_step said of `config` on `devices`."""
         self.config, self.spec, self.T, self.M, self.steps = config, spec, T, M, steps
+        self.programs, self.holds = {}, {}  # what settings have in common
+        self.kernels = programs.kernels(config, compiled.device_list(devices)[0])
         guess = self._temporaries(config, asked["mesh"], devices)
         # What is refused at first sight was not compiled: nothing to calibrate by.
         self.scale = 1.0 if asked.get("at_first_sight") else max(asked["temporaries"], 1) / guess
         # What is left of the traffic without that of weights and moments is of activations, which goes with the rows.
         states = STATE_PASSES * sum(asked["held"].values())
         self.row_traffic = max(0.0, asked.get("traffic", 0.0) - states) / _rows(config, asked["mesh"])
+        self.asked_flops = self._flops(config, devices)
 
     def estimate(self, setting: Setting) -> dict:
         """{"total", "flops", "traffic", "sent", ...} of a setting, as compile_step gives them for a compiled one."""
@@ -114,6 +123,8 @@ class Search:
         sizes = resolve_mesh(config, devices)
         held = self._held(config, sizes, devices)
         total = sum(held.values()) + self.scale * self._temporaries(config, sizes, devices)
+        row_flops = self._flops(config, devices)
+        again = row_flops / self.asked_flops  # what is computed again is read and written again
         return {
             "overrides": setting.overrides,
             "devices": devices.name,
@@ -123,33 +134,41 @@ class Search:
             "accumulate": config.train.accumulate,
             "total": total,
             "fits": total <= devices.device.memory,
-            "flops": self._flops(config, devices) * config.train.batch_size,
-            "traffic": STATE_PASSES * sum(held.values()) + self.row_traffic * _rows(config, sizes),
+            "flops": row_flops * config.train.batch_size,
+            "traffic": STATE_PASSES * sum(held.values()) + again * self.row_traffic * _rows(config, sizes),
+            "host": host_bytes(config, self.spec, sizes, devices, self.T),
             "sent": self._sent(config, sizes, devices),
             "compiled": False,
         }
 
     def _program(self, config, sizes, devices):
-        spec = self.spec._replace(tuning=config.tuning)
-        mesh = compiled.abstract_mesh(sizes)
-        return programs.build(config, spec, mesh, compiled.compute_dtype(config.model.dtype, devices), self.steps)
+        """The program of a setting, as far as shapes and shardings of what it is given go: built once for those."""
+        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        like = {key: value for key, value in configs.flat(config).items() if key not in NO_SHAPES}
+        key = repr((like, sizes, dtype))
+        if key not in self.programs:
+            spec, mesh = self.spec._replace(tuning=config.tuning), compiled.abstract_mesh(sizes)
+            self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
+        return key, self.programs[key]
 
     def _held(self, config, sizes, devices) -> dict[str, int]:
+        B = config.train.batch_size
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
-            program = self._program(config, sizes, devices)
-            return compiled.held(
-                program, *programs.arguments(program, config.train.batch_size, self.T, self.M, config.task.kind)
-            )
+            key, program = self._program(config, sizes, devices)
+            if (key, B) not in self.holds:
+                arguments = programs.arguments(program, B, self.T, self.M, config.task.kind)
+                self.holds[key, B] = compiled.held(program, *arguments)
+            return self.holds[key, B]
 
     def _temporaries(self, config, sizes, devices) -> float:
         """Gradients, saved activations, one layer at work, the head's chunk, and a layer's gathered weights."""
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
-            program = self._program(config, sizes, devices)
+            _, program = self._program(config, sizes, devices)
             gradients = compiled.shard_bytes(compiled.as_float32(program.trained), program.trained_places)
         dtype = compiled.compute_dtype(config.model.dtype, devices)
         saved, one_layer = (
-            self._residuals(remat, sizes["tensor"], config.tuning.method, str(dtype))
-            for remat in (config.model.remat, "none")
+            self._residuals(preset, sizes["tensor"], config.tuning.method, str(dtype))
+            for preset in (config.model.remat, "none")
         )
         rows, layers = _rows(config, sizes) / config.train.accumulate, self.spec.model.layers
         weights = 2 * dtype.itemsize * compiled.count(program.base) / layers / sizes["tensor"]
@@ -159,26 +178,11 @@ class Search:
         return twice * gradients + rows * (saved + one_layer / layers) + head + gathered
 
     @functools.cache  # noqa: B019  one search lives as long as the process
-    def _residuals(self, remat: str, tensor: int, method: str, dtype: str) -> float:
+    def _residuals(self, preset: str, tensor: int, method: str, dtype: str) -> float:
         """Bytes that the backward pass of the blocks keeps of one row, on one of `tensor` devices that share it."""
-        shape = self.spec.model
-        shape = dataclasses.replace(
-            shape, heads=shape.heads // tensor, kv_heads=shape.kv_heads // tensor, hidden=shape.hidden // tensor,
-            vocab_size=-(-shape.vocab_size // tensor),
-        )  # fmt: skip
-        config = changed(self.config, {"tuning.method": method, "model.remat": remat, "model.quantise": "none"})
-        spec = self.spec._replace(model=shape, tuning=config.tuning)
-        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps)
-        ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
-
-        def residuals(trained, frozen, ids):
-            hidden = lambda t: program.model.apply(program.variables(t, frozen), ids, method="hidden")  # noqa: E731
-            return jax.vjp(hidden, trained)[1]
-
-        kept = jax.tree.leaves(jax.eval_shape(residuals, program.trained, program.frozen, ids))
-        # Weights are among them, as they lie or cast: what does not grow with the row is not counted.
-        parameters = {x.shape for x in jax.tree.leaves((program.trained, program.frozen))}
-        return sum(x.size * x.dtype.itemsize for x in kept if x.shape not in parameters)
+        config = changed(self.config, {"tuning.method": method, "model.quantise": "none"})
+        spec = self.spec._replace(tuning=config.tuning)
+        return auto_mesh.saved_row_bytes(config, spec, preset, self.T, dtype, tensor, self.kernels)
 
     def _flops(self, config, devices) -> float:
         """FLOPs of a step for each of its rows."""
@@ -186,10 +190,10 @@ class Search:
         return self._row_flops(config.model.remat, config.tuning.method, str(dtype))
 
     @functools.cache  # noqa: B019
-    def _row_flops(self, remat: str, method: str, dtype: str) -> float:
-        config = changed(self.config, {"tuning.method": method, "model.remat": remat, "model.quantise": "none"})
+    def _row_flops(self, preset: str, method: str, dtype: str) -> float:
+        config = changed(self.config, {"tuning.method": method, "model.remat": preset, "model.quantise": "none"})
         spec = self.spec._replace(tuning=config.tuning)
-        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps)
+        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps, self.kernels)
         ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
         labels = jax.ShapeDtypeStruct((1, self.M), jnp.int32)
         batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids)
@@ -206,17 +210,19 @@ class Search:
 
     def _sent(self, config, sizes, devices) -> float:
         """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp and sequence,
-        gradients summed over data, four sums of activations a layer over tensor, six with remat, and keys and values
-        over sequence."""
+        gradients summed over data, four sums of activations a layer over tensor, six where remat does not keep them,
+        and keys and values over sequence."""
         with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
-            program = self._program(config, sizes, devices)
+            _, program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
         data, sequence, tensor = (sizes[a] for a in ("data", "sequence", "tensor"))
         split = sizes["fsdp"] * sequence
         away = lambda n: (n - 1) / n  # noqa: E731
         weights = compiled.count(program.base) * itemsize / tensor * config.train.accumulate
         gradients = 4 * compiled.count(program.trained) / tensor * config.train.accumulate
-        sums = (6 if config.model.remat == "full" else 4) * self.spec.model.layers
+        preset = remat.PRESETS.get(config.model.remat)
+        again = 2 * (preset is not None and "o" not in preset.keep + preset.offload)
+        sums = (4 + again) * self.spec.model.layers
         activations = _rows(config, sizes) * self.T * self.spec.model.width * itemsize
         over_fsdp = (2 * weights + gradients) * away(split)
         # Keys and values of rows are gathered forward and again backward, and their gradients scattered.
@@ -266,6 +272,15 @@ def resolve_mesh(config, devices: Devices) -> dict[str, int]:
     return {axis: devices.count // known if n == -1 else n for axis, n in sizes.items()}
 
 
+def host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> float:
+    """Bytes that a device sends to its host's memory a step, and as many come back, for tensors that remat keeps there;
+    a CPU's memory is the host's."""
+    preset = remat.PRESETS.get(config.model.remat, remat.Preset())
+    itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize * (devices.kind != "cpu")
+    values = remat.kept_values(spec.model, preset.offload) * spec.model.layers
+    return values * itemsize * T * _rows(config, sizes) / sizes["tensor"]
+
+
 def _rows(config, sizes) -> float:
     """Rows of a step that one device takes, parts of rows counted as such."""
     return config.train.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
@@ -286,6 +301,7 @@ def roofline(row: dict, devices: Devices) -> dict:
         "arithmetic": row["flops"] / devices.count / device.flops,
         "memory": row["traffic"] / device.bandwidth,
         "links": row["sent"] / device.link if devices.count > 1 else 0.0,
+        "host": row.get("host", 0.0) / HOST_LINK,
     }
     longest = max(parts, key=parts.get)
     return parts | {"seconds": parts[longest], "bound": longest}

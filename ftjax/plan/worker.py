@@ -19,7 +19,7 @@ def work(job: dict) -> dict:
     from ftjax.objectives import TASKS
     from ftjax.plan import compiled, search
     from ftjax.plan.devices import parse
-    from ftjax.training import auto_mesh
+    from ftjax.training import auto_mesh, sharding
     from ftjax.training import program as programs
     from ftjax.tuning import METHODS, Spec
 
@@ -31,11 +31,16 @@ def work(job: dict) -> dict:
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
-    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host)
+    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host, devices.platform)
+    machine = machine._replace(offloads=devices.platform != "cpu")
     T = min(config.data.max_length, longest)
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     sizes = search.resolve_mesh(config, devices)
     config.mesh.update(sizes)
+    dtype = compiled.compute_dtype(config.model.dtype, devices)
+    if devices.platform == "gpu":
+        config.model.attention = "xla"  # the program is compiled for simulated devices, which have no other
+    chosen = [chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]
     T = -(-T // sizes["sequence"]) * sizes["sequence"]
     M, steps, tokens = _places(config, T), config.train.steps or None, None
     if job["data"]:
@@ -43,15 +48,18 @@ def work(job: dict) -> dict:
     labels = len(config.task.labels) or TASKS[config.task.kind].unnamed
     shape = programs.with_task(config, family, shape, folder, labels)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
+    mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))
+    chosen.append(programs.check_attention(config, spec, mesh, dtype, [T]))
 
     asked = compiled.compile_step(config, spec, devices, T, M, steps or 1, job["quick"])
     asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
     asked |= {"remat": config.model.remat, "accumulate": config.train.accumulate}
     asked["sent"] = sum(c["bytes"] for c in asked.get("collectives", ()))
+    asked["host"] = search.host_bytes(config, spec, sizes, devices, T)
     out = {
         "devices": {"name": devices.name, "count": devices.count, **devices.device._asdict()},
         "method": config.tuning.method,
-        "chosen": chosen,
+        "chosen": [line for line in chosen if line],
         "model": config.model.path,
         "rows": {"batch": config.train.batch_size, "length": T, "labels": M, "from_data": bool(job["data"])},
         "steps": steps,

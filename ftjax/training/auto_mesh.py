@@ -1,17 +1,22 @@
-"""The shape of the mesh where a config leaves it open (`mesh.data = 0`): a rule from memory and traffic, and why.
+"""What a config leaves open, by rules: the shape of the mesh (`mesh.data = 0`), from memory and traffic; and what the
+backward pass finds kept (`model.remat = auto`), from memory. And why.
 
 `ftjax plan` compiles and compares; this decides in a second. T tokens a row.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from ftjax import config as configs
+from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.quantised import is_quantised
 from ftjax.training import program as programs
@@ -21,6 +26,7 @@ USED = 0.85  # share of a device's memory that a run is planned into: the rest i
 SMALL = 0.1  # of that: states that take less are not worth gathering
 MANY = 0.5  # share of the parameters, from which on gradients are as large as weights
 GIB = 2**30
+ONE_DEVICE = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 class Machine(NamedTuple):
@@ -29,12 +35,20 @@ class Machine(NamedTuple):
     count: int
     memory: float  # bytes of a device that a program may use; inf: unknown
     per_host: int  # devices with fast links between all of them
+    platform: str = "cpu"  # cpu | gpu | tpu
+    compute_capability: str = ""  # of a GPU, such as 9.0
+    offloads: bool = False  # whether the host's memory is another one, which they reach by themselves
 
 
 def here() -> Machine:
     """The devices of this run."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    return Machine(jax.device_count(), memory, jax.local_device_count())
+    device, count = jax.local_devices()[0], jax.local_device_count()
+    memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if device.platform == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / count
+    offloads = device.platform != "cpu" and remat.HOST in {m.kind for m in device.addressable_memories()}
+    capability = getattr(device, "compute_capability", "")
+    return Machine(jax.device_count(), memory, count, device.platform, capability, offloads)
 
 
 def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[str, int], str]:
@@ -97,10 +111,66 @@ def settle(config, spec: Spec, machine: Machine, T: int, dtype) -> str:
     return "mesh " + " x ".join(f"{axis}={n}" for axis, n in sizes.items()) + f": {reason}"
 
 
+def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T: int, dtype) -> str:
+    """Fill in model.remat of a config that leaves it open; what was chosen and why, empty where there was no choice.
+
+    sizes: of the mesh's axes. The fastest first; what sends to the host's memory only where nothing else fits.
+    """
+    if config.model.remat != "auto":
+        return ""
+    shared = sizes["fsdp"] * sizes["sequence"] * sizes["tensor"]
+    states = _states(config, spec, dtype)[0] / shared
+    rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    attention = programs.kernels(config, machine)
+    all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
+    head = 8 * min(T, config.model.head_chunk) * spec.model.vocab_size
+
+    def needed(preset):
+        saved = all_of_it
+        if preset != "none":
+            saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
+        return states + rows * (saved + all_of_it / spec.model.layers + head)  # one layer is at work
+
+    tried, budget = {}, USED * machine.memory
+    order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads
+    for preset in order:
+        tried[preset] = needed(preset)
+        if tried[preset] <= budget:
+            break
+    config.model.remat = preset
+    of = "" if math.isinf(machine.memory) else f" of {machine.memory / GIB:.3g}"
+    said = f"remat {preset}: about {tried[preset] / GIB:.3g}{of} GiB a device"
+    if len(tried) > 1:
+        said += "; " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in tried.items() if name != preset)
+    return said + ("; see `ftjax plan`" if tried[preset] > budget else "")
+
+
+def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int, attention) -> float:
+    """Bytes that the backward pass of the blocks finds kept of one row with remat `preset` and these Kernels of
+    attention, on one of `tensor` devices that share it: from the program itself, traced."""
+    shape = spec.model
+    shape = dataclasses.replace(
+        shape, heads=shape.heads // tensor, kv_heads=shape.kv_heads // tensor, hidden=shape.hidden // tensor,
+        vocab_size=-(-shape.vocab_size // tensor),
+    )  # fmt: skip
+    config = configs.copy(config)
+    config.model.update(remat=preset, quantise="none")
+    spec = spec._replace(model=shape, tuning=config.tuning)
+    program = programs.build(config, spec, ONE_DEVICE, jnp.dtype(dtype), 1, attention)
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def hidden(trained, frozen, ids):
+        return program.model.apply(program.variables(trained, frozen), ids, method="hidden")
+
+    kept = remat.kept_bytes(hidden, program.trained, program.frozen, ids)
+    # Weights are among them, as they lie or cast: what does not grow with the row is not counted.
+    parameters = {x.shape for x in jax.tree.leaves((program.trained, program.frozen))}
+    return sum(size for shape, size in kept if shape not in parameters)
+
+
 def _states(config, spec: Spec, dtype) -> tuple[float, bool]:
     """(bytes of weights, moments, averages and gradients of the whole run, whether most parameters are trained)."""
-    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    program = programs.build(config, spec, mesh, dtype, 1)
+    program = programs.build(config, spec, ONE_DEVICE, dtype, 1)
     state = jax.eval_shape(program.init_state, program.trained)
     trained, total = _count(program.trained), _count((program.trained, program.frozen))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, program.frozen)))
@@ -115,5 +185,9 @@ def _row_bytes(config, shape, T: int, itemsize: int) -> float:
     """About what activations of one row take: what the backward pass keeps, a layer at work, a chunk of the head."""
     products = itemsize * (8 * shape.width + 4 * shape.hidden)  # a token of a layer
     at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32
-    kept = itemsize * shape.width if config.model.remat == "full" else products + itemsize * shape.heads * T
+    kept = products + itemsize * shape.heads * T
+    if config.model.remat != "none":  # auto makes do with what the mesh leaves
+        preset = remat.PRESETS["full" if config.model.remat == "auto" else config.model.remat]
+        names = preset.keep if "input" in preset.offload else ("input", *preset.keep)
+        kept = itemsize * remat.kept_values(shape, names)
     return T * (shape.layers * kept + at_work) + 8 * min(T, config.model.head_chunk) * shape.vocab_size

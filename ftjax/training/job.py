@@ -18,7 +18,7 @@ from ftjax.hub import families, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
 from ftjax.training import auto_mesh, export, sharding
-from ftjax.training.program import check_method, check_rows, fill_defaults, with_task
+from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.tuning import METHODS, Method, Spec
 from ftjax.tuning.adapters import Start
 
@@ -122,6 +122,9 @@ def prepared(config, say) -> Job:
         say(chosen)
     mesh = sharding.make_mesh(config.mesh)
     check_rows(config, mesh)
+    if chosen := auto_mesh.settle_remat(config, spec, auto_mesh.here(), mesh.shape, data.max_length, dtype):
+        say(chosen)
+    check_remat(config, mesh.devices.flat[0])
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
     batch = functools.partial(
@@ -135,6 +138,9 @@ def prepared(config, say) -> Job:
         held_out = data.validation.of_source(index)[: config.evaluate.rows or None]
         if len(held_out):
             validation[name] = batch(held_out, eval_rows, shuffle=False)
+    lengths = sorted({T for _, T, _ in batches.shapes()})
+    if chosen := check_attention(config, spec, mesh, dtype, lengths):
+        say(chosen)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
     eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)
     return Job(

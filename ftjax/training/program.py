@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
+from ftjax.models import attention_backends, remat
 from ftjax.models.quantised import quantised_size
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import TASKS, objective
@@ -68,6 +69,16 @@ def check_rows(config, mesh) -> None:
         )
 
 
+def check_remat(config, device) -> None:
+    """Raises FtjaxError where model.remat sends to a memory of the host that `device` does not reach by itself."""
+    preset = remat.PRESETS.get(config.model.remat)
+    if preset and preset.offload and remat.HOST not in {m.kind for m in device.addressable_memories()}:
+        raise FtjaxError(
+            f"model.remat: {config.model.remat} keeps tensors in the host's {remat.HOST} memory, which JAX does not "
+            f"offer for {device.device_kind}; full or attention keep less on the device without it"
+        )
+
+
 def check_method(config, family, shape) -> None:
     """Raises FtjaxError for a method that a model is not made for."""
     if METHODS[config.tuning.method].causal_only and not shape.causal:
@@ -95,15 +106,36 @@ def with_task(config, family, shape, folder, labels: int):
     return families.with_head(family, shape, TASKS[config.task.kind].head, labels, folder, config.task.pool)
 
 
-def build(config, spec: Spec, mesh, dtype, steps: int) -> Program:
-    """The program of a config whose defaults are filled, `steps` steps on `mesh`; dtype: of computation.
+def kernels(config, device) -> attention_backends.Kernels:
+    """The attention of a config's model on a device, or on anything else with a `platform`."""
+    several = config.data.packing or config.task.kind == "embed"  # documents a row
+    capability = getattr(device, "compute_capability", "")
+    return attention_backends.choose(config.model.attention, device.platform, capability, several)
+
+
+def check_attention(config, spec: Spec, mesh, dtype, lengths: list[int]) -> str:
+    """What attention a run with rows of these lengths has, where there is something to tell. Raises FtjaxError where
+    the one that model.attention names cannot serve."""
+    shape, prefix = spec.model, METHODS[config.tuning.method].virtual_tokens(spec) > 0
+    rows, runs = config.train.batch_size // config.train.accumulate, kernels(config, mesh.devices.flat[0])
+    how = prefix, bool(config.train.dropout), mesh.shape
+    cases = [attention_backends.case_of(runs, shape, dtype, rows, T, *how) for T in lengths]
+    return attention_backends.settle(config.model.attention, cases)
+
+
+def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Program:
+    """The program of a config whose defaults are filled, `steps` steps on `mesh`; dtype: of computation; attention: the
+    model's Kernels, for a mesh without devices, which has XLA's without them.
 
     To be called, and its functions traced, with `mesh` in force: `jax.set_mesh`, or `jax.sharding.use_abstract_mesh`
     where its devices are not here. Raises FtjaxError for a method that changes what model.quantise would make small.
     """
     method, shape = METHODS[config.tuning.method], spec.model
     dropout, ema = config.train.dropout or 0.0, config.train.ema
-    model = Transformer(shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune)
+    if attention is None:
+        concrete = isinstance(mesh, jax.sharding.Mesh)
+        attention = kernels(config, mesh.devices.flat[0]) if concrete else attention_backends.Kernels()
+    model = Transformer(shape, dtype, config.model.remat, config.model.unroll, dropout, config.train.neftune, attention)
     frozen_dtype = dtype if config.model.frozen_dtype == "auto" else jnp.dtype(config.model.frozen_dtype)
     trained_dtype = jnp.dtype(config.model.trained_dtype)
     base = weights.param_shapes(shape, frozen_dtype)

@@ -31,7 +31,7 @@ WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
-FREE += ("train.cache_features", "model.remat", "model.unroll", "model.head_chunk")
+FREE += ("train.cache_features", "model.remat", "model.attention", "model.unroll", "model.head_chunk")
 
 
 def claim(config, folder: Path, rows: str) -> bool:

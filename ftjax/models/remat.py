@@ -1,0 +1,97 @@
+"""What the backward pass of a block finds kept of its forward pass, what in the host's memory, and what it recomputes.
+
+Tensors of a block have names; a preset lists those that are kept. B rows, T tokens, D width, H heads, K KV heads, d
+head size, F hidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+HOST = "pinned_host"  # memory of the host that devices read and write by themselves
+
+# Tensors of a block that have a name: each is given where it is computed, by `checkpoint_name`.
+NAMES = {
+    "input": "(B, T, D) what the block gets",
+    "q": "(B, T, H d) outputs of the products, bias and adapters included",
+    "k": "(B, T, K d)",
+    "v": "(B, T, K d)",
+    "attention": "(B, T, H d) what attention gives, and what its kernel keeps to go backward: (B, H, T)",
+    "o": "(B, T, D)",
+    "gate": "(B, T, F)",
+    "up": "(B, T, F)",
+    "down": "(B, T, D)",
+}
+ATTENTION = ("q", "k", "v", "attention")
+PRODUCTS = (*ATTENTION, "o", "gate", "up", "down")
+# Attention kernels whose residuals have no name of their own: kept where `attention` is.
+KERNELS = ("dot_product_attention_fwd_wrapper",)
+
+
+class Preset(NamedTuple):
+    """Names of tensors that are kept, and of those that wait in the host's memory; all others are recomputed."""
+
+    keep: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+
+
+# The fastest first, and but for `offload*`, which send what they save through the host's link, the largest first.
+PRESETS = {
+    "products": Preset(keep=PRODUCTS),
+    "attention": Preset(keep=ATTENTION),
+    "offload_products": Preset(offload=("input", *PRODUCTS)),
+    "full": Preset(),
+    "offload": Preset(offload=("input",)),
+}
+CHOICES = ("none", *PRESETS)
+
+
+def rematerialised(block: type[nn.Module], preset: str) -> type[nn.Module]:
+    """A block that keeps for its backward pass what `preset` says; `none`: whatever it has use for, as it stands."""
+    if preset == "none":
+        return block
+    return nn.remat(block, prevent_cse=False, policy=policy(PRESETS[preset]))
+
+
+def kept_values(shape, names: tuple[str, ...]) -> int:
+    """Values of a token in the tensors of these names of one block; shape: a ModelConfig."""
+    heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {"input": shape.width, "q": heads, "k": keys, "v": keys, "attention": heads, "o": shape.width}
+    sizes |= {"gate": shape.hidden * shape.gated, "up": shape.hidden, "down": 0}  # the last has no use but to be added
+    return sum(sizes[name] for name in names)
+
+
+def policy(preset: Preset):
+    """A preset as jax.checkpoint takes it."""
+    names = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=preset.keep, names_which_can_be_offloaded=preset.offload, offload_src="device",
+        offload_dst=HOST,
+    )  # fmt: skip
+    if "attention" not in preset.keep:
+        return names
+
+    def kernels_too(primitive, *operands, **parameters):
+        return primitive.name in KERNELS or names(primitive, *operands, **parameters)
+
+    return kernels_too
+
+
+def named(x: jax.Array, name: str) -> jax.Array:
+    """x, known to presets as `name`."""
+    return checkpoint_name(x, name)
+
+
+def kept_bytes(function, *arguments) -> list[tuple[tuple[int, ...], int]]:
+    """(shape, bytes) of each array in the device's memory that the backward pass of function(*arguments) needs;
+    arguments: trees of shapes, of which the gradient is that by the first."""
+
+    def residuals(first, *others):
+        return jax.vjp(lambda x: function(x, *others), first)[1]
+
+    kept = jax.make_jaxpr(residuals)(*arguments).jaxpr.outvars
+    unique = {id(v): v.aval for v in kept}.values()
+    return [(x.shape, x.size * x.dtype.itemsize) for x in unique if x.memory_space != jax.memory.Space.Host]
