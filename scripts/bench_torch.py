@@ -25,7 +25,7 @@ CHUNK = 64  # positions of each row whose logits are held at once, with --lean
 CASES = [(model, method, dtype) for model in SHAPES for method in ("lora", "full") for dtype in ("float32", "bfloat16")]
 
 
-def folder_of(model: str, scratch: Path) -> Path:
+def folder_of(model: str, scratch: Path, vocab: int = 32_000) -> Path:
     """A model directory that both sides read."""
     from ftjax.hub import resolve
 
@@ -36,7 +36,7 @@ def folder_of(model: str, scratch: Path) -> Path:
 
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=32_000, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6,
+        vocab_size=vocab, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=False,
     )  # fmt: skip
     if not (scratch / "config.json").is_file():
