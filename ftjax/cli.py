@@ -59,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
+    sub.add_argument(
+        "--profile", metavar="steps=FIRST:LAST",
+        help="trace these steps, both ends included, and tell where their time goes; short for --config.log.profile",
+    )  # fmt: skip
 
     sub = verb("sweep", _sweep, "train a config at every point of a grid, with several seeds", epilog=overrides)
     sub.add_argument(
@@ -236,6 +240,8 @@ def _tune_malloc() -> None:
 def _train(args, overrides) -> None:
     from ftjax import config
 
+    if args.profile is not None:
+        overrides = [*overrides, f"log.profile={args.profile.removeprefix('steps=')}"]
     settings = config.load(args.config, overrides)
     from ftjax.training.loop import train
 

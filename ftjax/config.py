@@ -263,6 +263,8 @@ def default() -> ml_collections.ConfigDict:
     c.log = log = ml_collections.ConfigDict()
     log.tensorboard = True  # event files under run_dir/tensorboard
     log.wandb = ""  # Weights & Biases project; needs the extra `wandb`; empty: off
+    log.profile = ""  # FIRST:LAST, such as 10:13: steps, both ends included, of which an XProf trace and a summary of
+    # where their time went are written to run_dir; empty: none
     log.compilation_cache = True  # reuse compiled programs across runs (~/.cache/ftjax/xla)
     return c.lock()
 
@@ -553,6 +555,11 @@ def validate(config) -> None:
         need(f"compare.{key}", lambda v: v >= 0, "0 or more")
     for key in ("curve", "curve_shots", "curve_to"):
         need(f"compare.{key}", lambda v: all(isinstance(n, int) and n > 0 for n in v), "numbers of rows, above 0")
+    need(
+        "log.profile",
+        lambda v: not v or ((n := re.fullmatch(r"(\d+):(\d+)", v)) and 1 <= int(n[1]) <= int(n[2])),
+        "FIRST:LAST, numbers of two steps from 1 on, such as 10:13",
+    )
     need("compare.curve_steps", lambda v: v >= 0, "0 or more")
     need("compare.context", lambda v: v.count("{passages}") == 1, "a text with {passages} in it once")
     need("tuning.encoder_hidden", lambda v: v >= 0, "0 or more")

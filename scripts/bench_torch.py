@@ -3,7 +3,9 @@
 The same weights, rows, dtype and optimizer (AdamW, clipping); every token trained. `40m`: a LLaMA of 40 million
 parameters with a vocabulary of 32,000, 4 rows of 512; `starter`: the starter model, 64 rows of 72. Prints tokens a
 second of the best turn on either side, and their ratio. `--malloc` restarts with the allocator that `ftjax` takes
-on a CPU, for both sides.
+on a CPU, for both sides. `--lean`: memory before speed, ours by scanned and wholly recomputed layers and small chunks
+of the head, torch's by gradient checkpointing; each side then in a process of its own, by turns of such processes,
+whose most memory above what it held with its libraries imported is told, and in all.
 """
 
 from __future__ import annotations
@@ -11,20 +13,19 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
+import bench_common
 import numpy as np
 
 SHAPES = {"40m": (4, 512), "starter": (64, 72)}
+CHUNK = 64  # positions of each row whose logits are held at once, with --lean
 CASES = [(model, method, dtype) for model in SHAPES for method in ("lora", "full") for dtype in ("float32", "bfloat16")]
 
 
-def folder_of(model: str, scratch: Path) -> Path:
+def folder_of(model: str, scratch: Path, vocab: int = 32_000) -> Path:
     """A model directory that both sides read."""
     from ftjax.hub import resolve
 
@@ -35,7 +36,7 @@ def folder_of(model: str, scratch: Path) -> Path:
 
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=32_000, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6,
+        vocab_size=vocab, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=False,
     )  # fmt: skip
     if not (scratch / "config.json").is_file():
@@ -43,7 +44,7 @@ def folder_of(model: str, scratch: Path) -> Path:
     return scratch
 
 
-def ours(folder: Path, method: str, dtype: str, unroll: int):
+def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False):
     """A function that takes ids (B, T) through one step and returns its loss, on the device."""
     import jax
     import jax.numpy as jnp
@@ -65,9 +66,11 @@ def ours(folder: Path, method: str, dtype: str, unroll: int):
     )
     trained, frozen = row.init(jax.random.key(0), base, spec)
     trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
+    del base
+    model = Transformer(shape, jnp.dtype(dtype), "full" if lean else "none", 1 if lean else unroll)
     optim = optimizer(config.optim, schedule(config.optim, 10_000, 1e-4))
     step = compile_step(
-        None, sums=functools.partial(causal.sums, Transformer(shape, jnp.dtype(dtype), unroll=unroll)),
+        None, sums=functools.partial(causal.sums, model, **({"head_chunk": CHUNK} if lean else {})),
         variables=functools.partial(row.variables, spec=spec), optimizer=optim, seed=0,
     )  # fmt: skip
     state = init_state(optim, trained)
@@ -89,7 +92,7 @@ def ours(folder: Path, method: str, dtype: str, unroll: int):
     return run
 
 
-def theirs(folder: Path, method: str, dtype: str):
+def theirs(folder: Path, method: str, dtype: str, lean: bool = False):
     """The same by transformers and peft, weights in `dtype`; what is trained stays in float32 for LoRA."""
     import peft
     import torch
@@ -99,6 +102,9 @@ def theirs(folder: Path, method: str, dtype: str):
     if method == "lora":
         lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, lora)
+    if lean:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
 
@@ -114,27 +120,85 @@ def theirs(folder: Path, method: str, dtype: str):
     return run
 
 
-def bench(model: str, method: str, dtype: str, turns: int, seconds: float, unroll: int, scratch: Path) -> dict:
-    """Best tokens a second of either side over `turns` turns of about `seconds` each."""
+def pieces(model: str, scratch: Path, sides: dict[str, Callable]) -> dict[str, Callable]:
+    """Side -> a function that takes a step and returns its tokens, compiled; sides: name -> folder -> step."""
     folder, (B, T) = folder_of(model, scratch), SHAPES[model]
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = np.random.default_rng(0).integers(3, vocab, (B, T)).astype(np.int32)
-    sides = {"ftjax": ours(folder, method, dtype, unroll), "torch": theirs(folder, method, dtype)}
-    for run in sides.values():
-        for _ in range(2):
+
+    def piece(run):
+        def step() -> int:
             float(run(ids))
-    best = dict.fromkeys(sides, 0.0)
-    for _ in range(turns):
-        for name, run in sides.items():
-            start, steps = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds:
-                loss = run(ids)
-                float(loss)
-                steps += 1
-            best[name] = max(best[name], steps * B * T / (time.perf_counter() - start))
-    return {f"{name}_tokens_s": round(rate) for name, rate in best.items()} | {
-        "ratio": round(best["ftjax"] / best["torch"], 2)
+            return B * T
+
+        step(), step()
+        return step
+
+    return {name: piece(make(folder)) for name, make in sides.items()}
+
+
+def sides(method: str, dtype: str, unroll: int, lean: bool) -> dict[str, Callable]:
+    """Name -> folder -> step."""
+    return {
+        "ftjax": lambda folder: ours(folder, method, dtype, unroll, lean),
+        "torch": lambda folder: theirs(folder, method, dtype, lean),
     }
+
+
+def ratios(best: dict[str, float]) -> dict:
+    """Rates by side, and ours over theirs."""
+    rates = {f"{name}_tokens_s": round(rate) for name, rate in best.items()}
+    return rates | {"ratio": round(best["ftjax"] / best["torch"], 2)}
+
+
+def bench(case: tuple, turns: int, seconds: float, unroll: int, scratch: Path) -> dict:
+    """Best tokens a second of either side over `turns` turns of about `seconds` each."""
+    model, method, dtype = case
+    return ratios(bench_common.in_turn(pieces(model, scratch, sides(method, dtype, unroll, False)), turns, seconds))
+
+
+def alone(side: str, case: tuple, seconds: float, scratch: Path) -> dict:
+    """One side of a lean step in this process: its tokens a second and its memory in bytes."""
+    model, method, dtype = case
+    folder_of(model, scratch)
+    if side == "ftjax":
+        import ftjax.training.step  # noqa: F401
+    else:
+        import peft  # noqa: F401
+    before = bench_common.memory()["now"]
+    bench_common.forget_peak()
+    make = {side: sides(method, dtype, 1, True)[side]}
+    rate = bench_common.in_turn(pieces(model, scratch, make), 1, seconds)[side]
+    peak = bench_common.memory()["peak"]
+    return {"tokens_s": rate, "above": peak - before, "peak": peak}
+
+
+def lean(case: tuple, turns: int, seconds: float, scratch: Path) -> dict:
+    """Both sides of a lean step, by turns of processes: the best rate, the least memory."""
+    found = {side: [] for side in ("ftjax", "torch")}
+    folder_of(case[0], scratch)
+    for _ in range(turns):
+        for side, runs in found.items():
+            asked = ["--alone", side, *case, str(scratch), "--seconds", str(seconds)]
+            runs.append(bench_common.in_a_process(asked))
+    out = ratios({side: max(run["tokens_s"] for run in runs) for side, runs in found.items()})
+    for what in ("above", "peak"):
+        least = {side: min(run[what] for run in runs) for side, runs in found.items()}
+        out |= {f"{side}_{what}_gb": round(bytes / 1e9, 3) for side, bytes in least.items()}
+        out |= {f"{what}_ratio": round(least["ftjax"] / least["torch"], 3)}
+    return out | {"must": {"ratio": 1.0, "above_ratio": 0.6}}
+
+
+def rows(args):
+    """A row for each case that is asked for."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in CASES:
+            if not args.only or "-".join(case) in args.only:
+                if args.lean:
+                    found = lean(case, args.turns, args.seconds, Path(scratch))
+                else:
+                    found = bench(case, args.turns, args.seconds, args.unroll, Path(scratch))
+                yield dict(zip(("model", "method", "dtype"), case)) | found | {"malloc": args.malloc}
 
 
 def main() -> None:
@@ -145,20 +209,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
     parser.add_argument("--unroll", type=int, default=0, help="layers a scan iteration, 0: all")
-    parser.add_argument("--malloc", action="store_true", help="with the allocator that ftjax gives itself")
+    parser.add_argument("--lean", action="store_true", help="memory before speed, and how much each side takes")
+    parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
+    bench_common.add_arguments(parser)
     args = parser.parse_args()
-    if args.malloc and "GLIBC_TUNABLES" not in os.environ:
-        from ftjax.cli import MALLOC
-
-        os.environ["GLIBC_TUNABLES"] = MALLOC
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in CASES:
-            if not args.only or "-".join(case) in args.only:
-                found = bench(*case, args.turns, args.seconds, args.unroll, Path(scratch))
-                row = dict(zip(("model", "method", "dtype"), case)) | found
-                row |= {"malloc": args.malloc, "machine": f"{platform.machine()} x {os.cpu_count()}"}
-                print(json.dumps(row), flush=True)
+    bench_common.restart_with_malloc(args.malloc)
+    if args.alone:
+        side, *case, scratch = args.alone
+        bench_common.report([alone(side, tuple(case), args.seconds, Path(scratch))], None)
+    else:
+        bench_common.report(rows(args), args.out)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_help_imports_nothing_heavy():
         (("train", "--config", "configs/quickstart.py", "--confg.seed=1"), 'did you mean "--config"?'),
         (("train", "--config", "configs/quikstart.py"), "quickstart.py"),
         (("train", "--config", "configs/quickstart.py", "--config.optim.rate=1"), "no such key"),
+        (("train", "--config", "configs/quickstart.py", "--profile", "steps=5"), "log.profile: expected FIRST:LAST"),
         (("generate", "--model", "builtin:stories260K"), "--prompt"),
         (("generate", "--model", "no/such/folder/at/all", "--prompt", "x"), "no such folder"),
         (("export", "--run", "tests", "--out", "x"), "not the folder of a run"),

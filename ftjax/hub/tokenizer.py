@@ -10,6 +10,9 @@ from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
 from ftjax.hub.resolve import read_json
 
+# What tokenizer_config.json calls the class that is made of tokenizer.json and nothing else.
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,15 +40,28 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 def load_tokenizer(folder: Path):
     """The tokenizer in a model directory. Raises FtjaxError where none loads without the repository's own code."""
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
     try:
+        if _is_plain(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise FtjaxError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether AutoTokenizer would come to the plain class: it takes four seconds, most of them to import torch."""
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    settings, model = read_json(files[1]), read_json(files[2]).get("model_type")
+    return settings.get("tokenizer_class") in PLAIN and "auto_map" not in settings and model == "llama"
 
 
 def check_vocab(tokenizer, vocab_size: int) -> None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +47,9 @@ from ftjax.tree import flatten, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+READERS = min(8, os.cpu_count() or 1)  # threads that read at once
+ALIGNED = 64  # bytes; a host array that begins on a multiple of it JAX takes on a CPU as it is
+
 
 class Stored(NamedTuple):
     """Where a tensor lies and what it is."""
@@ -52,6 +58,7 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
+    offset: int  # bytes of the file before it
 
 
 def param_shapes(config: ModelConfig, dtype=jnp.float32) -> dict:
@@ -88,11 +95,16 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for file, start in files:
         try:
             with safe_open(file, "numpy") as f:
-                names = f.keys()
-                slices = {name: f.get_slice(name) for name in names}
-                found |= {start + n: Stored(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+                names = f.keys()  # what is no whole file ends here
         except (SafetensorError, FileNotFoundError) as error:
             raise FtjaxError(f"{file}: not a whole safetensors file: {error}; fetch it again") from None
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+        for name in names:
+            at = header[name]
+            offset = 8 + size + at["data_offsets"][0]
+            found[start + name] = Stored(file, name, tuple(at["shape"]), at["dtype"], offset)
     return found
 
 
@@ -112,6 +124,7 @@ def read_params(
     dtype: Callable[[str], np.dtype] | None = None,
     quantise: Callable[[str], Callable[[jax.Array], Any] | None] = lambda path: None,
     new_head: jax.Array | None = None,
+    given_away: bool = False,
 ) -> dict:
     """The parameters in a model directory as a tree of jax arrays.
 
@@ -119,7 +132,8 @@ def read_params(
     default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
     a time. quantise: path -> what makes (out, in) float32 into what is kept of it, layer by layer, so that never two
     layers are whole on a device; None: it stays as it is. new_head: key by which modules of the head that the files
-    lack are made; None: they may lack none.
+    lack are made; None: they may lack none. given_away: the arrays will be donated; otherwise JAX on a CPU takes the
+    memory that they were read into as it is, without a copy, and cannot reuse it.
     Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
     """
     located = _locate(Path(folder), family, config, new_head is not None)
@@ -137,10 +151,12 @@ def read_params(
         # One after another: transfers in flight would keep the host's copies of several parameters alive at once.
         if small := quantise(path):
             # From float32 whatever the run computes in: so a run and who loads it anywhere have one and the same base.
-            load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), np.dtype(np.float32))
+            load = functools.partial(
+                _load, tensors, transposed, path.startswith("layers/"), np.dtype(np.float32), False
+            )
             params[path] = jax.block_until_ready(_quantised(load, shape, sharding, small))
             continue
-        load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target)
+        load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target, given_away)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
 
@@ -191,23 +207,72 @@ def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _load(tensors, transposed, stacked, dtype, bounds) -> np.ndarray:
+def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray:
     """The part of one parameter within `bounds`, (start, stop) for each axis."""
+    out = _buffer([stop - start for start, stop in bounds], dtype, given_away)
     if not stacked:
-        return np.asarray(_slice(tensors[0], bounds, transposed), dtype)
+        _fill(out, tensors[0], bounds, transposed)
+        return out
     (first, last), rest = bounds[0], bounds[1:]
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    for row, tensor in enumerate(tensors[first:last]):
-        out[row] = 1 if tensor is None else _slice(tensor, rest, transposed)  # a norm that this layer does without
+
+    def layer(row):
+        tensor = tensors[first + row]
+        if tensor is None:
+            out[row] = 1  # a norm that this layer does without
+        else:
+            _fill(out[row : row + 1].reshape(out.shape[1:]), tensor, rest, transposed)
+
+    if last - first == 1:
+        layer(0)
+    else:
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(layer, range(last - first)))
     return out
 
 
-def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
+def _buffer(shape, dtype, given_away: bool) -> np.ndarray:
+    """Memory for an array, which numpy asks large pages for.
+
+    given_away: not aligned, so that JAX copies it, since what it did not copy cannot be donated.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    whole = np.empty(size + 2 * ALIGNED, np.uint8)
+    start = -whole.ctypes.data % ALIGNED + (ALIGNED // 2 if given_away else 0)
+    return whole[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(out: np.ndarray, tensor: Stored, bounds, transposed: bool) -> None:
+    """Read the part of a tensor within `bounds`, (start, stop) for each axis of `out`."""
     index = tuple(slice(*b) for b in (bounds[::-1] if transposed else bounds))
-    # Opened anew each time: pages of a mapping count as this process's memory for as long as it is open.
-    with safe_open(tensor.file, "numpy") as f:
-        part = f.get_slice(tensor.name)[index]
-    return part.T if transposed else part
+    whole = all(b == (0, n) for b, n in zip(bounds[1:], tensor.shape[1:]))
+    if out.size == 0:
+        return
+    if whole and not transposed and out.dtype == DTYPES[tensor.dtype] and out.flags.c_contiguous:
+        first = bounds[0][0] * math.prod(tensor.shape[1:]) if bounds else 0
+        _read_into(out.reshape(-1).view(np.uint8), tensor.file, tensor.offset + first * out.itemsize)
+        return
+    # Mapped for this part alone: pages of a mapping count as this process's memory for as long as it is open.
+    mapped = np.memmap(tensor.file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+    out[...] = mapped[index].T if transposed else mapped[index]
+
+
+def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
+    """Fill bytes from a file, from `offset` on."""
+    with file.open("rb", buffering=0) as f:
+        f.seek(offset)
+        done = 0
+        while done < out.size:  # one call reads 2 GiB at most
+            read = f.readinto(memoryview(out)[done:])
+            if not read:
+                raise FtjaxError(f"{file}: ends before its last tensor; fetch it again")
+            done += read
+
+
+def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
+    """The part of a tensor within `bounds`, in an array of its own."""
+    out = np.empty([stop - start for start, stop in bounds], DTYPES[tensor.dtype])
+    _fill(out, tensor, bounds, transposed)
+    return out
 
 
 def _plain(name: str, family: Family) -> str:

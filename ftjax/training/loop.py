@@ -26,6 +26,7 @@ from ftjax.training import export, features, hosts, sharding
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.job import Job, prepared
+from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import RUN, Trained, base_name, claim
@@ -119,6 +120,9 @@ def train(config, say=print) -> Result:
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from))) if first else None
         opened.push(hosts.end_together)  # before what is open is closed, which waits for all processes
+        profiled = config.log.profile if first else ""
+        take_step = Profiler(program.step, profiled, run_dir, resumed_from, steps, say)
+        opened.callback(take_step.close)
         stop = config.train.patience > 0 and stale >= config.train.patience
         step, loss, late = resumed_from, float("nan"), None
 
@@ -144,7 +148,7 @@ def train(config, say=print) -> Result:
 
         while step < steps and not stop:
             arrays, tokens = next(feed)
-            state, report = program.step(state, frozen, arrays)
+            state, report = take_step(state, frozen, arrays)
             step += 1
             progress.count(tokens)
             # Numbers are read when the next step is already running, so that the device never waits for the host.
@@ -184,8 +188,9 @@ def train(config, say=print) -> Result:
         if kept != step:
             abstract = placed(jax.eval_shape(lambda x: x, trained), program.trained_places)
             trained = checkpoints.trained(kept, abstract, ema=config.train.ema > 0)
-        del state
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
+        files |= take_step.finish(state)
+        del state
         files |= exported(job, program, trained, frozen, say)
         results, told = judged(job, program, program.variables(trained, frozen), before, seconds, say)
 

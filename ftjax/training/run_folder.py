@@ -27,6 +27,7 @@ RUN = "run.json"  # the resolved config and the base it was started on; what has
 WRITTEN = (RUN, "before.json", "checkpoints", "tensorboard", "wandb", "metrics.jsonl", "loss.png", "results.json")
 WRITTEN += ("samples.jsonl", "removed.jsonl", "adapter", "merged", "full")
 WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration.png", "outcome.json")
+WRITTEN += ("profile", "profile.json", "profile.txt")
 
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")

@@ -29,7 +29,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
     config, spec = job.config, job.spec
     base = weights.read_params(
         job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
-        quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed),
+        quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed), given_away=True,
     )  # fmt: skip
     if not job.generates and (new := weights.head_is_new(job.folder, spec.family, spec.model)):
         check_new_head(new, program.trained, config)

@@ -40,6 +40,17 @@ def test_end_of_turn_of_a_chat_template(shared):
     assert end_tokens(folder, tokenizer) == (tokenizer.convert_tokens_to_ids("<|endoftext|>"), end)
 
 
+def test_a_plain_tokenizer_is_the_one_that_auto_tokenizer_makes():
+    from transformers import AutoTokenizer
+
+    folder = resolve("builtin:stories260K")
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    text = "Once upon a time,  Lily\tsaid: </s> ünïcode"
+    assert type(ours) is type(theirs) and str(ours) == str(theirs)
+    ids = ours(text)["input_ids"]
+    assert ids == theirs(text)["input_ids"] and ours.decode(ids) == theirs.decode(ids)
+
+
 def test_end_tokens_of_files_and_tokenizer(shared, gpt2):
     assert end_tokens(shared / "models" / "stories260K", load_tokenizer(shared / "models" / "stories260K")) == (1, 2)
     tokenizer = load_tokenizer(gpt2)
