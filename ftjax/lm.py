@@ -202,7 +202,7 @@ def quantiser(kind: str, settings, dtype):
     kind: of kernels of the blocks; settings: config.model, for what else is quantised and how.
     """
     quantise = functools.partial(quantised.quantise, double=settings.double_quantise, dtype=dtype)
-    small = {kind: jax.jit(functools.partial(quantise, kind=kind)) for kind in quantised.VALUES}
+    small = {name: jax.jit(functools.partial(quantise, kind=name)) for name in quantised.VALUES}
     return lambda path: small.get(quantised.kind_of(path, kind, settings.quantise_tables))
 
 

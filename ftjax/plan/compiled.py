@@ -17,10 +17,10 @@ from jax.sharding import AbstractMesh, AxisType
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.quantised import is_quantised
-from ftjax.plan import flops, hlo
+from ftjax.plan import flops
 from ftjax.plan.devices import Devices
+from ftjax.training import hlo, sharding
 from ftjax.training import program as programs
-from ftjax.training import sharding
 from ftjax.training.flops import flops_per_token
 from ftjax.tuning import Spec
 

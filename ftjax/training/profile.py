@@ -19,7 +19,7 @@ import jax
 
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
-from ftjax.plan import hlo
+from ftjax.training import hlo
 
 FOLDER, JSON, TABLE = "profile", "profile.json", "profile.txt"  # in the run folder
 
@@ -107,7 +107,7 @@ class Profiler:
 
     def __init__(self, step: Callable, asked: str, run_dir: Path, done: int, steps: int, say: Callable):
         self.step, self.run_dir, self.done, self.say = step, run_dir, done, say
-        self.first, self.last = span(asked) if asked else (0, -1)
+        self.first, self.last = map(int, asked.split(":")) if asked else (0, -1)
         self.open = contextlib.ExitStack()
         self.shapes, self.traced, self.compiled = {}, {}, []
         if asked and self.first <= done:
@@ -174,15 +174,6 @@ class Profiler:
         self.say(table(found))
         names = {"trace": FOLDER, "profile": TABLE}
         return {name: str(self.run_dir / file) for name, file in names.items()}
-
-
-def span(asked: str) -> tuple[int, int]:
-    """`10:13` -> (10, 13). Raises FtjaxError for anything else than two numbers from 1 on, the first not larger."""
-    found = re.fullmatch(r"(\d+):(\d+)", asked)
-    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise FtjaxError(f"log.profile: expected FIRST:LAST, the numbers of two steps, such as 10:13; found {asked!r}")
-    return first, last
 
 
 def _key(batch) -> tuple:

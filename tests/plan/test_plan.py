@@ -22,11 +22,11 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.models.config import ModelConfig
-from ftjax.plan import compiled, flops, hlo, search
+from ftjax.plan import compiled, flops, search
 from ftjax.plan.devices import DEVICES, larger, parse
 from ftjax.plan.report import report
 from ftjax.plan.run import environment, plan
-from ftjax.training import loop, sharding
+from ftjax.training import hlo, loop, sharding
 from ftjax.training import program as programs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,9 +27,9 @@ from ftjax.hub import families
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.config import ModelConfig
 from ftjax.objectives import causal
-from ftjax.plan import compiled, hlo
+from ftjax.plan import compiled
+from ftjax.training import hlo, sharding
 from ftjax.training import program as programs
-from ftjax.training import sharding
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
 from ftjax.tree import flatten
