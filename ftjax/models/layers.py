@@ -53,13 +53,21 @@ def _contract(a, b, dims):
 
 
 def _project_bwd(axes, saved, g):
-    # The kernel's gradient contracts rows and positions where they lie: flattening them first makes XLA's CPU transpose
-    # both. A frozen kernel's is never used, and so never computed.
+    # A frozen kernel's gradient is never used, and so never computed.
     x, kernel = saved
-    lead = tuple(range(g.ndim - 1))
     dx = _contract(g, whole(kernel, axes).astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
-    product = lambda a, b: _contract(a, b, (lead, lead))  # noqa: E731
-    return dx, None if x is None else sum_outer(g, x, product, axes).astype(kernel.dtype)
+    return dx, None if x is None else sum_outer(g, x, _outer, axes).astype(kernel.dtype)
+
+
+def _outer(a, b):
+    """a (..., M)ᵀ b (..., N), summed over rows and positions where they lie: (M, N) float32."""
+    lead = tuple(range(a.ndim - 1))
+    if a.shape[-1] <= b.shape[-1]:
+        return _contract(a, b, (lead, lead))
+    # XLA's CPU transposes the left operand, and what it is computed from with it: let that be the narrower one. The
+    # barrier keeps the compiler from turning the product around again.
+    small = _contract(b, a, (lead, lead))
+    return jax.lax.platform_dependent(small, cpu=jax.lax.optimization_barrier, default=lambda x: x).T
 
 
 def _project_fwd(x, kernel, axes):

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.quantised import is_quantised
+from ftjax.objectives import causal
 from ftjax.plan import flops
 from ftjax.plan.devices import Devices
 from ftjax.training import hlo, sharding
@@ -104,7 +105,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
             "flops": flops.count(program.step, *arguments),
             "held": held(program, *arguments),
             "gradients": shard_bytes(as_float32(program.trained), program.trained_places),
-            "head": head_bytes(config, spec, mesh.shape, M),
+            "head": head_bytes(config, spec, mesh.shape, M, devices.platform),
         }
         try:
             compiled = program.step.trace(*arguments).lower().compile(QUICK if quick and devices.topology else None)
@@ -141,8 +142,9 @@ def _spent(started) -> dict:
     }
 
 
-def head_bytes(config, spec: Spec, sizes: dict, M: int) -> float:
+def head_bytes(config, spec: Spec, sizes: dict, M: int, platform: str) -> float:
     """Bytes of one chunk's logits on one device, float32; of a head over labels, which are few: 0."""
     V, tensor = spec.model.vocab_size if spec.model.head.labels == 0 else 0, sizes["tensor"]
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
-    return 4 * rows * min(M / sizes["sequence"], config.model.head_chunk) * (V / tensor if V % tensor == 0 else V)
+    held = min(rows * M / sizes["sequence"], max(rows, causal.tokens_at_once(config.model.head_chunk, platform)))
+    return 4 * held * (V / tensor if V % tensor == 0 else V)

@@ -173,7 +173,7 @@ class Search:
         rows, layers = _rows(config, sizes) / config.train.accumulate, self.spec.model.layers
         weights = 2 * dtype.itemsize * compiled.count(program.base) / layers / sizes["tensor"]
         gathered = weights if sizes["fsdp"] * sizes["sequence"] > 1 else 0
-        head = 2 * compiled.head_bytes(config, self.spec, sizes, self.M)
+        head = 2 * compiled.head_bytes(config, self.spec, sizes, self.M, devices.platform)
         twice = 2 if config.train.accumulate > 1 else 1
         return twice * gradients + rows * (saved + one_layer / layers) + head + gathered
 

@@ -19,6 +19,7 @@ from ftjax import config as configs
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.quantised import is_quantised
+from ftjax.objectives import causal
 from ftjax.training import program as programs
 from ftjax.tuning import Spec
 
@@ -64,7 +65,7 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
     shape, rows = spec.model, config.train.batch_size // config.train.accumulate
     states, many = _states(config, spec, dtype)
     row = _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
-    budget = USED * machine.memory
+    budget = USED * machine.memory - _head_bytes(config, shape, machine)
 
     by_rows = math.gcd(machine.count, rows)
     shared = machine.count // by_rows
@@ -123,15 +124,14 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     attention = programs.kernels(config, machine)
     all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
-    head = 8 * min(T, config.model.head_chunk) * spec.model.vocab_size
 
     def needed(preset):
         saved = all_of_it
         if preset != "none":
             saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
-        return states + rows * (saved + all_of_it / spec.model.layers + head)  # one layer is at work
+        return states + rows * (saved + all_of_it / spec.model.layers)  # one layer is at work
 
-    tried, budget = {}, USED * machine.memory
+    tried, budget = {}, USED * machine.memory - _head_bytes(config, spec.model, machine)
     order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads
     for preset in order:
         tried[preset] = needed(preset)
@@ -182,7 +182,7 @@ def _count(shapes) -> int:
 
 
 def _row_bytes(config, shape, T: int, itemsize: int) -> float:
-    """About what activations of one row take: what the backward pass keeps, a layer at work, a chunk of the head."""
+    """About what activations of one row take: what the backward pass keeps, and a layer at work."""
     products = itemsize * (8 * shape.width + 4 * shape.hidden)  # a token of a layer
     at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32
     kept = products + itemsize * shape.heads * T
@@ -190,4 +190,9 @@ def _row_bytes(config, shape, T: int, itemsize: int) -> float:
         preset = remat.PRESETS["full" if config.model.remat == "auto" else config.model.remat]
         names = preset.keep if "input" in preset.offload else ("input", *preset.keep)
         kept = itemsize * remat.kept_values(shape, names)
-    return T * (shape.layers * kept + at_work) + 8 * min(T, config.model.head_chunk) * shape.vocab_size
+    return T * (shape.layers * kept + at_work)
+
+
+def _head_bytes(config, shape, machine: Machine) -> int:
+    """Bytes of the logits that a device holds at once, and of their gradients."""
+    return 8 * causal.tokens_at_once(config.model.head_chunk, machine.platform) * shape.vocab_size

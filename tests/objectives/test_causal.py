@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -103,12 +104,13 @@ def test_packed_equals_padded(name):
     assert_same_gradient(one[3], other[3], 1e-5)
 
 
-@pytest.mark.parametrize("head_chunk", [1, 4, 5])
-def test_chunks_change_nothing(head_chunk):
+@pytest.mark.parametrize("places", [1, 4, 5])
+def test_chunks_change_nothing(places):
     pair, batch = tiny.pair("llama-biases"), padded()
+    B, M = batch["labels"].shape
     whole = ours(pair, batch, label_smoothing=0.1)
-    chunked = ours(pair, batch, label_smoothing=0.1, head_chunk=head_chunk)
-    assert batch["labels"].shape[1] % 5  # the last chunk of one of the cases is short
+    chunked = ours(pair, batch, label_smoothing=0.1, head_chunk=places * B)
+    assert M % 5  # the last chunk of one of the cases is short
     assert chunked[0] == pytest.approx(whole[0], rel=1e-6)
     assert chunked[1] == whole[1]
     assert chunked[2] == pytest.approx(whole[2], rel=1e-6)
@@ -116,14 +118,32 @@ def test_chunks_change_nothing(head_chunk):
 
 
 def test_chunks_bound_the_logits():
-    """At most (B, head_chunk, V) logits exist at once, forward and backward."""
+    """Logits of head_chunk tokens exist at once, forward and backward, and are computed once."""
     pair, batch = tiny.pair("llama-biases"), padded()
     B, M = batch["labels"].shape
     V = pair.model.config.vocab_size
-    for head_chunk, whole in ((512, True), (4, False)):
+    for head_chunk, places in ((0, M), (4 * B, 4), (1, 1)):
         text = compiled(pair.model, head_chunk=head_chunk).lower(pair.params, batch).as_text()
-        assert (f"tensor<{B}x{M}x{V}xf32>" in text) == whole
-        assert f"tensor<{B}x{min(M, head_chunk)}x{V}xf32>" in text
+        assert (f"tensor<{B}x{M}x{V}xf32>" in text) == (places == M)
+        assert len(re.findall(rf"dot_general.* -> tensor<{B}x{places}x{V}xf32>", text)) == 1
+
+
+def test_what_nobody_trains_costs_the_head_nothing():
+    """A frozen head takes no product for its kernel's gradient, states that were computed before none for theirs."""
+    pair, batch = tiny.pair("llama-biases"), padded()
+    (B, M), D = batch["labels"].shape, pair.model.config.width
+    assert not pair.model.config.tied
+    head, rest = {"lm_head": pair.params["lm_head"]}, {k: v for k, v in pair.params.items() if k != "lm_head"}
+    states = np.ones((B, M, D), np.float32)
+
+    def flops(trained, given):
+        loss = lambda trained: causal.sums(pair.model, {"params": given["params"] | trained}, batch | given)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(trained).compile().cost_analysis()["flops"]
+
+    product = 2 * B * M * D * pair.model.config.vocab_size
+    saved = flops(pair.params, {"params": {}}) - flops(rest, {"params": head})
+    assert 0.9 * product < saved < 1.5 * product
+    assert flops(head, {"params": {}, "states": states}) < 2.7 * product
 
 
 def test_untrained_places_are_ignored():
