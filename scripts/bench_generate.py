@@ -1,6 +1,6 @@
 """Generation beside transformers' `generate`, by turns in one process: `python scripts/bench_generate.py`.
 
-The same weights in float32, 16 random prompts of 32 tokens, 128 new tokens each, greedy, no end token: tokens a second
+The same weights in one dtype, 16 random prompts of 32 tokens, 128 new tokens each, greedy, no end token: tokens a second
 of the best turn on either side, and their ratio. Both must say the same tokens; where they part is told, which in
 float32 a draw between two tokens of all but equal logits can do. `starter` and `40m`: see scripts/bench_torch.py.
 """
@@ -18,7 +18,7 @@ import bench_torch
 import numpy as np
 
 
-def ours(folder: Path, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray]:
+def ours(folder: Path, prompts: np.ndarray, new: int, dtype: str) -> Callable[[], np.ndarray]:
     """A function that answers all prompts: (B, new) ids."""
     import jax.numpy as jnp
 
@@ -27,18 +27,18 @@ def ours(folder: Path, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray
     from ftjax.models.transformer import Transformer
 
     family, shape = families.read_config(folder)
-    variables = {"params": weights.read_params(folder, family, shape, dtype=lambda path: jnp.dtype("float32"))}
-    model = Transformer(shape, jnp.dtype("float32"))
+    variables = {"params": weights.read_params(folder, family, shape, dtype=lambda path: jnp.dtype(dtype))}
+    model = Transformer(shape, jnp.dtype(dtype))
     rows = prompts.tolist()
     return lambda: np.array(generate(model, variables, rows, max_new_tokens=new, batch_size=len(rows)))
 
 
-def theirs(folder: Path, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray]:
+def theirs(folder: Path, prompts: np.ndarray, new: int, dtype: str) -> Callable[[], np.ndarray]:
     """The same by transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
     ids = torch.tensor(prompts).long()
     settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
@@ -59,7 +59,9 @@ def rows(args):
             folder = bench_torch.folder_of(model, Path(scratch))
             vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
             prompts = np.random.default_rng(0).integers(3, vocab, (args.batch, args.prompt)).astype(np.int32)
-            runs = {"ftjax": ours(folder, prompts, args.new), "torch": theirs(folder, prompts, args.new)}
+            runs = {
+                name: side(folder, prompts, args.new, args.dtype) for name, side in (("ftjax", ours), ("torch", theirs))
+            }
             answers = {name: run() for name, run in runs.items()}
             same = np.cumprod(answers["ftjax"] == answers["torch"], axis=1)
 
@@ -69,7 +71,7 @@ def rows(args):
             pieces = {name: piece(run) for name, run in runs.items()}
             best = bench_common.in_turn(pieces, args.turns, args.seconds)
             yield (
-                {"model": model, "batch": args.batch, "prompt": args.prompt, "new": args.new}
+                {"model": model, "dtype": args.dtype, "batch": args.batch, "prompt": args.prompt, "new": args.new}
                 | bench_torch.ratios(best)
                 | {"same_until_they_part": round(float(same.mean()), 4), "must": 3, "goal": 10}
             )
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights and compute")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn, at least")
     bench_common.add_arguments(parser)

@@ -13,9 +13,10 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import constrain
-from ftjax.models.transformer import as_prefix, make_cache, max_tokens
+from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
 EXCLUDED = -1e30  # finite, as a logit that is never drawn
+APART = 32 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
 
 
@@ -98,7 +99,8 @@ def _decode(model, variables, tokens, lengths, rows, key, N, sampling, end_token
     """
     B, P = tokens.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    variables = as_prefix(model, variables)
+    variables, apart = as_prefix(model, variables), _apart(variables)
+    variables = unstacked(variables, model.config) if apart else variables
 
     def step(tokens, positions, segments, cache):
         x, cache = model.apply(variables, tokens, positions, segments, cache, method="hidden")
@@ -116,16 +118,23 @@ def _decode(model, variables, tokens, lengths, rows, key, N, sampling, end_token
 
     places = jnp.arange(P) - (P - lengths)[:, None]
     stages = [n for n in (STAGE << i for i in range(N.bit_length())) if n < N] + [N]
-    cache = make_cache(model.config, B, P + stages[0], model.dtype)
+    cache = make_cache(model.config, B, P + stages[0], model.dtype, apart)
     logits, cache = step(tokens, jnp.maximum(places, 0), (places >= 0).astype(jnp.int32), cache)
     # n the tokens chosen so far, the last token, new, counts, done, cache
     state = (1, *emit(0, logits, jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), lengths == 0), cache)
     # Attention reads every slot of the cache: it grows with the answers, so that short ones do not pay for N.
     for end in stages:
-        larger = make_cache(model.config, B, P + end, model.dtype)
+        larger = make_cache(model.config, B, P + end, model.dtype, apart)
         cache = jax.tree.map(lambda x, old: jax.lax.dynamic_update_slice(x, old, (0,) * x.ndim), larger, state[-1])
         state = jax.lax.while_loop(lambda s, end=end: (s[0] < end) & ~jnp.all(s[4]), body, (*state[:-1], cache))
     return constrain(state[2], None, None), constrain(state[3], None)
+
+
+def _apart(variables) -> bool:
+    """Whether blocks are small enough to be taken out of their stacks, and lie on one device."""
+    stacks = [tree[name] for tree in variables.values() for name in STACKS if name in tree]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stacks))
+    return size <= APART and jax.sharding.get_abstract_mesh().empty
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):
@@ -134,7 +143,9 @@ def choose(logits, keys, temperature: float, top_k: int, top_p: float):
     The draw is the argmax of logits plus Gumbel noise. Top-p: Holtzman et al. 2020.
     """
     if temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # The first of the largest by two plain reductions: ten times as fast on a CPU as argmax.
+        top = logits == jnp.max(logits, axis=-1, keepdims=True)
+        return jnp.min(jnp.where(top, jnp.arange(logits.shape[-1]), logits.shape[-1] - 1), axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / temperature
     V = logits.shape[-1]
     if top_k and top_k < V:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from ftjax.models.axes import ways
 from ftjax.models.by_device import by_device, gather, mesh_that_cuts, wide
+from ftjax.models.products import contract, fenced
 from ftjax.models.remat import named
 
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
@@ -84,18 +85,19 @@ def key_layout(k, v):
     return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
 
-def _dot(a, b, contract):
+def _dot(a, b, axes):
     """Product over one axis each, batched over (B, K), summed in float32."""
-    dims = ((contract[:1], contract[1:]), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return contract(a, b, (axes[:1], axes[1:]), ((0, 1), (0, 1)))
 
 
-def _probabilities(q, k, seen, scale):
+def _exponentials(q, k, seen, scale):
+    """The softmax (B, K, G*T, S) before it is divided, float32, and what by (B, K, G*T, 1)."""
     B, K, GT, _ = q.shape
     T, S = seen.shape[1:]
     scores = (_dot(q, k, (3, 2)) * scale).reshape(B, K, GT // T, T, S)
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
-    return jax.nn.softmax(scores, axis=-1).reshape(B, K, GT, S)
+    scores = jnp.where(seen[:, None, None], scores, MASKED).reshape(B, K, GT, S)
+    e = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return e, jnp.sum(e, axis=-1, keepdims=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -107,10 +109,11 @@ def _softmax_product(q, k, v, seen, kept, scale):
 
 
 def _softmax_product_fwd(q, k, v, seen, kept, scale):
-    p = _probabilities(q, k, seen, scale).astype(q.dtype)
+    e, total = _exponentials(q, k, seen, scale)
+    e = e.astype(q.dtype)
     # Named here, the one array is both what is computed and what goes back: kept once, where a preset keeps it.
-    out = named(_dot(_times(p, kept), v, (3, 2)).astype(q.dtype), "attention")
-    return out, (q, k, v, p, kept, out)
+    out = named((_dot(_times(e, kept), v, (3, 2)) / total).astype(q.dtype), "attention")
+    return out, (q, k, v, e, total, kept, out)
 
 
 def _times(x, kept):
@@ -118,12 +121,14 @@ def _times(x, kept):
 
 
 def _softmax_product_bwd(scale, saved, g):
-    # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step.
-    q, k, v, p, kept, out = saved
-    dv = _dot(_times(p, kept), g, (2, 2)).astype(v.dtype)
+    # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step. What
+    # is as long as the keys is neither divided, which is left to what is as long as a head, nor transposed.
+    q, k, v, e, total, kept, out = saved
+    share = g.astype(jnp.float32) / total
+    dv = fenced(_dot(share.astype(g.dtype), _times(e, kept), (2, 2))).swapaxes(2, 3).astype(v.dtype)
     dp = _times(_dot(g, v, (3, 3)), kept)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    ds = (p.astype(jnp.float32) * (dp - inner) * scale).astype(q.dtype)
+    ds = (e.astype(jnp.float32) * ((dp - inner) * (scale / total))).astype(q.dtype)
     return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None, None
 
 

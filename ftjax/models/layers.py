@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ftjax.models import products
 from ftjax.models.axes import PARAMETER_AXES, whole
 from ftjax.models.by_device import look_up, sum_outer
 from ftjax.models.quantised import Quantised
@@ -45,29 +46,14 @@ def project(x, kernel, axes=None):
     axes: the kernel's logical axes, where it may be split along its embed axis. It is gathered for each pass anew, as a
     quantised one, which has no gradient, is dequantised.
     """
-    return _contract(x, whole(kernel, axes).astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
-
-
-def _contract(a, b, dims):
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+    return products.by_rows(x, whole(kernel, axes).astype(x.dtype)).astype(x.dtype)
 
 
 def _project_bwd(axes, saved, g):
     # A frozen kernel's gradient is never used, and so never computed.
     x, kernel = saved
-    dx = _contract(g, whole(kernel, axes).astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
-    return dx, None if x is None else sum_outer(g, x, _outer, axes).astype(kernel.dtype)
-
-
-def _outer(a, b):
-    """a (..., M)ᵀ b (..., N), summed over rows and positions where they lie: (M, N) float32."""
-    lead = tuple(range(a.ndim - 1))
-    if a.shape[-1] <= b.shape[-1]:
-        return _contract(a, b, (lead, lead))
-    # XLA's CPU transposes the left operand, and what it is computed from with it: let that be the narrower one. The
-    # barrier keeps the compiler from turning the product around again.
-    small = _contract(b, a, (lead, lead))
-    return jax.lax.platform_dependent(small, cpu=jax.lax.optimization_barrier, default=lambda x: x).T
+    dx = products.contract(g, whole(kernel, axes).astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
+    return dx, None if x is None else sum_outer(g, x, products.outer, axes).astype(kernel.dtype)
 
 
 def _project_fwd(x, kernel, axes):

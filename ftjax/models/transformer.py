@@ -70,14 +70,8 @@ class Attention(nn.Module):
             how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
             y = attend_rows(q, k, v, shared["segments"], **how, kernels=self.kernels, shape=c, rate=self.dropout)
         else:
-            k, v = key_layout(k, v)
             offset = cache["length"]
-            starts = {"k": (layer["index"], 0, 0, 0, offset), "v": (layer["index"], 0, 0, offset, 0)}
-            cache = cache | {
-                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), starts[name])
-                for name, new in (("k", k), ("v", v))
-            }
-            k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer["index"], keepdims=False) for n in ("k", "v"))
+            cache, k, v = remember(cache, *key_layout(k, v), layer["index"])
             y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how, causal=c.causal)
         y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
         return dropout(self, y, self.dropout), cache
@@ -299,10 +293,23 @@ class Transformer(nn.Module):
         if cache is not None:
             segments = jax.lax.dynamic_update_slice(cache["segments"], segment_ids, (0, cache["length"]))
             cache = cache | {"segments": segments}
+        if cache is not None and isinstance(cache["k"], tuple):
+            return self.apart(x, cache, layer, shared)
         (x, cache), _ = self.layers((x, cache), jax.tree.map(lambda a: a[: self.lower], layer), shared)
         if self.lower < c.layers:
             (x, cache), _ = self.top_layers((x, cache), jax.tree.map(lambda a: a[self.lower :], layer), shared)
         return x, None if cache is None else cache | {"length": cache["length"] + T}
+
+    def apart(self, x, cache, layer, shared):
+        """The blocks one by one, of variables and a cache as `unstacked` and `make_cache` give them."""
+        block, written = Block(self.config, self.dtype, self.dropout, self.kernels, parent=None), []
+        for i in range(self.config.layers):
+            own = {kind: tree["layers"][i] for kind, tree in self.variables.items() if "layers" in tree}
+            kept = cache | {name: cache[name][i] for name in ("k", "v")}
+            (x, kept), _ = block.apply(own, (x, kept), jax.tree.map(lambda a: a[i], layer), shared)
+            written.append(kept)
+        both = {name: tuple(kept[name] for kept in written) for name in ("k", "v")}
+        return x, cache | both | {"length": cache["length"] + x.shape[1]}
 
     def logits(self, x):
         """States (B, T, D) -> float32: (B, T, V), or (B, T, C) of a head over labels; without a head x itself."""
@@ -316,16 +323,23 @@ class Transformer(nn.Module):
         return constrain(y.astype(jnp.float32), "batch", "tokens", "vocab")
 
 
-def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> dict:
+def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, apart: bool = False) -> dict:
     """An empty KV cache for `batch` rows of up to `slots` tokens.
 
-    k (L, B, K, d, S) and v (L, B, K, S, d) as attention takes them; segments (B, S); length (), the slots in use.
+    k (L, B, K, d, S) and v (L, B, K, S, d) as attention takes them; `apart`: tuples of an array a layer; segments (B,
+    S); length (), the slots in use.
     """
-    lead, S, d = (config.layers, batch, config.kv_heads), slots, config.head_dim
+    L, lead, S, d = config.layers, (batch, config.kv_heads), slots, config.head_dim
+
+    def empty(*tail):
+        return (
+            tuple(jnp.zeros((*lead, *tail), dtype) for _ in range(L)) if apart else jnp.zeros((L, *lead, *tail), dtype)
+        )
+
     # Segment -1: a slot that nobody has written is seen by nobody.
     return {
-        "k": jnp.zeros((*lead, d, S), dtype),
-        "v": jnp.zeros((*lead, S, d), dtype),
+        "k": empty(d, S),
+        "v": empty(S, d),
         "segments": jnp.full((batch, slots), -1, jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }
@@ -342,6 +356,37 @@ def virtual_tokens(variables: dict) -> int:
 def max_tokens(config: ModelConfig, variables: dict) -> int:
     """Tokens that a row may have: the model's positions, less those that virtual tokens take."""
     return config.max_positions - virtual_tokens(variables)
+
+
+def remember(cache: dict, k, v, index):
+    """The cache with k (B, K, d, T) and v (B, K, T, d) of layer `index` written behind what it holds, and all keys and
+    values of that layer."""
+    start, stacked = cache["length"], cache["k"].ndim == 5
+
+    def written(old, new, *places):
+        new = new.astype(old.dtype)
+        if stacked:
+            return jax.lax.dynamic_update_slice(old, new[None], (index, 0, 0, *places))
+        return jax.lax.dynamic_update_slice(old, new, (0, 0, *places))
+
+    cache = cache | {"k": written(cache["k"], k, 0, start), "v": written(cache["v"], v, start, 0)}
+    k, v = cache["k"], cache["v"]
+    return cache, *(jax.lax.dynamic_index_in_dim(x, index, keepdims=False) if stacked else x for x in (k, v))
+
+
+def unstacked(variables: dict, config: ModelConfig) -> dict:
+    """`variables` with a tuple of trees, one a block, for the stacks: what runs block by block with a cache that is
+    `apart` copies none of a stack's kernels, at the price of a copy of them all."""
+
+    def split(tree):
+        stacks = [tree[name] for name in STACKS if name in tree]
+        if not stacks:
+            return tree
+        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
+        blocks = (jax.tree.map(lambda x: x[i], stack) for stack, n in zip(stacks, sizes) for i in range(n))  # noqa: B023
+        return {name: x for name, x in tree.items() if name not in STACKS} | {"layers": tuple(blocks)}
+
+    return {kind: split(tree) for kind, tree in variables.items()}
 
 
 def as_prefix(model: Transformer, variables: dict) -> dict:

