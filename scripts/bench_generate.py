@@ -1,8 +1,9 @@
 """Generation beside transformers' `generate`, by turns in one process: `python scripts/bench_generate.py`.
 
-The same weights in one dtype, 16 random prompts of 32 tokens, 128 new tokens each, greedy, no end token: tokens a second
-of the best turn on either side, and their ratio. Both must say the same tokens; where they part is told, which in
-float32 a draw between two tokens of all but equal logits can do. `starter` and `40m`: see scripts/bench_torch.py.
+The same weights in one dtype, 16 random prompts of 32 tokens, 128 new tokens each, greedy, no end token: tokens a
+second of the best turn on either side, and their ratio. Both must say the same tokens in float32; the share of tokens
+before they part is told, which a draw between two all but equal logits can make them. `starter`, `40m`: see
+scripts/bench_torch.py.
 """
 
 from __future__ import annotations

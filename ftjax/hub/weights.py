@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -48,6 +49,7 @@ from ftjax.tree import flatten, unflatten
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 READERS = min(8, os.cpu_count() or 1)  # threads that read at once
+LARGE = 1 << 24  # bytes from which several read one tensor
 ALIGNED = 64  # bytes; a host array that begins on a multiple of it JAX takes on a CPU as it is
 
 
@@ -210,10 +212,19 @@ def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
 def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray:
     """The part of one parameter within `bounds`, (start, stop) for each axis."""
     out = _buffer([stop - start for start, stop in bounds], dtype, given_away)
-    if not stacked:
+    if not bounds:
         _fill(out, tensors[0], bounds, transposed)
         return out
     (first, last), rest = bounds[0], bounds[1:]
+    if not stacked:
+        cuts = np.linspace(0, last - first, READERS + 1 if out.nbytes > LARGE else 2).astype(int).tolist()
+
+        def piece(cut):
+            start, stop = cut
+            _fill(out[start:stop], tensors[0], ((first + start, first + stop), *rest), transposed)
+
+        _each(piece, list(itertools.pairwise(cuts)))
+        return out
 
     def layer(row):
         tensor = tensors[first + row]
@@ -222,12 +233,17 @@ def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray
         else:
             _fill(out[row : row + 1].reshape(out.shape[1:]), tensor, rest, transposed)
 
-    if last - first == 1:
-        layer(0)
-    else:
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(layer, range(last - first)))
+    _each(layer, range(last - first))
     return out
+
+
+def _each(f: Callable, items) -> None:
+    """f of every item, in threads where there are several: reading lets go of Python's lock."""
+    if len(items) == 1:
+        f(items[0])
+        return
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(f, items))
 
 
 def _buffer(shape, dtype, given_away: bool) -> np.ndarray:

@@ -28,8 +28,10 @@ def outer(a, b):
 
 
 def by_rows(x, kernel):
-    """x (..., in) kernel (out, in)ᵀ: (..., out) float32. Of few rows XLA's CPU reads a float32 kernel half as fast again
-    from the left."""
+    """x (..., in) kernel (out, in)ᵀ: (..., out) float32.
+
+    For few rows XLA's CPU reads a float32 kernel half as fast again where that stands on the left.
+    """
     plain = lambda x, kernel: contract(x, kernel, ((x.ndim - 1,), (1,)))  # noqa: E731
     if x.size > FEW * x.shape[-1] or x.dtype != jnp.float32:
         return plain(x, kernel)

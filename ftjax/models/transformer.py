@@ -6,6 +6,8 @@ F hidden, V vocabulary, C labels, L layers.
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -306,7 +308,8 @@ class Transformer(nn.Module):
         for i in range(self.config.layers):
             own = {kind: tree["layers"][i] for kind, tree in self.variables.items() if "layers" in tree}
             kept = cache | {name: cache[name][i] for name in ("k", "v")}
-            (x, kept), _ = block.apply(own, (x, kept), jax.tree.map(lambda a: a[i], layer), shared)
+            of_layer = jax.tree.map(operator.itemgetter(i), layer)
+            (x, kept), _ = block.apply(own, (x, kept), of_layer, shared)
             written.append(kept)
         both = {name: tuple(kept[name] for kept in written) for name in ("k", "v")}
         return x, cache | both | {"length": cache["length"] + x.shape[1]}
@@ -383,7 +386,7 @@ def unstacked(variables: dict, config: ModelConfig) -> dict:
         if not stacks:
             return tree
         sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
-        blocks = (jax.tree.map(lambda x: x[i], stack) for stack, n in zip(stacks, sizes) for i in range(n))  # noqa: B023
+        blocks = (jax.tree.map(operator.itemgetter(i), stack) for stack, n in zip(stacks, sizes) for i in range(n))
         return {name: x for name, x in tree.items() if name not in STACKS} | {"layers": tuple(blocks)}
 
     return {kind: split(tree) for kind, tree in variables.items()}

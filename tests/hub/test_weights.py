@@ -94,6 +94,14 @@ def test_every_tensor_is_read_and_written_back(variant, tmp_path):
         assert f.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_a_large_tensor_is_read_in_pieces(saved, monkeypatch, name):
+    whole = read(saved(name)[0])
+    for setting, value in (("LARGE", 0), ("READERS", 3)):
+        monkeypatch.setattr(f"ftjax.hub.weights.{setting}", value)
+    jax.tree.map(np.testing.assert_array_equal, read(saved(name)[0]), whole)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama-tied", "llama3", "qwen3"])
 def test_a_change_arrives_in_torch(saved, tmp_path, name):
     folder, model = saved(name)

@@ -17,7 +17,7 @@ import torch
 from flax import linen as nn
 
 from ftjax.models import attention, layers
-from ftjax.models.transformer import Transformer, make_cache
+from ftjax.models.transformer import Transformer, make_cache, unstacked
 from ftjax.tree import flatten
 
 T = 20  # more than the windows of the tiny models, fewer than their positions
@@ -123,9 +123,11 @@ def test_packed_documents_do_not_leak(name):
         assert np.abs(after - before)[~same].max() > 1e-3
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @SOME
-def test_cache_token_by_token(name):
-    """A left-padded prompt in one piece, then one token after another, equals transformers' whole rows."""
+def test_cache_token_by_token(name, apart):
+    """A left-padded prompt in one piece, then one token after another, equals transformers' whole rows; also block by
+    block."""
     pair = tiny.pair(name)
     ids, mask = padded("left")
     positions = np.maximum(mask.cumsum(1) - 1, 0)
@@ -135,9 +137,11 @@ def test_cache_token_by_token(name):
 
     @tiny.jit
     def forward(cache, *inputs):
-        return pair.model.apply({"params": pair.params}, *inputs, cache)
+        return pair.model.apply(variables, *inputs, cache)
 
-    cache, got = make_cache(pair.model.config, len(ids), T + 3), []
+    variables = {"params": pair.params}
+    variables = unstacked(variables, pair.model.config) if apart else variables
+    cache, got = make_cache(pair.model.config, len(ids), T + 3, apart=apart), []
     for start, stop in [(0, 6)] + [(t, t + 1) for t in range(6, T)]:
         piece = (jnp.asarray(x[:, start:stop], jnp.int32) for x in (ids, positions, mask))
         logits, cache = forward(cache, *piece)
@@ -254,6 +258,8 @@ def test_parameters_in_two_stacks_are_the_same_model(name):
         np.testing.assert_allclose(apply(split), plain, rtol=0, atol=1e-6)
         for ours, whole in zip(jax.tree.leaves(cached(split)), jax.tree.leaves((logits, cache)), strict=True):
             np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-6)
+        blocks, all_blocks = (unstacked({"params": p}, pair.model.config) for p in (split, pair.params))
+        jax.tree.map(np.testing.assert_array_equal, blocks, all_blocks)
 
 
 def test_a_head_beside_tied_embeddings_is_the_head():
