@@ -11,6 +11,7 @@ import functools
 import json
 import platform
 import time
+from pathlib import Path
 
 import jax
 
@@ -51,17 +52,34 @@ def compile_seconds(layers: int, method_name: str, remat: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depths", type=int, nargs=2, default=(4, 32))
-    args = parser.parse_args()
+    parser.add_argument("--depths", type=int, nargs="+", default=(4, 8, 16, 32))
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw seconds against depth")
+    args, table = parser.parse_args(), {}
     jax.config.update("jax_enable_compilation_cache", False)
     for method, remat in (("full", "none"), ("lora", "none"), ("lora", "full")):
         best = {depth: float("inf") for depth in args.depths}
         for _ in range(3):
             best = {depth: min(best[depth], compile_seconds(depth, method, remat)) for depth in args.depths}
-        shallow, deep = args.depths
+        table[f"{method}, remat {remat}"] = best
+        shallow, deep = min(args.depths), max(args.depths)
         row = {"method": method, "remat": remat, **{f"layers_{d}_s": round(s, 2) for d, s in best.items()}}
         row |= {"ratio": round(best[deep] / best[shallow], 3), "machine": platform.processor() or platform.machine()}
         print(json.dumps(row | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}))
+    if args.picture:
+        draw(table, args.picture)
+
+
+def draw(table: dict[str, dict[int, float]], path: Path) -> None:
+    """Seconds against layers, a line a program."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for label, best in table.items():
+        axes.plot(list(best), list(best.values()), marker=".", label=label)
+    axes.set(xlabel="layers", ylabel="seconds to compile a step", ylim=0)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

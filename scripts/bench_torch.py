@@ -120,9 +120,10 @@ def theirs(folder: Path, method: str, dtype: str, lean: bool = False):
     return run
 
 
-def pieces(model: str, scratch: Path, sides: dict[str, Callable]) -> dict[str, Callable]:
-    """Side -> a function that takes a step and returns its tokens, compiled; sides: name -> folder -> step."""
-    folder, (B, T) = folder_of(model, scratch), SHAPES[model]
+def pieces(model: str, scratch: Path, sides: dict[str, Callable], shape=None) -> dict[str, Callable]:
+    """Side -> a function that takes a step and returns its tokens, compiled; sides: name -> folder -> step; shape:
+    (rows, tokens of each) of a step, None: the model's own."""
+    folder, (B, T) = folder_of(model, scratch), shape or SHAPES[model]
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = np.random.default_rng(0).integers(3, vocab, (B, T)).astype(np.int32)
 
@@ -157,8 +158,8 @@ def bench(case: tuple, turns: int, seconds: float, unroll: int, scratch: Path) -
     return ratios(bench_common.in_turn(pieces(model, scratch, sides(method, dtype, unroll, False)), turns, seconds))
 
 
-def alone(side: str, case: tuple, seconds: float, scratch: Path) -> dict:
-    """One side of a lean step in this process: its tokens a second and its memory in bytes."""
+def alone(side: str, case: tuple, seconds: float, scratch: Path, lean: bool = True, shape=None) -> dict:
+    """One side of a step in this process: its tokens a second and its memory in bytes; shape: as for `pieces`."""
     model, method, dtype = case
     folder_of(model, scratch)
     if side == "ftjax":
@@ -167,8 +168,8 @@ def alone(side: str, case: tuple, seconds: float, scratch: Path) -> dict:
         import peft  # noqa: F401
     before = bench_common.memory()["now"]
     bench_common.forget_peak()
-    make = {side: sides(method, dtype, 1, True)[side]}
-    rate = bench_common.in_turn(pieces(model, scratch, make), 1, seconds)[side]
+    make = {side: sides(method, dtype, 1, lean)[side]}
+    rate = bench_common.in_turn(pieces(model, scratch, make, shape), 1, seconds)[side]
     peak = bench_common.memory()["peak"]
     return {"tokens_s": rate, "above": peak - before, "peak": peak}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ftjax.models.by_device import sum_rows
 
-AT_ONCE = {"cpu": 1024}  # platform -> tokens whose logits are held at once; CPUs want them in their caches
+AT_ONCE = {"cpu": 512}  # platform -> tokens whose logits are held at once; CPUs want them in their caches
 AT_ONCE_ELSEWHERE = 2048
 
 
