@@ -1,7 +1,7 @@
-"""Speed and memory of a step against the length of rows, beside transformers and peft: `python scripts/bench_lengths.py`.
+"""Speed and memory of a step against the length of its rows, beside torch: `python scripts/bench_lengths.py`.
 
-The model of 40 million parameters of scripts/bench_torch.py, as many rows as make 2,048 tokens a step; each side in a
-process of its own, by turns. Memory: the most above what the process held with its libraries imported. `--picture`
+The model of 40 million parameters of scripts/bench_torch.py, as many rows as make 2,048 tokens a step; each side in
+a process of its own, by turns. Memory: the most above what the process held with its libraries imported. `--picture`
 draws both.
 """
 
