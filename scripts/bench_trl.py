@@ -50,7 +50,7 @@ def ours(args, folder: Path, out: str) -> tuple[list, list]:
     c = configs.default()
     c.run_dir, c.model.path = out, str(folder)
     c.data.update(train=str(args.data), prompt="{question}\n", completion="{answer}", split=(1.0, 0.0, 0.0))
-    c.data.packing = args.packing
+    c.data.packing, c.data.long = args.packing, "drop"  # one row is longer than the starter reads
     c.train.update(steps=args.steps, batch_size=8, save_every=10**6)
     c.export.formats, c.log.tensorboard = (), False
     loop.train(c, lambda text: None)
