@@ -42,7 +42,7 @@ def default() -> ml_collections.ConfigDict:
     model.attention = "auto"  # auto | xla | cudnn | splash | tokamax: kernels of training; auto: cudnn on GPUs, splash
     # on TPUs, where they can serve, else xla, which is the fastest on CPUs
     model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
-    model.head_chunk = 0  # tokens whose logits a device holds at once; 0: 512 on CPUs, 2048 elsewhere
+    model.head_chunk = 0  # tokens whose logits a device holds at once; 0: those of 64 MiB on CPUs, of 1 GiB elsewhere
 
     c.tuning = tuning = ml_collections.ConfigDict()
     tuning.method = "lora"  # a row of ftjax.tuning.METHODS

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from ftjax.models.by_device import sum_rows
 
-AT_ONCE = {"cpu": 512}  # platform -> tokens whose logits are held at once; CPUs want them in their caches
-AT_ONCE_ELSEWHERE = 2048
+AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once; CPUs want them near their caches
+AT_ONCE_ELSEWHERE = 1 << 30
 
 
 def states(model, variables, batch, *, rngs=None):
@@ -51,15 +51,16 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
         return jnp.stack([jnp.sum(x * weights) for x in (smooth, loss, correct)])
 
     weights = batch["weights"].astype(jnp.float32)
-    all_sums = functools.partial(_sum_pieces, piece_sums, tokens_at_once(head_chunk, model.kernels.platform))
+    tokens = tokens_at_once(head_chunk, model.config.vocab_size, model.kernels.platform)
+    all_sums = functools.partial(_sum_pieces, piece_sums, tokens)
     total = sum_rows(all_sums, head_variables(variables), (found, batch["labels"], weights), rngs)
     return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
 
 
-def tokens_at_once(head_chunk: int, platform: str) -> int:
+def tokens_at_once(head_chunk: int, vocab_size: int, platform: str) -> int:
     """Tokens whose logits a device holds at once, at least one of each of its rows: `model.head_chunk`, or as many as
-    the platform likes, cpu, gpu or tpu."""
-    return head_chunk or AT_ONCE.get(platform, AT_ONCE_ELSEWHERE)
+    fill what the platform likes, cpu, gpu or tpu, so that a larger vocabulary takes no more memory."""
+    return head_chunk or max(1, AT_ONCE.get(platform, AT_ONCE_ELSEWHERE) // (4 * vocab_size))
 
 
 def head_variables(variables: dict) -> dict:

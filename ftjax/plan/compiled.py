@@ -146,5 +146,6 @@ def head_bytes(config, spec: Spec, sizes: dict, M: int, platform: str) -> float:
     """Bytes of one chunk's logits on one device, float32; of a head over labels, which are few: 0."""
     V, tensor = spec.model.vocab_size if spec.model.head.labels == 0 else 0, sizes["tensor"]
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
-    held = min(rows * M / sizes["sequence"], max(rows, causal.tokens_at_once(config.model.head_chunk, platform)))
+    at_once = causal.tokens_at_once(config.model.head_chunk, spec.model.vocab_size, platform)
+    held = min(rows * M / sizes["sequence"], max(rows, at_once))
     return 4 * held * (V / tensor if V % tensor == 0 else V)

@@ -195,4 +195,4 @@ def _row_bytes(config, shape, T: int, itemsize: int) -> float:
 
 def _head_bytes(config, shape, machine: Machine) -> int:
     """Bytes of the logits that a device holds at once, and of their gradients."""
-    return 8 * causal.tokens_at_once(config.model.head_chunk, machine.platform) * shape.vocab_size
+    return 8 * causal.tokens_at_once(config.model.head_chunk, shape.vocab_size, machine.platform) * shape.vocab_size

@@ -26,8 +26,16 @@ LLAMA = ModelConfig(
 )
 
 
-def lowered(shape: ModelConfig, method_name: str, B: int, T: int, tuning: dict | None = None, **options):
-    """The training step of a llama, not yet compiled, and the shapes of its base, and of what is trained and frozen."""
+ALL = 1 << 30  # tokens of a head's chunk: no loop, whose body XLA would count once
+
+
+def lowered(
+    shape: ModelConfig, method_name: str, B: int, T: int, tuning: dict | None = None, *, M: int = 0,
+    head_chunk: int = 0, **options,
+):  # fmt: skip
+    """The training step of a llama, not yet compiled, and the shapes of its base, and of what is trained and frozen.
+
+    M: trained tokens of each row, 0: all T."""
     tuning = {"method": method_name, "rank": 8} | (tuning or {})
     method, spec = METHODS[method_name], tiny.spec(families.FAMILIES["llama"], shape, **tuning)
     model, base = Transformer(shape, **options), weights.param_shapes(shape)
@@ -35,12 +43,14 @@ def lowered(shape: ModelConfig, method_name: str, B: int, T: int, tuning: dict |
     optim = optimizer(configs.default().optim, lambda step: 1e-3)
     state = jax.eval_shape(functools.partial(init_state, optim), trained)
     step = compile_step(
-        None, sums=lambda variables, batch, rngs: causal.sums(model, variables, batch, rngs=rngs),
+        None, sums=lambda variables, batch, rngs: causal.sums(
+            model, variables, batch, rngs=rngs, head_chunk=head_chunk
+        ),
         variables=functools.partial(method.variables, spec=spec), optimizer=optim, seed=0,
     )  # fmt: skip
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    batch = dict.fromkeys(("tokens", "positions", "segment_ids", "loss_index", "labels"), ids)
-    batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    ids, read = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, M or T), jnp.int32)
+    batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids) | dict.fromkeys(("loss_index", "labels"), read)
+    batch["weights"] = jax.ShapeDtypeStruct(read.shape, jnp.float32)
     return step.lower(state, frozen, batch), base, trained, frozen
 
 
@@ -49,11 +59,39 @@ def flops(method_name, vocab, **tuning):
     """FLOPs of a compiled step of 4 rows of 256 tokens, all of them trained, and the same by formula."""
     shape = dataclasses.replace(LLAMA, vocab_size=vocab)
     B, T = 4, 256
-    program, *trees = lowered(shape, method_name, B, T, tuning, unroll=0)
+    program, *trees = lowered(shape, method_name, B, T, tuning, head_chunk=ALL, unroll=0)
     counted = program.compile(tiny.HASTE).cost_analysis()["flops"]
     # The formula counts what causal attention needs; a product with a mask computes the other half too.
     masked = flops_per_token(shape, *trees, 2 * T) - flops_per_token(shape, *trees, T)
     return counted, B * T * (flops_per_token(shape, *trees, T) + masked)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_twice_the_vocabulary_takes_little_more_memory(method):
+    """What has the shape of embedding and head aside, which are their gradients and a chunk's share of the head's: the
+    head's chunks do not grow."""
+
+    def temporaries(vocab):
+        shape = dataclasses.replace(LLAMA, vocab_size=vocab, layers=2)
+        program, *_ = lowered(shape, method, 4, 512)
+        own = 3 * 4 * vocab * shape.width * (method == "full")
+        return program.compile(tiny.HASTE).memory_analysis().temp_size_in_bytes - own
+
+    small, large = temporaries(32_000), temporaries(64_000)
+    print(f"{method}: {small / 1e6:.1f} MB, {large / 1e6:.1f} MB of temporaries")
+    assert large < 1.1 * small
+
+
+def test_prompts_cost_the_head_nothing():
+    """Arithmetic falls with the share of tokens that are trained, by what the head takes for each."""
+    B, T, D, V = 4, 256, LLAMA.width, 32_000
+    shape = dataclasses.replace(LLAMA, vocab_size=V, layers=2)
+    counted = {
+        M: lowered(shape, "lora", B, T, M=M, head_chunk=ALL, unroll=0)[0].compile(tiny.HASTE).cost_analysis()["flops"]
+        for M in (T, T // 2, T // 4)
+    }
+    for M in (T // 2, T // 4):
+        assert counted[T] - counted[M] == pytest.approx(2 * 2 * B * (T - M) * D * V, rel=0.05)
 
 
 @pytest.mark.parametrize("vocab", [4096, 32000])
