@@ -21,7 +21,7 @@ import bench_common
 import numpy as np
 
 SHAPES = {"40m": (4, 512), "starter": (64, 72)}
-CHUNK = 64  # positions of each row whose logits are held at once, with --lean
+CHUNK = 256  # tokens whose logits are held at once, with --lean
 CASES = [(model, method, dtype) for model in SHAPES for method in ("lora", "full") for dtype in ("float32", "bfloat16")]
 
 
