@@ -125,13 +125,15 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     attention = programs.kernels(config, machine)
     all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
 
+    head = _head_bytes(config, spec.model, machine)
+
     def needed(preset):
         saved = all_of_it
         if preset != "none":
             saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
-        return states + rows * (saved + all_of_it / spec.model.layers)  # one layer is at work
+        return states + rows * (saved + all_of_it / spec.model.layers) + head  # one layer is at work
 
-    tried, budget = {}, USED * machine.memory - _head_bytes(config, spec.model, machine)
+    tried, budget = {}, USED * machine.memory
     order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads
     for preset in order:
         tried[preset] = needed(preset)
