@@ -504,6 +504,7 @@ def validate(config) -> None:
     ):
         need(key, lambda v: v >= 1, "at least 1")
     for key in (
+        "model.head_chunk",
         "train.steps",
         "train.eval_every",
         "train.patience",

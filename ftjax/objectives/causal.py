@@ -5,7 +5,6 @@ B rows, T tokens, M trained tokens a row at most, D width, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -84,44 +83,35 @@ def _sum_pieces(f, tokens, variables, arrays, rngs):
 def _sum_pieces_fwd(f, tokens, variables, arrays, rngs):
     # What nobody differentiates by costs no product: a frozen head, states that were computed before.
     leaves, tree = jax.tree.flatten((variables, arrays[0]), is_leaf=_is_primal)
-    learned = [leaf.perturbed for leaf in leaves]
-    values = [leaf.value for leaf in leaves]
+    *learned, of_states = (leaf.perturbed for leaf in leaves)
+    *values, states = (leaf.value for leaf in leaves)
     *labels_and_weights, rngs = jax.tree.map(lambda leaf: leaf.value, (*arrays[1:], rngs), is_leaf=_is_primal)
-    of_states = learned[-1]
-    params = [x for x, wanted in zip(values[:-1], learned) if wanted]
+    params = [x for x, wanted in zip(values, learned, strict=True) if wanted]
 
     def add(carry, piece):
         total, grads = carry
         states, *rest = piece
 
-        def sums(params, states):
+        def sums(params, read):
             given = iter(params)
-            merged = [next(given) if wanted else x for x, wanted in zip(values[:-1], learned)]
-            return f(jax.tree.unflatten(tree, [*merged, states])[0], rngs, states, *rest)
+            merged = [next(given) if wanted else x for x, wanted in zip(values, learned, strict=True)]
+            variables, states_read = jax.tree.unflatten(tree, [*merged, *(read or [states])])
+            return f(variables, rngs, states_read, *rest)
 
-        if of_states:
-            value, back = jax.vjp(sums, params, states)
-            of_params, of_piece = back(jnp.array([1.0, 0.0, 0.0]))
-        else:
-            value, back = jax.vjp(lambda params: sums(params, states), params)
-            (of_params,), of_piece = back(jnp.array([1.0, 0.0, 0.0])), None
+        value, back = jax.vjp(sums, params, [states] if of_states else [])
+        of_params, of_read = back(jnp.array([1.0, 0.0, 0.0]))
         grads = [g + d.astype(jnp.float32) for g, d in zip(grads, of_params, strict=True)]
-        return (total + value, grads), of_piece
+        return (total + value, grads), of_read
 
     start = jnp.zeros(3), [jnp.zeros(x.shape, jnp.float32) for x in params]
-    (total, grads), of_states = _over_pieces(add, start, (values[-1], *labels_and_weights), tokens)
-    like = [jnp.zeros((), x.dtype) for x in params]
-    return total, (grads, like, of_states, _Static((tree, tuple(learned))))
+    (total, grads), of_read = _over_pieces(add, start, (states, *labels_and_weights), tokens)
+    found = iter([g.astype(x.dtype) for g, x in zip(grads, params, strict=True)])
+    of_values = [next(found) if wanted else None for wanted in learned]
+    return total, jax.tree.unflatten(tree, [*of_values, *(of_read or [None])])
 
 
 def _sum_pieces_bwd(f, tokens, saved, g):
-    grads, like, of_states, static = saved
-    tree, learned = static.value
-    found = iter([(g[0] * x).astype(to.dtype) for x, to in zip(grads, like, strict=True)])
-    of_variables = [next(found) if wanted else None for wanted in learned[:-1]]
-    if of_states is not None:
-        of_states = (g[0] * of_states.astype(jnp.float32)).astype(of_states.dtype)
-    variables, states = jax.tree.unflatten(tree, [*of_variables, of_states])
+    variables, states = jax.tree.map(lambda x: (g[0] * x.astype(jnp.float32)).astype(x.dtype), saved)
     return variables, (states, None, None), None
 
 
@@ -130,14 +120,6 @@ _sum_pieces.defvjp(_sum_pieces_fwd, _sum_pieces_bwd, symbolic_zeros=True)
 
 def _is_primal(x) -> bool:
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What is known while tracing, among residuals."""
-
-    value: tuple
 
 
 def _over_pieces(f, carry, arrays, tokens):
