@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 import time
 from pathlib import Path
 
+import bench_common
 import jax
 
 from ftjax import config as configs
@@ -50,36 +49,41 @@ def compile_seconds(layers: int, method_name: str, remat: str) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depths", type=int, nargs="+", default=(4, 8, 16, 32))
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw seconds against depth")
-    args, table = parser.parse_args(), {}
-    jax.config.update("jax_enable_compilation_cache", False)
+def rows(depths: list[int]):
+    """A row for each program."""
     for method, remat in (("full", "none"), ("lora", "none"), ("lora", "full")):
-        best = {depth: float("inf") for depth in args.depths}
+        best = dict.fromkeys(depths, float("inf"))
         for _ in range(3):
-            best = {depth: min(best[depth], compile_seconds(depth, method, remat)) for depth in args.depths}
-        table[f"{method}, remat {remat}"] = best
-        shallow, deep = min(args.depths), max(args.depths)
+            best = {depth: min(best[depth], compile_seconds(depth, method, remat)) for depth in depths}
         row = {"method": method, "remat": remat, **{f"layers_{d}_s": round(s, 2) for d, s in best.items()}}
-        row |= {"ratio": round(best[deep] / best[shallow], 3), "machine": platform.processor() or platform.machine()}
-        print(json.dumps(row | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}))
-    if args.picture:
-        draw(table, args.picture)
+        yield row | {"ratio": round(best[max(depths)] / best[min(depths)], 3)}
 
 
-def draw(table: dict[str, dict[int, float]], path: Path) -> None:
+def draw(table: list[dict], depths: list[int], path: Path) -> None:
     """Seconds against layers, a line a program."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    for label, best in table.items():
-        axes.plot(list(best), list(best.values()), marker=".", label=label)
+    for row in table:
+        seconds = [row[f"layers_{depth}_s"] for depth in depths]
+        axes.plot(depths, seconds, marker=".", label=f"{row['method']}, remat {row['remat']}")
     axes.set(xlabel="layers", ylabel="seconds to compile a step", ylim=0)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw seconds against depth")
+    bench_common.add_arguments(parser)
+    args, table = parser.parse_args(), []
+    bench_common.restart_with_malloc(args.malloc)
+    jax.config.update("jax_enable_compilation_cache", False)
+    bench_common.report((table.append(row) or row for row in rows(args.depths)), args.out)
+    if args.picture:
+        draw(table, args.depths, args.picture)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import bench_common
 import numpy as np
 
 RATES = {"full": 5e-5, "lora": 5e-4, "head": 1e-3}
@@ -142,7 +140,7 @@ def quality(args, method: str) -> dict:
 
     rows = read(args.data / "train.tsv")
     found = {"ftjax": [], "transformers": []}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         with tempfile.TemporaryDirectory() as scratch:
             chosen = np.random.default_rng(seed).permutation(len(rows))[: args.rows or None]
             part = Path(scratch) / "train.tsv"
@@ -198,7 +196,7 @@ def tags(args) -> dict:
     tables = {part: read_table(str(args.data / f"{part}.conll")) for part in ("train", "dev")}
     rows = {part: [table.row(i) for i in range(len(table))] for part, table in tables.items()}
     found = {"ftjax": [], "transformers": []}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         with tempfile.TemporaryDirectory() as scratch:
             c = configs.default()
             c.seed, c.run_dir, c.model.path = seed, f"{scratch}/run", str(args.model)
@@ -279,29 +277,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of SST-2's, or WNUT17's, train and dev files")
     parser.add_argument("--methods", nargs="*", default=list(RATES), choices=list(RATES))
     parser.add_argument("--rows", type=int, default=10_000, help="of train, drawn by the seed; 0: all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--alone", action="store_true", help="quality: ftjax only")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20, help="speed: of a turn")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument(
-        "--malloc", action="store_true", help="with the allocator that ftjax gives itself, on both sides"
-    )
+    bench_common.add_arguments(parser)
     args = parser.parse_args()
-    if args.malloc and "GLIBC_TUNABLES" not in os.environ:
-        from ftjax.cli import MALLOC
-
-        os.environ["GLIBC_TUNABLES"] = MALLOC
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    machine = {"malloc": args.malloc, "machine": f"{platform.machine()} x {os.cpu_count()}"}
-    if args.what == "speed":
-        print(json.dumps(speed(args) | machine), flush=True)
-        return
-    if args.what == "tags":
-        print(json.dumps(tags(args) | machine), flush=True)
-        return
-    for method in args.methods:
-        print(json.dumps(quality(args, method) | machine), flush=True)
+    bench_common.restart_with_malloc(args.malloc)
+    if args.what == "quality":
+        bench_common.report((quality(args, method) for method in args.methods), args.out)
+    else:
+        bench_common.report([{"speed": speed, "tags": tags}[args.what](args)], args.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from ftjax.models.by_device import by_device, gather, mesh_that_cuts, wide
 from ftjax.models.products import contract, fenced
 from ftjax.models.remat import named
 
+PIECE = 128  # queries at least that are taken together
+PIECES = 4  # of a row at most: each is compiled
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
 
@@ -32,6 +34,25 @@ def attend(
     `rate` of the softmax is dropped and the rest scaled up. Returns (B, T, H, d) in q's dtype; the softmax is taken in
     float32.
     """
+    T, S = q.shape[1], v.shape[2]
+    how = {"window": window, "prefix": prefix, "causal": causal, "rate": rate}
+    pieces = min(T // PIECE, PIECES) if causal and T == S and isinstance(offset, int) and not offset else 1
+    if pieces <= 1:
+        return _attend(q, k, v, q_segments, k_segments, offset=offset, positions=positions, key=key, **how)
+    # Queries in pieces, each with the keys up to its own end: most of what is masked is not computed.
+    size, out = -(-T // pieces), []
+    ends = (*range(size, T, size), T)
+    queries, keys, values = jnp.split(q, ends[:-1], 1), _starts(k, ends, 3), _starts(v, ends, 2)
+    for end, q, k, v in zip(ends, queries, keys, values, strict=True):
+        own = slice(end - q.shape[1], end)
+        how["positions"] = None if positions is None else positions[:, own]
+        how["key"] = None if key is None else jax.random.fold_in(key, end)
+        out.append(_attend(q, k, v, q_segments[:, own], k_segments[:, :end], offset=own.start, **how))
+    return jnp.concatenate(out, axis=1)
+
+
+def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, positions, causal, rate, key):
+    """`attend`, all queries with all keys."""
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
     G = H // K
@@ -54,6 +75,24 @@ def attend(
         kept = jax.random.bernoulli(key, 1.0 - rate, (*q.shape[:3], k.shape[3])).astype(q.dtype) / (1.0 - rate)
     out = _softmax_product(q, k, v, seen, kept, d**-0.5)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _starts(x, ends, axis):
+    """What of x lies before each of `ends` along an axis, the last of which is all of it."""
+    return tuple(jax.lax.slice_in_dim(x, 0, end, axis=axis) for end in ends)
+
+
+def _starts_bwd(ends, axis, _, gradients):
+    # Added in place: XLA would pad each with zeros, and go over all of them for every element.
+    total = gradients[-1]
+    for end, g in zip(ends, gradients[:-1]):
+        g = jax.lax.slice_in_dim(total, 0, end, axis=axis) + g
+        total = jax.lax.dynamic_update_slice_in_dim(total, g, 0, axis)
+    return (total,)
+
+
+_starts.defvjp(lambda x, ends, axis: (_starts(x, ends, axis), None), _starts_bwd)
 
 
 def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None):
