@@ -23,15 +23,8 @@ def rows(args):
         bench_torch.folder_of("40m", Path(scratch))
         for method in args.methods:
             for length in args.lengths:
-                found = {side: [] for side in ("ftjax", "torch")}
-                for _ in range(args.turns):
-                    for side, runs in found.items():
-                        asked = ["--alone", side, method, args.dtype, str(length), scratch]
-                        runs.append(bench_common.in_a_process([*asked, "--seconds", str(args.seconds)]))
                 row = {"method": method, "dtype": args.dtype, "length": length}
-                row |= bench_torch.ratios({side: max(run["tokens_s"] for run in runs) for side, runs in found.items()})
-                for side, runs in found.items():
-                    row[f"{side}_gb"] = round(min(run["above"] for run in runs) / 1e9, 3)
+                row |= bench_torch.beside([method, args.dtype, str(length), scratch], args)
                 yield row
 
 
@@ -40,7 +33,7 @@ def draw(table: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = zip(figure.subplots(1, 2), ("{}_tokens_s", "{}_gb"), ("tokens a second", "GB"), strict=True)
+    panels = zip(figure.subplots(1, 2), ("{}_tokens_s", "{}_above_gb"), ("tokens a second", "GB"), strict=True)
     for axes, what, label in panels:
         for method, colour in zip(sorted({row["method"] for row in table}), ("C0", "C1"), strict=False):
             line = [row for row in table if row["method"] == method]
@@ -62,17 +55,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="at most 1,024")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of a turn")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
-    parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
-    bench_common.add_arguments(parser)
+    bench_torch.arguments(parser)
     args = parser.parse_args()
     bench_common.restart_with_malloc(args.malloc)
     if args.alone:
         side, method, dtype, length, scratch = args.alone
         case, shape = ("40m", method, dtype), (TOKENS // int(length), int(length))
-        bench_common.report([bench_torch.alone(side, case, args.seconds, Path(scratch), False, shape)], None)
+        bench_common.report([bench_torch.alone(side, case, args, Path(scratch), shape)], None)
         return
     table = []
     bench_common.report((table.append(row) or row for row in rows(args)), args.out)
