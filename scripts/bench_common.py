@@ -23,9 +23,10 @@ def add_arguments(parser) -> None:
 def restart_with_malloc(wanted: bool) -> None:
     """Start this script again with the allocator that `ftjax` takes on a CPU, where it has not got it."""
     if wanted and "GLIBC_TUNABLES" not in os.environ:
-        from ftjax import allocator
+        from ftjax.cli import MALLOC
 
-        allocator.restart(sys.argv)
+        os.environ["GLIBC_TUNABLES"] = MALLOC
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def report(rows: Iterable[dict], out: Path | None) -> None:

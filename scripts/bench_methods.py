@@ -322,9 +322,9 @@ def main() -> None:
         sys.exit(f"--methods: {', '.join(sorted(unknown))}: unknown; known: {', '.join([*task.runs, *TORCH])}")
     # A run's length is part of its name in the file, so that no file mixes two.
     length = f"{args.task}, {args.steps} steps" if args.task == "commongen" else f"{args.task}, {args.rows} rows"
-    from ftjax.allocator import TUNABLES
+    from ftjax.cli import MALLOC
 
-    environment = {"GLIBC_TUNABLES": TUNABLES} | os.environ  # as `ftjax train` sets it, on either side
+    environment = {"GLIBC_TUNABLES": MALLOC} | os.environ  # as `ftjax train` sets it, on either side
     kept = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     found = kept.setdefault(length, {})
     for name in ["untuned", *(n for n in args.methods or [*task.runs, *TORCH] if n != "untuned")]:

@@ -78,9 +78,9 @@ def first_step(config: str, run_dir: str, began: float) -> None:
 
 def spawn(config: str, caches: str) -> dict:
     """One run of `first_step` in a process of its own, with its caches in a folder."""
-    from ftjax.allocator import TUNABLES
+    from ftjax.cli import MALLOC
 
-    env = os.environ | {"XDG_CACHE_HOME": caches, "GLIBC_TUNABLES": TUNABLES, "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XDG_CACHE_HOME": caches, "GLIBC_TUNABLES": MALLOC, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as run_dir:
         command = [sys.executable, __file__, "--child", run_dir, repr(time.time()), "--config", config]
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)

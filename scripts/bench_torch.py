@@ -2,10 +2,10 @@
 
 The same weights, rows, dtype and optimizer (AdamW, clipping); every token trained. `40m`: a LLaMA of 40 million
 parameters with a vocabulary of 32,000, 4 rows of 512; `starter`: the starter model, 64 rows of 72. Each side in a
-process of its own, by turns of such processes, ours with the allocator as `ftjax.train` sets it. Prints tokens a second
-of the best turn, their ratio, and the most memory above what a process held with its libraries imported, and in all.
-`--malloc`: the allocator that the command line takes, on both sides. `--lean`: ours by scanned and wholly recomputed
-layers and small chunks of the head, torch's by gradient checkpointing.
+process of its own, by turns of such processes. Prints tokens a second of the best turn, their ratio, and the most
+memory above what a process held with its libraries imported, and in all. `--malloc`: the allocator that `ftjax` takes on
+a CPU, on both sides. `--lean`: ours by scanned and wholly recomputed layers and small chunks of the head, torch's by
+gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False)
     import jax
     import jax.numpy as jnp
 
-    from ftjax import allocator
     from ftjax import config as configs
     from ftjax.hub import families, weights
     from ftjax.models.transformer import Transformer
@@ -57,7 +56,6 @@ def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False)
     from ftjax.training.step import compile_step, init_state
     from ftjax.tuning import METHODS, Spec
 
-    allocator.keep_pages()
     config, row = configs.default(), METHODS[method]
     config.tuning.method = method
     family, shape = families.read_config(folder)

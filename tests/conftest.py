@@ -16,7 +16,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --x
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("FTJAX_MALLOC", "0")  # what runs would set stays with a process, the other tests of it included
 
 # What runs keep for later ones (tokenised rows) goes with the session too.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ftjax-tests-")

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ftjax import allocator
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError
@@ -65,7 +64,6 @@ def train(config, say=print) -> Result:
     say: called with lines for a person. Raises FtjaxError for anything in the config or the data that cannot be used.
     """
     started = time.perf_counter()
-    allocator.keep_pages()
     first = hosts.start()  # of several processes, one speaks and writes for all
     say = say if first else (lambda text: None)
     if config.log.compilation_cache:
