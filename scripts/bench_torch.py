@@ -3,8 +3,8 @@
 The same weights, rows, dtype and optimizer (AdamW, clipping); every token trained. `40m`: a LLaMA of 40 million
 parameters with a vocabulary of 32,000, 4 rows of 512; `starter`: the starter model, 64 rows of 72. Each side in a
 process of its own, by turns of such processes. Prints tokens a second of the best turn, their ratio, and the most
-memory above what a process held with its libraries imported, and in all. `--malloc`: the allocator that `ftjax` takes on
-a CPU, on both sides. `--lean`: ours by scanned and wholly recomputed layers and small chunks of the head, torch's by
+memory above what a process held with its libraries imported, and in all. `--malloc`: on both sides the allocator that
+`ftjax` takes on a CPU. `--lean`: ours by scanned and wholly recomputed layers and small chunks of the head, torch's by
 gradient checkpointing.
 """
 
