@@ -1,4 +1,8 @@
-"""Which of 19 kinds of things a definition is of: all of MiniLM, on WordNet's glosses, whose file names no columns."""
+"""Which of 19 kinds of things a definition is of: all of MiniLM, on WordNet's glosses, whose file names no columns.
+
+Accuracy on test rows, a tenth of all, seed 0: 0.816 (0.801 to 0.835), macro F1 0.815 (0.798 to 0.832), with
+model.dtype=bfloat16 model.unroll=0.
+"""
 
 from ftjax import config
 
