@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -12,6 +11,9 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import bench_common  # noqa: E402
 
 
 def run(name: str, *arguments: str, timeout: int = 120) -> str:
@@ -34,11 +36,8 @@ def test_a_step_beside_torch(tmp_path):
 
 
 def test_turns_leave_out_the_first_piece_of_each(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_common", SCRIPTS / "bench_common.py")
-    common = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(common)
     clock = itertools.count()  # a second passes at each look
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench_common.time, "perf_counter", lambda: next(clock))
     calls = []
 
     def side():
@@ -46,5 +45,5 @@ def test_turns_leave_out_the_first_piece_of_each(monkeypatch):
         return 100 if len(calls) == 1 else 6
 
     # A piece that is not counted; then looks at 1, 2 and 3 seconds, a piece after each of the first two.
-    assert common.in_turn({"ours": side}, 1, 2.5) == {"ours": 3.0}
+    assert bench_common.in_turn({"ours": side}, 1, 2.5) == {"ours": 3.0}
     assert len(calls) == 3

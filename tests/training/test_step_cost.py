@@ -13,6 +13,7 @@ import tiny
 
 from ftjax import config as configs
 from ftjax.hub import families, weights
+from ftjax.models import attention
 from ftjax.models.config import ModelConfig
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
@@ -61,8 +62,10 @@ def flops(method_name, vocab, **tuning):
     B, T = 4, 256
     program, *trees = lowered(shape, method_name, B, T, tuning, head_chunk=ALL, unroll=0)
     counted = program.compile(tiny.HASTE).cost_analysis()["flops"]
-    # The formula counts what causal attention needs; a product with a mask computes the other half too.
+    # The formula counts what causal attention needs; products with a mask compute of the other half what lies within
+    # the piece of a query.
     masked = flops_per_token(shape, *trees, 2 * T) - flops_per_token(shape, *trees, T)
+    masked /= min(T // attention.PIECE, attention.PIECES)
     return counted, B * T * (flops_per_token(shape, *trees, T) + masked)
 
 
