@@ -11,14 +11,14 @@ import argparse
 import functools
 import itertools
 import json
-import os
-import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+from bench_common import add_arguments, report, restart_with_malloc
 
 from ftjax import config as configs
 from ftjax.data.batches import Batches, loader
@@ -34,11 +34,6 @@ from ftjax.tuning import METHODS, Spec
 
 ROWS = 100_000
 TURNS = 3
-
-
-def told(what: str, **figures) -> None:
-    machine = f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
-    print(json.dumps({"what": what, **figures, "machine": machine}), flush=True)
 
 
 def starter_step(config, rows: int):
@@ -58,13 +53,14 @@ def starter_step(config, rows: int):
 
     def run(batch):
         nonlocal state
-        state, report = step(state, frozen, batch)
-        return report["loss"]
+        state, said = step(state, frozen, batch)
+        return said["loss"]
 
     return run
 
 
-def bench_loader(method: str, packing: bool) -> None:
+def bench_loader(method: str, packing: bool) -> dict:
+    """The loader's rate and the step's, useful tokens a second."""
     config = configs.load(Path(__file__).parents[1] / "configs" / "quickstart.py")
     config.tuning.method, config.data.packing, config.data.cache = method, packing, ""
     rows = 32 if not packing else 8
@@ -87,10 +83,12 @@ def bench_loader(method: str, packing: bool) -> None:
         jax.block_until_ready(loss)
         trained += time.perf_counter() - start
         tokens += sum(np.count_nonzero(b["segment_ids"]) for b in fed)
-    told(
-        "loader against the starter's step", method=method, packing=packing, loader_tokens_s=round(tokens / built),
-        step_tokens_s=round(tokens / trained), ratio=round(trained / built, 1),
-    )  # fmt: skip
+    return {
+        "case": f"the loader against the starter's step, {method}{', packed' if packing else ''}",
+        "loader tokens/s": round(tokens / built),
+        "step tokens/s": round(tokens / trained),
+        "ratio": round(trained / built, 1),
+    }
 
 
 def gsm8k_rows(path: Path, out: Path) -> None:
@@ -101,7 +99,8 @@ def gsm8k_rows(path: Path, out: Path) -> None:
             file.write(json.dumps({"question": f"{i}. {row['question']}", "answer": row["answer"]}) + "\n")
 
 
-def bench_rows(path: Path, words) -> None:
+def bench_rows(path: Path, words) -> Iterator[dict]:
+    """Preparing GSM8K's rows the first time and again, and packing them."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "rows.jsonl"
         gsm8k_rows(path, source)
@@ -111,28 +110,37 @@ def bench_rows(path: Path, words) -> None:
         for time_of in ("first", "second"):
             start = time.perf_counter()
             data = prepare(config, words, 1 << 20)
-            told(f"preparing {ROWS:,} rows, the {time_of} time", seconds=round(time.perf_counter() - start, 2))
+            yield {
+                "case": f"preparing {ROWS:,} rows, the {time_of} time",
+                "seconds": round(time.perf_counter() - start, 2),
+            }
         start = time.perf_counter()
         read_table(str(source))
-        told("of which reading", seconds=round(time.perf_counter() - start, 2))
+        yield {"case": "of which reading", "seconds": round(time.perf_counter() - start, 2)}
         lengths = data.train.examples.length
         for capacity in (512, 1024, 4096):
             start = time.perf_counter()
             rows = pack(np.minimum(lengths, capacity), capacity)
             seconds = time.perf_counter() - start
             share = np.minimum(lengths, capacity).sum() / (len(rows) * capacity)
-            told(f"packing {ROWS:,} rows", length=capacity, seconds=round(seconds, 3), efficiency=round(share, 4))
+            yield {
+                "case": f"packing {ROWS:,} rows to {capacity:,} tokens",
+                "seconds": round(seconds, 3),
+                "efficiency": round(share, 4),
+            }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's train.jsonl")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer")
+    add_arguments(parser)
     args = parser.parse_args()
-    for method, packing in (("lora", False), ("full", False), ("lora", True)):
-        bench_loader(method, packing)
+    restart_with_malloc(args.malloc)
+    rows = (bench_loader(*case) for case in (("lora", False), ("full", False), ("lora", True)))
     if args.gsm8k and args.tokenizer:
-        bench_rows(args.gsm8k, tokenizer.load_tokenizer(args.tokenizer))
+        rows = itertools.chain(rows, bench_rows(args.gsm8k, tokenizer.load_tokenizer(args.tokenizer)))
+    report(rows, args.out)
 
 
 if __name__ == "__main__":

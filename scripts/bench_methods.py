@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -33,6 +32,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from bench_common import told
 
 ROOT = Path(__file__).resolve().parents[1]
 COST = ("trained", "seconds", "peak_mb")
@@ -341,7 +342,7 @@ def main() -> None:
             if args.out:
                 args.out.write_text(json.dumps(kept, indent=2) + "\n")
     print("\n" + table(found, task))
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    machine = "{cores} cores of {cpu}".format(**told()["machine"])
     print(f"\n{task.note(args)} {args.seeds} seeds; {machine}")
     print("\n".join(against_torch(found, task.figures[0])))
     if worse := no_better(found, task):

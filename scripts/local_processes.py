@@ -90,8 +90,11 @@ def run(command: list[str], environments: list[dict[str, str]], grace: float) ->
         for settings in environments
     ]  # fmt: skip
     printers = [threading.Thread(target=copy, args=(p.stdout, f"[{i}] ")) for i, p in enumerate(started)]
-    for printer in printers:
-        printer.start()
+    # Others fail within milliseconds of the first, by its being gone: a thread for each has them in their order.
+    codes = []
+    waiters = [threading.Thread(target=lambda process: codes.append(process.wait()), args=(p,)) for p in started]
+    for thread in (*printers, *waiters):
+        thread.start()
 
     def pass_on(number, frame):
         for process in started:
@@ -100,17 +103,17 @@ def run(command: list[str], environments: list[dict[str, str]], grace: float) ->
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal sends Ctrl-C to the processes as well
-    failed, kill_at = 0, None
-    while None in (codes := [process.poll() for process in started]):
-        if not failed and any(codes):
-            failed, kill_at = next(filter(None, codes)), time.monotonic() + grace
-        if failed and time.monotonic() > kill_at:
+    kill_at = None
+    while len(codes) < len(started):
+        if kill_at is None and any(codes):
+            kill_at = time.monotonic() + grace
+        if kill_at is not None and time.monotonic() > kill_at:
             for process in started:
                 process.kill()
         time.sleep(0.05)
     for printer in printers:
         printer.join()
-    failed = failed or next(filter(None, codes), 0)
+    failed = next(filter(None, codes), 0)
     return failed if failed >= 0 else 128 - failed
 
 

@@ -1,5 +1,6 @@
 """scripts/local_processes.py: what each process is told, and how all of them end. Runs of ftjax: tests/training."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_lines_say_whose_they_are_and_the_first_failure_ends_all(capfd):
     told = [local_processes.environment(i, 2, 1, [], None) for i in range(2)]
     assert local_processes.run([sys.executable, "-c", body], told, grace=1) == 3
     assert set(capfd.readouterr().out.splitlines()) == {"[0] here is 0", "[1] here is 1"}
+
+
+def test_the_exit_code_is_that_of_the_first_to_fail(tmp_path):
+    """The other hears that it is gone by a closed pipe, and fails 5 ms later with a code of its own."""
+    os.mkfifo(tmp_path / "pipe")
+    body = (
+        "import os, sys, time\n"
+        "me = os.environ['FTJAX_PROCESS']\n"
+        f"with open({str(tmp_path / 'pipe')!r}, 'rw'[int(me)]) as pipe:\n"
+        "    sys.exit(2) if me == '1' else pipe.read()\n"
+        "time.sleep(0.005)\n"
+        "os._exit(1)\n"
+    )
+    told = [local_processes.environment(i, 2, 1, [], None) for i in range(2)]
+    for _ in range(5):
+        assert local_processes.run([sys.executable, "-c", body], told, grace=20) == 2
 
 
 def test_the_exit_code_of_a_process_that_a_signal_ended():
