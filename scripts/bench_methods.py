@@ -172,7 +172,8 @@ def one(task: Task, name: str, seed: int, args) -> dict:
     from ftjax import config as configs
     from ftjax.lm import open_base
     from ftjax.loading import load
-    from ftjax.training.loop import train, use_compilation_cache
+    from ftjax.training.compiling import use_compilation_cache
+    from ftjax.training.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         c = task.config(args, seed)

@@ -52,10 +52,12 @@ def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False)
     from ftjax.hub import families, weights
     from ftjax.models.transformer import Transformer
     from ftjax.objectives import causal
+    from ftjax.training.compiling import trim_after_compiling
     from ftjax.training.optimizer import optimizer, schedule
     from ftjax.training.step import compile_step, init_state
     from ftjax.tuning import METHODS, Spec
 
+    trim_after_compiling()  # as `ftjax.train` does
     config, row = configs.default(), METHODS[method]
     config.tuning.method = method
     family, shape = families.read_config(folder)

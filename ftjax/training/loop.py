@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from ftjax.models.quantised import is_quantised
 from ftjax.objectives import TASKS
 from ftjax.training import export, features, hosts, sharding
 from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.job import Job, prepared
 from ftjax.training.profile import Profiler
@@ -66,6 +66,7 @@ def train(config, say=print) -> Result:
     started = time.perf_counter()
     first = hosts.start()  # of several processes, one speaks and writes for all
     say = say if first else (lambda text: None)
+    trim_after_compiling()
     if config.log.compilation_cache:
         use_compilation_cache()
 
@@ -269,14 +270,6 @@ def summary(result: Result, config) -> str:
         f"  ftjax export --run {result.run_dir} --out DIR --format {whole}",
     ]
     return "\n".join(lines)
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs across runs, where JAX can: a run is never worse off without."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / "xla"
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _count(shapes) -> int:

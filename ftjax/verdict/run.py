@@ -16,7 +16,7 @@ from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
 from ftjax.files import replace_text, write_jsonl
-from ftjax.training.loop import use_compilation_cache
+from ftjax.training.compiling import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import LABELLED, parse
