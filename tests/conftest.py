@@ -31,6 +31,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker is left with one when all others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data, models and tokenizers beside the checkout."""
