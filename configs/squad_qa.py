@@ -1,5 +1,10 @@
 """Answers to questions as stretches of a text: all of MiniLM, on articles of SQuAD v1.1's dev file, judged on others of
-them by the official rule; with the training file in data.train and this one in data.test it is the usual task."""
+them by the official rule; with the training file in data.train and this one in data.test it is the usual task.
+
+Seed 0 reaches on the articles of test exact match 0.544 (0.516 to 0.574) and F1 0.668 (0.645 to 0.694), trained on
+8,392 questions, a tenth of what the training file has, in half an hour of one core with model.dtype=bfloat16
+model.unroll=0.
+"""
 
 from ftjax import config
 

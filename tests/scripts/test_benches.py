@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_common  # noqa: E402
+import bench_share  # noqa: E402
 
 
 def run(name: str, *arguments: str, timeout: int = 120) -> str:
@@ -47,3 +49,33 @@ def test_turns_leave_out_the_first_piece_of_each(monkeypatch):
     # A piece that is not counted; then looks at 1, 2 and 3 seconds, a piece after each of the first two.
     assert bench_common.in_turn({"ours": side}, 1, 2.5) == {"ours": 3.0}
     assert len(calls) == 3
+
+
+TINY = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_against_the_machines_product(tmp_path, monkeypatch, method):
+    """Rates of both sides, and arithmetic by the formula that this test writes out."""
+    monkeypatch.setattr(bench_share, "SQUARES", {"cpu": (64, 128)})
+    settings = {"model.dtype": "float32", "tuning.method": method}
+    case = bench_share.Case(TINY, rows=2, length=32, settings=settings)
+    folder = bench_share.folder_of(case, tmp_path)
+    found = bench_share.ours(folder, case, False, 0.05)
+    block, head, attention = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64, 256 * 32, 6 * 2 * 32 * 32
+    adapters = 2 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))  # of rank 16, all linear maps of two layers
+    trained = {"full": 6 * (2 * block + head), "lora": 4 * (2 * block + head) + 6 * adapters}
+    assert found["tflops"] * 1e12 / found["tokens_s"] == pytest.approx(trained[method] + attention)
+    assert found["product_tflops"] > 0 and found["gb"] > 0
+    theirs = bench_share.theirs(folder, case, 0.05)
+    assert theirs["tokens_s"] > 0 and not theirs["checkpointing"]
+
+
+def test_packed_rows_of_the_share():
+    batch = bench_share.batch_of(np.arange(20, dtype=np.int32).reshape(2, 10), 2)
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 4] * 2] * 2
+    assert batch["segment_ids"].tolist() == [[1] * 5 + [2] * 5] * 2
+    assert batch["labels"][0].tolist() == list(range(1, 10)) and batch["loss_index"].shape == batch["weights"].shape
