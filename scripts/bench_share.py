@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
     from ftjax.training import auto_mesh, program, sharding
     from ftjax.training.compiling import trim_after_compiling
     from ftjax.training.flops import flops_per_token
-    from ftjax.tree import map_paths
+    from ftjax.tree import flatten, map_paths
     from ftjax.tuning import Spec
 
     trim_after_compiling()
@@ -111,16 +112,22 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
     with jax.set_mesh(mesh):
         run = program.build(config, spec, mesh, dtype, 10_000)
 
-        def draw(key):
-            def leaf(path, x):
+        places = flatten(run.base_places)
+
+        def draw(path, x):
+            """A parameter at random, layer by layer: the memory of its bits is not to be the most that is in use."""
+            one = lambda key, shape: 0.02 * jax.random.normal(key, shape, run.read_dtype)  # noqa: E731
+
+            def make(key):
                 if path.endswith("/scale"):
                     return jnp.ones(x.shape, run.read_dtype)
-                own = jax.random.fold_in(key, sum(path.encode()))
-                return (0.02 * jax.random.normal(own, x.shape, run.read_dtype)).astype(run.read_dtype)
+                if x.ndim < 3:
+                    return one(key, x.shape)
+                return jax.lax.map(lambda key: one(key, x.shape[1:]), jax.random.split(key, x.shape[0]))
 
-            return map_paths(leaf, run.base)
+            return jax.jit(make, out_shardings=places[path])(jax.random.key(zlib.crc32(path.encode())))
 
-        trained, frozen = run.begin(jax.random.key(0), jax.jit(draw, out_shardings=run.base_places)(jax.random.key(1)))
+        trained, frozen = run.begin(jax.random.key(0), map_paths(draw, run.base))
         state = run.init_state(trained)
         del trained
         batch = batch_of(ids_of(folder, case), DOCUMENTS if packed else 1)
