@@ -71,16 +71,6 @@ def ids_of(folder: Path, case: Case) -> np.ndarray:
     return np.random.default_rng(0).integers(3, vocab, (case.rows, case.length)).astype(np.int32)
 
 
-def batch_of(ids: np.ndarray, documents: int) -> dict[str, np.ndarray]:
-    """A batch of rows (B, T) of so many documents, all tokens but a row's last trained."""
-    B, T = ids.shape
-    size = -(-T // documents)
-    place = np.arange(T, dtype=np.int32)
-    arrays = {"positions": place % size, "segment_ids": 1 + place // size, "loss_index": place[:-1]}
-    arrays = {name: np.ascontiguousarray(np.broadcast_to(x, (B, len(x)))) for name, x in arrays.items()}
-    return arrays | {"tokens": ids, "labels": ids[:, 1:], "weights": np.ones((B, T - 1), np.float32)}
-
-
 def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
     """What a step of the run that `ftjax train` would choose reaches on the devices here."""
     import jax
@@ -111,7 +101,6 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
     attention = program.check_attention(config, spec, mesh, dtype, [T])
     with jax.set_mesh(mesh):
         run = program.build(config, spec, mesh, dtype, 10_000)
-
         places = flatten(run.base_places)
 
         def draw(path, x):
@@ -130,7 +119,7 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
         trained, frozen = run.begin(jax.random.key(0), map_paths(draw, run.base))
         state = run.init_state(trained)
         del trained
-        batch = batch_of(ids_of(folder, case), DOCUMENTS if packed else 1)
+        batch = bench_torch.batch_of(ids_of(folder, case), DOCUMENTS if packed else 1)
         batch = sharding.place_batch(batch, mesh, case.rows, slice(0, case.rows))
 
         late = []

@@ -43,6 +43,16 @@ def folder_of(model: str, scratch: Path, vocab: int = 32_000) -> Path:
     return scratch
 
 
+def batch_of(ids: np.ndarray, documents: int = 1) -> dict[str, np.ndarray]:
+    """A batch of rows (B, T) of so many documents, all tokens but a row's last trained."""
+    B, T = ids.shape
+    size = -(-T // documents)
+    place = np.arange(T, dtype=np.int32)
+    arrays = {"positions": place % size, "segment_ids": 1 + place // size, "loss_index": place[:-1]}
+    arrays = {name: np.ascontiguousarray(np.broadcast_to(x, (B, len(x)))) for name, x in arrays.items()}
+    return arrays | {"tokens": ids, "labels": ids[:, 1:], "weights": np.ones((B, T - 1), np.float32)}
+
+
 def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False):
     """A function that takes ids (B, T) through one step and returns its loss, on the device."""
     import jax
@@ -78,16 +88,7 @@ def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False)
 
     def run(ids):
         nonlocal state
-        B, T = ids.shape
-        batch = {
-            "tokens": ids,
-            "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-            "segment_ids": np.ones((B, T), np.int32),
-            "loss_index": np.broadcast_to(np.arange(T - 1, dtype=np.int32), (B, T - 1)),
-            "labels": ids[:, 1:],
-            "weights": np.ones((B, T - 1), np.float32),
-        }
-        state, report = step(state, frozen, batch)
+        state, report = step(state, frozen, batch_of(ids))
         return report["loss"]
 
     return run

@@ -16,6 +16,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_common  # noqa: E402
 import bench_share  # noqa: E402
+import bench_torch  # noqa: E402
 
 
 def run(name: str, *arguments: str, timeout: int = 120) -> str:
@@ -74,8 +75,8 @@ def test_a_step_against_the_machines_product(tmp_path, monkeypatch, method):
     assert theirs["tokens_s"] > 0 and not theirs["checkpointing"]
 
 
-def test_packed_rows_of_the_share():
-    batch = bench_share.batch_of(np.arange(20, dtype=np.int32).reshape(2, 10), 2)
+def test_packed_rows():
+    batch = bench_torch.batch_of(np.arange(20, dtype=np.int32).reshape(2, 10), 2)
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4] * 2] * 2
     assert batch["segment_ids"].tolist() == [[1] * 5 + [2] * 5] * 2
     assert batch["labels"][0].tolist() == list(range(1, 10)) and batch["loss_index"].shape == batch["weights"].shape
