@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import gc
 import os
 import shutil
@@ -35,6 +36,15 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no worker is left with one when all others are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The reasons of all skips, each once, with the number of tests."""
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    if reasons:
+        terminalreporter.section("skipped, by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4} {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")

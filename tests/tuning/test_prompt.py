@@ -13,6 +13,8 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
@@ -137,8 +139,18 @@ def test_packed_padded_and_continued_rows_are_as_plain_ones(case, base):
         assert len(answer) == 8 and answer == row[len(doc) - 1 : len(doc) + 7].tolist()
 
 
+# In `generate`, Transformers from 5.24 on calls its cache `cache`; PEFT up to 0.21.2 looks for `past_key_values`, finds
+# none, and puts the virtual tokens before every new token. Without a cache it generates rightly.
+PEFT_MISSES_THE_CACHE = pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) <= Version("0.21.2"),
+    reason="PEFT up to 0.21.2 generates wrongly from a cache with Transformers from 5.24",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize("use_cache", [pytest.param(True, marks=PEFT_MISSES_THE_CACHE), False])
 @pytest.mark.parametrize("case", ["prompt", "prefix"])
-def test_generation_is_that_of_peft(case, tmp_path):
+def test_generation_is_that_of_peft(case, use_cache, tmp_path):
     pair, method, trained, frozen = start(case, "gpt2")
     adapter_config, tensors = method.to_peft(trained, frozen, pair.spec)
     peft_files.write_adapter(tmp_path / "adapter", tensors, adapter_config, None, "base")
@@ -149,7 +161,7 @@ def test_generation_is_that_of_peft(case, tmp_path):
         ids = torch.tensor([prompt])
         theirs = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0,
-            eos_token_id=None,
+            eos_token_id=None, use_cache=use_cache,
         )  # fmt: skip
         assert answer == theirs[0, len(prompt) :].tolist()
 
