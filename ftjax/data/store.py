@@ -14,6 +14,8 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -230,15 +232,18 @@ def tokenised(
     if cache.folder is None:
         return Examples.of([e for chunk in _encoded(table, encode, processes) for e in chunk])
     entry = cache.folder / key
-    if not (entry / META).is_file():
+    meta = _whole(entry)
+    if meta is None:
+        if entry.exists():
+            warnings.warn(f"{entry}: these cached tokens are damaged; the rows are tokenised again", stacklevel=2)
         cache.folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache.folder))
         try:
-            _write(draft, _encoded(table, encode, processes))
+            meta = _write(draft, _encoded(table, encode, processes))
             _publish(draft, entry)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    examples = _open(entry)
+    examples = _open(entry, meta)
     os.utime(entry)
     _evict(cache, entry)
     return examples
@@ -335,7 +340,8 @@ def _pool(processes: int, encode):
         yield pool
 
 
-def _write(folder: Path, chunks: Iterable[list[Example]]) -> None:
+def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
+    """Write the files of an entry, the record of them last; returns the record."""
     rows = tokens = 0
     kind = None  # dtype and shape of a target
     with (
@@ -354,7 +360,10 @@ def _write(folder: Path, chunks: Iterable[list[Example]]) -> None:
                 kind = (str(flat.targets.dtype), flat.targets.shape[1:])
                 targets.write(flat.targets.tobytes())
             rows, tokens = rows + len(flat), tokens + len(flat.ids)
-    (folder / META).write_text(json.dumps({"rows": rows, "tokens": tokens, "targets": kind}))
+    sums = {name: _checksum(folder / name) for name in (IDS, TRAINED, LENGTHS, TARGETS)}
+    meta = {"rows": rows, "tokens": tokens, "targets": kind, "checksums": sums}
+    (folder / META).write_text(json.dumps(meta | {"digest": digest(meta)}))
+    return meta
 
 
 def _publish(draft: Path, entry: Path) -> None:
@@ -362,16 +371,29 @@ def _publish(draft: Path, entry: Path) -> None:
     try:
         os.rename(draft, entry)
     except OSError:
-        if not (entry / META).is_file():
-            raise
+        if _whole(entry) is None:
+            shutil.rmtree(entry)
+            os.rename(draft, entry)
 
 
-def _open(entry: Path) -> Examples:
-    meta = json.loads((entry / META).read_text())
-    sizes = {IDS: 4 * meta["tokens"], TRAINED: meta["tokens"], LENGTHS: 20 * meta["rows"]}
-    for name, size in sizes.items():
-        if (entry / name).stat().st_size != size:
-            raise FtjaxError(f"{entry / name}: expected {size} bytes; the cache is damaged: delete the folder {entry}")
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    with open(file, "rb") as f:
+        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: f.read(1 << 24), b""), 0)
+
+
+def _whole(entry: Path) -> dict | None:
+    """The record of an entry whose files are, byte for byte, those that were written; otherwise None."""
+    try:
+        meta = json.loads((entry / META).read_text())
+        whole = meta.pop("digest") == digest(meta)
+        whole = whole and all(_checksum(entry / name) == crc for name, crc in meta["checksums"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return meta if whole else None
+
+
+def _open(entry: Path, meta: dict) -> Examples:
     if not meta["tokens"]:
         return Examples.of([])
     length, labels, second, row, whole = np.fromfile(entry / LENGTHS, np.int32).reshape(-1, 5).astype(np.int64).T

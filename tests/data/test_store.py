@@ -121,14 +121,25 @@ def test_an_encoder_that_fails_leaves_nothing_behind(table, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_damaged_entry_is_refused_by_name(table, starter, tmp_path):
-    cache = Cache(tmp_path)
+@pytest.mark.parametrize("file", [store.META, store.IDS, store.TRAINED, store.LENGTHS])
+@pytest.mark.parametrize("damage", ["gone", "zeros", "cut", "one bit"])
+def test_a_damaged_entry_is_made_again(file, damage, table, starter, tmp_path):
     encode = functools.partial(Recipe.encode, recipe(), starter)
-    tokenised(table, encode, "key", cache)
-    with open(tmp_path / "key" / store.IDS, "r+b") as file:
-        file.truncate(100)
-    with pytest.raises(FtjaxError, match="key/ids.int32: expected .* bytes; the cache is damaged: delete the folder"):
-        tokenised(table, encode, "key", cache)
+
+    def rows():
+        return [(e.ids.tolist(), e.trained.tolist()) for e in tokenised(table, encode, "key", Cache(tmp_path))]
+
+    want = rows()
+    path = tmp_path / "key" / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes({"zeros": bytes(len(content)), "cut": content[:middle], "one bit": flipped}.get(damage, b""))
+    if damage == "gone":
+        path.unlink()
+    with pytest.warns(UserWarning, match="key: these cached tokens are damaged"):
+        assert rows() == want
+    assert path.read_bytes() == content
 
 
 def test_what_was_used_longest_ago_goes_first(table, starter, tmp_path):
