@@ -63,11 +63,11 @@ class Field(NamedTuple):
         kept = _tuples((value,) if self.kind is tuple and isinstance(value, str) else value)
         if self.item and isinstance(kept, tuple):
             kept = tuple(self.item.check(item, f"{name}, entry {n}") for n, item in enumerate(kept, 1))
-        if self.kind is float and isinstance(kept, int) and not isinstance(kept, bool) and abs(kept) <= 2**53:
-            kept = float(kept)  # larger ones might change
+        if self.kind is float and isinstance(kept, int) and not isinstance(kept, bool) and abs(kept) < 2**1023:
+            kept = float(kept)
         # bool is an int to Python; to a reader of a config it is not.
         fits = isinstance(kept, self.kind) and isinstance(kept, bool) == (self.kind is bool)
-        fits = fits and not (self.kind is float and not math.isfinite(kept)) and not (self.kind is str and "\0" in kept)
+        fits = fits and not (self.kind is float and not math.isfinite(kept))
         if (value is None and self.default is None) or (fits and self.holds(kept)):
             return kept
         or_none = " or None" if self.default is None else ""
@@ -95,8 +95,9 @@ def switch(default: bool, also="") -> Field:
 
 
 def text(default="", *, empty=True, also="") -> Field:
-    """A text; it may look like a number."""
-    return Field(default, str, "a text" if empty else "a text that is not empty", lambda v: empty or v != "", also=also)
+    """A text, such as a path, a pattern or a template. It may look like a number."""
+    holds = lambda value: (empty or value != "") and "\0" not in value  # noqa: E731
+    return Field(default, str, "a text" if empty else "a text that is not empty", holds, also=also)
 
 
 def choice(*choices: str, also="") -> Field:
@@ -122,6 +123,7 @@ def _axis() -> Field:
 
 
 WORD = text(empty=False)
+NAME = Field("", str, "a text")  # of a column or label of the rows, which may be anything
 COUNT = whole(1, 1)
 
 # In a comment, `None` means: derived later, and the derived value is written to the run folder.
@@ -220,7 +222,7 @@ FIELDS: dict[str, Field] = {
         lambda shares: len(shares) == 3 and abs(sum(shares) - 1) < 1e-6,
         also="val_size val_set_size validation_split",
     ),  # shares of train, validation and test, used where a file is not named
-    "data.columns": several((), WORD),  # column names of .csv and .tsv files whose first line does not name them
+    "data.columns": several((), NAME),  # column names of .csv and .tsv files whose first line does not name them
     "data.label": text(also="label_column label_field"),  # column with a row's class, where there is one; empty:
     # task.kind takes the first of the usual names, `label`, `category`, ...
     "data.stratify": text(),  # column whose values `split` deals out in equal shares; empty: data.label, or none
@@ -315,7 +317,7 @@ FIELDS: dict[str, Field] = {
     # `text`, ...
     "task.pair": text(also="text_pair"),  # column with a second text, read together with the first; span: with the text
     # that holds the answer; embed: with the text that belongs to the first
-    "task.labels": several((), WORD, also="label_names id2label label_list num_labels"),  # names of labels in the order
+    "task.labels": several((), NAME, also="label_names id2label label_list num_labels"),  # names of labels in the order
     # of their ids, or of the numbers of regress; empty: those of the model's files where it has a head for them, else
     # those of the training rows
     "task.class_weights": Field(
@@ -492,7 +494,10 @@ class Config(ml_collections.ConfigDict):
     def __setitem__(self, key, value):
         if self.is_locked and key not in self:
             raise FtjaxError(f"{key}: no such key{_right_key(key) or '; this group has ' + ', '.join(self)}")
-        super().__setitem__(key, value)
+        try:
+            super().__setitem__(key, value)
+        except (TypeError, OverflowError):
+            raise FtjaxError(f"{key}: expected {self.get_type(key).__name__}; found {_shown(value)}") from None
 
 
 def default() -> ml_collections.ConfigDict:
@@ -526,7 +531,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
         raise FtjaxError(f"--config: {path} is not a file{nearest(str(path), there)}")
     if path.suffix not in (".py", ".json"):
         raise FtjaxError(f"--config: {path}: expected a .py file with get_config(), or the run.json of a run")
-    config = from_dict(_json(path)) if path.suffix == ".json" else _python(path)
+    config = from_dict(_json(path), f"{path}: ") if path.suffix == ".json" else _python(path)
     override(config, overrides)
     return config
 
@@ -635,8 +640,16 @@ def flat(config) -> dict:
     return out
 
 
-def from_dict(values: dict) -> ml_collections.ConfigDict:
-    """The way back from `config.to_dict()`, also through JSON; keys that this version does not know are an error."""
+def from_dict(values: dict, source: str = "") -> ml_collections.ConfigDict:
+    """The way back from `config.to_dict()`, also through JSON.
+
+    Args:
+        values: Nested as the config is, or by dotted keys. A field that is missing keeps its default.
+        source: Where the values come from, for error messages; it ends in a blank.
+
+    Raises:
+        FtjaxError: It names the source, the key and what was expected, for an unknown key or a wrong value.
+    """
     config = default()
 
     def fill(values, prefix):
@@ -644,7 +657,7 @@ def from_dict(values: dict) -> ml_collections.ConfigDict:
             if isinstance(value, dict) and f"{prefix}{key}" not in FIELDS:
                 fill(value, f"{prefix}{key}.")
             else:
-                _set(config, f"{prefix}{key}", value, f"{prefix}{key}")
+                _set(config, f"{prefix}{key}", value, f"{source}{prefix}{key}")
 
     fill(values, "")
     return config
@@ -727,7 +740,7 @@ def validate(config) -> None:
 
     def need(key, holds, expected):
         if not holds(values[key]):
-            raise FtjaxError(f"{key}: expected {expected}; found {values[key]!r}")
+            raise FtjaxError(f"{key}: expected {expected}; found {_shown(values[key])}")
 
     compile_patterns(values["data.clean.drop"], "data.clean.drop")
     if config.task.kind != "classify":
