@@ -1,391 +1,636 @@
-"""The one config of a run: every field with its unit and its reason; reading, overriding and checking it.
+"""The one config of a run: every field with its range and its reason; reading, overriding and checking it.
 
-A config file is Python with `get_config()`, which starts from `default()` and sets what differs. `load()` reads such a
-file, applies overrides from the command line and validates; nothing is accepted that `default()` does not name.
+`FIELDS` declares each field: its dotted key, its default, type and range, and, in the comment behind and below them,
+its unit and its reason. `default()` is built from it. A config file is Python with `get_config()`, which starts from
+`default()` and sets what differs. `load()` reads such a file, applies overrides from the command line and validates.
+Nothing is accepted that `FIELDS` does not declare.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import difflib
 import json
+import math
 import re
-import traceback
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
 
 
-def default() -> ml_collections.ConfigDict:
-    """Every field of a run. `None` means: derived later, and the derived value is written to the run folder."""
-    c = ml_collections.ConfigDict()
-    c.run_dir = "runs/default"  # everything that a run writes lies in here; the same folder again means resume
-    c.overwrite = False  # True: start anew, deleting what an earlier run wrote to run_dir; other files there stay
-    c.seed = 0  # initial adapters, dropout, order of rows, split, sampling
+class Field(NamedTuple):
+    """What a field of the config may be.
 
-    c.model = model = ml_collections.ConfigDict()
-    model.path = "builtin:stories260K"  # model directory, hub name, or `builtin:` for what ftjax carries
-    model.revision = ""  # branch, tag or commit of a hub name; empty: its default branch
-    model.dtype = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on GPU and TPU, float32 on CPU
-    model.trained_dtype = "float32"  # stored dtype of what is trained; small updates vanish in bfloat16
-    model.frozen_dtype = "auto"  # stored dtype of what is not; auto: the compute dtype
-    model.quantise = "none"  # none | int8 | nf4: frozen kernels of the blocks, a half or a quarter of bfloat16's bytes
-    model.quantise_tables = False  # with it, the table of embeddings and the head in int8 too, of whatever kind the
-    # kernels are: a sixth of an 8B model's bytes, which QLoRA leaves as they are
-    model.double_quantise = True  # nf4: its scales in 8 bits too, as QLoRA has it; False: in float32
-    model.remat = "none"  # none | full: recompute a block in its backward pass, memory for about a third more time;
-    # in between, keep `attention` (what its products and it give) or `products` (what all give); offload: what a block
-    # gets waits in the host's memory; offload_products: all of these do; auto: the fastest that fits
-    model.attention = "auto"  # auto | xla | cudnn | splash | tokamax: kernels of training; auto: cudnn on GPUs, splash
-    # on TPUs, where they can serve, else xla, which is the fastest on CPUs
-    model.unroll = 1  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
-    model.head_chunk = 0  # tokens whose logits a device holds at once; 0: those of 64 MiB on CPUs, of 1 GiB elsewhere
+    Attributes:
+        default: The value in `default()`. None: the run decides, or the user may; None is then a value too.
+        kind: The type of a value.
+        expected: The range in words, for error messages.
+        holds: Whether a value of type `kind` is in the range.
+        item: For a tuple, what each of its entries may be.
+        choices: For a text that is one of a few, all of them.
+        also: Names of the same thing in other projects, separated by blanks; error messages lead from them to the key.
+    """
 
-    c.tuning = tuning = ml_collections.ConfigDict()
-    tuning.method = "lora"  # a row of ftjax.tuning.METHODS
-    tuning.init_from = ""  # PEFT adapter directory or hub name whose tensors are where training starts; its shape,
-    # rank, scale and targets are then the run's
-    tuning.rank = 16
-    tuning.alpha = 32.0  # the update is scaled by alpha / rank, see rslora
-    tuning.dropout = 0.0  # on the adapter's input
-    tuning.targets = ()  # names as PEFT matches them, one regular expression `re:...`, or all-linear; empty: the
-    # method's own, all-linear for LoRA and DoRA, keys, values and the feed-forward's last map for IA3
-    tuning.feedforward = ()  # ia3: targets whose input is scaled, not their output; empty: the feed-forward's last map;
-    # none: no target's
-    tuning.rslora = False  # scale by alpha / sqrt(rank), so that updates do not shrink with the rank
-    tuning.init = "default"  # default | gaussian | orthogonal | pissa | olora: where A and B of LoRA start
-    tuning.rank_pattern = ()  # (("regex of a module name", rank), ...): the first match wins over `rank`
-    tuning.alpha_pattern = ()  # (("regex of a module name", alpha), ...)
-    tuning.virtual_tokens = 50  # prompt, prefix, ptuning: trained tokens before every row, which take its positions
-    tuning.prompt_init = "vocab"  # vocab | text | random: prompt and prefix start as tokens drawn from the vocabulary,
-    # as those of prompt_text, or as noise, from which they rarely learn
-    tuning.prompt_text = ""  # best says what to do; repeated or cut to virtual_tokens
-    tuning.prompt_ids = ()  # tokens of prompt_text, from the run's tokenizer
-    tuning.prefix_projection = False  # prefix: made by two dense layers while it is trained
-    tuning.encoder = "mlp"  # mlp | lstm: what makes the prompt of ptuning
-    tuning.encoder_hidden = 0  # width of the layers that make a prompt or prefix; 0: as wide as what they read
-    tuning.layers = 0.25  # last_layers: how many; a share of all if below 1. A quarter gives most of what full training
-    # does (Lee et al. 2019, What Would Elsa Do?)
-    tuning.layers_with = ("final_norm",)  # last_layers: what is trained behind them: final_norm | lm_head
-    tuning.pattern = ()  # pattern: regular expressions; what one matches as a whole is trained: the name of a tensor in
-    # the model's files (`model.layers.3.mlp.up_proj.weight`) or our path (`layers/mlp/up_proj/kernel`)
+    default: object
+    kind: type
+    expected: str
+    holds: Callable[[object], bool] = lambda value: True
+    item: Field | None = None
+    choices: tuple[str, ...] = ()
+    also: str = ""
 
-    c.data = data = ml_collections.ConfigDict()
-    data.train = "builtin:commongen/train.jsonl"  # file, glob, comma-separated list, directory, builtin: or hub name
-    data.validation = ""  # like train; empty: split off from train by `split`
-    data.test = ""  # like train; empty: split off from train by `split`
-    data.split = (0.8, 0.1, 0.1)  # train, validation, test shares, used where a file is not named
-    data.columns = ()  # names of the columns of .csv and .tsv files whose first line is a row and does not name them
-    data.label = ""  # column with a row's class, where there is one; empty: task.kind takes the first of the usual
-    # names, `label`, `category`, ...
-    data.stratify = ""  # column whose values `split` deals out in equal shares; empty: data.label, or none
-    data.group = ()  # columns; rows that share a value of one of them stay in one part
-    data.group_near = 0.0  # rows at least this alike (Jaccard of word 3-grams) stay in one part; 0: off
-    data.decontaminate = ()  # sources that no training row may overlap; `validation`, `test`: the run's own parts
-    data.mixture = ()  # ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...): sources trained together, each with
-    # any other field of `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
-    data.temperature = 1.0  # mixture without weights: shares go by rows ** (1 / temperature); 1: by size
-    data.limit = 0  # use only so many rows of train, after shuffling with the seed; 0: all
-    data.shots = 0  # classify: use only so many rows of train of each label, drawn by the seed; 0: all
-    data.form = "auto"  # auto | text | prompt | instruction | messages | sharegpt | preference | template; auto goes by
-    # the columns
-    data.template = ""  # chat template of all rows: tokenizer | alpaca | chatml | llama-3 | mistral | gemma | phi |
-    # plain; empty: the tokenizer's for messages; other rows stand as they are
-    data.system = ""  # system text of conversations that bring none
-    data.prompt = ""  # template over columns, such as "Words: {src}\nSentence:"; sets form to template
-    data.completion = ""  # template over columns, such as " {tgt}"
-    data.end = ""  # token that ends an answer where no chat template does; empty: the tokenizer's end-of-text
-    data.train_on = "assistant"  # assistant: every answer | last: the last answer | all: every token
-    data.max_length = 512  # tokens of a row, or of a packed row; capped by the model's positions
-    data.long = "truncate"  # truncate | drop | raise: rows longer than max_length
-    data.packing = False  # several rows in one, kept apart by segment ids
-    data.buckets = 4  # padded lengths that unpacked batches may have; each compiles once
-    data.workers = 2  # threads that build batches ahead of the device
-    data.streaming = False  # rows pass through files on disk, chunk by chunk: for sets larger than memory
-    data.processes = 0  # processes that render and tokenise; 0: by the number of rows and cores
-    data.cache = "auto"  # folder of tokenised rows; auto: ~/.cache/ftjax/data; empty: keep none
-    data.cache_size = 20_000_000_000  # bytes of `cache`; what was used longest ago goes first
+    def read(self, text: str, name: str):
+        """The value that a text from the command line means. Raises FtjaxError as `check` does."""
+        value = _literal(text)
+        if self.kind is str and not isinstance(value, str | tuple | list | dict | None):
+            value = text  # it only looks like a number: 123e4567 and 0123456 are commits
+        if self.kind is tuple and not isinstance(value, tuple | list | None):
+            value = (self.item.read(text, name) if self.item else value,)
+        return self.check(value, name)
 
-    data.clean = clean = ml_collections.ConfigDict()
-    clean.parts = ("train",)  # which of data.train, data.validation and data.test; the last two come from their makers
-    clean.unicode = ""  # NFC | NFKC; empty: as it is
-    clean.mojibake = False  # mend text that was decoded by the wrong table
-    clean.whitespace = False  # strip ends; one blank for several; at most one empty line; indentation stays
-    clean.control = False  # remove control and zero-width characters, line ends and tabs aside
-    clean.exact = False  # drop rows whose text is that of an earlier one, case, punctuation and white space aside
-    clean.near = 0.0  # drop rows at least this alike to an earlier one that stays (Jaccard of word 3-grams); 0: off
-    clean.columns = ()  # columns that duplicates are judged by; empty: all text
-    clean.empty = False  # drop rows that training would refuse for an empty answer or a missing cell; rows of no known
-    # form: those without any text in `columns`
-    clean.min_chars = 0  # drop rows with a shorter answer
-    clean.max_chars = 0  # drop rows with longer text in all; 0: off
-    clean.max_ratio = 0.0  # drop rows whose answer is so many times longer than the prompt; 0: off
-    clean.personal = "keep"  # keep | mask | drop: e-mail addresses, phone and card numbers, keys
-    clean.drop = ()  # regular expressions: rows with a match in any text are dropped; ^ and $ are the ends of a line
+    def check(self, value, name: str):
+        """The value as the config keeps it: an int for a float becomes one, and a list a tuple.
 
-    data.augment = augment = ml_collections.ConfigDict()
-    augment.copies = 0  # synthetic rows made of each training row by ops and function, which take turns; 0: off
-    augment.ops = ("word_dropout", "word_swap", "char_noise", "case")  # rows of ftjax.data.augment.OPS
-    augment.rate = 0.1  # share of a text's words, or letters, that an op touches; one at least
-    augment.columns = ()  # columns with text that ops alter; must be named: an answer or a label never is
-    augment.prompts = ()  # further templates like data.prompt: each makes one more synthetic row of every row
-    augment.function = ""  # "file.py:name": name(row: dict, rng: numpy Generator) -> row, or None for no row
+        Raises FtjaxError, which starts with `name`, for a value of another type or out of range.
+        """
+        kept = _tuples((value,) if self.kind is tuple and isinstance(value, str) else value)
+        if self.item and isinstance(kept, tuple):
+            kept = tuple(self.item.check(item, f"{name}, entry {n}") for n, item in enumerate(kept, 1))
+        if self.kind is float and isinstance(kept, int) and not isinstance(kept, bool) and abs(kept) < 2**1023:
+            kept = float(kept)
+        # bool is an int to Python; to a reader of a config it is not.
+        fits = isinstance(kept, self.kind) and isinstance(kept, bool) == (self.kind is bool)
+        fits = fits and not (self.kind is float and not math.isfinite(kept))
+        if (value is None and self.default is None) or (fits and self.holds(kept)):
+            return kept
+        or_none = " or None" if self.default is None else ""
+        near = nearest(value, self.choices) if isinstance(value, str) else ""
+        raise FtjaxError(f"{name}: expected {self.expected}{or_none}; found {_shown(value)}{near}")
 
-    c.task = task = ml_collections.ConfigDict()
-    task.kind = "causal"  # causal: the next token | classify: one label a text | multilabel: several | regress: numbers
-    # | tag: a label a word | span: where a question's answer stands in a text | masked: hidden tokens of plain text |
-    # embed: texts that belong together lie near each other
-    task.text = ""  # column with the text; empty: the first of the usual names, `sentence`, `text`, ...; tag: with the
-    # list of words; span: with the question; embed: with the first text
-    task.pair = ""  # column with a second text, read together with the first; span: with the text that holds the
-    # answer; embed: with the text that belongs to the first
-    task.labels = ()  # names of labels in the order of their ids; empty: those of the model's files where it has a head
-    # for them, or else as training rows have them; regress: of the numbers
-    task.class_weights = ()  # weight of each label in the loss, in the order of their ids; ("balanced",): by how rare
-    # it is, so that each label weighs as much as any other
-    task.balanced = False  # each label is as many of an epoch's rows as any other, rare ones drawn more often
-    task.focal = 0.0  # γ of the focal loss, by which what is known well already counts less; 0: off
-    task.threshold = ""  # two labels, or multilabel: figure by which thresholds are chosen on validation rows: f1 |
-    # mcc | balanced_accuracy | accuracy; empty: 0.5
-    task.group = ""  # column by whose values figures are told apart
-    task.subwords = "first"  # tag: the first token of a word carries its tag, or all do; predicted by the first
-    task.stride = 128  # span: tokens that a window of a long text shares with the one before
-    task.max_answer = 30  # span: tokens of a predicted answer at most
-    task.no_answer = False  # span: some questions have no answer (SQuAD v2.0); empty is then a prediction too
-    task.mask_rate = 0.15  # masked: share of a text's tokens that are hidden
-    task.whole_words = False  # masked: all tokens of a word are hidden, or none
-    task.pool = "auto"  # mean | cls: a text's vector, and what a head over its labels reads, is the mean of its tokens'
-    # states, or that of the first; auto: embed the mean, labels what the model's class reads
-    task.temperature = 0.05  # embed: cosines are divided by it; the lower, the more the nearest wrong texts count
 
-    c.optim = optim = ml_collections.ConfigDict()
-    optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon
-    optim.lr = placeholder(float)  # peak learning rate; None: the method's default
-    optim.schedule = "cosine"  # constant | linear | cosine | wsd (warm-up, stable, decay)
-    optim.warmup = 0.03  # share of all steps if below 1, else steps
-    optim.decay = 0.2  # wsd only: share of all steps spent decaying at the end
-    optim.final_lr = 0.0  # share of the peak reached at the end of the schedule
-    optim.weight_decay = 0.0  # decoupled; matrices only, norms and biases are spared
-    optim.b1 = 0.9  # momentum of sgd too
-    optim.b2 = 0.999
-    optim.eps = 1e-8
-    optim.clip_norm = 1.0  # global norm; 0 turns clipping off
-    optim.layer_decay = 1.0  # each layer learns this many times as fast as the one above it, embeddings as one below
-    # the lowest; 1: all alike. 0.7 to 0.95 keep low layers near what pretraining made of them
-    optim.lora_plus = 1.0  # B of LoRA learns this many times as fast as A; 1: as A
+def number(default, least=-math.inf, most=math.inf, *, above=-math.inf, below=math.inf, also="") -> Field:
+    """A finite number within these bounds."""
+    bounds = (("at least", least), ("above", above), ("at most", most), ("below", below))
+    limits = " and ".join(f"{word} {bound:,}" for word, bound in bounds if math.isfinite(bound))
+    holds = lambda value: least <= value <= most and above < value < below  # noqa: E731
+    return Field(default, float, f"a number {limits}".strip(), holds, also=also)
 
-    c.train = train = ml_collections.ConfigDict()
-    train.batch_size = placeholder(int)  # rows (packed rows when packing) a step; None: the method's default
-    train.accumulate = 1  # microbatches a step; batch_size must be a multiple of it
-    train.epochs = 3.0  # passes over train; ignored where steps is set
-    train.steps = 0  # optimizer steps; 0: by epochs
-    train.label_smoothing = 0.0
-    train.dropout = placeholder(float)  # residual, embedding and attention dropout; None: none, as LLaMA; GPT-2 had 0.1
-    train.neftune = 0.0  # alpha: noise on embeddings in training, within alpha / sqrt(tokens x width); 0: off. 5 to 15
-    # improve answers of chat models (Jain et al. 2023, NEFTune)
-    train.cache_features = True  # where the head alone is trained, for more than an epoch: compute the states that it
-    # reads once, and keep them in a file of run_dir while the run lasts
-    train.ema = 0.0  # decay a step of an exponential moving average of what is trained, which is validated and exported
-    # in its place; 0: off
-    train.log_every = 10  # steps between lines of metrics.jsonl
-    train.eval_every = 0  # steps between validations; 0: ten times a run
-    train.patience = 0  # stop after so many validations without a better loss; 0: never
-    train.save_every = 0  # steps between checkpoints, beside each best one; 0: at every validation
-    train.keep = 1  # latest checkpoints kept beside the best
 
-    c.mesh = mesh = ml_collections.ConfigDict()
-    mesh.data = -1  # rows split, weights whole; -1: all devices that the others leave; 0: all axes are chosen for the
-    # devices and the model, and the reason is told
-    mesh.fsdp = 1  # rows split, weights split and gathered for use
-    mesh.sequence = 1  # tokens of a row split, for rows too long for one device; weights split as by fsdp
-    mesh.tensor = 1  # heads, feed-forward and vocabulary split
+def whole(default, least, most=2**31 - 1, *, also="") -> Field:
+    """A whole number from `least` to `most`."""
+    field = number(default, least, most, also=also)
+    return field._replace(kind=int, expected=field.expected.replace("a number", "a whole number"))
 
-    c.evaluate = ev = ml_collections.ConfigDict()
-    ev.batch_size = 0  # rows a step; 0: as train.batch_size
-    ev.rows = 0  # validation rows used during training; 0: all
-    ev.compare = False  # generate on held-out rows before and after training, score, and write results.json
-    ev.compare_rows = 0  # distinct held-out prompts generated for; 0: all
-    ev.compare_on = "test"  # validation | test
-    ev.metrics = ("rouge_l",)  # rows of ftjax.evaluation.metrics.METRICS; or "file.py:name" of a function of your own
-    ev.words = ""  # column with the given words, for the metric `coverage`
-    ev.passage = ""  # column with the text that answers should keep to, for the metric `unsupported`; empty: references
-    ev.forgetting = ""  # text file; the loss on it before and after says what was forgotten
-    ev.samples = 5  # generations shown side by side
 
-    c.compare = comp = ml_collections.ConfigDict()
-    comp.contenders = ("zero-shot", "few-shot", {"name": "tuned"})  # the first is what the others are judged against.
-    # Rows of ftjax.verdict.baselines.PROMPTS: the base model, so asked; `majority`: the commonest label; a run folder,
-    # adapter, model directory or hub name; or a dict: its "name", any field of the config that it is trained with,
-    # such as "tuning.method", and of "prompt" (of PROMPTS), "shots" and "model" (a path) what differs
-    comp.metric = ""  # what the verdict is about; empty: the first of evaluate.metrics, or the task's accuracy
-    comp.seeds = 3  # runs of what is trained, and draws of examples, from config.seed on
-    comp.shots = 3  # examples before a question
-    comp.between = "\n\n"  # behind each example, where rows are no conversation; an answer ends there too
-    comp.documents = ""  # rows or a folder of text files, whose passages `retrieval` puts before a question
-    comp.passages = 2  # that a question gets
-    comp.passage_words = 80  # of a passage at most
-    comp.context = "Context:\n{passages}\n\n"  # how they stand before a question
-    comp.curve = ()  # amounts of rows of train, (500, 1000, 2000, ...), that contenders are trained on as well: their
-    # learning curves, each with its law, and what more rows would bring
-    comp.curve_shots = ()  # classify: the same in rows of each label
-    comp.curve_of = ()  # names of those contenders; empty: all that are trained
-    comp.curve_steps = 0  # optimizer steps of each of these runs at least, where train.steps is 0
-    comp.curve_to = ()  # amounts, also such as are not there, at which the law is asked
-    comp.ballots = 0  # questions whose answers are written down to be rated blindly, two by two; 0: none
-    comp.divergence = 64  # questions on whose answers a tuned model is compared with its base, token by token; 0: none
-    comp.unsafe = ""  # rows with a `prompt` or `messages` that should be refused
-    comp.harmless = ""  # the same of such that should not
-    comp.device_hour = 0.0  # dollars of an hour of this machine's devices; 0: costs are told in seconds alone
-    comp.tokens_in = 0.0  # dollars per million tokens of a prompt, where the base is asked at a hosted endpoint
-    comp.tokens_out = 0.0  # and of an answer
-    comp.storage = 0.0  # dollars per gigabyte and month of what was trained
-    comp.requests = 0  # a month, for which costs are told; 0: none
+def switch(default: bool, also="") -> Field:
+    """True or False."""
+    return Field(default, bool, "True or False", also=also)
 
-    c.generate = gen = ml_collections.ConfigDict()
-    gen.max_new_tokens = 64
-    gen.temperature = 0.0  # 0: greedy
-    gen.top_k = 0  # 0: off
-    gen.top_p = 1.0  # 1: off
-    gen.batch_size = 32
-    gen.stop = ()  # strings of one token each that end an answer beside the model's own end tokens
 
-    c.export = export = ml_collections.ConfigDict()
-    export.formats = (
+def text(default="", *, empty=True, also="") -> Field:
+    """A text, such as a path, a pattern or a template. It may look like a number."""
+    holds = lambda value: (empty or value != "") and "\0" not in value  # noqa: E731
+    return Field(default, str, "a text" if empty else "a text that is not empty", holds, also=also)
+
+
+def choice(*choices: str, also="") -> Field:
+    """One of these texts, of which the first is the default."""
+    listed = ", ".join(choice or "an empty text" for choice in choices)
+    return Field(choices[0], str, f"one of {listed}", choices.__contains__, choices=choices, also=also)
+
+
+def several(default: tuple, item: Field, expected="", holds=lambda value: True, also="") -> Field:
+    """A tuple in which every entry is as `item` says."""
+    return Field(default, tuple, expected or f"a tuple, each entry {item.expected}", holds, item, also=also)
+
+
+def pairs(*kinds: type) -> Field:
+    """A tuple of pairs: a regular expression, and a number above 0 of one of `kinds`."""
+    fits = lambda p: len(p) == 2 and isinstance(p[0], str) and type(p[1]) in kinds and 0 < p[1] < 2**31  # noqa: E731
+    item = Field((), tuple, "a pair (pattern, number above 0)", fits)
+    return several((), item, "a tuple of pairs (pattern, number above 0)")
+
+
+def _axis() -> Field:
+    return Field(1, int, "-1 or a whole number at least 1", lambda size: size == -1 or 1 <= size < 2**31)
+
+
+WORD = text(empty=False)
+NAME = Field("", str, "a text")  # of a column or label of the rows, which may be anything
+COUNT = whole(1, 1)
+
+# In a comment, `None` means: derived later, and the derived value is written to the run folder.
+FIELDS: dict[str, Field] = {
+    "run_dir": text("runs/default", empty=False, also="output_dir out_dir"),  # folder of everything that a run writes;
+    # starting with the same folder again resumes the run
+    "overwrite": switch(False, also="overwrite_output_dir"),  # True: start anew and delete what an earlier run wrote to
+    # run_dir; other files in it stay
+    "seed": whole(0, 0, also="random_seed data_seed"),  # of initial adapters, dropout, the order of rows, the split and
+    # sampling
+    #
+    # ---- the model
+    "model.path": text("builtin:stories260K", empty=False, also="model_name_or_path base_model model_id model_name"),
+    # model directory, hub name, or `builtin:` for a model that comes with ftjax
+    "model.revision": text(also="model_revision"),  # branch, tag or commit of a hub name; empty: its default branch
+    "model.dtype": choice("auto", "float32", "bfloat16", also="torch_dtype bf16 fp16"),  # of computation; auto:
+    # bfloat16 on GPU and TPU, float32 on CPU
+    "model.trained_dtype": choice("float32", "bfloat16"),  # stored dtype of the trained parameters; small updates are
+    # lost in bfloat16
+    "model.frozen_dtype": choice("auto", "float32", "bfloat16"),  # stored dtype of the other parameters; auto: the
+    # dtype of computation
+    "model.quantise": choice("none", "int8", "nf4", also="quantize load_in_4bit load_in_8bit quantization_bit"),
+    # frozen kernels of the blocks take a half (int8) or a quarter (nf4) of bfloat16's bytes
+    "model.quantise_tables": switch(False),  # with model.quantise, store the embedding table and the head in int8 too,
+    # whatever the kernels are: a sixth of an 8B model's bytes, which QLoRA leaves unquantised
+    "model.double_quantise": switch(True, also="bnb_4bit_use_double_quant double_quantization"),  # nf4: store its
+    # scales in 8 bits too, as QLoRA does; False: in float32
+    "model.remat": choice(
+        "none",
         "auto",
-    )  # adapter | merged | full, written to run_dir at the end; auto: adapter where there is one
-    export.checkpoint = "best"  # best | last
-    export.dtype = "auto"  # auto: as the model was; float32 | bfloat16 | float16
-    export.shard_size = 5_000_000_000  # bytes a safetensors file at most
-
-    c.log = log = ml_collections.ConfigDict()
-    log.tensorboard = True  # event files under run_dir/tensorboard
-    log.wandb = ""  # Weights & Biases project; needs the extra `wandb`; empty: off
-    log.profile = ""  # FIRST:LAST, such as 10:13: steps, both ends included, of which an XProf trace and a summary of
-    # where their time went are written to run_dir; empty: none
-    log.compilation_cache = True  # reuse compiled programs across runs (~/.cache/ftjax/xla)
-    return c.lock()
-
-
-CHOICES = {
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.trained_dtype": ("float32", "bfloat16"),
-    "model.frozen_dtype": ("auto", "float32", "bfloat16"),
-    "model.quantise": ("none", "int8", "nf4"),
-    "model.attention": ("auto", "xla", "cudnn", "splash", "tokamax"),
-    "model.remat": ("none", "auto", "products", "attention", "offload_products", "full", "offload"),
-    "task.kind": ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed"),
-    "task.subwords": ("first", "all"),
-    "task.pool": ("auto", "mean", "cls"),
-    "task.threshold": ("", "f1", "mcc", "balanced_accuracy", "accuracy"),
-    "data.form": ("auto", "text", "prompt", "instruction", "messages", "sharegpt", "preference", "template"),
-    "data.train_on": ("assistant", "last", "all"),
-    "data.clean.unicode": ("", "NFC", "NFKC"),
-    "data.clean.personal": ("keep", "mask", "drop"),
-    "data.long": ("truncate", "drop", "raise"),
-    "tuning.init": ("default", "gaussian", "orthogonal", "pissa", "olora"),
-    "tuning.prompt_init": ("vocab", "text", "random"),
-    "tuning.encoder": ("mlp", "lstm"),
-    "optim.name": ("adamw", "adafactor", "lion", "sgd", "muon"),
-    "optim.schedule": ("constant", "linear", "cosine", "wsd"),
-    "evaluate.compare_on": ("validation", "test"),
-    "export.checkpoint": ("best", "last"),
-    "export.dtype": ("auto", "float32", "bfloat16", "float16"),
+        "products",
+        "attention",
+        "offload_products",
+        "full",
+        "offload",
+        also="gradient_checkpointing activation_checkpointing",
+    ),  # what the backward pass recomputes. full: a whole block, which saves memory and takes about a third more time;
+    # attention: all but q, k, v and the attention output; products: all but the outputs of matrix products; offload and
+    # offload_products: keep a block's input, or the products, in the host's memory; auto: the fastest that fits
+    "model.attention": choice(
+        "auto", "xla", "cudnn", "splash", "tokamax", also="attn_implementation flash_attention flash_attn"
+    ),  # kernel of attention in training; auto: cudnn on GPUs and splash on TPUs where they can serve, else xla, which
+    # is the fastest on CPUs
+    "model.unroll": whole(1, 0),  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
+    "model.head_chunk": whole(0, 0),  # tokens whose logits a device holds at once; 0: as many as fit in 64 MiB on CPUs,
+    # in 1 GiB elsewhere
+    #
+    # ---- what is trained
+    "tuning.method": text("lora", empty=False, also="peft_type finetuning_type train_type use_dora"),  # a row of
+    # ftjax.tuning.METHODS
+    "tuning.init_from": text(also="adapter_name_or_path lora_model_dir"),  # PEFT adapter directory or hub name from
+    # whose tensors training starts; its kind, rank, scale and targets become the run's
+    "tuning.rank": whole(16, 1, also="lora_r lora_rank r"),  # rank of the update of LoRA and DoRA
+    "tuning.alpha": number(32.0, above=0, also="lora_alpha"),  # the update is scaled by alpha / rank, see rslora
+    "tuning.dropout": number(0.0, 0, below=1, also="lora_dropout"),  # on the adapter's input
+    "tuning.targets": several((), WORD, also="target_modules lora_target lora_target_modules"),  # module names as PEFT
+    # matches them, one regular expression `re:...`, or all-linear; empty: the method's own, which are all-linear for
+    # LoRA and DoRA, and keys, values and the last map of the feed-forward for IA3
+    "tuning.feedforward": several((), WORD, also="feedforward_modules"),  # ia3: targets whose input is scaled, not
+    # their output; empty: the last map of the feed-forward; none: no target
+    "tuning.rslora": switch(False, also="use_rslora"),  # scale by alpha / sqrt(rank), so that updates do not shrink
+    # with the rank
+    "tuning.init": choice("default", "gaussian", "orthogonal", "pissa", "olora", also="init_lora_weights pissa_init"),
+    # initial A and B of LoRA
+    "tuning.rank_pattern": pairs(int),  # (("regex of a module name", rank), ...): the first match overrides `rank`
+    "tuning.alpha_pattern": pairs(int, float),  # (("regex of a module name", alpha), ...)
+    "tuning.virtual_tokens": whole(50, 1, also="num_virtual_tokens"),  # prompt, prefix, ptuning: trained tokens before
+    # every row; they take positions of the row
+    "tuning.prompt_init": choice("vocab", "text", "random", also="prompt_tuning_init"),  # prompt, prefix: start as
+    # tokens drawn from the vocabulary, as those of prompt_text, or as noise, from which they rarely learn
+    "tuning.prompt_text": text(also="prompt_tuning_init_text"),  # should say what to do; repeated or cut to
+    # virtual_tokens
+    "tuning.prompt_ids": several((), whole(0, 0)),  # token ids of prompt_text; a run fills them in
+    "tuning.prefix_projection": switch(False),  # prefix: computed by two dense layers while it is trained
+    "tuning.encoder": choice("mlp", "lstm", also="encoder_reparameterization_type"),  # ptuning: computes the prompt
+    "tuning.encoder_hidden": whole(0, 0, also="encoder_hidden_size"),  # width of the layers that compute a prompt or
+    # prefix; 0: that of their input
+    "tuning.layers": number(0.25, above=0),  # last_layers: number of layers, or a share of all if below 1. A quarter
+    # gives most of what full training does (Lee et al. 2019, What Would Elsa Do?)
+    "tuning.layers_with": several(("final_norm",), choice("final_norm", "lm_head")),  # last_layers: what is trained
+    # after these layers
+    "tuning.pattern": several((), WORD),  # pattern: regular expressions. A parameter is trained if one matches the
+    # whole of its name in the model's files (`model.layers.3.mlp.up_proj.weight`) or of its path in ftjax
+    # (`layers/mlp/up_proj/kernel`)
+    #
+    # ---- the data
+    "data.train": text("builtin:commongen/train.jsonl", also="dataset dataset_name dataset_path train_file datasets"),
+    # file, glob, comma-separated list, directory, `builtin:` name or hub name
+    "data.validation": text(also="validation_file eval_dataset eval_file val_file"),  # like train; empty: split off
+    # from train by `split`
+    "data.test": text(also="test_file test_dataset"),  # like train; empty: split off from train by `split`
+    "data.split": several(
+        (0.8, 0.1, 0.1),
+        number(0.0, 0, 1),
+        "three shares that add up to 1",
+        lambda shares: len(shares) == 3 and abs(sum(shares) - 1) < 1e-6,
+        also="val_size val_set_size validation_split",
+    ),  # shares of train, validation and test, used where a file is not named
+    "data.columns": several((), NAME),  # column names of .csv and .tsv files whose first line does not name them
+    "data.label": text(also="label_column label_field"),  # column with a row's class, where there is one; empty:
+    # task.kind takes the first of the usual names, `label`, `category`, ...
+    "data.stratify": text(),  # column whose values `split` deals out in equal shares; empty: data.label, or none
+    "data.group": several((), WORD),  # columns; rows that share a value of one of them stay in one part
+    "data.group_near": number(0.0, 0, 1),  # rows at least this similar (Jaccard of word 3-grams) stay in one part; 0:
+    # off
+    "data.decontaminate": several((), WORD),  # sources that no training row may overlap; `validation`, `test`: the
+    # run's own parts
+    "data.mixture": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),
+    # ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...): sources trained together. Each may set any other field of
+    # `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
+    "data.temperature": number(1.0, above=0),  # mixture without weights: shares go by rows ** (1 / temperature); 1: by
+    # size
+    "data.limit": whole(0, 0, also="max_train_samples max_samples"),  # rows of train used, after shuffling with the
+    # seed; 0: all
+    "data.shots": whole(0, 0),  # classify: rows of train used of each label, drawn by the seed; 0: all
+    "data.form": choice(
+        "auto",
+        "text",
+        "prompt",
+        "instruction",
+        "messages",
+        "sharegpt",
+        "preference",
+        "template",
+        also="dataset_format formatting",
+    ),  # of a row; auto goes by the columns
+    "data.template": text(also="chat_template"),  # chat template of all rows: tokenizer | alpaca | chatml | llama-3 |
+    # mistral | gemma | phi | plain; empty: the tokenizer's for messages, none for other rows
+    "data.system": text(also="default_system system_prompt"),  # system message of conversations that have none
+    "data.prompt": text(also="prompt_template"),  # template over columns, such as "Words: {src}\nSentence:"; sets form
+    # to template
+    "data.completion": text(),  # template over columns, such as " {tgt}"
+    "data.end": text(also="eos_token"),  # token that ends an answer where no chat template does; empty: the
+    # tokenizer's end-of-text
+    "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # every answer, the last answer, or
+    # every token
+    "data.max_length": whole(512, 1, also="max_seq_length max_seq_len sequence_len cutoff_len max_len block_size"),
+    # tokens of a row, or of a packed row; capped by the model's positions
+    "data.long": choice("truncate", "drop", "raise", also="truncation"),  # what happens to rows above max_length
+    "data.packing": switch(False, also="sample_packing pack"),  # several rows in one, kept apart by segment ids
+    "data.buckets": whole(4, 1),  # padded lengths that unpacked batches may have; each compiles once
+    "data.workers": whole(2, 1, also="dataloader_num_workers num_workers"),  # threads that build batches ahead of the
+    # device
+    "data.streaming": switch(False),  # rows pass through files on disk, chunk by chunk: for sets larger than memory
+    "data.processes": whole(0, 0, also="dataset_num_proc num_proc preprocessing_num_workers"),  # processes that render
+    # and tokenise; 0: by the number of rows and cores
+    "data.cache": text("auto", also="cache_dir"),  # folder of tokenised rows; auto: ~/.cache/ftjax/data; empty: none
+    "data.cache_size": whole(20_000_000_000, 0, 2**63 - 1),  # bytes of `cache`; the least recently used go first
+    #
+    # ---- cleaning of rows
+    "data.clean.parts": several(("train",), choice("train", "validation", "test")),  # which parts are cleaned;
+    # published validation and test sets are best left as they are
+    "data.clean.unicode": choice("", "NFC", "NFKC"),  # normal form; empty: as it is
+    "data.clean.mojibake": switch(False),  # mend text that was decoded by the wrong table
+    "data.clean.whitespace": switch(False),  # strip ends; one blank for several; at most one empty line; indentation
+    # stays
+    "data.clean.control": switch(False),  # remove control and zero-width characters except line ends and tabs
+    "data.clean.exact": switch(False),  # drop rows whose text repeats an earlier one, except for case, punctuation and
+    # white space
+    "data.clean.near": number(0.0, 0, 1),  # drop rows at least this similar to an earlier one that stays (Jaccard of
+    # word 3-grams); 0: off
+    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: all text
+    "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer or a missing cell; of
+    # rows in no known form, those without any text in `columns`
+    "data.clean.min_chars": whole(0, 0),  # drop rows with a shorter answer
+    "data.clean.max_chars": whole(0, 0),  # drop rows with a longer text in all; 0: off
+    "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is so many times longer than the prompt; 0: off
+    "data.clean.personal": choice("keep", "mask", "drop"),  # e-mail addresses, phone and card numbers, keys
+    "data.clean.drop": several((), WORD),  # regular expressions: rows with a match in any text are dropped; ^ and $ are
+    # the ends of a line
+    #
+    # ---- synthetic rows
+    "data.augment.copies": whole(0, 0),  # synthetic rows made of each training row by ops and function in turn; 0: off
+    "data.augment.ops": several(("word_dropout", "word_swap", "char_noise", "case"), WORD),  # rows of
+    # ftjax.data.augment.OPS
+    "data.augment.rate": number(0.1, 0, 1),  # share of a text's words, or letters, that an op changes; at least one
+    "data.augment.columns": several((), WORD),  # columns with text that ops change. They must be named, because an
+    # answer or a label must never be changed
+    "data.augment.prompts": several((), WORD),  # further templates like data.prompt: each makes one more synthetic row
+    # of every row
+    "data.augment.function": text(),  # "file.py:name": name(row: dict, rng: numpy Generator) -> row, or None for no row
+    #
+    # ---- the task
+    "task.kind": choice(
+        "causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed", also="task_type problem_type"
+    ),  # causal: the next token; classify: one label a text; multilabel: several; regress: numbers; tag: a label a
+    # word; span: where a text holds the answer to a question; masked: hidden tokens of plain text; embed: vectors by
+    # which texts that belong together lie near each other
+    "task.text": text(also="text_column text_field dataset_text_field"),  # column with the text; tag: with the list of
+    # words; span: with the question; embed: with the first text. Empty: the first of the usual names, `sentence`,
+    # `text`, ...
+    "task.pair": text(also="text_pair"),  # column with a second text, read together with the first; span: with the text
+    # that holds the answer; embed: with the text that belongs to the first
+    "task.labels": several((), NAME, also="label_names id2label label_list num_labels"),  # names of labels in the order
+    # of their ids, or of the numbers of regress; empty: those of the model's files where it has a head for them, else
+    # those of the training rows
+    "task.class_weights": Field(
+        (),
+        tuple,
+        'a tuple of one number, 0 or more, for each label, or ("balanced",)',
+        lambda w: w == ("balanced",) or all(type(n) in (int, float) and 0 <= n < math.inf for n in w),
+    ),  # weight of each label in the loss, in the order of their ids; ("balanced",): by how rare a label is, so that
+    # all labels weigh the same
+    "task.balanced": switch(False),  # draw rare labels more often, so that each label has the same number of an epoch's
+    # rows
+    "task.focal": number(0.0, 0, also="focal_loss_gamma"),  # γ of the focal loss, which down-weights examples that the
+    # model already classifies confidently; 0: off
+    "task.threshold": choice("", "f1", "mcc", "balanced_accuracy", "accuracy"),  # two labels, or multilabel: score by
+    # which thresholds are chosen on validation rows; empty: the threshold is 0.5
+    "task.group": text(),  # column by whose values scores are reported separately
+    "task.subwords": choice("first", "all", also="label_all_tokens"),  # tag: which tokens of a word carry its tag; the
+    # first one predicts
+    "task.stride": whole(128, 0, also="doc_stride"),  # span: tokens that successive windows of a long text share
+    "task.max_answer": whole(30, 1, also="max_answer_length"),  # span: tokens of a predicted answer at most
+    "task.no_answer": switch(False, also="version_2_with_negative"),  # span: some questions have no answer (SQuAD
+    # v2.0), and an empty answer may be predicted
+    "task.mask_rate": number(0.15, above=0, most=1, also="mlm_probability"),  # masked: share of tokens that are hidden
+    "task.whole_words": switch(False, also="whole_word_mask wwm"),  # masked: hide all tokens of a word, or none
+    "task.pool": choice("auto", "mean", "cls", also="pooling pooling_mode"),  # a text's vector, which a head over
+    # labels reads, is the mean of its tokens' states, or the state of the first; auto: embed the mean, labels what the
+    # model's class reads
+    "task.temperature": number(0.05, above=0),  # embed: cosines are divided by it; the lower it is, the more the
+    # nearest wrong texts count
+    #
+    # ---- how it is trained
+    "optim.name": choice("adamw", "adafactor", "lion", "sgd", "muon", also="optimizer optim_type"),
+    "optim.lr": number(None, above=0, also="learning_rate peak_lr max_lr"),  # peak learning rate; None: the method's
+    # default
+    "optim.schedule": choice("cosine", "constant", "linear", "wsd", also="lr_scheduler_type lr_scheduler lr_schedule"),
+    # of the learning rate; wsd: warm-up, stable, decay
+    "optim.warmup": number(0.03, 0, also="warmup_ratio warmup_steps num_warmup_steps"),  # share of all steps if below
+    # 1, else steps
+    "optim.decay": number(0.2, 0, 1),  # wsd: share of all steps spent decaying at the end
+    "optim.final_lr": number(0.0, 0, 1, also="min_lr min_lr_ratio cosine_min_lr_ratio"),  # share of the peak reached at
+    # the end of the schedule
+    "optim.weight_decay": number(0.0, 0, also="wd"),  # decoupled; of matrices only, not of norms and biases
+    "optim.b1": number(0.9, 0, below=1, also="adam_beta1 beta1 momentum"),  # decay of the first moment a step; momentum
+    # of sgd too
+    "optim.b2": number(0.999, 0, below=1, also="adam_beta2 beta2"),  # decay of the second moment a step
+    "optim.eps": number(1e-8, above=0, also="adam_epsilon epsilon"),  # added to the root of the second moment
+    "optim.clip_norm": number(1.0, 0, also="max_grad_norm gradient_clipping grad_clip"),  # limit of the gradient's
+    # global norm; 0: no clipping
+    "optim.layer_decay": number(1.0, above=0, most=1, also="llrd layerwise_lr_decay"),  # learning rate of each layer as
+    # a share of the one above it, embeddings counting as one below the lowest; 1: all alike. 0.7 to 0.95 keep low
+    # layers near their pretrained weights
+    "optim.lora_plus": number(1.0, above=0, also="loraplus_lr_ratio"),  # learning rate of LoRA's B as a multiple of A's
+    "train.batch_size": whole(
+        None, 1, also="per_device_train_batch_size train_batch_size global_batch_size micro_batch_size"
+    ),  # rows (packed rows when packing) of a step, over all devices and microbatches; None: the method's default
+    "train.accumulate": whole(1, 1, also="gradient_accumulation_steps grad_accum"),  # microbatches of a step;
+    # batch_size must be a multiple of it
+    "train.epochs": number(3.0, above=0, most=1_000_000, also="num_train_epochs num_epochs"),  # passes over train;
+    # ignored where steps is set
+    "train.steps": whole(0, 0, also="max_steps total_steps num_train_steps"),  # optimizer steps; 0: by epochs
+    "train.label_smoothing": number(0.0, 0, below=1, also="label_smoothing_factor"),  # share of the target's
+    # probability that is spread over all tokens or labels
+    "train.dropout": number(None, 0, below=1, also="hidden_dropout resid_pdrop"),  # on residuals, embeddings and
+    # attention; None: none, as LLaMA; GPT-2 had 0.1
+    "train.neftune": number(0.0, 0, also="neftune_noise_alpha noisy_embedding_alpha"),  # alpha: noise on embeddings in
+    # training, within alpha / sqrt(tokens x width); 0: off. 5 to 15 improve answers of chat models (Jain et al. 2023,
+    # NEFTune)
+    "train.cache_features": switch(True),  # where only the head is trained, for more than an epoch: compute the states
+    # that it reads once, and keep them in a file of run_dir while the run lasts
+    "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay a step of an exponential moving average of the
+    # trained parameters, which is validated and exported in their place; 0: off
+    "train.log_every": whole(10, 1, also="logging_steps log_interval"),  # steps between lines of metrics.jsonl
+    "train.eval_every": whole(0, 0, also="eval_steps eval_interval"),  # steps between validations; 0: ten times a run
+    "train.patience": whole(0, 0, also="early_stopping_patience"),  # stop after so many validations without a better
+    # loss; 0: never
+    "train.save_every": whole(0, 0, also="save_steps save_interval"),  # steps between checkpoints, beside each best
+    # one; 0: at every validation
+    "train.keep": whole(1, 1, also="save_total_limit"),  # latest checkpoints kept beside the best
+    #
+    # ---- how devices share the work
+    "mesh.data": whole(-1, -1),  # rows are split, weights whole; -1: all devices that the others leave; 0: all axes are
+    # chosen for the devices and the model, and the reason is printed
+    "mesh.fsdp": _axis(),  # rows are split; weights are split and gathered for use
+    "mesh.sequence": _axis(),  # tokens of a row are split, for rows too long for one device; weights as by fsdp
+    "mesh.tensor": _axis(),  # heads, feed-forward and vocabulary are split
+    #
+    # ---- evaluation
+    "evaluate.batch_size": whole(0, 0, also="per_device_eval_batch_size eval_batch_size"),  # rows of a step; 0: as
+    # train.batch_size
+    "evaluate.rows": whole(0, 0, also="max_eval_samples"),  # validation rows used during training; 0: all
+    "evaluate.compare": switch(False),  # generate on held-out rows before and after training, score the answers, and
+    # write results.json
+    "evaluate.compare_rows": whole(0, 0),  # distinct held-out prompts to generate for; 0: all
+    "evaluate.compare_on": choice("test", "validation"),  # part with these prompts
+    "evaluate.metrics": several(("rouge_l",), WORD, also="compute_metrics eval_metrics"),  # rows of
+    # ftjax.evaluation.metrics.METRICS; or "file.py:name" of a function of your own
+    "evaluate.words": text(),  # column with the given words, for the metric `coverage`
+    "evaluate.passage": text(),  # column with the text that answers should keep to, for the metric `unsupported`;
+    # empty: the references
+    "evaluate.forgetting": text(),  # text file; the change of the loss on it shows what the model has forgotten
+    "evaluate.samples": whole(5, 0),  # generations shown side by side
+    #
+    # ---- ftjax compare
+    "compare.contenders": Field(
+        ("zero-shot", "few-shot", {"name": "tuned"}),
+        tuple,
+        "a tuple of texts and dicts",
+        lambda entries: all(isinstance(entry, str | dict) for entry in entries),
+    ),  # the first is the one that the others are judged against. A row of ftjax.verdict.baselines.PROMPTS: the base
+    # model with this prompt; `majority`: the commonest label; a run folder, adapter, model directory or hub name; or a
+    # dict: its "name", any field of the config that it is trained with, such as "tuning.method", and of "prompt" (of
+    # PROMPTS), "shots" and "model" (a path) what differs
+    "compare.metric": text(),  # what the verdict is about; empty: the first of evaluate.metrics, or the task's accuracy
+    "compare.seeds": whole(3, 1),  # runs of each trained contender, and draws of examples, from config.seed on
+    "compare.shots": whole(3, 0),  # examples before a question
+    "compare.between": text("\n\n"),  # after each example, where rows are no conversation; an answer ends there too
+    "compare.documents": text(),  # rows, or a folder of text files, whose passages `retrieval` puts before a question
+    "compare.passages": whole(2, 1),  # passages that a question gets
+    "compare.passage_words": whole(80, 1),  # words of a passage at most
+    "compare.context": Field(
+        "Context:\n{passages}\n\n", str, "a text with {passages} in it once", lambda v: v.count("{passages}") == 1
+    ),  # how passages stand before a question
+    "compare.curve": several((), COUNT),  # numbers of training rows, (500, 1000, 2000, ...), on which contenders are
+    # trained as well: their learning curves, each with its law, and what more rows would bring
+    "compare.curve_shots": several((), COUNT),  # classify: the same in rows of each label
+    "compare.curve_of": several((), WORD),  # names of those contenders; empty: all that are trained
+    "compare.curve_steps": whole(0, 0),  # optimizer steps of each of these runs at least, where train.steps is 0
+    "compare.curve_to": several((), COUNT),  # numbers of rows, also more than there are, for which the law predicts
+    "compare.ballots": whole(0, 0),  # questions whose answers are written to a file for blind pairwise rating; 0: none
+    "compare.divergence": whole(64, 0),  # questions on whose answers a tuned model is compared with its base, token by
+    # token; 0: none
+    "compare.unsafe": text(),  # rows with a `prompt` or `messages` that should be refused
+    "compare.harmless": text(),  # rows with a `prompt` or `messages` that should not be refused
+    "compare.device_hour": number(0.0, 0),  # dollars of an hour of this machine's devices; 0: costs in seconds only
+    "compare.tokens_in": number(0.0, 0),  # dollars per million tokens of a prompt at a hosted endpoint of the base
+    "compare.tokens_out": number(0.0, 0),  # dollars per million tokens of an answer there
+    "compare.storage": number(0.0, 0),  # dollars per gigabyte and month of the trained files
+    "compare.requests": whole(0, 0),  # requests a month for which costs are reported; 0: none
+    #
+    # ---- generation
+    "generate.max_new_tokens": whole(64, 1, also="max_tokens max_completion_length"),  # tokens of an answer at most
+    "generate.temperature": number(0.0, 0),  # 0: greedy
+    "generate.top_k": whole(0, 0),  # 0: off
+    "generate.top_p": number(1.0, 0, 1),  # 1: off
+    "generate.batch_size": whole(32, 1),  # prompts at once
+    "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
+    # beside the model's own end tokens
+    #
+    # ---- the exported files
+    "export.formats": several(("auto",), choice("auto", "adapter", "merged", "full")),  # written to run_dir at the end;
+    # auto: adapter where there is one
+    "export.checkpoint": choice("best", "last", also="load_best_model_at_end"),  # which state is written
+    "export.dtype": choice("auto", "float32", "bfloat16", "float16"),  # auto: as the model was
+    "export.shard_size": whole(5_000_000_000, 1, 2**63 - 1, also="max_shard_size"),  # bytes of a safetensors file at
+    # most
+    #
+    # ---- logs
+    "log.tensorboard": switch(True),  # event files under run_dir/tensorboard
+    "log.wandb": text(also="wandb_project report_to"),  # Weights & Biases project; needs the extra `wandb`; empty: off
+    "log.profile": Field(
+        "",
+        str,
+        "FIRST:LAST, numbers of two steps from 1 on, such as 10:13",
+        lambda v: not v or bool((n := re.fullmatch(r"(\d{1,9}):(\d{1,9})", v)) and 1 <= int(n[1]) <= int(n[2])),
+    ),  # steps, both ends included, of which an XProf trace and a summary of where their time went are written to
+    # run_dir; empty: none
+    "log.compilation_cache": switch(True),  # reuse compiled programs across runs (~/.cache/ftjax/xla)
 }
+
+
+class Config(ml_collections.ConfigDict):
+    """A config or one of its groups: what ml_collections says of a wrong key is short and leads to the right one."""
+
+    def __setitem__(self, key, value):
+        if self.is_locked and key not in self:
+            raise FtjaxError(f"{key}: no such key{_right_key(key) or '; this group has ' + ', '.join(self)}")
+        try:
+            super().__setitem__(key, value)
+        except (TypeError, OverflowError):
+            raise FtjaxError(f"{key}: expected {self.get_type(key).__name__}; found {_shown(value)}") from None
+
+
+def default() -> ml_collections.ConfigDict:
+    """A config in which every field of `FIELDS` has its default."""
+    config = Config()
+    for key, field in FIELDS.items():
+        *groups, last = key.split(".")
+        group = config
+        for name in groups:
+            if name not in group:
+                group[name] = Config()
+            group = group[name]
+        group[last] = placeholder(field.kind) if field.default is None else _tuples(field.default)
+    return config.lock()
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDict:
     """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote; overridden and validated.
 
-    overrides: `dotted.key=value`; a value is a Python literal, or else a string in which \\n and \\t are line end and
-    tab. Raises FtjaxError that names the file, the key, what was expected and the nearest key.
+    Args:
+        path: The file.
+        overrides: Texts `dotted.key=VALUE`. For a field that is a text, VALUE is the text itself, in which \\n and \\t
+            are line end and tab, or a quoted Python string. For other fields it is a Python literal.
+
+    Raises:
+        FtjaxError: It names the file, the key, what was expected and the nearest key.
     """
     path = Path(path)
     if not path.is_file():
         there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise FtjaxError(f"--config: {path} is not a file{nearest(str(path), there)}")
-    config = from_dict(_json(path)) if path.suffix == ".json" else _python(path)
+    if path.suffix not in (".py", ".json"):
+        raise FtjaxError(f"--config: {path}: expected a .py file with get_config(), or the run.json of a run")
+    config = from_dict(_json(path), f"{path}: ") if path.suffix == ".json" else _python(path)
     override(config, overrides)
     return config
 
 
 def override(config, overrides: list[str]) -> None:
-    """Apply `dotted.key=value` texts to a config in place, and validate it. Raises FtjaxError as `load` does."""
+    """Apply `dotted.key=VALUE` texts to a config in place, and validate it. Raises FtjaxError as `load` does."""
+    method, keys = config.tuning.method, set()
     for text in overrides:
-        _override(config, text)
+        key, equals, value = text.partition("=")
+        said = f"--config.{key}"
+        if not equals:
+            raise FtjaxError(f"{said}: expected {said}=VALUE")
+        _set(config, key, _field(key, said).read(value, said), said)
+        keys.add(key)
     validate(config)
+    if config.tuning.method != method and config.optim.lr is not None and "optim.lr" not in keys:
+        print(
+            f"ftjax: warning: optim.lr={config.optim.lr:g} was chosen for tuning.method={method}, and the method is "
+            f"{config.tuning.method} here; optim.lr=None takes this method's default",
+            file=sys.stderr,
+        )
 
 
 def _json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise FtjaxError(f"{path} line {error.lineno}: invalid JSON: {error.msg}") from None
-    return content.get("config", content)
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise FtjaxError(f"{path}: invalid JSON: {error}") from None
+    content = content.get("config", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise FtjaxError(f"{path}: expected the fields of a config as a JSON object; found {_shown(content)}")
+    return content
 
 
 def _python(path: Path) -> ml_collections.ConfigDict:
-    spec = importlib.util.spec_from_file_location(f"ftjax_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    get_config = user_code.load(f"{path}:get_config", "--config")
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except (AttributeError, TypeError, KeyError) as error:
-        # ml_collections says which key, of which type, and the nearest one; file and line are ours to add.
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        raise FtjaxError(f"{path} line {lines[-1] if lines else 1}: {str(error).strip()}") from error
+        config = get_config()
+    except Exception as error:  # the user's own code may raise anything
+        raise FtjaxError(user_code.failed(f"{path}:get_config", "--config", error)) from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")
     return config
 
 
-def _override(config, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise FtjaxError(f"--config.{override}: expected --config.{key}=VALUE")
-    _set(config, key, _literal(text), f"--config.{key}")
-
-
 def _literal(text: str):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that its documentation names
         # A shell hands over a line end as two characters; in a template, and in a pattern too, it means one.
         return {"true": True, "false": False}.get(text, text.replace("\\n", "\n").replace("\\t", "\t"))
 
 
-def _set(config, key: str, value, said: str) -> None:
-    *parents, last = key.split(".")
-    node = config
-    for part in parents:
-        node = node[part] if isinstance(node, ml_collections.ConfigDict) and part in node else None
-    if not isinstance(node, ml_collections.ConfigDict) or last not in node:
-        raise FtjaxError(f"{said}: no such key{nearest(key, flat(config))}")
-    if isinstance(node[last], ml_collections.ConfigDict):
-        raise FtjaxError(f"{said}: names a group; its keys are {', '.join(node[last])}")
-    kind = node.get_type(last)
-    if isinstance(value, int | float) and not isinstance(value, bool) and kind is str:
-        value = str(value)
-    if isinstance(value, str) and kind is tuple:
-        value = (value,)
-    # bool is an int to Python, and to ml_collections; to a reader of a config it is not.
-    if isinstance(value, bool) != (kind is bool) and not (value is None and node[last] is None):
-        raise FtjaxError(_wrong_type(said, kind, node[last], value))
+def _shown(value) -> str:
     try:
-        node[last] = value
-    except (TypeError, ValueError):
-        raise FtjaxError(_wrong_type(said, kind, node[last], value)) from None
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of more than 4,300 digits
+        shown = f"{type(value).__name__} of great length"
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
-def _wrong_type(said: str, kind: type, default, value) -> str:
-    example = "" if default is None else f", such as {default!r}"
-    return f"{said}: expected {kind.__name__}{example}; found {value!r}"
+def _right_key(key: str) -> str:
+    """` (did you mean "optim.lr"?)` for a key that is misspelt, lies in another group or is called otherwise here."""
+    group, _, last = str(key).lower().replace("-", "_").rpartition(".")
+    ends = {k: k.rpartition(".")[2] for k in FIELDS}
+    near = difflib.get_close_matches(last, ends.values(), n=1, cutoff=0.6)
+    for fits in (lambda k: last in FIELDS[k].also.split(), lambda k: ends[k] == last, lambda k: ends[k] in near):
+        if found := [k for k in FIELDS if fits(k)]:
+            found = [k for k in found if k == f"{group}.{ends[k]}"] or found
+            return f" (did you mean {' or '.join(json.dumps(k) for k in found)}?)"
+    return nearest(key, FIELDS)
+
+
+def _field(key: str, said: str) -> Field:
+    if key not in FIELDS:
+        within = [k for k in FIELDS if k.startswith(f"{key}.")]
+        if within:
+            raise FtjaxError(f"{said}: names a group; its keys are {', '.join(within)}")
+        raise FtjaxError(f"{said}: no such key{_right_key(key)}")
+    return FIELDS[key]
+
+
+def _set(config, key: str, value, said: str) -> None:
+    value = _field(key, said).check(value, said)
+    *groups, last = key.split(".")
+    for name in groups:
+        config = config[name]
+    config[last] = value
 
 
 def flat(config) -> dict:
-    """{"optim.lr": value, ...}: every leaf by its dotted key."""
+    """{"optim.lr": value, ...}: every leaf by its dotted key. Raises FtjaxError for what is no config."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise FtjaxError(
+            f"expected a config; found {_shown(config)}. ftjax.config.load(path, overrides) reads one from a file, and "
+            "ftjax.config.default() makes one whose fields can be set: config.optim.lr = 1e-4"
+        )
     out = {}
     for key, value in config.items(preserve_field_references=False):
         if isinstance(value, ml_collections.ConfigDict):
@@ -395,24 +640,32 @@ def flat(config) -> dict:
     return out
 
 
-def from_dict(values: dict) -> ml_collections.ConfigDict:
-    """The way back from `config.to_dict()`, also through JSON; keys that this version does not know are an error."""
+def from_dict(values: dict, source: str = "") -> ml_collections.ConfigDict:
+    """The way back from `config.to_dict()`, also through JSON.
+
+    Args:
+        values: Nested as the config is, or by dotted keys. A field that is missing keeps its default.
+        source: Where the values come from, for error messages; it ends in a blank.
+
+    Raises:
+        FtjaxError: It names the source, the key and what was expected, for an unknown key or a wrong value.
+    """
     config = default()
 
     def fill(values, prefix):
         for key, value in values.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and f"{prefix}{key}" not in FIELDS:
                 fill(value, f"{prefix}{key}.")
             else:
-                _set(config, prefix + key, _tuples(value), prefix + key)
+                _set(config, f"{prefix}{key}", value, f"{source}{prefix}{key}")
 
     fill(values, "")
     return config
 
 
 def copy(config) -> ml_collections.ConfigDict:
-    """A copy that may be changed freely; raises FtjaxError for a config with keys that `default()` does not have."""
-    return from_dict(config.to_dict())
+    """A copy that may be changed freely. Raises FtjaxError for what is no config, and for an unknown key or value."""
+    return from_dict(flat(config))
 
 
 # Fields of `data` that no source of a mixture has for itself.
@@ -435,7 +688,7 @@ def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]
         said = f"data.mixture entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("train"), str):
             raise FtjaxError(f'{said}: expected a dict with "train", such as {{"train": "a.jsonl", "weight": 0.7}}')
-        whole = from_dict(config.to_dict())
+        whole = copy(config)
         whole.data.update(train="", validation="", test="", mixture=())
         for key, value in entry.items():
             if key in ("name", "weight"):
@@ -444,10 +697,8 @@ def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]
                 raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, 'name', 'weight'])}")
             if key in OF_ALL:
                 raise FtjaxError(f"{said}: {key!r} holds for all sources: set data.{key}")
-            _set(whole, f"data.{key}", _tuples(value), f"{said}: {key}")
-        weight = entry.get("weight")
-        if weight is not None and (not isinstance(weight, int | float) or weight <= 0):
-            raise FtjaxError(f"{said}: weight: expected a number above 0; found {weight!r}")
+            _set(whole, f"data.{key}", value, f"{said}: {key}")
+        weight = number(None, above=0).check(entry.get("weight"), f"{said}: weight")
         found.append((str(entry.get("name") or Path(entry["train"]).stem), whole.data, weight))
     names = [name for name, _, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -476,100 +727,32 @@ def compile_patterns(patterns, key: str) -> list[re.Pattern]:
 
 
 def validate(config) -> None:
-    """Check every choice and range that can be checked without reading a file. Raises FtjaxError naming the key."""
+    """Check every field, and fields beside each other, as far as no file has to be read.
+
+    Raises:
+        FtjaxError: It names the key and what was expected.
+    """
     values = flat(config)
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise FtjaxError(f"{key}: {values[key]!r}{nearest(values[key], choices)}; one of {', '.join(choices)}")
+    for key in values | FIELDS:
+        if key not in values:
+            raise FtjaxError(f"{key}: the config lacks this field; start from ftjax.config.default()")
+        _field(key, key).check(values[key], key)
 
     def need(key, holds, expected):
         if not holds(values[key]):
-            raise FtjaxError(f"{key}: expected {expected}; found {values[key]!r}")
+            raise FtjaxError(f"{key}: expected {expected}; found {_shown(values[key])}")
 
-    for key in (
-        "tuning.rank",
-        "tuning.virtual_tokens",
-        "data.max_length",
-        "data.buckets",
-        "data.workers",
-        "train.accumulate",
-        "train.log_every",
-    ):
-        need(key, lambda v: v >= 1, "at least 1")
-    for key in (
-        "generate.max_new_tokens",
-        "generate.batch_size",
-        "train.keep",
-        "export.shard_size",
-    ):
-        need(key, lambda v: v >= 1, "at least 1")
-    for key in (
-        "model.head_chunk",
-        "train.steps",
-        "train.eval_every",
-        "train.patience",
-        "train.save_every",
-        "data.limit",
-        "data.shots",
-        "model.unroll",
-    ):
-        need(key, lambda v: v >= 0, "0 or more")
-    for key in ("data.clean.min_chars", "data.clean.max_chars", "data.clean.max_ratio", "data.augment.copies"):
-        need(key, lambda v: v >= 0, "0 or more")
+    compile_patterns(values["data.clean.drop"], "data.clean.drop")
     if config.task.kind != "classify":
         need("data.shots", lambda v: v == 0, "0 where task.kind is not classify; data.limit is for rows of any kind")
-    need("data.clean.parts", lambda v: set(v) <= {"train", "validation", "test"}, "of train, validation and test")
-    compile_patterns(values["data.clean.drop"], "data.clean.drop")
-    for key in ("optim.weight_decay", "optim.clip_norm", "optim.warmup", "generate.temperature", "generate.top_k"):
-        need(key, lambda v: v >= 0, "0 or more")
-    need("task.focal", lambda v: v >= 0, "0 or more")
-    need("task.stride", lambda v: v >= 0, "0 or more")
-    need("task.max_answer", lambda v: v >= 1, "at least 1")
-    need("task.mask_rate", lambda v: 0 < v <= 1, "a share above 0")
-    need("task.temperature", lambda v: v > 0, "more than 0")
     if config.task.kind == "embed":
         need("train.accumulate", lambda v: v == 1, "1: a text is told from all others of its batch, which microbatches "
              "do not see; model.remat=full saves memory instead")  # fmt: skip
-    need("train.neftune", lambda v: v >= 0, "0 or more")
-    for key in ("tuning.dropout", "train.label_smoothing", "train.ema"):
-        need(key, lambda v: 0 <= v < 1, "a share from 0 to below 1")
-    for key in ("optim.final_lr", "optim.decay", "generate.top_p"):
-        need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
-    need("optim.lr", lambda v: v is None or v > 0, "more than 0")
-    need("tuning.layers", lambda v: v > 0, "more than 0")
-    need("tuning.layers_with", lambda v: set(v) <= {"final_norm", "lm_head"}, "of final_norm and lm_head")
-    need("optim.layer_decay", lambda v: 0 < v <= 1, "more than 0 and at most 1")
-    need("optim.lora_plus", lambda v: v > 0, "more than 0")
-    need("data.temperature", lambda v: v > 0, "more than 0")
-    for key in ("data.group_near", "data.clean.near", "data.augment.rate"):
-        need(key, lambda v: 0 <= v <= 1, "a share from 0 to 1")
-    need("train.batch_size", lambda v: v is None or v >= 1, "at least 1")
-    need("train.dropout", lambda v: v is None or 0 <= v < 1, "a share from 0 to below 1")
-    need("train.epochs", lambda v: v > 0, "more than 0")
-    need(
-        "data.split", lambda v: len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6, "three shares that add up to 1"
-    )
-    for key in ("compare.seeds", "compare.passages", "compare.passage_words"):
-        need(key, lambda v: v >= 1, "at least 1")
-    for key in ("shots", "ballots", "divergence", "device_hour", "tokens_in", "tokens_out", "storage", "requests"):
-        need(f"compare.{key}", lambda v: v >= 0, "0 or more")
-    for key in ("curve", "curve_shots", "curve_to"):
-        need(f"compare.{key}", lambda v: all(isinstance(n, int) and n > 0 for n in v), "numbers of rows, above 0")
-    need(
-        "log.profile",
-        lambda v: not v or ((n := re.fullmatch(r"(\d+):(\d+)", v)) and 1 <= int(n[1]) <= int(n[2])),
-        "FIRST:LAST, numbers of two steps from 1 on, such as 10:13",
-    )
-    need("compare.curve_steps", lambda v: v >= 0, "0 or more")
-    need("compare.context", lambda v: v.count("{passages}") == 1, "a text with {passages} in it once")
-    need("tuning.encoder_hidden", lambda v: v >= 0, "0 or more")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
-    for key in ("tuning.rank_pattern", "tuning.alpha_pattern"):
-        need(key, lambda v: all(isinstance(p, tuple) and len(p) == 2 for p in v), "pairs of (pattern, value)")
     if config.data.mixture:
         for name, data, _ in sources(config):
-            whole = from_dict(config.to_dict())
+            whole = copy(config)
             whole.data = data
             try:
                 validate(whole)

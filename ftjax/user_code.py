@@ -32,5 +32,7 @@ def failed(named: str, key: str, error: Exception) -> str:
     """What is said of an error that the user's code raised: which, and at which of its lines."""
     file = str(Path(named.rpartition(":")[0]))
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
     at = f" at line {lines[-1]}" if lines else ""
-    return f"{key} {named!r} failed{at}: {type(error).__name__}: {error}"
+    kind = "" if isinstance(error, FtjaxError) else f"{type(error).__name__}: "
+    return f"{key} {named!r} failed{at}: {kind}{error}"

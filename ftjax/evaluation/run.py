@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 from ftjax import config as configs
@@ -78,9 +77,7 @@ def predict(model: str | LM, data: str, config=None, *, overrides=()) -> list[di
 def _config(model, config, overrides):
     if config is None:
         file = None if isinstance(model, LM) else Path(model) / RUN
-        config = (
-            configs.from_dict(json.loads(file.read_text())["config"]) if file and file.is_file() else configs.default()
-        )
+        config = configs.load(file) if file and file.is_file() else configs.default()
     config = configs.copy(config)
     configs.override(config, overrides)
     return config

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.plan.devices import Devices, parse
 
@@ -35,6 +36,7 @@ def plan(
     takes all the time that it would take there, see compile_step. Raises FtjaxError for devices, a config or
     a mesh that cannot be.
     """
+    configs.validate(config)
     target = parse(devices)
     with tempfile.TemporaryDirectory() as folder:
         job = {"config": config.to_dict(), "devices": target.name, "data": data, "memory": memory, "seconds": seconds}

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ftjax import config as configs
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError
@@ -63,6 +64,7 @@ def train(config, say=print) -> Result:
 
     say: called with lines for a person. Raises FtjaxError for anything in the config or the data that cannot be used.
     """
+    configs.validate(config)
     started = time.perf_counter()
     first = hosts.start()  # of several processes, one speaks and writes for all
     say = say if first else (lambda text: None)

@@ -125,7 +125,7 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     run_dir = Path(run_dir)
     if not (run_dir / RUN).is_file():
         raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN}; `ftjax train` makes such folders")
-    config = configs.from_dict(json.loads((run_dir / RUN).read_text())["config"])
+    config = configs.load(run_dir / RUN)
     method = METHODS[config.tuning.method]
     task = (config.task.kind, config.task.labels) if config.task.kind != "causal" else None
     lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config, quantise, task)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -152,7 +151,7 @@ def open_run(source: str) -> Run | None:
     file = Path(source) / RUN
     if not source or not file.is_file():
         return None
-    return Run(source, configs.from_dict(json.loads(file.read_text())["config"]), read_metrics(source))
+    return Run(source, configs.load(file), read_metrics(source))
 
 
 def answer(contender: Contender, setting: Setting, lm: LM, seed: int):

@@ -82,6 +82,7 @@ def sweep(
     is no number, is told with its outcome, and the others go on. Raises FtjaxError for settings that cannot be, and for
     a folder that holds another run.
     """
+    configs.validate(config)
     if seeds < 1:
         raise FtjaxError(f"--seeds: expected at least 1; found {seeds}")
     if min(random, optuna) < 0 or (random > 0) + (optuna > 0) + (halving and optuna > 0) > 1:

@@ -244,9 +244,9 @@ def test_what_cannot_be_met_is_refused(fields, told):
 def test_the_config_refuses_what_needs_no_file():
     for override, told in [
         ("data.clean.drop=('a(b',)", "data.clean.drop: 'a(b' is no regular expression"),
-        ("data.clean.parts=('train', 'dev')", "data.clean.parts: expected of train, validation and test"),
-        ("data.clean.min_chars=-1", "data.clean.min_chars: expected 0 or more"),
-        ("data.clean.near=1.5", "data.clean.near: expected a share from 0 to 1"),
+        ("data.clean.parts=('train', 'dev')", "data.clean.parts, entry 2: expected one of train, validation, test"),
+        ("data.clean.min_chars=-1", "data.clean.min_chars: expected a whole number at least 0"),
+        ("data.clean.near=1.5", "data.clean.near: expected a number at least 0 and at most 1"),
     ]:
         with pytest.raises(FtjaxError) as error:
             config.override(config.default(), [override])

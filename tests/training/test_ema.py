@@ -142,5 +142,5 @@ def test_it_lies_on_the_mesh_as_what_is_trained():
 def test_decay_must_be_a_share():
     c = configs.default()
     c.train.ema = 1.0
-    with pytest.raises(FtjaxError, match=r"train\.ema: expected a share from 0 to below 1"):
+    with pytest.raises(FtjaxError, match=r"train\.ema: expected a number at least 0 and below 1"):
         configs.validate(c)
