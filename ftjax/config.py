@@ -684,8 +684,8 @@ def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]
     if not data.mixture:
         return [("", data, None)]
     found = []
-    for number, entry in enumerate(data.mixture, 1):
-        said = f"data.mixture entry {number}"
+    for position, entry in enumerate(data.mixture, 1):
+        said = f"data.mixture entry {position}"
         if not isinstance(entry, dict) or not isinstance(entry.get("train"), str):
             raise FtjaxError(f'{said}: expected a dict with "train", such as {{"train": "a.jsonl", "weight": 0.7}}')
         whole = copy(config)

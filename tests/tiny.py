@@ -32,10 +32,8 @@ VARIANTS = tiny_models.VARIANTS | {
     "llama3-wide": (
         "llama",
         tiny_models.SIZES
-        | {
-            "head_dim": 16,
-            "rope_parameters": tiny_models.LLAMA3 | {"original_max_position_embeddings": 64, "rope_theta": 1000.0},
-        },
+        | {"head_dim": 16}
+        | tiny_models.rotary(1000.0, **tiny_models.LLAMA3, original_max_position_embeddings=64),
     ),
 }
 

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
+
+# Version 4 says of rotary embeddings in two keys what version 5 says in one.
+TRANSFORMERS_5 = int(metadata.version("transformers").split(".")[0]) >= 5
+
+
+def rotary(theta: float, **scaling) -> dict:
+    """What config.json says of rotary embeddings, for the installed version of transformers."""
+    if TRANSFORMERS_5:
+        return {"rope_parameters": scaling | {"rope_theta": theta}}
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
 
 SIZES = {
     "vocab_size": 50,
@@ -23,11 +36,8 @@ VARIANTS = {
     "llama2": ("llama", SIZES | {"num_key_value_heads": None}),
     "llama-tied": ("llama", SIZES | {"tie_word_embeddings": True, "head_dim": 6, "rms_norm_eps": 1e-5}),
     "llama-biases": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
-    "llama-linear": ("llama", SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}),
-    "llama3": (
-        "llama",
-        SIZES | {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16, "rope_theta": 500000.0}},
-    ),
+    "llama-linear": ("llama", SIZES | rotary(500.0, rope_type="linear", factor=2.0)),
+    "llama3": ("llama", SIZES | rotary(500000.0, **LLAMA3, original_max_position_embeddings=16)),
     "mistral": ("mistral", SIZES | {"sliding_window": 5}),
     "mistral-full": ("mistral", SIZES | {"sliding_window": None}),
     "qwen2": ("qwen2", SIZES | {"tie_word_embeddings": True}),

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+from tiny_models import TRANSFORMERS_5
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import FAMILIES, from_hf, linear_names, module_name, read_config, shapes, to_hf
@@ -34,13 +35,18 @@ def test_missing_keys_mean_what_transformers_assumes(kind):
         if key == "n_inner":
             value = 4 * theirs.n_embd
         assert getattr(ours, field) == value, field
-    if ours.local_theta:
+    if ours.local_theta and TRANSFORMERS_5:
         assert ours.rope_theta == theirs.rope_parameters["full_attention"]["rope_theta"]
         assert ours.local_theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
+    elif ours.local_theta:
+        assert (ours.rope_theta, ours.local_theta) == (theirs.global_rope_theta, theirs.local_rope_theta)
     elif ours.positions == "rotary":
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    modern = tuple(65 if kind == "sliding_attention" else 0 for kind in getattr(theirs, "layer_types", None) or ())
-    windows = {"mistral": (4096,) * 32, "modernbert": modern}.get(kind, ())
+        assert ours.rope_theta == (theirs.rope_parameters["rope_theta"] if TRANSFORMERS_5 else theirs.rope_theta)
+    windows = {"mistral": (4096,) * 32}.get(kind, ())
+    if kind == "modernbert" and TRANSFORMERS_5:
+        windows = tuple(65 if layer == "sliding_attention" else 0 for layer in theirs.layer_types)
+    elif kind == "modernbert":
+        windows = tuple(65 if layer % theirs.global_attn_every_n_layers else 0 for layer in range(22))
     assert ours.windows == windows
 
 
@@ -50,7 +56,8 @@ def test_reads_what_transformers_writes_and_writes_what_it_reads(variant):
     hf = to_hf(family, config)
     assert from_hf(hf) == (family, config)
     again = transformers_config(hf.pop("model_type"), {k: v for k, v in hf.items() if k != "architectures"})
-    for key in set(family.keys.values()) | {"rope_parameters", "sliding_window", "layer_types"}:
+    rotary = {"rope_parameters"} if TRANSFORMERS_5 else {"rope_theta", "rope_scaling"}
+    for key in set(family.keys.values()) | rotary | {"sliding_window", "layer_types"}:
         theirs, meant = getattr(again, key, None), getattr(model.config, key, None)
         if meant is None and key in ("n_inner", "head_dim"):
             meant = {"n_inner": 64, "head_dim": 4}[key]
