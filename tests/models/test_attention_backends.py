@@ -293,7 +293,7 @@ def test_what_is_chosen_is_told():
 
 
 def test_choices_of_the_config_are_the_table():
-    assert configs.CHOICES["model.attention"] == backends.CHOICES
+    assert configs.FIELDS["model.attention"].choices == backends.CHOICES
 
 
 AOT = """

@@ -86,7 +86,7 @@ def test_a_device_without_such_memory_is_told():
 
 
 def test_choices_of_the_config_are_the_table():
-    assert set(configs.CHOICES["model.remat"]) == {"auto", *remat.CHOICES}
+    assert set(configs.FIELDS["model.remat"].choices) == {"auto", *remat.CHOICES}
 
 
 def test_auto_takes_the_fastest_that_fits():

@@ -14,7 +14,7 @@ from ftjax import config as configs
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.tree import flatten
 
-NAMES = configs.CHOICES["optim.name"]
+NAMES = configs.FIELDS["optim.name"].choices
 
 
 def optim(**fields):
