@@ -276,10 +276,12 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         chosen = split(tables, dealt_by, config.seed)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
-        if data.stratify or data.label and config.task.kind in BY_LABEL:
+        # Where no rows had to be dealt, `split` has not asked for the column.
+        column = data.stratify or dealt_by.label
+        if column in tables["train"].columns:
             own = {part: at for part, at in chosen.items() if part == "train" or part not in tables}
-            for value, lacking in absent(tables["train"], data.stratify or data.label, own).items():
-                source.notes.append(f"{data.stratify or data.label} {value}: no row of it in {', '.join(lacking)}")
+            for value, lacking in absent(tables["train"], column, own).items():
+                source.notes.append(f"{column} {value}: no row of it in {', '.join(lacking)}")
     others = _evaluation_rows(sources, config)
     for source, (count, indices) in zip(sources, dealt):
         table = source.tables["train"]

@@ -40,10 +40,6 @@ def split(tables: dict[str, Table], data, seed: int) -> dict[str, np.ndarray]:
     if len(data.split) != 3 or min(data.split) < 0 or abs(sum(data.split) - 1) > 1e-6:
         raise FtjaxError(f"data.split={tuple(data.split)}: expected three shares that add up to 1")
     table = tables["train"]
-    key = "data.stratify" if data.stratify else "data.label"
-    column = data.stratify or data.label
-    need_columns([column] if column else [], table.columns, key)
-    need_columns(data.group, table.columns, "data.group")
     shares = {k: data.split[k] for k, name in enumerate(PARTS) if k and name not in tables and data.split[k]}
     order = _order(len(table), seed)
     part = np.zeros(len(table), np.int64)  # index in PARTS of each row of train's table
@@ -52,6 +48,9 @@ def split(tables: dict[str, Table], data, seed: int) -> dict[str, np.ndarray]:
         shares = {0: round(1 - sum(shares.values()), 9), **shares}
         if shares[0] == 0:
             raise _none_left(len(table), data)
+        key = "data.stratify" if data.stratify else "data.label"
+        column = data.stratify or data.label
+        need_columns([column] if column else [], table.columns, key)
         value = _values(table, column) if column else np.zeros(len(table), np.int64)
         if data.group or data.group_near:
             part = _by_group(_groups(table, data, seed), value, order, shares, data)
@@ -175,6 +174,7 @@ def _deal(sizes: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 def _groups(table: Table, data, seed: int) -> np.ndarray:
     """(N,) index of the first row of each row's group."""
+    need_columns(data.group, table.columns, "data.group")
     pairs = [np.empty((0, 2), np.int64)]
     for column in data.group:
         first: dict[str, int] = {}

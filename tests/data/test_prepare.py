@@ -74,6 +74,15 @@ def test_named_files_win(write, starter):
     assert names(data.train) == [r["prompt"] for r in rows(20)]
 
 
+def test_a_column_that_deals_rows_is_not_needed_where_none_are_dealt(write, starter):
+    train, validation = write("t.jsonl", rows(20)), write("v.jsonl", rows(3, 100))
+    for field in ("label", "stratify"):
+        with pytest.raises(FtjaxError, match=f"data.{field}: no column 'topic'"):
+            run(settings(train, validation=validation, **{field: "topic"}), starter)
+        data = run(settings(train, validation=validation, split=(1.0, 0.0, 0.0), **{field: "topic"}), starter)
+        assert [len(p) for p in (data.train, data.validation, data.test)] == [20, 3, 0]
+
+
 def test_parts_stay_aligned_when_rows_are_dropped(write, starter):
     long = {"prompt": "x" * 200, "completion": "y"}
     source = write("t.jsonl", [*rows(3), long, *rows(3, 10)])

@@ -212,13 +212,6 @@ def test_what_cannot_be_met_is_refused(fields, n, told):
     assert told in str(error.value)
 
 
-def test_a_column_is_missed_where_every_part_has_a_file_too():
-    rows = numbered(9)
-    for field in ({"label": "z"}, {"stratify": "z"}, {"group": ("z",)}):
-        with pytest.raises(FtjaxError, match="no column 'z'"):
-            split({"train": rows, "validation": rows, "test": rows}, asked(**field), seed=0)
-
-
 # ---------------------------------------------------------------------------------------------- decontamination
 
 
