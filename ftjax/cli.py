@@ -197,10 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
     if unknown or (overrides and args.verb not in CONFIGURED):
-        options = [o for action in _options(top, args.verb) for o in action]
-        top.error(f"unknown argument {(unknown or rest)[0]}{nearest((unknown or rest)[0].split('=')[0], options)}")
+        top.error(_unknown(top, args.verb, unknown, rest))
     try:
         if argv is None:
+            if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py
+                os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that this one starts or becomes
             _tune_malloc()
         return args.run(args, overrides) or 0
     except FtjaxError as error:
@@ -211,9 +212,24 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _options(top, verb):
+def _unknown(top, verb: str, unknown: list[str], rest: list[str]) -> str:
+    """What is said of arguments that the verb does not have; unknown: those of `rest` that set no field."""
+    spaced = next((arg for arg in rest if arg.startswith("--config.") and "=" not in arg), None)
+    if spaced and verb in CONFIGURED:
+        return f"{spaced}: expected {spaced}=VALUE"
+    name = (unknown or rest)[0].partition("=")[0]
     sub = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices[verb]
-    return [action.option_strings for action in sub._actions]
+    # Without the dashes, which all have in common: --lr is not near --help.
+    near = nearest(
+        name.lstrip("-"), [option.lstrip("-") for action in sub._actions for option in action.option_strings]
+    )
+    near = near.replace('"', '"--', 1)
+    if not near and verb in CONFIGURED and name.startswith("--"):
+        from ftjax import config
+
+        if keys := config.similar(name.removeprefix("--")):
+            return f"unknown argument {name}: --config.{keys[0]}=VALUE sets this field of the config"
+    return f"unknown argument {name}{near}"
 
 
 def _version() -> str:

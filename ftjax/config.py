@@ -597,14 +597,19 @@ def _shown(value) -> str:
 
 def _right_key(key: str) -> str:
     """` (did you mean "optim.lr"?)` for a key that is misspelt, lies in another group or is called otherwise here."""
+    keys = similar(key)
+    return f" (did you mean {' or '.join(json.dumps(k) for k in keys)}?)" if keys else nearest(key, FIELDS)
+
+
+def similar(key: str) -> list[str]:
+    """The keys that a wrong one may stand for; names in other projects come first, misspellings last."""
     group, _, last = str(key).lower().replace("-", "_").rpartition(".")
     ends = {k: k.rpartition(".")[2] for k in FIELDS}
     near = difflib.get_close_matches(last, ends.values(), n=1, cutoff=0.6)
     for fits in (lambda k: last in FIELDS[k].also.split(), lambda k: ends[k] == last, lambda k: ends[k] in near):
         if found := [k for k in FIELDS if fits(k)]:
-            found = [k for k in found if k == f"{group}.{ends[k]}"] or found
-            return f" (did you mean {' or '.join(json.dumps(k) for k in found)}?)"
-    return nearest(key, FIELDS)
+            return [k for k in found if k == f"{group}.{ends[k]}"] or found
+    return []
 
 
 def _field(key: str, said: str) -> Field:

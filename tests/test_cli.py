@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ftjax import cli
+from ftjax import config as configs
+from ftjax.plan import run
+
 ROOT = Path(__file__).resolve().parents[1]
 
 HEAVY = ("jax", "numpy", "transformers", "datasets", "ml_collections", "orbax", "grain")
@@ -34,6 +38,10 @@ def test_help_imports_nothing_heavy():
         (("train", "--config", "configs/quickstart.py", "--confg.seed=1"), 'did you mean "--config"?'),
         (("train", "--config", "configs/quikstart.py"), "quickstart.py"),
         (("train", "--config", "configs/quickstart.py", "--config.optim.rate=1"), "no such key"),
+        (("train", "--config", "configs/quickstart.py", "--lr=1"), "--config.optim.lr=VALUE sets this field"),
+        (("train", "--config", "configs/quickstart.py", "--optim.lr", "1"), "--config.optim.lr=VALUE sets"),
+        (("train", "--config", "configs/quickstart.py", "--config.optim.lr", "1"), "expected --config.optim.lr=VALUE"),
+        (("train", "--config", "configs/quickstart.py", "--lora_r=8"), "--config.tuning.rank=VALUE sets"),
         (("train", "--config", "configs/quickstart.py", "--profile", "steps=5"), "log.profile: expected FIRST:LAST"),
         (("generate", "--model", "builtin:stories260K"), "--prompt"),
         (("generate", "--model", "no/such/folder/at/all", "--prompt", "x"), "no such folder"),
@@ -44,6 +52,36 @@ def test_wrong_arguments_end_with_one_clear_line(args, told):
     done = ftjax(*args)
     assert done.returncode == 2
     assert told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "start, args",
+    [
+        ([str(Path(sys.executable).with_name("ftjax"))], ["data", "inspect", "--data", "rows.jsonl"]),
+        ([sys.executable, "-m", "ftjax"], ["--version"]),
+    ],
+)
+def test_files_of_the_current_folder_are_no_modules(tmp_path, start, args):
+    """Also where the command starts itself again, to have another allocator."""
+    for name in ("numbers", "datasets", "random", "json", "argparse", "glob", "jax"):
+        (tmp_path / f"{name}.py").write_text(f"open('ran', 'a').write('{name} ')\nraise SystemExit('{name}.py')\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "One", "completion": " two"}\n' * 9)
+    env = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "PYTHONSAFEPATH")}
+    done = subprocess.run([*start, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
+
+
+def test_processes_that_a_command_starts_leave_the_current_folder_too(monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # and put back after the test
+    monkeypatch.setenv("FTJAX_MALLOC", "0")
+    monkeypatch.setattr(sys, "argv", ["ftjax", "generate", "--model", "builtin:stories260K"])
+    monkeypatch.setattr(sys, "path", ["/somewhere/bin", *sys.path])
+    assert cli.main() == 2 and os.environ["PYTHONSAFEPATH"] == "1"
+    started = []
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **how: started.append(command) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.plan(configs.default())
+    assert started[0][1:4] == ["-P", "-m", "ftjax.plan.worker"]
 
 
 def test_generate_writes_json_lines_in_order(tmp_path):

@@ -44,7 +44,7 @@ def plan(
         job["result"] = str(Path(folder) / "result.json")
         (Path(folder) / "job.json").write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, "-m", "ftjax.plan.worker", str(Path(folder) / "job.json")],
+            [sys.executable, "-P", "-m", "ftjax.plan.worker", str(Path(folder) / "job.json")],
             env=os.environ | environment(target), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         if done.returncode == 2:
@@ -61,7 +61,8 @@ def environment(devices: Devices) -> dict[str, str]:
 
     Raises FtjaxError for a TPU without its compiler.
     """
-    out = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    folders = [*filter(None, sys.path), str(Path(__file__).parents[2])]  # the last one, where ftjax is not installed
+    out = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(folders)}
     if not devices.topology:
         return out | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices.count}"}
     if importlib.util.find_spec("libtpu") is None:
