@@ -203,13 +203,35 @@ def main(argv: list[str] | None = None) -> int:
             if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that this one starts or becomes
             _tune_malloc()
+        if args.run in (_evaluate, _predict, _generate, _plan):
+            _check_file(args, "json" if args.run is _plan else "out")
         return args.run(args, overrides) or 0
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"ftjax: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nftjax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _check_file(args, flag: str) -> None:
+    """Raises FtjaxError, before anything is computed, where a file that the verb writes at its end cannot be."""
+    path = getattr(args, flag)
+    if path is not None and (not path or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+        raise FtjaxError(f"--{flag} {path}: expected the name of a file, in a folder that exists")
+
+
+def _check_numbers(args, keys: dict[str, str]) -> None:
+    """Raises FtjaxError for an argument out of the range of the config's field that means the same."""
+    from ftjax import config
+
+    for name, key in keys.items():
+        config.FIELDS[key].check(getattr(args, name), "--" + name.replace("_", "-"))
 
 
 def _unknown(top, verb: str, unknown: list[str], rest: list[str]) -> str:
@@ -267,6 +289,8 @@ def _train(args, overrides) -> None:
 def _sweep(args, overrides) -> None:
     from ftjax import config
 
+    if not 0 < args.stale < float("inf"):
+        raise FtjaxError(f"--stale: expected a number of seconds above 0; found {args.stale}")
     settings = config.load(args.config, overrides)
     from ftjax.verdict.sweep import sweep
 
@@ -286,7 +310,7 @@ def _compare(args, overrides) -> None:
 def _plan(args, overrides) -> int:
     for flag in ("share", "seconds", "memory", "price"):
         value = getattr(args, flag)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise FtjaxError(f"--{flag}: expected a number above 0; found {value}")
     from ftjax import config
     from ftjax.plan.report import report
@@ -303,6 +327,8 @@ def _plan(args, overrides) -> int:
 def _data(args, overrides) -> None:
     if not args.config and not args.data:
         raise FtjaxError(f"data {args.step}: expected --config FILE or --data ROWS")
+    if args.rows < 1:
+        raise FtjaxError(f"--rows: expected 1 or more; found {args.rows}")
     if args.step in ("clean", "split", "augment") and not args.out:
         raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for what it writes")
     from ftjax import config
@@ -364,7 +390,9 @@ def _generate(args, overrides) -> None:
     from ftjax.evaluation.run import answer
 
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "batch_size")}
+    names = ("temperature", "top_k", "top_p", "seed", "batch_size")
+    _check_numbers(args, {n: n if n == "seed" else f"generate.{n}" for n in ("max_new_tokens", *names)})
+    sampling = {name: getattr(args, name) for name in names}
     rows = []
     for name, model in _models(args):
         found = answer(

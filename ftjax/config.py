@@ -12,6 +12,7 @@ import ast
 import difflib
 import json
 import math
+import os.path
 import re
 import sys
 from collections.abc import Callable
@@ -526,8 +527,8 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
         FtjaxError: It names the file, the key, what was expected and the nearest key.
     """
     path = Path(path)
-    if not path.is_file():
-        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        there = [str(p) for p in path.parent.glob("*.py")] if os.path.isdir(path.parent) else []
         raise FtjaxError(f"--config: {path} is not a file{nearest(str(path), there)}")
     if path.suffix not in (".py", ".json"):
         raise FtjaxError(f"--config: {path}: expected a .py file with get_config(), or the run.json of a run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import os.path
 
 from ftjax import assets
 from ftjax import config as configs
@@ -78,7 +78,7 @@ def _named(name: str, config, said: str) -> Contender:
     if name == MAJORITY:
         return Contender(name, MAJORITY)
     source = name.removeprefix("run:")
-    if not (Path(source).exists() or "/" in source or source.startswith(assets.PREFIX)):
+    if not (os.path.exists(source) or "/" in source or source.startswith(assets.PREFIX)):
         raise FtjaxError(
             f"{said}: {name!r}{nearest(name, [*PROMPTS, MAJORITY])}; expected one of {', '.join(PROMPTS)}, {MAJORITY}, "
             'a folder, a hub name, or a dict with a "name"'
