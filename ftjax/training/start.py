@@ -19,6 +19,7 @@ from ftjax.models.quantised import dequantised
 from ftjax.training import hosts, sharding
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
+from ftjax.training.run_folder import keep_start
 
 
 def first_state(job: Job, program: Program, say) -> tuple:
@@ -39,6 +40,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
         # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         trained, frozen = program.begin(jax.random.key(config.seed), base)
+    frozen = keep_start(job.method, frozen, Path(config.run_dir))
     del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
     if job.given:
         made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)

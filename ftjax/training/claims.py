@@ -1,7 +1,8 @@
 """Who runs what, where several processes or hosts share a folder: one file a claim, that exists or does not.
 
-A claim is made by a link, which fails where there is one, and its owner touches it while it lives. What a process of
-this host that has died left behind, and what nobody has touched for `stale` seconds, is taken over.
+A claim is made by a link, which fails where there is one, and its owner touches it while it lives. The claim of a
+process of this host holds until that process ends, however it ends; that of another host until nobody has touched it
+for `stale` seconds.
 """
 
 from __future__ import annotations
@@ -51,19 +52,28 @@ def owner(path: Path) -> str:
     """Who has a claim, for a person."""
     try:
         said = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return "nobody"
-    return f"process {said['pid']} of {said['host']}"
+    since = f", since {said['since']}" if "since" in said else ""
+    return f"process {said['pid']} of {said['host']}{since}"
 
 
 def _take(path: Path) -> bool:
-    me = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    draft = path.with_name(f"{path.name}.{me}.part")  # whole before anybody sees it
-    draft.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    pid, host = os.getpid(), socket.gethostname()
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    said = json.dumps({"host": host, "pid": pid, "started": _started(pid), "since": since})
+    draft = path.with_name(f"{path.name}.{host}-{pid}-{threading.get_ident()}.part")  # whole before anybody sees it
+    draft.write_text(said)
     try:
         os.link(draft, path)
     except FileExistsError:
         return False
+    except OSError:  # a file system without hard links
+        try:
+            with path.open("x") as file:
+                file.write(said)
+        except FileExistsError:
+            return False
     finally:
         draft.unlink()
     return True
@@ -76,8 +86,12 @@ def _left(path: Path, stale: float) -> bool:
         said = json.loads(path.read_text())
     except FileNotFoundError:
         return True
-    here = said["host"] == socket.gethostname()
-    if time.time() - before.st_mtime < stale and not (here and not _runs(said["pid"])):
+    except ValueError:  # being written, or cut short by a full disk
+        said = {"host": ""}
+    if said["host"] == socket.gethostname():
+        if _runs(said["pid"], said.get("started")):
+            return False
+    elif time.time() - before.st_mtime < stale:
         return False
     aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.left")
     try:
@@ -92,14 +106,26 @@ def _left(path: Path, stale: float) -> bool:
     return taken
 
 
-def _runs(pid: int) -> bool:
+def _runs(pid: int, started: str | None) -> bool:
+    """Whether the process that made a claim still runs, and its number has not gone to another process since."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return started is None or _started(pid) == started
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host began, by Linux's clock of this boot; None for one that has ended, and where that is
+    not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
 
 
 def _touch(path: Path, every: float, ended: threading.Event) -> None:
