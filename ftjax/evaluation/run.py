@@ -16,7 +16,7 @@ from ftjax.evaluation import compare, judge, said
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.lm import LM, continue_ids
 from ftjax.loading import load
-from ftjax.training.run_folder import RUN
+from ftjax.training.run_folder import RUN, run_config
 
 
 def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides=(), generate: bool = False) -> dict:
@@ -76,8 +76,8 @@ def predict(model: str | LM, data: str, config=None, *, overrides=()) -> list[di
 
 def _config(model, config, overrides):
     if config is None:
-        file = None if isinstance(model, LM) else Path(model) / RUN
-        config = configs.load(file) if file and file.is_file() else configs.default()
+        run = not isinstance(model, LM) and (Path(model) / RUN).is_file()
+        config = run_config(model) if run else configs.default()
     config = configs.copy(config)
     configs.override(config, overrides)
     return config

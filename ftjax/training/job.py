@@ -13,7 +13,7 @@ from ftjax import config as configs
 from ftjax.data import chat_templates, labelled
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, prepare
-from ftjax.evaluation import judge
+from ftjax.evaluation import compare, judge
 from ftjax.hub import families, fingerprint, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
@@ -80,6 +80,12 @@ class Job:
     def longest(self) -> int:
         """Tokens of the longest batch, virtual ones among them."""
         return max(T for _, T, _ in self.batches.shapes()) + self.virtual
+
+    @functools.cached_property
+    def settings(self) -> dict:
+        """All that figures before and after training depend on, see compare.settings."""
+        part = getattr(self.data, self.config.evaluate.compare_on)
+        return compare.settings(self.chatty, self.ends, part, self.data.max_length, self.config)
 
     def lm(self, model) -> LM:
         """An LM without parameters, for functions that receive the variables separately."""

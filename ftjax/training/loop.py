@@ -89,7 +89,7 @@ def train(config, say=print) -> Result:
         opened.enter_context(jax.set_mesh(mesh))
         program = build(config, job.spec, mesh, job.dtype, steps)
         state, frozen = first_state(job, program, say)
-        before = untuned(job, program, state.trained, frozen)
+        before = untuned(job, program, state.trained, frozen, say)
 
         # ---- the state to go on from -------------------------------------------------------------------------------
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
@@ -255,7 +255,7 @@ def judged(job: Job, program: Program, variables: dict, before: dict | None, sec
         return None, {}
     after = compare.measure(job.lm(program.model), variables, job.data, config)
     took = seconds()
-    results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, took))
+    results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, took, job.settings))
     say(compare.table(before, after, took))
     say(compare.side_by_side(before, after, config.evaluate.samples))
     return results, {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}

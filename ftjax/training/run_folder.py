@@ -81,7 +81,7 @@ def run_config(run_dir: str | Path):
     """The resolved config of a run, its run_dir the folder where it lies. Raises FtjaxError where there is no run."""
     record = read_record(run_dir)
     if record is None:
-        raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN}; `ftjax train` makes such folders")
+        raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN} that `ftjax train` wrote")
     config = configs.load(Path(run_dir) / RUN)
     config.run_dir = str(run_dir)
     return config
@@ -138,8 +138,7 @@ def _stillborn(run_dir: Path) -> bool:
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
-    kept = run_dir / FOLDER
-    return kept.is_dir() and any(kept.iterdir())
+    return any(path.name.isdigit() for path in run_dir.glob(f"{FOLDER}/*"))
 
 
 def _clear(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_text
 from ftjax.hub import weights
+from ftjax.hub.resolve import read_json
 from ftjax.models.quantised import dequantised
 from ftjax.training import hosts, sharding
 from ftjax.training.job import Job
@@ -71,19 +72,24 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
     return found
 
 
-def untuned(job: Job, program: Program, trained: dict, frozen: dict) -> dict | None:
-    """What the model answers before it is tuned, measured once and kept in the run folder; None where nobody asks."""
+def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dict | None:
+    """What the model answers before it is tuned; None where nobody asks. Kept in the run folder with the settings of
+    the measurement, which is made again where these differ."""
     if not (job.config.evaluate.compare and job.generates):
         return None
     file = Path(job.config.run_dir) / "before.json"
-    before = hosts.from_first(lambda: json.loads(file.read_text()) if file.exists() else None)
+    kept = hosts.from_first(lambda: read_json(file) if file.exists() else {})
+    if kept and (changed := [key for key, value in job.settings.items() if kept.get("settings", {}).get(key) != value]):
+        say(f"{file}: was measured with another {', '.join(changed)}; the model before training is measured again")
+        kept = {}
+    before = kept.get("measured")
     if before is None:
         variables = program.variables(trained, frozen)
         # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
         variables = {"params": variables["params"]} if job.virtual else variables
         before = compare.measure(job.lm(program.model), variables, job.data, job.config)
         if jax.process_index() == 0:
-            replace_text(file, json.dumps(before))
+            replace_text(file, json.dumps({"settings": job.settings, "measured": before}))
     return before
 
 
