@@ -83,11 +83,11 @@ class LM:
         variables = {"params": self.params, "adapter": weighted(collections, adapter, combine)}
         return dataclasses.replace(added[0], adapters=self.adapters).applied(variables)
 
-    def reading(self, folder: Path, end: str = "") -> LM:
+    def reading(self, folder: Path) -> LM:
         """This model with the tokenizer and chat template of a directory, as far as it brings them.
 
-        end: a token that answers were trained to end with. Raises FtjaxError for a tokenizer that does not load, and
-        for one with more tokens than the model's table of embeddings has rows.
+        Raises FtjaxError for a tokenizer that does not load, and for one with more tokens than the model's table of
+        embeddings has rows.
         """
         words, own = self.tokenizer, None
         if tokenizer.has_tokenizer(folder):
@@ -96,7 +96,7 @@ class LM:
         elif text := tokenizer.chat_template(folder):
             words = copy.copy(words)
             words.chat_template = text
-        ends = tokenizer.end_tokens(self.folder, words, end)
+        ends = tokenizer.end_tokens(self.folder, words)
         return dataclasses.replace(self, tokenizer=words, tokenizer_folder=own, end_tokens=ends)
 
     def applied(self, variables: dict) -> LM:

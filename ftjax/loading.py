@@ -8,7 +8,7 @@ from pathlib import Path
 from ftjax.errors import FtjaxError
 from ftjax.hub import fingerprint, peft, pooling, resolve, tokenizer
 from ftjax.lm import LM, open_base
-from ftjax.training.run_folder import RUN, open_run
+from ftjax.training.run_folder import open_run, read_record
 from ftjax.tuning import METHODS
 from ftjax.tuning import adapters as peft_adapters
 
@@ -37,7 +37,7 @@ def load(
         FtjaxError: for a path that is none of these, and for an adapter or run whose base has not the files that it was
             trained on.
     """
-    run = (Path(path) / RUN).is_file()
+    run = read_record(path) is not None
     folder = Path(path) if run else resolve.resolve(path, revision)
     whole = run or (folder / peft.CONFIG).is_file()
     if whole and adapters:

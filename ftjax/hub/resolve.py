@@ -80,6 +80,8 @@ def check_out(out: str | Path) -> Path:
     if out.is_file():
         raise FtjaxError(f"{out}: expected a folder to write to, found a file")
     if foreign := foreign_files(out):
+        if (out / MARKER).is_file() and "files" not in read_json(out / MARKER):
+            raise FtjaxError(f"{out}: an earlier version of ftjax wrote it and kept no list of its files; move it away")
         some = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise FtjaxError(
             f"{out}: holds files that no export of ftjax wrote: {some}. Move them, or choose another folder"

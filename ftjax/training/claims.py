@@ -37,17 +37,6 @@ def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def alone(path: Path, stale: float = STALE) -> Iterator[None]:
-    """As `claimed`, once others have let go of it."""
-    while True:
-        with claimed(path, stale) as mine:
-            if mine:
-                yield
-                return
-        time.sleep(WAIT)
-
-
 def owner(path: Path) -> str:
     """Who has a claim, for a person."""
     try:
@@ -91,7 +80,7 @@ def _left(path: Path, stale: float) -> bool:
     if said["host"] == socket.gethostname():
         if _runs(said["pid"], said.get("started")):
             return False
-    elif time.time() - before.st_mtime < stale:
+    elif _now(path) - before.st_mtime < stale:
         return False
     aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.left")
     try:
@@ -104,6 +93,15 @@ def _left(path: Path, stale: float) -> bool:
             os.link(aside, path)
     aside.unlink()
     return taken
+
+
+def _now(path: Path) -> float:
+    """The time by the clock of the file system, which may not be this machine's."""
+    probe = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.now")
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now
 
 
 def _runs(pid: int, started: str | None) -> bool:

@@ -54,6 +54,8 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     base's.
     """
     row, base, out = METHODS[source.method], source.base, Path(out)
+    if out.resolve() == base.folder.resolve():
+        raise FtjaxError(f"{out}: is the folder of the base, which an export does not replace; choose another")
     format = resolve_format(source.method, format, families.form_of(source.spec.family, source.spec.model.head))
     report = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}

@@ -31,6 +31,7 @@ RUN = "run.json"  # the resolved config and the base it was started on; what has
 START = "start.safetensors"  # what the method drew from the base before the first step, see Method.start
 TOKENIZER = "tokenizer"  # the run's tokenizer, where it is not the base's
 LOCK = "lock"  # the process that works on the run
+STALE = 120.0  # seconds without a sign of life of a process of another host after which its lock does not count
 
 # Everything that a run writes into its folder, and of folders what in them; exports list their own files.
 WRITTEN = (RUN, START, "before.json", "metrics.jsonl", "loss.png", "results.json", "samples.jsonl", "removed.jsonl")
@@ -61,11 +62,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     if run_dir.is_file():
         raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with claims.claimed(run_dir / LOCK) as mine:
+    with claims.claimed(run_dir / LOCK, STALE) as mine:
         if not mine:
             raise FtjaxError(
                 f"run_dir: {run_dir} is in use: {claims.owner(run_dir / LOCK)} works on this run. Wait for it, or "
-                "choose another run_dir"
+                f"choose another run_dir. After {STALE:.0f} s without a sign of its life the folder is free"
             )
         yield
 
@@ -186,9 +187,12 @@ def _unnamed(mixture: tuple) -> list[dict]:
 
 def keep_tokenizer(run_dir: Path, folder: Path) -> None:
     """Copy a tokenizer that is not the base's into the folder of its run, which then does not depend on it."""
+    draft = run_dir / f"{TOKENIZER}.part"
     if not (run_dir / TOKENIZER).is_dir():
-        (run_dir / TOKENIZER).mkdir()
-        tokenizer.copy_tokenizer(folder, run_dir / TOKENIZER)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        tokenizer.copy_tokenizer(folder, draft)
+        draft.rename(run_dir / TOKENIZER)
 
 
 def with_start(method, frozen: dict, run_dir: Path) -> dict:
