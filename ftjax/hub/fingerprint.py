@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import warnings
 from pathlib import Path
 
 from ftjax import assets
@@ -35,11 +34,11 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
     Returns:
         {"name", "path": absolute, "revision": the commit of a hub name, and for each of GROUPS {file: digest}}.
     """
-    adapter_files = [adapter / name for name in (peft.CONFIG, peft.WEIGHTS)] if adapter else []
+    folder, adapter_files = Path(folder), [adapter / n for n in (peft.CONFIG, peft.WEIGHTS)] if adapter else []
     return {
         "name": name,
         "path": os.path.abspath(folder),
-        "revision": resolve.commit(folder),
+        "revision": folder.name if folder.parent.name == "snapshots" else "",  # a folder of the hub's cache
         "weights": weights_digests(folder),
         "tokenizer": {n: _digest(file) for n, file in tokenizer.files(tokenizer_folder or folder).items()},
         "adapter": {file.name: _digest(file) for file in adapter_files},
@@ -100,28 +99,27 @@ def find(kept: dict | None, holder: Path, named: str, revision: str, key: str, t
             f"{holder}: its base {named} is at none of {', '.join(map(str, dict.fromkeys(places)))}. Put it back, or "
             f"set {key} to the folder in which it lies; its files are compared with those of the training"
         )
-    found = {}
+    remedy = f"Put back the files of the training, or set {key} to the folder that has them"
     for place in there:
-        own = {"weights": weights_digests(place)}
-        own["tokenizer"] = {n: _digest(file) for n, file in tokenizer.files(tokenizer_folder or place).items()}
-        if not (told := changes({group: kept.get(group) for group in own}, own)):
+        found = record(place, named, tokenizer_folder)
+        if not changes(kept | {"adapter": None}, found) or place == there[-1]:
+            _check(kept | {"adapter": None}, found, holder, remedy)
             return place
-        found[place] = told
-    place, told = next(iter(found.items()))
-    raise FtjaxError(
-        f"{holder}: was trained on another base than {place} ({kept['name']}, then at {kept['path']}): "
-        f"{'; '.join(told)}. Put back the files of the training, or set {key} to the folder that has them"
-    )
 
 
 def check_adapter(adapter: Path, base: Path) -> None:
     """Raises FtjaxError where an adapter says that it was trained on another base than that in the directory `base`."""
-    kept = of_adapter(adapter)
-    if kept and (told := changes({"weights": kept["weights"]}, {"weights": weights_digests(base)})):
+    if kept := of_adapter(adapter):
+        found = {"path": base, "weights": weights_digests(base)}
+        again = f"To put it on this one all the same, remove `base` from {adapter / resolve.MARKER}"
+        _check(kept | {"adapter": None}, found, adapter, f"Name the base of its training. {again}")
+
+
+def _check(kept: dict, found: dict, holder: Path, remedy: str) -> None:
+    if told := changes(kept, found):
         raise FtjaxError(
-            f"{adapter}: was trained on another base than {base} ({kept['name']}, then at {kept['path']}): "
-            f"{'; '.join(told)}. Name the base of its training. To put it on this one all the same, remove `base` from "
-            f"{adapter / resolve.MARKER}"
+            f"{holder}: was trained on another base than {found['path']} ({kept['name']}, then at {kept['path']}): "
+            f"{'; '.join(told)}. {remedy}"
         )
 
 
@@ -133,15 +131,6 @@ def of_adapter(folder: Path) -> dict | None:
     file = Path(folder) / resolve.MARKER
     kept = resolve.read_json(file).get("base") if file.is_file() else None
     return {key: value for key, value in kept.items() if key != "tokenizer"} if isinstance(kept, dict) else None
-
-
-def warn_unknown(holder: Path) -> None:
-    """Warn that an earlier version wrote a run, which kept no digests that can be compared."""
-    warnings.warn(
-        f"{holder}: an earlier version of ftjax made this run and kept no digests of the base's files; whether the "
-        "base is the same cannot be checked",
-        stacklevel=3,
-    )
 
 
 def _digest(file: Path, offsets=()) -> str:

@@ -58,11 +58,6 @@ def _download(name: str, revision: str) -> Path:
     return Path(folder)
 
 
-def commit(folder: Path) -> str:
-    """The commit of which a folder in the hub's cache is a snapshot; empty for any other folder."""
-    return Path(folder).name if Path(folder).parent.name == "snapshots" else ""
-
-
 def foreign_files(out: Path) -> list[str]:
     """Names of what lies in a folder and was not written there by an export, as the folder's ftjax.json lists it."""
     if not out.is_dir():
@@ -93,8 +88,7 @@ def remove_written(out: Path) -> None:
     """Delete the files that an export wrote to a folder, and the folders that are empty then."""
     if not (out / MARKER).is_file():
         return
-    kept = set(foreign_files(out))
-    for name in set(_files(out)) - kept:
+    for name in set(_files(out)) - set(foreign_files(out)):
         (out / name).unlink()
     for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True) + [out]:
         with contextlib.suppress(OSError):  # not empty, or a link

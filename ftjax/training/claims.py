@@ -1,6 +1,6 @@
 """Who runs what, where several processes or hosts share a folder: one file a claim, that exists or does not.
 
-A claim is made by a link, which fails where there is one, and its owner touches it while it lives. The claim of a
+A claim is a file that is created where there is none, and its owner touches it while it lives. The claim of a
 process of this host holds until that process ends, however it ends; that of another host until nobody has touched it
 for `stale` seconds.
 """
@@ -50,21 +50,11 @@ def owner(path: Path) -> str:
 def _take(path: Path) -> bool:
     pid, host = os.getpid(), socket.gethostname()
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    said = json.dumps({"host": host, "pid": pid, "started": _started(pid), "since": since})
-    draft = path.with_name(f"{path.name}.{host}-{pid}-{threading.get_ident()}.part")  # whole before anybody sees it
-    draft.write_text(said)
     try:
-        os.link(draft, path)
+        with path.open("x") as file:
+            json.dump({"host": host, "pid": pid, "started": _started(pid), "since": since}, file)
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links
-        try:
-            with path.open("x") as file:
-                file.write(said)
-        except FileExistsError:
-            return False
-    finally:
-        draft.unlink()
     return True
 
 
@@ -75,7 +65,7 @@ def _left(path: Path, stale: float) -> bool:
         said = json.loads(path.read_text())
     except FileNotFoundError:
         return True
-    except ValueError:  # being written, or cut short by a full disk
+    except ValueError:  # being written, or cut short by a kill
         said = {"host": ""}
     if said["host"] == socket.gethostname():
         if _runs(said["pid"], said.get("started")):
@@ -89,7 +79,7 @@ def _left(path: Path, stale: float) -> bool:
         return False
     taken = aside.stat().st_ino == before.st_ino
     if not taken:  # another one was quicker, and this is its new claim
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):
             os.link(aside, path)
     aside.unlink()
     return taken

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import ftjax
@@ -75,7 +75,12 @@ def read_record(run_dir: str | Path) -> dict | None:
     """The run.json of a run folder; None for a folder without one, or with one of another program."""
     file = Path(run_dir) / RUN
     record = resolve.read_json(file) if file.is_file() else {}
-    return record if isinstance(record.get("config"), dict) and "base" in record else None
+    if not isinstance(record.get("config"), dict) or "base" not in record:
+        return None
+    if not isinstance(record["base"], dict):
+        warnings.warn(f"{file}: an earlier version kept no digests by which its base could be checked", stacklevel=2)
+        record["base"] = {}
+    return record
 
 
 def run_config(run_dir: str | Path):
@@ -93,7 +98,7 @@ def base_folder(config) -> Path:
     record = None if config.overwrite else read_record(config.run_dir)
     revision = config.model.revision
     if record and not revision and record["config"]["model"]["path"] == config.model.path:
-        revision = record["base"]["revision"] if isinstance(record["base"], dict) else ""
+        revision = record["base"].get("revision", "")
     return resolve.resolve(config.model.path, revision)
 
 
@@ -159,9 +164,6 @@ def _clear(run_dir: Path) -> None:
 def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     """Raises FtjaxError where a record is of another run than an older one of the folder."""
     now, before = (configs.flat(configs.from_dict(record["config"])) for record in (new, old))
-    if not isinstance(old["base"], dict):
-        fingerprint.warn_unknown(run_dir)
-        old = old | {"base": {}}
     told = fingerprint.changes(old["base"], new["base"])
     same = {group for group in fingerprint.GROUPS if group in old["base"] and old["base"][group] == new["base"][group]}
     if new["rows"] == old.get("rows"):
@@ -199,7 +201,7 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
     """`frozen` with the start that a run keeps, in place of one that was computed anew, see Method.start.
 
     Another device, dtype or mesh computes it otherwise than the run's first process did. Raises FtjaxError for a run
-    without it, as earlier versions left them, and for a file that is not whole.
+    without it, as earlier versions left them.
     """
     wanted, file = flatten(method.start(frozen)), run_dir / START
     if not wanted:
@@ -210,14 +212,8 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
             f"bit. Earlier versions did not keep it: use {run_dir / 'adapter'}, or train again with "
             "--config.overwrite=True"
         )
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise FtjaxError(f"{file}: not a whole safetensors file: {error}; train again with overwrite=True") from None
-    if {path: x.shape for path, x in stored.items()} != {path: x.shape for path, x in wanted.items()}:
-        raise FtjaxError(f"{file}: holds other tensors than the run's config trains; train again with overwrite=True")
-    place = lambda path, x: jax.device_put(stored[path], x.sharding) if path in stored else x  # noqa: E731
-    return map_paths(place, frozen)
+    stored = load_file(file)
+    return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
 
 
 def keep_start(method, frozen: dict, run_dir: Path) -> dict:
@@ -266,9 +262,6 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     """
     run_dir, config = Path(run_dir), run_config(run_dir)
     kept = read_record(run_dir)["base"]
-    if not isinstance(kept, dict):
-        fingerprint.warn_unknown(run_dir)
-        kept = {}
     method = METHODS[config.tuning.method]
     task = (config.task.kind, config.task.labels) if config.task.kind != "causal" else None
     own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
