@@ -77,7 +77,8 @@ def _left(path: Path, stale: float) -> bool:
         os.rename(path, aside)  # of several that find it, one succeeds
     except FileNotFoundError:
         return False
-    taken = aside.stat().st_ino == before.st_ino
+    after = aside.stat()
+    taken = (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     if not taken:  # another one was quicker, and this is its new claim
         with contextlib.suppress(OSError):
             os.link(aside, path)

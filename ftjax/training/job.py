@@ -13,6 +13,7 @@ from ftjax import config as configs
 from ftjax.data import chat_templates, labelled
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, prepare
+from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.hub import families, fingerprint, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
@@ -109,6 +110,11 @@ def prepared(config, say) -> Job:
     own = given.folder if given and tokenizer.has_tokenizer(given.folder) else None
     words = tokenizer.load_tokenizer(own or folder, folder)
     tokenizer.check_vocab(words, shape.vocab_size)
+    if given and not own and tokenizer.chat_template(given.folder) not in ("", words.chat_template):
+        raise FtjaxError(
+            f"tuning.init_from: {given.folder} brings a chat template without a tokenizer. Copy the tokenizer files of "
+            f"{folder} beside it, or remove the template if rows are not to be shown by it"
+        )
     chatty = chat_templates.installed(config, words)
     ends = tokenizer.end_tokens(folder, chatty, config.data.end)
     if config.tuning.prompt_init == "text":

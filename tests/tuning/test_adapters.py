@@ -280,6 +280,10 @@ def test_a_run_reads_by_the_tokenizer_of_its_initial_adapter(talkers, tmp_path):
     c = settings(base, tmp_path / "run", start)
     c.data.update(train=str(tmp_path / "rows.jsonl"), split=(1.0, 0.0, 0.0), prompt="", completion="", end="", limit=0)
     c.train.update(steps=1, batch_size=1)
+    c.tuning.init_from = str(folders["template"])
+    with pytest.raises(FtjaxError, match="tuning.init_from: .*template brings a chat template without a tokenizer"):
+        ftjax.train(c, say=lambda line: None)
+    c.tuning.init_from = str(start)
     c.export.formats = ("adapter", "merged")
     ftjax.train(c, say=lambda line: None)
     shutil.rmtree(start)
