@@ -132,14 +132,15 @@ FIELDS: dict[str, Field] = {
     "run_dir": text("runs/default", empty=False, also="output_dir out_dir"),  # folder of everything that a run writes;
     # starting with the same folder again resumes the run
     "overwrite": switch(False, also="overwrite_output_dir"),  # True: start anew and delete what an earlier run wrote to
-    # run_dir; other files in it stay
+    # run_dir. Other files stay, and a folder that is no run is refused
     "seed": whole(0, 0, also="random_seed data_seed"),  # of initial adapters, dropout, the order of rows, the split and
     # sampling
     #
     # ---- the model
     "model.path": text("builtin:stories260K", empty=False, also="model_name_or_path base_model model_id model_name"),
     # model directory, hub name, or `builtin:` for a model that comes with ftjax
-    "model.revision": text(also="model_revision"),  # branch, tag or commit of a hub name; empty: its default branch
+    "model.revision": text(also="model_revision"),  # branch, tag or commit of a hub name; empty: its default
+    # branch, and for a run that goes on the commit with which it began
     "model.dtype": choice("auto", "float32", "bfloat16", also="torch_dtype bf16 fp16"),  # of computation; auto:
     # bfloat16 on GPU and TPU, float32 on CPU
     "model.trained_dtype": choice("float32", "bfloat16"),  # stored dtype of the trained parameters; small updates are

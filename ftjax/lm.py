@@ -5,6 +5,7 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -18,6 +19,7 @@ from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.data.batches import by_example
 from ftjax.data.pairs import encode_texts
+from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.errors import FtjaxError, nearest
@@ -35,8 +37,9 @@ class LM:
     """A model, what it is applied to, and its tokenizer.
 
     model: the Flax module; params: the base's parameters; adapter: the `adapter` collection, empty for a plain model;
-    folder: the local directory of the base; end_tokens: ids that end an answer; adapters: name -> what the model is
-    applied to under an adapter that was loaded beside, see `with_adapter`.
+    folder: the local directory of the base; end_tokens: ids that end an answer; adapters: name -> this model under an
+    adapter that was loaded beside, see `with_adapter`; tokenizer_folder: the directory of a tokenizer that is not the
+    base's.
     """
 
     model: Transformer
@@ -45,10 +48,11 @@ class LM:
     tokenizer: Any
     folder: Path
     end_tokens: tuple[int, ...]
-    adapters: dict[str, dict] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, LM] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()  # names of those of its head, in the order of their ids
     kind: str = "causal"  # a row of ftjax.objectives.TASKS
     pooling: Pooling = Pooling()  # how vectors of texts are made
+    tokenizer_folder: Path | None = None
 
     @property
     def variables(self) -> dict:
@@ -64,12 +68,36 @@ class LM:
         """This model under one of its `adapters`, or under the sum of several LoRAs: {"a": 0.7, "b": 0.3}.
 
         combine: how they are added, `cat` or `linear`, see ftjax.tuning.adapters.weighted. Nothing of the base is
-        copied. Raises FtjaxError for an adapter that was not loaded, and for what cannot be added.
+        copied. Texts are read by the tokenizer of the adapter, or by the one that all of several share. Raises
+        FtjaxError for an adapter that was not loaded, and for what cannot be added.
         """
         if isinstance(adapter, str):
-            return self.applied(pick(self.adapters, adapter))
-        collections = {name: variables.get("adapter", {}) for name, variables in self.adapters.items()}
-        return self.applied(self.variables | {"adapter": weighted(collections, adapter, combine)})
+            return dataclasses.replace(pick(self.adapters, adapter), adapters=self.adapters)
+        added = [pick(self.adapters, name) for name in adapter]
+        if len({fingerprint(lm.tokenizer) for lm in added}) > 1:
+            raise FtjaxError(
+                f"adapters {', '.join(adapter)}: they bring different tokenizers or chat templates, and their sum can "
+                "read texts by one alone; give all of them the same tokenizer files"
+            )
+        collections = {name: lm.adapter for name, lm in self.adapters.items()}
+        variables = {"params": self.params, "adapter": weighted(collections, adapter, combine)}
+        return dataclasses.replace(added[0], adapters=self.adapters).applied(variables)
+
+    def reading(self, folder: Path) -> LM:
+        """This model with the tokenizer and chat template of a directory, as far as it brings them.
+
+        Raises FtjaxError for a tokenizer that does not load, and for one with more tokens than the model's table of
+        embeddings has rows.
+        """
+        words, own = self.tokenizer, None
+        if tokenizer.has_tokenizer(folder):
+            words, own = tokenizer.load_tokenizer(folder, self.folder), Path(folder)
+            tokenizer.check_vocab(words, self.model.config.vocab_size)
+        elif text := tokenizer.chat_template(folder):
+            words = copy.copy(words)
+            words.chat_template = text
+        ends = tokenizer.end_tokens(self.folder, words)
+        return dataclasses.replace(self, tokenizer=words, tokenizer_folder=own, end_tokens=ends)
 
     def applied(self, variables: dict) -> LM:
         """This model under `variables`: {"params": ..., "adapter": ...}."""
@@ -153,16 +181,22 @@ def _logits(model, variables, ids, positions, segments):
 
 
 def open_base(
-    folder: Path, dtype: str = "auto", config=None, quantise: str = "", task: tuple[str, tuple[str, ...]] | None = None
+    folder: Path,
+    dtype: str = "auto",
+    config=None,
+    quantise: str = "",
+    task: tuple[str, tuple[str, ...]] | None = None,
+    tokenizer_folder: Path | None = None,
 ) -> tuple[LM, Spec]:
     """The model in a local directory, on the default device, and its Spec with the default tuning.
 
     dtype, quantise: see ftjax.load; config: of a run, whose chat template and end token then take the directory's
-    place; task: (kind, names of labels), for which the model gets a head instead of its own, new where it has none.
+    place; task: (kind, names of labels), for which the model gets a head instead of its own, new where it has none;
+    tokenizer_folder: the directory of its tokenizer, where that is not the base's.
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
-    words = tokenizer.load_tokenizer(folder)
+    words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
     tokenizer.check_vocab(words, shape.vocab_size)
     if config is not None:
         words = chat_templates.installed(config, words)
@@ -186,7 +220,7 @@ def open_base(
     if kind == "embed":
         of_texts = run_pooling(config, shape.max_positions) if config is not None else pooling.read(folder)
     lm = LM(Transformer(shape, compute), params, {}, words, folder, ends, labels=labels, kind=kind)
-    lm.pooling = of_texts or lm.pooling
+    lm.pooling, lm.tokenizer_folder = of_texts or lm.pooling, tokenizer_folder
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from ftjax.errors import FtjaxError
-from ftjax.hub import peft, pooling, resolve, tokenizer
+from ftjax.hub import fingerprint, peft, pooling, resolve, tokenizer
 from ftjax.lm import LM, open_base
-from ftjax.training.run_folder import RUN, open_run
+from ftjax.training.run_folder import open_run, read_record
 from ftjax.tuning import METHODS
 from ftjax.tuning import adapters as peft_adapters
 
@@ -22,15 +22,22 @@ def load(
     checkpoint: str | int = "best",
     quantise: str = "",
 ) -> LM:
-    """A model directory, hub name, PEFT adapter directory (with its base) or run folder of `ftjax train` -> LM.
+    """Load a model directory, hub name, PEFT adapter directory (with its base) or run folder of `ftjax train`.
 
-    adapters: name -> PEFT adapter directory or hub name, for a base model: read beside it, for `LM.with_adapter`; the
-    LM itself stays the base. dtype: compute and storage, `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU,
-    float32 on CPU); checkpoint: of a run folder, `best`, `last` or a step that it keeps; quantise: kernels of the
-    blocks as `int8`, `nf4` or `none`, empty: as in the run, or `none`. Raises FtjaxError for anything that is none of
-    these.
+    Args:
+        path: the directory or hub name.
+        adapters: name -> PEFT adapter directory or hub name, for a base model: read beside it, for `LM.with_adapter`,
+            each with the tokenizer and chat template that it brings. The LM itself stays the base.
+        revision: branch, tag or commit of a hub name.
+        dtype: of computation and storage: `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU, float32 on CPU).
+        checkpoint: of a run folder: `best`, `last` or a step that it keeps.
+        quantise: kernels of the blocks as `int8`, `nf4` or `none`; empty: as in the run, or `none`.
+
+    Raises:
+        FtjaxError: for a path that is none of these, and for an adapter or run whose base has not the files that it was
+            trained on.
     """
-    run = (Path(path) / RUN).is_file()
+    run = read_record(path) is not None
     folder = Path(path) if run else resolve.resolve(path, revision)
     whole = run or (folder / peft.CONFIG).is_file()
     if whole and adapters:
@@ -41,14 +48,15 @@ def load(
     if whole:
         return _load_adapter(folder, dtype, quantise)
     lm, spec = open_base(folder, dtype, quantise=quantise)
-    found = {}
+    beside = {}
     for name, at in (adapters or {}).items():
         at = resolve.resolve(at)
-        found[name] = peft_adapters.read(at)
-        _, labels = peft_adapters.task(at, found[name], folder) or ("", ())
+        fingerprint.check_adapter(at, folder)
+        adapter = peft_adapters.read(at)
+        _, labels = peft_adapters.task(at, adapter, folder) or ("", ())
         if labels and not lm.labels:
             raise FtjaxError(f"{at}: this adapter brings a head over labels, which {path} lacks; name it as the model")
-    beside = {name: peft_adapters.variables(adapter, lm.params, spec) for name, adapter in found.items()}
+        beside[name] = lm.reading(at).applied(peft_adapters.variables(adapter, lm.params, spec))
     return dataclasses.replace(lm, adapters=beside)
 
 
@@ -60,12 +68,11 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
         raise FtjaxError(
             f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on"
         )
-    base = resolve.resolve(base, adapter_config.get("revision") or "")
+    kept, key = fingerprint.of_adapter(folder), f"base_model_name_or_path in {folder / peft.CONFIG}"
+    base = fingerprint.find(kept, folder, base, adapter_config.get("revision") or "", key)
     task = peft_adapters.task(folder, adapter, base)
-    lm, spec = open_base(base, dtype, quantise=quantise, task=task)
-    text = tokenizer.chat_template(folder)
-    if text:  # of the adapter's own training; the base may have none, or another
-        lm.tokenizer.chat_template = text
-        lm = dataclasses.replace(lm, end_tokens=tokenizer.end_tokens(lm.folder, lm.tokenizer))
+    own = folder if tokenizer.has_tokenizer(folder) else None
+    lm, spec = open_base(base, dtype, quantise=quantise, task=task, tokenizer_folder=own)
+    lm = lm if own else lm.reading(folder)
     lm.pooling = pooling.read(folder) or lm.pooling
     return lm.applied(peft_adapters.variables(adapter, lm.params, spec))

@@ -121,5 +121,5 @@ def test_a_run_folder_is_kept_from_other_runs(config, tmp_path):
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     refused = again(f"--config.run_dir={foreign}")
-    assert refused.returncode == 2 and "--config.overwrite=True" in refused.stderr
+    assert refused.returncode == 2 and "holds files that are not of a run, such as thesis.txt" in refused.stderr
     assert (foreign / "thesis.txt").read_text() == "years of work"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
 
+import ftjax
 from ftjax import assets
+from ftjax.data import store
 from ftjax.data.batches import Batches
+from ftjax.data.prepare import fingerprint
 from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
@@ -18,6 +22,32 @@ from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
 
 LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
+
+
+def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
+    """All that figures of one state of a model depend on beside its parameters, as plain data for JSON.
+
+    Args:
+        tokenizer, end_tokens: of the model.
+        part: the rows that are asked, a Part of ftjax.data.prepare.
+        max_length: tokens of a row at most.
+        config: of the run.
+
+    Returns:
+        config.evaluate, config.generate and the seed; digests of the rows and how they become tokens, of the tokenizer
+        with its chat template, and of the files that config.evaluate names.
+    """
+    unused = ("compare", "rows", "samples")  # of training alone, or of what is shown
+    ev = {key: value for key, value in config.evaluate.to_dict().items() if key not in unused}
+    named = [name.rpartition(":")[0] for name in config.evaluate.metrics if ":" in name]
+    named += [assets.resolve(config.evaluate.forgetting)] if config.evaluate.forgetting else []
+    rows = [(p.digest, p.kept.tolist(), dataclasses.asdict(p.recipe)) for p in part.pieces]
+    found = {
+        "ftjax": ftjax.__version__, "seed": config.seed, "evaluate": ev, "generate": config.generate.to_dict(),
+        "rows": store.digest(rows), "tokenizer": fingerprint(tokenizer), "end_tokens": end_tokens,
+        "max_length": max_length, "files": {name: store.digest(Path(name).read_bytes()) for name in named},
+    }  # fmt: skip
+    return json.loads(json.dumps(found))
 
 
 def measure(lm, variables, data, config) -> dict:
@@ -118,9 +148,19 @@ def side_by_side(before: dict, after: dict, n: int) -> str:
     return rendered(out).rstrip("\n")
 
 
-def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float) -> dict:
-    """Write results.json {"before", "after", "seconds"} and samples.jsonl, one line a prompt; returns the former."""
-    results = {"before": _figures(before), "after": _figures(after), "seconds": seconds}
+def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float, made_by: dict) -> dict:
+    """Write results.json and samples.jsonl, one line a prompt.
+
+    Args:
+        run_dir: the folder of the run.
+        before, after: what `measure` returned of the two states.
+        seconds: of the whole run.
+        made_by: the `settings` of both.
+
+    Returns:
+        The content of results.json: {"before", "after", "seconds", "settings"}.
+    """
+    results = {"before": _figures(before), "after": _figures(after), "seconds": seconds, "settings": made_by}
     lines = []
     for old, new in zip(before["samples"], after["samples"], strict=True):
         row = {"prompt": old["prompt"], "references": old["references"]}

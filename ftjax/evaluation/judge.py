@@ -23,6 +23,7 @@ from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.said import Asked, Judge, at_places, groups, logits
 from ftjax.evaluation.said import text as said_text
 from ftjax.files import replace_text
+from ftjax.hub.resolve import read_json
 from ftjax.objectives import TASKS
 
 MISTAKES = 50  # rows listed at most
@@ -240,5 +241,13 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
 
 
 def _chosen(config) -> list[float] | None:
+    """The thresholds of a run, which its results.json holds; None where its config asks for none."""
+    if not config.task.threshold:
+        return None
     file = Path(config.run_dir) / "results.json"
-    return json.loads(file.read_text()).get("thresholds") if config.task.threshold and file.is_file() else None
+    if not file.is_file():
+        raise FtjaxError(
+            f"{file}: no such file. It holds the thresholds that task.threshold chose; let the run end, or leave "
+            "task.threshold empty"
+        )
+    return read_json(file).get("thresholds")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 from ftjax import config as configs
 from ftjax.data import read
@@ -16,7 +15,7 @@ from ftjax.evaluation import compare, judge, said
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.lm import LM, continue_ids
 from ftjax.loading import load
-from ftjax.training.run_folder import RUN
+from ftjax.training.run_folder import read_record, run_config
 
 
 def evaluate(model: str | LM, data: str | None = None, config=None, *, overrides=(), generate: bool = False) -> dict:
@@ -76,8 +75,8 @@ def predict(model: str | LM, data: str, config=None, *, overrides=()) -> list[di
 
 def _config(model, config, overrides):
     if config is None:
-        file = None if isinstance(model, LM) else Path(model) / RUN
-        config = configs.load(file) if file and file.is_file() else configs.default()
+        run = not isinstance(model, LM) and read_record(model) is not None
+        config = run_config(model) if run else configs.default()
     config = configs.copy(config)
     configs.override(config, overrides)
     return config

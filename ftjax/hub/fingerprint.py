@@ -1,26 +1,150 @@
-"""A short name for the content of a model directory, so that a resumed run notices another base under the same path."""
+"""Digests of the files of a base, by which whatever was trained on it recognises it again, wherever it lies.
+
+Files of up to WHOLE bytes are read whole. Of a larger file the header and samples of every tensor are read, so that the
+check of a base of 16 GB reads 20 MB. Training changes all values of a tensor that it changes at all; what such a
+check cannot see is a change of a few rows of a large table.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 from pathlib import Path
 
-from ftjax.hub.weights import weight_files
+from ftjax import assets
+from ftjax.errors import FtjaxError
+from ftjax.hub import peft, pooling, resolve, tokenizer, weights
 
-BLOCK = 1 << 16  # bytes a sample
-SAMPLES = 64  # of each file, evenly spread: whole checkpoints are too large to read twice
+WHOLE = 1 << 28  # bytes, which take a quarter of a second
+BLOCK = 1 << 14  # bytes a sample
+SAMPLES = 4  # of each tensor, evenly spread
+GROUPS = {"weights": "the base's files", "tokenizer": "the tokenizer's files", "adapter": "the initial adapter's files"}
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of config.json and, of each safetensors file, its size, its header and 64 samples of 64 KiB."""
-    digest = hashlib.blake2b((Path(folder) / "config.json").read_bytes(), digest_size=16)
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(min(length, size)))
-            for i in range(SAMPLES):
-                f.seek((size - BLOCK) * i // (SAMPLES - 1) if size > BLOCK else 0)
-                digest.update(f.read(BLOCK))
+def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapter: Path | None = None) -> dict:
+    """What is kept of a base beside whatever is trained on it.
+
+    Args:
+        folder: its directory.
+        name: what the config calls it.
+        tokenizer_folder: the directory of the tokenizer in use; None: `folder`.
+        adapter: the directory of the adapter from which training starts; None: there is none.
+
+    Returns:
+        {"name", "path": absolute, "revision": the commit of a hub name, and for each of GROUPS {file: digest}}.
+    """
+    folder, adapter_files = Path(folder), [adapter / n for n in (peft.CONFIG, peft.WEIGHTS)] if adapter else []
+    return {
+        "name": name,
+        "path": os.path.abspath(folder),
+        "revision": folder.name if folder.parent.name == "snapshots" else "",  # a folder of the hub's cache
+        "weights": weights_digests(folder),
+        "tokenizer": {n: _digest(file) for n, file in tokenizer.files(tokenizer_folder or folder).items()},
+        "adapter": {file.name: _digest(file) for file in adapter_files},
+    }
+
+
+def weights_digests(folder: Path) -> dict[str, str]:
+    """{file: digest} of a directory's config.json, its weights, and the modules of sentence-transformers beside."""
+    folder = Path(folder)
+    files = [folder / "config.json", *weights.weight_files(folder), folder / pooling.MODULES, folder / pooling.LIMITS]
+    for _, path in pooling.modules(folder):
+        files += [folder / path / name for name in ("config.json", "model.safetensors")]
+    offsets: dict[Path, list[int]] = {}
+    if any(file.is_file() and file.stat().st_size > WHOLE for file in files):
+        for tensor in weights.stored_tensors(folder).values():
+            offsets.setdefault(tensor.file, []).append(tensor.offset)
+    return {str(file.relative_to(folder)): _digest(file, offsets.get(file, ())) for file in files if file.is_file()}
+
+
+def changes(kept: dict, found: dict) -> list[str]:
+    """How the files of two records differ, one text for each file; groups that the first does not have do not count."""
+    out = []
+    for group, said in GROUPS.items():
+        old, new = kept.get(group), found.get(group, {})
+        for name in sorted(old | new) if isinstance(old, dict) else ():
+            if old.get(name) != new.get(name):
+                was, is_ = (files[name][:8] if name in files else "not there" for files in (old, new))
+                out.append(f"of {said}, {name} was {was}, is {is_}")
+    return out
+
+
+def find(kept: dict | None, holder: Path, named: str, revision: str, key: str, tokenizer_folder=None) -> Path:
+    """The directory of the base on which the content of a folder was trained.
+
+    The base is looked for at its name, at its former absolute path, and where it would lie from `holder` if both were
+    moved together. Its digests decide.
+
+    Args:
+        kept: the `record` that the folder holds; None or empty: it has none, and the name decides.
+        holder: the folder of the run or adapter.
+        named, revision: name and revision of the base.
+        key: the file and the key that say the name, for the error.
+        tokenizer_folder: the tokenizer in use where it is not the base's; a record without the group `tokenizer` says
+            nothing of it.
+
+    Raises:
+        FtjaxError: where the base is not there or has another content.
+    """
+    if not kept:
+        return resolve.resolve(named, revision)
+    places = [Path(assets.resolve(name)).expanduser() for name in (named, kept["name"])]
+    places += [Path(kept["path"]), Path(os.path.normpath(Path(holder) / kept["relative"]))]
+    there = [place for place in dict.fromkeys(places) if place.is_dir()]
+    if not there and kept["revision"]:
+        there = [resolve.resolve(named, revision or kept["revision"])]
+    if not there:
+        raise FtjaxError(
+            f"{holder}: its base {named} is at none of {', '.join(map(str, dict.fromkeys(places)))}. Put it back, or "
+            f"set {key} to the folder in which it lies; its files are compared with those of the training"
+        )
+    remedy = f"Put back the files of the training, or set {key} to the folder that has them"
+    for place in there:
+        found = record(place, named, tokenizer_folder)
+        if not changes(kept | {"adapter": None}, found) or place == there[-1]:
+            _check(kept | {"adapter": None}, found, holder, remedy)
+            return place
+
+
+def check_adapter(adapter: Path, base: Path) -> None:
+    """Raises FtjaxError where an adapter says that it was trained on another base than that in the directory `base`."""
+    if kept := of_adapter(adapter):
+        found = {"path": base, "weights": weights_digests(base)}
+        again = f"To put it on this one all the same, remove `base` from {adapter / resolve.MARKER}"
+        _check(kept | {"adapter": None}, found, adapter, f"Name the base of its training. {again}")
+
+
+def _check(kept: dict, found: dict, holder: Path, remedy: str) -> None:
+    if told := changes(kept, found):
+        raise FtjaxError(
+            f"{holder}: was trained on another base than {found['path']} ({kept['name']}, then at {kept['path']}): "
+            f"{'; '.join(told)}. {remedy}"
+        )
+
+
+def of_adapter(folder: Path) -> dict | None:
+    """The record of its base that an exported adapter carries; None for one made elsewhere.
+
+    Without the tokenizer's files: an adapter brings its own.
+    """
+    file = Path(folder) / resolve.MARKER
+    kept = resolve.read_json(file).get("base") if file.is_file() else None
+    return {key: value for key, value in kept.items() if key != "tokenizer"} if isinstance(kept, dict) else None
+
+
+def _digest(file: Path, offsets=()) -> str:
+    """Of a whole file, or where it is larger than WHOLE, of its header and of samples between the tensors' offsets."""
+    size, digest = file.stat().st_size, hashlib.blake2b(digest_size=16)
+    with file.open("rb") as f:
+        if size <= WHOLE or not offsets:
+            return hashlib.file_digest(f, lambda: digest).hexdigest()
+        bounds = [0, *sorted(offsets), size]
+        digest.update(size.to_bytes(8, "little") + f.read(bounds[1]))
+        for start, stop in itertools.pairwise(bounds[1:]):
+            few = stop - start <= SAMPLES * BLOCK
+            starts = [start] if few else [start + (stop - start - BLOCK) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+            for at in starts:
+                f.seek(at)
+                digest.update(f.read(stop - start if few else BLOCK))
     return digest.hexdigest()

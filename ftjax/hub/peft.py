@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloat16`
@@ -38,25 +39,32 @@ def write_adapter(
     out: Path,
     tensors: dict[str, np.ndarray],
     adapter_config: dict,
-    source: Path | None,
+    tokenizer_folder: Path | None,
     base_name: str,
     *,
-    overwrite: bool = False,
     record: dict | None = None,
     labels: tuple[str, ...] = (),
     problem: str = "",
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a PEFT adapter directory, with the tokenizer and chat template of `source`.
+    """Write a PEFT adapter directory, whole or not at all.
 
-    adapter_config: what the method says (`peft_type`, `r`, ...); base_name: the base's hub name or path;
-    record: see new_folder; labels, problem: see weights.write_model; PEFT has no place for them: they go into a file
-    beside.
+    Args:
+        out: the directory.
+        tensors: by PEFT's names.
+        adapter_config: the part that the method knows (`peft_type`, `r`, ...).
+        tokenizer_folder: directory whose tokenizer and chat template go along; None: none do.
+        base_name: the base's hub name or path.
+        record: see `new_folder`.
+        labels, problem: see weights.write_model. PEFT has no place for them: they go into a file of their own.
+        beside: writes further files into the folder.
     """
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
-    with new_folder(out, overwrite, record) as folder:
+    with new_folder(out, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
         write_json(folder / CONFIG, shared | adapter_config)
         if labels:
             write_json(folder / LABELS, names_of_labels(labels) | {"problem_type": problem})
-        if source:
-            copy_tokenizer(source, folder)
+        if tokenizer_folder:
+            copy_tokenizer(tokenizer_folder, folder)
+        beside(folder)

@@ -58,25 +58,65 @@ def _download(name: str, revision: str) -> Path:
     return Path(folder)
 
 
-@contextlib.contextmanager
-def new_folder(out: str | Path, overwrite: bool = False, record: dict | None = None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends; an error or a kill leaves `out` alone.
+def foreign_files(out: Path) -> list[str]:
+    """Names of what lies in a folder and was not written there by an export, as the folder's ftjax.json lists it."""
+    if not out.is_dir():
+        return []
+    listed = read_json(out / MARKER).get("files") if (out / MARKER).is_file() else None
+    if not isinstance(listed, list):
+        return sorted(path.name for path in out.iterdir() if path.name != MARKER)
+    return sorted(set(_files(out)) - {MARKER, *listed})
 
-    record: what ftjax wants to remember of it, written to its ftjax.json. Raises FtjaxError where `out` holds files
-    that ftjax did not write, unless `overwrite`.
-    """
+
+def check_out(out: str | Path) -> Path:
+    """The real path of a folder to write to. Raises FtjaxError where it is a file, or holds files that no export wrote
+    and that would be lost."""
     out = Path(out).resolve()
     if out.is_file():
         raise FtjaxError(f"{out}: expected a folder to write to, found a file")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file() and not overwrite:
-        raise FtjaxError(f"{out}: holds files that ftjax did not write; choose another folder, or overwrite")
+    if foreign := foreign_files(out):
+        if (out / MARKER).is_file() and "files" not in read_json(out / MARKER):
+            raise FtjaxError(f"{out}: an earlier version of ftjax wrote it and kept no list of its files; move it away")
+        some = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise FtjaxError(
+            f"{out}: holds files that no export of ftjax wrote: {some}. Move them, or choose another folder"
+        )
+    return out
+
+
+def remove_written(out: Path) -> None:
+    """Delete the files that an export wrote to a folder, and the folders that are empty then."""
+    if not (out / MARKER).is_file():
+        return
+    for name in set(_files(out)) - set(foreign_files(out)):
+        (out / name).unlink()
+    for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True) + [out]:
+        with contextlib.suppress(OSError):  # not empty, or a link
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends; an error or a kill leaves `out` alone.
+
+    record: what is kept of its making, written to its ftjax.json with the list of its files. Raises FtjaxError as
+    `check_out` does.
+    """
+    out = check_out(out)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    if old.is_dir() and not out.exists():  # killed between the two renames below
+        check_out(old).rename(out)
     for leftover in (partial, old):
+        if leftover.is_dir() and any(leftover.iterdir()) and not (leftover / MARKER).is_file():
+            raise FtjaxError(f"{leftover}: expected what a killed export left; move this folder, its name is needed")
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
+    write_json(partial / MARKER, {"written_by": "ftjax"})
     try:
         yield partial
-        write_json(partial / MARKER, {"written_by": "ftjax"} | (record or {}))
+        written = {"written_by": "ftjax", "files": sorted(set(_files(partial)) - {MARKER})}
+        write_json(partial / MARKER, written | (record or {}))
+        check_out(out)
     except BaseException:
         shutil.rmtree(partial)
         raise
@@ -84,6 +124,10 @@ def new_folder(out: str | Path, overwrite: bool = False, record: dict | None = N
         out.rename(old)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def read_json(file: Path) -> dict:

@@ -13,6 +13,8 @@ from ftjax.hub.resolve import read_json
 # What tokenizer_config.json calls the class that is made of tokenizer.json and nothing else.
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,6 +30,19 @@ FILES = (
 )
 
 
+def files(folder: Path) -> dict[str, Path]:
+    """The tokenizer files and chat templates in a directory, by their paths within it; empty where there are none."""
+    there = [Path(folder) / name for name in FILES]
+    found = [file for file in there if file.is_file()]
+    found += [file for at in there if at.is_dir() for file in sorted(at.rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file for file in found}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory holds the vocabulary of a tokenizer, and not only a chat template or settings."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy tokenizer files and chat templates as they are: what one transformers saves another may refuse."""
     for name in FILES:
@@ -38,13 +53,16 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / name)
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer in a model directory. Raises FtjaxError where none loads without the repository's own code."""
+def load_tokenizer(folder: Path, model_folder: Path | None = None):
+    """The tokenizer in a directory; model_folder: the directory of its model, where that is another one.
+
+    Raises FtjaxError where none loads without the repository's own code.
+    """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not has_tokenizer(folder):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
     try:
-        if _is_plain(folder):
+        if _is_plain(folder, Path(model_folder or folder)):
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -55,9 +73,9 @@ def load_tokenizer(folder: Path):
         raise FtjaxError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
 
 
-def _is_plain(folder: Path) -> bool:
+def _is_plain(folder: Path, model_folder: Path) -> bool:
     """Whether AutoTokenizer would come to the plain class: it takes four seconds, most of them to import torch."""
-    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")]
+    files = [folder / "tokenizer.json", folder / "tokenizer_config.json", model_folder / "config.json"]
     if not all(file.is_file() for file in files):
         return False
     settings, model = read_json(files[1]), read_json(files[2]).get("model_type")

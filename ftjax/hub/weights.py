@@ -378,19 +378,33 @@ def write_model(
     labels: tuple[str, ...] = (),
     problem: str = "",
     max_length: int = 0,
-    overwrite: bool = False,
+    tokenizer_folder: Path | None = None,
     record: dict | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a whole Hugging Face model directory that transformers 4 and 5 load, one shard in memory at a time.
 
-    source: the directory that the model came from; its config, tokenizer, template and generation config go along.
-    None: config.json is made from `config`. dtype: of the tensors; None: as in the source. shard_size: bytes a file at
-    most, unless one tensor is larger. end_tokens: added to the ids that end a generation. labels: names of a head's
-    labels, in the order of their ids; problem: `problem_type`, by which transformers chooses a loss; max_length: tokens
-    to which texts are cut where the head lies beside the class's files, see Form. A tied model whose `params` hold an
-    `lm_head` has been untied by training: both tables are written, and config.json says so. record: see new_folder. Of
-    several processes all must call, and the first writes.
-    Raises FtjaxError for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
+    Of several processes all must call, and the first writes. A tied model whose `params` hold an `lm_head` has been
+    untied by training: both tables are written, and config.json says so.
+
+    Args:
+        out: the directory; see `new_folder`.
+        params: the whole tree of parameters.
+        source: the directory that the model came from, whose config, tokenizer, template and generation config go
+            along; None: config.json is made from `config`.
+        family, config: the model's row of names and its shape.
+        dtype: of the tensors; None: as in the source.
+        shard_size: bytes a file at most, unless one tensor is larger.
+        end_tokens: ids added to those that end a generation.
+        labels: names of a head's labels, in the order of their ids.
+        problem: `problem_type`, by which transformers chooses a loss.
+        max_length: tokens to which texts are cut where the head lies beside the class's files, see Form.
+        tokenizer_folder: directory whose tokenizer goes along; None: `source`.
+        record: see `new_folder`.
+        beside: writes further files into the folder.
+
+    Raises:
+        FtjaxError: for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
     """
     leaves = flatten(params)
     if config.head.task in ("causal", "masked"):
@@ -414,8 +428,10 @@ def write_model(
         hf |= {"problem_type": problem} if problem else {}
     if key := form.keys.get("pool"):  # a run may have chosen another than the source's
         hf[key] = head_to_hf(form, config.head)[key]
+    tokenizer_folder = tokenizer_folder or source
     if config.head.pool == "last" and hf.get("pad_token_id") is None:
-        hf["pad_token_id"] = pad_token(source) if source else None  # by it transformers finds a row's last token
+        # By it transformers finds a row's last token.
+        hf["pad_token_id"] = pad_token(tokenizer_folder) if tokenizer_folder else None
     kept = _kept(source, family, config) if source else {}
     leaves |= {f"kept/{name}": x for name, x in kept.items()}
     names = tensor_names(family, config) | {f"kept/{name}": ([name], False) for name in kept}
@@ -424,17 +440,18 @@ def write_model(
         for piece in pieces:
             _value(piece, leaves, dtype)
         return
-    with new_folder(out, overwrite, record) as folder:
-        beside = [p for p in pieces if form.beside and p.path.startswith("head/")]
-        _write_shards(folder, [p for p in pieces if p not in beside], leaves, dtype, shard_size)
-        if beside:
+    with new_folder(out, record) as folder:
+        apart = [p for p in pieces if form.beside and p.path.startswith("head/")]
+        _write_shards(folder, [p for p in pieces if p not in apart], leaves, dtype, shard_size)
+        if apart:
             pooling.write_head(folder, pooling.Pooling("mean", max_length), config.width, config.head.labels)
-            _write_beside(folder, beside, leaves, dtype)
+            _write_beside(folder, apart, leaves, dtype)
         write_json(folder / "config.json", hf)
         if config.head.task == "causal":
             write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
-        if source:
-            copy_tokenizer(source, folder)
+        if tokenizer_folder:
+            copy_tokenizer(tokenizer_folder, folder)
+        beside(folder)
 
 
 def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:

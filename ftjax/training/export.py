@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import families, peft, pooling, tokenizer, weights
+from ftjax.hub import families, peft, pooling, resolve, tokenizer, weights
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.objectives import TASKS
@@ -45,17 +47,21 @@ def resolve_format(method: str, format: str, form: families.Form | None = None) 
 def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto", shard_size: float = 5e9) -> dict:
     """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
     "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe, rounding
-    to the stored dtype included. The tokenizer is the base's, with the chat template that the run's rows were shown by.
+    to the stored dtype included. The tokenizer is the run's, with the chat template that its rows were shown by.
     Of several processes all must call, and the first writes.
 
     format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the
     base's.
     """
     row, base, out = METHODS[source.method], source.base, Path(out)
+    if out.resolve() == base.folder.resolve():
+        raise FtjaxError(f"{out}: is the folder of the base, which an export does not replace; choose another")
     format = resolve_format(source.method, format, families.form_of(source.spec.family, source.spec.model.head))
     report = {"format": format, "path": str(out)}
-    record = {"config": source.config}
+    kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
+    record = {"config": source.config, "base": kept}
     chat_template = chat_templates.of_run(configs.from_dict(source.config), base.tokenizer)
+    beside = functools.partial(_beside, source=source, chat_template=chat_template)
     if format == "adapter":
         # What lies on several hosts is gathered, but for the base itself: no adapter holds any of that.
         params = families.shapes(source.spec.model)
@@ -64,12 +70,12 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         if jax.process_index() == 0:
             adapter_config, tensors = row.to_peft(trained, frozen, source.spec)
             adapter_config |= TASK_TYPES.get(source.spec.model.head.task, {})
+            adapter_config |= {"revision": kept["revision"]} if kept.get("revision") else {}
             labels = tuple(source.config["task"]["labels"])
             peft.write_adapter(
-                out, tensors, adapter_config, base.folder, source.base_name, record=record, labels=labels,
-                problem=TASKS[source.config["task"]["kind"]].problem,
+                out, tensors, adapter_config, base.tokenizer_folder or base.folder, source.base_name, record=record,
+                labels=labels, problem=TASKS[source.config["task"]["kind"]].problem, beside=beside,
             )  # fmt: skip
-            _beside(out, source, chat_template)
         return report
     params = dequantised(row.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
@@ -87,15 +93,15 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         dtype=dtype,
         shard_size=shard_size,
         end_tokens=(*base.end_tokens, *tokenizer.turn_end(base.tokenizer, chat_template or None)[:1]),
+        tokenizer_folder=base.tokenizer_folder,
         record=record,
+        beside=beside,
     )
-    if jax.process_index() == 0:
-        _beside(out, source, chat_template)
     return report
 
 
 def _beside(out: Path, source: Trained, chat_template: str) -> None:
-    """What a directory says beside the model: its chat template, and how vectors of texts are made."""
+    """Write what a directory says beside the model: its chat template, and how vectors of texts are made."""
     if chat_template:
         tokenizer.write_chat_template(out, chat_template)
     if source.config["task"]["kind"] == "embed":
@@ -123,7 +129,9 @@ def export(
 ) -> dict:
     """Write a run folder's result as a PEFT adapter or a whole model. Returns the report of `write`.
 
-    format: auto | adapter | merged | full; checkpoint: best | last. Raises FtjaxError for a folder that is no run.
+    format: auto | adapter | merged | full; checkpoint: best | last. Raises FtjaxError for a folder that is no run, and
+    for an `out` with files that no export wrote.
     """
+    resolve.check_out(out)
     source, config = open_run(run, checkpoint=checkpoint)
     return write(source, out, format, dtype=dtype, shard_size=config.export.shard_size)

@@ -13,12 +13,14 @@ from ftjax import config as configs
 from ftjax.data import chat_templates, labelled
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, prepare
-from ftjax.evaluation import judge
-from ftjax.hub import families, resolve, tokenizer
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import compare, judge
+from ftjax.hub import families, fingerprint, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
 from ftjax.training import auto_mesh, export, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
+from ftjax.training.run_folder import base_folder
 from ftjax.tuning import METHODS, Method, Spec
 from ftjax.tuning.adapters import Start
 
@@ -36,6 +38,8 @@ class Job:
 
     config: Any
     folder: Path  # of the model
+    base: dict  # its record, see fingerprint.record
+    tokenizer_folder: Path | None  # where that is not `folder`
     spec: Spec
     dtype: Any  # of computation
     words: Any
@@ -78,9 +82,15 @@ class Job:
         """Tokens of the longest batch, virtual ones among them."""
         return max(T for _, T, _ in self.batches.shapes()) + self.virtual
 
+    @functools.cached_property
+    def settings(self) -> dict:
+        """All that figures before and after training depend on, see compare.settings."""
+        part = getattr(self.data, self.config.evaluate.compare_on)
+        return compare.settings(self.chatty, self.ends, part, self.data.max_length, self.config)
+
     def lm(self, model) -> LM:
-        """A shell without parameters, for what takes a language model and its variables apart."""
-        return LM(model, None, {}, self.chatty, self.folder, self.ends)
+        """An LM without parameters, for functions that receive the variables separately."""
+        return LM(model, None, {}, self.chatty, self.folder, self.ends, tokenizer_folder=self.tokenizer_folder)
 
 
 def prepared(config, say) -> Job:
@@ -93,23 +103,32 @@ def prepared(config, say) -> Job:
     fill_defaults(config)
     method = METHODS[config.tuning.method]
 
-    folder = resolve.resolve(config.model.path, config.model.revision)
+    folder = base_folder(config)
     family, shape = families.read_config(folder)
     check_method(config, family, shape)
-    words = tokenizer.load_tokenizer(folder)
+    given = Start(config.tuning) if config.tuning.init_from else None
+    own = given.folder if given and tokenizer.has_tokenizer(given.folder) else None
+    words = tokenizer.load_tokenizer(own or folder, folder)
     tokenizer.check_vocab(words, shape.vocab_size)
+    if given and not own and tokenizer.chat_template(given.folder) not in ("", words.chat_template):
+        raise FtjaxError(
+            f"tuning.init_from: {given.folder} brings a chat template without a tokenizer. Copy the tokenizer files of "
+            f"{folder} beside it, or remove the template if rows are not to be shown by it"
+        )
     chatty = chat_templates.installed(config, words)
     ends = tokenizer.end_tokens(folder, chatty, config.data.end)
     if config.tuning.prompt_init == "text":
         config.tuning.prompt_ids = tuple(words(config.tuning.prompt_text)["input_ids"])
     dtype = compute_dtype(config.model.dtype)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
-    given = Start(config.tuning) if config.tuning.init_from else None
     if given:
+        fingerprint.check_adapter(given.folder, folder)
         given.fill(spec)
     head = with_task(config, family, shape, folder, 1).head
     form = families.form_of(family, head)
     formats = tuple(export.resolve_format(config.tuning.method, f, form) for f in config.export.formats)
+    for format in formats:
+        resolve.check_out(Path(config.run_dir) / format)
 
     known = families.label_names(folder) if shape.head.task == head.task else ()
     longest = shape.max_positions - method.virtual_tokens(spec)
@@ -143,7 +162,8 @@ def prepared(config, say) -> Job:
         say(chosen)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
     eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)
+    base = fingerprint.record(folder, config.model.path, own, given and given.folder)
     return Job(
-        config, folder, spec, dtype, words, chatty, ends, given, formats, data, mesh, batches, validation, rows,
-        eval_rows, steps, eval_every, config.train.save_every or eval_every,
+        config, folder, base, own, spec, dtype, words, chatty, ends, given, formats, data, mesh, batches, validation,
+        rows, eval_rows, steps, eval_every, config.train.save_every or eval_every,
     )  # fmt: skip

@@ -30,7 +30,7 @@ from ftjax.training.job import Job, prepared
 from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import RUN, Trained, base_name, claim
+from ftjax.training.run_folder import RUN, Trained, base_name, claim, keep_tokenizer, locked
 from ftjax.training.start import first_state, untuned, validate
 from ftjax.tuning import METHODS
 
@@ -74,17 +74,22 @@ def train(config, say=print) -> Result:
 
     job = prepared(config, say)
     config, data, mesh, rows, steps = job.config, job.data, job.mesh, job.rows, job.steps
-    going_on = hosts.from_first(lambda: claim(config, job.folder, data.fingerprint))
     run_dir = Path(config.run_dir)
-    hosts.check_shared(run_dir / RUN)
-    say(show(data, job.words, packing=config.data.packing))
-    if data.gone and first:
-        write_jsonl(run_dir / "removed.jsonl", data.removed())
+    with contextlib.ExitStack() as opened:
+        if first:
+            opened.enter_context(locked(run_dir))
+        going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint))
+        hosts.check_shared(run_dir / RUN)
+        if first and job.tokenizer_folder:
+            keep_tokenizer(run_dir, job.tokenizer_folder)
+        say(show(data, job.words, packing=config.data.packing))
+        if data.gone and first:
+            write_jsonl(run_dir / "removed.jsonl", data.removed())
 
-    with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
+        opened.enter_context(jax.set_mesh(mesh))
         program = build(config, job.spec, mesh, job.dtype, steps)
         state, frozen = first_state(job, program, say)
-        before = untuned(job, program, state.trained, frozen)
+        before = untuned(job, program, state.trained, frozen, say)
 
         # ---- the state to go on from -------------------------------------------------------------------------------
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
@@ -228,7 +233,7 @@ def exported(job: Job, program: Program, trained: dict, frozen: dict, say) -> di
     config, files = job.config, {}
     source = Trained(
         config.tuning.method, trained, frozen, job.spec, job.lm(program.model), base_name(config, job.folder),
-        config.to_dict(),
+        config.to_dict(), job.base,
     )  # fmt: skip
     for format in dict.fromkeys(job.formats):
         out = Path(config.run_dir) / format
@@ -250,7 +255,7 @@ def judged(job: Job, program: Program, variables: dict, before: dict | None, sec
         return None, {}
     after = compare.measure(job.lm(program.model), variables, job.data, config)
     took = seconds()
-    results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, took))
+    results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, took, job.settings))
     say(compare.table(before, after, took))
     say(compare.side_by_side(before, after, config.evaluate.samples))
     return results, {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}

@@ -2,91 +2,178 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from safetensors.numpy import load_file, save_file
 
 import ftjax
 from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
-from ftjax.hub import resolve
-from ftjax.hub.fingerprint import fingerprint
+from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
+from ftjax.training import claims, hosts
 from ftjax.training.checkpoint import FOLDER, Checkpoints
+from ftjax.tree import flatten, map_paths
 from ftjax.tuning import METHODS, Spec
 
 RUN = "run.json"  # the resolved config and the base it was started on; what has it is a run folder
+START = "start.safetensors"  # what the method drew from the base before the first step, see Method.start
+TOKENIZER = "tokenizer"  # the run's tokenizer, where it is not the base's
+LOCK = "lock"  # the process that works on the run
+STALE = 120.0  # seconds without a sign of life of a process of another host after which its lock does not count
 
-# Everything that a run writes into its folder.
-WRITTEN = (RUN, "before.json", "checkpoints", "tensorboard", "wandb", "metrics.jsonl", "loss.png", "results.json")
-WRITTEN += ("samples.jsonl", "removed.jsonl", "adapter", "merged", "full")
+# Everything that a run writes into its folder, and of folders what in them; exports list their own files.
+WRITTEN = (RUN, START, "before.json", "metrics.jsonl", "loss.png", "results.json", "samples.jsonl", "removed.jsonl")
 WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration.png", "outcome.json")
-WRITTEN += ("profile", "profile.json", "profile.txt")
+WRITTEN += ("profile.json", "profile.txt", "profile/plugins", f"{TOKENIZER}/*", "tensorboard/events.out.tfevents.*")
+WRITTEN += (f"{FOLDER}/[0-9]*", "wandb/*run-*", "wandb/latest-run", "wandb/debug*.log")
+FOLDERS = ("adapter", "merged", "full")
 
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
 FREE += ("train.cache_features", "model.remat", "model.attention", "model.unroll", "model.head_chunk")
+# Fields that name files, by the group of the record whose digests decide in their place.
+NAMES = {
+    "weights": ("model.path", "model.revision"),
+    "adapter": ("tuning.init_from",),
+    "rows": ("data.train", "data.validation", "data.test", "data.decontaminate", "data.augment.function"),
+}
 
 
-def claim(config, folder: Path, rows: str) -> bool:
-    """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder while the block runs; of one run's processes the first must call.
 
-    folder: directory of the base; rows: digest of the rows that the run reads. Raises FtjaxError where it holds
-    anything else and `config.overwrite` is off, or where the earlier run was another one: then it names each field that
-    differs.
+    Raises FtjaxError, which names the process, where another one is in it. The lock of a process that was killed does
+    not count, see ftjax.training.claims.
     """
-    run_dir = Path(config.run_dir)
     if run_dir.is_file():
         raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
-    record = {"ftjax": ftjax.__version__, "config": config.to_dict(), "base": fingerprint(folder), "rows": rows}
-    if config.overwrite or _stillborn(run_dir):
-        _clear(run_dir)
-    going_on = False
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not config.overwrite:
-        if not (run_dir / RUN).is_file():
-            raise FtjaxError(
-                f"run_dir: {run_dir} holds files that are not of a run. Choose another run_dir, or write beside them, "
-                "and over those of the same name, with --config.overwrite=True"
-            )
-        _same_run(record, json.loads((run_dir / RUN).read_text()), run_dir)
-        going_on = True
     run_dir.mkdir(parents=True, exist_ok=True)
+    with claims.claimed(run_dir / LOCK, STALE) as mine:
+        if not mine:
+            raise FtjaxError(
+                f"run_dir: {run_dir} is in use: {claims.owner(run_dir / LOCK)} works on this run. Wait for it, or "
+                f"choose another run_dir. After {STALE:.0f} s without a sign of its life the folder is free"
+            )
+        yield
+
+
+def read_record(run_dir: str | Path) -> dict | None:
+    """The run.json of a run folder; None for a folder without one, or with one of another program."""
+    file = Path(run_dir) / RUN
+    record = resolve.read_json(file) if file.is_file() else {}
+    if not isinstance(record.get("config"), dict) or "base" not in record:
+        return None
+    if not isinstance(record["base"], dict):
+        warnings.warn(f"{file}: an earlier version kept no digests by which its base could be checked", stacklevel=2)
+        record["base"] = {}
+    return record
+
+
+def run_config(run_dir: str | Path):
+    """The resolved config of a run, its run_dir the folder where it lies. Raises FtjaxError where there is no run."""
+    record = read_record(run_dir)
+    if record is None:
+        raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN} that `ftjax train` wrote")
+    config = configs.load(Path(run_dir) / RUN)
+    config.run_dir = str(run_dir)
+    return config
+
+
+def base_folder(config) -> Path:
+    """The directory of a config's base: of a hub name without a revision, the commit with which its run began."""
+    record = None if config.overwrite else read_record(config.run_dir)
+    revision = config.model.revision
+    if record and not revision and record["config"]["model"]["path"] == config.model.path:
+        revision = record["base"].get("revision", "")
+    return resolve.resolve(config.model.path, revision)
+
+
+def claim(config, base: dict, rows: str) -> bool:
+    """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
+
+    Args:
+        config: of the run, resolved.
+        base: the record of the base, see fingerprint.record.
+        rows: digest of the rows that the run reads.
+
+    Raises:
+        FtjaxError: where the folder holds anything else than a run; where it holds another run and `config.overwrite`
+            is off, with each field that differs.
+    """
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    relative = os.path.relpath(base["path"], run_dir)
+    record = {
+        "ftjax": ftjax.__version__,
+        "config": config.to_dict(),
+        "base": base | {"relative": relative},
+        "rows": rows,
+    }
+    old = read_record(run_dir)
+    if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
+        raise FtjaxError(
+            f"run_dir: {run_dir} holds files that are not of a run, such as {min(foreign)}, and nothing there is "
+            "overwritten. Choose another run_dir"
+        )
+    if old and (config.overwrite or _stillborn(run_dir)):
+        _clear(run_dir)
+        old = None
+    if old:
+        _same_run(record, old, run_dir)
     replace_text(run_dir / RUN, json.dumps(record, indent=2) + "\n")
-    return going_on
+    return old is not None
 
 
 def _stillborn(run_dir: Path) -> bool:
     """Whether a run ended here before its first step, such as by an error in its config: it holds nothing to keep."""
-    kept = run_dir / FOLDER
-    trained = (run_dir / "metrics.jsonl").is_file() or (kept.is_dir() and any(kept.iterdir()))
-    return (run_dir / RUN).is_file() and not trained
+    return not (run_dir / "metrics.jsonl").is_file() and not _has_checkpoints(run_dir)
+
+
+def _has_checkpoints(run_dir: Path) -> bool:
+    return any(path.name.isdigit() for path in run_dir.glob(f"{FOLDER}/*"))
 
 
 def _clear(run_dir: Path) -> None:
-    """Delete what a run writes, and nothing else."""
-    for name in WRITTEN:
-        path = run_dir / name
-        if path.is_dir():
+    """Delete what a run wrote, and nothing else; where a folder of it is a link, the link stays."""
+    for path in [path for pattern in WRITTEN for path in run_dir.glob(pattern)]:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif path.parent.name != FOLDER or path.name.split(".")[0].isdigit():
             shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in FOLDERS:
+        resolve.remove_written(run_dir / name)
+    for name in dict.fromkeys(pattern.split("/")[0] for pattern in WRITTEN if "/" in pattern):
+        with contextlib.suppress(OSError):  # not there, a link, or not empty
+            (run_dir / name).rmdir()
 
 
 def _same_run(new: dict, old: dict, run_dir: Path) -> None:
+    """Raises FtjaxError where a record is of another run than an older one of the folder."""
     now, before = (configs.flat(configs.from_dict(record["config"])) for record in (new, old))
-    changed = [key for key in now if now[key] != before[key] and not key.startswith(FREE)]
-    told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed]
-    if new["base"] != old["base"]:
-        told.append(f"the weights in {new['config']['model']['path']} are not those that it was started on")
-    if new["rows"] != old.get("rows", new["rows"]):
+    told = fingerprint.changes(old["base"], new["base"])
+    same = {group for group in fingerprint.GROUPS if group in old["base"] and old["base"][group] == new["base"][group]}
+    if new["rows"] == old.get("rows"):
+        same.add("rows")
+        now["data.mixture"], before["data.mixture"] = (_unnamed(flat["data.mixture"]) for flat in (now, before))
+    elif "rows" in old:
         told.append("the rows in its data files are not those that it was started on")
+    free = (*FREE, *(key for group in same for key in NAMES.get(group, ())))
+    changed = [key for key in now if now[key] != before[key] and not key.startswith(free)]
+    told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed] + told
     if told:
         raise FtjaxError(
             f"run_dir: {run_dir} holds another run: {'; '.join(told)}. Choose another run_dir, or delete that run with "
@@ -94,12 +181,62 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
         )
 
 
+def _unnamed(mixture: tuple) -> list[dict]:
+    """The entries of data.mixture without the files that they name."""
+    named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in mixture]
+    return [{k: v for k, v in entry.items() if k not in ("train", "validation", "test")} for entry in named]
+
+
+def keep_tokenizer(run_dir: Path, folder: Path) -> None:
+    """Copy a tokenizer that is not the base's into the folder of its run, which then does not depend on it."""
+    draft = run_dir / f"{TOKENIZER}.part"
+    if not (run_dir / TOKENIZER).is_dir():
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        tokenizer.copy_tokenizer(folder, draft)
+        draft.rename(run_dir / TOKENIZER)
+
+
+def with_start(method, frozen: dict, run_dir: Path) -> dict:
+    """`frozen` with the start that a run keeps, in place of one that was computed anew, see Method.start.
+
+    Another device, dtype or mesh computes it otherwise than the run's first process did. Raises FtjaxError for a run
+    without it, as earlier versions left them.
+    """
+    wanted, file = flatten(method.start(frozen)), run_dir / START
+    if not wanted:
+        return frozen
+    if not file.is_file():
+        raise FtjaxError(
+            f"{file}: is missing. It holds the initial adapter of tuning.init, which cannot be computed again to the "
+            f"bit. Earlier versions did not keep it: use {run_dir / 'adapter'}, or train again with "
+            "--config.overwrite=True"
+        )
+    stored = load_file(file)
+    return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
+
+
+def keep_start(method, frozen: dict, run_dir: Path) -> dict:
+    """As `with_start`; the first time, write it. Of several processes all must call."""
+    wanted = flatten(method.start(frozen))
+    if not wanted:
+        return frozen
+    if not hosts.from_first(lambda: (run_dir / START).is_file() or _has_checkpoints(run_dir)):
+        arrays = {path: weights.whole(x) for path, x in wanted.items()}
+        if jax.process_index() == 0:
+            draft = run_dir / f"{START}.part"
+            save_file(arrays, draft)
+            os.replace(draft, run_dir / START)
+        return frozen
+    return with_start(method, frozen, run_dir)
+
+
 @dataclasses.dataclass
 class Trained:
     """What a run trained, what it did not, and the model that it goes on: all that an export reads.
 
     base: the LM before training, whose parameters full training has given away; base_name: how others should call the
-    base; config: the run's, resolved.
+    base; config: the run's, resolved; record: of the base, see fingerprint.record.
     """
 
     method: str
@@ -109,6 +246,7 @@ class Trained:
     base: LM
     base_name: str
     config: dict
+    record: dict = dataclasses.field(default_factory=dict)
 
 
 def base_name(config, folder: Path) -> str:
@@ -122,29 +260,34 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     checkpoint: `best`, `last`, or a step of those that it keeps; dtype, quantise: see ftjax.load. Raises FtjaxError
     where there is no run, or no such checkpoint.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / RUN).is_file():
-        raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN}; `ftjax train` makes such folders")
-    config = configs.load(run_dir / RUN)
+    run_dir, config = Path(run_dir), run_config(run_dir)
+    kept = read_record(run_dir)["base"]
     method = METHODS[config.tuning.method]
     task = (config.task.kind, config.task.labels) if config.task.kind != "causal" else None
-    lm, spec = open_base(resolve.resolve(config.model.path, config.model.revision), dtype, config, quantise, task)
+    own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
+    key = f"config.model.path in {run_dir / RUN}"
+    folder = fingerprint.find(kept, run_dir, config.model.path, config.model.revision, key, own)
+    if kept and not kept["revision"] and folder != Path(assets.resolve(config.model.path)).expanduser():
+        config.model.path = str(folder)  # it was moved
+    kept |= {"path": os.path.abspath(folder)} if kept else {}
+    lm, spec = open_base(folder, dtype, config, quantise, task, own)
     spec = spec._replace(tuning=config.tuning)
     saved = Checkpoints(run_dir, read_only=True)
     step = checkpoint if isinstance(checkpoint, int) else saved.best() if checkpoint == "best" else saved.latest()
     if isinstance(step, int) and step not in saved.steps():
-        kept = ", ".join(map(str, saved.steps()))
-        raise FtjaxError(f"{run_dir}: keeps no checkpoint of step {step}; it has those of {kept}")
+        there = ", ".join(map(str, saved.steps()))
+        raise FtjaxError(f"{run_dir}: keeps no checkpoint of step {step}; it has those of {there}")
     if step is None:
         raise FtjaxError(
             f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"
         )
-    # As the run began: of what is frozen, all that is not the base's comes from its seed.
+    # As the run began: of what is frozen, all that is not the base's comes from its seed or from its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
+    frozen = with_start(method, frozen, run_dir)
     stored = jnp.dtype("float32" if config.train.ema else config.model.trained_dtype)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes)
     trained = saved.trained(step, abstract, ema=config.train.ema > 0)
     saved.close()
     name = base_name(config, lm.folder)
-    return Trained(config.tuning.method, trained, frozen, spec, lm, name, config.to_dict()), config
+    return Trained(config.tuning.method, trained, frozen, spec, lm, name, config.to_dict(), kept), config

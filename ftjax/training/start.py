@@ -15,10 +15,12 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_text
 from ftjax.hub import weights
+from ftjax.hub.resolve import read_json
 from ftjax.models.quantised import dequantised
 from ftjax.training import hosts, sharding
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
+from ftjax.training.run_folder import keep_start
 
 
 def first_state(job: Job, program: Program, say) -> tuple:
@@ -39,6 +41,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
         # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         trained, frozen = program.begin(jax.random.key(config.seed), base)
+    frozen = keep_start(job.method, frozen, Path(config.run_dir))
     del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
     if job.given:
         made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
@@ -69,19 +72,24 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
     return found
 
 
-def untuned(job: Job, program: Program, trained: dict, frozen: dict) -> dict | None:
-    """What the model answers before it is tuned, measured once and kept in the run folder; None where nobody asks."""
+def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dict | None:
+    """What the model answers before it is tuned; None where nobody asks. Kept in the run folder with the settings of
+    the measurement, which is made again where these differ."""
     if not (job.config.evaluate.compare and job.generates):
         return None
     file = Path(job.config.run_dir) / "before.json"
-    before = hosts.from_first(lambda: json.loads(file.read_text()) if file.exists() else None)
+    kept = hosts.from_first(lambda: read_json(file) if file.exists() else {})
+    if kept and (changed := [key for key, value in job.settings.items() if kept.get("settings", {}).get(key) != value]):
+        say(f"{file}: was measured with another {', '.join(changed)}; the model before training is measured again")
+        kept = {}
+    before = kept.get("measured")
     if before is None:
         variables = program.variables(trained, frozen)
         # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
         variables = {"params": variables["params"]} if job.virtual else variables
         before = compare.measure(job.lm(program.model), variables, job.data, job.config)
         if jax.process_index() == 0:
-            replace_text(file, json.dumps(before))
+            replace_text(file, json.dumps({"settings": job.settings, "measured": before}))
     return before
 
 

@@ -50,6 +50,8 @@ class Method:
     frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
+    start: Callable[[dict], dict] = lambda frozen: {}  # what of `frozen` was computed from values of the base: a run
+    # keeps it, because another dtype or device computes it otherwise
     causal_only: bool = False  # whether it needs a model in which no token sees those behind it
     own_head: bool = False  # whether it decides itself what is trained of a head over labels, see tuning/head.py
     lr: float = 2e-4  # default peak learning rate

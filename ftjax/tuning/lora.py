@@ -191,6 +191,7 @@ register(
         peft_type="LORA",
         axes=axes,
         frozen_axes=axes,
+        start=lambda frozen: split(frozen)[1],
         lr_scale=lr_scale,
         lr=2e-4,  # QLoRA's for 7B to 13B, and ten times full training's, as LoRA wants (Schulman et al. 2025)
         batch_size=16,  # small batches: LoRA loses to full training as batches grow (same source)

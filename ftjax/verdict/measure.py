@@ -26,7 +26,7 @@ from ftjax.lm import LM, continue_ids
 from ftjax.loading import load
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.report import read_metrics
-from ftjax.training.run_folder import RUN
+from ftjax.training.run_folder import RUN, run_config
 from ftjax.verdict import cost
 from ftjax.verdict.baselines import fitted
 from ftjax.verdict.contenders import LABELLED, MAJORITY, Contender
@@ -151,7 +151,7 @@ def open_run(source: str) -> Run | None:
     file = Path(source) / RUN
     if not source or not file.is_file():
         return None
-    return Run(source, configs.load(file), read_metrics(source))
+    return Run(source, run_config(source), read_metrics(source))
 
 
 def answer(contender: Contender, setting: Setting, lm: LM, seed: int):

@@ -30,10 +30,10 @@ from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_text
 from ftjax.hub import families, resolve, weights
 from ftjax.objectives import TASKS
-from ftjax.training import hosts
+from ftjax.training import claims, hosts
 from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
-from ftjax.verdict import claims, curve, pictures, search
+from ftjax.verdict import curve, pictures, search
 from ftjax.verdict.energy import metered
 from ftjax.verdict.rows import fix_rows
 
@@ -74,7 +74,7 @@ def sweep(
     grid: texts `key=value,value,...`; the seeds are config.seed and those that follow. random: so many points are
     drawn, where a text may also be a range, `optim.lr=1e-5..1e-3:log`; optuna: so many are proposed by Optuna, by the
     validation loss of those before. halving: all points are run with a small part of train.steps or train.epochs, the
-    best third by validation loss with three times as much, and so on. stale: see ftjax.verdict.claims.
+    best third by validation loss with three times as much, and so on. stale: see ftjax.training.claims.
 
     Parts that are split off train are split once, for all seeds. Writes sweep.json with every outcome and, where an
     axis has numbers, sweep.png with a figure against it; along AMOUNTS with its law, in curves.json too. Settings are

@@ -1,5 +1,6 @@
 """One state of the starter model measured on real rows; what two of them are told as; the picture."""
 
+import copy
 import dataclasses
 import json
 
@@ -88,6 +89,38 @@ def test_what_is_measured_belongs_to_the_variables_given(measured, lm, data, set
     assert [s["prediction"] for s in changed["samples"]] != [s["prediction"] for s in measured["samples"]]
 
 
+def test_settings_name_all_that_figures_depend_on(lm, data, settings, tmp_path):
+    """What changes a figure changes them: fields, rows, how rows are shown, the content of files, the tokenizer."""
+
+    def made_by(part=data.test, words=lm.tokenizer, **changed):
+        config = settings.copy_and_resolve_references()
+        for key, value in changed.items():
+            group, _, name = key.partition("__")
+            config[group][name] = value
+        return json.dumps(compare.settings(words, (1, 2), part, 128, config), sort_keys=True)
+
+    def with_piece(**changed):
+        (piece,) = data.test.pieces
+        return dataclasses.replace(data.test, pieces=(piece._replace(**changed),))
+
+    metric, text = tmp_path / "mine.py", tmp_path / "general.txt"
+    metric.write_text("def one(prediction, references, row):\n    return 1.0\n")
+    text.write_text("Once upon a time.")
+    files = {"evaluate__metrics": (f"{metric}:one",), "evaluate__forgetting": str(text)}
+    (piece,) = data.test.pieces
+    found = [made_by(), made_by(**files), made_by(generate__max_new_tokens=17), made_by(evaluate__words="tgt")]
+    templated = copy.copy(lm.tokenizer)
+    templated.chat_template = "{{ messages }}"
+    found += [made_by(words=templated), made_by(with_piece(digest="other")), made_by(with_piece(kept=piece.kept[:2]))]
+    found.append(made_by(with_piece(recipe=dataclasses.replace(piece.recipe, end="<s>"))))
+    metric.write_text("def one(prediction, references, row):\n    return 0.5\n")
+    found.append(made_by(**files))
+    text.write_text("Twice upon a time.")
+    found.append(made_by(**files))
+    assert len(set(found)) == len(found)
+    assert made_by(evaluate__samples=9, evaluate__rows=3) == found[0]
+
+
 def test_fewer_prompts_on_demand(lm, data, settings):
     few = settings.copy_and_resolve_references()
     few.evaluate.compare_rows = 1
@@ -130,12 +163,13 @@ def test_side_by_side_spreads_over_the_samples_and_reads_no_markup():
 
 
 def test_results_are_read_back(tmp_path):
-    results = compare.write_results(tmp_path, state(20.0, 0.25, "old"), state(10.0, 0.5, "new"), 3.0)
+    results = compare.write_results(tmp_path, state(20.0, 0.25, "old"), state(10.0, 0.5, "new"), 3.0, {"seed": 0})
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results == {
         "before": {"perplexity": 20.0, "rouge_l": 0.25, "forgetting_loss": 1.5},
         "after": {"perplexity": 10.0, "rouge_l": 0.5, "forgetting_loss": 1.5},
         "seconds": 3.0,
+        "settings": {"seed": 0},
     }
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 7

@@ -318,12 +318,16 @@ def test_folders_of_others_are_not_overwritten(saved, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(FtjaxError, match="out: holds files that ftjax did not write"):
+    with pytest.raises(FtjaxError, match="out: holds files that no export of ftjax wrote: thesis.txt"):
         write_model(out, params, folder, family, config)
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
-    write_model(out, params, folder, family, config, overwrite=True)
-    assert not (out / "thesis.txt").exists()
-    write_model(out, params, folder, family, config)  # its own work it replaces
+    (out / "thesis.txt").unlink()
+    for _ in range(2):  # its own work it replaces
+        write_model(out, params, folder, family, config)
+    (out / "README.md").write_text("about this model")
+    with pytest.raises(FtjaxError, match="no export of ftjax wrote: README.md. Move them"):
+        write_model(out, params, folder, family, config)
+    assert (out / "README.md").read_text() == "about this model"
     np.testing.assert_array_equal(logits(load(out)), logits(model))
 
 

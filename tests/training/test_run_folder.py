@@ -1,27 +1,130 @@
 """Whose a run folder is."""
 
+import json
+import os
+import socket
+from pathlib import Path
+
 import pytest
 
 from ftjax import config
 from ftjax.assets import resolve
 from ftjax.errors import FtjaxError
-from ftjax.training.run_folder import claim
+from ftjax.hub import fingerprint
+from ftjax.training.run_folder import base_folder, claim, locked
 
-BASE = resolve("builtin:stories260K")
+BASE = Path(resolve("builtin:stories260K"))
 
 
-def test_a_run_that_never_took_a_step_gives_way_to_another(tmp_path):
+@pytest.fixture(scope="module")
+def base():
+    return fingerprint.record(BASE, "builtin:stories260K")
+
+
+def settings(run_dir: Path):
     c = config.default()
-    c.run_dir = str(tmp_path / "run")
-    assert not claim(c, BASE, "rows")
+    c.run_dir = str(run_dir)
+    return c
+
+
+def test_a_run_that_never_took_a_step_gives_way_to_another(tmp_path, base):
+    c = settings(tmp_path / "run")
+    assert not claim(c, base, "rows")
     (tmp_path / "run" / "before.json").write_text("{}")
     c.optim.lr = 0.5
-    assert not claim(c, BASE, "rows") and not (tmp_path / "run" / "before.json").exists()
+    assert not claim(c, base, "rows") and not (tmp_path / "run" / "before.json").exists()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert claim(c, BASE, "rows")
+    assert claim(c, base, "rows")
     c.optim.lr = 0.25
     with pytest.raises(FtjaxError, match="holds another run: optim.lr was 0.5, is 0.25"):
-        claim(c, BASE, "rows")
+        claim(c, base, "rows")
     c.optim.lr = 0.5
     with pytest.raises(FtjaxError, match="the rows in its data files are not those that it was started on"):
-        claim(c, BASE, "other rows")
+        claim(c, base, "other rows")
+
+
+def test_digests_decide_and_not_the_names_of_files(tmp_path, base):
+    c = settings(tmp_path / "run")
+    c.data.mixture = ({"train": "old/a.jsonl", "weight": 1.0}, {"train": "old/b.jsonl", "weight": 2.0})
+    claim(c, base, "rows")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    moved = config.copy(c)
+    moved.model.path, moved.data.validation = "new/base", "new/validation.jsonl"
+    moved.data.mixture = ({"train": "new/a.jsonl", "weight": 1.0}, {"train": "new/b.jsonl", "weight": 2.0})
+    assert claim(moved, base, "rows")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["model"]["path"] == "new/base"
+    with pytest.raises(FtjaxError, match="data.mixture was .*; the rows in its data files are not"):
+        claim(c, base, "other rows")
+    moved.data.mixture = ({"train": "new/a.jsonl", "weight": 1.0}, {"train": "new/b.jsonl", "weight": 3.0})
+    with pytest.raises(FtjaxError, match="holds another run: data.mixture was"):
+        claim(moved, base, "rows")
+    changed = base | {"weights": base["weights"] | {"config.json": "0" * 32}}
+    with pytest.raises(FtjaxError, match="model.path was .*of the base's files, config.json was .* is 00000000"):
+        claim(c, changed, "rows")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, base, overwrite):
+    c = settings(tmp_path)
+    c.overwrite = overwrite
+    theirs = {"results.json": "{}", "full/model.bin": "x", "checkpoints/12/x": "x", "run.json": '{"name": "theirs"}'}
+    for name, text in theirs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(FtjaxError, match="holds files that are not of a run, such as checkpoints, and nothing there"):
+        claim(c, base, "rows")
+    assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
+
+
+def test_one_process_works_on_a_run(tmp_path):
+    run, lock = tmp_path / "run", tmp_path / "run" / "lock"
+    with locked(run):
+        with pytest.raises(FtjaxError, match=rf"run is in use: process {os.getpid()} of .*, since 20.* works on this"):
+            locked(run).__enter__()
+        said = json.loads(lock.read_text())
+    assert not lock.exists()
+    # A killed process leaves its lock; its number may have gone to another process since.
+    lock.write_text(json.dumps(said | {"started": "another boot 1"}))
+    with locked(run):
+        assert json.loads(lock.read_text()) == said | {"since": json.loads(lock.read_text())["since"]}
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))
+    with locked(run):
+        pass
+    lock.write_text("")  # on a full disk
+    os.utime(lock, (0, 0))
+    with locked(run):
+        pass
+    with pytest.raises(KeyError), locked(run):
+        raise KeyError
+    assert list(run.iterdir()) == []
+
+
+def test_the_commit_of_a_hub_name_is_used_again(tmp_path, base, monkeypatch):
+    import shutil
+
+    import huggingface_hub
+
+    head = ["one"]
+
+    def snapshot_download(name, revision, **options):
+        return str(tmp_path / "hub" / "snapshots" / (revision or head[0]))
+
+    for commit in ("one", "two"):
+        shutil.copytree(BASE, tmp_path / "hub" / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    c = settings(tmp_path / "run")
+    c.model.path = "owner/model"
+    folder = base_folder(c)
+    claim(c, fingerprint.record(folder, c.model.path), "rows")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["base"]
+    assert folder.name == kept["revision"] == "one"
+    head[0] = "two"
+    assert base_folder(c).name == "one"
+    assert fingerprint.find(kept, tmp_path / "run", c.model.path, "", "key").name == "one"
+    c.model.revision = "two"
+    assert base_folder(c).name == "two"
+    shutil.rmtree(tmp_path / "hub" / "snapshots" / "one")  # the cache was cleaned, and the hub has the commit
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, revision, **o: str(BASE) * (revision == "one")
+    )
+    assert fingerprint.find(kept, tmp_path / "run", "owner/model", "", "key") == BASE

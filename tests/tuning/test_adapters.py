@@ -203,6 +203,99 @@ def test_a_run_starts_from_an_adapter_made_elsewhere(made, tmp_path):
     assert len(read_metrics(tmp_path / "moved")) > 0
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|bot|>') + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+TURNS = [{"role": "user", "content": "One day"}]
+
+
+@pytest.fixture(scope="module")
+def talkers(made, tmp_path_factory):
+    """(a base with a padded table; name -> folder of an adapter): one brings tokens and a template, one a template."""
+    from transformers import AutoTokenizer
+
+    base, folders, _ = made
+    out = tmp_path_factory.mktemp("talkers")
+    sizes = {"vocab_size": VOCABULARY + 8, "max_position_embeddings": 256}
+    tiny_models.make("llama", tiny_models.SIZES | sizes).save_pretrained(out / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, out / "base")
+    for name, source in (("tokens", "left"), ("template", "right"), ("none", "wide")):
+        shutil.copytree(folders[source], out / name)
+        said = json.loads((out / name / "adapter_config.json").read_text())
+        said["base_model_name_or_path"] = str(out / "base")
+        (out / name / "adapter_config.json").write_text(json.dumps(said))
+    own = AutoTokenizer.from_pretrained(out / "base")
+    own.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>", "<|end|>"]})
+    own.chat_template = TEMPLATE
+    own.save_pretrained(out / "tokens")
+    (out / "template" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    return out / "base", {name: out / name for name in ("tokens", "template", "none")}
+
+
+def asked(lm) -> list[int]:
+    text = lm.tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
+    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_an_adapter_brings_its_tokenizer_and_template(talkers):
+    from transformers import AutoTokenizer
+
+    base, folders = talkers
+    theirs = AutoTokenizer.from_pretrained(folders["tokens"])
+    text = theirs.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
+    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    end = theirs.convert_tokens_to_ids("<|end|>")
+    assert min(expected[0], expected[-1], end) >= VOCABULARY
+    lm = ftjax.load(base, adapters=folders)
+    for own in (
+        ftjax.load(folders["tokens"]),
+        lm.with_adapter("tokens"),
+        lm.with_adapter("none").with_adapter("tokens"),
+    ):
+        assert asked(own) == expected and end in own.end_tokens
+    for other in (lm, lm.with_adapter("none"), ftjax.load(folders["none"])):
+        assert len(other.tokenizer) == VOCABULARY and not other.tokenizer.chat_template and end not in other.end_tokens
+    for shown in (lm.with_adapter("template"), ftjax.load(folders["template"])):
+        assert shown.tokenizer.decode(asked(shown)[-1:]) == "</s>"
+    assert lm.tokenizer.chat_template is None  # the base's own is left as it is
+    with pytest.raises(FtjaxError, match="adapters tokens, none: they bring different tokenizers or chat templates"):
+        lm.with_adapter({"tokens": 0.5, "none": 0.5})
+
+
+def test_a_tokenizer_larger_than_the_table_of_the_base(made, talkers):
+    with pytest.raises(FtjaxError, match=r"larger than the embedding: token '<\|end\|>' has id 514, the embedding 512"):
+        ftjax.load(made[0], adapters={"a": talkers[1]["tokens"]})
+
+
+@pytest.mark.slow
+def test_a_run_reads_by_the_tokenizer_of_its_initial_adapter(talkers, tmp_path):
+    """And it keeps that: loading and both exports need the adapter no more."""
+    base, folders = talkers
+    start = shutil.copytree(folders["tokens"], tmp_path / "start")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"messages": [*TURNS, {"role": "assistant", "content": "x"}]}) + "\n"
+    )
+    c = settings(base, tmp_path / "run", start)
+    c.data.update(train=str(tmp_path / "rows.jsonl"), split=(1.0, 0.0, 0.0), prompt="", completion="", end="", limit=0)
+    c.train.update(steps=1, batch_size=1)
+    c.tuning.init_from = str(folders["template"])
+    with pytest.raises(FtjaxError, match="tuning.init_from: .*template brings a chat template without a tokenizer"):
+        ftjax.train(c, say=lambda line: None)
+    c.tuning.init_from = str(start)
+    c.export.formats = ("adapter", "merged")
+    ftjax.train(c, say=lambda line: None)
+    shutil.rmtree(start)
+    ids = [asked(ftjax.load(tmp_path / path)) for path in ("run", "run/adapter", "run/merged")]
+    assert ids == [asked(ftjax.load(folders["tokens"]))] * 3
+    (tmp_path / "run" / "tokenizer" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(FtjaxError, match="of the tokenizer's files, chat_template.jinja was"):
+        ftjax.load(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

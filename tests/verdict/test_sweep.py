@@ -13,7 +13,8 @@ import tiny_labelled
 
 import ftjax
 from ftjax.errors import FtjaxError
-from ftjax.verdict import claims, search, sweep
+from ftjax.training import claims
+from ftjax.verdict import search, sweep
 from ftjax.verdict.search import Axis
 from ftjax.verdict.sweep import Outcome
 
@@ -202,7 +203,7 @@ def test_two_processes_divide_the_runs(tmp_path):
 DIES = """
 import os, sys
 from pathlib import Path
-from ftjax.verdict import claims
+from ftjax.training import claims
 with claims.claimed(Path(sys.argv[1])) as mine:
     assert mine
     os._exit(0)

@@ -1,7 +1,8 @@
 """Who runs what, where several processes or hosts share a folder: one file a claim, that exists or does not.
 
-A claim is made by a link, which fails where there is one, and its owner touches it while it lives. What a process of
-this host that has died left behind, and what nobody has touched for `stale` seconds, is taken over.
+A claim is a file that is created where there is none, and its owner touches it while it lives. The claim of a
+process of this host holds until that process ends, however it ends; that of another host until nobody has touched it
+for `stale` seconds.
 """
 
 from __future__ import annotations
@@ -36,36 +37,24 @@ def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def alone(path: Path, stale: float = STALE) -> Iterator[None]:
-    """As `claimed`, once others have let go of it."""
-    while True:
-        with claimed(path, stale) as mine:
-            if mine:
-                yield
-                return
-        time.sleep(WAIT)
-
-
 def owner(path: Path) -> str:
     """Who has a claim, for a person."""
     try:
         said = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return "nobody"
-    return f"process {said['pid']} of {said['host']}"
+    since = f", since {said['since']}" if "since" in said else ""
+    return f"process {said['pid']} of {said['host']}{since}"
 
 
 def _take(path: Path) -> bool:
-    me = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    draft = path.with_name(f"{path.name}.{me}.part")  # whole before anybody sees it
-    draft.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    pid, host = os.getpid(), socket.gethostname()
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     try:
-        os.link(draft, path)
+        with path.open("x") as file:
+            json.dump({"host": host, "pid": pid, "started": _started(pid), "since": since}, file)
     except FileExistsError:
         return False
-    finally:
-        draft.unlink()
     return True
 
 
@@ -76,30 +65,56 @@ def _left(path: Path, stale: float) -> bool:
         said = json.loads(path.read_text())
     except FileNotFoundError:
         return True
-    here = said["host"] == socket.gethostname()
-    if time.time() - before.st_mtime < stale and not (here and not _runs(said["pid"])):
+    except ValueError:  # being written, or cut short by a kill
+        said = {"host": ""}
+    if said["host"] == socket.gethostname():
+        if _runs(said["pid"], said.get("started")):
+            return False
+    elif _now(path) - before.st_mtime < stale:
         return False
     aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.left")
     try:
         os.rename(path, aside)  # of several that find it, one succeeds
     except FileNotFoundError:
         return False
-    taken = aside.stat().st_ino == before.st_ino
+    after = aside.stat()
+    taken = (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     if not taken:  # another one was quicker, and this is its new claim
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):
             os.link(aside, path)
     aside.unlink()
     return taken
 
 
-def _runs(pid: int) -> bool:
+def _now(path: Path) -> float:
+    """The time by the clock of the file system, which may not be this machine's."""
+    probe = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.now")
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now
+
+
+def _runs(pid: int, started: str | None) -> bool:
+    """Whether the process that made a claim still runs, and its number has not gone to another process since."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return started is None or _started(pid) == started
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host began, by Linux's clock of this boot; None for one that has ended, and where that is
+    not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
 
 
 def _touch(path: Path, every: float, ended: threading.Event) -> None:
