@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.models.config import ModelConfig
-from ftjax.plan import compiled, flops, search
+from ftjax.plan import compiled, flops, search, worker
 from ftjax.plan.devices import DEVICES, larger, parse
 from ftjax.plan.report import report
 from ftjax.plan.run import environment, plan
@@ -346,12 +347,34 @@ def test_estimates_lie_near_what_is_compiled():
     config.mesh.update(data=1, fsdp=8)
     asked = compiled.compile_step(config, spec, devices, 256, 256, 2)
     estimates = search.Search(config, spec, 256, 256, 2, asked, devices)
-    for overrides in ({"train.batch_size": 32}, {"model.remat": "full"}, {"mesh.fsdp": 4, "mesh.tensor": 2}):
+    wide = {"mesh.fsdp": 1, "mesh.tensor": 8}  # over four KV heads
+    for overrides in ({"train.batch_size": 32}, {"model.remat": "full"}, {"mesh.fsdp": 4, "mesh.tensor": 2}, wide):
         guess = estimates.estimate(search.Setting(overrides, devices))
         real = compiled.compile_step(search.changed(config, overrides), spec, devices, 256, 256, 2)
         print(overrides, guess["total"] / real["total"], guess["flops"] / real["flops"])
         assert 0.6 < guess["total"] / real["total"] < 1.7
         assert guess["flops"] == pytest.approx(real["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mesh.data": 1, "mesh.tensor": 4},  # two KV heads
+        {"mesh.data": 0, "mesh.sequence": 1, "data.max_length": 1, "train.batch_size": 1},
+    ],
+    ids=["over-kv-heads", "one-row-of-one-token"],
+)
+def test_meshes_that_divide_little_are_planned(fields, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 301, "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    count = fields.get("mesh.tensor", 3)
+    config = small(**{"model.path": str(tmp_path), "model.remat": "auto"} | fields)
+    job = {"config": config.to_dict(), "devices": f"cpu:{count}", "data": False, "memory": None, "seconds": 1e-9}
+    found = worker.work(job | {"choices": True, "quick": True}) | {"simulated": False}
+    numbers = [found["asked"][key] for key in ("total", "temporaries", "flops", "traffic", "sent")]
+    assert math.prod(found["asked"]["mesh"].values()) == count and all(0 <= n < math.inf for n in numbers)
+    assert "nan" not in report(found, price=1.0)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
