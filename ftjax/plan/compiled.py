@@ -42,8 +42,13 @@ def device_list(devices: Devices) -> list:
         return jax.devices()[: devices.count]
     from jax.experimental import topologies
 
+    layout = {}
+    if devices.device.cores > 1:
+        layout["chip_config_name"] = "megacore"  # as on the machines: a chip is one device, its TensorCores together
+    if devices.count == 1:
+        layout["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return topologies.get_topology_desc(devices.topology, "tpu").devices
+        return topologies.get_topology_desc(devices.topology, "tpu", **layout).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise FtjaxError(f"--devices {devices.name}: the TPU compiler has no such slice: {error}") from None
 

@@ -24,7 +24,7 @@ def does_not_fit(plan: dict) -> str:
 
 
 def _what(plan) -> list[str]:
-    asked, rows = plan["asked"], plan["rows"]
+    asked, rows, devices = plan["asked"], plan["rows"], plan["devices"]
     parameters = asked["parameters"]
     trained, total = parameters["trained"], parameters["total"]
     mesh = " x ".join(f"{axis}={n}" for axis, n in asked["mesh"].items())
@@ -33,11 +33,12 @@ def _what(plan) -> list[str]:
     by = "the TPU compiler"
     if plan["simulated"]:
         by = "XLA's CPU compiler (a GPU's program keeps no float32 copies of bfloat16: it needs less)"
-    elif plan["devices"]["name"].startswith("cpu"):
+    elif devices["name"].startswith("cpu"):
         by = "XLA's CPU compiler, as in training"
     return [
         *plan["chosen"],
-        f"{plan['model']}, {plan['method']}, on {plan['devices']['name']}: {mesh}, remat {asked['remat']}",
+        f"{plan['model']}, {plan['method']}, on {devices['name']} ({devices['count']:,} devices): {mesh}, "
+        f"remat {asked['remat']}",
         f"a step: {batch}" + (f", in {asked['accumulate']} microbatches" if asked["accumulate"] > 1 else ""),
         f"parameters: {trained:,} trained, {total - trained:,} frozen",
         f"compiled by {by} in {asked['compile_seconds']:.0f} s ({asked['compile_cpu_seconds']:.0f} s of CPU, "

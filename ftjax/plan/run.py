@@ -67,8 +67,9 @@ def environment(devices: Devices) -> dict[str, str]:
         return out | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices.count}"}
     if importlib.util.find_spec("libtpu") is None:
         raise FtjaxError(
-            f"--devices {devices.name}: the TPU compiler is missing: pip install 'ftjax[plan-tpu]' (it needs no TPU)"
+            f"--devices {devices.name}: the TPU compiler is missing: in the checkout of ftjax, "
+            "pip install -e '.[plan-tpu]' (it needs no TPU)"
         )
     # Outside a TPU's host the compiler would ask the metadata server who it is; and several plans may run at once.
     out |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return out | {"TPU_ACCELERATOR_TYPE": f"{devices.kind}-{devices.count}", "XLA_FLAGS": ""}
+    return out | {"TPU_ACCELERATOR_TYPE": devices.accelerator_type, "XLA_FLAGS": ""}

@@ -53,6 +53,11 @@ def small(**fields):
     [
         ("v5p:4x8x8", "v5p", 256, "v5p:4x8x8"),
         ("v6e:4x4", "v6e", 16, "v6e:4x4"),
+        ("v6e-8", "v6e", 8, "v6e:2x4"),
+        ("v5litepod-16", "v5e", 16, "v5e:4x4"),
+        ("v4-8", "v4", 4, "v4:2x2x1"),  # v4 and v5p: TensorCores, two a chip
+        ("v5p-16", "v5p", 8, "v5p:2x2x2"),
+        ("v5p-64", "v5p", 32, "v5p:2x4x4"),
         ("h200x8", "h200", 8, None),
         ("h200", "h200", 1, None),
         ("cpu:8", "cpu", 8, None),
@@ -64,10 +69,26 @@ def test_devices_by_name(text, kind, count, topology):
     assert larger(devices)[0].count == 2 * count and devices.device is DEVICES[kind]
 
 
-@pytest.mark.parametrize("text", ["v7:4x4", "h20x8", "v6e:16", "v6e", "h200:2x2", "cpu:0", "v5p:4x8", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["v7:4x4", "h20x8", "v6e:16", "v6e", "h200:2x2", "cpu:0", "v5p:4x8", "", "v5p-12", "v4-12288", "h200-8", "v2-8"],
+)
 def test_unknown_devices_are_told(text):
     with pytest.raises(FtjaxError, match="--devices"):
         parse(text)
+
+
+def test_gcloud_names_count_what_google_counts():
+    """The rows of the tables on Google's pages of v5p and v6e: TensorCores of the one, chips of the other."""
+    v5p = {"2x2x1": 8, "2x2x2": 16, "2x4x4": 64, "4x4x4": 128, "4x4x8": 256, "4x8x8": 512, "16x16x24": 12288}
+    v6e = {"1x1": 1, "2x2": 4, "2x4": 8, "4x4": 16, "4x8": 32, "8x8": 64, "8x16": 128, "16x16": 256}
+    for kind, table in (("v5p", v5p), ("v6e", v6e)):
+        for sides, number in table.items():
+            assert parse(f"{kind}-{number}").name == f"{kind}:{sides}"
+            assert parse(f"{kind}:{sides}").accelerator_type == f"{kind}-{number}"
+    assert larger(parse("v6e-256")) == []
+    with pytest.raises(FtjaxError, match=r"v5p-8 \(4\), v5p-16 \(8\)"):
+        parse("v5p-4")
 
 
 # ---- the program's text -----------------------------------------------------------------------------------------
@@ -423,12 +444,22 @@ def test_a_tpu_needs_its_compiler(monkeypatch, capsys):
     assert "plan-tpu" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["v6e-1", "v5litepod-4", "v4-8", "v5p-16"])
+def test_a_chip_of_a_slice_is_a_device(name):
+    pytest.importorskip("libtpu", reason="needs the extra `plan-tpu`")
+    script = "from ftjax.plan.compiled import device_list as d; from ftjax.plan.devices import parse; "
+    script += f"print(len(d(parse({name!r}))))"
+    env = os.environ | environment(parse(name))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(parse(name).count), done.stderr
+
+
 def test_axes_that_take_part_of_a_side_of_a_slice():
     pytest.importorskip("libtpu", reason="needs the extra `plan-tpu`")
     script = "from ftjax.plan.compiled import device_list as d; from ftjax.plan.devices import parse; "
     script += "from ftjax.training.sharding import make_mesh as m; "
     script += "print(m({'data': 2, 'fsdp': 8, 'tensor': 1}, d(parse('v6e:4x4'))).shape['fsdp'])"
-    env = os.environ | environment(parse("v6e:4x4")) | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | environment(parse("v6e:4x4"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == "8", done.stderr
 
