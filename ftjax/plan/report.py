@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from ftjax.plan.devices import PRICED
 
 GIB = 2**30
@@ -122,4 +124,4 @@ def _instead(plan) -> list[str]:
 
 def paste(row: dict) -> str:
     """Overrides as they stand on a command line."""
-    return " ".join(f"--config.{key}={value}" for key, value in row["overrides"].items()) or "as asked"
+    return shlex.join(f"--config.{key}={value}" for key, value in row["overrides"].items()) or "as asked"
