@@ -306,13 +306,11 @@ def _compare(args, overrides) -> None:
 
 
 def _plan(args, overrides) -> int:
-    for flag in ("share", "seconds", "memory", "price"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < float("inf"):
-            raise FtjaxError(f"--{flag}: expected a number above 0; found {value}")
+    from ftjax.plan.run import check_numbers, plan
+
+    check_numbers(**{name: getattr(args, name) for name in ("share", "seconds", "memory", "price")})
     from ftjax import config
     from ftjax.plan.report import report
-    from ftjax.plan.run import plan
 
     settings, memory = config.load(args.config, overrides), args.memory and args.memory * 2**30
     found = plan(settings, args.devices, data=args.data, memory=memory, seconds=args.seconds, exact=args.exact)

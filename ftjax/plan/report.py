@@ -5,13 +5,24 @@ from __future__ import annotations
 import shlex
 
 from ftjax.plan.devices import PRICED
+from ftjax.plan.run import check_numbers
 
 GIB = 2**30
 SHARE = 0.5  # of the roofline that a run is taken to reach: published runs reach 0.4 to 0.65 of their peak
 
 
 def report(plan: dict, price: float | None = None, share: float = SHARE) -> str:
-    """All of a plan, line by line. price: US dollars a device hour; None: the table's."""
+    """A plan as text.
+
+    Args:
+        plan: what ftjax.plan.run.plan returns.
+        price: US dollars of a device hour; None: by the table of devices.
+        share: of the roofline that the run is taken to reach, above 0 and 1 at most.
+
+    Raises:
+        FtjaxError: for a price or share that cannot be.
+    """
+    check_numbers(price=price, share=share)
     asked, devices = plan["asked"], plan["devices"]
     lines = [*_what(plan), "", *_memory(asked)]
     if not asked["fits"]:

@@ -438,6 +438,22 @@ def test_a_plan_that_cannot_be_is_told_in_a_line(args, told):
     assert told in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["memory", "seconds", "price", "share"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1"])
+def test_numbers_that_mean_nothing_are_refused(option, value, capsys):
+    assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), f"--{option}={value}"]) == 2
+    assert f"--{option}: expected" in capsys.readouterr().err
+
+
+def test_a_run_does_not_pass_the_peak(capsys):
+    assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), "--share", "5"]) == 2
+    assert "--share: expected a share of the peak, above 0 and 1 at most; found 5.0" in capsys.readouterr().err
+    with pytest.raises(FtjaxError, match="--memory"):
+        plan(small(), memory=float("nan"))
+    with pytest.raises(FtjaxError, match="--price"):
+        report({}, price=float("inf"))
+
+
 def test_a_tpu_needs_its_compiler(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), "--devices", "v6e:2x2"]) == 2
