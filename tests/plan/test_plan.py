@@ -385,7 +385,8 @@ def test_estimates_lie_near_what_is_compiled():
     ],
     ids=["over-kv-heads", "one-row-of-one-token"],
 )
-def test_meshes_that_divide_little_are_planned(fields, tmp_path):
+def test_meshes_that_divide_little_are_planned(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "settings", lambda *_: [])  # other meshes divide
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 301, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(shape))
