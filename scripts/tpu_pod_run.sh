@@ -83,7 +83,8 @@ on_worker() {
 
 # ---- the TPU -----------------------------------------------------------------------------------------------------------
 
-# Its state as gcloud calls it (READY, CREATING, PREEMPTED, ...); MISSING, QUEUED, or GONE where it must be made anew.
+# Its state as gcloud calls it (READY, CREATING, PREEMPTED, ...); MISSING, QUEUED, GONE where it must be made anew, or
+# FAILED where the queue could not make it.
 state() {
   local queue=ACTIVE
   if [[ -n $queued ]]; then
@@ -91,8 +92,8 @@ state() {
   fi
   case $queue in
     ACTIVE) describe tpu-vm 'value(state)' ;;
-    SUSPENDED | SUSPENDING | FAILED) echo GONE ;;
-    MISSING) echo MISSING ;;
+    SUSPENDED | SUSPENDING) echo GONE ;;
+    MISSING | FAILED) echo "$queue" ;;
     *) echo QUEUED ;;
   esac
 }
@@ -118,7 +119,7 @@ again() {
     *PERMISSION_DENIED* | *UNAUTHENTICATED* | *INVALID_ARGUMENT* | *"unrecognized argument"* | *"Invalid choice"* | \
       *"Invalid value"* | *"active account selected"* | *eauthentication*) die "$3: $2" ;;
     *"per minute"* | *RATE_LIMIT*) ;; # of requests, which is soon over
-    *[Qq]uota*) die "$3, because of your project's quota: $2" ;;
+    *[Qq]uota* | *QUOTA*) die "$3, because of your project's quota: $2" ;;
   esac
   (($1 < looks)) || die "$3, $1 times in a row: $2"
   say "$3; trying again: $2"
@@ -145,12 +146,15 @@ delete() {
 
 # Waits until the TPU is there, making it where need be.
 make_ready() {
-  local now full=0 errors=0
+  local now refused=0 errors=0
   while true; do
     now=$(state)
     case $now in
       READY) return ;;
-      MISSING | PREEMPTED | TERMINATED | GONE)
+      MISSING | PREEMPTED | TERMINATED | GONE | FAILED)
+        [[ $now != FAILED ]] || refused=$((refused + 1))
+        ((refused < tries)) ||
+          die "$name could not be made; gcloud compute tpus queued-resources describe $name tells why"
         [[ -n $type ]] || die "$name is $now; --type and --version let this script make it"
         if [[ $now != MISSING ]]; then
           say "$name is $now: making it anew"
@@ -165,8 +169,8 @@ make_ready() {
           case $(<"$scratch/said") in
             *ALREADY_EXISTS* | *"already exists"*) ;; # by a request that seemed to fail
             *"no more capacity"* | *[Ss]tockout*)
-              full=$((full + 1))
-              ((full < tries)) || die "$name could not be made: no TPUs are free; --queued waits for them"
+              refused=$((refused + 1))
+              ((refused < tries)) || die "$name could not be made: no TPUs are free; --queued waits for them"
               ;;
             *)
               errors=$((errors + 1))
@@ -228,8 +232,8 @@ if [[ ${1-} == --on-worker ]]; then
   on_worker "${@:2}"
 fi
 
-name='' zone='' project='' type='' version='' queued='' before='' hub_token='' logs='' tries=3 wait=30 dry_run='' tier=()
-looks=60
+name='' zone='' project='' type='' version='' queued='' before='' hub_token='' logs='' dry_run=''
+tries=3 wait=30 looks=60 tier=()
 while (($#)); do
   case $1 in
     --name | --zone | --project | --type | --version | --before | --hub-token | --logs | --tries | --wait)
@@ -260,7 +264,7 @@ command=("$@")
 [[ -n $type || (-z $queued && ${#tier[@]} == 0) ]] || die "--spot and --queued: say how the TPU is made; set --type too"
 [[ $tries =~ ^[1-9][0-9]*$ ]] || die "--tries: expected a number from 1; found $tries"
 [[ $wait =~ ^[0-9]+$ ]] || die "--wait: expected seconds; found $wait"
-[[ -z $hub_token || -s $hub_token ]] || die "--hub-token: expected a file that holds a token; found $hub_token"
+[[ -z $hub_token || -s $hub_token ]] || die "--hub-token: expected a file that holds a token, not the token"
 logs=${logs:-logs/$name}
 where=(--zone="$zone")
 if [[ -n $project ]]; then
@@ -274,6 +278,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scratch=$(mktemp -d -t ftjax.XXXXXX) # which others cannot read
 trap 'rm -rf "$scratch"' EXIT
+[[ -n $dry_run ]] || command -v gcloud >/dev/null || die "gcloud is not on the PATH"
 if [[ -n $dry_run ]]; then
   [[ -z $type ]] || create
   start "$logs/1"

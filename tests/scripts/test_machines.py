@@ -254,6 +254,13 @@ def test_a_tpu_that_cannot_be_made(text, creates, told, fakes):
     assert fakes.verbs().count("create") == creates and "run" not in fakes.verbs()
 
 
+def test_a_request_that_the_queue_fails_is_not_made_for_ever(fakes):
+    fakes.answer(*[{"to": "queued-resources describe", "say": "FAILED"}] * 5)
+    done = fakes.run("tpu_pod_run.sh", *POD, *MAKE, "--queued", "--tries", "2", "--", *TRAIN)
+    assert done.returncode == 2 and "pod could not be made; gcloud compute tpus queued-resources" in done.stderr
+    assert fakes.verbs() == ["describe", "delete", "create", "describe"]
+
+
 def test_a_token_reaches_the_workers_by_a_file_alone(fakes):
     token = fakes.home / "my token"
     token.write_text("hf_secret\n")
@@ -309,6 +316,7 @@ def test_a_tpu_that_cannot_be_used(answers, told, fakes):
 def test_arguments_that_cannot_be_used(args, told, fakes):
     done = fakes.run("tpu_pod_run.sh", *args)
     assert done.returncode == 2 and told in done.stderr and not fakes.calls()
+    assert "hf_abc" not in done.stderr  # a token in the place of its file
 
 
 def test_pod_dry_run_calls_nothing(fakes):
