@@ -50,8 +50,8 @@ def _what(plan) -> list[str]:
         by = "XLA's CPU compiler, as in training"
     return [
         *plan["chosen"],
-        f"{plan['model']}, {plan['method']}, on {devices['name']} ({devices['count']:,} devices): {mesh}, "
-        f"remat {asked['remat']}",
+        f"{plan['model']}, {plan['method']}, on {devices['name']} "
+        f"({devices['count']:,} device{'s' * (devices['count'] > 1)}): {mesh}, remat {asked['remat']}",
         f"a step: {batch}" + (f", in {asked['accumulate']} microbatches" if asked["accumulate"] > 1 else ""),
         f"parameters: {trained:,} trained, {total - trained:,} frozen",
         f"compiled by {by} in {asked['compile_seconds']:.0f} s ({asked['compile_cpu_seconds']:.0f} s of CPU, "
