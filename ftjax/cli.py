@@ -101,9 +101,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
-    sub.add_argument(
-        "--devices", default="cpu:1", help="v5p:4x8x8, v6e:4x4, v5e:2x2, h200x8, cpu:8, ...; default: cpu:1"
-    )
+    sub.add_argument("--devices", default="cpu:1", help="v6e-8, v5p-16, v5p:4x8x8, h200x8, cpu:8, ...; default: cpu:1")
     sub.add_argument("--data", action="store_true", help="read the rows, for the number of steps and their lengths")
     sub.add_argument(
         "--memory", type=float, metavar="GIB", help="that a program may use of a device; default: by a table"
@@ -308,13 +306,11 @@ def _compare(args, overrides) -> None:
 
 
 def _plan(args, overrides) -> int:
-    for flag in ("share", "seconds", "memory", "price"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < float("inf"):
-            raise FtjaxError(f"--{flag}: expected a number above 0; found {value}")
+    from ftjax.plan.run import check_numbers, plan
+
+    check_numbers(**{name: getattr(args, name) for name in ("share", "seconds", "memory", "price")})
     from ftjax import config
     from ftjax.plan.report import report
-    from ftjax.plan.run import plan
 
     settings, memory = config.load(args.config, overrides), args.memory and args.memory * 2**30
     found = plan(settings, args.devices, data=args.data, memory=memory, seconds=args.seconds, exact=args.exact)

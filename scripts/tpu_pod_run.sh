@@ -19,12 +19,16 @@ run's folder must therefore lie where every worker, and every later TPU, finds i
   --spot          make it as a spot VM
   --queued        make it as a queued resource of the same name, and wait in the queue
   --before TEXT   shell command run on every worker before ftjax, such as a mount
+  --hub-token FILE
+                  a file that holds your Hugging Face token, such as ~/.cache/huggingface/token: it is copied to that
+                  place on every worker, readable by you alone; the token stands on no command line and in no log
   --logs DIR      what workers say, one folder a start and one file a worker; default: logs/NAME
-  --tries N       failures that are no preemption until this gives up; default 3
-  --wait SECONDS  between looks at the TPU's state; default 30
+  --tries N       give up after so many failures in a row without a new checkpoint; preemptions do not count; default 3
+  --wait SECONDS  between looks at the TPU's state, and before trying again; default 30
   --dry-run       print the commands of one start, and run none
 
-The exit code is 0 when the run is done, 2 for input that cannot be used (by this script or by ftjax), else 1.
+Errors of Google's service that pass, such as HTTP 503, are waited out: 60 looks in a row at most. The exit code is 0
+when the run is done, 2 for input that cannot be used (by this script, by gcloud or by ftjax), else 1.
 END
 }
 
@@ -79,7 +83,8 @@ on_worker() {
 
 # ---- the TPU -----------------------------------------------------------------------------------------------------------
 
-# Its state as gcloud calls it (READY, CREATING, PREEMPTED, ...); MISSING, QUEUED, or GONE where it must be made anew.
+# Its state as gcloud calls it (READY, CREATING, PREEMPTED, ...); MISSING, QUEUED, GONE where it must be made anew, or
+# FAILED where the queue could not make it.
 state() {
   local queue=ACTIVE
   if [[ -n $queued ]]; then
@@ -87,21 +92,38 @@ state() {
   fi
   case $queue in
     ACTIVE) describe tpu-vm 'value(state)' ;;
-    SUSPENDED | SUSPENDING | FAILED) echo GONE ;;
-    MISSING) echo MISSING ;;
+    SUSPENDED | SUSPENDING) echo GONE ;;
+    MISSING | FAILED) echo "$queue" ;;
     *) echo QUEUED ;;
   esac
 }
 
 describe() {
-  local said
-  if said=$(gcloud compute tpus "$1" describe "$name" "${where[@]}" --format="$2" 2>&1); then
-    printf '%s\n' "$said"
-  elif [[ ${said,,} == *not_found* || ${said,,} == *"not found"* ]]; then
-    echo MISSING
-  else
-    die "gcloud does not say how $name is: $said"
-  fi
+  local said look
+  for ((look = 1; ; look++)); do
+    if said=$(gcloud compute tpus "$1" describe "$name" "${where[@]}" --format="$2" 2>&1); then
+      printf '%s\n' "$said"
+      return
+    elif [[ ${said,,} == *not_found* || ${said,,} == *"not found"* ]]; then
+      echo MISSING
+      return
+    fi
+    again "$look" "$said" "gcloud does not say how $name is"
+  done
+}
+
+# `again NUMBER SAID WHAT`, after the error SAID of gcloud, the NUMBERth in a row: ends the script where it is of no use
+# to try again, else waits.
+again() {
+  case $2 in
+    *PERMISSION_DENIED* | *UNAUTHENTICATED* | *INVALID_ARGUMENT* | *"unrecognized argument"* | *"Invalid choice"* | \
+      *"Invalid value"* | *"active account selected"* | *eauthentication*) die "$3: $2" ;;
+    *"per minute"* | *RATE_LIMIT*) ;; # of requests, which is soon over
+    *[Qq]uota* | *QUOTA*) die "$3, because of your project's quota: $2" ;;
+  esac
+  (($1 < looks)) || die "$3, $1 times in a row: $2"
+  say "$3; trying again: $2"
+  sleep "$wait"
 }
 
 create() {
@@ -124,20 +146,38 @@ delete() {
 
 # Waits until the TPU is there, making it where need be.
 make_ready() {
-  local now failed=0
+  local now refused=0 errors=0
   while true; do
     now=$(state)
     case $now in
       READY) return ;;
-      MISSING | PREEMPTED | TERMINATED | GONE)
+      MISSING | PREEMPTED | TERMINATED | GONE | FAILED)
+        [[ $now != FAILED ]] || refused=$((refused + 1))
+        ((refused < tries)) ||
+          die "$name could not be made; gcloud compute tpus queued-resources describe $name tells why"
         [[ -n $type ]] || die "$name is $now; --type and --version let this script make it"
         if [[ $now != MISSING ]]; then
           say "$name is $now: making it anew"
-          delete
+          # What is said to be deleted is looked at again: the request may have failed.
+          if ! delete 2>&1 | tee "$scratch/said" >&2; then
+            errors=$((errors + 1))
+            again "$errors" "$(<"$scratch/said")" "$name could not be deleted"
+            continue
+          fi
         fi
-        if ! create; then
-          failed=$((failed + 1))
-          ((failed < tries)) || die "$name could not be made; --queued waits for free TPUs"
+        if ! create 2>&1 | tee "$scratch/said" >&2; then
+          case $(<"$scratch/said") in
+            *ALREADY_EXISTS* | *"already exists"*) ;; # by a request that seemed to fail
+            *"no more capacity"* | *[Ss]tockout*)
+              refused=$((refused + 1))
+              ((refused < tries)) || die "$name could not be made: no TPUs are free; --queued waits for them"
+              ;;
+            *)
+              errors=$((errors + 1))
+              again "$errors" "$(<"$scratch/said")" "$name could not be made"
+              continue
+              ;;
+          esac
         fi
         ;;
       STOPPED | STOPPING | HIDDEN | HIDING | DELETING) die "$name is $now; start it, or wait until it is gone" ;;
@@ -149,14 +189,25 @@ make_ready() {
 
 # ---- one start ---------------------------------------------------------------------------------------------------------
 
+# A connection whose other end is gone, as after a preemption, is given up after three signs of life that do not come.
+alive=-oServerAliveInterval=30
+
 on_all() {
-  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1" "${@:2}"
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --ssh-flag="$alive" --command="$1" "${@:2}"
+}
+
+copy() {
+  run gcloud compute tpus tpu-vm scp "$1" "$name:$2" "${where[@]}" --worker=all --scp-flag="$alive"
 }
 
 start() {
   local out=$1 tail_pid='' code=0
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:ftjax.tar.gz" "${where[@]}" --worker=all || return
+  copy "$scratch/ftjax.tar.gz" ftjax.tar.gz || return
   on_all "mkdir -p ftjax && tar -xzf ftjax.tar.gz -C ftjax && ftjax/scripts/tpu_vm_setup.sh" || return
+  if [[ -n $hub_token ]]; then
+    copy "$scratch/token" ftjax.token || return
+    on_all "install -D -m 600 ftjax.token .cache/huggingface/token && rm ftjax.token" || return
+  fi
   if [[ -n $before ]]; then
     on_all "$before" || return
   fi
@@ -181,12 +232,14 @@ if [[ ${1-} == --on-worker ]]; then
   on_worker "${@:2}"
 fi
 
-name='' zone='' project='' type='' version='' queued='' before='' logs='' tries=3 wait=30 dry_run='' tier=()
+name='' zone='' project='' type='' version='' queued='' before='' hub_token='' logs='' dry_run=''
+tries=3 wait=30 looks=60 tier=()
 while (($#)); do
   case $1 in
-    --name | --zone | --project | --type | --version | --before | --logs | --tries | --wait)
+    --name | --zone | --project | --type | --version | --before | --hub-token | --logs | --tries | --wait)
       (($# > 1)) && [[ $2 != -- ]] || die "$1: expected a value"
-      printf -v "${1#--}" '%s' "$2"
+      option=${1#--}
+      printf -v "${option//-/_}" '%s' "$2"
       shift
       ;;
     --spot) tier=(--spot) ;;
@@ -211,16 +264,21 @@ command=("$@")
 [[ -n $type || (-z $queued && ${#tier[@]} == 0) ]] || die "--spot and --queued: say how the TPU is made; set --type too"
 [[ $tries =~ ^[1-9][0-9]*$ ]] || die "--tries: expected a number from 1; found $tries"
 [[ $wait =~ ^[0-9]+$ ]] || die "--wait: expected seconds; found $wait"
+[[ -z $hub_token || -s $hub_token ]] || die "--hub-token: expected a file that holds a token, not the token"
 logs=${logs:-logs/$name}
 where=(--zone="$zone")
 if [[ -n $project ]]; then
   where+=(--project="$project")
 fi
+if [[ -n $hub_token ]]; then
+  hub_token=$(realpath -- "$hub_token")
+fi
 logs=$(mkdir -p "$(dirname "$logs")" && cd "$(dirname "$logs")" && pwd)/$(basename "$logs")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-archive=$(mktemp -t ftjax.XXXXXX)
-trap 'rm -f "$archive"' EXIT
+scratch=$(mktemp -d -t ftjax.XXXXXX) # which others cannot read
+trap 'rm -rf "$scratch"' EXIT
+[[ -n $dry_run ]] || command -v gcloud >/dev/null || die "gcloud is not on the PATH"
 if [[ -n $dry_run ]]; then
   [[ -z $type ]] || create
   start "$logs/1"
@@ -229,9 +287,20 @@ fi
 # What git knows or does not ignore, as it stands now.
 git ls-files -z --cached --others --exclude-standard --deduplicate |
   while IFS= read -r -d '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
-  tar --null --files-from=- -czf "$archive"
+  tar --null --files-from=- -czf "$scratch/ftjax.tar.gz"
 
-failed=0
+if [[ -n $hub_token ]]; then
+  install -m 600 "$hub_token" "$scratch/token"
+fi
+
+# The step that a start went on from, 0 for a start that got to no step.
+gone_on_from() {
+  local step
+  step=$({ grep -hos 'going on after step [0-9,]*' "$1"/*.log || true; } | tr -dc '0-9\n' | sort -n | tail -n 1)
+  printf '%s\n' "${step:-0}"
+}
+
+failed=0 reached=0
 for ((number = 1; ; number++)); do
   make_ready
   while [[ -e $logs/$number ]]; do number=$((number + 1)); done
@@ -245,12 +314,16 @@ for ((number = 1; ; number++)); do
     grep -hs '^ftjax: ' "$logs/$number"/*.log | sort -u >&2
     die "ftjax cannot use its input; what the workers said is in $logs/$number"
   fi
+  step=$(gone_on_from "$logs/$number")
+  if ((step > reached)); then # the start before left a new checkpoint
+    failed=0 reached=$step
+  fi
   sleep "$wait" # a preemption takes a moment to show in the state
   now=$(state)
   if [[ $now == READY ]]; then
     failed=$((failed + 1))
     if ((failed >= tries)); then
-      say "failed $failed times (--tries); what the workers said is in $logs"
+      say "failed $failed times in a row without a new checkpoint (--tries); what the workers said is in $logs"
       exit 1
     fi
   fi

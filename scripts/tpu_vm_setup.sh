@@ -29,6 +29,25 @@ run() {
   [[ -n $dry_run ]] || "$@"
 }
 
+# apt-get, once other programs are done: on a fresh VM the system's own updates hold its locks for some minutes.
+apt() {
+  local said try
+  for ((try = 1; ; try++)); do
+    if run sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 --quiet "$@" 2>"$errors"; then
+      return
+    fi
+    said=$(<"$errors")
+    printf '%s\n' "$said" >&2
+    case $said in
+      *"Could not get lock"* | *"Unable to lock"* | *"Unable to acquire"*) ;;
+      *) return 1 ;;
+    esac
+    ((try < 60)) || die "apt's locks are held by another program for 10 minutes; see: ps aux | grep -i apt"
+    printf 'tpu_vm_setup: another program holds a lock of apt; waiting\n' >&2
+    sleep 10
+  done
+}
+
 # The first Python here that ftjax can run on, with what makes an environment; nothing where there is none.
 find_python() {
   local python
@@ -64,8 +83,10 @@ done
 python=$(find_python)
 if [[ -z $python ]]; then
   # The images of TPU VMs come with Python 3.10 or without venv.
-  run sudo apt-get update --quiet
-  run sudo apt-get install --quiet --yes python3.11 python3.11-venv
+  errors=$(mktemp -t ftjax.XXXXXX)
+  trap 'rm -f "$errors"' EXIT
+  apt update
+  apt install --yes python3.11 python3.11-venv
   python=python3.11
 fi
 if [[ ! -x $venv/bin/python ]]; then

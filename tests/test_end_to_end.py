@@ -1,8 +1,10 @@
 """Train, export and come back: what ftjax writes gives PyTorch the trained model's logits, and not the base's."""
 
 import json
+import shlex
 import shutil
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import ftjax
 from ftjax import assets
 from ftjax import config as configs
+from ftjax.training.loop import summary
 from ftjax.training.report import Progress, read_metrics
 
 IDS = np.array([[1, 403, 407, 261, 378, 298, 10, 100], [1, 5, 6, 7, 8, 9, 11, 12]])
@@ -193,3 +196,20 @@ def test_a_mixture_of_cleaned_chats_from_disk_comes_back_with_its_template(tmp_p
     asked = [{"role": "user", "content": "Is 3 big?"}]
     shown = lm.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert answered["prompt"].replace("<s> ", "<s>") == shown  # decoding puts a blank behind a special token
+
+
+@pytest.mark.parametrize("run_dir", ["runs/x", "my runs/it's $1"])
+def test_commands_that_come_next_can_be_pasted(run_dir):
+    fields = {
+        "steps": 1,
+        "seconds": 1.0,
+        "train_loss": 1.0,
+        "val_loss": None,
+        "best_step": 0,
+        "best": None,
+        "files": {},
+    }
+    text = summary(SimpleNamespace(run_dir=run_dir, **fields), configs.default())
+    commands = [shlex.split(line) for line in text.partition("next:\n")[2].splitlines()]
+    assert [command[1] for command in commands] == ["generate", "evaluate", "export"]
+    assert all(command[3] == run_dir for command in commands)

@@ -235,6 +235,21 @@ def _streams(references: list[list[str]]) -> list[list[str | None]]:
     return [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
 
 
+def lowered(metric: Metric) -> Metric:
+    """A metric, which has a figure of its own, of all texts in lower case."""
+
+    def low(texts):
+        return [text.lower() for text in texts]
+
+    def rows(predictions, references, rows, settings):
+        return metric.rows(low(predictions), [low(texts) for texts in references], rows, settings)
+
+    def corpus(predictions, references):
+        return metric.corpus(low(predictions), [low(texts) for texts in references])
+
+    return dataclasses.replace(metric, rows=rows, corpus=corpus)
+
+
 def chrf_rows(predictions, references, rows, settings) -> list[float]:
     """Sentence chrF with `sacrebleu`'s defaults; 0 to 100."""
     chrf = _sacrebleu().CHRF()
@@ -253,6 +268,7 @@ METRICS = {
     "rouge_2": Metric(rouge("rouge2")),
     "rouge_l": Metric(rouge("rougeL")),
     "bleu": Metric(bleu_rows, bleu_corpus, best=100.0),
+    "bleu_lower": lowered(Metric(bleu_rows, bleu_corpus, best=100.0)),  # the E2E challenge's convention
     "chrf": Metric(chrf_rows, chrf_corpus, best=100.0),
     "coverage": Metric(coverage),
     "number_match": Metric(number_match),

@@ -165,7 +165,7 @@ def tokamax(q, k, v, segments, *, window, causal, packed=True, implementation="m
 
 def _tokamax_lacks(case: Case) -> list[tuple[bool, str]]:
     return [
-        (importlib.util.find_spec("tokamax") is None, "it is not installed: pip install 'ftjax[tokamax]'"),
+        (importlib.util.find_spec("tokamax") is None, "it is not installed: pip install tokamax"),
         (case.kernels.capability < HOPPER, "its kernels need a Hopper GPU or a later one"),
         (case.dtype not in HALF, f"it computes in bfloat16, not in {case.dtype}"),
         (case.head_dim % 64 != 0, f"heads of size {case.head_dim}, which is no multiple of 64"),

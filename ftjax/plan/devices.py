@@ -20,6 +20,7 @@ class Device(NamedTuple):
     topology: int = 0  # dimensions of a TPU slice; 0: no TPU
     per_host: int = 8  # devices of one host
     source: str = ""
+    cores: int = 1  # by how many gcloud's name of a slice counts each chip: 2 where it counts TensorCores
 
 
 PRICED = "Google's list price on demand in its cheapest region, 2025; check it, or give --price"
@@ -30,9 +31,9 @@ GIB = 2**30
 # Links of TPUs are stated both ways together; half of that is sent. GPUs: NVLink, likewise. A program's usable memory
 # on a TPU is what its compiler says when it refuses one.
 DEVICES = {
-    "v4": Device(30.75 * GIB, 275e12, 1.2e12, 150e9, 3.22, 3, 4, TPUS + "v4"),
+    "v4": Device(30.75 * GIB, 275e12, 1.2e12, 150e9, 3.22, 3, 4, TPUS + "v4", 2),
     "v5e": Device(15.75 * GIB, 197e12, 0.819e12, 200e9, 1.20, 2, 8, TPUS + "v5e"),
-    "v5p": Device(95.74 * GIB, 459e12, 2.765e12, 600e9, 4.20, 3, 4, TPUS + "v5p"),
+    "v5p": Device(95.74 * GIB, 459e12, 2.765e12, 600e9, 4.20, 3, 4, TPUS + "v5p", 2),
     "v6e": Device(31.25 * GIB, 918e12, 1.638e12, 400e9, 2.70, 2, 8, TPUS + "v6e"),
     "a100": Device(80e9, 312e12, 2.039e12, 300e9, None, source=NVIDIA + "a100"),
     "h100": Device(80e9, 989e12, 3.35e12, 450e9, None, source=NVIDIA + "h100"),
@@ -41,11 +42,17 @@ DEVICES = {
     "cpu": Device(math.inf, 0.35e12, 20e9, 10e9, 0.0, source="measured on two cores of a Xeon with AMX, float32"),
 }
 
+# The slices that gcloud names, by the pages of TPUS, 2025. Others are named by their sides.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+SLICES = {"v4": DEEP, "v5e": FLAT, "v5p": (*DEEP, "16x16x24"), "v6e": FLAT}
+GCLOUD = {"v5e": "v5litepod"}  # what gcloud calls a kind, where it is another name
+
 
 class Devices(NamedTuple):
     """So many of one kind, as `--devices` names them."""
 
-    name: str  # as given, such as v5p:4x8x8
+    name: str  # as given, or the sides of a TPU slice, such as v5p:4x8x8
     kind: str
     count: int
     device: Device
@@ -60,18 +67,25 @@ class Devices(NamedTuple):
         """How libtpu calls the slice; None for what is no TPU."""
         return self.name if self.device.topology else None
 
+    @property
+    def accelerator_type(self) -> str:
+        """How gcloud calls a TPU slice of so many chips: v5p-16 has 8 chips of 2 TensorCores, v6e-8 has 8 chips."""
+        return f"{GCLOUD.get(self.kind, self.kind)}-{self.count * self.device.cores}"
+
 
 def parse(text: str) -> Devices:
-    """`v5p:4x8x8`, `v6e:4x4`, `h200x8`, `h200` or `cpu:8` -> Devices. Raises FtjaxError that says what is known."""
+    """`v6e-8`, `v5p:4x8x8`, `h200x8`, `h200` or `cpu:8` -> Devices. Raises FtjaxError that says what is known."""
+    if sliced := re.fullmatch(r"([a-z]\w*)-(\d+)", text):
+        return _by_accelerator_type(text, *sliced.groups())
     match = re.fullmatch(r"([a-z]\w*?)(?:(?::|(?<=\d)x)(\d+(?:x\d+)*))?", text)
     kind, shape = match.groups() if match else (text, None)
-    if kind not in DEVICES:
-        known = "v4:2x2x2, v5e:4x4, v5p:4x8x8, v6e:4x4, a100x8, h100x8, h200x8, cpu:8"
-        raise FtjaxError(f"--devices {text}: unknown device{nearest(kind, DEVICES)}; expected something like {known}")
-    device, sides = DEVICES[kind], [int(n) for n in (shape or "1").split("x")]
+    device, sides = _kind(text, kind), [int(n) for n in (shape or "1").split("x")]
     if device.topology and len(sides) != device.topology:
         example = "x".join(["2"] * device.topology)
-        raise FtjaxError(f"--devices {text}: expected {device.topology} sides of the slice, such as {kind}:{example}")
+        raise FtjaxError(
+            f"--devices {text}: expected {device.topology} sides of the slice, such as {kind}:{example}, or gcloud's "
+            f"name of it, such as {parse(f'{kind}:{example}').accelerator_type}"
+        )
     if not device.topology and len(sides) != 1 or min(sides) < 1:
         raise FtjaxError(f"--devices {text}: expected a number of devices, such as {kind}{':' * (kind == 'cpu')}8")
     if device.topology:
@@ -79,15 +93,35 @@ def parse(text: str) -> Devices:
     return Devices(text, kind, sides[0], device)
 
 
+def _kind(text: str, kind: str) -> Device:
+    if kind not in DEVICES:
+        known = "v6e-8, v5litepod-16, v5p-16 (gcloud's names), v4:2x2x2, v5p:4x8x8, a100x8, h100x8, h200x8, cpu:8"
+        raise FtjaxError(f"--devices {text}: unknown device{nearest(kind, DEVICES)}; expected something like {known}")
+    return DEVICES[kind]
+
+
+def _by_accelerator_type(text: str, name: str, count: str) -> Devices:
+    kind = next((kind for kind, other in GCLOUD.items() if other == name), name)
+    if not _kind(text, kind).topology:
+        mark = ":" if kind == "cpu" else "x"
+        raise FtjaxError(f"--devices {text}: expected a number of devices, such as {kind}{mark}8")
+    slices = [parse(f"{kind}:{sides}") for sides in SLICES[kind]]
+    found = [devices for devices in slices if devices.count * devices.device.cores == int(count)]
+    if not found:
+        known = ", ".join(f"{devices.accelerator_type} ({devices.count})" for devices in slices)
+        raise FtjaxError(
+            f"--devices {text}: expected one of gcloud's slices, here with their chips: {known}; or the sides of "
+            f"another one, such as {slices[-1].name}"
+        )
+    return found[0]
+
+
 def larger(devices: Devices) -> list[Devices]:
-    """The next sizes of the same kind: each twice as many, eight times at most."""
-    sides, out = [int(n) for n in re.findall(r"\d+", devices.name.partition(":")[2])], []
-    for doubled in (1, 2, 3):
-        if not devices.device.topology:
-            mark = ":" if devices.kind == "cpu" else "x"
-            out.append(parse(f"{devices.kind}{mark}{devices.count * 2**doubled}"))
-            continue
-        smallest = min(range(len(sides)), key=lambda i: (sides[i], -i))
-        sides[smallest] *= 2
-        out.append(parse(f"{devices.kind}:{'x'.join(map(str, sorted(sides)))}"))
-    return [more._replace(device=devices.device) for more in out]
+    """The next sizes of the same kind, three at most: twice as many each time, of TPUs the slices that gcloud names."""
+    if devices.device.topology:
+        slices = [parse(f"{devices.kind}:{sides}") for sides in SLICES[devices.kind]]
+        more = [other for other in slices if other.count > devices.count][:3]
+    else:
+        mark = ":" if devices.kind == "cpu" else "x"
+        more = [parse(f"{devices.kind}{mark}{devices.count * times}") for times in (2, 4, 8)]
+    return [other._replace(device=devices.device) for other in more]

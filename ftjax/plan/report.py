@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
+
 from ftjax.plan.devices import PRICED
+from ftjax.plan.run import check_numbers
 
 GIB = 2**30
 SHARE = 0.5  # of the roofline that a run is taken to reach: published runs reach 0.4 to 0.65 of their peak
 
 
 def report(plan: dict, price: float | None = None, share: float = SHARE) -> str:
-    """All of a plan, line by line. price: US dollars a device hour; None: the table's."""
+    """A plan as text.
+
+    Args:
+        plan: what ftjax.plan.run.plan returns.
+        price: US dollars of a device hour; None: by the table of devices.
+        share: of the roofline that the run is taken to reach, above 0 and 1 at most.
+
+    Raises:
+        FtjaxError: for a price or share that cannot be.
+    """
+    check_numbers(price=price, share=share)
     asked, devices = plan["asked"], plan["devices"]
     lines = [*_what(plan), "", *_memory(asked)]
     if not asked["fits"]:
@@ -24,7 +37,7 @@ def does_not_fit(plan: dict) -> str:
 
 
 def _what(plan) -> list[str]:
-    asked, rows = plan["asked"], plan["rows"]
+    asked, rows, devices = plan["asked"], plan["rows"], plan["devices"]
     parameters = asked["parameters"]
     trained, total = parameters["trained"], parameters["total"]
     mesh = " x ".join(f"{axis}={n}" for axis, n in asked["mesh"].items())
@@ -33,11 +46,12 @@ def _what(plan) -> list[str]:
     by = "the TPU compiler"
     if plan["simulated"]:
         by = "XLA's CPU compiler (a GPU's program keeps no float32 copies of bfloat16: it needs less)"
-    elif plan["devices"]["name"].startswith("cpu"):
+    elif devices["name"].startswith("cpu"):
         by = "XLA's CPU compiler, as in training"
     return [
         *plan["chosen"],
-        f"{plan['model']}, {plan['method']}, on {plan['devices']['name']}: {mesh}, remat {asked['remat']}",
+        f"{plan['model']}, {plan['method']}, on {devices['name']} "
+        f"({devices['count']:,} device{'s' * (devices['count'] > 1)}): {mesh}, remat {asked['remat']}",
         f"a step: {batch}" + (f", in {asked['accumulate']} microbatches" if asked["accumulate"] > 1 else ""),
         f"parameters: {trained:,} trained, {total - trained:,} frozen",
         f"compiled by {by} in {asked['compile_seconds']:.0f} s ({asked['compile_cpu_seconds']:.0f} s of CPU, "
@@ -121,4 +135,4 @@ def _instead(plan) -> list[str]:
 
 def paste(row: dict) -> str:
     """Overrides as they stand on a command line."""
-    return " ".join(f"--config.{key}={value}" for key, value in row["overrides"].items()) or "as asked"
+    return shlex.join(f"--config.{key}={value}" for key, value in row["overrides"].items()) or "as asked"

@@ -29,14 +29,22 @@ def plan(
 ) -> dict:
     """Memory, FLOPs, traffic, collectives and time of a step of `config` on `devices`, and what else would fit.
 
-    No weights are read: the model's config.json is enough. data: read the run's rows for its steps and lengths; else a
-    row has data.max_length tokens, all of them trained. memory: bytes that a program may use of a device; None: by the
-    table. seconds: choices are compiled, not only estimated, as long as
-    there is time. choices: say what else would fit. exact: the TPU compiler
-    takes all the time that it would take there, see compile_step. Raises FtjaxError for devices, a config or
-    a mesh that cannot be.
+    No weights are read: the model's config.json is enough.
+
+    Args:
+        config: of the run.
+        devices: their name, see ftjax.plan.devices.parse.
+        data: read the run's rows for its steps and lengths; else a row has data.max_length tokens, all of them trained.
+        memory: bytes that a program may use of a device; None: by the table of devices.
+        seconds: choices are compiled, not only estimated, as long as there is time.
+        choices: say what else would fit.
+        exact: the TPU compiler takes all the time that it would take there, see compile_step.
+
+    Raises:
+        FtjaxError: for numbers, devices, a config or a mesh that cannot be.
     """
     configs.validate(config)
+    check_numbers(memory=memory, seconds=seconds)
     target = parse(devices)
     with tempfile.TemporaryDirectory() as folder:
         job = {"config": config.to_dict(), "devices": target.name, "data": data, "memory": memory, "seconds": seconds}
@@ -56,6 +64,14 @@ def plan(
     return result
 
 
+def check_numbers(**options: float | None) -> None:
+    """Raises FtjaxError for an option of a plan that is no finite number above 0; a share is 1 at most."""
+    for name, value in options.items():
+        if value is not None and not 0 < value <= (1.0 if name == "share" else sys.float_info.max):
+            expected = "a share of the peak, above 0 and 1 at most" if name == "share" else "a finite number above 0"
+            raise FtjaxError(f"--{name}: expected {expected}; found {value}")
+
+
 def environment(devices: Devices) -> dict[str, str]:
     """What the process that compiles needs: no accelerator is touched, however many devices it compiles for.
 
@@ -67,8 +83,9 @@ def environment(devices: Devices) -> dict[str, str]:
         return out | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices.count}"}
     if importlib.util.find_spec("libtpu") is None:
         raise FtjaxError(
-            f"--devices {devices.name}: the TPU compiler is missing: pip install 'ftjax[plan-tpu]' (it needs no TPU)"
+            f"--devices {devices.name}: the TPU compiler is missing: in the checkout of ftjax, "
+            "pip install -e '.[plan-tpu]' (it needs no TPU)"
         )
     # Outside a TPU's host the compiler would ask the metadata server who it is; and several plans may run at once.
     out |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return out | {"TPU_ACCELERATOR_TYPE": f"{devices.kind}-{devices.count}", "XLA_FLAGS": ""}
+    return out | {"TPU_ACCELERATOR_TYPE": devices.accelerator_type, "XLA_FLAGS": ""}

@@ -22,7 +22,7 @@ from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
-from ftjax.training import auto_mesh
+from ftjax.training import auto_mesh, sharding
 from ftjax.training import program as programs
 from ftjax.tuning import Spec
 
@@ -147,13 +147,13 @@ class Search:
         like = {key: value for key, value in configs.flat(config).items() if key not in NO_SHAPES}
         key = repr((like, sizes, dtype))
         if key not in self.programs:
-            spec, mesh = self.spec._replace(tuning=config.tuning), compiled.abstract_mesh(sizes)
+            spec, mesh = self.spec._replace(tuning=config.tuning), sharding.abstract_mesh(sizes)
             self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
         return key, self.programs[key]
 
     def _held(self, config, sizes, devices) -> dict[str, int]:
         B = config.train.batch_size
-        with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
+        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             key, program = self._program(config, sizes, devices)
             if (key, B) not in self.holds:
                 arguments = programs.arguments(program, B, self.T, self.M, config.task.kind)
@@ -162,16 +162,16 @@ class Search:
 
     def _temporaries(self, config, sizes, devices) -> float:
         """Gradients, saved activations, one layer at work, the head's chunk, and a layer's gathered weights."""
-        with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
+        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
-            gradients = compiled.shard_bytes(compiled.as_float32(program.trained), program.trained_places)
+            gradients = programs.gradient_bytes(program)
         dtype = compiled.compute_dtype(config.model.dtype, devices)
         saved, one_layer = (
             self._residuals(preset, sizes["tensor"], config.tuning.method, str(dtype))
             for preset in (config.model.remat, "none")
         )
         rows, layers = _rows(config, sizes) / config.train.accumulate, self.spec.model.layers
-        weights = 2 * dtype.itemsize * compiled.count(program.base) / layers / sizes["tensor"]
+        weights = 2 * dtype.itemsize * programs.count(program.base) / layers / sizes["tensor"]
         gathered = weights if sizes["fsdp"] * sizes["sequence"] > 1 else 0
         head = 2 * compiled.head_bytes(config, self.spec, sizes, self.M, devices.platform)
         twice = 2 if config.train.accumulate > 1 else 1
@@ -193,7 +193,7 @@ class Search:
     def _row_flops(self, preset: str, method: str, dtype: str) -> float:
         config = changed(self.config, {"tuning.method": method, "model.remat": preset, "model.quantise": "none"})
         spec = self.spec._replace(tuning=config.tuning)
-        program = programs.build(config, spec, compiled.abstract_mesh(ONE), jnp.dtype(dtype), self.steps, self.kernels)
+        program = programs.build(config, spec, sharding.abstract_mesh(ONE), jnp.dtype(dtype), self.steps, self.kernels)
         ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
         labels = jax.ShapeDtypeStruct((1, self.M), jnp.int32)
         batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids)
@@ -212,14 +212,14 @@ class Search:
         """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp and sequence,
         gradients summed over data, four sums of activations a layer over tensor, six where remat does not keep them,
         and keys and values over sequence."""
-        with jax.sharding.use_abstract_mesh(compiled.abstract_mesh(sizes)):
+        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
         data, sequence, tensor = (sizes[a] for a in ("data", "sequence", "tensor"))
         split = sizes["fsdp"] * sequence
         away = lambda n: (n - 1) / n  # noqa: E731
-        weights = compiled.count(program.base) * itemsize / tensor * config.train.accumulate
-        gradients = 4 * compiled.count(program.trained) / tensor * config.train.accumulate
+        weights = programs.count(program.base) * itemsize / tensor * config.train.accumulate
+        gradients = 4 * programs.count(program.trained) / tensor * config.train.accumulate
         preset = remat.PRESETS.get(config.model.remat)
         again = 2 * (preset is not None and "o" not in preset.keep + preset.offload)
         sums = (4 + again) * self.spec.model.layers
@@ -277,8 +277,8 @@ def host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> flo
     a CPU's memory is the host's."""
     preset = remat.PRESETS.get(config.model.remat, remat.Preset())
     itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize * (devices.kind != "cpu")
-    values = remat.kept_values(spec.model, preset.offload) * spec.model.layers
-    return values * itemsize * T * _rows(config, sizes) / sizes["tensor"]
+    values = remat.kept_values(auto_mesh.shape_of_one(spec.model, sizes["tensor"]), preset.offload) * spec.model.layers
+    return values * itemsize * T * _rows(config, sizes)
 
 
 def _rows(config, sizes) -> float:

@@ -35,7 +35,8 @@ def work(job: dict) -> dict:
     machine = machine._replace(offloads=devices.platform != "cpu")
     T = min(config.data.max_length, longest)
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
-    sizes = search.resolve_mesh(config, devices)
+    mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))
+    sizes = {axis: int(n) for axis, n in mesh.shape.items()}
     config.mesh.update(sizes)
     dtype = compiled.compute_dtype(config.model.dtype, devices)
     if devices.platform == "gpu":
@@ -48,7 +49,6 @@ def work(job: dict) -> dict:
     labels = len(config.task.labels) or TASKS[config.task.kind].unnamed
     shape = programs.with_task(config, family, shape, folder, labels)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
-    mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))
     chosen.append(programs.check_attention(config, spec, mesh, dtype, [T]))
 
     asked = compiled.compile_step(config, spec, devices, T, M, steps or 1, job["quick"])

@@ -13,21 +13,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from ftjax import config as configs
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
-from ftjax.models.quantised import is_quantised
 from ftjax.objectives import causal
 from ftjax.training import program as programs
+from ftjax.training import sharding
 from ftjax.tuning import Spec
 
 USED = 0.85  # share of a device's memory that a run is planned into: the rest is for what is not counted here
 SMALL = 0.1  # of that: states that take less are not worth gathering
 MANY = 0.5  # share of the parameters, from which on gradients are as large as weights
 GIB = 2**30
-ONE_DEVICE = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+ONE_DEVICE = dict.fromkeys(MESH_AXES, 1)
 
 
 class Machine(NamedTuple):
@@ -63,7 +62,7 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
        parameters are trained both send about 8 bytes a parameter, and splitting over all costs nothing.
     """
     shape, rows = spec.model, config.train.batch_size // config.train.accumulate
-    states, many = _states(config, spec, dtype)
+    states, many = _states(config, spec, dtype, ONE_DEVICE)
     row = _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
     budget = USED * machine.memory - _head_bytes(config, shape, machine)
 
@@ -119,8 +118,7 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     """
     if config.model.remat != "auto":
         return ""
-    shared = sizes["fsdp"] * sizes["sequence"] * sizes["tensor"]
-    states = _states(config, spec, dtype)[0] / shared
+    states, _ = _states(config, spec, dtype, sizes)
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     attention = programs.kernels(config, machine)
     all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
@@ -150,15 +148,10 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
 def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int, attention) -> float:
     """Bytes that the backward pass of the blocks finds kept of one row with remat `preset` and these Kernels of
     attention, on one of `tensor` devices that share it: from the program itself, traced."""
-    shape = spec.model
-    shape = dataclasses.replace(
-        shape, heads=shape.heads // tensor, kv_heads=shape.kv_heads // tensor, hidden=shape.hidden // tensor,
-        vocab_size=-(-shape.vocab_size // tensor),
-    )  # fmt: skip
     config = configs.copy(config)
     config.model.update(remat=preset, quantise="none")
-    spec = spec._replace(model=shape, tuning=config.tuning)
-    program = programs.build(config, spec, ONE_DEVICE, jnp.dtype(dtype), 1, attention)
+    spec = spec._replace(model=shape_of_one(spec.model, tensor), tuning=config.tuning)
+    program = programs.build(config, spec, sharding.abstract_mesh(ONE_DEVICE), jnp.dtype(dtype), 1, attention)
     ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
     def hidden(trained, frozen, ids):
@@ -170,17 +163,30 @@ def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int,
     return sum(size for shape, size in kept if shape not in parameters)
 
 
-def _states(config, spec: Spec, dtype) -> tuple[float, bool]:
-    """(bytes of weights, moments, averages and gradients of the whole run, whether most parameters are trained)."""
-    program = programs.build(config, spec, ONE_DEVICE, dtype, 1)
-    state = jax.eval_shape(program.init_state, program.trained)
-    trained, total = _count(program.trained), _count((program.trained, program.frozen))
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, program.frozen)))
-    return held + 4 * trained, trained > MANY * total
+def shape_of_one(shape, tensor: int):
+    """What one of `tensor` devices that share a row computes of a model, as the ModelConfig of a smaller one.
+
+    What `tensor` does not divide stays whole, as by `models.axes.spec`. Attention is taken to be cut between KV heads,
+    as far as these divide: where `tensor` is more, the compiler may cut further, and this is an upper estimate.
+    """
+    groups = math.gcd(shape.kv_heads, tensor)
+    part = lambda size: size // tensor if size % tensor == 0 else size  # noqa: E731
+    return dataclasses.replace(
+        shape, heads=shape.heads // groups, kv_heads=shape.kv_heads // groups, hidden=part(shape.hidden),
+        vocab_size=part(shape.vocab_size),
+    )  # fmt: skip
 
 
-def _count(shapes) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
+def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bool]:
+    """(bytes that one device holds of weights, moments, averages and gradients on a mesh of these sizes, whether most
+    parameters are trained)."""
+    mesh = sharding.abstract_mesh(sizes)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = programs.build(config, spec, mesh, dtype, 1)
+        state = programs.placed(jax.eval_shape(program.init_state, program.trained), program.state_places)
+    held = programs.shard_bytes((state, programs.placed(program.frozen, program.frozen_places)))
+    trained, total = programs.count(program.trained), programs.count((program.trained, program.frozen))
+    return held + programs.gradient_bytes(program), trained > MANY * total
 
 
 def _row_bytes(config, shape, T: int, itemsize: int) -> float:

@@ -23,7 +23,7 @@ SENT = {
 
 # Instructions that move nothing, or whose inner computation is counted in their place.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-FREE |= {"while", "conditional", "call", "iota", "opt-barrier", "optimization-barrier"}
+FREE |= {"while", "conditional", "call", "async-start", "async-update", "iota", "opt-barrier", "optimization-barrier"}
 
 
 class Instruction(NamedTuple):
@@ -83,28 +83,42 @@ def _balanced(line: str, start: int) -> tuple[str, int]:
     raise ValueError(f"parentheses that never close: {line[:200]}")
 
 
-def sizes(shape: str) -> list[tuple[float, bool]]:
-    """Of each array in `f32[8,16]{1,0}` or a tuple: its bytes, and whether it lies in the device's main memory."""
+class Array(NamedTuple):
+    """One array of a shape."""
+
+    count: int  # elements
+    bytes: float
+    main: bool  # whether it lies in the device's main memory
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays of `f32[8,16]{1,0}`, or of a tuple of such."""
     out = []
     for kind, sides, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape):
         bits = BITS[kind] if kind in BITS else int(re.match(r"[a-z]+(\d+)", kind)[1])
         count = math.prod(int(n.removeprefix("<=")) for n in sides.split(",") if n)
-        out.append((count * bits / 8, "S(" not in layout))  # S(1): a TPU's vector memory, on the chip itself
+        main = "S(" not in layout  # S(1) is a TPU's vector memory, on the chip itself
+        out.append(Array(count, count * bits / 8, main))
     return out
+
+
+def elements(shape: str) -> int:
+    """Elements of an array, or of all arrays of a tuple."""
+    return sum(array.count for array in arrays(shape))
 
 
 def size(shape: str) -> float:
     """Bytes of an array, or of all arrays of a tuple."""
-    return sum(n for n, _ in sizes(shape))
+    return sum(array.bytes for array in arrays(shape))
 
 
 def outside(shape: str) -> float:
-    """Bytes of those that lie in main memory."""
-    return sum(n for n, main in sizes(shape) if main)
+    """Bytes of the arrays that lie in main memory."""
+    return sum(array.bytes for array in arrays(shape) if array.main)
 
 
-def executions(computations: dict, entry: str) -> dict[str, int]:
-    """Computation -> how often a run executes it, of those that hold instructions of their own (no fusions)."""
+def executions(computations: dict, entry: str, fusions: bool = False) -> dict[str, int]:
+    """Computation -> how often a run executes it. fusions: count the computations inside fusions too."""
     times = collections.Counter()
 
     def visit(name, n):
@@ -119,8 +133,8 @@ def executions(computations: dict, entry: str) -> dict[str, int]:
                 names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
                 names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
                 visit(max(names, key=lambda b: len(computations[b])), n)  # one is taken: the longest, to be safe
-            elif instruction.op in ("call", "async-start") and (name := _called(instruction, "to_apply|calls")):
-                visit(name, n)
+            elif instruction.op in ("call", "async-start") or (fusions and instruction.op == "fusion"):
+                visit(_called(instruction, "to_apply|calls"), n)
 
     visit(entry, 1)
     return times
@@ -151,14 +165,9 @@ def trip_count(loop: Instruction, computations: dict) -> int:
 def collectives(text: str) -> list[Collective]:
     """Collectives of a step by kind, those inside fusions and loops included."""
     computations, entry = parse(text)
-    times = collections.Counter(executions(computations, entry))
-    # TPU programs put collectives into fusions, so that they run beside arithmetic.
-    for name, n in list(times.items()):
-        for instruction in computations[name].values():
-            if instruction.op == "fusion" and (inner := _called(instruction, "calls")):
-                times[inner] += n
     counts, sent = collections.Counter(), collections.Counter()
-    for name, n in times.items():
+    # TPU programs put collectives into fusions, so that they run beside arithmetic.
+    for name, n in executions(computations, entry, fusions=True).items():
         for instruction in computations[name].values():
             kind = instruction.op.removesuffix("-start")
             if kind in SENT and not instruction.op.endswith("-done"):
@@ -171,7 +180,7 @@ def _result(instruction: Instruction) -> float:
     """Bytes of a collective's result; what starts one has its operands beside its results, and maybe a context."""
     if not instruction.op.endswith("-start") or not instruction.shape.startswith("("):
         return size(instruction.shape)
-    parts = [n for n, _ in sizes(instruction.shape)]
+    parts = [array.bytes for array in arrays(instruction.shape)]
     return sum(parts) if instruction.op == "all-reduce-start" else max(parts)
 
 
@@ -193,8 +202,11 @@ def group_size(instruction: Instruction) -> int:
 
 
 def memory_bytes(text: str) -> float:
-    """Bytes that a step reads from and writes to device memory: operands and results of every instruction that stands
-    by itself; of a slice what it takes, of an update in place what it changes."""
+    """Bytes that a step reads from and writes to the device's main memory.
+
+    Counted are the operands and results of every instruction that stands by itself, a fusion being one of them: of an
+    operand the part that is needed, such as one layer's slice of a stack; of an update in place the part that changes.
+    """
     computations, entry = parse(text)
     total = 0.0
     for name, n in executions(computations, entry).items():
@@ -206,57 +218,80 @@ def memory_bytes(text: str) -> float:
 
 
 def _traffic(instruction: Instruction, body: dict, computations: dict) -> float:
-    result = outside(instruction.shape)
-    if instruction.op.endswith("slice-start"):  # result and source, of which it takes as much
-        moved = sizes(instruction.shape)[1][0]
-        return moved * sum(main for _, main in sizes(instruction.shape)[:2])
+    """Bytes of main memory that one execution of an instruction of `body` reads and writes."""
+    if instruction.op.endswith("slice-start"):  # ((operands), result, ...): as much of the operand as the result has
+        operands, end = _balanced(instruction.shape, 1)
+        moved = arrays(instruction.shape[end:])[0]
+        return moved.bytes * (arrays(operands)[0].main + moved.main)
     if instruction.op.endswith("-start"):  # sources and results are both parts of the shape
-        return result
-    if instruction.op in ("dynamic-slice", "slice", "gather"):
-        return 2 * result
-    operands = [outside(body[o].shape) if o in body else 0.0 for o in instruction.operands]
-    if instruction.op == "dynamic-update-slice":
-        return 2 * operands[1]
+        return outside(instruction.shape)
     if re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"', instruction.rest):
         return 0.0
-    inner = computations.get(_called(instruction, "calls")) if instruction.op == "fusion" else None
-    if inner is None:
-        return result + sum(operands)
-    return _written(inner, result) + _read(inner, operands)
-
-
-def _written(inner: dict, result: float) -> float:
-    """What a fusion writes: an update in place writes its part alone."""
-    root = next(i for i in inner.values() if i.root)
-    outputs = [inner[o] for o in root.operands] if root.op == "tuple" else [root]
-    for output in outputs:
-        while output.op in ("bitcast", "convert", "copy") and output.operands[0] in inner:
-            output = inner[output.operands[0]]
-        if output.op == "dynamic-update-slice":
-            result -= size(output.shape) - size(inner[output.operands[1]].shape)
-    return max(result, 0.0)
-
-
-def _read(inner: dict, operands: list[float]) -> float:
-    """What a fusion reads of its operands: slices of those that it only slices, nothing of what it updates in place."""
-    uses = collections.defaultdict(list)
-    for instruction in inner.values():
-        for place, operand in enumerate(instruction.operands):
-            uses[operand].append((instruction, place))
-    total = 0.0
-    for instruction in inner.values():
-        if instruction.op != "parameter":
-            continue
-        whole = operands[int(instruction.inside[1:-1])]
-        total += min(whole, sum(_used(user, place, whole, uses) for user, place in uses[instruction.name]))
+    graph = {name: body[name]._replace(op="parameter", operands=()) for name in instruction.operands}
+    root = _inline(instruction, computations, graph)
+    needed, total = collections.Counter(), 0.0  # needed: name -> share of its elements, summed over its users
+    outputs, results = [root], [outside(instruction.shape)]
+    if graph[root].op == "tuple":
+        outputs, results = graph[root].operands, [array.bytes * array.main for array in arrays(instruction.shape)]
+    for output, result in zip(outputs, results, strict=True):
+        updates = _updates_in_place(output, graph)
+        for update in updates:
+            needed.update(update.operands[1:])
+        if not updates:
+            needed[output] += 1
+        changed = sum(_part(graph[update.operands[1]], update) for update in updates) if updates else 1
+        total += min(1, changed) * result
+    for name in reversed(graph):  # users come before what they use
+        node, share = graph[name], min(1, needed[name])
+        if node.op == "parameter":
+            total += share * outside(node.shape)
+        elif share:
+            for place, operand in enumerate(node.operands):
+                needed[operand] += _needed(node, place, graph[operand], share)
     return total
 
 
-def _used(user: Instruction, place: int, whole: float, uses: dict) -> float:
-    if user.op in ("dynamic-slice", "gather", "slice") and place == 0:
-        return size(user.shape)
-    if user.op == "dynamic-update-slice" and place == 0:
-        return 0.0
-    if user.op == "bitcast":
-        return sum(_used(next_user, next_place, whole, uses) for next_user, next_place in uses[user.name])
-    return whole
+def _inline(instruction: Instruction, computations: dict, graph: dict) -> str:
+    """Add an instruction to `graph`, which holds its operands, and return the name of its result there.
+
+    In the place of a fusion stand the instructions inside it, at any depth.
+    """
+    if instruction.op != "fusion":
+        graph[instruction.name] = instruction
+        return instruction.name
+    names, root = {}, ""
+    for inner in computations[_called(instruction, "calls")].values():
+        operands = tuple(names[operand] for operand in inner.operands)
+        if inner.op == "parameter":
+            name = instruction.operands[int(inner.inside[1:-1])]
+        elif inner.op == "get-tuple-element" and graph[operands[0]].op == "tuple":
+            name = graph[operands[0]].operands[int(re.search(r"index=(\d+)", inner.rest)[1])]
+        else:
+            inner_name = f"{instruction.name}/{inner.name}"
+            name = _inline(inner._replace(name=inner_name, operands=operands), computations, graph)
+        names[inner.name] = name
+        root = name if inner.root else root
+    return root
+
+
+def _updates_in_place(output: str, graph: dict) -> list[Instruction]:
+    """The dynamic-update-slices by which an output is an operand with some parts changed; none for any other output."""
+    node, updates = graph[output], []
+    while node.op in ("bitcast", "convert", "copy", "dynamic-update-slice"):
+        updates += [node] if node.op == "dynamic-update-slice" else []
+        node = graph[node.operands[0]]
+    same = node.op == "parameter" and size(node.shape) == size(graph[output].shape)
+    return updates if same else []
+
+
+def _needed(node: Instruction, place: int, operand: Instruction, share: float) -> float:
+    """Share of an operand's elements that is read for this share of the elements of `node`."""
+    if node.op in ("dynamic-slice", "slice", "gather") and place == 0:
+        return share * _part(node, operand)
+    elementwise = elements(node.shape) == elements(operand.shape) and node.op not in ("dot", "convolution", "sort")
+    return share if elementwise else 1.0
+
+
+def _part(small: Instruction, large: Instruction) -> float:
+    """How many elements the one has of those of the other: 1 at most."""
+    return min(1.0, elements(small.shape) / max(1, elements(large.shape)))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -267,14 +268,15 @@ def summary(result: Result, config) -> str:
     whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
     lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
-    says = [f"  ftjax predict --model {result.run_dir} --data FILE"] if TASKS[config.task.kind].judged else []
+    run = shlex.quote(str(result.run_dir))
+    says = [f"  ftjax predict --model {run} --data FILE"] if TASKS[config.task.kind].judged else []
     if config.task.kind == "causal":
-        says = [f"  ftjax generate --model {result.run_dir} --prompt '...'"]
+        says = [f"  ftjax generate --model {run} --prompt '...'"]
     lines += [
         "next:",
         *says,
-        f"  ftjax evaluate --model {result.run_dir} --data FILE",
-        f"  ftjax export --run {result.run_dir} --out DIR --format {whole}",
+        f"  ftjax evaluate --model {run} --data FILE",
+        f"  ftjax export --run {run} --out DIR --format {whole}",
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ B rows, T tokens, M trained tokens a row at most.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.models import attention_backends, remat
-from ftjax.models.quantised import quantised_size
+from ftjax.models.quantised import is_quantised, quantised_size
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import TASKS, objective
 from ftjax.training import sharding
@@ -183,6 +184,22 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
 def placed(shapes, places):
     """Shapes with their shardings: what a step is compiled for where there are no arrays."""
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+
+
+def shard_bytes(shapes) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def gradient_bytes(program: Program) -> int:
+    """Bytes that one device holds of the gradients, which are kept in float32."""
+    as_float32 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), program.trained)
+    return shard_bytes(placed(as_float32, program.trained_places))
+
+
+def count(shapes) -> int:
+    """Values in a tree of shapes, a quantised kernel's as many as it stands for."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
 
 
 def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") -> tuple:

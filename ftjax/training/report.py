@@ -31,7 +31,7 @@ class Metrics:
             try:
                 import wandb
             except ImportError:
-                raise FtjaxError("log.wandb: Weights & Biases is not installed; pip install 'ftjax[wandb]'") from None
+                raise FtjaxError("log.wandb: Weights & Biases is not installed; pip install wandb") from None
             run = wandb.init(project=config.log.wandb, dir=str(run_dir), name=run_dir.name, config=config.to_dict())
             self.sinks.append((lambda name, value, step: run.log({name: value}, step=step), run.finish))
 

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import MESH_AXES, batch_axes, spec, ways
@@ -32,6 +32,11 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     # An axis of 8 on a slice of 4 x 4 takes half of one side.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh without devices: shapes and shardings need no more."""
+    return AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:

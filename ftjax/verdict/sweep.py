@@ -221,7 +221,7 @@ def _by_optuna(found: list[search.Axis], trials: int, seed: int, run) -> list[Ou
     try:
         import optuna
     except ImportError:
-        raise FtjaxError("--optuna: Optuna is not installed; pip install 'ftjax[optuna]'") from None
+        raise FtjaxError("--optuna: Optuna is not installed; pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     outcomes, known = [], {}

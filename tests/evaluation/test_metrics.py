@@ -57,6 +57,18 @@ def test_bleu_is_that_of_the_corpus():
     assert figure != pytest.approx(np.mean(scores))
 
 
+def test_bleu_in_lower_case_is_sacrebleus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    predictions = ["The Cat sat on the MAT today", "A dog ran through the Green field"]
+    references = [["the cat sat on the mat", "a cat is on THE mat today"], ["The dog ran through the field"]]
+    figure, scores = score("bleu_lower", predictions, references, [{}] * 2, SETTINGS)
+    streams = [["the cat sat on the mat", "The dog ran through the field"], ["a cat is on THE mat today", None]]
+    assert figure == pytest.approx(sacrebleu.corpus_bleu(predictions, streams, lowercase=True).score)
+    lower = sacrebleu.BLEU(lowercase=True, effective_order=True)
+    assert scores == pytest.approx([lower.sentence_score(p, r).score for p, r in zip(predictions, references)])
+    assert figure > score("bleu", predictions, references, [{}] * 2, SETTINGS)[0]
+
+
 def commongen(n):
     """Sentences of people as predictions, those of others for the same words as references."""
     groups = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.models.config import ModelConfig
-from ftjax.plan import compiled, flops, search
+from ftjax.plan import compiled, flops, search, worker
 from ftjax.plan.devices import DEVICES, larger, parse
 from ftjax.plan.report import report
 from ftjax.plan.run import environment, plan
@@ -52,6 +53,11 @@ def small(**fields):
     [
         ("v5p:4x8x8", "v5p", 256, "v5p:4x8x8"),
         ("v6e:4x4", "v6e", 16, "v6e:4x4"),
+        ("v6e-8", "v6e", 8, "v6e:2x4"),
+        ("v5litepod-16", "v5e", 16, "v5e:4x4"),
+        ("v4-8", "v4", 4, "v4:2x2x1"),  # v4 and v5p: TensorCores, two a chip
+        ("v5p-16", "v5p", 8, "v5p:2x2x2"),
+        ("v5p-64", "v5p", 32, "v5p:2x4x4"),
         ("h200x8", "h200", 8, None),
         ("h200", "h200", 1, None),
         ("cpu:8", "cpu", 8, None),
@@ -63,10 +69,26 @@ def test_devices_by_name(text, kind, count, topology):
     assert larger(devices)[0].count == 2 * count and devices.device is DEVICES[kind]
 
 
-@pytest.mark.parametrize("text", ["v7:4x4", "h20x8", "v6e:16", "v6e", "h200:2x2", "cpu:0", "v5p:4x8", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["v7:4x4", "h20x8", "v6e:16", "v6e", "h200:2x2", "cpu:0", "v5p:4x8", "", "v5p-12", "v4-12288", "h200-8", "v2-8"],
+)
 def test_unknown_devices_are_told(text):
     with pytest.raises(FtjaxError, match="--devices"):
         parse(text)
+
+
+def test_gcloud_names_count_what_google_counts():
+    """The rows of the tables on Google's pages of v5p and v6e: TensorCores of the one, chips of the other."""
+    v5p = {"2x2x1": 8, "2x2x2": 16, "2x4x4": 64, "4x4x4": 128, "4x4x8": 256, "4x8x8": 512, "16x16x24": 12288}
+    v6e = {"1x1": 1, "2x2": 4, "2x4": 8, "4x4": 16, "4x8": 32, "8x8": 64, "8x16": 128, "16x16": 256}
+    for kind, table in (("v5p", v5p), ("v6e", v6e)):
+        for sides, number in table.items():
+            assert parse(f"{kind}-{number}").name == f"{kind}:{sides}"
+            assert parse(f"{kind}:{sides}").accelerator_type == f"{kind}-{number}"
+    assert larger(parse("v6e-256")) == []
+    with pytest.raises(FtjaxError, match=r"v5p-8 \(4\), v5p-16 \(8\)"):
+        parse("v5p-4")
 
 
 # ---- the program's text -----------------------------------------------------------------------------------------
@@ -121,6 +143,150 @@ def test_traffic_of_loops_slices_and_updates():
     shape = jax.ShapeDtypeStruct((10, 1000), jnp.float32)
     text = jax.jit(f, donate_argnums=1).lower(shape, shape).compile().as_text()
     assert hlo.memory_bytes(text) == pytest.approx(10 * 2 * 4000, rel=0.1)
+
+
+# Programs of L layers, D wide, for B rows of a table of V; what they read and write is counted by hand below.
+L, D, B, V = 8, 4096, 8, 16384
+
+
+def layers(weights, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+
+def scaled_layers(codes, scales, x):
+    body = lambda x, layer: (x @ (layer[0].astype(x.dtype) * layer[1]), None)  # noqa: E731
+    return jax.lax.scan(body, x, (codes, scales))[0]
+
+
+def gradient(weights, x):
+    return jax.grad(lambda weights: layers(weights, x).sum())(weights)
+
+
+def filled(cache, x):
+    def body(i, carry):
+        cache, x = carry
+        x = jnp.tanh(x)
+        return jax.lax.dynamic_update_slice(cache, x[None], (i, 0, 0)), x
+
+    return jax.lax.fori_loop(0, L, body, (cache, x))
+
+
+def one_layer(weights, i):
+    return jax.lax.dynamic_index_in_dim(jnp.sin(weights) * 2, i, keepdims=False)
+
+
+def one_of_zeros(x, i):
+    return jax.lax.dynamic_update_index_in_dim(jnp.zeros((L, D, D), x.dtype), jnp.sin(x), i, 0)
+
+
+def adam(p, m, v, g):
+    m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+    return p - m / (jnp.sqrt(v) + 1e-8), m, v
+
+
+def looked_up(table, ids):
+    return table[ids]
+
+
+def traffic(function, *shapes, donate=(), place=None):
+    """hlo.memory_bytes of a function compiled for arguments of these (dtype, sides)."""
+    arguments = [jax.ShapeDtypeStruct(sides, jnp.dtype(dtype), sharding=place) for dtype, *sides in shapes]
+    return hlo.memory_bytes(jax.jit(function, donate_argnums=donate).lower(*arguments).compile().as_text())
+
+
+@pytest.mark.parametrize(
+    "function, shapes, donate, bytes_by_hand",
+    [
+        # A round cuts a kernel out of the stack (reads and writes it), and multiplies by it (reads it again); its rows
+        # are read and written by the product and by tanh.
+        (layers, [("float32", L, D, D), ("float32", B, D)], (), 4 * L * (3 * D * D + 4 * B * D)),
+        # A round reads and writes x for tanh, then reads it and writes one part of the cache. The compiler computes
+        # bfloat16 in float32: the cache stands there converted, and is not read for all that.
+        (filled, [("float32", L, D, D), ("float32", D, D)], (0,), 4 * D * D * (4 * L + 2)),
+        (filled, [("bfloat16", L, D, D), ("bfloat16", D, D)], (0,), 2 * D * D * (4 * L + 2)),
+        # Computed of one layer alone, though sin stands before the slice.
+        (one_layer, [("float32", L, D, D), ("int32",)], (), 4 * 2 * D * D),
+        # The zeros are written, then one part of them from what is read.
+        (one_of_zeros, [("float32", D, D), ("int32",)], (), 4 * (L * D * D + 2 * D * D)),
+        (looked_up, [("float32", V, D), ("int32", B)], (), 4 * 2 * B * D),
+    ],
+    ids=["layers", "update", "update-bfloat16", "slice-of-computed", "update-of-zeros", "gather"],
+)
+def test_traffic_is_that_counted_by_hand(function, shapes, donate, bytes_by_hand):
+    assert traffic(function, *shapes, donate=donate) == pytest.approx(bytes_by_hand, rel=0.02)
+
+
+@pytest.mark.slow
+def test_traffic_of_programs_for_a_tpu_is_that_counted_by_hand():
+    """The kernels are all that counts: the rows are few, and stay on the chip. The compiler for TPUs puts the slices of
+    kernels into fusions inside the fusions of the products."""
+    pytest.importorskip("libtpu", reason="needs the extra `plan-tpu`")
+    rows, kernels = ("bfloat16", B, D), ("bfloat16", L, D, D)
+    cases = [
+        ("layers", [kernels, rows], (), 2 * L * D * D),  # each kernel is read once
+        ("scaled_layers", [("int8", L, D, D), ("bfloat16", L, 1, D), rows], (), L * D * D),
+        # Forward and backward read each kernel; its gradient is set to zero, then written.
+        ("gradient", [kernels, rows], (), 2 * L * D * D * 4),
+        ("adam", [("float32", L, D, D)] * 4, (0, 1, 2), 4 * L * D * D * 7),  # four read, three written
+        ("one_layer", [("float32", L, D, D), ("int32",)], (), 4 * 2 * D * D),
+        ("one_of_zeros", [("float32", D, D), ("int32",)], (), 4 * (L * D * D + 2 * D * D)),
+        ("looked_up", [("float32", V, D), ("int32", V)], (), 4 * 2 * V * D),
+    ]
+    script = "import json, sys; from jax.sharding import SingleDeviceSharding as S; import test_plan as t; "
+    script += "at = S(t.compiled.device_list(t.parse('v6e:2x2'))[0]); cases = json.loads(sys.argv[1]); "
+    script += "print([t.traffic(getattr(t, f), *s, donate=tuple(d), place=at) for f, s, d, _ in cases])"
+    env = os.environ | environment(parse("v6e:2x2"))
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/plan"), *sys.path])
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(cases)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    by_hand = [case[-1] for case in cases]
+    assert found == pytest.approx(by_hand, rel=0.03), [f / h for f, h in zip(found, by_hand, strict=True)]
+
+
+# As the TPU's compiler writes it: 16 layers of 512 x 512 in bfloat16, 64 rows on the chip.
+NESTED = """%slice.1 (stack: bf16[16,512,512], i: s32[]) -> bf16[512,512] {
+  %stack = bf16[16,512,512]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %dynamic_slice.1 = bf16[1,512,512]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,512,512}
+  ROOT %bitcast.1 = bf16[512,512]{1,0} bitcast(%dynamic_slice.1)
+}
+%both.1 (x: bf16[64,512], y: bf16[64,512]) -> (bf16[64,512], f32[64,512]) {
+  %x = bf16[64,512]{1,0} parameter(0)
+  %y = bf16[64,512]{1,0} parameter(1)
+  %mul.1 = bf16[64,512]{1,0} multiply(%x, %y)
+  %convert.1 = f32[64,512]{1,0} convert(%y)
+  ROOT %tuple.1 = (bf16[64,512]{1,0}, f32[64,512]{1,0}) tuple(%mul.1, %convert.1)
+}
+%product.1 (p0: bf16[64,512], p1: bf16[16,512,512], p2: s32[], p3: bf16[16,64,512]) -> bf16[16,64,512] {
+  %p0 = bf16[64,512]{1,0} parameter(0)
+  %p1 = bf16[16,512,512]{2,1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %fusion.1 = bf16[512,512]{1,0} fusion(%p1, %p2), kind=kLoop, calls=%slice.1
+  %convolution.1 = bf16[64,512]{1,0} convolution(%p0, %fusion.1), dim_labels=bf_io->bf
+  %fusion.2 = (bf16[64,512]{1,0}, f32[64,512]{1,0}) fusion(%convolution.1, %p0), kind=kLoop, calls=%both.1
+  %element.1 = bf16[64,512]{1,0} get-tuple-element(%fusion.2), index=0
+  %bitcast.2 = bf16[1,64,512]{2,1,0} bitcast(%element.1)
+  %p3 = bf16[16,64,512]{2,1,0} parameter(3)
+  %zero.1 = s32[] constant(0)
+  ROOT %update.1 = bf16[16,64,512]{2,1,0} dynamic-update-slice(%p3, %bitcast.2, %p2, %zero.1, %zero.1)
+}
+ENTRY %main (x: bf16[64,512], w: bf16[16,512,512], i: s32[], saved: bf16[16,64,512]) -> bf16[16,64,512] {
+  %x.1 = bf16[64,512]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %w.1 = bf16[16,512,512]{2,1,0} parameter(1)
+  %i.1 = s32[]{:T(128)S(6)} parameter(2)
+  %saved.1 = bf16[16,64,512]{2,1,0} parameter(3)
+  %slice-start.1 = ((bf16[16,512,512]{2,1,0}, s32[]{:S(6)}), bf16[1,512,512]{2,1,0:S(1)}, s32[]{:S(2)}) dynamic-slice-start(%w.1, %i.1)
+  %slice-done.1 = bf16[1,512,512]{2,1,0:S(1)} dynamic-slice-done(%slice-start.1)
+  ROOT %fusion.3 = bf16[16,64,512]{2,1,0} fusion(%x.1, %w.1, %i.1, %saved.1), kind=kOutput, calls=%product.1
+}
+"""  # noqa: E501
+
+
+def test_traffic_of_fusions_inside_fusions():
+    """One kernel of the stack is read by the fusion inside, and one moved to the chip beside; one part is written."""
+    assert hlo.memory_bytes(NESTED) == 2 * (512 * 512 + 512 * 512 + 64 * 512)
 
 
 def test_what_lies_on_the_chip_is_no_traffic():
@@ -202,12 +368,35 @@ def test_estimates_lie_near_what_is_compiled():
     config.mesh.update(data=1, fsdp=8)
     asked = compiled.compile_step(config, spec, devices, 256, 256, 2)
     estimates = search.Search(config, spec, 256, 256, 2, asked, devices)
-    for overrides in ({"train.batch_size": 32}, {"model.remat": "full"}, {"mesh.fsdp": 4, "mesh.tensor": 2}):
+    wide = {"mesh.fsdp": 1, "mesh.tensor": 8}  # over four KV heads
+    for overrides in ({"train.batch_size": 32}, {"model.remat": "full"}, {"mesh.fsdp": 4, "mesh.tensor": 2}, wide):
         guess = estimates.estimate(search.Setting(overrides, devices))
         real = compiled.compile_step(search.changed(config, overrides), spec, devices, 256, 256, 2)
         print(overrides, guess["total"] / real["total"], guess["flops"] / real["flops"])
         assert 0.6 < guess["total"] / real["total"] < 1.7
         assert guess["flops"] == pytest.approx(real["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mesh.data": 1, "mesh.tensor": 4},  # two KV heads
+        {"mesh.data": 0, "mesh.sequence": 1, "data.max_length": 1, "train.batch_size": 1},
+    ],
+    ids=["over-kv-heads", "one-row-of-one-token"],
+)
+def test_meshes_that_divide_little_are_planned(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "settings", lambda *_: [])  # other meshes divide
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 301, "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    count = fields.get("mesh.tensor", 3)
+    config = small(**{"model.path": str(tmp_path), "model.remat": "auto"} | fields)
+    job = {"config": config.to_dict(), "devices": f"cpu:{count}", "data": False, "memory": None, "seconds": 1e-9}
+    found = worker.work(job | {"choices": True, "quick": True}) | {"simulated": False}
+    numbers = [found["asked"][key] for key in ("total", "temporaries", "flops", "traffic", "sent")]
+    assert math.prod(found["asked"]["mesh"].values()) == count and all(0 <= n < math.inf for n in numbers)
+    assert "nan" not in report(found, price=1.0)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -250,10 +439,36 @@ def test_a_plan_that_cannot_be_is_told_in_a_line(args, told):
     assert told in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["memory", "seconds", "price", "share"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1"])
+def test_numbers_that_mean_nothing_are_refused(option, value, capsys):
+    assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), f"--{option}={value}"]) == 2
+    assert f"--{option}: expected" in capsys.readouterr().err
+
+
+def test_a_run_does_not_pass_the_peak(capsys):
+    assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), "--share", "5"]) == 2
+    assert "--share: expected a share of the peak, above 0 and 1 at most; found 5.0" in capsys.readouterr().err
+    with pytest.raises(FtjaxError, match="--memory"):
+        plan(small(), memory=float("nan"))
+    with pytest.raises(FtjaxError, match="--price"):
+        report({}, price=float("inf"))
+
+
 def test_a_tpu_needs_its_compiler(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["plan", "--config", str(ROOT / "configs/quickstart.py"), "--devices", "v6e:2x2"]) == 2
     assert "plan-tpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["v6e-1", "v5litepod-4", "v4-8", "v5p-16"])
+def test_a_chip_of_a_slice_is_a_device(name):
+    pytest.importorskip("libtpu", reason="needs the extra `plan-tpu`")
+    script = "from ftjax.plan.compiled import device_list as d; from ftjax.plan.devices import parse; "
+    script += f"print(len(d(parse({name!r}))))"
+    env = os.environ | environment(parse(name))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(parse(name).count), done.stderr
 
 
 def test_axes_that_take_part_of_a_side_of_a_slice():
@@ -261,7 +476,7 @@ def test_axes_that_take_part_of_a_side_of_a_slice():
     script = "from ftjax.plan.compiled import device_list as d; from ftjax.plan.devices import parse; "
     script += "from ftjax.training.sharding import make_mesh as m; "
     script += "print(m({'data': 2, 'fsdp': 8, 'tensor': 1}, d(parse('v6e:4x4'))).shape['fsdp'])"
-    env = os.environ | environment(parse("v6e:4x4")) | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | environment(parse("v6e:4x4"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == "8", done.stderr
 

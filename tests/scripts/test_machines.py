@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("tpu_vm_setup.sh", "tpu_pod_run.sh", "slurm.sbatch")
 
 # Writes down its arguments; takes the first answer whose key they contain, which is then used up.
-FAKE = """#!{python}
+FAKE = """#!{python} -SE
 import json, os, pathlib, shutil, sys
 home = pathlib.Path({home!r})
 name, args = os.path.basename(sys.argv[0]), sys.argv[1:]
 with open(home / "calls", "a") as calls:
     calls.write(json.dumps([name, *args]) + "\\n")
 if "scp" in args:
-    shutil.copy(next(a for a in args if a.startswith("/")), home / "archive.tar.gz")
+    source = pathlib.Path(next(a for a in args if a.startswith("/")))
+    shutil.copy(source, home / (source.name if source.name != "ftjax.tar.gz" else "archive.tar.gz"))
 answers = json.loads((home / "answers").read_text())
 for i, answer in enumerate(answers):
     if answer["to"] in " ".join([name, *args]):
@@ -75,7 +76,7 @@ class Fakes:
     def verbs(self) -> list[str]:
         """What gcloud was called for: the verb behind the group, `run` for the command on the workers."""
         out = []
-        for _, _, _, _, verb, *args in self.calls():
+        for _, _, _, _, verb, *args in (call for call in self.calls() if call[0] == "gcloud"):
             starts = any("--on-worker" in arg for arg in args)
             out.append("run" if starts else verb)
         return out
@@ -181,7 +182,100 @@ def test_other_failures_are_tried_a_few_times(fakes):
     fakes.answer(*[READY] * 4, LOST, LOST)
     done = fakes.run("tpu_pod_run.sh", *POD, "--tries", "2", "--", *TRAIN)
     assert done.returncode == 1
-    assert "failed 2 times" in done.stderr and fakes.verbs().count("run") == 2
+    assert "failed 2 times in a row" in done.stderr and fakes.verbs().count("run") == 2
+
+
+def test_tries_are_counted_from_the_last_checkpoint(fakes):
+    def lost(step):
+        return {"to": "--on-worker", "say": f"/runs/x: going on after step {step} of 9,000\nstep 5", "code": 255}
+
+    fakes.add(fakes.bin / "sleep")
+    # Two in a row from the same checkpoint would be one too many; each start but the last finds a newer one.
+    fakes.answer(*[READY] * 12, LOST, lost("100"), lost("1,100"), lost("1,200"), lost("1,200"))
+    done = fakes.run("tpu_pod_run.sh", *POD, "--tries", "2", "--", *TRAIN)
+    assert done.returncode == 1, done.stderr
+    assert "failed 2 times in a row without a new checkpoint" in done.stderr and fakes.verbs().count("run") == 5
+
+
+def test_the_line_that_tells_of_a_checkpoint_is_what_training_says():
+    assert "going on after step {resumed_from} of" in (ROOT / "ftjax" / "training" / "loop.py").read_text()
+
+
+# What gcloud writes when Google's service has a bad minute.
+ERROR = "ERROR: (gcloud.compute.tpus.{}) {}"
+UNAVAILABLE = (
+    "HttpError accessing <https://tpu.googleapis.com/v2/projects/p>: response: <{'status': '503'}>, content <>"
+)
+RESET = "HTTPSConnectionPool(host='tpu.googleapis.com', port=443): Max retries exceeded: Connection reset by peer"
+LIMIT = "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute'"
+NONE = "NOT_FOUND: Resource 'pod' was not found"
+
+
+def error(verb, text):
+    return {"to": verb, "say": ERROR.format(verb.replace(" ", "."), text), "code": 1}
+
+
+@pytest.mark.parametrize("text", [UNAVAILABLE, RESET, LIMIT])
+def test_a_bad_minute_of_the_service_is_waited_out(text, fakes):
+    queue = "queued-resources describe"
+    fakes.answer(
+        error(queue, NONE), error("queued-resources create", text), error(queue, NONE),
+        error("queued-resources create", "ALREADY_EXISTS: Resource 'pod' already exists"),  # the first had gone through
+        error(queue, text), {"to": queue, "say": "WAITING_FOR_RESOURCES"}, error(queue, text), error(queue, text),
+        {"to": queue, "say": "ACTIVE"}, error("tpu-vm describe", text), READY, LOST,
+        {"to": queue, "say": "SUSPENDED"}, {"to": queue, "say": "SUSPENDED"}, error("queued-resources delete", text),
+        {"to": queue, "say": "SUSPENDED"}, {"to": queue, "say": "ACTIVE"}, READY, DONE,
+    )  # fmt: skip
+    done = fakes.run("tpu_pod_run.sh", *POD, *MAKE, "--queued", "--tries", "1", "--", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    made = [verb for verb in fakes.verbs() if verb in ("create", "delete")]
+    assert made == ["create", "create", "delete", "delete", "create"] and text in done.stderr
+
+
+def test_a_service_that_stays_away_ends_the_script(fakes):
+    fakes.answer(*[error("tpu-vm describe", UNAVAILABLE)] * 60)
+    done = fakes.run("tpu_pod_run.sh", *POD, "--", *TRAIN)
+    assert done.returncode == 2 and "does not say how pod is, 60 times in a row" in done.stderr
+    assert fakes.verbs() == ["describe"] * 60
+
+
+@pytest.mark.parametrize(
+    "text, creates, told",
+    [
+        ("RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPerProjectPerZone' has been exceeded. Limit: 0", 1, "project's quota"),
+        ("INVALID_ARGUMENT: Accelerator type v6e-17 is not supported", 1, "v6e-17 is not supported"),
+        ("There is no more capacity in the zone", 2, "no TPUs are free; --queued waits"),
+    ],
+)
+def test_a_tpu_that_cannot_be_made(text, creates, told, fakes):
+    fakes.answer(*[error("tpu-vm describe", NONE), error("tpu-vm create", text)] * 2)
+    done = fakes.run("tpu_pod_run.sh", *POD, *MAKE, "--tries", "2", "--", *TRAIN)
+    assert done.returncode == 2 and told in done.stderr
+    assert fakes.verbs().count("create") == creates and "run" not in fakes.verbs()
+
+
+def test_a_request_that_the_queue_fails_is_not_made_for_ever(fakes):
+    fakes.answer(*[{"to": "queued-resources describe", "say": "FAILED"}] * 5)
+    done = fakes.run("tpu_pod_run.sh", *POD, *MAKE, "--queued", "--tries", "2", "--", *TRAIN)
+    assert done.returncode == 2 and "pod could not be made; gcloud compute tpus queued-resources" in done.stderr
+    assert fakes.verbs() == ["describe", "delete", "create", "describe"]
+
+
+def test_a_token_reaches_the_workers_by_a_file_alone(fakes):
+    token = fakes.home / "my token"
+    token.write_text("hf_secret\n")
+    fakes.answer(READY, DONE)
+    done = fakes.run("tpu_pod_run.sh", *POD, "--hub-token", token.name, "--", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert fakes.verbs() == ["describe", "scp", "ssh", "scp", "ssh", "run"]
+    assert (fakes.home / "token").read_text() == "hf_secret\n"
+    assert (fakes.home / "token").stat().st_mode & 0o777 == 0o600  # scp gives the copy its source's mode
+    place = next(arg for call in fakes.calls() for arg in call if "install" in arg)
+    assert place == "--command=install -D -m 600 ftjax.token .cache/huggingface/token && rm ftjax.token"
+    logs = [file.read_text() for file in (fakes.home / "logs").rglob("*.log")]
+    assert "hf_secret" not in "".join([(fakes.home / "calls").read_text(), done.stdout, done.stderr, *logs])
+    source = next(arg for call in fakes.calls() for arg in call if arg.endswith("/token") and arg.startswith("/"))
+    assert not Path(source).exists()
 
 
 def test_a_setup_that_fails_starts_nothing(fakes):
@@ -216,11 +310,13 @@ def test_a_tpu_that_cannot_be_used(answers, told, fakes):
         ([*POD, "--spot", "--", "train"], "--spot and --queued"),
         ([*POD, "--tries", "0", "--", "train"], "--tries: expected a number"),
         ([*POD, "--wait", "soon", "--", "train"], "--wait: expected seconds"),
+        ([*POD, "--hub-token", "hf_abc", "--", "train"], "--hub-token: expected a file"),
     ],
 )
 def test_arguments_that_cannot_be_used(args, told, fakes):
     done = fakes.run("tpu_pod_run.sh", *args)
     assert done.returncode == 2 and told in done.stderr and not fakes.calls()
+    assert "hf_abc" not in done.stderr  # a token in the place of its file
 
 
 def test_pod_dry_run_calls_nothing(fakes):
@@ -305,13 +401,29 @@ def test_setup_dry_run_without_a_python_that_is_new_enough(fakes):
     done = fakes.run("tpu_vm_setup.sh", "--dry-run", "--venv", str(fakes.home / "new"))
     assert done.returncode == 0 and not fakes.calls()
     new = str(fakes.home / "new")
-    lines = [line.split()[1:5] for line in done.stdout.splitlines()]
-    assert lines[:3] == [
-        ["sudo", "apt-get", "update", "--quiet"], ["sudo", "apt-get", "install", "--quiet"],
-        ["python3.11", "-m", "venv", new],
-    ]  # fmt: skip
+    lines = [line.split()[1:] for line in done.stdout.splitlines()]
+    apt = ["sudo", "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-o", "DPkg::Lock::Timeout=600", "--quiet"]
+    assert lines[:2] == [[*apt, "update"], [*apt, "install", "--yes", "python3.11", "python3.11-venv"]]
+    assert lines[2] == ["python3.11", "-m", "venv", new]
     assert [line[0] for line in lines[3:]] == [f"{new}/bin/pip", f"{new}/bin/python"]
     assert not (fakes.home / "new").exists()
+
+
+def test_locks_of_apt_on_a_fresh_machine_are_waited_for(fakes):
+    for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
+        (fakes.bin / name).write_text("#!/usr/bin/env bash\nexit 1\n")
+        (fakes.bin / name).chmod(0o755)
+    fakes.add(fakes.bin / "sleep")
+    held = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1423\nE: Unable to lock directory"
+    fakes.answer(
+        {"to": "apt-get", "say": held, "code": 100}, {"to": "apt-get", "say": held, "code": 100}, {"to": "update"},
+        {"to": "install", "say": held, "code": 100},
+        {"to": "install", "say": "E: Unable to locate package python3.11", "code": 100},
+    )  # fmt: skip
+    done = fakes.run("tpu_vm_setup.sh", "--venv", str(fakes.home / "new"))
+    assert done.returncode == 1 and "Unable to locate package" in done.stderr
+    verbs = [call[0] if call[0] == "sleep" else call[7] for call in fakes.calls()]
+    assert verbs == ["update", "sleep", "update", "sleep", "update", "install", "sleep", "install"]
 
 
 # ---- slurm.sbatch ----------------------------------------------------------------------------------------------------
@@ -321,7 +433,15 @@ def test_outside_a_job_it_hands_itself_in(fakes):
     done = fakes.run("slurm.sbatch", "--nodes=4", "--partition=big gpus", "--", *TRAIN)
     assert done.returncode == 0, done.stderr
     script = str(ROOT / "scripts" / "slurm.sbatch")
-    assert fakes.calls() == [["sbatch", "--nodes=4", "--partition=big gpus", script, "--", *TRAIN]]
+    assert fakes.calls() == [["sbatch", "--nodes=4", "--partition=big gpus", "--mem=0", script, "--", *TRAIN]]
+
+
+@pytest.mark.parametrize("memory", [["--mem=64G"], ["--mem", "64G"], ["--mem-per-gpu=64G"]])
+def test_memory_that_is_asked_for_is_the_only_one(memory, fakes):
+    """SLURM refuses two of these options."""
+    assert fakes.run("slurm.sbatch", *memory, "--", *TRAIN).returncode == 0
+    (sbatch,) = fakes.calls()
+    assert [arg for arg in sbatch if arg.startswith("--mem")] == [memory[0]]
 
 
 def test_in_a_job_it_starts_a_process_a_task(fakes):
@@ -329,7 +449,14 @@ def test_in_a_job_it_starts_a_process_a_task(fakes):
     assert done.returncode == 0, done.stderr
     (srun,) = fakes.calls()
     assert srun[0] == "srun" and {"--kill-on-bad-exit=1", "--gpu-bind=none"} < set(srun)
+    assert not any(arg.startswith("--cpus-per-task") for arg in srun)
     assert srun[srun.index("/opt/env/bin/ftjax") + 1 :] == list(TRAIN)
+
+
+def test_processes_have_the_cores_that_the_job_has_a_task(fakes):
+    """Since SLURM 22.05 srun takes them from its own option alone."""
+    done = fakes.run("slurm.sbatch", "--", *TRAIN, SLURM_JOB_ID="42", SLURM_CPUS_PER_TASK="8")
+    assert done.returncode == 0 and "--cpus-per-task=8" in fakes.calls()[0]
 
 
 @pytest.mark.parametrize("code, again", [(130, True), (143, True), (1, False), (2, False)])

@@ -11,6 +11,7 @@ import pytest
 import ftjax
 from ftjax import config as configs
 from ftjax.hub import families
+from ftjax.models.config import ModelConfig
 from ftjax.plan.devices import parse
 from ftjax.training import auto_mesh
 from ftjax.training import program as programs
@@ -61,6 +62,38 @@ def test_what_is_chosen(model, devices, T, overrides, want, why):
 def test_what_does_not_fit_is_told():
     found, said = choose("configs/llama-3.1-70b", "v5e:2x4", 4096, [*FULL, "train.batch_size=8"])
     assert found == {"fsdp": 2, "sequence": 4} and "even so: see `ftjax plan`" in said
+
+
+ODD = ModelConfig(
+    vocab_size=301, width=32, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=60, max_positions=64, tied=False
+)
+
+
+@pytest.mark.parametrize(
+    "tensor, heads, kv_heads, hidden, vocab",
+    [(1, 4, 2, 60, 301), (2, 2, 1, 30, 301), (3, 4, 2, 20, 301), (4, 2, 1, 15, 301), (7, 4, 2, 60, 43)],
+)
+def test_what_one_of_several_devices_computes_of_a_row(tensor, heads, kv_heads, hidden, vocab):
+    """Attention is cut between its two KV heads at most; what a number of devices does not divide stays whole."""
+    part = auto_mesh.shape_of_one(ODD, tensor)
+    assert (part.heads, part.kv_heads, part.hidden, part.vocab_size) == (heads, kv_heads, hidden, vocab)
+
+
+@pytest.mark.parametrize("tensor", [3, 4, 7])
+def test_remat_is_chosen_where_a_mesh_divides_little(tensor):
+    config = configs.default()
+    configs.override(config, ["model.remat=auto", "tuning.method=full", f"train.batch_size={tensor}"])
+    programs.fill_defaults(config)
+    spec = Spec(ODD, families.linear_names(families.FAMILIES["llama"], ODD), config.tuning, families.FAMILIES["llama"])
+    sizes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": tensor}
+    # Two tables of the vocabulary, q and o, k and v, three kernels of the MLP, three norms: the parameters of a device.
+    parts = {3: (1, 1, 1, 3), 4: (1, 4, 1, 4), 7: (7, 1, 1, 1)}[tensor]
+    values = (2 * 301 * 32 / parts[0], 2 * 32 * 32 / parts[1], 2 * 32 * 16 / parts[2], 3 * 32 * 60 / parts[3], 3 * 32)
+    # Weights, two moments and gradients are in float32; the optimizer counts its steps.
+    states, _ = auto_mesh._states(config, spec, jnp.dtype("float32"), sizes)
+    assert states == pytest.approx(4 * 4 * sum(values), abs=64)
+    machine = auto_mesh.Machine(tensor, 2**30, 8)
+    assert "remat none: about" in auto_mesh.settle_remat(config, spec, machine, sizes, 64, jnp.dtype("float32"))
 
 
 def test_a_mesh_that_is_given_stays():

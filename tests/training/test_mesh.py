@@ -27,7 +27,6 @@ from ftjax.hub import families
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.config import ModelConfig
 from ftjax.objectives import causal
-from ftjax.plan import compiled
 from ftjax.training import hlo, sharding
 from ftjax.training import program as programs
 from ftjax.training.optimizer import optimizer, schedule
@@ -230,12 +229,12 @@ def test_arguments_of_a_device_are_the_total_over_the_shards(mesh):
     programs.fill_defaults(config)
 
     def held(sizes):
-        abstract = compiled.abstract_mesh(dict.fromkeys(MESH_AXES, 1) | sizes)
+        abstract = sharding.abstract_mesh(dict.fromkeys(MESH_AXES, 1) | sizes)
         with jax.sharding.use_abstract_mesh(abstract):
             spec = tiny.spec(families.FAMILIES["llama"], shape, method="full")
             program = programs.build(config, spec, abstract, jnp.dtype("float32"), STEPS)
             state, _, batch = programs.arguments(program, B, 64, 64)
-            return compiled.shard_bytes(state), compiled.shard_bytes(batch)
+            return programs.shard_bytes(state), programs.shard_bytes(batch)
 
     state, batch = held({})
     ours, our_batch = held(mesh)
