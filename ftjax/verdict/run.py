@@ -85,7 +85,7 @@ def compare(config, out: str | None = None, say=print) -> dict:
 def _metric(config) -> tuple[str, dict]:
     """What the verdict is about, and which way it is better, as curve.fit takes it; evaluate.metrics then has it."""
     if config.task.kind in LABELLED:
-        return LABELLED[config.task.kind], {"higher": True}
+        return LABELLED[config.task.kind], {"higher": True, "worst": 0.0}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
@@ -95,7 +95,14 @@ def _metric(config) -> tuple[str, dict]:
     config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
     for other in config.evaluate.metrics:
         metrics.find(other)
-    return name, {"higher": metric.higher, "best": metric.best, "bounded": metric.best is not None}
+    worst = bounds(name)[not metric.higher] if bounds(name) else None
+    return name, {"higher": metric.higher, "best": metric.best, "worst": worst, "bounded": metric.best is not None}
+
+
+def bounds(metric: str) -> statistics.Bounds:
+    """The lowest and the highest score of a row by a metric; None where it has no bounds."""
+    best = 1.0 if metric in LABELLED.values() else metrics.find(metric).best
+    return None if best is None else (0.0, best or 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
@@ -105,7 +112,8 @@ def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: b
     """Verdicts on every contender beside the first."""
     base = next(iter(measured))
     scores = {name: m.scores[metric] for name, m in measured.items()}
-    return Case(found, measured, base, statistics.verdicts(scores, base, higher=higher, seed=found.config.seed))
+    how = {"higher": higher, "seed": found.config.seed, "bounds": bounds(metric)}
+    return Case(found, measured, base, statistics.verdicts(scores, base, **how))
 
 
 def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
@@ -118,7 +126,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     against = _against(untrained, kinds, measured, metric, higher, config.seed) if untrained else {}
     prices = {n: price(m.cost, config.compare, kinds[n] == "prompt") for n, m in measured.items()}
     for name, m in measured.items():
-        figures = {key: _interval(x) for key, x in m.scores.items()}
+        figures = {key: _interval(key, x) for key, x in m.scores.items()}
         entry = {
             "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
             "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
@@ -153,14 +161,14 @@ def _against(untrained: str, kinds, measured, metric, higher, seed) -> dict[str,
     if len(names) < 2:
         return {}
     return statistics.verdicts(
-        {name: measured[name].scores[metric] for name in names}, untrained, higher=higher, seed=seed
+        {n: measured[n].scores[metric] for n in names}, untrained, higher=higher, seed=seed, bounds=bounds(metric)
     )
 
 
-def _interval(scores: np.ndarray) -> dict[str, float]:
+def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
     """The mean of scores (S, N) with its interval over rows and seeds."""
-    found = statistics.compare(scores, np.zeros_like(scores[:1]))
-    return {"value": float(found.difference), "low": float(found.low), "high": float(found.high)}
+    low, high = statistics.score_interval(scores, bounds(metric))
+    return {"value": float(scores.mean()), "low": float(low), "high": float(high)}
 
 
 def _verdict(verdict: statistics.Verdict | None) -> dict | None:

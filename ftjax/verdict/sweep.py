@@ -39,6 +39,7 @@ from ftjax.verdict.rows import fix_rows
 
 OUTCOME = "outcome.json"
 AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
+SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be below 0
 NORMAL = 1.96  # standard deviations on either side of an interval at 95 %
 
 
@@ -405,9 +406,11 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
 def law_of(name: str) -> dict:
     """Which way a figure is better and what bounds it, as curve.fit takes them."""
     if name in METRICS:
-        return {"higher": bool(METRICS[name].higher), "best": METRICS[name].best}
+        higher, best = bool(METRICS[name].higher), METRICS[name].best
+        return {"higher": higher, "best": best, "worst": 0.0 if higher and best else None}
     lower = name in (*LOWER, *compare.LOWER) or "loss" in name
-    return {"higher": not lower, "best": 1.0 if name == "perplexity" else None}
+    worst = None if lower or name in SIGNED else 0.0
+    return {"higher": not lower, "best": 1.0 if name == "perplexity" else None, "worst": worst}
 
 
 def _parameters(path: str) -> int:

@@ -109,7 +109,10 @@ def test_an_axis_of_amounts_gets_its_law(tmp_path):
     told = json.loads((tmp_path / "curves.json").read_text())["perplexity"]
     assert 260_032 in [p["amount"] for p in told["points"]] and len(told["points"]) == 2
     assert "4 different amounts or more; there are 2" in said[-1]
-    assert sweep.law_of("perplexity") == {"higher": False, "best": 1.0} and sweep.law_of("bleu")["best"] == 100
+    assert (
+        sweep.law_of("perplexity") == {"higher": False, "best": 1.0, "worst": None}
+        and sweep.law_of("bleu")["best"] == 100
+    )
     assert sweep.law_of("val_loss")["higher"] is False and sweep.law_of("accuracy")["higher"] is True
 
 
