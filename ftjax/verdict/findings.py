@@ -31,6 +31,7 @@ class Case(NamedTuple):
     measured: dict[str, Measured]
     base: str  # the contender that the others are judged against
     verdicts: dict[str, statistics.Verdict]
+    lost: dict[str, str] = {}  # contenders that could not be measured -> why
 
 
 class Finding(NamedTuple):
@@ -219,10 +220,13 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def failures(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Seeds without a model."""
-    for name, measured in case.measured.items():
-        for text in measured.failed:
-            yield name, text, "a lower optim.lr or a longer optim.warmup helps most often"
+    """Seeds without a model, and contenders without any."""
+    told = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
+    told += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
+    for name, text in told:
+        diverged = "the loss became" in text
+        advice = "a lower optim.lr or a longer optim.warmup helps most often" if diverged else "mend the reason"
+        yield name, text, advice if diverged else f"{advice}; the same command then runs only what is missing"
 
 
 CHECKS: dict[str, Callable[[Case], Iterator[tuple[str, str, str]]]] = {

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from ftjax.verdict.memorisation import copied
 from ftjax.verdict.rating import win_rate, write_ballots
 from ftjax.verdict.rows import fix_rows
 from ftjax.verdict.setting import Setting, held_out_labels, setting
+from ftjax.verdict.sweep import AnotherRun
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
 
@@ -56,9 +58,24 @@ def compare(config, out: str | None = None, say=print) -> dict:
     found, known = setting(config, folder), {}
     if curved:
         amounts(found)  # what is wrong with them is told before anything is trained
-    measured = {contender.name: measure(contender, found, known, say) for contender in asked}
-    case = judged(found, measured, metric, higher)
-    curves = [learning_curve(c, found, measured[c.name], metric, law, say) for c in curved]
+    lost: dict[str, str] = {}
+    tried = {c.name: _tried(c.name, lost, say, lambda c=c: measure(c, found, known, say)) for c in asked}
+    measured = {name: m for name, m in tried.items() if m is not None}
+    if asked[0].name in lost or len(measured) < 2:
+        why = "; ".join(f"{name}: {reason}" for name, reason in lost.items())
+        raise FtjaxError(f"compare: without these contenders nothing is left to compare: {why}")
+    told_of = [c for c in curved if c.name in measured]
+    curves = [
+        _tried(
+            f"{c.name}, learning curve",
+            lost,
+            say,
+            lambda c=c: learning_curve(c, found, measured[c.name], metric, law, say),
+        )
+        for c in told_of
+    ]
+    curves = [one for one in curves if one is not None]
+    case = judged(found, measured, metric, higher)._replace(lost=lost)
     data = plain(case, metric, higher, curves) | {"config": told, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
@@ -80,6 +97,21 @@ def compare(config, out: str | None = None, say=print) -> dict:
     for name in written:
         say(f"  {out / name}")
     return data
+
+
+def _tried(name: str, lost: dict[str, str], say, run):
+    """What `run` returns. Where it fails, None, and the reason goes to `lost`, so that the others go on; but not where
+    a folder holds another run, which the person has to settle."""
+    try:
+        return run()
+    except AnotherRun:
+        raise
+    except Exception as error:
+        say(f"{error}" if isinstance(error, FtjaxError) else traceback.format_exc())
+        kind = "" if isinstance(error, FtjaxError) else f"{type(error).__name__}: "
+        lost[name] = f"{kind}{error}".partition("\n")[0][:300].removeprefix(f"{name}: ")
+        say(f"failed: {name}: {lost[name]}")
+        return None
 
 
 def _metric(config) -> tuple[str, dict]:
