@@ -21,7 +21,7 @@ from ftjax.training.compiling import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import LABELLED, parse
-from ftjax.verdict.cost import break_even, price
+from ftjax.verdict.cost import break_even, load, price
 from ftjax.verdict.energy import Meter
 from ftjax.verdict.findings import Case, findings
 from ftjax.verdict.measure import Measured, measure
@@ -156,7 +156,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     entries = []
     untrained = _best([name for name, kind in kinds.items() if kind in UNTRAINED], measured, metric, higher)
     against = _against(untrained, kinds, measured, metric, higher, config.seed) if untrained else {}
-    prices = {n: price(m.cost, config.compare, kinds[n] == "prompt") for n, m in measured.items()}
+    prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
     for name, m in measured.items():
         figures = {key: _interval(key, x) for key, x in m.scores.items()}
         entry = {
@@ -169,7 +169,9 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
         others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
-        entry["pays_after"] = {other: break_even(prices[name], prices[other]) for other in others}
+        asked = config.compare.requests
+        entry["pays_after"] = {other: break_even(prices[name], prices[other], asked) for other in others}
+        entry["pays_from"] = {other: load(prices[name], prices[other]) for other in others}
         entries.append(entry)
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,

@@ -200,18 +200,53 @@ def test_a_metric_without_a_better_end_is_refused(folder):
 
 def test_prices_and_break_even():
     prices = configs.default().compare
-    tuned = cost.Cost(10, trained=2, stored=2_000_000_000, train_seconds=3600.0, request_seconds=0.036)
+    tuned = cost.Cost(
+        10, trained=2, stored=2_000_000_000, train_seconds=3000.0, run_seconds=3600.0, request_seconds=0.036
+    )
     long = cost.Cost(10, prompt_tokens=4000, answer_tokens=100, request_seconds=0.36)
-    assert cost.price(tuned, prices) == cost.Price("seconds", 3600.0, 0.036, None)
-    assert cost.break_even(cost.price(tuned, prices), cost.price(long, prices)) == pytest.approx(3600 / 0.324)
+    seconds = cost.price(tuned, prices), cost.price(long, prices, "prompt")
+    assert seconds[0] == cost.Price("seconds", 3600.0, 0.036) and cost.break_even(*seconds) == pytest.approx(
+        3600 / 0.324
+    )
     prices.update(device_hour=2.0, storage=0.5, requests=1000)
-    assert cost.price(tuned, prices) == cost.Price("dollars", 2.0, pytest.approx(2e-5), pytest.approx(1.02))
+    own = cost.price(tuned, prices)  # the whole run is paid for, with compiling and validation
+    assert own == cost.Price("dollars", 2.0, pytest.approx(2e-5), 1.0, pytest.approx(1.02))
+    assert cost.price(long, prices, "prompt").request == pytest.approx(2e-4)
     prices.update(tokens_in=0.5, tokens_out=2.0)
-    hosted = cost.price(long, prices, base=True)
-    assert cost.price(long, prices).request == pytest.approx(2e-4)
-    assert hosted.request == pytest.approx((4000 * 0.5 + 100 * 2) / 1e6)
-    assert cost.break_even(cost.price(tuned, prices), hosted) == pytest.approx(2.0 / (0.0022 - 2e-5))
-    assert cost.break_even(hosted, cost.price(tuned, prices)) == float("inf")
+    hosted = cost.price(long, prices, "prompt")
+    assert hosted.request == pytest.approx(0.0022) and hosted.standing == 0
+    # A thousand requests a month save 2.18 dollars and pay 1 for storage: 2 dollars are back after 1.7 months.
+    assert cost.break_even(own, hosted, 1000) == pytest.approx(2.0 / (0.0022 - 2e-5 - 1 / 1000))
+    assert cost.break_even(hosted, own, 1000) == float("inf")
+
+
+def test_two_price_models_by_the_hour_and_by_tokens():
+    """As services have them: an hour of training and of hosting; or tokens that are trained, read and written."""
+    prices = configs.default().compare
+    tuned = cost.Cost(10, trained=2, train_seconds=7200.0, run_seconds=9000.0, train_tokens=3e6, prompt_tokens=100,
+                      answer_tokens=50)  # fmt: skip
+    long = cost.Cost(10, prompt_tokens=2000, answer_tokens=50)
+    prices.update(training_hour=34.0, hosting_hour=1.7, tokens_in=1.6, tokens_out=3.2, requests=1_000_000)
+    by_hour, hosted = cost.price(tuned, prices), cost.price(long, prices, "prompt")
+    assert by_hour == cost.Price("dollars", 68.0, 0.0, pytest.approx(1241), pytest.approx(1241))
+    assert hosted.request == pytest.approx(2000 * 1.6e-6 + 50 * 3.2e-6) and hosted.standing == 0
+    assert cost.load(by_hour, hosted) == pytest.approx(1241 / 0.00336)  # 369,000 requests a month
+    assert cost.break_even(by_hour, hosted, 1_000_000) == pytest.approx(68 / (0.00336 - 0.001241))
+    assert cost.break_even(by_hour, hosted, 300_000) == float("inf")
+    prices.update(training_hour=0.0, hosting_hour=0.0, training_tokens=8.0, tuned_in=3.2, tuned_out=6.4)
+    by_tokens = cost.price(tuned, prices)
+    assert (by_tokens.training, by_tokens.standing) == (24.0, 0.0)
+    assert by_tokens.request == pytest.approx(100 * 3.2e-6 + 50 * 6.4e-6) and cost.load(by_tokens, hosted) == 0
+    assert cost.break_even(by_tokens, hosted) == pytest.approx(24 / (0.00336 - 0.00064))
+    # Without the price of hosting, a tuned model's dollars are not known.
+    prices.update(tuned_in=0.0, tuned_out=0.0)
+    assert cost.price(tuned, prices).unit == "seconds"
+    assert cost.price(cost.Cost(0), prices, "majority").request == 0
+
+
+def test_training_is_timed_by_its_steps():
+    history = [{"step": 1}, {"step": 5, "tokens_per_second": 100.0}, {"step": 6, "val_loss": 1.0}]
+    assert cost.steps_seconds(history, 2000.0, 60.0) == 20 and cost.steps_seconds([], 2000.0, 60.0) == 60
 
 
 def test_a_report_says_when_training_has_paid_and_whether_it_was_worth_it():
