@@ -22,6 +22,7 @@ from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import LABELLED, parse
 from ftjax.verdict.cost import break_even, load, price
+from ftjax.verdict.decision import contender_is, decide, metric_is
 from ftjax.verdict.energy import Meter
 from ftjax.verdict.findings import Case, findings
 from ftjax.verdict.measure import Measured, measure
@@ -166,6 +167,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
             "checkpoints": [passed._asdict() for passed in m.way],
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
             "unsupported": m.unsupported, "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
+            "is": contender_is(m.contender, config),
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
         others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
@@ -177,10 +179,17 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
         "data": config.data.test or config.data.train, "device": _device(), "energy": bool(Meter().counters),
-        "contenders": entries, "curves": curves,
+        "contenders": entries, "curves": curves, "requests": config.compare.requests,
+        "worst": None if bounds(metric) is None else bounds(metric)[not higher],
+        "metrics": {name: metric_is(name, _higher(name)) for name in entries[0]["figures"]},
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
-    return data | {"question": report.question(data), "answer": report.answer(data)}
+    data |= {"question": report.question(data), "decision": decide(data)}
+    return data | {"answer": report.answer(data), "detail": report.detail(data)}
+
+
+def _higher(metric: str) -> bool | None:
+    return metric in LABELLED.values() or metrics.find(metric).higher
 
 
 def _best(names: list[str], measured, metric, higher) -> str:
@@ -267,6 +276,11 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
     """The pictures that the figures allow: caption -> file in `out`."""
     drawn, metric = {}, data["metric"]
     entries = {entry["name"]: entry for entry in data["contenders"]}
+    shown = {name: entry["figures"][metric] for name, entry in entries.items()}
+    marks = {name: (entry["verdict"] or {}).get("says", "") for name, entry in entries.items()}
+    label = f"{metric} ({'more' if data['higher'] else 'less'} is better)"
+    pictures.scores(shown, marks, out / report.SCORES, x_label=label)
+    drawn[f"{metric} of each contender on {data['rows']:,} rows, with intervals at {data['level']:.0%}"] = report.SCORES
     timed = {n: (1000 * e["cost"]["request_seconds"], e["figures"][metric]) for n, e in entries.items()}
     timed = {name: point for name, point in timed.items() if point[0] > 0}
     if len(timed) > 1:

@@ -33,6 +33,8 @@ def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_pat
     measured = [r["test"]["metrics"]["accuracy"]["value"] for r in results]
     assert len(measured) == 2 and head["figures"]["accuracy"]["value"] == pytest.approx(np.mean(measured))
     assert head["cost"]["trained"] > 0 and head["cost"]["train_flops"] > 0 and majority["cost"]["trained"] == 0
+    assert head["cost"]["request_seconds"] > 0 and head["cost"]["request_flops"] > 0
+    assert 0 < head["cost"]["train_seconds"] <= head["cost"]["run_seconds"]
     assert "head" in data["answer"] and (tmp_path / "verdict.html").stat().st_size > 10_000
 
     again = config.copy_and_resolve_references()
@@ -112,7 +114,7 @@ def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
     page, text = ((tmp_path / "run" / name).read_text() for name in ("verdict.html", "verdict.md"))
     assert "Of 160 rows the law of the smaller amounts says" in page and "## Learning curves" in text
     assert "With 1,000 rows: " in text and (tmp_path / "run/curve.png").stat().st_size > 10_000
-    assert f"With more rows for the head: {curve['says']}." in data["answer"] and "twice the data" in curve["says"]
+    assert f"With more rows for the head: {curve['says']}." in data["detail"] and "twice the data" in curve["says"]
 
 
 @pytest.mark.parametrize(
