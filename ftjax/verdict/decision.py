@@ -76,13 +76,13 @@ def named(names) -> str:
 
 TUNING = {  # tuning.method -> what it trains
     "full": "all weights of the model",
-    "bitfit": "only the biases of the model (BitFit)",
-    "lora": "small matrices beside the model's weights, which stay as they are (LoRA)",
-    "dora": "small matrices and a scale beside the model's weights, which stay as they are (DoRA)",
-    "ia3": "a factor for some of the model's inner values; its weights stay as they are (IA3)",
-    "prompt": "a few made-up words before each question; the model stays as it is (prompt tuning)",
-    "ptuning": "a few made-up words before each question; the model stays as it is (P-tuning)",
-    "prefix": "a made-up beginning that every layer sees; the model stays as it is (prefix tuning)",
+    "bitfit": "only the biases of the model",
+    "lora": "small matrices beside the model's weights, which stay as they are",
+    "dora": "small matrices and a scale beside the model's weights, which stay as they are",
+    "ia3": "a factor for some of the model's inner values; its weights stay as they are",
+    "prompt": "a few made-up words before each question; the model stays as it is",
+    "ptuning": "a few made-up words before each question; the model stays as it is",
+    "prefix": "a made-up beginning that every layer sees; the model stays as it is",
     "head": "only the last layer, which turns the model's reading into an answer",
     "last_layers": "only the last layers of the model",
     "norms": "only the scales of the model's normalisation layers",
@@ -138,7 +138,7 @@ RISKS = {  # check of ftjax.verdict.findings -> what it means; the gravest first
     "failed runs": "Something failed",
     "template mismatch": "The question is put in another way than in training",
     "lost refusals": "It refuses otherwise than before",
-    "forgetting": "It has forgotten part of what it knew before",
+    "forgetting": "It has forgotten part of what it knew before, and general text surprises it more",
     "overfitting": "It learns its training rows by heart",
     "prompts shortened": "Some prompts did not fit",
     "too few rows": "The rows are few",
@@ -157,7 +157,7 @@ def decide(data: dict) -> dict[str, str]:
         default=None,
     )
     answer, why = _why(best, entries, data)
-    cost = _cost(best, entries.get(data["untrained"]), data) if best else "Nothing was trained, which costs nothing."
+    cost = _cost(best, entries.get(data["untrained"])) if best else "Nothing was trained, which costs nothing."
     return {"fine_tune": answer, "why": why, "cost": cost, "risk": _risk(best, data)}
 
 
@@ -185,22 +185,27 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
         lacking = "was trained" if other else "is without training"
         return OPEN, f"None of the contenders {lacking}, so that there is nothing to compare training with."
     verdict, name = best["against_untrained"], best["name"]
+    plain = data["metrics"].get(metric, "").partition(";")[0]
     scores = (
-        f"{name} ({best['is']}) has a {metric} of {span(best['figures'][metric])} on {data['rows']:,} rows that it was "
-        f"not trained on; {other} ({entries[other]['is']}), the best without training, has "
-        f"{span(entries[other]['figures'][metric])}"
+        f"Trained on your rows, the model scores {span(best['figures'][metric])} in {metric}"
+        f"{f' ({plain})' if plain else ''}, on {data['rows']:,} rows kept apart from training; the best without "
+        f"training scores {span(entries[other]['figures'][metric])}"
     )
+    who = f" {name}: {best['is']}. {other}: {entries[other]['is']}."
     leak = next((f for f in data["findings"] if f["check"] == "leaked rows" and name in f["contender"]), None)
     if leak:
-        return OPEN, f"{scores}. But some of these rows were among those of training, so that this may be memory."
+        return OPEN, f"{scores}. But some of these rows were among those of training, so that this may be memory.{who}"
     if verdict["says"] == "cannot tell":
         needed = verdict["needed"]
         more = f" About {_round(needed):,} rows would show it." if math.isfinite(needed) else " More seeds may show it."
-        return OPEN, f"{scores}. The difference, {gap(verdict)}, may be chance.{more if verdict['difference'] else ''}"
+        return (
+            OPEN,
+            f"{scores}. The difference, {gap(verdict)}, may be chance.{more if verdict['difference'] else ''}{who}",
+        )
     way = "larger" if verdict["says"] == "better" else "a loss and larger"
     return (
         YES if verdict["says"] == "better" else NO,
-        f"{scores}. The difference, {gap(verdict)}, is {way} than chance explains.",
+        f"{scores}. The difference, {gap(verdict)}, is {way} than chance explains.{who}",
     )
 
 
@@ -218,7 +223,7 @@ def paid(entry: dict) -> str:
     return f"after {named(told)}{least if loads else ''}" if told else least.removeprefix(", ") if loads else ""
 
 
-def _cost(best: dict, other: dict | None, data: dict) -> str:
+def _cost(best: dict, other: dict | None) -> str:
     cost, price = best["cost"], best["price"]
     out = []
     if best["kind"] == "tuned":

@@ -196,13 +196,19 @@ def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
 # ---------------------------------------------------------------------------------------------- what cannot be said
 
 
+def _seen(smallest: float) -> str:
+    if not np.isfinite(smallest):
+        return "no difference at all would have shown"
+    return f"differences from {smallest:.2g} on would have shown"
+
+
 def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
     """Differences that these rows cannot tell."""
     for name, verdict in case.verdicts.items():
         if verdict.says == "cannot tell":
             yield (
                 name,
-                f"{verdict.text}; differences from {verdict.smallest:.3g} on would have shown",
+                f"{verdict.text}; {_seen(verdict.smallest)}",
                 "more held-out rows of the same kind, or more compare.seeds",
             )
 

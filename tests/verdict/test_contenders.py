@@ -271,22 +271,32 @@ def made(higher=True, against="better", findings=(), values=(0.1, 0.3, 0.2, 0.5)
         entry("full", values[2], "tuned", said("cannot tell"), said("worse")),
         entry("LoRA", values[3], "tuned", said("better"), said(against)),
     ]
-    data = {"metric": "f1", "higher": higher, "base": "zero-shot", "untrained": "few-shot", "rows": 300, "level": 0.95,
-            "worst": 0.0, "findings": list(findings), "contenders": entries}  # fmt: skip
+    data = {
+        "metric": "f1", "higher": higher, "base": "zero-shot", "untrained": "few-shot", "rows": 300, "level": 0.95,
+        "metrics": {"f1": "how it is; more is better"}, "worst": 0.0, "findings": list(findings),
+        "contenders": entries,
+    }  # fmt: skip
     return data | {"decision": decision.decide(data)}
 
 
 def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
     data = made(findings=[{"check": "forgetting", "contender": "LoRA", "seen": "the loss rose"}])
     said = data["decision"]
-    assert said["fine_tune"] == "yes" and report.answer(data).startswith("Fine-tune: yes. LoRA (what LoRA is) has a f1")
-    assert "0.50 (0.40 to 0.60) on 300 rows" in said["why"] and "few-shot (what few-shot is), the best" in said["why"]
-    assert "+0.20 (+0.10 to +0.30), is larger than chance explains" in said["why"]
+    assert said["fine_tune"] == "yes" and report.answer(data).startswith(
+        "Fine-tune: yes. Trained on your rows, the model"
+    )
+    assert "scores 0.50 (0.40 to 0.60) in f1 (how it is), on 300 rows" in said["why"] and "scores 0.30" in said["why"]
+    assert said["why"].endswith(
+        "+0.20 (+0.10 to +0.30), is larger than chance explains. LoRA: what LoRA is. few-shot: what few-shot is."
+    )
     assert said["cost"] == (
         "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); training has paid for itself "
         "after 920 requests by few-shot."
     )
-    assert said["risk"] == "It has forgotten part of what it knew before: the loss rose."
+    assert (
+        said["risk"]
+        == "It has forgotten part of what it knew before, and general text surprises it more: the loss rose."
+    )
     detail = report.detail(data)
     assert detail.startswith("LoRA scores best: f1 0.50 (0.40 to 0.60).")
     assert "corrected for 3 comparisons: better: few-shot and LoRA; cannot tell: full." in detail
