@@ -120,7 +120,8 @@ def contender_is(contender: Contender, config) -> str:
     else:
         out = "the model as it is, without training"
     if how.shots and contender.shots:
-        out += f"; {contender.shots} solved examples stand before each question"
+        many = contender.shots > 1
+        out += f"; {contender.shots} solved example{'s stand' if many else ' stands'} before each question"
         out += ", those most like it" if how.near else ""
     return out + ("; passages of your documents stand before each question" if how.passages else "")
 
@@ -157,7 +158,9 @@ def decide(data: dict) -> dict[str, str]:
         default=None,
     )
     answer, why = _why(best, entries, data)
-    cost = _cost(best, entries.get(data["untrained"])) if best else "Nothing was trained, which costs nothing."
+    cost = "Nothing was trained, which costs nothing."
+    if best:
+        cost = _cost(best, entries.get(data["untrained"]), pays=answer == YES)
     return {"fine_tune": answer, "why": why, "cost": cost, "risk": _risk(best, data)}
 
 
@@ -170,11 +173,16 @@ def nobody(data: dict) -> str:
     far = max((abs(figure[end] - worst), figure[end]) for figure in figures for end in ("low", "high"))
     beyond = "above" if data["higher"] else "below"
     return (
-        f"No contender got anything right on {data['rows']:,} rows: every {metric} is {worst:g}. That rules out, at "
+        f"No contender got anything right on {data['rows']:,} rows: every {metric}{_plain(data)} is {worst:g}. That rules out, at "
         f"{data['level']:.0%}, a true {metric} {beyond} {sig(far[1])} of any of them, and a gain by training of more "
         f"than {sig(far[0])}; anything smaller cannot be seen. Read the samples: a larger model, longer training or "
         "answers, or a metric that gives credit for parts may show more."
     )
+
+
+def _plain(data: dict) -> str:
+    """What the metric is, in brackets."""
+    return f" ({data['metrics'][data['metric']].partition(';')[0]})"
 
 
 def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
@@ -185,15 +193,13 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
         lacking = "was trained" if other else "is without training"
         return OPEN, f"None of the contenders {lacking}, so that there is nothing to compare training with."
     verdict, name = best["against_untrained"], best["name"]
-    plain = data["metrics"].get(metric, "").partition(";")[0]
     scores = (
         f"Trained on your rows, the model scores {span(best['figures'][metric])} in {metric}"
-        f"{f' ({plain})' if plain else ''}, on {data['rows']:,} rows kept apart from training; the best without "
+        f"{_plain(data)}, on {data['rows']:,} rows kept apart from training; the best without "
         f"training scores {span(entries[other]['figures'][metric])}"
     )
     who = f" {name}: {best['is']}. {other}: {entries[other]['is']}."
-    leak = next((f for f in data["findings"] if f["check"] == "leaked rows" and name in f["contender"]), None)
-    if leak:
+    if verdict["says"] == "better" and _leaked(best, data):
         return OPEN, f"{scores}. But some of these rows were among those of training, so that this may be memory.{who}"
     if verdict["says"] == "cannot tell":
         needed = verdict["needed"]
@@ -207,6 +213,14 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
         YES if verdict["says"] == "better" else NO,
         f"{scores}. The difference, {gap(verdict)}, is {way} than chance explains.{who}",
     )
+
+
+def _leaked(best: dict, data: dict) -> bool:
+    """Whether held-out rows that stand among those of training may make all of the gain that is beyond chance."""
+    found = [f for f in data["findings"] if f["check"] == "leaked rows" and best["name"] in f["contender"]]
+    v = best["against_untrained"]
+    sure = v["low"] if data["higher"] else -v["high"]
+    return any(not f["share"] or data["reach"] is None or f["share"] * data["reach"] >= sure for f in found)
 
 
 def _round(rows: float) -> int:
@@ -223,7 +237,7 @@ def paid(entry: dict) -> str:
     return f"after {named(told)}{least if loads else ''}" if told else least.removeprefix(", ") if loads else ""
 
 
-def _cost(best: dict, other: dict | None) -> str:
+def _cost(best: dict, other: dict | None, pays: bool) -> str:
     cost, price = best["cost"], best["price"]
     out = []
     if best["kind"] == "tuned":
@@ -242,7 +256,7 @@ def _cost(best: dict, other: dict | None) -> str:
             text + (f" ({sig(1000 * beside['cost']['request_seconds'])} ms by {beside['name']})" if beside else "")
         )
     text = "; ".join(out)
-    if after := paid(best):
+    if pays and (after := paid(best)):
         text += f"; training has paid for itself {after}"
     text = text[:1].upper() + text[1:]
     return f"{text}." + ("" if price["unit"] == "dollars" else " No price is set, so that dollars are not known.")

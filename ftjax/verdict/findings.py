@@ -41,6 +41,7 @@ class Finding(NamedTuple):
     contender: str
     seen: str
     advice: str
+    share: float = 0.0  # of the held-out rows that it concerns, where that is known
 
 
 def findings(case: Case) -> list[Finding]:
@@ -108,7 +109,7 @@ def held_out(setting: Setting) -> list[tuple[str, Table]]:
     return [(on, piece.table.select(piece.kept)) for piece in getattr(setting.data, on).pieces]
 
 
-def leaks(case: Case) -> Iterator[tuple[str, str, str]]:
+def leaks(case: Case) -> Iterator[tuple]:
     """Rows of train that overlap with the held-out ones, as data.decontaminate finds them."""
     others = held_out(case.setting)
     read = [n for n, m in case.measured.items() if m.contender.kind == "tuned" or m.contender.how.shots]
@@ -131,6 +132,7 @@ def leaks(case: Case) -> Iterator[tuple[str, str, str]]:
                 f"{removed[0].place} {removed[0].why} ({removed[0].twin})",
                 f'scores are too high: set data.decontaminate=("{case.setting.config.evaluate.compare_on}",) and train '
                 "again",
+                twins / max(sum(len(table) for _, table in others), 1),
             )
 
 

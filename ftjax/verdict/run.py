@@ -181,6 +181,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
         "data": config.data.test or config.data.train, "device": _device(), "energy": bool(Meter().counters),
         "contenders": entries, "curves": curves, "requests": config.compare.requests,
         "worst": None if bounds(metric) is None else bounds(metric)[not higher],
+        "reach": None if bounds(metric) is None else bounds(metric)[1],
         "metrics": {name: metric_is(name, _higher(name)) for name in entries[0]["figures"]},
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip

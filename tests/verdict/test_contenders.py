@@ -273,7 +273,7 @@ def made(higher=True, against="better", findings=(), values=(0.1, 0.3, 0.2, 0.5)
     ]
     data = {
         "metric": "f1", "higher": higher, "base": "zero-shot", "untrained": "few-shot", "rows": 300, "level": 0.95,
-        "metrics": {"f1": "how it is; more is better"}, "worst": 0.0, "findings": list(findings),
+        "metrics": {"f1": "how it is; more is better"}, "worst": 0.0, "reach": 1.0, "findings": list(findings),
         "contenders": entries,
     }  # fmt: skip
     return data | {"decision": decision.decide(data)}
@@ -305,18 +305,21 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
     assert made(against="worse", values=(0.1, 0.3, 0.2, 0.1))["decision"]["fine_tune"] == "no"
     open_ = made(against="cannot tell")["decision"]
     assert open_["fine_tune"] == "not enough evidence" and "About 820 rows would show it" in open_["why"]
-    leak = made(findings=[{"check": "leaked rows", "contender": "full, LoRA", "seen": "3 of 9 rows overlap"}])[
-        "decision"
-    ]
+    leaked = {"check": "leaked rows", "contender": "full, LoRA", "seen": "3 of 9 rows overlap", "share": 0.2}
+    leak = made(findings=[leaked])["decision"]
     assert leak["fine_tune"] == "not enough evidence" and "this may be memory" in leak["why"]
     assert leak["risk"].startswith("The score may be too high (full, LoRA): 3 of 9")
+    # The interval starts at +0.1, which five leaked rows of a hundred cannot make.
+    assert made(findings=[leaked | {"share": 0.05}])["decision"]["fine_tune"] == "yes"
     assert "No price is set" in made(unit="seconds")["decision"]["cost"]
 
 
 def test_where_nobody_scores_the_report_says_what_that_rules_out():
     data = made(values=(0.0, 0.0, 0.0, 0.0), against="cannot tell")
     assert data["decision"]["fine_tune"] == "not enough evidence"
-    assert data["decision"]["why"].startswith("No contender got anything right on 300 rows: every f1 is 0. That rules")
+    assert data["decision"]["why"].startswith(
+        "No contender got anything right on 300 rows: every f1 (how it is) is 0. "
+    )
     assert "a true f1 above 0.10 of any of them, and a gain by training of more than 0.10" in data["decision"]["why"]
     assert report.detail(data).startswith("zero-shot, few-shot, full and LoRA score the same: f1 0.00 (0.00 to 0.10).")
 
