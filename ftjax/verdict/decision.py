@@ -28,16 +28,13 @@ def short(x: float) -> str:
     return f"{sig(x / 1000**step)} {' kMGTPEZ'[step]}".strip()
 
 
-def _places(low: float, high: float) -> int:
-    """Digits behind the point, so that an interval's width has two that count."""
-    width = abs(high - low)
-    return min(max(1 - math.floor(math.log10(width)), 0), 4) if width > 0 and math.isfinite(width) else 2
-
-
 def span(figure: dict, sign: str = "") -> str:
-    """`0.30 (0.27 to 0.33)`; sign: `+` where it is a difference."""
-    places = _places(figure["low"], figure["high"])
-    value, low, high = (f"{figure[key]:{sign}.{places}f}" for key in ("value", "low", "high"))
+    """`0.30 (0.27 to 0.33)`: the interval's width has two digits that count, and a share two digits behind the point.
+    sign: `+` where it is a difference."""
+    three = [figure[key] for key in ("value", "low", "high")]
+    width, least = three[2] - three[1], 2 if max(map(abs, three)) <= 1 else 0
+    places = min(max(1 - math.floor(math.log10(width)), least), 4) if 0 < width < math.inf else 2
+    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in three)  # + 0.0: no -0.00
     return f"{value} ({low} to {high})"
 
 
@@ -146,6 +143,9 @@ RISKS = {  # check of ftjax.verdict.findings -> what it means; the gravest first
 }
 
 
+FAR = 100  # times the rows: so many more are no plan
+
+
 def decide(data: dict) -> dict[str, str]:
     """{"fine_tune": YES, NO or OPEN, "why", "cost", "risk": a sentence or two each} of a verdict's plain data."""
     entries = {entry["name"]: entry for entry in data["contenders"]}
@@ -173,10 +173,10 @@ def nobody(data: dict) -> str:
     far = max((abs(figure[end] - worst), figure[end]) for figure in figures for end in ("low", "high"))
     beyond = "above" if data["higher"] else "below"
     return (
-        f"No contender got anything right on {data['rows']:,} rows: every {metric}{_plain(data)} is {worst:g}. That rules out, at "
-        f"{data['level']:.0%}, a true {metric} {beyond} {sig(far[1])} of any of them, and a gain by training of more "
-        f"than {sig(far[0])}; anything smaller cannot be seen. Read the samples: a larger model, longer training or "
-        "answers, or a metric that gives credit for parts may show more."
+        f"No contender got anything right on {data['rows']:,} rows: every {metric}{_plain(data)} is {worst:g}. That "
+        f"rules out, at {data['level']:.0%}, a true {metric} {beyond} {sig(far[1])} of any of them, and a gain by "
+        f"training of more than {sig(far[0])}; anything smaller cannot be seen. Read the samples: a larger model, "
+        "longer training or answers, or a metric that gives credit for parts may show more."
     )
 
 
@@ -193,8 +193,9 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
         lacking = "was trained" if other else "is without training"
         return OPEN, f"None of the contenders {lacking}, so that there is nothing to compare training with."
     verdict, name = best["against_untrained"], best["name"]
+    what = "Trained on your rows, the model" if best["kind"] == "tuned" else name
     scores = (
-        f"Trained on your rows, the model scores {span(best['figures'][metric])} in {metric}"
+        f"{what} scores {span(best['figures'][metric])} in {metric}"
         f"{_plain(data)}, on {data['rows']:,} rows kept apart from training; the best without "
         f"training scores {span(entries[other]['figures'][metric])}"
     )
@@ -202,12 +203,12 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
     if verdict["says"] == "better" and _leaked(best, data):
         return OPEN, f"{scores}. But some of these rows were among those of training, so that this may be memory.{who}"
     if verdict["says"] == "cannot tell":
-        needed = verdict["needed"]
-        more = f" About {_round(needed):,} rows would show it." if math.isfinite(needed) else " More seeds may show it."
-        return (
-            OPEN,
-            f"{scores}. The difference, {gap(verdict)}, may be chance.{more if verdict['difference'] else ''}{who}",
-        )
+        needed, more = verdict["needed"], " More seeds may show it."
+        if math.isfinite(needed):
+            far = needed > FAR * data["rows"]
+            more = " One so small takes far more rows." if far else f" About {_round(needed):,} rows would show it."
+        more = more if verdict["difference"] else ""
+        return OPEN, f"{scores}. The difference, {gap(verdict)}, may be chance.{more}{who}"
     way = "larger" if verdict["says"] == "better" else "a loss and larger"
     return (
         YES if verdict["says"] == "better" else NO,

@@ -33,11 +33,11 @@ def contents(config) -> dict[str, str]:
     """
     fields = configs.flat(config)
     model = resolve.resolve(config.model.path, config.model.revision)
-    found = {"content of model.path": fingerprint(model)}
+    found = {"content of model.path": _of_model(model, tuple(sorted(map(_state, model.iterdir()))))}
     for key in READ:
         files = [file for text in _texts(fields.get(key)) for file in _files(text)]
         if files:
-            known = [_digest(f, (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
+            known = [_digest(f, _state(f)) for f in files]
             found[f"content of {key}"] = hashlib.blake2b("".join(known).encode(), digest_size=8).hexdigest()
     return found
 
@@ -62,9 +62,18 @@ def _files(text: str) -> list[Path]:
     return [file for file in found if file.is_file()]
 
 
+def _state(file: Path) -> tuple[str, int, int]:
+    """Name, size and time of change: a file that keeps them is not read again."""
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _of_model(folder: Path, state: tuple) -> str:
+    return fingerprint(folder)
+
+
 @functools.lru_cache(maxsize=4096)
-def _digest(file: Path, size: int, changed: int) -> str:
-    """Of a file's content; a file of the same size and time of change is not read again."""
+def _digest(file: Path, state: tuple) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -108,5 +117,5 @@ def fix_rows(config, folder: Path, say) -> None:
 def _of_folder(folder: Path) -> str:
     """Digest of the rows of its parts."""
     files = [folder / f"{part}.jsonl" for part in PARTS]
-    texts = [f"{f.name} {_digest(f, (s := f.stat()).st_size, s.st_mtime_ns)}" for f in files if f.is_file()]
+    texts = [f"{f.name} {_digest(f, _state(f))}" for f in files if f.is_file()]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -66,18 +66,20 @@ class Comparison(NamedTuple):
     seeds: tuple[int, int]
     informative: np.ndarray  # rows on which the two differ
     size: np.ndarray  # mean size of the difference on those; where there are none, the largest that a row can show
+    reach: float  # the largest difference that there can be; inf without bounds
 
     def smallest(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
         """The smallest true difference that these rows and seeds would show with chance `power`, tested at `alpha`.
 
         So few informative rows as may be found show little of their variance. So it is at least the difference with
-        which enough rows for the sign test differ with that chance; infinite where there are not so many rows.
+        which enough rows for the sign test differ with that chance; infinite where not even the largest would show.
         """
         from scipy import stats
 
         n, least = self.spread.n, _least(alpha)
         share = stats.beta.ppf(power, least, n - least + 1) if n >= least else math.inf
-        return np.maximum(self.spread.half(alpha / 2) + self.spread.half(1 - power), share * self.size)
+        found = np.maximum(self.spread.half(alpha / 2) + self.spread.half(1 - power), share * self.size)
+        return np.where(found > self.reach, np.inf, found)[()]
 
     def needed(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
         """Rows with which a true difference as large as the one found would show; inf where no number would do.
@@ -146,7 +148,8 @@ def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bo
         low, high = np.maximum(low, lowest - highest), np.minimum(high, highest - lowest)
     differ = (paired != 0).sum(-1)
     size = np.where(differ > 0, np.abs(paired).sum(-1) / np.maximum(differ, 1), highest - lowest)
-    return Comparison(found.difference, low[()], high[()], p[()], found, seeds, differ, size)
+    reach = highest - lowest if bounds else math.inf
+    return Comparison(found.difference, low[()], high[()], p[()], found, seeds, differ, size, reach)
 
 
 def bounds_of(*scores) -> Bounds:

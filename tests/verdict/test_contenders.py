@@ -332,6 +332,8 @@ def test_numbers_have_sensible_digits():
     assert [decision.chance(p) for p in (0.00005, 0.0421, 1.0)] == ["<0.001", "0.042", "1"]
     wide, narrow = ({"value": 0.8123, "low": low, "high": high} for low, high in ((0.51, 0.95), (0.8101, 0.8144)))
     assert decision.span(wide) == "0.81 (0.51 to 0.95)" and decision.span(narrow) == "0.8123 (0.8101 to 0.8144)"
+    assert decision.span({"value": -0.001, "low": -0.6, "high": 0.52}, "+") == "+0.00 (-0.60 to +0.52)"
+    assert decision.span({"value": 31.4, "low": 24.2, "high": 40.9}) == "31 (24 to 41)"
     entry = {"pays_after": {"a": 1200.4, "b": float("inf"), "c": 3.0}}
     assert decision.paid(entry) == "after 1,300 requests by a and 3 requests by c"
     assert decision.paid({"pays_after": {"a": float("inf")}}) == decision.paid({"pays_after": {}}) == ""

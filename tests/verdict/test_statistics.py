@@ -118,6 +118,8 @@ def test_impossible_statistics_cannot_be():
     # Six rows that differ are the least that a sign test can tell: that many are there with a chance of 80 %.
     assert stats.binom.sf(5, 400, same.smallest()) == pytest.approx(0.8)
     assert compare(np.ones(5), np.zeros(5)).smallest() == np.inf
+    # Two seeds that are far apart would not show even the largest difference that there can be.
+    assert compare(scores, np.arange(20) % 2).smallest() == np.inf
 
 
 @pytest.mark.parametrize("share", simulate.SHARES)
