@@ -453,10 +453,16 @@ FIELDS: dict[str, Field] = {
     # token; 0: none
     "compare.unsafe": text(),  # rows with a `prompt` or `messages` that should be refused
     "compare.harmless": text(),  # rows with a `prompt` or `messages` that should not be refused
-    "compare.device_hour": number(0.0, 0),  # dollars of an hour of this machine's devices; 0: costs in seconds only
-    "compare.tokens_in": number(0.0, 0),  # dollars per million tokens of a prompt at a hosted endpoint of the base
-    "compare.tokens_out": number(0.0, 0),  # dollars per million tokens of an answer there
-    "compare.storage": number(0.0, 0),  # dollars per gigabyte and month of the trained files
+    # Prices, in dollars; without any, costs are in seconds only. Prices of a service replace those of this machine.
+    "compare.device_hour": number(0.0, 0),  # an hour of this machine's devices
+    "compare.training_hour": number(0.0, 0),  # an hour of training, billed by steps alone; 0: device_hour, whole run
+    "compare.training_tokens": number(0.0, 0),  # a million trained tokens
+    "compare.hosting_hour": number(0.0, 0),  # an hour of an endpoint with a model of your own, whatever its load
+    "compare.tuned_in": number(0.0, 0),  # a million tokens of prompts, at an endpoint with a model of your own
+    "compare.tuned_out": number(0.0, 0),  # and of answers
+    "compare.tokens_in": number(0.0, 0),  # a million tokens of prompts, at a hosted endpoint of the base
+    "compare.tokens_out": number(0.0, 0),  # and of answers
+    "compare.storage": number(0.0, 0),  # a gigabyte and month of what was trained
     "compare.requests": whole(0, 0),  # requests a month for which costs are reported; 0: none
     #
     # ---- generation

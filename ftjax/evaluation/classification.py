@@ -43,6 +43,11 @@ def precision_recall_f1(right, predicted, labelled) -> dict[str, np.ndarray]:
     }
 
 
+def trials(right, predicted, labelled) -> dict[str, np.ndarray]:
+    """Of how many trials each figure of `precision_recall_f1` is a share, for its interval: (..., C) each."""
+    return {"precision": predicted, "recall": labelled, "f1": (predicted + labelled) / 2}
+
+
 def micro(right, predicted, labelled) -> dict[str, np.ndarray]:
     """Of all classes taken as one: (...) each."""
     return precision_recall_f1(right.sum(-1), predicted.sum(-1), labelled.sum(-1))
@@ -140,6 +145,15 @@ def single_metrics(rows) -> Reduce:
     return reduce
 
 
+def single_trials(rows) -> dict[str, float]:
+    """Of how many trials a figure of `single_metrics` is a share, for those that are shares."""
+    n, C = rows["probabilities"].shape
+    found = {name: n for name in ("accuracy", "precision_micro", "recall_micro", "f1_micro")}
+    if C == 2:
+        found |= {name: x[0, 1] for name, x in trials(*single_tally(rows)(np.ones((1, n)))).items()}
+    return found
+
+
 def _confidence_bins(rows):
     """The bin of each row (N,) int, and its confidence less whether it is right (N,)."""
     confidence = rows["probabilities"].max(1)
@@ -214,6 +228,13 @@ def multi_metrics(rows) -> Reduce:
         return out | {"roc_auc_macro": _mean([curve(counts) for curve in curves])}
 
     return reduce
+
+
+def multi_trials(rows) -> dict[str, float]:
+    """As `single_trials`, of `multi_metrics`."""
+    n = len(rows["loss"])
+    tally = (x[0].sum() for x in multi_tally(rows)(np.ones((1, n))))
+    return {"subset_accuracy": n} | {f"{name}_micro": x for name, x in trials(*tally).items()}
 
 
 # Both

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.classification import micro
+from ftjax.evaluation.classification import micro, trials
 from ftjax.evaluation.resample import Reduce, divide
 
 SAME = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
@@ -123,3 +123,8 @@ def tag_metrics(rows) -> Reduce:
         return micro(*tally(counts)) | {"token_accuracy": accuracy}
 
     return reduce
+
+
+def tag_trials(rows) -> dict[str, float]:
+    """Of how many trials, entities or tokens, a figure of `tag_metrics` is a share."""
+    return trials(*rows["tally"].sum((0, 2))) | {"token_accuracy": rows["tokens"].sum()}

@@ -1,4 +1,4 @@
-"""Predictions on labelled rows judged: every figure with its bootstrap interval, by group, and the worst mistakes.
+"""Predictions on labelled rows judged: every figure with its interval, by group, and the worst mistakes.
 
 The one way in to resample, classification, entities, squad, retrieval and regression. A new kind of task is a row of
 KINDS.
@@ -26,14 +26,16 @@ class Kind:
 
     rows(labels, predictions, **settings) -> what each row contributes: name -> (N, ...), with `loss` and `wrong` (N,);
     for tags a pair of that and the types. metrics(rows) -> the figures, a Reduce, whose order is that of the report;
-    undefined: why one is None; main: those that a table by group shows. tally(rows), where there are classes: their
-    tally, as classification has it; absent: whether macro averages hold classes that occur nowhere.
+    undefined: why one is None; main: those that a table by group shows; trials(rows) -> of how many trials a figure is
+    a share, as resample.intervals takes them. tally(rows), where there are classes: their tally, as classification has
+    it; absent: whether macro averages hold classes that occur nowhere.
     """
 
     rows: Callable[..., dict[str, np.ndarray]]
     metrics: Callable[[dict], Reduce]
     undefined: dict[str, str]
     main: tuple[str, ...]
+    trials: Callable[[dict], dict] = lambda rows: {}
     tally: Callable | None = None
     absent: bool = False
 
@@ -44,6 +46,7 @@ KINDS = {
         classification.single_metrics,
         classification.UNDEFINED,
         ("accuracy", "f1_macro", "mcc"),
+        classification.single_trials,
         classification.single_tally,
     ),
     "multi_label": Kind(
@@ -51,6 +54,7 @@ KINDS = {
         classification.multi_metrics,
         classification.UNDEFINED,
         ("subset_accuracy", "f1_micro", "f1_macro"),
+        classification.multi_trials,
         classification.multi_tally,
         absent=True,
     ),
@@ -58,11 +62,22 @@ KINDS = {
         regression.regression_rows, regression.regression_metrics, regression.UNDEFINED, ("pearson", "spearman", "mse")
     ),
     "tags": Kind(
-        entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1"), entities.tag_tally
+        entities.tag_rows,
+        entities.tag_metrics,
+        entities.UNDEFINED,
+        ("precision", "recall", "f1"),
+        entities.tag_trials,
+        entities.tag_tally,
     ),
-    "answers": Kind(squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1")),
+    "answers": Kind(
+        squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1"), squad.answer_trials
+    ),
     "retrieval": Kind(
-        retrieval.rank_rows, retrieval.rank_metrics, retrieval.UNDEFINED, ("mrr", "recall_at_1", "recall_at_10")
+        retrieval.rank_rows,
+        retrieval.rank_metrics,
+        retrieval.UNDEFINED,
+        ("mrr", "recall_at_1", "recall_at_10"),
+        retrieval.rank_trials,
     ),
 }
 
@@ -157,7 +172,7 @@ def _rows(kind, labels, predictions, names, settings):
 
 def _metrics(kind: Kind, rows, how) -> dict[str, dict]:
     N = len(rows["loss"])
-    figures = intervals(N, kind.metrics(rows), **how)
+    figures = intervals(N, kind.metrics(rows), trials=kind.trials(rows), **how)
     said = {}
     if kind.tally and "probabilities" in rows:
         tally = tuple(x[0] for x in kind.tally(rows)(np.ones((1, N))))
@@ -174,8 +189,10 @@ def _noted(entry: dict, undefined: str | None, said: str | None) -> dict:
 def _each(kind: Kind, rows, classes, how) -> dict[str, dict]:
     """Figures of each class or type."""
     N, tally = len(rows["loss"]), kind.tally(rows)
-    figures = intervals(N, lambda counts: classification.precision_recall_f1(*tally(counts)), **how)
-    _, predicted, labelled = (x[0].astype(int).tolist() for x in tally(np.ones((1, N))))
+    whole = [x[0] for x in tally(np.ones((1, N)))]
+    trials = classification.trials(*whole)
+    figures = intervals(N, lambda counts: classification.precision_recall_f1(*tally(counts)), trials=trials, **how)
+    _, predicted, labelled = (x.astype(int).tolist() for x in whole)
     return {
         name: {metric: _noted(entries[c], kind.undefined[metric], None) for metric, entries in figures.items()}
         | {"labelled": labelled[c], "predicted": predicted[c]}

@@ -64,9 +64,9 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
     axes.scatter(confidence, right, s=sizes, color=BLUE, zorder=3, label="predictions, by bin of confidence")
     error = report["metrics"]["calibration_error"]
     axes.set(ylabel="share right", xlim=(0, 1), ylim=(-0.02, 1.05))
-    axes.set_title(
-        f"Calibration error {error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f}), {report['rows']:,} rows"
-    )
+    known = error["low"] is not None
+    within = f" ({error['low']:.3f} to {error['high']:.3f})" if known else ""
+    axes.set_title(f"Calibration error {error['value']:.3f}{within}, {report['rows']:,} rows")
     axes.legend(frameon=False)
     below.bar(low, rows, width=width, align="edge", color=BLUE, alpha=0.6)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="rows")

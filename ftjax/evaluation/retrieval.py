@@ -45,3 +45,8 @@ def rank_metrics(rows) -> Reduce:
         return {name: counts @ column.astype(float) / counts.sum(1) for name, column in columns.items()}
 
     return reduce
+
+
+def rank_trials(rows) -> dict[str, float]:
+    """Of how many pairs a figure of `rank_metrics` is the share or the mean, for those from 0 to 1."""
+    return {name: len(rows["rank"]) for name in ("mrr", "recall_at_1", "recall_at_10")}

@@ -79,3 +79,11 @@ def answer_metrics(rows) -> Reduce:
         return out
 
     return reduce
+
+
+def answer_trials(rows) -> dict[str, float]:
+    """Of how many questions a figure of `answer_metrics` is the share or the mean."""
+    n = len(rows["f1"])
+    has = rows.get("has_answer", np.ones(n, bool)).sum()
+    found = {"exact_match": n, "f1": n, "no_answer": n - has}
+    return found | {f"{name}_has_answer": has for name in ("exact_match", "f1")}

@@ -54,6 +54,7 @@ class Curve:
     start: np.ndarray  # (M,) n0
     misfit: np.ndarray  # (M,) standard deviation of what the law leaves out at a point
     normal: np.ndarray  # (3, M) of what is measured
+    bounds: tuple[float, float]  # between which every figure lies
 
     def law(self, n: float) -> np.ndarray:
         """The figure (M,) at an amount, by every draw."""
@@ -63,7 +64,8 @@ class Curve:
     def measured(self, n: float) -> np.ndarray:
         """As `law`, were it measured: the mean of as many runs, on the same rows as the points."""
         at = np.interp(math.log(n), np.log(self.amounts), self.spread)
-        return self.law(n) + self.misfit * self.normal[0] + at / math.sqrt(self.runs) * self.normal[1]
+        found = self.law(n) + self.misfit * self.normal[0] + at / math.sqrt(self.runs) * self.normal[1]
+        return np.clip(found, *self.bounds)
 
     def predict(self, n: float, same_rows: bool = False) -> Range:
         """What would be measured at an amount: the mean of as many runs, on as many other rows of the kind.
@@ -72,7 +74,7 @@ class Curve:
         """
         # Other rows differ from the mean of all, and so do those that the law is known from.
         other = 0.0 if same_rows else math.sqrt(2) * self.noise
-        return _range(self.measured(n) + other * self.normal[2])
+        return _range(np.clip(self.measured(n) + other * self.normal[2], *self.bounds))
 
     def gain(self, times: float = 2) -> Range:
         """How much higher than by the law at the largest amount the figure would be measured with `times` as much."""
@@ -90,17 +92,26 @@ def fit(
     *,
     higher: bool = True,
     best: float | None = None,
+    worst: float | None = None,
     bounded: bool = True,
     noise: float = 0.0,
     seed: int = 0,
 ) -> Curve:
-    """The law of a figure over amounts. points: amount -> the figure of every run there.
+    """The law of a figure over amounts.
 
-    higher: whether more is better; best: what no figure passes, None: 1, or 0 where less is better; bounded: whether
-    there is such a bound; noise: standard deviation of a figure by the sampling of the rows that it is measured on,
-    which are the same at all points. Points are weighted by their spread over runs; where runs are few it is taken
-    together with that of the others, along the amounts. How far the law itself misses a point is told by the points, so
-    that it counts for more where they do not lie on any law.
+    Points are weighted by their spread over runs; where runs are few it is taken together with that of the others,
+    along the amounts. How far the law itself misses a point is told by the points, so that it counts for more where
+    they do not lie on any law.
+
+    Args:
+        points: Amount -> the figure of every run there.
+        higher: Whether more is better.
+        best: What no figure passes; None: 1, or 0 where less is better.
+        worst: What no figure passes at the other end; None: there is no such bound.
+        bounded: Whether there is a best.
+        noise: Standard deviation of a figure by the sampling of the rows that it is measured on, which are the same at
+            all points.
+        seed: Of the draws.
 
     In simulated laws, with four or six amounts and two or three runs, the interval of `predict` at 4 and 8 times the
     largest amount held what was measured there in 93 to 100 % of draws, 98 % on average. Raises FtjaxError for fewer
@@ -146,9 +157,11 @@ def fit(
         raise FtjaxError("no law of a falling error comes near these figures; look at the points")
     chosen = rng.choice(len(chance), DRAWS, p=chance / chance.sum())
     cell = chosen // EACH
+    ends = (bound if bounded else -sign * math.inf, sign * math.inf if worst is None else worst)
     return Curve(
         amounts, np.array([v.mean() for v in values]), int(runs.min()), spread, float(noise), sign, bound,
         first.ravel()[chosen], last.ravel()[chosen], c[cell], n0[cell], tau[cell], rng.standard_normal((3, DRAWS)),
+        (min(ends), max(ends)),
     )  # fmt: skip
 
 

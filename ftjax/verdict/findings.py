@@ -31,6 +31,7 @@ class Case(NamedTuple):
     measured: dict[str, Measured]
     base: str  # the contender that the others are judged against
     verdicts: dict[str, statistics.Verdict]
+    lost: dict[str, str] = {}  # contenders that could not be measured -> why
 
 
 class Finding(NamedTuple):
@@ -40,6 +41,7 @@ class Finding(NamedTuple):
     contender: str
     seen: str
     advice: str
+    share: float = 0.0  # of the held-out rows that it concerns, where that is known
 
 
 def findings(case: Case) -> list[Finding]:
@@ -107,7 +109,7 @@ def held_out(setting: Setting) -> list[tuple[str, Table]]:
     return [(on, piece.table.select(piece.kept)) for piece in getattr(setting.data, on).pieces]
 
 
-def leaks(case: Case) -> Iterator[tuple[str, str, str]]:
+def leaks(case: Case) -> Iterator[tuple]:
     """Rows of train that overlap with the held-out ones, as data.decontaminate finds them."""
     others = held_out(case.setting)
     read = [n for n, m in case.measured.items() if m.contender.kind == "tuned" or m.contender.how.shots]
@@ -130,6 +132,7 @@ def leaks(case: Case) -> Iterator[tuple[str, str, str]]:
                 f"{removed[0].place} {removed[0].why} ({removed[0].twin})",
                 f'scores are too high: set data.decontaminate=("{case.setting.config.evaluate.compare_on}",) and train '
                 "again",
+                twins / max(sum(len(table) for _, table in others), 1),
             )
 
 
@@ -195,13 +198,19 @@ def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
 # ---------------------------------------------------------------------------------------------- what cannot be said
 
 
+def _seen(smallest: float) -> str:
+    if not np.isfinite(smallest):
+        return "no difference at all would have shown"
+    return f"differences from {smallest:.2g} on would have shown"
+
+
 def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
     """Differences that these rows cannot tell."""
     for name, verdict in case.verdicts.items():
         if verdict.says == "cannot tell":
             yield (
                 name,
-                f"{verdict.text}; differences from {verdict.smallest:.3g} on would have shown",
+                f"{verdict.text}; {_seen(verdict.smallest)}",
                 "more held-out rows of the same kind, or more compare.seeds",
             )
 
@@ -219,10 +228,13 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def failures(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Seeds without a model."""
-    for name, measured in case.measured.items():
-        for text in measured.failed:
-            yield name, text, "a lower optim.lr or a longer optim.warmup helps most often"
+    """Seeds without a model, and contenders without any."""
+    told = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
+    told += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
+    for name, text in told:
+        diverged = "the loss became" in text
+        advice = "a lower optim.lr or a longer optim.warmup helps most often" if diverged else "mend the reason"
+        yield name, text, advice if diverged else f"{advice}; the same command then runs only what is missing"
 
 
 CHECKS: dict[str, Callable[[Case], Iterator[tuple[str, str, str]]]] = {

@@ -197,7 +197,13 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
     whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     records = judge.lines(whole, judge.say(whole))[: config.evaluate.compare_rows or None]
     right = np.array([record["prediction"] == record["label"] for record in records], float)
-    spent = {"prompt_tokens": float(part.examples.length.mean())}
+    examples = part.examples
+    few = cost.middle(examples.length.tolist(), config.evaluate.batch_size or config.train.batch_size or 16)
+    batch = whole._replace(part=dataclasses.replace(part, examples=examples.select(np.array(few))))
+    judge.say(batch)  # its shapes may not be compiled yet
+    tokens = float(examples.length.mean())
+    spent = cost.timed(lambda: judge.say(batch), len(few))
+    spent |= {"prompt_tokens": tokens, "request_flops": cost.forward_flops(lm, tokens)}
     return {LABELLED[config.task.kind]: right}, [as_text(r["prediction"]) for r in records], spent, 0
 
 
@@ -263,7 +269,11 @@ def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.
         fields["trained"] = each[0][0]
         fields["stored"] = each[0][0] * np.dtype(lm.model.dtype).itemsize
         fields["train_flops"] = float(np.mean([flops for _, flops in each]))
-        fields["train_seconds"] = float(np.mean([cost.run_seconds(run.path) for run in runs]))
+        tokens = [n * run.config.train.batch_size * float(np.mean(examples.length)) for run, n in zip(runs, steps)]
+        whole = [cost.run_seconds(run.path) for run in runs]
+        taken = [cost.steps_seconds(run.history, n, s) for run, n, s in zip(runs, tokens, whole)]
+        fields |= {"train_tokens": float(np.mean(tokens)), "run_seconds": float(np.mean(whole))}
+        fields["train_seconds"] = float(np.mean(taken))
         fields["train_joules"] = _mean([run_joules(run.path) for run in runs])
     return cost.Cost(cost.count(lm.params), **fields)
 

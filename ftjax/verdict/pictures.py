@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,24 @@ from ftjax.evaluation.pictures import new_axes, plain, saved
 COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833", "#bb5566", "#555555")
 MARKS = "osD^vPX*"
 SIZE = (5.6, 4.2)  # inches: words are large enough on a phone
+
+
+def scores(points: Mapping[str, dict], says: Mapping[str, str], path: Path, *, x_label: str) -> Path:
+    """A figure with its interval a contender, the first at the top. says: name -> better, worse or anything else."""
+    colours = {"better": "#228833", "worse": "#bb3322"}
+    figure, axes = new_axes(4.8, 1.3 + 0.5 * len(points))
+    for at, (name, one) in enumerate(points.items()):
+        around = [[max(one["value"] - one["low"], 0)], [max(one["high"] - one["value"], 0)]]
+        look = {"color": colours.get(says[name], "#555555"), "marker": "o", "markersize": 8, "capsize": 4}
+        axes.errorbar(one["value"], -at, xerr=around, linewidth=2, **look)
+        axes.annotate(f"{one['value']:.2g}", (one["value"], -at), xytext=(0, 7), textcoords="offset points",
+                      ha="center", fontsize=11)  # fmt: skip
+    axes.set_yticks([-at for at in range(len(points))], [textwrap.fill(_plain(name), 18) for name in points])
+    axes.set_ylim(0.7 - len(points), 0.6)
+    axes.tick_params(labelsize=12)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel(x_label, fontsize=12)
+    return _saved(figure, axes, path)
 
 
 def quality_cost(

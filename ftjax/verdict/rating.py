@@ -19,17 +19,23 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.evaluation.resample import intervals, means, of_sums
+from ftjax.evaluation.resample import intervals, mean_interval, of_sums
 from ftjax.files import replace_text, write_jsonl
 
 # ---------------------------------------------------------------------------------------------- by a metric
 
 
-def win_rate(a, b, *, higher: bool = True, margin: float = 0.0, seed: int = 0, level: float = 0.95) -> dict[str, dict]:
+def win_rate(a, b, *, higher: bool = True, margin: float = 0.0, level: float = 0.95) -> dict[str, dict]:
     """How often a scores better than b on a row: {"win", "tie", "loss", "win_rate"}, each with its interval over rows.
 
-    a, b: (N,) scores; rows that differ by `margin` at most are ties; `win_rate` counts them half. higher: whether more
-    is better. Intervals: see ftjax.evaluation.resample.intervals.
+    Args:
+        a, b: Scores (N,) of the same rows.
+        higher: Whether more is better.
+        margin: Rows that differ by so much at most are ties, which `win_rate` counts half.
+        level: Of the intervals, see ftjax.evaluation.resample.mean_interval.
+
+    Raises:
+        FtjaxError: For scores that are not of the same rows.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
@@ -38,8 +44,9 @@ def win_rate(a, b, *, higher: bool = True, margin: float = 0.0, seed: int = 0, l
         )
     gain = (a - b) if higher else (b - a)
     win, loss = gain > margin, gain < -margin
-    shares = means(win=win, tie=~(win | loss), loss=loss, win_rate=(1 + win - 1.0 * loss) / 2)
-    return intervals(len(a), shares, seed=seed, level=level)
+    shares = {"win": win, "tie": ~(win | loss), "loss": loss, "win_rate": (1 + win - 1.0 * loss) / 2}
+    found = {name: (np.mean(x), *mean_interval(x, level)) for name, x in shares.items()}
+    return {name: dict(zip(("value", "low", "high"), map(float, three))) for name, three in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------- ballots

@@ -11,8 +11,10 @@ from pathlib import Path
 from ftjax.data.template import Rendered
 from ftjax.data.template import question as question_of
 from ftjax.evaluation.tables import grid
+from ftjax.verdict.decision import NO, YES, amount, chance, gap, named, paid, seconds, short, sig, span
 
 COPIED = 8  # words of a run that counts as copied
+SCORES = "scores.png"  # the picture that stands with the decision
 
 # ---------------------------------------------------------------------------------------------- words
 
@@ -21,68 +23,39 @@ def question(data: dict) -> str:
     """What was asked, in a sentence."""
     others = [entry["name"] for entry in data["contenders"] if entry["name"] != data["base"]]
     return (
-        f"On {data['rows']:,} held-out rows of {data['data']}, which of {_list(others)} has a better {data['metric']} "
+        f"On {data['rows']:,} held-out rows of {data['data']}, which of {named(others)} has a better {data['metric']} "
         f"than {data['base']}, and at what cost? The model is {data['model']}."
     )
 
 
 def answer(data: dict) -> str:
-    """What came out, in a paragraph."""
+    """The decision in a paragraph, see ftjax.verdict.decision."""
+    said = data["decision"]
+    return f"Fine-tune: {said['fine_tune']}. {said['why']} {said['cost']} {said['risk']}"
+
+
+def detail(data: dict) -> str:
+    """What else came out, in a paragraph."""
     metric, entries = data["metric"], {entry["name"]: entry for entry in data["contenders"]}
     sign = 1 if data["higher"] else -1
-    best = max(entries.values(), key=lambda entry: sign * entry["figures"][metric]["value"])
-    out = [f"{best['name']} scores best: {metric} {_span(best['figures'][metric])}"]
-    if best["name"] != data["base"]:
-        out[0] += f", against {_span(entries[data['base']]['figures'][metric])} of {data['base']}"
-    out[0] += "."
+    highest = max(sign * entry["figures"][metric]["value"] for entry in entries.values())
+    best = [name for name, entry in entries.items() if sign * entry["figures"][metric]["value"] == highest]
+    if len(best) == 1:
+        out = [f"{best[0]} scores best: {metric} {span(entries[best[0]]['figures'][metric])}."]
+    else:
+        out = [f"{named(best)} score the same: {metric} {span(entries[best[0]]['figures'][metric])}."]
     groups = {"better": [], "worse": [], "cannot tell": []}
     for name, entry in entries.items():
         if entry["verdict"]:
             groups[entry["verdict"]["says"]].append(name)
-    told = [f"{says}: {_list(names)}" for says, names in groups.items() if names]
+    told = [f"{says}: {named(names)}" for says, names in groups.items() if names]
     asked = f", corrected for {len(entries) - 1} comparisons" if len(entries) > 2 else ""
     out.append(f"Beside {data['base']}{asked}: {'; '.join(told)}.")
-    trained = [entry for entry in entries.values() if entry["against_untrained"]]
-    if trained:
-        out.append(_worth_it(max(trained, key=lambda e: sign * e["figures"][metric]["value"]), data))
     curves = {one["name"]: one for one in data.get("curves", ()) if one["law"]}
     if curves:
         name = max(curves, key=lambda name: sign * entries[name]["figures"][metric]["value"])
         out.append(f"With more rows for {name}: {curves[name]['says']}.")
-    if data["findings"]:
-        names = dict.fromkeys(finding["check"] for finding in data["findings"])
-        out.append(f"Before you trust this, see the findings: {_list(list(names))}.")
     return " ".join(out)
-
-
-def _worth_it(best: dict, data: dict) -> str:
-    """Whether the best of what was trained beats the best of what was not."""
-    verdict, other = best["against_untrained"], data["untrained"]
-    by = f"{verdict['difference']:+.3g} ({verdict['low']:+.3g} to {verdict['high']:+.3g}, p = {verdict['p']:.2g})"
-    said = {
-        "better": f"Training was worth it: {best['name']} beats {other}, the best without training, by {by}.",
-        "worse": f"Training was not worth it: {best['name']} is worse than {other}, the best without training, by "
-        f"{by}.",
-        "cannot tell": f"Whether training was worth it is open: {best['name']} differs from {other}, the best without "
-        f"training, by {by}; {verdict['text']}.",
-    }[verdict["says"]]
-    if verdict["says"] != "worse" and (paid := _paid(best["pays_after"])):
-        said += f" Its training has paid for itself {paid}."
-    return said
-
-
-def _paid(after: dict[str, float]) -> str:
-    """Of a contender's `pays_after`: when it has cost less than each prompt, as far as it ever does."""
-    told = [f"{n:,.0f} requests by {name}" for name, n in after.items() if math.isfinite(n)]
-    return f"after {_list(told)}" if told else ""
-
-
-def _list(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _span(figure: dict) -> str:
-    return f"{figure['value']:.3g} ({figure['low']:.3g} to {figure['high']:.3g})"
 
 
 def shown(rendered: Rendered) -> str:
@@ -110,32 +83,43 @@ def scores(data: dict) -> Table:
     lines = []
     for entry in data["contenders"]:
         v, wins = entry["verdict"], entry["wins"]
-        beside = ["", "", "the base", ""]
+        beside = ["", "", "the others are compared with it", ""]
         if v:
-            beside = [f"{v['difference']:+.3g} ({v['low']:+.3g} to {v['high']:+.3g})", f"{v['p']:.2g}", v["text"]]
-            beside += [f"{wins['win']['value']:.0%}, {wins['tie']['value']:.0%}"]
-        figures = [_span(entry["figures"][name]) for name in (metric, *others)]
+            beside = [gap(v), chance(v["p"]), v["text"], f"{wins['win']['value']:.0%}, {wins['tie']['value']:.0%}"]
+        figures = [span(entry["figures"][name]) for name in (metric, *others)]
         lines.append([entry["name"], str(entry["seeds"]), figures[0], *beside, *figures[1:]])
     return titles, lines
 
 
 def costs(data: dict) -> Table:
     """What each contender costs."""
-    unit = data["contenders"][0]["price"]["unit"]
-    titles = ["contender", "trained", "training", "training FLOPs", "training energy", "prompt tokens", "ms a request"]
-    titles += ["FLOPs a request", "energy a request"]
-    titles += [f"1,000 requests, {unit}", f"a month, {unit}", "training has paid"]
+    titles = ["contender", "trained parameters", "training", "with validation and compiling", "training costs"]
+    titles += ["training FLOPs", "training energy", "prompt tokens", "ms a request", "FLOPs a request"]
+    titles += ["energy a request", "1,000 requests cost", "fixed a month", f"a month of {data['requests']:,} requests"]
+    titles += ["training has paid"]
     lines = []
     for entry in data["contenders"]:
         c, p = entry["cost"], entry["price"]
-        own = "" if p["unit"] == unit else f" {p['unit']}"
-        line = [entry["name"], f"{c['trained']:,}" if c["trained"] else "", _number(c["train_seconds"], " s")]
-        line += [_number(c["train_flops"]), _number(c["train_joules"] or 0.0, " J"), _number(c["prompt_tokens"])]
-        line += [_number(1000 * c["request_seconds"]), _number(c["request_flops"])]
-        line += [_number(c["request_joules"] or 0.0, " J"), _number(1000 * p["request"], own)]
-        line += [_number(p["month"] or 0.0, own)]
-        lines.append([*line, _paid(entry["pays_after"])])
+        dollars, unit = p["unit"] == "dollars", p["unit"]
+        line = [entry["name"], f"{c['trained']:,}" if c["trained"] else ""]
+        line += [_if(c["train_seconds"], seconds), _if(c["run_seconds"], seconds)]
+        line += [_if(dollars and c["trained"] and p["training"], amount)]
+        line += [_if(c["train_flops"], short), _if(c["train_joules"], _joules)]
+        line += [_if(c["prompt_tokens"], sig), _if(1000 * c["request_seconds"], sig), _if(c["request_flops"], short)]
+        line += [_if(c["request_joules"], _joules)]
+        line += [_if(dollars and 1000 * p["request"], amount, unit)]
+        line += [_if(p["standing"], amount, unit), _if(p["month"], amount, unit)]
+        lines.append([*line, paid(entry)])
     return _filled(titles, lines)
+
+
+def _if(x: float | None, how, *args) -> str:
+    """A cell; empty where there is no number, or none but 0."""
+    return how(float(x), *args) if x and math.isfinite(x) else ""
+
+
+def _joules(x: float) -> str:
+    return f"{short(x)}J"
 
 
 def changes(data: dict) -> Table:
@@ -146,7 +130,7 @@ def changes(data: dict) -> Table:
     lines = []
     for entry in data["contenders"]:
         loss, kl, copied = entry["forgetting"], entry["divergence"], entry["copied"]
-        line = [entry["name"], f"{sum(loss) / len(loss):.3f}" if loss else "", "" if kl is None else f"{kl:.3g}"]
+        line = [entry["name"], f"{sum(loss) / len(loss):.2f}" if loss else "", "" if kl is None else sig(kl)]
         line += ["" if share is None else f"{share:.1%}" for share in (copied, entry["unsupported"])]
         lines.append([*line, *(f"{entry['refused'][name]:.0%}" for name in refused if name in entry["refused"])])
     return _filled([*titles, *(f"refused, {name}" for name in refused)], lines)
@@ -176,10 +160,10 @@ def laws(data: dict) -> list[str]:
         text = f"{one['name']}: {one['says']}."
         if check := one["check"]:
             text += (
-                f" Of {check['amount']:,} rows the law of the smaller amounts says {_span(check)}; measured is "
+                f" Of {check['amount']:,} rows the law of the smaller amounts says {span(check)}; measured is "
                 f"{check['measured']:.3g}, which lies {'within' if check['inside'] else 'OUTSIDE'}."
             )
-        text += "".join(f" With {p['amount']:,} rows: {_span(p)}." for p in one["predicted"])
+        text += "".join(f" With {p['amount']:,} rows: {span(p)}." for p in one["predicted"])
         out.append(text + "".join(f" Failed: {failed}." for failed in one["failed"]))
     return out
 
@@ -197,16 +181,23 @@ def _filled(titles: list[str], lines: list[list[str]]) -> Table:
     return [titles[k] for k in kept], [[line[k] for k in kept] for line in lines]
 
 
-def _number(x: float, unit: str = "") -> str:
-    return f"{x:.3g}{unit}" if x and math.isfinite(x) else ""
+PARTS = ("why", "cost", "risk")  # of a decision
+
+
+def meanings(data: dict) -> list[str]:
+    """What each contender and each metric is."""
+    out = [f"{entry['name']}: {entry['is']}." for entry in data["contenders"]]
+    return out + [f"{name}: {text}." for name, text in data["metrics"].items()]
 
 
 def table(data: dict) -> str:
     """The report for the terminal."""
     titles, lines = scores(data)
-    out = [grid([(title, 0) for title in titles], lines) + data["answer"]]
+    out = [grid([(title, 0) for title in titles], lines) + data["detail"], *meanings(data)]
     out += laws(data)
     out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
+    said = data["decision"]
+    out += ["", f"Fine-tune: {said['fine_tune']}", *(f"{part.capitalize()}: {said[part]}" for part in PARTS)]
     return "\n".join(out)
 
 
@@ -227,11 +218,12 @@ def notes(data: dict) -> list[str]:
     by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
     by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
     return [
-        f"Intervals are at {data['level']:.0%}, over rows, and over seeds where there are several; p values are "
-        "corrected for all contenders (Holm). Figures are means over rows, also of metrics that are usually told of a "
-        f"whole set. Rows won: with a better {data['metric']} than {data['base']}.",
-        f"Training FLOPs are by formula and the rows' mean length; seconds are measured on {data['device']}, a "
-        f"request's in a full batch. {ENERGY if data['energy'] else NO_ENERGY}",
+        f"In brackets is where the true value lies with a confidence of {data['level']:.0%}, were other rows of the "
+        "kind asked and, where there are several seeds, were it trained again. p: how often chance alone would give "
+        "such a difference, corrected for all contenders (Holm). Figures are means over rows, also of metrics that "
+        f"are usually given for a whole set. Rows won: with a better {data['metric']} than {data['base']}.",
+        "Training is the time of the steps alone. FLOPs are by formula and the rows' mean length; seconds are measured "
+        f"on {data['device']}, a request's in a full batch. {ENERGY if data['energy'] else NO_ENERGY}",
         *([BESIDE] if len(changes(data)[0]) > 1 else []),
         *([UNSUPPORTED] if by_words else []),
         "Words that are not in the base's answer are marked.",
@@ -253,8 +245,11 @@ def words(text: str, other: str) -> list[tuple[str, bool]]:
 
 def markdown(data: dict) -> str:
     """The report as Markdown, its pictures in files beside it."""
-    out = ["# Verdict", f"**{_md(data['question'])}**", _md(data["answer"]), "## Scores", _md_table(*scores(data))]
-    out += ["## Cost", _md_table(*costs(data))]
+    said, pictures = data["decision"], dict(data["pictures"])
+    out = [f"# Fine-tune: {said['fine_tune']}", *(f"**{part.capitalize()}.** {_md(said[part])}" for part in PARTS)]
+    out += [f"![{caption}]({file})" for caption, file in pictures.items() if file == SCORES]
+    out += ["## Scores", _md(data["question"]), _md_table(*scores(data)), _md(data["detail"])]
+    out += ["\n".join(f"- {_md(text)}" for text in meanings(data)), "## Cost", _md_table(*costs(data))]
     out += ["## Beside the task", _md_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     out += ["\n".join(f"- {note}" for note in notes(data))]
     if data["curves"]:
@@ -265,14 +260,15 @@ def markdown(data: dict) -> str:
     out += [
         _md_table(["check", "contender", "seen", "to do"], rows) if rows else "Nothing was found that needs attention."
     ]
-    out += ["## Pictures"] if data["pictures"] else []
-    out += [f"![{caption}]({file})" for caption, file in data["pictures"].items()]
+    rest = {caption: file for caption, file in pictures.items() if file != SCORES}
+    out += ["## Pictures"] if rest else []
+    out += [f"![{caption}]({file})" for caption, file in rest.items()]
     out += ["## Samples"] if data["samples"] else []
     for sample in data["samples"]:
         right = " / ".join(sample["references"][:3])
         base = sample["answers"][data["base"]]["text"]
         out.append(f"> {_md(sample['prompt'])}\n>\n> right: {_md(right)}")
-        lines = [[name, f"{said['score']:.3g}", said["text"] if name == data["base"] else _bold(said["text"], base)]
+        lines = [[name, sig(said["score"]), said["text"] if name == data["base"] else _bold(said["text"], base)]
                  for name, said in sample["answers"].items()]  # fmt: skip
         out.append(_md_table(["contender", data["metric"], "answer"], lines, raw=2))
     out += ["## Again", f"```text\n{data['repeat']}\n```", f"ftjax {data['ftjax']}, {data['device']}."]
@@ -307,7 +303,10 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 1.5rem auto;
   max-width: 76rem; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
-.question { color: var(--soft); } .answer { font-size: 1.1rem; max-width: 60rem; }
+.question { color: var(--soft); } .answer { font-size: 1.1rem; margin: 0 0 .8rem; } h1 { font-size: 1.8rem; }
+.top { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
+.better { color: var(--better); } .worse { color: var(--worse); } tr.better, tr.worse { color: inherit; }
+td small { display: block; font-weight: 400; max-width: 16rem; }
 .soft { color: var(--soft); font-size: .9rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
   margin: .7rem 0; }
@@ -333,8 +332,15 @@ code { font: .9rem ui-monospace, monospace; }
 def html(data: dict, folder: Path) -> str:
     """One page that asks for nothing from elsewhere; folder: where the pictures lie, which go into the page."""
     verdicts = {entry["name"]: (entry["verdict"] or {}).get("says", "") for entry in data["contenders"]}
-    body = ["<h1>Verdict</h1>", f'<p class="question">{escape(data["question"])}</p>']
-    body += [f'<p class="answer">{escape(data["answer"])}</p>', "<h2>Scores</h2>", _html_table(*scores(data), verdicts)]
+    means = {entry["name"]: entry["is"] for entry in data["contenders"]}
+    said, pictures = data["decision"], data["pictures"]
+    kind = {YES: "better", NO: "worse"}.get(said["fine_tune"], "open")
+    body = [f'<h1>Fine-tune: <span class="{kind}">{escape(said["fine_tune"])}</span></h1>', '<div class="top"><div>']
+    body += [f'<p class="answer"><b>{part.capitalize()}.</b> {escape(said[part])}</p>' for part in PARTS]
+    body += ["</div>", *(_figure(c, folder / file) for c, file in pictures.items() if file == SCORES), "</div>"]
+    body += ["<h2>Scores</h2>", f'<p class="question">{escape(data["question"])}</p>']
+    body += [_html_table(*scores(data), verdicts, means), f"<p>{escape(data['detail'])}</p>"]
+    body += [f'<p class="soft">{escape(f"{name}: {text}.")}</p>' for name, text in data["metrics"].items()]
     body += ["<h2>Cost</h2>", _html_table(*costs(data))]
     body += ["<h2>Beside the task</h2>", _html_table(*changes(data))] if len(changes(data)[0]) > 1 else []
     body += [f'<p class="soft">{escape(note)}</p>' for note in notes(data)]
@@ -342,8 +348,8 @@ def html(data: dict, folder: Path) -> str:
         body += ["<h2>Learning curves</h2>", _html_table(*learning(data)), *(f"<p>{escape(t)}</p>" for t in laws(data))]
         body += [f'<p class="soft">{escape(LAW)}</p>']
     body += ["<h2>Findings</h2>", _findings(data["findings"]) or NOTHING]
-    if data["pictures"]:
-        figures = "".join(_figure(caption, folder / file) for caption, file in data["pictures"].items())
+    figures = "".join(_figure(caption, folder / file) for caption, file in pictures.items() if file != SCORES)
+    if figures:
         body += ["<h2>Pictures</h2>", f'<div class="plots">{figures}</div>']
     if data["samples"]:
         body += ["<h2>Samples</h2>", *(_sample(sample, data) for sample in data["samples"])]
@@ -359,13 +365,17 @@ def html(data: dict, folder: Path) -> str:
 NOTHING = "<p>Nothing was found that needs attention.</p>"
 
 
-def _html_table(titles: list[str], lines: list[list[str]], classes: dict[str, str] | None = None) -> str:
-    """classes: of rows, by their first cell."""
+def _html_table(
+    titles: list[str], lines: list[list[str]], classes: dict | None = None, means: dict | None = None
+) -> str:
+    """classes: of rows, by their first cell; means: what stands below that cell."""
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     rows = []
     for line in lines:
         kind = (classes or {}).get(line[0], "").replace(" ", "-")
-        cells = "".join(_cell(title, escape(cell)) for title, cell in zip(titles, line))
+        below = f'<small class="soft">{escape(means[line[0]])}</small>' if means else ""
+        cells = _cell(titles[0], escape(line[0]) + below)
+        cells += "".join(_cell(title, escape(cell)) for title, cell in zip(titles[1:], line[1:]))
         rows.append(f'<tr class="{kind}">{cells}</tr>')
     return f'<div class="wide card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -406,7 +416,7 @@ def _sample(sample: dict, data: dict) -> str:
             runs = words(said["text"], base)
             text = " ".join(f"<mark>{escape(run)}</mark>" if new else escape(run) for run, new in runs)
         titles = ("contender", data["metric"], "answer")
-        cells = zip(titles, (escape(name), f"{said['score']:.3g}", text))
+        cells = zip(titles, (escape(name), sig(said["score"]), text))
         rows.append("<tr>" + "".join(_cell(title, cell) for title, cell in cells) + "</tr>")
     right = escape(" / ".join(sample["references"][:3]))
     return (

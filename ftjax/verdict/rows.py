@@ -1,18 +1,89 @@
-"""The same rows for all seeds: parts that each seed would split off train otherwise, split once, into files."""
+"""The rows of runs: parts that each seed would split off train otherwise, split once, into files; and the content of
+all files that a run reads, which belongs to what the run is."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import glob
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
+from ftjax import assets
 from ftjax import config as configs
 from ftjax.data.prepare import PARTS, rows
 from ftjax.errors import FtjaxError
 from ftjax.files import write_jsonl
+from ftjax.hub import resolve
+from ftjax.hub.fingerprint import fingerprint
+
+# Fields that name files or folders which a run reads.
+READ = ("data.train", "data.validation", "data.test", "data.mixture", "data.augment.function", "data.template")
+READ += ("data.decontaminate", "tuning.init_from", "evaluate.metrics", "evaluate.forgetting")
+
+
+def contents(config) -> dict[str, str]:
+    """`content of FIELD` -> digest of what the files and folders hold that this field of a config names.
+
+    A data set or model that is named on the hub has the digest of its name alone.
+    """
+    fields = configs.flat(config)
+    model = resolve.resolve(config.model.path, config.model.revision)
+    found = {"content of model.path": _of_model(model, tuple(sorted(map(_state, model.iterdir()))))}
+    for key in READ:
+        files = [file for text in _texts(fields.get(key)) for file in _files(text)]
+        if files:
+            known = [_digest(f, _state(f)) for f in files]
+            found[f"content of {key}"] = hashlib.blake2b("".join(known).encode(), digest_size=8).hexdigest()
+    return found
+
+
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+
+
+def _files(text: str) -> list[Path]:
+    """The files that a text names as data.train does, or as "file.py:name" does; none where it names none."""
+    path = Path(assets.resolve(text))
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    pieces = [piece.strip() for piece in (*text.split(","), text.rpartition(":")[0]) if piece.strip()]
+    found = [Path(name) for piece in pieces for name in sorted(glob.glob(piece)) or [assets.resolve(piece)]]
+    return [file for file in found if file.is_file()]
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    """Name, size and time of change: a file that keeps them is not read again."""
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _of_model(folder: Path, state: tuple) -> str:
+    return fingerprint(folder)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(file: Path, state: tuple) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fix_rows(config, folder: Path, say) -> None:
-    """Where parts are split off train by the seed, split them by the config's, into files of `folder`, which the config
-    then names. Raises FtjaxError for a mixture, whose sources have no files of their own for that."""
+    """Where parts are split off train by the seed, split them by the config's, into files that the config then names.
+
+    The files lie in `folder`. Where that holds other rows, which earlier runs have read, they lie in a folder beside
+    it. Raises FtjaxError for a mixture, whose sources have no files of their own for that.
+    """
     data = config.data
     open_parts = [part for part, share in zip(PARTS, data.split) if part != "train" and share and not data[part]]
     if not open_parts:
@@ -25,12 +96,26 @@ def fix_rows(config, folder: Path, say) -> None:
     whole = configs.copy(config)
     whole.data.update(limit=0, shots=0)
     (source,), _ = rows(whole, augmented=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {}
-    for part in PARTS:
-        table = source.tables.get(part)
-        if table is not None and len(table):
-            named[part] = str(folder / f"{part}.jsonl")
-            write_jsonl(Path(named[part]), (row for _, chunk in table.chunks() for row in chunk))
+    draft = folder.with_name(f"{folder.name}.{socket.gethostname()}-{os.getpid()}.part")
+    draft.mkdir(parents=True, exist_ok=True)
+    written = [part for part in PARTS if len(source.tables.get(part) or ())]
+    for part in written:
+        write_jsonl(draft / f"{part}.jsonl", (row for _, chunk in source.tables[part].chunks() for row in chunk))
+    digest = _of_folder(draft)
+    if folder.is_dir() and _of_folder(folder) != digest:
+        say(f"{folder}: holds other rows than {data.train} has now; these go to {folder.name}-{digest[:8]}")
+        folder = folder.with_name(f"{folder.name}-{digest[:8]}")
+    if not folder.is_dir():
+        with contextlib.suppress(OSError):  # another process was quicker, with the same rows
+            draft.rename(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    named = {part: str(folder / f"{part}.jsonl") for part in written}
     data.update(**named, columns=(), split=(1.0, 0.0, 0.0))
     say(f"{folder}: rows of {', '.join(named)}, for all seeds the same")
+
+
+def _of_folder(folder: Path) -> str:
+    """Digest of the rows of its parts."""
+    files = [folder / f"{part}.jsonl" for part in PARTS]
+    texts = [f"{f.name} {_digest(f, _state(f))}" for f in files if f.is_file()]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

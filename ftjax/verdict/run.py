@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from ftjax.training.compiling import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import LABELLED, parse
-from ftjax.verdict.cost import break_even, price
+from ftjax.verdict.cost import break_even, load, price
+from ftjax.verdict.decision import contender_is, decide, metric_is
 from ftjax.verdict.energy import Meter
 from ftjax.verdict.findings import Case, findings
 from ftjax.verdict.measure import Measured, measure
@@ -28,6 +30,7 @@ from ftjax.verdict.memorisation import copied
 from ftjax.verdict.rating import win_rate, write_ballots
 from ftjax.verdict.rows import fix_rows
 from ftjax.verdict.setting import Setting, held_out_labels, setting
+from ftjax.verdict.sweep import AnotherRun
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
 
@@ -56,9 +59,24 @@ def compare(config, out: str | None = None, say=print) -> dict:
     found, known = setting(config, folder), {}
     if curved:
         amounts(found)  # what is wrong with them is told before anything is trained
-    measured = {contender.name: measure(contender, found, known, say) for contender in asked}
-    case = judged(found, measured, metric, higher)
-    curves = [learning_curve(c, found, measured[c.name], metric, law, say) for c in curved]
+    lost: dict[str, str] = {}
+    tried = {c.name: _tried(c.name, lost, say, lambda c=c: measure(c, found, known, say)) for c in asked}
+    measured = {name: m for name, m in tried.items() if m is not None}
+    if asked[0].name in lost or len(measured) < 2:
+        why = "; ".join(f"{name}: {reason}" for name, reason in lost.items())
+        raise FtjaxError(f"compare: without these contenders nothing is left to compare: {why}")
+    told_of = [c for c in curved if c.name in measured]
+    curves = [
+        _tried(
+            f"{c.name}, learning curve",
+            lost,
+            say,
+            lambda c=c: learning_curve(c, found, measured[c.name], metric, law, say),
+        )
+        for c in told_of
+    ]
+    curves = [one for one in curves if one is not None]
+    case = judged(found, measured, metric, higher)._replace(lost=lost)
     data = plain(case, metric, higher, curves) | {"config": told, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
@@ -82,10 +100,25 @@ def compare(config, out: str | None = None, say=print) -> dict:
     return data
 
 
+def _tried(name: str, lost: dict[str, str], say, run):
+    """What `run` returns. Where it fails, None, and the reason goes to `lost`, so that the others go on; but not where
+    a folder holds another run, which the person has to settle."""
+    try:
+        return run()
+    except AnotherRun:
+        raise
+    except Exception as error:
+        say(f"{error}" if isinstance(error, FtjaxError) else traceback.format_exc())
+        kind = "" if isinstance(error, FtjaxError) else f"{type(error).__name__}: "
+        lost[name] = f"{kind}{error}".partition("\n")[0][:300].removeprefix(f"{name}: ")
+        say(f"failed: {name}: {lost[name]}")
+        return None
+
+
 def _metric(config) -> tuple[str, dict]:
     """What the verdict is about, and which way it is better, as curve.fit takes it; evaluate.metrics then has it."""
     if config.task.kind in LABELLED:
-        return LABELLED[config.task.kind], {"higher": True}
+        return LABELLED[config.task.kind], {"higher": True, "worst": 0.0}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
@@ -95,7 +128,14 @@ def _metric(config) -> tuple[str, dict]:
     config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
     for other in config.evaluate.metrics:
         metrics.find(other)
-    return name, {"higher": metric.higher, "best": metric.best, "bounded": metric.best is not None}
+    worst = bounds(name)[not metric.higher] if bounds(name) else None
+    return name, {"higher": metric.higher, "best": metric.best, "worst": worst, "bounded": metric.best is not None}
+
+
+def bounds(metric: str) -> statistics.Bounds:
+    """The lowest and the highest score of a row by a metric; None where it has no bounds."""
+    best = 1.0 if metric in LABELLED.values() else metrics.find(metric).best
+    return None if best is None else (0.0, best or 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
@@ -105,7 +145,8 @@ def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: b
     """Verdicts on every contender beside the first."""
     base = next(iter(measured))
     scores = {name: m.scores[metric] for name, m in measured.items()}
-    return Case(found, measured, base, statistics.verdicts(scores, base, higher=higher, seed=found.config.seed))
+    how = {"higher": higher, "seed": found.config.seed, "bounds": bounds(metric)}
+    return Case(found, measured, base, statistics.verdicts(scores, base, **how))
 
 
 def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
@@ -116,9 +157,9 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     entries = []
     untrained = _best([name for name, kind in kinds.items() if kind in UNTRAINED], measured, metric, higher)
     against = _against(untrained, kinds, measured, metric, higher, config.seed) if untrained else {}
-    prices = {n: price(m.cost, config.compare, kinds[n] == "prompt") for n, m in measured.items()}
+    prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
     for name, m in measured.items():
-        figures = {key: _interval(x) for key, x in m.scores.items()}
+        figures = {key: _interval(key, x) for key, x in m.scores.items()}
         entry = {
             "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
             "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
@@ -126,19 +167,30 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
             "checkpoints": [passed._asdict() for passed in m.way],
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
             "unsupported": m.unsupported, "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
+            "is": contender_is(m.contender, config),
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
         others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
-        entry["pays_after"] = {other: break_even(prices[name], prices[other]) for other in others}
+        asked = config.compare.requests
+        entry["pays_after"] = {other: break_even(prices[name], prices[other], asked) for other in others}
+        entry["pays_from"] = {other: load(prices[name], prices[other]) for other in others}
         entries.append(entry)
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
         "data": config.data.test or config.data.train, "device": _device(), "energy": bool(Meter().counters),
-        "contenders": entries, "curves": curves,
+        "contenders": entries, "curves": curves, "requests": config.compare.requests,
+        "worst": None if bounds(metric) is None else bounds(metric)[not higher],
+        "reach": None if bounds(metric) is None else bounds(metric)[1],
+        "metrics": {name: metric_is(name, _higher(name)) for name in entries[0]["figures"]},
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
-    return data | {"question": report.question(data), "answer": report.answer(data)}
+    data |= {"question": report.question(data), "decision": decide(data)}
+    return data | {"answer": report.answer(data), "detail": report.detail(data)}
+
+
+def _higher(metric: str) -> bool | None:
+    return metric in LABELLED.values() or metrics.find(metric).higher
 
 
 def _best(names: list[str], measured, metric, higher) -> str:
@@ -153,14 +205,14 @@ def _against(untrained: str, kinds, measured, metric, higher, seed) -> dict[str,
     if len(names) < 2:
         return {}
     return statistics.verdicts(
-        {name: measured[name].scores[metric] for name in names}, untrained, higher=higher, seed=seed
+        {n: measured[n].scores[metric] for n in names}, untrained, higher=higher, seed=seed, bounds=bounds(metric)
     )
 
 
-def _interval(scores: np.ndarray) -> dict[str, float]:
+def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
     """The mean of scores (S, N) with its interval over rows and seeds."""
-    found = statistics.compare(scores, np.zeros_like(scores[:1]))
-    return {"value": float(found.difference), "low": float(found.low), "high": float(found.high)}
+    low, high = statistics.score_interval(scores, bounds(metric))
+    return {"value": float(scores.mean()), "low": float(low), "high": float(high)}
 
 
 def _verdict(verdict: statistics.Verdict | None) -> dict | None:
@@ -225,6 +277,11 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
     """The pictures that the figures allow: caption -> file in `out`."""
     drawn, metric = {}, data["metric"]
     entries = {entry["name"]: entry for entry in data["contenders"]}
+    shown = {name: entry["figures"][metric] for name, entry in entries.items()}
+    marks = {name: (entry["verdict"] or {}).get("says", "") for name, entry in entries.items()}
+    label = f"{metric} ({'more' if data['higher'] else 'less'} is better)"
+    pictures.scores(shown, marks, out / report.SCORES, x_label=label)
+    drawn[f"{metric} of each contender on {data['rows']:,} rows, with intervals at {data['level']:.0%}"] = report.SCORES
     timed = {n: (1000 * e["cost"]["request_seconds"], e["figures"][metric]) for n, e in entries.items()}
     timed = {name: point for name, point in timed.items() if point[0] > 0}
     if len(timed) > 1:

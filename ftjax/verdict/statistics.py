@@ -18,13 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.evaluation.resample import BLOCK, bootstrap
+from ftjax.evaluation.resample import BLOCK, mean_interval
 
 LEVEL = 0.95  # of intervals; 1 - LEVEL is the rate of false alarms
 POWER = 0.8  # chance to tell a difference that is there
 DRAWS = 10_000
 MOST = 1e12  # rows; more count as infinitely many
 LEAST = 1e-100  # p / 2
+Bounds = tuple[float, float] | None  # the lowest and the highest score that there can be; None: there are none
 CLOSE = 1e-9  # sums that differ by less, of the sum of all magnitudes, are ties
 
 
@@ -63,10 +64,22 @@ class Comparison(NamedTuple):
     p: np.ndarray  # two-sided, of no difference
     spread: Spread
     seeds: tuple[int, int]
+    informative: np.ndarray  # rows on which the two differ
+    size: np.ndarray  # mean size of the difference on those; where there are none, the largest that a row can show
+    reach: float  # the largest difference that there can be; inf without bounds
 
     def smallest(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
-        """The smallest true difference that these rows and seeds would show with chance `power`, tested at `alpha`."""
-        return self.spread.half(alpha / 2) + self.spread.half(1 - power)
+        """The smallest true difference that these rows and seeds would show with chance `power`, tested at `alpha`.
+
+        So few informative rows as may be found show little of their variance. So it is at least the difference with
+        which enough rows for the sign test differ with that chance; infinite where not even the largest would show.
+        """
+        from scipy import stats
+
+        n, least = self.spread.n, _least(alpha)
+        share = stats.beta.ppf(power, least, n - least + 1) if n >= least else math.inf
+        found = np.maximum(self.spread.half(alpha / 2) + self.spread.half(1 - power), share * self.size)
+        return np.where(found > self.reach, np.inf, found)[()]
 
     def needed(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
         """Rows with which a true difference as large as the one found would show; inf where no number would do.
@@ -80,31 +93,127 @@ class Comparison(NamedTuple):
 
         most = math.log(MOST)
         n = np.ceil(np.exp(_turn(unseen, 0.0, most, self.difference.shape)))
+        share = np.maximum(self.informative, 1) / self.spread.n  # the sign test needs `_least` rows that differ
+        n = np.maximum(n, np.ceil(_least(alpha) / share))
         return np.where(unseen(most) | (self.difference == 0), np.inf, n)[()]
 
 
-def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> Comparison:
-    """How much higher a (..., S_a, N) or (N,) scores than b, on the same rows in the same order.
+def _least(alpha: float) -> int:
+    """Rows that must differ before any sign test can be below alpha: its p is at least 2 / 2^rows."""
+    return math.floor(math.log2(2 / alpha)) + 1
 
-    With one seed each, the interval is the paired bootstrap's (`percentiles`) and p that of `sign_flips`. With more,
-    both are by `Spread.half`: percentiles over three resampled seeds are far too narrow.
-    Raises FtjaxError where rows differ in number, are fewer than two, or hold what is no number.
+
+def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bounds: Bounds = None) -> Comparison:
+    """How much higher a scores than b, on the same rows in the same order.
+
+    The interval is that of the rows (`difference_interval` of the means over seeds), widened for seeds by the squares
+    of both parts (Zou & Donner 2008). p is that of `sign_flips` of the means over seeds; with several seeds it is the
+    larger of that and of the p by Student's t of rows and seeds (`Spread.half`), so that neither few seeds nor few
+    rows that differ can show what they cannot know.
+
+    Args:
+        a, b: Scores (..., S, N) or (N,).
+        level: Of the interval.
+        draws: Of the sign flips.
+        seed: Of these draws.
+        bounds: (lowest, highest) score that there can be; None: 0 and 1 where all scores lie between these, else none.
+
+    Raises:
+        FtjaxError: Where rows differ in number, are fewer than two, or hold what is no number.
     """
+    from scipy import stats
+
     a, b = _scores(a, "a"), _scores(b, "b")
     if a.shape[-1] != b.shape[-1] or a.shape[-1] < 2:
         raise FtjaxError(f"compare: expected two rows or more, the same of both; found {a.shape[-1]} and {b.shape[-1]}")
+    bounds = bounds or bounds_of(a, b)
+    lowest, highest = _range(bounds, a, b)
     found, seeds = spread(a, b), (a.shape[-2], b.shape[-2])
-    if seeds == (1, 1):
-        paired = a[..., 0, :] - b[..., 0, :]
-        low, high = percentiles(paired, level=level, draws=draws, seed=seed)
-        return Comparison(found.difference, low, high, sign_flips(paired, draws=draws, seed=seed), found, seeds)
-    half = found.half((1 - level) / 2)
+    paired = a.mean(-2) - b.mean(-2)
+    # Of single runs: means over seeds differ by less than a row may.
+    largest = np.maximum(a.max(-2) - b.min(-2), b.max(-2) - a.min(-2)).max(-1)
+    low, high = difference_interval(paired, np.where(largest > 0, largest, highest - lowest), level)
+    p = sign_flips(paired, draws=draws, seed=seed)
+    if seeds != (1, 1):
+        t = stats.t.isf((1 - level) / 2, found.df)
+        ends = [by_seeds(x, t, bounds) for x in (a, b)]
+        low, high = (np.sqrt(end**2 + ends[0][k] ** 2 + ends[1][1 - k] ** 2) for k, end in enumerate((low, high)))
 
-    def within(log_tail):  # whether 0 lies in the interval
-        return found.half(np.exp(log_tail)) >= np.abs(found.difference)
+        def within(log_tail):  # whether 0 lies in the interval
+            return found.half(np.exp(log_tail)) >= np.abs(found.difference)
 
-    p = 2 * np.exp(_turn(within, math.log(LEAST), math.log(0.5), found.difference.shape))
-    return Comparison(found.difference, found.difference - half, found.difference + half, p[()], found, seeds)
+        p = np.maximum(p, 2 * np.exp(_turn(within, math.log(LEAST), math.log(0.5), found.difference.shape)))
+    low, high = found.difference - low, found.difference + high
+    if bounds:
+        low, high = np.maximum(low, lowest - highest), np.minimum(high, highest - lowest)
+    differ = (paired != 0).sum(-1)
+    size = np.where(differ > 0, np.abs(paired).sum(-1) / np.maximum(differ, 1), highest - lowest)
+    reach = highest - lowest if bounds else math.inf
+    return Comparison(found.difference, low[()], high[()], p[()], found, seeds, differ, size, reach)
+
+
+def bounds_of(*scores) -> Bounds:
+    """0 and 1 where all scores lie between these."""
+    return (0.0, 1.0) if all(np.min(x) >= 0 and np.max(x) <= 1 for x in scores) else None
+
+
+def _range(bounds: Bounds, *scores) -> tuple[float, float]:
+    """The bounds, or else the lowest and the highest score found."""
+    return bounds or (min(float(np.min(x)) for x in scores), max(float(np.max(x)) for x in scores))
+
+
+def difference_interval(paired: np.ndarray, largest, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """How far below and above their mean the true mean of differences by row (..., N) may lie, each (...).
+
+    What a wins and what it loses are two means of bounded scores, each with its `mean_interval`; their difference has
+    the interval of Zou & Donner (2008) for correlated parts, as Newcombe (1998) has it for paired proportions. So ties
+    on all rows leave an interval as wide as that of a share of 0.
+
+    Args:
+        paired: Differences by row.
+        largest: The largest difference that a row can show, (...).
+        level: Of the interval.
+    """
+    scale = np.where(np.asarray(largest) > 0, largest, 1.0)[..., None]
+    won, lost = np.maximum(paired, 0) / scale, np.maximum(-paired, 0) / scale
+    (won_low, won_high), (lost_low, lost_high) = (mean_interval(np.minimum(x, 1), level) for x in (won, lost))
+    up, down, sd = won.mean(-1), lost.mean(-1), won.std(-1) * lost.std(-1)
+    together = np.divide(-up * down, sd, out=np.zeros_like(up), where=sd > 0)  # never on the same row
+
+    def apart(x, y):
+        return np.sqrt(x**2 + y**2 - 2 * together * x * y) * scale[..., 0]
+
+    return apart(up - won_low, lost_high - down), apart(won_high - up, down - lost_low)
+
+
+def by_seeds(scores: np.ndarray, t, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+    """How far below and above the mean of scores (..., S, N) that of all seeds may lie, each (...): `t` standard
+    errors, with bounds on the scale of logits between them, which few seeds near a bound need; 0 with one seed."""
+    means = scores.mean(-1)
+    mean, seeds = means.mean(-1), means.shape[-1]
+    error = t * means.std(-1, ddof=1) / math.sqrt(seeds) if seeds > 1 else np.zeros(mean.shape)
+    if not bounds:
+        return error, error
+    scale = bounds[1] - bounds[0]
+    mean, error = (mean - bounds[0]) / scale, error / scale
+    room = mean * (1 - mean)
+    factor = np.exp(np.divide(error, room, out=np.zeros(mean.shape), where=room > 1e-15).clip(max=700))
+    down, up = mean - mean / (mean + (1 - mean) * factor), mean / (mean + (1 - mean) / factor) - mean
+    return down * scale, up * scale
+
+
+def score_interval(scores, bounds: Bounds = None, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high), each (...), of the mean of scores (..., S, N) over rows and over seeds; within the bounds."""
+    from scipy import stats
+
+    scores = _scores(scores, "scores")
+    bounds = bounds or bounds_of(scores)
+    lowest, highest = _range(bounds, scores)
+    reach, mean, seeds = (highest - lowest) or 1.0, scores.mean((-2, -1)), scores.shape[-2]
+    low, high = (lowest + reach * end for end in mean_interval((scores.mean(-2) - lowest) / reach, level))
+    down, up = by_seeds(scores, stats.t.isf((1 - level) / 2, seeds - 1) if seeds > 1 else 0.0, bounds)
+    low, high = mean - np.hypot(mean - low, down), mean + np.hypot(high - mean, up)
+    return (np.maximum(low, lowest), np.minimum(high, highest)) if bounds else (low, high)
 
 
 def spread(a: np.ndarray, b: np.ndarray) -> Spread:
@@ -137,22 +246,6 @@ def _turn(falls: Callable, low: float, high: float, shape: tuple[int, ...]) -> n
         true = falls(middle)
         low, high = np.where(true, middle, low), np.where(true, high, middle)
     return high
-
-
-def percentiles(paired: np.ndarray, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0):
-    """(low, high) of the mean of differences by row (..., N): the percentile bootstrap, a little widened.
-
-    Percentiles of N resampled rows are too narrow by sqrt((N - 1) / N) and know no Student's t; taking them at a higher
-    level mends both (Hesterberg 2015, "expanded percentile interval", section 5.2).
-    """
-    from scipy import stats
-
-    n = paired.shape[-1]
-    flat = paired.reshape(-1, n).T
-    means = bootstrap(n, lambda counts: {"mean": counts @ flat / n}, draws, seed)["mean"]  # (draws, pairs)
-    tail = stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1))
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return low.reshape(paired.shape[:-1])[()], high.reshape(paired.shape[:-1])[()]
 
 
 def sign_flips(paired: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
@@ -204,13 +297,29 @@ class Verdict(NamedTuple):
 
 
 def verdicts(
-    scores: dict[str, np.ndarray], base: str, *, higher: bool = True, level: float = LEVEL, seed: int = 0, draws=DRAWS
+    scores: dict[str, np.ndarray],
+    base: str,
+    *,
+    higher: bool = True,
+    level: float = LEVEL,
+    seed: int = 0,
+    draws: int = DRAWS,
+    bounds: Bounds = None,
 ) -> dict[str, Verdict]:
-    """Every contender but the base, in order -> its Verdict. scores: name -> (S, N) or (N,), of the same rows.
+    """Every contender but the base, in order -> its Verdict.
 
     A contender is better or worse where its p, by Holm over all contenders, is below 1 - level; the intervals are each
-    at `level` and not adjusted. What could have shown is told at Holm's first and strictest step. higher: whether more
-    is better. Raises FtjaxError for an unknown base and for scores that cannot be compared.
+    at `level` and not adjusted. What could have shown is told at Holm's first and strictest step.
+
+    Args:
+        scores: Name -> (S, N) or (N,), of the same rows.
+        base: The contender that the others are compared with.
+        higher: Whether more is better.
+        level: Of the intervals.
+        seed, draws, bounds: See `compare`.
+
+    Raises:
+        FtjaxError: For an unknown base and for scores that cannot be compared.
     """
     if base not in scores:
         raise FtjaxError(f"verdicts: no contender {base!r}{nearest(base, scores)}; there are {', '.join(scores)}")
@@ -222,7 +331,8 @@ def verdicts(
             f"{arrays[base].shape[1]} rows of {base!r}"
         )
     others = [name for name in scores if name != base]
-    found = [compare(arrays[name], arrays[base], level=level, draws=draws, seed=seed) for name in others]
+    how = {"level": level, "draws": draws, "seed": seed, "bounds": bounds or bounds_of(*arrays.values())}
+    found = [compare(arrays[name], arrays[base], **how) for name in others]
     adjusted = holm([c.p for c in found])
     strict = (1 - level) / max(1, len(others))
     return {
@@ -239,6 +349,10 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
     if needed <= n:  # the test and Student's t disagree by a hair
         needed = float(n + 1)
     seeds = f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
+    if not c.informative:
+        most = max(float(c.high), -float(c.low))
+        text = f"cannot tell with {n:,} rows{seeds}: all rows score the same; only a difference above {most:.2g} is"
+        return Verdict("cannot tell", f"{text} ruled out", c, p, smallest, needed)
     text = f"cannot tell with {n:,} rows{seeds}"
     if math.isfinite(needed):
         text += f"; about {_rounded(needed):,} rows would do"

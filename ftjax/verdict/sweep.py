@@ -15,6 +15,7 @@ import json
 import math
 import re
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,11 +36,16 @@ from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
 from ftjax.verdict import curve, pictures, search
 from ftjax.verdict.energy import metered
-from ftjax.verdict.rows import fix_rows
+from ftjax.verdict.rows import contents, fix_rows
 
 OUTCOME = "outcome.json"
 AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
+SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be below 0
 NORMAL = 1.96  # standard deviations on either side of an interval at 95 %
+
+
+class AnotherRun(FtjaxError):
+    """A folder holds a run of other settings or other rows; only the person can say which of them is meant."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +85,10 @@ def sweep(
     Parts that are split off train are split once, for all seeds. Writes sweep.json with every outcome and, where an
     axis has numbers, sweep.png with a figure against it; along AMOUNTS with its law, in curves.json too. Settings are
     checked for all points before the first run. A run that ends with an error once it trains, such as for a loss that
-    is no number, is told with its outcome, and the others go on. Raises FtjaxError for settings that cannot be, and for
-    a folder that holds another run.
+    is no number, or with any error that is not ftjax's, such as for want of memory, is reported with its reason, and
+    the others go on; the latter is run again by the same command. A point whose fields equal those of a run that has
+    ended, such as on a new axis at its default, is not run again. Raises FtjaxError for settings that cannot be, and
+    for a folder that holds another run, other fields or other content of its files.
     """
     configs.validate(config)
     if seeds < 1:
@@ -147,7 +155,8 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
     """The outcome of every job, in order; what has ended before is not run again, and what another process runs is
     waited for. Raises FtjaxError for a folder that holds another run."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = [_ended(c) for _, c in jobs]
+    known = _known(folder)
+    done = [_ended(c) or _alike(settings, c, known) for settings, c in jobs]
     say(f"{folder}: {len(jobs)} runs, of which {sum(o is not None for o in done)} have ended before")
     hosts.start()  # of a run on several hosts: all work on the same job
     ours = jax.process_count() > 1
@@ -256,10 +265,10 @@ def _name(texts: list[str]) -> str:
 
 
 def _asked(config) -> dict:
-    """The fields that a run's outcome depends on, as JSON gives them back."""
+    """What a run's outcome depends on: fields and the content of the files that they name, as JSON gives them back."""
     said = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
     said |= {key: value for key, value in configs.flat(config).items() if key.startswith(("evaluate.", "generate."))}
-    return json.loads(json.dumps(said))
+    return json.loads(json.dumps(said | contents(config)))
 
 
 def _ended(config) -> Outcome | None:
@@ -269,13 +278,30 @@ def _ended(config) -> Outcome | None:
         return None
     record = json.loads(file.read_text())
     now, before = _asked(config), record.pop("asked")
-    changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if now[key] != before.get(key)]
+    keys = dict.fromkeys([*now, *(key for key in before if key.startswith("content of "))])
+    changed = [
+        f"the {key} has changed" if key.startswith("content of ") else f"{key} was {before.get(key)!r}, is {now[key]!r}"
+        for key in keys
+        if now.get(key) != before.get(key)
+    ]
     if changed:
-        raise FtjaxError(
+        raise AnotherRun(
             f"run_dir: {config.run_dir} holds another run: {'; '.join(changed)}. Choose another run_dir, or delete "
             "these runs with --config.overwrite=True"
         )
     return Outcome(**record)
+
+
+def _known(folder: Path) -> dict[str, dict]:
+    """The records of the runs of a folder that have ended, by what they depend on."""
+    records = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{OUTCOME}"))]
+    return {json.dumps(record.pop("asked"), sort_keys=True): record for record in records}
+
+
+def _alike(settings: dict, config, known: dict[str, dict]) -> Outcome | None:
+    """The outcome of a run in another folder that depends on the same; None where there is none."""
+    record = known.get(json.dumps(_asked(config), sort_keys=True)) if known and not config.overwrite else None
+    return Outcome(**record | {"settings": settings}) if record else None
 
 
 def _run(settings: dict, config, say) -> Outcome:
@@ -288,6 +314,11 @@ def _run(settings: dict, config, say) -> Outcome:
             raise FtjaxError(f"{run_dir.name}: {error}") from error
         outcome = Outcome(settings, config.seed, str(run_dir), {}, math.nan, failed=str(error))
         say(f"failed: {error}")
+    except Exception as error:  # out of memory, or a fault: the other runs go on, and the same command tries again
+        say(traceback.format_exc())
+        why = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+        say(f"failed: {why}")
+        return Outcome(settings, config.seed, str(run_dir), {}, math.nan, failed=why)
     else:
         found, noise = figures(result), _noise(result)
         outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=meter.joules)
@@ -405,9 +436,11 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
 def law_of(name: str) -> dict:
     """Which way a figure is better and what bounds it, as curve.fit takes them."""
     if name in METRICS:
-        return {"higher": bool(METRICS[name].higher), "best": METRICS[name].best}
+        higher, best = bool(METRICS[name].higher), METRICS[name].best
+        return {"higher": higher, "best": best, "worst": 0.0 if higher and best else None}
     lower = name in (*LOWER, *compare.LOWER) or "loss" in name
-    return {"higher": not lower, "best": 1.0 if name == "perplexity" else None}
+    worst = None if lower or name in SIGNED else 0.0
+    return {"higher": not lower, "best": 1.0 if name == "perplexity" else None, "worst": worst}
 
 
 def _parameters(path: str) -> int:

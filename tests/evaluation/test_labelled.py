@@ -106,7 +106,9 @@ def test_what_cannot_be_told_is_none_with_a_reason():
     for metric in ("precision", "recall", "f1", "mcc", "roc_auc"):
         assert figures[metric] == {"value": None, "low": None, "high": None, "note": reasons[metric]}
     assert figures["f1_macro"]["value"] == 1 and "without 1 class that labels" in figures["f1_macro"]["note"]
-    assert "all resamples give this figure" in figures["accuracy"]["note"]
+    assert "its interval is not known" in figures["f1_macro"]["note"]
+    assert figures["accuracy"]["low"] == pytest.approx(0.025 ** (1 / 5)) and figures["accuracy"]["high"] == 1
+    assert report["per_class"]["0"]["recall"]["low"] == figures["accuracy"]["low"]
     assert report["per_class"]["1"]["recall"]["note"] == "no row is labelled with it"
     flat = labelled.report("regression", [1.0, 1.0], [1.0, 2.0], draws=20)["metrics"]
     assert flat["pearson"]["value"] is None and flat["r2"]["note"] == "labels are all the same"

@@ -8,6 +8,11 @@ from ftjax.evaluation import resample
 from ftjax.evaluation.classification import precision_recall_f1
 
 
+def means(**statistics):
+    """Figures that are means over rows."""
+    return lambda counts: {name: counts @ np.asarray(x, float) / counts.sum(1) for name, x in statistics.items()}
+
+
 def test_a_resample_is_n_rows_drawn_from_n():
     blocks = list(resample.resamples(700, 1000, seed=3))
     counts = np.concatenate(blocks)
@@ -29,10 +34,36 @@ def test_intervals_are_those_of_scipy():
     from scipy import stats
 
     x = np.random.default_rng(0).exponential(size=300)
-    ours = resample.intervals(300, resample.means(mean=x), draws=20_000, seed=1)["mean"]
-    theirs = stats.bootstrap((x,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    ours = resample.intervals(300, means(mean=x), draws=20_000, seed=1)["mean"]
+    level = 1 - 2 * resample.expanded(300, 0.95)
+    theirs = stats.bootstrap(
+        (x,), np.mean, n_resamples=20_000, method="percentile", confidence_level=level, rng=2
+    ).confidence_interval
+    assert 0.95 < level < 0.953
     assert ours["value"] == pytest.approx(x.mean())
     assert [ours["low"], ours["high"]] == pytest.approx([theirs.low, theirs.high], abs=0.004)
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (20, 20), (297, 300)])
+def test_shares_have_the_exact_interval_of_scipy(hits, n):
+    from scipy import stats
+
+    theirs = stats.binomtest(hits, n).proportion_ci(method="exact")
+    right = np.arange(n) < hits
+    assert resample.share_interval(hits / n, n) == pytest.approx((theirs.low, theirs.high))
+    assert resample.mean_interval(right) == pytest.approx((theirs.low, theirs.high))
+    ours = resample.intervals(n, means(share=right), trials={"share": n}, seed=1)["share"]
+    # Resamples tell the variance of the share to a few percent.
+    assert ours["low"] == pytest.approx(theirs.low, abs=0.02) and ours["high"] == pytest.approx(theirs.high, abs=0.02)
+    assert 0 <= ours["low"] < ours["high"] <= 1 and "note" not in ours
+
+
+def test_scores_that_vary_little_have_students_interval():
+    from scipy import stats
+
+    x = np.random.default_rng(0).beta(20, 20, size=40)
+    theirs = stats.ttest_1samp(x, 0).confidence_interval()
+    assert resample.mean_interval(x) == pytest.approx((theirs.low, theirs.high), abs=0.003)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -58,7 +89,7 @@ def test_a_difference_is_paired_by_row():
     hard = rng.random(500)
     a = hard < 0.80
     b = a & (rng.random(500) < 0.97)  # as a, but for 3 % of its right rows
-    means_a, means_b = resample.means(accuracy=a), resample.means(accuracy=b)
+    means_a, means_b = means(accuracy=a), means(accuracy=b)
     both = resample.intervals(500, resample.difference(means_a, means_b))["accuracy"]
     assert both["value"] == pytest.approx(a.mean() - b.mean())
     assert both["low"] > 0  # though the intervals of the two overlap widely
@@ -78,15 +109,15 @@ def test_what_is_undefined_is_none_and_said():
     assert 0 < undefined < 400
     assert found["some"]["note"] == f"undefined in {undefined} of 400 resamples, left out"
     assert found["none"] == {"value": None, "low": None, "high": None}
-    constant = resample.intervals(10, resample.means(right=np.ones(10)))["right"]
-    assert constant["low"] == constant["high"] == 1 and "all resamples give this figure" in constant["note"]
+    constant = resample.intervals(10, means(loss=np.ones(10)))["loss"]
+    assert constant["low"] is constant["high"] is None and "its interval is not known" in constant["note"]
 
 
 def test_figures_of_several_classes_come_as_lists():
     x = np.random.default_rng(0).random((40, 3))
     found = resample.intervals(40, lambda counts: {"mean": counts @ x / 40}, draws=50)["mean"]
     assert [entry["value"] for entry in found] == pytest.approx(x.mean(0))
-    one = resample.intervals(40, resample.means(mean=x[:, 1]), draws=50)["mean"]
+    one = resample.intervals(40, means(mean=x[:, 1]), draws=50)["mean"]
     assert found[1] == pytest.approx(one)
 
 

@@ -35,7 +35,7 @@ def test_the_page_loads_nothing_says_nothing_and_fits_a_phone(tmp_path):
             page.open(report, width)
             found = page.value(LAYOUT)
             assert found["page"] <= width and found["cut"] == 0, found
-            assert len(found["images"]) == 2 and all(w > 0 and shown > 300 for w, shown in found["images"])
+            assert len(found["images"]) == 3 and all(w > 0 and shown > 300 for w, shown in found["images"])
             assert found["tables"] and min(found["tables"]) > 50
         assert len(page.requests) >= 2 * len(WIDTHS)
         assert all(url == report.resolve().as_uri() or url.startswith("data:") for url in page.requests)

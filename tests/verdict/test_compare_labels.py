@@ -9,7 +9,7 @@ import tiny_labelled
 
 import ftjax
 from ftjax.errors import FtjaxError
-from ftjax.verdict import contenders, cost
+from ftjax.verdict import contenders, cost, run
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,8 @@ def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_pat
     measured = [r["test"]["metrics"]["accuracy"]["value"] for r in results]
     assert len(measured) == 2 and head["figures"]["accuracy"]["value"] == pytest.approx(np.mean(measured))
     assert head["cost"]["trained"] > 0 and head["cost"]["train_flops"] > 0 and majority["cost"]["trained"] == 0
+    assert head["cost"]["request_seconds"] > 0 and head["cost"]["request_flops"] > 0
+    assert 0 < head["cost"]["train_seconds"] <= head["cost"]["run_seconds"]
     assert "head" in data["answer"] and (tmp_path / "verdict.html").stat().st_size > 10_000
 
     again = config.copy_and_resolve_references()
@@ -42,6 +44,30 @@ def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "again/answers.jsonl").read_text().splitlines()]
     assert [line["references"] for line in lines] == [[row["label"]] for row in rows]
     assert [line["prompt"] for line in lines] == [row["text"] for row in rows]
+
+
+def test_a_contender_that_fails_is_reported_and_the_others_go_on(config, tmp_path, monkeypatch):
+    c = config.copy_and_resolve_references()
+    c.compare.contenders = (*c.compare.contenders, {"name": "too large", "tuning.method": "lora"})
+    real, stop = run.measure, RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def measure(contender, *args):
+        if contender.name == "too large":
+            raise stop
+        return real(contender, *args)
+
+    monkeypatch.setattr(run, "measure", measure)
+    data = ftjax.compare(c, str(tmp_path), say=lambda text: None)
+    assert [entry["name"] for entry in data["contenders"]] == ["majority", "the head"]
+    [found] = [f for f in data["findings"] if f["check"] == "failed runs"]
+    assert found["contender"] == "too large" and "RuntimeError: RESOURCE_EXHAUSTED" in found["seen"]
+    assert "RESOURCE_EXHAUSTED" in (tmp_path / "verdict.html").read_text()
+    c.compare.contenders = ("majority", c.compare.contenders[-1])
+    with pytest.raises(FtjaxError, match="nothing is left to compare: too large: RuntimeError"):
+        ftjax.compare(c, str(tmp_path), say=lambda text: None)
+    stop = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        ftjax.compare(c, str(tmp_path), say=lambda text: None)
 
 
 def test_states_that_are_kept_are_paid_for_once(config):
@@ -88,7 +114,7 @@ def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
     page, text = ((tmp_path / "run" / name).read_text() for name in ("verdict.html", "verdict.md"))
     assert "Of 160 rows the law of the smaller amounts says" in page and "## Learning curves" in text
     assert "With 1,000 rows: " in text and (tmp_path / "run/curve.png").stat().st_size > 10_000
-    assert f"With more rows for the head: {curve['says']}." in data["answer"] and "twice the data" in curve["says"]
+    assert f"With more rows for the head: {curve['says']}." in data["detail"] and "twice the data" in curve["says"]
 
 
 @pytest.mark.parametrize(

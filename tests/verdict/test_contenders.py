@@ -1,6 +1,7 @@
 """A comparison from the config to the report, on the starter model with real rows."""
 
 import csv
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.verdict import contenders, cost, rating, report
+from ftjax.verdict import contenders, cost, decision, rating, report
 
 
 def config(folder, **compare):
@@ -142,9 +143,9 @@ def test_the_page_asks_for_nothing_and_says_what_markdown_says(verdict, folder):
     Links().feed(page)
     assert Links.found and all(value.startswith("data:") for _, _, value in Links.found)
     assert "url(" not in page and "@import" not in page and "<script" not in page
-    assert len(data["pictures"]) == 3 and page.count("<img ") == 3
+    assert len(data["pictures"]) == 4 and page.count("<img ") == 4
     assert all((folder / "out" / file).stat().st_size > 5_000 for file in data["pictures"].values())
-    assert data["answer"].split(".")[0] in page and "## Scores" in text
+    assert data["decision"]["why"] in html.unescape(page) and text.startswith("# Fine-tune: ") and "## Scores" in text
     assert len(data["samples"]) == 5 and page.count("<pre>") == 5
     again = configs.load(folder / "out/verdict.json")
     assert again.compare.contenders == config(folder).compare.contenders
@@ -200,48 +201,149 @@ def test_a_metric_without_a_better_end_is_refused(folder):
 
 def test_prices_and_break_even():
     prices = configs.default().compare
-    tuned = cost.Cost(10, trained=2, stored=2_000_000_000, train_seconds=3600.0, request_seconds=0.036)
+    tuned = cost.Cost(
+        10, trained=2, stored=2_000_000_000, train_seconds=3000.0, run_seconds=3600.0, request_seconds=0.036
+    )
     long = cost.Cost(10, prompt_tokens=4000, answer_tokens=100, request_seconds=0.36)
-    assert cost.price(tuned, prices) == cost.Price("seconds", 3600.0, 0.036, None)
-    assert cost.break_even(cost.price(tuned, prices), cost.price(long, prices)) == pytest.approx(3600 / 0.324)
+    seconds = cost.price(tuned, prices), cost.price(long, prices, "prompt")
+    assert seconds[0] == cost.Price("seconds", 3600.0, 0.036) and cost.break_even(*seconds) == pytest.approx(
+        3600 / 0.324
+    )
     prices.update(device_hour=2.0, storage=0.5, requests=1000)
-    assert cost.price(tuned, prices) == cost.Price("dollars", 2.0, pytest.approx(2e-5), pytest.approx(1.02))
+    own = cost.price(tuned, prices)  # the whole run is paid for, with compiling and validation
+    assert own == cost.Price("dollars", 2.0, pytest.approx(2e-5), 1.0, pytest.approx(1.02))
+    assert cost.price(long, prices, "prompt").request == pytest.approx(2e-4)
     prices.update(tokens_in=0.5, tokens_out=2.0)
-    hosted = cost.price(long, prices, base=True)
-    assert cost.price(long, prices).request == pytest.approx(2e-4)
-    assert hosted.request == pytest.approx((4000 * 0.5 + 100 * 2) / 1e6)
-    assert cost.break_even(cost.price(tuned, prices), hosted) == pytest.approx(2.0 / (0.0022 - 2e-5))
-    assert cost.break_even(hosted, cost.price(tuned, prices)) == float("inf")
+    hosted = cost.price(long, prices, "prompt")
+    assert hosted.request == pytest.approx(0.0022) and hosted.standing == 0
+    # A thousand requests a month save 2.18 dollars and pay 1 for storage: 2 dollars are back after 1.7 months.
+    assert cost.break_even(own, hosted, 1000) == pytest.approx(2.0 / (0.0022 - 2e-5 - 1 / 1000))
+    assert cost.break_even(hosted, own, 1000) == float("inf")
 
 
-def test_a_report_says_when_training_has_paid_and_whether_it_was_worth_it():
-    assert report._paid({"a": 1200.4, "b": float("inf"), "c": 3.0}) == "after 1,200 requests by a and 3 requests by c"
-    assert report._paid({"a": float("inf")}) == report._paid({}) == ""
+def test_two_price_models_by_the_hour_and_by_tokens():
+    """As services have them: an hour of training and of hosting; or tokens that are trained, read and written."""
+    prices = configs.default().compare
+    tuned = cost.Cost(10, trained=2, train_seconds=7200.0, run_seconds=9000.0, train_tokens=3e6, prompt_tokens=100,
+                      answer_tokens=50)  # fmt: skip
+    long = cost.Cost(10, prompt_tokens=2000, answer_tokens=50)
+    prices.update(training_hour=34.0, hosting_hour=1.7, tokens_in=1.6, tokens_out=3.2, requests=1_000_000)
+    by_hour, hosted = cost.price(tuned, prices), cost.price(long, prices, "prompt")
+    assert by_hour == cost.Price("dollars", 68.0, 0.0, pytest.approx(1241), pytest.approx(1241))
+    assert hosted.request == pytest.approx(2000 * 1.6e-6 + 50 * 3.2e-6) and hosted.standing == 0
+    assert cost.load(by_hour, hosted) == pytest.approx(1241 / 0.00336)  # 369,000 requests a month
+    assert cost.break_even(by_hour, hosted, 1_000_000) == pytest.approx(68 / (0.00336 - 0.001241))
+    assert cost.break_even(by_hour, hosted, 300_000) == float("inf")
+    prices.update(training_hour=0.0, hosting_hour=0.0, training_tokens=8.0, tuned_in=3.2, tuned_out=6.4)
+    by_tokens = cost.price(tuned, prices)
+    assert (by_tokens.training, by_tokens.standing) == (24.0, 0.0)
+    assert by_tokens.request == pytest.approx(100 * 3.2e-6 + 50 * 6.4e-6) and cost.load(by_tokens, hosted) == 0
+    assert cost.break_even(by_tokens, hosted) == pytest.approx(24 / (0.00336 - 0.00064))
+    # Without the price of hosting, a tuned model's dollars are not known.
+    prices.update(tuned_in=0.0, tuned_out=0.0)
+    assert cost.price(tuned, prices).unit == "seconds"
+    assert cost.price(cost.Cost(0), prices, "majority").request == 0
 
-    def entry(name, value, verdict=None, against=None):
-        figure = {"value": value, "low": value - 0.1, "high": value + 0.1}
-        return {
-            "name": name, "figures": {"f1": figure}, "verdict": verdict, "against_untrained": against,
-            "pays_after": {"few-shot": 900.0} if against else {},
-        }  # fmt: skip
+
+def test_training_is_timed_by_its_steps():
+    history = [{"step": 1}, {"step": 5, "tokens_per_second": 100.0}, {"step": 6, "val_loss": 1.0}]
+    assert cost.steps_seconds(history, 2000.0, 60.0) == 20 and cost.steps_seconds([], 2000.0, 60.0) == 60
+
+
+def made(higher=True, against="better", findings=(), values=(0.1, 0.3, 0.2, 0.5), unit="dollars"):
+    """The plain data of a verdict on four contenders, of which two are trained."""
 
     def said(says):
-        return {"says": says, "text": says, "difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.01}
+        return {"says": says, "text": says, "difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.01, "needed": 812.0}
 
-    data = {"metric": "f1", "higher": True, "base": "zero-shot", "untrained": "few-shot", "findings": [{"check": "x"}]}
-    data["contenders"] = [
-        entry("zero-shot", 0.1), entry("few-shot", 0.3, said("better")),
-        entry("full", 0.2, said("cannot tell"), said("worse")), entry("LoRA", 0.5, said("better"), said("better")),
-    ]  # fmt: skip
-    text = report.answer(data)
-    assert text.startswith("LoRA scores best: f1 0.5 (0.4 to 0.6), against 0.1 (0 to 0.2) of zero-shot.")
-    assert "corrected for 3 comparisons: better: few-shot and LoRA; cannot tell: full." in text
-    assert "Training was worth it: LoRA beats few-shot, the best without training, by +0.2 (+0.1 to +0.3" in text
-    assert "paid for itself after 900 requests by few-shot." in text and text.endswith("see the findings: x.")
-    data["higher"] = False
-    assert report.answer(data).startswith(
-        "zero-shot scores best"
-    ) and "Training was not worth it: full" in report.answer(data)
+    def entry(name, value, kind, verdict=None, against=None):
+        figure = {"value": value, "low": max(value - 0.1, 0), "high": value + 0.1}
+        return {
+            "name": name, "kind": kind, "is": f"what {name} is", "figures": {"f1": figure}, "verdict": verdict,
+            "against_untrained": against, "pays_after": {"few-shot": 912.0} if against else {}, "pays_from": {},
+            "cost": {"run_seconds": 5400.0, "request_seconds": 0.012},
+            "price": {"unit": unit, "training": 3.0, "request": 0.00002, "standing": 0.0},
+        }  # fmt: skip
+
+    entries = [
+        entry("zero-shot", values[0], "prompt"),
+        entry("few-shot", values[1], "prompt", said("better")),
+        entry("full", values[2], "tuned", said("cannot tell"), said("worse")),
+        entry("LoRA", values[3], "tuned", said("better"), said(against)),
+    ]
+    data = {
+        "metric": "f1", "higher": higher, "base": "zero-shot", "untrained": "few-shot", "rows": 300, "level": 0.95,
+        "metrics": {"f1": "how it is; more is better"}, "worst": 0.0, "reach": 1.0, "findings": list(findings),
+        "contenders": entries,
+    }  # fmt: skip
+    return data | {"decision": decision.decide(data)}
+
+
+def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
+    data = made(findings=[{"check": "forgetting", "contender": "LoRA", "seen": "the loss rose"}])
+    said = data["decision"]
+    assert said["fine_tune"] == "yes" and report.answer(data).startswith(
+        "Fine-tune: yes. Trained on your rows, the model"
+    )
+    assert "scores 0.50 (0.40 to 0.60) in f1 (how it is), on 300 rows" in said["why"] and "scores 0.30" in said["why"]
+    assert said["why"].endswith(
+        "+0.20 (+0.10 to +0.30), is larger than chance explains. LoRA: what LoRA is. few-shot: what few-shot is."
+    )
+    assert said["cost"] == (
+        "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); training has paid for itself "
+        "after 920 requests by few-shot."
+    )
+    assert (
+        said["risk"]
+        == "It has forgotten part of what it knew before, and general text surprises it more: the loss rose."
+    )
+    detail = report.detail(data)
+    assert detail.startswith("LoRA scores best: f1 0.50 (0.40 to 0.60).")
+    assert "corrected for 3 comparisons: better: few-shot and LoRA; cannot tell: full." in detail
+    assert report.detail(made(higher=False)).startswith("zero-shot scores best")
+
+    assert made(against="worse", values=(0.1, 0.3, 0.2, 0.1))["decision"]["fine_tune"] == "no"
+    open_ = made(against="cannot tell")["decision"]
+    assert open_["fine_tune"] == "not enough evidence" and "About 820 rows would show it" in open_["why"]
+    leaked = {"check": "leaked rows", "contender": "full, LoRA", "seen": "3 of 9 rows overlap", "share": 0.2}
+    leak = made(findings=[leaked])["decision"]
+    assert leak["fine_tune"] == "not enough evidence" and "this may be memory" in leak["why"]
+    assert leak["risk"].startswith("The score may be too high (full, LoRA): 3 of 9")
+    # The interval starts at +0.1, which five leaked rows of a hundred cannot make.
+    assert made(findings=[leaked | {"share": 0.05}])["decision"]["fine_tune"] == "yes"
+    assert "No price is set" in made(unit="seconds")["decision"]["cost"]
+
+
+def test_where_nobody_scores_the_report_says_what_that_rules_out():
+    data = made(values=(0.0, 0.0, 0.0, 0.0), against="cannot tell")
+    assert data["decision"]["fine_tune"] == "not enough evidence"
+    assert data["decision"]["why"].startswith(
+        "No contender got anything right on 300 rows: every f1 (how it is) is 0. "
+    )
+    assert "a true f1 above 0.10 of any of them, and a gain by training of more than 0.10" in data["decision"]["why"]
+    assert report.detail(data).startswith("zero-shot, few-shot, full and LoRA score the same: f1 0.00 (0.00 to 0.10).")
+
+
+def test_numbers_have_sensible_digits():
+    assert [decision.sig(x) for x in (0.00652, 41.28, 118457, 0.0, 0.995)] == ["0.0065", "41", "120,000", "0", "0.99"]
+    assert [decision.short(x) for x in (1.92e12, 40.3e6, 3.0)] == ["1.9 T", "40 M", "3.0"]
+    assert [decision.seconds(x) for x in (0.5, 52.5, 600, 7300)] == ["0.50 s", "52 s", "10 min", "2.0 h"]
+    assert [decision.amount(x) for x in (0.00011, 3.456, 1241.0)] == ["$0.00011", "$3.46", "$1,241.00"]
+    assert [decision.chance(p) for p in (0.00005, 0.0421, 1.0)] == ["<0.001", "0.042", "1"]
+    wide, narrow = ({"value": 0.8123, "low": low, "high": high} for low, high in ((0.51, 0.95), (0.8101, 0.8144)))
+    assert decision.span(wide) == "0.81 (0.51 to 0.95)" and decision.span(narrow) == "0.8123 (0.8101 to 0.8144)"
+    assert decision.span({"value": -0.001, "low": -0.6, "high": 0.52}, "+") == "+0.00 (-0.60 to +0.52)"
+    assert decision.span({"value": 31.4, "low": 24.2, "high": 40.9}) == "31 (24 to 41)"
+    entry = {"pays_after": {"a": 1200.4, "b": float("inf"), "c": 3.0}}
+    assert decision.paid(entry) == "after 1,300 requests by a and 3 requests by c"
+    assert decision.paid({"pays_after": {"a": float("inf")}}) == decision.paid({"pays_after": {}}) == ""
+
+
+def test_every_method_and_metric_is_explained():
+    from ftjax.evaluation.metrics import METRICS
+    from ftjax.tuning import METHODS
+
+    assert set(METHODS) <= set(decision.TUNING) and set(METRICS) <= set(decision.METRICS)
 
 
 def test_differences_are_marked_word_by_word():

@@ -1,11 +1,17 @@
 """Verdicts by how often they are right on simulated contenders, and their parts against scipy and worked cases."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from ftjax.errors import FtjaxError
-from ftjax.verdict.statistics import compare, holm, percentiles, sign_flips, spread, verdicts
+from ftjax.verdict.statistics import compare, holm, score_interval, sign_flips, spread, verdicts
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import simulate_verdict as simulate  # noqa: E402
 
 SETS, N = 2000, 200
 
@@ -39,7 +45,7 @@ def test_false_alarms_and_coverage_are_as_said(seeds, sd, binary):
     alarms = (null.p < 0.05).mean()
     held = [((c.low <= truth) & (truth <= c.high)).mean() for c, truth in ((null, 0), (real, 0.05))]
     # Of 2,000 sets, a true 5 % has a standard deviation of 0.5 %. Few seeds are taken with care: more sets are held.
-    lowest, most, fewest = (0.93, 0.97, 0.04) if seeds == (1, 1) else (0.94, 0.985, 0.015)
+    lowest, most, fewest = (0.93, 0.97, 0.04) if seeds == (1, 1) else (0.94, 0.998, 0.01)
     assert fewest <= alarms <= 0.06
     assert all(lowest <= share <= most for share in held)
 
@@ -79,12 +85,51 @@ def test_interval_and_p_are_those_of_scipy():
 
     flipped = stats.permutation_test((a - b,), mean, permutation_type="samples", n_resamples=50_000, rng=1)
     assert ours.p == pytest.approx(flipped.pvalue, abs=0.006)
-    level = 1 - 2 * stats.norm.sf(np.sqrt(60 / 59) * stats.t.ppf(0.975, 59))
-    theirs = stats.bootstrap(
-        (a - b,), np.mean, n_resamples=50_000, method="percentile", confidence_level=level, rng=2
-    ).confidence_interval
-    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.01)
-    assert 0.95 < level < 0.96 and ours.difference == pytest.approx((a - b).mean())
+    theirs = stats.bootstrap((a - b,), np.mean, n_resamples=20_000, method="BCa", rng=2).confidence_interval
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.06)
+    assert ours.difference == pytest.approx((a - b).mean())
+    # Differences of hardly any skew, of many rows: Student's t.
+    d = rng.normal(0.1, 1, size=2000)
+    ours, theirs = compare(d, np.zeros(2000)), stats.ttest_1samp(d, 0).confidence_interval()
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.004)
+
+
+def test_impossible_statistics_cannot_be():
+    """Each within 0 and 1, each with a width, no p below what so few rows that differ can show."""
+    exact = stats.binomtest(20, 20).proportion_ci(method="exact")
+    assert score_interval(np.ones((1, 20)), (0, 1)) == pytest.approx((exact.low, exact.high))
+    low, high = score_interval(np.zeros((3, 20)), (0, 1))
+    assert (low, high) == pytest.approx((0, 1 - 0.025 ** (1 / 20)))  # rows are the sample: seeds of one row are alike
+    scores = np.zeros((2, 20))
+    scores[0, :], scores[1, :12] = 1, 1  # accuracy 0.8, and two seeds that are far apart
+    low, high = score_interval(scores, (0, 1))
+    assert 0 <= low < 0.2 and 0.95 < high <= 1
+    assert score_interval(100 * np.ones((1, 20)), (0, 100)) == pytest.approx((100 * exact.low, 100))
+
+    # 16 rows that differ, all one way, in each of three seeds: by Student's t, p would be about 1e-7.
+    base = np.zeros((3, 400))
+    tuned = base.copy()
+    tuned[:, :16] = 1
+    found = compare(tuned, base)
+    assert 2 / 2**16 <= found.p < 0.001 and found.informative == 16
+    same = compare(tuned, tuned)
+    most = 1 - 0.025 ** (1 / 400)
+    assert (same.p, same.low, same.high) == (1, pytest.approx(-most), pytest.approx(most))
+    # Six rows that differ are the least that a sign test can tell: that many are there with a chance of 80 %.
+    assert stats.binom.sf(5, 400, same.smallest()) == pytest.approx(0.8)
+    assert compare(np.ones(5), np.zeros(5)).smallest() == np.inf
+    # Two seeds that are far apart would not show even the largest difference that there can be.
+    assert compare(scores, np.arange(20) % 2).smallest() == np.inf
+
+
+@pytest.mark.parametrize("share", simulate.SHARES)
+@pytest.mark.parametrize("seeds", simulate.SEEDS)
+def test_intervals_hold_true_shares_and_alarms_are_rare(seeds, share):
+    """The small brother of scripts/simulate_verdict.py. Of 400 sets a true 95 % has a standard deviation of 1.1 %."""
+    how = {"draws": 500, "mixes": [(0.4, 0.1 * (seeds > 1))], "others": {share, 0.05}}
+    for n in simulate.ROWS:
+        score, difference, alarms = simulate.worst(np.random.default_rng(n), 400, n, seeds, share, **how)
+        assert score >= 0.93 and difference >= 0.93 and alarms <= 0.06, n
 
 
 def test_right_or_wrong_is_mcnemars_mid_p():
@@ -102,8 +147,9 @@ def test_seeds_alone_are_welchs_test():
     theirs = stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False)
     interval = theirs.confidence_interval(0.95)
     assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6)
-    assert [ours.low, ours.high] == pytest.approx([interval.low, interval.high])
-    assert ours.needed() == np.inf
+    # Rows that all say the same add a little, as 50 rows may not show one in fourteen that does not.
+    assert [ours.low, ours.high] == pytest.approx([interval.low, interval.high], rel=0.05)
+    assert ours.low <= interval.low and interval.high <= ours.high and ours.needed() == np.inf
 
 
 def test_the_parts_of_the_variance_are_unbiased():
@@ -141,7 +187,9 @@ def test_verdicts_say_better_worse_or_how_many_rows():
     alike = found["alike"]
     assert alike.p >= alike.comparison.p and alike.needed > 200 and abs(alike.comparison.difference) < alike.smallest
     assert alike.text.startswith("cannot tell with 200 rows; about ") and alike.text.endswith("00 rows would do")
-    assert found["same"].text == "cannot tell with 200 rows; there is no difference to be seen" and found["same"].p == 1
+    assert found["same"].p == 1 and found["same"].text == (
+        "cannot tell with 200 rows: all rows score the same; only a difference above 0.018 is ruled out"
+    )
     # Four questions make each harder to answer than one.
     alone = verdicts({name: scores[name] for name in ("base", "alike")}, "base")["alike"]
     assert alone.smallest < alike.smallest and alone.p < alike.p
@@ -160,8 +208,6 @@ def test_few_rows_cannot_be_told_apart():
     assert sign_flips(np.ones(6)) == pytest.approx(2 / 64)
     (verdict,) = verdicts({"tuned": np.ones(5), "base": np.zeros(5)}, "base").values()
     assert verdict.text == "cannot tell with 5 rows; about 6 rows would do"
-    low, high = percentiles(np.array([0.0, 1.0]))
-    assert (low, high) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import tiny_labelled
 import ftjax
 from ftjax.errors import FtjaxError
 from ftjax.training import claims
-from ftjax.verdict import search, sweep
+from ftjax.verdict import rows, search, sweep
 from ftjax.verdict.search import Axis
 from ftjax.verdict.sweep import Outcome
 
@@ -81,12 +81,12 @@ def test_points_that_read_other_rows_have_files_of_their_own_in_any_order(tmp_pa
     c = small(tmp_path)
     points = [("data.stratify=label",), ("data.stratify=",)]
 
-    def rows(points):
+    def dealt(points):
         jobs = sweep._plan(c, points, seeds=2, fixed={}, say=lambda text: None)
         assert len({job.data.test for _, job in jobs}) == 2
         return {(settings["data.stratify"], job.seed): job.data.test for settings, job in jobs}
 
-    assert rows(points) == rows(points[::-1]) and rows(points)["", 1] == str(tmp_path / "run/rows/test.jsonl")
+    assert dealt(points) == dealt(points[::-1]) and dealt(points)["", 1] == str(tmp_path / "run/rows/test.jsonl")
 
 
 def test_an_axis_of_amounts_gets_its_law(tmp_path):
@@ -110,7 +110,10 @@ def test_an_axis_of_amounts_gets_its_law(tmp_path):
     told = json.loads((tmp_path / "curves.json").read_text())["perplexity"]
     assert 260_032 in [p["amount"] for p in told["points"]] and len(told["points"]) == 2
     assert "4 different amounts or more; there are 2" in said[-1]
-    assert sweep.law_of("perplexity") == {"higher": False, "best": 1.0} and sweep.law_of("bleu")["best"] == 100
+    assert (
+        sweep.law_of("perplexity") == {"higher": False, "best": 1.0, "worst": None}
+        and sweep.law_of("bleu")["best"] == 100
+    )
     assert sweep.law_of("val_loss")["higher"] is False and sweep.law_of("accuracy")["higher"] is True
 
 
@@ -127,6 +130,63 @@ def small(tmp_path):
     c.data.update(buckets=1, test="", split=(0.6, 0.2, 0.2))
     c.export.formats = ()
     return c
+
+
+def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_are_reported(tmp_path, monkeypatch):
+    c, said = small(tmp_path), []
+    real, ran = sweep.train, []
+
+    def train(config, say):
+        ran.append(config)
+        if config.optim.lr == 1e-3 and len(ran) == 2:
+            raise MemoryError("RESOURCE_EXHAUSTED: 9 GB\nand more")
+        if config.optim.lr == 5e-3:
+            raise KeyboardInterrupt
+        return real(config, say=say)
+
+    monkeypatch.setattr(sweep, "train", train)
+    grid = [f"optim.lr={c.optim.lr},1e-3"]
+    first, second = ftjax.sweep(c, grid, say=said.append)
+    assert first.figures and second.failed == "MemoryError: RESOURCE_EXHAUSTED: 9 GB" and not second.figures
+    assert any("failed: " in text and "RESOURCE_EXHAUSTED" in text for text in said)
+    assert not ftjax.sweep(c, grid, say=said.append)[1].failed and len(ran) == 3  # the same command tries again
+
+    # A new axis at its default is the same run.
+    (wider,) = ftjax.sweep(c, [f"optim.lr={c.optim.lr}", f"tuning.rank={c.tuning.rank}"], say=said.append)
+    assert len(ran) == 3 and wider.figures == first.figures and wider.settings["tuning.rank"] == c.tuning.rank
+
+    with pytest.raises(KeyboardInterrupt):
+        ftjax.sweep(c, ["optim.lr=5e-3"], say=said.append)
+
+    # Other rows in the same file: dealt into a folder of their own, and the old results are not returned.
+    before = (tmp_path / "run/rows/train.jsonl").read_bytes()
+    file, given = tmp_path / "train.jsonl", (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(given[1:] + given[1:2]))
+    with pytest.raises(sweep.AnotherRun, match="the content of data.train has changed"):
+        ftjax.sweep(c, grid, say=said.append)
+    assert (tmp_path / "run/rows/train.jsonl").read_bytes() == before and len(ran) == 4
+    assert any("holds other rows than" in text for text in said)
+
+
+def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
+    c = small(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "own.py", "general.txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    c.data.update(train=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", test=f"{tmp_path}/[ab].jsonl")
+    c.evaluate.update(metrics=("rouge_l", f"{tmp_path}/own.py:score"), forgetting=str(tmp_path / "general.txt"))
+    before = rows.contents(c)
+    assert list(before) == [
+        f"content of {key}"
+        for key in ("model.path", "data.train", "data.test", "evaluate.metrics", "evaluate.forgetting")
+    ]
+    for name, changed in (
+        ("b.jsonl", {"content of data.train", "content of data.test"}),
+        ("own.py", {"content of evaluate.metrics"}),
+        ("general.txt", {"content of evaluate.forgetting"}),
+    ):
+        (tmp_path / name).write_text("something else\n")
+        assert {key for key, value in rows.contents(c).items() if value != before[key]} == changed
+        before = rows.contents(c)
 
 
 def test_points_are_drawn_from_lists_and_ranges():

@@ -1,0 +1,275 @@
+"""The verdict in plain words: whether to fine-tune, why, at what cost and risk; what contenders and metrics are.
+
+A reader of these sentences need not know any term of the field.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ftjax.verdict.contenders import MAJORITY, Contender
+
+YES, NO, OPEN = "yes", "no", "not enough evidence"
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def sig(x: float, digits: int = 2) -> str:
+    """A number with so many digits that count, without an exponent: 0.0065, 41, 118,000."""
+    if not x or not math.isfinite(x):
+        return f"{x:g}"
+    places = digits - 1 - math.floor(math.log10(abs(x)))
+    return f"{round(x, places):,.{max(places, 0)}f}"
+
+
+def short(x: float) -> str:
+    """A large number with a letter of thousands: 1.9 T."""
+    step = min(max(int(math.log10(abs(x)) // 3), 0), 7) if x else 0
+    return f"{sig(x / 1000**step)} {' kMGTPEZ'[step]}".strip()
+
+
+def span(figure: dict, sign: str = "") -> str:
+    """`0.30 (0.27 to 0.33)`: the interval's width has two digits that count, and a share two digits behind the point.
+    sign: `+` where it is a difference."""
+    three = [figure[key] for key in ("value", "low", "high")]
+    width, least = three[2] - three[1], 2 if max(map(abs, three)) <= 1 else 0
+    places = min(max(1 - math.floor(math.log10(width)), least), 4) if 0 < width < math.inf else 2
+    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in three)  # + 0.0: no -0.00
+    return f"{value} ({low} to {high})"
+
+
+def gap(verdict: dict) -> str:
+    """The difference of a verdict, with its interval."""
+    return span({"value": verdict["difference"], **verdict}, "+")
+
+
+def chance(p: float) -> str:
+    """A p value."""
+    return "<0.001" if p < 0.001 else sig(p) if p < 0.995 else "1"
+
+
+def seconds(x: float) -> str:
+    """A time for a person."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if x >= 2 * size:
+            return f"{sig(x / size)} {unit}"
+    return f"{sig(x)} s"
+
+
+def amount(x: float, unit: str = "dollars") -> str:
+    """Dollars, or device seconds where there is no price."""
+    if unit != "dollars":
+        return seconds(x)
+    return f"${x:,.2f}" if x >= 1 or x == 0 else f"${sig(x)}"
+
+
+def named(names) -> str:
+    """`a, b and c`."""
+    names = list(names)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+# ---------------------------------------------------------------------------------------------- what things are
+
+TUNING = {  # tuning.method -> what it trains
+    "full": "all weights of the model",
+    "bitfit": "only the biases of the model",
+    "lora": "small matrices beside the model's weights, which stay as they are",
+    "dora": "small matrices and a scale beside the model's weights, which stay as they are",
+    "ia3": "a factor for some of the model's inner values; its weights stay as they are",
+    "prompt": "a few made-up words before each question; the model stays as it is",
+    "ptuning": "a few made-up words before each question; the model stays as it is",
+    "prefix": "a made-up beginning that every layer sees; the model stays as it is",
+    "head": "only the last layer, which turns the model's reading into an answer",
+    "last_layers": "only the last layers of the model",
+    "norms": "only the scales of the model's normalisation layers",
+    "pattern": "only some of the model's weights, by their names",
+}
+METRICS = {
+    "accuracy": "share of rows that get the right label",
+    "subset_accuracy": "share of rows that get exactly the right labels",
+    "exact_match": "share of answers that equal a right one",
+    "number_match": "share of answers whose last number is the right one",
+    "token_f1": "words that answer and right answer have in common, from 0 to 1",
+    "rouge_1": "words that answer and right answer have in common, from 0 to 1",
+    "rouge_2": "pairs of words that answer and right answer have in common, from 0 to 1",
+    "rouge_l": "words in the same order that answer and right answer have in common, from 0 to 1",
+    "bleu": "runs of words that answer and right answer have in common, from 0 to 100",
+    "chrf": "runs of characters that answer and right answer have in common, from 0 to 100",
+    "coverage": "share of the given words that an answer uses, from 0 to 1",
+    "unsupported": "share of an answer's sentences that the passage does not bear out, by words in common",
+    "distinct_1": "share of an answer's words that are not said before in it",
+    "distinct_2": "share of an answer's pairs of words that are not said before in it",
+    "length": "words of an answer",
+}
+
+
+def contender_is(contender: Contender, config) -> str:
+    """What a contender is, for a person who knows no name of a method."""
+    how = contender.how
+    if contender.kind == MAJORITY:
+        return "no model: every row gets the commonest label"
+    if contender.kind == "tuned":
+        method = contender.config(config).tuning.method
+        out = f"trained on your rows: {TUNING.get(method, f'by the method {method}')}"
+    elif contender.kind == "model":
+        out = "another model, as it is"
+    else:
+        out = "the model as it is, without training"
+    if how.shots and contender.shots:
+        many = contender.shots > 1
+        out += f"; {contender.shots} solved example{'s stand' if many else ' stands'} before each question"
+        out += ", those most like it" if how.near else ""
+    return out + ("; passages of your documents stand before each question" if how.passages else "")
+
+
+def metric_is(name: str, higher: bool | None) -> str:
+    """What a metric measures, and which way is better."""
+    way = "" if higher is None else f"; {'more' if higher else 'less'} is better"
+    return METRICS.get(name, "by your own function") + way
+
+
+# ---------------------------------------------------------------------------------------------- the answer
+
+RISKS = {  # check of ftjax.verdict.findings -> what it means; the gravest first
+    "leaked rows": "The score may be too high",
+    "failed runs": "Something failed",
+    "template mismatch": "The question is put in another way than in training",
+    "lost refusals": "It refuses otherwise than before",
+    "forgetting": "It has forgotten part of what it knew before, and general text surprises it more",
+    "overfitting": "It learns its training rows by heart",
+    "prompts shortened": "Some prompts did not fit",
+    "too few rows": "The rows are few",
+}
+
+
+FAR = 100  # times the rows: so many more are no plan
+
+
+def decide(data: dict) -> dict[str, str]:
+    """{"fine_tune": YES, NO or OPEN, "why", "cost", "risk": a sentence or two each} of a verdict's plain data."""
+    entries = {entry["name"]: entry for entry in data["contenders"]}
+    sign = 1 if data["higher"] else -1
+    trained = [entry for entry in entries.values() if entry["against_untrained"]]
+    order = ("better", "cannot tell", "worse")
+    best = max(
+        trained,
+        key=lambda e: (-order.index(e["against_untrained"]["says"]), sign * e["figures"][data["metric"]]["value"]),
+        default=None,
+    )
+    answer, why = _why(best, entries, data)
+    cost = "Nothing was trained, which costs nothing."
+    if best:
+        cost = _cost(best, entries.get(data["untrained"]), pays=answer == YES)
+    return {"fine_tune": answer, "why": why, "cost": cost, "risk": _risk(best, data)}
+
+
+def nobody(data: dict) -> str:
+    """What it means where every contender has the worst score on every row; empty where one has not."""
+    metric, worst = data["metric"], data["worst"]
+    figures = [entry["figures"][metric] for entry in data["contenders"]]
+    if worst is None or any(figure["value"] != worst for figure in figures):
+        return ""
+    far = max((abs(figure[end] - worst), figure[end]) for figure in figures for end in ("low", "high"))
+    beyond = "above" if data["higher"] else "below"
+    return (
+        f"No contender got anything right on {data['rows']:,} rows: every {metric}{_plain(data)} is {worst:g}. That "
+        f"rules out, at {data['level']:.0%}, a true {metric} {beyond} {sig(far[1])} of any of them, and a gain by "
+        f"training of more than {sig(far[0])}; anything smaller cannot be seen. Read the samples: a larger model, "
+        "longer training or answers, or a metric that gives credit for parts may show more."
+    )
+
+
+def _plain(data: dict) -> str:
+    """What the metric is, in brackets."""
+    return f" ({data['metrics'][data['metric']].partition(';')[0]})"
+
+
+def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
+    metric, other = data["metric"], data["untrained"]
+    if text := nobody(data):
+        return OPEN, text
+    if not best:
+        lacking = "was trained" if other else "is without training"
+        return OPEN, f"None of the contenders {lacking}, so that there is nothing to compare training with."
+    verdict, name = best["against_untrained"], best["name"]
+    what = "Trained on your rows, the model" if best["kind"] == "tuned" else name
+    scores = (
+        f"{what} scores {span(best['figures'][metric])} in {metric}"
+        f"{_plain(data)}, on {data['rows']:,} rows kept apart from training; the best without "
+        f"training scores {span(entries[other]['figures'][metric])}"
+    )
+    who = f" {name}: {best['is']}. {other}: {entries[other]['is']}."
+    if verdict["says"] == "better" and _leaked(best, data):
+        return OPEN, f"{scores}. But some of these rows were among those of training, so that this may be memory.{who}"
+    if verdict["says"] == "cannot tell":
+        needed, more = verdict["needed"], " More seeds may show it."
+        if math.isfinite(needed):
+            far = needed > FAR * data["rows"]
+            more = " One so small takes far more rows." if far else f" About {_round(needed):,} rows would show it."
+        more = more if verdict["difference"] else ""
+        return OPEN, f"{scores}. The difference, {gap(verdict)}, may be chance.{more}{who}"
+    way = "larger" if verdict["says"] == "better" else "a loss and larger"
+    return (
+        YES if verdict["says"] == "better" else NO,
+        f"{scores}. The difference, {gap(verdict)}, is {way} than chance explains.{who}",
+    )
+
+
+def _leaked(best: dict, data: dict) -> bool:
+    """Whether held-out rows that stand among those of training may make all of the gain that is beyond chance."""
+    found = [f for f in data["findings"] if f["check"] == "leaked rows" and best["name"] in f["contender"]]
+    v = best["against_untrained"]
+    sure = v["low"] if data["higher"] else -v["high"]
+    return any(not f["share"] or data["reach"] is None or f["share"] * data["reach"] >= sure for f in found)
+
+
+def _round(rows: float) -> int:
+    unit = 10 ** max(0, len(str(int(rows))) - 2)
+    return math.ceil(rows / unit) * unit
+
+
+def paid(entry: dict) -> str:
+    """When a contender's training has cost less than each prompt, as far as it ever does."""
+    after = {name: n for name, n in entry["pays_after"].items() if math.isfinite(n)}
+    told = [f"{_round(n):,} requests by {name}" for name, n in after.items()]
+    loads = {name: n for name, n in entry.get("pays_from", {}).items() if math.isfinite(n) and n}
+    least = f", from {named(f'{_round(n):,} requests a month on, beside {name}' for name, n in loads.items())}"
+    return f"after {named(told)}{least if loads else ''}" if told else least.removeprefix(", ") if loads else ""
+
+
+def _cost(best: dict, other: dict | None, pays: bool) -> str:
+    cost, price = best["cost"], best["price"]
+    out = []
+    if best["kind"] == "tuned":
+        dollars = f" and {amount(price['training'])}" if price["unit"] == "dollars" else ""
+        out.append(f"Training took {seconds(cost['run_seconds'])}{dollars}")
+    beside = other if other and other["kind"] != MAJORITY and other["price"]["unit"] == price["unit"] else None
+    if price["unit"] == "dollars":
+        text = f"1,000 requests cost {amount(1000 * price['request'])}"
+        text += f" ({amount(1000 * beside['price']['request'])} by {beside['name']})" if beside else ""
+        out.append(
+            text + (f", and what stands ready {amount(price['standing'])} a month" * (price["standing"] >= 0.01))
+        )
+    elif cost["request_seconds"]:
+        text = f"a request takes {sig(1000 * cost['request_seconds'])} ms here"
+        out.append(
+            text + (f" ({sig(1000 * beside['cost']['request_seconds'])} ms by {beside['name']})" if beside else "")
+        )
+    text = "; ".join(out)
+    if pays and (after := paid(best)):
+        text += f"; training has paid for itself {after}"
+    text = text[:1].upper() + text[1:]
+    return f"{text}." + ("" if price["unit"] == "dollars" else " No price is set, so that dollars are not known.")
+
+
+def _risk(best: dict | None, data: dict) -> str:
+    mine = [f for f in data["findings"] if not best or best["name"] in f["contender"] or f["check"] == "failed runs"]
+    mine.sort(key=lambda f: list(RISKS).index(f["check"]) if f["check"] in RISKS else len(RISKS))
+    if not mine:
+        return f"The checks ({', '.join(RISKS)}) found nothing." if best else "Nothing was trained."
+    first = mine[0]
+    of = "" if best and first["contender"] == best["name"] else f" ({first['contender']})"
+    others = list(dict.fromkeys(f["check"] for f in mine[1:] if f["check"] != first["check"]))
+    more = f" See also the findings on {named(others)}." if others else ""
+    return f"{RISKS.get(first['check'], first['check'])}{of}: {first['seen']}.{more}"
