@@ -68,12 +68,13 @@ class LM:
         """
         if isinstance(adapter, str):
             return self.applied(pick(self.adapters, adapter))
-        collections = {name: variables.get("adapter", {}) for name, variables in self.adapters.items()}
-        return self.applied(self.variables | {"adapter": weighted(collections, adapter, combine)})
+        return self.applied(self.variables | {"adapter": weighted(self.adapters, self.params, adapter, combine)})
 
     def applied(self, variables: dict) -> LM:
-        """This model under `variables`: {"params": ..., "adapter": ...}."""
-        return dataclasses.replace(self, params=variables["params"], adapter=variables.get("adapter", {}))
+        """This model under `variables`: {"params": ..., "adapter": ...}; their vocabulary may have another size."""
+        shape = dataclasses.replace(self.model.config, vocab_size=variables["params"]["embed"]["embedding"].shape[0])
+        model = self.model if shape == self.model.config else self.model.clone(config=shape)
+        return dataclasses.replace(self, model=model, params=variables["params"], adapter=variables.get("adapter", {}))
 
     def logits(self, input_ids, attention_mask=None) -> np.ndarray:
         """input_ids, attention_mask (B, T) int -> logits (B, T, V) float32; padding may lie on either side."""

@@ -11,7 +11,7 @@ import numpy as np
 from ftjax.hub.families import Family
 from ftjax.models.config import ModelConfig
 from ftjax.models.transformer import parameter_axes
-from ftjax.tuning.head import with_head
+from ftjax.tuning.whole import with_whole
 
 
 class Spec(NamedTuple):
@@ -51,7 +51,9 @@ class Method:
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
     causal_only: bool = False  # whether it needs a model in which no token sees those behind it
-    own_head: bool = False  # whether it decides itself what is trained of a head over labels, see tuning/head.py
+    of_parameters: bool = (
+        False  # whether it trains the model's own parameters alone; others may do so beside, see whole.py
+    )
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 
@@ -61,7 +63,7 @@ METHODS: dict[str, Method] = {}
 
 def register(name: str, method: Method) -> None:
     """Make `tuning.method = name` known."""
-    METHODS[name] = method if method.own_head else with_head(method)
+    METHODS[name] = method if method.of_parameters else with_whole(method)
 
 
 def of_peft(adapter_config: dict) -> Method | None:
