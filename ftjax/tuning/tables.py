@@ -45,9 +45,6 @@ def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[di
         module = f"{PREFIX}{names[0].removesuffix('.weight')}"
         own, resized = f"{module}.weight", lambda name: len(rest[name]) != spec.model.vocab_size
         if any(saves(entry, names[0]) for entry in adapter_config.get("modules_to_save") or ()):
-            again = rest.pop(f"{module}.modules_to_save.weight", None)
-            if again is not None and not np.array_equal(again, rest.get(own)):
-                raise FtjaxError(f"adapter tensor {module}.modules_to_save.weight differs from {own}; PEFT reads both")
             if own in rest and resized(own):
                 saved[path] = rest[own]
         elif own in rest:

@@ -125,11 +125,11 @@ def with_whole(method: Any) -> Any:
         mine, rest = _divide(adapter_config, tensors, spec)
         plain = {key: {"modules_to_save": None, "bias": "none"}.get(key, x) for key, x in adapter_config.items()}
         trained, fields = method.from_peft(plain, rest, base, with_pooler(spec, adapted=True))
+        spec = spec._replace(tuning=spec.tuning.copy_and_resolve_references())
+        spec.tuning.update(fields, modules_to_save=())
         fields |= {"modules_to_save": _entries(mine, spec)}
-        tuning = spec.tuning.copy_and_resolve_references()
-        tuning.update(fields)
-        whole = _read(mine, base, spec._replace(tuning=tuning))
-        return unflatten(flatten(trained) | whole), fields
+        spec.tuning.update(fields)
+        return unflatten(flatten(trained) | _read(mine, base, spec)), fields
 
     def axes(path):
         of_model = "/" in path and path.rsplit("/", 1)[1] in families.LEAVES
@@ -192,25 +192,35 @@ def saved(
 
 
 def _head_modules(parts: dict[str, np.ndarray], spec) -> set[str]:
-    """Modules that hold what is trained of the head: those outside the base as a whole, one within it by itself."""
-    paths = {path.rsplit("/", 1)[0] for path in parts if path.startswith("head/") and has_labels(spec)}
+    """Modules that hold what is trained of the head: those outside the base as a whole, one within it by itself.
+
+    A pooler that the method adapts is none of them, and the module around it is not saved as a whole.
+    """
+    adapted = with_pooler(spec).names
+    paths = {path.rsplit("/", 1)[0] for path in parts if path.startswith("head/") and has_labels(spec)} - adapted.keys()
     names = [m.name for m in families.modules(spec.family, spec.model) if m.path in paths]
-    return {name if name.startswith(spec.family.prefix) else name.split(".")[0] for name in names}
+    alone = (spec.family.prefix, f"{adapted.get(POOLER, '').split('.')[0]}.")
+    return {name if f"{name}.".startswith(alone) else name.split(".")[0] for name in names}
 
 
 def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[dict, dict]:
     """Tensors of an adapter -> whole parameters by their names in the model's files, and those of the method.
 
-    Raises FtjaxError where one is missing of a module that `modules_to_save` names.
+    With `bias="all"`, and after the vocabulary was resized, PEFT writes a saved module twice, and the base's beside.
+    Raises FtjaxError where the two differ, or where a tensor is missing of a module that `modules_to_save` names.
     """
     known = {name: path for path, (names, _) in stored(spec).items() for name in names if name}
     mine, rest = {}, {}
     for name, x in tensors.items():
-        plain = name.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
-        if plain != name and plain in known:
+        once = re.sub(r"\.(modules_to_save(\.default)?|original_module)\.", ".", name)
+        plain = once.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
+        if plain == once or plain not in known:
+            if not families.is_buffer(plain, spec.family):
+                rest[name] = x
+        elif once == name:
             mine[plain] = x
-        elif not families.is_buffer(plain, spec.family):
-            rest[name] = x
+        elif ".modules_to_save." in name and not np.array_equal(x, tensors.get(once)):
+            raise FtjaxError(f"adapter tensor {name} differs from {once}, of which it should be a copy")
     for name, entry in itertools.product(known, adapter_config.get("modules_to_save") or ()):
         of_head = known[name].startswith("head/") and has_labels(spec)
         if saves(entry, name) and name not in mine and not of_head:
@@ -220,8 +230,8 @@ def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple
 
 def _entries(mine: dict[str, np.ndarray], spec) -> tuple[str, ...]:
     """`tuning.modules_to_save` for tensors by their names: whole modules, and biases of others."""
-    head = {name for path, (names, _) in stored(spec).items() if path.startswith("head/") for name in names}
-    names = [name for name in mine if not (has_labels(spec) and name in head)]
+    always = {name for path in chosen(spec) for name in stored(spec)[path][0]}
+    names = [name for name in mine if name not in always]
     modules = {name.rsplit(".", 1)[0] for name in names if not name.endswith(".bias")}
     return tuple(sorted(modules | {name for name in names if name.rsplit(".", 1)[0] not in modules}))
 
