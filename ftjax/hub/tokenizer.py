@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
+from ftjax.hub import spm
 from ftjax.hub.resolve import read_json
 
 # What tokenizer_config.json calls the class that is made of tokenizer.json and nothing else.
@@ -43,6 +44,8 @@ def load_tokenizer(folder: Path):
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
+    if spm.alone(folder):
+        return spm.load(folder)
     try:
         if _is_plain(folder):
             from transformers import PreTrainedTokenizerFast

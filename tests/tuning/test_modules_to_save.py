@@ -15,7 +15,12 @@ import pytest
 import tiny
 import torch
 
+import ftjax
+from ftjax import assets
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
 from ftjax.hub import peft as peft_files
+from ftjax.training.program import check_method
 from ftjax.tuning import adapters
 
 IDS = np.stack(tiny.documents((12, 12), vocab=47))
@@ -131,3 +136,101 @@ def test_what_a_run_starts_from_and_writes_again(made, name, tmp_path):
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), tmp_path / "again").eval()
     np.testing.assert_allclose(tiny.torch_logits(model, IDS), want, rtol=0, atol=1e-4)
+
+
+def test_loaded_alone_and_beside_others(tmp_path):
+    """By `ftjax.load`: a head trained whole, and a vocabulary resized for tokens of a tokenizer beside the adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, want, lms = tmp_path / "base", {}, {}
+    tiny.tiny_models.make("llama", tiny.tiny_models.SIZES | {"vocab_size": 512}).save_pretrained(base)
+    words = AutoTokenizer.from_pretrained(assets.resolve("builtin:stories260K"))
+    words.save_pretrained(base)
+    words.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>", "<|end|>"]})
+    settings = {"whole": {"modules_to_save": ["lm_head"]}, "resized": {}, "plain": {}}
+    for name, own in settings.items():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if name == "resized":
+            words.save_pretrained(tmp_path / name)
+            model.resize_token_embeddings(len(words))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **own)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.3)
+        model.save_pretrained(tmp_path / name)
+        want[name], lms[name] = tiny.torch_logits(model, IDS), ftjax.load(tmp_path / name)
+    assert want["resized"].shape[-1] == 515
+    together = ftjax.load(base, adapters={name: tmp_path / name for name in settings})
+    for name, lm in lms.items():
+        np.testing.assert_allclose(lm.logits(IDS), want[name], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(together.with_adapter(name).logits(IDS), want[name], rtol=0, atol=1e-4)
+    assert together.logits(IDS).shape[-1] == 512
+    assert lms["resized"].generate(["One day"], max_new_tokens=2)
+    for name in ("whole", "resized"):
+        with pytest.raises(FtjaxError, match=f"adapter '{name}' holds whole parameters: only LoRA's are weighted"):
+            together.with_adapter({name: 0.5, "plain": 0.5})
+
+
+# -- bad input, each with its message
+
+
+PREFIX = "base_model.model."
+EMBED, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("embeddings and head", lambda t: t.pop(HEAD), f"{HEAD} is missing: .* has 'lm_head' in modules_to_save"),
+        ("norms", lambda t: t.update({f"{PREFIX}model.norm.weight": np.ones(3)}), r"shape \(3,\), expected \(16,\)"),
+        ("norms", lambda t: t.update({f"{PREFIX}model.gorm.weight": np.ones(16)}), r"model.gorm.weight: expected"),
+        (
+            "embeddings and head",
+            lambda t: t.update({f"{PREFIX}lm_head.modules_to_save.default.weight": t[HEAD] + 1}),
+            "lm_head.modules_to_save.default.weight differs from .*lm_head.weight, of which it should be a copy",
+        ),
+        (
+            "norms",
+            lambda t: t.update({"model.norm.weight": t.pop(f"{PREFIX}model.norm.weight")}),
+            "norm.weight is miss",
+        ),
+        (
+            "all biases",
+            lambda t: t.update({"module.transformer.ln_f.bias": np.ones(16)}),
+            "ln_f.bias: expected the pre",
+        ),
+        ("resized", lambda t: t.pop(HEAD), r"vocabulary of 53, but its files lack lm_head.weight at this size"),
+        ("resized, tied", lambda t: t.update({HEAD: t[HEAD] + 1}), "embeddings differs from that of its head, but the"),
+        (
+            "tokens",
+            lambda t: [t.pop(n) for n in list(t) if "delta" in n],
+            "but the adapter has no trainable_tokens_delta",
+        ),
+        (
+            "tokens",
+            lambda t: t.update({n: x[:1] for n, x in t.items() if "delta" in n}),
+            "names 2 tokens of .*, but the adapter has 1 rows",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(made, name, change, message):
+    pair, folder, _ = made(name)
+    method, adapter_config, tensors = adapters.read(folder)
+    change(tensors)
+    with pytest.raises(FtjaxError, match=message):
+        adapters.variables((method, adapter_config, tensors), pair.params, pair.spec)
+
+
+def test_names_that_a_run_does_not_know(made, tmp_path):
+    pair = tiny.tuned(tiny.pair("llama2"), modules_to_save=("lm_haed",))
+    with pytest.raises(FtjaxError, match=r"tuning.modules_to_save: 'lm_haed' matches no module .*did you mean \"lm_he"):
+        tiny.start(pair)
+    config = configs.default()
+    config.tuning.update(method="prompt", modules_to_save=("lm_head",))
+    with pytest.raises(FtjaxError, match="tuning.modules_to_save: prompt cannot train modules beside"):
+        check_method(config, pair.family, pair.model.config)
+    pair, folder, _ = made("resized")
+    config.tuning.update(method="lora", init_from=str(folder), modules_to_save=())
+    with pytest.raises(FtjaxError, match="tuning.init_from: .* replaces tables of embeddings of its base"):
+        adapters.Start(config.tuning).fill(pair.spec)
