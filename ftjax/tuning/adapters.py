@@ -42,7 +42,7 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
 
     base: the directory of its base. Names stand in a file beside the adapter, which PEFT does not know.
     """
-    _, adapter_config, tensors = adapter
+    method, adapter_config, tensors = adapter
     if adapter_config.get("task_type") == "FEATURE_EXTRACTION":
         return kind_of("none"), ()
     head = next((head for head, name in PEFT_TASKS.items() if name == adapter_config.get("task_type")), None)
@@ -51,7 +51,9 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     family, shape = families.read_config(base)
     wanted = families.with_head(family, shape, head, 1, base)
     new = tuple(f"{module}/" for module in (*weights.head_is_new(base, family, wanted), "head/out"))
-    names = {path: f"{peft.PREFIX}{stored[0]}" for path, (stored, _) in families.tensor_names(family, wanted).items()}
+    names = {
+        path: f"{method.peft_prefix}{stored[0]}" for path, (stored, _) in families.tensor_names(family, wanted).items()
+    }
     for path, name in names.items():
         if path.startswith(new) and name not in tensors:
             raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name} of its head is missing")

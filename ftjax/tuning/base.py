@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.hub.families import Family
+from ftjax.hub.peft import PREFIX
 from ftjax.models.config import ModelConfig
 from ftjax.models.transformer import parameter_axes
 from ftjax.tuning.whole import with_whole
@@ -44,6 +45,7 @@ class Method:
     to_peft: Callable | None = None
     from_peft: Callable | None = None
     peft_type: str = ""
+    peft_prefix: str = PREFIX  # what PEFT's files put before the names of the base's own parameters
     peft_variant: Callable[[dict], bool] | None = None  # which adapter_configs of a shared peft_type; None: the rest
     virtual_tokens: Callable[[Spec], int] = lambda spec: 0
     axes: Callable[[str], tuple] = parameter_axes

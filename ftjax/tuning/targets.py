@@ -66,6 +66,10 @@ def select(
                 f"it has {', '.join(tails)}; `all-linear` takes all of its blocks"
                 + ("; its head is tied: the table of embeddings itself" * (target == "lm_head"))
             )
+    if saved and not chosen:
+        raise FtjaxError(
+            f"{key}: tuning.modules_to_save trains whole all that {', '.join(targets)} selects; name others"
+        )
     return chosen
 
 

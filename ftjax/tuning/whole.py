@@ -119,17 +119,17 @@ def with_whole(method: Any) -> Any:
         parts, leaves = chosen(spec), flatten(trained)
         own = unflatten({path: x for path, x in leaves.items() if path not in parts})
         config, tensors = method.to_peft(own, frozen, with_pooler(spec))
-        return saved(config, tensors, parts, leaves, spec)
+        return saved(config, tensors, parts, leaves, spec, method.peft_prefix)
 
     def from_peft(adapter_config, tensors, base, spec):
-        mine, rest = _divide(adapter_config, tensors, spec)
+        mine, rest = _divide(adapter_config, tensors, spec, method.peft_prefix)
         plain = {key: {"modules_to_save": None, "bias": "none"}.get(key, x) for key, x in adapter_config.items()}
         trained, fields = method.from_peft(plain, rest, base, with_pooler(spec, adapted=True))
         spec = spec._replace(tuning=spec.tuning.copy_and_resolve_references())
         spec.tuning.update(fields, modules_to_save=())
         fields |= {"modules_to_save": _entries(mine, spec)}
         spec.tuning.update(fields)
-        return unflatten(flatten(trained) | _read(mine, base, spec)), fields
+        return unflatten(flatten(trained) | _read(mine, base, spec, method.peft_prefix)), fields
 
     def axes(path):
         of_model = "/" in path and path.rsplit("/", 1)[1] in families.LEAVES
@@ -155,7 +155,7 @@ def with_whole(method: Any) -> Any:
 
 
 def saved(
-    config: dict, tensors: dict[str, np.ndarray], parts: dict[str, np.ndarray], leaves: dict, spec
+    config: dict, tensors: dict[str, np.ndarray], parts: dict[str, np.ndarray], leaves: dict, spec, start: str = PREFIX
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """An adapter as PEFT has it, with the parameters that are trained whole beside.
 
@@ -164,6 +164,7 @@ def saved(
         parts: path -> (L,) or (1,) bool, in which layers it is trained whole.
         leaves: path -> the trained layers, in order, or the parameter where it is not stacked.
         spec: the Spec.
+        start: what the files put before names of parameters.
 
     Returns:
         adapter_config and tensors; the tensors in float32, laid out as the model's files hold them.
@@ -182,7 +183,7 @@ def saved(
     for name, x in whole.items():
         module, leaf = name.rsplit(".", 1)
         inner = "base_layer." * (module in adapted)
-        tensors = tensors | {f"{PREFIX}{module}.{inner}{leaf}": x}
+        tensors = tensors | {f"{start}{module}.{inner}{leaf}": x}
     if biases and "bias" in config:
         config = config | {"bias": "lora_only" if biases <= adapted else "all"}
     head = _head_modules(parts, spec)
@@ -203,7 +204,7 @@ def _head_modules(parts: dict[str, np.ndarray], spec) -> set[str]:
     return {name if f"{name}.".startswith(alone) else name.split(".")[0] for name in names}
 
 
-def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[dict, dict]:
+def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec, start: str) -> tuple[dict, dict]:
     """Tensors of an adapter -> whole parameters by their names in the model's files, and those of the method.
 
     With `bias="all"`, and after the vocabulary was resized, PEFT writes a saved module twice, and the base's beside.
@@ -213,7 +214,7 @@ def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple
     mine, rest = {}, {}
     for name, x in tensors.items():
         once = re.sub(r"\.(modules_to_save(\.default)?|original_module)\.", ".", name)
-        plain = once.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
+        plain = once.removeprefix(start).replace(".base_layer.bias", ".bias")
         if plain == once or plain not in known:
             if not families.is_buffer(plain, spec.family):
                 rest[name] = x
@@ -224,7 +225,7 @@ def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple
     for name, entry in itertools.product(known, adapter_config.get("modules_to_save") or ()):
         of_head = known[name].startswith("head/") and has_labels(spec)
         if saves(entry, name) and name not in mine and not of_head:
-            raise FtjaxError(f"adapter tensor {PREFIX}{name} is missing: {CONFIG} has {entry!r} in modules_to_save")
+            raise FtjaxError(f"adapter tensor {start}{name} is missing: {CONFIG} has {entry!r} in modules_to_save")
     return mine, rest
 
 
@@ -236,7 +237,7 @@ def _entries(mine: dict[str, np.ndarray], spec) -> tuple[str, ...]:
     return tuple(sorted(modules | {name for name in names if name.rsplit(".", 1)[0] not in modules}))
 
 
-def _read(mine: dict[str, np.ndarray], base: dict, spec) -> dict[str, np.ndarray]:
+def _read(mine: dict[str, np.ndarray], base: dict, spec, start: str) -> dict[str, np.ndarray]:
     """Tensors of an adapter by their names in the model's files -> path -> what a run trains whole, float32.
 
     base: its head stands in for what the adapter does not carry of it: PEFT by default trains the last map alone, and
@@ -257,7 +258,7 @@ def _read(mine: dict[str, np.ndarray], base: dict, spec) -> dict[str, np.ndarray
             if name not in mine or mine[name].shape != expected:
                 there = f"has shape {mine[name].shape}" if name in mine else "is missing"
                 what = "the head over labels, trained whole" if path.startswith("head/") else "trained whole"
-                raise FtjaxError(f"adapter tensor {PREFIX}{name} {there}, expected {expected}: {what}")
+                raise FtjaxError(f"adapter tensor {start}{name} {there}, expected {expected}: {what}")
             rows.append(np.asarray(mine[name].T if transposed else mine[name], np.float32))
         out[path] = np.stack(rows) if stacked else rows[0]
     return out

@@ -26,7 +26,7 @@ from ftjax.objectives import classify
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import compile_step, init_state
 from ftjax.tree import flatten, unflatten
-from ftjax.tuning import METHODS, of_peft
+from ftjax.tuning import METHODS, adapters, of_peft
 
 STEPS, B, T, C, LR = 30, 4, 12, 3, 5e-3
 
@@ -151,6 +151,32 @@ def test_adapters_made_by_peft_have_its_logits(case, tmp_path):
     again = in_peft(pair._replace(spec=spec), method, trained, frozen, tmp_path / "ours")
     with torch.no_grad():
         np.testing.assert_allclose(their_logits(again, batches()[0]).numpy(), want, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_carries_a_head_as_peft_does(tmp_path):
+    """Both ways, on rows of one length: under a prompt transformers takes a row's last place, padding or not."""
+    pair = encoder("llama-tied")
+    batch = {name: x[:, : min(x.shape[1], 4)] for name, x in batches()[0].items()}
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    base = copy.deepcopy(pair.torch)
+    base.config.pad_token_id = 0
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn_like(p)
+        want = their_logits(model, batch).numpy()
+    model.save_pretrained(tmp_path / "theirs")
+    method, adapter_config, tensors = adapters.read(tmp_path / "theirs")
+    trained, fields = method.from_peft(adapter_config, tensors, pair.params, pair.spec)
+    pair = tiny.tuned(pair, **fields)._replace(torch=base)
+    _, frozen = method.init(jax.random.key(0), pair.params, pair.spec)
+    variables = method.variables(jax.tree.map(jnp.asarray, trained), frozen, pair.spec)
+    got = classify.logits(pair.model, variables, batch | {"loss_index": np.full((B, 1), 3, np.int32)})
+    np.testing.assert_allclose(np.asarray(got)[:, 0], want, rtol=0, atol=1e-4)
+    again = in_peft(pair, method, trained, frozen, tmp_path / "ours")
+    with torch.no_grad():
+        np.testing.assert_allclose(their_logits(again, batch).numpy(), want, rtol=0, atol=1e-4)
 
 
 # In float64 transformers' ModernBERT gives NaN for padded rows longer than its window.

@@ -226,6 +226,9 @@ def test_names_that_a_run_does_not_know(made, tmp_path):
     pair = tiny.tuned(tiny.pair("llama2"), modules_to_save=("lm_haed",))
     with pytest.raises(FtjaxError, match=r"tuning.modules_to_save: 'lm_haed' matches no module .*did you mean \"lm_he"):
         tiny.start(pair)
+    pair = tiny.tuned(tiny.pair("llama2"), targets=("q_proj",), modules_to_save=("self_attn",))
+    with pytest.raises(FtjaxError, match="tuning.targets: tuning.modules_to_save trains whole all that q_proj selects"):
+        tiny.start(pair)
     config = configs.default()
     config.tuning.update(method="prompt", modules_to_save=("lm_head",))
     with pytest.raises(FtjaxError, match="tuning.modules_to_save: prompt cannot train modules beside"):
