@@ -53,9 +53,7 @@ class Method:
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
     causal_only: bool = False  # whether it needs a model in which no token sees those behind it
-    of_parameters: bool = (
-        False  # whether it trains the model's own parameters alone; others may do so beside, see whole.py
-    )
+    of_parameters: bool = False  # whether it trains parameters of the model alone; others may too, see whole.py
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 
