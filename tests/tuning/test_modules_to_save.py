@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import warnings
 
 import jax
@@ -237,3 +238,40 @@ def test_names_that_a_run_does_not_know(made, tmp_path):
     config.tuning.update(method="lora", init_from=str(folder), modules_to_save=())
     with pytest.raises(FtjaxError, match="tuning.init_from: .* replaces tables of embeddings of its base"):
         adapters.Start(config.tuning).fill(pair.spec)
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_a_table_beside_lora(tmp_path):
+    """Run folder, adapter and whole model are one model, here and in PyTorch; another run goes on from the adapter."""
+    from transformers import AutoModelForCausalLM
+
+    def config(name, **tuning):
+        c = configs.default()
+        c.run_dir = str(tmp_path / name)
+        c.tuning.update(**tuning)
+        c.data.update(prompt="Words: {src}\nSentence:", completion=" {tgt}", limit=60, buckets=1, cache="")
+        c.optim.update(lr=1e-3, warmup=0.0)
+        c.train.update(steps=3, batch_size=8, eval_every=3, log_every=1)
+        c.evaluate.rows = 8
+        c.export.update(formats=("adapter", "merged"), checkpoint="last")
+        c.log.update(tensorboard=False, compilation_cache=False)
+        return c
+
+    ftjax.train(config("run", rank=4, modules_to_save=("embed_tokens", "norm")), say=lambda line: None)
+    got = {
+        name: ftjax.load(tmp_path / "run" / name, checkpoint="last").logits(IDS) for name in ("", "adapter", "merged")
+    }
+    base = assets.resolve("builtin:stories260K")
+    assert np.abs(got[""] - ftjax.load(base).logits(IDS)).max() > 1e-2
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    got |= {"peft": tiny.torch_logits(theirs.eval(), IDS), "transformers": tiny.torch_logits(whole.eval(), IDS)}
+    for name, logits in got.items():
+        np.testing.assert_allclose(logits, got[""], rtol=0, atol=1e-4, err_msg=name)
+
+    again = config("again", init_from=str(tmp_path / "run" / "adapter"))
+    again.optim.lr = 1e-12  # nothing moves: what comes out is what went in
+    ftjax.train(again, say=lambda line: None)
+    np.testing.assert_allclose(ftjax.load(tmp_path / "again").logits(IDS), got[""], rtol=0, atol=1e-4)
+    told = json.loads((tmp_path / "again" / "run.json").read_text())["config"]["tuning"]
+    assert "model.embed_tokens" in told["modules_to_save"] and told["rank"] == 4
