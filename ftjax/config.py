@@ -186,6 +186,9 @@ FIELDS: dict[str, Field] = {
     # LoRA and DoRA, and keys, values and the last map of the feed-forward for IA3
     "tuning.feedforward": several((), WORD, also="feedforward_modules"),  # ia3: targets whose input is scaled, not
     # their output; empty: the last map of the feed-forward; none: no target
+    "tuning.modules_to_save": several((), WORD, also="lora_modules_to_save additional_target"),  # lora, dora, ia3:
+    # modules that are trained whole beside the adapter, by names as PEFT matches them, such as lm_head, embed_tokens or
+    # norm; `bias`: all biases
     "tuning.rslora": switch(False, also="use_rslora"),  # scale by alpha / sqrt(rank), so that updates do not shrink
     # with the rank
     "tuning.init": choice("default", "gaussian", "orthogonal", "pissa", "olora", also="init_lora_weights pissa_init"),

@@ -79,8 +79,8 @@ class LM:
                 f"adapters {', '.join(adapter)}: they bring different tokenizers or chat templates, and their sum can "
                 "read texts by one alone; give all of them the same tokenizer files"
             )
-        collections = {name: lm.adapter for name, lm in self.adapters.items()}
-        variables = {"params": self.params, "adapter": weighted(collections, adapter, combine)}
+        collections = {name: lm.variables for name, lm in self.adapters.items()}
+        variables = {"params": self.params, "adapter": weighted(collections, self.params, adapter, combine)}
         return dataclasses.replace(added[0], adapters=self.adapters).applied(variables)
 
     def reading(self, folder: Path) -> LM:
@@ -100,8 +100,14 @@ class LM:
         return dataclasses.replace(self, tokenizer=words, tokenizer_folder=own, end_tokens=ends)
 
     def applied(self, variables: dict) -> LM:
-        """This model under `variables`: {"params": ..., "adapter": ...}."""
-        return dataclasses.replace(self, params=variables["params"], adapter=variables.get("adapter", {}))
+        """This model under `variables`: {"params": ..., "adapter": ...}; their vocabulary may have another size.
+
+        Raises FtjaxError where the tokenizer has more tokens than their table of embeddings has rows.
+        """
+        shape = dataclasses.replace(self.model.config, vocab_size=variables["params"]["embed"]["embedding"].shape[0])
+        tokenizer.check_vocab(self.tokenizer, shape.vocab_size)
+        model = self.model if shape == self.model.config else self.model.clone(config=shape)
+        return dataclasses.replace(self, model=model, params=variables["params"], adapter=variables.get("adapter", {}))
 
     def logits(self, input_ids, attention_mask=None) -> np.ndarray:
         """input_ids, attention_mask (B, T) int -> logits (B, T, V) float32; padding may lie on either side."""
@@ -197,7 +203,8 @@ def open_base(
     folder = Path(folder)
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
-    tokenizer.check_vocab(words, shape.vocab_size)
+    if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table, see LM.applied
+        tokenizer.check_vocab(words, shape.vocab_size)
     if config is not None:
         words = chat_templates.installed(config, words)
     end = "" if config is None else config.data.end

@@ -56,7 +56,7 @@ def load(
         _, labels = peft_adapters.task(at, adapter, folder) or ("", ())
         if labels and not lm.labels:
             raise FtjaxError(f"{at}: this adapter brings a head over labels, which {path} lacks; name it as the model")
-        beside[name] = lm.reading(at).applied(peft_adapters.variables(adapter, lm.params, spec))
+        beside[name] = lm.applied(peft_adapters.variables(adapter, lm.params, spec)).reading(at)
     return dataclasses.replace(lm, adapters=beside)
 
 
@@ -73,6 +73,6 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     task = peft_adapters.task(folder, adapter, base)
     own = folder if tokenizer.has_tokenizer(folder) else None
     lm, spec = open_base(base, dtype, quantise=quantise, task=task, tokenizer_folder=own)
-    lm = lm if own else lm.reading(folder)
     lm.pooling = pooling.read(folder) or lm.pooling
-    return lm.applied(peft_adapters.variables(adapter, lm.params, spec))
+    lm = lm.applied(peft_adapters.variables(adapter, lm.params, spec))
+    return lm if own else lm.reading(folder)

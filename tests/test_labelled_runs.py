@@ -21,7 +21,7 @@ def test_an_adapter_and_its_head_load_in_peft(kind, tmp_path):
     import transformers
 
     base = make(tmp_path / "base", kind)
-    c = config(tmp_path, base, export__formats='("adapter", "merged")')
+    c = config(tmp_path, base, export__formats='("adapter", "merged")', train__steps=10)
     result = ftjax.train(c, say=lambda text: None)
     assert result.results["labels"] == ["bad", "good"]
     assert result.results["test"]["metrics"]["accuracy"]["value"] > 0.9
@@ -65,6 +65,45 @@ def test_an_adapter_made_by_peft_reads_the_pooler_of_its_base(encoder, tmp_path)
     transformers.BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(encoder)
     with pytest.raises(FtjaxError, match=r"SEQ_CLS, but tensor .*pooler.dense.* of its head is missing"):
         ftjax.load(tmp_path / "adapter")
+
+
+def test_a_classifier_of_other_labels_is_a_start(encoder, tmp_path):
+    """For another number of labels its last map is new, and the run says so; PyTorch and ftjax read the result."""
+    import peft
+    import transformers
+
+    def started(names, labels, **more):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            encoder, id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+        )
+        model.save_pretrained(encoder)
+        lines = []
+        result = ftjax.train(config(tmp_path, encoder, task__labels=labels, **more), say=lines.append)
+        return lines, result
+
+    lines, result = started(
+        ["x", "y", "z"], '("bad", "good")', export__formats='("adapter", "merged")', train__steps=10
+    )
+    new = "new, and trained whole: head/out (the model's own is for 3 labels, and the run has 2)"
+    assert [line for line in lines if "head/out" in line] == [new]
+    assert result.results["test"]["metrics"]["accuracy"]["value"] > 0.9
+    texts = [row["text"] for row in rows(8, 5)]
+    asked = write(tmp_path / "asked.jsonl", [{"text": text} for text in texts])
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=2, ignore_mismatched_sizes=True
+    )
+    models = {
+        "adapter": peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter"),
+        "merged": transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged"),
+    }
+    for name, model in models.items():
+        found = ftjax.predict(str(tmp_path / "run" / name), asked)
+        ours = [[row["probabilities"][label] for label in ("bad", "good")] for row in found]
+        np.testing.assert_allclose(theirs(model.eval(), encoder, texts), ours, atol=1e-4)
+
+    lines, _ = started(["z", "y"], '("bad", "good")', overwrite=True, train__steps=2)
+    kept = "warning: the model's head has the labels z, y, and the run starts from it with bad, good in their places"
+    assert kept in lines and not any("head/out" in line for line in lines)
 
 
 @pytest.mark.parametrize("method", ["full", "head", "bitfit", "dora", "ia3", "last_layers"])

@@ -179,7 +179,10 @@ def label_id(cell, names: tuple[str, ...], place: str, column: str) -> int:
         return names.index(name)
     if name.isdigit() and int(name) < len(names):
         return int(name)
-    raise FtjaxError(f"{place}: column {column!r} holds {cell!r}{nearest(name, names)}; expected one of {_some(names)}")
+    raise FtjaxError(
+        f"{place}: column {column!r} holds {cell!r}{nearest(name, names)}; expected one of {_some(names)}; to have "
+        "others, name them all in task.labels"
+    )
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -365,7 +365,7 @@ def module_name(path: str, family: Family, config: ModelConfig) -> str:
 def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
     """Path -> module name of every linear map of a model, tables of embeddings among them, in the table's order.
 
-    The maps of a head over labels are none of them: they are trained as they are, see ftjax.tuning.head.
+    The maps of a head over labels are none of them: they are trained as they are, see ftjax.tuning.whole.
     """
     found = {path for path in shapes(config) if not path.startswith("head/")}
     leaves = ("kernel", "embedding")

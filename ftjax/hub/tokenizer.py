@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
+from ftjax.hub import spm
 from ftjax.hub.resolve import read_json
 
 # What tokenizer_config.json calls the class that is made of tokenizer.json and nothing else.
@@ -61,6 +62,8 @@ def load_tokenizer(folder: Path, model_folder: Path | None = None):
     folder = Path(folder)
     if not has_tokenizer(folder):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
+    if spm.alone(folder):
+        return spm.load(folder)
     try:
         if _is_plain(folder, Path(model_folder or folder)):
             from transformers import PreTrainedTokenizerFast

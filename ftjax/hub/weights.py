@@ -134,8 +134,9 @@ def read_params(
     default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
     a time. quantise: path -> what makes (out, in) float32 into what is kept of it, layer by layer, so that never two
     layers are whole on a device; None: it stays as it is. new_head: key by which modules of the head that the files
-    lack are made; None: they may lack none. given_away: the arrays will be donated; otherwise JAX on a CPU takes the
-    memory that they were read into as it is, without a copy, and cannot reuse it.
+    lack are made, and its last map if theirs is for another number of labels; None: they may lack none. given_away: the
+    arrays will be donated; otherwise JAX on a CPU takes the memory that they were read into as it is, without a copy,
+    and cannot reuse it.
     Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
     """
     located = _locate(Path(folder), family, config, new_head is not None)
@@ -164,7 +165,7 @@ def read_params(
 
 
 def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
-    """The modules of the head that a directory's files do not have, as `head/out`."""
+    """The modules of the head that a directory's files do not have for so many labels, as `head/out`."""
     located = _locate(Path(folder), family, config, True)
     return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, (tensors, _) in located.items() if not tensors))
 
@@ -305,7 +306,8 @@ def _locate(
 ) -> dict[str, tuple[list[Stored | None], bool]]:
     """Path -> where its tensors lie, one a layer, and whether transposed; all names and shapes checked.
 
-    None: a layer that lacks the module. new_head: modules of the head may be missing, and then have no tensors.
+    None: a layer that lacks the module. new_head: modules of the head may be missing, and its last map may be one for
+    another number of labels; they then have no tensors.
     """
     stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
@@ -319,9 +321,11 @@ def _locate(
                 found.append(None)
                 continue
             tensor = stored.get(_plain(name, family))
+            others = tensor is not None and tensor.shape != shape and tensor.shape[1:] == shape[1:]
+            if new_head and (path.startswith("head/out/") and others or path.startswith("head/") and tensor is None):
+                used.add(tensor)
+                continue
             if tensor is None:
-                if path.startswith("head/") and new_head:
-                    continue
                 problems.append(f"tensor {name} {shape} is missing")
                 continue
             used.add(tensor)

@@ -81,7 +81,12 @@ def check_remat(config, device) -> None:
 
 
 def check_method(config, family, shape) -> None:
-    """Raises FtjaxError for a method that a model is not made for."""
+    """Raises FtjaxError for a method that a model is not made for, and modules beside one that has none."""
+    name = config.tuning.method
+    if config.tuning.modules_to_save and METHODS[name].peft_type not in ("LORA", "IA3"):
+        raise FtjaxError(
+            f"tuning.modules_to_save: {name} cannot train modules beside what it trains itself; lora, dora and ia3 can"
+        )
     if METHODS[config.tuning.method].causal_only and not shape.causal:
         raise FtjaxError(
             f"tuning.method: {config.tuning.method} puts tokens before a row that see none of it, and a "

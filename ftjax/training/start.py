@@ -14,7 +14,7 @@ from ftjax.data.batches import loader
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_text
-from ftjax.hub import weights
+from ftjax.hub import families, weights
 from ftjax.hub.resolve import read_json
 from ftjax.models.quantised import dequantised
 from ftjax.training import hosts, sharding
@@ -33,9 +33,11 @@ def first_state(job: Job, program: Program, say) -> tuple:
         job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
         quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed), given_away=True,
     )  # fmt: skip
-    if not job.generates and (new := weights.head_is_new(job.folder, spec.family, spec.model)):
+    if not job.generates:
+        new = weights.head_is_new(job.folder, spec.family, spec.model)
         check_new_head(new, program.trained, config)
-        say(f"new, and trained whole: {', '.join(new)}")
+        for line in about_head(job, new):
+            say(line)
     made_elsewhere = job.given.trained(base, spec, program.trained) if job.given else None
     with warnings.catch_warnings():
         # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
@@ -54,6 +56,25 @@ def first_state(job: Job, program: Program, say) -> tuple:
             "token that was"
         )
     return program.init_state(trained), frozen
+
+
+def about_head(job: Job, new: list[str]) -> list[str]:
+    """Lines that say which modules of the head are made anew, and why; and what becomes of the labels of a kept one.
+
+    new: the modules of the head that are not read from the model's files.
+    """
+    own, head = families.read_config(job.folder)[1].head, job.spec.model.head
+    if new:
+        other = f" (the model's own is for {own.labels} labels, and the run has {head.labels})"
+        return [f"new, and trained whole: {', '.join(new)}{other if own.labels and 'head/out' in new else ''}"]
+    known, names = families.label_names(job.folder), tuple(job.config.task.labels)
+    unnamed = tuple(f"LABEL_{i}" for i in range(len(known)))
+    if own.task != head.task or known in (names, unnamed):
+        return []
+    return [
+        f"warning: the model's head has the labels {', '.join(known)}, and the run starts from it with "
+        f"{', '.join(names)} in their places"
+    ]
 
 
 def indistinct_ends(frozen: dict, examples) -> dict[int, int]:

@@ -15,8 +15,9 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, peft, resolve, weights
 from ftjax.objectives import kind_of
 from ftjax.tree import flatten, unflatten
+from ftjax.tuning import tables
 from ftjax.tuning.base import METHODS, Method, Spec, of_peft
-from ftjax.tuning.head import PEFT_TASKS
+from ftjax.tuning.whole import PEFT_TASKS
 
 # Fields of config.tuning that an adapter_config.json says under another name, where it says them.
 SAID = {"rank": "r", "alpha": "lora_alpha"}
@@ -41,7 +42,7 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
 
     base: the directory of its base. Names stand in a file beside the adapter, which PEFT does not know.
     """
-    _, adapter_config, tensors = adapter
+    method, adapter_config, tensors = adapter
     if adapter_config.get("task_type") == "FEATURE_EXTRACTION":
         return kind_of("none"), ()
     head = next((head for head, name in PEFT_TASKS.items() if name == adapter_config.get("task_type")), None)
@@ -50,7 +51,9 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     family, shape = families.read_config(base)
     wanted = families.with_head(family, shape, head, 1, base)
     new = tuple(f"{module}/" for module in (*weights.head_is_new(base, family, wanted), "head/out"))
-    names = {path: f"{peft.PREFIX}{stored[0]}" for path, (stored, _) in families.tensor_names(family, wanted).items()}
+    names = {
+        path: f"{method.peft_prefix}{stored[0]}" for path, (stored, _) in families.tensor_names(family, wanted).items()
+    }
     for path, name in names.items():
         if path.startswith(new) and name not in tensors:
             raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name} of its head is missing")
@@ -63,7 +66,8 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
 
 def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:
     """What the model is applied to under an adapter as `read` gives it; base: its parameters, which are not copied."""
-    method, adapter_config, tensors = adapter
+    method, *files = adapter
+    adapter_config, tensors, base, spec = tables.replaced(*files, base, spec)
     spec = spec._replace(tuning=spec.tuning.copy_and_resolve_references())
     trained, fields = method.from_peft(adapter_config, tensors, base, spec)
     spec.tuning.update(fields)
@@ -71,19 +75,28 @@ def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dic
     return method.variables(jax.tree.map(jnp.asarray, trained), frozen, spec)
 
 
-def weighted(collections: dict[str, dict], weights: dict[str, float], combine: str) -> dict:
+def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float], combine: str) -> dict:
     """One `adapter` collection for the weighted sum of several LoRAs, as PEFT's add_weighted_adapter has it.
 
-    combine: `cat` sets ranks beside each other, which is the sum of w · s · B A to the letter; `linear` adds A to A and
-    B to B, each times the root of |w · s|, which keeps the rank and brings products of one's B with another's A along.
-    Raises FtjaxError for an unknown name or way, for adapters other than LoRA, and for `linear` on unequal ranks.
+    Args:
+        adapters: name -> what the model is applied to under that adapter.
+        params: the base's parameters.
+        weights: name -> weight; of these the sum is made.
+        combine: `cat` sets ranks beside each other, which is the sum of w · s · B A to the letter. `linear` adds A to A
+            and B to B, each times the root of |w · s|, which keeps the rank and brings products of one's B with
+            another's A along.
+
+    Raises:
+        FtjaxError: an unknown name or way, an adapter that is not LoRA alone, or `linear` on unequal ranks.
     """
     if combine not in ("cat", "linear"):
         raise FtjaxError(f"combine: {combine!r}{nearest(combine, ('cat', 'linear'))}; one of cat, linear")
     found = {}  # path of a map -> [(weight · scale, a, b), ...]
     for name, weight in weights.items():
-        leaves = flatten(pick(collections, name))
-        if not leaves:
+        found_in = pick(adapters, name)
+        leaves = flatten(found_in.get("adapter", {}))
+        base = flatten(params)
+        if not leaves or any(base.get(path) is not x for path, x in flatten(found_in["params"]).items()):
             raise FtjaxError(f"adapter {name!r} holds whole parameters: only LoRA's are weighted and added")
         other = sorted({path.split("/")[-2:][0] for path in leaves if "/lora/" not in path})
         if other:
@@ -131,8 +144,15 @@ class Start:
 
     def fill(self, spec: Spec) -> None:
         """Set what the adapter's tensors decide in spec.tuning. Raises FtjaxError where the config says otherwise."""
-        # A copy of the base's own weight is looked at when the base is there.
-        own = {name: x for name, x in self.tensors.items() if ".base_layer." not in name}
+        rest, *of_base = tables.find(self.adapter_config, self.tensors, spec)
+        if any(of_base):
+            raise FtjaxError(
+                f"tuning.init_from: {self.folder} replaces tables of embeddings of its base: the vocabulary was "
+                "resized, single tokens were trained, or the tables were saved with it. A run cannot train on those: "
+                "merge the adapter into its base, where peft is installed, with merge_and_unload, and start from that"
+            )
+        # A copy of the base's own weight is compared when the base is there.
+        own = {name: x for name, x in rest.items() if ".base_layer.weight" not in name}
         _, fields = self.method.from_peft(self.adapter_config, own, weights.param_shapes(spec.model), spec)
         fields |= {ours: self.adapter_config[said] for ours, said in SAID.items() if said in self.adapter_config}
         tuning, default = spec.tuning, configs.default().tuning

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.hub.families import Family
+from ftjax.hub.peft import PREFIX
 from ftjax.models.config import ModelConfig
 from ftjax.models.transformer import parameter_axes
-from ftjax.tuning.head import with_head
+from ftjax.tuning.whole import with_whole
 
 
 class Spec(NamedTuple):
@@ -44,6 +45,7 @@ class Method:
     to_peft: Callable | None = None
     from_peft: Callable | None = None
     peft_type: str = ""
+    peft_prefix: str = PREFIX  # what PEFT's files put before the names of the base's own parameters
     peft_variant: Callable[[dict], bool] | None = None  # which adapter_configs of a shared peft_type; None: the rest
     virtual_tokens: Callable[[Spec], int] = lambda spec: 0
     axes: Callable[[str], tuple] = parameter_axes
@@ -53,7 +55,7 @@ class Method:
     start: Callable[[dict], dict] = lambda frozen: {}  # what of `frozen` was computed from values of the base: a run
     # keeps it, because another dtype or device computes it otherwise
     causal_only: bool = False  # whether it needs a model in which no token sees those behind it
-    own_head: bool = False  # whether it decides itself what is trained of a head over labels, see tuning/head.py
+    of_parameters: bool = False  # whether it trains parameters of the model alone; others may too, see whole.py
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 
@@ -63,7 +65,7 @@ METHODS: dict[str, Method] = {}
 
 def register(name: str, method: Method) -> None:
     """Make `tuning.method = name` known."""
-    METHODS[name] = method if method.own_head else with_head(method)
+    METHODS[name] = method if method.of_parameters else with_whole(method)
 
 
 def of_peft(adapter_config: dict) -> Method | None:

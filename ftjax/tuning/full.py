@@ -26,7 +26,7 @@ register(
         init=init,
         variables=variables,
         merge=merge,
-        own_head=True,
+        of_parameters=True,
         lr=2e-5,  # what Llama-2, Tulu and Alpaca used for full supervised fine-tuning of billions of parameters
         batch_size=64,  # full training wants the larger batch: its gradient noise acts on every weight
     ),

@@ -53,10 +53,8 @@ ADAPTERS["ia3"] = Adapter(before, after)
 def scaled(spec: Spec) -> dict[str, list[bool]]:
     """`PATH/ia3/input` and `PATH/ia3/output` of what is scaled -> whether it is, layer by layer."""
     names, layers = without_embeddings(spec.names), spec.model.layers
-    if spec.tuning.targets:
-        chosen = select(names, layers, tuple(spec.tuning.targets))
-    else:
-        chosen = {path: [True] * layers for path in TARGETS if path in names}
+    usual = tuple(m for path in TARGETS if path in names for m in module_names(path, names[path], layers))
+    chosen = select(names, layers, tuple(spec.tuning.targets) or usual, saved=tuple(spec.tuning.modules_to_save))
     feedforward = tuple(spec.tuning.feedforward)
     if feedforward == NONE:
         inputs = {}

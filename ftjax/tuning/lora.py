@@ -59,7 +59,9 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Path of each target -> its rank (int) and scale (float32), each (L,), or (1,) where it is not stacked."""
     tuning, layers = spec.tuning, spec.model.layers
     out, adapted = {}, []
-    for path, hits in select(spec.names, layers, tuple(tuning.targets) or ("all-linear",)).items():
+    targets = tuple(tuning.targets) or ("all-linear",)
+    chosen = select(spec.names, layers, targets, saved=tuple(tuning.modules_to_save))
+    for path, hits in chosen.items():
         rank, scale = [], []
         for module, hit in zip(module_names(path, spec.names[path], layers), hits, strict=True):
             r = by_pattern(tuning.rank_pattern, module, tuning.rank, "tuning.rank_pattern")
@@ -118,7 +120,7 @@ def merge(trained, frozen, spec):
         change = change * (scale[:, None, None] if kernel.ndim == 3 else scale[0])
         kernel = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
         if path == "embed" and spec.model.tied:
-            params["lm_head/kernel"] = params["embed/embedding"]
+            params.setdefault("lm_head/kernel", params["embed/embedding"])
         leaf, value = ("embedding", kernel.T) if path in EMBEDDINGS else ("kernel", kernel)
         params[f"{path}/{leaf}"] = value
     return unflatten(params)

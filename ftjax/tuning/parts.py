@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError
 from ftjax.hub import families
+from ftjax.hub.peft import PREFIX
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
-from ftjax.tuning.head import PEFT_TASKS, has_labels, saved_modules
-from ftjax.tuning.parts_peft import as_biases, as_modules, carries_parts, parts_of_peft
+from ftjax.tuning.whole import has_labels, put, saved, take
 
 # ---- which parameters: (path, tensor name, layer or None, spec) -> whether it is trained --------------------------
 
@@ -118,39 +118,26 @@ def placed(path: str, hits: np.ndarray, lower: int) -> tuple[str, np.ndarray]:
 
 
 def init(key, base, spec, rule):
-    """The parameters that `rule` names are trained, from where they are.
-
-    Of a stacked parameter that is trained in some layers of its stack only, `trained` holds those layers, and `frozen`
-    the whole stack, in which they are replaced.
-    """
+    """The parameters that `rule` names are trained, from where they are; see `whole.take`."""
     parts = chosen(rule, spec)
     lower = lower_layers(parts, spec)
     if "lm_head/kernel" in parts and "lm_head" not in base:
         base = base | {"lm_head": {"kernel": base["embed"]["embedding"]}}
-    trained, frozen = {}, {}
-    for path, leaf in flatten(base).items():
-        hits = parts.get(path, np.zeros(spec.model.layers if path.startswith("layers/") else 1, bool))
-        if lower and path.startswith("layers/"):
-            frozen[path], leaf = leaf[:lower], leaf[lower:]
-        path, hits = placed(path, hits, lower)
-        if hits.all():
-            trained[path] = leaf
-            continue
-        frozen[path] = leaf
-        if hits.any():
-            trained[path] = leaf[np.flatnonzero(hits)]
-    return unflatten(trained), unflatten(frozen)
+    params, below = flatten(base), {}
+    if lower:
+        stack = {path: leaf for path, leaf in params.items() if path.startswith("layers/")}
+        below = {path: leaf[:lower] for path, leaf in stack.items()}
+        params = {p: x for p, x in params.items() if p not in stack} | {f"top_{p}": x[lower:] for p, x in stack.items()}
+    trained, frozen = take(params, dict(placed(path, hits, lower) for path, hits in parts.items()))
+    return unflatten(trained), unflatten(below | frozen)
 
 
 def variables(trained, frozen, spec, rule):
     """A model's parameters, in two stacks where the lower blocks are frozen."""
     parts = chosen(rule, spec)
     lower = lower_layers(parts, spec)
-    params, leaves = flatten(frozen), flatten(trained)
-    for path, hits in (placed(path, hits, lower) for path, hits in parts.items()):
-        x = leaves[path]
-        params[path] = x if hits.all() else params[path].astype(x.dtype).at[np.flatnonzero(hits)].set(x)
-    return {"params": unflatten(params)}
+    placed_parts = dict(placed(path, hits, lower) for path, hits in parts.items())
+    return {"params": unflatten(put(flatten(frozen), flatten(trained), placed_parts))}
 
 
 def merge(trained, frozen, spec, rule):
@@ -167,54 +154,47 @@ def layer_ids(path, spec, rule):
     return np.flatnonzero(chosen(rule, spec)[path.removeprefix("top_")])
 
 
-def to_peft(trained, frozen, spec, rule, form):
-    """PEFT's LORA of nothing, that carries what was trained: see parts_peft."""
-    config, tensors = form(chosen(rule, spec), merge(trained, frozen, spec, rule), spec)
-    if has_labels(spec):
-        head = tuple(saved_modules(spec))
-        others = [name for name in config["modules_to_save"] or () if not name.startswith(head)]
-        config |= {"task_type": PEFT_TASKS[spec.model.head.task], "modules_to_save": sorted((*others, *head))}
-    return config, tensors
+def to_peft(trained, frozen, spec, rule):
+    """PEFT's LORA that carries what was trained beside changes of its own, of which it has none.
+
+    It must adapt something: the embedding table gets a LoRA of rank 1, all zeros.
+    """
+    parts, leaves = chosen(rule, spec), flatten(trained)
+    lower = lower_layers(parts, spec)
+    rows = {path: leaves[placed(path, hits, lower)[0]] for path, hits in parts.items()}
+    return saved(*_no_lora(spec), parts, rows, spec)
 
 
-def from_peft(adapter_config, tensors, base, spec):
-    """What a LoRA carries beside changes of its own, of which it must have none; `tuning.pattern` names it."""
-    named = parts_of_peft(tensors)
-    fields = {"pattern": tuple(re.escape(name) for name in named)}
-    tuning = spec.tuning.copy_and_resolve_references()
-    tuning.update(fields)
-    spec = spec._replace(tuning=tuning)
-    shapes, _ = jax.eval_shape(lambda base: init(None, base, spec, matches), base)
-    parts, trained = chosen(matches, spec), flatten(shapes)
-    tied = spec.model.tied and "lm_head/kernel" not in parts
-    stored = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
-    for path, hits in parts.items():
-        names, transposed = stored[path]
-        layers = [named.pop(names[layer]) for layer in np.flatnonzero(hits)]
-        layers = [np.asarray(x.T if transposed else x, np.float32) for x in layers]
-        x = np.stack(layers) if path.startswith("layers/") else layers[0]
-        place, _ = placed(path, hits, lower_layers(parts, spec))
-        if x.shape != trained[place].shape:
-            raise FtjaxError(f"adapter tensors of {path}: shape {x.shape}, expected {trained[place].shape}")
-        trained[place] = x
-    if named:
-        known = [name for names, _ in stored.values() for name in names]
-        name = next(iter(named))
-        raise FtjaxError(f"adapter tensor {name}: this model has no such parameter{nearest(name, known)}")
-    return unflatten(trained), fields
+def _no_lora(spec) -> tuple[dict, dict[str, np.ndarray]]:
+    module, (V, D) = families.module_name("embed", spec.family, spec.model), (spec.model.vocab_size, spec.model.width)
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": [module],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+    zeros = {"lora_embedding_A": np.zeros((1, V), np.float32), "lora_embedding_B": np.zeros((D, 1), np.float32)}
+    return config, {f"{PREFIX}{module}.{leaf}": x for leaf, x in zeros.items()}
 
 
-def method(rule: Callable, lr: float, form: Callable | None = None, **fields) -> Method:
-    """A row of METHODS that trains what `rule` names; form: how PEFT carries it, None where it cannot."""
+def method(rule: Callable, lr: float, exports: bool = True, **fields) -> Method:
+    """A row of METHODS that trains what `rule` names; exports: whether PEFT can carry it."""
     bound = {f.__name__: functools.partial(f, rule=rule) for f in (init, variables, merge, layer_ids)}
-    form = form and functools.partial(to_peft, rule=rule, form=form)
-    return Method(**bound, to_peft=form, lr=lr, own_head=True, **fields)
+    form = functools.partial(to_peft, rule=rule) if exports else None
+    return Method(**bound, to_peft=form, lr=lr, of_parameters=True, **fields)
 
 
 # Learning rates: of a few tried on CommonGen, the starter model of 260,000 parameters learned best with 1e-3 in its
 # last layers, 5e-3 in its norms and 1e-3 in its head; wider models want less for matrices (Yang et al. 2022, muP).
-register("last_layers", method(in_last_layers, 3e-4, as_modules))
-register("bitfit", method(is_bias, 1e-3, as_biases))  # what its authors' run_glue.py takes by default, with AdamW
-register("norms", method(is_norm, 2e-3, as_modules))
-register("head", method(is_head, 1e-3, as_modules))
-register("pattern", method(matches, 3e-4, peft_type="LORA", peft_variant=carries_parts, from_peft=from_peft))
+register("last_layers", method(in_last_layers, 3e-4))
+register("bitfit", method(is_bias, 1e-3))  # what its authors' run_glue.py takes by default, with AdamW
+register("norms", method(is_norm, 2e-3))
+register("head", method(is_head, 1e-3))
+register("pattern", method(matches, 3e-4, exports=False))

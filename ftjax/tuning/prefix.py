@@ -101,6 +101,7 @@ register(
         to_peft=to_peft,
         from_peft=from_peft,
         peft_type="PREFIX_TUNING",
+        peft_prefix=prompt.PREFIX,
         axes=axes,
         virtual_tokens=prompt.virtual_tokens,
         lr=5e-3,  # PEFT's comparison, started from the keys and values of 50 real tokens: 40.0 %

@@ -16,6 +16,7 @@ from ftjax.models.quantised import read_rows
 from ftjax.tuning.base import Method, register
 
 TENSOR = "prompt_embeddings"  # what PEFT calls the one tensor of every soft prompt
+PREFIX = "base_model."  # before the names of the base's parameters, such as a head's: PEFT wraps no module of it
 
 
 def virtual_tokens(spec) -> int:
@@ -106,6 +107,7 @@ register(
         to_peft=to_peft,
         from_peft=from_peft,
         peft_type="PROMPT_TUNING",
+        peft_prefix=PREFIX,
         axes=axes,
         virtual_tokens=virtual_tokens,
         # Between the 1e-3 of PEFT's comparison (Llama-3.2-3B, GSM8K: 34.3 % with vocabulary initialisation, 5.7 % with

@@ -63,6 +63,7 @@ register(
         to_peft=to_peft,
         from_peft=prompt.from_peft,
         peft_type="P_TUNING",
+        peft_prefix=prompt.PREFIX,
         axes=encoder_axes,
         virtual_tokens=prompt.virtual_tokens,
         lr=1e-3,  # the best of PEFT's comparison, with dense layers and 50 tokens: 36.7 %

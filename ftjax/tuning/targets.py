@@ -18,20 +18,44 @@ def module_names(path: str, template: str, layers: int) -> list[str]:
     return [template.format(l=i) for i in range(layers)] if path.startswith("layers/") else [template]
 
 
-def select(
-    names: dict[str, str], layers: int, targets: tuple[str, ...], key: str = "tuning.targets"
-) -> dict[str, list[bool]]:
-    """Path -> for each of its modules whether `targets` selects it; paths without any are left out.
+def saves(entry: str, tensor: str) -> bool:
+    """Whether an entry of PEFT's `modules_to_save` takes a tensor, by its name in the model's files.
 
-    names: path -> template of module names. A target is `all-linear` (every linear map in the blocks), `re:PATTERN`
-    (must match a whole module name), or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
-    Raises FtjaxError that names `key`, where they were given, for a target that selects nothing.
+    It does if the name of the tensor's module, or of a module around it, ends in the entry, such as `norm` for
+    `model.layers.0.input_layernorm`. Beside PEFT's meaning, an entry can be the end of a bias's own name.
+    """
+    parts = tensor.split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + (parts[-1] == "bias"))]
+    return any(name.endswith(entry) for name in around)
+
+
+def select(
+    names: dict[str, str], layers: int, targets: tuple[str, ...], key: str = "tuning.targets",
+    saved: tuple[str, ...] = (),
+) -> dict[str, list[bool]]:  # fmt: skip
+    """Which maps an adapter goes on.
+
+    Args:
+        names: path -> template of module names.
+        layers: L.
+        targets: each is `all-linear` (every linear map in the blocks), `re:PATTERN` (must match a whole module name),
+            or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
+        key: the field of the config that an error names.
+        saved: `tuning.modules_to_save`; what is trained whole gets no adapter, as in PEFT.
+
+    Returns:
+        Path -> for each of its modules whether a target selects it; paths without any are left out.
+
+    Raises:
+        FtjaxError: a target selects nothing.
     """
     chosen, used = {}, set()
     for path, template in names.items():
         modules = module_names(path, template, layers)
         hits = [[t for t in targets if _matches(t, module, path, key)] for module in modules]
         used.update(t for hit in hits for t in hit)
+        whole = [any(saves(entry, f"{module}.weight") for entry in saved) for module in modules]
+        hits = [[] if w else hit for w, hit in zip(whole, hits, strict=True)]
         if any(hits):
             chosen[path] = [bool(hit) for hit in hits]
     for target in targets:
@@ -42,6 +66,10 @@ def select(
                 f"it has {', '.join(tails)}; `all-linear` takes all of its blocks"
                 + ("; its head is tied: the table of embeddings itself" * (target == "lm_head"))
             )
+    if saved and not chosen:
+        raise FtjaxError(
+            f"{key}: tuning.modules_to_save trains whole all that {', '.join(targets)} selects; name others"
+        )
     return chosen
 
 

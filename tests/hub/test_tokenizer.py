@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
+import sys
 
 import jax
 import pytest
@@ -164,3 +166,59 @@ def test_no_code_of_a_repository_is_run(gpt2, tmp_path):
     with contextlib.suppress(FtjaxError):  # refused, or loaded as a plain one: either will do
         load_tokenizer(gpt2)
     assert not (tmp_path / "ran").exists()
+
+
+LLAMA2 = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.fixture
+def sentencepiece_alone(tmp_path):
+    """A function that makes a directory of a content of tokenizer.model."""
+
+    def make(content):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA2 | {"add_bos_token": True}))
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02",
+            "the package sentencepiece reads, and this is not installed",
+        ),
+        (b"IQ== 0\nIg== 1\n", "tokenizer.model: is no SentencePiece model, .*; put the tokenizer.json"),
+    ],
+)
+def test_tokenizer_model_alone_says_what_it_needs(sentencepiece_alone, content, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
+    with pytest.raises(FtjaxError, match=message):
+        load_tokenizer(sentencepiece_alone(content))
+
+
+def test_tokenizer_model_alone_has_the_tokens_of_sentencepiece(sentencepiece_alone):
+    """A BPE model, as LLaMA 2's, does; of another algorithm the class makes other tokens, and it is refused."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = [
+        f"{a} {b}, {c} naïve ways." for a in ("The", "a", "some") for b in ("dogs", "cats") for c in ("7", "in", "by")
+    ]
+
+    def trained(kind):
+        file = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text * 5), model_writer=file, model_type=kind, vocab_size=310, byte_fallback=True,
+            split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            hard_vocab_limit=False,
+        )  # fmt: skip
+        return file.getvalue()
+
+    model = trained("bpe")
+    found, pieces = load_tokenizer(sentencepiece_alone(model)), sentencepiece.SentencePieceProcessor(model_proto=model)
+    for line in (*text, "Hello  world\n\t12345 <x> 日本語"):
+        assert found(line)["input_ids"] == [pieces.bos_id(), *pieces.encode(line)]
+    with pytest.raises(FtjaxError, match="LlamaTokenizer makes other tokens of this model than SentencePiece does"):
+        load_tokenizer(sentencepiece_alone(trained("unigram")))

@@ -26,7 +26,7 @@ from ftjax.objectives import classify
 from ftjax.training.optimizer import optimizer, schedule
 from ftjax.training.step import compile_step, init_state
 from ftjax.tree import flatten, unflatten
-from ftjax.tuning import METHODS, of_peft
+from ftjax.tuning import METHODS, adapters, of_peft
 
 STEPS, B, T, C, LR = 30, 4, 12, 3, 5e-3
 
@@ -118,13 +118,18 @@ MADE = {
     "dora": peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=["query", "attention.output.dense"]),
     "ia3": peft.IA3Config(target_modules=["key", "value", "intermediate.dense"], feedforward_modules=[]),
     "lora and pooler": peft.LoraConfig(target_modules=["value"], modules_to_save=["pooler.dense", "classifier"]),
+    "lora of rank one": peft.LoraConfig(r=1, lora_alpha=1, target_modules=["query"]),
+    "lora of the pooler": peft.LoraConfig(target_modules=["pooler.dense"], bias="lora_only"),
+    "lora of all, modernbert": peft.LoraConfig(target_modules="all-linear"),
+    "lora and more": peft.LoraConfig(target_modules=["dense"], bias="all", modules_to_save=["bert.embeddings"]),
+    "ia3 of the pooler": peft.IA3Config(target_modules=["value", "pooler.dense"], feedforward_modules=[]),
 }
 
 
 @pytest.mark.parametrize("case", MADE)
 def test_adapters_made_by_peft_have_its_logits(case, tmp_path):
     """With the pooler among what it trained, and with the base's own, as peft leaves it by default."""
-    pair, config = encoder("bert"), copy.deepcopy(MADE[case])
+    pair, config = encoder("modernbert" if "modernbert" in case else "bert"), copy.deepcopy(MADE[case])
     config.task_type = "SEQ_CLS"
     model = peft.get_peft_model(copy.deepcopy(pair.torch), config).eval()
     torch.manual_seed(0)
@@ -133,9 +138,9 @@ def test_adapters_made_by_peft_have_its_logits(case, tmp_path):
             if p.requires_grad:
                 p += 0.3 * torch.randn_like(p)
         want = their_logits(model, batches()[0]).numpy()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "theirs")
     assert np.abs(want - logits(pair, {"params": pair.params})).max() > 0.1
-    adapter_config, tensors = peft_files.read_adapter(tmp_path)
+    adapter_config, tensors = peft_files.read_adapter(tmp_path / "theirs")
     method = of_peft(adapter_config)
     assert method is METHODS[case.split(" ")[0]]
     trained, fields = method.from_peft(adapter_config, tensors, pair.params, pair.spec)
@@ -143,6 +148,35 @@ def test_adapters_made_by_peft_have_its_logits(case, tmp_path):
     _, frozen = method.init(jax.random.key(0), pair.params, spec)
     variables = method.variables(jax.tree.map(jnp.asarray, trained), frozen, spec)
     np.testing.assert_allclose(logits(pair, variables), want, rtol=0, atol=1e-4)
+    again = in_peft(pair._replace(spec=spec), method, trained, frozen, tmp_path / "ours")
+    with torch.no_grad():
+        np.testing.assert_allclose(their_logits(again, batches()[0]).numpy(), want, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_carries_a_head_as_peft_does(tmp_path):
+    """Both ways, on rows of one length: under a prompt transformers takes a row's last place, padding or not."""
+    pair = encoder("llama-tied")
+    batch = {name: x[:, : min(x.shape[1], 4)] for name, x in batches()[0].items()}
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    base = copy.deepcopy(pair.torch)
+    base.config.pad_token_id = 0
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn_like(p)
+        want = their_logits(model, batch).numpy()
+    model.save_pretrained(tmp_path / "theirs")
+    method, adapter_config, tensors = adapters.read(tmp_path / "theirs")
+    trained, fields = method.from_peft(adapter_config, tensors, pair.params, pair.spec)
+    pair = tiny.tuned(pair, **fields)._replace(torch=base)
+    _, frozen = method.init(jax.random.key(0), pair.params, pair.spec)
+    variables = method.variables(jax.tree.map(jnp.asarray, trained), frozen, pair.spec)
+    got = classify.logits(pair.model, variables, batch | {"loss_index": np.full((B, 1), 3, np.int32)})
+    np.testing.assert_allclose(np.asarray(got)[:, 0], want, rtol=0, atol=1e-4)
+    again = in_peft(pair, method, trained, frozen, tmp_path / "ours")
+    with torch.no_grad():
+        np.testing.assert_allclose(their_logits(again, batch).numpy(), want, rtol=0, atol=1e-4)
 
 
 # In float64 transformers' ModernBERT gives NaN for padded rows longer than its window.

@@ -39,7 +39,11 @@ CASES = {
     "dora of gpt2": ("gpt2", {"method": "dora", "rslora": True}),
     "dora of some": ("llama2", {"method": "dora", "targets": ("lm_head", r"re:.*layers\.[02]\..*(q|up)_proj", "v_proj"),
                                 "rank_pattern": (("v_proj", 2),)}),
+    "lora and modules": ("llama-biases", {"method": "lora", "modules_to_save": ("lm_head", "layers.1.mlp", "bias")}),
+    "lora and tied table": ("llama-tied", {"method": "lora", "modules_to_save": ("embed_tokens", "norm")}),
+    "dora and a tied head": ("llama-tied", {"method": "dora", "modules_to_save": ("lm_head",)}),
     "ia3": ("llama-biases", {"method": "ia3"}),
+    "ia3 and biases": ("llama-biases", {"method": "ia3", "modules_to_save": ("bias", "embed_tokens")}),
     "ia3 of gpt2": ("gpt2", {"method": "ia3"}),
     "ia3 of some": ("llama2", {"method": "ia3", "targets": ("lm_head", r"re:.*layers\.[02]\..*q_proj", "up_proj"),
                                "feedforward": ("up_proj",)}),
@@ -107,7 +111,9 @@ def test_exported_and_merged_adapters_have_our_logits(case, tmp_path):
     assert of_peft(adapter_config) is method
     again, fields = method.from_peft(adapter_config, tensors, pair.params, pair.spec)
     spec = tiny.tuned(pair, method=pair.spec.tuning.method, **fields).spec
-    variables = method.variables(jax.tree.map(jnp.asarray, again), pair.params, spec)
+    variables = method.variables(
+        jax.tree.map(jnp.asarray, again), method.init(jax.random.key(0), pair.params, spec)[1], spec
+    )
     np.testing.assert_allclose(logits(pair, variables), ours, rtol=0, atol=1e-5)
 
 
@@ -155,7 +161,10 @@ def thirty(monkeypatch):
     return against.random_rows(50, 16)
 
 
-@pytest.mark.parametrize("case", ["rslora", "dora", "dora of gpt2", "ia3", "ia3 of gpt2", "embeddings"])
+@pytest.mark.parametrize(
+    "case",
+    ["rslora", "dora", "dora of gpt2", "ia3", "ia3 of gpt2", "embeddings", "lora and modules", "lora and tied table"],
+)
 def test_thirty_steps_equal_peft(case, thirty, tmp_path):
     name, tuning = CASES[case]
     pair = tiny.tuned(tiny.pair(name), **SHAPES, **tuning)

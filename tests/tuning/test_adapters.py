@@ -314,4 +314,4 @@ def test_a_config_that_says_otherwise(made, tmp_path, fields, message):
 
 def test_whole_parameters_are_not_added_as_if_they_were_nothing():
     with pytest.raises(FtjaxError, match="adapter 'head' holds whole parameters: only LoRA's are weighted and added"):
-        adapters.weighted({"head": {}}, {"head": 1.0}, "cat")
+        adapters.weighted({"head": {"params": {}}}, {}, {"head": 1.0}, "cat")

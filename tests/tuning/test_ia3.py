@@ -72,7 +72,11 @@ K = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        ({"modules_to_save": ["lm_head"]}, lambda t: t, "modules_to_save = .* is a variant of IA3"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            lambda t: t,
+            "lm_head.weight is missing: .* has .lm_head. in modules_to_save",
+        ),
         ({}, lambda t: t | {K: t[K][:-1]}, r"k_proj.ia3_l has shape \(15, 1\), expected \(16, 1\) or \(1, 16\)"),
         (
             {},

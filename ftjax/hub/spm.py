@@ -1,0 +1,48 @@
+"""The tokenizer of a directory that has tokenizer.model alone, a SentencePiece model, as LLaMA 2's first files had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftjax.errors import FtjaxError
+
+FILE = "tokenizer.model"
+OTHERS = ("tokenizer.json", "vocab.json", "vocab.txt")
+# Text by which the tokens of the converted tokenizer are compared with those of the SentencePiece model.
+PROBE = 'The quick brown fox, in 2024, says: "naïve café".\n\tJumped over  Łódź?'
+
+
+def alone(folder: Path) -> bool:
+    """Whether a directory has no vocabulary but tokenizer.model."""
+    return (folder / FILE).is_file() and not any((folder / name).is_file() for name in OTHERS)
+
+
+def load(folder: Path):
+    """The tokenizer that transformers makes of the file, by the class that the directory names.
+
+    Raises FtjaxError for a file of another format, where the package that reads it is missing, and where transformers
+    makes another tokenizer of it, as it does for a class whose algorithm is not the file's.
+    """
+    file, way = folder / FILE, f"or put the tokenizer.json of this tokenizer into {folder}"
+    if file.read_bytes()[:1] != b"\n":  # the tag of the first field of the format, a piece
+        raise FtjaxError(f"{file}: is no SentencePiece model, and other formats of this name are not read; {way[3:]}")
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise FtjaxError(
+            f"{file}: a SentencePiece model, which the package sentencepiece reads, and this is not installed: "
+            f"pip install sentencepiece, {way}"
+        ) from None
+    from transformers import AutoTokenizer
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(file))
+        found = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise FtjaxError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    if found(PROBE, add_special_tokens=False)["input_ids"] != pieces.encode(PROBE):
+        raise FtjaxError(
+            f"{file}: transformers' {type(found).__name__} makes other tokens of this model than SentencePiece does; "
+            f"set tokenizer_class in tokenizer_config.json to the class of this tokenizer, {way}"
+        )
+    return found

@@ -1,0 +1,117 @@
+"""Tables of embeddings that a PEFT adapter puts in the place of its base's.
+
+PEFT saves them, outside `modules_to_save`, where the vocabulary was resized before training, and the rows of single
+tokens where `trainable_token_indices` names some. A tied head stays tied to such a table. V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import FtjaxError
+from ftjax.hub import families
+from ftjax.hub.peft import CONFIG, PREFIX
+from ftjax.models.quantised import dequantised
+from ftjax.tree import flatten, unflatten
+from ftjax.tuning.targets import saves
+from ftjax.tuning.whole import stored
+
+EMBED, HEAD = "embed/embedding", "lm_head/kernel"
+
+
+def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[dict, dict, dict, dict]:
+    """Take the tables of the base out of an adapter's tensors.
+
+    Args:
+        adapter_config: the content of adapter_config.json.
+        tensors: name -> array, as stored.
+        spec: the Spec of the base.
+
+    Returns:
+        The other tensors; path -> table (V', D) of the base; path -> (token ids, rows (n, D)); and path -> the table of
+        a module in `modules_to_save` that has another number of rows than the base's, which stays among the tensors.
+
+    Raises:
+        FtjaxError: tensors that say two things, or rows without their token ids.
+    """
+    rest, tables, rows, saved = dict(tensors), {}, {}, {}
+    asked = adapter_config.get("trainable_token_indices")
+    for path, (names, _) in stored(spec).items():
+        if path not in (EMBED, HEAD):
+            continue
+        module = f"{PREFIX}{names[0].removesuffix('.weight')}"
+        own, resized = f"{module}.weight", lambda name: len(rest[name]) != spec.model.vocab_size
+        if any(saves(entry, names[0]) for entry in adapter_config.get("modules_to_save") or ()):
+            if own in rest and resized(own):
+                saved[path] = rest[own]
+        elif own in rest:
+            tables[path] = rest.pop(own)
+        for inner in ("original_module", "base_layer", "token_adapter.base_layer"):
+            name = f"{module}.{inner}.weight"
+            # A copy of the base's own table, beside a LoRA on it, is compared with the base, see lora_peft.
+            if name in rest and (inner != "base_layer" or resized(name)):
+                tables[path] = rest.pop(name)
+        delta = rest.pop(f"{module}.token_adapter.trainable_tokens_delta", None)
+        if delta is not None:
+            by_name = asked if isinstance(asked, dict) else {names[0].split(".")[-2]: asked or ()}
+            ids = next((ids for entry, ids in by_name.items() if saves(entry, names[0])), ())
+            if len(ids) != len(delta):
+                raise FtjaxError(
+                    f"{CONFIG}: trainable_token_indices names {len(ids)} tokens of {names[0]}, but the adapter has "
+                    f"{len(delta)} rows for them"
+                )
+            rows[path] = list(ids), delta
+    if asked and not rows:
+        raise FtjaxError(f"{CONFIG}: trainable_token_indices is set, but the adapter has no trainable_tokens_delta")
+    return rest, tables, rows, saved
+
+
+def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, spec) -> tuple[dict, dict, dict, dict]:
+    """The base as an adapter wants it.
+
+    Args:
+        adapter_config, tensors: of the adapter.
+        base: the base's parameters, which stay as they are.
+        spec: the Spec of the base.
+
+    Returns:
+        adapter_config and tensors of the adapter alone; the parameters that it goes on, and the Spec of that model.
+
+    Raises:
+        FtjaxError: the adapter does not have both tables of a resized vocabulary, or a tied head differs from its
+            table.
+    """
+    rest, tables, rows, saved = find(adapter_config, tensors, spec)
+    adapter_config = adapter_config | {"trainable_token_indices": None}
+    if not (tables or rows or saved):
+        return adapter_config, rest, base, spec
+    params, new = flatten(base), {}
+    for path in dict.fromkeys((*tables, *rows, *saved)):
+        like = dequantised(params[EMBED if path == HEAD and spec.model.tied else path])
+        # Where the adapter saves a whole module, its own table stands in for the base's, which it replaces.
+        new[path] = jnp.asarray(tables.get(path, like if path in rows else saved.get(path)), like.dtype)
+        if path in rows:
+            ids, delta = rows[path]
+            new[path] = new[path].at[jnp.array(ids)].set(jnp.asarray(delta, like.dtype))
+    known = new.keys() - (saved.keys() - tables.keys())
+    if spec.model.tied:
+        if {EMBED, HEAD} <= known and not np.array_equal(new[EMBED], new[HEAD]):
+            raise FtjaxError("the adapter's table of embeddings differs from that of its head, but the base ties them")
+        if known or {EMBED, HEAD} <= new.keys():
+            new = {EMBED: new[EMBED if EMBED in known or not known else HEAD]}
+        else:  # of the other one PEFT has saved nothing
+            new = {}
+    params |= new
+    size = max(x.shape[0] for x in (*tables.values(), *saved.values(), params[EMBED]))
+    spec = spec._replace(model=dataclasses.replace(spec.model, vocab_size=size))
+    for path, shape in families.shapes(spec.model).items():
+        if params[path].shape != shape:
+            raise FtjaxError(
+                f"the adapter was trained with a vocabulary of {size}, but its files lack {stored(spec)[path][0][0]} "
+                f"at this size: expected {shape}, and the base has {params[path].shape}. Merge the adapter where it "
+                "was trained, with peft's merge_and_unload, and use that model"
+            )
+    return adapter_config, rest, unflatten(params), spec
