@@ -68,7 +68,7 @@ def check_numbers(**options: float | None) -> None:
     """Raises FtjaxError for an option of a plan that is no finite number above 0; a share is 1 at most."""
     for name, value in options.items():
         if value is not None and not 0 < value <= (1.0 if name == "share" else sys.float_info.max):
-            expected = "a share of the peak, above 0 and 1 at most" if name == "share" else "a finite number above 0"
+            expected = "a share of the peak, above 0 and 1 at most" if name == "share" else "a number above 0"
             raise FtjaxError(f"--{name}: expected {expected}; found {value}")
 
 
