@@ -205,37 +205,93 @@ class Data:
 
 
 def prepare(
-    config, tokenizer, max_positions: int, *, pool: str = "", known: tuple[str, ...] = (), truths: bool = True
+    config,
+    tokenizer,
+    max_positions: int,
+    *,
+    pool: str = "",
+    known: tuple[str, ...] = (),
+    parts: tuple[str, ...] = PARTS,
 ) -> Data:
-    """The examples of train, validation and test.
-
-    pool: where the head over labels reads, see ModelConfig; known: labels that the model's head has names for; truths:
-    False where rows need no labels.
+    """The examples of train, validation and test, made by all that `config.data` asks for.
 
     A part whose file is named consists of that file. Any other part is split off the rows of data.train: see
     split.split. Rows keep their order in the file; synthetic ones follow. data.max_length left at its default is capped
     by max_positions. Of a mixture, every source goes this way by its own settings, and the parts are joined.
-    Raises FtjaxError for any row or setting that cannot be used: see read, clean, split, template and tokenise; further
-    for a set data.max_length above max_positions.
+
+    Args:
+        config: the whole config.
+        tokenizer: makes the token ids.
+        max_positions: positions of the model.
+        pool: which token of a text the head over labels reads, see ModelConfig.
+        known: names of the labels of the model's head, in the order of their ids.
+        parts: those of PARTS that are wanted. The others are empty. Rows are augmented for train alone.
+
+    Raises:
+        FtjaxError: for any row or setting that cannot be used, see read, clean, split, template and tokenise; further
+            for a set data.max_length above max_positions.
     """
+    chosen, gone = rows(config, augmented="train" in parts)
+    data = _tokenised(config, chosen, gone, tokenizer, max_positions, pool, known, True, parts)
+    if "train" in parts and not len(data.train):
+        named = ", ".join(source.data.train for source in chosen)
+        raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
+    return data
+
+
+def given(config, source: str, tokenizer, max_positions: int, *, pool: str = "", truths: bool = True) -> Data:
+    """Rows that a user gives to a finished model, as the part `test`: each row rendered and tokenised, in order.
+
+    Of `config.data` only what says how rows become tokens is used. Nothing is cleaned, split, left out or added. A row
+    of more tokens than data.max_length is cut, or refused where data.long="raise".
+
+    Args:
+        config: the whole config, with the model's task and its labels.
+        source: the rows, see read_table.
+        tokenizer: makes the token ids.
+        max_positions: positions of the model.
+        pool: see `prepare`.
+        truths: whether the rows have labels.
+
+    Raises:
+        FtjaxError: for a row that cannot be used.
+    """
+    config = configs.copy(config)
+    config.data.update(train=source, validation="", test="", mixture=())
+    if config.data.long == "drop":
+        config.data.long = "truncate"
+    table = read_table(source, "data.train", _scratch() if config.data.streaming else None, config.data.columns)
+    chosen = [Source("", config.data, {"test": table}, [], table)]
+    return _tokenised(config, chosen, [], tokenizer, max_positions, pool, (), truths, ("test",))
+
+
+def _tokenised(
+    config,
+    chosen: list[Source],
+    gone: list[Gone],
+    tokenizer,
+    max_positions: int,
+    pool: str,
+    known: tuple[str, ...],
+    truths: bool,
+    parts: tuple[str, ...],
+) -> Data:
+    """The examples of the sources' rows in some parts; see `prepare` and `given`."""
     texts = 2 if config.task.kind == "embed" else 1  # in a row, each with positions of its own
     max_length = _max_length(config.data.max_length, texts * max_positions)
-    chosen, gone = rows(config)
     cache = _cache(config.data)
     words = fingerprint(tokenizer)
     names = ()
     if config.task.kind != "causal":
-        names = labelled.names_of(config, [(source.data, source.tables["train"]) for source in chosen], known)
+        names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
     def how(data, columns):
         if config.task.kind == "causal":
             return recipe(data, columns)
         return labelled.recipe(config, data, columns, names, pool, max_length, truths), False
 
-    done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in PARTS}
-    if not len(done["train"]):
-        named = ", ".join(source.data.train for source in chosen)
-        raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
+    done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in parts}
+    done = {part: done.get(part, Part()) for part in PARTS}
     sources = tuple(source.name for source in chosen)
     counts = np.bincount(done["train"].source, minlength=len(sources))
     return Data(
@@ -260,6 +316,7 @@ class Source(NamedTuple):
     data: object
     tables: dict[str, Table]
     notes: list[str]  # what a person should know of the way
+    whole: Table  # all rows of data.train, before any is dealt to another part or left out by a limit
 
 
 def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
@@ -338,7 +395,7 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 tables[part] = cleaned.table
                 changed = {edit: n for edit, n in cleaned.changed.items() if n}
                 notes += [f"cleaning changed rows of {part}: {_counts(changed)}"] if changed else []
-        sources.append(Source(name, data, tables, notes))
+        sources.append(Source(name, data, tables, notes, tables["train"]))
     return sources, gone
 
 
@@ -391,7 +448,7 @@ def fingerprint(tokenizer) -> str:
 def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_length: int, cache) -> Part:
     """how_of(data, columns) -> the recipe of a source, and whether it was guessed."""
     pieces, examples, reports, source = [], [], {}, []
-    for index, (name, own, tables, _) in enumerate(chosen):
+    for index, (name, own, tables, _, _) in enumerate(chosen):
         table = tables[part]
         if not len(table):
             continue

@@ -101,14 +101,19 @@ def visible(text: str) -> str:
 def _sentences(r: Report) -> list[str]:
     how = "guessed by the columns" if r.guessed else "as configured"
     said = f": {SAID[r.form]}" if r.form in SAID else ""
-    lines = [f"{r.source}, form {r.form!r} ({how}){said}, at most {r.max_length:,} tokens a row"]
-    if r.long:
-        lost = r.lost / max(r.trained + r.lost, 1)
-        did = f"dropped {r.dropped:,} rows" if r.policy == "drop" else "cut at the end"
-        lines += [
-            f"{r.long:,} rows ({r.long / r.rows:.1%}) are longer: {did}, {r.lost:,} trained tokens lost ({lost:.1%})"
-        ]
-    return lines
+    return [f"{r.source}, form {r.form!r} ({how}){said}, at most {r.max_length:,} tokens a row", *too_long(r)]
+
+
+def too_long(r: Report) -> list[str]:
+    """What became of rows that are longer than a row may be, in a line; none where no row is."""
+    if not r.long:
+        return []
+    lost = r.lost / max(r.trained + r.lost, 1)
+    did = f"dropped {r.dropped:,} rows" if r.policy == "drop" else "cut at the end"
+    return [
+        f"{r.long:,} rows ({r.long / r.rows:.1%}) are longer than {r.max_length:,} tokens: {did}, {r.lost:,} trained "
+        f"tokens lost ({lost:.1%})"
+    ]
 
 
 def left_out(gone: Iterable[Gone]) -> str:

@@ -488,7 +488,7 @@ def _csv(
     csv.field_size_limit(2**31 - 1)  # a setting of the process; by itself the module refuses cells of 128 kB
     reader = csv.reader(text.lines(), delimiter=separator, quoting=quoting, strict=True)
     advice = "mend the row" if quoting == csv.QUOTE_NONE else "mend it, or put a cell with a comma in double quotes"
-    after = 1
+    after, named = 1, header
     try:
         for cells in reader:
             line, after = after, reader.line_num + 1  # a row may span lines: errors name its first
@@ -496,6 +496,8 @@ def _csv(
                 continue
             if header is None:
                 header = _header(cells, separator, text, line)
+            elif cells == named:
+                raise text.error("names the columns, as data.columns does: leave data.columns empty", line)
             elif len(cells) != len(header):
                 raise text.error(f"expected {len(header)} cells ({_list(header)}), found {len(cells)}; {advice}", line)
             else:
