@@ -285,10 +285,13 @@ def _tokenised(
     if config.task.kind != "causal":
         names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
-    def how(data, columns):
+    def how(source: Source, table: Table):
         if config.task.kind == "causal":
-            return recipe(data, columns)
-        return labelled.recipe(config, data, columns, names, pool, max_length, truths), False
+            return recipe(source.data, table.columns)
+        own = labelled.recipe(config, source.data, table.columns, names, pool, max_length, truths)
+        own, notes = labelled.reading(own, table, source.whole, bool(config.task.labels or known))
+        source.notes.extend(note for note in notes if note not in source.notes)
+        return own, False
 
     done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in parts}
     done = {part: done.get(part, Part()) for part in PARTS}
@@ -350,7 +353,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         if source.data.shots:
             column = labelled.column(source.data.label, labelled.LABELS, table.columns, "data.label")
             there = dict(zip(indices.tolist(), table.rows[column], strict=True))
-            cells = {i: there[i] for i in few.tolist()}
+            cells = {i: labelled.label_name(there[i]) for i in few.tolist()}
             few = shots(cells, source.data.shots, count, config.seed)
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
         if augmented:
@@ -390,7 +393,7 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 continue
             tables[part] = read_table(getattr(data, part), f"data.{part}", folder, data.columns)
             if part in data.clean.parts:
-                cleaned = clean(tables[part], data.clean, answers(data, tables[part]), folder)
+                cleaned = clean(tables[part], data.clean, answers(config, data, tables[part]), folder)
                 gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
                 tables[part] = cleaned.table
                 changed = {edit: n for edit, n in cleaned.changed.items() if n}
@@ -399,8 +402,11 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
     return sources, gone
 
 
-def answers(data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:
-    """A function (row, place) -> its prompt and answer as text; None where no form fits the columns."""
+def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:
+    """A function (row, place) -> its prompt and answer as text; of a row with a label, nothing and its text. None where
+    no form fits the columns."""
+    if config.task.kind != "causal":
+        return labelled.recipe(config, data, table.columns, (), "", 0).sides
     try:
         how, _ = recipe(data, table.columns)
     except FtjaxError:
@@ -446,13 +452,13 @@ def fingerprint(tokenizer) -> str:
 
 
 def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_length: int, cache) -> Part:
-    """how_of(data, columns) -> the recipe of a source, and whether it was guessed."""
+    """how_of(source, table) -> the recipe of a source's rows, and whether it was guessed."""
     pieces, examples, reports, source = [], [], {}, []
-    for index, (name, own, tables, _, _) in enumerate(chosen):
-        table = tables[part]
+    for index, one in enumerate(chosen):
+        name, own, table = one.name, one.data, one.tables[part]
         if not len(table):
             continue
-        how, guessed = how_of(own, table.columns)
+        how, guessed = how_of(one, table)
         content = store.table_digest(table)
         key = store.digest(store.code(), words, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)
