@@ -195,7 +195,7 @@ def test_what_cannot_be_used_is_told(encoder, tmp_path):
         with pytest.raises(FtjaxError, match=match):
             ftjax.train(config(tmp_path, encoder, overwrite=True, **overrides), say=lambda text: None)
 
-    fails("data.label: no column 'lable'.*\"label\"", data__label="lable")
+    fails("data.label: 'lable' is no column.*\"label\"", data__label="lable")
     fails("row [0-9]+: column 'label' holds .*expected one of no, yes", task__labels='("no", "yes")')
     fails("task.class_weights: expected 2 numbers", task__class_weights="(1.0, 2.0, 3.0)")
     fails("has no head for the task 'causal'", task__kind="causal")

@@ -19,6 +19,7 @@ from ftjax.data import labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
+from ftjax.data.compared import sides
 from ftjax.data.read import read_table
 from ftjax.data.split import absent, decontaminate, limit, shots, split
 from ftjax.data.store import Examples
@@ -333,7 +334,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     for source in sources:
         data, tables = source.data, dict(source.tables)
         dealt_by = data if data.stratify or config.task.kind in BY_LABEL else _unlabelled(data)
-        chosen = split(tables, dealt_by, config.seed)
+        chosen = split(tables, dealt_by, config.seed, config.task)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
         # Where no rows had to be dealt, `split` has not asked for the column.
@@ -347,8 +348,12 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         table = source.tables["train"]
         kept = np.arange(len(table))
         if others:
-            kept, removed = decontaminate(table, others, source.data)
+            kept, removed = decontaminate(table, others, source.data, config.task)
             gone += [Gone(table, removed)] if removed else []
+            if odd := [r for r in removed if r.conflict]:
+                source.notes.append(
+                    f"{len(odd):,} of the rows left out have another label: {odd[0].place} {odd[0].why}"
+                )
         few = limit(indices[kept], source.data.limit, count, config.seed)
         if source.data.shots:
             column = labelled.column(source.data.label, labelled.LABELS, table.columns, "data.label")
@@ -393,11 +398,13 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 continue
             tables[part] = read_table(getattr(data, part), f"data.{part}", folder, data.columns)
             if part in data.clean.parts:
-                cleaned = clean(tables[part], data.clean, answers(config, data, tables[part]), folder)
+                by = sides(data, tables[part].columns, config.task)
+                cleaned = clean(tables[part], data.clean, answers(config, data, tables[part]), folder, by)
                 gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
                 tables[part] = cleaned.table
                 changed = {edit: n for edit, n in cleaned.changed.items() if n}
                 notes += [f"cleaning changed rows of {part}: {_counts(changed)}"] if changed else []
+                notes += [f"{part}: {cleaned.conflict}"] if cleaned.conflict else []
         sources.append(Source(name, data, tables, notes, tables["train"]))
     return sources, gone
 
