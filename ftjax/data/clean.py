@@ -119,7 +119,8 @@ def conflicts(table: Table, by: Sides, labels: list[str]) -> str:
     first = firsts(Texts(table, by.read))
     odd = [i for i in np.flatnonzero(first != np.arange(len(first))).tolist() if labels[i] != labels[first[i]]]
     shown = [
-        f"{table.place(i)} ({labels[i]!r}) and {table.place(int(first[i]))} ({labels[first[i]]!r})" for i in odd[:3]
+        f"{table.place(i)} ({labels[i][:40]!r}) and {table.place(int(first[i]))} ({labels[first[i]][:40]!r})"
+        for i in odd[:3]
     ]
     return (
         f"{len(odd):,} rows have the text of another row and another label, and stay: {', '.join(shown)}" if odd else ""

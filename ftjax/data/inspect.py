@@ -17,7 +17,7 @@ from ftjax.data.inspect_corpus import Corpus, corpus, near
 from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan
 from ftjax.data.inspect_scan import sides as prompt_and_answer
 from ftjax.data.read import read_table
-from ftjax.data.similar import clusters, normalise, row_text
+from ftjax.data.similar import clusters, normalise, row_text, units
 from ftjax.data.textchecks import mask
 from ftjax.errors import FtjaxError
 
@@ -245,7 +245,7 @@ def _diversity(sample: list[str]) -> dict[str, float]:
     """Distinct n-grams of words by all n-grams, n-grams within a row (Li et al. 2016, distinct-n)."""
     total, grams, left = Counter(), {n: set() for n in (1, 2, 3)}, SAMPLE_WORDS
     for text in sample:
-        words = normalise(text).split()[:left]
+        words = units(normalise(text))[0][:left]
         left -= len(words)
         for n, found in grams.items():
             found.update(zip(*(words[k:] for k in range(n))))

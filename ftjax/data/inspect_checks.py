@@ -11,7 +11,7 @@ import numpy as np
 from ftjax.data import textchecks
 from ftjax.data.inspect_corpus import Corpus
 from ftjax.data.inspect_scan import Scan, View, fold
-from ftjax.data.similar import normalise
+from ftjax.data.similar import grams, normalise
 
 OPTIONAL = 0.2  # a column with more empty cells than this is one that rows may leave out
 COMMON = 0.95  # share of rows that the common labels, script or ending have, and what others are told apart from
@@ -88,10 +88,10 @@ def _repeats(view: View) -> str | None:
     if not view.prompt or not view.answer:
         return None
     answer, prompt = normalise(view.answer), normalise(view.prompt)
-    if len(prompt.split()) >= REPEATED and prompt in answer:
+    if grams(prompt, REPEATED) and prompt in answer:
         return "the whole prompt"
     lines = map(normalise, view.prompt.splitlines())
-    return "a line of the prompt" if any(len(x.split()) >= REPEATED and answer.startswith(x) for x in lines) else None
+    return "a line of the prompt" if any(answer.startswith(x) and grams(x, REPEATED) for x in lines) else None
 
 
 # ---------------------------------------------------------------------------------------------- columns
@@ -160,7 +160,7 @@ def _pairs_within(corpus: Corpus, part: int) -> list[tuple[int, int]]:
 
 
 def _overlap(corpus: Corpus) -> Iterator[Hit]:
-    """Rows of train of which the model reads what it reads of an evaluation row, and such rows of validation in test."""
+    """Rows of train of which the model reads what an evaluation row has; rows of validation that are so in test."""
     corpus = corpus.read or corpus
     order = {"train": 0, "validation": 1, "test": 2}
     for p, scan in enumerate(corpus.scans):

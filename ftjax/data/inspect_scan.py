@@ -186,8 +186,8 @@ def sides(rendered: Rendered) -> tuple[str, str]:
     """(prompt, answer) as text; of messages, what the assistant said is the answer and all else the prompt."""
     if rendered.messages is None:
         return rendered.prompt, rendered.completion
-    said = [(m["role"] == "assistant", m.get("content")) for m in rendered.messages]
-    return tuple("\n".join(t for own, t in said if own is side and isinstance(t, str)) for side in (False, True))
+    said = [(m["role"] == "assistant", m["content"]) for m in rendered.messages if m["content"]]  # a tool call has none
+    return tuple("\n".join(text for own, text in said if own is side) for side in (False, True))
 
 
 def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:

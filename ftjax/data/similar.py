@@ -1,5 +1,5 @@
 """Which rows say the same: exactly, or nearly by the Jaccard similarity of their word 3-grams, or of the character
-5-grams of texts that are written without blanks between words.
+4-grams of texts that are written without blanks between words.
 
 Candidates come from MinHash and locality-sensitive hashing, and are then verified.
 
@@ -22,7 +22,7 @@ UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-CHARACTERS = 5 / 3  # of such a script for a word of another: a word of Chinese has about 1.7 characters
+CHARACTERS = 1.7  # of such a script in a word, as Chinese has them
 LONGEST = 20  # letters of a word on average, beyond which a text is no words at all, such as a protein's sequence
 PERMUTATIONS = 128  # of a signature: 512 bytes a row
 RECALL = 0.98  # share of pairs exactly at the threshold that become candidates; more similar ones are missed less often
@@ -87,7 +87,8 @@ def units(normalised: str) -> tuple[list[str], str]:
 def grams(normalised: str, words: int) -> list[str]:
     """All runs of so many words, or of as many characters as make up such words, see `units`."""
     found, between = units(normalised)
-    n = words if between else round(words * CHARACTERS)
+    # One character less, for a run need not begin where a word does: so one changed word makes texts as unlike.
+    n = words if between else round(words * CHARACTERS) - 1
     return [between.join(found[i : i + n]) for i in range(len(found) - n + 1)]
 
 
@@ -102,7 +103,7 @@ def without(normalised: str, words: int, left_out: set[str]) -> str:
 
 
 def shingles(normalised: str) -> set[str]:
-    """The word 3-grams or character 5-grams of a normalised text; the text itself where it is shorter; none where it is
+    """The word 3-grams or character 4-grams of a normalised text; the text itself where it is shorter; none where it is
     empty."""
     return set(grams(normalised, WORDS)) or ({normalised} if normalised else set())
 

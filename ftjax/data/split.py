@@ -287,8 +287,8 @@ class _Evaluation:
             run = f"{GRAM} words" if " " in gram else f"{len(gram)} characters"
             e, why = self.of_gram[gram], f"shares {run} with a row of {{}}: {gram!r}"
         (name, table, j), other = self.rows[e], self.labels[e]
-        conflict = bool(label and other and label != other)
-        why += f"; its label is {label!r}, there {other!r}" if conflict else ""
+        conflict = alike == 1 and bool(label and other and label != other)
+        why += f"; its label is {label[:40]!r}, there {other[:40]!r}" if conflict else ""
         return why.replace("{}", name, 1), table.place(j), conflict
 
     def _own(self, text: str) -> str:

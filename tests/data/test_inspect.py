@@ -423,6 +423,18 @@ def test_chats_and_mixtures(shared, tmp_path):
     assert rows_of(found, "refusals", "train of a") == {4} and rows_of(found, "unusable", "train of a") == {6}
 
 
+def test_a_tool_call_has_no_white_space_around_it(shared, tmp_path):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]
+    turns = [("user", "What is it?"), ("assistant", ""), ("tool", "a cat"), ("assistant", "It is a cat.")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    chat[1]["tool_calls"] = calls
+    found = run(tmp_path, load_tokenizer(shared / "tokenizers/qwen3"), {"train": [{"messages": chat}] * 3})
+    assert not [f for f in found.findings if f.check == "white_space"]
+    plain = {"messages": [*chat[:1], {"role": "assistant", "content": " A cat."}]}
+    found = run(tmp_path, load_tokenizer(shared / "tokenizers/qwen3"), {"train": [{"messages": chat}, plain] * 3})
+    assert [f.count for f in found.findings if f.check == "white_space"] == [3]
+
+
 def test_streaming_finds_the_same(shared, gpt2, tmp_path):
     rows = dolly(shared / "data").train[:300]
     rows = [*rows, rows[5], {**rows[9], "response": ""}]

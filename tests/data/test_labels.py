@@ -7,6 +7,7 @@ import pytest
 
 from ftjax import config as configs
 from ftjax.assets import resolve
+from ftjax.data import verbs
 from ftjax.data.prepare import given, prepare
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import labels_in
@@ -192,3 +193,26 @@ def test_class_labels_of_parquet_files_are_their_names_whatever_their_order(list
     if not listed:
         with pytest.raises(FtjaxError, match="1 of 1 rows have no label"):
             prepare(c, words, 512, pool="last")
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells", "names", "shown"),
+    [
+        ("classify", ["red", "blue"], (), "label: red"),
+        ("classify", [1, 0], ("no", "yes"), "label: yes"),
+        ("multilabel", [["b", "a"], []], (), "labels: a, b"),
+        ("multilabel", [[], ["a"]], (), "labels: none"),
+        ("regress", [2.5, 1], (), "value: 2.5"),
+        ("tag", [["B-X", "O"]], (), "tags: B-X O"),
+    ],
+)
+def test_the_preview_shows_the_label_and_the_token_at_which_it_is_read(kind, cells, names, shown, tmp_path):
+    c = settings(tmp_path, cells, kind, "tags" if kind == "tag" else "label")
+    c.task.labels = names
+    told = []
+    verbs.show(c, 9, say=told.append)
+    place = f"{c.data.train} row 1"
+    line = next(line for line in told[1].splitlines() if line.startswith(f"── {place}"))
+    assert line.endswith(f" trained, {shown}") and any(line == shown for line in told[0].splitlines())
+    if kind != "tag":  # the starter is a decoder, which reads the last token
+        assert told[0].splitlines()[-2].endswith(" one tw[[o]]") and " one tw[[o]]" in told[1]

@@ -155,13 +155,13 @@ def test_near_duplicates_are_found_where_no_blank_parts_words(name):
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_near_pairs_of_unspaced_texts_are_those_of_their_character_5_grams(threshold):
+def test_near_pairs_of_unspaced_texts_are_those_of_their_character_4_grams(threshold):
     rng = random.Random(0)
     texts = ["".join(rng.choice("天地人山水火木金土日月星") for _ in range(rng.randint(20, 60))) for _ in range(150)]
     for text in texts[:100]:
         at = rng.randrange(len(text))
         texts.append(text[:at] + rng.choice(["", "風", "雲雨"]) + text[at + 1 :])
-    sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in texts]
+    sets = [{text[i : i + 4] for i in range(len(text) - 3)} for text in texts]
     pairs = itertools.combinations(range(len(texts)), 2)
     want = {(i, j) for i, j in pairs if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j])}
     found = set(map(tuple, near_pairs(texts, threshold).tolist()))
