@@ -110,10 +110,14 @@ def common(table: Table, by: Sides) -> set[bytes]:
 
 
 def telling(by: Sides, prompts: set[bytes]) -> Callable[[dict], str]:
-    """row -> the text that tells it from others: what the model reads, and with one of `common` prompts the answer."""
-    if not prompts:
-        return by.read
-    return lambda row: by.whole(row) if digest(normalise(by.read(row))) in prompts else by.read(row)
+    """row -> the text that tells it from others: what the model reads, and with one of `common` prompts, or none at all,
+    the answer."""
+
+    def text(row: dict) -> str:
+        read = by.read(row)
+        return by.whole(row) if not read.strip() or prompts and digest(normalise(read)) in prompts else read
+
+    return text
 
 
 def _first(asked: str, usual: Sequence[str], columns: Sequence[str]) -> str:
