@@ -290,9 +290,10 @@ FIELDS: dict[str, Field] = {
     # white space
     "data.clean.near": number(0.0, 0, 1),  # drop rows at least this similar to an earlier one that stays (Jaccard of
     # word 3-grams); 0: off
-    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: all text
-    "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer, a missing cell or label; of
-    # rows in no known form, those without any text in `columns`
+    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: all that the model reads
+    # and is to say
+    "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer, a missing cell or a
+    # missing label; of rows in no known form, those without any text in `columns`
     "data.clean.min_chars": whole(0, 0),  # drop rows with a shorter answer
     "data.clean.max_chars": whole(0, 0),  # drop rows with a longer text in all; 0: off
     "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is so many times longer than the prompt; 0: off
