@@ -110,8 +110,8 @@ def common(table: Table, by: Sides) -> set[bytes]:
 
 
 def telling(by: Sides, prompts: set[bytes]) -> Callable[[dict], str]:
-    """row -> the text that tells it from others: what the model reads; with one of `common` prompts, or none at all, the
-    answer too."""
+    """row -> the text that tells it from others: what the model reads, and with one of `common` prompts, or with none,
+    the answer too."""
 
     def text(row: dict) -> str:
         read = by.read(row)
