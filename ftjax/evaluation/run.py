@@ -117,9 +117,7 @@ def _config(model, config, overrides, data: str | None = None, say=None):
         config = run_config(model)
         left = user_code.not_named_by(overrides, config.to_dict())
         if left and say:
-            say(
-                f"{model}: the run names functions that are not run, since you did not name them: {user_code.told(left)}"
-            )
+            say(f"{model} names functions that are not run, since you did not name them: {user_code.told(left)}")
         config.evaluate.metrics = tuple(name for name in config.evaluate.metrics if ":" not in name)
         if data:
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
