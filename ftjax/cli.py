@@ -329,7 +329,7 @@ def _data(args, overrides) -> None:
         raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for what it writes")
     from ftjax import config
 
-    settings = config.load(args.config) if args.config else config.default()
+    settings = config.load(args.config, overrides) if args.config else config.default()
     if args.model:
         settings.model.path = args.model
     if args.data:
@@ -346,7 +346,7 @@ def _data(args, overrides) -> None:
 def _evaluate(args, overrides) -> None:
     from ftjax import config
 
-    settings = config.load(args.config) if args.config else None
+    settings = config.load(args.config, overrides) if args.config else None
     from ftjax.evaluation.run import evaluate, figures
 
     reports = {}
@@ -358,12 +358,13 @@ def _evaluate(args, overrides) -> None:
 
 
 def _predict(args, overrides) -> None:
+    import functools
     import json
     from pathlib import Path
 
     from ftjax.evaluation.run import predict
 
-    rows = predict(args.model, args.data, overrides=overrides)
+    rows = predict(args.model, args.data, overrides=overrides, say=functools.partial(print, file=sys.stderr))
     if args.out and args.out.endswith(".npy"):
         if "vector" not in rows[0]:
             raise FtjaxError(f"--out {args.out}: only vectors of texts are written as .npy; name a .jsonl file")

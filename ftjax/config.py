@@ -290,9 +290,10 @@ FIELDS: dict[str, Field] = {
     # white space
     "data.clean.near": number(0.0, 0, 1),  # drop rows at least this similar to an earlier one that stays (Jaccard of
     # word 3-grams); 0: off
-    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: all text
-    "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer or a missing cell; of
-    # rows in no known form, those without any text in `columns`
+    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: all that the model reads
+    # and is to say
+    "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer, a missing cell or a
+    # missing label; of rows in no known form, those without any text in `columns`
     "data.clean.min_chars": whole(0, 0),  # drop rows with a shorter answer
     "data.clean.max_chars": whole(0, 0),  # drop rows with a longer text in all; 0: off
     "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is so many times longer than the prompt; 0: off
@@ -534,7 +535,8 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
             are line end and tab, or a quoted Python string. For other fields it is a Python literal.
 
     Raises:
-        FtjaxError: It names the file, the key, what was expected and the nearest key.
+        FtjaxError: It names the file, the key, what was expected and the nearest key. Also for a .json file that names
+            code (`file.py:function`) which no override names: such a file may come from anyone.
     """
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
@@ -542,9 +544,20 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
         raise FtjaxError(f"--config: {path} is not a file{nearest(str(path), there)}")
     if path.suffix not in (".py", ".json"):
         raise FtjaxError(f"--config: {path}: expected a .py file with get_config(), or the run.json of a run")
-    config = from_dict(_json(path), f"{path}: ") if path.suffix == ".json" else _python(path)
+    config = recorded(path) if path.suffix == ".json" else _python(path)
+    from_record = user_code.not_named_by(overrides, config.to_dict()) if path.suffix == ".json" else []
     override(config, overrides)
+    if left := [found for found in from_record if found in set(user_code.named(config.to_dict()))]:
+        raise FtjaxError(
+            f"--config: {path} names code, {user_code.told(left)}, and code that a .json file names is not run: if you "
+            f"trust it, name it yourself, --config.{left[0][0]}={left[0][1]}; else set the field to something else"
+        )
     return config
+
+
+def recorded(path: str | Path) -> ml_collections.ConfigDict:
+    """Config of a .json file that a run wrote. Nobody but the user may name code: what it names must not be run."""
+    return from_dict(_json(Path(path)), f"{path}: ")
 
 
 def override(config, overrides: list[str]) -> None:

@@ -1,13 +1,42 @@
-"""Functions of a user's own, named `file.py:function` in the config."""
+"""Functions of a user's own, named `file.py:function` in the config.
+
+Only what the user writes may name code: a config file in Python, a command line, an argument. A run folder may come
+from anyone, and so may every other JSON file; a function that one of these names is not run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftjax.errors import FtjaxError, nearest
+
+FIELDS = ("augment.function", "evaluate.metrics")  # ends of the dotted keys that may name a function
+
+
+def named(values, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, `file.py:function`) of each function that a config names, `config.to_dict()`; entries of a mixture
+    or of a comparison may name some too."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from named(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from named(value, key)
+    elif isinstance(values, str) and ":" in values and key.endswith(FIELDS):
+        yield key, values
+
+
+def not_named_by(overrides, values) -> list[tuple[str, str]]:
+    """The functions that a config names and that no text of the command line, `dotted.key=value`, names too."""
+    return [(key, function) for key, function in named(values) if not any(function in text for text in overrides)]
+
+
+def told(functions: list[tuple[str, str]]) -> str:
+    """These functions with their keys, for a person."""
+    return ", ".join(f"{key} {function!r}" for key, function in functions)
 
 
 def load(named: str, key: str) -> Callable:
@@ -16,6 +45,8 @@ def load(named: str, key: str) -> Callable:
     path = Path(file)
     if not file or not path.is_file():
         raise FtjaxError(f'{key}: {named!r}: expected "file.py:name"; {file or named!r} is not a file')
+    if path.suffix != ".py":
+        raise FtjaxError(f'{key}: {named!r}: expected "file.py:name"; {file} is no Python source')
     spec = importlib.util.spec_from_file_location(f"ftjax_user_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:

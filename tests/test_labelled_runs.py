@@ -1,12 +1,16 @@
 """Runs on labelled rows, from files to files, on tiny random models: what PyTorch makes of the results."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 from tiny_labelled import WORDS, config, make, rows, theirs, write
 
 import ftjax
+from ftjax import cli, user_code
+from ftjax import config as configs
 from ftjax.errors import FtjaxError
 
 
@@ -191,7 +195,7 @@ def test_what_cannot_be_used_is_told(encoder, tmp_path):
         with pytest.raises(FtjaxError, match=match):
             ftjax.train(config(tmp_path, encoder, overwrite=True, **overrides), say=lambda text: None)
 
-    fails("data.label: no column 'lable'.*\"label\"", data__label="lable")
+    fails("data.label: 'lable' is no column.*\"label\"", data__label="lable")
     fails("row [0-9]+: column 'label' holds .*expected one of no, yes", task__labels='("no", "yes")')
     fails("task.class_weights: expected 2 numbers", task__class_weights="(1.0, 2.0, 3.0)")
     fails("has no head for the task 'causal'", task__kind="causal")
@@ -229,3 +233,89 @@ def test_several_labels_and_numbers(encoder, tmp_path):
     c.data.update(train=write(tmp_path / "numbers.jsonl", numbered), test="")
     result = ftjax.train(c, say=lambda text: None)
     assert result.results["validation"]["metrics"]["pearson"]["value"] > 0.9
+
+
+RECIPES = [
+    {"data.clean.exact": True, "data.clean.parts": ("train", "validation", "test"), "data.clean.min_chars": 60},
+    {"data.limit": 4, "data.split": (0.5, 0.25, 0.25), "data.stratify": "label", "data.group_near": 0.9},
+    {"data.shots": 1, "data.decontaminate": ("test",), "data.clean.drop": ("fine",)},
+    {"data.augment.copies": 2, "data.augment.ops": ("word_swap",), "data.augment.columns": ("text",)},
+    {"data.mixture": ({"name": "a", "train": "missing.jsonl", "clean.near": 0.1}, {"name": "b", "train": "b.jsonl"})},
+    {"data.long": "drop", "data.max_length": 8, "data.packing": True},
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("trained")
+    c = config(folder, make(folder / "bert", "bert"), train__steps=2, export__formats="()")
+    ftjax.train(c, say=lambda text: None)
+    return folder / "run"
+
+
+def changed(run, to, settings: dict):
+    """A copy of a run folder whose config says something else, as if it had been trained so."""
+    shutil.copytree(run, to)
+    record = json.loads((to / "run.json").read_text())
+    for key, value in settings.items():
+        *groups, last = key.split(".")
+        functools.reduce(dict.get, groups, record["config"])[last] = value
+    (to / "run.json").write_text(json.dumps(record))
+    return str(to)
+
+
+def test_every_row_that_is_given_gets_an_answer_whatever_the_run_did_to_its_own(trained, tmp_path):
+    texts = ["a fine film", "a fine film", "A FINE film!", "the dull film " * 9, "it was fine", "a dull film"]
+    given = write(tmp_path / "given.jsonl", [{"text": text, "label": "good"} for text in texts])
+    lm = ftjax.load(trained)
+    for n, recipe in enumerate(RECIPES):
+        c = configs.load(changed(trained, tmp_path / str(n), recipe) + "/run.json")
+        found = ftjax.predict(lm, given, c, say=lambda text: None)
+        assert [record["text"] for record in found] == texts, recipe
+        assert [record["row"] for record in found] == [f"{given} row {i}" for i in range(1, 7)]
+        assert ftjax.evaluate(lm, given, c, say=lambda text: None)["rows"] == 6, recipe
+
+
+def test_rows_that_are_cut_are_told_and_may_be_refused(trained, tmp_path):
+    given = write(tmp_path / "given.jsonl", [{"text": "a fine film"}, {"text": "the dull film " * 9}])
+    told = []
+    assert len(ftjax.predict(str(trained), given, say=told.append)) == 2
+    assert [line for line in told if "1 rows (50.0%) are longer than 16 tokens: cut at the end" in line]
+    with pytest.raises(FtjaxError, match="given.jsonl row 2: 29 tokens, more than data.max_length=16"):
+        ftjax.predict(str(trained), given, overrides=["data.long=raise"])
+
+
+def test_code_that_a_run_folder_names_is_not_run(trained, tmp_path):
+    code = tmp_path / "code.py"
+    code.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "def score(prediction, references, row):\n    return 1.0\ndef change(row, rng):\n    return row\n"
+    )
+    names = {"data.augment.function": f"{code}:change", "data.augment.copies": 1, "data.augment.ops": ()}
+    names |= {"evaluate.metrics": (f"{code}:score", "rouge_l")}
+    run = changed(trained, tmp_path / "run", names)
+    test, told = str(tmp_path / "test.jsonl"), []
+    write(tmp_path / "test.jsonl", rows(4, 2))
+    for ask in (ftjax.evaluate, ftjax.predict):
+        ask(run, test, say=told.append)
+    ftjax.evaluate(run, say=told.append)
+    said = [line for line in told if "names functions that are not run" in line]
+    assert len(said) == 3 and all(f"{code}:change" in line and f"{code}:score" in line for line in said)
+    for verb in ("train", "sweep", "plan", "compare", "evaluate", "data"):
+        options = {"evaluate": ["--model", run], "data": ["inspect"]}.get(verb, [])
+        assert cli.main([verb, *options, "--config", f"{run}/run.json"]) == 2
+    assert not (tmp_path / "ran").exists()
+    # What the user names is run.
+    override = f"data.augment.function={code}:change", f"evaluate.metrics={code}:score"
+    assert configs.load(f"{run}/run.json", override).data.augment.function == f"{code}:change"
+    told.clear()
+    ftjax.evaluate(run, test, overrides=override, say=told.append)
+    assert not [line for line in told if "not run" in line]
+
+
+def test_code_in_an_entry_of_a_mixture_or_of_a_comparison_is_found():
+    entries = [{"name": "a", "train": "a.jsonl", "augment.function": "a.py:f"}]
+    contenders = ["zero-shot", {"name": "b", "data.augment.function": "b.py:f", "evaluate.metrics": ["c.py:f"]}]
+    values = {"data": {"mixture": entries, "prompt": "a: b"}, "compare": {"contenders": contenders}}
+    assert [function for _, function in user_code.named(values)] == ["a.py:f", "b.py:f", "c.py:f"]

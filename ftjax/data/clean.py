@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.config import compile_patterns
+from ftjax.data.compared import Sides, Texts
 from ftjax.data.similar import ROLES, firsts, near_pairs, row_text
 from ftjax.data.table import Table
 from ftjax.data.textchecks import mask, mojibake, personal, without_control
@@ -25,21 +26,25 @@ JOINED = ("prompt", "completion", "response", "chosen", "rejected")  # columns t
 
 
 class Removed(NamedTuple):
-    """A row that was left out: its index in the table, its place, by which rule and why; the row that it doubles."""
+    """A row that was left out: its index in the table, its place, by which rule and why; the row that it doubles, and
+    whether that has another label."""
 
     index: int
     place: str
     rule: str
     why: str
     twin: str = ""  # place of the row that stays, for a duplicate
+    conflict: bool = False
 
 
 class Cleaned(NamedTuple):
-    """The rows that stay, as edited; those that went, in order; {edit: rows that it changed}."""
+    """The rows that stay, as edited; those that went, in order; {edit: rows that it changed}; what is said of rows that
+    stay though they double another, for their labels differ."""
 
     table: Table
     removed: list[Removed]
     changed: dict[str, int]
+    conflict: str = ""
 
 
 class Row(NamedTuple):
@@ -54,7 +59,8 @@ class Rule(NamedTuple):
     """One row of RULES. name: its field of data.clean, or what the field says; kind: edit | filter | duplicates.
 
     make, given the settings, makes of an edit's rule (text, whether its ends stay) -> text; of a filter's, Row -> why
-    it goes, empty where it stays; of the others', texts -> {index: (index of the first like it, why)}.
+    it goes, empty where it stays; of the others', (texts, labels) -> {index: (index of the first like it with the same
+    label, why)}.
     """
 
     name: str
@@ -64,11 +70,14 @@ class Rule(NamedTuple):
     answers: bool = False  # whether it cannot do without them
 
 
-def clean(table: Table, settings, answers: Answers | None = None, folder: str | None = None) -> Cleaned:
+def clean(
+    table: Table, settings, answers: Answers | None = None, folder: str | None = None, by: Sides | None = None
+) -> Cleaned:
     """A table as the group `data.clean` wants it: edited, then filtered, then without duplicates, by RULES in order.
 
     answers gives the prompt and answer of a row, for the filters that need them; None where the rows have no known
-    form. folder: as in Table.edit. Rows keep their order; every row is kept or in `removed`, and cleaning what was
+    form. folder: as in Table.edit. by: by what duplicates are judged, None: by all text, or that of settings.columns.
+    Rows keep their order; every row is kept or in `removed`, and cleaning what was
     cleaned changes nothing. Raises FtjaxError for a pattern that does not compile, for a column that does not exist,
     for a filter on answers where there are none, and where no row is left.
     """
@@ -86,16 +95,36 @@ def clean(table: Table, settings, answers: Answers | None = None, folder: str | 
     changed = Counter(dict.fromkeys(edits, 0))
     edited = table.edit(lambda rows: [_edit_row(row, edits, changed) for row in rows], folder) if edits else table
     removed = {r.index: r for r in _filtered(edited, filters, answers)} if filters else {}
+    by, conflict = by or Sides(lambda row: row_text(row, settings.columns)), ""
     for name, find in duplicates.items():
         left = _left(len(table), removed)
-        for i, (first, why) in find(Texts(edited.select(left), settings.columns)).items():
+        rest = edited.select(left)
+        labels = by.labels(rest)
+        conflict = conflict or conflicts(rest, by, labels)
+        for i, (first, why) in find(Texts(rest, by.whole), labels).items():
             at = int(left[i])
             removed[at] = Removed(at, table.place(at), name, why, table.place(int(left[first])))
     if removed and len(removed) == len(table):
         one = removed[min(removed)]
         raise FtjaxError(f"data.clean: no row is left of {len(table)}; {one.place} went by {one.rule!r}: {one.why}")
     kept = edited.select(_left(len(table), removed)) if removed else edited
-    return Cleaned(kept, [removed[i] for i in sorted(removed)], dict(changed))
+    return Cleaned(kept, [removed[i] for i in sorted(removed)], dict(changed), conflict)
+
+
+def conflicts(table: Table, by: Sides, labels: list[str]) -> str:
+    """What is said of rows of which the model reads the same, with different labels: how many, and the first; empty
+    where there are none."""
+    if not any(labels):
+        return ""
+    first = firsts(Texts(table, by.read))
+    odd = [i for i in np.flatnonzero(first != np.arange(len(first))).tolist() if labels[i] != labels[first[i]]]
+    shown = [
+        f"{table.place(i)} ({labels[i][:40]!r}) and {table.place(int(first[i]))} ({labels[first[i]][:40]!r})"
+        for i in odd[:3]
+    ]
+    return (
+        f"{len(odd):,} rows have the text of another row and another label, and stay: {', '.join(shown)}" if odd else ""
+    )
 
 
 def records(table: Table, removed: Iterable[Removed]) -> Iterator[dict]:
@@ -109,23 +138,6 @@ def need_columns(columns: Iterable[str], there: Sequence[str], key: str) -> None
     for name in columns:
         if name not in there:
             raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")
-
-
-class Texts(Sequence[str]):
-    """The text of every row of a table, or of some columns: read chunk by chunk or by index, never all in memory."""
-
-    def __init__(self, table: Table, columns: Sequence[str] = ()):
-        self.table, self.columns = table, tuple(columns)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> str:
-        return row_text(self.table.row(index), self.columns)
-
-    def __iter__(self) -> Iterator[str]:
-        for _, rows in self.table.chunks():
-            yield from (row_text(row, self.columns) for row in rows)
 
 
 def _left(rows: int, removed: dict[int, Removed]) -> np.ndarray:
@@ -267,21 +279,25 @@ def _drop(settings) -> Callable[[Row], str]:
 # ---------------------------------------------------------------------------------------------- duplicates
 
 
-def _exact(settings) -> Callable[[Texts], dict[int, tuple[int, str]]]:
-    def find(texts: Texts) -> dict[int, tuple[int, str]]:
-        first = firsts(texts)
-        return {i: (int(first[i]), "the same text") for i in np.flatnonzero(first != np.arange(len(first))).tolist()}
+def _exact(settings) -> Callable[[Texts, list[str]], dict[int, tuple[int, str]]]:
+    def find(texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
+        earliest, gone = {}, {}
+        for i, first in enumerate(firsts(texts).tolist()):
+            twin = earliest.setdefault((first, labels[i]), i)
+            if twin != i:
+                gone[i] = (twin, "the same text")
+        return gone
 
     return find
 
 
-def _near(settings) -> Callable[[Texts], dict[int, tuple[int, str]]]:
+def _near(settings) -> Callable[[Texts, list[str]], dict[int, tuple[int, str]]]:
     """Each row that goes is so alike to one that stays; so of three in a chain, the third may stay."""
 
-    def find(texts: Texts) -> dict[int, tuple[int, str]]:
+    def find(texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
         gone: dict[int, tuple[int, str]] = {}
         for i, j in near_pairs(texts, settings.near).tolist():  # sorted, so what becomes of row i is settled
-            if i not in gone:
+            if i not in gone and labels[i] == labels[j]:
                 gone.setdefault(j, (i, f"at least {settings.near:g} alike"))
         return gone
 

@@ -241,6 +241,18 @@ def adopt(batch: pa.RecordBatch, place: Place) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, batch.schema.names)
 
 
+def class_names(column: pa.Array, names: list[str]) -> pa.Array:
+    """Numbers of classes, or lists of them, as the names of the classes; null for -1, which stands for none."""
+
+    def name(cell):
+        if isinstance(cell, list):
+            return list(map(name, cell))
+        return None if cell in (None, -1) else names[cell] if 0 <= cell < len(names) else str(cell)
+
+    cells = list(map(name, column.to_pylist()))
+    return encode(cells, infer(cells))
+
+
 def _adopt(column: pa.Array) -> pa.Array:
     kind = plain(column.type)
     if column.type != kind:

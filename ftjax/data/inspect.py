@@ -11,11 +11,13 @@ import numpy as np
 
 from ftjax import config as configs
 from ftjax.data import prepare
+from ftjax.data.compared import sides
 from ftjax.data.inspect_checks import CHECKS, Check, Hit
 from ftjax.data.inspect_corpus import Corpus, corpus, near
-from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan, sides
+from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan
+from ftjax.data.inspect_scan import sides as prompt_and_answer
 from ftjax.data.read import read_table
-from ftjax.data.similar import clusters, normalise, row_text
+from ftjax.data.similar import clusters, normalise, row_text, units
 from ftjax.data.textchecks import mask
 from ftjax.errors import FtjaxError
 
@@ -111,7 +113,8 @@ def _parts(config, tokenizer, folder: Path) -> list[Scan]:
                 table = read_table(getattr(data, part), f"data.{part}", **where)
                 recipe, guessed = _recipe(data, table.columns)
                 name = f"{part} of {source}" if source else part
-                found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer))
+                by = sides(data, table.columns, config.task)
+                found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer, sides=by))
     return found
 
 
@@ -149,7 +152,6 @@ def _finding(name: str, check: Check, hit: Hit) -> Finding:
         "kinds": _kinds(hit.notes),
         "subject": hit.subject,
         "near": near(one.data),
-        "columns": _columns(one),
     }
     return Finding(
         check=name,
@@ -169,13 +171,6 @@ def _kinds(notes: dict[int, str], most: int = 4) -> str:
     return "; ".join(said + [f"{len(counts) - most:,} more"] * (len(counts) > most))
 
 
-def _columns(one: Scan) -> str:
-    """What advice on duplicates must say besides: columns, where not all text counts."""
-    text = [name for name, column in one.columns.items() if column.text]
-    left = one.compared if set(one.compared) != set(text) - {one.label} else []
-    return f" and data.clean.columns={tuple(left)}" if left else ""
-
-
 def _spread(notes: dict[int, str]) -> list[int]:
     """The first row of each of the first kinds of notes, then further first rows."""
     first = {}
@@ -188,7 +183,7 @@ def _example(check: Check, hit: Hit, i: int) -> dict[str, str]:
     one, place = hit.scan, hit.scan.table.place(i)
     text = row_text(one.table.row(i))
     if check.answer:
-        text = sides(*one.recipe.render([one.table.row(i)], [place]))[1]
+        text = prompt_and_answer(*one.recipe.render([one.table.row(i)], [place]))[1]
     shown = mask(text)
     if check.where is not None:
         at = max(0, len(mask(text[: check.where(text)])) - EXCERPT // 2)
@@ -250,7 +245,7 @@ def _diversity(sample: list[str]) -> dict[str, float]:
     """Distinct n-grams of words by all n-grams, n-grams within a row (Li et al. 2016, distinct-n)."""
     total, grams, left = Counter(), {n: set() for n in (1, 2, 3)}, SAMPLE_WORDS
     for text in sample:
-        words = normalise(text).split()[:left]
+        words = units(normalise(text))[0][:left]
         left -= len(words)
         for n, found in grams.items():
             found.update(zip(*(words[k:] for k in range(n))))

@@ -11,7 +11,7 @@ import numpy as np
 from ftjax.data import textchecks
 from ftjax.data.inspect_corpus import Corpus
 from ftjax.data.inspect_scan import Scan, View, fold
-from ftjax.data.similar import normalise
+from ftjax.data.similar import grams, normalise
 
 OPTIONAL = 0.2  # a column with more empty cells than this is one that rows may leave out
 COMMON = 0.95  # share of rows that the common labels, script or ending have, and what others are told apart from
@@ -28,7 +28,7 @@ class Hit(NamedTuple):
 
 class Check(NamedTuple):
     """One of `row` and `parts` is given. message and advice may hold {rows}, a number with its share, {subject}, and
-    {kinds}, the notes by their number; advice {near} and {columns} besides.
+    {kinds}, the notes by their number; advice {near} besides.
     """
 
     severity: str  # error: the run stops or its results mean nothing | warning: look | note: know
@@ -88,10 +88,10 @@ def _repeats(view: View) -> str | None:
     if not view.prompt or not view.answer:
         return None
     answer, prompt = normalise(view.answer), normalise(view.prompt)
-    if len(prompt.split()) >= REPEATED and prompt in answer:
+    if grams(prompt, REPEATED) and prompt in answer:
         return "the whole prompt"
     lines = map(normalise, view.prompt.splitlines())
-    return "a line of the prompt" if any(len(x.split()) >= REPEATED and answer.startswith(x) for x in lines) else None
+    return "a line of the prompt" if any(answer.startswith(x) and grams(x, REPEATED) for x in lines) else None
 
 
 # ---------------------------------------------------------------------------------------------- columns
@@ -160,7 +160,8 @@ def _pairs_within(corpus: Corpus, part: int) -> list[tuple[int, int]]:
 
 
 def _overlap(corpus: Corpus) -> Iterator[Hit]:
-    """Rows of train that are in an evaluation part too, and rows of validation that are in test."""
+    """Rows of train of which the model reads what an evaluation row has; rows of validation that are so in test."""
+    corpus = corpus.read or corpus
     order = {"train": 0, "validation": 1, "test": 2}
     for p, scan in enumerate(corpus.scans):
         for q, other in enumerate(corpus.scans):
@@ -172,14 +173,19 @@ def _overlap(corpus: Corpus) -> Iterator[Hit]:
                 for a, b in ((i, j), (j, i)):
                     if there[b] >= 0:
                         nearly.setdefault(a, there[b])
-            notes = {}
+            notes, conflicts = {}, 0
             for i, same in enumerate(corpus.firsts(p).tolist()):
                 if there[same] >= 0:
                     notes[i] = f"as {corpus.place(there[same])}"
+                    mine, theirs = corpus.labels(corpus.starts[p] + i), corpus.labels(there[same])
+                    if mine and theirs and mine != theirs:
+                        conflicts += 1
+                        said = _said(other, int(there[same] - corpus.starts[q]))
+                        notes[i] += f", with the label {_said(scan, i)!r} and not {said!r}"
                 elif same in nearly:
                     notes[i] = f"nearly {corpus.place(nearly[same])}"
             if notes:
-                yield Hit(scan, notes, other.name)
+                yield Hit(scan, notes, other.name + (f" ({conflicts:,} with another label)" if conflicts else ""))
 
 
 # ---------------------------------------------------------------------------------------------- labels and answers
@@ -218,6 +224,7 @@ def _rare(corpus: Corpus) -> Iterator[Hit]:
 
 def _conflict(corpus: Corpus) -> Iterator[Hit]:
     """Rows whose text stands elsewhere with another label: those in the minority, the later ones of a tie."""
+    corpus = corpus.read or corpus
     for part, scan in enumerate(corpus.scans):
         if scan.labels is None:
             continue
@@ -319,12 +326,12 @@ CHECKS: dict[str, Check] = {
     ),
     "duplicates": Check(
         "warning", "rows that repeat an earlier one: {rows}",
-        "data.clean.exact=True{columns} drops them",
+        "data.clean.exact=True drops them",
         parts=_duplicates,
     ),
     "near_duplicates": Check(
         "warning", "rows that are nearly an earlier one: {rows}",
-        "data.clean.near={near:g}{columns} drops them; data.group_near={near:g} keeps them on one side of the split",
+        "data.clean.near={near:g} drops them; data.group_near={near:g} keeps them on one side of the split",
         parts=_near,
     ),
     "label_conflict": Check(

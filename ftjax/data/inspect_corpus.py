@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ftjax.data.compared import Texts, common, nothing, telling
 from ftjax.data.inspect_scan import Scan, fold
-from ftjax.data.similar import firsts, near_pairs, row_text
+from ftjax.data.similar import firsts, near_pairs
 
 NEAR = 0.8  # similarity of near duplicates where data.clean.near does not say another
 
@@ -26,6 +28,7 @@ class Corpus:
     first: np.ndarray
     pairs: np.ndarray
     alike: np.ndarray
+    read: Corpus | None = None  # the same by what the model reads alone, where that is not all
 
     def firsts(self, part: int) -> np.ndarray:
         """`first` of one part's rows."""
@@ -50,8 +53,18 @@ class Corpus:
 
 
 def corpus(scans: list[Scan], seed: int) -> Corpus:
-    """Compare all rows of all parts with one another, by the first source's settings."""
-    texts = _Texts(scans)
+    """Compare all rows of all parts with one another, by the first source's settings: by all that counts of a row, and
+    by what the model reads."""
+    whole = _compared(scans, [scan.by.whole for scan in scans], seed)
+    if all(scan.by.said is nothing for scan in scans):
+        return whole
+    prompts = set().union(*(common(scan.table, scan.by) for scan in scans))
+    read = _compared(scans, [telling(scan.by, prompts) for scan in scans], seed)
+    return dataclasses.replace(whole, read=read)
+
+
+def _compared(scans: list[Scan], text_of: list[Callable[[dict], str]], seed: int) -> Corpus:
+    texts = _Texts([Texts(scan.table, text) for scan, text in zip(scans, text_of, strict=True)])
     if not scans[0].data.streaming:
         texts = list(texts)
     first = firsts(texts)
@@ -62,22 +75,20 @@ def corpus(scans: list[Scan], seed: int) -> Corpus:
 
 
 class _Texts(Sequence[str]):
-    """The texts of all parts, read chunk by chunk or by index, never all in memory."""
+    """The texts of all parts, one after the other."""
 
-    def __init__(self, scans: list[Scan]):
-        self.scans, self.starts = scans, np.cumsum([0, *map(len, scans)])
+    def __init__(self, parts: list[Texts]):
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __iter__(self) -> Iterator[str]:
-        for scan in self.scans:
-            yield from scan.texts()
+        return itertools.chain.from_iterable(self.parts)
 
     def __getitem__(self, index: int) -> str:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        scan = self.scans[part]
-        return row_text(scan.table.row(index - int(self.starts[part])), scan.compared) if scan.compared else ""
+        return self.parts[part][index - int(self.starts[part])]
 
 
 def near(data) -> float:

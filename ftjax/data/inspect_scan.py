@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.data import textchecks
+from ftjax.data.compared import Sides, Texts, columns_text
 from ftjax.data.prepare import Recipe
 from ftjax.data.similar import normalise, row_text
 from ftjax.data.table import CHUNK, Table
@@ -79,6 +80,7 @@ class Scan:
     answers: array = dataclasses.field(default_factory=lambda: array("Q"))
     sample: list[str] = dataclasses.field(default_factory=list)
     coverage: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    sides: Sides | None = None  # what the config says that rows are compared by
     label: str | None = None
     labels: list[tuple[str, ...]] | None = None  # of each row; a list of tags gives several
 
@@ -86,24 +88,19 @@ class Scan:
         return len(self.table)
 
     @property
-    def compared(self) -> list[str]:
-        """Columns that say what a row is: data.clean.columns, or all text but labels and mere names, such as ids."""
-        if self.data.clean.columns:
-            return [c for c in self.data.clean.columns if c in self.columns]
+    def by(self) -> Sides:
+        """What rows are compared by: where the config does not say what the model reads, all text but labels and mere
+        names, such as ids."""
+        if self.sides.known:
+            return self.sides
         text = [c for c, column in self.columns.items() if column.text and c != self.label]
         said = [c for c in text if self.columns[c].blank or self.columns[c].distinct < len(self)]
-        return said or text
+        return Sides(columns_text(said or text), label=self.label or "")
 
     def beside(self, index: int, other: int) -> str:
         """What a note on one row calls another: `row 3` within a file, else by its file too."""
         table = self.table
         return f"row {table.number[other]}" if table.file[index] == table.file[other] else table.place(other)
-
-    def texts(self) -> Iterator[str]:
-        """The text of each row that duplicates are judged by."""
-        columns = self.compared
-        for _, rows in self.table.chunks():
-            yield from (row_text(row, columns) if columns else "" for row in rows)
 
 
 def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: dict[str, Callable]) -> Scan:
@@ -122,7 +119,7 @@ def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: 
     if scan.label is not None:
         scan.labels = [label_values(row[scan.label]) for _, rows in scan.table.chunks() for row in rows]
     some = scan.table.select(np.arange(0, len(scan), max(1, len(scan) // SAMPLE_ROWS)))
-    scan.sample = [row_text(row, scan.compared) for _, rows in some.chunks() for row in rows] if scan.compared else []
+    scan.sample = list(Texts(some, scan.by.whole))
     scan.coverage = _coverage(scan)
     return scan
 
@@ -189,8 +186,8 @@ def sides(rendered: Rendered) -> tuple[str, str]:
     """(prompt, answer) as text; of messages, what the assistant said is the answer and all else the prompt."""
     if rendered.messages is None:
         return rendered.prompt, rendered.completion
-    said = [(m["role"] == "assistant", m.get("content")) for m in rendered.messages]
-    return tuple("\n".join(t for own, t in said if own is side and isinstance(t, str)) for side in (False, True))
+    said = [(m["role"] == "assistant", m["content"]) for m in rendered.messages if m["content"]]  # a tool call has none
+    return tuple("\n".join(text for own, text in said if own is side) for side in (False, True))
 
 
 def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:

@@ -5,7 +5,9 @@ N rows, C labels.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,7 +48,7 @@ class Labelled:
     text, pair, label: columns, pair empty where there is one text; names: of the labels, in the order of their ids;
     pool: ModelConfig.head's, by which the last token of a text is read, or its first; max_length: tokens to which a
     text is cut, special tokens kept; 0: none is; subwords, stride, no_answer: those
-    of config.task.
+    of config.task; ids: the cells of labels are ids and not names; vectors: they are multi-hot vectors.
     """
 
     form: str
@@ -59,6 +61,8 @@ class Labelled:
     subwords: str = "first"
     stride: int = 0
     no_answer: bool = False
+    ids: bool = False
+    vectors: bool = False
 
     def render(self, rows: list[dict], places: list[str]) -> list[Rendered]:
         """Rows as text and the text of their label."""
@@ -70,6 +74,13 @@ class Labelled:
             Rendered(prompt="\n".join(text), completion=str(row.get(self.label, "")))
             for text, row in zip(texts, rows, strict=True)
         ]
+
+    def sides(self, row: dict, place: str) -> tuple[str, str]:
+        """("", the text of a row); raises FtjaxError for a row without text, or without the label that it needs."""
+        (rendered,) = self.render([row], [place])
+        if self.label and self.form != "multilabel" and is_missing(row.get(self.label)):
+            raise FtjaxError(f"{place}: column {self.label!r} holds no label")
+        return "", rendered.prompt
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
         """Rows as tokens with targets; raises FtjaxError naming the place of a row that cannot be used."""
@@ -109,27 +120,87 @@ def recipe(
 
 
 def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a config's labels: its own, those that the model knows, or those of the rows.
+    """The names of a config's labels in the order of their ids: its own, those of the model, or those of the rows.
 
-    tables: (data group, rows of train) of each source. Raises FtjaxError for fewer than two labels.
+    Args:
+        config: the whole config.
+        tables: (data group, all rows of data.train) of each source.
+        known: names of the labels of the model's head.
+
+    Raises:
+        FtjaxError: for fewer than two labels, a name that stands twice, and what is no label.
     """
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
     if task.kind in FIXED:
         return FIXED[task.kind]
-    if task.labels:
-        return tuple(map(str, task.labels))
+    names = tuple(label_name(name) or "" for name in task.labels) or (() if task.kind == "regress" else known)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FtjaxError(f"task.labels: two labels are called {twice!r}; give each label a name of its own")
+    if names:
+        return names
     if task.kind == "regress":
         return ("value",)
-    if known:
-        return known
     found = set()
     for data, table in tables:
         named = column(data.label, usual.label, table.columns, "data.label")
-        found |= label_names(table, named, task.kind in ("multilabel", "tag"))
+        found |= label_names(table, named, task.kind in SEVERAL)
     names = tags.in_order(found) if task.kind == "tag" else in_order(found)
     if len(names) < 2 and task.kind == "classify":
         raise FtjaxError(f"data.label: the rows of train have the label {', '.join(names)!r} only; expected two")
     return names
+
+
+def reading(how: Labelled, table: Table, whole: Table, given: bool) -> tuple[Labelled, list[str]]:
+    """How the labels of a table are written: `how` with `ids` and `vectors`, and notes for a person.
+
+    A label is a value. A whole number is an id only where names are given, none of which is a number itself, and where
+    all labels of the table are such numbers.
+
+    Args:
+        how: the recipe of the rows.
+        table: the rows.
+        whole: all rows of their source, which say whether cells are multi-hot vectors.
+        given: whether the names are given, by task.labels or the model, and not those of the rows.
+
+    Raises:
+        FtjaxError: for rows without a label, with their count, and for tags that are none.
+    """
+    if not how.label or how.form in FIXED:
+        return how, []
+    cells, said = list(table.cells(how.label)), f"column {how.label!r} holds"
+    if how.form != "multilabel":  # where an empty cell says that there is no label
+        need_labels(table, cells, how.label)
+    if how.form == "tag":
+        tags.in_order(set(how.names))
+    if how.form == "multilabel":
+        source = list(whole.cells(how.label)) if how.label in whole.columns else cells
+        if vector_length(source) == len(how.names):
+            note = f"{said} vectors of 0 and 1, one number for each of {_some(how.names)}"
+            return dataclasses.replace(how, vectors=True), [note]
+    if how.form == "regress" or not given or any(map(WHOLE.fullmatch, how.names)):
+        return how, []
+    labels = (label for cell in cells for label in (split_labels(cell) if how.form in SEVERAL else [cell]))
+    if not all(is_whole(label) for label in labels):
+        return how, []
+    meant = _some([f"{i} is {name!r}" for i, name in enumerate(how.names)])
+    return dataclasses.replace(how, ids=True), [f"{said} numbers, which are read as ids: {meant}"]
+
+
+def need_labels(table: Table, cells: list, column: str) -> None:
+    """Raises FtjaxError where rows have no label, with their number and the places of the first."""
+    lacking = [i for i, cell in enumerate(cells) if is_missing(cell)]
+    if lacking:
+        first = ", ".join(table.place(i) for i in lacking[:3])
+        raise FtjaxError(
+            f"{len(lacking):,} of {len(table):,} rows have no label in column {column!r}: {first}"
+            f"{', ...' if len(lacking) > 3 else ''}; add the labels, or leave these rows out by "
+            "data.clean.empty=True (of the parts that data.clean.parts names)"
+        )
+
+
+def is_missing(cell) -> bool:
+    """Whether a cell holds no label."""
+    return cell is None or isinstance(cell, str) and not cell.strip()
 
 
 def column(asked: str, usual: tuple[str, ...], columns: list[str], key: str) -> str:
@@ -144,63 +215,134 @@ def column(asked: str, usual: tuple[str, ...], columns: list[str], key: str) -> 
 # ---------------------------------------------------------------------------------------------- labels
 
 
+WHOLE = re.compile(r"-?\d+")
+SEVERAL = ("multilabel", "tag")  # task.kind of rows with several labels each
+
+
+def label_name(cell) -> str | None:
+    """A label as text, `1` for 1 and 1.0; None for what is no label."""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    if isinstance(cell, int) or isinstance(cell, str) and cell.strip():
+        return str(cell).strip()
+    return None
+
+
+def is_whole(cell) -> bool:
+    """Whether a label is a whole number, or the text of one."""
+    return not isinstance(cell, bool) and WHOLE.fullmatch(label_name(cell) or "") is not None
+
+
 def label_names(table: Table, column: str, several: bool = False) -> set[str]:
-    """The distinct labels of rows, as text."""
+    """The distinct labels of rows, as text; of multi-hot vectors the places in them. Rows without any are left out."""
+    cells = list(table.cells(column))
+    if several and (length := vector_length(cells)) > 1:
+        return set(map(str, range(length)))
     found = set()
-    for start, rows in table.chunks():
-        for i, row in enumerate(rows):
-            for cell in split_labels(row.get(column)) if several else [row.get(column)]:
-                if not isinstance(cell, str | int) or isinstance(cell, str) and not cell.strip():
-                    raise FtjaxError(
-                        f"{table.place(start + i)}: column {column!r} holds {cell!r}; expected a label: a text or a "
-                        "whole number"
-                    )
-                found.add(str(cell).strip())
+    for i, cell in enumerate(cells):
+        for label in split_labels(cell) if several else [] if is_missing(cell) else [cell]:
+            name = label_name(label)
+            if name is None:
+                raise FtjaxError(
+                    f"{table.place(i)}: column {column!r} holds {cell!r:.80}; expected a label: a text or a whole "
+                    'number; for numbers to predict set task.kind="regress", for lists of labels "multilabel"'
+                )
+            found.add(name)
     return found
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:
     """Whole numbers as numbers go, others by the alphabet."""
-    whole = all(name.lstrip("-").isdigit() for name in names)
+    whole = all(map(WHOLE.fullmatch, names))
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
 
 
 def split_labels(cell) -> list:
-    """The labels of a cell that may hold several: a list, or a text with commas between them; none: empty."""
-    if cell is None or cell == "":
+    """The labels of a cell that may hold several: a list, its text as JSON or Python write it, or a text with commas
+    between them; none: empty. Any other cell is its own only label."""
+    if is_missing(cell):
         return []
-    return [part.strip() for part in cell.split(",")] if isinstance(cell, str) else list(cell)
+    if isinstance(cell, str) and cell.strip().startswith("["):
+        try:
+            cell = ast.literal_eval(cell.strip())
+        except (ValueError, SyntaxError):
+            return [None]  # no label, which is refused
+    if isinstance(cell, str):
+        return [part.strip() for part in cell.split(",")]
+    return cell if isinstance(cell, list) else [cell]
 
 
-def label_id(cell, names: tuple[str, ...], place: str, column: str) -> int:
-    """The id of a label: its place among `names`; a whole number that is no name is the id itself."""
-    name = str(cell).strip()
-    if name in names:
-        return names.index(name)
-    if name.isdigit() and int(name) < len(names):
+def vector_length(cells: list) -> int:
+    """The length of multi-hot vectors such as [1, 0, 1]; 0 where cells are lists of labels.
+
+    Lists of labels of one length that hold nothing but 0 and 1 are no other: two labels, each row with both of them,
+    would teach nothing.
+    """
+    length = 0
+    for cell in cells:
+        labels = split_labels(cell)
+        if (
+            isinstance(cell, int | float)
+            or length not in (0, len(labels))
+            or not labels
+            or any(x not in BITS for x in labels)
+        ):
+            return 0
+        length = len(labels)
+    return length
+
+
+BITS = (0, 1, "0", "1")  # equal to 0.0 and False, 1.0 and True
+
+
+def label_id(how: Labelled, cell, place: str) -> int:
+    """The id of a label: its place among how.names, or the label itself where how.ids says so.
+
+    Raises FtjaxError for a label that is not known.
+    """
+    name = label_name(cell)
+    if how.ids and name is not None and name.isdecimal() and int(name) < len(how.names):
         return int(name)
+    if name in how.names and not how.ids:
+        return how.names.index(name)
     raise FtjaxError(
-        f"{place}: column {column!r} holds {cell!r}{nearest(name, names)}; expected one of {_some(names)}; to have "
-        "others, name them all in task.labels"
+        f"{place}: column {how.label!r} holds {cell!r:.80}{nearest(str(cell), how.names)}; expected one of "
+        f"{_some(how.names)}; to have others, name them all in task.labels"
     )
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def one_class(how: Labelled, row: dict, place: str):
     """() int32: the class of a row; 0 of rows without labels."""
-    if not how.label:
-        return np.int32(0)
-    return np.int32(label_id(row.get(how.label), how.names, place, how.label))
+    return np.int32(label_id(how, row.get(how.label), place) if how.label else 0)
 
 
 def many_classes(how: Labelled, row: dict, place: str):
     """(C,) float32: 1 for each label that a row has."""
-    out = np.zeros(len(how.names), np.float32)
-    for cell in split_labels(row.get(how.label)) if how.label else ():
-        out[label_id(cell, how.names, place, how.label)] = 1
+    out, cell = np.zeros(len(how.names), np.float32), row.get(how.label)
+    labels = split_labels(cell) if how.label else []
+    if how.vectors:
+        if len(labels) != len(out) or any(x not in BITS for x in labels):
+            raise FtjaxError(
+                f"{place}: column {how.label!r} holds {cell!r:.80}; expected {len(out)} numbers, each 0 or 1"
+            )
+        return np.array([x in (1, "1") for x in labels], np.float32)
+    if isinstance(cell, int | float) and how.label:
+        raise FtjaxError(
+            f"{place}: column {how.label!r} holds {cell!r}; expected a list of labels, or a text with commas between "
+            "them; where every label has a column of its own, write the names of those that a row has into one"
+        )
+    for label in labels:
+        at = label_id(how, label, place)
+        if out[at]:
+            raise FtjaxError(
+                f"{place}: column {how.label!r} holds {cell!r:.80}, in which {label!r} stands twice; expected each "
+                f"label once, or in all rows vectors of {len(out)} numbers, each 0 or 1"
+            )
+        out[at] = 1
     return out
 
 

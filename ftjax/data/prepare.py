@@ -19,6 +19,7 @@ from ftjax.data import labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
+from ftjax.data.compared import sides
 from ftjax.data.read import read_table
 from ftjax.data.split import absent, decontaminate, limit, shots, split
 from ftjax.data.store import Examples
@@ -205,37 +206,96 @@ class Data:
 
 
 def prepare(
-    config, tokenizer, max_positions: int, *, pool: str = "", known: tuple[str, ...] = (), truths: bool = True
+    config,
+    tokenizer,
+    max_positions: int,
+    *,
+    pool: str = "",
+    known: tuple[str, ...] = (),
+    parts: tuple[str, ...] = PARTS,
 ) -> Data:
-    """The examples of train, validation and test.
-
-    pool: where the head over labels reads, see ModelConfig; known: labels that the model's head has names for; truths:
-    False where rows need no labels.
+    """The examples of train, validation and test, made by all that `config.data` asks for.
 
     A part whose file is named consists of that file. Any other part is split off the rows of data.train: see
     split.split. Rows keep their order in the file; synthetic ones follow. data.max_length left at its default is capped
     by max_positions. Of a mixture, every source goes this way by its own settings, and the parts are joined.
-    Raises FtjaxError for any row or setting that cannot be used: see read, clean, split, template and tokenise; further
-    for a set data.max_length above max_positions.
+
+    Args:
+        config: the whole config.
+        tokenizer: makes the token ids.
+        max_positions: positions of the model.
+        pool: which token of a text the head over labels reads, see ModelConfig.
+        known: names of the labels of the model's head, in the order of their ids.
+        parts: those of PARTS that are wanted. The others are empty. Rows are augmented for train alone.
+
+    Raises:
+        FtjaxError: for any row or setting that cannot be used, see read, clean, split, template and tokenise; further
+            for a set data.max_length above max_positions.
     """
+    chosen, gone = rows(config, augmented="train" in parts)
+    data = _tokenised(config, chosen, gone, tokenizer, max_positions, pool, known, True, parts)
+    if "train" in parts and not len(data.train):
+        named = ", ".join(source.data.train for source in chosen)
+        raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
+    return data
+
+
+def given(config, source: str, tokenizer, max_positions: int, *, pool: str = "", truths: bool = True) -> Data:
+    """Rows that a user gives to a finished model, as the part `test`: each row rendered and tokenised, in order.
+
+    Of `config.data` only what says how rows become tokens is used. Nothing is cleaned, split, left out or added. A row
+    of more tokens than data.max_length is cut, or refused where data.long="raise".
+
+    Args:
+        config: the whole config, with the model's task and its labels.
+        source: the rows, see read_table.
+        tokenizer: makes the token ids.
+        max_positions: positions of the model.
+        pool: see `prepare`.
+        truths: whether the rows have labels.
+
+    Raises:
+        FtjaxError: for a row that cannot be used.
+    """
+    config = configs.copy(config)
+    config.data.update(train=source, validation="", test="", mixture=())
+    if config.data.long == "drop":
+        config.data.long = "truncate"
+    table = read_table(source, "data.train", _scratch() if config.data.streaming else None, config.data.columns)
+    chosen = [Source("", config.data, {"test": table}, [], table)]
+    return _tokenised(config, chosen, [], tokenizer, max_positions, pool, (), truths, ("test",))
+
+
+def _tokenised(
+    config,
+    chosen: list[Source],
+    gone: list[Gone],
+    tokenizer,
+    max_positions: int,
+    pool: str,
+    known: tuple[str, ...],
+    truths: bool,
+    parts: tuple[str, ...],
+) -> Data:
+    """The examples of the sources' rows in some parts; see `prepare` and `given`."""
     texts = 2 if config.task.kind == "embed" else 1  # in a row, each with positions of its own
     max_length = _max_length(config.data.max_length, texts * max_positions)
-    chosen, gone = rows(config)
     cache = _cache(config.data)
     words = fingerprint(tokenizer)
     names = ()
     if config.task.kind != "causal":
-        names = labelled.names_of(config, [(source.data, source.tables["train"]) for source in chosen], known)
+        names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
-    def how(data, columns):
+    def how(source: Source, table: Table):
         if config.task.kind == "causal":
-            return recipe(data, columns)
-        return labelled.recipe(config, data, columns, names, pool, max_length, truths), False
+            return recipe(source.data, table.columns)
+        own = labelled.recipe(config, source.data, table.columns, names, pool, max_length, truths)
+        own, notes = labelled.reading(own, table, source.whole, bool(config.task.labels or known))
+        source.notes.extend(note for note in notes if note not in source.notes)
+        return own, False
 
-    done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in PARTS}
-    if not len(done["train"]):
-        named = ", ".join(source.data.train for source in chosen)
-        raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
+    done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in parts}
+    done = {part: done.get(part, Part()) for part in PARTS}
     sources = tuple(source.name for source in chosen)
     counts = np.bincount(done["train"].source, minlength=len(sources))
     return Data(
@@ -260,6 +320,7 @@ class Source(NamedTuple):
     data: object
     tables: dict[str, Table]
     notes: list[str]  # what a person should know of the way
+    whole: Table  # all rows of data.train, before any is dealt to another part or left out by a limit
 
 
 def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
@@ -273,7 +334,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     for source in sources:
         data, tables = source.data, dict(source.tables)
         dealt_by = data if data.stratify or config.task.kind in BY_LABEL else _unlabelled(data)
-        chosen = split(tables, dealt_by, config.seed)
+        chosen = split(tables, dealt_by, config.seed, config.task)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
         # Where no rows had to be dealt, `split` has not asked for the column.
@@ -287,13 +348,17 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         table = source.tables["train"]
         kept = np.arange(len(table))
         if others:
-            kept, removed = decontaminate(table, others, source.data)
+            kept, removed = decontaminate(table, others, source.data, config.task)
             gone += [Gone(table, removed)] if removed else []
+            if odd := [r for r in removed if r.conflict]:
+                source.notes.append(
+                    f"{len(odd):,} of the rows left out have another label: {odd[0].place} {odd[0].why}"
+                )
         few = limit(indices[kept], source.data.limit, count, config.seed)
         if source.data.shots:
             column = labelled.column(source.data.label, labelled.LABELS, table.columns, "data.label")
             there = dict(zip(indices.tolist(), table.rows[column], strict=True))
-            cells = {i: there[i] for i in few.tolist()}
+            cells = {i: labelled.label_name(there[i]) for i in few.tolist()}
             few = shots(cells, source.data.shots, count, config.seed)
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
         if augmented:
@@ -333,17 +398,22 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 continue
             tables[part] = read_table(getattr(data, part), f"data.{part}", folder, data.columns)
             if part in data.clean.parts:
-                cleaned = clean(tables[part], data.clean, answers(data, tables[part]), folder)
+                by = sides(data, tables[part].columns, config.task)
+                cleaned = clean(tables[part], data.clean, answers(config, data, tables[part]), folder, by)
                 gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
                 tables[part] = cleaned.table
                 changed = {edit: n for edit, n in cleaned.changed.items() if n}
                 notes += [f"cleaning changed rows of {part}: {_counts(changed)}"] if changed else []
-        sources.append(Source(name, data, tables, notes))
+                notes += [f"{part}: {cleaned.conflict}"] if cleaned.conflict else []
+        sources.append(Source(name, data, tables, notes, tables["train"]))
     return sources, gone
 
 
-def answers(data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:
-    """A function (row, place) -> its prompt and answer as text; None where no form fits the columns."""
+def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:
+    """A function (row, place) -> its prompt and answer as text; of a row with a label, nothing and its text. None where
+    no form fits the columns."""
+    if config.task.kind != "causal":
+        return labelled.recipe(config, data, table.columns, (), "", 0).sides
     try:
         how, _ = recipe(data, table.columns)
     except FtjaxError:
@@ -389,13 +459,13 @@ def fingerprint(tokenizer) -> str:
 
 
 def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_length: int, cache) -> Part:
-    """how_of(data, columns) -> the recipe of a source, and whether it was guessed."""
+    """how_of(source, table) -> the recipe of a source's rows, and whether it was guessed."""
     pieces, examples, reports, source = [], [], {}, []
-    for index, (name, own, tables, _) in enumerate(chosen):
-        table = tables[part]
+    for index, one in enumerate(chosen):
+        name, own, table = one.name, one.data, one.tables[part]
         if not len(table):
             continue
-        how, guessed = how_of(own, table.columns)
+        how, guessed = how_of(one, table)
         content = store.table_digest(table)
         key = store.digest(store.code(), words, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)

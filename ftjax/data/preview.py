@@ -49,7 +49,25 @@ def show(data: Data, tokenizer, colour: bool | None = None, packing: bool = Fals
     shares = ", ".join(f"{part} {getattr(data, part).efficiency:.1%}" for part in PARTS if len(getattr(data, part)))
     lines.append(f"{kind}: {shares}")
     lines += [f"one row of train, what is trained {_said(marks)}:"]
-    return "\n".join([*lines, mark(data.train.examples[0], tokenizer, *marks)])
+    return "\n".join(
+        [
+            *lines,
+            mark(data.train.examples[0], tokenizer, *marks),
+            *filter(None, [target(data, 0, data.train.examples[0])]),
+        ]
+    )
+
+
+def target(data: Data, i: int, example: Example) -> str:
+    """What is to be predicted of an example of train, such as `label: good`; empty where that is its own text."""
+    if example.targets is None or (form := data.train.recipe(i).form) in ("masked", "embed"):
+        return ""
+    if form == "multilabel":
+        return "labels: " + (", ".join(n for n, there in zip(data.labels, example.targets[0]) if there) or "none")
+    if form in ("regress", "span"):
+        return ", ".join(f"{name}: {value:g}" for name, value in zip(data.labels, example.targets[0].tolist()))
+    names = [data.labels[k] for k in example.targets.tolist()]
+    return f"{'tags' if form == 'tag' else 'label'}: {' '.join(names)}"
 
 
 def _marks(colour: bool | None) -> tuple[str, str]:
@@ -101,14 +119,19 @@ def visible(text: str) -> str:
 def _sentences(r: Report) -> list[str]:
     how = "guessed by the columns" if r.guessed else "as configured"
     said = f": {SAID[r.form]}" if r.form in SAID else ""
-    lines = [f"{r.source}, form {r.form!r} ({how}){said}, at most {r.max_length:,} tokens a row"]
-    if r.long:
-        lost = r.lost / max(r.trained + r.lost, 1)
-        did = f"dropped {r.dropped:,} rows" if r.policy == "drop" else "cut at the end"
-        lines += [
-            f"{r.long:,} rows ({r.long / r.rows:.1%}) are longer: {did}, {r.lost:,} trained tokens lost ({lost:.1%})"
-        ]
-    return lines
+    return [f"{r.source}, form {r.form!r} ({how}){said}, at most {r.max_length:,} tokens a row", *too_long(r)]
+
+
+def too_long(r: Report) -> list[str]:
+    """What became of rows that are longer than a row may be, in a line; none where no row is."""
+    if not r.long:
+        return []
+    lost = r.lost / max(r.trained + r.lost, 1)
+    did = f"dropped {r.dropped:,} rows" if r.policy == "drop" else "cut at the end"
+    return [
+        f"{r.long:,} rows ({r.long / r.rows:.1%}) are longer than {r.max_length:,} tokens: {did}, {r.lost:,} trained "
+        f"tokens lost ({lost:.1%})"
+    ]
 
 
 def left_out(gone: Iterable[Gone]) -> str:
@@ -133,7 +156,8 @@ def mixture(data: Data) -> list[str]:
 
 
 class View(NamedTuple):
-    """One row of a batch as the model gets it, each array (T,). trained: the token is a label of the one before it."""
+    """One row of a batch as the model gets it, each array (T,). trained: the token is a label of the one before it, or,
+    of labelled rows, a label is read off it."""
 
     step: int
     members: np.ndarray  # the examples that it holds, one a segment
@@ -163,7 +187,7 @@ def views(batches: Batches, count: int) -> list[View]:
                 return found
             if len(members[b]):
                 trained = np.zeros(batch["tokens"].shape[1], bool)
-                trained[batch["loss_index"][b][batch["weights"][b] > 0] + 1] = True
+                trained[batch["loss_index"][b][batch["weights"][b] > 0] + (batches.examples.targets is None)] = True
                 arrays = (batch[name][b] for name in ("tokens", "segment_ids", "positions"))
                 found.append(View(step, members[b], *arrays, trained))
     return found
@@ -180,7 +204,10 @@ def rows(data: Data, batches: Batches, tokenizer, count: int, ids: bool = False,
         lines += ["", _about(number, view)]
         for example, at in view.parts():
             tokens, trained = view.tokens[at].tolist(), view.trained[at]
-            lines += [f"── {_about_part(data, example, trained)}", _marked(pieces(tokens, tokenizer), trained, *marks)]
+            lines += [
+                f"── {_about_part(data, batches, example, trained)}",
+                _marked(pieces(tokens, tokenizer), trained, *marks),
+            ]
             lines += [f"ids: {_marked(list(map(str, tokens)), trained, *marks, between=' ')}"] if ids else []
     return "\n".join(lines)
 
@@ -194,8 +221,9 @@ def _about(number: int, view: View) -> str:
     )
 
 
-def _about_part(data: Data, example: int, trained: np.ndarray) -> str:
-    return f"{data.train.place(example)}: {len(trained):,} tokens, {np.count_nonzero(trained):,} trained"
+def _about_part(data: Data, batches: Batches, example: int, trained: np.ndarray) -> str:
+    said = f"{data.train.place(example)}: {len(trained):,} tokens, {np.count_nonzero(trained):,} trained"
+    return ", ".join(filter(None, [said, target(data, example, batches.examples[example])]))
 
 
 def html(data: Data, batches: Batches, tokenizer, count: int) -> str:
@@ -204,7 +232,7 @@ def html(data: Data, batches: Batches, tokenizer, count: int) -> str:
     for number, view in enumerate(views(batches, count), 1):
         body.append(f"<h2>{escape(_about(number, view))}</h2>\n<div class=row>")
         for example, at in view.parts():
-            title = escape(_about_part(data, example, view.trained[at]))
+            title = escape(_about_part(data, batches, example, view.trained[at]))
             body.append(f"<section><h3>{title}</h3><p>{_spans(view, at, tokenizer)}</p></section>")
         if view.filled < len(view.tokens):
             spans = _spans(view, slice(view.filled, len(view.tokens)), tokenizer)

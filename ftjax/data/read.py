@@ -62,7 +62,8 @@ def read_table(
       .conll .iob .bio  a row a sentence: `tokens`, `tags` (first and last column), `column_2` and so on between them
       .txt              a row a line: `text`
       .parquet          dates, times, timestamps and decimals become text, categories their values, maps lists of
-                        `key` and `value`, NaN null; bytes and durations are refused
+                        `key` and `value`, NaN null, numbers of a ClassLabel of `datasets` its names, -1 null; bytes
+                        and durations are refused
     A hub data set is taken like Parquet.
     Raises FtjaxError, which names the file and the line or row, and what to do, for whatever cannot be read in full.
     """
@@ -74,7 +75,9 @@ def read_table(
     if _is_hub_name(source):
         rows = _load_hub(source, key)
         names, parts = [source], [_hub_batches(source, rows)]
-        if columns.is_plain(rows.data.schema) and len(rows):  # `datasets` already maps it from its own cache
+        if (
+            columns.is_plain(rows.data.schema) and len(rows) and not _class_names(rows.features.arrow_schema)
+        ):  # `datasets` already maps it from its own cache
             return Table(rows, (source,), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1))
     else:
         try:
@@ -488,7 +491,7 @@ def _csv(
     csv.field_size_limit(2**31 - 1)  # a setting of the process; by itself the module refuses cells of 128 kB
     reader = csv.reader(text.lines(), delimiter=separator, quoting=quoting, strict=True)
     advice = "mend the row" if quoting == csv.QUOTE_NONE else "mend it, or put a cell with a comma in double quotes"
-    after = 1
+    after, named = 1, header
     try:
         for cells in reader:
             line, after = after, reader.line_num + 1  # a row may span lines: errors name its first
@@ -496,6 +499,8 @@ def _csv(
                 continue
             if header is None:
                 header = _header(cells, separator, text, line)
+            elif cells == named:
+                raise text.error("names the columns, as data.columns does: leave data.columns empty", line)
             elif len(cells) != len(header):
                 raise text.error(f"expected {len(header)} cells ({_list(header)}), found {len(cells)}; {advice}", line)
             else:
@@ -566,7 +571,7 @@ def _parquet(name: str) -> Iterator[pyarrow.RecordBatch]:
     try:
         with pyarrow.parquet.ParquetFile(name, pre_buffer=False) as file:
             _check_types(name, file.schema_arrow)
-            yield from _adopted(name, _row_groups(file))
+            yield from _adopted(name, _row_groups(file), _class_names(file.schema_arrow))
     except (OSError, pyarrow.ArrowException) as e:
         if isinstance(e, OSError) and e.errno:
             raise
@@ -584,17 +589,32 @@ def _row_groups(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBat
 def _hub_batches(name: str, rows: datasets.Dataset) -> Iterator[pyarrow.RecordBatch]:
     _check_types(name, rows.data.schema)
     tables = rows.with_format("arrow").iter(CHUNK)
-    return _adopted(name, (batch for table in tables for batch in table.to_batches()))
+    batches = (batch for table in tables for batch in table.to_batches())
+    return _adopted(name, batches, _class_names(rows.features.arrow_schema))
 
 
-def _adopted(name: str, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
+    """{column: names of its classes}, by what `datasets` writes into a schema, for ClassLabels and lists of them."""
+    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = {name: f.get("feature", f) for name, f in info.get("info", {}).get("features", {}).items()
+                if isinstance(f, dict)}  # fmt: skip
+    return {name: f["names"] for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+
+
+def _adopted(
+    name: str, batches: Iterable[pyarrow.RecordBatch], classes: dict[str, list[str]]
+) -> Iterator[pyarrow.RecordBatch]:
     done = 0
 
     def place(index: int) -> str:
         return f"{name} row {done + index + 1}"
 
     for batch in batches:
-        yield columns.adopt(batch, place)
+        batch = columns.adopt(batch, place)
+        for column, names in classes.items():
+            at = batch.schema.get_field_index(column)
+            batch = batch.set_column(at, column, columns.class_names(batch.column(at), names))
+        yield batch
         done += batch.num_rows
 
 

@@ -1,4 +1,5 @@
-"""Which rows say the same: exactly, or nearly by the Jaccard similarity of their word 3-grams.
+"""Which rows say the same: exactly, or nearly by the Jaccard similarity of their word 3-grams, or of the character
+4-grams of texts that are written without blanks between words.
 
 Candidates come from MinHash and locality-sensitive hashing, and are then verified.
 
@@ -16,6 +17,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 WORDS = 3  # of a shingle; a text of fewer words is one shingle, so that it is only like itself
+# Scripts without blanks between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana and Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+CHARACTERS = 1.7  # of such a script in a word, as Chinese has them
+LONGEST = 20  # letters of a word on average, beyond which a text is no words at all, such as a protein's sequence
 PERMUTATIONS = 128  # of a signature: 512 bytes a row
 RECALL = 0.98  # share of pairs exactly at the threshold that become candidates; more similar ones are missed less often
 WINDOW = 64  # a row is compared with so many before it in a bucket: thousands of rows of one mould stay linear
@@ -65,12 +73,39 @@ def normalise(text: str) -> str:
     return " ".join(PUNCTUATION.sub(" ", text).split()) or " ".join(text.split())
 
 
-def shingles(normalised: str) -> set[str]:
-    """The word 3-grams of a normalised text; the text itself where it has fewer words; none where it has no word."""
+def units(normalised: str) -> tuple[list[str], str]:
+    """What n-grams of a normalised text are made of, and what joins them: words and a blank, or characters and nothing
+    where most letters are of a script without blanks, or where words are very long."""
     words = normalised.split()
-    if len(words) <= WORDS:
-        return {normalised} if words else set()
-    return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    letters = len(normalised) - len(words) + 1
+    unspaced = 0 if normalised.isascii() else len(UNSPACED.findall(normalised))
+    if 2 * unspaced > letters or letters > LONGEST * len(words):
+        return list(normalised.replace(" ", "")), ""
+    return words, " "
+
+
+def grams(normalised: str, words: int) -> list[str]:
+    """All runs of so many words, or of as many characters as make up such words, see `units`."""
+    found, between = units(normalised)
+    # One character less, for a run need not begin where a word does: so one changed word makes texts as unlike.
+    n = words if between else round(words * CHARACTERS) - 1
+    return [between.join(found[i : i + n]) for i in range(len(found) - n + 1)]
+
+
+def without(normalised: str, words: int, left_out: set[str]) -> str:
+    """A text without the units that belong to one of these `grams` of so many words."""
+    found, between = units(normalised)
+    covered = np.zeros(len(found), bool)
+    for at, gram in enumerate(grams(normalised, words)):
+        if gram in left_out:
+            covered[at : at + (gram.count(" ") + 1 if between else len(gram))] = True
+    return between.join(unit for unit, is_covered in zip(found, covered) if not is_covered)
+
+
+def shingles(normalised: str) -> set[str]:
+    """The word 3-grams or character 4-grams of a normalised text; the text itself where it is shorter; none where it is
+    empty."""
+    return set(grams(normalised, WORDS)) or ({normalised} if normalised else set())
 
 
 def firsts(texts: Iterable[str]) -> np.ndarray:
@@ -79,7 +114,7 @@ def firsts(texts: Iterable[str]) -> np.ndarray:
     out = []
     for i, text in enumerate(texts):
         normalised = normalise(text)
-        out.append(seen.setdefault(_digest(normalised), i) if normalised else i)
+        out.append(seen.setdefault(digest(normalised), i) if normalised else i)
     return np.array(out, np.int64)
 
 
@@ -115,7 +150,8 @@ def clusters(pairs: np.ndarray, n: int) -> np.ndarray:
     return smallest[component]
 
 
-def _digest(text: str) -> bytes:
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.data.clean import Removed, Texts, need_columns
-from ftjax.data.similar import clusters, near_pairs, normalise, shingles
+from ftjax.data.clean import Removed, need_columns
+from ftjax.data.compared import Texts, common, sides, telling
+from ftjax.data.similar import clusters, grams, near_pairs, normalise, shingles, without
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 
@@ -23,8 +25,9 @@ TEMPLATE_SHARE = 0.05  # of an evaluation set's rows: 13 words that so many shar
 TEMPLATE_ROWS = 10  # and of more rows of train than these, as in GPT-3; or of more than half, where train is small
 
 
-def split(tables: dict[str, Table], data, seed: int) -> dict[str, np.ndarray]:
-    """{part: indices of its rows, ascending, in its own table or else in train's}; `data` is the config's group.
+def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.ndarray]:
+    """{part: indices of its rows, ascending, in its own table or else in train's}; `data` and `task` are groups of the
+    config.
 
     A part with a table of its own is all of it. Any other takes its share in data.split of train's rows, at least one
     row unless the share is 0; train keeps the rest. Which rows, config.seed says:
@@ -53,7 +56,7 @@ def split(tables: dict[str, Table], data, seed: int) -> dict[str, np.ndarray]:
         need_columns([column] if column else [], table.columns, key)
         value = _values(table, column) if column else np.zeros(len(table), np.int64)
         if data.group or data.group_near:
-            part = _by_group(_groups(table, data, seed), value, order, shares, data)
+            part = _by_group(_groups(table, data, seed, task), value, order, shares, data)
         elif column:
             part = _by_value(value, order, shares, f"{key}={column!r}")
         else:
@@ -172,7 +175,7 @@ def _deal(sizes: np.ndarray, shares: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- dealing groups
 
 
-def _groups(table: Table, data, seed: int) -> np.ndarray:
+def _groups(table: Table, data, seed: int, task) -> np.ndarray:
     """(N,) index of the first row of each row's group."""
     need_columns(data.group, table.columns, "data.group")
     pairs = [np.empty((0, 2), np.int64)]
@@ -181,14 +184,9 @@ def _groups(table: Table, data, seed: int) -> np.ndarray:
         cells = enumerate(table.rows[column])
         pairs.append(np.array([(first.setdefault(_key(c), i), i) for i, c in cells if c is not None], np.int64))
     if data.group_near:
-        pairs.append(near_pairs(Texts(table, judged(table, data)), data.group_near, seed))
+        by = sides(data, table.columns, task)
+        pairs.append(near_pairs(Texts(table, telling(by, common(table, by))), data.group_near, seed))
     return clusters(np.concatenate([p.reshape(-1, 2) for p in pairs]), len(table))
-
-
-def judged(table: Table, data) -> tuple[str, ...]:
-    """Columns by whose text rows are compared: those of data.clean.columns that are there, else all but the label."""
-    named = tuple(name for name in table.columns if name in data.clean.columns)
-    return named or tuple(name for name in table.columns if name != data.label)
 
 
 def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: dict[int, float], data) -> np.ndarray:
@@ -225,62 +223,77 @@ def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: d
 # ---------------------------------------------------------------------------------------------- decontamination
 
 
-def decontaminate(train: Table, others: Sequence[tuple[str, Table]], data) -> tuple[np.ndarray, list[Removed]]:
-    """Indices of the rows of train that overlap with no row of the others, (name, rows); and the rest, with the reason.
+def decontaminate(
+    train: Table, others: Sequence[tuple[str, Table]], data, task=None
+) -> tuple[np.ndarray, list[Removed]]:
+    """Indices of the rows of train that overlap with no row of the others; and the rest, with the reason.
 
-    Rows overlap that share GRAM words in a row, or that are ALIKE as a whole: of fewer words than that, those with the
-    same text. Texts are compared as `normalise`d, by the columns of `judged`; words of a template, which many
-    rows of both share, are left out on both sides. Evaluation rows never go.
+    Rows overlap that share GRAM words in a row in what the model reads or is to say, or where what it reads is ALIKE as
+    a whole: of fewer words than that, the same. Labels, ids and other columns do not count. Texts are compared as
+    `normalise`d; words of a template, which many rows of both share, are left out on both sides, and a prompt that very
+    many rows have counts with its answer. Evaluation rows never go.
+
+    Args:
+        train: the rows of train.
+        others: (name, rows) of each evaluation set.
+        data: the config's group, see compared.sides.
+        task: the same.
     """
-    evaluation = _Evaluation(train, others, data)
-    removed = []
-    for i, text in enumerate(Texts(train, judged(train, data))):
-        found = evaluation.overlap(text)
-        if found:
-            why, twin = found
-            removed.append(Removed(i, train.place(i), "decontaminate", why, twin))
+    evaluation = _Evaluation(train, others, data, task)
+    mine, removed, i = evaluation.mine, [], 0
+    labels = mine.labels(train)
+    for _, rows in train.chunks():
+        for row in rows:
+            found = evaluation.overlap(row, labels[i])
+            if found:
+                removed.append(Removed(i, train.place(i), "decontaminate", *found))
+            i += 1
     return np.setdiff1d(np.arange(len(train)), [r.index for r in removed]), removed
 
 
 class _Evaluation:
     """The rows that no row of train may overlap, indexed. E rows of all sets together."""
 
-    def __init__(self, train: Table, others: Sequence[tuple[str, Table]], data):
-        sets = [[normalise(text).split() for text in Texts(table, judged(table, data))] for _, table in others]
+    def __init__(self, train: Table, others: Sequence[tuple[str, Table]], data, task):
+        self.mine = sides(data, train.columns, task)
+        prompts = common(train, self.mine)
+        self.read = telling(self.mine, prompts)
+        theirs = [(table, sides(data, table.columns, task)) for _, table in others]
         self.rows = [(name, table, j) for name, table in others for j in range(len(table))]
-        self.template = _template(train, sets, data)
-        texts = [" ".join(self._own(words)) for rows in sets for words in rows]
-        self.shingles = [shingles(text) for text in texts]
+        self.labels = [label for table, by in theirs for label in by.labels(table)]
+        sets = [[normalise(text) for text in Texts(table, by.whole)] for table, by in theirs]
+        self.template = _template(Texts(train, self.mine.whole), sets)
+        reads = (normalise(text) for table, by in theirs for text in Texts(table, telling(by, prompts)))
+        self.shingles = [shingles(self._own(text)) for text in reads]
         self.of_gram: dict[str, int] = {}
         self.of_shingle: dict[str, list[int]] = {}
-        for e, text in enumerate(texts):
-            for gram in _grams(text.split()):
+        for e, text in enumerate(itertools.chain.from_iterable(sets)):
+            for gram in grams(self._own(text), GRAM):
                 self.of_gram.setdefault(gram, e)
             for shingle in sorted(self.shingles[e]):
                 self.of_shingle.setdefault(shingle, []).append(e)
 
-    def overlap(self, text: str) -> tuple[str, str] | None:
-        """Why a text of train overlaps with an evaluation row, and that row's place; None where it does not."""
-        own = self._own(normalise(text).split())
-        gram = next((gram for gram in _grams(own) if gram in self.of_gram), None)
-        if gram is not None:
-            return self._found(self.of_gram[gram], f"shares {GRAM} words with a row of {{}}: {gram!r}")
-        e, alike = self._alike(shingles(" ".join(own)))
-        return self._found(e, f"is {alike:.2f} alike to a row of {{}}") if alike >= ALIKE else None
+    def overlap(self, row: dict, label: str) -> tuple[str, str, bool] | None:
+        """Why a row of train overlaps with an evaluation row, that row's place, and whether its label is another; None
+        where it does not."""
+        e, alike = self._alike(shingles(self._own(normalise(self.read(row)))))
+        if alike >= ALIKE:
+            why = f"is {alike:.2f} alike to a row of {{}}"
+        else:
+            mine = grams(self._own(normalise(self.mine.whole(row))), GRAM)
+            gram = next((gram for gram in mine if gram in self.of_gram), None)
+            if gram is None:
+                return None
+            run = f"{GRAM} words" if " " in gram else f"{len(gram)} characters"
+            e, why = self.of_gram[gram], f"shares {run} with a row of {{}}: {gram!r}"
+        (name, table, j), other = self.rows[e], self.labels[e]
+        conflict = alike == 1 and bool(label and other and label != other)
+        why += f"; its label is {label[:40]!r}, there {other[:40]!r}" if conflict else ""
+        return why.replace("{}", name, 1), table.place(j), conflict
 
-    def _found(self, e: int, why: str) -> tuple[str, str]:
-        name, table, j = self.rows[e]
-        return why.replace("{}", name, 1), table.place(j)
-
-    def _own(self, words: list[str]) -> list[str]:
-        """The words that are not a template's."""
-        if not self.template:
-            return words
-        covered = np.zeros(len(words), bool)
-        for at, gram in enumerate(_grams(words)):
-            if gram in self.template:
-                covered[at : at + GRAM] = True
-        return [word for word, is_covered in zip(words, covered) if not is_covered]
+    def _own(self, text: str) -> str:
+        """A normalised text without the words that are a template's."""
+        return without(text, GRAM, self.template) if self.template else text
 
     def _alike(self, own: set[str]) -> tuple[int, float]:
         """The evaluation row most like a text, with their Jaccard similarity; exact from ALIKE on, else any below.
@@ -299,19 +312,15 @@ class _Evaluation:
         )
 
 
-def _grams(words: list[str]) -> Iterable[str]:
-    return (" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
-
-
-def _template(train: Table, sets: list[list[list[str]]], data) -> set[str]:
+def _template(train: Texts, sets: list[list[str]]) -> set[str]:
     """Runs of GRAM words that many evaluation rows share, and many of train: no sign of where a row is from."""
     shared = set()
-    for rows in sets:
-        counts = Counter(gram for words in rows for gram in set(_grams(words)))
-        shared |= {gram for gram, count in counts.items() if count >= max(2, TEMPLATE_SHARE * len(rows))}
+    for texts in sets:
+        counts = Counter(gram for text in texts for gram in set(grams(text, GRAM)))
+        shared |= {gram for gram, count in counts.items() if count >= max(2, TEMPLATE_SHARE * len(texts))}
     if not shared:
         return shared
     counts = Counter()
-    for text in Texts(train, judged(train, data)):
-        counts.update(shared.intersection(_grams(normalise(text).split())))
+    for text in train:
+        counts.update(shared.intersection(grams(normalise(text), GRAM)))
     return {gram for gram, count in counts.items() if count > min(TEMPLATE_ROWS, len(train) / 2)}

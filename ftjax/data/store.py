@@ -142,7 +142,7 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
         if not labels[i]:
             raise FtjaxError(
                 f"{place(int(examples.row[i]))}: cut to data.max_length={max_length}, no trained token is left (its "
-                'answer starts later); raise data.max_length or set data.long="drop"'
+                'answer starts later); raise data.max_length, or leave the row out (in training, data.long="drop" does)'
             )
     cut = examples.select(np.arange(len(examples)))
     cut.length, cut.labels = length, labels

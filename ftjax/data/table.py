@@ -58,6 +58,12 @@ class Table:
         for start in range(0, len(self), size):
             yield start, columns.rows(self._arrow(start, min(start + size, len(self))))
 
+    def cells(self, column: str) -> Iterator:
+        """The cells of one column, in order."""
+        rows = self.rows.select_columns(column).with_format("arrow")
+        for start in range(0, len(self), CHUNK):
+            yield from columns.decode(rows[start : start + CHUNK].column(0))
+
     def _arrow(self, start: int, stop: int) -> pyarrow.Table:
         return self.rows.with_format("arrow")[start:stop]
 

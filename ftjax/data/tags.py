@@ -105,7 +105,7 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
             if not isinstance(cells, list) or len(cells) != len(own):
                 said = f"{len(cells)} tags" if isinstance(cells, list) else repr(cells)
                 raise FtjaxError(f"{place}: column {how.label!r} holds {said}; expected {len(own)} tags, one a word")
-            tags[:] = [label_id(tag, how.names, place, how.label) for tag in cells]
+            tags[:] = [label_id(how, tag, place) for tag in cells]
         trained = carriers(found.word, how.subwords)
         if not trained.any():
             raise FtjaxError(f"{place}: the tokenizer makes no token of these words")
@@ -124,8 +124,12 @@ def cell(row: dict, column: str, place: str) -> list[str]:
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:
-    """O first, then by type; of a type by the alphabet of prefixes. Raises FtjaxError for what is no tag."""
+    """O first, then by type; of a type by the alphabet of prefixes. Raises FtjaxError for what is no entity's tag."""
     for name in sorted(names):
         if not TAG.fullmatch(name):
-            raise FtjaxError(f"data.label: expected tags, O or such as B-PER and I-PER; found {name!r}")
+            ids = "; numbers are ids of tags that task.labels names" if name.isdecimal() else ""
+            raise FtjaxError(
+                f"data.label: expected tags of entities, O or such as B-PER and I-PER, by which tags are judged; found "
+                f"{name!r}{ids}"
+            )
     return ("O", *sorted(names - {"O"}, key=lambda name: (name[2:], name[:2])))

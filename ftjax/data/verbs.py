@@ -55,7 +55,7 @@ def augment(config, out: str, say: Callable = print) -> None:
 def show(config, count: int = 3, ids: bool = False, html: str | None = None, say: Callable = print) -> None:
     """Figures, and the first rows of the first training batches as the model will see them."""
     words, positions = _tokenizer(config)
-    data = prepare(config, words, positions)
+    data = prepare(config, words, positions, **_head(config))
     settings = config.data
     batches = Batches(
         data.train.examples, config.train.batch_size or 1, data.max_length, packing=settings.packing,
@@ -76,6 +76,19 @@ def _tokenizer(config):
     words = tokenizer.load_tokenizer(folder)
     model = (Path(folder) / "config.json").is_file()
     return words, families.read_config(folder)[1].max_positions if model else UNBOUNDED
+
+
+def _head(config) -> dict:
+    """Where the head over labels of `model.path` would read, and the labels that it has, as `prepare` takes them."""
+    from ftjax.hub import families, resolve
+    from ftjax.objectives import TASKS
+
+    folder = resolve.resolve(config.model.path, config.model.revision)
+    if config.task.kind == "causal" or not (Path(folder) / "config.json").is_file():
+        return {}
+    family, shape = families.read_config(folder)
+    head = families.with_head(family, shape, TASKS[config.task.kind].head, 1, folder, config.task.pool).head
+    return {"pool": head.pool, "known": families.label_names(folder) if shape.head.task == head.task else ()}
 
 
 def _empty(out: str) -> Path:

@@ -28,7 +28,7 @@ def say(asked: Asked) -> list[dict]:
         carriers, first = (tags.carriers(found.word, which) for which in (how.subwords, "first"))
         for word, tag in zip(found.word[first], said.argmax(-1)[first[carriers]], strict=True):
             predicted[word] = names[tag]
-        known = {"tags": [names[label_id(x, names, place, how.label)] for x in row[how.label]]} if how.label else {}
+        known = {"tags": [names[label_id(how, x, place)] for x in row[how.label]]} if how.label else {}
         out.append({"row": place, "words": words} | known | {"predicted": predicted})
     return out
 

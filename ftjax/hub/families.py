@@ -339,6 +339,8 @@ def label_names(folder: Path) -> tuple[str, ...]:
 def labels_in(hf: dict) -> tuple[str, ...]:
     """What a config.json calls its labels."""
     found = hf.get("id2label") or {}
+    if sorted(map(int, found)) != list(range(len(found))):
+        raise FtjaxError(f"config.json: id2label has the ids {', '.join(found)}; expected 0 to {len(found) - 1}")
     return tuple(str(found[i]) for i in sorted(found, key=int))
 
 

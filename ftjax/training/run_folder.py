@@ -88,7 +88,7 @@ def run_config(run_dir: str | Path):
     record = read_record(run_dir)
     if record is None:
         raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN} that `ftjax train` wrote")
-    config = configs.load(Path(run_dir) / RUN)
+    config = configs.recorded(Path(run_dir) / RUN)
     config.run_dir = str(run_dir)
     return config
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ftjax import config
 from ftjax.data import template
 from ftjax.data.clean import RULES, clean, records, whitespace
+from ftjax.data.compared import sides
 from ftjax.data.read import read_table
 from ftjax.data.similar import normalise, shingles
 from ftjax.data.table import Table
@@ -311,3 +312,23 @@ def test_a_label_noise_pair_is_no_duplicate_unless_columns_say_so(shared):
     removed = clean(both, asked(exact=True, columns=("content",))).removed
     assert [r.index for r in removed] == list(range(872, 922))
     assert Counter(r.rule for r in removed) == {"exact": 50}
+
+
+def test_duplicates_are_judged_by_what_the_model_reads_and_says_and_conflicts_stay():
+    rows_given = [
+        {"id": "a one", "text": "The same text.", "label": 1},
+        {"id": "b two", "text": "the same text", "label": 0},
+        {"id": "c three", "text": "the SAME text", "label": 1.0},
+        {"id": "d four", "text": "another text", "label": 1},
+    ]
+    c = config.default()
+    c.task.kind = "classify"
+    by = sides(c.data, ["id", "text", "label"], c.task)
+    cleaned = clean(table(rows_given), asked(exact=True), by=by)
+    assert [(r.index, r.twin) for r in cleaned.removed] == [(2, "t.jsonl row 1")]
+    assert cleaned.conflict == (
+        "1 rows have the text of another row and another label, and stay: t.jsonl row 2 ('0') and t.jsonl row 1 ('1')"
+    )
+    answered = [{"id": f"{i} it", "prompt": "Who?", "completion": text} for i, text in enumerate(["I.", "You.", "i"])]
+    by = sides(c.data, ["id", "prompt", "completion"])
+    assert [r.index for r in clean(table(answered), asked(exact=True), by=by).removed] == [2]

@@ -13,6 +13,7 @@ from ftjax.data.inspect import inspect
 from ftjax.data.inspect_checks import CHECKS
 from ftjax.data.inspect_report import WIDTH, table, to_json
 from ftjax.data.inspect_report import html as page
+from ftjax.data.prepare import read_and_clean
 from ftjax.data.similar import normalise, row_text
 from ftjax.hub.tokenizer import load_tokenizer
 
@@ -333,8 +334,9 @@ def test_tokens_that_a_vocabulary_lacks(stories, shared, tmp_path):
 
 
 def test_parts_are_compared(gpt2, tmp_path):
-    nearly = {"prompt": TALK[7]["prompt"] + " " + "And so on and on. " * 3, "completion": "It is the answer number 7!"}
-    train = [*TALK, {**nearly, "completion": "It is the answer number 7! Yes"}]
+    asked = "Question number 7, of which nobody whom I have ever asked knows how anyone came to think of it"
+    nearly = {"prompt": asked, "completion": "It is the answer number 7!"}
+    train = [*TALK, {"prompt": asked + " first?", "completion": "Nobody knows."}]
     parts = {
         "train": train,
         "validation": [TALK[3], nearly],
@@ -382,8 +384,23 @@ def test_ids_do_not_hide_duplicates(gpt2, tmp_path):
     rows = [{"id": f"r{i}", **row} for i, row in enumerate([*TALK, TALK[0]])]
     inspection = run(tmp_path, gpt2, {"train": rows})
     assert rows_of(inspection, "duplicates") == {40}
-    (finding,) = [f for f in inspection.findings if f.check == "duplicates"]
-    assert "data.clean.columns=('prompt', 'completion')" in finding.advice
+    c = configs.default()
+    c.data.update(train=str(tmp_path / "train.jsonl"))
+    c.data.clean.exact = True  # as the finding advises
+    (source,), _ = read_and_clean(c)
+    assert source.tables["train"].number.tolist() == list(range(1, 41))
+
+
+def test_the_same_text_with_another_label_is_a_conflict_in_a_part_and_across(gpt2, tmp_path):
+    texts = [f"text {i} of which there are many in this file, so to say" for i in range(30)]
+    train = [{"id": f"a {i}", "text": text, "label": i % 2} for i, text in enumerate(texts)]
+    train += [{"id": "once more", "text": texts[0], "label": 1}]
+    test = [{"id": f"b {i}", "text": text.upper(), "label": 0} for i, text in enumerate(texts[:10])]
+    found = run(tmp_path, gpt2, {"train": train, "test": test}, label="label")
+    assert rows_of(found, "overlap") == {*range(10), 30} and rows_of(found, "label_conflict") == {30}
+    (finding,) = [f for f in found.findings if f.check == "overlap"]
+    assert "in test (6 with another label) too" in finding.message
+    assert any("test.jsonl row 2, with the label '1' and not '0'" in e["note"] for e in finding.examples)
 
 
 def test_chats_and_mixtures(shared, tmp_path):
@@ -404,6 +421,18 @@ def test_chats_and_mixtures(shared, tmp_path):
         "train of talk": "prompt",
     }
     assert rows_of(found, "refusals", "train of a") == {4} and rows_of(found, "unusable", "train of a") == {6}
+
+
+def test_a_tool_call_has_no_white_space_around_it(shared, tmp_path):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]
+    turns = [("user", "What is it?"), ("assistant", ""), ("tool", "a cat"), ("assistant", "It is a cat.")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    chat[1]["tool_calls"] = calls
+    found = run(tmp_path, load_tokenizer(shared / "tokenizers/qwen3"), {"train": [{"messages": chat}] * 3})
+    assert not [f for f in found.findings if f.check == "white_space"]
+    plain = {"messages": [*chat[:1], {"role": "assistant", "content": " A cat."}]}
+    found = run(tmp_path, load_tokenizer(shared / "tokenizers/qwen3"), {"train": [{"messages": chat}, plain] * 3})
+    assert [f.count for f in found.findings if f.check == "white_space"] == [3]
 
 
 def test_streaming_finds_the_same(shared, gpt2, tmp_path):

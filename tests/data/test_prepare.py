@@ -161,7 +161,7 @@ def test_preview_tells_what_is_cut(write, starter):
     text = show(
         run(settings(write("t.jsonl", [*rows(9), long]), split=(1.0, 0.0, 0.0), max_length=64), starter), starter
     )
-    assert "1 rows (10.0%) are longer: cut at the end" in text
+    assert "1 rows (10.0%) are longer than 64 tokens: cut at the end" in text
 
 
 def test_commongen_part_is_disjoint_grouped_and_short_enough(starter):

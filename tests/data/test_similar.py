@@ -127,3 +127,42 @@ def test_pairs_do_not_depend_on_the_process():
         for seed in "12"
     ]
     assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) > 100
+
+
+# Article 1 of the Universal Declaration of Human Rights, without blanks between words, and one word of it changed.
+UNSPACED = {
+    "Chinese": (
+        "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。", "理性", "智慧",
+    ),
+    "Japanese": (
+        "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。人間は、理性と良心とを"
+        "授けられており、互いに同胞の精神をもって行動しなければならない。", "平等", "同等",
+    ),
+    "Thai": (
+        "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักด[เกียรติศักดิ์]และสิทธิ ต่างมีเหตุผลและมโนธรรม "
+        "และควรปฏิบัติต่อกันด้วยเจตนารมณ์แห่งภราดรภาพ", "สิทธิ", "หน้าที่",
+    ),
+    "a protein": ("MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVVHSL", "RVG", "RAG"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSPACED)
+def test_near_duplicates_are_found_where_no_blank_parts_words(name):
+    text, word, other = UNSPACED[name]
+    others = [other_text for kind, (other_text, *_) in UNSPACED.items() if kind != name]
+    assert near_pairs([text, *others, text.replace(word, other)], 0.7).tolist() == [[0, 4]]
+    assert near_pairs([text, *others, text[len(text) // 2 :]], 0.7).tolist() == []
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_near_pairs_of_unspaced_texts_are_those_of_their_character_4_grams(threshold):
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("天地人山水火木金土日月星") for _ in range(rng.randint(20, 60))) for _ in range(150)]
+    for text in texts[:100]:
+        at = rng.randrange(len(text))
+        texts.append(text[:at] + rng.choice(["", "風", "雲雨"]) + text[at + 1 :])
+    sets = [{text[i : i + 4] for i in range(len(text) - 3)} for text in texts]
+    pairs = itertools.combinations(range(len(texts)), 2)
+    want = {(i, j) for i, j in pairs if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j])}
+    found = set(map(tuple, near_pairs(texts, threshold).tolist()))
+    assert len(want) > 20 and found <= want and len(found) >= 0.95 * len(want)

@@ -315,3 +315,46 @@ def test_shots_are_so_many_rows_of_each_value_and_fewer_are_among_more():
     assert [sum(values[i] == v for i in few) for v in (0, 1, 2, "rare")] == [2, 2, 2, 1]
     assert set(few) < set(more) <= set(cells) and list(more) == sorted(more) and len(more) == 16
     assert list(few) != list(shots(cells, 2, 61, seed=4))
+
+
+def labelled_rows(texts, start, label):
+    return [{"id": f"row {start + i}", "review": text, "label": label(i)} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("kind", ["classify", "causal"])
+def test_ids_and_labels_do_not_hide_what_the_model_has_read(kind):
+    """Ten of twenty test texts stand in train, under other ids, five of them with another label."""
+    texts = [f"a film of {n} hours about {n} sisters and the {n} lakes they lost" for n in range(60)]
+    c = config.default()
+    c.task.kind = kind
+    c.task.text = "review" if kind == "classify" else ""
+    if kind == "causal":
+        c.data.update(prompt="Review: {review}\nIs it good?", completion=" {label}")
+    train = table(labelled_rows(texts[:40], 0, lambda i: "good"))
+    test = table(labelled_rows(texts[30:50], 900, lambda i: ["bad", "good"][i % 2]), "test.jsonl")
+    kept, removed = decontaminate(train, [("test", test)], c.data, c.task)
+    assert kept.tolist() == list(range(30))
+    assert [r.twin for r in removed] == [f"test.jsonl row {i}" for i in range(1, 11)]
+    assert sum(r.conflict for r in removed) == (5 if kind == "classify" else 0)
+    if kind == "classify":
+        assert removed[0].why == "is 1.00 alike to a row of test; its label is 'good', there 'bad'"
+    c.data.group_near = 0.9
+    parts = split({"train": table(labelled_rows(texts[:40] * 2, 0, lambda i: "good"))}, c.data, 0, c.task)
+    assert all(set(i % 40 for i in at) == set(at) & set(range(40)) for at in (p.tolist() for p in parts.values()))
+
+
+def test_a_prompt_that_very_many_rows_have_is_no_overlap():
+    stories = [{"prompt": "Write a story.", "completion": f"Once {n} and {n * n} went to {n + 7}."} for n in range(60)]
+    _, removed = decontaminate(table(stories[:50]), [("test", table(stories[48:]))], asked())
+    assert [r.index for r in removed] == [48, 49]
+
+
+def test_the_last_answer_of_a_chat_is_no_part_of_what_is_asked():
+    def chat(*texts):
+        roles = ["system", *["user", "assistant"] * 2]
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)]}
+
+    train = [chat("Be kind.", "Who are you?", "A cook.", "Of what?", "Of soup."), chat("Be kind.", "Who?", "I.")]
+    test = [chat("Be brief.", "Who are you?", "A cook.", "Of what?", "Bread."), chat("Be brief.", "Where?", "I.")]
+    _, removed = decontaminate(table(train), [("test", table(test))], asked())
+    assert [r.index for r in removed] == [0]
