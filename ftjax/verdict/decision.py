@@ -95,6 +95,7 @@ METRICS = {
     "rouge_2": "pairs of words that answer and right answer have in common, from 0 to 1",
     "rouge_l": "words in the same order that answer and right answer have in common, from 0 to 1",
     "bleu": "runs of words that answer and right answer have in common, from 0 to 100",
+    "bleu_lower": "runs of words that answer and right answer have in common, in lower case, from 0 to 100",
     "chrf": "runs of characters that answer and right answer have in common, from 0 to 100",
     "coverage": "share of the given words that an answer uses, from 0 to 1",
     "unsupported": "share of an answer's sentences that the passage does not bear out, by words in common",

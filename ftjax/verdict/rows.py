@@ -7,6 +7,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -19,7 +20,7 @@ from ftjax.data.prepare import PARTS, rows
 from ftjax.errors import FtjaxError
 from ftjax.files import write_jsonl
 from ftjax.hub import resolve
-from ftjax.hub.fingerprint import fingerprint
+from ftjax.hub.fingerprint import record
 
 # Fields that name files or folders which a run reads.
 READ = ("data.train", "data.validation", "data.test", "data.mixture", "data.augment.function", "data.template")
@@ -69,7 +70,10 @@ def _state(file: Path) -> tuple[str, int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _of_model(folder: Path, state: tuple) -> str:
-    return fingerprint(folder)
+    """Of the weights and the tokenizer of a directory, as a run's own record has them."""
+    known = record(folder, "")
+    text = json.dumps([known["weights"], known["tokenizer"]], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -122,7 +122,7 @@ def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
     [
         ({"curve": (10, 400)}, "data.limit=400 is no part of the 160 rows"),
         ({"curve": (10,), "curve_of": ("head",)}, 'did you mean "the head"'),
-        ({"curve": (0, 5)}, "numbers of rows, above 0"),
+        ({"curve": (0, 5)}, "a whole number at least 1"),
         ({"curve": (10,), "contenders": ("majority", {"name": "few", "data.limit": 100})}, "'few' sets data.limit"),
     ],
 )
