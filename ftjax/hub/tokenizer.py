@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_text
@@ -106,7 +110,7 @@ def end_tokens(folder: Path, tokenizer, end: str = "") -> tuple[int, ...]:
     official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)
     eos = read_json(official).get("eos_token_id") if official else None
     ids = list(eos) if isinstance(eos, list) else [eos]
-    ids += [tokenizer.eos_token_id, *turn_end(tokenizer)[:1]]
+    ids += [tokenizer.eos_token_id, *turn_end(tokenizer)]
     ids += [tokenizer.convert_tokens_to_ids(end)] if end else []
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
@@ -129,30 +133,144 @@ def pad_token(folder: Path) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:
-    """The token by which a chat template ends an assistant's text, and the ids of what it puts behind that token.
+class Marks(NamedTuple):
+    """How a chat template marks where turns end: tokens whose texts stand for themselves wherever they occur."""
 
-    chat_template: Jinja text; None: the tokenizer's own. Empty where no special token follows the text. Raises
-    FtjaxError for a template that cannot show a plain chat.
+    tokens: re.Pattern  # every added token
+    ends: re.Pattern  # those that can end a turn: the special tokens, and the token that ends a plain answer
+    last: str = ""  # the token that ends the last answer of a plain chat; empty: none
+    between: str = ""  # what ends an answer before a question, up to its last token; empty: no token does
+
+
+def marks(tokenizer, chat_template: str | None = None) -> Marks:
+    """The Marks of a tokenizer and a chat template, by plain chats that the template is asked to show.
+
+    chat_template: Jinja text; None: the tokenizer's own, which it may lack. Raises FtjaxError for a template that
+    cannot show them.
     """
+    question, answer = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Zebra crossing"}
+
+    def around(turns: list[dict], of: dict) -> tuple[str, str]:
+        try:
+            text = show(tokenizer, turns, chat_template)
+        except FtjaxError as error:
+            raise FtjaxError(
+                f"{tokenizer.name_or_path}: the chat template cannot show a turn of `user` and one of `assistant`: "
+                f"{error}"
+            ) from None
+        before, found, behind = text.rpartition(of["content"])
+        if not found:
+            raise FtjaxError(
+                f"{tokenizer.name_or_path}: the chat template leaves out the text of the {of['role']}'s turn"
+            )
+        return before, behind
+
+    added = tokenizer.added_tokens_decoder.values()
+    special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    every = special | {str(token) for token in added}
+    tokens = _any_of(every)
     if not (chat_template or tokenizer.chat_template):
-        return []
+        return Marks(tokens, _any_of(special))
+    before, behind = around([question, answer], answer)
+    # A token that opens the chat opens turns: it ends none, even where the template puts it behind the last one.
+    opening = {next((token for token in tokens.findall(before) if token != tokenizer.bos_token), "")}
+    plain = Marks(tokens, _any_of(every - opening))
+    try:
+        (_, goes_on), (header, _) = around([question, answer, question], answer), around([question], question)
+    except FtjaxError:
+        goes_on = header = ""
+    close = last_close(behind, lambda: goes_on, plain)
+    last = plain.ends.findall(behind, 0, close)[-1] if close else ""
+    # Between two turns lies the end of one and the opening of the next, which is known from the first question.
+    gap = goes_on.rpartition(question["content"])[0]
+    gap = gap[: len(gap) - shared(gap[::-1], header[::-1], _any_of({token[::-1] for token in every}))]
+    found = list(plain.ends.finditer(gap))
+    return Marks(tokens, _any_of((special | {last}) - opening), last, gap[: found[-1].end()] if found else "")
+
+
+def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:
+    """The id of the token by which a chat template ends the last answer of a chat; empty where no token does.
+
+    chat_template: Jinja text; None: the tokenizer's own, which it may lack. Raises FtjaxError as `marks` does.
+    """
+    last = marks(tokenizer, chat_template).last
+    return [tokenizer.convert_tokens_to_ids(last)] if last else []
+
+
+def _any_of(texts: set[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(texts - {""}, key=len, reverse=True))) or "(?!)")
+
+
+def shared(a: str, b: str, tokens: re.Pattern) -> int:
+    """Length of the longest common start of two texts that cuts through none of `tokens` in either."""
+    n = len(os.path.commonprefix([a, b]))
+    cut = n
+    for text in (a, b):
+        for found in tokens.finditer(text):
+            if found.start() >= n:
+                break
+            if found.end() > n:
+                cut = min(cut, found.start())
+    return cut
+
+
+def turn_close(a: str, b: str, marks: Marks) -> int | None:
+    """Length of the text that closes an answer's turn, to the end of its last end token; None where it holds none.
+
+    `a` and `b` are what a template writes behind the same answer in two chats, one of which ends with the answer, or
+    which go on differently. What they share closes the turn.
+    """
+    n = shared(a, b, marks.tokens)
+    found = list(marks.ends.finditer(a, 0, n))
+    # A token right before words that differ begins the next turn, such as the `<|im_start|>` before two roles.
+    if found and found[-1].end() == n and all(_word_first(text[n:], marks.tokens) for text in (a, b)):
+        found.pop()
+    return found[-1].end() if found else None
+
+
+def _word_first(text: str, tokens: re.Pattern) -> bool:
+    return bool(text) and not text[0].isspace() and not tokens.match(text)
+
+
+def last_close(behind: str, goes_on: Callable[[], str], marks: Marks) -> int | None:
+    """Like `turn_close` for the last answer of a chat, behind which a template may write more than the turn's end.
+
+    Args:
+        behind: The text behind the answer.
+        goes_on: Gives the text behind the same answer in a chat that goes on.
+        marks: See `marks`.
+    """
+    found = list(marks.ends.finditer(behind))
+    close = turn_close(behind, goes_on(), marks) if len(found) > 1 else None
+    return close or (found[0].end() if found else None)
+
+
+def show(tokenizer, messages: list[dict], chat_template: str | None = None, tools=None, generation=False) -> str:
+    """The text of messages under a chat template. Raises FtjaxError where the template refuses them.
+
+    Args:
+        tokenizer: Of transformers.
+        messages: With `role` and `content`.
+        chat_template: Jinja text; None: the tokenizer's own.
+        tools: JSON schemas; None: no tools.
+        generation: Whether the text that opens an answer follows.
+    """
     import jinja2
 
-    answer = "Zebra crossing"
-    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": answer}]
+    def shown(tools) -> str:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=generation
+        )
+
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=chat_template)
-    except jinja2.TemplateError as error:
-        raise FtjaxError(
-            f"{tokenizer.name_or_path}: the chat template cannot show a turn of `user` and one of `assistant`: {error}"
-        ) from None
-    _, found, tail = text.rpartition(answer)
-    if not found:
-        raise FtjaxError(f"{tokenizer.name_or_path}: the chat template leaves out the text of the assistant's turn")
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return ids[next((at for at, i in enumerate(ids) if i in special), len(ids)) :]
+        try:
+            return shown(tools)
+        except TypeError:
+            if tools is not None:
+                raise
+            return shown([])  # a template that is for tools alone does not ask whether there are any
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise FtjaxError(str(error)) from error
 
 
 def chat_template(folder: Path) -> str:
