@@ -62,8 +62,8 @@ def encode(
     assistant's turn is trained up to and including the token that ends it, but for those with `"train": False`.
     train_on: assistant (every turn), last (the last one) or all (every token of the row). end: the token that ends a
     text instead of the tokenizer's end-of-text.
-    Raises FtjaxError naming the row: a template that fails, that rewrites what came before a trained turn, or that leaves
-    out a part of that turn; a token that holds parts of two turns; a row in which nothing would be trained.
+    Raises FtjaxError naming the row: a template that fails, that rewrites what came before a trained turn, or that
+    leaves out a part of that turn; a token that holds parts of two turns; a row in which nothing would be trained.
     """
     end_id = end_token(tokenizer, end)
     chats = {}  # by template
@@ -164,6 +164,7 @@ class Plan(NamedTuple):
 
 
 def _chat(name: str, end: str, tokenizer) -> Chat:
+    tokenizer = chat_templates.dated(tokenizer)
     text = chat_templates.resolve(name, end, tokenizer) or None
     return Chat(tokenizer, text, marks(tokenizer, text))
 

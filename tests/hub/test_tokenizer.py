@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import shutil
@@ -14,6 +15,9 @@ import pytest
 from ftjax import config as configs
 from ftjax.assets import resolve
 from ftjax.data import chat_templates
+from ftjax.data.prepare import fingerprint, prepare
+from ftjax.data.template import Rendered
+from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
 from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
 from ftjax.lm import open_base
@@ -138,6 +142,58 @@ def test_the_template_of_a_run(shared):
     assert chat_templates.installed(config, named) is named
     config.data.mixture = ({"train": "a.jsonl"}, {"train": "b.jsonl", "template": "plain"})
     assert chat_templates.installed(config, tokenizer) is tokenizer  # which of the two should it be?
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(day): from then on, transformers reads this day."""
+    from transformers.utils import chat_template_utils
+
+    def at(day):
+        class Clock(datetime.datetime):
+            now = classmethod(lambda cls: datetime.datetime.fromisoformat(day))
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return at
+
+
+def test_the_day_is_the_configs_and_not_the_clocks(shared, clock, tmp_path):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen3")
+    named = chat_templates.TEMPLATES["chatml"].text
+    tokenizer.chat_template = (  # as Llama 3.2's
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- else %}{%- set day = 'no' %}"
+        "{%- endif %}{{ 'Today: ' ~ day ~ ', ' ~ strftime_now('%-d.%m. %A') }}" + named
+    )
+    clock("2026-11-07")
+    referee = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    clock("2027-01-02")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) != referee
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": CHAT}) + "\n")
+    config, shown, digests = configs.default(), {}, set()
+    config.data.update(train=str(rows), split=(1.0, 0.0, 0.0), cache="")
+    for date in ("2024-07-26", "2026-11-07"):
+        config.data.date = date
+        configs.validate(config)
+        text = chat_templates.of_run(config, tokenizer)
+        for today in ("2027-01-02", "2027-01-03"):
+            clock(today)
+            own = chat_templates.installed(config, tokenizer)
+            ids = {tuple(prepare(config, words, 512).train.examples[0].ids.tolist()) for words in (tokenizer, own)}
+            ids |= {tuple(encode([Rendered(messages=tuple(CHAT))], own)[0].ids.tolist())}
+            ids |= {tuple(own.apply_chat_template(CHAT)["input_ids"])}
+            ids |= {tuple(tokenizer.apply_chat_template(CHAT, chat_template=text)["input_ids"])}  # as it is exported
+            digests.add(fingerprint(own))
+            (shown[date, today],) = {tokenizer.decode(each) for each in ids}
+    assert shown["2026-11-07", "2027-01-02"] == shown["2026-11-07", "2027-01-03"] == referee
+    assert shown["2024-07-26", "2027-01-02"].startswith("Today: 26 Jul 2024, 26.07. Friday<|im_start|>")
+    assert len(digests) == 2
+    (example,) = encode([Rendered(messages=tuple(CHAT))], tokenizer)
+    assert tokenizer.decode(example.ids) == shown["2024-07-26", "2027-01-03"]  # without a config
+    config.data.date = "2024-7-26"
+    with pytest.raises(FtjaxError, match="data.date: expected a day as YYYY-MM-DD; found '2024-7-26'"):
+        configs.validate(config)
 
 
 def test_the_token_that_ends_a_text(gpt2):
