@@ -244,7 +244,7 @@ def _turns(row: dict, column: str, place: str) -> tuple[dict, ...]:
 def _turn(message, said: str) -> dict:
     """A message by the names that templates know; `said` names it in errors."""
     # A data set fills what one message lacks and another has with None; templates ask whether a key is there.
-    turn = _without_none(message) if isinstance(message, dict) else {}
+    turn = _there(message) if isinstance(message, dict) else {}
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in turn:
             turn[ours] = turn.pop(theirs)
@@ -278,10 +278,11 @@ def _calls(calls, said: str) -> list[dict]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise FtjaxError(f"{said}: a tool call should be an object with `name` and `arguments`, found {call!r}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # OpenAI's form; templates write JSON themselves
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments.strip():  # OpenAI's form; templates write JSON themselves
             arguments = _json(arguments, f"{said}: the arguments of {function['name']!r}")
-        rest = {key: cell for key, cell in call.items() if key not in ("function", "name", "arguments")}
+        arguments = {} if arguments is None or isinstance(arguments, str) else arguments
+        rest = {key: cell for key, cell in _there(call).items() if key not in ("function", "name", "arguments")}
         out.append({"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}})
     return out
 
@@ -290,12 +291,14 @@ def _tools(tools, place: str) -> tuple[dict, ...]:
     """A cell with tools: schemas as templates take them, {"type": "function", "function": {...}}."""
     if tools is None or tools == "":
         return ()
-    tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else _without_none(tools)
+    tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else tools
     tools = tools if isinstance(tools, list) else [tools]
     tools = [_json(tool, f"{place}: `tools`") if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise FtjaxError(f"{place}: `tools` should be a list of JSON schemas, or that list as JSON text")
-    return tuple({"type": "function", "function": t} if "name" in t and "function" not in t else t for t in tools)
+    tools = [_there(tool) for tool in tools]
+    tools = [{"type": "function", "function": t} if "name" in t and "function" not in t else t for t in tools]
+    return tuple(t | {"function": _there(t["function"])} if isinstance(t.get("function"), dict) else t for t in tools)
 
 
 def _thinking_as_text(message: dict) -> dict:
@@ -307,10 +310,9 @@ def _thinking_as_text(message: dict) -> dict:
     return rest | {"content": "<think>\n" + thinking.strip("\n") + "\n</think>\n\n" + message["content"]}
 
 
-def _without_none(value):
-    if isinstance(value, dict):
-        return {key: _without_none(cell) for key, cell in value.items() if cell is not None}
-    return [_without_none(cell) for cell in value] if isinstance(value, list) else value
+def _there(cells: dict) -> dict:
+    """The cells that are not None. What they hold stays as it is: a null in it was written by somebody."""
+    return {key: cell for key, cell in cells.items() if cell is not None}
 
 
 def _json(text, said: str):

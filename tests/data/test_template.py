@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 
+from ftjax.data.read import read
 from ftjax.data.template import GUESS, Rendered, guess, question, reference, renderer
 from ftjax.errors import FtjaxError
 
@@ -155,7 +157,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
     "calls",
     [
         [CALL | {"id": None}],
-        [{"name": "f", "arguments": {"x": 1, "y": None}}],
+        [{"name": "f", "arguments": {"x": 1}}],
         [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
     ],
 )
@@ -169,6 +171,43 @@ def test_tool_calls_as_sets_have_them(calls):
         result,
         {"role": "assistant", "content": "a"},
     )
+
+
+def turns_with(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return [said("q")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_null_that_was_written_is_an_argument_and_one_that_a_file_fills_in_is_none(tmp_path, suffix):
+    schema = {"type": "object", "properties": {"z": {"default": None, "enum": ["a", None]}}}
+    rows = [
+        {"messages": turns_with({"x": 1, "y": None}), "tools": [{"name": "f", "parameters": schema}]},
+        {"messages": turns_with({"z": "a"}), "tools": [{"name": "f", "parameters": {"type": "object"}}]},
+        {"messages": turns_with('{"x": null}'), "tools": json.dumps([{"name": "f", "parameters": schema}])},
+    ]
+    if suffix == ".parquet":  # its columns hold one kind of cell
+        rows = rows[:2]
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    else:
+        text = "".join(map("{}\n".format, map(json.dumps, rows))) if suffix == ".jsonl" else json.dumps(rows)
+        (tmp_path / f"rows{suffix}").write_text(text)
+    found = [renderer("messages")(row, "row 1") for row in read(str(tmp_path / f"rows{suffix}"))]
+    arguments = [r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in found]
+    parameters = [r.tools[0]["function"]["parameters"] for r in found]
+    if suffix == ".parquet":  # nobody can tell which of the nulls were written
+        assert arguments == [{"x": 1}, {"z": "a"}]
+        filled = {"type": "object", "properties": {"z": {"enum": ["a", None]}}}
+        assert parameters == [filled, {"type": "object"}]
+    else:
+        assert arguments == [{"x": 1, "y": None}, {"z": "a"}, {"x": None}]
+        assert parameters == [schema, {"type": "object"}, schema]
+
+
+@pytest.mark.parametrize("none", ["", " ", None, {}, "{}"])
+def test_a_call_without_arguments(none):
+    rendered = renderer("messages")({"messages": turns_with(none)}, "row 1")
+    assert rendered.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
 @pytest.mark.parametrize(
