@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -59,25 +60,51 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def load_tokenizer(folder: Path, model_folder: Path | None = None):
-    """The tokenizer in a directory; model_folder: the directory of its model, where that is another one.
+    """The tokenizer in a directory, with the rules of its tokenizer.json where there is one.
 
-    Raises FtjaxError where none loads without the repository's own code.
+    model_folder: the directory of its model, where that is another one. Raises FtjaxError where none loads without the repository's own code.
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
     if spm.alone(folder):
         return spm.load(folder)
+    file = folder / "tokenizer.json"
     try:
-        if _is_plain(folder, Path(model_folder or folder)):
-            from transformers import PreTrainedTokenizerFast
+        if not _is_plain(folder, Path(model_folder or folder)):
+            from transformers import AutoTokenizer
 
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        from transformers import AutoTokenizer
+            with contextlib.suppress(*(Exception,) if file.is_file() else ()):  # a class that cannot read the file
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, use_fast=True, trust_remote_code=False, local_files_only=True
+                )
+                if not file.is_file():
+                    return tokenizer
+                if _follow_file(getattr(tokenizer, "backend_tokenizer", None), file):
+                    return tokenizer
+        from transformers import PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
         raise FtjaxError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+
+
+def _follow_file(backend, file: Path) -> bool:
+    """Give a tokenizer the parts of a tokenizer.json that it has otherwise. Returns whether it then is the file's.
+
+    transformers 5 makes most classes anew of the vocabulary alone, with the class's own rules of normalising and
+    splitting. Everything else that reads the exported file goes by the file.
+    """
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(file))
+    if backend is None:
+        return False
+    for part in ("normalizer", "pre_tokenizer", "model", "decoder"):
+        ours, theirs = getattr(own, part), getattr(backend, part)
+        if ours is None or theirs is None or ours.__getstate__() != theirs.__getstate__():
+            setattr(backend, part, ours)
+    return all(backend.token_to_id(str(token)) == i for i, token in own.get_added_tokens_decoder().items())
 
 
 def _is_plain(folder: Path, model_folder: Path) -> bool:

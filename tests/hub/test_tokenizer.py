@@ -215,6 +215,44 @@ def test_folder_without_tokenizer_and_broken_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def own_rules(tmp_path_factory):
+    """A folder with a byte-level tokenizer.json that splits as no class of transformers does, and its tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s?\p{L}+|[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Replace("x", "ks"), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<eos>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the quick brown fox in 2024 and 1999"] * 20, trainer)
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder, tokenizer
+
+
+CLASSES = "Qwen2 GPT2 Llama CodeLlama Gemma Cohere Bert Roberta XLMRoberta T5 Albert Deberta DebertaV2 MPNet Nllb Bart"
+
+
+def test_every_class_follows_the_file(own_rules):
+    folder, referee = own_rules
+    text = "In 2024,  the Café fox\n\nÜber 19990 <eos> x"
+    names = ["PreTrainedTokenizerFast", "Qwen2TokenizerFast", "ByT5Tokenizer", "EsmcTokenizer"]
+    cases = [("llama", name) for name in names + [f"{name}Tokenizer" for name in CLASSES.split()]]
+    cases += [(kind, None) for kind in ("qwen2", "qwen3", "gpt2", "llama", "gemma", "bert", "t5")]
+    for kind, name in cases:
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        settings = {"eos_token": "<eos>", "unk_token": "<unk>"} | ({"tokenizer_class": name} if name else {})
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = load_tokenizer(folder)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == referee.encode(text, add_special_tokens=False).ids, (kind, name)
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == referee.decode(ids, False), (kind, name)
+        assert tokenizer.eos_token == "<eos>"
+
+
 def test_no_code_of_a_repository_is_run(gpt2, tmp_path):
     (gpt2 / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
