@@ -205,9 +205,9 @@ def open_base(
     words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
     if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table, see LM.applied
         tokenizer.check_vocab(words, shape.vocab_size)
+    ends = ()
     if config is not None:
-        words = chat_templates.installed(config, words)
-    end = "" if config is None else config.data.end
+        ends, words = chat_templates.ends_of_run(config, words), chat_templates.installed(config, words)
     compute = compute_dtype(dtype)
     kept = (configs.default() if config is None else config).model
     small = quantiser(quantise or kept.quantise, kept, compute)
@@ -222,7 +222,7 @@ def open_base(
     params = weights.read_params(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
     )
-    ends = tokenizer.end_tokens(folder, words, end)
+    ends = tokenizer.end_tokens(folder, words, ends)
     of_texts = None
     if kind == "embed":
         of_texts = run_pooling(config, shape.max_positions) if config is not None else pooling.read(folder)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.tokenizer import end_token
+from ftjax.hub.tokenizer import end_token, turn_end
 
 
 class Template(NamedTuple):
@@ -293,6 +293,18 @@ def of_run(config, tokenizer) -> str:
     text = resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
     own = dated(tokenizer, config.data.date).chat_template
     return own if not text and isinstance(own, str) and own.startswith(DATED) else text
+
+
+def ends_of_run(config, tokenizer) -> list[int]:
+    """Ids of the tokens that the answers of a run's sources are trained to end with, other than the end-of-text.
+
+    Raises FtjaxError as `resolve` does.
+    """
+    ids = []
+    for _, data, _ in configs.sources(config):
+        ids += turn_end(tokenizer, resolve(data.template, data.end, tokenizer) or None)
+        ids += [end_token(tokenizer, data.end)] if data.end else []
+    return ids
 
 
 def installed(config, tokenizer):

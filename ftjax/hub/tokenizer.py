@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 def load_tokenizer(folder: Path, model_folder: Path | None = None):
     """The tokenizer in a directory, with the rules of its tokenizer.json where there is one.
 
-    model_folder: the directory of its model, where that is another one. Raises FtjaxError where none loads without the repository's own code.
+    model_folder: the directory of its model, where that is another one. Raises FtjaxError where none loads without the
+    repository's own code.
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
@@ -127,18 +128,16 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
         )
 
 
-def end_tokens(folder: Path, tokenizer, end: str = "") -> tuple[int, ...]:
+def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[int, ...]:
     """Ids that end an answer, most official first, none twice.
 
-    `end`, a token that answers were trained to end with; the `eos_token_id` of generation_config.json (or else of
-    config.json), the tokenizer's own, and the one by which the chat template ends an assistant's turn.
+    The `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, the one by which the
+    chat template ends an assistant's turn, and those that answers were `trained` to end with.
     """
     folder = Path(folder)
     official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)
     eos = read_json(official).get("eos_token_id") if official else None
-    ids = list(eos) if isinstance(eos, list) else [eos]
-    ids += [tokenizer.eos_token_id, *turn_end(tokenizer)]
-    ids += [tokenizer.convert_tokens_to_ids(end)] if end else []
+    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer), *trained]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
@@ -148,15 +147,21 @@ def end_token(tokenizer, end: str = "") -> int:
         raise FtjaxError(
             "the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json"
         )
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else [tokenizer.eos_token_id]
+    if not end:
+        return tokenizer.eos_token_id
+    # Some tokenizers put a blank before the first word of a text: then the token is the last of two lines.
+    alone, line, both = tokenizer([end, "\n", "\n" + end], add_special_tokens=False)["input_ids"]
+    ids = both[len(line) :] if len(alone) > 1 and both[: len(line)] == line else alone
     if len(ids) != 1:
-        raise FtjaxError(f"data.end: {end!r} is {len(ids)} tokens for this tokenizer; expected exactly one")
+        raise FtjaxError(f"data.end: {end!r} is {len(alone)} tokens for this tokenizer; expected exactly one")
     return ids[0]
 
 
-def pad_token(folder: Path) -> int | None:
-    """Id of the token that fills rows up: the tokenizer's own, or else its end-of-text."""
-    tokenizer = load_tokenizer(folder)
+def pad_token(tokenizer) -> int | None:
+    """Id of the token that fills rows up: the tokenizer's own, or else its end-of-text.
+
+    A classifier of transformers reads a text at its last token that is not this one.
+    """
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -314,10 +319,14 @@ def write_chat_template(folder: Path, chat_template: str) -> None:
 
     It goes into tokenizer_config.json, where all versions of transformers look.
     """
-    folder = Path(folder)
     for name in ("chat_template.jinja", "chat_template.json"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-    file = folder / "tokenizer_config.json"
-    settings = read_json(file) if file.is_file() else {}
-    replace_text(file, json.dumps(settings | {"chat_template": chat_template}, indent=2) + "\n")
+        (Path(folder) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / "additional_chat_templates", ignore_errors=True)
+    write_settings(folder, chat_template=chat_template)
+
+
+def write_settings(folder: Path, **settings) -> None:
+    """Set fields of tokenizer_config.json in `folder`."""
+    file = Path(folder) / "tokenizer_config.json"
+    there = read_json(file) if file.is_file() else {}
+    replace_text(file, json.dumps(there | settings, indent=2) + "\n")

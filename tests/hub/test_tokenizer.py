@@ -10,16 +10,20 @@ import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from ftjax import config as configs
 from ftjax.assets import resolve
 from ftjax.data import chat_templates
+from ftjax.data.labelled import Labelled
 from ftjax.data.prepare import fingerprint, prepare
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
+from ftjax.hub.families import read_config
 from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
+from ftjax.hub.weights import write_model
 from ftjax.lm import open_base
 from ftjax.training import export
 from ftjax.training.run_folder import Trained
@@ -128,6 +132,75 @@ def test_an_export_carries_the_runs_template(tmp_path, method, format):
         official = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
         assert tokenizer.unk_token_id in official and set(lm.end_tokens) <= set(official)
     assert lm.tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["", "closes"])
+@pytest.mark.parametrize("pad", [None, "</s>", "<unk>"])
+@pytest.mark.parametrize("official", [None, 2], ids=["", "eos"])
+def test_an_exported_classifier_reads_the_token_that_was_trained(tmp_path, closes, pad, official):
+    """Whatever fills rows up, on either side, and whatever closes a text; official: the padding of config.json."""
+    import torch
+    import transformers
+
+    base = tmp_path / "base"
+    shutil.copytree(resolve("builtin:stories260K"), base)
+    backend = json.loads((base / "tokenizer.json").read_text())
+    if closes:
+        piece = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+        backend["post_processor"]["single"].append(piece)
+        backend["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (base / "tokenizer.json").write_text(json.dumps(backend))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | ({"pad_token": pad} if pad else {})))
+    model_config = json.loads((base / "config.json").read_text()) | {"pad_token_id": official}
+    (base / "config.json").write_text(json.dumps(model_config))
+
+    lm, spec = open_base(base, "float32", task=("classify", ("bad", "good")))
+    family, out = read_config(base)[0], tmp_path / "out"
+    write_model(out, lm.params, base, family, spec.model, labels=("bad", "good"))
+    rows = [{"text": text, "label": "bad"} for text in ("Once upon a time", "Lily", "A dog ran.</s>", "He said: hi!")]
+    how = Labelled("classify", "text", "", "label", ("bad", "good"), spec.model.head.pool, 0)
+    examples = how.encode(lm.tokenizer, rows, [f"row {i}" for i in range(len(rows))])
+    assert all(example.trained.sum() == 1 for example in examples)
+    ours = np.stack([lm.logits(example.ids[None])[0, example.trained][0] for example in examples])
+
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            np.testing.assert_allclose(whole(**batch).logits.numpy(), ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "starter"])
+def test_what_answers_are_trained_to_end_with_ends_them(shared, name, tmp_path):
+    """In a vocabulary that spells it otherwise (a line end of byte-level BPE, a byte of SentencePiece) too."""
+    folder = shared / "tokenizers" / "gpt2" if name == "gpt2" else resolve("builtin:stories260K")
+    tokenizer, config = load_tokenizer(folder), configs.default()
+    config.data.end = "\n"
+    (example,) = encode([Rendered("Once", " upon")], tokenizer, end="\n")
+    trained = int(example.ids[-1])
+    assert trained == end_token(tokenizer, "\n") and tokenizer.decode(example.ids).endswith("Once upon\n")
+    assert trained in end_tokens(folder, tokenizer, chat_templates.ends_of_run(config, tokenizer))
+    if name == "starter":
+        lm, spec = open_base(folder, "float32", config)
+        assert trained in lm.end_tokens
+        config.tuning.method = "full"
+        trained_params, frozen = METHODS["full"].init(jax.random.key(0), lm.params, spec._replace(tuning=config.tuning))
+        run = Trained("full", trained_params, frozen, spec, lm, str(lm.folder), config.to_dict())
+        export.write(run, tmp_path / "out", "full")
+        assert trained in json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    config.data.mixture = ({"train": "a.jsonl", "end": "!"}, {"train": "b.jsonl"})
+    assert chat_templates.ends_of_run(config, tokenizer) == [end_token(tokenizer, "!"), trained]
+
+
+def test_the_ends_of_all_templates_of_a_mixture(shared):
+    tokenizer, config = load_tokenizer(shared / "tokenizers" / "qwen3"), configs.default()
+    tokenizer.chat_template, tokenizer.eos_token = None, "<|endoftext|>"
+    config.data.mixture = ({"train": "a.jsonl", "template": "chatml"}, {"train": "b.jsonl", "template": "plain"})
+    ends = chat_templates.ends_of_run(config, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
 
 
 def test_the_template_of_a_run(shared):
