@@ -269,10 +269,8 @@ FIELDS: dict[str, Field] = {
     "data.prompt": text(also="prompt_template"),  # template over columns, such as "Words: {src}\nSentence:"; sets form
     # to template
     "data.completion": text(),  # template over columns, such as " {tgt}"
-    "data.date": Field(
-        "2024-07-26", str, "a day as YYYY-MM-DD", _is_date
-    ),  # the day that chat templates are told where
-    # they ask for it, as those of Llama 3.2 do. It is not the clock's, so that a config means the same tokens on any day
+    "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # the day that chat templates are told
+    # where they ask for it, as those of Llama 3.2 do. It is not the clock's: a config means the same tokens on any day
     "data.end": text(also="eos_token"),  # token that ends an answer where no chat template does; empty: the
     # tokenizer's end-of-text
     "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # every answer, the last answer, or
