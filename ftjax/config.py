@@ -256,6 +256,7 @@ FIELDS: dict[str, Field] = {
         "auto",
         "text",
         "prompt",
+        "question",
         "instruction",
         "messages",
         "sharegpt",

@@ -204,6 +204,55 @@ def test_a_null_that_was_written_is_an_argument_and_one_that_a_file_fills_in_is_
         assert parameters == [schema, {"type": "object"}, schema]
 
 
+def turn(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        ({"prompt": [turn("user", "q")], "completion": [turn("assistant", "a")]}, said("q", "a")),
+        ({"prompt": [turn("user", "q")], "completion": "a"}, said("q", "a")),
+        (
+            {"prompt": [*said("q", "a", "r")], "response": [turn("assistant", "b")]},
+            (turn("user", "q"), turn("assistant", "a", train=False), *said("r", "b")),
+        ),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a: Human\n\nHuman: r\nr\n\nAssistant: b", "rejected": "x"},
+            (turn("user", "q"), turn("assistant", "a: Human", train=False), *said("r\nr", "b")),
+        ),
+        ({"chosen": "Human: q\n\nAssistant: b", "rejected": "x", "prompt": None}, said("q", "b")),
+    ],
+)
+def test_conversations_of_which_the_last_answer_is_trained(row, messages):
+    """TRL's conversational prompts with completions, and Anthropic's HH-RLHF."""
+    assert renderer(guess(row))(row, "row 1").messages == messages
+
+
+@pytest.mark.parametrize("chosen", ["\n\nAssistant: a", "\n\nHuman: q", "a", "\n\nHuman: q\n\nAssistant: "])
+def test_chosen_texts_that_are_no_whole_conversation(chosen):
+    with pytest.raises(FtjaxError, match="row 1: (column 'chosen' should begin|column 'prompt'|the answer is empty)"):
+        renderer("preference")({"chosen": chosen, "rejected": "b"}, "row 1")
+
+
+def test_questions_and_answers():
+    row = {"question": "2 + 2?", "answer": "4"}
+    assert guess(row) == "question"
+    assert renderer("question")(row, "row 1") == Rendered("Question: 2 + 2?\nAnswer:", " 4")
+    assert renderer("question", template="chatml")(row, "row 1").messages == said("2 + 2?", "4")
+    with pytest.raises(FtjaxError, match="row 1: the answer is empty"):
+        renderer("question")(row | {"answer": " "}, "row 1")
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]
+    row = {"messages": [turn("user", parts), turn("assistant", ["c"])]}
+    assert renderer("messages")(row, "row 1").messages == said("ab", "c")
+    for part, told in (({"type": "image", "text": None}, "image"), ({"type": "text"}, "a part without text")):
+        with pytest.raises(FtjaxError, match=f"row 1: message 1: `content` holds {told}; only text is read"):
+            renderer("messages")({"messages": [turn("user", [part]), *said("", "a")[1:]]}, "row 1")
+
+
 @pytest.mark.parametrize("none", ["", " ", None, {}, "{}"])
 def test_a_call_without_arguments(none):
     rendered = renderer("messages")({"messages": turns_with(none)}, "row 1")
@@ -339,8 +388,8 @@ def test_bad_rows(form, row, message):
 
 
 def test_bad_settings():
-    with pytest.raises(FtjaxError, match="no known form fits the columns question, answer"):
-        guess(["question", "answer"])
+    with pytest.raises(FtjaxError, match="no known form fits the columns query, answer"):
+        guess(["query", "answer"])
     with pytest.raises(FtjaxError, match=r'unknown form \'promt\' \(did you mean "prompt"\?\)'):
         renderer("promt")
     with pytest.raises(FtjaxError, match="data.completion is empty"):
