@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from ftjax.data.chat_templates import dated
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
@@ -29,6 +30,8 @@ ENDS = re.compile(
     r"</s>|<end_of_turn>|<turn\||<｜end▁of▁sentence｜>|<\|END_OF_TURN_TOKEN\|>|\[\|endofturn\|\]|<SPECIAL_12>|"
     r"<\|message_sep\|>|<sep>|<seed:eos>|\[e~\[|<end_of_sentence>|</assistant>|<｜hy_eos[^｜]*｜>"
 )
+# Empty thinking, which the prompt of an answer may hold and a finished chat not show.
+NOTHING = re.compile(r"(?:<think>)?\s*</think>\s*")
 SYSTEM = {"role": "system", "content": "Obey rule7alpha always."}
 CALL = {"name": "look", "arguments": {"what": "call5kappa"}}
 WHAT = {"type": "object", "properties": {"what": {"type": "string", "description": "What."}}, "required": ["what"]}
@@ -93,6 +96,7 @@ def offsets(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
 
 def check(tokenizer, messages: tuple[dict, ...], tools: tuple[dict, ...] = (), train_on: str = "assistant") -> str:
     """`exact`, `refused: why` or `WRONG: why` for the tokens that are trained of one chat."""
+    tokenizer = dated(tokenizer)
     try:
         (example,) = encode([Rendered(messages=messages, tools=tools)], tokenizer, train_on)
     except FtjaxError as error:
@@ -104,9 +108,12 @@ def check(tokenizer, messages: tuple[dict, ...], tools: tuple[dict, ...] = (), t
         ids, places = ids[1:], places[1:]
     mine = example.ids.tolist()
     if mine not in (ids, [*ids, tokenizer.eos_token_id]):  # the prompt of the last answer was encoded by itself
-        places = offsets(tokenizer, mine)
-        if tokenizer.decode(mine, clean_up_tokenization_spaces=False)[: len(text)] != text:
+        places, shown = offsets(tokenizer, mine), tokenizer.decode(mine, clean_up_tokenization_spaces=False)
+        if not text.endswith(tokenizer.eos_token):
+            shown = shown.removesuffix(tokenizer.eos_token)
+        if NOTHING.sub("", shown) != NOTHING.sub("", text):
             return "WRONG: another text than the template's"
+        text = shown
     trained = {c for (a, b), on in zip(places, example.trained) if on for c in range(a, min(b, len(text)))}
     answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
     wanted = {k for k in (answers[-1:] if train_on == "last" else answers) if messages[k].get("train", True)}

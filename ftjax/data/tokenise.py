@@ -182,7 +182,29 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
     if found[:1] == [0]:
         raise FtjaxError(f"{place}: the first message is the assistant's: nothing comes before its answer")
     whole = _show(chat, row, row.messages, False, place)
+    if found[-1:] == [len(row.messages) - 1]:
+        whole = _behind_its_prompt(chat, row, whole, place)
     return Plan(whole, [_turn(chat, row, k, whole, place) for k in found], row.messages, everything, place)
+
+
+def _behind_its_prompt(chat: Chat, row: Rendered, whole: str, place: str) -> str:
+    """The text of a chat whose last answer stands behind the prompt that generation feeds.
+
+    Templates of reasoning models open the thinking in that prompt (`<think>`), and some show no thinking in a finished
+    chat, as DeepSeek-R1's. Then the answer follows the prompt with its thinking, or with none.
+    """
+    *before, message = row.messages
+    prompt = _show(chat, row, before, True, place)
+    opened = prompt.rstrip().endswith("<think>")
+    if whole.startswith(prompt) or message.get("tool_calls") or not (opened or prompt.rstrip().endswith("</think>")):
+        return whole
+    thinking, _, answer = message["content"].rpartition("</think>")
+    thinking = next((message[key] for key in THINKING if key in message), thinking.removeprefix("<think>")).strip("\n")
+    if thinking and not opened:
+        return whole
+    said = f"{thinking}\n</think>\n\n" * opened + answer.lstrip("\n")
+    shown, mark = _marked_chat(chat, row, len(before), place)
+    return prompt + said + shown.partition(mark)[2]
 
 
 def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
@@ -196,9 +218,9 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
     if not whole.startswith(prompt):
         raise FtjaxError(
             f"{place}: the chat template rewrites what it rendered before, so that the prompt of message {k + 1} is no "
-            f"part of the chat; {LAST}"
+            f"part of the chat; {_advice(chat, row, k)}"
         )
-    mark = next(text for n in itertools.count() if (text := f"answer{n}x") not in whole)
+    text, mark = _marked_chat(chat, row, k, place)
     marked = (*before, _marked(message, mark))
 
     def behind(*further: dict, generation: bool = False) -> str:
@@ -207,10 +229,6 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
         except FtjaxError:  # the template refuses a chat that is none of the row's
             return ""
 
-    text = _show(chat, row, (*marked, *after), False, place)
-    if text.count(mark) != 1:
-        often = "more than once" if mark in text else "not at all"
-        raise FtjaxError(f"{place}: the chat template shows the text or call of message {k + 1} {often}; {LAST}")
     rest, loose = text.partition(mark)[2], 0
     if after:
         ends_here, goes_on = behind(), behind(generation=True)
@@ -231,9 +249,29 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
     if not whole.endswith(rest[close:]) or not _shows(message, prompt, whole[:stop], chat, row, before, place):
         raise FtjaxError(
             f"{place}: the chat template leaves out or rewrites a part of message {k + 1} (such as its thinking); "
-            f"{LAST}"
+            f"remove that part, or {_advice(chat, row, k)}"
         )
     return Turn(k, prompt, stop, loose)
+
+
+def _marked_chat(chat: Chat, row: Rendered, k: int, place: str) -> tuple[str, str]:
+    """(the text of a chat with a mark in place of message k's answer, the mark, which occurs there once)."""
+    said = repr(row.messages)
+    mark = next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
+    text = _show(chat, row, (*row.messages[:k], _marked(row.messages[k], mark), *row.messages[k + 1 :]), False, place)
+    if text.count(mark) != 1:
+        often = "more than once" if mark in text else "not at all"
+        raise FtjaxError(
+            f"{place}: the chat template shows the text or call of message {k + 1} {often}; {_advice(chat, row, k)}"
+        )
+    return text, mark
+
+
+def _advice(chat: Chat, row: Rendered, k: int) -> str:
+    """What to do where message k cannot be trained."""
+    others = 'set data.train_on="last", mark the answer with "train": false, or ' * (k != _answers(row.messages)[-1])
+    names = [name for name in chat_templates.able(chat.tokenizer) if name not in ("tokenizer", row.template)]
+    return f"{others}set data.template to one of {', '.join(names)}"
 
 
 def _marked(message: dict, mark: str) -> dict:
@@ -261,10 +299,6 @@ def _shows(message: dict, prompt: str, through: str, chat: Chat, row: Rendered, 
     )
 
 
-LAST = (
-    'set data.train_on="last", mark the answer with "train": false, remove what is left out, or choose another '
-    "data.template"
-)
 EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")  # nothing is lost where a template drops it
 
 

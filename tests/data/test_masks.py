@@ -332,6 +332,33 @@ def test_an_empty_thought_that_qwen3_drops_from_an_earlier_answer(shared):
     assert trained_text(example, qwen3()) == one + "<|im_end|>" + nothing + two + "<|im_end|>"
 
 
+@pytest.mark.parametrize("thinking", ["", "<think>\nHm.\n</think>\n\n", "field"])
+def test_thinking_that_the_prompt_opens_and_the_chat_does_not_show(shared, thinking):
+    """As DeepSeek-R1-Distill's template, in the parts that matter."""
+    tokenizer = load("qwen3", ("<User>", "<Assistant>", "<End>"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<User>' + m.content }}{% else %}"
+        "{{ '<Assistant>' + m.content.split('</think>')[-1] + '<End>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
+    )
+    messages = list(chat(2, False, False))
+    if thinking == "field":
+        messages[-1] = messages[-1] | {"reasoning": "Hm."}
+    else:
+        messages[-1] = messages[-1] | {"content": thinking + messages[-1]["content"]}
+    answer = answers(chat(2, False, False))[-1]
+    for row, train_on in (
+        (Rendered(messages=tuple(messages)), "last"),
+        (Rendered(messages=tuple(messages[2:])), "assistant"),
+    ):
+        (example,), (prompt,) = encode([row], tokenizer, train_on), encode_prompts([row], tokenizer)
+        assert example.ids[: len(prompt)].tolist() == prompt.tolist()
+        assert tokenizer.decode(prompt).endswith("<Assistant><think>\n")
+        assert trained_text(example, tokenizer) == "Hm." * bool(thinking) + "\n</think>\n\n" + answer + "<End>"
+    with pytest.raises(FtjaxError, match='message 2 is no part of the chat; set data.train_on="last", mark .* alpaca'):
+        encode([Rendered(messages=tuple(messages))], tokenizer)
+
+
 def test_thinking_in_a_field(shared):
     thought = {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
     row = {"messages": [{"role": "user", "content": "So?"}, thought]}
@@ -460,7 +487,7 @@ SHAPES = {  # name -> (template, what comes of three turns)
         "no part of the chat",
     ),
     "a prompt that is no part of the chat": (
-        headed("<|end|>").replace("prompt %}<|assistant|>\n", "prompt %}<|assistant|>\n<think>"),
+        headed("<|end|>").replace("prompt %}<|assistant|>\n", "prompt %}<|assistant|>\n<hm>"),
         "message 2 is no part",
     ),
     "answers cut": (
