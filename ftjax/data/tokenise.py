@@ -82,9 +82,17 @@ def encode(
 
 
 def encode_prompts(
-    rendered: Sequence[Rendered], tokenizer, place: Place = row_number, end: str = ""
+    rendered: Sequence[Rendered], tokenizer, place: Place = row_number, end: str = "", goes_on: bool = False
 ) -> list[np.ndarray]:
-    """The ids (T,) int32 that generation feeds for each row; of messages, all before the last assistant turn."""
+    """The ids (T,) int32 that generation feeds for each row.
+
+    Args:
+        rendered: The rows. Of messages, those before the last assistant's are fed.
+        tokenizer: Of transformers.
+        place: Names a row in errors.
+        end: See data.end.
+        goes_on: Messages that do not end with the assistant's are fed whole.
+    """
     texts = [r.prompt for r in rendered if r.messages is None]
     plain = iter(_prompt_ids(texts, tokenizer))
     chats, prompts = {}, []
@@ -92,7 +100,8 @@ def encode_prompts(
         if r.messages is not None:
             chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
             turns = _answers(r.messages)
-            before = r.messages[: turns[-1]] if turns else r.messages
+            open_ = not turns or goes_on and turns[-1] < len(r.messages) - 1
+            before = r.messages if open_ else r.messages[: turns[-1]]
             prompts.append(_show(chats[r.template], r, before, True, place(i)))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
