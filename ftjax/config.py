@@ -9,6 +9,7 @@ Nothing is accepted that `FIELDS` does not declare.
 from __future__ import annotations
 
 import ast
+import datetime
 import difflib
 import json
 import math
@@ -117,6 +118,13 @@ def pairs(*kinds: type) -> Field:
     fits = lambda p: len(p) == 2 and isinstance(p[0], str) and type(p[1]) in kinds and 0 < p[1] < 2**31  # noqa: E731
     item = Field((), tuple, "a pair (pattern, number above 0)", fits)
     return several((), item, "a tuple of pairs (pattern, number above 0)")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _axis() -> Field:
@@ -248,6 +256,7 @@ FIELDS: dict[str, Field] = {
         "auto",
         "text",
         "prompt",
+        "question",
         "instruction",
         "messages",
         "sharegpt",
@@ -261,6 +270,8 @@ FIELDS: dict[str, Field] = {
     "data.prompt": text(also="prompt_template"),  # template over columns, such as "Words: {src}\nSentence:"; sets form
     # to template
     "data.completion": text(),  # template over columns, such as " {tgt}"
+    "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # the day that chat templates are told
+    # where they ask for it, as those of Llama 3.2 do. It is not the clock's: a config means the same tokens on any day
     "data.end": text(also="eos_token"),  # token that ends an answer where no chat template does; empty: the
     # tokenizer's end-of-text
     "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # every answer, the last answer, or
@@ -699,7 +710,7 @@ def copy(config) -> ml_collections.ConfigDict:
 
 # Fields of `data` that no source of a mixture has for itself.
 OF_ALL = ("mixture", "temperature", "decontaminate", "max_length", "long", "packing", "buckets", "workers", "processes")
-OF_ALL += ("streaming", "cache", "cache_size")
+OF_ALL += ("date", "streaming", "cache", "cache_size")
 
 
 def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]:

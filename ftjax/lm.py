@@ -20,7 +20,7 @@ from ftjax.data import chat_templates
 from ftjax.data.batches import by_example
 from ftjax.data.pairs import encode_texts
 from ftjax.data.prepare import fingerprint
-from ftjax.data.template import Rendered
+from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, pooling, resolve, tokenizer, weights
@@ -138,15 +138,28 @@ class LM:
         f = functools.partial(contrast.embed, self.model, self.variables, pool=pool or self.pooling.pool)
         return np.concatenate(by_example(f, examples, batch_size, most, apart=True))
 
-    def generate(
-        self, prompts: list[str], *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling
-    ) -> list[str]:
-        """Continue each prompt; the new text only. See ftjax.evaluation.generate.generate for temperature, top_k,
-        top_p, …
+    def generate(self, prompts: list, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
+        """Continue each prompt.
 
-        stop: strings of one token each that end an answer beside the model's own end tokens.
+        Args:
+            prompts: Texts, or conversations to answer, each a list of messages with `role` and `content`, which the
+                chat template shows. One conversation may stand alone.
+            max_new_tokens: The most tokens of an answer.
+            stop: Strings of one token each that end an answer beside the model's own end tokens.
+            sampling: temperature, top_k, top_p, …, see ftjax.evaluation.generate.generate.
+
+        Returns:
+            The new text of each.
+
+        Raises:
+            FtjaxError: for messages that are none, or that the tokenizer has no chat template for.
         """
-        ids = [i.tolist() for i in encode_prompts([Rendered(prompt=text) for text in prompts], self.tokenizer)]
+        prompts = [prompts] if prompts and isinstance(prompts[0], dict) else prompts
+        rows = [
+            Rendered(prompt=p) if isinstance(p, str) else asked({"messages": p}, f"prompt {n}")
+            for n, p in enumerate(prompts, 1)
+        ]
+        ids = [i.tolist() for i in encode_prompts(rows, self.tokenizer, lambda n: f"prompt {n + 1}", goes_on=True)]
         return continue_ids(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
 
 
@@ -205,9 +218,9 @@ def open_base(
     words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
     if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table, see LM.applied
         tokenizer.check_vocab(words, shape.vocab_size)
+    ends = ()
     if config is not None:
-        words = chat_templates.installed(config, words)
-    end = "" if config is None else config.data.end
+        ends, words = chat_templates.ends_of_run(config, words), chat_templates.installed(config, words)
     compute = compute_dtype(dtype)
     kept = (configs.default() if config is None else config).model
     small = quantiser(quantise or kept.quantise, kept, compute)
@@ -222,7 +235,7 @@ def open_base(
     params = weights.read_params(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
     )
-    ends = tokenizer.end_tokens(folder, words, end)
+    ends = tokenizer.end_tokens(folder, words, ends)
     of_texts = None
     if kind == "embed":
         of_texts = run_pooling(config, shape.max_positions) if config is not None else pooling.read(folder)

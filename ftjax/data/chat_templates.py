@@ -7,11 +7,13 @@ it. `end_of_text` is set before a text by `resolve`.
 from __future__ import annotations
 
 import copy
+import datetime
+import re
 from typing import NamedTuple
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.tokenizer import end_token
+from ftjax.hub.tokenizer import end_token, turn_end
 
 
 class Template(NamedTuple):
@@ -283,11 +285,26 @@ def check_tools(name: str, tokenizer) -> None:
 
 
 def of_run(config, tokenizer) -> str:
-    """The Jinja text that all rows of a run are shown by, other than the tokenizer's own; empty where there is none,
-    or where the sources of a mixture have several. Raises FtjaxError as `resolve` does.
+    """The Jinja text that all rows of a run are shown by, other than the one in the tokenizer's files.
+
+    Empty where there is none, or where the sources of a mixture have several. Raises FtjaxError as `resolve` does.
     """
     named = {(data.template, data.end) for _, data, _ in configs.sources(config)}
-    return resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
+    text = resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
+    own = dated(tokenizer, config.data.date).chat_template
+    return own if not text and isinstance(own, str) and own.startswith(DATED) else text
+
+
+def ends_of_run(config, tokenizer) -> list[int]:
+    """Ids of the tokens that the answers of a run's sources are trained to end with, other than the end-of-text.
+
+    Raises FtjaxError as `resolve` does.
+    """
+    ids = []
+    for _, data, _ in configs.sources(config):
+        ids += turn_end(tokenizer, resolve(data.template, data.end, tokenizer) or None)
+        ids += [end_token(tokenizer, data.end)] if data.end else []
+    return ids
 
 
 def installed(config, tokenizer):
@@ -295,12 +312,38 @@ def installed(config, tokenizer):
 
     The tokenizer itself where `of_run` finds no other. Raises FtjaxError as `resolve` does.
     """
-    text = of_run(config, tokenizer)
-    if not text or text == tokenizer.chat_template:
-        return tokenizer
+    tokenizer, text = dated(tokenizer, config.data.date), of_run(config, tokenizer)
+    return _with_template(tokenizer, text) if text and text != tokenizer.chat_template else tokenizer
+
+
+def _with_template(tokenizer, chat_template):
     tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = text
+    tokenizer.chat_template = chat_template
     return tokenizer
+
+
+DATED = "{%- macro strftime_now(format) -%}"
+
+
+def dated(tokenizer, date: str = ""):
+    """A tokenizer whose chat templates are told `date` wherever they ask for the day; itself where none asks.
+
+    A macro in front of the template takes the place of the function `strftime_now` of transformers, so that the
+    template means the same in whatever reads it. date: see data.date; empty: the default.
+    """
+    own = tokenizer.chat_template
+    texts = own if isinstance(own, dict) else {"": own or ""}
+    new = {name: _dated(text, date or configs.default().data.date) for name, text in texts.items()}
+    return tokenizer if new == texts else _with_template(tokenizer, new if isinstance(own, dict) else new[""])
+
+
+def _dated(text: str, date: str) -> str:
+    if "strftime_now" not in text or text.startswith(DATED):
+        return text
+    day = datetime.datetime.fromisoformat(date)
+    parts = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdDeFGHIjmMpSTuUVwWxXyY]", text)))
+    told = "".join(f" | replace('{part}', '{day.strftime(part)}')" for part in parts)
+    return DATED + "{{- format" + told + " -}}{%- endmacro -%}" + text
 
 
 def able(tokenizer) -> list[str]:

@@ -221,12 +221,15 @@ def _is_plain(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind):
         return _is_plain(kind.value_type)
     if pa.types.is_struct(kind):
-        return all(_is_plain(field.type) for field in kind)
+        return not _has_objects_within(kind) and all(_is_plain(field.type) for field in kind)
     return kind in (pa.null(), pa.bool_(), pa.int64(), pa.string())
 
 
 def adopt(batch: pa.RecordBatch, place: Place) -> pa.RecordBatch:
     """Another program's columns as ours: see `plain`; a NaN, which stands for a missing number, becomes null.
+
+    An object within an object loses its nulls: all objects of such a column have the same keys, and null fills those
+    that one lacks, such as the arguments of another tool.
 
     Raises FtjaxError naming the row for an infinity, for text that is not UTF-8, and for a number beyond 64 bits.
     """
@@ -260,10 +263,33 @@ def _adopt(column: pa.Array) -> pa.Array:
         column = column.cast(_storage(kind))
     column.validate(full=True)
     mend = _within(kind, json.loads)  # raises ValueError where another program's JSON is none
-    if not mend and all(pc.all(pc.is_finite(leaf)).as_py() is not False for leaf in _floats(column)):
+    filled = _has_objects_within(kind)
+    if not mend and not filled and all(pc.all(pc.is_finite(leaf)).as_py() is not False for leaf in _floats(column)):
         return column
-    cells = column.to_pylist()
-    return encode([_without_nan(mend(cell) if mend else cell) for cell in cells], kind)
+    cells = [_without_nan(mend(cell) if mend else cell) for cell in column.to_pylist()]
+    if filled:
+        cells = [_without_filling(cell, kind) for cell in cells]
+        kind = infer(cells)
+    return encode(cells, kind)
+
+
+def _has_objects_within(kind: pa.DataType, within: bool = False) -> bool:
+    """Whether a type holds objects within objects."""
+    if pa.types.is_list(kind):
+        return _has_objects_within(kind.value_type, within)
+    return pa.types.is_struct(kind) and (within or any(_has_objects_within(field.type, True) for field in kind))
+
+
+def _without_filling(cell, kind: pa.DataType, within: bool = False):
+    if cell is None or kind == JSON:  # what stands in JSON has the keys that somebody wrote
+        return cell
+    if pa.types.is_list(kind):
+        return [_without_filling(item, kind.value_type, within) for item in cell]
+    if not pa.types.is_struct(kind):
+        return cell
+    types = {field.name: field.type for field in kind}
+    there = {key: item for key, item in cell.items() if item is not None or not within}
+    return {key: _without_filling(item, types[key], True) for key, item in there.items()}
 
 
 def _floats(array: pa.Array) -> Iterator[pa.Array]:

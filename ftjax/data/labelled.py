@@ -18,6 +18,7 @@ from ftjax.data.table import Table
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError, nearest
+from ftjax.hub.tokenizer import pad_token
 
 TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")  # usual names, in order
 LABELS = ("label", "labels", "category", "class", "target")
@@ -363,8 +364,12 @@ def numbers(how: Labelled, row: dict, place: str):
 
 
 def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], target: Callable) -> list[Example]:
-    """Texts with one label each, as the tokenizer itself puts special tokens around one text or two."""
-    out = []
+    """Texts with one label each, as the tokenizer itself puts special tokens around one text or two.
+
+    Of pool `last`, the label is read where transformers reads it from exported files: at the last token that does not
+    fill rows up, which is not the end-of-text where that fills them too.
+    """
+    out, pad = [], pad_token(tokenizer)
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
         texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
@@ -378,7 +383,8 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
             if not len(ids):
                 raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
             trained = np.zeros(len(ids), bool)
-            trained[-1 if how.pool == "last" else 0] = True
+            trained[np.flatnonzero(ids != pad)[-1:] if how.pool == "last" else 0] = True
+            trained[0] |= not trained.any()
             second = types.index(1) if 1 in types else 0
             value = target(how, row, place)
             out.append(Example(ids, trained, value[None], second, None, len(encoded["input_ids"][i])))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax import config as configs
-from ftjax.data import labelled, store, template
+from ftjax.data import chat_templates, labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
@@ -281,6 +281,7 @@ def _tokenised(
     texts = 2 if config.task.kind == "embed" else 1  # in a row, each with positions of its own
     max_length = _max_length(config.data.max_length, texts * max_positions)
     cache = _cache(config.data)
+    tokenizer = chat_templates.dated(tokenizer, config.data.date)
     words = fingerprint(tokenizer)
     names = ()
     if config.task.kind != "causal":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import string
 from collections.abc import Callable
 
@@ -62,7 +63,8 @@ def guess(columns, prompt: str = "", completion: str = "") -> str:
             return form
     raise FtjaxError(
         f"data.form: no known form fits the columns {', '.join(columns)}. Known: messages; conversations; instruction "
-        "(input) output; prompt completion (or response); prompt (or conversations) chosen rejected; text. For other "
+        "(input) output; prompt completion (or response); question answer; prompt (or conversations) chosen rejected; "
+        "chosen rejected; text. For other "
         'columns set data.prompt="...{column}..." and data.completion="...{column}...".'
     )
 
@@ -88,8 +90,10 @@ def renderer(
             f"data.template={template!r}: rows of form text are no conversation; leave data.template empty, or say by "
             "data.prompt and data.completion what is asked and what is answered"
         )
-    if template and form == "instruction":
-        render = _asked_alpaca if template == "alpaca" else _asked
+    if template:
+        render = {"instruction": _asked_alpaca if template == "alpaca" else _asked, "question": _bare_question}.get(
+            form, render
+        )
 
     def whole(row: dict, place: str) -> Rendered:
         rendered = render(row, place)
@@ -138,7 +142,21 @@ def _text(row: dict, place: str) -> Rendered:
 
 def _prompt(row: dict, place: str) -> Rendered:
     answer = "response" if row.get("completion") is None and row.get("response") is not None else "completion"
+    if isinstance(row.get("prompt"), list):  # TRL's conversational form, of which the completion is trained
+        asked, answered = _turns(row, "prompt", place), row.get(answer)
+        if not isinstance(answered, list):
+            answered = [{"role": "assistant", "content": field(row, answer, place)}]
+        return Rendered(messages=_untrained(asked) + _turns({answer: answered}, answer, place))
     return Rendered(field(row, "prompt", place), _answer(field(row, answer, place), place))
+
+
+def _question(row: dict, place: str) -> Rendered:
+    bare = _bare_question(row, place)
+    return Rendered(f"Question: {bare.prompt}\nAnswer:", f" {bare.completion}")
+
+
+def _bare_question(row: dict, place: str) -> Rendered:
+    return Rendered(field(row, "question", place), _answer(field(row, "answer", place), place))
 
 
 def _instruction(row: dict, place: str) -> Rendered:
@@ -175,11 +193,16 @@ def _sharegpt(row: dict, place: str) -> Rendered:
 
 
 def _preference(row: dict, place: str) -> Rendered:
-    """The chosen answer; it may be text, a message, or messages, from the answer on or from the very first."""
+    """The chosen answer; it may be text, a message, or messages, from the answer on or from the very first.
+
+    Without a prompt, a text is a whole conversation as Anthropic's HH-RLHF writes it.
+    """
     column = next((name for name in ("conversations", "messages") if isinstance(row.get(name), list)), "prompt")
     chosen = row.get("chosen")
     if chosen is None:
         raise _missing(row, "chosen", place)
+    if isinstance(chosen, str) and row.get(column) is None and chosen.lstrip().startswith(("Human:", "Assistant:")):
+        return Rendered(messages=_hh_turns(chosen, place))
     if isinstance(chosen, str) and not isinstance(row.get(column), list):
         return Rendered(field(row, "prompt", place), _answer(chosen, place))
     if isinstance(chosen, str):
@@ -192,9 +215,28 @@ def _preference(row: dict, place: str) -> Rendered:
     return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
 
 
+def _hh_turns(text: str, place: str) -> tuple[dict, ...]:
+    _, *parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip("\n"))
+    roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
+    if roles[-1:] != ["assistant"] or roles[0] != "user":
+        raise FtjaxError(
+            f"{place}: column 'chosen' should begin with '\\n\\nHuman: ' and end with '\\n\\nAssistant: ' and an "
+            f"answer, as there is no prompt; found {text[:40]!r}"
+        )
+    return _untrained(tuple({"role": r, "content": t} for r, t in zip(roles[:-1], parts[1:-2:2]))) + (
+        {"role": "assistant", "content": _answer(parts[-1], place)},
+    )
+
+
+def _untrained(messages: tuple[dict, ...]) -> tuple[dict, ...]:
+    """Messages whose answers are part of a prompt."""
+    return tuple(m | {"train": False} if m["role"] == "assistant" else m for m in messages)
+
+
 FORMS = {
     "text": _text,
     "prompt": _prompt,
+    "question": _question,
     "instruction": _instruction,
     "messages": _messages,
     "sharegpt": _sharegpt,
@@ -206,6 +248,7 @@ GUESS = (  # form, groups of columns of which each must be there by one of its n
     ("sharegpt", (("conversations",),)),
     ("instruction", (("instruction",), ("output", "instances"))),
     ("prompt", (("prompt",), ("completion", "response"))),
+    ("question", (("question",), ("answer",))),
     ("text", (("text",),)),
 )
 SAID = {"preference": "the chosen answer is trained, the rejected one is not used"}  # of a form, for the reader
@@ -244,7 +287,7 @@ def _turns(row: dict, column: str, place: str) -> tuple[dict, ...]:
 def _turn(message, said: str) -> dict:
     """A message by the names that templates know; `said` names it in errors."""
     # A data set fills what one message lacks and another has with None; templates ask whether a key is there.
-    turn = _without_none(message) if isinstance(message, dict) else {}
+    turn = _there(message) if isinstance(message, dict) else {}
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in turn:
             turn[ours] = turn.pop(theirs)
@@ -260,6 +303,8 @@ def _turn(message, said: str) -> dict:
             turn.setdefault("content", "")
         else:
             del turn["tool_calls"]
+    if isinstance(turn.get("content"), list):
+        turn["content"] = _text_of(turn["content"], said)
     if not isinstance(turn.get("content"), str):
         raise FtjaxError(f"{said}: `content` should be text, found {_kind(turn.get('content'))}")
     trained = turn.pop("train", turn.pop("weight", True))
@@ -270,6 +315,15 @@ def _turn(message, said: str) -> dict:
     return turn
 
 
+def _text_of(parts: list, said: str) -> str:
+    """The text of a content in parts, as OpenAI's form has it: {"type": "text", "text": ...}."""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    other = [p["type"] for p in parts if isinstance(p, dict) and p.get("type") not in (None, "text")]
+    if other or not all(isinstance(text, str) for text in texts):
+        raise FtjaxError(f"{said}: `content` holds {other[0] if other else 'a part without text'}; only text is read")
+    return "".join(texts)
+
+
 def _calls(calls, said: str) -> list[dict]:
     """Tool calls, each as {"type": "function", "function": {"name", "arguments"}}, arguments as an object."""
     calls = calls if isinstance(calls, list) else [calls]
@@ -278,10 +332,11 @@ def _calls(calls, said: str) -> list[dict]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise FtjaxError(f"{said}: a tool call should be an object with `name` and `arguments`, found {call!r}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # OpenAI's form; templates write JSON themselves
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments.strip():  # OpenAI's form; templates write JSON themselves
             arguments = _json(arguments, f"{said}: the arguments of {function['name']!r}")
-        rest = {key: cell for key, cell in call.items() if key not in ("function", "name", "arguments")}
+        arguments = {} if arguments is None or isinstance(arguments, str) else arguments
+        rest = {key: cell for key, cell in _there(call).items() if key not in ("function", "name", "arguments")}
         out.append({"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}})
     return out
 
@@ -290,12 +345,14 @@ def _tools(tools, place: str) -> tuple[dict, ...]:
     """A cell with tools: schemas as templates take them, {"type": "function", "function": {...}}."""
     if tools is None or tools == "":
         return ()
-    tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else _without_none(tools)
+    tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else tools
     tools = tools if isinstance(tools, list) else [tools]
     tools = [_json(tool, f"{place}: `tools`") if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise FtjaxError(f"{place}: `tools` should be a list of JSON schemas, or that list as JSON text")
-    return tuple({"type": "function", "function": t} if "name" in t and "function" not in t else t for t in tools)
+    tools = [_there(tool) for tool in tools]
+    tools = [{"type": "function", "function": t} if "name" in t and "function" not in t else t for t in tools]
+    return tuple(t | {"function": _there(t["function"])} if isinstance(t.get("function"), dict) else t for t in tools)
 
 
 def _thinking_as_text(message: dict) -> dict:
@@ -307,10 +364,9 @@ def _thinking_as_text(message: dict) -> dict:
     return rest | {"content": "<think>\n" + thinking.strip("\n") + "\n</think>\n\n" + message["content"]}
 
 
-def _without_none(value):
-    if isinstance(value, dict):
-        return {key: _without_none(cell) for key, cell in value.items() if cell is not None}
-    return [_without_none(cell) for cell in value] if isinstance(value, list) else value
+def _there(cells: dict) -> dict:
+    """The cells that are not None. What they hold stays as it is: a null in it was written by somebody."""
+    return {key: cell for key, cell in cells.items() if cell is not None}
 
 
 def _json(text, said: str):

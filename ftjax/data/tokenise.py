@@ -6,6 +6,8 @@ together with the token that ends it, nothing else. Both are decided on ids, nev
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 from ftjax.data import chat_templates
 from ftjax.data.template import THINKING, Rendered
 from ftjax.errors import FtjaxError
-from ftjax.hub.tokenizer import end_token, turn_end
+from ftjax.hub.tokenizer import Marks, end_token, last_close, marks, shared, show, turn_close
 
 CHUNK = 1024  # texts given to the tokenizer at once; its own records take some 100 bytes a token
 
@@ -60,8 +62,8 @@ def encode(
     assistant's turn is trained up to and including the token that ends it, but for those with `"train": False`.
     train_on: assistant (every turn), last (the last one) or all (every token of the row). end: the token that ends a
     text instead of the tokenizer's end-of-text.
-    Raises FtjaxError naming the row: a template that fails, or that rewrites a trained turn or what came before it once
-    more messages follow; a row in which nothing would be trained.
+    Raises FtjaxError naming the row: a template that fails, that rewrites what came before a trained turn, or that
+    leaves out a part of that turn; a token that holds parts of two turns; a row in which nothing would be trained.
     """
     end_id = end_token(tokenizer, end)
     chats = {}  # by template
@@ -80,9 +82,17 @@ def encode(
 
 
 def encode_prompts(
-    rendered: Sequence[Rendered], tokenizer, place: Place = row_number, end: str = ""
+    rendered: Sequence[Rendered], tokenizer, place: Place = row_number, end: str = "", goes_on: bool = False
 ) -> list[np.ndarray]:
-    """The ids (T,) int32 that generation feeds for each row; of messages, all before the last assistant turn."""
+    """The ids (T,) int32 that generation feeds for each row.
+
+    Args:
+        rendered: The rows. Of messages, those before the last assistant's are fed.
+        tokenizer: Of transformers.
+        place: Names a row in errors.
+        end: See data.end.
+        goes_on: Messages that do not end with the assistant's are fed whole.
+    """
     texts = [r.prompt for r in rendered if r.messages is None]
     plain = iter(_prompt_ids(texts, tokenizer))
     chats, prompts = {}, []
@@ -90,7 +100,9 @@ def encode_prompts(
         if r.messages is not None:
             chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
             turns = _answers(r.messages)
-            prompts.append(_show(chats[r.template], r, turns[-1] if turns else None, True, place(i)))
+            open_ = not turns or goes_on and turns[-1] < len(r.messages) - 1
+            before = r.messages if open_ else r.messages[: turns[-1]]
+            prompts.append(_show(chats[r.template], r, before, True, place(i)))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
 
@@ -138,16 +150,16 @@ class Chat(NamedTuple):
 
     tokenizer: object
     text: str | None  # Jinja; None: the tokenizer's own
-    close: list[int]  # the token that ends a turn and the ids behind it; empty: no token does
-    special: frozenset[int]  # ids of special tokens
+    marks: Marks
 
 
 class Turn(NamedTuple):
-    """An assistant's turn as text."""
+    """An assistant's turn in the text of a whole chat."""
 
     at: int  # its index in the messages
     prompt: str  # the chat before it, as generation feeds it
-    through: str  # the chat up to and including it
+    stop: int  # characters of the chat up to the end of the turn
+    loose: int  # further characters of white space, which no turn holds: a token may reach into them
 
 
 class Plan(NamedTuple):
@@ -161,9 +173,9 @@ class Plan(NamedTuple):
 
 
 def _chat(name: str, end: str, tokenizer) -> Chat:
+    tokenizer = chat_templates.dated(tokenizer)
     text = chat_templates.resolve(name, end, tokenizer) or None
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return Chat(tokenizer, text, turn_end(tokenizer, text), frozenset(tokenizer.all_special_ids) | special)
+    return Chat(tokenizer, text, marks(tokenizer, text))
 
 
 def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
@@ -178,43 +190,165 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
         raise FtjaxError(f"{place}: every answer is marked as not to be trained")
     if found[:1] == [0]:
         raise FtjaxError(f"{place}: the first message is the assistant's: nothing comes before its answer")
-    turns = [Turn(k, _show(chat, row, k, True, place), _show(chat, row, k + 1, False, place)) for k in found]
-    return Plan(_show(chat, row, None, False, place), turns, row.messages, everything, place)
+    whole = _show(chat, row, row.messages, False, place)
+    if found[-1:] == [len(row.messages) - 1]:
+        whole = _behind_its_prompt(chat, row, whole, place)
+    return Plan(whole, [_turn(chat, row, k, whole, place) for k in found], row.messages, everything, place)
+
+
+def _behind_its_prompt(chat: Chat, row: Rendered, whole: str, place: str) -> str:
+    """The text of a chat whose last answer stands behind the prompt that generation feeds.
+
+    Templates of reasoning models open the thinking in that prompt (`<think>`), and some show no thinking in a finished
+    chat, as DeepSeek-R1's. Then the answer follows the prompt with its thinking, or with none.
+    """
+    *before, message = row.messages
+    prompt = _show(chat, row, before, True, place)
+    opened = prompt.rstrip().endswith("<think>")
+    if whole.startswith(prompt) or message.get("tool_calls") or not (opened or prompt.rstrip().endswith("</think>")):
+        return whole
+    thinking, _, answer = message["content"].rpartition("</think>")
+    thinking = next((message[key] for key in THINKING if key in message), thinking.removeprefix("<think>")).strip("\n")
+    if thinking and not opened:
+        return whole
+    said = f"{thinking}\n</think>\n\n" * opened + answer.lstrip("\n")
+    shown, mark = _marked_chat(chat, row, len(before), place)
+    return prompt + said + shown.partition(mark)[2]
+
+
+def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
+    """Where the turn of message k lies in the text of a whole chat.
+
+    The chat is shown again with a text in place of the answer that occurs nowhere else. What then stands behind that
+    text is the end of the turn and the rest of the chat, however the template changes the answer itself.
+    """
+    before, message, after = row.messages[:k], row.messages[k], row.messages[k + 1 :]
+    prompt = _show(chat, row, before, True, place)
+    if not whole.startswith(prompt):
+        raise FtjaxError(
+            f"{place}: the chat template rewrites what it rendered before, so that the prompt of message {k + 1} is no "
+            f"part of the chat; {_advice(chat, row, k)}"
+        )
+    text, mark = _marked_chat(chat, row, k, place)
+    marked = (*before, _marked(message, mark))
+
+    def behind(*further: dict, generation: bool = False) -> str:
+        try:
+            return _show(chat, row, (*marked, *further), generation, place).partition(mark)[2]
+        except FtjaxError:  # the template refuses a chat that is none of the row's
+            return ""
+
+    rest, loose = text.partition(mark)[2], 0
+    if after:
+        ends_here, goes_on = behind(), behind(generation=True)
+        close = turn_close(rest, ends_here, chat.marks) or turn_close(rest, goes_on, chat.marks)
+        if close is None and rest.startswith(chat.marks.between):
+            close = len(chat.marks.between) or None
+        if close is None:  # no token ends the turn
+            close = len(ends_here) if rest.startswith(ends_here) else 0
+            blank = rest[close : shared(rest, goes_on, chat.marks.tokens)]
+            loose = len(blank) - len(blank.lstrip())
+    else:
+        goes_on = functools.cache(lambda: behind({"role": "user", "content": "Why?"}))
+        close = last_close(rest, goes_on, chat.marks)
+        if close is None:  # the end-of-text token will follow; what is text of another turn must not be trained
+            close = shared(rest, goes_on(), chat.marks.tokens)
+            close = close if rest[close:].strip() else len(rest)
+    stop = len(whole) - len(rest) + close
+    if not whole.endswith(rest[close:]) or not _shows(message, prompt, whole[:stop], chat, row, before, place):
+        raise FtjaxError(
+            f"{place}: the chat template leaves out or rewrites a part of message {k + 1} (such as its thinking); "
+            f"remove that part, or {_advice(chat, row, k)}"
+        )
+    return Turn(k, prompt, stop, loose)
+
+
+def _marked_chat(chat: Chat, row: Rendered, k: int, place: str) -> tuple[str, str]:
+    """(the text of a chat with a mark in place of message k's answer, the mark, which occurs there once)."""
+    said = repr(row.messages)
+    mark = next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
+    text = _show(chat, row, (*row.messages[:k], _marked(row.messages[k], mark), *row.messages[k + 1 :]), False, place)
+    if text.count(mark) != 1:
+        often = "more than once" if mark in text else "not at all"
+        raise FtjaxError(
+            f"{place}: the chat template shows the text or call of message {k + 1} {often}; {_advice(chat, row, k)}"
+        )
+    return text, mark
+
+
+def _advice(chat: Chat, row: Rendered, k: int) -> str:
+    """What to do where message k cannot be trained."""
+    others = 'set data.train_on="last", mark the answer with "train": false, or ' * (k != _answers(row.messages)[-1])
+    names = [name for name in chat_templates.able(chat.tokenizer) if name not in ("tokenizer", row.template)]
+    return f"{others}set data.template to one of {', '.join(names)}"
+
+
+def _marked(message: dict, mark: str) -> dict:
+    """A message with `mark` in place of its text, or of what its last tool call is given."""
+    if not message.get("tool_calls"):
+        return message | {"content": mark}
+    *calls, last = message["tool_calls"]
+    last = last | {"function": last["function"] | {"arguments": {"argument": mark}}}
+    return message | {"tool_calls": [*calls, last]}
+
+
+def _shows(message: dict, prompt: str, through: str, chat: Chat, row: Rendered, before, place: str) -> bool:
+    """Whether the text `through` the end of a turn holds all that its message says, white space aside.
+
+    What opens an answer, such as `<think>`, may stand in the prompt already.
+    """
+    said = [EMPTY_THINKING.sub("", message["content"]), *(message[key] for key in THINKING if key in message)]
+
+    def holds(text: str) -> bool:
+        text = "".join(text.split())
+        return all("".join(part.split()) in text for part in said)
+
+    return holds(through[len(prompt) :]) or holds(
+        through[shared(prompt, _show(chat, row, before, False, place), chat.marks.tokens) :]
+    )
+
+
+EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")  # nothing is lost where a template drops it
 
 
 def _encode_chats(plans: list[Plan], chat: Chat, end_id: int) -> list[tuple[list[int], list[Span]]]:
     """(ids, what is trained) for each chat."""
-    texts = [text for plan in plans for text in (plan.whole, *(t for turn in plan.turns for t in turn[1:]))]
+    texts = [p.whole for p in plans] + [text for p in plans for t in p.turns for text in (t.prompt, p.whole[: t.stop])]
     texts = list(dict.fromkeys(texts))
     encoded = dict(zip(texts, _one_bos(_ids(chat.tokenizer, texts, special=False), chat.tokenizer)))
     return [_place_turns(plan, chat, encoded, end_id) for plan in plans]
 
 
 def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: int) -> tuple[list[int], list[Span]]:
-    """An answer starts where the rendered prompt before it ends, and goes to the token that ends its turn."""
-    ids, through = encoded[plan.whole], [encoded[turn.through] for turn in plan.turns]
-    if not all(plan.whole.startswith(turn.prompt) for turn in plan.turns):
-        raise FtjaxError(
-            f"{plan.place}: the chat template rewrites what it rendered before, so that the prompt of an answer is no "
-            f"part of the finished chat; {LAST}"
-        )
-    if plan.turns and not _begins(ids, encoded[plan.turns[-1].prompt]):
+    """An answer starts where the rendered prompt before it ends, and goes to the end of its turn."""
+    ids = encoded[plan.whole]
+
+    def length(text: str) -> int | None:
+        """Tokens of a text that the chat begins with; None where its last token goes on behind it."""
+        if text not in encoded:
+            (encoded[text],) = _one_bos(_ids(chat.tokenizer, [text], special=False), chat.tokenizer)
+        return len(encoded[text]) if ids[: len(encoded[text])] == encoded[text] else None
+
+    if plan.turns and length(plan.turns[-1].prompt) is None:
         last = plan.turns[-1]  # nothing that is looked for follows, so that its first token may be cut at the border
-        ids, through[-1] = (
-            encoded[last.prompt] + _continuation(chat.tokenizer, text[len(last.prompt) :])
-            for text in (plan.whole, last.through)
-        )
+        for text in (plan.whole, *(plan.whole[: last.stop + n] for n in range(last.loose + 1))):
+            encoded[text] = encoded[last.prompt] + _continuation(chat.tokenizer, text[len(last.prompt) :])
+        ids = encoded[plan.whole]
     spans = []
-    for turn, turn_ids in zip(plan.turns, through):
-        start = len(encoded[turn.prompt])
-        if not _begins(ids, encoded[turn.prompt]):
+    for turn in plan.turns:
+        start = length(turn.prompt)
+        stops = (length(plan.whole[: turn.stop + n]) for n in range(turn.loose + 1))
+        stop = next((n for n in stops if n is not None), None)
+        if start is None or stop is None:
+            border = "first characters" if start is None else "last characters"
+            beside = "before them" if start is None else "behind them"
             raise FtjaxError(
-                f"{plan.place}: the first characters of message {turn.at + 1} merge into one token with the template "
-                "before them: remove the white space at its beginning (data.clean.whitespace=True), or set "
+                f"{plan.place}: the {border} of message {turn.at + 1} merge into one token with the template {beside}: "
+                "remove the white space at its beginning and end (data.clean.whitespace=True), or set "
                 'data.train_on="last"'
             )
-        spans.append((start, _stop(plan, turn, chat, ids, turn_ids, start)))
-    if plan.messages[-1]["role"] == "assistant" and ids[-1] != end_id and _closed(chat, ids, 0) is None:
+        spans.append((start, stop))
+    if plan.messages[-1]["role"] == "assistant" and ids[-1] != end_id and not _closed(plan.whole, chat):
         ids = [*ids, end_id]  # no token of the template ends the chat
         spans[-1:] = [(a, b + (b == len(ids) - 1)) for a, b in spans[-1:]]
     if plan.everything:
@@ -223,72 +357,27 @@ def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: 
     return ids, spans
 
 
-def _stop(plan: Plan, turn: Turn, chat: Chat, ids: list[int], turn_ids: list[int], start: int) -> int:
-    """One past the last token of a turn that starts at `start` of a chat's ids."""
-    message, shown = plan.messages[turn.at], turn.through[len(turn.prompt) :]
-    stop = _closed(chat, turn_ids, start)
-    end = turn_ids[stop - 1] if stop else None
-    stop = stop or len(turn_ids)
-    if not _begins(ids, turn_ids[:stop]):  # shown differently once more messages follow: train what is shown
-        stop = ids.index(end, start) + 1 if end in ids[start:] else None
-        shown = plan.whole[len(turn.prompt) :].partition(chat.tokenizer.convert_ids_to_tokens(end))[0] if stop else ""
-        if not stop or EMPTY_THINKING.sub("", message["content"]).strip() not in shown:
-            raise FtjaxError(
-                f"{plan.place}: the chat template rewrites message {turn.at + 1} once more messages follow (such as "
-                f"dropping its thinking); {LAST}"
-            )
-    if any(message.get(key, "").strip() not in shown for key in THINKING):
-        raise FtjaxError(f"{plan.place}: the chat template leaves out the thinking of message {turn.at + 1}; {LAST}")
-    return stop
-
-
-LAST = (
-    'set data.train_on="last", mark the answer with "train": false, remove what is left out, or choose another '
-    "data.template"
-)
-EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")  # nothing is lost where a template drops it
-
-
-def _closed(chat: Chat, ids: list[int], start: int) -> int | None:
-    """Just past the token that ends the turn ids[start:], what a template puts behind it aside; None: no token does."""
-    behind = len(chat.close)
-    if behind and ids[-behind:] == chat.close and len(ids) - behind >= start:
-        return len(ids) - behind + 1
-    for end in range(len(ids), start, -1):  # a turn may end otherwise than an answer in text, such as a tool call's
-        if ids[end - 1] in chat.special:
-            return end
-        if chat.tokenizer.decode(ids[end - 1 : end]).strip():
-            return None
-    return None
-
-
-def _begins(ids: list[int], start: list[int]) -> bool:
-    return ids[: len(start)] == start
+def _closed(whole: str, chat: Chat) -> bool:
+    """Whether an end token stands last in a chat, white space aside."""
+    last = next(reversed(list(chat.marks.ends.finditer(whole))), None)
+    return last is not None and not whole[last.end() :].strip()
 
 
 def _answers(messages: Sequence[dict]) -> list[int]:
     return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _show(chat: Chat, row: Rendered, upto: int | None, generation: bool, place: str) -> str:
-    """The text of the messages before index `upto`, with the opening of an answer where `generation`."""
-    import jinja2
-
+def _show(chat: Chat, row: Rendered, messages: Sequence[dict], generation: bool, place: str) -> str:
+    """The text of messages of a row, with the opening of an answer where `generation`."""
     if not (chat.text or chat.tokenizer.chat_template):
         raise FtjaxError(
             f"{place}: messages need a chat template and this tokenizer has none: set data.template; those that it can "
             f"write are {', '.join(chat_templates.able(chat.tokenizer))}"
         )
-    messages = [{key: cell for key, cell in message.items() if key != "train"} for message in row.messages[:upto]]
+    shown = [{key: cell for key, cell in message.items() if key != "train"} for message in messages]
     try:
-        return chat.tokenizer.apply_chat_template(
-            messages,
-            tools=list(row.tools) or None,
-            chat_template=chat.text,
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as e:
+        return show(chat.tokenizer, shown, chat.text, list(row.tools) or None, generation)
+    except FtjaxError as e:
         raise FtjaxError(f"{place}: the chat template refuses these messages: {e}") from e
 
 

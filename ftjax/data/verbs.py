@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ftjax.data import preview
+from ftjax.data import chat_templates, preview
 from ftjax.data.batches import Batches
 from ftjax.data.clean import records
 from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
@@ -73,7 +73,7 @@ def _tokenizer(config):
     from ftjax.hub import families, resolve, tokenizer
 
     folder = resolve.resolve(config.model.path, config.model.revision)
-    words = tokenizer.load_tokenizer(folder)
+    words = chat_templates.dated(tokenizer.load_tokenizer(folder), config.data.date)
     model = (Path(folder) / "config.json").is_file()
     return words, families.read_config(folder)[1].max_positions if model else UNBOUNDED
 

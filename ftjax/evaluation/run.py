@@ -144,10 +144,10 @@ def answer(
 ) -> list[dict]:
     """One {"prompt", "completion"} for each of `prompts` and then for each row of `file`.
 
-    file: rows with a column `prompt`, with `messages` or `conversations` (through the chat template, up to the last
-    answer), or with the columns of `template`; a run folder brings the template that it was trained with. chat: every
-    prompt is what a user says, shown by the chat template; so it is where the run's `data.template` is set. sampling:
-    see generate.generate.
+    file: rows with a column `prompt`, with `messages` or `conversations` (through the chat template, without an
+    answer at their end), or with the columns of `template`; a run folder brings the template that it was trained with.
+    chat: every prompt is what a user says, shown by the chat template; so it is where the run's `data.template` is
+    set. sampling: see generate.generate.
     """
     config = _config(model, None, ())
     lm = model if isinstance(model, LM) else load(model)
@@ -169,7 +169,7 @@ def answer(
             only = rows.column_names == ["text"]
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
             rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
-    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end)]
+    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
     texts = continue_ids(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
     shown = [
         r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)

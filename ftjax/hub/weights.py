@@ -42,7 +42,7 @@ from ftjax.hub.families import (
 )
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import new_folder, read_json, write_json
-from ftjax.hub.tokenizer import copy_tokenizer, pad_token
+from ftjax.hub.tokenizer import copy_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, unflatten
 
@@ -433,9 +433,11 @@ def write_model(
     if key := form.keys.get("pool"):  # a run may have chosen another than the source's
         hf[key] = head_to_hf(form, config.head)[key]
     tokenizer_folder = tokenizer_folder or source
-    if config.head.pool == "last" and hf.get("pad_token_id") is None:
-        # By it transformers finds a row's last token.
-        hf["pad_token_id"] = pad_token(tokenizer_folder) if tokenizer_folder else None
+    tokenizer = None
+    if tokenizer_folder and config.head.pool == "last":
+        # transformers finds a text's last token by the padding, see data.labelled.sequence.
+        tokenizer = load_tokenizer(tokenizer_folder, source)
+        hf["pad_token_id"] = pad_token(tokenizer)
     kept = _kept(source, family, config) if source else {}
     leaves |= {f"kept/{name}": x for name, x in kept.items()}
     names = tensor_names(family, config) | {f"kept/{name}": ([name], False) for name in kept}
@@ -455,6 +457,8 @@ def write_model(
             write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
         if tokenizer_folder:
             copy_tokenizer(tokenizer_folder, folder)
+        if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            write_settings(folder, pad_token=tokenizer.eos_token)
         beside(folder)
 
 

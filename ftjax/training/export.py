@@ -60,7 +60,8 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     report = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
     record = {"config": source.config, "base": kept}
-    chat_template = chat_templates.of_run(configs.from_dict(source.config), base.tokenizer)
+    config = configs.from_dict(source.config)
+    chat_template = chat_templates.of_run(config, base.tokenizer)
     beside = functools.partial(_beside, source=source, chat_template=chat_template)
     if format == "adapter":
         # What lies on several hosts is gathered, but for the base itself: no adapter holds any of that.
@@ -92,7 +93,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         max_length=source.config["data"]["max_length"],
         dtype=dtype,
         shard_size=shard_size,
-        end_tokens=(*base.end_tokens, *tokenizer.turn_end(base.tokenizer, chat_template or None)[:1]),
+        end_tokens=(*base.end_tokens, *chat_templates.ends_of_run(config, base.tokenizer)),
         tokenizer_folder=base.tokenizer_folder,
         record=record,
         beside=beside,

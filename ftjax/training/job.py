@@ -116,7 +116,7 @@ def prepared(config, say) -> Job:
             f"{folder} beside it, or remove the template if rows are not to be shown by it"
         )
     chatty = chat_templates.installed(config, words)
-    ends = tokenizer.end_tokens(folder, chatty, config.data.end)
+    ends = tokenizer.end_tokens(folder, chatty, chat_templates.ends_of_run(config, words))
     if config.tuning.prompt_init == "text":
         config.tuning.prompt_ids = tuple(words(config.tuning.prompt_text)["input_ids"])
     dtype = compute_dtype(config.model.dtype)

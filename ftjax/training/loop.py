@@ -213,7 +213,8 @@ def train(config, say=print) -> Result:
         train_loss=next((row["loss"] for row in reversed(history) if "loss" in row), loss), val_loss=best,
         best_step=best_step, seconds=seconds(), results=results, files=files,
     )  # fmt: skip
-    say(summary(result, config))
+    chat = job.generates and job.data.train.rendered(0).messages is not None
+    say(summary(result, config, chat))
     return result
 
 
@@ -262,8 +263,14 @@ def judged(job: Job, program: Program, variables: dict, before: dict | None, sec
     return results, {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}
 
 
-def summary(result: Result, config) -> str:
-    """The last lines of a run: what it reached, the files it wrote, and the commands that come next."""
+def summary(result: Result, config, chat: bool) -> str:
+    """The last lines of a run: what it reached, the files it wrote, and the commands that come next.
+
+    Args:
+        result: Of the run.
+        config: Of the run.
+        chat: Whether its rows are conversations.
+    """
     val = "" if result.val_loss is None else f", best validation loss {result.val_loss:.4f} at step {result.best_step}"
     whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
     lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
@@ -271,7 +278,7 @@ def summary(result: Result, config) -> str:
     run = shlex.quote(str(result.run_dir))
     says = [f"  ftjax predict --model {run} --data FILE"] if TASKS[config.task.kind].judged else []
     if config.task.kind == "causal":
-        says = [f"  ftjax generate --model {run} --prompt '...'"]
+        says = [f"  ftjax generate --model {run}{' --chat' * chat} --prompt '...'"]
     lines += [
         "next:",
         *says,

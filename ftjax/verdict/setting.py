@@ -136,7 +136,8 @@ def open_model(source: str, config) -> LM:
     if (Path(source) / RUN).is_file():
         return lm
     words = chat_templates.installed(config, lm.tokenizer)
-    return dataclasses.replace(lm, tokenizer=words, end_tokens=tokenizer.end_tokens(lm.folder, words, config.data.end))
+    ends = tokenizer.end_tokens(lm.folder, words, chat_templates.ends_of_run(config, lm.tokenizer))
+    return dataclasses.replace(lm, tokenizer=words, end_tokens=ends)
 
 
 def held_out_labels(setting: Setting) -> list[str]:

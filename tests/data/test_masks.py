@@ -1,10 +1,13 @@
 """Masks of chats: every template, one turn and several, with and without system text and thinking, by two referees.
 
 The first is transformers' own mask of `{% generation %}`, over texts that say the same as ours in one line a family.
-The second, for Qwen3's own template, is a slow rule on characters.
+The second, for Qwen3's own template, is a slow rule on characters. The third, scripts/check_chat_masks.py, looks for a
+text of each message that occurs nowhere else, under templates that end their turns in all the ways that real ones do.
 """
 
 import functools
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,10 @@ from ftjax.data.tokenise import encode, encode_prompts
 from ftjax.errors import FtjaxError
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import check_chat_masks  # noqa: E402
+
 TURN = "{% generation %}{{ m.content }}END{% endgeneration %}"
 MERGED = "{% set s = messages[0].content + '\n\n' if messages[0].role == 'system' %}"
 TURNS = "{% for m in messages if m.role != 'system' %}"
@@ -193,7 +200,7 @@ def test_qwen3s_own_template(shared, turns, system, thinking, train_on):
     tokenizer, messages = qwen3(), chat(turns, system, thinking)
     row = Rendered(messages=messages)
     if turns > 1 and thinking and train_on == "assistant":
-        with pytest.raises(FtjaxError, match=rf"row 1: the chat template rewrites message {2 + system} once more"):
+        with pytest.raises(FtjaxError, match=f"row 1: .* leaves out or rewrites a part of message {2 + system} "):
             encode([row], tokenizer, train_on)
         return
     (example,) = encode([row], tokenizer, train_on)
@@ -295,9 +302,6 @@ def test_contents_that_are_hard_to_find_again(shared, name, content):
     ):  # line ends behind a line end: one token
         with pytest.raises(FtjaxError, match="row 1: the first characters of message 2 merge"):
             encode([row], tokenizer)
-    elif name == "" and end in shown:
-        with pytest.raises(FtjaxError, match="row 1: the chat template rewrites message 2"):
-            encode([row], tokenizer)
     else:
         assert trained_text(encode([row], tokenizer)[0], tokenizer) == shown + end + thinking + shown + end
 
@@ -328,6 +332,33 @@ def test_an_empty_thought_that_qwen3_drops_from_an_earlier_answer(shared):
     assert trained_text(example, qwen3()) == one + "<|im_end|>" + nothing + two + "<|im_end|>"
 
 
+@pytest.mark.parametrize("thinking", ["", "<think>\nHm.\n</think>\n\n", "field"])
+def test_thinking_that_the_prompt_opens_and_the_chat_does_not_show(shared, thinking):
+    """As DeepSeek-R1-Distill's template, in the parts that matter."""
+    tokenizer = load("qwen3", ("<User>", "<Assistant>", "<End>"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<User>' + m.content }}{% else %}"
+        "{{ '<Assistant>' + m.content.split('</think>')[-1] + '<End>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
+    )
+    messages = list(chat(2, False, False))
+    if thinking == "field":
+        messages[-1] = messages[-1] | {"reasoning": "Hm."}
+    else:
+        messages[-1] = messages[-1] | {"content": thinking + messages[-1]["content"]}
+    answer = answers(chat(2, False, False))[-1]
+    for row, train_on in (
+        (Rendered(messages=tuple(messages)), "last"),
+        (Rendered(messages=tuple(messages[2:])), "assistant"),
+    ):
+        (example,), (prompt,) = encode([row], tokenizer, train_on), encode_prompts([row], tokenizer)
+        assert example.ids[: len(prompt)].tolist() == prompt.tolist()
+        assert tokenizer.decode(prompt).endswith("<Assistant><think>\n")
+        assert trained_text(example, tokenizer) == "Hm." * bool(thinking) + "\n</think>\n\n" + answer + "<End>"
+    with pytest.raises(FtjaxError, match='message 2 is no part of the chat; set data.train_on="last", mark .* alpaca'):
+        encode([Rendered(messages=tuple(messages))], tokenizer)
+
+
 def test_thinking_in_a_field(shared):
     thought = {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
     row = {"messages": [{"role": "user", "content": "So?"}, thought]}
@@ -337,7 +368,7 @@ def test_thinking_in_a_field(shared):
         assert trained_text(encode([rendered], tokenizer)[0], tokenizer) == shown + end
     own = load("qwen3", ("[X]",))
     own.chat_template = chat_templates.TEMPLATES["chatml"].text  # a template that knows no such field
-    with pytest.raises(FtjaxError, match="row 1: the chat template leaves out the thinking of message 2"):
+    with pytest.raises(FtjaxError, match="row 1: the chat template leaves out or rewrites a part of message 2"):
         encode([renderer("messages")(row, "row 1")], own)
 
 
@@ -380,3 +411,119 @@ def test_answers_of_alpaca_and_plain_end_as_the_config_says(shared):
         assert example.ids[: len(prompt)].tolist() == prompt.tolist()
         with pytest.raises(FtjaxError, match="data.end: 'a' ends answers .* should be a special token"):
             encode([row], tokenizer, end="a")
+
+
+def each(user, assistant, behind="", opening="", system="{{ m.content }}\n", front=""):
+    """A template: what it writes for each role, behind the whole chat, and before an answer that is asked for."""
+    return (
+        front + "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% elif m.role == 'user' %}" + user
+        + "{% else %}" + assistant + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + opening + "{% else %}"
+        + behind + "{% endif %}"
+    )  # fmt: skip
+
+
+def headed(end, behind="", last=None, front=""):
+    """A template that writes `<|role|>` before each message and `end` behind it, or `last` where none follows."""
+    text = "<|{{ m.role }}|>\n{{ m.content }}" + end
+    answer = text if last is None else text[: -len(end)] + f"{{% if loop.last %}}{last}{{% else %}}{end}{{% endif %}}"
+    return each(text, answer, behind, "<|assistant|>\n", text, front)
+
+
+SHAPES = {  # name -> (template, what comes of three turns)
+    "every turn ends": (headed("<|end|>\n"), "exact"),
+    "and the chat too": (headed("<|end|>\n", "<|endoftext|>"), "exact"),
+    "the chat alone ends": (headed("\n", "<|endoftext|>"), "exact"),  # GLM-Edge
+    "nothing ends": (headed("\n"), "exact"),
+    "ended by the next header": (headed(""), "exact"),  # GLM-4
+    "ended by the next header and the chat": (headed("", "<|endoftext|>"), "exact"),
+    "the last ends otherwise": (headed("<|end|>", last="<|return|>"), "exact"),  # gpt-oss
+    "the last alone does not end": (headed("<|end|>", last=" ", front="<|system|>"), "exact"),  # Apertus
+    "two tokens end": (headed("<|END_RESPONSE|><|end|>"), "exact"),  # Command A
+    "a header behind the chat": (headed("<|end|>", "<|user|>"), "exact"),
+    "one header token": (  # no end, and the token before each role is the same
+        each(
+            "<|im_start|>user\n{{ m.content }}",
+            "<|im_start|>assistant\n{{ m.content }}",
+            "<|endoftext|>",
+            "<|im_start|>assistant\n",
+            "<|im_start|>system\n{{ m.content }}",
+        ),
+        "exact",
+    ),
+    "roles as words": (  # the case of plain role names
+        each("user:\n{{ m.content }}\n", "assistant:\n{{ m.content }}\n", "</s>", "assistant:\n"),
+        "exact",
+    ),
+    "roles as words on one line": (
+        each("USER: {{ m.content }} ", "ASSISTANT: {{ m.content }}</s>", "", "ASSISTANT:"),
+        "exact",
+    ),  # Vicuna
+    "headings": (  # an answer's last token merges with the line ends of the next heading
+        each("### Ask:\n{{ m.content }}\n\n", "### Say:\n{{ m.content }}\n\n", "</s>", "### Say:\n"),
+        "exact",
+    ),
+    "line ends before headings": (
+        each("\n\n### Ask:\n{{ m.content }}", "\n\n### Say:\n{{ m.content }}", "", "\n\n### Say:\n"),
+        "exact",
+    ),
+    "no opening of answers": (  # Llama 2
+        each("<s>[INST] {{ m.content }} [/INST]", " {{ m.content }} </s>"),
+        "exact",
+    ),
+    "no opening and no end": (each("Q: {{ m.content }}\n", "A: {{ m.content }}\n"), "exact"),
+    "answers repeated at the end": (
+        each(
+            "<|user|>{{ m.content }}",
+            "<|assistant|>{{ m.content }}<|end|>",
+            "{{ messages[1].content }}",
+            "<|assistant|>",
+        ),
+        "message . more than once",
+    ),
+    "answers left out": (
+        headed("<|end|>").replace(
+            "else %}<|{{ m.role }}|>\n{{ m.content }}", "elif loop.last %}<|{{ m.role }}|>\n{{ m.content }}"
+        ),
+        "no part of the chat",
+    ),
+    "a prompt that is no part of the chat": (
+        headed("<|end|>").replace("prompt %}<|assistant|>\n", "prompt %}<|assistant|>\n<hm>"),
+        "message 2 is no part",
+    ),
+    "answers cut": (
+        headed("<|end|>").replace("else %}<|{{ m.role }}|>\n{{ m.content", "else %}<|{{ m.role }}|>\n{{ m.content[:8]"),
+        "leaves out",
+    ),
+    "nothing between messages": (each("{{ m.content }}", "{{ m.content }}"), "merge into one token|exact"),
+}
+
+
+@functools.cache
+def shape_tokenizer(name, special):
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve("builtin:stories260K") if name == "starter" else ROOT.parent / "shared/tokenizers" / name
+    )
+    if special:
+        check_chat_masks.add_tokens(tokenizer, [text for text, _ in SHAPES.values()])
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["", "plain"])
+@pytest.mark.parametrize("name", ["starter", "qwen3"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exactly_the_answers_whatever_ends_a_turn(shared, shape, name, special):
+    tokenizer = shape_tokenizer(name, special)
+    tokenizer.chat_template, expected = SHAPES[shape]
+    found = {}
+    for chat_name in ("1 turn", "3 turns", "system"):
+        for train_on in ("assistant", "last"):
+            found[chat_name, train_on] = check_chat_masks.check(
+                tokenizer, check_chat_masks.CHATS[chat_name][0], train_on=train_on
+            )
+    wrong = [result for result in found.values() if result.startswith("WRONG")]
+    if not special:  # what is no token ends no turn, and nothing tells a header behind the chat from an end
+        wrong = [result for result in wrong if "the end of message" not in result and "<|user|>" not in result]
+    assert not wrong, found
+    if special:
+        assert re.search(expected, found["3 turns", "assistant"]), found
+        assert expected != "exact" or set(found.values()) == {"exact"}, found

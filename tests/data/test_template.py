@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 
+from ftjax.data.read import read
 from ftjax.data.template import GUESS, Rendered, guess, question, reference, renderer
 from ftjax.errors import FtjaxError
 
@@ -155,7 +157,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
     "calls",
     [
         [CALL | {"id": None}],
-        [{"name": "f", "arguments": {"x": 1, "y": None}}],
+        [{"name": "f", "arguments": {"x": 1}}],
         [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
     ],
 )
@@ -169,6 +171,92 @@ def test_tool_calls_as_sets_have_them(calls):
         result,
         {"role": "assistant", "content": "a"},
     )
+
+
+def turns_with(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return [said("q")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_null_that_was_written_is_an_argument_and_one_that_a_file_fills_in_is_none(tmp_path, suffix):
+    schema = {"type": "object", "properties": {"z": {"default": None, "enum": ["a", None]}}}
+    rows = [
+        {"messages": turns_with({"x": 1, "y": None}), "tools": [{"name": "f", "parameters": schema}]},
+        {"messages": turns_with({"z": "a"}), "tools": [{"name": "f", "parameters": {"type": "object"}}]},
+        {"messages": turns_with('{"x": null}'), "tools": json.dumps([{"name": "f", "parameters": schema}])},
+    ]
+    if suffix == ".parquet":  # its columns hold one kind of cell
+        rows = rows[:2]
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    else:
+        text = "".join(map("{}\n".format, map(json.dumps, rows))) if suffix == ".jsonl" else json.dumps(rows)
+        (tmp_path / f"rows{suffix}").write_text(text)
+    found = [renderer("messages")(row, "row 1") for row in read(str(tmp_path / f"rows{suffix}"))]
+    arguments = [r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in found]
+    parameters = [r.tools[0]["function"]["parameters"] for r in found]
+    if suffix == ".parquet":  # nobody can tell which of the nulls were written
+        assert arguments == [{"x": 1}, {"z": "a"}]
+        filled = {"type": "object", "properties": {"z": {"enum": ["a", None]}}}
+        assert parameters == [filled, {"type": "object"}]
+    else:
+        assert arguments == [{"x": 1, "y": None}, {"z": "a"}, {"x": None}]
+        assert parameters == [schema, {"type": "object"}, schema]
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        ({"prompt": [turn("user", "q")], "completion": [turn("assistant", "a")]}, said("q", "a")),
+        ({"prompt": [turn("user", "q")], "completion": "a"}, said("q", "a")),
+        (
+            {"prompt": [*said("q", "a", "r")], "response": [turn("assistant", "b")]},
+            (turn("user", "q"), turn("assistant", "a", train=False), *said("r", "b")),
+        ),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a: Human\n\nHuman: r\nr\n\nAssistant: b", "rejected": "x"},
+            (turn("user", "q"), turn("assistant", "a: Human", train=False), *said("r\nr", "b")),
+        ),
+        ({"chosen": "Human: q\n\nAssistant: b", "rejected": "x", "prompt": None}, said("q", "b")),
+    ],
+)
+def test_conversations_of_which_the_last_answer_is_trained(row, messages):
+    """TRL's conversational prompts with completions, and Anthropic's HH-RLHF."""
+    assert renderer(guess(row))(row, "row 1").messages == messages
+
+
+@pytest.mark.parametrize("chosen", ["\n\nAssistant: a", "\n\nHuman: q", "a", "\n\nHuman: q\n\nAssistant: "])
+def test_chosen_texts_that_are_no_whole_conversation(chosen):
+    with pytest.raises(FtjaxError, match="row 1: (column 'chosen' should begin|column 'prompt'|the answer is empty)"):
+        renderer("preference")({"chosen": chosen, "rejected": "b"}, "row 1")
+
+
+def test_questions_and_answers():
+    row = {"question": "2 + 2?", "answer": "4"}
+    assert guess(row) == "question"
+    assert renderer("question")(row, "row 1") == Rendered("Question: 2 + 2?\nAnswer:", " 4")
+    assert renderer("question", template="chatml")(row, "row 1").messages == said("2 + 2?", "4")
+    with pytest.raises(FtjaxError, match="row 1: the answer is empty"):
+        renderer("question")(row | {"answer": " "}, "row 1")
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]
+    row = {"messages": [turn("user", parts), turn("assistant", ["c"])]}
+    assert renderer("messages")(row, "row 1").messages == said("ab", "c")
+    for part, told in (({"type": "image", "text": None}, "image"), ({"type": "text"}, "a part without text")):
+        with pytest.raises(FtjaxError, match=f"row 1: message 1: `content` holds {told}; only text is read"):
+            renderer("messages")({"messages": [turn("user", [part]), *said("", "a")[1:]]}, "row 1")
+
+
+@pytest.mark.parametrize("none", ["", " ", None, {}, "{}"])
+def test_a_call_without_arguments(none):
+    rendered = renderer("messages")({"messages": turns_with(none)}, "row 1")
+    assert rendered.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
 @pytest.mark.parametrize(
@@ -300,8 +388,8 @@ def test_bad_rows(form, row, message):
 
 
 def test_bad_settings():
-    with pytest.raises(FtjaxError, match="no known form fits the columns question, answer"):
-        guess(["question", "answer"])
+    with pytest.raises(FtjaxError, match="no known form fits the columns query, answer"):
+        guess(["query", "answer"])
     with pytest.raises(FtjaxError, match=r'unknown form \'promt\' \(did you mean "prompt"\?\)'):
         renderer("promt")
     with pytest.raises(FtjaxError, match="data.completion is empty"):

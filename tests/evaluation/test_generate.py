@@ -1,5 +1,7 @@
 """Generation, with `transformers` as the referee, and the draws, against their distribution."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,3 +189,26 @@ def test_the_cuts_equal_those_of_transformers(settings):
 def test_bad_input_is_named(random_model, prompts, settings, message):
     with pytest.raises(FtjaxError, match=message):
         generate(*random_model, prompts, **{"max_new_tokens": 5} | settings)
+
+
+def test_a_conversation_is_answered_as_its_chat_template_shows_it(tmp_path):
+    from ftjax import assets, load
+    from ftjax.data import chat_templates
+    from ftjax.evaluation.run import answer
+
+    lm = load(assets.resolve("builtin:stories260K"), dtype="float32")
+    chat = [{"role": "user", "content": "Once?"}, {"role": "assistant", "content": "Yes."}]
+    with pytest.raises(FtjaxError, match="prompt 1: messages need a chat template"):
+        lm.generate(chat[:1])
+    lm.tokenizer.chat_template = chat_templates.resolve("plain", "", lm.tokenizer)
+    more = [*chat, {"role": "user", "content": "And then?"}]
+    shown = [lm.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in (chat[:1], more)]
+    expected = lm.generate(shown, max_new_tokens=8)
+    assert lm.generate([chat[:1], more], max_new_tokens=8) == expected and all(expected)
+    assert lm.generate(more, max_new_tokens=8) == lm.generate([more, shown[1]], max_new_tokens=8)[:1]
+    assert lm.generate([chat], max_new_tokens=8) == expected[:1]  # the answer at the end is what is asked for
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": c}) + "\n" for c in (chat, more)))
+    assert [row["completion"] for row in answer(lm, [], str(file), max_new_tokens=8)] == expected
+    with pytest.raises(FtjaxError, match="prompt 2: message 1 should be an object with `role`"):
+        lm.generate(["x", [{"content": "y"}]])

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from ftjax import config as configs
 from ftjax.assets import resolve
 from ftjax.data import chat_templates
+from ftjax.data.labelled import Labelled
+from ftjax.data.prepare import fingerprint, prepare
+from ftjax.data.template import Rendered
+from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
+from ftjax.hub.families import read_config
 from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
+from ftjax.hub.weights import write_model
 from ftjax.lm import open_base
 from ftjax.training import export
 from ftjax.training.run_folder import Trained
@@ -126,6 +134,75 @@ def test_an_export_carries_the_runs_template(tmp_path, method, format):
     assert lm.tokenizer.chat_template is None
 
 
+@pytest.mark.parametrize("closes", [False, True], ids=["", "closes"])
+@pytest.mark.parametrize("pad", [None, "</s>", "<unk>"])
+@pytest.mark.parametrize("official", [None, 2], ids=["", "eos"])
+def test_an_exported_classifier_reads_the_token_that_was_trained(tmp_path, closes, pad, official):
+    """Whatever fills rows up, on either side, and whatever closes a text; official: the padding of config.json."""
+    import torch
+    import transformers
+
+    base = tmp_path / "base"
+    shutil.copytree(resolve("builtin:stories260K"), base)
+    backend = json.loads((base / "tokenizer.json").read_text())
+    if closes:
+        piece = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+        backend["post_processor"]["single"].append(piece)
+        backend["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (base / "tokenizer.json").write_text(json.dumps(backend))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | ({"pad_token": pad} if pad else {})))
+    model_config = json.loads((base / "config.json").read_text()) | {"pad_token_id": official}
+    (base / "config.json").write_text(json.dumps(model_config))
+
+    lm, spec = open_base(base, "float32", task=("classify", ("bad", "good")))
+    family, out = read_config(base)[0], tmp_path / "out"
+    write_model(out, lm.params, base, family, spec.model, labels=("bad", "good"))
+    rows = [{"text": text, "label": "bad"} for text in ("Once upon a time", "Lily", "A dog ran.</s>", "He said: hi!")]
+    how = Labelled("classify", "text", "", "label", ("bad", "good"), spec.model.head.pool, 0)
+    examples = how.encode(lm.tokenizer, rows, [f"row {i}" for i in range(len(rows))])
+    assert all(example.trained.sum() == 1 for example in examples)
+    ours = np.stack([lm.logits(example.ids[None])[0, example.trained][0] for example in examples])
+
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            np.testing.assert_allclose(whole(**batch).logits.numpy(), ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "starter"])
+def test_what_answers_are_trained_to_end_with_ends_them(shared, name, tmp_path):
+    """In a vocabulary that spells it otherwise (a line end of byte-level BPE, a byte of SentencePiece) too."""
+    folder = shared / "tokenizers" / "gpt2" if name == "gpt2" else resolve("builtin:stories260K")
+    tokenizer, config = load_tokenizer(folder), configs.default()
+    config.data.end = "\n"
+    (example,) = encode([Rendered("Once", " upon")], tokenizer, end="\n")
+    trained = int(example.ids[-1])
+    assert trained == end_token(tokenizer, "\n") and tokenizer.decode(example.ids).endswith("Once upon\n")
+    assert trained in end_tokens(folder, tokenizer, chat_templates.ends_of_run(config, tokenizer))
+    if name == "starter":
+        lm, spec = open_base(folder, "float32", config)
+        assert trained in lm.end_tokens
+        config.tuning.method = "full"
+        trained_params, frozen = METHODS["full"].init(jax.random.key(0), lm.params, spec._replace(tuning=config.tuning))
+        run = Trained("full", trained_params, frozen, spec, lm, str(lm.folder), config.to_dict())
+        export.write(run, tmp_path / "out", "full")
+        assert trained in json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    config.data.mixture = ({"train": "a.jsonl", "end": "!"}, {"train": "b.jsonl"})
+    assert chat_templates.ends_of_run(config, tokenizer) == [end_token(tokenizer, "!"), trained]
+
+
+def test_the_ends_of_all_templates_of_a_mixture(shared):
+    tokenizer, config = load_tokenizer(shared / "tokenizers" / "qwen3"), configs.default()
+    tokenizer.chat_template, tokenizer.eos_token = None, "<|endoftext|>"
+    config.data.mixture = ({"train": "a.jsonl", "template": "chatml"}, {"train": "b.jsonl", "template": "plain"})
+    ends = chat_templates.ends_of_run(config, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
+
+
 def test_the_template_of_a_run(shared):
     tokenizer = load_tokenizer(shared / "tokenizers" / "qwen3")
     config = configs.default()
@@ -138,6 +215,58 @@ def test_the_template_of_a_run(shared):
     assert chat_templates.installed(config, named) is named
     config.data.mixture = ({"train": "a.jsonl"}, {"train": "b.jsonl", "template": "plain"})
     assert chat_templates.installed(config, tokenizer) is tokenizer  # which of the two should it be?
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(day): from then on, transformers reads this day."""
+    from transformers.utils import chat_template_utils
+
+    def at(day):
+        class Clock(datetime.datetime):
+            now = classmethod(lambda cls: datetime.datetime.fromisoformat(day))
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return at
+
+
+def test_the_day_is_the_configs_and_not_the_clocks(shared, clock, tmp_path):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen3")
+    named = chat_templates.TEMPLATES["chatml"].text
+    tokenizer.chat_template = (  # as Llama 3.2's
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- else %}{%- set day = 'no' %}"
+        "{%- endif %}{{ 'Today: ' ~ day ~ ', ' ~ strftime_now('%-d.%m. %A') }}" + named
+    )
+    clock("2026-11-07")
+    referee = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    clock("2027-01-02")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) != referee
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": CHAT}) + "\n")
+    config, shown, digests = configs.default(), {}, set()
+    config.data.update(train=str(rows), split=(1.0, 0.0, 0.0), cache="")
+    for date in ("2024-07-26", "2026-11-07"):
+        config.data.date = date
+        configs.validate(config)
+        text = chat_templates.of_run(config, tokenizer)
+        for today in ("2027-01-02", "2027-01-03"):
+            clock(today)
+            own = chat_templates.installed(config, tokenizer)
+            ids = {tuple(prepare(config, words, 512).train.examples[0].ids.tolist()) for words in (tokenizer, own)}
+            ids |= {tuple(encode([Rendered(messages=tuple(CHAT))], own)[0].ids.tolist())}
+            ids |= {tuple(own.apply_chat_template(CHAT)["input_ids"])}
+            ids |= {tuple(tokenizer.apply_chat_template(CHAT, chat_template=text)["input_ids"])}  # as it is exported
+            digests.add(fingerprint(own))
+            (shown[date, today],) = {tokenizer.decode(each) for each in ids}
+    assert shown["2026-11-07", "2027-01-02"] == shown["2026-11-07", "2027-01-03"] == referee
+    assert shown["2024-07-26", "2027-01-02"].startswith("Today: 26 Jul 2024, 26.07. Friday<|im_start|>")
+    assert len(digests) == 2
+    (example,) = encode([Rendered(messages=tuple(CHAT))], tokenizer)
+    assert tokenizer.decode(example.ids) == shown["2024-07-26", "2027-01-03"]  # without a config
+    config.data.date = "2024-7-26"
+    with pytest.raises(FtjaxError, match="data.date: expected a day as YYYY-MM-DD; found '2024-7-26'"):
+        configs.validate(config)
 
 
 def test_the_token_that_ends_a_text(gpt2):
@@ -157,6 +286,44 @@ def test_folder_without_tokenizer_and_broken_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(FtjaxError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def own_rules(tmp_path_factory):
+    """A folder with a byte-level tokenizer.json that splits as no class of transformers does, and its tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s?\p{L}+|[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Replace("x", "ks"), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<eos>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the quick brown fox in 2024 and 1999"] * 20, trainer)
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder, tokenizer
+
+
+CLASSES = "Qwen2 GPT2 Llama CodeLlama Gemma Cohere Bert Roberta XLMRoberta T5 Albert Deberta DebertaV2 MPNet Nllb Bart"
+
+
+def test_every_class_follows_the_file(own_rules):
+    folder, referee = own_rules
+    text = "In 2024,  the Café fox\n\nÜber 19990 <eos> x"
+    names = ["PreTrainedTokenizerFast", "Qwen2TokenizerFast", "ByT5Tokenizer", "EsmcTokenizer"]
+    cases = [("llama", name) for name in names + [f"{name}Tokenizer" for name in CLASSES.split()]]
+    cases += [(kind, None) for kind in ("qwen2", "qwen3", "gpt2", "llama", "gemma", "bert", "t5")]
+    for kind, name in cases:
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        settings = {"eos_token": "<eos>", "unk_token": "<unk>"} | ({"tokenizer_class": name} if name else {})
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = load_tokenizer(folder)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == referee.encode(text, add_special_tokens=False).ids, (kind, name)
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == referee.decode(ids, False), (kind, name)
+        assert tokenizer.eos_token == "<eos>"
 
 
 def test_no_code_of_a_repository_is_run(gpt2, tmp_path):
