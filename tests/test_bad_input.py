@@ -86,6 +86,15 @@ def shard_missing_from_the_index(c, tmp):
     c.model.path = str(folder)
 
 
+def index_that_leaves_the_folder(c, tmp):
+    folder = model(tmp)
+    names = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors").rename(tmp / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    c.model.path = str(folder)
+
+
 def tensor_of_the_wrong_shape(c, tmp):
     folder = model(tmp)
     tensors = load_file(folder / "model.safetensors")
@@ -138,6 +147,7 @@ TABLE = [
     (unknown_method, ["tuning.method", 'did you mean "lora"']),
     (unknown_architecture, ["config.json", "'lama'", 'did you mean "llama"']),
     (shard_missing_from_the_index, ["model.safetensors.index.json", "model-00002-of-00002.safetensors"]),
+    (index_that_leaves_the_folder, ["model.safetensors.index.json", "'../outside.safetensors'", "in this folder"]),
     (tensor_of_the_wrong_shape, ["model.layers.2.mlp.up_proj.weight", "(172, 63)", "(172, 64)"]),
     (pickled_weights, ["pytorch_model.bin", "save_pretrained"]),
     (target_that_matches_nothing, ["tuning.targets", 'did you mean "q_proj"']),

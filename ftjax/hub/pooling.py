@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.resolve import read_json, write_json
+from ftjax.hub.resolve import is_plain_name, read_json, write_json
 from ftjax.models.config import Head
 
 MODULES, LIMITS, FOLDER = "modules.json", "sentence_bert_config.json", "1_Pooling"
@@ -31,9 +31,12 @@ def modules(folder: Path) -> list[tuple[str, str]]:
     if not file.is_file():
         return []
     try:
-        return [(m["type"].split(".")[-1], m["path"]) for m in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError) as error:
+        found = [(m["type"].split(".")[-1], m["path"]) for m in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FtjaxError(f"{file}: expected a JSON list of objects with type and path: {error!r}") from None
+    if outside := next((path for _, path in found if not is_plain_name(path)), None):
+        raise FtjaxError(f"{file}: path {outside!r}: expected the name of a folder beside this file")
+    return found
 
 
 def read(folder: Path) -> Pooling | None:

@@ -130,6 +130,11 @@ def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
+def is_plain_name(name) -> bool:
+    """Whether `name` is a text that names something in the folder that it is read from, and not elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and name != ".." and "\\" not in name
+
+
 def read_json(file: Path) -> dict:
     """The object in a JSON file. Raises FtjaxError where there is no file, no JSON or no object."""
     try:

@@ -41,7 +41,7 @@ from ftjax.hub.families import (
     to_hf,
 )
 from ftjax.hub.family_table import Family
-from ftjax.hub.resolve import new_folder, read_json, write_json
+from ftjax.hub.resolve import is_plain_name, new_folder, read_json, write_json
 from ftjax.hub.tokenizer import copy_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, unflatten
@@ -75,7 +75,12 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FtjaxError(f"{index}: weight_map: expected an object {{tensor: file}}; found {weight_map!r:.80}")
+        if outside := [name for name in weight_map.values() if not is_plain_name(name)]:
+            raise FtjaxError(f"{index}: weight_map: expected names of files in this folder; found {outside[0]!r:.80}")
+        names = sorted(set(weight_map.values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise FtjaxError(f"{index}: names files that are missing: {', '.join(missing)}; fetch them again")
         return [folder / name for name in names]
