@@ -22,7 +22,7 @@ from ftjax.data.pairs import encode_texts
 from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, encode_prompts
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, NotFinite, nearest
 from ftjax.hub import families, pooling, resolve, tokenizer, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
@@ -136,7 +136,12 @@ class LM:
         ids, _ = encode_texts(self.tokenizer, list(texts), most)
         examples = [Example(x, np.arange(len(x)) == 0, np.zeros(1, np.int32)) for x in ids]
         f = functools.partial(contrast.embed, self.model, self.variables, pool=pool or self.pooling.pool)
-        return np.concatenate(by_example(f, examples, batch_size, most, apart=True))
+        vectors = np.concatenate(by_example(f, examples, batch_size, most, apart=True))
+        if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
+            raise NotFinite(
+                f"embed: the vector of text {bad[0] + 1} holds NaN or infinite values, as the model's weights do"
+            )
+        return vectors
 
     def generate(self, prompts: list, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
         """Continue each prompt.

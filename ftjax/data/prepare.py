@@ -24,7 +24,7 @@ from ftjax.data.read import read_table
 from ftjax.data.split import absent, decontaminate, limit, shots, split
 from ftjax.data.store import Examples
 from ftjax.data.table import CHUNK, Table
-from ftjax.data.tokenise import Example, encode, encode_prompts
+from ftjax.data.tokenise import Example, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")
@@ -135,6 +135,10 @@ class Part:
         piece, at = self._at(i)
         (rendered,) = piece.recipe.render([piece.table.row(at)], [piece.table.place(at)])
         return rendered
+
+    def reference(self, i: int, tokenizer) -> str:
+        """The answer of the row of an example, as decoding a generation gives it."""
+        return reference(self.rendered(i), tokenizer, self.place(i), self.recipe(i).end)
 
     def prompts(self, tokenizer) -> Iterator[np.ndarray]:
         """The ids (T,) int32 that generation feeds for each example, uncut."""

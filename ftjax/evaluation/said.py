@@ -14,8 +14,9 @@ import numpy as np
 
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation import labelled
+from ftjax.evaluation.loss import WEIGHTS
 from ftjax.objectives import classify
 
 
@@ -55,12 +56,22 @@ class Judge(NamedTuple):
 
 def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
     """f(model, variables, batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its
-    tokens, (n, ...), in the order of the examples. layout: see labelled.layout."""
+    tokens, (n, ...), in the order of the examples. layout: see labelled.layout.
+
+    Raises NotFinite, naming the row, where any value is NaN or infinite.
+    """
     examples, config = asked.part.examples, asked.config
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     f = functools.partial(f, asked.model, asked.variables)
     buckets = max(config.data.buckets, 8)
-    return by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
+    found = by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
+    for i, values in enumerate(found):
+        if not np.isfinite(values).all():
+            raise NotFinite(
+                f"{asked.part.place(i)}: what the model says of this row is not finite (NaN or infinite), so it cannot "
+                f"be judged. {WEIGHTS}"
+            )
+    return found
 
 
 def by_row(part: Part) -> list[list[int]]:
@@ -88,4 +99,5 @@ def text(report: dict) -> str:
     """A report as lines for the terminal."""
     if "kind" in report:
         return labelled.table(report) + (f"\n{report['note']}" if "note" in report else "")
-    return "\n".join(f"{name:<12} {value:,.6g}" for name, value in report.items() if name != "samples")
+    figures = {name: value for name, value in report.items() if name != "samples"}
+    return "\n".join(f"{n:<12} {'undefined' if x is None else f'{x:,.6g}'}" for n, x in figures.items())
