@@ -28,6 +28,7 @@ from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
 from ftjax.objectives import TASKS, contrast, kind_of
+from ftjax.progress import doing
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
@@ -177,7 +178,8 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
 
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
     drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token
-    new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
+    with doing(f"answering {len(ids):,} prompts"):
+        new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
     return continuations(lm.tokenizer, ids, new)
 
 

@@ -158,6 +158,17 @@ class Part:
                 rows = [row for _, rows in chunk.chunks() for row in rows]
                 yield piece, piece.recipe.render(rows, places), rows, places
 
+    def select(self, indices: np.ndarray) -> Part:
+        """The examples at ascending `indices` as a part of its own; its reports are those of the whole."""
+        pieces, start = [], 0
+        for piece in self.pieces:
+            mine = indices[(indices >= start) & (indices < start + len(piece.kept))] - start
+            pieces.append(piece._replace(kept=piece.kept[mine]))
+            start += len(piece.kept)
+        return dataclasses.replace(
+            self, examples=self.examples.select(indices), source=self.source[indices], pieces=tuple(pieces)
+        )
+
     def of_source(self, index: int) -> Examples:
         """The examples of one of Data.sources."""
         return self.examples.select(np.flatnonzero(self.source == index))

@@ -17,7 +17,7 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
 from ftjax.evaluation.tables import rendered
-from ftjax.files import replace_text
+from ftjax.files import replace_json, write_jsonl
 from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
 
@@ -169,7 +169,7 @@ def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float
         row = {"prompt": old["prompt"], "references": old["references"]}
         row |= {"before": old["prediction"], "after": new["prediction"]}
         row |= {"scores": {"before": old["scores"], "after": new["scores"]}}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    replace_text(Path(run_dir) / "samples.jsonl", "".join(lines))
-    replace_text(Path(run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+        lines.append(row)
+    write_jsonl(Path(run_dir) / "samples.jsonl", lines)
+    replace_json(Path(run_dir) / "results.json", results)
     return results

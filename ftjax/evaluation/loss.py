@@ -18,6 +18,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError, NotFinite
 from ftjax.objectives import TASKS
+from ftjax.progress import doing
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "options"))
@@ -52,12 +53,13 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
         _, weight, metrics = jax.device_get(pending.popleft())
         totals[:] += (weight, metrics["loss"], metrics["correct"])
 
-    for batch in batches:
-        pending.append(sums_fn(batch))
-        if len(pending) > AHEAD:
+    with doing("measuring the loss"):
+        for batch in batches:
+            pending.append(sums_fn(batch))
+            if len(pending) > AHEAD:
+                read()
+        while pending:
             read()
-    while pending:
-        read()
     tokens, loss, correct = totals.tolist()
     if not tokens:
         raise FtjaxError("evaluation: no row has a trained token, so that there is no loss; give at least one row")
