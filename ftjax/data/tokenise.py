@@ -126,7 +126,7 @@ def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "
     if not turns or not row.messages[turns[-1]].get("tool_calls"):
         return template.reference(row)
     chat = _chat(row.template, end, tokenizer)
-    before, through = (_show(chat, row, turns[-1] + more, not more, place) for more in (0, 1))
+    before, through = (_show(chat, row, row.messages[: turns[-1] + more], not more, place) for more in (0, 1))
     if not through.startswith(before):  # encode refuses such a row
         return template.reference(row)
     ids = _ids(tokenizer, [through[len(before) :]], special=False)[0]
