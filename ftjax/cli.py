@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import signal
 import sys
 
 from ftjax.errors import FtjaxError, nearest
@@ -196,11 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
     if unknown or (overrides and args.verb not in CONFIGURED):
         top.error(_unknown(top, args.verb, unknown, rest))
+    interrupted = []
     try:
         if argv is None:
             if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that this one starts or becomes
             _tune_malloc()
+            _hear_interrupts(interrupted)
         if args.run in (_evaluate, _predict, _generate, _plan):
             _check_file(args, "json" if args.run is _plan else "out")
         return args.run(args, overrides) or 0
@@ -212,9 +215,39 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"ftjax: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nftjax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    except (KeyboardInterrupt, Exception) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if not stopped and not interrupted:  # a library may make another error of a Ctrl-C
+            raise
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is being obeyed
+        print(f"\nftjax: {str(error) if stopped and error.args else 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _hear_interrupts(heard: list) -> None:
+    """Add to `heard` at each Ctrl-C, and raise it again where Python lost it.
+
+    A KeyboardInterrupt that comes up in a callback, such as that of JAX in each garbage collection, is only reported
+    there, and the program goes on.
+    """
+    import threading
+
+    report, me = sys.unraisablehook, threading.get_ident()
+
+    def interrupt(*_):
+        heard.append(True)
+        raise KeyboardInterrupt
+
+    def hook(lost):
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, signal.pthread_kill, (me, signal.SIGINT)).start()  # once the callback has ended
+        else:
+            report(lost)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may ignore it
+        signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = hook
 
 
 def _check_file(args, flag: str) -> None:
@@ -359,10 +392,10 @@ def _evaluate(args, overrides) -> None:
 
 def _predict(args, overrides) -> None:
     import functools
-    import json
     from pathlib import Path
 
     from ftjax.evaluation.run import predict
+    from ftjax.files import as_json
 
     rows = predict(args.model, args.data, overrides=overrides, say=functools.partial(print, file=sys.stderr))
     if args.out and args.out.endswith(".npy"):
@@ -373,7 +406,7 @@ def _predict(args, overrides) -> None:
         np.save(args.out, np.array([row["vector"] for row in rows], np.float32))
         print(f"{len(rows):,} vectors in {args.out}")
         return
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(as_json(row) + "\n" for row in rows)
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")
         print(f"{text.count(chr(10)):,} predictions in {args.out}")
@@ -398,10 +431,11 @@ def _generate(args, overrides) -> None:
         )  # fmt: skip
         rows += [row | ({"adapter": name} if name else {}) for row in found]
     if args.out:
-        import json
         from pathlib import Path
 
-        Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        from ftjax.files import write_jsonl
+
+        write_jsonl(Path(args.out), rows)
         print(f"{len(rows)} answers in {args.out}")
         return
     for row in rows:
@@ -442,7 +476,8 @@ def _export(args, overrides) -> None:
 
 
 def _write_json(path: str, value: dict) -> None:
-    import json
     from pathlib import Path
 
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    from ftjax.files import replace_json
+
+    replace_json(Path(path), value)

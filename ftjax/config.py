@@ -407,9 +407,15 @@ FIELDS: dict[str, Field] = {
     "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay a step of an exponential moving average of the
     # trained parameters, which is validated and exported in their place; 0: off
     "train.log_every": whole(10, 1, also="logging_steps log_interval"),  # steps between lines of metrics.jsonl
-    "train.eval_every": whole(0, 0, also="eval_steps eval_interval"),  # steps between validations; 0: ten times a run
+    "train.eval_every": whole(0, 0, also="eval_steps eval_interval"),  # steps between validations; 0: ten times a run,
+    # or fewer, see evaluate.rows
+    "train.select": text(
+        "val_loss", empty=False, also="metric_for_best_model"
+    ),  # what the best checkpoint is chosen by
+    # on validation rows: val_loss, or a score of the task, such as mcc, f1_macro or pearson; causal: accuracy, or a
+    # metric of generated answers, such as rouge_l
     "train.patience": whole(0, 0, also="early_stopping_patience"),  # stop after so many validations without a better
-    # loss; 0: never
+    # `train.select`; 0: never
     "train.save_every": whole(0, 0, also="save_steps save_interval"),  # steps between checkpoints, beside each best
     # one; 0: at every validation
     "train.keep": whole(1, 1, also="save_total_limit"),  # latest checkpoints kept beside the best
@@ -424,7 +430,9 @@ FIELDS: dict[str, Field] = {
     # ---- evaluation
     "evaluate.batch_size": whole(0, 0, also="per_device_eval_batch_size eval_batch_size"),  # rows of a step; 0: as
     # train.batch_size
-    "evaluate.rows": whole(0, 0, also="max_eval_samples"),  # validation rows used during training; 0: all
+    "evaluate.rows": whole(0, 0, also="max_eval_samples"),  # validation rows used during training, the
+    # first of each source; 0: all, but where train.eval_every is 0 too, so few and so rarely that validation takes
+    # about a fifth of the training at most
     "evaluate.compare": switch(False),  # generate on held-out rows before and after training, score the answers, and
     # write results.json
     "evaluate.compare_rows": whole(0, 0),  # distinct held-out prompts to generate for; 0: all

@@ -9,6 +9,10 @@ class FtjaxError(ValueError):
     """
 
 
+class NotFinite(FtjaxError):
+    """A loss, logits or vectors that are NaN or infinite: what they would be scored as means nothing."""
+
+
 def nearest(word: str, choices) -> str:
     """` (did you mean "x"?)` for the choice closest to `word`, or an empty string when none is close."""
     import difflib

@@ -1,8 +1,9 @@
-"""Writing files so that a kill leaves the old content or the new, never a part."""
+"""Writing files so that a kill leaves the old content or the new, never a part; and JSON that every reader can read."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections.abc import Iterable
@@ -16,11 +17,29 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def as_json(value, indent: int | None = None) -> str:
+    """Plain data as JSON text; numbers that are NaN or infinite, which JSON does not have, become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(cell) for key, cell in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(cell) for cell in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_json(path: Path, value) -> None:
+    """As replace_text, of `as_json` with indentation."""
+    replace_text(path, as_json(value, 2) + "\n")
+
+
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """One object a line, UTF-8, row by row into a draft that takes the file's place at the end."""
     draft = _draft(path)
     with open(draft, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(as_json(row) + "\n" for row in rows)
     os.replace(draft, path)
 
 

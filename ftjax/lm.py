@@ -22,12 +22,13 @@ from ftjax.data.pairs import encode_texts
 from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, encode_prompts
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, NotFinite, nearest
 from ftjax.hub import families, pooling, resolve, tokenizer, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
 from ftjax.objectives import TASKS, contrast, kind_of
+from ftjax.progress import doing
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
@@ -136,7 +137,12 @@ class LM:
         ids, _ = encode_texts(self.tokenizer, list(texts), most)
         examples = [Example(x, np.arange(len(x)) == 0, np.zeros(1, np.int32)) for x in ids]
         f = functools.partial(contrast.embed, self.model, self.variables, pool=pool or self.pooling.pool)
-        return np.concatenate(by_example(f, examples, batch_size, most, apart=True))
+        vectors = np.concatenate(by_example(f, examples, batch_size, most, apart=True))
+        if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
+            raise NotFinite(
+                f"embed: the vector of text {bad[0] + 1} holds NaN or infinite values, as the model's weights do"
+            )
+        return vectors
 
     def generate(self, prompts: list, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
         """Continue each prompt.
@@ -172,7 +178,8 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
 
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
     drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token
-    new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
+    with doing(f"answering {len(ids):,} prompts"):
+        new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
     return continuations(lm.tokenizer, ids, new)
 
 

@@ -24,7 +24,7 @@ from ftjax.data.read import read_table
 from ftjax.data.split import absent, decontaminate, limit, shots, split
 from ftjax.data.store import Examples
 from ftjax.data.table import CHUNK, Table
-from ftjax.data.tokenise import Example, encode, encode_prompts
+from ftjax.data.tokenise import Example, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")
@@ -136,6 +136,10 @@ class Part:
         (rendered,) = piece.recipe.render([piece.table.row(at)], [piece.table.place(at)])
         return rendered
 
+    def reference(self, i: int, tokenizer) -> str:
+        """The answer of the row of an example, as decoding a generation gives it."""
+        return reference(self.rendered(i), tokenizer, self.place(i), self.recipe(i).end)
+
     def prompts(self, tokenizer) -> Iterator[np.ndarray]:
         """The ids (T,) int32 that generation feeds for each example, uncut."""
         for piece, rendered, _, places in self._chunks():
@@ -153,6 +157,17 @@ class Part:
                 places = [chunk.place(i) for i in range(len(chunk))]
                 rows = [row for _, rows in chunk.chunks() for row in rows]
                 yield piece, piece.recipe.render(rows, places), rows, places
+
+    def select(self, indices: np.ndarray) -> Part:
+        """The examples at ascending `indices` as a part of its own; its reports are those of the whole."""
+        pieces, start = [], 0
+        for piece in self.pieces:
+            mine = indices[(indices >= start) & (indices < start + len(piece.kept))] - start
+            pieces.append(piece._replace(kept=piece.kept[mine]))
+            start += len(piece.kept)
+        return dataclasses.replace(
+            self, examples=self.examples.select(indices), source=self.source[indices], pieces=tuple(pieces)
+        )
 
     def of_source(self, index: int) -> Examples:
         """The examples of one of Data.sources."""

@@ -118,11 +118,14 @@ def asked(row: dict, place: str, template: str = "", system: str = "") -> Render
 
 
 def reference(rendered: Rendered) -> str:
-    """The answer that a generation for this row is compared with: the completion, or the last assistant's text."""
+    """The answer of a row: the completion, or the last assistant's text, with its tool calls as JSON behind it."""
     if rendered.messages is None:
         return rendered.completion.strip()
-    texts = [m["content"] for m in rendered.messages if m["role"] == "assistant"]
-    return texts[-1].strip() if texts else ""
+    answers = [m for m in rendered.messages if m["role"] == "assistant"]
+    if not answers:
+        return ""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in answers[-1].get("tool_calls", ())]
+    return "\n".join([answers[-1]["content"].strip(), *calls]).strip()
 
 
 def question(rendered: Rendered) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data import chat_templates
+from ftjax.data import chat_templates, template
 from ftjax.data.template import THINKING, Rendered
 from ftjax.errors import FtjaxError
 from ftjax.hub.tokenizer import Marks, end_token, last_close, marks, shared, show, turn_close
@@ -105,6 +105,37 @@ def encode_prompts(
             prompts.append(_show(chats[r.template], r, before, True, place(i)))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
+
+
+def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "") -> str:
+    """The answer that a generation for a row is compared with.
+
+    It is template.reference, but for an answer that calls tools: that is what decoding a right generation gives, as
+    only the chat template knows how a call is written.
+
+    Args:
+        row: the rendered row.
+        tokenizer: the tokenizer that the row is encoded with.
+        place: what an error calls the row.
+        end: the token that ends an answer, see data.end.
+
+    Returns:
+        Text without special tokens, as `answer_of` leaves it.
+    """
+    turns = _answers(row.messages or ())
+    if not turns or not row.messages[turns[-1]].get("tool_calls"):
+        return template.reference(row)
+    chat = _chat(row.template, end, tokenizer)
+    before, through = (_show(chat, row, row.messages[: turns[-1] + more], not more, place) for more in (0, 1))
+    if not through.startswith(before):  # encode refuses such a row
+        return template.reference(row)
+    ids = _ids(tokenizer, [through[len(before) :]], special=False)[0]
+    return answer_of(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def answer_of(text: str) -> str:
+    """A decoded generation without white space at its ends, and without the empty thinking that a template may open."""
+    return EMPTY_THINKING.sub("", text).strip()
 
 
 # ---------------------------------------------------------------------------------------------- plain text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.clean import records
 from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_text, write_jsonl
+from ftjax.files import replace_json, replace_text, write_jsonl
 
 UNBOUNDED = 1 << 30  # positions of a folder that holds a tokenizer and no model
 
@@ -29,7 +28,7 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
     found = inspecting.inspect(config, words)
     say(inspect_report.table(found))
     if folder:
-        replace_text(folder / "inspect.json", json.dumps(inspect_report.to_json(found), indent=2, ensure_ascii=False))
+        replace_json(folder / "inspect.json", inspect_report.to_json(found))
         replace_text(folder / "inspect.html", inspect_report.html(found))
         say(f"{folder / 'inspect.html'}: the same with plots; {folder / 'inspect.json'}: with every row number")
 

@@ -12,12 +12,12 @@ from ftjax import assets
 from ftjax.data import store
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import fingerprint
-from ftjax.data.template import reference
+from ftjax.data.tokenise import answer_of
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
 from ftjax.evaluation.tables import rendered
-from ftjax.files import replace_text
+from ftjax.files import replace_json, write_jsonl
 from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
 
@@ -88,7 +88,7 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
         groups.setdefault(tuple(ids.tolist()), []).append(i)
     groups = dict(list(groups.items())[: config.evaluate.compare_rows or None])
     prompts = [list(ids) for ids in groups]
-    references = [[reference(part.rendered(i)) for i in rows] for rows in groups.values()]
+    references = [[part.reference(i, lm.tokenizer) for i in rows] for rows in groups.values()]
     asked = [part.row(rows[0]) for rows in groups.values()]
     return answered(lm, variables, prompts, references, asked, config)
 
@@ -99,7 +99,7 @@ def answered(
     """As `answers`, of prompts (ids), their references, and the rows that they are of; until: text that ends an answer,
     together with what follows it."""
     texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
-    predictions = [(text.split(until)[0] if until else text).strip() for text in texts]
+    predictions = [answer_of(text.split(until)[0] if until else text) for text in texts]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [
         {"prompt": p, "references": r, "prediction": t, "scores": {}}
@@ -127,9 +127,12 @@ def table(before: dict, after: dict, seconds: float) -> str:
     for name, old in _figures(before).items():
         new = after[name]
         higher = False if name in LOWER else find(name).higher
-        verdict = "same" if new == old else "" if higher is None else "better" if (new > old) == higher else "worse"
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
-        out.add_row(f"{name}{arrow}", f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}", verdict)
+        cells = ["undefined" if value is None else f"{value:.4g}" for value in (old, new)]
+        if None not in (old, new):
+            verdict = "same" if new == old else "" if higher is None else "better" if (new > old) == higher else "worse"
+            cells += [f"{new - old:+.4g}", verdict]
+        out.add_row(f"{name}{arrow}", *cells)
     n = len(after["samples"])
     return rendered(out) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
 
@@ -166,7 +169,7 @@ def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float
         row = {"prompt": old["prompt"], "references": old["references"]}
         row |= {"before": old["prediction"], "after": new["prediction"]}
         row |= {"scores": {"before": old["scores"], "after": new["scores"]}}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    replace_text(Path(run_dir) / "samples.jsonl", "".join(lines))
-    replace_text(Path(run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+        lines.append(row)
+    write_jsonl(Path(run_dir) / "samples.jsonl", lines)
+    replace_json(Path(run_dir) / "results.json", results)
     return results

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
+from ftjax.evaluation.loss import WEIGHTS
 from ftjax.models.axes import constrain
 from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
+NO_TOKEN = -1  # chosen where logits are not finite
 EXCLUDED = -1e30  # finite, as a logit that is never drawn
 APART = 32 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
@@ -42,7 +44,7 @@ def generate(
     on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer).
 
     Raises FtjaxError for a setting out of its range, an empty prompt, and a prompt that with its answer exceeds the
-    model's positions, less those of virtual tokens.
+    model's positions, less those of virtual tokens; NotFinite for logits that are NaN or infinite.
     """
     for name, value, good, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
@@ -75,6 +77,11 @@ def generate(
     for rows, arrays in pending:
         for i, row, count in zip(rows, *map(np.asarray, arrays)):
             answers[i] = row[:count].tolist()
+            if NO_TOKEN in answers[i]:
+                raise NotFinite(
+                    f"prompt {i + 1}: the model's logits are not finite (NaN or infinite), so they choose no token. "
+                    f"{WEIGHTS}"
+                )
     return answers
 
 
@@ -140,12 +147,17 @@ def _apart(variables) -> bool:
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):
     """logits (B, V) float32, keys (B,) -> token (B,) int32: greedy at temperature 0, else one draw a row.
 
+    A row whose highest logit is not finite has NO_TOKEN.
+
     The draw is the argmax of logits plus Gumbel noise. Top-p: Holtzman et al. 2020.
     """
     if temperature == 0.0:
         # The first of the largest by two plain reductions: ten times as fast on a CPU as argmax.
-        top = logits == jnp.max(logits, axis=-1, keepdims=True)
-        return jnp.min(jnp.where(top, jnp.arange(logits.shape[-1]), logits.shape[-1] - 1), axis=-1).astype(jnp.int32)
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        top = logits == highest
+        token = jnp.min(jnp.where(top, jnp.arange(logits.shape[-1]), logits.shape[-1] - 1), axis=-1)
+        return jnp.where(jnp.isfinite(highest[:, 0]), token, NO_TOKEN).astype(jnp.int32)
+    usable = jnp.isfinite(jnp.max(logits, axis=-1))
     logits = logits.astype(jnp.float32) / temperature
     V = logits.shape[-1]
     if top_k and top_k < V:
@@ -157,4 +169,4 @@ def choose(logits, keys, temperature: float, top_k: int, top_p: float):
         lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < lowest, EXCLUDED, logits)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(usable, jnp.argmax(logits + noise, axis=-1), NO_TOKEN).astype(jnp.int32)

@@ -6,7 +6,6 @@ N examples, B rows, M places a row at most, C labels.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +19,9 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation import labelled, spans, tagged, vectors
 from ftjax.evaluation.classification import best_thresholds
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.evaluation.said import Asked, Judge, at_places, groups, logits
+from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, groups, logits
 from ftjax.evaluation.said import text as said_text
-from ftjax.files import replace_text
+from ftjax.files import as_json, replace_text
 from ftjax.hub.resolve import read_json
 from ftjax.objectives import TASKS
 
@@ -55,8 +54,12 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
         return drawn, None
     if weights == ("balanced",):
         return drawn, (counts.sum() / (C * np.maximum(counts, 1))).astype(np.float32)
-    if len(weights) != C or not all(isinstance(w, int | float) and w >= 0 for w in weights):
-        raise FtjaxError(f'task.class_weights: expected {C} numbers, one a label, or ("balanced",); found {weights!r}')
+    if len(weights) != C or not all(isinstance(w, int | float) and 0 <= w < np.inf for w in weights):
+        raise FtjaxError(
+            f'task.class_weights: expected {C} numbers from 0 on, one a label, or ("balanced",); found {weights!r}'
+        )
+    if not np.array(weights) @ counts:
+        raise FtjaxError(f"task.class_weights: {weights!r} give every row of train the weight 0")
     return drawn, np.array(weights, np.float32)
 
 
@@ -96,20 +99,18 @@ def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
     chances, labels = probabilities(kind, said), truths(part)
     if kind == "classify" and chances.shape[1] != 2:
         raise FtjaxError(f"task.threshold: is for two labels or task.kind multilabel; there are {chances.shape[1]}")
-    if kind not in ("classify", "multilabel"):
-        raise FtjaxError(f"task.threshold: task.kind {kind} has no thresholds; leave it empty")
     if kind == "classify":
         chances, labels = chances[:, 1:], labels[:, None]
     return [float(found["threshold"]) for found in best_thresholds(labels, chances, metric)]
 
 
-def report(asked: Asked, said: np.ndarray, thresholds=None) -> dict:
+def report(asked: Asked, said: np.ndarray, thresholds=None, draws: int = DRAWS) -> dict:
     """labelled.report of what a model said (N, C) of a part's rows."""
     kind, config = asked.config.task.kind, asked.config
     names = None if kind == "regress" else list(asked.data.labels)
     return labelled.report(
         TASKS[kind].judged, truths(asked.part), probabilities(kind, said), names=names,
-        groups=groups(asked, range(len(said))), seed=config.seed, **settings(kind, thresholds),
+        groups=groups(asked, range(len(said))), draws=draws, seed=config.seed, **settings(kind, thresholds),
     )  # fmt: skip
 
 
@@ -158,16 +159,54 @@ def masked_loss(asked: Asked) -> dict:
     return evaluate_loss(loss, (batches[i] for i in range(len(batches))))
 
 
-BY_LABEL = Judge(say, report, lines, worst, shown, known=("label",))
+def blank(asked: Asked) -> np.ndarray:
+    """As `say`, of a model for which all labels are alike."""
+    return np.zeros((len(asked.part), max(len(asked.data.labels), 1)))
+
+
+BY_LABEL = Judge(say, report, lines, worst, shown, known=("label",), blank=blank)
 JUDGES = {
     "classify": BY_LABEL,
     "multilabel": BY_LABEL,
     "regress": BY_LABEL,
     "tag": tagged.JUDGE,
     "span": spans.JUDGE,
-    "masked": Judge(masked_loss, lambda asked, said, thresholds: said),
+    "masked": Judge(masked_loss, lambda asked, said, thresholds, draws=DRAWS: said),
     "embed": vectors.JUDGE,
 }
+
+
+def check(config, data: Data, tokenizer) -> list[str]:
+    """Judge the answers of a model that knows nothing on the held-out rows, as a run does at its end.
+
+    Whatever would fail there then fails before the first step.
+
+    Args:
+        config: the whole config.
+        data: the rows.
+        tokenizer: the one that they are encoded with.
+
+    Returns:
+        The names of the figures on validation rows; none of a task that has no such figures, or without such rows.
+
+    Raises:
+        FtjaxError: for a setting or a row by which predictions cannot be judged.
+    """
+    task, this, names = config.task, JUDGES.get(config.task.kind), []
+    if task.threshold and not len(data.validation):
+        raise FtjaxError(
+            "task.threshold: is chosen on validation rows, and there are none: name data.validation, or give it a "
+            "share of data.split"
+        )
+    if task.threshold and task.kind not in ("classify", "multilabel"):
+        raise FtjaxError(f"task.threshold: task.kind {task.kind} has no thresholds; leave it empty")
+    for part in (data.test, data.validation) if this and this.blank else ():
+        if len(part):
+            asked = Asked(None, {}, tokenizer, data, part, config)
+            said = this.blank(asked)
+            cut = thresholds_of(config, part, said) if task.threshold else None
+            names = list(this.report(asked, said, cut, draws=0)["metrics"])
+    return names if len(data.validation) else []
 
 
 class Finished(NamedTuple):
@@ -188,8 +227,6 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
     parts = {name: getattr(data, name) for name in ("validation", "test") if len(getattr(data, name))}
     asked = {name: Asked(model, variables, tokenizer, data, part, config) for name, part in parts.items()}
     said = {name: judge.say(asked[name]) for name in parts}
-    if config.task.threshold and "validation" not in parts:
-        raise FtjaxError("task.threshold: chosen on validation rows, and there are none")
     cut = thresholds_of(config, parts["validation"], said["validation"]) if config.task.threshold else None
     results = {"labels": list(data.labels), "thresholds": cut}
     results |= {name: judge.report(asked[name], said[name], cut) for name in parts}
@@ -197,7 +234,7 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
     if jax.process_index() or not parts:
         return Finished(results, text, {})
     last = list(parts)[-1]
-    contents = {"results": ("results.json", json.dumps(results, indent=2) + "\n")}
+    contents = {"results": ("results.json", as_json(results, 2) + "\n")}
     wrong = []
     if judge.lines:
         records = judge.lines(asked[last], said[last], cut)
@@ -220,7 +257,7 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
 
 
 def _jsonl(records: list[dict]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(as_json(record) + "\n" for record in records)
 
 
 def judge(lm, part: Part, data: Data, config) -> dict:

@@ -16,8 +16,9 @@ import numpy as np
 
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
 from ftjax.objectives import TASKS
+from ftjax.progress import doing
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "options"))
@@ -32,6 +33,10 @@ def sums(model, variables, batch, *, kind: str = "causal", **options):
 
 
 AHEAD = 8  # batches that the device may be given before the first of them is read
+WEIGHTS = (
+    "Its weights hold values that are not finite, or overflow in the dtype of computation: load another checkpoint, or "
+    "set the dtype to float32 or bfloat16"
+)
 SEPARATOR = "<|endoftext|>"
 
 
@@ -39,7 +44,8 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
     """Means over the trained tokens of all batches: `loss` (nats), `perplexity`, `accuracy`; and `tokens`, the count.
 
     sums_fn(batch) -> (loss sum, weight sum, {"loss", "correct"}) as an objective gives them, jitted by the caller. Sums
-    are added up in float64 and divided once. Raises FtjaxError when no token counts.
+    are added up in float64 and divided once. Raises FtjaxError when no token counts, and NotFinite for a loss that is
+    NaN or infinite.
     """
     totals, pending = np.zeros(3), collections.deque()
 
@@ -47,16 +53,19 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
         _, weight, metrics = jax.device_get(pending.popleft())
         totals[:] += (weight, metrics["loss"], metrics["correct"])
 
-    for batch in batches:
-        pending.append(sums_fn(batch))
-        if len(pending) > AHEAD:
+    with doing("measuring the loss"):
+        for batch in batches:
+            pending.append(sums_fn(batch))
+            if len(pending) > AHEAD:
+                read()
+        while pending:
             read()
-    while pending:
-        read()
     tokens, loss, correct = totals.tolist()
     if not tokens:
         raise FtjaxError("evaluation: no row has a trained token, so that there is no loss; give at least one row")
     loss /= tokens
+    if not math.isfinite(loss):
+        raise NotFinite(f"evaluation: the loss is {loss}, so no figure of this model means anything. {WEIGHTS}")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / tokens, "tokens": tokens}
 
 

@@ -1,7 +1,10 @@
 """Scores of generated answers. A new metric is one function and one row of METRICS, or a user's own `file.py:function`.
 
-The user's is called with (prediction: text, references: list of texts, row: dict) and returns a number; more is better
-unless it has an attribute `higher = False`.
+The user's is called with (prediction: text, references: list of texts, row: dict) and returns a finite number, or None
+where it has no score; more is better unless it has an attribute `higher = False`.
+
+A score that is not defined is None, never 0, 1 or NaN: that of a row whose references hold no text, and what the
+metric's own docstring says. A figure is taken of the rows that have a score, and is None where no row has one.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import dataclasses
 import functools
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import numpy as np
 from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import squad
+from ftjax.evaluation.words import composed, spaced, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +32,54 @@ class Metric:
     predictions: N texts; references: N lists of texts; rows: N rows of the data set, for metrics that need a column;
     settings: config.evaluate. corpus(predictions, references) -> the figure, for metrics whose figure is not the mean
     of the rows' scores. higher: whether more is better, None where neither is; best: what no score passes, None: there
-    is no such bound.
+    is no such bound; worst: what a row without a score counts as where every row must have one, as in a comparison,
+    None: there is no such number; compares: whether it reads the references.
     """
 
-    rows: Callable[..., list[float]]
-    corpus: Callable[..., float] | None = None
+    rows: Callable[..., list[float | None]]
+    corpus: Callable[..., float | None] | None = None
     higher: bool | None = True
     best: float | None = 1.0
+    worst: float | None = 0.0
+    compares: bool = True
 
 
 def score(
     name: str, predictions: list[str], references: list[list[str]], rows: list[dict], settings
-) -> tuple[float, list[float]]:
-    """(figure, one score a prediction) of the metric `name`. Raises FtjaxError for an unknown one, and when N is 0."""
+) -> tuple[float | None, list[float | None]]:
+    """The figure of a metric over all predictions, and the score of each.
+
+    Args:
+        name: a row of METRICS, or a user's own metric `file.py:function`.
+        predictions: N texts.
+        references: N lists of texts; references that hold no text are left out.
+        rows: N rows of the data set.
+        settings: config.evaluate.
+
+    Returns:
+        (figure, N scores), None where undefined.
+
+    Raises:
+        FtjaxError: for an unknown metric, and when N is 0.
+    """
     metric = find(name)
     if not predictions:
         raise FtjaxError(f"evaluate.metrics: {name} of no predictions at all; give at least one held-out row")
-    scores = metric.rows(predictions, references, rows, settings)
-    return metric.corpus(predictions, references) if metric.corpus else float(np.mean(scores)), scores
+    if metric.compares:
+        references = [[text for text in texts if text.strip()] for texts in references]
+    asked = [i for i, texts in enumerate(references) if texts or not metric.compares]
+    if not asked:
+        return None, [None] * len(predictions)
+    chosen = [[values[i] for i in asked] for values in (predictions, references, rows)]
+    found = dict(zip(asked, metric.rows(*chosen, settings), strict=True))
+    figure = metric.corpus(*chosen[:2]) if metric.corpus else mean(found.values())
+    return figure, [found.get(i) for i in range(len(predictions))]
+
+
+def mean(scores: Iterable[float | None]) -> float | None:
+    """The mean of the scores that are defined; None where none is."""
+    there = [x for x in scores if x is not None]
+    return float(np.mean(there)) if there else None
 
 
 def find(name: str) -> Metric:
@@ -73,24 +107,36 @@ def _users(named: str, state: int | None) -> Metric:
                 value = function(*given)
             except Exception as error:  # the user's own code may raise anything, and is told at which row it did
                 raise FtjaxError(f"prediction {number}: {user_code.failed(named, key, error)}") from error
-            if not isinstance(value, numbers.Real | np.bool_) or not np.isfinite(value):
-                raise FtjaxError(f"prediction {number}: {key} {named!r} returned {value!r}; expected a finite number")
-            scores.append(float(value))
+            if value is not None and not (isinstance(value, numbers.Real | np.bool_) and np.isfinite(value)):
+                raise FtjaxError(
+                    f"prediction {number}: {key} {named!r} returned {value!r}; expected a finite number, or None where "
+                    "there is no score"
+                )
+            scores.append(None if value is None else float(value))
         return scores
 
-    return Metric(rows, higher=getattr(function, "higher", True), best=None)
+    return Metric(rows, higher=getattr(function, "higher", True), best=None, worst=None, compares=False)
 
 
 def rouge(kind: str) -> Callable[..., list[float]]:
     """F1 of what a prediction has in common with its best reference (Lin 2004), by `rouge-score` with its stemmer.
 
-    kind: rouge1 or rouge2 for words or pairs of them, rougeL for the longest common subsequence of words; 0 to 1.
+    kind: rouge1 or rouge2 for words or pairs of them, rougeL for the longest common subsequence of words; 0 to 1. Text
+    in ASCII has rouge-score's own figures. Its tokenizer deletes all other letters, so words are those of
+    ftjax.evaluation.words, of which the stemmer, which is for English, gets those in ASCII alone.
     """
 
     def rows(predictions, references, rows, settings):
+        from nltk.stem.porter import PorterStemmer
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer([kind], use_stemmer=True)
+        stem = PorterStemmer().stem
+
+        class Words:
+            def tokenize(self, text):
+                return [stem(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
+
+        scorer = RougeScorer([kind], tokenizer=Words())
         return [scorer.score_multi(r, p)[kind].fmeasure for p, r in zip(predictions, references, strict=True)]
 
     return rows
@@ -100,7 +146,7 @@ def exact_match(predictions, references, rows, settings) -> list[float]:
     """1 where the prediction is one of its references, runs of white space counting as one space."""
 
     def plain(text):
-        return " ".join(text.split())
+        return " ".join(composed(text).split())
 
     return [float(plain(p) in map(plain, r)) for p, r in zip(predictions, references, strict=True)]
 
@@ -140,29 +186,30 @@ def number_match(predictions, references, rows, settings) -> list[float]:
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return list(zip(*(words[i:] for i in range(n))))
+    split = spaced(text).lower().split()
+    return list(zip(*(split[i:] for i in range(n))))
 
 
 def distinct(n: int) -> Metric:
     """Distinct n-grams of words by all n-grams, of one answer, and of all answers together (Li et al. 2016); 0 to 1.
 
-    Words are what white space divides, in lower case. Text without an n-gram has 0. The figure falls as more text is
-    taken together: it compares contenders on the same prompts.
+    Words are what white space divides, in lower case, and the characters of scripts without spaces. Text without an
+    n-gram has no score. The figure falls as more text is taken together: it compares contenders on the same prompts.
     """
 
     def share(grams):
-        return len(set(grams)) / len(grams) if grams else 0.0
+        return len(set(grams)) / len(grams) if grams else None
 
     return Metric(
         lambda predictions, references, rows, settings: [share(_grams(p, n)) for p in predictions],
         lambda predictions, references: share([gram for p in predictions for gram in _grams(p, n)]),
+        compares=False,
     )
 
 
 def length(predictions, references, rows, settings) -> list[float]:
-    """Words, as white space divides them."""
-    return [float(len(p.split())) for p in predictions]
+    """Words, as white space divides them, and characters of scripts without spaces."""
+    return [float(len(spaced(p).split())) for p in predictions]
 
 
 def coverage(predictions, references, rows, settings) -> list[float]:
@@ -175,7 +222,7 @@ def coverage(predictions, references, rows, settings) -> list[float]:
     stemmer, column = PorterStemmer(), settings.words
 
     def stems(text):
-        return {stemmer.stem(word) for word in re.findall(r"[^\W_]+", text.lower())}
+        return {stemmer.stem(word) for word in words(text)}
 
     scores = []
     for prediction, row in zip(predictions, rows, strict=True):
@@ -184,8 +231,8 @@ def coverage(predictions, references, rows, settings) -> list[float]:
                 f"evaluate.words: the metric coverage needs the column of the given words; found {column!r}"
                 f"{nearest(column, row)}, the columns are {', '.join(row)}"
             )
-        words = row[column]
-        given = stems(words if isinstance(words, str) else " ".join(map(str, words or ())))
+        cell = row[column]
+        given = stems(cell if isinstance(cell, str) else " ".join(map(str, cell or ())))
         if not given:
             raise FtjaxError(f"evaluate.words: the column {column!r} holds no word in the row {row}")
         scores.append(len(given & stems(prediction)) / len(given))
@@ -195,7 +242,8 @@ def coverage(predictions, references, rows, settings) -> list[float]:
 def unsupported(predictions, references, rows, settings) -> list[float]:
     """Share of the sentences that say something which the passage does not bear out, see ftjax.evaluation.support.
 
-    The passage is the column `evaluate.passage`; where it names none, the reference that bears out most. 0 to 1.
+    The passage is the column `evaluate.passage`; where it names none, the reference that bears out most. 0 to 1; an
+    answer that says nothing has no score.
     """
     from ftjax.evaluation.support import unsupported_rate
 
@@ -207,7 +255,8 @@ def unsupported(predictions, references, rows, settings) -> list[float]:
                 f"the columns are {', '.join(row)}"
             )
         passages = [row[column]] if column else texts
-        scores.append(min(unsupported_rate(prediction, passage) for passage in passages))
+        rates = [unsupported_rate(prediction, passage) for passage in passages]
+        scores.append(None if None in rates else min(rates, default=None))
     return scores
 
 
@@ -220,14 +269,26 @@ def _sacrebleu():
 
 
 def bleu_rows(predictions, references, rows, settings) -> list[float]:
-    """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100."""
+    """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100. Words as in `bleu_corpus`."""
     bleu = _sacrebleu().BLEU(effective_order=True)
-    return [bleu.sentence_score(p, r).score for p, r in zip(predictions, references, strict=True)]
+    return [
+        bleu.sentence_score(spaced(p), [spaced(text) for text in r]).score
+        for p, r in zip(predictions, references, strict=True)
+    ]
 
 
-def bleu_corpus(predictions, references) -> float:
-    """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100."""
-    return _sacrebleu().corpus_bleu(predictions, _streams(references)).score
+def bleu_corpus(predictions, references) -> float | None:
+    """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100.
+
+    Characters of scripts without spaces are words each, as in sacrebleu's tokenizer `zh`. None where neither the
+    predictions nor the references hold four words in a row, of which BLEU is a share.
+    """
+    bleu = _sacrebleu().BLEU()
+    predictions, references = [spaced(p) for p in predictions], [[spaced(text) for text in r] for r in references]
+    longest = [text for texts in references for text in texts]
+    found = bleu.corpus_score(predictions, _streams(references))
+    four_words = found.totals[-1] or bleu.corpus_score(longest, [longest]).totals[-1]
+    return found.score if four_words else None
 
 
 def _streams(references: list[list[str]]) -> list[list[str | None]]:
@@ -251,14 +312,18 @@ def lowered(metric: Metric) -> Metric:
 
 
 def chrf_rows(predictions, references, rows, settings) -> list[float]:
-    """Sentence chrF with `sacrebleu`'s defaults; 0 to 100."""
+    """Sentence chrF with `sacrebleu`'s defaults, of text in its composed form; 0 to 100."""
     chrf = _sacrebleu().CHRF()
-    return [chrf.sentence_score(p, r).score for p, r in zip(predictions, references, strict=True)]
+    return [
+        chrf.sentence_score(composed(p), [composed(text) for text in r]).score
+        for p, r in zip(predictions, references, strict=True)
+    ]
 
 
 def chrf_corpus(predictions, references) -> float:
     """Corpus chrF (Popović 2015), by `sacrebleu` with its defaults: chrF2, characters up to 6-grams; 0 to 100."""
-    return _sacrebleu().CHRF().corpus_score(predictions, _streams(references)).score
+    references = [[composed(text) for text in texts] for texts in references]
+    return _sacrebleu().CHRF().corpus_score([composed(p) for p in predictions], _streams(references)).score
 
 
 METRICS = {
@@ -270,10 +335,10 @@ METRICS = {
     "bleu": Metric(bleu_rows, bleu_corpus, best=100.0),
     "bleu_lower": lowered(Metric(bleu_rows, bleu_corpus, best=100.0)),  # the E2E challenge's convention
     "chrf": Metric(chrf_rows, chrf_corpus, best=100.0),
-    "coverage": Metric(coverage),
+    "coverage": Metric(coverage, compares=False),
     "number_match": Metric(number_match),
     "distinct_1": distinct(1),
     "distinct_2": distinct(2),
-    "unsupported": Metric(unsupported, higher=False, best=0.0),
-    "length": Metric(length, higher=None, best=None),
+    "unsupported": Metric(unsupported, higher=False, best=0.0, worst=1.0, compares=False),
+    "length": Metric(length, higher=None, best=None, compares=False),
 }

@@ -56,7 +56,7 @@ def intervals(
     Args:
         n: Rows.
         reduce: The figures.
-        draws: Resamples.
+        draws: Resamples; 0: the figures alone, without intervals.
         seed: Of the resamples.
         level: Of the intervals, between 0 and 1.
         trials: Name -> of how many trials, () or (K,), a figure from 0 to 1 is the share of successes, or the mean.
@@ -74,7 +74,9 @@ def intervals(
     """
     if not 0 < level < 1:
         raise FtjaxError(f"the level of an interval lies between 0 and 1; found {level}")
-    drawn, whole, trials = bootstrap(n, reduce, draws, seed), values(n, reduce), trials or {}
+    whole, trials = values(n, reduce), trials or {}
+    nothing = {name: np.zeros((0, *np.shape(value))) for name, value in whole.items()}
+    drawn = bootstrap(n, reduce, draws, seed) if draws else nothing
     tail = expanded(n, level)
 
     def entry(name, value, draws, k=()):

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.resample import Reduce
 
 AT_ONCE = 1024  # texts compared with all partners at once
-UNDEFINED: dict[str, str] = {}  # every figure has a value
+FEWEST = {"mrr": 1, "recall_at_1": 1, "recall_at_10": 10, "mean_rank": 1}  # rows of which a figure is the same always
+ALONE = "there is one row, whose partner has no rival"
+UNDEFINED = dict.fromkeys(("mrr", "recall_at_1", "mean_rank"), ALONE)  # why a figure is None
+UNDEFINED["recall_at_10"] = "there are ten rows at most, so that every partner is among the ten nearest"
 
 
 def ranks(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -32,6 +35,8 @@ def rank_rows(labels, predictions) -> dict[str, np.ndarray]:
     first, second = np.asarray(predictions), np.asarray(labels)
     if first.shape != second.shape or first.ndim != 2:
         raise FtjaxError(f"expected two vectors of one length for each pair; found {first.shape} and {second.shape}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise NotFinite("vectors: expected finite numbers; found NaN or infinite ones, which are near to nothing")
     rank = ranks(first, second)
     return {"rank": rank, "loss": 1 - 1 / rank, "wrong": rank > 1}
 
@@ -42,7 +47,8 @@ def rank_metrics(rows) -> Reduce:
     columns = {"mrr": 1 / rank, "recall_at_1": rank <= 1, "recall_at_10": rank <= 10, "mean_rank": rank}
 
     def reduce(counts):
-        return {name: counts @ column.astype(float) / counts.sum(1) for name, column in columns.items()}
+        found = {name: counts @ column.astype(float) / counts.sum(1) for name, column in columns.items()}
+        return {name: x if len(rank) > FEWEST[name] else np.full(len(x), np.nan) for name, x in found.items()}
 
     return reduce
 

@@ -14,15 +14,20 @@ import numpy as np
 
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation import labelled
+from ftjax.evaluation.loss import WEIGHTS
 from ftjax.objectives import classify
+from ftjax.progress import doing
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(model, variables, batch):
     """(B, M, C) float32, see objectives.classify."""
     return classify.logits(model, variables, batch)
+
+
+DRAWS = 1000  # resamples behind the intervals of a report
 
 
 class Asked(NamedTuple):
@@ -39,10 +44,12 @@ class Asked(NamedTuple):
 class Judge(NamedTuple):
     """One kind of task: how predictions are made of what a model says, judged and shown.
 
-    say(Asked) -> what the model says; report(Asked, said, thresholds) -> for results.json; lines(Asked, said,
+    say(Asked) -> what the model says; report(Asked, said, thresholds, draws) -> for results.json, with intervals by
+    so many resamples, 0: without; lines(Asked, said,
     thresholds) -> one record a row for predictions.jsonl; worst(Asked, said, thresholds, n) -> the up to n of these
     records that are told most wrongly, by their places; shown(record) -> a mistake in a line. None: there is nothing to
-    write. known: names in a record of what the row says and not the model.
+    write. known: names in a record of what the row says and not the model. blank(Asked) -> what a model could
+    say that knows nothing, as `say` gives it.
     """
 
     say: Callable
@@ -51,16 +58,28 @@ class Judge(NamedTuple):
     worst: Callable | None = None
     shown: Callable | None = None
     known: tuple[str, ...] = ()
+    blank: Callable | None = None
 
 
 def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
     """f(model, variables, batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its
-    tokens, (n, ...), in the order of the examples. layout: see labelled.layout."""
+    tokens, (n, ...), in the order of the examples. layout: see labelled.layout.
+
+    Raises NotFinite, naming the row, where any value is NaN or infinite.
+    """
     examples, config = asked.part.examples, asked.config
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     f = functools.partial(f, asked.model, asked.variables)
     buckets = max(config.data.buckets, 8)
-    return by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
+    with doing(f"asking the model about {len(examples):,} rows"):
+        found = by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
+    for i, values in enumerate(found):
+        if not np.isfinite(values).all():
+            raise NotFinite(
+                f"{asked.part.place(i)}: what the model says of this row is not finite (NaN or infinite), so it cannot "
+                f"be judged. {WEIGHTS}"
+            )
+    return found
 
 
 def by_row(part: Part) -> list[list[int]]:
@@ -88,4 +107,5 @@ def text(report: dict) -> str:
     """A report as lines for the terminal."""
     if "kind" in report:
         return labelled.table(report) + (f"\n{report['note']}" if "note" in report else "")
-    return "\n".join(f"{name:<12} {value:,.6g}" for name, value in report.items() if name != "samples")
+    figures = {name: value for name, value in report.items() if name != "samples"}
+    return "\n".join(f"{n:<12} {'undefined' if x is None else f'{x:,.6g}'}" for n, x in figures.items())

@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.data import spans
 from ftjax.evaluation import labelled
-from ftjax.evaluation.said import Asked, Judge, at_places, by_row, groups
+from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, by_row, groups
 from ftjax.objectives import span
 
 BEST = 3  # other answers that a record lists
@@ -78,11 +78,22 @@ def say(asked: Asked) -> list[dict]:
     return out
 
 
-def report(asked: Asked, said: list[dict], thresholds) -> dict:
+def blank(asked: Asked) -> list[dict]:
+    """As `say`, of a model that answers nothing."""
+    out = []
+    for members in by_row(asked.part):
+        how, row, place = (f(members[0]) for f in (asked.part.recipe, asked.part.row, asked.part.place))
+        out.append(
+            {"row": place, "answers": [answer for _, answer in spans.answers(how, row, place)], "prediction": ""}
+        )
+    return out
+
+
+def report(asked: Asked, said: list[dict], thresholds, draws: int = DRAWS) -> dict:
     """labelled.report of answers, by the rule of SQuAD v2.0 where config.task.no_answer, else of v1.1."""
     firsts = [members[0] for members in by_row(asked.part)]
     return labelled.report(
-        "answers", *_sides(said), groups=groups(asked, firsts), seed=asked.config.seed, **_settings(asked)
+        "answers", *_sides(said), groups=groups(asked, firsts), draws=draws, seed=asked.config.seed, **_settings(asked)
     )
 
 
@@ -105,4 +116,4 @@ def shown(record: dict) -> str:
     return f"{record['question'][:100]!r}: {record['prediction'][:60]!r}, expected {right[:60]!r}"
 
 
-JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("answers",))
+JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("answers",), blank=blank)

@@ -1,7 +1,10 @@
 """Answers that are spans of a text, by the official rules of SQuAD: v1.1 (Rajpurkar et al. 2016) and v2.0 (2018).
 
 Both rules lower-case, drop ASCII punctuation and the words a, an, the, and split at white space; an answer's score is
-its best over the reference answers. They differ in two points. v2.0 knows questions without an answer, for which the
+its best over the reference answers. The official rules are made for English. Beyond them, the punctuation of other
+scripts is dropped, and each character of a script without spaces is a word, as MLQA and CMRC 2018 have it.
+
+The two rules differ in two points. v2.0 knows questions without an answer, for which the
 empty text is right; and where either side has no word left (`The`), F1 is 0 by v1.1, and by v2.0 it is 1 if both have
 none. Figures are shares from 0 to 1; the official scripts print percent.
 """
@@ -9,15 +12,14 @@ none. Figures are shares from 0 to 1; the official scripts print percent.
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 
 import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.resample import Reduce, divide
+from ftjax.evaluation.words import composed, spaced, without_punctuation
 
-PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 UNDEFINED = {  # why a figure is None
     **{f"{name}_has_answer": "no question has an answer" for name in ("exact_match", "f1")},
@@ -27,7 +29,7 @@ UNDEFINED = {  # why a figure is None
 
 def words(text: str) -> list[str]:
     """The words of an answer that count. Articles go after punctuation, so `the-end` is one word: theend."""
-    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+    return spaced(ARTICLES.sub(" ", without_punctuation(composed(text).lower()))).split()
 
 
 def f1(prediction: list[str], answer: list[str], no_answer: bool = False) -> float:

@@ -11,8 +11,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
-WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?")
+import regex
+
+from ftjax.evaluation.words import spaced
+
+# Chinese and Japanese put no space behind the end of a sentence.
+SENTENCE = re.compile(r"(?<=[.!?।؟])[\"'”’)]*\s+|(?<=[。！？])[”’」』）]*(?!$)|\n+")
+WORD = regex.compile(r"\d+(?:[.,]\d+)*|\p{L}[\p{L}\p{M}]*(?:['’]\p{L}[\p{L}\p{M}]*)?")
 LEAST = 0.5  # share of a claim's content that supports it
 # Words of English that carry no content of their own; in other languages all words count.
 EMPTY = frozenset(
@@ -47,7 +52,7 @@ def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
     stem = PorterStemmer().stem
 
     def content(text: str) -> list[str]:
-        return [stem(word.replace(",", "")) for word in WORD.findall(text.lower()) if word not in EMPTY]
+        return [stem(word.replace(",", "")) for word in WORD.findall(spaced(text).lower()) if word not in EMPTY]
 
     words = content(passage)
     there = {size: set(_grams(words, size)) for size in range(1, n + 1)}
@@ -61,10 +66,10 @@ def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
     return out
 
 
-def unsupported_rate(answer: str, passage: str, n: int = 1) -> float:
-    """Share of an answer's claims that are not supported; 0 for an answer without a claim."""
+def unsupported_rate(answer: str, passage: str, n: int = 1) -> float | None:
+    """Share of an answer's claims that are not supported; None for an answer without a claim."""
     found = claims(answer, passage, n)
-    return sum(not claim.supported for claim in found) / len(found) if found else 0.0
+    return sum(not claim.supported for claim in found) / len(found) if found else None
 
 
 def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from ftjax.data import tags
 from ftjax.data.labelled import Labelled, label_id
 from ftjax.evaluation import labelled
 from ftjax.evaluation.entities import entities, parse
-from ftjax.evaluation.said import Asked, Judge, at_places, groups, logits
+from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, groups, logits
 
 OUTSIDE = "O"
 
@@ -33,9 +33,21 @@ def say(asked: Asked) -> list[dict]:
     return out
 
 
-def report(asked: Asked, said: list[dict], thresholds) -> dict:
+def blank(asked: Asked) -> list[dict]:
+    """As `say`, of a model that finds nothing."""
+    part, names, out = asked.part, asked.data.labels, []
+    for i in range(len(part)):
+        how, row, place = part.recipe(i), part.row(i), part.place(i)
+        words = tags.cell(row, how.text, place)
+        known = [names[label_id(x, names, place, how.label)] for x in row[how.label]]
+        out.append({"row": place, "words": words, "tags": known, "predicted": [OUTSIDE] * len(words)})
+    return out
+
+
+def report(asked: Asked, said: list[dict], thresholds, draws: int = DRAWS) -> dict:
     """labelled.report of tags, and how many words were cut off."""
-    found = labelled.report("tags", *_sides(said), groups=groups(asked, range(len(said))), seed=asked.config.seed)
+    how = {"groups": groups(asked, range(len(said))), "draws": draws, "seed": asked.config.seed}
+    found = labelled.report("tags", *_sides(said), **how)
     cut = sum(len(record["words"]) - _seen(asked, i, record["words"]) for i, record in enumerate(said))
     return found | ({"note": f"{cut:,} words have no token within data.max_length: taken for O"} if cut else {})
 
@@ -70,4 +82,4 @@ def shown(record: dict) -> str:
     )
 
 
-JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("tags",))
+JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("tags",), blank=blank)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ftjax.evaluation import labelled
 from ftjax.evaluation.retrieval import ranks
-from ftjax.evaluation.said import Asked, Judge, at_places, groups
+from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, groups
 from ftjax.objectives import contrast
 
 
@@ -17,11 +17,10 @@ def say(asked: Asked) -> np.ndarray:
     return np.stack(at_places(functools.partial(contrast.embed, pool=asked.config.task.pool), asked, apart=True))
 
 
-def report(asked: Asked, said: np.ndarray, thresholds) -> dict:
+def report(asked: Asked, said: np.ndarray, thresholds, draws: int = DRAWS) -> dict:
     """labelled.report of how near each first text's partner lies, among those of all rows."""
-    return labelled.report(
-        "retrieval", said[:, 1], said[:, 0], groups=groups(asked, range(len(said))), seed=asked.config.seed
-    )
+    how = {"groups": groups(asked, range(len(said))), "draws": draws, "seed": asked.config.seed}
+    return labelled.report("retrieval", said[:, 1], said[:, 0], **how)
 
 
 def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
@@ -46,4 +45,9 @@ def shown(record: dict) -> str:
     return f"{record['text'][:70]!r} and {record['pair'][:70]!r}: rank {record['rank']:,}"
 
 
-JUDGE = Judge(say, report, lines, worst, shown)
+def blank(asked: Asked) -> np.ndarray:
+    """As `say`, of a model for which all texts are alike."""
+    return np.ones((len(asked.part), 2, 1))
+
+
+JUDGE = Judge(say, report, lines, worst, shown, blank=blank)

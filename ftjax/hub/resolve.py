@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ftjax import assets
 from ftjax.errors import FtjaxError, nearest
+from ftjax.files import as_json
 
 MARKER = "ftjax.json"  # lies in every folder that ftjax wrote, and only there
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -150,4 +151,4 @@ def read_json(file: Path) -> dict:
 
 def write_json(file: Path, value: dict | list) -> None:
     """Indented, keys in the order given, as Hugging Face's files are."""
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    file.write_text(as_json(value, 2) + "\n", encoding="utf-8")

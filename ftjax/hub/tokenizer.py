@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_text
+from ftjax.files import replace_json
 from ftjax.hub import spm
 from ftjax.hub.resolve import read_json
 
@@ -329,4 +328,4 @@ def write_settings(folder: Path, **settings) -> None:
     """Set fields of tokenizer_config.json in `folder`."""
     file = Path(folder) / "tokenizer_config.json"
     there = read_json(file) if file.is_file() else {}
-    replace_text(file, json.dumps(there | settings, indent=2) + "\n")
+    replace_json(file, there | settings)

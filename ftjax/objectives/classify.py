@@ -32,8 +32,10 @@ def one_class(model, variables, batch, *, rngs=None, label_smoothing: float = 0.
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(scores, axis=-1)
     if focal:
-        loss = loss * (1 - jnp.exp(right)) ** focal
-    correct = jnp.argmax(scores, axis=-1) == batch["labels"]
+        # log(1 - p) as the sum of all other classes: finite, and so its gradient, where p rounds to 1.
+        is_label = batch["labels"][..., None] == jnp.arange(scores.shape[-1])
+        loss = loss * jnp.exp(focal * jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, scores), axis=-1))
+    correct = (jnp.argmax(scores, axis=-1) == batch["labels"]) & jnp.isfinite(right)
     return _sums(batch, loss, -right, correct)
 
 
@@ -42,7 +44,8 @@ def many_classes(model, variables, batch, *, rngs=None, focal: float = 0.0):
     found = logits(model, variables, batch, rngs=rngs)
     signed = jnp.where(batch["labels"] > 0, found, -found)
     plain = -jax.nn.log_sigmoid(signed)
-    loss = plain * jax.nn.sigmoid(-signed) ** focal if focal else plain
+    # As an exponential: a power below 1 of a sigmoid that underflows to 0 has no gradient.
+    loss = plain * jnp.exp(focal * jax.nn.log_sigmoid(-signed)) if focal else plain
     return _sums(batch, jnp.mean(loss, -1), jnp.mean(plain, -1), jnp.all(signed > 0, axis=-1))
 
 

@@ -45,6 +45,6 @@ def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.
     own = jnp.diagonal(cosines) / temperature
     # Where there is no pair its own score would be missing, and the gradient not a number.
     loss = jnp.where(weights > 0, jax.nn.logsumexp(scores, axis=1) - own, 0.0)
-    correct = jnp.argmax(scores, axis=1) == jnp.arange(len(own))
+    correct = (jnp.argmax(scores, axis=1) == jnp.arange(len(own))) & jnp.isfinite(loss)
     total = jnp.sum(loss * weights)
     return total, jnp.sum(weights), {"loss": total, "correct": jnp.sum(correct * weights)}

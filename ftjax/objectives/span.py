@@ -30,7 +30,7 @@ def sums(model, variables, batch, *, rngs=None):
     at = first[..., None] + batch["labels"]
     right = jnp.take_along_axis(found, at, axis=1)  # (B, M, 2)
     loss = jnp.mean(jax.nn.logsumexp(scores, axis=2) - right, axis=-1)
-    correct = jnp.all(jnp.argmax(scores, axis=2) == at, axis=-1)
+    correct = jnp.all(jnp.argmax(scores, axis=2) == at, axis=-1) & jnp.isfinite(loss)
     weights = batch["weights"].astype(jnp.float32)
     total = jnp.sum(loss * weights)
     return total, jnp.sum(weights), {"loss": total, "correct": jnp.sum(correct * weights)}

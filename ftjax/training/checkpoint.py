@@ -7,6 +7,7 @@ run's record, never copied.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -17,7 +18,7 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: the latest `keep` and the one of lowest validation loss stay."""
+    """The checkpoints of one run folder: the latest `keep` and the best one by validation stay."""
 
     def __init__(self, run_dir: str | Path, keep: int = 1, read_only: bool = False):
         import orbax.checkpoint as ocp
@@ -25,21 +26,19 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every rename
         policies = ocp.checkpoint_managers
         best = policies.BestN(
-            # Sorted ascending, the last are kept: the lowest loss must come last.
-            get_metric_fn=lambda m: -m["val_loss"],
+            get_metric_fn=_rank,  # sorted ascending, the last are kept
             n=1,
             keep_checkpoints_without_metrics=False,
         )
         # One file an array: on a single host three times as fast as OCDBT, which serves large pods.
         arrays = lambda: ocp.PyTreeCheckpointHandler(use_ocdbt=jax.process_count() > 1)  # noqa: E731
-        self.ocp = ocp
+        self.ocp, self.folder, self.read_only = ocp, Path(run_dir).resolve() / FOLDER, read_only
         self.manager = ocp.CheckpointManager(
-            Path(run_dir).resolve() / FOLDER,
+            self.folder,
             item_handlers={name: arrays() for name in ("trained", "optimizer", "ema")}
             | {"run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                best_fn=lambda m: m["val_loss"],  # without it Orbax stores no metrics, and the policy sees none
-                best_mode="min",
+                best_fn=_rank,  # without it Orbax stores no metrics, and the policy sees none
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 create=not read_only,
                 read_only=read_only,
@@ -47,14 +46,20 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state, run: dict, val_loss: float | None) -> None:
-        """Start writing `state` (a train.step.State) and the record `run`; returns before it lies on disk."""
+    def save(self, state, run: dict, rank: float | None) -> None:
+        """Start writing a checkpoint; return before it lies on disk.
+
+        Args:
+            state: a train.step.State.
+            run: the record of the run.
+            rank: how good the state is, more is better; None where that is not known, as then it is never the best.
+        """
         save = self.ocp.args
         arrays = {name: save.PyTreeSave(getattr(state, name)) for name in _arrays(state)}
         self.manager.save(
             int(state.step),
             args=save.Composite(**arrays, run=save.JsonSave(run)),
-            metrics=None if val_loss is None else {"val_loss": val_loss},
+            metrics=None if rank is None else {"rank": rank, "step": int(state.step)},
             force=True,
         )
 
@@ -67,10 +72,9 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def best(self) -> int | None:
-        """Step of the lowest validation loss; the latest where none was measured; None without checkpoints."""
-        scored = [(self.manager.metrics(step), step) for step in self.steps()]
-        scored = [(metrics["val_loss"], step) for metrics, step in scored if metrics]
-        return min(scored)[1] if scored else self.latest()
+        """Step of the best by validation; the latest where none has a rank; None without checkpoints."""
+        ranked = [(_rank(metrics), step) for step in self.steps() if (metrics := self.manager.metrics(step))]
+        return max(ranked)[1] if ranked else self.latest()
 
     def record(self, step: int) -> dict:
         """The record that `save` was given at `step`."""
@@ -96,9 +100,19 @@ class Checkpoints:
         return self.ocp.args.PyTreeRestore(item=abstract, restore_args=arguments)
 
     def close(self) -> None:
-        """Wait until everything lies on disk."""
+        """Wait until everything lies on disk. A folder without any checkpoint goes with the one who made it."""
         self.manager.wait_until_finished()
         self.manager.close()
+        if not self.read_only:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.folder.rmdir()
+
+
+def _rank(metrics: dict) -> tuple[float, int]:
+    """What checkpoints are ordered by: of equally good ones, the earlier is the better."""
+    if "rank" not in metrics:  # written before runs could choose what to select by
+        return -metrics["val_loss"], 0
+    return metrics["rank"], -metrics["step"]
 
 
 def _arrays(state) -> list[str]:

@@ -17,6 +17,7 @@ from ftjax.hub import families, peft, pooling, resolve, tokenizer, weights
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.objectives import TASKS
+from ftjax.training.finite import not_finite
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tree import map_paths
 from ftjax.tuning import METHODS
@@ -56,6 +57,10 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     row, base, out = METHODS[source.method], source.base, Path(out)
     if out.resolve() == base.folder.resolve():
         raise FtjaxError(f"{out}: is the folder of the base, which an export does not replace; choose another")
+    if bad := not_finite(source.trained):
+        raise FtjaxError(
+            f"{out}: not written: {bad[0]} of the checkpoint holds values that are NaN or infinite; export another one"
+        )
     format = resolve_format(source.method, format, families.form_of(source.spec.family, source.spec.model.head))
     report = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}

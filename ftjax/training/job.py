@@ -9,22 +9,30 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftjax import config as configs
 from ftjax.data import chat_templates, labelled
 from ftjax.data.batches import Batches
-from ftjax.data.prepare import Data, prepare
+from ftjax.data.prepare import Data, Part, prepare
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
+from ftjax.evaluation.metrics import METRICS, find
 from ftjax.hub import families, fingerprint, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
+from ftjax.progress import doing
 from ftjax.training import auto_mesh, export, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.training.run_folder import base_folder
+from ftjax.training.selection import Selection, selection
 from ftjax.tuning import METHODS, Method, Spec
 from ftjax.tuning.adapters import Start
 
 VALIDATIONS = 10  # a run, where the config does not say how often
+FEWEST = 4  # validations that remain of these before rows are left out, so that the best of several can be chosen
+LEAST_ROWS = 200  # that remain of the validation rows
+SHARE = 0.2  # of the training's arithmetic, that validations may take where the config sets neither rows nor interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +41,8 @@ class Job:
 
     config: with defaults, labels and mesh filled in; words: the tokenizer as its directory has it; chatty: with the
     chat template that the rows were shown by; ends: ids that end an answer; given: an adapter to begin with; formats:
-    of what is exported; validation: batches by source; rows, eval_rows: of a batch.
+    of what is exported; validation: batches by source; rows, eval_rows: of a batch; selection: what the best checkpoint
+    is chosen by.
     """
 
     config: Any
@@ -56,6 +65,7 @@ class Job:
     steps: int
     eval_every: int
     save_every: int
+    selection: Selection
 
     @property
     def method(self) -> Method:
@@ -132,7 +142,8 @@ def prepared(config, say) -> Job:
 
     known = families.label_names(folder) if shape.head.task == head.task else ()
     longest = shape.max_positions - method.virtual_tokens(spec)
-    data = prepare(config, words, longest, pool=head.pool, known=known)
+    with doing("reading and tokenising rows"):
+        data = prepare(config, words, longest, pool=head.pool, known=known)
     config.task.labels = data.labels
     shape = with_task(config, family, shape, folder, len(data.labels))
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
@@ -152,18 +163,68 @@ def prepared(config, say) -> Job:
     )  # fmt: skip
     drawn, weights_of_classes = judge.by_class(config, data)
     batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
+    trained = steps * data.train.examples.length.sum() / len(batches)
+    validations, most = bounds(config, data.validation, trained)
+    held_out = chosen_rows(config, data, most)
+    eval_every = config.train.eval_every or max(1, steps // validations)
+    if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
+        say(
+            f"validation: {len(held_out):,} of {len(data.validation):,} rows every {eval_every:,} steps, so that it "
+            "takes about a fifth of the training at most; train.eval_every or evaluate.rows set it otherwise"
+        )
     validation = {}
     for index, name in enumerate(data.sources):
-        held_out = data.validation.of_source(index)[: config.evaluate.rows or None]
-        if len(held_out):
-            validation[name] = batch(held_out, eval_rows, shuffle=False)
+        if len(examples := held_out.of_source(index)):
+            validation[name] = batch(examples, eval_rows, shuffle=False)
+    for name in config.evaluate.metrics:
+        check_metric(config, name)
+    select = selection(config, held_out, judge.check(config, data, words), chatty)
     lengths = sorted({T for _, T, _ in batches.shapes()})
     if chosen := check_attention(config, spec, mesh, dtype, lengths):
         say(chosen)
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
-    eval_every = config.train.eval_every or max(1, steps // VALIDATIONS)
     base = fingerprint.record(folder, config.model.path, own, given and given.folder)
     return Job(
         config, folder, base, own, spec, dtype, words, chatty, ends, given, formats, data, mesh, batches, validation,
-        rows, eval_rows, steps, eval_every, config.train.save_every or eval_every,
+        rows, eval_rows, steps, eval_every, config.train.save_every or eval_every, select,
     )  # fmt: skip
+
+
+def bounds(config, held_out: Part, trained: float) -> tuple[int, int]:
+    """How often a run validates, and on how many rows of all sources; 0: on all.
+
+    Where the config sets neither `train.eval_every` nor `evaluate.rows`, all validations together take about SHARE of
+    the training's arithmetic at most, by counts of tokens: a forward pass is a third of a training step. First there
+    are fewer validations, then fewer rows, down to FEWEST and LEAST_ROWS.
+
+    Args:
+        config: the whole config.
+        held_out: all validation rows.
+        trained: tokens of all training steps.
+    """
+    if config.train.eval_every or config.evaluate.rows or not len(held_out):
+        return VALIDATIONS, 0
+    once = float(held_out.examples.length.sum()) / 3
+    validations = min(VALIDATIONS, max(FEWEST, int(SHARE * trained / once)))
+    rows = int(len(held_out) * SHARE * trained / (validations * once))
+    return validations, 0 if rows >= len(held_out) else max(LEAST_ROWS, rows)
+
+
+def chosen_rows(config, data: Data, most: int) -> Part:
+    """The validation rows that a run uses: the first `evaluate.rows` of each source, or `most` spread over all."""
+    part = data.validation
+    if 0 < most < len(part):
+        return part.select(np.linspace(0, len(part) - 1, most).astype(int))
+    first = [np.flatnonzero(part.source == i)[: config.evaluate.rows or None] for i in range(len(data.sources))]
+    return part.select(np.sort(np.concatenate(first)))
+
+
+def check_metric(config, name: str) -> None:
+    """Raise FtjaxError for a name of `evaluate.metrics` that is no metric."""
+    judged = TASKS[config.task.kind].judged
+    if judged and name not in METRICS and ":" not in name:
+        raise FtjaxError(
+            f"evaluate.metrics: {name!r} is no score of generated answers, and task.kind {config.task.kind} generates "
+            "none: its figures are all reported. To choose the checkpoint by one of them, set train.select"
+        )
+    find(name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import jax
 
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_text
+from ftjax.files import replace_json, replace_text
 from ftjax.training import hlo
 
 FOLDER, JSON, TABLE = "profile", "profile.json", "profile.txt"  # in the run folder
@@ -169,7 +168,7 @@ class Profiler:
         found = summary(files[-1], texts, list(self.traced), jax.default_backend()) | {"compiled_in": self.compiled}
         if self.last > self.done:
             found["missing"] = f"steps {self.done + 1} to {self.last}: the run ended before"
-        replace_text(self.run_dir / JSON, json.dumps(found, indent=2) + "\n")
+        replace_json(self.run_dir / JSON, found)
         replace_text(self.run_dir / TABLE, table(found) + "\n")
         self.say(table(found))
         names = {"trace": FOLDER, "profile": TABLE}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_text
+from ftjax.files import as_json, replace_text
+from ftjax.progress import clock, columns, doing
 
 METRICS = "metrics.jsonl"
 
@@ -19,7 +22,7 @@ class Metrics:
     def __init__(self, run_dir: Path, config, start_step: int):
         self.path = run_dir / METRICS
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
-        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        replace_text(self.path, "".join(as_json(row) + "\n" for row in kept))
         self.file = self.path.open("a", buffering=1)
         self.sinks = []
         if config.log.tensorboard:
@@ -36,11 +39,12 @@ class Metrics:
             self.sinks.append((lambda name, value, step: run.log({name: value}, step=step), run.finish))
 
     def write(self, step: int, values: dict) -> None:
-        """values: name -> number."""
-        self.file.write(json.dumps({"step": step} | values) + "\n")
+        """values: name -> number, None where there is none."""
+        self.file.write(as_json({"step": step} | values) + "\n")
         for write, _ in self.sinks:
             for name, value in values.items():
-                write(name, value, step)
+                if value is not None:
+                    write(name, value, step)
 
     def close(self) -> None:
         """Flush every sink."""
@@ -59,15 +63,15 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 class Progress:
-    """The live line: rewritten in place on a terminal, one line at each validation elsewhere."""
+    """The line that tells where a run is: rewritten in place on a terminal, one line for each logged step elsewhere."""
 
     def __init__(self, steps: int, start_step: int, flops_per_token: float, peak: float | None, stream=None):
         self.steps, self.flops, self.peak = steps, flops_per_token, peak
         self.stream = sys.stdout if stream is None else stream
         self.live = self.stream.isatty()
         self.begin, self.first = None, start_step
-        self.tokens = 0
-        self.val_loss = None
+        self.tokens, self.apart = 0, 0.0
+        self.validated, self.open = "", False
 
     def count(self, tokens: int) -> None:
         """One more step of so many real tokens was started; the clock starts behind the first, which compiles."""
@@ -76,40 +80,60 @@ class Progress:
         else:
             self.tokens += tokens
 
+    @contextlib.contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Work beside the training steps, which `what` names: its time does not count for the speed of training."""
+        begin, counted = time.perf_counter(), self.begin is not None
+        with doing(what):
+            yield
+        if counted:
+            self.apart += time.perf_counter() - begin
+
     def rates(self, step: int) -> dict:
-        """{"tokens_per_second", "mfu" where the peak is known, "seconds_left"}."""
+        """{"tokens_per_second" of training alone, "mfu" where the peak is known, "seconds_left" with all else}."""
         seconds = time.perf_counter() - (self.begin or time.perf_counter())
-        if seconds <= 0 or self.tokens == 0:
+        if seconds - self.apart <= 0 or self.tokens == 0:
             return {}
-        speed = self.tokens / seconds
+        speed = self.tokens / (seconds - self.apart)
         out = {"tokens_per_second": speed, "seconds_left": seconds / max(step - self.first, 1) * (self.steps - step)}
         return out | ({"mfu": speed * self.flops / self.peak} if self.peak else {})
 
-    def show(self, step: int, values: dict, final: bool = False) -> None:
-        """values: loss, lr, grad_norm and maybe val_loss."""
-        validated = "val_loss" in values
-        self.val_loss = values.get("val_loss", self.val_loss)
-        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}"]
+    def show(self, step: int, values: dict) -> None:
+        """Show a step's loss, lr and grad_norm, or what a validation found: val_loss and what else begins with val_."""
+        found = [f"{name.removeprefix('val_')} {_figure(x)}" for name, x in values.items() if name.startswith("val_")]
+        if found:
+            self.validated = f"val {'  '.join(found[:2]).removeprefix('loss ')}"
+        # What is first in `spared` is left out first where the terminal is too narrow.
+        spared = ["mfu", "tokens_per_second", "grad_norm", "lr", "val"]
+        parts = {"step": f"step {step:>{len(str(self.steps))}}/{self.steps}"}
         if "loss" in values:
-            parts += [f"loss {values['loss']:.4f}"]
-        if self.val_loss is not None:
-            parts += [f"val {self.val_loss:.4f}"]
+            parts["loss"] = f"loss {_figure(values['loss'])}"
+        if self.validated:
+            parts["val"] = self.validated
         if "loss" in values:
-            parts += [f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}"]
+            parts |= {"lr": f"lr {values['lr']:.2e}", "grad_norm": f"grad {values['grad_norm']:.2f}"}
         rates = self.rates(step)
         if rates:
-            parts += [f"{rates['tokens_per_second']:,.0f} tokens/s"]
-            parts += [f"MFU {rates['mfu']:.1%}"] if "mfu" in rates else []
-            parts += [f"{_clock(rates['seconds_left'])} left"]
-        line = "  ".join(parts)
+            parts["tokens_per_second"] = f"{rates['tokens_per_second']:,.0f} tokens/s"
+            parts |= {"mfu": f"MFU {rates['mfu']:.1%}"} if "mfu" in rates else {}
+            parts["left"] = f"{clock(rates['seconds_left'])} left"
         if self.live:
-            self.stream.write(f"\r\033[K{line}" + ("\n" if validated or final else ""))
-        elif validated or final:
-            self.stream.write(line + "\n")
+            room = columns(self.stream)
+            while len("  ".join(parts.values())) > room and spared:
+                parts.pop(spared.pop(0), None)
+            self.stream.write(f"\r\033[K{'  '.join(parts.values())[:room]}" + ("\n" if found else ""))
+            self.open = not found
+        else:
+            self.stream.write("  ".join(parts.values()) + "\n")
         self.stream.flush()
 
+    def end(self) -> None:
+        """Leave the live line standing, so that what is printed next has a line of its own."""
+        if self.open:
+            self.stream.write("\n")
+            self.stream.flush()
+            self.open = False
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"

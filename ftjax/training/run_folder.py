@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import warnings
@@ -19,7 +18,7 @@ import ftjax
 from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_text
+from ftjax.files import replace_json
 from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts
@@ -43,6 +42,7 @@ FOLDERS = ("adapter", "merged", "full")
 # Groups and fields that may differ when a run goes on: they do not change what is trained.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
+FREE += ("task.group", "task.threshold", "task.max_answer")  # of how predictions are made and judged
 FREE += ("train.cache_features", "model.remat", "model.attention", "model.unroll", "model.head_chunk")
 # Fields that name files, by the group of the record whose digests decide in their place.
 NAMES = {
@@ -134,7 +134,7 @@ def claim(config, base: dict, rows: str) -> bool:
         old = None
     if old:
         _same_run(record, old, run_dir)
-    replace_text(run_dir / RUN, json.dumps(record, indent=2) + "\n")
+    replace_json(run_dir / RUN, record)
     return old is not None
 
 

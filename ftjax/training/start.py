@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from pathlib import Path
 
@@ -13,11 +12,13 @@ import numpy as np
 from ftjax.data.batches import loader
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.files import replace_text
+from ftjax.files import replace_json
 from ftjax.hub import families, weights
 from ftjax.hub.resolve import read_json
 from ftjax.models.quantised import dequantised
+from ftjax.progress import doing
 from ftjax.training import hosts, sharding
+from ftjax.training.finite import check_weights
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
 from ftjax.training.run_folder import keep_start
@@ -26,13 +27,16 @@ from ftjax.training.run_folder import keep_start
 def first_state(job: Job, program: Program, say) -> tuple:
     """(State, frozen): the model's weights, straight to where they belong, as the method begins with them.
 
-    Raises FtjaxError for weights that are not the model's, and a head that is new and would not be trained.
+    Raises FtjaxError for weights that are not the model's or not finite, and a head that is new and would not be
+    trained.
     """
     config, spec = job.config, job.spec
-    base = weights.read_params(
-        job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
-        quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed), given_away=True,
-    )  # fmt: skip
+    with doing("reading the model's weights"):
+        base = weights.read_params(
+            job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
+            quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed), given_away=True,
+        )  # fmt: skip
+        check_weights(job.folder, base)
     if not job.generates:
         new = weights.head_is_new(job.folder, spec.family, spec.model)
         check_new_head(new, program.trained, config)
@@ -108,15 +112,18 @@ def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dic
         variables = program.variables(trained, frozen)
         # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
         variables = {"params": variables["params"]} if job.virtual else variables
-        before = compare.measure(job.lm(program.model), variables, job.data, job.config)
+        with doing("answering with the model as it is, before training"):
+            before = compare.measure(job.lm(program.model), variables, job.data, job.config)
         if jax.process_index() == 0:
-            replace_text(file, json.dumps({"settings": job.settings, "measured": before}))
+            replace_json(file, {"settings": job.settings, "measured": before})
     return before
 
 
 def validate(job: Job, program: Program, variables: dict, validation: dict) -> dict[str, float]:
-    """`val_loss` over all sources, and `val_loss/NAME` of each where there are several; validation: batches by source,
-    which may carry their states, see ftjax.training.features."""
+    """`val_loss` and `accuracy` over all sources, and `val_loss/NAME` of each where there are several.
+
+    validation: batches by source, which may carry their states, see ftjax.training.features.
+    """
     local = sharding.local_rows(job.mesh, job.eval_rows)
     kind = job.config.task.kind
     loss = functools.partial(sums, program.model, variables, kind=kind, **job.task.always(job.config))
@@ -126,4 +133,5 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
         found[name] = evaluate_loss(loss, (sharding.place_batch(b, job.mesh, job.eval_rows, local) for b in feed))
     tokens = sum(f["tokens"] for f in found.values())
     each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(job.data.sources) > 1 else {}
-    return {"val_loss": sum(f["loss"] * f["tokens"] for f in found.values()) / tokens} | each
+    loss, accuracy = (sum(f[name] * f["tokens"] for f in found.values()) / tokens for name in ("loss", "accuracy"))
+    return {"val_loss": loss, "accuracy": accuracy} | each

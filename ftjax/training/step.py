@@ -68,11 +68,18 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
         add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)  # noqa: E731
         total, _ = jax.lax.scan(add, zeros, (rows, keys))
     gradient, weight, metrics = total
-    return jax.tree.map(lambda g: g / weight, gradient), weight, metrics
+    return jax.tree.map(lambda g: g / divisor(weight), gradient), weight, metrics
+
+
+def divisor(weight):
+    """The weight sum of a batch as a divisor: 1 where all its rows weigh 0, so that they teach nothing."""
+    return jnp.where(weight > 0, weight, 1)
 
 
 def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0):
     """State after one update, and {"loss", "accuracy", "grad_norm", "tokens"} as device scalars.
+
+    Where "tokens", the sum of weights, is 0, there is no loss, and "loss" and "accuracy" mean nothing.
 
     ema: decay of the average; the first step sets it to what that step made, as torch's AveragedModel does.
 
@@ -89,8 +96,8 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
         decay = jnp.where(state.step == 0, 0.0, ema)
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, updated)
     report = {
-        "loss": metrics["loss"] / weight,
-        "accuracy": metrics["correct"] / weight,
+        "loss": metrics["loss"] / divisor(weight),
+        "accuracy": metrics["correct"] / divisor(weight),
         "grad_norm": optax.tree.norm(gradient),
         "tokens": weight,
     }

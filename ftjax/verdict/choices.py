@@ -17,7 +17,8 @@ import numpy as np
 
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
+from ftjax.evaluation.loss import WEIGHTS
 from ftjax.objectives.causal import states
 
 BUCKETS = 8  # lengths that rows are padded to, each compiled once
@@ -37,11 +38,16 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihoods(lm, pairs: Sequence[Pair], batch_size: int = 16) -> list[Likelihood]:
-    """Of the second part of each pair behind the first, in their order; see `batched`."""
+    """Of the second part of each pair behind the first, in their order; see `batched`.
+
+    Raises NotFinite for one that is NaN or infinite.
+    """
     out: list[Likelihood] = [None] * len(pairs)
     for batch, rows in batched(pairs, lm.max_tokens, batch_size):
         logs, greedy = map(np.asarray, _told(lm.model, lm.variables, batch))
         for row, i, n in rows:
+            if not np.isfinite(logs[row, :n]).all():
+                raise NotFinite(f"text {i + 1}: its likelihood is NaN or infinite. {WEIGHTS}")
             out[i] = Likelihood(float(logs[row, :n].sum(dtype=np.float64)), bool(greedy[row, :n].all()), n)
     return out
 

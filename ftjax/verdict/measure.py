@@ -20,6 +20,7 @@ from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import sums, text_loss
+from ftjax.evaluation.metrics import find, mean
 from ftjax.evaluation.said import Asked
 from ftjax.evaluation.support import unsupported_rate
 from ftjax.lm import LM, continue_ids
@@ -173,9 +174,19 @@ def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
     until = comp.between if contender.how.shots and rows[0].messages is None else ""
     references, asked_of = [q.references for q in setting.questions], [q.row for q in setting.questions]
     _, samples = compare.answered(lm, lm.variables, prompts.ids, references, asked_of, config, until)
-    scores = {n: np.array([s["scores"][n] for s in samples], float) for n in config.evaluate.metrics}
+    scores = {n: _counted(n, [s["scores"][n] for s in samples]) for n in config.evaluate.metrics}
     texts = [s["prediction"] for s in samples]
     return scores, texts, cost.request(lm, prompts.ids, texts, config), prompts.shortened
+
+
+def _counted(name: str, scores: list[float | None]) -> np.ndarray:
+    """Scores (N,) of a metric. An answer without a score counts as the worst, so that contenders share all rows."""
+    worst = find(name).worst
+    if worst is None and None in scores:
+        raise FtjaxError(
+            f"evaluate.metrics: {name} has no score for row {scores.index(None) + 1}; a comparison needs one"
+        )
+    return np.array([worst if score is None else score for score in scores], float)
 
 
 def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> float | None:
@@ -183,7 +194,7 @@ def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> fl
     if not contender.how.passages:
         return None
     context = setting.library.context([q.rendered for q in setting.questions], contender.how)
-    return float(np.mean([unsupported_rate(t, "\n".join(c)) for t, c in zip(texts, context, strict=True)]))
+    return mean(unsupported_rate(t, "\n".join(c)) for t, c in zip(texts, context, strict=True))
 
 
 def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import shlex
 import traceback
 from pathlib import Path
@@ -16,7 +14,7 @@ from ftjax import config as configs
 from ftjax.data.template import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
-from ftjax.files import replace_text, write_jsonl
+from ftjax.files import replace_json, replace_text, write_jsonl
 from ftjax.training.compiling import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
@@ -91,7 +89,7 @@ def compare(config, out: str | None = None, say=print) -> dict:
         write_ballots(out / "ballots.csv", out / "ballots_key.jsonl", prompts, said, seed=config.seed)
         written += ["ballots.csv", "ballots_key.jsonl"]
     data["samples"] = report.spread(answers, config.evaluate.samples)
-    replace_text(out / "verdict.json", json.dumps(_no_nan(data), indent=2, ensure_ascii=False) + "\n")
+    replace_json(out / "verdict.json", data)
     replace_text(out / "verdict.md", report.markdown(data))
     replace_text(out / "verdict.html", report.html(data, out))
     say(report.table(data))
@@ -262,15 +260,6 @@ def _answers(found: Setting, measured: dict[str, Measured], metric: str):
     for i, (text, references) in enumerate(zip(shown, right, strict=True)):
         said = {n: {"text": m.answers[i], "score": float(m.scores[metric][0, i])} for n, m in measured.items()}
         yield {"prompt": text, "references": references, "answers": said}
-
-
-def _no_nan(value):
-    """JSON has neither NaN nor infinity: None in their place."""
-    if isinstance(value, dict):
-        return {key: _no_nan(cell) for key, cell in value.items()}
-    if isinstance(value, list | tuple):
-        return [_no_nan(cell) for cell in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from ftjax import assets
 from ftjax.data import chat_templates, read
 from ftjax.data.prepare import Data, fingerprint, prepare
-from ftjax.data.template import Rendered, asked, reference
+from ftjax.data.template import Rendered, asked
+from ftjax.data.tokenise import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import judge
 from ftjax.evaluation.loss import read_documents
@@ -31,8 +32,10 @@ class Question(NamedTuple):
     row: dict
 
 
-def questions(part, most: int = 0) -> list[Question]:
+def questions(part, tokenizer, end: str = "", most: int = 0) -> list[Question]:
     """The first `most` distinct questions of a part (0: all), each with the answers of all rows that ask it.
+
+    tokenizer, end: see tokenise.reference.
 
     Raises FtjaxError where rows ask nothing.
     """
@@ -41,10 +44,8 @@ def questions(part, most: int = 0) -> list[Question]:
         key = json.dumps([rendered.prompt, _before_answer(rendered), rendered.tools, rendered.template])
         if rendered.messages is None and not rendered.prompt:
             raise FtjaxError("compare: rows of plain text ask nothing; name their question by data.prompt")
-        if key in found:
-            found[key].references.append(reference(rendered))
-        else:
-            found[key] = Question(rendered, [reference(rendered)], row)
+        question = found.setdefault(key, Question(rendered, [], row))
+        question.references.append(reference(rendered, tokenizer, end=end))
     return list(found.values())[: most or None]
 
 
@@ -85,7 +86,7 @@ def setting(config, folder: Path) -> Setting:
         config,
         folder,
         data,
-        questions(part, config.evaluate.compare_rows) if causal else [],
+        questions(part, base.tokenizer, config.data.end, config.evaluate.compare_rows) if causal else [],
         Library(config, data.train),
         base,
         read_documents(assets.resolve(config.evaluate.forgetting)) if forgetting else [],

@@ -28,7 +28,7 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.labelled import KINDS, LOWER
 from ftjax.evaluation.metrics import METRICS
 from ftjax.evaluation.tables import grid as grid_text
-from ftjax.files import replace_text
+from ftjax.files import replace_json
 from ftjax.hub import families, resolve, weights
 from ftjax.objectives import TASKS
 from ftjax.training import claims, hosts
@@ -105,7 +105,7 @@ def sweep(
     else:
         points = search.drawn(found, random, config.seed) if random else search.every(found)
         outcomes = _halved(config, points, plan, run, say) if halving else run(plan(points))
-    replace_text(folder / "sweep.json", json.dumps([dataclasses.asdict(o) for o in outcomes], indent=2) + "\n")
+    replace_json(folder / "sweep.json", [dataclasses.asdict(o) for o in outcomes])
     shown = main_figures(config, outcomes)
     say(table(outcomes, shown))
     if picture := draw(outcomes, shown[0], folder / "sweep.png", say):
@@ -267,7 +267,8 @@ def _name(texts: list[str]) -> str:
 def _asked(config) -> dict:
     """What a run's outcome depends on: fields and the content of the files that they name, as JSON gives them back."""
     said = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
-    said |= {key: value for key, value in configs.flat(config).items() if key.startswith(("evaluate.", "generate."))}
+    judged = ("evaluate.", "generate.", "task.")
+    said |= {key: value for key, value in configs.flat(config).items() if key.startswith(judged)}
     return json.loads(json.dumps(said | contents(config)))
 
 
@@ -322,9 +323,7 @@ def _run(settings: dict, config, say) -> Outcome:
     else:
         found, noise = figures(result), _noise(result)
         outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=meter.joules)
-    replace_text(
-        run_dir / OUTCOME, json.dumps(dataclasses.asdict(outcome) | {"asked": _asked(config)}, indent=2) + "\n"
-    )
+    replace_json(run_dir / OUTCOME, dataclasses.asdict(outcome) | {"asked": _asked(config)})
     return outcome
 
 
@@ -429,7 +428,7 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     told = {label: curve.report(points, **how) for label, points in curves.items()}
     for label, one in told.items():
         say(f"{label}: {one['says']}")
-    replace_text(path.with_name("curves.json"), json.dumps(told, indent=2) + "\n")
+    replace_json(path.with_name("curves.json"), told)
     return pictures.curves(told, path, list(told), x_label="parameters" if key == "model.path" else key, y_label=name)
 
 

@@ -8,8 +8,10 @@ from transformers import AutoTokenizer
 from ftjax.assets import resolve
 from ftjax.data.read import read
 from ftjax.data.template import Rendered, guess, renderer
-from ftjax.data.tokenise import encode, encode_prompts
+from ftjax.data.template import reference as plain_reference
+from ftjax.data.tokenise import answer_of, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
+from ftjax.evaluation.metrics import score
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -149,6 +151,26 @@ def test_turns_that_end_otherwise_than_an_answer_in_text(qwen3, monkeypatch):
     monkeypatch.setattr(qwen3, "chat_template", other)
     (example,) = encode([chat("hi", "f(1)", call=True)], qwen3)
     assert trained_text(example, qwen3) == "f(1)<|box_end|>"
+
+
+@pytest.mark.parametrize("template", ["", "chatml"])
+def test_the_reference_of_a_tool_call_is_what_was_trained(qwen3, template):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Łódź", "days": 3}}}
+    row = renderer("messages", template=template)({"messages": [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]}, "row 1")  # fmt: skip
+    (example,) = encode([row], qwen3)
+    right = reference(row, qwen3)
+    trained = qwen3.decode(example.ids[example.trained], skip_special_tokens=True)
+    assert right == trained.replace("<think>\n\n</think>\n\n", "").strip() == answer_of(trained)
+    assert right.startswith('<tool_call>\n{"name": "weather"') and "Łódź" in right
+    assert score("exact_match", ["", right], [[right]] * 2, [{}] * 2, None)[1] == [0, 1]
+    text = renderer("messages")(
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a "}]}, ""
+    )
+    assert reference(text, qwen3) == "a" == plain_reference(text)
+    assert '"weather"' in plain_reference(row)  # what cleaning takes for the answer is not empty
 
 
 def test_chat_faults(qwen3, monkeypatch):

@@ -197,3 +197,21 @@ def test_sst2_by_a_word_list(shared):
     assert report["rows"] == 872 and accuracy["low"] > 0.5
     wald = 1.96 * np.sqrt(accuracy["value"] * (1 - accuracy["value"]) / 872)
     assert accuracy["high"] - accuracy["low"] == pytest.approx(2 * wald, rel=0.1)
+
+
+def test_ranks_among_few_rows_and_vectors_that_are_no_numbers_say_nothing():
+    vectors = np.eye(12)
+    for n, undefined in ((1, {"mrr", "recall_at_1", "recall_at_10", "mean_rank"}), (10, {"recall_at_10"}), (12, set())):
+        found = labelled.report("retrieval", vectors[:n], vectors[:n], draws=5)["metrics"]
+        assert {name for name, entry in found.items() if entry["value"] is None} == undefined
+        assert all("there" in found[name]["note"] for name in undefined)
+    vectors[3] = np.nan  # its rank would be 0, the best
+    with pytest.raises(FtjaxError, match="expected finite numbers"):
+        labelled.report("retrieval", vectors, vectors, draws=5)
+
+
+def test_without_draws_there_are_values_and_no_intervals():
+    whole = labelled.report("single_label", [0, 1, 1], np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), draws=20)
+    plain = labelled.report("single_label", [0, 1, 1], np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), draws=0)
+    assert {n: e["value"] for n, e in plain["metrics"].items()} == {n: e["value"] for n, e in whole["metrics"].items()}
+    assert all(entry["low"] is None for entry in plain["metrics"].values())

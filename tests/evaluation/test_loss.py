@@ -1,5 +1,6 @@
 """Losses against torch in float64 and against the figure published with the starter model."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
+from ftjax.evaluation.generate import choose
 from ftjax.evaluation.loss import evaluate_loss, read_documents, text_loss
 from ftjax.objectives import causal
 
@@ -77,3 +79,22 @@ def test_bad_text_files_are_named(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n<|endoftext|>\n")
     with pytest.raises(FtjaxError, match="empty.txt: holds no document"):
         read_documents(tmp_path / "empty.txt")
+
+
+def test_a_loss_that_is_no_number_is_refused_and_nothing_counts_as_right(starter):
+    lm, _ = starter
+    damaged = jax.tree.map(lambda x: x, lm.params)
+    damaged["final_norm"] = {"scale": lm.params["final_norm"]["scale"].at[3].set(jnp.nan)}
+    sums = functools.partial(jax.jit(causal.sums, static_argnums=0), lm.model, {"params": damaged})
+    tokens = np.arange(1, 9)[None]
+    batch = {"tokens": tokens, "positions": tokens - 1, "segment_ids": np.ones_like(tokens)}
+    batch |= {"loss_index": tokens[:, :7] - 1, "labels": tokens[:, 1:], "weights": np.ones((1, 7), np.float32)}
+    assert float(sums(batch)[2]["correct"]) == 0
+    with pytest.raises(NotFinite, match="the loss is nan, so no figure of this model means anything. Its weights hold"):
+        evaluate_loss(sums, [batch])
+    broken = dataclasses.replace(lm, params=damaged)
+    with pytest.raises(NotFinite, match="prompt 1: the model's logits are not finite"):
+        broken.generate(["Once upon a time"], max_new_tokens=1)
+    logits, keys = jnp.array([[1.0, jnp.nan, 0.0], [0.0, 2.0, -jnp.inf]]), jax.random.split(jax.random.key(0), 2)
+    for sampling in ((0.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 2, 0.9)):
+        assert (np.asarray(choose(logits, keys, *sampling)) >= 0).tolist() == [False, True]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,8 +43,73 @@ def test_coverage_counts_distinct_stems():
 
 
 def test_exact_match_disregards_white_space_only():
-    _, scores = score("exact_match", [" a  b\n", "A b", "c"], [["x", "a b"], ["a b"], []], [{}] * 3, SETTINGS)
+    _, scores = score("exact_match", [" a  b\n", "A b", "c"], [["x", "a b"], ["a b"], ["d"]], [{}] * 3, SETTINGS)
     assert scores == [1.0, 0.0, 0.0]
+
+
+SCRIPTS = (
+    "今天天气很好，我们去公园。", "今日は天気がいいので公園へ行きます。", "오늘은 날씨가 정말 좋아요.",
+    "الطقس جميل اليوم هنا", "आज मौसम बहुत अच्छा है", "сегодня очень хорошая погода", "σήμερα έχει πολύ ωραίο καιρό",
+    "วันนี้อากาศดีมาก", "היום מזג האוויר נעים", "ဒီနေ့ ရာသီဥတု ကောင်းတယ်", "আজ আবহাওয়া খুব ভালো", "Žluťoučký kůň úpěl ďábelské ódy",
+)  # fmt: skip
+WHOLE = ("exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_answer_equal_to_its_reference_has_the_best_score_in_every_script(name):
+    pytest.importorskip("sacrebleu")
+    composed = [unicodedata.normalize(form, text) for text, form in zip(SCRIPTS, ("NFC", "NFD") * 6)]
+    figure, scores = score(name, composed, [[text] for text in SCRIPTS], [{}] * len(SCRIPTS), SETTINGS)
+    assert scores == pytest.approx([METRICS[name].best] * len(SCRIPTS)) and figure == pytest.approx(METRICS[name].best)
+    if name != "chrf":  # which knows characters alone
+        _, scores = score(name, SCRIPTS, [[t] for t in SCRIPTS[1:] + SCRIPTS[:1]], [{}] * len(SCRIPTS), SETTINGS)
+        assert max(scores) < 0.35 * METRICS[name].best
+    emoji, _ = score("rouge_l", ["👍❤️"], [["👍❤️"]], [{}], SETTINGS)
+    assert emoji == 1
+
+
+def test_scripts_without_spaces_are_counted_by_character():
+    said, right = "我们去公园", "今天我们去大公园"
+    for name in ("rouge_1", "token_f1", "rouge_l"):
+        # 5 of 5 characters, of 8
+        assert score(name, [said], [[right]], [{}], SETTINGS)[0] == pytest.approx(2 * (5 / 8) / (1 + 5 / 8))
+    assert score("length", [said], [[right]], [{}], SETTINGS)[0] == 5
+    assert score("distinct_1", ["去去公园"], [[right]], [{}], SETTINGS)[0] == 3 / 4
+    assert score("coverage", ["我们去公园"], [[""]], [{"src": "公园 बस"}], SETTINGS)[0] == pytest.approx(2 / 3)
+    assert score("coverage", ["हम बस से जाते हैं"], [[""]], [{"src": "बस सब"}], SETTINGS)[0] == 0.5
+
+
+def test_bleu_of_chinese_is_that_of_sacrebleus_tokenizer():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    said, right = (
+        ["我们今天去公园玩。", "天气真的很好，iPhone 15 很贵"],
+        ["我们去公园玩吧。", "今天天气很好，iPhone 15 太贵了"],
+    )
+    figure, scores = score("bleu", said, [[text] for text in right], [{}] * 2, SETTINGS)
+    assert figure == pytest.approx(sacrebleu.corpus_bleu(said, [right], tokenize="zh").score) and 0 < figure < 100
+    theirs = sacrebleu.BLEU(tokenize="zh", effective_order=True)
+    assert scores == pytest.approx([theirs.sentence_score(s, [r]).score for s, r in zip(said, right)])
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127)), st.text(alphabet=st.characters(max_codepoint=127)))
+def test_rouge_of_ascii_text_is_rouge_scores_own(said, right):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    theirs = RougeScorer(["rougeL"], use_stemmer=True).score(right, said)["rougeL"].fmeasure
+    assert score("rouge_l", [said], [[right]], [{}], SETTINGS)[0] == (theirs if right.strip() else None)
+
+
+def test_a_score_that_is_not_defined_is_none():
+    for name in ("exact_match", "token_f1", "rouge_l", "chrf", "bleu", "number_match"):
+        pytest.importorskip("sacrebleu")
+        assert score(name, ["", "7 a b c"], [[" "], ["", "7 a b c"]], [{}] * 2, SETTINGS)[1][0] is None
+        assert score(name, ["", ""], [[" "], []], [{}] * 2, SETTINGS) == (None, [None, None])
+        # An empty reference beside a real one is no right answer.
+        assert score(name, [""], [["", "7"]], [{}], SETTINGS)[1] == [0.0]
+    assert score("bleu", ["Paris"], [["Paris"]], [{}], SETTINGS) == (None, [pytest.approx(100)])
+    assert score("bleu", ["Paris"], [["in the city of Paris"]], [{}], SETTINGS)[0] == 0
+    by_reference = SimpleNamespace(passage="")
+    assert score("unsupported", ["", "Dogs bark."], [["Dogs bark."]] * 2, [{}] * 2, by_reference) == (0, [None, 0])
 
 
 def test_bleu_is_that_of_the_corpus():
@@ -175,8 +241,8 @@ def test_distinct_counts_ngrams_of_all_answers_together():
     predictions = ["a b a b", "A c", "x", ""]
     one, ones = score("distinct_1", predictions, [[""]] * 4, [{}] * 4, SETTINGS)
     two, twos = score("distinct_2", predictions, [[""]] * 4, [{}] * 4, SETTINGS)
-    assert ones == [0.5, 1, 1, 0] and one == pytest.approx(4 / 7)  # a b c x of 7 words
-    assert twos == pytest.approx([2 / 3, 1, 0, 0]) and two == pytest.approx(3 / 4)  # ab ba ac of 4 pairs
+    assert ones == [0.5, 1, 1, None] and one == pytest.approx(4 / 7)  # a b c x of 7 words
+    assert twos == [pytest.approx(2 / 3), 1, None, None] and two == pytest.approx(3 / 4)  # ab ba ac of 4 pairs
     assert score("length", predictions, [[""]] * 4, [{}] * 4, SETTINGS)[1] == [4, 2, 1, 0]
 
 
@@ -186,7 +252,8 @@ def test_scores_stay_in_their_range_and_oneself_is_matched(texts):
     predictions = [text + " word" for text in texts]
     for name in ("exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "distinct_1", "distinct_2"):
         figure, scores = score(name, predictions, [[p] for p in predictions], [{}] * len(texts), SETTINGS)
-        assert 0 <= figure <= 1 and all(0 <= s <= 1 for s in scores)
+        there = [s for s in (figure, *scores) if s is not None]
+        assert all(0 <= s <= 1 for s in there) and (name == "distinct_2" or len(there) == len(texts) + 1)
         if name in ("exact_match", "token_f1", "rouge_1", "rouge_l"):
             assert scores == [1.0] * len(texts)
 

@@ -22,7 +22,20 @@ def test_a_claim_is_supported_by_its_content_and_its_numbers():
     assert [claim.share for claim in found[:2]] == [1, 1] and found[3].numbers == ("1067",)
     assert found[2].text == "The army brought elephants and crossed the Alps."
     assert unsupported_rate(answer, PASSAGE) == pytest.approx(2 / 5)
-    assert unsupported_rate("", PASSAGE) == 0 and unsupported_rate("Elephants.", "") == 1
+    assert unsupported_rate("", PASSAGE) is None and unsupported_rate("Elephants.", "") == 1
+
+
+@pytest.mark.parametrize(
+    "passage, true, false",
+    [
+        ("他住在北京。他有两只猫。", "他有猫。", "熊喜欢蜂蜜！"),
+        ("वह दिल्ली में रहता है। उसके पास बिल्ली है।", "वह दिल्ली में रहता है।", "भालू शहद खाता था।"),
+        ("Он живёт в Москве. У него есть кот.", "Он живёт в Москве.", "Медведи любят мёд!"),
+    ],
+)
+def test_claims_of_other_scripts_are_told_apart(passage, true, false):
+    found = claims(f"{true}{'' if passage[0] == '他' else ' '}{false}", passage)
+    assert [claim.supported for claim in found] == [True, False]
 
 
 def test_longer_ngrams_ask_for_the_order_of_words():

@@ -102,3 +102,47 @@ def test_metrics_are_plain_and_count_what_is_right(tmp_path):
     right = logits.argmax(-1) == rows["labels"][:, 0]
     assert (float(weight), float(metrics["correct"])) == (5.0, right[[0, 1, 2, 3, 5]].sum())
     assert metrics["loss"] != total
+
+
+class Given:
+    """A model whose logits are what a batch gives as `states`."""
+
+    def apply(self, variables, found, rngs=None, method=None):
+        return found
+
+
+@pytest.mark.parametrize("focal", [0.0, 0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_focal_loss_and_its_gradient_are_those_of_float64_at_any_probability(several, focal):
+    import torch
+
+    scale = np.array([0, 1e-3, 1, 10, 17, 30, 90, 104, 200], np.float32)
+    values = np.concatenate([scale, -scale])[:, None] * np.array([1.0, -1.0, 0.5], np.float32)
+    N = len(values)
+    labels = np.tile([1.0, 0.0, 1.0], (N, 1)).astype(np.float32) if several else np.zeros(N, np.int32)
+    exact = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    if several:
+        signed = torch.where(torch.tensor(labels) > 0, exact, -exact)
+        loss = -torch.nn.functional.logsigmoid(signed)
+        theirs = (loss * (focal * torch.nn.functional.logsigmoid(-signed)).exp()).mean(-1).sum()
+    else:
+        logs = exact.log_softmax(-1)
+        theirs = (-logs[:, 0] * (focal * logs[:, 1:].logsumexp(-1)).exp()).sum()
+    theirs.backward()
+
+    def ours(states):
+        rows = {"states": states, "labels": labels[:, None], "weights": np.ones((N, 1), np.float32)}
+        return (classify.many_classes if several else classify.one_class)(Given(), {}, rows, focal=focal)[0]
+
+    found, gradient = jax.value_and_grad(ours)(values[:, None])
+    assert float(found) == pytest.approx(theirs.item(), rel=1e-5)
+    np.testing.assert_allclose(gradient[:, 0], exact.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_logits_that_are_no_numbers_are_never_right(several):
+    states = np.full((2, 1, 3), np.nan, np.float32)
+    states[1] = [[9.0, np.nan, -9.0]]
+    labels = np.zeros((2, 1, 3), np.float32) if several else np.array([[0], [1]])
+    rows = {"states": states, "labels": labels, "weights": np.ones((2, 1), np.float32)}
+    assert (classify.many_classes if several else classify.one_class)(Given(), {}, rows)[2]["correct"] == 0

@@ -1,0 +1,52 @@
+"""Words of a text in any script, for the metrics that count words.
+
+Scripts that put no spaces between words (Chinese, Japanese, Thai, ...) have one word for each character. All other
+words are runs of letters, digits and the marks that belong to them, so that the vowel signs of Hindi stay within their
+word. On texts in ASCII each function splits exactly as the tool does that its metric is named after.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+UNSPACED = "".join(
+    rf"\p{{Script={name}}}"
+    for name in ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Yi")
+)
+WIDE = r"\u3000-\u303f\uff00-\uffef"  # punctuation and full-width forms of Chinese and Japanese
+OTHER = rf"(?![{UNSPACED}])[\p{{L}}\p{{N}}"  # a letter or digit of another script; closed where it is used
+WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|{OTHER}](?:{OTHER}\p{{M}}])*")
+SYMBOL = regex.compile(r"[^\s\x00-\x7f]")
+APART = regex.compile(rf"[{UNSPACED}{WIDE}]\p{{M}}*")
+# All of string.punctuation, and the punctuation of other scripts. The marks that Latin text shares (quotes, dashes) are
+# kept, because the official scripts of SQuAD keep them.
+PUNCTUATION = regex.compile(r"(?V1)[[!-/:-@\[-`{-~]||[\p{P}--[\u0080-\u036f\u2000-\u206f]]]")
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's composed form (NFC), so that é is the same text however it was typed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation.
+
+    A text that holds no word, such as one of emoji, is split into its symbols outside ASCII instead.
+    """
+    text = composed(text).lower()
+    return WORD.findall(text) or SYMBOL.findall(text)
+
+
+def spaced(text: str) -> str:
+    """The text with spaces around each character of a script that puts none between words.
+
+    Tools that split at spaces then see the characters as words. Other text is only composed.
+    """
+    return APART.sub(r" \g<0> ", composed(text))
+
+
+def without_punctuation(text: str) -> str:
+    """The text without ASCII's punctuation and symbols, and without the punctuation of scripts other than Latin."""
+    return PUNCTUATION.sub("", text)

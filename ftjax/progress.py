@@ -1,0 +1,69 @@
+"""What a terminal shows of work that takes a while: lines that fit it, and a sign of life."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+SOON, LATER = 10, 60  # seconds until the first and between further signs of life where nobody watches a terminal
+_open: list[object] = []  # what is being done, the outermost first: only that shows itself
+quiet = False  # set on all processes of a run but the first
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def columns(stream) -> int:
+    """Characters that a line of a terminal may have so that it does not wrap."""
+    try:
+        return max(os.get_terminal_size(stream.fileno()).columns - 1, 1)
+    except (OSError, ValueError):
+        return 79
+
+
+@contextlib.contextmanager
+def doing(what: str, stream=None) -> Iterator[None]:
+    """Tell on standard error that something long is under way, and for how long already.
+
+    On a terminal one line counts the seconds, and goes when the work ends. Elsewhere a line is written after 10 seconds
+    and then every minute, so that short work leaves no trace in a file.
+
+    Args:
+        what: the work, such as "compiling the training step".
+        stream: where to write; None: standard error.
+    """
+    stream, begin, ended, me = stream or sys.stderr, time.perf_counter(), threading.Event(), object()
+    live, shown = stream.isatty(), False
+
+    def tick():
+        nonlocal shown
+        wait = 1 if live else SOON
+        while not ended.wait(wait):
+            if _open[0] is me and not quiet:
+                took = clock(time.perf_counter() - begin)
+                line = f"{what} {took}"[: columns(stream)]
+                stream.write(f"\r\033[K{line}" if live else f"{what}: {took} so far\n")
+                stream.flush()
+                shown = live
+            wait = 1 if live else LATER
+
+    _open.append(me)
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _open.remove(me)
+        if shown:
+            stream.write("\r\033[K")
+            stream.flush()

@@ -1,0 +1,69 @@
+"""Numbers of a run that are NaN or infinite: what stops it, the step at which they appear, and the likely cause."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.errors import FtjaxError, NotFinite
+
+
+@jax.jit
+def _all_finite(leaves):
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def not_finite(tree) -> list[str]:
+    """The paths of a tree's floating-point leaves that hold a value which is NaN or infinite."""
+    leaves = [(p, leaf) for p, leaf in jax.tree.leaves_with_path(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    good = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return [path for path, fine in zip(paths, good, strict=True) if not fine]
+
+
+def check_weights(folder, *trees) -> None:
+    """Raise FtjaxError where the weights that a run begins with are not finite; folder: that they were read from."""
+    if bad := [path for tree in trees for path in not_finite(tree)]:
+        raise FtjaxError(
+            f"{folder}: {len(bad)} of the model's parameters hold values that are NaN or infinite, {bad[0]} the first. "
+            "The files are damaged, or a value overflowed when they were converted to float16: get them again, or "
+            "convert them to bfloat16 or float32"
+        )
+
+
+def check_step(step: int, values: dict, before: float | None, rate: float) -> None:
+    """Refuse to go on from a step whose loss or gradient norm is not finite.
+
+    Args:
+        step: its number, from 1.
+        values: its "loss", None where its rows weigh nothing, and "grad_norm".
+        before: the last loss before; None where there is none.
+        rate: the learning rate of the step before.
+
+    Raises:
+        NotFinite: naming the step and the likely cause.
+    """
+    loss, norm = values["loss"], values["grad_norm"]
+    if (loss is None or math.isfinite(loss)) and math.isfinite(norm):
+        return
+    what = f"step {step}: the gradient norm is {norm}"
+    if loss is not None and not math.isfinite(loss):
+        what = f"step {step}: the loss is {loss}"
+    if step == 1:
+        raise NotFinite(
+            f"{what}, in the first step, before any update: the learning rate is not the cause. A value overflows in "
+            "the computation, or a row's target is extreme: set model.dtype=float32, and look at the rows with "
+            "`ftjax data inspect`"
+        )
+    last = "" if before is None else f", and the loss before it was {before:.4g}"
+    raise NotFinite(f"{what}{last}. {advice(rate)}")
+
+
+def advice(rate: float) -> str:
+    """What makes numbers overflow in a run whose first steps were fine; rate: its learning rate there."""
+    return (
+        f"Updates at the learning rate {rate:.3g} are too large, most likely: lower optim.lr, lengthen optim.warmup, "
+        "or set optim.clip_norm=1"
+    )

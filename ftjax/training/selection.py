@@ -1,0 +1,98 @@
+"""The figure by which a run keeps its best checkpoint and stops early: `train.select`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ftjax import config as configs
+from ftjax.data.prepare import Part
+from ftjax.errors import FtjaxError, nearest
+from ftjax.evaluation import compare, judge
+from ftjax.evaluation.labelled import LOWER
+from ftjax.evaluation.metrics import METRICS, find, score
+from ftjax.evaluation.said import Asked
+from ftjax.objectives import TASKS
+
+LOSS = "val_loss"
+OF_TOKENS = ("accuracy",)  # figures that the validation loss brings along, where a task has no others
+MOST_ANSWERS = 500  # validation rows that may be answered at each validation
+
+
+class Selection(NamedTuple):
+    """name: of the figure; higher: whether more is better; part: the validation rows that it is measured on."""
+
+    name: str
+    higher: bool
+    part: Part
+
+    def rank(self, value: float | None) -> float | None:
+        """The value as a number of which more is better; None stays None and is never the best."""
+        return value if value is None or self.higher else -value
+
+
+def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
+    """The Selection that a config asks for.
+
+    Args:
+        config: the whole config.
+        part: the validation rows that a run uses.
+        figures: names of the figures that the task's predictions are judged by, see judge.check.
+        tokenizer: the one that rows are encoded with.
+
+    Raises:
+        FtjaxError: where there are no validation rows to select by, and for a figure that the task does not have, that
+            has no better direction, or that cannot be computed on these rows.
+    """
+    name, causal = config.train.select, config.task.kind == "causal"
+    if not len(part):
+        for key, wanted in (("train.select", name != LOSS), ("train.patience", config.train.patience > 0)):
+            if wanted:
+                raise FtjaxError(
+                    f"{key}: needs validation rows, and there are none: name data.validation, or give it a share of "
+                    "data.split"
+                )
+    known = (LOSS, *(figures or OF_TOKENS), *(METRICS if causal else ()))
+    if name not in known and not (causal and ":" in name):
+        more = ", and your own as file.py:function" if causal else ""
+        raise FtjaxError(
+            f"train.select: {name!r} is no figure of task.kind {config.task.kind}{nearest(name, known)}; those are "
+            f"{', '.join(known)}{more}"
+        )
+    if not causal or name in (LOSS, *OF_TOKENS):
+        return Selection(name, name != LOSS and name not in LOWER, part)
+    metric = find(name)
+    if metric.higher is None:
+        raise FtjaxError(f"train.select: neither more nor less {name} is better; choose another figure")
+    if len(part) > MOST_ANSWERS:
+        raise FtjaxError(
+            f"train.select: {name} is of generated answers, and each validation would answer {len(part):,} rows; set "
+            f"evaluate.rows to at most {MOST_ANSWERS}"
+        )
+    # What the metric asks of rows and references is found out on empty answers.
+    rows = [part.row(i) for i in range(len(part))]
+    score(name, [""] * len(rows), [[part.reference(i, tokenizer)] for i in range(len(rows))], rows, config.evaluate)
+    return Selection(name, metric.higher, part)
+
+
+def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, float]) -> float | None:
+    """The figure of a model on the selection's rows, None where it is undefined.
+
+    Args:
+        chosen: the run's Selection.
+        job: the run's Job.
+        model: the Flax module.
+        variables: what it is applied to.
+        losses: "val_loss" and "accuracy" of the same validation.
+    """
+    config = job.config
+    if chosen.name == LOSS or not TASKS[config.task.kind].judged and chosen.name in OF_TOKENS:
+        return losses[chosen.name]
+    if job.generates:
+        alone = configs.copy(config)
+        alone.evaluate.update(metrics=(chosen.name,), compare_rows=0)
+        return compare.answers(job.lm(model), variables, chosen.part, alone)[0][chosen.name]
+    asked = Asked(model, variables, job.words, job.data, chosen.part, config)
+    this = judge.JUDGES[config.task.kind]
+    said = this.say(asked)
+    cut = judge.thresholds_of(config, chosen.part, said) if config.task.threshold else None
+    return this.report(asked, said, cut, draws=0)["metrics"][chosen.name]["value"]
