@@ -25,7 +25,7 @@ def test_an_adapter_and_its_head_load_in_peft(kind, tmp_path):
     import transformers
 
     base = make(tmp_path / "base", kind)
-    c = config(tmp_path, base, export__formats='("adapter", "merged")', train__steps=10)
+    c = config(tmp_path, base, export__formats='("adapter", "merged")')
     result = ftjax.train(c, say=lambda text: None)
     assert result.results["labels"] == ["bad", "good"]
     assert result.results["test"]["metrics"]["accuracy"]["value"] > 0.9
@@ -85,9 +85,7 @@ def test_a_classifier_of_other_labels_is_a_start(encoder, tmp_path):
         result = ftjax.train(config(tmp_path, encoder, task__labels=labels, **more), say=lines.append)
         return lines, result
 
-    lines, result = started(
-        ["x", "y", "z"], '("bad", "good")', export__formats='("adapter", "merged")', train__steps=10
-    )
+    lines, result = started(["x", "y", "z"], '("bad", "good")', export__formats='("adapter", "merged")')
     new = "new, and trained whole: head/out (the model's own is for 3 labels, and the run has 2)"
     assert [line for line in lines if "head/out" in line] == [new]
     assert result.results["test"]["metrics"]["accuracy"]["value"] > 0.9
