@@ -35,7 +35,7 @@ def test_a_step_beside_torch(tmp_path):
     assert written["rows"] == [printed]
     assert written["command"].startswith("python bench_torch.py --only") and written["machine"]["cores"] > 0
     assert set(written["versions"]) >= {"jax", "torch", "transformers"}
-    assert printed["ratio"] == pytest.approx(printed["ftjax_tokens_s"] / printed["torch_tokens_s"], abs=0.01)
+    assert printed["ratio"] == pytest.approx(printed["ftjax_tokens_s"] / printed["torch_tokens_s"], rel=0.01, abs=0.01)
 
 
 def test_turns_leave_out_the_first_piece_of_each(monkeypatch):
