@@ -209,7 +209,7 @@ def test_commands_that_come_next_can_be_pasted(run_dir):
         "best": None,
         "files": {},
     }
-    text = summary(SimpleNamespace(run_dir=run_dir, **fields), configs.default())
+    text = summary(SimpleNamespace(run_dir=run_dir, **fields), configs.default(), chat=False)
     commands = [shlex.split(line) for line in text.partition("next:\n")[2].splitlines()]
     assert [command[1] for command in commands] == ["generate", "evaluate", "export"]
     assert all(command[3] == run_dir for command in commands)
