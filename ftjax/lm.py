@@ -93,20 +93,16 @@ class LM:
         words, own = self.tokenizer, None
         if tokenizer.has_tokenizer(folder):
             words, own = tokenizer.load_tokenizer(folder, self.folder), Path(folder)
-            tokenizer.check_vocab(words, self.model.config.vocab_size)
         elif text := tokenizer.chat_template(folder):
             words = copy.copy(words)
             words.chat_template = text
+        tokenizer.check_vocab(words, self.model.config.vocab_size)
         ends = tokenizer.end_tokens(self.folder, words)
         return dataclasses.replace(self, tokenizer=words, tokenizer_folder=own, end_tokens=ends)
 
     def applied(self, variables: dict) -> LM:
-        """This model under `variables`: {"params": ..., "adapter": ...}; their vocabulary may have another size.
-
-        Raises FtjaxError where the tokenizer has more tokens than their table of embeddings has rows.
-        """
+        """This model under `variables`: {"params": ..., "adapter": ...}; their vocabulary may have another size."""
         shape = dataclasses.replace(self.model.config, vocab_size=variables["params"]["embed"]["embedding"].shape[0])
-        tokenizer.check_vocab(self.tokenizer, shape.vocab_size)
         model = self.model if shape == self.model.config else self.model.clone(config=shape)
         return dataclasses.replace(self, model=model, params=variables["params"], adapter=variables.get("adapter", {}))
 
@@ -223,7 +219,7 @@ def open_base(
     folder = Path(folder)
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
-    if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table, see LM.applied
+    if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table
         tokenizer.check_vocab(words, shape.vocab_size)
     ends = ()
     if config is not None:

@@ -74,5 +74,4 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     own = folder if tokenizer.has_tokenizer(folder) else None
     lm, spec = open_base(base, dtype, quantise=quantise, task=task, tokenizer_folder=own)
     lm.pooling = pooling.read(folder) or lm.pooling
-    lm = lm.applied(peft_adapters.variables(adapter, lm.params, spec))
-    return lm if own else lm.reading(folder)
+    return lm.applied(peft_adapters.variables(adapter, lm.params, spec)).reading(folder)
