@@ -209,7 +209,7 @@ def column(asked: str, usual: tuple[str, ...], columns: list[str], key: str) -> 
     found = asked or next((name for name in usual if name in columns), "")
     if found not in columns:
         said = f"{found!r} is no column{nearest(found, columns)}" if found else "none of the usual names is a column"
-        raise FtjaxError(f"{key}: {said}; the columns are {', '.join(columns)}")
+        raise FtjaxError(f"{key}: {said}; name one of the columns: {', '.join(columns)}")
     return found
 
 
