@@ -160,7 +160,8 @@ class LM:
             The new text of each.
 
         Raises:
-            FtjaxError: for messages that are none, or that the tokenizer has no chat template for.
+            FtjaxError: for messages that are none, or that the tokenizer has no chat template for; for a model that
+                predicts no next token.
         """
         messages = isinstance(prompts, list) and prompts and isinstance(prompts[0], dict) and "role" in prompts[0]
         prompts = [prompts] if messages or isinstance(prompts, str | dict) else prompts
@@ -177,10 +178,15 @@ class LM:
 def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling) -> list[str]:
     """The new text behind each prompt, up to one of the model's end tokens or of `stop`.
 
-    variables: what lm.model is applied to; sampling: see ftjax.evaluation.generate.generate.
+    variables: what lm.model is applied to; sampling: see ftjax.evaluation.generate.generate. Raises FtjaxError for a
+    model that predicts no next token.
     """
     from ftjax.evaluation.generate import generate
 
+    if lm.kind != "causal":
+        raise FtjaxError(
+            f"generate: this model is for task.kind {lm.kind}, and continues no text; `ftjax predict` has what it says"
+        )
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
     drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token
     with doing(f"answering {len(ids):,} prompts"):
