@@ -26,6 +26,8 @@ from ml_collections.config_dict import placeholder
 from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
 
+WORDS = re.compile(r"[\w./:-]+(,[\w./:-]+)+")  # several values as peers write them: q_proj,v_proj
+
 
 class Field(NamedTuple):
     """What a field of the config may be.
@@ -54,7 +56,8 @@ class Field(NamedTuple):
         if self.kind is str and not isinstance(value, str | tuple | list | dict | None):
             value = text  # it only looks like a number: 123e4567 and 0123456 are commits
         if self.kind is tuple and not isinstance(value, tuple | list | None):
-            value = (self.item.read(text, name) if self.item else value,)
+            parts = text.split(",") if WORDS.fullmatch(text) else [text]
+            value = tuple(self.item.read(part, name) for part in parts) if self.item else (value,)
         return self.check(value, name)
 
     def check(self, value, name: str):

@@ -140,12 +140,14 @@ class LM:
             )
         return vectors
 
-    def generate(self, prompts: list, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling) -> list[str]:
+    def generate(
+        self, prompts: list | str | dict, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling
+    ) -> list[str]:
         """Continue each prompt.
 
         Args:
-            prompts: Texts, or conversations to answer, each a list of messages with `role` and `content`, which the
-                chat template shows. One conversation may stand alone.
+            prompts: Texts, or conversations to answer, which the chat template shows: each a list of messages with
+                `role` and `content`, or a row {"messages": [...], "tools": [...]}. One prompt may stand alone.
             max_new_tokens: The most tokens of an answer.
             stop: Strings of one token each that end an answer beside the model's own end tokens.
             sampling: temperature, top_k, top_p, …, see ftjax.evaluation.generate.generate.
@@ -154,11 +156,15 @@ class LM:
             The new text of each.
 
         Raises:
-            FtjaxError: for messages that are none, or that the tokenizer has no chat template for.
+            FtjaxError: for messages that are none, or that the tokenizer has no chat template for; for a model that
+                predicts no next token.
         """
-        prompts = [prompts] if prompts and isinstance(prompts[0], dict) else prompts
+        messages = isinstance(prompts, list) and prompts and isinstance(prompts[0], dict) and "role" in prompts[0]
+        prompts = [prompts] if messages or isinstance(prompts, str | dict) else prompts
         rows = [
-            Rendered(prompt=p) if isinstance(p, str) else asked({"messages": p}, f"prompt {n}")
+            Rendered(prompt=p)
+            if isinstance(p, str)
+            else asked(p if isinstance(p, dict) else {"messages": p}, f"prompt {n}")
             for n, p in enumerate(prompts, 1)
         ]
         ids = [i.tolist() for i in encode_prompts(rows, self.tokenizer, lambda n: f"prompt {n + 1}", goes_on=True)]
@@ -168,10 +174,15 @@ class LM:
 def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling) -> list[str]:
     """The new text behind each prompt, up to one of the model's end tokens or of `stop`.
 
-    variables: what lm.model is applied to; sampling: see ftjax.evaluation.generate.generate.
+    variables: what lm.model is applied to; sampling: see ftjax.evaluation.generate.generate. Raises FtjaxError for a
+    model that predicts no next token.
     """
     from ftjax.evaluation.generate import generate
 
+    if lm.kind != "causal":
+        raise FtjaxError(
+            f"generate: this model is for task.kind {lm.kind}, and continues no text; `ftjax predict` has what it says"
+        )
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
     drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token
     with doing(f"answering {len(ids):,} prompts"):

@@ -231,6 +231,21 @@ def test_a_value_out_of_range_is_refused(override):
         configs.override(configs.default(), [override])
 
 
+def test_several_values_are_separated_by_commas_or_a_tuple():
+    c = configs.default()
+    configs.override(c, ["tuning.targets=q_proj,v_proj", "export.formats=adapter,merged", "compare.curve=500,1000"])
+    assert c.tuning.targets == ("q_proj", "v_proj") and c.export.formats == ("adapter", "merged")
+    configs.override(
+        c, ["task.labels=('good, bad', 'x')", "generate.stop=,", "data.clean.drop=a{1,2}", "data.group=a b,c"]
+    )
+    assert (c.task.labels, c.generate.stop) == (("good, bad", "x"), (",",))
+    assert (c.data.clean.drop, c.data.group, c.compare.curve) == (("a{1,2}",), ("a b,c",), (500, 1000))
+    with pytest.raises(
+        FtjaxError, match="export.formats: expected one of .*found 'mergd' \\(did you mean \"merged\"\\?"
+    ):
+        configs.override(c, ["export.formats=adapter,mergd"])
+
+
 def test_a_text_that_looks_like_a_number_stays_a_text():
     texts = ["model.revision=123e4567", "data.label=1e5", "task.labels=0123", "data.system=True", "data.test='007'"]
     config = configs.default()

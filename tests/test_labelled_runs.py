@@ -12,6 +12,7 @@ import ftjax
 from ftjax import cli, user_code
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.evaluation.run import answer
 
 
 @pytest.fixture
@@ -282,6 +283,14 @@ def test_rows_that_are_cut_are_told_and_may_be_refused(trained, tmp_path):
     assert [line for line in told if "1 rows (50.0%) are longer than 16 tokens: cut at the end" in line]
     with pytest.raises(FtjaxError, match="given.jsonl row 2: 29 tokens, more than data.max_length=16"):
         ftjax.predict(str(trained), given, overrides=["data.long=raise"])
+
+
+def test_a_model_of_labels_continues_no_text(trained, tmp_path):
+    lm = ftjax.load(trained)
+    asked = write(tmp_path / "asked.jsonl", [{"prompt": "a film"}])
+    for ask in (lambda: lm.generate(["a film"]), lambda: answer(lm, ["a film"]), lambda: answer(lm, [], asked)):
+        with pytest.raises(FtjaxError, match="generate: this model is for task.kind classify, .*ftjax predict"):
+            ask()
 
 
 def test_code_that_a_run_folder_names_is_not_run(trained, tmp_path):

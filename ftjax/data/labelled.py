@@ -208,8 +208,10 @@ def column(asked: str, usual: tuple[str, ...], columns: list[str], key: str) -> 
     """The column that a config names, or else the first of the usual names that is there."""
     found = asked or next((name for name in usual if name in columns), "")
     if found not in columns:
-        said = f"{found!r} is no column{nearest(found, columns)}" if found else "none of the usual names is a column"
-        raise FtjaxError(f"{key}: {said}; the columns are {', '.join(columns)}")
+        listed = ", ".join(columns)
+        if found:
+            raise FtjaxError(f"{key}: {found!r} is no column{nearest(found, columns)}; the columns are {listed}")
+        raise FtjaxError(f"{key}: none of the usual names is a column; name one of the columns: {listed}")
     return found
 
 

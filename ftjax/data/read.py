@@ -215,6 +215,7 @@ class _Text:
 
     def __init__(self, name: str, handle):
         self.name, self.handle, self.line, self.size = name, handle, 0, 0
+        self.is_utf8 = False  # whether a character that is not ASCII was read
         self.head = handle.peek(4096)
         for signature, what, advice in SIGNATURES:
             if self.head.startswith(signature):
@@ -261,7 +262,9 @@ class _Text:
                 "`iconv -f utf-16le -t utf-8`, or remove the byte by `tr -d '\\0'`"
             )
         try:
-            return decode(data)
+            text = decode(data)
+            self.is_utf8 = self.is_utf8 or not text.isascii()
+            return text
         except UnicodeDecodeError as e:
             self.line += e.object.count(b"\n", 0, e.start)
             bad = e.object[e.start : e.start + 2]
@@ -269,6 +272,8 @@ class _Text:
                 advice = "half of a surrogate pair, as CESU-8 has it; write the file again as UTF-8"
             elif e.reason == "unexpected end of data":
                 advice = "the file ends within a character; fetch it again, or convert it to UTF-8"
+            elif self.is_utf8 or not e.object[: e.start].isascii():
+                advice = "the text before it is UTF-8; write this line as UTF-8, too, and leave the others as they are"
             else:
                 advice = f"convert it, such as by `iconv -f {'cp1252' if bad[0] < 0xA0 else 'latin1'} -t utf-8`"
             raise self.error(f"not UTF-8 (byte 0x{bad[0]:02x}); {advice}") from e

@@ -108,7 +108,7 @@ class Progress:
         parts = {"step": f"step {step:>{len(str(self.steps))}}/{self.steps}"}
         if "loss" in values:
             parts["loss"] = f"loss {_figure(values['loss'])}"
-        if self.validated:
+        if found or self.live and self.validated:  # in a file, a line holds figures of its own step alone
             parts["val"] = self.validated
         if "loss" in values:
             parts |= {"lr": f"lr {values['lr']:.2e}", "grad_norm": f"grad {values['grad_norm']:.2f}"}

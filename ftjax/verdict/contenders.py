@@ -58,7 +58,8 @@ def parse(config) -> list[Contender]:
         if config.task.kind != "causal" and (contender.kind == "prompt" or contender.how != Prompting()):
             raise FtjaxError(
                 f"{said}: {contender.name!r} asks by a prompt, which is for task.kind causal; for labels there are "
-                f"{MAJORITY}, runs, and what is trained"
+                f"{MAJORITY}, runs, and what is trained, such as "
+                f"--config.compare.contenders=\"('{MAJORITY}', {{'name': 'tuned'}})\""
             )
         found.append(contender)
     if config.compare.ballots and config.task.kind != "causal":

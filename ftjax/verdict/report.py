@@ -22,9 +22,10 @@ SCORES = "scores.png"  # the picture that stands with the decision
 def question(data: dict) -> str:
     """What was asked, in a sentence."""
     others = [entry["name"] for entry in data["contenders"] if entry["name"] != data["base"]]
+    asked = f"which of {named(others)} has" if len(others) > 1 else f"does {named(others)} have"
     return (
-        f"On {data['rows']:,} held-out rows of {data['data']}, which of {named(others)} has a better {data['metric']} "
-        f"than {data['base']}, and at what cost? The model is {data['model']}."
+        f"On {data['rows']:,} held-out rows of {data['data']}, {asked} a better {data['metric']} than {data['base']}, "
+        f"and at what cost? The model is {data['model']}."
     )
 
 

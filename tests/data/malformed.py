@@ -245,6 +245,11 @@ CODE_CASES = {
         '{"a": "x"}\n{"a": "café"}\n'.encode("latin1"),
         r" line 2: not UTF-8 \(byte 0xe9\); .*iconv -f latin1",
     ),
+    "Latin-1 in one line of UTF-8": (
+        "t.csv",
+        "a\ncliché\nplain\n".encode() + "café\n".encode("latin1"),
+        r" line 4: not UTF-8 \(byte 0xe9\); the text before it is UTF-8; write this line",
+    ),
     "Latin-1 in an array": (
         "t.json",
         '[{"a": "x"},\n\n{"a": "café"}]'.encode("latin1"),

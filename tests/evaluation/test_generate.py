@@ -210,5 +210,16 @@ def test_a_conversation_is_answered_as_its_chat_template_shows_it(tmp_path):
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps({"messages": c}) + "\n" for c in (chat, more)))
     assert [row["completion"] for row in answer(lm, [], str(file), max_new_tokens=8)] == expected
+    alone = lm.generate([shown[0]], max_new_tokens=4)
+    assert lm.generate(shown[0], max_new_tokens=4) == lm.generate({"messages": chat}, max_new_tokens=4) == alone
+    tools = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    lm.tokenizer.chat_template = tools + "{% for m in messages %}{{ m.content }} {% endfor %}"
+    row = {"messages": chat[:1], "tools": [{"type": "function", "function": {"name": "Play"}}]}
+    same = [{"role": "user", "content": "Play Once?"}]
+    assert (
+        lm.generate([row], max_new_tokens=8)
+        == lm.generate(same, max_new_tokens=8)
+        != lm.generate(chat[:1], max_new_tokens=8)
+    )
     with pytest.raises(FtjaxError, match="prompt 2: message 1 should be an object with `role`"):
         lm.generate(["x", [{"content": "y"}]])

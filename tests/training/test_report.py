@@ -83,10 +83,12 @@ def test_a_file_gets_a_line_for_every_logged_step():
     p = fed(stream)
     p.show(10, TRAINED)
     p.show(11, {"val_loss": 2.5})
+    p.show(20, TRAINED)
     p.end()
-    first, second = stream.getvalue().splitlines()
+    first, second, third = stream.getvalue().splitlines()
     assert first.startswith("step    10/20000  loss 1.2346  lr 1.00e-04  grad 0.50") and first.endswith("left")
     assert second.startswith("step    11/20000  val 2.5000")
+    assert third.startswith("step    20/20000  loss 1.2346  lr")  # the loss of step 11 is not shown as that of step 20
 
 
 def test_the_speed_is_that_of_training_without_validation(monkeypatch):

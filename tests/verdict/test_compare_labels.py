@@ -8,6 +8,7 @@ import pytest
 import tiny_labelled
 
 import ftjax
+from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.verdict import contenders, cost, run
 
@@ -138,8 +139,11 @@ def test_amounts_that_cannot_be_are_refused_before_anything_is_trained(config, t
 def test_prompts_and_other_tasks_are_refused(config):
     c = config.copy_and_resolve_references()
     c.compare.contenders = ("zero-shot", "majority")
-    with pytest.raises(FtjaxError, match="'zero-shot' asks by a prompt, which is for task.kind causal"):
+    with pytest.raises(FtjaxError, match="'zero-shot' asks by a prompt, which is for task.kind causal") as error:
         contenders.parse(c)
+    advice = str(error.value).partition("--config.")[2].replace('"', "")
+    configs.override(c, [advice])
+    assert [each.kind for each in contenders.parse(c)] == ["majority", "tuned"]
     c.task.kind = "tag"
     with pytest.raises(FtjaxError, match="task.kind tag; expected causal or classify, multilabel"):
         contenders.parse(c)
