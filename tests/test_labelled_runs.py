@@ -227,6 +227,12 @@ def test_several_labels_and_numbers(encoder, tmp_path):
     assert result.results["validation"]["metrics"]["f1_micro"]["value"] > 0.9
     assert ftjax.load(tmp_path / "run" / "full").kind == "multilabel"
 
+    one = [row | {"label": several(row)[:1] and ["word"]} for row in rows(60, 3)]
+    c = config(tmp_path, encoder, task__kind="multilabel", overwrite=True, **full | {"train__steps": 2})
+    c.data.update(train=write(tmp_path / "one.jsonl", one), test="")
+    shares = ftjax.train(c, say=lambda text: None).results["validation"]["metrics"]
+    assert shares["subset_accuracy"]["value"] is not None
+
     numbered = [row | {"label": float(sum(row["text"].count(word) for word in WORDS["good"]))} for row in rows(300, 4)]
     c = config(tmp_path, encoder, task__kind="regress", overwrite=True, **full)
     c.data.update(train=write(tmp_path / "numbers.jsonl", numbered), test="")

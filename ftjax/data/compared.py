@@ -16,8 +16,11 @@ OFTEN, SHARE = 10, 0.05  # rows, and share of all rows, above which the same pro
 FIELDS = {  # form: columns that are read, columns that are said
     "text": (("text",), ()),
     "prompt": (("prompt",), ("completion", "response")),
+    "question": (("question",), ("answer",)),
     "instruction": (("instruction", "input"), ("output", "instances")),
 }
+SYSTEM = ("system", "developer")  # roles whose text is the same in many rows
+SHOWN = ("content", "value", "name", "tool_calls", *template.THINKING)  # fields of a message that templates show
 
 
 def nothing(row: dict) -> str:
@@ -131,16 +134,28 @@ def columns_text(names: Sequence[str]) -> Callable[[dict], str]:
 
 def _text(cell) -> str:
     number = isinstance(cell, int | float) and not isinstance(cell, bool)
-    return str(cell) if number else row_text({"": cell})
+    return str(cell) if number else row_text({"": list(map(_shown, cell)) if isinstance(cell, list) else cell})
 
 
 def _turns(row: dict) -> tuple[str, str]:
     """(what comes before a conversation's last answer, that answer); of a preference, the chosen one. System texts are
     left out: they are the same in many rows."""
     asked = next((row[name] for name in ("messages", "conversations", "prompt") if row.get(name)), None)
-    turns = [turn for cell in (asked, row.get("chosen")) for turn in (cell if isinstance(cell, list) else [cell])]
+    chosen = row.get("chosen")
+    if asked is None and isinstance(chosen, str):  # a whole conversation as Anthropic's HH-RLHF writes it
+        asked, _, chosen = chosen.rpartition("\n\nAssistant:")
+    turns = [turn for cell in (asked, chosen) for turn in (cell if isinstance(cell, list) else [cell])]
     roles = [(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None for turn in turns]
     answers = [k for k, role in enumerate(roles) if template.ROLES.get(role, role) == "assistant"]
     last = answers[-1] if answers else 1
-    before = [turn for turn, role in zip(turns[:last], roles) if role != "system"]
-    return row_text({"": before}), row_text({"": turns[last:]})
+    before = [_shown(turn) for turn, role in zip(turns[:last], roles) if role not in SYSTEM]
+    return row_text({"": before}), row_text({"": list(map(_shown, turns[last:]))})
+
+
+def _shown(turn):
+    """A message without the fields that no template shows, such as its number or the day, and without ids of calls."""
+    if not isinstance(turn, dict) or not (turn.get("role") or turn.get("from")):
+        return turn
+    calls = turn.get("tool_calls") if isinstance(turn.get("tool_calls"), list) else []
+    calls = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+    return {name: turn[name] for name in SHOWN if name in turn} | ({"tool_calls": calls} if calls else {})

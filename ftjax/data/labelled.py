@@ -219,6 +219,7 @@ def column(asked: str, usual: tuple[str, ...], columns: list[str], key: str) -> 
 
 
 WHOLE = re.compile(r"-?\d+")
+VECTOR = re.compile(r"[01](\s*[\s;|/]\s*[01])+")  # a multi-hot vector in a text without commas
 SEVERAL = ("multilabel", "tag")  # task.kind of rows with several labels each
 
 
@@ -243,6 +244,11 @@ def label_names(table: Table, column: str, several: bool = False) -> set[str]:
         return set(map(str, range(length)))
     found = set()
     for i, cell in enumerate(cells):
+        if several and isinstance(cell, str) and VECTOR.fullmatch(cell.strip()):
+            raise FtjaxError(
+                f"{table.place(i)}: column {column!r} holds {cell!r:.80}, which looks like a vector of 0 and 1; write "
+                "vectors as [0, 1] or 0,1"
+            )
         for label in split_labels(cell) if several else [] if is_missing(cell) else [cell]:
             name = label_name(label)
             if name is None:
@@ -356,9 +362,10 @@ def numbers(how: Labelled, row: dict, place: str):
         found = np.array([float(x) for x in (cell if isinstance(cell, list) else [cell])], np.float32)
     except (TypeError, ValueError):
         found = np.array([np.nan])
-    if found.shape != (len(how.names),) or not np.isfinite(found).all():
+    # The loss squares numbers.
+    if found.shape != (len(how.names),) or not (np.abs(found) < 1e18).all():
         expected = "a number" if len(how.names) == 1 else f"{len(how.names)} numbers"
-        raise FtjaxError(f"{place}: column {how.label!r} holds {cell!r}; expected {expected}")
+        raise FtjaxError(f"{place}: column {how.label!r} holds {cell!r}; expected {expected} between -1e18 and 1e18")
     return found
 
 

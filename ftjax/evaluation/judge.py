@@ -78,10 +78,10 @@ def probabilities(kind: str, said: np.ndarray) -> np.ndarray:
     return np.exp(said) / np.exp(said).sum(1, keepdims=True)
 
 
-def truths(part: Part) -> np.ndarray:
-    """The targets (N,) or (N, C) of examples with one place each."""
+def truths(part: Part, kind: str) -> np.ndarray:
+    """The targets (N,) or (N, C) of examples with one place each, of a task; one number a row is (N,)."""
     values = part.examples.targets[part.examples.first]
-    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    return values[:, 0] if kind == "regress" and values.shape[1] == 1 else values
 
 
 def settings(kind: str, thresholds: list[float] | None) -> dict:
@@ -96,7 +96,7 @@ def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
     kind, metric = config.task.kind, config.task.threshold
     if not metric:
         return None
-    chances, labels = probabilities(kind, said), truths(part)
+    chances, labels = probabilities(kind, said), truths(part, kind)
     if kind == "classify" and chances.shape[1] != 2:
         raise FtjaxError(f"task.threshold: is for two labels or task.kind multilabel; there are {chances.shape[1]}")
     if kind == "classify":
@@ -109,7 +109,7 @@ def report(asked: Asked, said: np.ndarray, thresholds=None, draws: int = DRAWS) 
     kind, config = asked.config.task.kind, asked.config
     names = None if kind == "regress" else list(asked.data.labels)
     return labelled.report(
-        TASKS[kind].judged, truths(asked.part), probabilities(kind, said), names=names,
+        TASKS[kind].judged, truths(asked.part, kind), probabilities(kind, said), names=names,
         groups=groups(asked, range(len(said))), draws=draws, seed=config.seed, **settings(kind, thresholds),
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def report(asked: Asked, said: np.ndarray, thresholds=None, draws: int = DRAWS) 
 def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
     """One record a row: its place, its text, its label, what is predicted, and every label's probability."""
     part, labels, kind = asked.part, asked.data.labels, asked.config.task.kind
-    chances, truth, out = probabilities(kind, said), truths(part), []
+    chances, truth, out = probabilities(kind, said), truths(part, kind), []
     for i in range(len(part)):
         record = {"row": part.place(i), "text": part.rendered(i).prompt}
         if kind == "regress":
@@ -138,7 +138,7 @@ def worst(asked: Asked, said: np.ndarray, thresholds, n: int) -> list[int]:
     """The rows of highest loss among those told wrongly."""
     kind = asked.config.task.kind
     return labelled.worst(
-        TASKS[kind].judged, truths(asked.part), probabilities(kind, said), n, **settings(kind, thresholds)
+        TASKS[kind].judged, truths(asked.part, kind), probabilities(kind, said), n, **settings(kind, thresholds)
     )
 
 

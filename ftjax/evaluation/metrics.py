@@ -167,6 +167,7 @@ def final_number(text: str) -> Decimal | None:
     GSM8K's rule (Cobbe et al. 2021, grade_school_math/dataset.py): `#### (-?[0-9.,]+)` without its commas. Further, `$`
     and dots that end a sentence are left out, and the space behind the mark may lack. None: there is no number.
     """
+    text = text.replace("\u2212", "-")  # the minus sign of typeset mathematics
     _, mark, behind = text.partition(MARK)
     found = NUMBER.match(behind.lstrip()) if mark else [*NUMBER.finditer(text), None][-2:][0]
     return Decimal(found[0].replace(",", "").replace("$", "")) if found else None

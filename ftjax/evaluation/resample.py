@@ -66,7 +66,7 @@ def intervals(
     Returns:
         The figures. The interval of one without trials is by the percentiles of its resamples, at a level that is
         `expanded`; it follows the bias of a figure that resampling shifts, such as a calibration error. An undefined
-        figure is None; `note` says in how many resamples a figure is undefined, these being left out. Where all
+        figure is None; `note` says in how many resamples a figure is undefined, these being left out. Where the
         resamples agree, they say nothing of the figure's spread: its interval is None, and `note` says so.
 
     Raises:
@@ -95,20 +95,21 @@ def _interval(value: float, drawn: np.ndarray, tail: float, level: float, trials
     there = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(there):
         return {"value": None if np.isnan(value) else value, "low": None, "high": None}
-    agree = np.all(drawn == drawn[0])
     if trials:
         variance = there.var()
         if variance > 0 and 0 < value < 1:
             trials = min(trials, value * (1 - value) / variance)
         low, high = map(float, share_interval(value, trials, level))
     else:
-        low, high = (None, None) if agree else (float(q) for q in np.quantile(there, [tail, 1 - tail]))
-    entry = {"value": value, "low": low, "high": high}
+        low, high = map(float, np.quantile(there, [tail, 1 - tail]))
+    notes = []
     if len(there) < len(drawn):
-        entry["note"] = f"undefined in {len(drawn) - len(there):,} of {len(drawn):,} resamples, left out"
-    elif agree and not trials:
-        entry["note"] = "all resamples give this figure, so that its interval is not known"
-    return entry
+        notes.append(f"undefined in {len(drawn) - len(there):,} of {len(drawn):,} resamples, left out")
+    if high - low <= 1e-9 * max(1.0, abs(value)):  # sums of floats in another order differ a little
+        low = high = None
+        notes.append("the resamples agree on this figure, so that its interval is not known")
+    entry = {"value": value, "low": low, "high": high}
+    return entry | ({"note": "; ".join(notes)} if notes else {})
 
 
 def expanded(n: int, level: float) -> float:

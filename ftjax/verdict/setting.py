@@ -13,7 +13,6 @@ from ftjax.data.prepare import Data, fingerprint, prepare
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import reference
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import judge
 from ftjax.evaluation.loss import read_documents
 from ftjax.hub import families, resolve, tokenizer
 from ftjax.lm import LM, open_base
@@ -149,7 +148,7 @@ def held_out_labels(setting: Setting) -> list[str]:
 
 def labels(data: Data, part) -> list[str]:
     """The label of each example of a part; several as one text."""
-    targets = judge.truths(part)
+    targets = part.examples.targets[part.examples.first]
     if targets.ndim == 1:
         return [data.labels[int(target)] for target in targets]
     return [as_text([name for name, there in zip(data.labels, target) if there > 0]) for target in targets]

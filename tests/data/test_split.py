@@ -349,6 +349,37 @@ def test_a_prompt_that_very_many_rows_have_is_no_overlap():
     assert [r.index for r in removed] == [48, 49]
 
 
+@pytest.mark.parametrize("form", ["question", "messages", "calls", "developer", "trl", "hh"])
+def test_fields_that_no_template_shows_do_not_hide_what_the_model_has_read(form):
+    def row(n, mark):
+        text, answer = f"Of what is soup {n * n}?", f"Of {mark}."
+        said = [
+            {"role": "user", "content": text, "id": mark},
+            {"role": "assistant", "content": answer, "at": f"{mark} h"},
+        ]
+        if form == "calls":
+            call = {"id": mark, "type": "function", "function": {"name": "cook", "arguments": {"soup": "fish"}}}
+            said[1:1] = [
+                {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": mark, "content": "2"},
+            ]
+        return {
+            "question": {"id": mark, "question": text, "answer": answer},
+            "messages": {"messages": said},
+            "calls": {"messages": said},
+            "developer": {"messages": [{"role": "developer", "content": f"Day {mark}"}, *said]},
+            "trl": {"prompt": said[:1], "completion": said[1:]},
+            "hh": {
+                "chosen": f"\n\nHuman: {text}\n\nAssistant: {answer}",
+                "rejected": f"\n\nHuman: {text}\n\nAssistant: {n}",
+            },
+        }[form]
+
+    train, test = table([row(n, f"a{n}") for n in range(40)]), table([row(n, f"b{n}") for n in range(30, 50)])
+    kept, _ = decontaminate(train, [("test", test)], asked())
+    assert kept.tolist() == list(range(30))
+
+
 def test_the_last_answer_of_a_chat_is_no_part_of_what_is_asked():
     def chat(*texts):
         roles = ["system", *["user", "assistant"] * 2]

@@ -205,6 +205,8 @@ def test_the_final_number_is_gsm8ks_on_its_own_answers(shared):
         ("####-5 and then 6 #### 7", "-5"),
         ("between 10-12", "12"),
         ("minus -3", "-3"),
+        ("so x = \u22123.", "-3"),
+        ("#### \u22121,234", "-1234"),
         ("-$2", "-2"),
         ("a half is .5", ".5"),
         ("18.00", "18"),

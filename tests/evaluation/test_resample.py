@@ -113,6 +113,23 @@ def test_what_is_undefined_is_none_and_said():
     assert constant["low"] is constant["high"] is None and "its interval is not known" in constant["note"]
 
 
+@pytest.mark.parametrize("odd", ["noise", "undefined", "rare"])
+def test_resamples_that_agree_but_for_noise_give_no_interval(odd):
+    def reduce(counts):
+        figure = np.ones(len(counts))
+        if odd == "noise":
+            figure += 2e-16 * (counts[:, 0] > 0)
+        elif odd == "undefined":
+            figure[counts[:, 0] == 0] = np.nan
+        else:  # less than the share of resamples that an interval leaves out
+            figure[counts[:, 0] > 4] = 0.5
+        return {"figure": figure}
+
+    found = resample.intervals(10, reduce)["figure"]
+    assert found["low"] is found["high"] is None and "its interval is not known" in found["note"]
+    assert ("undefined in" in found["note"]) == (odd == "undefined")
+
+
 def test_figures_of_several_classes_come_as_lists():
     x = np.random.default_rng(0).random((40, 3))
     found = resample.intervals(40, lambda counts: {"mean": counts @ x / 40}, draws=50)["mean"]
