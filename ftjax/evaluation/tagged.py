@@ -39,7 +39,7 @@ def blank(asked: Asked) -> list[dict]:
     for i in range(len(part)):
         how, row, place = part.recipe(i), part.row(i), part.place(i)
         words = tags.cell(row, how.text, place)
-        known = [names[label_id(x, names, place, how.label)] for x in row[how.label]]
+        known = [names[label_id(how, x, place)] for x in row[how.label]]
         out.append({"row": place, "words": words, "tags": known, "predicted": [OUTSIDE] * len(words)})
     return out
 

@@ -145,6 +145,10 @@ def prepared(config, say) -> Job:
     with doing("reading and tokenising rows"):
         data = prepare(config, words, longest, pool=head.pool, known=known)
     config.task.labels = data.labels
+    if config.task.kind not in ("causal", "embed") and not config.data.mixture:
+        # Recorded, so that rows that are given later are read by the same columns and not by what is guessed of theirs.
+        read = data.train.pieces[0].recipe
+        config.task.text, config.task.pair, config.data.label = read.text, read.pair, read.label
     shape = with_task(config, family, shape, folder, len(data.labels))
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
 

@@ -147,8 +147,9 @@ def test_told_to_go_all_keep_a_checkpoint_and_stop(tmp_path):
     running.send_signal(signal.SIGTERM)
     rest, _ = running.communicate(timeout=900)
     assert running.returncode == 130, "".join(said) + rest
-    assert all(f"[{i}] ftjax: stopped; the same command goes on" in rest for i in range(2))
     (kept,) = (int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    told = f"stopped; the last checkpoint is that of step {kept:,} of 100,000, where the same command goes on"
+    assert all(f"[{i}] ftjax: {told}" in rest for i in range(2)), rest
     assert 0 < kept < 50_000 and kept >= read_metrics(tmp_path / "run")[-1]["step"]
 
 
