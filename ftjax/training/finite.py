@@ -61,9 +61,9 @@ def check_step(step: int, values: dict, before: float | None, rate: float) -> No
     raise NotFinite(f"{what}{last}. {advice(rate)}")
 
 
+SMALLER_UPDATES = "lower optim.lr, lengthen optim.warmup, or set optim.clip_norm=1"
+
+
 def advice(rate: float) -> str:
     """What makes numbers overflow in a run whose first steps were fine; rate: its learning rate there."""
-    return (
-        f"Updates at the learning rate {rate:.3g} are too large, most likely: lower optim.lr, lengthen optim.warmup, "
-        "or set optim.clip_norm=1"
-    )
+    return f"Updates at the learning rate {rate:.3g} are too large, most likely: {SMALLER_UPDATES}"

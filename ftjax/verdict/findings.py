@@ -15,6 +15,7 @@ from ftjax.data.prepare import rows
 from ftjax.data.split import decontaminate
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
+from ftjax.training.finite import SMALLER_UPDATES
 from ftjax.verdict import statistics
 from ftjax.verdict.measure import Measured
 from ftjax.verdict.setting import Setting
@@ -232,9 +233,8 @@ def failures(case: Case) -> Iterator[tuple[str, str, str]]:
     told = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
     told += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
     for name, text in told:
-        diverged = "the loss became" in text
-        advice = "a lower optim.lr or a longer optim.warmup helps most often" if diverged else "mend the reason"
-        yield name, text, advice if diverged else f"{advice}; the same command then runs only what is missing"
+        rerun = "mend the reason; the same command then runs only what is missing"
+        yield name, text, SMALLER_UPDATES if SMALLER_UPDATES in text else rerun
 
 
 CHECKS: dict[str, Callable[[Case], Iterator[tuple[str, str, str]]]] = {

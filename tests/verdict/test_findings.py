@@ -7,6 +7,7 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data.prepare import Data, prepare
 from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.training.finite import advice
 from ftjax.verdict import findings, statistics
 from ftjax.verdict.contenders import Contender
 from ftjax.verdict.cost import Cost
@@ -83,7 +84,10 @@ def test_forgetting_too_few_rows_short_prompts_and_failures():
     rng = np.random.default_rng(0)
     base = contender("base", "prompt", rng.integers(2, size=(1, 40)) * 1.0, forgetting=[1.0])
     more = contender(
-        "more", scores=base.scores["f1"] + 0.2, forgetting=[1.2, 1.4], failed=["seed 1: the loss became nan"]
+        "more",
+        scores=base.scores["f1"] + 0.2,
+        forgetting=[1.2, 1.4],
+        failed=[f"seed 1: {advice(1.0)}", "seed 2: out of memory"],
     )
     near = base.scores["f1"].copy()
     near[0, :4] = 1 - near[0, :4]
@@ -92,11 +96,13 @@ def test_forgetting_too_few_rows_short_prompts_and_failures():
     told = {check: [f.contender for f in found(check, asked)] for check in findings.CHECKS}
     assert told == {
         "leaked rows": [], "template mismatch": [], "overfitting": [], "lost refusals": [], "forgetting": ["more"],
-        "too few rows": ["open"], "prompts shortened": ["open"], "failed runs": ["more"],
+        "too few rows": ["open"], "prompts shortened": ["open"], "failed runs": ["more", "more"],
     }  # fmt: skip
     assert "from 1.000 to 1.300 nats" in found("forgetting", asked)[0].seen
     assert "rows would do" in found("too few rows", asked)[0].seen
     assert "7 of 40 prompts" in found("prompts shortened", asked)[0].seen
+    diverged, other = found("failed runs", asked)
+    assert "lower optim.lr" in diverged.advice and "runs only what is missing" in other.advice
 
 
 def test_held_out_rows_among_those_of_training_are_counted(tmp_path, shared):
