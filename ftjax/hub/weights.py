@@ -42,7 +42,7 @@ from ftjax.hub.families import (
 )
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import is_plain_name, new_folder, read_json, write_json
-from ftjax.hub.tokenizer import copy_tokenizer, load_tokenizer, pad_token, write_settings
+from ftjax.hub.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, unflatten
 
@@ -439,7 +439,7 @@ def write_model(
         hf[key] = head_to_hf(form, config.head)[key]
     tokenizer_folder = tokenizer_folder or source
     tokenizer = None
-    if tokenizer_folder and config.head.pool == "last":
+    if tokenizer_folder and config.head.pool == "last" and has_tokenizer(tokenizer_folder):
         # transformers finds a text's last token by the padding, see data.labelled.sequence.
         tokenizer = load_tokenizer(tokenizer_folder, source)
         hf["pad_token_id"] = pad_token(tokenizer)
