@@ -46,9 +46,13 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
 
 
 def weights_digests(folder: Path) -> dict[str, str]:
-    """{file: digest} of a directory's config.json, its weights, and the modules of sentence-transformers beside."""
+    """{file: digest} of a directory's configs, its weights, and the modules of sentence-transformers beside.
+
+    generation_config.json is one of them, because it says which tokens end an answer.
+    """
     folder = Path(folder)
-    files = [folder / "config.json", *weights.weight_files(folder), folder / pooling.MODULES, folder / pooling.LIMITS]
+    files = [folder / "config.json", folder / "generation_config.json", *weights.weight_files(folder)]
+    files += [folder / pooling.MODULES, folder / pooling.LIMITS]
     for _, path in pooling.modules(folder):
         files += [folder / path / name for name in ("config.json", "model.safetensors")]
     offsets: dict[Path, list[int]] = {}

@@ -130,6 +130,10 @@ def other_tokenizer(base: Path):
     (base / "tokenizer.json").write_text(json.dumps(said))
 
 
+def other_ends(base):
+    (base / "generation_config.json").write_text('{"eos_token_id": 5}')
+
+
 def other_template(base: Path):
     (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
@@ -140,6 +144,7 @@ def other_template(base: Path):
         (other_weights, "model.safetensors was "),
         (other_tokenizer, "tokenizer.json was "),
         (other_template, "chat_template.jinja was not there"),
+        (other_ends, "generation_config.json was "),
     ],
 )
 def test_another_base_at_its_place_is_refused(project, change, name):
@@ -150,7 +155,7 @@ def test_another_base_at_its_place_is_refused(project, change, name):
         ftjax.export(project / "run", project / "out")
     with pytest.raises(FtjaxError, match=f"holds another run: .*{name}"):
         ftjax.train(settings(project), say=lambda line: None)
-    if change is not other_weights:  # an adapter brings its own tokenizer
+    if change in (other_tokenizer, other_template):  # an adapter brings its own
         logits(project / "run/adapter")
         return
     with pytest.raises(FtjaxError, match=f"adapter: was trained on another base than .*{name}"):
