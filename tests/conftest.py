@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Most of the tests' time is compiling, of which the backend's optimisation is half.
@@ -28,6 +29,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ftjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("ftjax", deadline=None)
+hypothesis.settings.load_profile("ftjax")
 
 ROOT = Path(__file__).resolve().parents[1]
 
