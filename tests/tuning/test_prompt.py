@@ -266,6 +266,6 @@ def test_what_cannot_be_used():
         with pytest.raises(FtjaxError, match=message):
             method.from_peft(adapter_config, wrong, frozen, pair.spec)
     with pytest.raises(FtjaxError, match="adapter 'a' holds prompt: only LoRA's are weighted"):
-        weighted({"a": {"prompt": trained["prompt"]}}, {"a": 1.0}, "cat")
+        weighted({"a": method.variables(trained, frozen, pair.spec)}, frozen, {"a": 1.0}, "cat")
     with pytest.raises(FtjaxError, match="num_transformer_submodules"):
         method.from_peft(adapter_config | {"num_transformer_submodules": 2}, tensors, frozen, pair.spec)

@@ -343,7 +343,8 @@ def test_every_method_and_metric_is_explained():
     from ftjax.evaluation.metrics import METRICS
     from ftjax.tuning import METHODS
 
-    assert set(METHODS) <= set(decision.TUNING) and set(METRICS) <= set(decision.METRICS)
+    ours = set(METHODS) - {"vera"}  # tests/tuning/method_vera.py, which another test of this process may have imported
+    assert ours <= set(decision.TUNING) and set(METRICS) <= set(decision.METRICS)
 
 
 def test_differences_are_marked_word_by_word():
