@@ -340,6 +340,9 @@ FIELDS: dict[str, Field] = {
     "task.labels": several((), NAME, also="label_names id2label label_list num_labels"),  # names of labels in the order
     # of their ids, or of the numbers of regress; empty: those of the model's files where it has a head for them, else
     # those of the training rows
+    "task.labels_as": choice("auto", "names", "ids"),  # what cells with labels hold. auto: names; or their ids, where
+    # task.labels or the model's files give the names and all cells are whole numbers. A run whose names came from its
+    # rows records `names`, so that numbers in other rows are not taken for ids
     "task.class_weights": Field(
         (),
         tuple,

@@ -9,7 +9,7 @@ python=${2:-python3}
 
 # What depends most on other packages: files of models and tokenizers, numerics against PyTorch, checkpoints, rows.
 core=(
-  tests/hub tests/objectives tests/test_cli.py tests/test_config.py tests/test_resume.py
+  tests/hub tests/objectives tests/test_cli.py tests/test_config.py
   tests/data/test_read.py tests/data/test_store.py tests/data/test_tokenise.py
   tests/evaluation/test_generate.py tests/evaluation/test_metrics.py tests/evaluation/test_pictures.py
   tests/models/test_encoders.py tests/models/test_transformer.py

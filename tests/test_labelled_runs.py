@@ -282,6 +282,29 @@ def test_every_row_that_is_given_gets_an_answer_whatever_the_run_did_to_its_own(
         assert ftjax.evaluate(lm, given, c, say=lambda text: None)["rows"] == 6, recipe
 
 
+def test_given_rows_are_read_as_those_of_the_run_were(trained, tmp_path):
+    both = {"sentence": "dull flat stale", "text": "a fine film", "label": "good"}  # `sentence` is the first usual name
+    given = write(tmp_path / "given.jsonl", [both])
+    (record,) = ftjax.predict(str(trained), given, say=lambda text: None)
+    assert record["text"] == "a fine film"
+    other = write(tmp_path / "other.jsonl", [{"sentence": "a fine film"}])
+    with pytest.raises(FtjaxError, match="task.text: 'text' is no column; the columns are sentence"):
+        ftjax.predict(str(trained), other)
+    # The names came from the rows, so that a number is no id, unless that is said.
+    ids = write(tmp_path / "ids.jsonl", [both | {"label": 1}, both | {"label": 0}])
+    with pytest.raises(FtjaxError, match="row 1: .* holds 1; expected one of bad, good; .* set task.labels_as=ids"):
+        ftjax.evaluate(str(trained), ids)
+    named = write(tmp_path / "named.jsonl", [both, both | {"label": "bad"}])
+    figures = [
+        ftjax.evaluate(str(trained), rows, overrides=how, say=lambda text: None)["metrics"]
+        for rows, how in ((ids, ["task.labels_as=ids"]), (named, []))
+    ]
+    assert figures[0] == figures[1]
+    odd = write(tmp_path / "odd.jsonl", [both | {"label": 2}])
+    with pytest.raises(FtjaxError, match="holds 2; expected one of bad, good, which are written by their ids, 0 to 1"):
+        ftjax.evaluate(str(trained), odd, overrides=["task.labels_as=ids"])
+
+
 def test_rows_that_are_cut_are_told_and_may_be_refused(trained, tmp_path):
     given = write(tmp_path / "given.jsonl", [{"text": "a fine film"}, {"text": "the dull film " * 9}])
     told = []

@@ -110,7 +110,7 @@ def recipe(
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
     text = column(task.text, usual.text, columns, "task.text")
     pair = label = ""
-    if task.pair or usual.pair and (truths or task.kind == "span"):
+    if (task.pair or usual.pair) and (truths or task.kind != "embed"):  # a text alone is embedded without its partner
         pair = column(task.pair, usual.pair, columns, "task.pair")
     if usual.label and truths:
         label = column(data.label, usual.label, columns, "data.label")
@@ -151,17 +151,16 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
     return names
 
 
-def reading(how: Labelled, table: Table, whole: Table, given: bool) -> tuple[Labelled, list[str]]:
+def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[Labelled, list[str]]:
     """How the labels of a table are written: `how` with `ids` and `vectors`, and notes for a person.
 
-    A label is a value. A whole number is an id only where names are given, none of which is a number itself, and where
-    all labels of the table are such numbers.
+    A label is a value. A whole number is an id only where `labels_as` says so.
 
     Args:
         how: the recipe of the rows.
         table: the rows.
         whole: all rows of their source, which say whether cells are multi-hot vectors.
-        given: whether the names are given, by task.labels or the model, and not those of the rows.
+        labels_as: "names", "ids", or "auto": ids where no name is a number itself and all cells are whole numbers.
 
     Raises:
         FtjaxError: for rows without a label, with their count, and for tags that are none.
@@ -178,11 +177,12 @@ def reading(how: Labelled, table: Table, whole: Table, given: bool) -> tuple[Lab
         if vector_length(source) == len(how.names):
             note = f"{said} vectors of 0 and 1, one number for each of {_some(how.names)}"
             return dataclasses.replace(how, vectors=True), [note]
-    if how.form == "regress" or not given or any(map(WHOLE.fullmatch, how.names)):
+    if how.form == "regress" or labels_as == "names":
         return how, []
-    labels = (label for cell in cells for label in (split_labels(cell) if how.form in SEVERAL else [cell]))
-    if not all(is_whole(label) for label in labels):
-        return how, []
+    if labels_as == "auto":
+        labels = (label for cell in cells for label in (split_labels(cell) if how.form in SEVERAL else [cell]))
+        if any(map(WHOLE.fullmatch, how.names)) or not all(is_whole(label) for label in labels):
+            return how, []
     meant = _some([f"{i} is {name!r}" for i, name in enumerate(how.names)])
     return dataclasses.replace(how, ids=True), [f"{said} numbers, which are read as ids: {meant}"]
 
@@ -194,8 +194,8 @@ def need_labels(table: Table, cells: list, column: str) -> None:
         first = ", ".join(table.place(i) for i in lacking[:3])
         raise FtjaxError(
             f"{len(lacking):,} of {len(table):,} rows have no label in column {column!r}: {first}"
-            f"{', ...' if len(lacking) > 3 else ''}; add the labels, or leave these rows out by "
-            "data.clean.empty=True (of the parts that data.clean.parts names)"
+            f"{', ...' if len(lacking) > 3 else ''}; add the labels, or leave these rows out: of a run's own rows by "
+            "data.clean.empty=True (in the parts that data.clean.parts names), of rows that are given in their file"
         )
 
 
@@ -314,9 +314,15 @@ def label_id(how: Labelled, cell, place: str) -> int:
         return int(name)
     if name in how.names and not how.ids:
         return how.names.index(name)
+    if how.ids:
+        raise FtjaxError(
+            f"{place}: column {how.label!r} holds {cell!r:.80}; expected one of {_some(how.names)}, which are written "
+            f"by their ids, 0 to {len(how.names) - 1}"
+        )
     raise FtjaxError(
         f"{place}: column {how.label!r} holds {cell!r:.80}{nearest(str(cell), how.names)}; expected one of "
         f"{_some(how.names)}; to have others, name them all in task.labels"
+        + ("; where numbers are ids of these names, set task.labels_as=ids" if is_whole(cell) else "")
     )
 
 

@@ -298,7 +298,9 @@ def _tokenised(
     cache = _cache(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
     words = fingerprint(tokenizer)
-    names = ()
+    names, labels_as = (), config.task.labels_as
+    if labels_as == "auto" and not (config.task.labels or known):
+        labels_as = "names"
     if config.task.kind != "causal":
         names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
@@ -306,7 +308,7 @@ def _tokenised(
         if config.task.kind == "causal":
             return recipe(source.data, table.columns)
         own = labelled.recipe(config, source.data, table.columns, names, pool, max_length, truths)
-        own, notes = labelled.reading(own, table, source.whole, bool(config.task.labels or known))
+        own, notes = labelled.reading(own, table, source.whole, labels_as)
         source.notes.extend(note for note in notes if note not in source.notes)
         return own, False
 

@@ -48,6 +48,16 @@ def trials(right, predicted, labelled) -> dict[str, np.ndarray]:
     return {"precision": predicted, "recall": labelled, "f1": (predicted + labelled) / 2}
 
 
+def macro_trials(right, predicted, labelled) -> dict[str, float]:
+    """Of how many trials each figure of `macro` is a share: right, predicted, labelled (C,).
+
+    The mean of C shares of n_c trials each varies as one share of C^2 / sum(1 / n_c) trials does. Classes without
+    trials vary in nothing.
+    """
+    found = {name: n[n > 0] for name, n in trials(right, predicted, labelled).items()}
+    return {f"{name}_macro": float(len(n) ** 2 / (1 / n).sum()) for name, n in found.items() if len(n)}
+
+
 def micro(right, predicted, labelled) -> dict[str, np.ndarray]:
     """Of all classes taken as one: (...) each."""
     return precision_recall_f1(right.sum(-1), predicted.sum(-1), labelled.sum(-1))
@@ -148,10 +158,11 @@ def single_metrics(rows) -> Reduce:
 def single_trials(rows) -> dict[str, float]:
     """Of how many trials a figure of `single_metrics` is a share, for those that are shares."""
     n, C = rows["probabilities"].shape
-    found = {name: n for name in ("accuracy", "precision_micro", "recall_micro", "f1_micro")}
+    tally = [x[0] for x in single_tally(rows)(np.ones((1, n)))]
+    found = {name: n for name in ("accuracy", "precision_micro", "recall_micro", "f1_micro")} | macro_trials(*tally)
     if C == 2:
-        found |= {name: x[0, 1] for name, x in trials(*single_tally(rows)(np.ones((1, n)))).items()}
-    return found
+        found |= {name: x[1] for name, x in trials(*tally).items()}
+    return found | {"balanced_accuracy": found["recall_macro"]}
 
 
 def _confidence_bins(rows):
@@ -233,8 +244,9 @@ def multi_metrics(rows) -> Reduce:
 def multi_trials(rows) -> dict[str, float]:
     """As `single_trials`, of `multi_metrics`."""
     n = len(rows["loss"])
-    tally = (x[0].sum() for x in multi_tally(rows)(np.ones((1, n))))
-    return {"subset_accuracy": n} | {f"{name}_micro": x for name, x in trials(*tally).items()}
+    tally = [x[0] for x in multi_tally(rows)(np.ones((1, n)))]
+    found = {f"{name}_micro": x for name, x in trials(*(x.sum() for x in tally)).items()}
+    return {"subset_accuracy": n} | found | macro_trials(*tally)
 
 
 # Both

@@ -152,8 +152,12 @@ def exact_match(predictions, references, rows, settings) -> list[float]:
 
 
 def token_f1(predictions, references, rows, settings) -> list[float]:
-    """F1 of the words in common by SQuAD v1.1's rule, see ftjax.evaluation.squad; 0 to 1."""
-    return squad.answer_rows(references, predictions)["f1"].tolist()
+    """F1 of the words in common by SQuAD v1.1's rule, see ftjax.evaluation.squad; 0 to 1.
+
+    An answer that equals its reference scores 1, also where the rule drops all of its words (`The`, `+`).
+    """
+    shared = squad.answer_rows(references, predictions)["f1"]
+    return np.maximum(shared, exact_match(predictions, references, rows, settings)).tolist()
 
 
 # A number with its sign, a dollar, commas between digits and a fraction; a hyphen behind a digit is no sign (`3-5`).
@@ -273,7 +277,7 @@ def bleu_rows(predictions, references, rows, settings) -> list[float]:
     """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100. Words as in `bleu_corpus`."""
     bleu = _sacrebleu().BLEU(effective_order=True)
     return [
-        bleu.sentence_score(spaced(p), [spaced(text) for text in r]).score
+        min(100.0, bleu.sentence_score(spaced(p), [spaced(text) for text in r]).score)  # which rounding may exceed
         for p, r in zip(predictions, references, strict=True)
     ]
 
@@ -289,7 +293,7 @@ def bleu_corpus(predictions, references) -> float | None:
     longest = [text for texts in references for text in texts]
     found = bleu.corpus_score(predictions, _streams(references))
     four_words = found.totals[-1] or bleu.corpus_score(longest, [longest]).totals[-1]
-    return found.score if four_words else None
+    return min(100.0, found.score) if four_words else None
 
 
 def _streams(references: list[list[str]]) -> list[list[str | None]]:

@@ -2,7 +2,8 @@
 
 Scripts that put no spaces between words (Chinese, Japanese, Thai, ...) have one word for each character. All other
 words are runs of letters, digits and the marks that belong to them, so that the vowel signs of Hindi stay within their
-word. On texts in ASCII each function splits exactly as the tool does that its metric is named after.
+word. On texts in ASCII each function splits exactly as the tool does that its metric is named after, but for texts
+without any letter or digit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ UNSPACED = "".join(
 WIDE = r"\u3000-\u303f\uff00-\uffef"  # punctuation and full-width forms of Chinese and Japanese
 OTHER = rf"(?![{UNSPACED}])[\p{{L}}\p{{N}}"  # a letter or digit of another script; closed where it is used
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|{OTHER}](?:{OTHER}\p{{M}}])*")
-SYMBOL = regex.compile(r"[^\s\x00-\x7f]")
+SYMBOL = regex.compile(r"\S")
 APART = regex.compile(rf"[{UNSPACED}{WIDE}]\p{{M}}*")
 # All of string.punctuation, and the punctuation of other scripts. The marks that Latin text shares (quotes, dashes) are
 # kept, because the official scripts of SQuAD keep them.
@@ -33,7 +34,7 @@ def composed(text: str) -> str:
 def words(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation.
 
-    A text that holds no word, such as one of emoji, is split into its symbols outside ASCII instead.
+    A text that holds no word, such as `<=` or one of emoji, is split into its symbols instead.
     """
     text = composed(text).lower()
     return WORD.findall(text) or SYMBOL.findall(text)

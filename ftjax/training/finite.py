@@ -33,7 +33,7 @@ def check_weights(folder, *trees) -> None:
         )
 
 
-def check_step(step: int, values: dict, before: float | None, rate: float) -> None:
+def check_step(step: int, values: dict, before: float | None, rate: float, decay: float) -> None:
     """Refuse to go on from a step whose loss or gradient norm is not finite.
 
     Args:
@@ -41,6 +41,7 @@ def check_step(step: int, values: dict, before: float | None, rate: float) -> No
         values: its "loss", None where its rows weigh nothing, and "grad_norm".
         before: the last loss before; None where there is none.
         rate: the learning rate of the step before.
+        decay: optim.weight_decay.
 
     Raises:
         NotFinite: naming the step and the likely cause.
@@ -54,16 +55,22 @@ def check_step(step: int, values: dict, before: float | None, rate: float) -> No
     if step == 1:
         raise NotFinite(
             f"{what}, in the first step, before any update: the learning rate is not the cause. A value overflows in "
-            "the computation, or a row's target is extreme: set model.dtype=float32, and look at the rows with "
-            "`ftjax data inspect`"
+            "the computation, or a row's target or a weight of task.class_weights is extreme: set model.dtype=float32, "
+            "and look at the rows with `ftjax data inspect`"
         )
     last = "" if before is None else f", and the loss before it was {before:.4g}"
-    raise NotFinite(f"{what}{last}. {advice(rate)}")
+    raise NotFinite(f"{what}{last}. {advice(rate, decay)}")
 
 
 SMALLER_UPDATES = "lower optim.lr, lengthen optim.warmup, or set optim.clip_norm=1"
 
 
-def advice(rate: float) -> str:
-    """What makes numbers overflow in a run whose first steps were fine; rate: its learning rate there."""
+def advice(rate: float, decay: float) -> str:
+    """What makes numbers overflow in a run whose first steps were fine; rate: its learning rate there; decay: its
+    optim.weight_decay, of which a step takes rate x decay off each weight."""
+    if rate * decay > 1:
+        return (
+            f"optim.weight_decay={decay:.3g} at the learning rate {rate:.3g} takes {rate * decay:.3g} times a weight "
+            f"off it each step, so that it grows: lower optim.weight_decay, or {SMALLER_UPDATES}"
+        )
     return f"Updates at the learning rate {rate:.3g} are too large, most likely: {SMALLER_UPDATES}"

@@ -144,11 +144,15 @@ def prepared(config, say) -> Job:
     longest = shape.max_positions - method.virtual_tokens(spec)
     with doing("reading and tokenising rows"):
         data = prepare(config, words, longest, pool=head.pool, known=known)
+    # How rows were read is recorded, so that rows that are given later are read by the same columns and labels and not
+    # by what is guessed of theirs.
+    if data.labels and not (config.task.labels or known) and config.task.labels_as == "auto":
+        config.task.labels_as = "names"
     config.task.labels = data.labels
-    if config.task.kind not in ("causal", "embed") and not config.data.mixture:
-        # Recorded, so that rows that are given later are read by the same columns and not by what is guessed of theirs.
-        read = data.train.pieces[0].recipe
-        config.task.text, config.task.pair, config.data.label = read.text, read.pair, read.label
+    if config.task.kind != "causal":
+        read = {(piece.recipe.text, piece.recipe.pair, piece.recipe.label) for piece in data.train.pieces}
+        if len(read) == 1:  # sources of a mixture may differ
+            ((config.task.text, config.task.pair, config.data.label),) = read
     shape = with_task(config, family, shape, folder, len(data.labels))
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
 

@@ -193,7 +193,8 @@ def _train(config, say, claimed: list) -> Result:
                 if not report["tokens"]:  # every row of the batch has the weight 0
                     values |= {"loss": None, "accuracy": None}
                 with kept_so_far():
-                    finite.check_step(at, values, loss, float(program.rate(max(at - 2, 0))))
+                    rate, decay = float(program.rate(max(at - 2, 0))), config.optim.weight_decay
+                    finite.check_step(at, values, loss, rate, decay)
                 loss = loss if values["loss"] is None else values["loss"]
             unread.clear()
             if log:
@@ -222,7 +223,7 @@ def _train(config, say, claimed: list) -> Result:
                     raise NotFinite(f"step {step}: after its update, the loss is {found['loss']}. {lower()}")
 
         def lower() -> str:
-            return finite.advice(float(program.rate(max(step - 1, 0))))
+            return finite.advice(float(program.rate(max(step - 1, 0))), config.optim.weight_decay)
 
         while step < steps and not stop:
             arrays, tokens = next(feed)

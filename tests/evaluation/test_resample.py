@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import resample
+from ftjax.evaluation import classification, resample
 from ftjax.evaluation.classification import precision_recall_f1
 
 
@@ -82,6 +82,23 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
             held[name] += entry["low"] <= truth[name] <= entry["high"]
     # Of 400, a true 95 % gives 380, standard deviation 4.4; the percentile interval holds a little less.
     assert all(366 <= n <= 392 for n in held.values()), held
+
+
+@pytest.mark.parametrize("recalls", [(1.0, 0.0), (1.0, 1.0), (0.9, 0.5), (0.9, 0.5, 0.2)])
+def test_averages_over_classes_have_intervals_of_shares(recalls):
+    rng, C, held = np.random.default_rng(0), len(recalls), 0
+    for n in (6, 20) * 20:
+        label = np.r_[np.arange(C), rng.choice(C, n - C, p=[0.7, 0.3, 0][:C] if C == 2 else [0.5, 0.3, 0.2])]
+        right = rng.random(n) < np.array(recalls)[label]
+        chances = np.full((n, C), 0.1 / (C - 1))
+        chances[np.arange(n), np.where(right, label, (label + 1) % C)] = 0.9
+        rows = classification.single_rows(label, chances)
+        trials = classification.single_trials(rows)
+        found = resample.intervals(n, classification.single_metrics(rows), draws=200, trials=trials)
+        for entry in (found["balanced_accuracy"], found["recall_macro"]):
+            assert 0 <= entry["low"] < entry["high"] <= 1
+        held += found["balanced_accuracy"]["low"] <= np.mean(recalls) <= found["balanced_accuracy"]["high"]
+    assert held >= 37  # of 40
 
 
 def test_a_difference_is_paired_by_row():

@@ -255,7 +255,7 @@ def test_the_day_is_the_configs_and_not_the_clocks(shared, clock, tmp_path):
             own = chat_templates.installed(config, tokenizer)
             ids = {tuple(prepare(config, words, 512).train.examples[0].ids.tolist()) for words in (tokenizer, own)}
             ids |= {tuple(encode([Rendered(messages=tuple(CHAT))], own)[0].ids.tolist())}
-            ids |= {tuple(own.apply_chat_template(CHAT)["input_ids"])}
+            ids |= {tuple(own.apply_chat_template(CHAT, return_dict=True)["input_ids"])}
             ids |= {tuple(tokenizer.apply_chat_template(CHAT, chat_template=text)["input_ids"])}  # as it is exported
             digests.add(fingerprint(own))
             (shown[date, today],) = {tokenizer.decode(each) for each in ids}

@@ -87,7 +87,7 @@ def test_forgetting_too_few_rows_short_prompts_and_failures():
         "more",
         scores=base.scores["f1"] + 0.2,
         forgetting=[1.2, 1.4],
-        failed=[f"seed 1: {advice(1.0)}", "seed 2: out of memory"],
+        failed=[f"seed 1: {advice(1.0, 0.0)}", "seed 2: out of memory"],
     )
     near = base.scores["f1"].copy()
     near[0, :4] = 1 - near[0, :4]
