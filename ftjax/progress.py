@@ -21,6 +21,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def counted(n: int, what: str) -> str:
+    """`1 step`, `1,200 steps`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def columns(stream) -> int:
     """Characters that a line of a terminal may have so that it does not wrap."""
     try:

@@ -288,7 +288,7 @@ def test_given_rows_are_read_as_those_of_the_run_were(trained, tmp_path):
     (record,) = ftjax.predict(str(trained), given, say=lambda text: None)
     assert record["text"] == "a fine film"
     other = write(tmp_path / "other.jsonl", [{"sentence": "a fine film"}])
-    with pytest.raises(FtjaxError, match="task.text: 'text' is no column; the columns are sentence"):
+    with pytest.raises(FtjaxError, match="task.text: 'text' is no column of .*other.jsonl; the columns are sentence"):
         ftjax.predict(str(trained), other)
     # The names came from the rows, so that a number is no id, unless that is said.
     ids = write(tmp_path / "ids.jsonl", [both | {"label": 1}, both | {"label": 0}])

@@ -103,17 +103,17 @@ class Labelled:
 
 
 def recipe(
-    config, data, columns: list[str], names: tuple[str, ...], pool: str, max_length: int, truths: bool = True
+    config, data, table: Table, names: tuple[str, ...], pool: str, max_length: int, truths: bool = True
 ) -> Labelled:
-    """The recipe that a config means for rows with these columns; data: its group, or that of one source; truths:
+    """The recipe that a config means for the rows of a table; data: its group, or that of one source; truths:
     whether the rows have labels."""
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
-    text = column(task.text, usual.text, columns, "task.text")
+    text = column(task.text, usual.text, table, "task.text")
     pair = label = ""
     if (task.pair or usual.pair) and (truths or task.kind != "embed"):  # a text alone is embedded without its partner
-        pair = column(task.pair, usual.pair, columns, "task.pair")
+        pair = column(task.pair, usual.pair, table, "task.pair")
     if usual.label and truths:
-        label = column(data.label, usual.label, columns, "data.label")
+        label = column(data.label, usual.label, table, "data.label")
     # Long texts of these kinds are cut into several examples, none of which is too long.
     cut = max_length if config.data.long == "truncate" or task.kind in ("span", "masked") else 0
     cut = cut // 2 if task.kind == "embed" else cut  # a row holds two
@@ -143,7 +143,7 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
         return ("value",)
     found = set()
     for data, table in tables:
-        named = column(data.label, usual.label, table.columns, "data.label")
+        named = column(data.label, usual.label, table, "data.label")
         found |= label_names(table, named, task.kind in SEVERAL)
     names = tags.in_order(found) if task.kind == "tag" else in_order(found)
     if len(names) < 2 and task.kind == "classify":
@@ -204,14 +204,15 @@ def is_missing(cell) -> bool:
     return cell is None or isinstance(cell, str) and not cell.strip()
 
 
-def column(asked: str, usual: tuple[str, ...], columns: list[str], key: str) -> str:
+def column(asked: str, usual: tuple[str, ...], table: Table, key: str) -> str:
     """The column that a config names, or else the first of the usual names that is there."""
-    found = asked or next((name for name in usual if name in columns), "")
-    if found not in columns:
-        listed = ", ".join(columns)
+    found = asked or next((name for name in usual if name in table.columns), "")
+    if found not in table.columns:
+        listed, file = ", ".join(table.columns), table.files[0]
         if found:
-            raise FtjaxError(f"{key}: {found!r} is no column{nearest(found, columns)}; the columns are {listed}")
-        raise FtjaxError(f"{key}: none of the usual names is a column; name one of the columns: {listed}")
+            near = nearest(found, table.columns)
+            raise FtjaxError(f"{key}: {found!r} is no column of {file}{near}; the columns are {listed}")
+        raise FtjaxError(f"{key}: none of the usual names is a column of {file}; name one of its columns: {listed}")
     return found
 
 

@@ -307,7 +307,7 @@ def _tokenised(
     def how(source: Source, table: Table):
         if config.task.kind == "causal":
             return recipe(source.data, table.columns)
-        own = labelled.recipe(config, source.data, table.columns, names, pool, max_length, truths)
+        own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
         own, notes = labelled.reading(own, table, source.whole, labels_as)
         source.notes.extend(note for note in notes if note not in source.notes)
         return own, False
@@ -374,7 +374,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
                 )
         few = limit(indices[kept], source.data.limit, count, config.seed)
         if source.data.shots:
-            column = labelled.column(source.data.label, labelled.LABELS, table.columns, "data.label")
+            column = labelled.column(source.data.label, labelled.LABELS, table, "data.label")
             there = dict(zip(indices.tolist(), table.rows[column], strict=True))
             cells = {i: labelled.label_name(there[i]) for i in few.tolist()}
             few = shots(cells, source.data.shots, count, config.seed)
@@ -431,7 +431,7 @@ def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]
     """A function (row, place) -> its prompt and answer as text; of a row with a label, nothing and its text. None where
     no form fits the columns."""
     if config.task.kind != "causal":
-        return labelled.recipe(config, data, table.columns, (), "", 0).sides
+        return labelled.recipe(config, data, table, (), "", 0).sides
     try:
         how, _ = recipe(data, table.columns)
     except FtjaxError:

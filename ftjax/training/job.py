@@ -21,7 +21,7 @@ from ftjax.evaluation.metrics import METRICS, find
 from ftjax.hub import families, fingerprint, resolve, tokenizer
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
-from ftjax.progress import doing
+from ftjax.progress import counted, doing
 from ftjax.training import auto_mesh, export, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.training.run_folder import base_folder
@@ -178,8 +178,8 @@ def prepared(config, say) -> Job:
     eval_every = config.train.eval_every or max(1, steps // validations)
     if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
         say(
-            f"validation: {len(held_out):,} of {len(data.validation):,} rows every {eval_every:,} steps, so that it "
-            "takes about a fifth of the training at most; train.eval_every or evaluate.rows set it otherwise"
+            f"validation: {len(held_out):,} of {len(data.validation):,} rows every {counted(eval_every, 'step')}, so "
+            "that it takes about a fifth of the training at most; train.eval_every or evaluate.rows set it otherwise"
         )
     validation = {}
     for index, name in enumerate(data.sources):

@@ -25,7 +25,7 @@ from ftjax.evaluation.plot import plot_losses
 from ftjax.files import write_jsonl
 from ftjax.models.quantised import is_quantised
 from ftjax.objectives import TASKS
-from ftjax.progress import doing
+from ftjax.progress import counted, doing
 from ftjax.training import export, features, finite, hosts, selection, sharding
 from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
@@ -313,8 +313,9 @@ def description(job: Job, program: Program) -> str:
     share = trained / _count((program.trained, program.frozen))
     sizes = [f"{axis}={n}" for axis, n in job.mesh.shape.items() if n > 1]
     return (
-        f"training {trained:,} of {total:,} parameters ({share:.2%}), {job.config.tuning.method}, {job.steps:,} steps "
-        f"of {job.rows} rows, {len(job.batches):,} steps an epoch, learning rate {job.config.optim.lr:g}, "
+        f"training {trained:,} of {total:,} parameters ({share:.2%}), {job.config.tuning.method}, "
+        f"{counted(job.steps, 'step')} of {counted(job.rows, 'row')}, {counted(len(job.batches), 'step')} an epoch, "
+        f"learning rate {job.config.optim.lr:g}, "
         f"{'mesh ' + ' x '.join(sizes) if sizes else 'one'} {jax.devices()[0].device_kind}"
     )
 
@@ -368,7 +369,7 @@ def summary(result: Result, config, chat: bool) -> str:
         val = f", best {config.train.select} {result.best:.4f} at step {result.best_step}"
         val += f", where the validation loss is {result.val_loss:.4f}"
     whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
-    lines = [f"{result.steps:,} steps in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
+    lines = [f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     run = shlex.quote(str(result.run_dir))
     says = [f"  ftjax predict --model {run} --data FILE"] if TASKS[config.task.kind].judged else []

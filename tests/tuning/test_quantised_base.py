@@ -189,14 +189,14 @@ def test_a_base_is_the_same_whatever_it_computes_in():
 
 @pytest.mark.slow
 def test_lora_on_a_quantised_base_ends_near_the_unquantised_one(tmp_path):
-    """In 200 steps of the quick start training takes back most of what NF4 costs the untuned starter."""
+    """In 60 steps of the quick start training takes back most of what NF4 costs the untuned starter."""
     ends, untuned = {}, {}
     for kind in ("none", "int8", "nf4"):
         c = configs.load(Path(__file__).parents[2] / "configs" / "quickstart.py")
         c.run_dir = str(tmp_path / kind)
         c.model.quantise = kind
-        c.data.update(test="", cache="")
-        c.train.update(steps=200, eval_every=200)
+        c.data.update(test="", cache="", limit=2400)
+        c.train.update(steps=60, eval_every=60)
         c.evaluate.update(compare=False)
         c.export.formats = ()
         c.log.tensorboard = False
@@ -205,5 +205,5 @@ def test_lora_on_a_quantised_base_ends_near_the_unquantised_one(tmp_path):
             c.data.update(test=c.data.validation, limit=16)
             untuned[kind] = ftjax.evaluate(ftjax.load(c.model.path, quantise=kind), None, c)["loss"]
     assert untuned["nf4"] - untuned["none"] > 0.08  # that there is something to take back
-    assert ends["none"] < untuned["none"] - 0.15
-    assert ends["nf4"] - ends["none"] < 0.05 and abs(ends["int8"] - ends["none"]) < 0.05
+    assert ends["none"] < untuned["none"] - 0.1
+    assert ends["nf4"] - ends["none"] < 0.03 and abs(ends["int8"] - ends["none"]) < 0.05
