@@ -485,7 +485,7 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_l
             continue
         how, guessed = how_of(one, table)
         content = store.table_digest(table)
-        key = store.digest(store.code(), words, dataclasses.asdict(how), content)
+        key = store.digest(store.code(), chat_templates.TEMPLATES, words, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)
         encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
         fitted = store.fit(encoded, max_length, data.long, table.place)
