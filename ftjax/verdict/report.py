@@ -8,8 +8,6 @@ import math
 import re
 from pathlib import Path
 
-from ftjax.data.template import Rendered
-from ftjax.data.template import question as question_of
 from ftjax.evaluation.tables import grid
 from ftjax.pages import page
 from ftjax.verdict.decision import NO, YES, amount, chance, gap, named, paid, seconds, short, sig, span
@@ -58,11 +56,6 @@ def detail(data: dict) -> str:
         name = max(curves, key=lambda name: sign * entries[name]["figures"][metric]["value"])
         out.append(f"With more rows for {name}: {curves[name]['says']}.")
     return " ".join(out)
-
-
-def shown(rendered: Rendered) -> str:
-    """What a row asks, as text."""
-    return question_of(rendered)
 
 
 def spread(rows: list, n: int) -> list:
@@ -203,33 +196,12 @@ def table(data: dict) -> str:
     return "\n".join(out)
 
 
-ENERGY = "Energy is that of the machine's processors, with all that they did beside."
-NO_ENERGY = "Energy is not readable here: /sys/class/powercap has no counters of it that this process may read."
-BESIDE = (
-    "Losses and KL are in nats a token; KL is that of a model from its base on its own answers. Copied: of all runs of "
-    f"{COPIED} words in its answers, those that stand in the training answers."
-)
-UNSUPPORTED = (
-    "Unsupported: sentences of an answer with less than half of their content in the passages, or with a number that "
-    "these do not have; by words alone, which takes a paraphrase for unsupported and sees no negation."
-)
-
-
 def notes(data: dict) -> list[str]:
     """How to read the figures."""
     by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
     by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
-    return [
-        f"In brackets is where the true value lies with a confidence of {data['level']:.0%}, were other rows of the "
-        "kind asked and, where there are several seeds, were it trained again. p: how often chance alone would give "
-        "such a difference, corrected for all contenders (Holm). Figures are means over rows, also of metrics that "
-        f"are usually given for a whole set. Rows won: with a better {data['metric']} than {data['base']}.",
-        "Training is the time of the steps alone. FLOPs are by formula and the rows' mean length; seconds are measured "
-        f"on {data['device']}, a request's in a full batch. {ENERGY if data['energy'] else NO_ENERGY}",
-        *([BESIDE] if len(changes(data)[0]) > 1 else []),
-        *([UNSUPPORTED] if by_words else []),
-        "Words that are not in the base's answer are marked.",
-    ]
+    beside = len(changes(data)[0]) > 1
+    return page("notes.txt", data=data, beside=beside, by_words=by_words, copied=COPIED).splitlines()
 
 
 # ---------------------------------------------------------------------------------------------- differences
