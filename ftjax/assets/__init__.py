@@ -1,4 +1,5 @@
-"""What ftjax carries: the starter model and a licence-clean part of its data (licences beside the files)."""
+"""What ftjax carries: the starter model and a licence-clean part of its data (licences beside the files), chat
+templates, and the pages of reports."""
 
 from __future__ import annotations
 

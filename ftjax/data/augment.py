@@ -54,8 +54,6 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
     The columns MARK and, with prompts, PROMPT are new, where any row is made. folder: as in Table.edit.
     Raises FtjaxError for a setting that cannot be met, for a cell that is no text, and for the function's errors.
     """
-    import datasets
-
     settings = data.augment
     if not settings.copies and not settings.prompts:
         return Augmented(table, {}, {})
@@ -72,6 +70,8 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
     with columns.Writer(
         folder, pa.schema([*table.rows.data.schema, *((name, pa.string()) for name in added)])
     ) as writer:
+        for batch in table.batches():
+            writer.add(batch)
         for start, chunk in table.chunks():
             new, at = [], []
             for index, row in enumerate(chunk, start):
@@ -86,7 +86,6 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
         rows = writer.finish()
     if not origins:
         return Augmented(table, {}, dict(failed))
-    rows = datasets.concatenate_datasets([table.rows, rows])  # the first gets nulls for the columns that it has not
     at = np.concatenate([np.arange(len(table)), np.array(origins, np.int64)])
     return Augmented(Table(rows, table.files, table.file[at], table.number[at]), dict(made), dict(failed))
 
@@ -194,10 +193,13 @@ def _storable(table: Table) -> Callable[[dict, str], None]:
     def check(row: dict, said: str) -> None:
         for name, cell in row.items():
             try:
-                fits = columns.unify(kinds[name], columns.infer([cell])) == kinds[name]
+                kind = columns.infer([cell])
+                stored = columns.decode(columns.encode([cell], kind))
             except columns.FAULTS as error:
                 raise FtjaxError(f"{said}: column {name!r}: {error}") from error
-            if not fits:
+            nested = isinstance(cell, list | dict)
+            free = kinds[name] not in (pa.null(), *columns.SCALARS.values())  # a column that holds lists or objects
+            if nested and stored != [cell] or not (nested and free) and columns.unify(kinds[name], kind) != kinds[name]:
                 raise FtjaxError(f"{said}: column {name!r} is of type {kinds[name]}, which does not hold {cell!r:.80}")
 
     return check

@@ -1,7 +1,7 @@
-"""Named chat templates: how published model families write a conversation, as Jinja texts.
+"""Named chat templates: how published model families write a conversation.
 
-Every text puts the tokenizer's BOS first, once, where it has one of its own, and shows each message whole or refuses
-it. `end_of_text` is set before a text by `resolve`.
+Their Jinja texts are the files of FOLDER. Every text puts the tokenizer's BOS first, once, where it has one of its own,
+and shows each message whole or refuses it. `resolve` sets `end_of_text` before a text.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import copy
 import datetime
 import re
+from pathlib import Path
 from typing import NamedTuple
 
+from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.tokenizer import end_token, turn_end
+
+FOLDER = Path(assets.__file__).parent / "chat_templates"
 
 
 class Template(NamedTuple):
@@ -27,216 +31,39 @@ class Template(NamedTuple):
     end_of_text: bool = False
 
 
-BOS = "{{- bos_token if bos_token != eos_token }}"
-
-# The system text, where the first message brings one, and the messages behind it.
-SYSTEM = """
-{%- set system, turns = '', messages %}
-{%- if messages[0].role == 'system' %}
-    {%- set system, turns = messages[0].content, messages[1:] %}
-{%- endif %}
-"""
-
-NO_ROLE = "{{- raise_exception('it has no place for a message of the role ' ~ turn.role) }}"
-NO_TOOLS = """
-{%- if tools or turns | selectattr('tool_calls') | list %}
-    {{- raise_exception('it has no place for tools; chatml, llama-3 and mistral have') }}
-{%- endif %}
-"""
-SYSTEM_FIRST = """
-{%- if system and (not turns or turns[0].role != 'user') %}
-    {{- raise_exception('it shows system text in the first message behind it, which must be the user\\'s') }}
-{%- endif %}
-"""
-CALL_ALONE = (
-    "{%- if turn.content %}{{- raise_exception('it shows a tool call or text in one message, not both') }}{%- endif %}"
-)
-
-# github.com/openai/openai-python/blob/v0.28.1/chatml.md; tools, calls and results as Qwen's and Hermes' templates write
-# them (huggingface.co/Qwen/Qwen2.5-7B-Instruct).
-CHATML = """
-{%- if tools %}
-    {{- '<|im_start|>system\\n' ~ (system ~ '\\n\\n' if system) }}
-    {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
-    {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
-    {%- for tool in tools %}{{- '\\n' ~ tool | tojson }}{%- endfor %}
-    {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within ' }}
-    {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n' }}
-    {{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' ~ system ~ '<|im_end|>\\n' }}
-{%- endif %}
-{%- for turn in turns %}
-    {%- if turn.role in ('system', 'user') %}
-        {{- '<|im_start|>' ~ turn.role ~ '\\n' ~ turn.content ~ '<|im_end|>\\n' }}
-    {%- elif turn.role == 'assistant' %}
-        {{- '<|im_start|>assistant\\n' ~ turn.content }}
-        {%- for call in turn.tool_calls or [] %}
-            {%- set called = call.function or call %}
-            {%- if turn.content or not loop.first %}{{- '\\n' }}{%- endif %}
-            {{- '<tool_call>\\n{"name": "' ~ called.name ~ '", "arguments": ' }}
-            {{- called.arguments if called.arguments is string else called.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif turn.role == 'tool' %}
-        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\\n<tool_response>\\n' ~ turn.content ~ '\\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
-    {%- else %}{NO_ROLE}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
-
-# huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct; with tools, which that one lacks, as Llama-3.1-8B-Instruct.
-LLAMA3 = """
-{%- set header, close = '<|start_header_id|>', '<|eot_id|>' %}
-{%- set behind = '<|end_header_id|>\\n\\n' %}
-{%- if tools %}
-    {{- header ~ 'system' ~ behind ~ 'Environment: ipython\\nCutting Knowledge Date: December 2023\\n' }}
-    {{- 'Today Date: 26 Jul 2024\\n\\n' ~ system | trim ~ close }}
-    {%- if turns[0].role != 'user' %}
-        {{- raise_exception('it shows tools in the first message, which must be the user\\'s') }}
-    {%- endif %}
-{%- elif messages[0].role == 'system' %}
-    {{- header ~ 'system' ~ behind ~ system | trim ~ close }}
-{%- endif %}
-{%- for turn in turns %}
-    {%- if turn.role == 'user' and tools and loop.first %}
-        {{- header ~ 'user' ~ behind }}
-        {{- 'Given the following functions, please respond with a JSON for a function call with its proper ' }}
-        {{- 'arguments that best answers the given prompt.\\n\\nRespond in the format {"name": function name, ' }}
-        {{- '"parameters": dictionary of argument name and its value}.Do not use variables.\\n\\n' }}
-        {%- for tool in tools %}{{- tool | tojson(indent=4) ~ '\\n\\n' }}{%- endfor %}
-        {{- turn.content | trim ~ close }}
-    {%- elif turn.role == 'assistant' and turn.tool_calls %}
-        {CALL_ALONE}
-        {%- if turn.tool_calls | length > 1 %}{{- raise_exception('it shows one tool call a message') }}{%- endif %}
-        {%- set called = turn.tool_calls[0].function or turn.tool_calls[0] %}
-        {{- header ~ 'assistant' ~ behind ~ '{"name": "' ~ called.name ~ '", "parameters": ' }}
-        {{- called.arguments if called.arguments is string else called.arguments | tojson }}
-        {{- '}' ~ close }}
-    {%- elif turn.role in ('system', 'user', 'assistant') %}
-        {{- header ~ turn.role ~ behind ~ turn.content | trim ~ close }}
-    {%- elif turn.role == 'tool' %}
-        {{- header ~ 'ipython' ~ behind ~ turn.content | tojson ~ close }}
-    {%- else %}{NO_ROLE}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- header ~ 'assistant' ~ behind }}{%- endif %}
-"""
-
-# huggingface.co/mistralai/Mistral-Nemo-Instruct-2407, but for the system text: before the first user's, as
-# Mistral-7B-Instruct-v0.2 has it. Nemo's own stands before the last user's, and only where no answer follows.
-MISTRAL = """
-{SYSTEM_FIRST}
-{%- set asked = turns | selectattr('role', 'equalto', 'user') | list %}
-{%- for turn in turns %}
-    {%- if turn.role == 'user' %}
-        {%- if tools and turn == asked[-1] %}
-            {{- '[AVAILABLE_TOOLS]' ~ tools | tojson ~ '[/AVAILABLE_TOOLS]' }}
-        {%- endif %}
-        {{- '[INST]' ~ (system ~ '\\n\\n' if system and loop.first) ~ turn.content ~ '[/INST]' }}
-    {%- elif turn.role == 'assistant' and turn.tool_calls %}
-        {CALL_ALONE}
-        {{- '[TOOL_CALLS][' }}
-        {%- for call in turn.tool_calls %}
-            {%- if call.id | length != 9 %}{{- raise_exception('a tool call needs an id of 9 letters') }}{%- endif %}
-            {{- (call.function | tojson)[:-1] ~ ', "id": "' ~ call.id ~ '"}' ~ (', ' if not loop.last) }}
-        {%- endfor %}
-        {{- ']' ~ eos_token }}
-    {%- elif turn.role == 'assistant' %}
-        {{- turn.content ~ eos_token }}
-    {%- elif turn.role == 'tool' %}
-        {%- if turn.tool_call_id | length != 9 %}
-            {{- raise_exception('the result of a tool needs a tool_call_id of 9 letters') }}
-        {%- endif %}
-        {{- '[TOOL_RESULTS]{"content": ' ~ turn.content ~ ', "call_id": "' ~ turn.tool_call_id }}
-        {{- '"}[/TOOL_RESULTS]' }}
-    {%- else %}{NO_ROLE}{%- endif %}
-{%- endfor %}
-"""
-
-# huggingface.co/google/gemma-3-1b-it
-GEMMA = """
-{NO_TOOLS}
-{SYSTEM_FIRST}
-{%- for turn in turns %}
-    {%- if turn.role not in ('user', 'assistant') %}{NO_ROLE}{%- endif %}
-    {{- '<start_of_turn>' ~ ('model' if turn.role == 'assistant' else 'user') ~ '\\n' }}
-    {{- (system ~ '\\n\\n' if system and loop.first) ~ turn.content | trim ~ '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}
-"""
-
-# huggingface.co/microsoft/Phi-3.5-mini-instruct
-PHI = """
-{NO_TOOLS}
-{%- if system %}{{- '<|system|>\\n' ~ system ~ '<|end|>\\n' }}{%- endif %}
-{%- for turn in turns %}
-    {%- if turn.role not in ('user', 'assistant') %}{NO_ROLE}{%- endif %}
-    {{- '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}
-{%- endfor %}
-{{- '<|assistant|>\\n' if add_generation_prompt else eos_token }}
-"""
-
-# github.com/tloen/alpaca-lora, templates/alpaca.json: Stanford Alpaca's two prompts, and a line end behind the last
-# heading, so that no tokenizer merges its colon with an answer. The prompts are told apart by the heading of the input,
-# which stands in the user's message. Further turns repeat the headings; a system text replaces the preamble.
+# The heading of the input in a user's message, by which alpaca's two prompts are told apart.
 ALPACA_INPUT = "\n\n### Input:\n"
-ALPACA = """
-{NO_TOOLS}
-{%- if system %}{{- system }}
-{%- elif '\\n\\n### Input:\\n' in turns[0].content %}
-    {{- 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}
-    {{- 'Write a response that appropriately completes the request.' }}
-{%- else %}
-    {{- 'Below is an instruction that describes a task. ' }}
-    {{- 'Write a response that appropriately completes the request.' }}
-{%- endif %}
-{%- for turn in turns %}
-    {%- if turn.role == 'user' %}{{- '\\n\\n### Instruction:\\n' ~ turn.content }}
-    {%- elif turn.role == 'assistant' %}
-        {{- '\\n\\n### Response:\\n' ~ turn.content ~ end_of_text }}
-    {%- else %}{NO_ROLE}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '\\n\\n### Response:\\n' }}{%- endif %}
-"""
-
-# Words that any tokenizer has: every message under the name of its role.
-PLAIN = """
-{NO_TOOLS}
-{%- if system %}{{- system ~ '\\n\\n' }}{%- endif %}
-{%- for turn in turns %}
-    {%- if turn.role == 'user' %}{{- 'User:\\n' ~ turn.content ~ '\\n\\n' }}
-    {%- elif turn.role == 'assistant' %}
-        {{- 'Assistant:\\n' ~ turn.content ~ end_of_text ~ ('\\n\\n' if not loop.last) }}
-    {%- else %}{NO_ROLE}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- 'Assistant:\\n' }}{%- endif %}
-"""
 
 
-PARTS = {"NO_ROLE": NO_ROLE, "NO_TOOLS": NO_TOOLS, "SYSTEM_FIRST": SYSTEM_FIRST, "CALL_ALONE": CALL_ALONE}
-
-
-def _whole(text: str) -> str:
-    for name, part in PARTS.items():
-        text = text.replace("{" + name + "}", part.strip())
-    return BOS + SYSTEM + text.strip()
+def _read(name: str) -> str:
+    """A file of FOLDER, with the files that it includes written out: tokenizer files hold one text and no others."""
+    text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").strip()
+    return re.sub(r'{% include "(\w+)" %}', lambda include: _read(include[1]), text)
 
 
 TEMPLATES = {
-    "alpaca": Template(_whole(ALPACA), end_of_text=True),
-    "chatml": Template(_whole(CHATML), ("<|im_start|>", "<|im_end|>")),
-    "llama-3": Template(_whole(LLAMA3), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    # github.com/tloen/alpaca-lora, templates/alpaca.json: Stanford Alpaca's two prompts, and a line end after the last
+    # heading, so that no tokenizer merges its colon with an answer. Further turns repeat the headings, and a system
+    # text replaces the preamble.
+    "alpaca": Template(_read("alpaca"), end_of_text=True),
+    # github.com/openai/openai-python/blob/v0.28.1/chatml.md; tools, calls and results as Qwen's and Hermes' templates
+    # write them (huggingface.co/Qwen/Qwen2.5-7B-Instruct).
+    "chatml": Template(_read("chatml"), ("<|im_start|>", "<|im_end|>")),
+    # huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct; with tools, which it lacks, as Llama-3.1-8B-Instruct.
+    "llama-3": Template(_read("llama-3"), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    # huggingface.co/mistralai/Mistral-Nemo-Instruct-2407, except that the system text stands before the first user's
+    # text, as in Mistral-7B-Instruct-v0.2. Nemo puts it before the last user's, and only where no answer follows.
     "mistral": Template(
-        _whole(MISTRAL),
+        _read("mistral"),
         ("[INST]", "[/INST]"),
         ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
     ),
-    "gemma": Template(_whole(GEMMA), ("<start_of_turn>", "<end_of_turn>")),
-    "phi": Template(_whole(PHI), ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    "plain": Template(_whole(PLAIN), end_of_text=True),
+    # huggingface.co/google/gemma-3-1b-it
+    "gemma": Template(_read("gemma"), ("<start_of_turn>", "<end_of_turn>")),
+    # huggingface.co/microsoft/Phi-3.5-mini-instruct
+    "phi": Template(_read("phi"), ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    # Words that any tokenizer has: every message under the name of its role.
+    "plain": Template(_read("plain"), end_of_text=True),
 }
 
 

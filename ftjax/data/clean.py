@@ -58,15 +58,15 @@ class Row(NamedTuple):
 class Rule(NamedTuple):
     """One row of RULES. name: its field of data.clean, or what the field says; kind: edit | filter | duplicates.
 
-    make, given the settings, makes of an edit's rule (text, whether its ends stay) -> text; of a filter's, Row -> why
-    it goes, empty where it stays; of the others', (texts, labels) -> {index: (index of the first like it with the same
-    label, why)}.
+    apply takes the settings first. Of an edit, (text, whether its ends stay) -> text; of a filter, Row -> why it goes,
+    empty where it stays; of the others, (texts, labels) -> {index: (index of the first like it with the same label,
+    why)}.
     """
 
     name: str
     kind: str
     on: Callable[..., bool]
-    make: Callable
+    apply: Callable
     answers: bool = False  # whether it cannot do without them
 
 
@@ -83,7 +83,11 @@ def clean(
     """
     need_columns(settings.columns, table.columns, "data.clean.columns")
     edits, filters, duplicates = (
-        {rule.name: rule.make(settings) for rule in RULES if rule.kind == kind and rule.on(settings)}
+        {
+            rule.name: functools.partial(rule.apply, settings)
+            for rule in RULES
+            if rule.kind == kind and rule.on(settings)
+        }
         for kind in ("edit", "filter", "duplicates")
     )
     asked = [rule.name for rule in RULES if rule.name in filters and rule.answers]
@@ -179,10 +183,10 @@ def _edit_text(text: str, edits: dict[str, Edit], ends: bool, did: set[str]) -> 
     return text
 
 
-def _mojibake(settings) -> Edit:
+def _mojibake(settings, text: str, ends: bool) -> str:
     from ftfy import fix_encoding
 
-    return lambda text, ends: fix_encoding(text) if mojibake(text) else text
+    return fix_encoding(text) if mojibake(text) else text
 
 
 def whitespace(text: str, ends: bool = False) -> str:
@@ -220,97 +224,75 @@ def _filtered(table: Table, filters: dict[str, Callable[[Row], str]], answers: A
                     break
 
 
-def _empty(settings) -> Callable[[Row], str]:
-    def why(row: Row) -> str:
-        if row.answers is None:
-            return "" if row_text(row.cells, settings.columns).strip() else "no text"
-        try:
-            row.answers()
-        except FtjaxError as error:
-            return str(error)
-        return ""
-
-    return why
+def _empty(settings, row: Row) -> str:
+    if row.answers is None:
+        return "" if row_text(row.cells, settings.columns).strip() else "no text"
+    try:
+        row.answers()
+    except FtjaxError as error:
+        return str(error)
+    return ""
 
 
-def _min_chars(settings) -> Callable[[Row], str]:
-    def why(row: Row) -> str:
-        found = len(row.answers()[1])
-        return f"an answer of {found} characters, fewer than {settings.min_chars}" if found < settings.min_chars else ""
-
-    return why
+def _min_chars(settings, row: Row) -> str:
+    found = len(row.answers()[1])
+    return f"an answer of {found} characters, fewer than {settings.min_chars}" if found < settings.min_chars else ""
 
 
-def _max_chars(settings) -> Callable[[Row], str]:
-    def why(row: Row) -> str:
-        found = len(row.text)
-        return f"{found} characters, more than {settings.max_chars}" if found > settings.max_chars else ""
-
-    return why
+def _max_chars(settings, row: Row) -> str:
+    found = len(row.text)
+    return f"{found} characters, more than {settings.max_chars}" if found > settings.max_chars else ""
 
 
-def _max_ratio(settings) -> Callable[[Row], str]:
-    def why(row: Row) -> str:
-        prompt, answer = map(len, row.answers())
-        long = answer > settings.max_ratio * prompt
-        return f"an answer of {answer} characters, more than {settings.max_ratio:g} x {prompt}" if long else ""
-
-    return why
+def _max_ratio(settings, row: Row) -> str:
+    prompt, answer = map(len, row.answers())
+    long = answer > settings.max_ratio * prompt
+    return f"an answer of {answer} characters, more than {settings.max_ratio:g} x {prompt}" if long else ""
 
 
-def _personal(settings) -> Callable[[Row], str]:
-    def why(row: Row) -> str:
-        kinds = sorted({kind for kind, _, _ in personal(row.text)})
-        return f"personal data: {', '.join(kinds)}" if kinds else ""
-
-    return why
+def _personal(settings, row: Row) -> str:
+    kinds = sorted({kind for kind, _, _ in personal(row.text)})
+    return f"personal data: {', '.join(kinds)}" if kinds else ""
 
 
-def _drop(settings) -> Callable[[Row], str]:
-    patterns = compile_patterns(settings.drop, "data.clean.drop")
+def _drop(settings, row: Row) -> str:
+    match = next((m for p in _patterns(settings.drop) if (m := p.search(row.text))), None)
+    return f"{match.re.pattern!r} matches {match[0][:80]!r}" if match else ""
 
-    def why(row: Row) -> str:
-        match = next((m for p in patterns if (m := p.search(row.text))), None)
-        return f"{match.re.pattern!r} matches {match[0][:80]!r}" if match else ""
 
-    return why
+@functools.cache
+def _patterns(texts: tuple[str, ...]) -> list[re.Pattern]:
+    return compile_patterns(texts, "data.clean.drop")
 
 
 # ---------------------------------------------------------------------------------------------- duplicates
 
 
-def _exact(settings) -> Callable[[Texts, list[str]], dict[int, tuple[int, str]]]:
-    def find(texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
-        earliest, gone = {}, {}
-        for i, first in enumerate(firsts(texts).tolist()):
-            twin = earliest.setdefault((first, labels[i]), i)
-            if twin != i:
-                gone[i] = (twin, "the same text")
-        return gone
-
-    return find
+def _exact(settings, texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
+    earliest, gone = {}, {}
+    for i, first in enumerate(firsts(texts).tolist()):
+        twin = earliest.setdefault((first, labels[i]), i)
+        if twin != i:
+            gone[i] = (twin, "the same text")
+    return gone
 
 
-def _near(settings) -> Callable[[Texts, list[str]], dict[int, tuple[int, str]]]:
+def _near(settings, texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
     """Each row that goes is so alike to one that stays; so of three in a chain, the third may stay."""
-
-    def find(texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
-        gone: dict[int, tuple[int, str]] = {}
-        for i, j in near_pairs(texts, settings.near).tolist():  # sorted, so what becomes of row i is settled
-            if i not in gone and labels[i] == labels[j]:
-                gone.setdefault(j, (i, f"at least {settings.near:g} alike"))
-        return gone
-
-    return find
+    gone: dict[int, tuple[int, str]] = {}
+    for i, j in near_pairs(texts, settings.near).tolist():  # sorted, so what becomes of row i is settled
+        if i not in gone and labels[i] == labels[j]:
+            gone.setdefault(j, (i, f"at least {settings.near:g} alike"))
+    return gone
 
 
 # Edits come first, so that filters and duplicates see what will be trained; near duplicates include exact ones.
 RULES = (
     Rule("mojibake", "edit", lambda s: s.mojibake, _mojibake),
-    Rule("unicode", "edit", lambda s: s.unicode, lambda s: lambda text, ends: unicodedata.normalize(s.unicode, text)),
-    Rule("control", "edit", lambda s: s.control, lambda s: lambda text, ends: without_control(text)),
-    Rule("whitespace", "edit", lambda s: s.whitespace, lambda s: whitespace),
-    Rule("mask", "edit", lambda s: s.personal == "mask", lambda s: lambda text, ends: mask(text)),
+    Rule("unicode", "edit", lambda s: s.unicode, lambda s, text, ends: unicodedata.normalize(s.unicode, text)),
+    Rule("control", "edit", lambda s: s.control, lambda s, text, ends: without_control(text)),
+    Rule("whitespace", "edit", lambda s: s.whitespace, lambda s, text, ends: whitespace(text, ends)),
+    Rule("mask", "edit", lambda s: s.personal == "mask", lambda s, text, ends: mask(text)),
     Rule("empty", "filter", lambda s: s.empty, _empty),
     Rule("min_chars", "filter", lambda s: s.min_chars, _min_chars, answers=True),
     Rule("max_chars", "filter", lambda s: s.max_chars, _max_chars),

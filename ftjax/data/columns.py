@@ -1,14 +1,14 @@
 """Python rows <-> Arrow columns, exactly: what was read comes back with the same types and digits.
 
-A column whose cells agree has an Arrow type: bool, int64, double, string, list and struct of these, and null where
-there is nothing else. What does not fit one type (numbers beside text, whole numbers beside fractions, objects with
-other keys, whole numbers beyond 64 bits) is stored as JSON text, cell by cell, and decoded to what it was. `datasets`
-has a like way, but takes a text that is valid JSON for what it says ("007" for 7) and keeps ten digits of a fraction.
+A column has the Arrow type bool, int64, double or string where all its cells are of that type, and null where there are
+none. Any other column (lists, objects, numbers beside text, whole numbers beside fractions or beyond 64 bits) is stored
+as JSON text, cell by cell, and decoded to what it was. `datasets` has a like way, but takes a text that is valid JSON
+for what it says ("007" for 7) and keeps ten digits of a fraction. Lists and objects of other programs' files keep their
+Arrow types, so that a data set of the hub is mapped and not copied.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -28,49 +28,32 @@ if TYPE_CHECKING:
 Place = Callable[[int], str]  # index of a row -> what errors call it
 
 JSON = pa.json_()
+_text = json.JSONEncoder(ensure_ascii=False).encode
 SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-DEPTH = 12  # lists and objects within one another that become Arrow types; Arrow files allow 64 types within another
-FAULTS = (pa.ArrowException, UnicodeEncodeError, TypeError, ValueError, OverflowError)
+FAULTS = (pa.ArrowException, UnicodeEncodeError, TypeError, ValueError, OverflowError, RecursionError)
 
 
-# ---------------------------------------------------------------------------------------------- types
+# ---------------------------------------------------------------------------------------------- cells
 
 
-def infer(cells: Iterable, depth: int = DEPTH) -> pa.DataType:
+def infer(cells: Iterable) -> pa.DataType:
     """The narrowest type that gives all these cells back as they are."""
     cells = [cell for cell in cells if cell is not None]
     kinds = set(map(type, cells))
     if not kinds:
         return pa.null()
-    kind = kinds.pop()
-    if unknown := {kind, *kinds} - {*SCALARS, list, dict}:
+    if unknown := kinds - {*SCALARS, list, dict}:
         raise TypeError(f"a cell holds a {min(k.__name__ for k in unknown)}; expected text, a number, a list or a dict")
-    if kinds or depth == 0 and kind in (list, dict):
+    if len(kinds) > 1 or kinds == {int} and not (-(2**63) <= min(cells) and max(cells) < 2**63):
         return JSON
-    if kind is int:
-        return pa.int64() if -(2**63) <= min(cells) and max(cells) < 2**63 else JSON
-    if kind is list:
-        return pa.list_(infer(itertools.chain.from_iterable(cells), depth - 1))
-    if kind is dict:
-        shape, *others = set(map(tuple, cells))
-        # A field name of Arrow ends at a NUL.
-        if others or not shape or any("\0" in key for key in shape):
-            return JSON
-        return pa.struct([(key, infer([cell[key] for cell in cells], depth - 1)) for key in shape])
-    return SCALARS[kind]
+    return SCALARS.get(kinds.pop(), JSON)
 
 
 def unify(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     """The narrowest type that holds the cells of both."""
     if a == b or pa.types.is_null(b):
         return a
-    if pa.types.is_null(a):
-        return b
-    if pa.types.is_list(a) and pa.types.is_list(b):
-        return pa.list_(unify(a.value_type, b.value_type))
-    if pa.types.is_struct(a) and pa.types.is_struct(b) and a.names == b.names:
-        return pa.struct([(x.name, unify(x.type, y.type)) for x, y in zip(a, b)])
-    return JSON
+    return b if pa.types.is_null(a) else JSON
 
 
 def merge(a: pa.Schema, b: pa.Schema) -> pa.Schema:
@@ -81,63 +64,18 @@ def merge(a: pa.Schema, b: pa.Schema) -> pa.Schema:
     return pa.schema(list(types.items()))
 
 
-def _storage(kind: pa.DataType) -> pa.DataType:
-    if kind == JSON:
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_storage(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _storage(field.type)) for field in kind])
-    return kind
-
-
-def _within(kind: pa.DataType, change: Callable) -> Callable | None:
-    """(cell) -> the cell with `change` done where `kind` says JSON; None where it says so nowhere."""
-    if kind == JSON:
-        return lambda cell: None if cell is None else change(cell)
-    if pa.types.is_list(kind) and (inner := _within(kind.value_type, change)):
-        return lambda cell: None if cell is None else [inner(item) for item in cell]
-    if pa.types.is_struct(kind):
-        fields = {field.name: inner for field in kind if (inner := _within(field.type, change))}
-        if fields:
-            return lambda cell: None if cell is None else cell | {key: f(cell[key]) for key, f in fields.items()}
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- cells
-
-
 def encode(cells: list, kind: pa.DataType) -> pa.Array:
     """Cells as an array of a type that `infer` gave for them, or that holds them by `unify`."""
-    if pa.types.is_null(kind):
-        return pa.nulls(len(cells))
-    mend = _within(kind, functools.partial(json.dumps, ensure_ascii=False))
-    if not mend:
+    if kind != JSON:
         return pa.array(cells, kind)
-    return _as(pa.array([mend(cell) for cell in cells], _storage(kind)), kind)
-
-
-def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """An array of the type `_storage(kind)` as one of `kind`, on the same buffers.
-
-    pyarrow's cast (26.0) gives lists of nulls within an object too few values.
-    """
-    if kind == array.type:
-        return array
-    if kind == JSON:
-        return pa.ExtensionArray.from_storage(kind, array)
-    if pa.types.is_list(kind):
-        own, children = 2, [_as(array.values, kind.value_type)]
-    else:
-        own, children = 1, [_as(array.field(i), kind.field(i).type) for i in range(kind.num_fields)]
-    return pa.Array.from_buffers(kind, len(array), array.buffers()[:own], children=children)
+    texts = [None if cell is None else _text(cell) for cell in cells]
+    return pa.ExtensionArray.from_storage(JSON, pa.array(texts, pa.string()))
 
 
 def decode(column: pa.Array | pa.ChunkedArray) -> list:
     """The cells that `encode` was given."""
-    mend = _within(column.type, json.loads)
     cells = column.to_pylist()
-    return [mend(cell) for cell in cells] if mend else cells
+    return [cell and json.loads(cell) for cell in cells] if column.type == JSON else cells
 
 
 def rows(table: pa.Table | pa.RecordBatch) -> list[dict]:
@@ -191,24 +129,19 @@ def plain(kind: pa.DataType) -> pa.DataType:
         return pa.list_(plain(kind.value_type))
     if t.is_struct(kind):
         return pa.struct([(field.name, plain(field.type)) for field in kind])
-    for test, to in _PLAIN:
-        if test(kind):
+    for tests, to in _PLAIN:
+        if any(test(kind) for test in tests):
             return to
     raise TypeError(f"holds {kind}, which is no text, number, list or object")
 
 
 _PLAIN = (
-    (pa.types.is_null, pa.null()),
-    (pa.types.is_boolean, pa.bool_()),
-    (pa.types.is_integer, pa.int64()),
-    (pa.types.is_floating, pa.float64()),
-    (pa.types.is_decimal, pa.string()),
-    (pa.types.is_date, pa.string()),
-    (pa.types.is_time, pa.string()),
-    (pa.types.is_timestamp, pa.string()),
-    (pa.types.is_string, pa.string()),
-    (pa.types.is_large_string, pa.string()),
-    (pa.types.is_string_view, pa.string()),
+    ((pa.types.is_null,), pa.null()),
+    ((pa.types.is_boolean,), pa.bool_()),
+    ((pa.types.is_integer,), pa.int64()),
+    ((pa.types.is_floating,), pa.float64()),
+    ((pa.types.is_decimal, pa.types.is_date, pa.types.is_time, pa.types.is_timestamp), pa.string()),
+    ((pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view), pa.string()),
 )
 
 
@@ -217,11 +150,12 @@ def is_plain(schema: pa.Schema) -> bool:
     return all(_is_plain(field.type) for field in schema)
 
 
-def _is_plain(kind: pa.DataType) -> bool:
+def _is_plain(kind: pa.DataType, within: bool = False) -> bool:
+    """within: an object holds it. Objects within objects are not plain, see `adopt`."""
     if pa.types.is_list(kind):
-        return _is_plain(kind.value_type)
+        return _is_plain(kind.value_type, within)
     if pa.types.is_struct(kind):
-        return not _has_objects_within(kind) and all(_is_plain(field.type) for field in kind)
+        return not within and all(_is_plain(field.type, True) for field in kind)
     return kind in (pa.null(), pa.bool_(), pa.int64(), pa.string())
 
 
@@ -252,7 +186,7 @@ def class_names(column: pa.Array, names: list[str]) -> pa.Array:
             return list(map(name, cell))
         return None if cell in (None, -1) else names[cell] if 0 <= cell < len(names) else str(cell)
 
-    cells = list(map(name, column.to_pylist()))
+    cells = list(map(name, decode(column)))
     return encode(cells, infer(cells))
 
 
@@ -262,55 +196,38 @@ def _adopt(column: pa.Array) -> pa.Array:
         column = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
         column = column.cast(_storage(kind))
     column.validate(full=True)
-    mend = _within(kind, json.loads)  # raises ValueError where another program's JSON is none
-    filled = _has_objects_within(kind)
-    if not mend and not filled and all(pc.all(pc.is_finite(leaf)).as_py() is not False for leaf in _floats(column)):
+    numbers = pa.types.is_floating(kind) and pc.all(pc.is_finite(column)).as_py() is not False
+    if numbers or _is_plain(kind):
         return column
-    cells = [_without_nan(mend(cell) if mend else cell) for cell in column.to_pylist()]
-    if filled:
-        cells = [_without_filling(cell, kind) for cell in cells]
-        kind = infer(cells)
-    return encode(cells, kind)
+    cells = [_own(cell, kind) for cell in column.to_pylist()]
+    return encode(cells, infer(cells))
 
 
-def _has_objects_within(kind: pa.DataType, within: bool = False) -> bool:
-    """Whether a type holds objects within objects."""
+def _storage(kind: pa.DataType) -> pa.DataType:
+    """A type with text where it says JSON."""
     if pa.types.is_list(kind):
-        return _has_objects_within(kind.value_type, within)
-    return pa.types.is_struct(kind) and (within or any(_has_objects_within(field.type, True) for field in kind))
+        return pa.list_(_storage(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _storage(field.type)) for field in kind])
+    return pa.string() if kind == JSON else kind
 
 
-def _without_filling(cell, kind: pa.DataType, within: bool = False):
-    if cell is None or kind == JSON:  # what stands in JSON has the keys that somebody wrote
-        return cell
-    if pa.types.is_list(kind):
-        return [_without_filling(item, kind.value_type, within) for item in cell]
-    if not pa.types.is_struct(kind):
-        return cell
-    types = {field.name: field.type for field in kind}
-    there = {key: item for key, item in cell.items() if item is not None or not within}
-    return {key: _without_filling(item, types[key], True) for key, item in there.items()}
+def _own(cell, kind: pa.DataType | None, within: bool = False):
+    """A cell of the type `_storage(kind)` as ours. Raises ValueError for an infinity and for what is no JSON.
 
-
-def _floats(array: pa.Array) -> Iterator[pa.Array]:
-    """The arrays of fractions within an array."""
-    if pa.types.is_floating(array.type):
-        yield array
-    elif pa.types.is_list(array.type):
-        yield from _floats(array.flatten())
-    elif pa.types.is_struct(array.type):
-        for child in array.flatten():
-            yield from _floats(child)
-
-
-def _without_nan(cell):
-    if isinstance(cell, float) and cell != cell:
-        return None
+    kind: None where a cell has no type but its own, as what stands in JSON; within: whether an object holds it.
+    """
+    if kind == JSON and cell is not None:
+        cell, kind = json.loads(cell), None
+    if isinstance(cell, list):
+        return [_own(item, kind and kind.value_type, within) for item in cell]
+    if isinstance(cell, dict):
+        cells = {key: _own(item, kind and kind.field(key).type, True) for key, item in cell.items()}
+        filled = within and kind is not None  # what stands in JSON has the keys that somebody wrote
+        return {key: item for key, item in cells.items() if item is not None or not filled}
     if isinstance(cell, float) and cell in (float("inf"), float("-inf")):
         raise ValueError(f"{cell}, which JSON has no way to write")
-    if isinstance(cell, list):
-        return [_without_nan(item) for item in cell]
-    return {key: _without_nan(item) for key, item in cell.items()} if isinstance(cell, dict) else cell
+    return None if cell != cell else cell
 
 
 # ---------------------------------------------------------------------------------------------- writing

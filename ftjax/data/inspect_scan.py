@@ -31,13 +31,18 @@ SAMPLE_ROWS, SAMPLE_WORDS = 5_000, 200_000  # what diversity and the tokenizer's
 class Column:
     """What a column's cells hold. chars: of the texts, an entry a row; values: by how often, None where too many."""
 
-    type: str
+    types: set[str] = dataclasses.field(default_factory=set)  # of the cells, see _type
     empty: array = dataclasses.field(default_factory=lambda: array("q"))  # rows without text or number
     chars: array = dataclasses.field(default_factory=lambda: array("i"))
     digests: array = dataclasses.field(default_factory=lambda: array("Q"))
     values: Counter | None = dataclasses.field(default_factory=Counter)
     text: bool = False  # any cell holds text
     blank: bool = False  # any text holds white space, so that it is no mere name or number
+
+    @property
+    def type(self) -> str:
+        """How the type of its cells is written: string, int64, list of string, object of role, content, or JSON."""
+        return _one_type(self.types)
 
     @property
     def distinct(self) -> int:
@@ -106,7 +111,7 @@ class Scan:
 def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: dict[str, Callable]) -> Scan:
     """Fill a Scan in: `checks` give a note on a row that they find, `features` one of few words for every row."""
     scan.special, scan.unknown = tuple(scan.tokenizer.all_special_tokens), _unknown(scan.tokenizer)
-    scan.columns = {name: Column(_type(kind)) for name, kind in scan.table.rows.features.items()}
+    scan.columns = {name: Column() for name in scan.table.columns}
     for start, rows in scan.table.chunks(CHUNK):
         for i, view in enumerate(_views(scan, rows, start), start):
             for name, check in checks.items():
@@ -206,6 +211,7 @@ def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:
 def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
     """The text of a cell, counted."""
     text = cell if isinstance(cell, str) else row_text({name: cell})
+    column.types.add(_type(cell))
     if text.strip():
         column.text = True
         column.blank = column.blank or len(text.split(None, 1)) > 1
@@ -232,16 +238,19 @@ def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _type(feature) -> str:
-    """How a column's type is written: string, int64, list of string, object of role, content, or JSON."""
-    if isinstance(feature, dict):
-        return f"object of {', '.join(feature)}"
-    if isinstance(feature, list):
-        return f"list of {_type(feature[0])}"
-    inner = getattr(feature, "feature", None)
-    if inner is not None:
-        return f"list of {_type(inner)}"
-    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+def _type(cell) -> str:
+    if isinstance(cell, list):
+        return f"list of {_one_type(set(map(_type, cell)))}"
+    return f"object of {', '.join(cell)}" if isinstance(cell, dict) else TYPES[type(cell)]
+
+
+TYPES = {type(None): "null", str: "string", bool: "bool", int: "int64", float: "float64"}
+
+
+def _one_type(types: set[str]) -> str:
+    """The type of cells of these types; an empty list goes with any other."""
+    told = types - {"null", "list of null"} or types - {"null"} or {"null"}
+    return told.pop() if len(told) == 1 else "JSON"
 
 
 def _label(scan: Scan) -> str | None:

@@ -375,7 +375,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         few = limit(indices[kept], source.data.limit, count, config.seed)
         if source.data.shots:
             column = labelled.column(source.data.label, labelled.LABELS, table, "data.label")
-            there = dict(zip(indices.tolist(), table.rows[column], strict=True))
+            there = dict(zip(indices.tolist(), table.cells(column), strict=True))
             cells = {i: labelled.label_name(there[i]) for i in few.tolist()}
             few = shots(cells, source.data.shots, count, config.seed)
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
@@ -485,7 +485,7 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_l
             continue
         how, guessed = how_of(one, table)
         content = store.table_digest(table)
-        key = store.digest(store.code(), words, dataclasses.asdict(how), content)
+        key = store.digest(store.code(), chat_templates.TEMPLATES, words, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)
         encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
         fitted = store.fit(encoded, max_length, data.long, table.place)

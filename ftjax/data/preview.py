@@ -10,7 +10,6 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.prepare import PARTS, Data, Gone, Report
 from ftjax.data.template import SAID
 from ftjax.data.tokenise import Example
+from ftjax.pages import page
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -228,48 +228,21 @@ def _about_part(data: Data, batches: Batches, example: int, trained: np.ndarray)
 
 def html(data: Data, batches: Batches, tokenizer, count: int) -> str:
     """The same rows as one page that needs nothing else; each token tells its id and its position."""
-    body = []
+    rows = []
     for number, view in enumerate(views(batches, count), 1):
-        body.append(f"<h2>{escape(_about(number, view))}</h2>\n<div class=row>")
-        for example, at in view.parts():
-            title = escape(_about_part(data, batches, example, view.trained[at]))
-            body.append(f"<section><h3>{title}</h3><p>{_spans(view, at, tokenizer)}</p></section>")
+        parts = [(_about_part(data, batches, example, view.trained[at]), at) for example, at in view.parts()]
         if view.filled < len(view.tokens):
-            spans = _spans(view, slice(view.filled, len(view.tokens)), tokenizer)
-            body.append(f"<section class=padding><h3>padding</h3><p>{spans}</p></section>")
-        body.append("</div>")
-    return PAGE.replace("BODY", "\n".join(body))
+            parts.append(("padding", slice(view.filled, len(view.tokens))))
+        rows.append((_about(number, view), [(title, _tokens(view, at, tokenizer)) for title, at in parts]))
+    return page("preview.html", rows=rows)
 
 
-def _spans(view: View, at: slice, tokenizer) -> str:
-    ids = view.tokens[at].tolist()
+def _tokens(view: View, at: slice, tokenizer) -> list[tuple[str, str, bool]]:
+    """(text, what is told of it, whether it is trained) of each token."""
+    ids, out = view.tokens[at].tolist(), []
     names = tokenizer.convert_ids_to_tokens(ids)
-    out = []
     for k, (column, text) in enumerate(zip(range(at.start, at.stop), pieces(ids, tokenizer))):
-        trained = view.trained[column]
+        trained = bool(view.trained[column])
         about = f"id {ids[k]} {names[k]!r}, position {view.positions[column]}, column {column}"
-        about += ", trained" if trained else ""
-        shown = escape(text).replace("\n", "↵\n") or "·"
-        out.append(f'<span{" class=trained" if trained else ""} title="{escape(about)}">{shown}</span>')
-    return "".join(out)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Rows as the model sees them</title><style>
-:root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e6e7e9); --soft: light-dark(#6a6f76, #9aa0a8);
-  --line: light-dark(#d5d8dc, #3b4047); --label: light-dark(#c9efd2, #1e5631); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { font-size: 1rem; margin: 2rem 0 .5rem; } h3 { font-size: .8rem; color: var(--soft); margin: 0 0 .3rem; }
-.row { border: 1px solid var(--line); border-radius: 6px; } section { padding: .6rem .8rem; }
-section + section { border-top: 3px double var(--soft); }
-section p { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
-span { border-left: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
-span:hover { outline: 1px solid var(--soft); }
-.trained { background: var(--label); } .padding p { color: var(--soft); opacity: .6; }
-</style></head><body>
-<h1>Rows as the model sees them</h1>
-<p>Every token stands in a box that tells its id and position; <span class="trained">trained ones</span> are coloured;
-a double line parts the segments of a row.</p>
-BODY
-</body></html>
-"""
+        out.append((text.replace("\n", "↵\n") or "·", about + ", trained" * trained, trained))
+    return out

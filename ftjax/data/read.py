@@ -7,6 +7,7 @@ drops nothing but guesses much, and cannot name the line at which a file breaks.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import functools
 import glob
@@ -208,13 +209,14 @@ SIGNATURES = (  # how files begin that are no UTF-8 text, and what to do with th
 
 
 class _Text:
-    """A text file, given out once: by lines or by pieces. line: number of the last line given out; size: bytes so far.
+    """A text file, given out once: by lines or by size. line: number of the last line given out; size: bytes so far.
 
     Raises FtjaxError for what is no UTF-8 text.
     """
 
     def __init__(self, name: str, handle):
         self.name, self.handle, self.line, self.size = name, handle, 0, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.is_utf8 = False  # whether a character that is not ASCII was read
         self.head = handle.peek(4096)
         for signature, what, advice in SIGNATURES:
@@ -244,15 +246,16 @@ class _Text:
             if line.strip():
                 yield line
 
-    def pieces(self) -> Iterator[str]:
-        """The text, PIECE bytes at a time; `line` is that of the piece's end."""
-        self.line, decoder = 1, codecs.getincrementaldecoder("utf-8")()
-        while data := self.handle.read(PIECE):
+    def read(self, size: int = -1) -> str:
+        """The text of the next `size` bytes or a little more, by default of all; "" at the end. line: where it ends."""
+        text, self.line = "", self.line or 1
+        while not text and (data := self.handle.read(size)):
             self.size += len(data)
-            text = self._decoded(data, decoder.decode)
-            self.line += text.count("\n")
-            yield text
-        self._decoded(b"", functools.partial(decoder.decode, final=True))
+            text = self._decoded(data, self.decoder.decode)
+        if not text:
+            self._decoded(b"", functools.partial(self.decoder.decode, final=True))
+        self.line += text.count("\n")
+        return text
 
     def _decoded(self, data: bytes, decode: Callable[[bytes], str] = bytes.decode) -> str:
         if (at := data.find(b"\0")) >= 0:
@@ -387,7 +390,7 @@ SQUAD = re.compile(rb'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')
 def _squad(text: _Text) -> Iterator[dict]:
     """The questions of a file in SQuAD's layout (https://rajpurkar.github.io/SQuAD-explorer), read whole."""
     try:
-        whole = _JSON.decode("".join(text.pieces()))
+        whole = _JSON.decode(text.read())
     except (ValueError, RecursionError) as e:
         raise text.error(_complaint(e)) from e
     number = 0
@@ -413,20 +416,14 @@ def _squad(text: _Text) -> Iterator[dict]:
 
 def _json_array(text: _Text) -> Iterator[dict]:
     """The objects of one array, of which a few pieces of the file, or one object, are in memory at once."""
-    pieces, buffer, at, number = text.pieces(), "", 0, 0
+    buffer, at, number = "", 0, 0
 
     def more() -> bool:
         nonlocal buffer, at
-        # As much again as waits already: an object of many pieces is then tried a few times and not once a piece.
-        taken, wanted = [], len(buffer) - at
-        for piece in pieces:
-            taken.append(piece)
-            wanted -= len(piece)
-            if wanted <= 0:
-                break
-        if taken:
-            buffer, at = buffer[at:] + "".join(taken), 0
-        return bool(taken)
+        # As much again as waits already, so that a large object is tried a few times and not once for each PIECE.
+        new = text.read(max(PIECE, len(buffer) - at))
+        buffer, at = buffer[at:] + new, 0
+        return bool(new)
 
     def sign() -> str:
         """The next character that is no white space, or "" at the end."""
@@ -662,17 +659,15 @@ READERS = {
 }
 
 
-class quiet:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     """No progress bars of `datasets` inside, whatever they were outside."""
+    import datasets
 
-    def __enter__(self):
-        import datasets
-
-        self.on = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_):
-        import datasets
-
-        if self.on:
+    on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if on:
             datasets.enable_progress_bars()

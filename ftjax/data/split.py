@@ -92,7 +92,7 @@ def absent(table: Table, column: str, parts: dict[str, Sequence[int]]) -> dict[s
 
     parts: indices of rows of the table; parts without any row are left aside.
     """
-    names = [_key(cell) for cell in table.rows[column]]
+    names = [_key(cell) for cell in table.cells(column)]
     there = {part: {names[i] for i in indices} for part, indices in parts.items() if len(indices)}
     lacking = {name: [part for part, found in there.items() if name not in found] for name in dict.fromkeys(names)}
     return {name: lack for name, lack in lacking.items() if lack}
@@ -126,7 +126,7 @@ def _none_left(rows: int, data) -> FtjaxError:
 def _values(table: Table, column: str) -> np.ndarray:
     """(N,) which value each row has in a column, numbered as they first come; null is a value."""
     number: dict[str, int] = {}
-    return np.array([number.setdefault(_key(cell), len(number)) for cell in table.rows[column]], np.int64)
+    return np.array([number.setdefault(_key(cell), len(number)) for cell in table.cells(column)], np.int64)
 
 
 def _key(cell) -> str:
@@ -181,7 +181,7 @@ def _groups(table: Table, data, seed: int, task) -> np.ndarray:
     pairs = [np.empty((0, 2), np.int64)]
     for column in data.group:
         first: dict[str, int] = {}
-        cells = enumerate(table.rows[column])
+        cells = enumerate(table.cells(column))
         pairs.append(np.array([(first.setdefault(_key(c), i), i) for i, c in cells if c is not None], np.int64))
     if data.group_near:
         by = sides(data, table.columns, task)

@@ -64,6 +64,11 @@ class Table:
         for start in range(0, len(self), CHUNK):
             yield from columns.decode(rows[start : start + CHUNK].column(0))
 
+    def batches(self) -> Iterator[pyarrow.RecordBatch]:
+        """All rows in order, as Arrow holds them."""
+        for start in range(0, len(self), CHUNK):
+            yield from self._arrow(start, min(start + CHUNK, len(self))).to_batches()
+
     def _arrow(self, start: int, stop: int) -> pyarrow.Table:
         return self.rows.with_format("arrow")[start:stop]
 
@@ -73,8 +78,8 @@ class Table:
         return Table(self.rows.select(indices), self.files, self.file[indices], self.number[indices])
 
     def edit(self, change: Callable[[list[dict]], list[dict]], folder: str | None = None) -> Table:
-        """As many rows, each replaced by what `change` makes of it, chunk by chunk; the columns stay, and keep their
-        types where the new cells fit them.
+        """As many rows, each replaced by what `change` makes of it, chunk by chunk; the columns stay, and those of text
+        or numbers keep their types where the new cells fit them.
 
         folder: where a file with the result is written and mapped from, for tables larger than memory; None: in memory.
         """
@@ -85,30 +90,3 @@ class Table:
                     raise ValueError(f"{len(rows)} rows became {len(changed)}: an edit keeps their number")
                 writer.add(columns.batch(changed, lambda i, start=start: self.place(start + i)))
             return dataclasses.replace(self, rows=writer.finish())
-
-
-def concatenate(tables: Sequence[Table], folder: str | None = None) -> Table:
-    """The rows of several tables with the same columns, one after the other, with types that hold the cells of all.
-
-    folder: as for `edit`; used only where the types differ, as rows are then written again.
-    """
-    import datasets
-
-    if len(tables) == 1:
-        return tables[0]
-    if all(t.rows.data.schema == tables[0].rows.data.schema for t in tables):
-        rows = datasets.concatenate_datasets([t.rows for t in tables])
-    else:
-        with columns.Writer(folder) as writer:
-            for table in tables:
-                for start in range(0, len(table), CHUNK):
-                    for batch in table._arrow(start, min(start + CHUNK, len(table))).to_batches():
-                        writer.add(batch)
-            rows = writer.finish()
-    starts = np.cumsum([0, *(len(t.files) for t in tables)])[:-1]
-    return Table(
-        rows,
-        tuple(name for t in tables for name in t.files),
-        np.concatenate([t.file + start for t, start in zip(tables, starts)]).astype(np.int32),
-        np.concatenate([t.number for t in tables]),
-    )

@@ -16,7 +16,7 @@ from ftjax.data.tokenise import answer_of
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
-from ftjax.evaluation.tables import rendered
+from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json, write_jsonl
 from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
@@ -119,11 +119,7 @@ def _figures(measured: dict) -> dict[str, float]:
 
 def table(before: dict, after: dict, seconds: float) -> str:
     """The figures of two `measure`s, which way is better, the difference, and the seconds of the whole run."""
-    from rich.table import Table
-
-    out = Table("", "before", "after", "difference", "")
-    for column in out.columns[1:4]:
-        column.justify = "right"
+    lines = []
     for name, old in _figures(before).items():
         new = after[name]
         higher = False if name in LOWER else find(name).higher
@@ -132,23 +128,19 @@ def table(before: dict, after: dict, seconds: float) -> str:
         if None not in (old, new):
             verdict = "same" if new == old else "" if higher is None else "better" if (new > old) == higher else "worse"
             cells += [f"{new - old:+.4g}", verdict]
-        out.add_row(f"{name}{arrow}", *cells)
-    n = len(after["samples"])
-    return rendered(out) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
+        lines.append([f"{name}{arrow}", *cells])
+    n, head = len(after["samples"]), [("", 0), ("before", 1), ("after", 1), ("difference", 1), ("", 0)]
+    return grid(head, lines) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
 
 
 def side_by_side(before: dict, after: dict, n: int) -> str:
     """`n` prompts, spread evenly over the samples, with a reference and both answers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    pairs = list(zip(before["samples"], after["samples"], strict=True))
-    out = Table("prompt", "a reference", "before", "after", show_lines=True)
+    pairs, lines = list(zip(before["samples"], after["samples"], strict=True)), []
     for i in range(min(n, len(pairs))):
         old, new = pairs[i * len(pairs) // min(n, len(pairs))]
-        cells = (old["prompt"], old["references"][0], old["prediction"], new["prediction"])
-        out.add_row(*map(Text, cells))  # Text: brackets in answers are no markup
-    return rendered(out).rstrip("\n")
+        lines.append([old["prompt"], old["references"][0], old["prediction"], new["prediction"]])
+    head = [(title, 0) for title in ("prompt", "a reference", "before", "after")]
+    return grid(head, lines, parted=True).rstrip("\n")
 
 
 def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float, made_by: dict) -> dict:

@@ -16,10 +16,10 @@ from ftjax.data.batches import Batches
 from ftjax.data.labelled import layout
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import labelled, spans, tagged, vectors
+from ftjax.evaluation import spans, tagged, vectors
 from ftjax.evaluation.classification import best_thresholds
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, groups, logits
+from ftjax.evaluation.said import Asked, Judge, at_places, logits
 from ftjax.evaluation.said import text as said_text
 from ftjax.files import as_json, replace_text
 from ftjax.hub.resolve import read_json
@@ -84,11 +84,13 @@ def truths(part: Part, kind: str) -> np.ndarray:
     return values[:, 0] if kind == "regress" and values.shape[1] == 1 else values
 
 
-def settings(kind: str, thresholds: list[float] | None) -> dict:
+def settings(asked: Asked, thresholds: list[float] | None) -> dict:
     """Thresholds as labelled.report takes them."""
     if thresholds is None:
         return {}
-    return {"threshold": thresholds[-1]} if kind == "classify" else {"thresholds": np.array(thresholds)}
+    return (
+        {"threshold": thresholds[-1]} if asked.config.task.kind == "classify" else {"thresholds": np.array(thresholds)}
+    )
 
 
 def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
@@ -104,14 +106,10 @@ def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
     return [float(found["threshold"]) for found in best_thresholds(labels, chances, metric)]
 
 
-def report(asked: Asked, said: np.ndarray, thresholds=None, draws: int = DRAWS) -> dict:
-    """labelled.report of what a model said (N, C) of a part's rows."""
-    kind, config = asked.config.task.kind, asked.config
-    names = None if kind == "regress" else list(asked.data.labels)
-    return labelled.report(
-        TASKS[kind].judged, truths(asked.part, kind), probabilities(kind, said), names=names,
-        groups=groups(asked, range(len(said))), draws=draws, seed=config.seed, **settings(kind, thresholds),
-    )  # fmt: skip
+def sides(asked: Asked, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions as labelled.report takes them."""
+    kind = asked.config.task.kind
+    return truths(asked.part, kind), probabilities(kind, said)
 
 
 def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
@@ -132,14 +130,6 @@ def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
             told, said_so = labels[truth[i]], labels[first]
         out.append(record | {"label": told, "prediction": said_so, "probabilities": by_name})
     return out
-
-
-def worst(asked: Asked, said: np.ndarray, thresholds, n: int) -> list[int]:
-    """The rows of highest loss among those told wrongly."""
-    kind = asked.config.task.kind
-    return labelled.worst(
-        TASKS[kind].judged, truths(asked.part, kind), probabilities(kind, said), n, **settings(kind, thresholds)
-    )
 
 
 def shown(record: dict) -> str:
@@ -164,14 +154,14 @@ def blank(asked: Asked) -> np.ndarray:
     return np.zeros((len(asked.part), max(len(asked.data.labels), 1)))
 
 
-BY_LABEL = Judge(say, report, lines, worst, shown, known=("label",), blank=blank)
+BY_LABEL = Judge(say, sides, lines, shown, known=("label",), blank=blank, settings=settings)
 JUDGES = {
     "classify": BY_LABEL,
     "multilabel": BY_LABEL,
     "regress": BY_LABEL,
     "tag": tagged.JUDGE,
     "span": spans.JUDGE,
-    "masked": Judge(masked_loss, lambda asked, said, thresholds, draws=DRAWS: said),
+    "masked": Judge(masked_loss),
     "embed": vectors.JUDGE,
 }
 

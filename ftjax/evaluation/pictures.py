@@ -1,16 +1,12 @@
-"""Pictures of a report (ftjax.evaluation.labelled) and of few-shot runs, as PNG files."""
+"""Pictures of a report (ftjax.evaluation.labelled) and of the losses of a run, as PNG files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ftjax.errors import FtjaxError
-
 BLUE, RED, GREY = "#4477aa", "#aa3311", "#888888"
-COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833")
 NUMBERED = 25  # classes up to which every cell tells its count
 NAMED = 60  # classes up to which every one is named
 LONGEST = 24  # characters of a class's name on an axis
@@ -75,49 +71,45 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
     return saved(figure, path)
 
 
-def learning_picture(
-    curves: Mapping[str, Mapping[float, Sequence[float]]],
-    path: str | Path,
-    *,
-    x_label: str = "training rows",
-    y_label: str = "accuracy",
-) -> Path:
-    """Draw figures against rows or steps; returns the path. curves: name -> {x: the figures of all draws at x}.
+def plot_losses(history: list[dict], path: str | Path) -> Path:
+    """Draw rows of metrics.jsonl, {"step", "loss"} and {"step", "val_loss"} among them, into a PNG; returns its path.
 
-    The line is the mean over draws, the band one standard deviation (of a sample) to either side, a dot one draw. x is
-    logarithmic where it spans a factor of 20. Raises FtjaxError without curves and for a curve without figures.
+    The training loss faint as logged and bold as a running mean over about a twentieth of the run; the validation loss
+    with its lowest point named. A loss that is not finite is left out of the line, which then has a gap.
     """
-    if not curves:
-        raise FtjaxError("learning curve: expected one curve or more; found none")
-    for name, points in curves.items():
-        if not points or not all(len(figures) for figures in points.values()):
-            raise FtjaxError(f"learning curve {name!r}: expected one figure or more at each x; found {dict(points)}")
-    figure, axes = new_axes(7.5, 4.5)
-    every = sorted({x for points in curves.values() for x in points})
-    for i, (name, points) in enumerate(curves.items()):
-        x = sorted(points)
-        colour = COLOURS[i % len(COLOURS)]
-        mean = np.array([np.mean(points[at]) for at in x])
-        spread = np.array([np.std(points[at], ddof=1) if len(points[at]) > 1 else 0.0 for at in x])
-        axes.plot(x, mean, "o-", color=colour, linewidth=2, markersize=5, label=name, zorder=3)
-        axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
-        for at in x:
-            axes.plot([at] * len(points[at]), points[at], ".", color=colour, alpha=0.45, markersize=5)
-    if every[0] > 0 and every[-1] >= 20 * every[0]:
-        axes.set_xscale("log")
-        axes.minorticks_off()
-    if len(every) <= 12:
-        axes.set_xticks(every)
-    axes.xaxis.set_major_formatter("{x:,g}")
-    draws = {len(figures) for points in curves.values() for figures in points.values()}
-    of = f"{min(draws)}" if len(draws) == 1 else f"{min(draws)} to {max(draws)}"
-    axes.set(xlabel=x_label, ylabel=y_label)
-    if draws != {1}:
-        axes.set_title(f"Mean and standard deviation of {of} draws")
-    if len(curves) > 1:
+    figure, axes = new_axes(8, 4.5)
+    steps, losses = _series(history, "loss")
+    if len(steps):
+        smooth = _running_mean(losses, max(1, len(losses) // 20))
+        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
+        axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training")
+    steps, losses = _series(history, "val_loss")
+    if len(steps):
+        axes.plot(steps, losses, "o-", color="#cc6633", linewidth=1.5, markersize=4, label="validation")
+    if np.isfinite(losses).any():
+        best = int(np.nanargmin(losses))
+        label = f"best validation: {losses[best]:.4f} at step {steps[best]:,}"
+        axes.plot(steps[best], losses[best], "*", color=RED, markersize=14, label=label, zorder=3)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)", title="Loss")
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     plain(axes)
     return saved(figure, path)
+
+
+def _series(history, name) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(row["step"], row[name]) for row in history if name in row]
+    values = np.array([np.nan if v is None else v for _, v in rows], float)
+    return np.array([s for s, _ in rows], int), np.where(np.isfinite(values), values, np.nan)
+
+
+def _running_mean(x: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the `width` values around each, fewer at the ends; NaN do not count."""
+    there, place = np.isfinite(x), np.arange(len(x))
+    sums, counts = (np.concatenate([[0.0], np.cumsum(a)]) for a in (np.where(there, x, 0.0), there))
+    first, end = np.maximum(place - width // 2, 0), np.minimum(place + width // 2 + 1, len(x))
+    with np.errstate(invalid="ignore"):
+        return (sums[end] - sums[first]) / (counts[end] - counts[first])
 
 
 def new_axes(width: float, height: float, rows: int = 1, **how):

@@ -17,7 +17,7 @@ from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation import labelled
 from ftjax.evaluation.loss import WEIGHTS
-from ftjax.objectives import classify
+from ftjax.objectives import TASKS, classify
 from ftjax.progress import doing
 
 
@@ -44,21 +44,39 @@ class Asked(NamedTuple):
 class Judge(NamedTuple):
     """One kind of task: how predictions are made of what a model says, judged and shown.
 
-    say(Asked) -> what the model says; report(Asked, said, thresholds, draws) -> for results.json, with intervals by
-    so many resamples, 0: without; lines(Asked, said,
-    thresholds) -> one record a row for predictions.jsonl; worst(Asked, said, thresholds, n) -> the up to n of these
-    records that are told most wrongly, by their places; shown(record) -> a mistake in a line. None: there is nothing to
-    write. known: names in a record of what the row says and not the model. blank(Asked) -> what a model could
-    say that knows nothing, as `say` gives it.
+    say(Asked) -> what the model says. sides(Asked, said) -> labels and predictions as labelled.report takes them; None:
+    what is said is the report. settings(Asked, thresholds) -> further arguments of labelled's functions. note(Asked,
+    said) -> what a reader of the report should know. lines(Asked, said, thresholds) -> one record a row for
+    predictions.jsonl; shown(record) -> a mistake in a line; None: there is nothing to write. known: names in a record
+    of what the row says and not the model. blank(Asked) -> what a model could say that knows nothing, as `say` gives
+    it.
     """
 
     say: Callable
-    report: Callable
+    sides: Callable | None = None
     lines: Callable | None = None
-    worst: Callable | None = None
     shown: Callable | None = None
     known: tuple[str, ...] = ()
     blank: Callable | None = None
+    settings: Callable = lambda asked, thresholds: {}
+    note: Callable = lambda asked, said: ""
+
+    def report(self, asked: Asked, said, thresholds=None, draws: int = DRAWS) -> dict:
+        """labelled.report of what a model said of a part's rows, for results.json; draws: resamples behind the
+        intervals, 0: without."""
+        if self.sides is None:
+            return said
+        found = labelled.report(
+            TASKS[asked.config.task.kind].judged, *self.sides(asked, said), names=list(asked.data.labels) or None,
+            groups=groups(asked), draws=draws, seed=asked.config.seed, **self.settings(asked, thresholds),
+        )  # fmt: skip
+        note = self.note(asked, said)
+        return found | ({"note": note} if note else {})
+
+    def worst(self, asked: Asked, said, thresholds, n: int) -> list[int]:
+        """The places of the up to n records of highest loss among those told wrongly."""
+        kind, settings = TASKS[asked.config.task.kind].judged, self.settings(asked, thresholds)
+        return labelled.worst(kind, *self.sides(asked, said), n, **settings)
 
 
 def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
@@ -92,12 +110,12 @@ def by_row(part: Part) -> list[list[int]]:
     return found
 
 
-def groups(asked: Asked, firsts) -> list[str] | None:
-    """The value of config.task.group in the row of each of these examples; None where none is named."""
+def groups(asked: Asked) -> list[str] | None:
+    """The value of config.task.group in each row; None where no column is named."""
     column = asked.config.task.group
     if not column:
         return None
-    rows = [asked.part.row(i) for i in firsts]
+    rows = [asked.part.row(examples[0]) for examples in by_row(asked.part)]
     if column not in rows[0]:
         raise FtjaxError(f"task.group: {column!r} is no column; they are {', '.join(rows[0])}")
     return [str(row[column]) for row in rows]

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from ftjax.data import spans
-from ftjax.evaluation import labelled
-from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, by_row, groups
+from ftjax.evaluation.said import Asked, Judge, at_places, by_row
 from ftjax.objectives import span
 
 BEST = 3  # other answers that a record lists
@@ -89,25 +88,14 @@ def blank(asked: Asked) -> list[dict]:
     return out
 
 
-def report(asked: Asked, said: list[dict], thresholds, draws: int = DRAWS) -> dict:
-    """labelled.report of answers, by the rule of SQuAD v2.0 where config.task.no_answer, else of v1.1."""
-    firsts = [members[0] for members in by_row(asked.part)]
-    return labelled.report(
-        "answers", *_sides(said), groups=groups(asked, firsts), draws=draws, seed=asked.config.seed, **_settings(asked)
-    )
-
-
-def _sides(said: list[dict]) -> tuple[list, list]:
+def sides(asked: Asked, said: list[dict]) -> tuple[list, list]:
+    """Answers and predicted answer of each row."""
     return [record["answers"] for record in said], [record["prediction"] for record in said]
 
 
-def _settings(asked: Asked) -> dict:
+def settings(asked: Asked, thresholds) -> dict:
+    """Answers are judged by the rule of SQuAD v2.0 where config.task.no_answer, else of v1.1."""
     return {"no_answer": asked.config.task.no_answer}
-
-
-def worst(asked: Asked, said: list[dict], thresholds, n: int) -> list[int]:
-    """The rows of lowest F1."""
-    return labelled.worst("answers", *_sides(said), n, **_settings(asked))
 
 
 def shown(record: dict) -> str:
@@ -116,4 +104,6 @@ def shown(record: dict) -> str:
     return f"{record['question'][:100]!r}: {record['prediction'][:60]!r}, expected {right[:60]!r}"
 
 
-JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("answers",), blank=blank)
+JUDGE = Judge(
+    say, sides, lambda asked, said, thresholds: said, shown, known=("answers",), blank=blank, settings=settings
+)

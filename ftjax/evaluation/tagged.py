@@ -6,9 +6,8 @@ import numpy as np
 
 from ftjax.data import tags
 from ftjax.data.labelled import Labelled, label_id
-from ftjax.evaluation import labelled
 from ftjax.evaluation.entities import entities, parse
-from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, groups, logits
+from ftjax.evaluation.said import Asked, Judge, at_places, logits
 
 OUTSIDE = "O"
 
@@ -44,12 +43,10 @@ def blank(asked: Asked) -> list[dict]:
     return out
 
 
-def report(asked: Asked, said: list[dict], thresholds, draws: int = DRAWS) -> dict:
-    """labelled.report of tags, and how many words were cut off."""
-    how = {"groups": groups(asked, range(len(said))), "draws": draws, "seed": asked.config.seed}
-    found = labelled.report("tags", *_sides(said), **how)
+def note(asked: Asked, said: list[dict]) -> str:
+    """How many words were cut off."""
     cut = sum(len(record["words"]) - _seen(asked, i, record["words"]) for i, record in enumerate(said))
-    return found | ({"note": f"{cut:,} words have no token within data.max_length: taken for O"} if cut else {})
+    return f"{cut:,} words have no token within data.max_length: taken for O" if cut else ""
 
 
 def _seen(asked: Asked, i: int, words: list[str]) -> int:
@@ -61,13 +58,9 @@ def _seen(asked: Asked, i: int, words: list[str]) -> int:
     return len(np.unique(found.word[found.word >= 0]))
 
 
-def _sides(said: list[dict]) -> tuple[list, list]:
+def sides(asked: Asked, said: list[dict]) -> tuple[list, list]:
+    """Tags and predicted tags of each row."""
     return [record["tags"] for record in said], [record["predicted"] for record in said]
-
-
-def worst(asked: Asked, said: list[dict], thresholds, n: int) -> list[int]:
-    """The rows with most entities missed or made up."""
-    return labelled.worst("tags", *_sides(said), n)
 
 
 def shown(record: dict) -> str:
@@ -82,4 +75,4 @@ def shown(record: dict) -> str:
     )
 
 
-JUDGE = Judge(say, report, lambda asked, said, thresholds: said, worst, shown, known=("tags",), blank=blank)
+JUDGE = Judge(say, sides, lambda asked, said, thresholds: said, shown, known=("tags",), blank=blank, note=note)

@@ -6,21 +6,14 @@ import functools
 
 import numpy as np
 
-from ftjax.evaluation import labelled
 from ftjax.evaluation.retrieval import ranks
-from ftjax.evaluation.said import DRAWS, Asked, Judge, at_places, groups
+from ftjax.evaluation.said import Asked, Judge, at_places
 from ftjax.objectives import contrast
 
 
 def say(asked: Asked) -> np.ndarray:
     """(N, 2, D) vectors of the two texts of each row, (N, 1, D) where there is one."""
     return np.stack(at_places(functools.partial(contrast.embed, pool=asked.config.task.pool), asked, apart=True))
-
-
-def report(asked: Asked, said: np.ndarray, thresholds, draws: int = DRAWS) -> dict:
-    """labelled.report of how near each first text's partner lies, among those of all rows."""
-    how = {"groups": groups(asked, range(len(said))), "draws": draws, "seed": asked.config.seed}
-    return labelled.report("retrieval", said[:, 1], said[:, 0], **how)
 
 
 def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
@@ -35,11 +28,6 @@ def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
     return out
 
 
-def worst(asked: Asked, said: np.ndarray, thresholds, n: int) -> list[int]:
-    """The rows whose partner is farthest down."""
-    return labelled.worst("retrieval", said[:, 1], said[:, 0], n)
-
-
 def shown(record: dict) -> str:
     """The texts of a pair, and the partner's rank."""
     return f"{record['text'][:70]!r} and {record['pair'][:70]!r}: rank {record['rank']:,}"
@@ -50,4 +38,4 @@ def blank(asked: Asked) -> np.ndarray:
     return np.ones((len(asked.part), 2, 1))
 
 
-JUDGE = Judge(say, report, lines, worst, shown, blank=blank)
+JUDGE = Judge(say, lambda asked, said: (said[:, 1], said[:, 0]), lines, shown, blank=blank)

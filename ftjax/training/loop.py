@@ -21,7 +21,7 @@ from ftjax.data.preview import show
 from ftjax.errors import NotFinite
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import sums
-from ftjax.evaluation.plot import plot_losses
+from ftjax.evaluation.pictures import plot_losses
 from ftjax.files import write_jsonl
 from ftjax.models.quantised import is_quantised
 from ftjax.objectives import TASKS

@@ -182,8 +182,7 @@ def report(
     """
     points = {n: list(map(float, values)) for n, values in points.items() if len(values)}
     every = points | ({whole[0]: list(map(float, whole[1]))} if whole and len(whole[1]) else {})
-    out = {"points": [{"amount": n, "values": every[n]} for n in sorted(every)], "law": [], "predicted": []}
-    out |= {"check": None, "says": ""}
+    out = drawn(every) | {"predicted": [], "says": ""}
     try:
         law = fit(every, **how)
         if len(every) > len(points) >= LEAST:
@@ -197,6 +196,11 @@ def report(
     out["law"] = [{"amount": float(n)} | _law(law, n) for n in np.geomspace(law.amounts[0], end, 60)]
     out["predicted"] = [{"amount": n, **law.predict(n)._asdict()} for n in at]
     return out | {"says": law.sentence(what)}
+
+
+def drawn(points: Mapping[float, Sequence[float]]) -> dict:
+    """A figure over amounts without a law, as `report` gives it to a picture."""
+    return {"points": [{"amount": n, "values": points[n]} for n in sorted(points)], "law": [], "check": None}
 
 
 def _law(law: Curve, n: float) -> dict:

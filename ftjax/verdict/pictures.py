@@ -108,7 +108,8 @@ def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
 
 def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
     """Learning curves, see ftjax.verdict.curve.report: runs as dots, their means as marks, the law as a line with its
-    interval, dashed beyond the runs; a hollow mark with an error bar is what the law of smaller amounts had said."""
+    interval, dashed beyond the runs; without a law, a line through the means and one standard deviation to either side.
+    A hollow mark with an error bar is what the law of smaller amounts had said."""
     figure, axes = new_axes(*SIZE)
     for name, one in told.items():
         look, points, law = _look(order.index(name)), one["points"], one["law"]
@@ -122,14 +123,18 @@ def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: s
                 axes.plot(at[part], value[part], dash, color=look["color"], linewidth=1.5)
             axes.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
         else:
-            axes.plot(x, y, ":", color=look["color"])
+            spread = [np.std(p["values"], ddof=1) if len(p["values"]) > 1 else 0.0 for p in points]
+            axes.plot(x, y, color=look["color"], linewidth=1.5)
+            axes.fill_between(
+                x, np.subtract(y, spread), np.add(y, spread), color=look["color"], alpha=0.13, linewidth=0
+            )
         if check := one["check"]:
             around = [[check["value"] - check["low"]], [check["high"] - check["value"]]]
             axes.errorbar(
                 1.06 * check["amount"], check["value"], yerr=around, capsize=4, **look | {"markerfacecolor": "none"}
             )
     every = [n for one in told.values() for n in [p["amount"] for p in one["points"] + one["law"]]]
-    if max(every) >= 20 * min(every):
+    if 0 < 20 * min(every) <= max(every):
         axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.set(xlabel=x_label, ylabel=y_label)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import difflib
 import math
-from html import escape
+import re
 from pathlib import Path
 
-from ftjax.data.template import Rendered
-from ftjax.data.template import question as question_of
 from ftjax.evaluation.tables import grid
+from ftjax.pages import page
 from ftjax.verdict.decision import NO, YES, amount, chance, gap, named, paid, seconds, short, sig, span
 
 COPIED = 8  # words of a run that counts as copied
@@ -57,11 +56,6 @@ def detail(data: dict) -> str:
         name = max(curves, key=lambda name: sign * entries[name]["figures"][metric]["value"])
         out.append(f"With more rows for {name}: {curves[name]['says']}.")
     return " ".join(out)
-
-
-def shown(rendered: Rendered) -> str:
-    """What a row asks, as text."""
-    return question_of(rendered)
 
 
 def spread(rows: list, n: int) -> list:
@@ -202,33 +196,12 @@ def table(data: dict) -> str:
     return "\n".join(out)
 
 
-ENERGY = "Energy is that of the machine's processors, with all that they did beside."
-NO_ENERGY = "Energy is not readable here: /sys/class/powercap has no counters of it that this process may read."
-BESIDE = (
-    "Losses and KL are in nats a token; KL is that of a model from its base on its own answers. Copied: of all runs of "
-    f"{COPIED} words in its answers, those that stand in the training answers."
-)
-UNSUPPORTED = (
-    "Unsupported: sentences of an answer with less than half of their content in the passages, or with a number that "
-    "these do not have; by words alone, which takes a paraphrase for unsupported and sees no negation."
-)
-
-
 def notes(data: dict) -> list[str]:
     """How to read the figures."""
     by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
     by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
-    return [
-        f"In brackets is where the true value lies with a confidence of {data['level']:.0%}, were other rows of the "
-        "kind asked and, where there are several seeds, were it trained again. p: how often chance alone would give "
-        "such a difference, corrected for all contenders (Holm). Figures are means over rows, also of metrics that "
-        f"are usually given for a whole set. Rows won: with a better {data['metric']} than {data['base']}.",
-        "Training is the time of the steps alone. FLOPs are by formula and the rows' mean length; seconds are measured "
-        f"on {data['device']}, a request's in a full batch. {ENERGY if data['energy'] else NO_ENERGY}",
-        *([BESIDE] if len(changes(data)[0]) > 1 else []),
-        *([UNSUPPORTED] if by_words else []),
-        "Words that are not in the base's answer are marked.",
-    ]
+    beside = len(changes(data)[0]) > 1
+    return page("notes.txt", data=data, beside=beside, by_words=by_words, copied=COPIED).splitlines()
 
 
 # ---------------------------------------------------------------------------------------------- differences
@@ -241,186 +214,45 @@ def words(text: str, other: str) -> list[tuple[str, bool]]:
     return [(" ".join(own[b1:b2]), code != "equal") for code, _, _, b1, b2 in codes if b2 > b1]
 
 
-# ---------------------------------------------------------------------------------------------- Markdown
+# ---------------------------------------------------------------------------------------------- pages
 
 
 def markdown(data: dict) -> str:
     """The report as Markdown, its pictures in files beside it."""
-    said, pictures = data["decision"], dict(data["pictures"])
-    out = [f"# Fine-tune: {said['fine_tune']}", *(f"**{part.capitalize()}.** {_md(said[part])}" for part in PARTS)]
-    out += [f"![{caption}]({file})" for caption, file in pictures.items() if file == SCORES]
-    out += ["## Scores", _md(data["question"]), _md_table(*scores(data)), _md(data["detail"])]
-    out += ["\n".join(f"- {_md(text)}" for text in meanings(data)), "## Cost", _md_table(*costs(data))]
-    out += ["## Beside the task", _md_table(*changes(data))] if len(changes(data)[0]) > 1 else []
-    out += ["\n".join(f"- {note}" for note in notes(data))]
-    if data["curves"]:
-        said = "\n".join(f"- {_md(text)}" for text in (*laws(data), LAW))
-        out += ["## Learning curves", _md_table(*learning(data)), said]
-    out += ["## Findings"]
-    rows = [[f["check"], f["contender"], f["seen"], f["advice"]] for f in data["findings"]]
-    out += [
-        _md_table(["check", "contender", "seen", "to do"], rows) if rows else "Nothing was found that needs attention."
-    ]
-    rest = {caption: file for caption, file in pictures.items() if file != SCORES}
-    out += ["## Pictures"] if rest else []
-    out += [f"![{caption}]({file})" for caption, file in rest.items()]
-    out += ["## Samples"] if data["samples"] else []
-    for sample in data["samples"]:
-        right = " / ".join(sample["references"][:3])
-        base = sample["answers"][data["base"]]["text"]
-        out.append(f"> {_md(sample['prompt'])}\n>\n> right: {_md(right)}")
-        lines = [[name, sig(said["score"]), said["text"] if name == data["base"] else _bold(said["text"], base)]
-                 for name, said in sample["answers"].items()]  # fmt: skip
-        out.append(_md_table(["contender", data["metric"], "answer"], lines, raw=2))
-    out += ["## Again", f"```text\n{data['repeat']}\n```", f"ftjax {data['ftjax']}, {data['device']}."]
-    return "\n\n".join(out) + "\n"
-
-
-def _bold(text: str, base: str) -> str:
-    return " ".join(f"**{_md(run)}**" if new else _md(run) for run, new in words(text, base))
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, "\\" + mark)
-    return " ".join(text.split())
-
-
-def _md_table(titles: list[str], lines: list[list[str]], raw: int | None = None) -> str:
-    """raw: a column whose cells are Markdown."""
-    rows = [[cell if k == raw else _md(cell) for k, cell in enumerate(line)] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(map(_md, titles)), ["---"] * len(titles), *rows])
-
-
-# ---------------------------------------------------------------------------------------------- HTML
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --page: #fbfbfa; --card: #fff;
-  --better: #1d7a3a; --worse: #b3261e; --mark: #fff1b8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e5e9ee; --soft: #9aa6b4; --line: #343c47; --page: #14181d;
-  --card: #1c2128; --better: #6fcf8b; --worse: #ff8a80; --mark: #5a4a00; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 1.5rem auto;
-  max-width: 76rem; padding: 0 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
-.question { color: var(--soft); } .answer { font-size: 1.1rem; margin: 0 0 .8rem; } h1 { font-size: 1.8rem; }
-.top { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
-.better { color: var(--better); } .worse { color: var(--worse); } tr.better, tr.worse { color: inherit; }
-td small { display: block; font-weight: 400; max-width: 16rem; }
-.soft { color: var(--soft); font-size: .9rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
-  margin: .7rem 0; }
-.finding { border-left: 4px solid var(--worse); } .finding h3 { font-size: 1rem; margin: 0; }
-ul { margin: .4rem 0; padding-left: 1.2rem; } .finding p { margin: 0; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td:first-child { font-weight: 600; }
-.better td:nth-child(6) { color: var(--better); } .worse td:nth-child(6) { color: var(--worse); }
-mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 .1em; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
-figure { margin: 0; } img { width: 100%; height: auto; border-radius: 6px; background: #fff; }
-figcaption { color: var(--soft); font-size: .9rem; } pre { white-space: pre-wrap; margin: 0; font: .95rem/1.5 inherit; }
-code { font: .9rem ui-monospace, monospace; }
-@media (max-width: 46rem) { thead { display: none; }
-  tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  td { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .6rem; border: 0; padding: .1rem 0; }
-  td > span { overflow-wrap: anywhere; }
-  td::before { content: attr(data-title); color: var(--soft); font-weight: 400; } td:empty { display: none; } }
-"""
+    return re.sub(r"\n{3,}", "\n\n", page("verdict.md", meanings=meanings(data), **_values(data)))
 
 
 def html(data: dict, folder: Path) -> str:
     """One page that asks for nothing from elsewhere; folder: where the pictures lie, which go into the page."""
-    verdicts = {entry["name"]: (entry["verdict"] or {}).get("says", "") for entry in data["contenders"]}
-    means = {entry["name"]: entry["is"] for entry in data["contenders"]}
-    said, pictures = data["decision"], data["pictures"]
-    kind = {YES: "better", NO: "worse"}.get(said["fine_tune"], "open")
-    body = [f'<h1>Fine-tune: <span class="{kind}">{escape(said["fine_tune"])}</span></h1>', '<div class="top"><div>']
-    body += [f'<p class="answer"><b>{part.capitalize()}.</b> {escape(said[part])}</p>' for part in PARTS]
-    body += ["</div>", *(_figure(c, folder / file) for c, file in pictures.items() if file == SCORES), "</div>"]
-    body += ["<h2>Scores</h2>", f'<p class="question">{escape(data["question"])}</p>']
-    body += [_html_table(*scores(data), verdicts, means), f"<p>{escape(data['detail'])}</p>"]
-    body += [f'<p class="soft">{escape(f"{name}: {text}.")}</p>' for name, text in data["metrics"].items()]
-    body += ["<h2>Cost</h2>", _html_table(*costs(data))]
-    body += ["<h2>Beside the task</h2>", _html_table(*changes(data))] if len(changes(data)[0]) > 1 else []
-    body += [f'<p class="soft">{escape(note)}</p>' for note in notes(data)]
-    if data["curves"]:
-        body += ["<h2>Learning curves</h2>", _html_table(*learning(data)), *(f"<p>{escape(t)}</p>" for t in laws(data))]
-        body += [f'<p class="soft">{escape(LAW)}</p>']
-    body += ["<h2>Findings</h2>", _findings(data["findings"]) or NOTHING]
-    figures = "".join(_figure(caption, folder / file) for caption, file in pictures.items() if file != SCORES)
-    if figures:
-        body += ["<h2>Pictures</h2>", f'<div class="plots">{figures}</div>']
-    if data["samples"]:
-        body += ["<h2>Samples</h2>", *(_sample(sample, data) for sample in data["samples"])]
-    body += ["<h2>Again</h2>", f"<p><code>{escape(data['repeat'])}</code></p>"]
-    body += [f'<p class="soft">ftjax {escape(data["ftjax"])}, {escape(data["device"])}</p>']
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Verdict</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    findings: dict[str, list[dict]] = {}
+    for finding in data["findings"]:
+        findings.setdefault(finding["check"], []).append(finding)
+    return page(
+        "verdict.html",
+        kind={YES: "better", NO: "worse"}.get(data["decision"]["fine_tune"], "open"),
+        verdicts={entry["name"]: (entry["verdict"] or {}).get("says", "") for entry in data["contenders"]},
+        means={entry["name"]: entry["is"] for entry in data["contenders"]},
+        findings=findings,
+        base64=lambda file: base64.b64encode((folder / file).read_bytes()).decode(),
+        **_values(data),
     )
 
 
-NOTHING = "<p>Nothing was found that needs attention.</p>"
-
-
-def _html_table(
-    titles: list[str], lines: list[list[str]], classes: dict | None = None, means: dict | None = None
-) -> str:
-    """classes: of rows, by their first cell; means: what stands below that cell."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    rows = []
-    for line in lines:
-        kind = (classes or {}).get(line[0], "").replace(" ", "-")
-        below = f'<small class="soft">{escape(means[line[0]])}</small>' if means else ""
-        cells = _cell(titles[0], escape(line[0]) + below)
-        cells += "".join(_cell(title, escape(cell)) for title, cell in zip(titles[1:], line[1:]))
-        rows.append(f'<tr class="{kind}">{cells}</tr>')
-    return f'<div class="wide card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _cell(title: str, content: str) -> str:
-    """On a narrow screen its title stands beside it; content: HTML."""
-    return f'<td data-title="{escape(title)}">' + (f"<span>{content}</span>" if content else "") + "</td>"
-
-
-def _findings(found: list[dict]) -> str:
-    """A card for each check, with all contenders that it has something to say of."""
-    out = []
-    for check in dict.fromkeys(finding["check"] for finding in found):
-        mine = [finding for finding in found if finding["check"] == check]
-        seen = "".join(f"<li><b>{escape(f['contender'])}</b>: {escape(f['seen'])}</li>" for f in mine)
-        advice = "; ".join(dict.fromkeys(f["advice"] for f in mine))
-        out.append(
-            f'<section class="card finding"><h3>{escape(check)}</h3><ul>{seen}</ul><p>To do: {escape(advice)}</p>'
-            "</section>"
-        )
-    return "".join(out)
-
-
-def _figure(caption: str, file: Path) -> str:
-    content = base64.b64encode(file.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{content}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _sample(sample: dict, data: dict) -> str:
-    base = sample["answers"][data["base"]]["text"]
-    rows = []
-    for name, said in sample["answers"].items():
-        text = escape(said["text"])
-        if name != data["base"]:
-            runs = words(said["text"], base)
-            text = " ".join(f"<mark>{escape(run)}</mark>" if new else escape(run) for run, new in runs)
-        titles = ("contender", data["metric"], "answer")
-        cells = zip(titles, (escape(name), sig(said["score"]), text))
-        rows.append("<tr>" + "".join(_cell(title, cell) for title, cell in cells) + "</tr>")
-    right = escape(" / ".join(sample["references"][:3]))
-    return (
-        f'<section class="card"><pre>{escape(sample["prompt"])}</pre><p class="soft">right: {right}</p>'
-        f"<table><tbody>{''.join(rows)}</tbody></table></section>"
-    )
+def _values(data: dict) -> dict:
+    """What both pages show; a table or a list that is empty has no section."""
+    beside, pictures = changes(data), data["pictures"].items()
+    return {
+        "data": data,
+        "parts": PARTS,
+        "lead": [(caption, file) for caption, file in pictures if file == SCORES],
+        "pictures": [(caption, file) for caption, file in pictures if file != SCORES],
+        "scores": scores(data),
+        "costs": costs(data),
+        "changes": beside if len(beside[0]) > 1 else None,
+        "notes": notes(data),
+        "learning": learning(data) if data["curves"] else None,
+        "laws": laws(data),
+        "law": LAW,
+        "sig": sig,
+        "words": words,
+    }

@@ -11,7 +11,7 @@ import numpy as np
 
 import ftjax
 from ftjax import config as configs
-from ftjax.data.template import reference
+from ftjax.data import template
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
 from ftjax.files import replace_json, replace_text, write_jsonl
@@ -236,7 +236,7 @@ def _copied(measured: Measured, found: Setting) -> float | None:
     was not trained here."""
     if not found.questions or measured.contender.kind != "tuned":
         return None
-    training = [reference(rendered).split() for rendered, _ in found.data.train.each()]
+    training = [template.reference(rendered).split() for rendered, _ in found.data.train.each()]
     told = copied([answer.split() for answer in measured.answers], training, report.COPIED)
     grams = sum(c.grams for c in told)
     return sum(c.seen for c in told) / grams if grams else None
@@ -251,7 +251,7 @@ def _device() -> str:
 def _answers(found: Setting, measured: dict[str, Measured], metric: str):
     """One record a question: what was asked, what is right, and what each contender said, of its first seed."""
     if found.questions:
-        shown = [report.shown(q.rendered) for q in found.questions]
+        shown = [template.question(q.rendered) for q in found.questions]
         right = [q.references for q in found.questions]
     else:
         labels = held_out_labels(found)

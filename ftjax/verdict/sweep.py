@@ -399,8 +399,6 @@ def _spread(found: list[float]) -> str:
 def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | None:
     """A figure against an axis of AMOUNTS, with its law, or else that with most numbers, one curve a setting of the
     others; None without such an axis."""
-    from ftjax.evaluation.pictures import learning_picture
-
     numbers = {}
     for key in outcomes[0].settings:
         found = {o.settings[key] for o in outcomes}
@@ -421,7 +419,8 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     if not curves:
         return None
     if key not in AMOUNTS:
-        return learning_picture(curves, path, x_label=key, y_label=name)
+        told = {label: curve.drawn(points) for label, points in curves.items()}
+        return pictures.curves(told, path, list(told), x_label=key, y_label=name)
     noise = [o.noise[name] for o in outcomes if name in o.noise]
     what = "the parameters" if key == "model.path" else "the data"
     how = {**law_of(name), "noise": float(np.mean(noise)) if noise else 0.0, "what": what}

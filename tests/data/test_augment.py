@@ -193,6 +193,14 @@ def broken(row, rng):
         return {}["nothing"]
     return {**row, "text": row["text"] + "."}
 
+def tuples(row, rng):
+    return {**row, "l": [(1, 2)]}
+
+
+def numbered(row, rng):
+    return {**row, "l": {1: "one"}}
+
+
 def wrong(row, rng):
     return {0: "text", 1: {**row, "more": 1}, 2: {**row, "y": "two"}, 3: {**row, "y": 0.5}}[row["y"]]
 """
@@ -230,6 +238,24 @@ def test_an_error_in_a_function_names_row_and_line_and_keeps_its_cause(function)
     ) as e:
         augment(labelled(), function("broken"), 0)
     assert isinstance(e.value.__cause__, KeyError) and e.value.__cause__.__traceback__
+
+
+def test_rows_with_lists_of_another_program_are_augmented_too(function, tmp_path):
+    given_rows = [{"text": f"row {i}", "y": i, "tags": ["a", "b"][:i], "o": {"k": [i]}} for i in range(3)]
+    datasets.Dataset.from_list(given_rows).to_parquet(str(tmp_path / "t.parquet"))
+    read = read_table(str(tmp_path / "t.parquet"))
+    for folder in (None, tmp_path):
+        found = augment(read, function("shout"), 0, folder)
+        assert [found.table.row(i) for i in range(3)] == [row | {MARK: None} for row in given_rows]
+        assert [found.table.row(i)["tags"] for i in range(3, 6)] == [[], ["a"], ["a", "b"]]
+        assert found.table.place(5) == read.place(2)
+
+
+def test_a_list_that_would_change_as_it_is_stored_is_refused(function):
+    listed = table([{"text": "a", "y": 0, "l": [1, 2]}])
+    for name in ("tuples", "numbered"):
+        with pytest.raises(FtjaxError, match="column 'l' is of type .*, which does not hold"):
+            augment(listed, function(name), 0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ftjax.data import columns, read
 from ftjax.data.read import read_table
-from ftjax.data.table import Table, concatenate
+from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -117,15 +117,3 @@ def test_an_edit_that_gives_what_no_table_holds_names_the_row(tmp_path):
         table.edit(lambda rows: [row if row["a"] != 3 else {"a": "\ud800"} for row in rows])
     with pytest.raises(ValueError, match="5 rows became 4"):
         table.edit(lambda rows: rows[1:])
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_tables_whose_types_differ_are_joined(tmp_path, streaming):
-    parts = [[{"a": 1}, {"a": None}], [{"a": "1"}], [{"a": {"k": 0.1}}]]
-    tables = [table_of(tmp_path, rows, f"t{n}") for n, rows in enumerate(parts)]
-    (tmp_path / "cache").mkdir()
-    table = concatenate(tables, tmp_path / "cache" if streaming else None)
-    assert exact(all_rows(table)) == exact(row for rows in parts for row in rows)
-    assert [table.place(i).split("/")[-1] for i in (1, 2, 3)] == ["t0.jsonl row 2", "t1.jsonl row 1", "t2.jsonl row 1"]
-    same = concatenate([tables[0], tables[0]])
-    assert all_rows(same) == parts[0] * 2 and same.place(3).endswith("t0.jsonl row 2")

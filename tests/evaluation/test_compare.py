@@ -11,7 +11,7 @@ import pytest
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
-from ftjax.evaluation.plot import plot_losses
+from ftjax.evaluation.pictures import plot_losses
 
 ROWS = [
     {"src": "dog run", "tgt": "A dog runs."},

@@ -5,8 +5,9 @@ import warnings
 import numpy as np
 import pytest
 
-from ftjax.errors import FtjaxError
 from ftjax.evaluation import labelled, pictures
+from ftjax.verdict import curve
+from ftjax.verdict.pictures import curves
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +60,7 @@ def test_reliability_is_drawn(tmp_path):
 
 def test_learning_curves_are_drawn(tmp_path):
     few = {k: [0.5 + 0.01 * k, 0.52 + 0.01 * k] for k in (1, 4, 16, 32)}
-    pixels(pictures.learning_picture({"full": few, "lora": {8: [0.6]}}, tmp_path / "few.png", x_label="rows a class"))
     steps = {k: [k / 3000] for k in range(0, 2000, 100)}
-    pixels(pictures.learning_picture({"full": steps}, tmp_path / "steps.png", x_label="step"))
-    for bad in ({}, {"full": {}}, {"full": {1: []}}):
-        with pytest.raises(FtjaxError, match="learning curve"):
-            pictures.learning_picture(bad, tmp_path / "bad.png")
+    for name, points in {"few": {"full $1": few, "lora": {8: [0.6]}}, "steps": {"full": steps}}.items():
+        told = {label: curve.drawn(one) for label, one in points.items()}
+        pixels(curves(told, tmp_path / f"{name}.png", list(told), x_label="rows", y_label="accuracy"))

@@ -11,6 +11,7 @@ import pytest
 
 import ftjax
 from ftjax import config as configs
+from ftjax import pages
 from ftjax.errors import FtjaxError
 from ftjax.verdict import contenders, cost, decision, rating, report
 
@@ -355,5 +356,5 @@ def test_differences_are_marked_word_by_word():
         ("home", True),
     ]
     assert report.words("", "a") == [] and report.words("a b", "a b") == [("a b", False)]
-    assert report._md("a*b|c\nd") == "a\\*b\\|c d"
-    assert not re.search(r"(?<!\\)\|", report._md("x|y"))
+    assert pages.escape_markdown("a*b|c\nd") == "a\\*b\\|c d"
+    assert not re.search(r"(?<!\\)\|", pages.escape_markdown("x|y"))

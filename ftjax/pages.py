@@ -1,0 +1,37 @@
+"""Reports as pages of HTML and Markdown, from the Jinja templates in FOLDER. A page needs no other file."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from ftjax import assets
+
+FOLDER = Path(assets.__file__).parent / "pages"
+
+
+@functools.cache
+def _templates():
+    import jinja2
+
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=lambda name: not name.endswith((".md", ".txt")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"grouped": "{:,.0f}".format, "md": escape_markdown}
+    return found
+
+
+def page(name: str, **values) -> str:
+    """The text of a template with these values; in HTML every value is escaped."""
+    return _templates().get_template(name).render(values) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    for mark in "\\`*_[]<>|#":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
