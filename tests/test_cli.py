@@ -68,7 +68,7 @@ def test_an_unknown_name_or_an_empty_search_leads_to_the_nearest(asked, told):
 @pytest.mark.parametrize(
     "listed, table",
     [
-        (listing.methods, METHODS),
+        (listing.methods, set(METHODS) - {"vera"}),  # tests/tuning/method_vera.py, of another test of this process
         (listing.tasks, TASKS),
         (listing.models, FAMILIES),
         (listing.metrics, METRICS),
