@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
     if unknown or (overrides and args.verb not in CONFIGURED):
         top.error(_unknown(top, args.verb, unknown, rest))
-    interrupted = []
+    interrupted: list[bool] = []
     try:
         if argv is None:
             if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py

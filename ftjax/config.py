@@ -16,11 +16,11 @@ import math
 import os.path
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import ml_collections
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ftjax import user_code
@@ -42,10 +42,10 @@ class Field(NamedTuple):
         also: Names of the same thing in other projects, separated by blanks; error messages lead from them to the key.
     """
 
-    default: object
+    default: Any
     kind: type
     expected: str
-    holds: Callable[[object], bool] = lambda value: True
+    holds: Callable[[Any], bool] = lambda value: True
     item: Field | None = None
     choices: tuple[str, ...] = ()
     also: str = ""
@@ -550,7 +550,7 @@ FIELDS: dict[str, Field] = {
 }
 
 
-class Config(ml_collections.ConfigDict):
+class Config(ConfigDict):
     """A config or one of its groups: what ml_collections says of a wrong key is short and leads to the right one."""
 
     def __setitem__(self, key, value):
@@ -562,7 +562,7 @@ class Config(ml_collections.ConfigDict):
             raise FtjaxError(f"{key}: expected {self.get_type(key).__name__}; found {_shown(value)}") from None
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> ConfigDict:
     """A config in which every field of `FIELDS` has its default."""
     config = Config()
     for key, field in FIELDS.items():
@@ -576,7 +576,7 @@ def default() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDict:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote; overridden and validated.
 
     Args:
@@ -605,12 +605,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
     return config
 
 
-def recorded(path: str | Path) -> ml_collections.ConfigDict:
+def recorded(path: str | Path) -> ConfigDict:
     """Config of a .json file that a run wrote. Nobody but the user may name code: what it names must not be run."""
     return from_dict(_json(Path(path)), f"{path}: ")
 
 
-def override(config, overrides: list[str]) -> None:
+def override(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Apply `dotted.key=VALUE` texts to a config in place, and validate it. Raises FtjaxError as `load` does."""
     method, keys = config.tuning.method, set()
     for text in overrides:
@@ -642,13 +642,13 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _python(path: Path) -> ml_collections.ConfigDict:
+def _python(path: Path) -> ConfigDict:
     get_config = user_code.load(f"{path}:get_config", "--config")
     try:
         config = get_config()
     except Exception as error:  # the user's own code may raise anything
         raise FtjaxError(user_code.failed(f"{path}:get_config", "--config", error)) from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ConfigDict):
         raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")
     return config
 
@@ -703,23 +703,25 @@ def _set(config, key: str, value, said: str) -> None:
     config[last] = value
 
 
-def flat(config) -> dict:
+def flat(config: ConfigDict) -> dict[str, Any]:
     """{"optim.lr": value, ...}: every leaf by its dotted key. Raises FtjaxError for what is no config."""
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise FtjaxError(
-            f"expected a config; found {_shown(config)}. ftjax.config.load(path, overrides) reads one from a file, and "
-            "ftjax.config.default() makes one whose fields can be set: config.optim.lr = 1e-4"
-        )
-    out = {}
+    if not isinstance(config, ConfigDict):
+        pass_this = "ftjax.config.default(), whose fields can be set: config.optim.lr = 1e-4"
+        if isinstance(config, str | Path):
+            pass_this = f"ftjax.config.load({str(config)!r}), which reads the config in a file"
+        elif isinstance(config, dict):
+            pass_this = 'ftjax.config.from_dict(...), which takes {"optim.lr": 1e-4} and {"optim": {"lr": 1e-4}}'
+        raise FtjaxError(f"expected a config; found {_shown(config)}. Pass {pass_this}")
+    out: dict[str, Any] = {}
     for key, value in config.items(preserve_field_references=False):
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, ConfigDict):
             out |= {f"{key}.{k}": v for k, v in flat(value).items()}
         else:
             out[key] = value
     return out
 
 
-def from_dict(values: dict, source: str = "") -> ml_collections.ConfigDict:
+def from_dict(values: dict, source: str = "") -> ConfigDict:
     """The way back from `config.to_dict()`, also through JSON.
 
     Args:
@@ -742,17 +744,26 @@ def from_dict(values: dict, source: str = "") -> ml_collections.ConfigDict:
     return config
 
 
-def copy(config) -> ml_collections.ConfigDict:
+def copy(config: ConfigDict) -> ConfigDict:
     """A copy that may be changed freely. Raises FtjaxError for what is no config, and for an unknown key or value."""
     return from_dict(flat(config))
 
 
 # Fields of `data` that no source of a mixture has for itself.
-OF_ALL = ("mixture", "temperature", "decontaminate", "max_length", "long", "packing", "buckets", "workers", "processes")
-OF_ALL += ("date", "streaming", "cache", "cache_size")
+OF_ALL: tuple[str, ...] = (
+    "mixture",
+    "temperature",
+    "decontaminate",
+    "max_length",
+    "long",
+    "packing",
+    "buckets",
+    "workers",
+)
+OF_ALL += ("processes", "date", "streaming", "cache", "cache_size")
 
 
-def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]:
+def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
     """(name, its own `data` group, weight) of every source that is trained: of `data` itself, or of `data.mixture`.
 
     An entry of a mixture sets what differs from `data`; fields of its inner groups by dotted keys, "clean.near". Named
@@ -805,7 +816,7 @@ def compile_patterns(patterns, key: str) -> list[re.Pattern]:
     return compiled
 
 
-def validate(config) -> None:
+def validate(config: ConfigDict) -> None:
     """Check every field, and fields beside each other, as far as no file has to be read.
 
     Raises:

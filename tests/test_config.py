@@ -279,10 +279,19 @@ def test_a_wrong_key_in_python_is_told_without_the_group():
 
 
 @pytest.mark.parametrize("call", [ftjax.train, ftjax.sweep, ftjax.compare, configs.copy, configs.validate])
-@pytest.mark.parametrize("given", [{"optim": {"lr": 1e-4}}, "configs/quickstart.py", None])
-def test_what_is_no_config_is_refused_with_what_to_pass(call, given):
-    with pytest.raises(FtjaxError, match=r"expected a config; found .*ftjax.config.load\(path"):
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"optim": {"lr": 1e-4}}, 'Pass ftjax.config.from_dict(...), which takes {"optim.lr": 1e-4}'),
+        ("configs/quickstart.py", "Pass ftjax.config.load('configs/quickstart.py')"),
+        (Path("some") / "run.json", "Pass ftjax.config.load('some/run.json')"),
+        (None, "Pass ftjax.config.default()"),
+    ],
+)
+def test_what_is_no_config_is_refused_with_what_to_pass(call, given, told):
+    with pytest.raises(FtjaxError) as error:
         call(given)
+    assert "expected a config; found " in str(error.value) and told in str(error.value)
 
 
 def test_a_rate_for_another_method_is_warned_of(tmp_path, capsys):
