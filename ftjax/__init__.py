@@ -4,8 +4,23 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-# Public name -> where it lives. Imported on first use: `import ftjax` costs nothing.
+TYPE_CHECKING = False  # type checkers take it for True; typing, where it usually comes from, takes time to import
+if TYPE_CHECKING:
+    from ftjax import config as config
+    from ftjax.errors import FtjaxError as FtjaxError
+    from ftjax.evaluation.run import evaluate as evaluate
+    from ftjax.evaluation.run import predict as predict
+    from ftjax.lm import LM as LM
+    from ftjax.loading import load as load
+    from ftjax.training.export import export as export
+    from ftjax.training.loop import Result as Result
+    from ftjax.training.loop import train as train
+    from ftjax.verdict.run import compare as compare
+    from ftjax.verdict.sweep import sweep as sweep
+
+# Public name -> the module that it is in, or is. It is imported on first use, so that `import ftjax` costs nothing.
 _PUBLIC = {
+    "config": "ftjax.config",
     "load": "ftjax.loading",
     "LM": "ftjax.lm",
     "train": "ftjax.training.loop",
@@ -20,13 +35,16 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'ftjax' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # or any name would be right to them
 
-    return globals().setdefault(name, getattr(importlib.import_module(_PUBLIC[name]), name))
+    def __getattr__(name: str):
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'ftjax' has no attribute {name!r}")
+        import importlib
+
+        module = importlib.import_module(_PUBLIC[name])
+        return globals().setdefault(name, module if module.__name__ == f"ftjax.{name}" else getattr(module, name))
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

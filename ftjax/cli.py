@@ -18,7 +18,8 @@ EPILOG = """examples:
   ftjax data inspect --data rows.jsonl --out report
   ftjax evaluate --model runs/quickstart --data rows.jsonl
   ftjax export --run runs/quickstart --out my-model --format merged
-`ftjax VERB --help` tells more."""
+  ftjax config --search "learning rate"
+`ftjax VERB --help` explains a verb."""
 
 
 DATA_VERBS = {
@@ -27,6 +28,13 @@ DATA_VERBS = {
     "split": "clean, then deal them out to train, validation and test",
     "augment": "split, then add synthetic training rows by data.augment",
     "preview": "the first batches as the model will see them",
+}
+
+LISTS = {
+    "methods": "list the tuning methods, for the field tuning.method",
+    "tasks": "list the tasks, for the field task.kind",
+    "models": "list the model families, and the tasks that each can be trained for",
+    "metrics": "list the metrics of generated answers, for the field evaluate.metrics",
 }
 
 CONFIGURED = ("train", "sweep", "compare", "plan", "data", "evaluate", "predict")  # verbs that take --config.KEY=VALUE
@@ -55,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    overrides = "any field of the config can be set: --config.optim.lr=3e-4; ftjax/config.py lists them all"
+    overrides = "any field of the config can be set: --config.optim.lr=3e-4; `ftjax config` lists them all"
     sub = verb("train", _train, "fine-tune as a config says, or go on with a run that was stopped", epilog=overrides)
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
@@ -178,6 +186,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the base's"
     )
+
+    sub = verb("config", _list, "list, search and explain the fields of a config")
+    sub.add_argument("name", nargs="?", default="", metavar="GROUP|KEY", help="such as optim or optim.lr")
+    sub.add_argument("--search", default="", metavar="WORDS", help="only fields whose description has these words")
+    for name, text in LISTS.items():
+        verb(name, _list, text)
     return top
 
 
@@ -197,12 +211,13 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
     if unknown or (overrides and args.verb not in CONFIGURED):
         top.error(_unknown(top, args.verb, unknown, rest))
-    interrupted = []
+    interrupted: list[bool] = []
     try:
         if argv is None:
             if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that this one starts or becomes
-            _tune_malloc()
+            if args.run is not _list:
+                _tune_malloc()
             _hear_interrupts(interrupted)
         if args.run in (_evaluate, _predict, _generate, _plan):
             _check_file(args, "json" if args.run is _plan else "out")
@@ -473,6 +488,16 @@ def _export(args, overrides) -> None:
     drift = report.get("merge_difference")
     told = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
     print(f"{report['format']} written to {report['path']}{told}")
+
+
+def _list(args, overrides) -> None:
+    from ftjax import listing
+
+    text = listing.fields(args.name, args.search) if args.verb == "config" else getattr(listing, args.verb)()
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_json(path: str, value: dict) -> None:

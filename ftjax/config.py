@@ -16,11 +16,11 @@ import math
 import os.path
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import ml_collections
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ftjax import user_code
@@ -42,10 +42,10 @@ class Field(NamedTuple):
         also: Names of the same thing in other projects, separated by blanks; error messages lead from them to the key.
     """
 
-    default: object
+    default: Any
     kind: type
     expected: str
-    holds: Callable[[object], bool] = lambda value: True
+    holds: Callable[[Any], bool] = lambda value: True
     item: Field | None = None
     choices: tuple[str, ...] = ()
     also: str = ""
@@ -140,29 +140,30 @@ COUNT = whole(1, 1)
 
 # In a comment, `None` means: derived later, and the derived value is written to the run folder.
 FIELDS: dict[str, Field] = {
-    "run_dir": text("runs/default", empty=False, also="output_dir out_dir"),  # folder of everything that a run writes;
+    "run_dir": text("runs/default", empty=False, also="output_dir out_dir"),  # folder for everything that a run writes;
     # starting with the same folder again resumes the run
     "overwrite": switch(False, also="overwrite_output_dir"),  # True: start anew and delete what an earlier run wrote to
-    # run_dir. Other files stay, and a folder that is no run is refused
-    "seed": whole(0, 0, also="random_seed data_seed"),  # of initial adapters, dropout, the order of rows, the split and
-    # sampling
+    # run_dir. Other files stay, and a folder that holds no run is refused
+    "seed": whole(0, 0, also="random_seed data_seed"),  # seed of initial adapters, dropout, the order of rows, the
+    # split and sampling
     #
     # ---- the model
     "model.path": text("builtin:stories260K", empty=False, also="model_name_or_path base_model model_id model_name"),
-    # model directory, hub name, or `builtin:` for a model that comes with ftjax
-    "model.revision": text(also="model_revision"),  # branch, tag or commit of a hub name; empty: its default
-    # branch, and for a run that goes on the commit with which it began
-    "model.dtype": choice("auto", "float32", "bfloat16", also="torch_dtype bf16 fp16"),  # of computation; auto:
+    # model directory, hub name, or `builtin:` and the name of a model that comes with ftjax
+    "model.revision": text(also="model_revision"),  # branch, tag or commit of a hub name; empty: the default branch,
+    # or, when a run is resumed, the commit with which it began
+    "model.dtype": choice("auto", "float32", "bfloat16", also="torch_dtype bf16 fp16"),  # dtype of computation; auto:
     # bfloat16 on GPU and TPU, float32 on CPU
-    "model.trained_dtype": choice("float32", "bfloat16"),  # stored dtype of the trained parameters; small updates are
-    # lost in bfloat16
-    "model.frozen_dtype": choice("auto", "float32", "bfloat16"),  # stored dtype of the other parameters; auto: the
-    # dtype of computation
+    "model.trained_dtype": choice("float32", "bfloat16"),  # dtype in which the trained parameters are stored; bfloat16
+    # loses small updates
+    "model.frozen_dtype": choice("auto", "float32", "bfloat16"),  # dtype in which the other parameters are stored;
+    # auto: the dtype of computation
     "model.quantise": choice("none", "int8", "nf4", also="quantize load_in_4bit load_in_8bit quantization_bit"),
-    # frozen kernels of the blocks take a half (int8) or a quarter (nf4) of bfloat16's bytes
-    "model.quantise_tables": switch(False),  # with model.quantise, store the embedding table and the head in int8 too,
-    # whatever the kernels are: a sixth of an 8B model's bytes, which QLoRA leaves unquantised
-    "model.double_quantise": switch(True, also="bnb_4bit_use_double_quant double_quantization"),  # nf4: store its
+    # number format of the frozen kernels of the blocks, which then take a half (int8) or a quarter (nf4) of bfloat16's
+    # bytes
+    "model.quantise_tables": switch(False),  # store the embedding table and the head in int8 too, where model.quantise
+    # is set: a sixth of an 8B model's bytes, which QLoRA leaves unquantised
+    "model.double_quantise": switch(True, also="bnb_4bit_use_double_quant double_quantization"),  # nf4: store the
     # scales in 8 bits too, as QLoRA does; False: in float32
     "model.remat": choice(
         "none",
@@ -185,16 +186,18 @@ FIELDS: dict[str, Field] = {
     # in 1 GiB elsewhere
     #
     # ---- what is trained
-    "tuning.method": text("lora", empty=False, also="peft_type finetuning_type train_type use_dora"),  # a row of
-    # ftjax.tuning.METHODS
+    "tuning.method": text("lora", empty=False, also="peft_type finetuning_type train_type use_dora"),  # what is
+    # trained; `ftjax methods` lists the choices
     "tuning.init_from": text(also="adapter_name_or_path lora_model_dir"),  # PEFT adapter directory or hub name from
     # whose tensors training starts; its kind, rank, scale and targets become the run's
     "tuning.rank": whole(16, 1, also="lora_r lora_rank r"),  # rank of the update of LoRA and DoRA
-    "tuning.alpha": number(32.0, above=0, also="lora_alpha"),  # the update is scaled by alpha / rank, see rslora
-    "tuning.dropout": number(0.0, 0, below=1, also="lora_dropout"),  # on the adapter's input
-    "tuning.targets": several((), WORD, also="target_modules lora_target lora_target_modules"),  # module names as PEFT
-    # matches them, one regular expression `re:...`, or all-linear; empty: the method's own, which are all-linear for
-    # LoRA and DoRA, and keys, values and the last map of the feed-forward for IA3
+    "tuning.alpha": number(32.0, above=0, also="lora_alpha"),  # scale of the update, which is multiplied by alpha /
+    # rank; see tuning.rslora
+    "tuning.dropout": number(0.0, 0, below=1, also="lora_dropout"),  # dropout on the adapter's input, the share of
+    # values that are set to 0
+    "tuning.targets": several((), WORD, also="target_modules lora_target lora_target_modules"),  # modules that get an
+    # adapter: names as PEFT matches them, one regular expression `re:...`, or all-linear; empty: the method's own,
+    # which are all-linear for LoRA and DoRA, and keys, values and the last map of the feed-forward for IA3
     "tuning.feedforward": several((), WORD, also="feedforward_modules"),  # ia3: targets whose input is scaled, not
     # their output; empty: the last map of the feed-forward; none: no target
     "tuning.modules_to_save": several((), WORD, also="lora_modules_to_save additional_target"),  # lora, dora, ia3:
@@ -203,34 +206,39 @@ FIELDS: dict[str, Field] = {
     "tuning.rslora": switch(False, also="use_rslora"),  # scale by alpha / sqrt(rank), so that updates do not shrink
     # with the rank
     "tuning.init": choice("default", "gaussian", "orthogonal", "pissa", "olora", also="init_lora_weights pissa_init"),
-    # initial A and B of LoRA
-    "tuning.rank_pattern": pairs(int),  # (("regex of a module name", rank), ...): the first match overrides `rank`
-    "tuning.alpha_pattern": pairs(int, float),  # (("regex of a module name", alpha), ...)
-    "tuning.virtual_tokens": whole(50, 1, also="num_virtual_tokens"),  # prompt, prefix, ptuning: trained tokens before
-    # every row; they take positions of the row
-    "tuning.prompt_init": choice("vocab", "text", "random", also="prompt_tuning_init"),  # prompt, prefix: start as
-    # tokens drawn from the vocabulary, as those of prompt_text, or as noise, from which they rarely learn
-    "tuning.prompt_text": text(also="prompt_tuning_init_text"),  # should say what to do; repeated or cut to
-    # virtual_tokens
+    # how LoRA's A and B start
+    "tuning.rank_pattern": pairs(int),  # ranks that differ from tuning.rank: (("regex of a module name", rank), ...);
+    # the first match counts
+    "tuning.alpha_pattern": pairs(int, float),  # alphas that differ from tuning.alpha: (("regex of a module name",
+    # alpha), ...); the first match counts
+    "tuning.virtual_tokens": whole(50, 1, also="num_virtual_tokens"),  # prompt, prefix, ptuning: number of trained
+    # tokens before every row; they take up positions of the row
+    "tuning.prompt_init": choice("vocab", "text", "random", also="prompt_tuning_init"),  # prompt, prefix: how the
+    # virtual tokens start: as tokens drawn from the vocabulary, as the tokens of prompt_text, or as noise, from which
+    # they rarely learn
+    "tuning.prompt_text": text(also="prompt_tuning_init_text"),  # text that the virtual tokens start from; it should
+    # describe the task, and is repeated or cut to virtual_tokens
     "tuning.prompt_ids": several((), whole(0, 0)),  # token ids of prompt_text; a run fills them in
-    "tuning.prefix_projection": switch(False),  # prefix: computed by two dense layers while it is trained
-    "tuning.encoder": choice("mlp", "lstm", also="encoder_reparameterization_type"),  # ptuning: computes the prompt
+    "tuning.prefix_projection": switch(False),  # prefix: compute the prefix by two dense layers while it is trained
+    "tuning.encoder": choice("mlp", "lstm", also="encoder_reparameterization_type"),  # ptuning: network that computes
+    # the prompt
     "tuning.encoder_hidden": whole(0, 0, also="encoder_hidden_size"),  # width of the layers that compute a prompt or
-    # prefix; 0: that of their input
-    "tuning.layers": number(0.25, above=0),  # last_layers: number of layers, or a share of all if below 1. A quarter
-    # gives most of what full training does (Lee et al. 2019, What Would Elsa Do?)
-    "tuning.layers_with": several(("final_norm",), choice("final_norm", "lm_head")),  # last_layers: what is trained
-    # after these layers
+    # prefix; 0: the width of their input
+    "tuning.layers": number(0.25, above=0),  # last_layers: number of layers that are trained, or a share of all layers
+    # if below 1. A quarter gives most of what full training does (Lee et al. 2019, What Would Elsa Do?)
+    "tuning.layers_with": several(("final_norm",), choice("final_norm", "lm_head")),  # last_layers: modules after these
+    # layers that are trained too
     "tuning.pattern": several((), WORD),  # pattern: regular expressions. A parameter is trained if one matches the
     # whole of its name in the model's files (`model.layers.3.mlp.up_proj.weight`) or of its path in ftjax
     # (`layers/mlp/up_proj/kernel`)
     #
     # ---- the data
     "data.train": text("builtin:commongen/train.jsonl", also="dataset dataset_name dataset_path train_file datasets"),
-    # file, glob, comma-separated list, directory, `builtin:` name or hub name
-    "data.validation": text(also="validation_file eval_dataset eval_file val_file"),  # like train; empty: split off
-    # from train by `split`
-    "data.test": text(also="test_file test_dataset"),  # like train; empty: split off from train by `split`
+    # training rows: a file, glob, comma-separated list, directory, `builtin:` name or hub name
+    "data.validation": text(also="validation_file eval_dataset eval_file val_file"),  # validation rows, named as in
+    # data.train; empty: split off from train by `split`
+    "data.test": text(also="test_file test_dataset"),  # test rows, named as in data.train; empty: split off from train
+    # by `split`
     "data.split": several(
         (0.8, 0.1, 0.1),
         number(0.0, 0, 1),
@@ -239,22 +247,24 @@ FIELDS: dict[str, Field] = {
         also="val_size val_set_size validation_split",
     ),  # shares of train, validation and test, used where a file is not named
     "data.columns": several((), NAME),  # column names of .csv and .tsv files whose first line does not name them
-    "data.label": text(also="label_column label_field"),  # column with a row's class, where there is one; empty:
+    "data.label": text(also="label_column label_field"),  # column with a row's label, where there is one; empty:
     # task.kind takes the first of the usual names, `label`, `category`, ...
-    "data.stratify": text(),  # column whose values `split` deals out in equal shares; empty: data.label, or none
-    "data.group": several((), WORD),  # columns; rows that share a value of one of them stay in one part
-    "data.group_near": number(0.0, 0, 1),  # rows at least this similar (Jaccard of word 3-grams) stay in one part; 0:
+    "data.stratify": text(),  # column whose values are equally frequent in all parts of `split`; empty: data.label, or
+    # none
+    "data.group": several((), WORD),  # columns that keep rows together: rows that share a value of one of them stay in
+    # one part
+    "data.group_near": number(0.0, 0, 1),  # similarity (Jaccard of word 3-grams) from which rows stay in one part; 0:
     # off
-    "data.decontaminate": several((), WORD),  # sources that no training row may overlap; `validation`, `test`: the
-    # run's own parts
+    "data.decontaminate": several((), WORD),  # evaluation sources that no training row may overlap; `validation`,
+    # `test`: the run's own parts
     "data.mixture": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),
-    # ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...): sources trained together. Each may set any other field of
-    # `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
-    "data.temperature": number(1.0, above=0),  # mixture without weights: shares go by rows ** (1 / temperature); 1: by
-    # size
-    "data.limit": whole(0, 0, also="max_train_samples max_samples"),  # rows of train used, after shuffling with the
-    # seed; 0: all
-    "data.shots": whole(0, 0),  # classify: rows of train used of each label, drawn by the seed; 0: all
+    # sources that are trained together: ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...). Each may set any other
+    # field of `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
+    "data.temperature": number(1.0, above=0),  # temperature of a mixture without weights: shares are proportional to
+    # rows ** (1 / temperature); 1: to the number of rows
+    "data.limit": whole(0, 0, also="max_train_samples max_samples"),  # number of training rows used, after shuffling
+    # with the seed; 0: all
+    "data.shots": whole(0, 0),  # classify: number of training rows used of each label, drawn by the seed; 0: all
     "data.form": choice(
         "auto",
         "text",
@@ -266,80 +276,87 @@ FIELDS: dict[str, Field] = {
         "preference",
         "template",
         also="dataset_format formatting",
-    ),  # of a row; auto goes by the columns
+    ),  # form of the rows; auto: recognised by their columns
     "data.template": text(also="chat_template"),  # chat template of all rows: tokenizer | alpaca | chatml | llama-3 |
     # mistral | gemma | phi | plain; empty: the tokenizer's for messages, none for other rows
     "data.system": text(also="default_system system_prompt"),  # system message of conversations that have none
-    "data.prompt": text(also="prompt_template"),  # template over columns, such as "Words: {src}\nSentence:"; sets form
-    # to template
-    "data.completion": text(),  # template over columns, such as " {tgt}"
-    "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # the day that chat templates are told
-    # where they ask for it, as those of Llama 3.2 do. It is not the clock's: a config means the same tokens on any day
+    "data.prompt": text(also="prompt_template"),  # template of the prompt over columns, such as "Words:
+    # {src}\nSentence:"; sets form to template
+    "data.completion": text(),  # template of the completion over columns, such as " {tgt}"
+    "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # day that chat templates get where they
+    # ask for one, as those of Llama 3.2 do. It is not the clock's, so that a config means the same tokens on any day
     "data.end": text(also="eos_token"),  # token that ends an answer where no chat template does; empty: the
     # tokenizer's end-of-text
-    "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # every answer, the last answer, or
-    # every token
+    "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # which tokens of a conversation are
+    # trained: every answer, the last answer, or every token
     "data.max_length": whole(512, 1, also="max_seq_length max_seq_len sequence_len cutoff_len max_len block_size"),
-    # tokens of a row, or of a packed row; capped by the model's positions
+    # most tokens of a row, or of a packed row; at most the model's positions
     "data.long": choice("truncate", "drop", "raise", also="truncation"),  # what happens to rows above max_length
-    "data.packing": switch(False, also="sample_packing pack"),  # several rows in one, kept apart by segment ids
-    "data.buckets": whole(4, 1),  # padded lengths that unpacked batches may have; each compiles once
-    "data.workers": whole(2, 1, also="dataloader_num_workers num_workers"),  # threads that build batches ahead of the
-    # device
-    "data.streaming": switch(False),  # rows pass through files on disk, chunk by chunk: for sets larger than memory
-    "data.processes": whole(0, 0, also="dataset_num_proc num_proc preprocessing_num_workers"),  # processes that render
-    # and tokenise; 0: by the number of rows and cores
+    "data.packing": switch(False, also="sample_packing pack"),  # put several rows into one, kept apart by segment ids
+    "data.buckets": whole(4, 1),  # number of padded lengths that unpacked batches may have; each is compiled once
+    "data.workers": whole(2, 1, also="dataloader_num_workers num_workers"),  # number of threads that build batches
+    # ahead of the device
+    "data.streaming": switch(False),  # pass rows through files on disk, chunk by chunk: for sets larger than memory
+    "data.processes": whole(0, 0, also="dataset_num_proc num_proc preprocessing_num_workers"),  # number of processes
+    # that render and tokenise; 0: by the number of rows and cores
     "data.cache": text("auto", also="cache_dir"),  # folder of tokenised rows; auto: ~/.cache/ftjax/data; empty: none
-    "data.cache_size": whole(20_000_000_000, 0, 2**63 - 1),  # bytes of `cache`; the least recently used go first
+    "data.cache_size": whole(20_000_000_000, 0, 2**63 - 1),  # most bytes of `cache`; the least recently used files are
+    # deleted first
     #
     # ---- cleaning of rows
-    "data.clean.parts": several(("train",), choice("train", "validation", "test")),  # which parts are cleaned;
-    # published validation and test sets are best left as they are
-    "data.clean.unicode": choice("", "NFC", "NFKC"),  # normal form; empty: as it is
-    "data.clean.mojibake": switch(False),  # mend text that was decoded by the wrong table
-    "data.clean.whitespace": switch(False),  # strip ends; one blank for several; at most one empty line; indentation
-    # stays
+    "data.clean.parts": several(("train",), choice("train", "validation", "test")),  # parts that are cleaned; published
+    # validation and test sets are best left as they are
+    "data.clean.unicode": choice("", "NFC", "NFKC"),  # Unicode normal form of all texts; empty: unchanged
+    "data.clean.mojibake": switch(False),  # repair text that was decoded with the wrong encoding
+    "data.clean.whitespace": switch(False),  # strip both ends, replace several blanks by one, keep at most one empty
+    # line; indentation stays
     "data.clean.control": switch(False),  # remove control and zero-width characters except line ends and tabs
     "data.clean.exact": switch(False),  # drop rows whose text repeats an earlier one, except for case, punctuation and
     # white space
     "data.clean.near": number(0.0, 0, 1),  # drop rows at least this similar to an earlier one that stays (Jaccard of
     # word 3-grams); 0: off
-    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: all that the model reads
-    # and is to say
+    "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: the prompt and the answer,
+    # that is all that the model reads or is trained to write
     "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer, a missing cell or a
     # missing label; of rows in no known form, those without any text in `columns`
-    "data.clean.min_chars": whole(0, 0),  # drop rows with a shorter answer
-    "data.clean.max_chars": whole(0, 0),  # drop rows with a longer text in all; 0: off
-    "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is so many times longer than the prompt; 0: off
-    "data.clean.personal": choice("keep", "mask", "drop"),  # e-mail addresses, phone and card numbers, keys
+    "data.clean.min_chars": whole(0, 0),  # drop rows with an answer of fewer characters
+    "data.clean.max_chars": whole(0, 0),  # drop rows with more characters in all; 0: off
+    "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is more than this many times longer than the
+    # prompt; 0: off
+    "data.clean.personal": choice("keep", "mask", "drop"),  # what happens to e-mail addresses, phone and card numbers
+    # and keys: keep them, mask them, or drop the row
     "data.clean.drop": several((), WORD),  # regular expressions: rows with a match in any text are dropped; ^ and $ are
     # the ends of a line
     #
     # ---- synthetic rows
-    "data.augment.copies": whole(0, 0),  # synthetic rows made of each training row by ops and function in turn; 0: off
-    "data.augment.ops": several(("word_dropout", "word_swap", "char_noise", "case"), WORD),  # rows of
-    # ftjax.data.augment.OPS
-    "data.augment.rate": number(0.1, 0, 1),  # share of a text's words, or letters, that an op changes; at least one
-    "data.augment.columns": several((), WORD),  # columns with text that ops change. They must be named, because an
-    # answer or a label must never be changed
+    "data.augment.copies": whole(0, 0),  # number of synthetic rows made of each training row, by ops and function in
+    # turn; 0: off
+    "data.augment.ops": several(("word_dropout", "word_swap", "char_noise", "case"), WORD),  # operations that make
+    # synthetic rows: rows of ftjax.data.augment.OPS
+    "data.augment.rate": number(0.1, 0, 1),  # share of a text's words or letters that an operation changes; at least
+    # one
+    "data.augment.columns": several((), WORD),  # columns whose text the operations change. They must be named, because
+    # an answer or a label must never be changed
     "data.augment.prompts": several((), WORD),  # further templates like data.prompt: each makes one more synthetic row
     # of every row
-    "data.augment.function": text(),  # "file.py:name": name(row: dict, rng: numpy Generator) -> row, or None for no row
+    "data.augment.function": text(),  # your own operation, "file.py:name": name(row: dict, rng: numpy Generator) ->
+    # row, or None for no row
     #
     # ---- the task
     "task.kind": choice(
         "causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed", also="task_type problem_type"
-    ),  # causal: the next token; classify: one label a text; multilabel: several; regress: numbers; tag: a label a
-    # word; span: where a text holds the answer to a question; masked: hidden tokens of plain text; embed: vectors by
-    # which texts that belong together lie near each other
+    ),  # causal: the next token of any text; classify: one label for a text; multilabel: any number of labels for a
+    # text; regress: one or more numbers for a text; tag: a label for each word, such as named entities; span: where a
+    # text holds the answer to a question; masked: hidden tokens of plain text, to adapt an encoder; embed: vectors that
+    # are close for texts that belong together
     "task.text": text(also="text_column text_field dataset_text_field"),  # column with the text; tag: with the list of
     # words; span: with the question; embed: with the first text. Empty: the first of the usual names, `sentence`,
     # `text`, ...
     "task.pair": text(also="text_pair"),  # column with a second text, read together with the first; span: with the text
     # that holds the answer; embed: with the text that belongs to the first
-    "task.labels": several((), NAME, also="label_names id2label label_list num_labels"),  # names of labels in the order
-    # of their ids, or of the numbers of regress; empty: those of the model's files where it has a head for them, else
-    # those of the training rows
+    "task.labels": several((), NAME, also="label_names id2label label_list num_labels"),  # names of the labels in the
+    # order of their ids, or of the numbers of regress; empty: those of the model's files where it has a head for them,
+    # else those of the training rows
     "task.labels_as": choice("auto", "names", "ids"),  # what cells with labels hold. auto: names; or their ids, where
     # task.labels or the model's files give the names and all cells are whole numbers. A run whose names came from its
     # rows records `names`, so that numbers in other rows are not taken for ids
@@ -350,45 +367,48 @@ FIELDS: dict[str, Field] = {
         lambda w: w == ("balanced",) or all(type(n) in (int, float) and 0 <= n < math.inf for n in w),
     ),  # weight of each label in the loss, in the order of their ids; ("balanced",): by how rare a label is, so that
     # all labels weigh the same
-    "task.balanced": switch(False),  # draw rare labels more often, so that each label has the same number of an epoch's
-    # rows
+    "task.balanced": switch(False),  # draw rare labels more often, so that each label has the same number of rows in an
+    # epoch
     "task.focal": number(0.0, 0, also="focal_loss_gamma"),  # γ of the focal loss, which down-weights examples that the
     # model already classifies confidently; 0: off
-    "task.threshold": choice("", "f1", "mcc", "balanced_accuracy", "accuracy"),  # two labels, or multilabel: score by
-    # which thresholds are chosen on validation rows; empty: the threshold is 0.5
+    "task.threshold": choice("", "f1", "mcc", "balanced_accuracy", "accuracy"),  # score by which decision thresholds
+    # are chosen on validation rows, for two labels or multilabel; empty: the threshold is 0.5
     "task.group": text(),  # column by whose values scores are reported separately
     "task.subwords": choice("first", "all", also="label_all_tokens"),  # tag: which tokens of a word carry its tag; the
     # first one predicts
-    "task.stride": whole(128, 0, also="doc_stride"),  # span: tokens that successive windows of a long text share
-    "task.max_answer": whole(30, 1, also="max_answer_length"),  # span: tokens of a predicted answer at most
+    "task.stride": whole(128, 0, also="doc_stride"),  # span: number of tokens that successive windows of a long text
+    # share
+    "task.max_answer": whole(30, 1, also="max_answer_length"),  # span: most tokens of a predicted answer
     "task.no_answer": switch(False, also="version_2_with_negative"),  # span: some questions have no answer (SQuAD
     # v2.0), and an empty answer may be predicted
     "task.mask_rate": number(0.15, above=0, most=1, also="mlm_probability"),  # masked: share of tokens that are hidden
     "task.whole_words": switch(False, also="whole_word_mask wwm"),  # masked: hide all tokens of a word, or none
-    "task.pool": choice("auto", "mean", "cls", also="pooling pooling_mode"),  # a text's vector, which a head over
-    # labels reads, is the mean of its tokens' states, or the state of the first; auto: embed the mean, labels what the
-    # model's class reads
-    "task.temperature": number(0.05, above=0),  # embed: cosines are divided by it; the lower it is, the more the
-    # nearest wrong texts count
+    "task.pool": choice("auto", "mean", "cls", also="pooling pooling_mode"),  # how a text becomes one vector, which a
+    # head over labels reads: mean of its tokens' states, or the state of the first token; auto: the mean for embed, and
+    # for labels what the model's class reads
+    "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; the lower it is, the more
+    # the most similar wrong texts count
     #
     # ---- how it is trained
-    "optim.name": choice("adamw", "adafactor", "lion", "sgd", "muon", also="optimizer optim_type"),
+    "optim.name": choice("adamw", "adafactor", "lion", "sgd", "muon", also="optimizer optim_type"),  # the optimizer;
+    # muon: Muon on the matrices of the blocks, AdamW on all other parameters
     "optim.lr": number(None, above=0, also="learning_rate peak_lr max_lr"),  # peak learning rate; None: the method's
     # default
     "optim.schedule": choice("cosine", "constant", "linear", "wsd", also="lr_scheduler_type lr_scheduler lr_schedule"),
-    # of the learning rate; wsd: warm-up, stable, decay
-    "optim.warmup": number(0.03, 0, also="warmup_ratio warmup_steps num_warmup_steps"),  # share of all steps if below
-    # 1, else steps
-    "optim.decay": number(0.2, 0, 1),  # wsd: share of all steps spent decaying at the end
-    "optim.final_lr": number(0.0, 0, 1, also="min_lr min_lr_ratio cosine_min_lr_ratio"),  # share of the peak reached at
-    # the end of the schedule
-    "optim.weight_decay": number(0.0, 0, also="wd"),  # decoupled; of matrices only, not of norms and biases
-    "optim.b1": number(0.9, 0, below=1, also="adam_beta1 beta1 momentum"),  # decay of the first moment a step; momentum
-    # of sgd too
-    "optim.b2": number(0.999, 0, below=1, also="adam_beta2 beta2"),  # decay of the second moment a step
-    "optim.eps": number(1e-8, above=0, also="adam_epsilon epsilon"),  # added to the root of the second moment
-    "optim.clip_norm": number(1.0, 0, also="max_grad_norm gradient_clipping grad_clip"),  # limit of the gradient's
-    # global norm; 0: no clipping
+    # course of the learning rate; wsd: warm-up, stable, decay
+    "optim.warmup": number(0.03, 0, also="warmup_ratio warmup_steps num_warmup_steps"),  # steps in which the learning
+    # rate rises from 0, or a share of all steps if below 1
+    "optim.decay": number(0.2, 0, 1),  # wsd: share of all steps in which the learning rate falls at the end
+    "optim.final_lr": number(0.0, 0, 1, also="min_lr min_lr_ratio cosine_min_lr_ratio"),  # learning rate at the end of
+    # the schedule, as a share of the peak
+    "optim.weight_decay": number(0.0, 0, also="wd"),  # decoupled weight decay, of matrices only, not of norms and
+    # biases
+    "optim.b1": number(0.9, 0, below=1, also="adam_beta1 beta1 momentum"),  # decay of the first moment per step; the
+    # momentum of sgd too
+    "optim.b2": number(0.999, 0, below=1, also="adam_beta2 beta2"),  # decay of the second moment per step
+    "optim.eps": number(1e-8, above=0, also="adam_epsilon epsilon"),  # number added to the root of the second moment
+    "optim.clip_norm": number(1.0, 0, also="max_grad_norm gradient_clipping grad_clip"),  # largest global norm of the
+    # gradient; 0: no clipping
     "optim.layer_decay": number(1.0, above=0, most=1, also="llrd layerwise_lr_decay"),  # learning rate of each layer as
     # a share of the one above it, embeddings counting as one below the lowest; 1: all alike. 0.7 to 0.95 keep low
     # layers near their pretrained weights
@@ -396,60 +416,60 @@ FIELDS: dict[str, Field] = {
     "train.batch_size": whole(
         None, 1, also="per_device_train_batch_size train_batch_size global_batch_size micro_batch_size"
     ),  # rows (packed rows when packing) of a step, over all devices and microbatches; None: the method's default
-    "train.accumulate": whole(1, 1, also="gradient_accumulation_steps grad_accum"),  # microbatches of a step;
+    "train.accumulate": whole(1, 1, also="gradient_accumulation_steps grad_accum"),  # number of microbatches of a step;
     # batch_size must be a multiple of it
-    "train.epochs": number(3.0, above=0, most=1_000_000, also="num_train_epochs num_epochs"),  # passes over train;
-    # ignored where steps is set
-    "train.steps": whole(0, 0, also="max_steps total_steps num_train_steps"),  # optimizer steps; 0: by epochs
+    "train.epochs": number(3.0, above=0, most=1_000_000, also="num_train_epochs num_epochs"),  # number of passes over
+    # the training rows; ignored where steps is set
+    "train.steps": whole(0, 0, also="max_steps total_steps num_train_steps"),  # number of optimizer steps; 0: by epochs
     "train.label_smoothing": number(0.0, 0, below=1, also="label_smoothing_factor"),  # share of the target's
     # probability that is spread over all tokens or labels
-    "train.dropout": number(None, 0, below=1, also="hidden_dropout resid_pdrop"),  # on residuals, embeddings and
-    # attention; None: none, as LLaMA; GPT-2 had 0.1
-    "train.neftune": number(0.0, 0, also="neftune_noise_alpha noisy_embedding_alpha"),  # alpha: noise on embeddings in
-    # training, within alpha / sqrt(tokens x width); 0: off. 5 to 15 improve answers of chat models (Jain et al. 2023,
-    # NEFTune)
-    "train.cache_features": switch(True),  # where only the head is trained, for more than an epoch: compute the states
-    # that it reads once, and keep them in a file of run_dir while the run lasts
-    "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay a step of an exponential moving average of the
+    "train.dropout": number(None, 0, below=1, also="hidden_dropout resid_pdrop"),  # dropout on residuals, embeddings
+    # and attention; None: none, as LLaMA; GPT-2 had 0.1
+    "train.neftune": number(0.0, 0, also="neftune_noise_alpha noisy_embedding_alpha"),  # alpha of NEFTune: noise on
+    # embeddings in training, within alpha / sqrt(tokens x width); 0: off. 5 to 15 improve answers of chat models (Jain
+    # et al. 2023, NEFTune)
+    "train.cache_features": switch(True),  # compute the states that a head reads only once, and keep them in a file of
+    # run_dir while the run lasts, where only the head is trained for more than an epoch
+    "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay per step of an exponential moving average of the
     # trained parameters, which is validated and exported in their place; 0: off
     "train.log_every": whole(10, 1, also="logging_steps log_interval"),  # steps between lines of metrics.jsonl
     "train.eval_every": whole(0, 0, also="eval_steps eval_interval"),  # steps between validations; 0: ten times a run,
     # or fewer, see evaluate.rows
     "train.select": text(
         "val_loss", empty=False, also="metric_for_best_model"
-    ),  # what the best checkpoint is chosen by
-    # on validation rows: val_loss, or a score of the task, such as mcc, f1_macro or pearson; causal: accuracy, or a
-    # metric of generated answers, such as rouge_l
-    "train.patience": whole(0, 0, also="early_stopping_patience"),  # stop after so many validations without a better
-    # `train.select`; 0: never
+    ),  # score that the best checkpoint is chosen by, on validation rows: val_loss, or a score of the task, such as
+    # mcc, f1_macro or pearson; causal: accuracy, or a metric of generated answers, such as rouge_l
+    "train.patience": whole(0, 0, also="early_stopping_patience"),  # number of validations without a better
+    # `train.select` after which training stops; 0: never
     "train.save_every": whole(0, 0, also="save_steps save_interval"),  # steps between checkpoints, beside each best
     # one; 0: at every validation
-    "train.keep": whole(1, 1, also="save_total_limit"),  # latest checkpoints kept beside the best
+    "train.keep": whole(1, 1, also="save_total_limit"),  # number of latest checkpoints kept beside the best one
     #
     # ---- how devices share the work
-    "mesh.data": whole(-1, -1),  # rows are split, weights whole; -1: all devices that the others leave; 0: all axes are
-    # chosen for the devices and the model, and the reason is printed
-    "mesh.fsdp": _axis(),  # rows are split; weights are split and gathered for use
-    "mesh.sequence": _axis(),  # tokens of a row are split, for rows too long for one device; weights as by fsdp
-    "mesh.tensor": _axis(),  # heads, feed-forward and vocabulary are split
+    "mesh.data": whole(-1, -1),  # devices that share the rows of a batch, each with all weights; -1: all devices that
+    # the other axes leave; 0: all axes are chosen for the devices and the model, and the reason is printed
+    "mesh.fsdp": _axis(),  # devices that share the rows and also the weights, which are gathered for use
+    "mesh.sequence": _axis(),  # devices that share the tokens of a row, for rows too long for one device; weights are
+    # split as by fsdp
+    "mesh.tensor": _axis(),  # devices that share heads, feed-forward and vocabulary
     #
     # ---- evaluation
-    "evaluate.batch_size": whole(0, 0, also="per_device_eval_batch_size eval_batch_size"),  # rows of a step; 0: as
-    # train.batch_size
-    "evaluate.rows": whole(0, 0, also="max_eval_samples"),  # validation rows used during training, the
-    # first of each source; 0: all, but where train.eval_every is 0 too, so few and so rarely that validation takes
+    "evaluate.batch_size": whole(0, 0, also="per_device_eval_batch_size eval_batch_size"),  # rows of an evaluation
+    # step; 0: train.batch_size
+    "evaluate.rows": whole(0, 0, also="max_eval_samples"),  # validation rows used during training, the first of each
+    # source; 0: all, except that where train.eval_every is 0 too, validation is made so small and rare that it takes
     # about a fifth of the training at most
     "evaluate.compare": switch(False),  # generate on held-out rows before and after training, score the answers, and
     # write results.json
     "evaluate.compare_rows": whole(0, 0),  # distinct held-out prompts to generate for; 0: all
-    "evaluate.compare_on": choice("test", "validation"),  # part with these prompts
-    "evaluate.metrics": several(("rouge_l",), WORD, also="compute_metrics eval_metrics"),  # rows of
-    # ftjax.evaluation.metrics.METRICS; or "file.py:name" of a function of your own
+    "evaluate.compare_on": choice("test", "validation"),  # part whose prompts `evaluate.compare` uses
+    "evaluate.metrics": several(("rouge_l",), WORD, also="compute_metrics eval_metrics"),  # metrics of generated
+    # answers, which `ftjax metrics` lists; or "file.py:name" of a function of your own
     "evaluate.words": text(),  # column with the given words, for the metric `coverage`
     "evaluate.passage": text(),  # column with the text that answers should keep to, for the metric `unsupported`;
     # empty: the references
-    "evaluate.forgetting": text(),  # text file; the change of the loss on it shows what the model has forgotten
-    "evaluate.samples": whole(5, 0),  # generations shown side by side
+    "evaluate.forgetting": text(),  # text file; the change of the loss on it shows how much the model has forgotten
+    "evaluate.samples": whole(5, 0),  # number of generations shown side by side
     #
     # ---- ftjax compare
     "compare.contenders": Field(
@@ -457,75 +477,83 @@ FIELDS: dict[str, Field] = {
         tuple,
         "a tuple of texts and dicts",
         lambda entries: all(isinstance(entry, str | dict) for entry in entries),
-    ),  # the first is the one that the others are judged against. A row of ftjax.verdict.baselines.PROMPTS: the base
-    # model with this prompt; `majority`: the commonest label; a run folder, adapter, model directory or hub name; or a
-    # dict: its "name", any field of the config that it is trained with, such as "tuning.method", and of "prompt" (of
-    # PROMPTS), "shots" and "model" (a path) what differs
-    "compare.metric": text(),  # what the verdict is about; empty: the first of evaluate.metrics, or the task's accuracy
-    "compare.seeds": whole(3, 1),  # runs of each trained contender, and draws of examples, from config.seed on
-    "compare.shots": whole(3, 0),  # examples before a question
-    "compare.between": text("\n\n"),  # after each example, where rows are no conversation; an answer ends there too
+    ),  # what is compared; the others are judged against the first. Each is a prompt of ftjax.verdict.baselines.PROMPTS
+    # for the base model; `majority`: the commonest label; a run folder, adapter, model directory or hub name; or a
+    # dict: its "name", any field of the config that it is trained with, such as "tuning.method", and "prompt" (of
+    # PROMPTS), "shots" and "model" (a path) where they differ
+    "compare.metric": text(),  # metric that the verdict is about; empty: the first of evaluate.metrics, or the task's
+    # accuracy
+    "compare.seeds": whole(3, 1),  # number of runs of each trained contender, and of draws of examples, from
+    # config.seed on
+    "compare.shots": whole(3, 0),  # number of examples before a question
+    "compare.between": text("\n\n"),  # text after each example, where rows are no conversation; an answer ends there
+    # too
     "compare.documents": text(),  # rows, or a folder of text files, whose passages `retrieval` puts before a question
-    "compare.passages": whole(2, 1),  # passages that a question gets
-    "compare.passage_words": whole(80, 1),  # words of a passage at most
+    "compare.passages": whole(2, 1),  # number of passages that a question gets
+    "compare.passage_words": whole(80, 1),  # most words of a passage
     "compare.context": Field(
         "Context:\n{passages}\n\n", str, "a text with {passages} in it once", lambda v: v.count("{passages}") == 1
-    ),  # how passages stand before a question
+    ),  # text around the passages before a question
     "compare.curve": several((), COUNT),  # numbers of training rows, (500, 1000, 2000, ...), on which contenders are
     # trained as well: their learning curves, each with its law, and what more rows would bring
-    "compare.curve_shots": several((), COUNT),  # classify: the same in rows of each label
-    "compare.curve_of": several((), WORD),  # names of those contenders; empty: all that are trained
-    "compare.curve_steps": whole(0, 0),  # optimizer steps of each of these runs at least, where train.steps is 0
+    "compare.curve_shots": several((), COUNT),  # classify: numbers of training rows of each label, like compare.curve
+    "compare.curve_of": several((), WORD),  # names of the contenders with a learning curve; empty: all that are trained
+    "compare.curve_steps": whole(0, 0),  # least number of optimizer steps of each of these runs, where train.steps is 0
     "compare.curve_to": several((), COUNT),  # numbers of rows, also more than there are, for which the law predicts
-    "compare.ballots": whole(0, 0),  # questions whose answers are written to a file for blind pairwise rating; 0: none
-    "compare.divergence": whole(64, 0),  # questions on whose answers a tuned model is compared with its base, token by
-    # token; 0: none
+    "compare.ballots": whole(0, 0),  # number of questions whose answers are written to a file for blind pairwise
+    # rating; 0: none
+    "compare.divergence": whole(64, 0),  # number of questions on whose answers a tuned model is compared with its base,
+    # token by token; 0: none
     "compare.unsafe": text(),  # rows with a `prompt` or `messages` that should be refused
     "compare.harmless": text(),  # rows with a `prompt` or `messages` that should not be refused
-    # Prices, in dollars; without any, costs are in seconds only. Prices of a service replace those of this machine.
-    "compare.device_hour": number(0.0, 0),  # an hour of this machine's devices
-    "compare.training_hour": number(0.0, 0),  # an hour of training, billed by steps alone; 0: device_hour, whole run
-    "compare.training_tokens": number(0.0, 0),  # a million trained tokens
-    "compare.hosting_hour": number(0.0, 0),  # an hour of an endpoint with a model of your own, whatever its load
-    "compare.tuned_in": number(0.0, 0),  # a million tokens of prompts, at an endpoint with a model of your own
-    "compare.tuned_out": number(0.0, 0),  # and of answers
-    "compare.tokens_in": number(0.0, 0),  # a million tokens of prompts, at a hosted endpoint of the base
-    "compare.tokens_out": number(0.0, 0),  # and of answers
-    "compare.storage": number(0.0, 0),  # a gigabyte and month of what was trained
-    "compare.requests": whole(0, 0),  # requests a month for which costs are reported; 0: none
+    #
+    # ---- prices for ftjax compare, in dollars; without any, costs are in seconds
+    "compare.device_hour": number(0.0, 0),  # price of an hour of this machine's devices
+    "compare.training_hour": number(0.0, 0),  # price of an hour of training at a service, which bills the steps
+    # alone; 0: device_hour for the whole run
+    "compare.training_tokens": number(0.0, 0),  # price of a million trained tokens
+    "compare.hosting_hour": number(0.0, 0),  # price of an hour of an endpoint with a model of your own, whatever its
+    # load
+    "compare.tuned_in": number(0.0, 0),  # price of a million tokens of prompts, at an endpoint with a model of your own
+    "compare.tuned_out": number(0.0, 0),  # price of a million tokens of answers there
+    "compare.tokens_in": number(0.0, 0),  # price of a million tokens of prompts, at a hosted endpoint of the base
+    "compare.tokens_out": number(0.0, 0),  # price of a million tokens of answers there
+    "compare.storage": number(0.0, 0),  # price of a gigabyte and month of storing what was trained
+    "compare.requests": whole(0, 0),  # number of requests a month for which costs are reported; 0: none
     #
     # ---- generation
-    "generate.max_new_tokens": whole(64, 1, also="max_tokens max_completion_length"),  # tokens of an answer at most
-    "generate.temperature": number(0.0, 0),  # 0: greedy
-    "generate.top_k": whole(0, 0),  # 0: off
-    "generate.top_p": number(1.0, 0, 1),  # 1: off
-    "generate.batch_size": whole(32, 1),  # prompts at once
+    "generate.max_new_tokens": whole(64, 1, also="max_tokens max_completion_length"),  # most tokens of an answer
+    "generate.temperature": number(0.0, 0),  # temperature of sampling; 0: greedy
+    "generate.top_k": whole(0, 0),  # sample from the k most probable tokens only; 0: from all
+    "generate.top_p": number(1.0, 0, 1),  # sample from the most probable tokens that together reach this probability;
+    # 1: from all
+    "generate.batch_size": whole(32, 1),  # number of prompts answered at once
     "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
     # beside the model's own end tokens
     #
     # ---- the exported files
-    "export.formats": several(("auto",), choice("auto", "adapter", "merged", "full")),  # written to run_dir at the end;
-    # auto: adapter where there is one
-    "export.checkpoint": choice("best", "last", also="load_best_model_at_end"),  # which state is written
-    "export.dtype": choice("auto", "float32", "bfloat16", "float16"),  # auto: as the model was
-    "export.shard_size": whole(5_000_000_000, 1, 2**63 - 1, also="max_shard_size"),  # bytes of a safetensors file at
-    # most
+    "export.formats": several(("auto",), choice("auto", "adapter", "merged", "full")),  # what is written to run_dir at
+    # the end; auto: the adapter where there is one
+    "export.checkpoint": choice("best", "last", also="load_best_model_at_end"),  # checkpoint that is written
+    "export.dtype": choice("auto", "float32", "bfloat16", "float16"),  # dtype of the written files; auto: the base
+    # model's
+    "export.shard_size": whole(5_000_000_000, 1, 2**63 - 1, also="max_shard_size"),  # most bytes of a safetensors file
     #
     # ---- logs
-    "log.tensorboard": switch(True),  # event files under run_dir/tensorboard
+    "log.tensorboard": switch(True),  # write event files to run_dir/tensorboard
     "log.wandb": text(also="wandb_project report_to"),  # Weights & Biases project; needs the extra `wandb`; empty: off
     "log.profile": Field(
         "",
         str,
         "FIRST:LAST, numbers of two steps from 1 on, such as 10:13",
         lambda v: not v or bool((n := re.fullmatch(r"(\d{1,9}):(\d{1,9})", v)) and 1 <= int(n[1]) <= int(n[2])),
-    ),  # steps, both ends included, of which an XProf trace and a summary of where their time went are written to
+    ),  # steps FIRST:LAST, both included, of which an XProf trace and a summary of where their time went are written to
     # run_dir; empty: none
     "log.compilation_cache": switch(True),  # reuse compiled programs across runs (~/.cache/ftjax/xla)
 }
 
 
-class Config(ml_collections.ConfigDict):
+class Config(ConfigDict):
     """A config or one of its groups: what ml_collections says of a wrong key is short and leads to the right one."""
 
     def __setitem__(self, key, value):
@@ -537,7 +565,7 @@ class Config(ml_collections.ConfigDict):
             raise FtjaxError(f"{key}: expected {self.get_type(key).__name__}; found {_shown(value)}") from None
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> ConfigDict:
     """A config in which every field of `FIELDS` has its default."""
     config = Config()
     for key, field in FIELDS.items():
@@ -551,7 +579,7 @@ def default() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDict:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote; overridden and validated.
 
     Args:
@@ -580,12 +608,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> ml_collections.ConfigDi
     return config
 
 
-def recorded(path: str | Path) -> ml_collections.ConfigDict:
+def recorded(path: str | Path) -> ConfigDict:
     """Config of a .json file that a run wrote. Nobody but the user may name code: what it names must not be run."""
     return from_dict(_json(Path(path)), f"{path}: ")
 
 
-def override(config, overrides: list[str]) -> None:
+def override(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Apply `dotted.key=VALUE` texts to a config in place, and validate it. Raises FtjaxError as `load` does."""
     method, keys = config.tuning.method, set()
     for text in overrides:
@@ -617,13 +645,13 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _python(path: Path) -> ml_collections.ConfigDict:
+def _python(path: Path) -> ConfigDict:
     get_config = user_code.load(f"{path}:get_config", "--config")
     try:
         config = get_config()
     except Exception as error:  # the user's own code may raise anything
         raise FtjaxError(user_code.failed(f"{path}:get_config", "--config", error)) from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ConfigDict):
         raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")
     return config
 
@@ -678,23 +706,25 @@ def _set(config, key: str, value, said: str) -> None:
     config[last] = value
 
 
-def flat(config) -> dict:
+def flat(config: ConfigDict) -> dict[str, Any]:
     """{"optim.lr": value, ...}: every leaf by its dotted key. Raises FtjaxError for what is no config."""
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise FtjaxError(
-            f"expected a config; found {_shown(config)}. ftjax.config.load(path, overrides) reads one from a file, and "
-            "ftjax.config.default() makes one whose fields can be set: config.optim.lr = 1e-4"
-        )
-    out = {}
+    if not isinstance(config, ConfigDict):
+        pass_this = "ftjax.config.default(), whose fields can be set: config.optim.lr = 1e-4"
+        if isinstance(config, str | Path):
+            pass_this = f"ftjax.config.load({str(config)!r}), which reads the config in a file"
+        elif isinstance(config, dict):
+            pass_this = 'ftjax.config.from_dict(...), which takes {"optim.lr": 1e-4} and {"optim": {"lr": 1e-4}}'
+        raise FtjaxError(f"expected a config; found {_shown(config)}. Pass {pass_this}")
+    out: dict[str, Any] = {}
     for key, value in config.items(preserve_field_references=False):
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, ConfigDict):
             out |= {f"{key}.{k}": v for k, v in flat(value).items()}
         else:
             out[key] = value
     return out
 
 
-def from_dict(values: dict, source: str = "") -> ml_collections.ConfigDict:
+def from_dict(values: dict, source: str = "") -> ConfigDict:
     """The way back from `config.to_dict()`, also through JSON.
 
     Args:
@@ -717,17 +747,26 @@ def from_dict(values: dict, source: str = "") -> ml_collections.ConfigDict:
     return config
 
 
-def copy(config) -> ml_collections.ConfigDict:
+def copy(config: ConfigDict) -> ConfigDict:
     """A copy that may be changed freely. Raises FtjaxError for what is no config, and for an unknown key or value."""
     return from_dict(flat(config))
 
 
 # Fields of `data` that no source of a mixture has for itself.
-OF_ALL = ("mixture", "temperature", "decontaminate", "max_length", "long", "packing", "buckets", "workers", "processes")
-OF_ALL += ("date", "streaming", "cache", "cache_size")
+OF_ALL: tuple[str, ...] = (
+    "mixture",
+    "temperature",
+    "decontaminate",
+    "max_length",
+    "long",
+    "packing",
+    "buckets",
+    "workers",
+)
+OF_ALL += ("processes", "date", "streaming", "cache", "cache_size")
 
 
-def sources(config) -> list[tuple[str, ml_collections.ConfigDict, float | None]]:
+def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
     """(name, its own `data` group, weight) of every source that is trained: of `data` itself, or of `data.mixture`.
 
     An entry of a mixture sets what differs from `data`; fields of its inner groups by dotted keys, "clean.near". Named
@@ -780,7 +819,7 @@ def compile_patterns(patterns, key: str) -> list[re.Pattern]:
     return compiled
 
 
-def validate(config) -> None:
+def validate(config: ConfigDict) -> None:
     """Check every field, and fields beside each other, as far as no file has to be read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A language model ready for use, and the way to one from a model directory.
+"""LM, a language model ready for use, and how one is made from a model directory.
 
 B rows, T tokens, V vocabulary.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ftjax import config as configs
 from ftjax.data import chat_templates
@@ -35,12 +37,20 @@ from ftjax.tuning.adapters import pick, weighted
 
 @dataclasses.dataclass
 class LM:
-    """A model, what it is applied to, and its tokenizer.
+    """A language model with its parameters and its tokenizer, as `ftjax.load` returns it.
 
-    model: the Flax module; params: the base's parameters; adapter: the `adapter` collection, empty for a plain model;
-    folder: the local directory of the base; end_tokens: ids that end an answer; adapters: name -> this model under an
-    adapter that was loaded beside, see `with_adapter`; tokenizer_folder: the directory of a tokenizer that is not the
-    base's.
+    Attributes:
+        model: The Flax module. `lm.model.apply(lm.variables, tokens, positions, segment_ids)` computes logits.
+        params: Parameters of the base model, a nested dict.
+        adapter: The `adapter` collection, which changes linear maps; empty for a model without an adapter.
+        tokenizer: The tokenizer, from transformers.
+        folder: Local directory of the base model.
+        end_tokens: Ids of the tokens that end an answer.
+        adapters: {name: this model with that adapter}, of the adapters that were loaded beside it.
+        labels: Names of the labels of its head, in the order of their ids; empty without such a head.
+        kind: The task that the model's head is for, as in `task.kind`.
+        pooling: How `embed` makes vectors of texts.
+        tokenizer_folder: Local directory of the tokenizer, where that is not the base model's.
     """
 
     model: Transformer
@@ -50,27 +60,34 @@ class LM:
     folder: Path
     end_tokens: tuple[int, ...]
     adapters: dict[str, LM] = dataclasses.field(default_factory=dict)
-    labels: tuple[str, ...] = ()  # names of those of its head, in the order of their ids
-    kind: str = "causal"  # a row of ftjax.objectives.TASKS
-    pooling: Pooling = Pooling()  # how vectors of texts are made
+    labels: tuple[str, ...] = ()
+    kind: str = "causal"
+    pooling: Pooling = Pooling()
     tokenizer_folder: Path | None = None
 
     @property
     def variables(self) -> dict:
-        """What `model.apply` takes."""
+        """The Flax variables that `model.apply` takes: the parameters, and the adapter if there is one."""
         return {"params": self.params, "adapter": self.adapter} if self.adapter else {"params": self.params}
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that a row may have: the model's positions, less those of virtual tokens."""
+        """Most tokens of a row: the number of the model's positions less the number of virtual tokens."""
         return max_tokens(self.model.config, self.variables)
 
     def with_adapter(self, adapter: str | dict[str, float], combine: str = "cat") -> LM:
-        """This model under one of its `adapters`, or under the sum of several LoRAs: {"a": 0.7, "b": 0.3}.
+        """This model with one of its `adapters`, or with a weighted sum of several LoRAs.
 
-        combine: how they are added, `cat` or `linear`, see ftjax.tuning.adapters.weighted. Nothing of the base is
-        copied. Texts are read by the tokenizer of the adapter, or by the one that all of several share. Raises
-        FtjaxError for an adapter that was not loaded, and for what cannot be added.
+        Args:
+            adapter: Name of an adapter, or {name: weight}, such as {"a": 0.7, "b": 0.3}.
+            combine: How several LoRAs are added, `cat` or `linear`, see ftjax.tuning.adapters.weighted.
+
+        Returns:
+            An LM that shares the parameters of the base with this one. It uses the tokenizer of the adapter, or the
+            one that all of several adapters share.
+
+        Raises:
+            FtjaxError: If an adapter was not loaded, or if adapters cannot be added.
         """
         if isinstance(adapter, str):
             return dataclasses.replace(pick(self.adapters, adapter), adapters=self.adapters)
@@ -85,10 +102,10 @@ class LM:
         return dataclasses.replace(added[0], adapters=self.adapters).applied(variables)
 
     def reading(self, folder: Path) -> LM:
-        """This model with the tokenizer and chat template of a directory, as far as it brings them.
+        """This model with the tokenizer and the chat template in a directory; what is not there stays as it is.
 
-        Raises FtjaxError for a tokenizer that does not load, and for one with more tokens than the model's table of
-        embeddings has rows.
+        Raises FtjaxError for a tokenizer that cannot be loaded, and for one that has more tokens than the model has
+        embeddings.
         """
         words, own = self.tokenizer, None
         if tokenizer.has_tokenizer(folder):
@@ -101,13 +118,25 @@ class LM:
         return dataclasses.replace(self, tokenizer=words, tokenizer_folder=own, end_tokens=ends)
 
     def applied(self, variables: dict) -> LM:
-        """This model under `variables`: {"params": ..., "adapter": ...}; their vocabulary may have another size."""
+        """This model with other Flax variables, {"params": ..., "adapter": ...}. Their vocabulary may have another
+        size."""
         shape = dataclasses.replace(self.model.config, vocab_size=variables["params"]["embed"]["embedding"].shape[0])
         model = self.model if shape == self.model.config else self.model.clone(config=shape)
         return dataclasses.replace(self, model=model, params=variables["params"], adapter=variables.get("adapter", {}))
 
-    def logits(self, input_ids, attention_mask=None) -> np.ndarray:
-        """input_ids, attention_mask (B, T) int -> logits (B, T, V) float32; padding may lie on either side."""
+    def logits(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> np.ndarray:
+        """Logits of the next token after each token.
+
+        Args:
+            input_ids: (B, T) token ids, as lists or an array.
+            attention_mask: (B, T), 1 for a token and 0 for padding, on either side; None: no padding.
+
+        Returns:
+            (B, T, V) float32. Logits at padding positions are undefined.
+
+        Raises:
+            FtjaxError: If the shapes differ, or if rows are longer than the model's positions.
+        """
         ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(np.asarray(attention_mask), jnp.int32)
         if ids.ndim != 2 or mask.shape != ids.shape:
@@ -118,10 +147,21 @@ class LM:
         return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
 
     def embed(self, texts: list[str], *, pool: str = "", max_length: int = 0, batch_size: int = 32) -> np.ndarray:
-        """Vectors (N, D) float32 of length 1 of texts, from the hidden states behind the last norm.
+        """Vectors of texts, from the hidden states after the last norm.
 
-        pool: mean | cls; max_length: tokens to which a text is cut; empty and 0: as the model's files or its run say,
-        or else the mean of as many tokens as it has positions for.
+        Args:
+            texts: N texts, none of them empty.
+            pool: `mean` of the states of a text's tokens, or `cls`, the state of the first one. Empty: as the files of
+                the model or its run say, else `mean`.
+            max_length: Most tokens of a text; what is longer is cut. 0: as the files say, else the model's positions.
+            batch_size: Texts that are computed at once.
+
+        Returns:
+            (N, D) float32, each vector of length 1.
+
+        Raises:
+            FtjaxError: If `texts` is not a list of texts, or `pool` is unknown. It is a NotFinite if a vector is NaN
+                or infinite.
         """
         if pool not in ("", *contrast.POOLS):
             raise FtjaxError(f"embed: pool {pool!r}{nearest(pool, contrast.POOLS)}; one of {', '.join(contrast.POOLS)}")
@@ -141,23 +181,25 @@ class LM:
         return vectors
 
     def generate(
-        self, prompts: list | str | dict, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling
+        self, prompts: list | str | dict, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling: Any
     ) -> list[str]:
         """Continue each prompt.
 
         Args:
-            prompts: Texts, or conversations to answer, which the chat template shows: each a list of messages with
-                `role` and `content`, or a row {"messages": [...], "tools": [...]}. One prompt may stand alone.
-            max_new_tokens: The most tokens of an answer.
-            stop: Strings of one token each that end an answer beside the model's own end tokens.
-            sampling: temperature, top_k, top_p, …, see ftjax.evaluation.generate.generate.
+            prompts: Texts to continue, or conversations to answer, which are rendered by the chat template: each a list
+                of messages with `role` and `content`, or a dict {"messages": [...], "tools": [...]}. A single prompt
+                needs no list around it.
+            max_new_tokens: Most tokens of an answer.
+            stop: Strings that end an answer, each of which is one token, beside the model's own end tokens.
+            sampling: temperature, top_k, top_p, seed, ..., see ftjax.evaluation.generate.generate. Without them the
+                most probable token is taken at each step.
 
         Returns:
-            The new text of each.
+            The new text of each prompt, without the prompt.
 
         Raises:
-            FtjaxError: for messages that are none, or that the tokenizer has no chat template for; for a model that
-                predicts no next token.
+            FtjaxError: If messages are malformed, if the tokenizer has no chat template for them, or if the model's
+                task is not `causal`.
         """
         messages = isinstance(prompts, list) and prompts and isinstance(prompts[0], dict) and "role" in prompts[0]
         prompts = [prompts] if messages or isinstance(prompts, str | dict) else prompts
@@ -172,10 +214,20 @@ class LM:
 
 
 def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling) -> list[str]:
-    """The new text behind each prompt, up to one of the model's end tokens or of `stop`.
+    """Continue prompts that are token ids.
 
-    variables: what lm.model is applied to; sampling: see ftjax.evaluation.generate.generate. Raises FtjaxError for a
-    model that predicts no next token.
+    Args:
+        lm: The model and its tokenizer.
+        variables: The Flax variables that `lm.model` is applied to.
+        ids: The prompts, lists of token ids.
+        stop: As in LM.generate.
+        sampling: See ftjax.evaluation.generate.generate.
+
+    Returns:
+        The new text of each prompt, up to an end token of the model or one of `stop`.
+
+    Raises:
+        FtjaxError: If the model's task is not `causal`.
     """
     from ftjax.evaluation.generate import generate
 
@@ -191,15 +243,16 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
 
 
 def continuations(tokenizer, prompts: list[list[int]], new: list[list[int]]) -> list[str]:
-    """Text of new tokens as it stands behind their prompts: a tokenizer may drop the space of a text's first token."""
+    """Text of new tokens after their prompts. They are decoded together with the prompt, because a tokenizer may drop
+    the space before the first token of a text."""
     before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     after = tokenizer.batch_decode([p + n for p, n in zip(prompts, new, strict=True)], skip_special_tokens=True)
     return [a[len(b) :] for a, b in zip(after, before, strict=True)]
 
 
 def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
-    """Ids of stop strings. Raises FtjaxError for one that is not a single token of this tokenizer."""
-    ids = []
+    """Token ids of stop strings. Raises FtjaxError for a string that is not a single token of this tokenizer."""
+    ids: list[int] = []
     for text in stop:
         pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(pieces) != 1:
@@ -221,18 +274,26 @@ def open_base(
     task: tuple[str, tuple[str, ...]] | None = None,
     tokenizer_folder: Path | None = None,
 ) -> tuple[LM, Spec]:
-    """The model in a local directory, on the default device, and its Spec with the default tuning.
+    """Load the model in a local directory, to the default device.
 
-    dtype, quantise: see ftjax.load; config: of a run, whose chat template and end token then take the directory's
-    place; task: (kind, names of labels), for which the model gets a head instead of its own, new where it has none;
-    tokenizer_folder: the directory of its tokenizer, where that is not the base's.
+    Args:
+        folder: The model directory.
+        dtype: See ftjax.load.
+        config: Config of a run, whose chat template and end token replace the directory's; None: no run.
+        quantise: See ftjax.load; empty: as `config` says.
+        task: (task.kind, names of labels), for which the model gets a head instead of its own; the head is initialised
+            by the seed where the directory has none. None: the directory's own head.
+        tokenizer_folder: The directory of the tokenizer; None: `folder`.
+
+    Returns:
+        The LM, and its Spec with the default config.tuning.
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
     if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table
         tokenizer.check_vocab(words, shape.vocab_size)
-    ends = ()
+    ends: Sequence[int] = ()
     if config is not None:
         ends, words = chat_templates.ends_of_run(config, words), chat_templates.installed(config, words)
     compute = compute_dtype(dtype)
@@ -259,15 +320,21 @@ def open_base(
 
 
 def run_pooling(config, max_positions: int) -> Pooling:
-    """How a run makes vectors of texts, of which a row of its batches holds two."""
+    """How a run of task.kind embed makes vectors of texts. A row of its batches holds two texts."""
     pool = "mean" if config.task.pool == "auto" else config.task.pool
     return Pooling(pool, min(config.data.max_length // 2, max_positions))
 
 
 def quantiser(kind: str, settings, dtype):
-    """path of a parameter -> what weights.read_params makes of it; None: it stays as it is.
+    """The function that weights.read_params quantises parameters with.
 
-    kind: of kernels of the blocks; settings: config.model, for what else is quantised and how.
+    Args:
+        kind: Number format of the kernels of the blocks: `int8`, `nf4` or `none`.
+        settings: config.model, which says what else is quantised and how.
+        dtype: Type of computation.
+
+    Returns:
+        A function from the path of a parameter to the function that quantises it, or to None if it is not quantised.
     """
     quantise = functools.partial(quantised.quantise, double=settings.double_quantise, dtype=dtype)
     small = {name: jax.jit(functools.partial(quantise, kind=name)) for name in quantised.VALUES}
@@ -275,7 +342,7 @@ def quantiser(kind: str, settings, dtype):
 
 
 def compute_dtype(name: str):
-    """`auto`, `float32` or `bfloat16` -> numpy dtype; auto by the backend in use."""
+    """The numpy dtype of `float32`, `bfloat16` or `auto`, which goes by the backend in use."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)

@@ -1,4 +1,4 @@
-"""One way in for everything that holds a language model."""
+"""`ftjax.load`: the one way to open a model, whatever kind of directory or name holds it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,33 @@ def load(
     checkpoint: str | int = "best",
     quantise: str = "",
 ) -> LM:
-    """Load a model directory, hub name, PEFT adapter directory (with its base) or run folder of `ftjax train`.
+    """Load a language model.
+
+        lm = ftjax.load("Qwen/Qwen3-0.6B")
+        lm.generate(["Once upon a time"], max_new_tokens=32)
 
     Args:
-        path: the directory or hub name.
-        adapters: name -> PEFT adapter directory or hub name, for a base model: read beside it, for `LM.with_adapter`,
-            each with the tokenizer and chat template that it brings. The LM itself stays the base.
-        revision: branch, tag or commit of a hub name.
-        dtype: of computation and storage: `float32`, `bfloat16` or `auto` (bfloat16 on GPU and TPU, float32 on CPU).
-        checkpoint: of a run folder: `best`, `last` or a step that it keeps.
-        quantise: kernels of the blocks as `int8`, `nf4` or `none`; empty: as in the run, or `none`.
+        path: A model directory, a name on the Hugging Face hub, a PEFT adapter directory (its config names the base,
+            which is loaded too), a run folder of `ftjax train`, or `builtin:` and the name of a model that comes with
+            ftjax.
+        adapters: {name: PEFT adapter directory or hub name}, for a `path` that is a base model. They are loaded beside
+            it, each with its own tokenizer and chat template if it has them. The returned LM computes the base model;
+            `LM.with_adapter(name)` returns it with an adapter.
+        revision: Branch, tag or commit of a hub name; empty: its default branch.
+        dtype: Type of computation and of the loaded parameters: `float32`, `bfloat16`, or `auto`, which is bfloat16 on
+            GPU and TPU and float32 on CPU.
+        checkpoint: Which checkpoint of a run folder: `best`, `last`, or the number of a step that the run kept.
+        quantise: Number format of the kernels of the blocks: `int8`, `nf4` or `none`. Empty: as the run was trained,
+            and `none` for everything else.
+
+    Returns:
+        An LM: `generate`, `logits`, `embed`, `with_adapter`.
 
     Raises:
-        FtjaxError: for a path that is none of these, and for an adapter or run whose base has not the files that it was
-            trained on.
+        FtjaxError: If `path` is none of these, or if an adapter or run belongs to a base with other files.
     """
     run = read_record(path) is not None
-    folder = Path(path) if run else resolve.resolve(path, revision)
+    folder = Path(path) if run else resolve.resolve(str(path), revision)
     whole = run or (folder / peft.CONFIG).is_file()
     if whole and adapters:
         raise FtjaxError(f"{path}: adapters go on a base model, and this holds one of its own; name the base instead")
@@ -50,7 +60,7 @@ def load(
     lm, spec = open_base(folder, dtype, quantise=quantise)
     beside = {}
     for name, at in (adapters or {}).items():
-        at = resolve.resolve(at)
+        at = resolve.resolve(str(at))
         fingerprint.check_adapter(at, folder)
         adapter = peft_adapters.read(at)
         _, labels = peft_adapters.task(at, adapter, folder) or ("", ())

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ftjax import cli
+from ftjax import cli, listing
 from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.evaluation.metrics import METRICS
+from ftjax.hub.family_table import FAMILIES
+from ftjax.objectives import TASKS
 from ftjax.plan import run
+from ftjax.tuning import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +32,57 @@ def test_help_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     done = ftjax("--help")
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in ("train", "evaluate", "generate", "export"))
+    assert all(verb in done.stdout for verb in ("train", "evaluate", "generate", "export", "config", "methods"))
+
+
+def test_the_fields_of_the_config_are_listed_searched_and_explained():
+    assert [line.split()[0] for line in listing.fields().splitlines() if line.startswith("  ")] == list(configs.FIELDS)
+    optim = [key for key in configs.FIELDS if key.startswith("optim.")]
+    assert [line.split()[0] for line in listing.fields("optim").splitlines() if " = " in line] == optim
+    found = listing.fields(search="Learning rate")
+    assert "optim.lr = None" in found and "optim.layer_decay" in found and "optim.b1" not in found
+    assert listing.fields("tuning", "lora_alpha").startswith("tuning.alpha = 32.0\n    scale of the update")
+    assert "In other projects: lora_alpha." in listing.fields("tuning.alpha")
+    code = "import sys; from ftjax import cli; cli.main(['config', 'optim']); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    both = (listing.fields(), listing.fields("data"), listing.methods(), listing.tasks(), listing.metrics())
+    assert max(len(line) for text in both for line in text.splitlines()) < 80
+
+
+@pytest.mark.parametrize(
+    "asked, told",
+    [
+        (("optm",), 'did you mean "optim"?'),
+        (("learning_rate",), 'did you mean "optim.lr"?'),
+        (("optim.lrr",), 'did you mean "optim.lr"?'),
+        (("", "lerning rate"), 'did you mean "learning rate"?'),
+        (("optim", "flash attention"), "no field in the group optim"),
+    ],
+)
+def test_an_unknown_name_or_an_empty_search_leads_to_the_nearest(asked, told):
+    with pytest.raises(FtjaxError) as error:
+        listing.fields(*asked)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "listed, table",
+    [
+        (listing.methods, set(METHODS) - {"vera"}),  # tests/tuning/method_vera.py, of another test of this process
+        (listing.tasks, TASKS),
+        (listing.models, FAMILIES),
+        (listing.metrics, METRICS),
+    ],
+)
+def test_what_there_is_is_listed_one_line_each(listed, table):
+    names = [line.split()[0] for line in listed().splitlines() if not line.startswith(" ")]
+    assert sorted(names) == sorted(table)
+
+
+def test_a_list_may_be_cut_by_its_reader():
+    command = f"{sys.executable} -m ftjax config | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "the run\n" and not done.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,39 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ("train.steps=2", "train.eval_every=2", "evaluate.rows=8", "evaluate.compare_rows=4", "data.limit=64")
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, body) of every fenced block, in order."""
-    return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.S)
+def blocks(text: str) -> list[tuple[str, str, str]]:
+    """(language, file, body) of every fenced block, in order; file: its name for a block that shows a file, or ""."""
+    return re.findall(r"```(\w+)(?: (\S+))?\n(.*?)```", text, flags=re.S)
 
 
 def commands(body: str) -> list[list[str]]:
     """The `ftjax` commands of a shell block, each as its arguments."""
     parts = [part.strip() for line in body.splitlines() for part in line.split("&&")]
     return [shlex.split(part)[1:] for part in parts if part.startswith("ftjax ")]
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_and_pictures_lead_somewhere():
+    pages = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
+    found = 0
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("http"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
+            found += 1
+        notes = set(re.findall(r"\[\^(\w+)\](?!:)", text))
+        assert notes == set(re.findall(r"^\[\^(\w+)\]:", text, flags=re.M)), page.name
+    assert found > 30 and len((ROOT / "README.md").read_text().splitlines()) < 250
 
 
 @pytest.mark.slow
@@ -37,7 +61,9 @@ def test_documentation_runs(tmp_path):
     }  # fmt: skip
     ran, seen = 0, set()
     for page in PAGES:
-        for language, body in blocks(page.read_text()):
+        for language, file, body in blocks(page.read_text()):
+            if file:
+                (tmp_path / file).write_text(body)
             if language == "python":
                 todo = [[sys.executable, "-c", body]]
             elif language == "bash":

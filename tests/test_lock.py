@@ -52,3 +52,9 @@ def test_installed_versions_are_the_locked_ones():
         if os.environ.get("CI") == "true":
             pytest.fail(f'{note}. Install with: pip install -e ".[test]" -c constraints.txt', pytrace=False)
         pytest.skip(note)
+
+
+def test_pre_commit_runs_the_locked_ruff():
+    hooks = (LOCK.parent / ".pre-commit-config.yaml").read_text()
+    locked = next(line.partition("==")[2] for line in LOCK.read_text().splitlines() if line.startswith("ruff=="))
+    assert f"ruff-pre-commit\n    rev: v{locked}\n" in hooks

@@ -1,9 +1,12 @@
-"""Evaluating and answering with any model that `ftjax.load` reads: what the verbs `evaluate` and `generate` do."""
+"""Evaluate, predict and answer with any model that `ftjax.load` reads: the verbs `evaluate`, `predict`, `generate`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax import user_code
@@ -24,32 +27,32 @@ from ftjax.training.run_folder import read_record, run_config
 def evaluate(
     model: str | LM,
     data: str | None = None,
-    config=None,
+    config: ConfigDict | None = None,
     *,
-    overrides=(),
+    overrides: Sequence[str] = (),
     generate: bool = False,
     say: Callable[[str], None] = print,
-) -> dict:
-    """Measure a model on rows.
+) -> dict[str, Any]:
+    """Evaluate a model on rows.
 
-    Rows that are given are only rendered and tokenised, all of them: what a run did to its training rows (cleaning,
-    augmentation, limits) is not done to them. Code that a run folder names, a metric or an augmentation, is not run
-    unless `config` or `overrides` name it.
+    Every given row is rendered and tokenised, and nothing else is done to it: no cleaning, no augmentation, no limit.
+    Code that a run folder names (a metric, an augmentation) is not run unless `config` or `overrides` name it.
 
     Args:
-        model: anything that ftjax.load reads, or an LM.
-        data: rows as data.train takes them; None: the test part of the config's own data.
-        config: how rows are read and answered; None: the run's own where `model` is a run folder, else the defaults.
-        overrides: `dotted.key=value` on top.
-        generate: also answer each distinct prompt once, and score the answers by evaluate.metrics.
-        say: called with lines for a person.
+        model: An LM, or anything that ftjax.load reads.
+        data: Rows, as `data.train` takes them; None: the test part of the config's own data.
+        config: How rows are read and answered; None: the run's own config if `model` is a run folder, else the
+            defaults.
+        overrides: Texts `dotted.key=value` that change the config.
+        generate: Also answer each distinct prompt once, and score the answers by `evaluate.metrics`.
+        say: Called with each line for a person.
 
     Returns:
-        `loss` (nats a trained token), `perplexity`, `accuracy` and `tokens`; with `generate` the scores too, and the
-        answers as `samples`; of a model for labels the report of evaluation.labelled.
+        `loss` (nats per trained token), `perplexity`, `accuracy` and `tokens`; with `generate` also the scores, and the
+        answers as `samples`. For a model with a head over labels: the report of ftjax.evaluation.labelled.
 
     Raises:
-        FtjaxError: for input that cannot be used.
+        FtjaxError: If the model, the rows or the config cannot be used.
     """
     config = _config(model, config, overrides, data, say)
     lm = model if isinstance(model, LM) else load(model)
@@ -59,7 +62,7 @@ def evaluate(
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     batches = Batches(prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False)
     loss = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
-    report = evaluate_loss(loss, (batches[i] for i in range(len(batches))))
+    report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))
     if generate:
         scores, samples = compare.answers(lm, lm.variables, prepared.test, config)
         report |= scores | {"samples": samples}
@@ -67,20 +70,20 @@ def evaluate(
 
 
 def _rows(lm: LM, data: str | None, config, say, truths: bool = True) -> Data:
-    """Data whose part `test` holds the rows that are asked for, as the model's task has them."""
+    """The rows to evaluate, as the part `test` of a Data, encoded for the model's task."""
     if lm.kind != "causal":
         labels = lm.labels or tuple(f"LABEL_{i}" for i in range(lm.model.config.head.labels))  # as transformers does
         config.task.update(kind=lm.kind, labels=labels)
         if lm.kind == "embed":
             config.task.pool = lm.pooling.pool
             config.data.max_length = 2 * lm.pooling.max_length or config.data.max_length
-    how = {"pool": lm.model.config.head.pool}
+    pool = lm.model.config.head.pool
     if data:
         if not truths:
             config.data.label = ""
-        prepared = given(config, data, lm.tokenizer, lm.max_tokens, truths=truths, **how)
+        prepared = given(config, data, lm.tokenizer, lm.max_tokens, truths=truths, pool=pool)
     else:
-        prepared = prepare(config, lm.tokenizer, lm.max_tokens, parts=("test",), **how)
+        prepared = prepare(config, lm.tokenizer, lm.max_tokens, parts=("test",), pool=pool)
     if not len(prepared.test):
         raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")
     for line in [*prepared.notes, *(line for r in prepared.test.reports.values() for line in too_long(r))]:
@@ -88,20 +91,29 @@ def _rows(lm: LM, data: str | None, config, say, truths: bool = True) -> Data:
     return prepared
 
 
-def predict(model: str | LM, data: str, config=None, *, overrides=(), say: Callable[[str], None] = print) -> list[dict]:
-    """What a model says of rows, a record of each in order: {"row", "text", "prediction", "probabilities"} with a head
-    over labels of texts; for the other kinds of tasks see `say` or `lines` in ftjax.evaluation's tagged, spans and
-    vectors.
+def predict(
+    model: str | LM,
+    data: str,
+    config: ConfigDict | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Predict the labels, tags, answers or vectors of rows.
 
     Args:
-        model: anything that ftjax.load reads, or an LM.
-        data: rows, as for `evaluate`; they need no labels.
-        config: see `evaluate`.
-        overrides: see `evaluate`.
-        say: called with lines for a person.
+        model: An LM, or anything that ftjax.load reads, with a task other than `causal`.
+        data: Rows, as for `evaluate`; they need no labels.
+        config: See `evaluate`.
+        overrides: See `evaluate`.
+        say: Called with each line for a person.
+
+    Returns:
+        A dict for each row, in order: {"row", "text", "prediction", "probabilities"} for labels of texts; see `say` or
+        `lines` in ftjax.evaluation's modules tagged, spans and vectors for the other tasks.
 
     Raises:
-        FtjaxError: for a model that continues texts, and for input that cannot be used.
+        FtjaxError: If the model's task is `causal`, or if the rows or the config cannot be used.
     """
     config = _config(model, config, overrides, data, say)
     lm = model if isinstance(model, LM) else load(model)
@@ -112,7 +124,7 @@ def predict(model: str | LM, data: str, config=None, *, overrides=(), say: Calla
 
 
 def _config(model, config, overrides, data: str | None = None, say=None):
-    """A copy of the config that is asked for, or of the run's own without the code that it names."""
+    """A copy of the given config with overrides; without one, the run's own, less the code that it names."""
     if config is None and not isinstance(model, LM) and read_record(model) is not None:
         config = run_config(model)
         left = user_code.not_named_by(overrides, config.to_dict())
@@ -127,27 +139,37 @@ def _config(model, config, overrides, data: str | None = None, say=None):
 
 
 def figures(report: dict) -> str:
-    """A report of `evaluate` as lines for the terminal."""
+    """The report of `evaluate` as text for the terminal."""
     return said.text(report)
 
 
 def answer(
     model: str | LM,
-    prompts: list[str] = (),
+    prompts: Sequence[str] = (),
     file: str | None = None,
     *,
     template: str | None = None,
     chat: bool = False,
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
-    **sampling,
-) -> list[dict]:
-    """One {"prompt", "completion"} for each of `prompts` and then for each row of `file`.
+    **sampling: Any,
+) -> list[dict[str, str]]:
+    """Answer prompts.
 
-    file: rows with a column `prompt`, with `messages` or `conversations` (through the chat template, without an
-    answer at their end), or with the columns of `template`; a run folder brings the template that it was trained with.
-    chat: every prompt is what a user says, shown by the chat template; so it is where the run's `data.template` is
-    set. sampling: see generate.generate.
+    Args:
+        model: An LM, or anything that ftjax.load reads, whose task is `causal`.
+        prompts: Texts.
+        file: A file of rows with a column `prompt`, with `messages` or `conversations` (which must not end in an
+            answer), or with the columns of `template`.
+        template: Template of the prompt over the columns of `file`; None: that of the run, if `model` is a run folder.
+        chat: Render each prompt by the chat template, as the message of a user. This is also done for a run whose
+            `data.template` is set.
+        max_new_tokens: Most tokens of an answer.
+        stop: As in LM.generate.
+        sampling: See ftjax.evaluation.generate.generate.
+
+    Returns:
+        {"prompt", "completion"} for each of `prompts`, and then for each row of `file`.
     """
     config = _config(model, None, ())
     lm = model if isinstance(model, LM) else load(model)

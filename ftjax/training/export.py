@@ -1,10 +1,11 @@
-"""What was trained -> directories that PyTorch loads: a PEFT adapter, or a whole model."""
+"""Write what a run trained as a directory that PyTorch loads: a PEFT adapter, or a whole model."""
 
 from __future__ import annotations
 
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,16 @@ TASK_TYPES = {"none": {"task_type": "FEATURE_EXTRACTION"}, "masked": {"task_type
 
 
 def resolve_format(method: str, format: str, form: families.Form | None = None) -> str:
-    """`auto` -> `adapter` where the method has one, else `full`; form: of the model with its head, which PEFT must have
-    a class for. Raises FtjaxError for what it cannot be written as."""
+    """The format that `auto` stands for: `adapter` if PEFT has this method, else `full`. Other names are checked.
+
+    Args:
+        method: A tuning method.
+        format: auto, adapter, merged or full.
+        form: The model's head type; adapters need a matching PEFT class.
+
+    Raises:
+        FtjaxError: If the method cannot be written in this format.
+    """
     row = METHODS[method]
     adapts = row.to_peft and not (form and form.beside)
     if format == "auto":
@@ -46,13 +55,23 @@ def resolve_format(method: str, format: str, form: families.Form | None = None) 
 
 
 def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto", shard_size: float = 5e9) -> dict:
-    """Write `source` to the folder `out`, whole or not at all. Returns {"format", "path", and for a merged model
-    "merge_difference"}: the largest difference between the merged and the adapted model's logits on a probe, rounding
-    to the stored dtype included. The tokenizer is the run's, with the chat template that its rows were shown by.
-    Of several processes all must call, and the first writes.
+    """Write `source` to the folder `out`, whole or not at all, with the tokenizer and chat template of the run.
 
-    format: `adapter`, `merged` or `full` (both a whole model), or `auto`; dtype: of a whole model's tensors, auto: the
-    base's.
+    If there are several processes, all of them must call this function; the first one writes.
+
+    Args:
+        source: What was trained.
+        out: The directory to write.
+        format: `adapter`, `merged` or `full` (both a whole model), or `auto`.
+        dtype: Type of a whole model's tensors; `auto`: the base model's.
+        shard_size: Most bytes of a safetensors file.
+
+    Returns:
+        As `export`. The merge difference includes rounding to the stored dtype.
+
+    Raises:
+        FtjaxError: If `out` is the folder of the base model, if a trained value is NaN or infinite, or if the method
+            cannot be written in this format.
     """
     row, base, out = METHODS[source.method], source.base, Path(out)
     if out.resolve() == base.folder.resolve():
@@ -62,7 +81,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
             f"{out}: not written: {bad[0]} of the checkpoint holds values that are NaN or infinite; export another one"
         )
     format = resolve_format(source.method, format, families.form_of(source.spec.family, source.spec.model.head))
-    report = {"format": format, "path": str(out)}
+    report: dict[str, Any] = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
     record = {"config": source.config, "base": kept}
     config = configs.from_dict(source.config)
@@ -107,7 +126,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
 
 
 def _beside(out: Path, source: Trained, chat_template: str) -> None:
-    """Write what a directory says beside the model: its chat template, and how vectors of texts are made."""
+    """Write the files beside the weights: the chat template, and how vectors of texts are made."""
     if chat_template:
         tokenizer.write_chat_template(out, chat_template)
     if source.config["task"]["kind"] == "embed":
@@ -132,11 +151,23 @@ def _merge_difference(source: Trained, params: dict, dtype: str) -> float:
 
 def export(
     run: str | Path, out: str | Path, format: str = "auto", *, checkpoint: str = "best", dtype: str = "auto"
-) -> dict:
-    """Write a run folder's result as a PEFT adapter or a whole model. Returns the report of `write`.
+) -> dict[str, Any]:
+    """Write what a run trained as a directory that PyTorch loads.
 
-    format: auto | adapter | merged | full; checkpoint: best | last. Raises FtjaxError for a folder that is no run, and
-    for an `out` with files that no export wrote.
+    Args:
+        run: The run folder.
+        out: The directory to write, whole or not at all.
+        format: `adapter` (PEFT), `merged` or `full` (a whole model); `auto`: the adapter if the method has one.
+        checkpoint: `best` or `last`.
+        dtype: Type of a whole model's tensors: `float32`, `bfloat16`, `float16`; `auto`: the base model's.
+
+    Returns:
+        {"format", "path"}, and for a merged model "merge_difference": the largest difference between its logits and
+        those of the model with the adapter, on a probe.
+
+    Raises:
+        FtjaxError: If `run` is not a run folder, if the method cannot be written in this format, or if `out` holds
+            files that no export wrote.
     """
     resolve.check_out(out)
     source, config = open_run(run, checkpoint=checkpoint)

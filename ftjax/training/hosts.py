@@ -14,11 +14,14 @@ import traceback
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 
 from ftjax.errors import FtjaxError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLES = ("FTJAX_COORDINATOR", "FTJAX_PROCESSES", "FTJAX_PROCESS")
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and all others end
@@ -150,8 +153,8 @@ def preempted(step: int) -> bool:
     return reached_preemption_sync_point(step)
 
 
-def together(f: Callable) -> Callable:
-    """A function that every process calls: an error of one ends all."""
+def together(f: F) -> F:
+    """Decorate a function that every process calls: an error in one process ends all of them."""
 
     @functools.wraps(f)
     def run(*args, **kwargs):
@@ -161,13 +164,14 @@ def together(f: Callable) -> Callable:
             end_together(*sys.exc_info())
             raise
 
-    return run
+    return cast(F, run)
 
 
 def end_together(kind, error, trace) -> None:
-    """Where all processes have an error, each may go its way; an error that others do not have ends this process at
-    once, and so all others: what they wait for cannot come any more. To be called while an error is on its way; the
-    arguments are those of `__exit__`.
+    """End this process at once if it has an error that the other processes do not have, so that they stop waiting.
+
+    If every process failed, each raises its error. To be called while an error is being raised, with the arguments of
+    `__exit__`.
     """
     if error is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return

@@ -10,9 +10,11 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax import progress as signs
@@ -42,14 +44,24 @@ PLACED = 2  # batches on the devices beside the one in use
 UNREAD = 100  # steps whose numbers may wait on the devices
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
-    """What a run came to. Losses are in nats a trained token.
+    """The result of a training run. Losses are in nats per trained token.
 
-    steps: taken in all; resumed_from: 0 for a new run; stopped_early: patience ran out; best_step: of the checkpoint
-    that `train.select` chose; best: that figure there, None where it was never defined; val_loss: the validation loss
-    there (None without validation rows); seconds: of all starts that worked on the run, as far as they were kept;
-    results: before and after, where `evaluate.compare` is on; files: name -> path of what was written.
+    Attributes:
+        run_dir: The run folder; `ftjax.load(result.run_dir)` opens the trained model.
+        steps: Optimizer steps taken, in all starts of the run.
+        resumed_from: Step at which this start resumed the run; 0: it began it.
+        stopped_early: Whether training ended because `train.patience` ran out.
+        train_loss: The last training loss; NaN if none was logged.
+        val_loss: Validation loss at `best_step`; None without validation rows.
+        best_step: Step of the checkpoint that `train.select` chose.
+        best: Value of `train.select` at `best_step`; None if it was undefined at every validation.
+        seconds: Wall-clock time of all starts of the run.
+        results: Scores before and after training, or the report on held-out rows; None where nothing was evaluated.
+        files: {name: path} of what was written.
+        history: The rows of metrics.jsonl in order: dicts with `step`, and `loss`, `accuracy`, `grad_norm` and `lr` of
+            a logged training step, or `val_loss` of a validation.
     """
 
     run_dir: str
@@ -61,20 +73,37 @@ class Result:
     best_step: int
     best: float | None
     seconds: float
-    results: dict | None
+    results: dict[str, Any] | None
     files: dict[str, str]
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def __repr__(self) -> str:
+        val = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f} at step {self.best_step:,}"
+        return f"<Result {self.run_dir}: {self.steps:,} steps, training loss {self.train_loss:.4f}{val}>"
 
 
 @hosts.together
-def train(config, say=print) -> Result:
-    """Run `config` (see ftjax.config.default), or go on with the run that `config.run_dir` holds.
+def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
+    """Train as `config` says, or resume the run in the folder `config.run_dir`.
 
-    say: called with lines for a person. Raises FtjaxError for anything in the config or the data that cannot be used,
-    NotFinite where the loss, the gradient norm, the validation loss or what is trained is NaN or infinite, and
-    KeyboardInterrupt, with what is saved as its text, after Ctrl-C.
+        config = ftjax.config.default()
+        config.data.train = "rows.jsonl"
+        result = ftjax.train(config)
+
+    Args:
+        config: From `ftjax.config.default()`, `load()` or `from_dict()`. It is not changed.
+        say: Called with each line of the report for a person; `lambda line: None` silences it.
+
+    Returns:
+        The Result: losses, the run folder, the files in it.
+
+    Raises:
+        FtjaxError: If something in the config or the data cannot be used. It is a NotFinite if the loss, the gradient
+            norm, the validation loss or a trained parameter is NaN or infinite.
+        KeyboardInterrupt: After Ctrl-C; its text says what is saved.
     """
     configs.validate(config)
-    claimed = []
+    claimed: list[Any] = []
     try:
         return _train(config, say, claimed)
     except KeyboardInterrupt:
@@ -82,7 +111,7 @@ def train(config, say=print) -> Result:
 
 
 def saved_so_far(run_dir: Path | None = None, steps: int = 0) -> str:
-    """What a run that was stopped has saved, by what lies on disk; run_dir: None before the folder was claimed."""
+    """A sentence that says what a stopped run has saved on disk; run_dir: None before the folder was claimed."""
     if run_dir is None:
         return "stopped before the run began; nothing was written"
     kept = [int(path.name) for path in (run_dir / FOLDER).glob("*") if path.name.isdigit()]
@@ -95,8 +124,8 @@ def saved_so_far(run_dir: Path | None = None, steps: int = 0) -> str:
     return f"stopped; all {steps:,} steps are trained and saved, and the same command does what is left after them"
 
 
-def _train(config, say, claimed: list) -> Result:
-    """As `train`; claimed: gets the run's folder and its number of steps once the folder is the run's."""
+def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Result:
+    """Do what `train` does; append the run folder and the number of steps to `claimed` once the folder is locked."""
     started = time.perf_counter()
     first = hosts.start()  # of several processes, one speaks and writes for all
     say = say if first else (lambda text: None)
@@ -150,7 +179,7 @@ def _train(config, say, claimed: list) -> Result:
         batches, validation = job.batches, job.validation
         flops = flops_per_token(job.spec.model, program.base, program.trained, program.frozen, job.longest)
         if features.usable(config, program.trained, steps, len(batches)):
-            keep = functools.partial(
+            keep: Callable[..., Any] = functools.partial(
                 features.Features, model=program.model, variables=program.variables(state.trained, frozen), mesh=mesh,
                 folder=run_dir,
             )  # fmt: skip
@@ -162,7 +191,7 @@ def _train(config, say, claimed: list) -> Result:
         feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)
         place = functools.partial(sharding.place_batch, mesh=mesh, rows=rows, local=local)
         # The next batches are on their way to the devices while a step runs.
-        feed = ahead(((place(b), int(shares * np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
+        placed_ahead = ahead(((place(b), int(shares * np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
 
         # ---- training ----------------------------------------------------------------------------------------------
         peak = PEAKS.get(jax.devices()[0].device_kind)
@@ -175,7 +204,8 @@ def _train(config, say, claimed: list) -> Result:
         opened.callback(take_step.close)
         stop = config.train.patience > 0 and stale >= config.train.patience
         step, loss, shapes = resumed_from, None, set()
-        unread, due = [], False  # (step, report) of steps whose numbers have not been read; whether to read them
+        unread: list[tuple[int, Any]] = []  # (step, report) of steps whose numbers have not been read
+        due = False  # whether to read them at the next step
 
         def seconds() -> float:
             return spent + time.perf_counter() - started
@@ -189,7 +219,9 @@ def _train(config, say, claimed: list) -> Result:
             """Read the numbers of steps that the device has finished by now, and refuse any that is not finite."""
             nonlocal loss
             for at, report in jax.device_get(unread):
-                values = {name: float(report[name]) for name in ("loss", "accuracy", "grad_norm")}
+                values: dict[str, float | None] = {
+                    name: float(report[name]) for name in ("loss", "accuracy", "grad_norm")
+                }
                 if not report["tokens"]:  # every row of the batch has the weight 0
                     values |= {"loss": None, "accuracy": None}
                 with kept_so_far():
@@ -226,7 +258,7 @@ def _train(config, say, claimed: list) -> Result:
             return finite.advice(float(program.rate(max(step - 1, 0))), config.optim.weight_decay)
 
         while step < steps and not stop:
-            arrays, tokens = next(feed)
+            arrays, tokens = next(placed_ahead)
             new = arrays["tokens"].shape not in shapes
             shapes.add(arrays["tokens"].shape)
             with progress.aside("compiling the training step") if new else contextlib.nullcontext():
@@ -300,7 +332,7 @@ def _train(config, say, claimed: list) -> Result:
     result = Result(
         run_dir=str(run_dir), steps=step, resumed_from=resumed_from, stopped_early=stopped_early,
         train_loss=train_loss, val_loss=best_loss, best_step=best_step, best=select.rank(best), seconds=seconds(),
-        results=results, files=files,
+        results=results, files=files, history=history,
     )  # fmt: skip
     chat = job.generates and job.data.train.rendered(0).messages is not None
     say(summary(result, config, chat))
@@ -308,7 +340,7 @@ def _train(config, say, claimed: list) -> Result:
 
 
 def description(job: Job, program: Program) -> str:
-    """What is about to be trained, in a line."""
+    """One line that says what is about to be trained."""
     trained, total = _count(program.trained), _count(program.base)
     share = trained / _count((program.trained, program.frozen))
     sizes = [f"{axis}={n}" for axis, n in job.mesh.shape.items() if n > 1]
@@ -321,7 +353,7 @@ def description(job: Job, program: Program) -> str:
 
 
 def exported(job: Job, program: Program, trained: dict, frozen: dict, say) -> dict[str, str]:
-    """Write the result in every format that is asked for; format -> folder."""
+    """Write the trained model in every format of `export.formats`. Returns {format: folder}."""
     config, files = job.config, {}
     source = Trained(
         config.tuning.method, trained, frozen, job.spec, job.lm(program.model), base_name(config, job.folder),
@@ -338,14 +370,26 @@ def exported(job: Job, program: Program, trained: dict, frozen: dict, say) -> di
 
 
 def judged(job: Job, program: Program, variables: dict, before: dict | None, seconds: Callable, say) -> tuple:
-    """(results, files by name) of the model on held-out rows, where it is to be judged; seconds() of the whole run."""
+    """Evaluate the trained model on held-out rows, if the config asks for it.
+
+    Args:
+        job: The run.
+        program: The compiled functions.
+        variables: Flax variables of the trained model.
+        before: The same measurement before training; None where `evaluate.compare` is off.
+        seconds: Returns the time of the run so far.
+        say: Called with lines for a person.
+
+    Returns:
+        (results, {name: path} of the written files).
+    """
     run_dir, config = Path(job.config.run_dir), job.config
     if not job.generates:
         with doing("judging the model on held-out rows"):
             found = judge.finish(run_dir, program.model, variables, job.data, config, job.words)
         say(found.text)
         return hosts.from_first(lambda: found.results), found.files
-    if not config.evaluate.compare:
+    if before is None:
         return None, {}
     with doing("answering with the tuned model"):
         after = compare.measure(job.lm(program.model), variables, job.data, config)
@@ -357,12 +401,12 @@ def judged(job: Job, program: Program, variables: dict, before: dict | None, sec
 
 
 def summary(result: Result, config, chat: bool) -> str:
-    """The last lines of a run: what it reached, the files it wrote, and the commands that come next.
+    """The last lines of a run: the losses it reached, the files it wrote, and the commands that may come next.
 
     Args:
-        result: Of the run.
-        config: Of the run.
-        chat: Whether its rows are conversations.
+        result: The run's result.
+        config: The run's config.
+        chat: Whether the rows are conversations.
     """
     val = "" if result.val_loss is None else f", best validation loss {result.val_loss:.4f} at step {result.best_step}"
     if config.train.select != selection.LOSS and result.best is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +35,9 @@ from ftjax.verdict.sweep import AnotherRun
 UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
 
 
-def compare(config, out: str | None = None, say=print) -> dict:
+def compare(
+    config: configs.ConfigDict, out: str | Path | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """The verdict on `config.compare.contenders`, the first of which is the base, as plain data.
 
     Runs are trained into folders of config.run_dir, each once, see ftjax.verdict.sweep. Writes verdict.html,

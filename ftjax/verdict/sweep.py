@@ -65,7 +65,7 @@ class Outcome:
 
 
 def sweep(
-    config,
+    config: configs.ConfigDict,
     grid: Sequence[str] = (),
     seeds: int = 1,
     say: Callable[[str], None] = print,
