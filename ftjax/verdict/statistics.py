@@ -367,7 +367,8 @@ def _seeds(own: int, base: int) -> str:
     """Of a contender and of what it stands beside."""
     if own == base:
         return f"{own} seeds"
-    return f"{own} seed{'s' * (own > 1)} against {base}"
+    counts = [f"{n} seeds" if n > 1 else "one run" for n in (own, base)]
+    return " beside ".join(counts)
 
 
 def _rounded(rows: float) -> int:

@@ -199,7 +199,7 @@ def test_a_verdict_may_need_seeds_instead_of_rows():
     rng = np.random.default_rng(0)
     runs = np.array([[0.1], [0.3], [-0.2]]) + 0.5 + 0.01 * rng.normal(size=(3, 400))
     (verdict,) = verdicts({"tuned": runs, "base": 0.5 + 0.01 * rng.normal(size=400)}, "base").values()
-    expected = "cannot tell with 400 rows and 3 seeds against 1; more seeds are needed, no number of rows would do"
+    expected = "cannot tell with 400 rows and 3 seeds beside one run; more seeds are needed, no number of rows would do"
     assert verdict.text == expected
 
 
