@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -118,7 +119,10 @@ def test_a_run_folder_is_kept_from_other_runs(config, tmp_path):
     with pytest.raises(FtjaxError, match="optim.lr was 0.0002, is 0.5"):
         again("optim.lr=0.5")
     assert "going on after step 2 of 2" in again("mesh.data=8")  # the mesh may change
-    assert json.loads((run_dir / "run.json").read_text())["config"]["train"]["steps"] == 2
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["config"]["train"]["steps"] == 2
+    assert [start["ended"] for start in record["starts"]] == ["finished", "finished"]
+    assert record["starts"][0]["packages"]["jax"] == jax.__version__ and record["starts"][1]["devices"] == {"cpu": 8}
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()

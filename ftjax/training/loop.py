@@ -28,7 +28,7 @@ from ftjax.files import write_jsonl
 from ftjax.models.quantised import is_quantised
 from ftjax.objectives import TASKS
 from ftjax.progress import counted, doing
-from ftjax.training import export, features, finite, hosts, selection, sharding
+from ftjax.training import export, features, finite, hosts, provenance, selection, sharding
 from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.flops import PEAKS, flops_per_token
@@ -143,6 +143,8 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             opened.enter_context(locked(run_dir))
         going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint))
         claimed += run_dir, steps
+        if first:
+            opened.enter_context(provenance.recorded(run_dir / RUN))
         hosts.check_shared(run_dir / RUN)
         if first and job.tokenizer_folder:
             keep_tokenizer(run_dir, job.tokenizer_folder)

@@ -21,7 +21,7 @@ from ftjax.errors import FtjaxError
 from ftjax.files import replace_json
 from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
-from ftjax.training import claims, hosts
+from ftjax.training import claims, hosts, provenance
 from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.tree import flatten, map_paths
 from ftjax.tuning import METHODS, Spec
@@ -134,7 +134,9 @@ def claim(config, base: dict, rows: str) -> bool:
         old = None
     if old:
         _same_run(record, old, run_dir)
-    replace_json(run_dir / RUN, record)
+    earlier = old.get("starts") if old else []
+    starts = [*(earlier if isinstance(earlier, list) else []), provenance.start()]
+    replace_json(run_dir / RUN, record | {"starts": starts})
     return old is not None
 
 

@@ -1,16 +1,20 @@
 """Whose a run folder is."""
 
+import contextlib
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from ftjax import config
 from ftjax.assets import resolve
 from ftjax.errors import FtjaxError
 from ftjax.hub import fingerprint
+from ftjax.training import provenance
 from ftjax.training.run_folder import base_folder, claim, locked
 
 BASE = Path(resolve("builtin:stories260K"))
@@ -41,6 +45,30 @@ def test_a_run_that_never_took_a_step_gives_way_to_another(tmp_path, base):
     c.optim.lr = 0.5
     with pytest.raises(FtjaxError, match="the rows in its data files are not those that it was started on"):
         claim(c, base, "other rows")
+
+
+def test_a_run_tells_how_each_of_its_processes_ended_and_no_secret(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "correct horse battery")
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--key=correct horse battery", "hf_abcdefghijkl", "https://me:pw@x.org/a"]
+    )
+    file = tmp_path / "run" / "run.json"
+    claim(settings(tmp_path / "run"), base, "rows")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert json.loads(file.read_text())["starts"][-1]["ended"] is None
+    for error, told in (
+        (KeyboardInterrupt(), "stopped"),
+        (FtjaxError("hf_abcdefghijkl"), "FtjaxError: ***"),
+        (None, "finished"),
+    ):
+        claim(settings(tmp_path / "run"), base, "rows")
+        with contextlib.suppress(KeyboardInterrupt, FtjaxError), provenance.recorded(file):
+            if error:
+                raise error
+        starts = json.loads(file.read_text())["starts"]
+        assert starts[-1]["ended"] == told
+    assert len(starts) == 4 and starts[0]["command"] == "train '--key=***' *** https://***@x.org/a"
+    assert starts[0]["packages"]["jax"] == jax.__version__ and set(starts[0]["devices"]) == {"cpu"}
 
 
 def test_digests_decide_and_not_the_names_of_files(tmp_path, base):

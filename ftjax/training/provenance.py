@@ -1,0 +1,91 @@
+"""With what a run was made: `starts` in run.json, an entry for each time that its command was given."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from ftjax.files import replace_json
+
+PACKAGES = (
+    "ftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "datasets",
+)  # fmt: skip
+SECRET = re.compile(r"(?i)token|secret|password|passwd|api_?key|credential")
+KEYS = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` in place of keys of known services, passwords in addresses, and the values of environment
+    variables that are called like secrets."""
+    values = {v for name, v in os.environ.items() if SECRET.search(name) and len(v) >= 8}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return KEYS.sub("***", text)
+
+
+def git_state(folder: str | Path = ".") -> dict | None:
+    """{"commit", "changed"} of the git checkout that a folder lies in; None where there is none."""
+
+    def git(*arguments: str):
+        command = ["git", "-c", "core.fsmonitor=false", *arguments]  # which could name a program to run
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        commit = git("rev-parse", "HEAD")
+        if commit.returncode == 0:
+            return {"commit": commit.stdout.strip(), "changed": git("diff-index", "--quiet", "HEAD").returncode != 0}
+    return None
+
+
+def start() -> dict:
+    """What this process is: the entry of `starts`, without the way in which it ended."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    kinds = [device.device_kind for device in jax.devices()]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": without_secrets(shlex.join(sys.argv)),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "devices": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "processes": jax.process_count(),
+        "git": git_state(),
+        "ended": None,  # as a process that was killed leaves it
+    }
+
+
+@contextlib.contextmanager
+def recorded(file: Path) -> Iterator[None]:
+    """Write into the last entry of `starts` in run.json how this process ended: "finished", "stopped", or its error."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(file, "stopped")
+        raise
+    except BaseException as error:
+        _end(file, without_secrets(f"{type(error).__name__}: {error}"))
+        raise
+    _end(file, "finished")
+
+
+def _end(file: Path, how: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk; the error itself is what the user must see
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["starts"][-1]["ended"] = how
+        replace_json(file, record)
