@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import os
 import signal
 import sys
 
+from ftjax import stops
 from ftjax.errors import FtjaxError, nearest
 
 EPILOG = """examples:
@@ -204,24 +206,23 @@ def _add_adapter(sub) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 3 for a plan that does not fit,
-    130 after Ctrl-C."""
+    130 after Ctrl-C, 143 after SIGTERM."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
     if unknown or (overrides and args.verb not in CONFIGURED):
         top.error(_unknown(top, args.verb, unknown, rest))
-    interrupted: list[bool] = []
     try:
         if argv is None:
             if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that this one starts or becomes
             if args.run is not _list:
                 _tune_malloc()
-            _hear_interrupts(interrupted)
-        if args.run in (_evaluate, _predict, _generate, _plan):
-            _check_file(args, "json" if args.run is _plan else "out")
-        return args.run(args, overrides) or 0
+        with stops.listening() if argv is None else contextlib.nullcontext():
+            if args.run in (_evaluate, _predict, _generate, _plan):
+                _check_file(args, "json" if args.run is _plan else "out")
+            return args.run(args, overrides) or 0
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
         return 2
@@ -232,37 +233,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, Exception) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        if not stopped and not interrupted:  # a library may make another error of a Ctrl-C
+        if not stopped and not stops.heard:  # a library may make another error of a Ctrl-C
             raise
-        if interrupted:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is being obeyed
         print(f"\nftjax: {str(error) if stopped and error.args else 'stopped'}", file=sys.stderr)
-        return 130
-
-
-def _hear_interrupts(heard: list) -> None:
-    """Add to `heard` at each Ctrl-C, and raise it again where Python lost it.
-
-    A KeyboardInterrupt that comes up in a callback, such as that of JAX in each garbage collection, is only reported
-    there, and the program goes on.
-    """
-    import threading
-
-    report, me = sys.unraisablehook, threading.get_ident()
-
-    def interrupt(*_):
-        heard.append(True)
-        raise KeyboardInterrupt
-
-    def hook(lost):
-        if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, signal.pthread_kill, (me, signal.SIGINT)).start()  # once the callback has ended
-        else:
-            report(lost)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may ignore it
-        signal.signal(signal.SIGINT, interrupt)
-    sys.unraisablehook = hook
+        code = 128 + (stops.heard[0] if stops.heard else signal.SIGINT)
+        if argv is None:
+            stops.leave(code)
+        return code
 
 
 def _check_file(args, flag: str) -> None:

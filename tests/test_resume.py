@@ -79,8 +79,8 @@ def test_killed_three_times_it_ends_in_the_same_bits(config, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(config, whole, tmp_path)
     chance = random.Random(20)
-    kills = 0
-    for target in sorted(chance.sample(range(1, 55), 3)):
+    codes = []
+    for target, sent in zip(sorted(chance.sample(range(1, 55), 3)), (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         process = subprocess.Popen(
             command(config, killed),
             cwd=ROOT,
@@ -93,10 +93,13 @@ def test_killed_three_times_it_ends_in_the_same_bits(config, tmp_path):
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills == 3
+            os.killpg(process.pid, sent)
+        codes.append(process.wait())
+        if sent == signal.SIGTERM:  # it saves the step that it was in
+            assert (
+                max(int(path.name) for path in (killed / "checkpoints").iterdir()) >= read_metrics(killed)[-1]["step"]
+            )
+    assert codes == [-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGKILL]
     said = run(config, killed, tmp_path)
     assert "going on after step" in said
     assert losses(killed) == losses(whole)

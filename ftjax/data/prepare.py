@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import os
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax import config as configs
+from ftjax import stops
 from ftjax.data import chat_templates, labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
@@ -460,7 +460,7 @@ def _evaluation_rows(sources: list[Source], config) -> list[tuple[str, Table]]:
 def _scratch() -> str:
     """A folder for the rows of a streamed set, gone with the process."""
     folder = tempfile.mkdtemp(prefix="ftjax-rows-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    stops.at_exit(shutil.rmtree, folder, True)
     return folder
 
 

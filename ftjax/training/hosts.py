@@ -9,6 +9,7 @@ import functools
 import glob
 import json
 import os
+import signal
 import sys
 import traceback
 import urllib.request
@@ -19,6 +20,7 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 
+from ftjax import stops
 from ftjax.errors import FtjaxError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -143,14 +145,16 @@ def check_shared(file: Path) -> None:
 
 
 def preempted(step: int) -> bool:
-    """Whether a process was told to go (SIGTERM), and all are to stop behind this step: they hear of it in time to stop
-    behind the same one. To be called at every step. A process alone dies of the signal, as ever.
+    """Whether a process was told to stop, and all are to stop behind this step: of several, all hear of a SIGTERM in
+    time to stop behind the same one. To be called at every step.
     """
     if jax.process_count() == 1:
-        return False
+        return bool(stops.heard)
     from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-    return reached_preemption_sync_point(step)
+    if reached := reached_preemption_sync_point(step):
+        stops.heard.append(signal.SIGTERM)
+    return reached
 
 
 def together(f: F) -> F:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax import progress as signs
+from ftjax import stops
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
 from ftjax.errors import NotFinite
@@ -139,6 +140,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
     select = job.selection
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as opened:
+        alone = jax.process_count() == 1  # JAX hears of a SIGTERM for several processes
+        if alone:
+            opened.enter_context(stops.listening())
         if first:
             opened.enter_context(locked(run_dir))
         going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint))
@@ -259,11 +263,17 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         def lower() -> str:
             return finite.advice(float(program.rate(max(step - 1, 0))), config.optim.weight_decay)
 
+        noted = opened.enter_context(contextlib.ExitStack())
+        noted.enter_context(stops.held(alone))
         while step < steps and not stop:
             arrays, tokens = next(placed_ahead)
             new = arrays["tokens"].shape not in shapes
             shapes.add(arrays["tokens"].shape)
-            with progress.aside("compiling the training step") if new else contextlib.nullcontext():
+            with contextlib.ExitStack() as compiling:
+                if new:
+                    compiling.enter_context(progress.aside("compiling the training step"))
+                if step == resumed_from:  # there is nothing to save yet
+                    compiling.enter_context(stops.held(False))
                 state, report = take_step(state, frozen, arrays)
             step += 1
             progress.count(tokens)
@@ -304,6 +314,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             if preempted and step < steps:
                 checkpoints.manager.wait_until_finished()
                 raise KeyboardInterrupt  # the same command goes on from here
+        noted.close()
+        if alone and stops.heard:  # in the last step
+            raise KeyboardInterrupt
         progress.end()
         stopped_early = step < steps
         if stopped_early:

@@ -146,7 +146,7 @@ def test_told_to_go_all_keep_a_checkpoint_and_stop(tmp_path):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     rest, _ = running.communicate(timeout=900)
-    assert running.returncode == 130, "".join(said) + rest
+    assert running.returncode == 143, "".join(said) + rest
     (kept,) = (int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
     told = f"stopped; the last checkpoint is that of step {kept:,} of 100,000, where the same command goes on"
     assert all(f"[{i}] ftjax: {told}" in rest for i in range(2)), rest

@@ -133,8 +133,9 @@ def test_what_is_said_after_ctrl_c_is_what_lies_on_disk(tmp_path):
 
 LOST = """
 import gc, sys, time
-from ftjax import cli
-cli._hear_interrupts([])
+from ftjax import stops
+listening = stops.listening()
+listening.__enter__()
 def callback(phase, info):
     if phase == "start" and not sent:
         sent.append(1)

@@ -1,0 +1,152 @@
+"""What happens when a process is told to stop, by Ctrl-C (SIGINT) or by SIGTERM, as clusters and `kill` send it.
+
+The first signal raises KeyboardInterrupt, or, within `held`, is only noted: a training run then finishes its step,
+saves and stops by itself. The second ends the process at once, as a kill does. So does the first where Python cannot
+obey it within GRACE seconds, such as during a long compilation, which has nothing to save.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+GRACE = 5.0  # seconds
+ONE = 0.5  # seconds within which signals are one: `timeout` and shells send theirs to a process and to its group
+
+heard: list[int] = []  # the signals that this process was told to stop by
+_held = False
+_obeyed = threading.Event()  # Python has seen the first signal
+_at_exit: list[Callable] = []
+_sent_again = 0  # signals that `_hook` sent, which are no new ones
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Hear signals inside as the module says; only in the main thread, and only those whose usual effect is in force (a
+    job in the background ignores Ctrl-C)."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    mine = [n for n, handler in usual.items() if signal.getsignal(n) is handler]
+    if threading.current_thread() is not threading.main_thread() or not mine or os.name != "posix":
+        yield
+        return
+    heard.clear()
+    _obeyed.clear()
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    wakeup, report = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False), sys.unraisablehook
+    for number in mine:
+        signal.signal(number, _hear)
+    me = threading.get_ident()
+    sys.unraisablehook = lambda lost: _hook(lost, me, report)
+    threading.Thread(target=_watch, args=(told, mine), daemon=True).start()
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        for number in mine:
+            signal.signal(number, usual[number])
+        signal.set_wakeup_fd(wakeup)
+        tell.close()  # which ends the thread
+
+
+@contextlib.contextmanager
+def held(on: bool = True) -> Iterator[None]:
+    """Only note the first signal inside: whoever holds looks at `heard` and stops at the next good moment. on: False
+    within a held block for a part of it that may be left at any moment."""
+    global _held
+    before, _held = _held, on
+    if on and not before:
+        heard.clear()
+    try:
+        yield
+    finally:
+        _held = before
+
+
+def at_exit(f: Callable, *args) -> None:
+    """As atexit.register, for what `leave` must do too."""
+    atexit.register(f, *args)
+    _at_exit.append(functools.partial(f, *args))
+
+
+def leave(code: int) -> None:
+    """End a process that was stopped. Python's own way destroys what other threads may still use, such as one that
+    compiles, and then dies of SIGSEGV."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is being obeyed
+    for f in _at_exit:
+        f()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _hear(number, frame) -> None:
+    heard.append(number)
+    _obeyed.set()
+    if not _held:
+        raise KeyboardInterrupt
+
+
+def _hook(lost, thread: int, report) -> None:
+    """Raise a KeyboardInterrupt again that Python lost: one that comes up in a callback, such as that of JAX in each
+    garbage collection, is only reported there, and the program goes on."""
+    global _sent_again
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        _sent_again += 1
+        number = heard[0] if heard else signal.SIGINT
+        threading.Timer(0.05, signal.pthread_kill, (thread, number)).start()  # once the callback has ended
+    else:
+        report(lost)
+
+
+def _watch(told: socket.socket, mine: list[int]) -> None:
+    """End the process where its main thread cannot, or need not, obey a signal; `told` gives the number of each."""
+    global _sent_again
+    first, deadline = None, None  # the first signal with its time; when it must be obeyed
+    while True:
+        told.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
+        try:
+            number = told.recv(1)
+        except TimeoutError:
+            if not _obeyed.is_set() and not _held:
+                _end(first[0], "ended without waiting for what it was doing")
+            deadline = None
+            continue
+        if not number:
+            return
+        if number[0] not in mine:
+            continue
+        if _sent_again:
+            _sent_again -= 1
+        elif first is None:
+            first = number[0], time.monotonic()
+            deadline = first[1] + GRACE
+        elif time.monotonic() - first[1] > ONE:
+            _end(number[0], "ended at once")
+
+
+def _end(number: int, how: str) -> None:
+    os.write(2, f"\nftjax: {how}; whole checkpoints stay as they are\n".encode())
+    os._exit(128 + number)
+
+
+def _forget() -> None:
+    """In a fork: signals have their usual effect. Its parent would take those of the fork for its own."""
+    if signal.getsignal(signal.SIGINT) is _hear or signal.getsignal(signal.SIGTERM) is _hear:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = sys.__unraisablehook__
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
