@@ -16,7 +16,7 @@ def _templates():
 
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=lambda name: not name.endswith((".md", ".txt")),
+        autoescape=lambda name: not name.endswith((".md", ".jinja")),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -34,7 +34,7 @@ class Check(NamedTuple):
     severity: str  # error: the run stops or its results mean nothing | warning: look | note: know
     message: str
     advice: str
-    row: Callable[[View], str | None] | None = None  # a note on a row that it finds, or nothing
+    row: Callable[[View], str | bool | None] | None = None  # a note on a row that it finds, or nothing
     parts: Callable[[Corpus], Iterator[Hit]] | None = None
     where: Callable[[str], int] | None = None  # where in the text of a row to look; None: at both ends
     answer: bool = False  # it is about the answer: that is what is shown of a row
@@ -43,25 +43,9 @@ class Check(NamedTuple):
 # ---------------------------------------------------------------------------------------------- one row
 
 
-def _refusal(view: View) -> str | None:
-    return "a refusal" if textchecks.refusal(view.answer) else None
-
-
-def _boilerplate(view: View) -> str | None:
-    return "a set phrase" if textchecks.boilerplate(view.answer) else None
-
-
-def _mojibake(view: View) -> str | None:
-    return "broken characters" if textchecks.mojibake(view.text) else None
-
-
 def _control(view: View) -> str | None:
     found = textchecks.control(view.text)
     return ", ".join(f"U+{code:04X}" for code in sorted({ord(view.text[i]) for i in found})) or None
-
-
-def _personal(view: View) -> str | None:
-    return ", ".join(sorted({kind for kind, _, _ in textchecks.personal(view.text)})) or None
 
 
 def _long(view: View) -> str | None:
@@ -73,11 +57,6 @@ def _unknown(view: View) -> str | None:
     unknown = view.scan.unknown
     count = 0 if unknown is None else int(np.count_nonzero(np.asarray(view.ids) == unknown))
     return f"{count} unknown" if count else None
-
-
-def _special(view: View) -> str | None:
-    tokens = [t for t in view.scan.special if t in view.text]
-    return ", ".join(tokens) or None
 
 
 REPEATED = 5  # words of a prompt, or of a line of it, from which its repetition is no chance
@@ -352,7 +331,7 @@ CHECKS: dict[str, Check] = {
     "mojibake": Check(
         "warning", "rows with characters decoded by the wrong table: {rows}",
         "data.clean.mojibake=True mends them; where U+FFFD stands, the file must be written anew from its origin",
-        row=_mojibake, where=textchecks.mojibake_at,
+        row=lambda view: textchecks.mojibake(view.text) and "broken characters", where=textchecks.mojibake_at,
     ),
     "control": Check(
         "warning", "rows with control characters, or characters without width: {rows}: {kinds}",
@@ -362,12 +341,13 @@ CHECKS: dict[str, Check] = {
     "personal": Check(
         "warning", "rows with personal data: {rows}: {kinds}",
         'data.clean.personal="mask" or "drop"',
-        row=_personal, where=lambda text: textchecks.personal(text)[0][1],
+        row=lambda view: ", ".join(sorted({kind for kind, _, _ in textchecks.personal(view.text)})),
+        where=lambda text: textchecks.personal(text)[0][1],
     ),
     "special_tokens": Check(
         "warning", "rows with the text of a special token: {rows}: {kinds}",
         "take it out of the text, where it is read as the token itself; data.clean.drop takes patterns of rows to drop",
-        row=_special,
+        row=lambda view: ", ".join(token for token in view.scan.special if token in view.text),
     ),
     "long": Check(
         "warning", "rows of more tokens than data.max_length: {rows}",
@@ -382,7 +362,7 @@ CHECKS: dict[str, Check] = {
     "refusals": Check(
         "warning", "answers that refuse: {rows}",
         "remove the rows unless refusing is to be learnt",
-        row=_refusal, answer=True,
+        row=lambda view: textchecks.refusal(view.answer) and "a refusal", answer=True,
     ),
     "repeated_prompt": Check(
         "warning", "answers that repeat the prompt: {rows}: {kinds}",
@@ -402,7 +382,7 @@ CHECKS: dict[str, Check] = {
     "boilerplate": Check(
         "note", "answers with an assistant's set phrases, or that stand for no answer: {rows}",
         "data.clean.drop takes patterns of rows to drop",
-        row=_boilerplate, answer=True,
+        row=lambda view: textchecks.boilerplate(view.answer) and "a set phrase", answer=True,
     ),
     "format": Check(
         "note", "answers that are not {subject}, as most are: {rows}: {kinds}",

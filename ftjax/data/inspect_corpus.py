@@ -40,16 +40,20 @@ class Corpus:
         out[self.firsts(part)[::-1]] = np.arange(self.starts[part], self.starts[part + 1])[::-1]
         return out
 
+    def _at(self, index: int) -> tuple[Scan, int]:
+        """The part of one of all rows, and its index there."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.scans[part], int(index - self.starts[part])
+
     def place(self, index: int) -> str:
         """Where one of all rows came from."""
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.scans[part].table.place(int(index - self.starts[part]))
+        scan, at = self._at(index)
+        return scan.table.place(at)
 
     def labels(self, index: int) -> tuple[str, ...] | None:
         """The labels of one of all rows, however they are spelled; None where there are none."""
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        labels = self.scans[part].labels
-        return None if labels is None else tuple(fold(text) for text in labels[index - self.starts[part]])
+        scan, at = self._at(index)
+        return None if scan.labels is None else tuple(map(fold, scan.labels[at]))
 
 
 def corpus(scans: list[Scan], seed: int) -> Corpus:

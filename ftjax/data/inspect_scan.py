@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from array import array
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data import textchecks
+from ftjax.data import similar, textchecks
 from ftjax.data.compared import Sides, Texts, columns_text
 from ftjax.data.prepare import Recipe
 from ftjax.data.similar import normalise, row_text
@@ -108,7 +107,7 @@ class Scan:
         return f"row {table.number[other]}" if table.file[index] == table.file[other] else table.place(other)
 
 
-def scan(scan: Scan, checks: dict[str, Callable[[View], str | None]], features: dict[str, Callable]) -> Scan:
+def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]], features: dict[str, Callable]) -> Scan:
     """Fill a Scan in: `checks` give a note on a row that they find, `features` one of few words for every row."""
     scan.special, scan.unknown = tuple(scan.tokenizer.all_special_tokens), _unknown(scan.tokenizer)
     scan.columns = {name: Column() for name in scan.table.columns}
@@ -147,7 +146,7 @@ def fold(label: str) -> str:
 
 def digest(text: str) -> int:
     """64 bits that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(similar.digest(text)[:8], "big")
 
 
 # ---------------------------------------------------------------------------------------------- rows

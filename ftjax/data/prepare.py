@@ -123,8 +123,11 @@ class Part:
 
     def origin(self, i: int) -> tuple[int, int]:
         """(which of the pieces, which row of its table) an example was made of; several may be made of one."""
-        piece, at = self._at(i)
-        return next(n for n, other in enumerate(self.pieces) if other is piece), at
+        for n, piece in enumerate(self.pieces):
+            if i < len(piece.kept):
+                return n, int(piece.kept[i])
+            i -= len(piece.kept)
+        raise IndexError(i)
 
     def recipe(self, i: int) -> Recipe | labelled.Labelled:
         """How the row of an example became tokens."""
@@ -174,11 +177,8 @@ class Part:
         return self.examples.select(np.flatnonzero(self.source == index))
 
     def _at(self, i: int) -> tuple[Piece, int]:
-        for piece in self.pieces:
-            if i < len(piece.kept):
-                return piece, int(piece.kept[i])
-            i -= len(piece.kept)
-        raise IndexError(i)
+        n, at = self.origin(i)
+        return self.pieces[n], at
 
 
 class Gone(NamedTuple):
@@ -381,12 +381,8 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
         if augmented:
             source.tables["train"], made, failed = augment(table, source.data, config.seed, folder)
-            source.notes.extend([f"synthetic rows: {_counts(made)}"] if made else [])
-            source.notes.extend(
-                [f"synthetic rows given up, for no draw differed from the rows there: {_counts(failed)}"]
-                if failed
-                else []
-            )
+            source.notes.extend(_counted("synthetic rows", made))
+            source.notes.extend(_counted("synthetic rows given up, for no draw differed from the rows there", failed))
     return sources, gone
 
 
@@ -397,8 +393,10 @@ def _unlabelled(data):
     return data
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+def _counted(what: str, counts: dict[str, int]) -> list[str]:
+    """A note with the counts above 0; none where all are 0."""
+    there = [f"{name} {n:,}" for name, n in counts.items() if n]
+    return [f"{what}: {', '.join(there)}"] if there else []
 
 
 def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], list[Gone]]:
@@ -420,8 +418,7 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 cleaned = clean(tables[part], data.clean, answers(config, data, tables[part]), folder, by)
                 gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
                 tables[part] = cleaned.table
-                changed = {edit: n for edit, n in cleaned.changed.items() if n}
-                notes += [f"cleaning changed rows of {part}: {_counts(changed)}"] if changed else []
+                notes += _counted(f"cleaning changed rows of {part}", cleaned.changed)
                 notes += [f"{part}: {cleaned.conflict}"] if cleaned.conflict else []
         sources.append(Source(name, data, tables, notes, tables["train"]))
     return sources, gone

@@ -172,8 +172,23 @@ def _batches(name: str, key: str, header: tuple[str, ...] = ()) -> Iterator[pyar
                 more = {"header": list(header)} if header and suffix in (".csv", ".tsv") else {}
                 yield from _gather(READERS[suffix](text, **more), text)
     except OSError as e:
-        reason = os.strerror(e.errno) if e.errno else e
-        raise FtjaxError(f"{key}: {name} cannot be read: {reason}; check the file and its permissions") from e
+        raise FtjaxError(f"{key}: {_unreadable(name, e)}") from e
+
+
+def numbered(name: str | Path) -> Iterator[tuple[int, dict]]:
+    """The rows of one text file, each with the number of its first line. Raises FtjaxError as `read_table` does."""
+    try:
+        with open(name, "rb") as handle:
+            text = _Text(str(name), handle)
+            for row in READERS[Path(name).suffix.lower()](text):
+                yield text.begins or text.line, row
+    except OSError as e:
+        raise FtjaxError(_unreadable(name, e)) from e
+
+
+def _unreadable(name: str | Path, error: OSError) -> str:
+    reason = os.strerror(error.errno) if error.errno else error
+    return f"{name} cannot be read: {reason}; check the file and its permissions"
 
 
 def _gather(rows: Iterable[dict], text: _Text) -> Iterator[pyarrow.RecordBatch]:
@@ -209,13 +224,15 @@ SIGNATURES = (  # how files begin that are no UTF-8 text, and what to do with th
 
 
 class _Text:
-    """A text file, given out once: by lines or by size. line: number of the last line given out; size: bytes so far.
+    """A text file, given out once: by lines or by size. line: number of the last line given out; size: bytes so far;
+    begins: line in which the last row begins, 0 where rows are lines.
 
     Raises FtjaxError for what is no UTF-8 text.
     """
 
     def __init__(self, name: str, handle):
         self.name, self.handle, self.line, self.size = name, handle, 0, 0
+        self.begins = 0
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.is_utf8 = False  # whether a character that is not ASCII was read
         self.head = handle.peek(4096)
@@ -422,7 +439,8 @@ def _json_array(text: _Text) -> Iterator[dict]:
         nonlocal buffer, at
         # As much again as waits already, so that a large object is tried a few times and not once for each PIECE.
         new = text.read(max(PIECE, len(buffer) - at))
-        buffer, at = buffer[at:] + new, 0
+        if new:  # at the end, an error still tells where it stands in what there is
+            buffer, at = buffer[at:] + new, 0
         return bool(new)
 
     def sign() -> str:
@@ -506,6 +524,7 @@ def _csv(
             elif len(cells) != len(header):
                 raise text.error(f"expected {len(header)} cells ({_list(header)}), found {len(cells)}; {advice}", line)
             else:
+                text.begins = line
                 yield dict(zip(header, cells))
     except csv.Error as e:
         said = next((ours for theirs, ours in CSV_FAULTS.items() if theirs in str(e)), f"{e}; mend the row")

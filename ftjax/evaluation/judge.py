@@ -21,7 +21,7 @@ from ftjax.evaluation.classification import best_thresholds
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.said import Asked, Judge, at_places, logits
 from ftjax.evaluation.said import text as said_text
-from ftjax.files import as_json, replace_text
+from ftjax.files import replace_json, write_jsonl
 from ftjax.hub.resolve import read_json
 from ftjax.objectives import TASKS
 
@@ -224,30 +224,23 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
     if jax.process_index() or not parts:
         return Finished(results, text, {})
     last = list(parts)[-1]
-    contents = {"results": ("results.json", as_json(results, 2) + "\n")}
-    wrong = []
+    written, wrong = {"results": run_dir / "results.json"}, []
+    replace_json(written["results"], results)
     if judge.lines:
         records = judge.lines(asked[last], said[last], cut)
         wrong = [records[i] for i in judge.worst(asked[last], said[last], cut, MISTAKES)]
-        contents["predictions"] = ("predictions.jsonl", _jsonl(records))
-        contents["mistakes"] = ("mistakes.jsonl", _jsonl(wrong))
-    for name, content in contents.values():
-        replace_text(run_dir / name, content)
-    written = {key: str(run_dir / name) for key, (name, _) in contents.items()}
+        for key, rows in (("predictions", records), ("mistakes", wrong)):
+            written[key] = run_dir / f"{key}.jsonl"
+            write_jsonl(written[key], rows)
     if "confusion" in results[last]:
         from ftjax.evaluation.pictures import confusion_picture, reliability_picture
 
         for key, draw in (("confusion", confusion_picture), ("calibration", reliability_picture)):
-            written[key] = str(run_dir / f"{key}.png")
-            draw(results[last], written[key])
+            written[key] = draw(results[last], run_dir / f"{key}.png")
     if wrong:
         shown = [f"  {judge.shown(record)}" for record in wrong[: config.evaluate.samples]]
         text += "\n".join([f"\nworst mistakes on {last}:", *shown])
-    return Finished(results, text, written)
-
-
-def _jsonl(records: list[dict]) -> str:
-    return "".join(as_json(record) + "\n" for record in records)
+    return Finished(results, text, {key: str(path) for key, path in written.items()})
 
 
 def judge(lm, part: Part, data: Data, config) -> dict:

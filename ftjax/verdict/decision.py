@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from ftjax.verdict.contenders import MAJORITY, Contender
+from ftjax.verdict.statistics import rounded
 
 YES, NO, OPEN = "yes", "no", "not enough evidence"
 
@@ -207,7 +208,7 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
         needed, more = verdict["needed"], " More seeds may show it."
         if math.isfinite(needed):
             far = needed > FAR * data["rows"]
-            more = " One so small takes far more rows." if far else f" About {_round(needed):,} rows would show it."
+            more = " One so small takes far more rows." if far else f" About {rounded(needed):,} rows would show it."
         more = more if verdict["difference"] else ""
         return OPEN, f"{scores}. The difference, {gap(verdict)}, may be chance.{more}{who}"
     way = "larger" if verdict["says"] == "better" else "a loss and larger"
@@ -225,17 +226,12 @@ def _leaked(best: dict, data: dict) -> bool:
     return any(not f["share"] or data["reach"] is None or f["share"] * data["reach"] >= sure for f in found)
 
 
-def _round(rows: float) -> int:
-    unit = 10 ** max(0, len(str(int(rows))) - 2)
-    return math.ceil(rows / unit) * unit
-
-
 def paid(entry: dict) -> str:
     """When a contender's training has cost less than each prompt, as far as it ever does."""
     after = {name: n for name, n in entry["pays_after"].items() if math.isfinite(n)}
-    told = [f"{_round(n):,} requests by {name}" for name, n in after.items()]
+    told = [f"{rounded(n):,} requests by {name}" for name, n in after.items()]
     loads = {name: n for name, n in entry.get("pays_from", {}).items() if math.isfinite(n) and n}
-    least = f", from {named(f'{_round(n):,} requests a month on, beside {name}' for name, n in loads.items())}"
+    least = f", from {named(f'{rounded(n):,} requests a month on, beside {name}' for name, n in loads.items())}"
     return f"after {named(told)}{least if loads else ''}" if told else least.removeprefix(", ") if loads else ""
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data.read import numbered
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation.resample import intervals, mean_interval, of_sums
 from ftjax.files import replace_text, write_jsonl
@@ -154,38 +155,10 @@ def _lines(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
     """(line, row) of a .jsonl or .csv file, in which every row has the columns `needed`."""
     if path.suffix not in WRITERS:
         raise FtjaxError(f"{path}: expected a file that ends in {' or '.join(WRITERS)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a mark before UTF-8
-    except (OSError, UnicodeDecodeError) as error:
-        raise FtjaxError(f"{path}: expected a readable file in UTF-8: {error}") from None
-    for line, row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path, text):
+    for line, row in numbered(path):
         lacking = [name for name in needed if name not in row]
         if lacking:
             raise FtjaxError(f"{path} line {line}: has no `{lacking[0]}`; it has {', '.join(map(str, row))}")
-        yield line, row
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        _, line = reader.fieldnames, reader.line_num + 1  # the former reads the first line
-        for row in reader:
-            yield line, row
-            line = reader.line_num + 1  # a cell may hold line ends
-    except csv.Error as error:
-        raise FtjaxError(f"{path} line {reader.line_num}: should be CSV: {error}") from None
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for line, written in enumerate(text.split("\n"), 1):
-        if not written.strip():
-            continue
-        try:
-            row = json.loads(written)
-        except ValueError as error:
-            raise FtjaxError(f"{path} line {line}: should be JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise FtjaxError(f"{path} line {line}: expected an object, found {type(row).__name__}")
         yield line, row
 
 

@@ -201,7 +201,7 @@ def notes(data: dict) -> list[str]:
     by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
     by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
     beside = len(changes(data)[0]) > 1
-    return page("notes.txt", data=data, beside=beside, by_words=by_words, copied=COPIED).splitlines()
+    return page("notes.jinja", data=data, beside=beside, by_words=by_words, copied=COPIED).splitlines()
 
 
 # ---------------------------------------------------------------------------------------------- differences

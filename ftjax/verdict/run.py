@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import traceback
 from collections.abc import Callable
@@ -62,22 +63,16 @@ def compare(
     if curved:
         amounts(found)  # what is wrong with them is told before anything is trained
     lost: dict[str, str] = {}
-    tried = {c.name: _tried(c.name, lost, say, lambda c=c: measure(c, found, known, say)) for c in asked}
+    tried = {c.name: _tried(c.name, lost, say, functools.partial(measure, c, found, known, say)) for c in asked}
     measured = {name: m for name, m in tried.items() if m is not None}
     if asked[0].name in lost or len(measured) < 2:
         why = "; ".join(f"{name}: {reason}" for name, reason in lost.items())
         raise FtjaxError(f"compare: without these contenders nothing is left to compare: {why}")
-    told_of = [c for c in curved if c.name in measured]
-    curves = [
-        _tried(
-            f"{c.name}, learning curve",
-            lost,
-            say,
-            lambda c=c: learning_curve(c, found, measured[c.name], metric, law, say),
-        )
-        for c in told_of
-    ]
-    curves = [one for one in curves if one is not None]
+    curves = []
+    for c in curved:
+        if c.name in measured:
+            run = functools.partial(learning_curve, c, found, measured[c.name], metric, law, say)
+            curves += [one for one in [_tried(f"{c.name}, learning curve", lost, say, run)] if one is not None]
     case = judged(found, measured, metric, higher)._replace(lost=lost)
     data = plain(case, metric, higher, curves) | {"config": told, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]

@@ -355,7 +355,7 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
         return Verdict("cannot tell", f"{text} ruled out", c, p, smallest, needed)
     text = f"cannot tell with {n:,} rows{seeds}"
     if math.isfinite(needed):
-        text += f"; about {_rounded(needed):,} rows would do"
+        text += f"; about {rounded(needed):,} rows would do"
     elif c.difference == 0:
         text += "; there is no difference to be seen"
     else:
@@ -371,7 +371,7 @@ def _seeds(own: int, base: int) -> str:
     return " beside ".join(counts)
 
 
-def _rounded(rows: float) -> int:
+def rounded(rows: float) -> int:
     """Up to two digits that count."""
     unit = 10 ** max(0, len(str(int(rows))) - 2)
     return math.ceil(rows / unit) * unit

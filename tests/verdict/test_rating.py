@@ -106,7 +106,7 @@ def test_pairs_may_be_chosen(tmp_path):
         (lambda rows: rows[3].update(id="x-1"), "line 4: the key .*key.jsonl has no ballot 'x-1'"),
         (lambda rows: rows[4].update(id=rows[0]["id"]), "line 5: the ballot '.*' stands in line 1 already"),
         (lambda rows: rows[5].pop("rating"), "line 6: has no `rating`; it has id, prompt, left, right"),
-        (lambda rows: rows.__setitem__(6, [1]), "line 7: expected an object, found list"),
+        (lambda rows: rows.__setitem__(6, [1]), "line 7: expected an object, found '.1.'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, change, message):

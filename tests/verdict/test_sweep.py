@@ -247,7 +247,10 @@ def test_two_processes_divide_the_runs(tmp_path):
     c = small(tmp_path)
     (tmp_path / "c.json").write_text(json.dumps(c.to_dict()))
     command = [sys.executable, "-c", SWEEP, str(tmp_path / "c.json")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    # One device, as in this process: a step over several compiles for longer.
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    how["env"] = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    both = [subprocess.Popen(command, **how) for _ in range(2)]
     try:
         texts = [process.communicate()[0] for process in both]
     finally:
