@@ -1,6 +1,6 @@
-"""Several processes that train one model: starting them, agreeing, and ending together.
+"""Several processes that train one model: how they start, agree on values, and end together.
 
-A run on one process needs none of this: there every function here does nothing, or the plain thing.
+In a run of one process every function here does nothing, or the obvious thing.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ LAUNCHERS = {
 
 
 def start() -> bool:
-    """Join the other processes of this run, where there are any, before a device is used; True on the first of all.
+    """Join the other processes of this run, if there are any, before a device is used. Returns True on the first
+    process.
 
-    FTJAX_COORDINATOR (host:port of process 0), FTJAX_PROCESSES and FTJAX_PROCESS (0, 1, ...) come first; then what
-    SLURM, Open MPI or a TPU slice says. Processes that were joined by somebody else stay so. Raises FtjaxError for
-    settings that cannot be used, and where the others do not come.
+    The variables FTJAX_COORDINATOR (host:port of process 0), FTJAX_PROCESSES and FTJAX_PROCESS (0, 1, ...) take
+    precedence over what SLURM, Open MPI or a TPU slice says. If the processes are joined already, nothing changes.
+    Raises FtjaxError for settings that cannot be used, and if the other processes do not answer.
     """
     if not jax.distributed.is_initialized():
         given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
@@ -61,7 +62,7 @@ def _several(name: str, processes: str | None) -> bool:
 
 
 def _explicit(given: dict[str, str]) -> dict:
-    """The three variables -> arguments of jax.distributed.initialize."""
+    """The arguments of jax.distributed.initialize, from the three variables."""
     if missing := [name for name in VARIABLES if name not in given]:
         raise FtjaxError(f"{', '.join(given)}: set, but {', '.join(missing)} not; set all of them, or none")
     coordinator, processes, process = (given[name] for name in VARIABLES)
@@ -93,7 +94,7 @@ def _initialize(said: str, **arguments) -> None:
 
 
 def tpu_hosts() -> str | None:
-    """How many machines the TPU slices of this job span; None where there is no TPU, or nobody who knows."""
+    """Number of machines of this job's TPU slices; None without a TPU, or if the number cannot be found."""
     if not _tpu_devices():
         return None
     names, slices = os.environ.get("TPU_WORKER_HOSTNAMES"), os.environ.get("MEGASCALE_NUM_SLICES")
@@ -109,7 +110,7 @@ def _tpu_devices() -> list[str]:
 
 
 def _metadata(key: str) -> str:
-    """What Google's metadata server says of this machine; empty where there is none or it does not say."""
+    """A value of Google's metadata server for this machine; empty if there is no server or no such value."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     try:
@@ -120,9 +121,9 @@ def _metadata(key: str) -> str:
 
 
 def from_first(f: Callable):
-    """What f() returns on the first process, as plain JSON data, on all; f is called there alone.
+    """Call f() on the first process and return its result, plain JSON data, on all processes.
 
-    The others wait for it, so that this is a barrier too.
+    The others wait for it, so this is a barrier too.
     """
     if jax.process_count() == 1:
         return f()
@@ -134,7 +135,7 @@ def from_first(f: Callable):
 
 
 def check_shared(file: Path) -> None:
-    """Raises FtjaxError where this process does not see a file of the run that the first has just written."""
+    """Raise FtjaxError if this process does not see a file of the run that the first process has just written."""
     if not file.is_file():
         raise FtjaxError(
             f"run_dir: process {jax.process_index()} does not see {file}, which the first process wrote. Checkpoints "
@@ -143,8 +144,10 @@ def check_shared(file: Path) -> None:
 
 
 def preempted(step: int) -> bool:
-    """Whether a process was told to go (SIGTERM), and all are to stop behind this step: they hear of it in time to stop
-    behind the same one. To be called at every step. A process alone dies of the signal, as ever.
+    """Whether any process received SIGTERM, so that all should stop after this step.
+
+    To be called at every step. All processes learn of it in time to stop after the same step. A single process is ended
+    by the signal as usual.
     """
     if jax.process_count() == 1:
         return False
