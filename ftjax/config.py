@@ -839,8 +839,8 @@ def validate(config: ConfigDict) -> None:
     if config.task.kind != "classify":
         need("data.shots", lambda v: v == 0, "0 where task.kind is not classify; data.limit is for rows of any kind")
     if config.task.kind == "embed":
-        need("train.accumulate", lambda v: v == 1, "1: a text is told from all others of its batch, which microbatches "
-             "do not see; model.remat=full saves memory instead")  # fmt: skip
+        need("train.accumulate", lambda v: v == 1, "1: each text is compared with all others of its batch, and "
+             "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     if config.data.mixture:

@@ -71,8 +71,8 @@ def _explicit(given: dict[str, str]) -> dict:
         raise FtjaxError(f"FTJAX_COORDINATOR: {coordinator!r}; expected host:port of the machine with process 0")
     if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
         raise FtjaxError(
-            f"FTJAX_PROCESS={process}, FTJAX_PROCESSES={processes}: expected how many processes there are, and a "
-            "number from 0 to one less that no other process has"
+            f"FTJAX_PROCESS={process}, FTJAX_PROCESSES={processes}: expected the number of processes, and the "
+            "number of this one, from 0 to one less, which no other process has"
         )
     return {
         "coordinator_address": coordinator,
@@ -89,7 +89,7 @@ def _initialize(said: str, **arguments) -> None:
     except (RuntimeError, ValueError) as error:  # devices in use already; nobody answers; nothing found out
         raise FtjaxError(
             f"{said}: the processes of this run did not find each other: {error}. Start all of them at once, before "
-            f"anything uses a device; {', '.join(VARIABLES)} say by hand where the first is and how many there are"
+            f"anything uses a device; {', '.join(VARIABLES)} set by hand where the first one is and how many there are"
         ) from None
 
 

@@ -130,7 +130,7 @@ def prepared(config, say) -> Job:
     if given and not own and tokenizer.chat_template(given.folder) not in ("", words.chat_template):
         raise FtjaxError(
             f"tuning.init_from: {given.folder} brings a chat template without a tokenizer. Copy the tokenizer files of "
-            f"{folder} beside it, or remove the template if rows are not to be shown by it"
+            f"{folder} beside it, or remove the template if rows should not be rendered by it"
         )
     chatty = chat_templates.installed(config, words)
     ends = tokenizer.end_tokens(folder, chatty, chat_templates.ends_of_run(config, words))
@@ -239,7 +239,7 @@ def check_metric(config, name: str) -> None:
     judged = TASKS[config.task.kind].judged
     if judged and name not in METRICS and ":" not in name:
         raise FtjaxError(
-            f"evaluate.metrics: {name!r} is no score of generated answers, and task.kind {config.task.kind} generates "
-            "none: its figures are all reported. To choose the checkpoint by one of them, set train.select"
+            f"evaluate.metrics: {name!r} is not a metric of generated answers, which this field is for. All scores of "
+            f"task.kind {config.task.kind} are reported; to choose the checkpoint by one of them, set train.select"
         )
     find(name)

@@ -90,8 +90,8 @@ def check_method(config, family, shape) -> None:
         )
     if METHODS[config.tuning.method].causal_only and not shape.causal:
         raise FtjaxError(
-            f"tuning.method: {config.tuning.method} puts tokens before a row that see none of it, and a "
-            f"{family.model_type} model lets all see all; try lora"
+            f"tuning.method: {config.tuning.method} puts virtual tokens before a row, which needs a causal model; "
+            f"in a {family.model_type} model every token sees all others. Use lora"
         )
 
 
@@ -101,8 +101,8 @@ def check_new_head(new: list[str], trained: dict, config) -> None:
     paths = set(flatten(trained))
     if left := [path for path in new if not any(p.startswith(f"{path}/") or p == path for p in paths)]:
         raise FtjaxError(
-            f"tuning.method: {config.tuning.method} would leave {', '.join(left)}, which the model's files do not "
-            "have, as drawn at random; set tuning.method to full"
+            f"tuning.method: {config.tuning.method} would not train {', '.join(left)}, which the model's files do "
+            "not have, so that it would keep its random start; set tuning.method to full"
         )
 
 
@@ -166,10 +166,12 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
 
     trained, frozen = jax.eval_shape(begin, jax.random.key(0), kept)
     if not jax.tree.leaves(trained):
-        raise FtjaxError(f"tuning.method: {config.tuning.method} trains nothing of this model; see tuning.targets")
+        raise FtjaxError(
+            f"tuning.method: {config.tuning.method} trains no parameter of this model; check tuning.targets"
+        )
     if quantised_size(frozen) != quantised_size(kept) or quantised_size(trained):
         raise FtjaxError(
-            f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
+            f"model.quantise: {config.model.quantise} quantises kernels that must stay frozen, but tuning.method "
             f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
             + ", or model.quantise_tables to False"
             * config.model.quantise_tables

@@ -67,7 +67,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         if not mine:
             raise FtjaxError(
                 f"run_dir: {run_dir} is in use: {claims.owner(run_dir / LOCK)} works on this run. Wait for it, or "
-                f"choose another run_dir. After {STALE:.0f} s without a sign of its life the folder is free"
+                f"choose another run_dir. If that process gives no sign of life for {STALE:.0f} s, the folder is free"
             )
         yield
 
@@ -128,7 +128,7 @@ def claim(config, base: dict, rows: str) -> bool:
     old = read_record(run_dir)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
         raise FtjaxError(
-            f"run_dir: {run_dir} holds files that are not of a run, such as {min(foreign)}, and nothing there is "
+            f"run_dir: {run_dir} holds files that no run wrote, such as {min(foreign)}, and they are not "
             "overwritten. Choose another run_dir"
         )
     if old and (config.overwrite or _stillborn(run_dir)):
@@ -298,10 +298,10 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     step = checkpoint if isinstance(checkpoint, int) else saved.best() if checkpoint == "best" else saved.latest()
     if isinstance(step, int) and step not in saved.steps():
         there = ", ".join(map(str, saved.steps()))
-        raise FtjaxError(f"{run_dir}: keeps no checkpoint of step {step}; it has those of {there}")
+        raise FtjaxError(f"{run_dir}: has no checkpoint of step {step}; it has those of {there}")
     if step is None:
         raise FtjaxError(
-            f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"
+            f"{run_dir}: the run has no checkpoint yet; wait for the first one, or load its base model {lm.folder}"
         )
     # As the run began: of what is frozen, all that is not the base's comes from its seed or from its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)

@@ -61,18 +61,18 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
     if name not in known and not (causal and ":" in name):
         more = ", and your own as file.py:function" if causal else ""
         raise FtjaxError(
-            f"train.select: {name!r} is no figure of task.kind {config.task.kind}{nearest(name, known)}; those are "
+            f"train.select: {name!r} is no score of task.kind {config.task.kind}{nearest(name, known)}; its scores are "
             f"{', '.join(known)}{more}"
         )
     if not causal or name in (LOSS, *OF_TOKENS):
         return Selection(name, name != LOSS and name not in LOWER, part)
     metric = find(name)
     if metric.higher is None:
-        raise FtjaxError(f"train.select: neither more nor less {name} is better; choose another figure")
+        raise FtjaxError(f"train.select: neither more nor less {name} is better; choose another score")
     if len(part) > MOST_ANSWERS:
         raise FtjaxError(
-            f"train.select: {name} is of generated answers, and each validation would answer {len(part):,} rows; set "
-            f"evaluate.rows to at most {MOST_ANSWERS}"
+            f"train.select: {name} scores generated answers, and each validation would generate {len(part):,} of them; "
+            f"set evaluate.rows to at most {MOST_ANSWERS}"
         )
     # What the metric asks of rows and references is found out on empty answers.
     rows = [part.row(i) for i in range(len(part))]

@@ -27,7 +27,7 @@ def read(folder: Path) -> tuple[Method, dict, dict]:
     """Read a PEFT adapter directory. Returns (the method that it is of, its adapter_config.json, {name: tensor})."""
     if not (folder / peft.CONFIG).is_file():
         own = "; a run's own adapter lies in its folder `adapter`" if (folder / "run.json").is_file() else ""
-        raise FtjaxError(f"{folder}: is no PEFT adapter: it has no {peft.CONFIG}{own}")
+        raise FtjaxError(f"{folder}: is not a PEFT adapter: it has no {peft.CONFIG}{own}")
     adapter_config, tensors = peft.read_adapter(folder)
     method = of_peft(adapter_config)
     if method is None:

@@ -56,7 +56,7 @@ def init(key, base, spec):
     """LoRA's A and B, and the row norms of W."""
     if INITS[spec.tuning.init].residual:
         plain = ", ".join(name for name, row in INITS.items() if not row.residual)
-        raise FtjaxError(f"tuning.init: {spec.tuning.init} takes W apart, which dora needs whole; one of {plain}")
+        raise FtjaxError(f"tuning.init: {spec.tuning.init} changes W, which dora needs unchanged; use one of {plain}")
     _refuse_embeddings(lora.ranks(spec))
     trained, frozen = lora.init(key, base, spec)
     params, trained = flatten(base), flatten(trained)
@@ -146,7 +146,7 @@ def _magnitude(tensors, name, size):
 
 def _refuse_embeddings(paths):
     if any(path in EMBEDDINGS for path in paths):
-        raise FtjaxError("tuning.targets: dora goes on no tables of embeddings; lora does")
+        raise FtjaxError("tuning.targets: dora cannot adapt embedding tables; lora can")
 
 
 register(
