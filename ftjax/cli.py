@@ -25,11 +25,11 @@ EPILOG = """examples:
 
 
 DATA_VERBS = {
-    "inspect": "what is in the rows, and what is wrong with them",
-    "clean": "mend and filter them by data.clean",
-    "split": "clean, then deal them out to train, validation and test",
-    "augment": "split, then add synthetic training rows by data.augment",
-    "preview": "the first batches as the model will see them",
+    "inspect": "show what is in the rows, and what is wrong with them",
+    "clean": "repair and filter rows as data.clean says",
+    "split": "clean, then split rows into train, validation and test",
+    "augment": "split, then add synthetic training rows as data.augment says",
+    "preview": "show the first batches as the model will get them",
 }
 
 LISTS = {
@@ -66,131 +66,173 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     overrides = "any field of the config can be set: --config.optim.lr=3e-4; `ftjax config` lists them all"
-    sub = verb("train", _train, "fine-tune as a config says, or go on with a run that was stopped", epilog=overrides)
+    sub = verb(
+        "train", _train, "fine-tune a model as a config says, or resume a run that was stopped", epilog=overrides
+    )
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
     sub.add_argument(
         "--profile", metavar="steps=FIRST:LAST",
-        help="trace these steps, both ends included, and tell where their time goes; short for --config.log.profile",
+        help="trace these steps, both ends included, and report where their time goes; as --config.log.profile",
     )  # fmt: skip
 
-    sub = verb("sweep", _sweep, "train a config at every point of a grid, with several seeds", epilog=overrides)
+    sub = verb("sweep", _sweep, "train with every combination of some settings, with several seeds", epilog=overrides)
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(); its run_dir holds all runs"
     )
     sub.add_argument(
-        "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values that a field takes in turn; repeat"
+        "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values of one field; may be repeated"
     )
-    sub.add_argument("--seeds", type=int, default=1, help="runs at each point, from the config's seed on")
+    sub.add_argument("--seeds", type=int, default=1, help="runs of each combination, with seeds from the config's on")
     sub.add_argument(
         "--random",
         type=int,
         default=0,
         metavar="N",
-        help="draw N points; --grid may then be a range, KEY=LOW..HIGH:log",
+        help="draw N combinations at random; --grid may then be a range, KEY=LOW..HIGH:log",
     )
-    sub.add_argument("--optuna", type=int, default=0, metavar="N", help="N points proposed by Optuna, likewise")
     sub.add_argument(
-        "--halving", action="store_true", help="all points shortly, the best third by validation loss longer, and so on"
+        "--optuna",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N combinations that Optuna proposes, from the same lists and ranges",
+    )
+    sub.add_argument(
+        "--halving",
+        action="store_true",
+        help="run all combinations briefly, the best third by validation loss longer, and so on",
     )
     sub.add_argument(
         "--stale", type=float, default=600.0, metavar="SECONDS",
-        help="without a sign of life after which a run of another process is taken over",
+        help="take over a run of another process that has given no sign of life for so long",
     )  # fmt: skip
 
     sub = verb(
-        "compare", _compare, "prompts, tuned models and other models on the same rows: which is better, at what cost",
+        "compare", _compare, "compare prompts, tuned and other models on the same rows: which is better, at what cost",
         epilog=overrides,
     )  # fmt: skip
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(); its run_dir holds all runs"
     )
-    sub.add_argument("--out", metavar="DIR", help="where the report goes; default: the config's run_dir")
+    sub.add_argument("--out", metavar="DIR", help="folder of the report; default: the config's run_dir")
 
-    sub = verb("plan", _plan, "what a run will need: memory, time, money, and what would fit", epilog=overrides)
+    sub = verb(
+        "plan",
+        _plan,
+        "report what a run will need: memory, time, money, and which other settings would fit",
+        epilog=overrides,
+    )
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
     )
-    sub.add_argument("--devices", default="cpu:1", help="v6e-8, v5p-16, v5p:4x8x8, h200x8, cpu:8, ...; default: cpu:1")
-    sub.add_argument("--data", action="store_true", help="read the rows, for the number of steps and their lengths")
     sub.add_argument(
-        "--memory", type=float, metavar="GIB", help="that a program may use of a device; default: by a table"
+        "--devices", default="cpu:1", help="such as v6e-8, v5p-16, v5p:4x8x8, h200x8, cpu:8; default: cpu:1"
     )
-    sub.add_argument("--price", type=float, metavar="DOLLARS", help="of a device hour; default: by a table, for TPUs")
-    sub.add_argument("--share", type=float, default=0.5, help="of the devices' peaks that the run will reach")
-    sub.add_argument("--seconds", type=float, default=60.0, help="choices are compiled as long as so much time is left")
-    sub.add_argument("--exact", action="store_true", help="let the TPU compiler take its full time")
+    sub.add_argument(
+        "--data", action="store_true", help="read the rows, to know the number of steps and the lengths of rows"
+    )
+    sub.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of a device that a program may use; default: by a table"
+    )
+    sub.add_argument(
+        "--price", type=float, metavar="DOLLARS", help="price of a device hour; default: by a table, for TPUs"
+    )
+    sub.add_argument("--share", type=float, default=0.5, help="share of the devices' peaks that the run will reach")
+    sub.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="time for compiling other settings; those that are left are estimated",
+    )
+    sub.add_argument("--exact", action="store_true", help="let the TPU compiler use its full time")
     sub.add_argument("--json", metavar="FILE", help="write the plan there too")
 
-    sub = verb("data", _data, "look at rows, clean, split or augment them, as training would", epilog=overrides)
+    sub = verb("data", _data, "look at rows; clean, split or augment them as training would", epilog=overrides)
     sub.add_argument("step", choices=DATA_VERBS, help="; ".join(f"{name}: {text}" for name, text in DATA_VERBS.items()))
     sub.add_argument("--config", metavar="FILE", help="a Python file with get_config(), or a run's run.json")
-    sub.add_argument("--data", help="rows instead of the config's data.train; no other part is read then")
-    sub.add_argument("--model", help="whose tokenizer counts tokens, instead of the config's model.path")
+    sub.add_argument("--data", help="rows, instead of the config's data.train; no other part is read then")
+    sub.add_argument("--model", help="model whose tokenizer counts tokens, instead of the config's model.path")
     sub.add_argument("--out", help="inspect, clean, split, augment: a new folder; preview: an HTML file")
-    sub.add_argument("--rows", type=int, default=3, help="preview: batch rows shown")
-    sub.add_argument("--ids", action="store_true", help="preview: token ids too")
+    sub.add_argument("--rows", type=int, default=3, help="preview: number of batch rows shown")
+    sub.add_argument("--ids", action="store_true", help="preview: show token ids too")
 
     sub = verb(
         "evaluate",
         _evaluate,
-        "loss and perplexity per trained token, and scores of generated answers",
+        "report loss and perplexity per trained token, and scores of generated answers or of labels",
         epilog=overrides,
     )
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
     _add_adapter(sub)
     sub.add_argument("--data", help="rows, as data.train takes them; default: the test part of the run's own data")
-    sub.add_argument("--config", metavar="FILE", help="how to read the rows; default: as the run did, or the defaults")
     sub.add_argument(
-        "--generate", action="store_true", help="also answer every prompt and score it by evaluate.metrics"
+        "--config",
+        metavar="FILE",
+        help="config that says how to read the rows; default: the run's own, or the defaults",
     )
-    sub.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    sub.add_argument(
+        "--generate", action="store_true", help="also answer every prompt and score the answers by evaluate.metrics"
+    )
+    sub.add_argument("--out", metavar="FILE", help="write the scores as JSON")
 
-    sub = verb(
-        "predict", _predict, "what a model says of rows: labels, tags of words, answers, vectors", epilog=overrides
-    )
+    sub = verb("predict", _predict, "predict labels, tags of words, answers or vectors of rows", epilog=overrides)
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
     sub.add_argument("--data", required=True, help="rows, as data.train takes them; they need no labels")
     sub.add_argument(
-        "--out", metavar="FILE", help="write JSON lines there instead of to the terminal; vectors as .npy too"
+        "--out", metavar="FILE", help="write JSON lines there instead of to the terminal; vectors also as .npy"
     )
 
     sub = verb("generate", _generate, "continue prompts")
     sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
     _add_adapter(sub)
+    sub.add_argument("--prompt", action="append", default=[], help="a prompt, with \\n for a line end; may be repeated")
     sub.add_argument(
-        "--prompt", action="append", default=[], help="a prompt as it stands, \\n for a line end; may be repeated"
+        "--prompts",
+        metavar="FILE",
+        help="rows with a column `prompt`, with `messages`, or with the columns of --template",
     )
-    sub.add_argument("--prompts", metavar="FILE", help="rows: a column `prompt`, `messages`, or those of --template")
     sub.add_argument(
-        "--template", help='prompt over the columns of --prompts, such as "Words: {src}"; a run brings its own'
+        "--template",
+        help='template of the prompt over the columns of --prompts, such as "Words: {src}"; default: the run\'s',
     )
-    sub.add_argument("--chat", action="store_true", help="a prompt is what a user says, for the chat template to show")
+    sub.add_argument(
+        "--chat", action="store_true", help="render each prompt by the chat template, as the message of a user"
+    )
     sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of text to the terminal")
-    sub.add_argument("--max-new-tokens", type=int, default=64)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    sub.add_argument("--top-k", type=int, default=0, help="0: off")
-    sub.add_argument("--top-p", type=float, default=1.0, help="1: off")
+    sub.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer")
+    sub.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: greedy")
+    sub.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     sub.add_argument(
-        "--stop", action="append", default=[], help="a string of one token that ends an answer; may be repeated"
+        "--top-p", type=float, default=1.0, help="sample from tokens that together have this probability; 1: from all"
     )
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--batch-size", type=int, default=32, help="prompts at once")
+    sub.add_argument(
+        "--stop", action="append", default=[], help="a string that is one token and ends an answer; may be repeated"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    sub.add_argument("--batch-size", type=int, default=32, help="number of prompts answered at once")
 
     sub = verb("export", _export, "write what a run trained as files that PyTorch loads")
     sub.add_argument("--run", required=True, dest="run_dir", metavar="DIR", help="run folder")
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument(
-        "--format", default="auto", help="adapter (PEFT), merged or full (a whole model); auto: adapter if any"
+        "--format",
+        default="auto",
+        help="adapter (PEFT), merged or full (a whole model); auto: the adapter if there is one",
     )
     sub.add_argument("--checkpoint", default="best", choices=("best", "last"))
     sub.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the base's"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of a whole model; auto: the base model's",
     )
 
     sub = verb("config", _list, "list, search and explain the fields of a config")
-    sub.add_argument("name", nargs="?", default="", metavar="GROUP|KEY", help="such as optim or optim.lr")
+    sub.add_argument(
+        "name", nargs="?", default="", metavar="GROUP|KEY", help="a group or a field, such as optim or optim.lr"
+    )
     sub.add_argument("--search", default="", metavar="WORDS", help="only fields whose description has these words")
     for name, text in LISTS.items():
         verb(name, _list, text)
@@ -200,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_adapter(sub) -> None:
     sub.add_argument(
         "--adapter", action="append", default=[], metavar="[NAME=]DIR",
-        help="a PEFT adapter to put on --model, which is a base then; repeat to ask the base under each of several",
+        help="a PEFT adapter for --model, which is a base model then; repeat to use several in turn",
     )  # fmt: skip
 
 
@@ -243,14 +285,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_file(args, flag: str) -> None:
-    """Raises FtjaxError, before anything is computed, where a file that the verb writes at its end cannot be."""
+    """Raise FtjaxError, before anything is computed, if the file that the verb writes at its end cannot be written."""
     path = getattr(args, flag)
     if path is not None and (not path or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
         raise FtjaxError(f"--{flag} {path}: expected the name of a file, in a folder that exists")
 
 
 def _check_numbers(args, keys: dict[str, str]) -> None:
-    """Raises FtjaxError for an argument out of the range of the config's field that means the same."""
+    """Raise FtjaxError for an argument that is out of the range of the config's field with the same meaning."""
     from ftjax import config
 
     for name, key in keys.items():
@@ -258,7 +300,14 @@ def _check_numbers(args, keys: dict[str, str]) -> None:
 
 
 def _unknown(top, verb: str, unknown: list[str], rest: list[str]) -> str:
-    """What is said of arguments that the verb does not have; unknown: those of `rest` that set no field."""
+    """The error message for arguments that the verb does not have.
+
+    Args:
+        top: The parser.
+        verb: The verb.
+        unknown: The arguments of `rest` that set no field of the config.
+        rest: All arguments that the parser does not know.
+    """
     spaced = next((arg for arg in rest if arg.startswith("--config.") and "=" not in arg), None)
     if spaced and verb in CONFIGURED:
         return f"{spaced}: expected {spaced}=VALUE"
@@ -441,7 +490,7 @@ def _generate(args, overrides) -> None:
 
 
 def _models(args):
-    """(name, what to ask): --model itself, or under each --adapter, the base read once."""
+    """(name, model) of each model to use: --model itself, or with each --adapter, the base being read once."""
     if not args.adapter:
         return [("", args.model)]
     named = {}

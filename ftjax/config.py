@@ -1,9 +1,9 @@
-"""The one config of a run: every field with its range and its reason; reading, overriding and checking it.
+"""The one config of a run: all fields with their ranges and meanings; reading, overriding and checking a config.
 
-`FIELDS` declares each field: its dotted key, its default, type and range, and, in the comment behind and below them,
-its unit and its reason. `default()` is built from it. A config file is Python with `get_config()`, which starts from
-`default()` and sets what differs. `load()` reads such a file, applies overrides from the command line and validates.
-Nothing is accepted that `FIELDS` does not declare.
+`FIELDS` declares each field: its dotted key, its default, type and range, and, in the comment after it, its meaning and
+unit, which `ftjax config` shows. `default()` is built from it. A config file is Python with `get_config()`, which
+starts from `default()` and sets the fields that differ. `load()` reads such a file, applies overrides from the command
+line and validates. Every field must be declared in `FIELDS`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ WORDS = re.compile(r"[\w./:-]+(,[\w./:-]+)+")  # several values as peers write t
 
 
 class Field(NamedTuple):
-    """What a field of the config may be.
+    """The values that a field of the config may have.
 
     Attributes:
-        default: The value in `default()`. None: the run decides, or the user may; None is then a value too.
+        default: The value in `default()`. None: decided by the run unless the user sets it; None is then a valid value.
         kind: The type of a value.
         expected: The range in words, for error messages.
         holds: Whether a value of type `kind` is in the range.
-        item: For a tuple, what each of its entries may be.
-        choices: For a text that is one of a few, all of them.
-        also: Names of the same thing in other projects, separated by blanks; error messages lead from them to the key.
+        item: For a tuple, the Field of its entries.
+        choices: For a text with few possible values, all of them.
+        also: Names of the same field in other projects, separated by blanks. Error messages lead from them to the key.
     """
 
     default: Any
@@ -61,7 +61,7 @@ class Field(NamedTuple):
         return self.check(value, name)
 
     def check(self, value, name: str):
-        """The value as the config keeps it: an int for a float becomes one, and a list a tuple.
+        """The value in the form that the config stores: an int for a float becomes a float, and a list becomes a tuple.
 
         Raises FtjaxError, which starts with `name`, for a value of another type or out of range.
         """
@@ -112,7 +112,7 @@ def choice(*choices: str, also="") -> Field:
 
 
 def several(default: tuple, item: Field, expected="", holds=lambda value: True, also="") -> Field:
-    """A tuple in which every entry is as `item` says."""
+    """A tuple whose entries are valid by `item`."""
     return Field(default, tuple, expected or f"a tuple, each entry {item.expected}", holds, item, also=also)
 
 
@@ -554,7 +554,7 @@ FIELDS: dict[str, Field] = {
 
 
 class Config(ConfigDict):
-    """A config or one of its groups: what ml_collections says of a wrong key is short and leads to the right one."""
+    """A config or one of its groups, with short errors that lead from a wrong key to the right one."""
 
     def __setitem__(self, key, value):
         if self.is_locked and key not in self:
@@ -580,16 +580,19 @@ def default() -> ConfigDict:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Config of a `.py` file with `get_config()`, or of a `.json` file that a run wrote; overridden and validated.
+    """Read a config, apply overrides and validate it.
 
     Args:
-        path: The file.
+        path: A `.py` file with `get_config()`, or a `.json` file that a run wrote.
         overrides: Texts `dotted.key=VALUE`. For a field that is a text, VALUE is the text itself, in which \\n and \\t
             are line end and tab, or a quoted Python string. For other fields it is a Python literal.
 
+    Returns:
+        The config.
+
     Raises:
-        FtjaxError: It names the file, the key, what was expected and the nearest key. Also for a .json file that names
-            code (`file.py:function`) which no override names: such a file may come from anyone.
+        FtjaxError: It names the file, the key, what was expected and the nearest key. It is also raised for a .json
+            file that names code (`file.py:function`) which no override names, because such a file may come from anyone.
     """
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
@@ -609,7 +612,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def recorded(path: str | Path) -> ConfigDict:
-    """Config of a .json file that a run wrote. Nobody but the user may name code: what it names must not be run."""
+    """The config in a .json file that a run wrote. Its functions (`file.py:function`) must not be run unless the user
+    names them too."""
     return from_dict(_json(Path(path)), f"{path}: ")
 
 
@@ -679,7 +683,8 @@ def _right_key(key: str) -> str:
 
 
 def similar(key: str) -> list[str]:
-    """The keys that a wrong one may stand for; names in other projects come first, misspellings last."""
+    """The keys that a wrong key may mean: first those with this name in other projects, last those with a similar
+    spelling."""
     group, _, last = str(key).lower().replace("-", "_").rpartition(".")
     ends = {k: k.rpartition(".")[2] for k in FIELDS}
     near = difflib.get_close_matches(last, ends.values(), n=1, cutoff=0.6)
@@ -707,7 +712,7 @@ def _set(config, key: str, value, said: str) -> None:
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """{"optim.lr": value, ...}: every leaf by its dotted key. Raises FtjaxError for what is no config."""
+    """{"optim.lr": value, ...}: all fields by dotted key. Raises FtjaxError if `config` is not a config."""
     if not isinstance(config, ConfigDict):
         pass_this = "ftjax.config.default(), whose fields can be set: config.optim.lr = 1e-4"
         if isinstance(config, str | Path):
@@ -725,11 +730,14 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_dict(values: dict, source: str = "") -> ConfigDict:
-    """The way back from `config.to_dict()`, also through JSON.
+    """A config from a dict, such as `config.to_dict()` returns or JSON holds.
 
     Args:
-        values: Nested as the config is, or by dotted keys. A field that is missing keeps its default.
+        values: Nested like the config, or by dotted keys. A field that is missing gets its default.
         source: Where the values come from, for error messages; it ends in a blank.
+
+    Returns:
+        The config.
 
     Raises:
         FtjaxError: It names the source, the key and what was expected, for an unknown key or a wrong value.
@@ -748,7 +756,8 @@ def from_dict(values: dict, source: str = "") -> ConfigDict:
 
 
 def copy(config: ConfigDict) -> ConfigDict:
-    """A copy that may be changed freely. Raises FtjaxError for what is no config, and for an unknown key or value."""
+    """A copy that may be changed freely. Raises FtjaxError if `config` is not a config, or has an unknown key or a
+    wrong value."""
     return from_dict(flat(config))
 
 
@@ -767,11 +776,12 @@ OF_ALL += ("processes", "date", "streaming", "cache", "cache_size")
 
 
 def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
-    """(name, its own `data` group, weight) of every source that is trained: of `data` itself, or of `data.mixture`.
+    """The sources of training rows: (name, its own `data` group, weight) of `data` itself, or of each entry of
+    `data.mixture`.
 
-    An entry of a mixture sets what differs from `data`; fields of its inner groups by dotted keys, "clean.near". Named
-    parts other than train are its own: where it names none, they are split off its rows. Raises FtjaxError that names
-    the entry and the key.
+    An entry of a mixture sets the fields that differ from `data`, those of its inner groups by dotted keys such as
+    "clean.near". Validation and test files are its own; if it names none, they are split off its rows. Raises
+    FtjaxError that names the entry and the key.
     """
     data = config.data
     if not data.mixture:
@@ -809,7 +819,8 @@ def _tuples(value):
 
 
 def compile_patterns(patterns, key: str) -> list[re.Pattern]:
-    """Regular expressions in which ^ and $ are the ends of a line; raises FtjaxError naming `key` for a bad one."""
+    """Compile regular expressions in which ^ and $ are the ends of a line. Raises FtjaxError naming `key` for an
+    invalid one."""
     compiled = []
     for pattern in patterns:
         try:
@@ -820,7 +831,7 @@ def compile_patterns(patterns, key: str) -> list[re.Pattern]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Check every field, and fields beside each other, as far as no file has to be read.
+    """Check every field, and combinations of fields, as far as this needs no file.
 
     Raises:
         FtjaxError: It names the key and what was expected.
@@ -839,8 +850,8 @@ def validate(config: ConfigDict) -> None:
     if config.task.kind != "classify":
         need("data.shots", lambda v: v == 0, "0 where task.kind is not classify; data.limit is for rows of any kind")
     if config.task.kind == "embed":
-        need("train.accumulate", lambda v: v == 1, "1: a text is told from all others of its batch, which microbatches "
-             "do not see; model.remat=full saves memory instead")  # fmt: skip
+        need("train.accumulate", lambda v: v == 1, "1: each text is compared with all others of its batch, and "
+             "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     if config.data.mixture:

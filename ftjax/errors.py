@@ -1,16 +1,16 @@
-"""The one exception that a user of ftjax is meant to read."""
+"""The exceptions that a user of ftjax is meant to read."""
 
 
 class FtjaxError(ValueError):
     """Input that ftjax cannot use: a file, a row, a key or a shape.
 
-    The message is complete by itself: which file, row or key; what was expected; what to do. The command line prints
-    it without a traceback. Anything else that escapes is a bug of ours and keeps its traceback.
+    The message is complete by itself: which file, row or key is wrong, what was expected, and what to do. The command
+    line prints it without a traceback. Any other exception is a fault of ftjax and keeps its traceback.
     """
 
 
 class NotFinite(FtjaxError):
-    """A loss, logits or vectors that are NaN or infinite: what they would be scored as means nothing."""
+    """A loss, logits or vectors that are NaN or infinite, so that no score computed from them has a meaning."""
 
 
 def nearest(word: str, choices) -> str:

@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old content or the new, never a part; and JSON that every reader can read."""
+"""Write files so that a kill leaves the old content or the new content, never a part; and JSON without NaN."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def as_json(value, indent: int | None = None) -> str:
-    """Plain data as JSON text; numbers that are NaN or infinite, which JSON does not have, become null."""
+    """Plain data as JSON text. Numbers that are NaN or infinite, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -36,7 +36,7 @@ def replace_json(path: Path, value) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """One object a line, UTF-8, row by row into a draft that takes the file's place at the end."""
+    """Write one JSON object per line, row by row, to a draft that replaces the file at the end."""
     draft = _draft(path)
     with open(draft, "w", encoding="utf-8") as file:
         file.writelines(as_json(row) + "\n" for row in rows)

@@ -233,7 +233,7 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
 
     if lm.kind != "causal":
         raise FtjaxError(
-            f"generate: this model is for task.kind {lm.kind}, and continues no text; `ftjax predict` has what it says"
+            f"generate: this model is for task.kind {lm.kind}, and cannot continue text; use `ftjax predict`"
         )
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
     drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token

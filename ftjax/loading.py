@@ -51,7 +51,9 @@ def load(
     folder = Path(path) if run else resolve.resolve(str(path), revision)
     whole = run or (folder / peft.CONFIG).is_file()
     if whole and adapters:
-        raise FtjaxError(f"{path}: adapters go on a base model, and this holds one of its own; name the base instead")
+        raise FtjaxError(
+            f"{path}: adapters need a base model, and this one has an adapter already; name its base instead"
+        )
     if run:
         source, _ = open_run(path, dtype, checkpoint, quantise)
         return source.base.applied(METHODS[source.method].variables(source.trained, source.frozen, source.spec))
@@ -65,7 +67,9 @@ def load(
         adapter = peft_adapters.read(at)
         _, labels = peft_adapters.task(at, adapter, folder) or ("", ())
         if labels and not lm.labels:
-            raise FtjaxError(f"{at}: this adapter brings a head over labels, which {path} lacks; name it as the model")
+            raise FtjaxError(
+                f"{at}: this adapter has a head over labels, which {path} lacks; pass the adapter itself as the model"
+            )
         beside[name] = lm.applied(peft_adapters.variables(adapter, lm.params, spec)).reading(at)
     return dataclasses.replace(lm, adapters=beside)
 
@@ -76,7 +80,7 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     base = adapter_config.get("base_model_name_or_path")
     if not base:
         raise FtjaxError(
-            f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it says what the adapter goes on"
+            f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it names the base model of the adapter"
         )
     kept, key = fingerprint.of_adapter(folder), f"base_model_name_or_path in {folder / peft.CONFIG}"
     base = fingerprint.find(kept, folder, base, adapter_config.get("revision") or "", key)

@@ -1,4 +1,4 @@
-"""What a terminal shows of work that takes a while: lines that fit it, and a sign of life."""
+"""Output on a terminal during long work: lines that fit its width, and a sign of life."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def counted(n: int, what: str) -> str:
 
 
 def columns(stream) -> int:
-    """Characters that a line of a terminal may have so that it does not wrap."""
+    """Number of characters that a line may have without wrapping on the terminal; 79 elsewhere."""
     try:
         return max(os.get_terminal_size(stream.fileno()).columns - 1, 1)
     except (OSError, ValueError):
@@ -36,14 +36,14 @@ def columns(stream) -> int:
 
 @contextlib.contextmanager
 def doing(what: str, stream=None) -> Iterator[None]:
-    """Tell on standard error that something long is under way, and for how long already.
+    """Show on standard error that long work is running, and for how long.
 
-    On a terminal one line counts the seconds, and goes when the work ends. Elsewhere a line is written after 10 seconds
-    and then every minute, so that short work leaves no trace in a file.
+    On a terminal one line counts the seconds, and disappears when the work ends. Elsewhere a line is written after 10
+    seconds and then every minute, so that short work leaves no trace in a file.
 
     Args:
-        what: the work, such as "compiling the training step".
-        stream: where to write; None: standard error.
+        what: The work, such as "compiling the training step".
+        stream: Where to write; None: standard error.
     """
     stream, begin, ended, me = stream or sys.stderr, time.perf_counter(), threading.Event(), object()
     live, shown = stream.isatty(), False

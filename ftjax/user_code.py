@@ -1,7 +1,7 @@
-"""Functions of a user's own, named `file.py:function` in the config.
+"""A user's own functions, named `file.py:function` in the config.
 
-Only what the user writes may name code: a config file in Python, a command line, an argument. A run folder may come
-from anyone, and so may every other JSON file; a function that one of these names is not run.
+Only the user may name code: in a Python config, on the command line, or as an argument. A run folder may come from
+anyone, and so may every other JSON file; a function that only such a file names is not run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ FIELDS = ("augment.function", "evaluate.metrics")  # ends of the dotted keys tha
 
 
 def named(values, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, `file.py:function`) of each function that a config names, `config.to_dict()`; entries of a mixture
-    or of a comparison may name some too."""
+    """(dotted key, `file.py:function`) of each function in `config.to_dict()`, also in entries of a mixture or of a
+    comparison."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from named(value, f"{key}.{name}".lstrip("."))
@@ -35,12 +35,12 @@ def not_named_by(overrides, values) -> list[tuple[str, str]]:
 
 
 def told(functions: list[tuple[str, str]]) -> str:
-    """These functions with their keys, for a person."""
+    """These functions with their keys, as text for a person."""
     return ", ".join(f"{key} {function!r}" for key, function in functions)
 
 
 def load(named: str, key: str) -> Callable:
-    """The function that `file.py:function` names. Raises FtjaxError, naming the config's `key`, where there is none."""
+    """The function that `file.py:function` names. Raises FtjaxError, naming the config's `key`, if there is none."""
     file, _, name = named.rpartition(":")
     path = Path(file)
     if not file or not path.is_file():
@@ -60,7 +60,7 @@ def load(named: str, key: str) -> Callable:
 
 
 def failed(named: str, key: str, error: Exception) -> str:
-    """What is said of an error that the user's code raised: which, and at which of its lines."""
+    """The error message for an error in the user's code: which error, and at which line."""
     file = str(Path(named.rpartition(":")[0]))
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []

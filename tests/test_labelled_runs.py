@@ -65,7 +65,7 @@ def test_an_adapter_made_by_peft_reads_the_pooler_of_its_base(encoder, tmp_path)
     found = ftjax.predict(lm, write(tmp_path / "asked.jsonl", [{"text": text} for text in texts]))
     ours = [[row["probabilities"][f"LABEL_{i}"] for i in range(2)] for row in found]
     np.testing.assert_allclose(theirs(made, encoder, texts), ours, atol=1e-4)
-    with pytest.raises(FtjaxError, match="brings a head over labels, which .* lacks; name it as the model"):
+    with pytest.raises(FtjaxError, match="has a head over labels, which .* lacks; pass the adapter itself"):
         ftjax.load(encoder, adapters={"a": tmp_path / "adapter"})
     transformers.BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(encoder)
     with pytest.raises(FtjaxError, match=r"SEQ_CLS, but tensor .*pooler.dense.* of its head is missing"):
@@ -185,7 +185,7 @@ def test_a_head_on_means_that_pytorch_could_not_load_is_refused(kind, formats, m
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning"])
 def test_virtual_tokens_want_a_causal_model(method, encoder, tmp_path):
-    with pytest.raises(FtjaxError, match=f"tuning.method: {method}.*all see all; try lora"):
+    with pytest.raises(FtjaxError, match=f"tuning.method: {method}.*needs a causal model.*Use lora"):
         ftjax.train(config(tmp_path, encoder, tuning__method=method), say=lambda text: None)
 
 

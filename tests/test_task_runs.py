@@ -262,7 +262,7 @@ def test_texts_that_belong_together_come_near(pool, tmp_path):
         np.testing.assert_allclose([row["vector"] for row in said], ours, atol=1e-5)
         report = ftjax.evaluate(str(path), str(tmp_path / "test.jsonl"))
         assert report["metrics"]["mrr"]["value"] == pytest.approx(figures["mrr"]["value"], rel=1e-3)
-    with pytest.raises(FtjaxError, match="train.accumulate: expected 1: a text is told from all others"):
+    with pytest.raises(FtjaxError, match="train.accumulate: expected 1: each text is compared with all others"):
         ftjax.train(settings(tmp_path, found, "embed", base, train__accumulate=2), say=quiet)
 
 

@@ -1,5 +1,5 @@
-"""What ftjax carries: the starter model and a licence-clean part of its data (licences beside the files), chat
-templates, and the pages of reports."""
+"""Files that come with ftjax: the starter model and a part of its data with a free licence (licences are beside the
+files), chat templates, and the pages of reports."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def predict(
     config = _config(model, config, overrides, data, say)
     lm = model if isinstance(model, LM) else load(model)
     if lm.kind == "causal":
-        raise FtjaxError("predict: this model predicts the next token; `ftjax generate` continues texts")
+        raise FtjaxError("predict: this model predicts the next token; use `ftjax generate`")
     prepared = _rows(lm, data, config, say, truths=False)
     return judge.predict(lm, prepared.test, prepared, config)
 

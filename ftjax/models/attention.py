@@ -1,6 +1,6 @@
 """Attention over rows that may be padded, packed, windowed or continued from a cache.
 
-B batch, T queries, S keys, n keys of a prefix, H heads, K KV heads, G = H / K query heads a KV head, d head size.
+B batch, T queries, S keys, n keys of a prefix, H heads, K KV heads, G = H / K query heads per KV head, d head size.
 """
 
 from __future__ import annotations
@@ -24,15 +24,24 @@ MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become 
 def attend(
     q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None
 ):
-    """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`.
+    """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`, with the softmax in float32.
 
-    q (B, T, H, d); k (B, K, d, S) and v (B, K, S, d) as `key_layout` gives them; q_segments (B, T) and k_segments (B,
-    S) int: a query sees the keys of its own segment only; `offset` is the place of the first query among the keys;
-    `window` tokens are seen at most, itself included (0: all). Not causal, it sees those behind it too, as many as
-    before. prefix: further keys k (K, d, n) and values v (K, n, d)
-    at positions 0..n-1 of every segment, which needs the queries' `positions` (B, T) from n on. With a `key`, a share
-    `rate` of the softmax is dropped and the rest scaled up. Returns (B, T, H, d) in q's dtype; the softmax is taken in
-    float32.
+    Args:
+        q: (B, T, H, d).
+        k: (B, K, d, S), as `key_layout` returns it.
+        v: (B, K, S, d), as `key_layout` returns it.
+        q_segments: (B, T) int. A query sees only the keys of its own segment.
+        k_segments: (B, S) int.
+        offset: Index of the first query among the keys.
+        window: Most tokens that a query sees, itself included; 0: all. If not causal, the window is symmetric.
+        prefix: Further keys (K, d, n) and values (K, n, d) at positions 0..n-1 of every segment.
+        positions: (B, T) positions of the queries, from n on; needed with a prefix.
+        causal: Whether a query sees only itself and the keys before it.
+        rate: Share of the softmax that is dropped; the rest is scaled up.
+        key: Random key of dropout; None: no dropout.
+
+    Returns:
+        (B, T, H, d) in q's dtype.
     """
     T, S = q.shape[1], v.shape[2]
     how = {"window": window, "prefix": prefix, "causal": causal, "rate": rate}
@@ -52,7 +61,7 @@ def attend(
 
 
 def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, positions, causal, rate, key):
-    """`attend`, all queries with all keys."""
+    """`attend` with all queries and all keys at once."""
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
     G = H // K
@@ -79,7 +88,7 @@ def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, position
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _starts(x, ends, axis):
-    """What of x lies before each of `ends` along an axis, the last of which is all of it."""
+    """The parts of x before each of `ends` along an axis; the last of these parts is all of x."""
     return tuple(jax.lax.slice_in_dim(x, 0, end, axis=axis) for end in ends)
 
 
@@ -96,8 +105,8 @@ _starts.defvjp(lambda x, ends, axis: (_starts(x, ends, axis), None), _starts_bwd
 
 
 def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None):
-    """`attend` of the tokens of rows among themselves, segments (B, T). Where the mesh splits rows between devices,
-    each has its own queries, and gathers keys and values."""
+    """`attend` among the tokens of the same rows, segments (B, T). If the mesh splits rows between devices, each device
+    has its own queries, and gathers keys and values."""
     mesh, T = mesh_that_cuts("sequence"), q.shape[1]
     if not mesh or T % ways(mesh, "sequence"):
         how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal}
@@ -119,8 +128,8 @@ def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, c
 
 
 def key_layout(k, v):
-    """k, v (B, S, K, d) -> (B, K, d, S) and (B, K, S, d): both products of attention contract where these lie, so that
-    a cache kept in this layout is never transposed again."""
+    """k, v (B, S, K, d) -> (B, K, d, S) and (B, K, S, d). Both products of attention contract over these axes, so a
+    cache in this layout is never transposed again."""
     return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
 
@@ -130,7 +139,7 @@ def _dot(a, b, axes):
 
 
 def _exponentials(q, k, seen, scale):
-    """The softmax (B, K, G*T, S) before it is divided, float32, and what by (B, K, G*T, 1)."""
+    """The undivided softmax (B, K, G*T, S) in float32, and its divisor (B, K, G*T, 1)."""
     B, K, GT, _ = q.shape
     T, S = seen.shape[1:]
     scores = (_dot(q, k, (3, 2)) * scale).reshape(B, K, GT // T, T, S)

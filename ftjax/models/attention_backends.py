@@ -1,8 +1,7 @@
-"""Attention of the tokens of rows among themselves, by the kernel that suits the machine: a table of implementations.
+"""Attention among the tokens of rows, by the kernel that suits the machine: a table of implementations.
 
-Each computes what `attention.attend_in_row` does, for rows padded or packed, grouped heads and windows; but what it
-gives for padding behind a row's only document is nothing that one may read. Where a kernel cannot serve, XLA does.
-B rows, T tokens, H heads, K KV heads, d head size.
+Each computes `attention.attend_in_row` for padded or packed rows, grouped heads and windows. Outputs at padding
+positions are undefined. XLA computes what a kernel cannot. B rows, T tokens, H heads, K KV heads, d head size.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ HOPPER = (9, 0)
 
 
 class Kernels(NamedTuple):
-    """What attention a model runs: the name in BACKENDS, and what is known of where and for what it will run."""
+    """The attention that a model runs: the name in BACKENDS, and the platform and rows that it will run on."""
 
     name: str = "xla"
     platform: str = "cpu"  # cpu | gpu | tpu
@@ -41,7 +40,7 @@ class Kernels(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One attention, as far as it is known when it is traced."""
+    """The properties of one attention that are known when it is traced."""
 
     kernels: Kernels
     dtype: str
@@ -60,8 +59,11 @@ class Case(NamedTuple):
 class Backend(NamedTuple):
     """One implementation.
 
-    lacks(case) -> pairs (whether, why) of what rules it out. attend(q, k, v, segments, *, window, causal, packed): q
-    (B, T, H, d), k and v (B, T, K, d), segments (B, T) -> (B, T, H, d); window int; packed: see Kernels.
+    Attributes:
+        platform: The platform that it runs on.
+        lacks: lacks(case) -> pairs (whether it rules the kernel out, the reason).
+        attend: attend(q, k, v, segments, *, window, causal, packed): q (B, T, H, d), k and v (B, T, K, d), segments (B,
+            T) -> (B, T, H, d); window int; packed: see Kernels.
     """
 
     platform: str
@@ -71,10 +73,11 @@ class Backend(NamedTuple):
 
 # ---- cuDNN -----------------------------------------------------------------------------------------------------------
 def cudnn(q, k, v, segments, *, window, causal, packed, implementation="cudnn"):
-    """cuDNN's flash attention by JAX's own call.
+    """cuDNN's flash attention, by JAX's own call.
 
-    It knows no segments: packed rows go by a mask, (B, 1, T, T), one for all heads. Rows of one document each need
-    none, which is faster; a row that breaks that promise becomes NaN, and no document is seen by another.
+    cuDNN has no segments, so packed rows need a mask (B, 1, T, T), one for all heads. Rows of one document each need no
+    mask, which is faster. If a row promised as one document holds several, its output is NaN, so that no document can
+    see another.
     """
     call = functools.partial(jax.nn.dot_product_attention, q, k, v, is_causal=causal, implementation=implementation)
     if packed or (window and not causal):  # cuDNN's windows look back only
@@ -146,7 +149,8 @@ def _splash_lacks(case: Case) -> list[tuple[bool, str]]:
 
 # ---- tokamax ---------------------------------------------------------------------------------------------------------
 def tokamax(q, k, v, segments, *, window, causal, packed=True, implementation="mosaic_gpu"):
-    """openxla/tokamax's kernel for Hopper and Blackwell: each query has a first and a last key; there is no mask."""
+    """The kernel of openxla/tokamax for Hopper and Blackwell. Each query has a first and a last key; there is no
+    mask."""
     from absl import flags
     from tokamax._src.ops.attention import api, base
 
@@ -183,14 +187,14 @@ AUTO = {"gpu": "cudnn", "tpu": "splash"}  # platform -> backend; elsewhere xla
 
 
 def choose(name: str, platform: str, capability: str = "", packed: bool = True) -> Kernels:
-    """What `model.attention = name` means on a platform; capability: of a GPU of NVIDIA's, such as 9.0."""
+    """The Kernels that `model.attention = name` means on a platform. capability: of an NVIDIA GPU, such as 9.0."""
     name = AUTO.get(platform, "xla") if name == "auto" else name
     numbers = tuple(map(int, capability.split("."))) if re.fullmatch(r"\d+\.\d+", capability) else ()
     return Kernels(name, platform, numbers, packed)
 
 
 def why_not(case: Case) -> str:
-    """Why the kernel that a model should run cannot serve; empty: it can, as xla always does."""
+    """The reason why a model's kernel cannot compute this case; empty if it can. XLA always can."""
     if case.kernels.name == "xla":
         return ""
     backend, mesh, here = BACKENDS[case.kernels.name], case.mesh, case.kernels.platform
@@ -208,7 +212,7 @@ def why_not(case: Case) -> str:
 
 
 def case_of(kernels: Kernels, shape, dtype, rows: int, length: int, prefix: bool, dropout: bool, mesh) -> Case:
-    """The Case of a model of this shape (a ModelConfig) for rows of so many tokens; mesh: sizes of its axes."""
+    """The Case of a model for rows of `length` tokens. shape: its ModelConfig; mesh: sizes of the mesh's axes."""
     windows = tuple(sorted({w if w < length else 0 for w in shape.windows or (0,)}))  # a wide one shuts nothing out
     return Case(
         kernels, jnp.dtype(dtype).name, rows, length, shape.heads, shape.kv_heads, shape.head_dim, shape.causal,
@@ -217,9 +221,10 @@ def case_of(kernels: Kernels, shape, dtype, rows: int, length: int, prefix: bool
 
 
 def settle(name: str, cases: list[Case]) -> str:
-    """What attention a run of these cases has and why, empty where there is nothing to tell; name: model.attention.
+    """The attention that a run of these cases gets, with the reason; empty if there is nothing to report. name:
+    model.attention.
 
-    Raises FtjaxError where the one that it names cannot serve them all.
+    Raises FtjaxError if the kernel that `name` names cannot compute all cases.
     """
     wanted, said = cases[0].kernels.name, [why for case in cases if (why := why_not(case))]
     if not said:
@@ -231,9 +236,21 @@ def settle(name: str, cases: list[Case]) -> str:
 
 
 def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, positions, rate, key):
-    """Attention of rows by the kernel of a model, or by XLA where that cannot serve. q (B, T, H, d), k and v (B, T, K,
-    d), segments and positions (B, T); window: this layer's, traced, one of shape.windows (a ModelConfig's); prefix,
-    rate, key: as `attend` takes them."""
+    """Attention among the tokens of rows, by the model's kernel, or by XLA if the kernel cannot compute it.
+
+    Args:
+        q: (B, T, H, d).
+        k: (B, T, K, d).
+        v: (B, T, K, d).
+        segments: (B, T) int.
+        kernels: The model's Kernels.
+        shape: The ModelConfig.
+        window: The window of this layer, traced, one of shape.windows.
+        prefix: See `attend`.
+        positions: (B, T) int.
+        rate: See `attend`.
+        key: See `attend`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
     B, T = q.shape[:2]

@@ -1,7 +1,7 @@
-"""The tables that say how logical axes lie on the mesh, and the constraints that models put on what they compute.
+"""The tables that map logical axes to the mesh, and the sharding constraints that models put on activations.
 
-Data parallelism, FSDP, tensor and sequence parallelism and their mixes differ in these tables and in the mesh's shape
-alone.
+Data parallelism, FSDP, tensor and sequence parallelism and their combinations differ only in these tables and in the
+shape of the mesh.
 """
 
 from __future__ import annotations
@@ -63,9 +63,14 @@ def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def spec(axes: tuple[str | None, ...], sizes: tuple[int, ...], mesh) -> PartitionSpec:
-    """Logical axes and how many equal parts each dimension can be cut into at most -> PartitionSpec on `mesh`.
+    """The PartitionSpec of an array on `mesh`.
 
-    A dimension that its mesh axes do not divide stays whole: correct on every mesh, and split where it can be.
+    A dimension that the mesh axes do not divide stays whole, which is correct on every mesh.
+
+    Args:
+        axes: Logical axes of the array.
+        sizes: For each dimension, the number of equal parts that it can be cut into at most.
+        mesh: The devices.
     """
     kinds, out = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)), []
     for axis, size in zip(axes, sizes, strict=True):
@@ -76,12 +81,12 @@ def spec(axes: tuple[str | None, ...], sizes: tuple[int, ...], mesh) -> Partitio
 
 
 def ways(mesh, *names: str) -> int:
-    """Into how many parts these mesh axes cut together; 1 for axes that the mesh does not have."""
+    """The number of parts that these mesh axes make together; axes that the mesh does not have count as 1."""
     return math.prod(mesh.shape.get(n, 1) for n in names)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell XLA how an activation lies on the mesh in force; without a mesh it does nothing."""
+    """Tell XLA the sharding of an activation on the mesh in force; without a mesh, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -89,9 +94,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def whole(x, axes: tuple[str | None, ...] | None):
-    """A parameter with logical `axes` gathered along its embed axis, as products take it; None: left as it lies.
+    """A parameter with logical `axes`, gathered along its embed axis for a product; None: not gathered.
 
-    Left to itself the compiler splits the sum of the product instead, and adds up activations.
+    Otherwise the compiler would split the sum of the product, and add up activations over devices.
     """
     if isinstance(x, Quantised):
         return x if axes is None else x.map(lambda part, names: whole(part, names), axes)
@@ -99,7 +104,7 @@ def whole(x, axes: tuple[str | None, ...] | None):
 
 
 def split(x: jax.Array, axes: tuple[str | None, ...] | None) -> jax.Array:
-    """The gradient of what `whole` gathered, summed over devices and split as its parameter is."""
+    """The gradient of a parameter that `whole` gathered, summed over devices and split like the parameter."""
     return _along_embed(x, axes, lambda own: own)
 
 

@@ -1,7 +1,8 @@
-"""Code that is written for what one device has, and says itself what is sent: where the compiler finds no good way.
+"""Functions that are written for the part of one device and state their own communication, where the compiler finds no
+good plan.
 
-Along the mesh axes that it names, a function sees its device's own part; along the others it is compiled as ever.
-B rows, T tokens, M places that are read, D width, V vocabulary.
+Along the mesh axes that it names, a function gets its device's own part; along the others it is compiled as usual. B
+rows, T tokens, M positions that are read, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ EMBED = ("fsdp", "sequence")  # that weights are split over
 
 
 def mesh_that_cuts(*names: str):
-    """The mesh in force where these axes cut anything and no code around this is by device already; else None."""
+    """The mesh in force if its axes split anything and the surrounding code is not by device already; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if not mesh.empty and not mesh.manual_axes and ways(mesh, *names) > 1 else None
 
 
 def by_device(f, mesh, names, in_specs, out_specs):
-    """f on what each device has along the mesh axes `names`; along the others it is compiled as ever."""
+    """Apply f to the part of each device along the mesh axes `names`; along the other axes it is compiled as usual."""
     return jax.shard_map(
         f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(names), check_vma=False
     )
@@ -35,8 +36,8 @@ def by_device(f, mesh, names, in_specs, out_specs):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather(x: jax.Array, names, dim: int, dtype) -> jax.Array:
-    """What all devices along the mesh axes `names` have of x, one after another along `dim`, in dtype; its gradients
-    are summed in float32."""
+    """Concatenate the parts of x of all devices along the mesh axes `names`, along `dim`, in dtype. Its gradients are
+    summed in float32."""
     # In front: TPUs scatter the gradient of what is gathered along a minor axis by summing it whole.
     return jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x.astype(dtype), dim, 0), names, tiled=True), 0, dim)
 
@@ -50,15 +51,17 @@ gather.defvjp(lambda x, *how: (gather(x, *how), jnp.zeros((), x.dtype)), _gather
 
 
 def wide(tree):
-    """Floats as float32: what is whole on several devices enters so, and gradients are summed so where they meet."""
+    """Convert floats to float32. Arrays that are whole on several devices enter so, and their gradients are summed in
+    float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def look_up(table: jax.Array | Quantised, ids: jax.Array, axis: str | None) -> jax.Array:
     """Rows ids (B, T) of a table (V, D) with logical axes (axis, "embed"): (B, T, D).
 
-    Each device looks up the columns that it has for the tokens of all that share its rows, and they exchange them: the
-    table is never gathered, nor its gradient summed whole. A quantised one, small and without gradient, is gathered.
+    Each device looks up its own columns for the tokens of all devices that share its rows, and they exchange the
+    results. The table is never gathered, and its gradient is never summed as a whole. A quantised table, which is small
+    and has no gradient, is gathered.
     """
     if isinstance(table, Quantised):
         return whole(table, (axis, "embed")).rows(ids)
@@ -80,7 +83,10 @@ def look_up(table: jax.Array | Quantised, ids: jax.Array, axis: str | None) -> j
 
 def sum_outer(g: jax.Array, x: jax.Array, product, axes: tuple[str | None, ...] | None) -> jax.Array:
     """The gradient product(g, x) (out, in), float32, of a kernel with logical `axes`, from g (B, T, out) and x (B, T,
-    in): each device's own tokens first, whose sums are then scattered as the kernel is split."""
+    in).
+
+    Each device sums over its own tokens, and the sums are scattered as the kernel is split.
+    """
     mesh = mesh_that_cuts("fsdp", "sequence")
     if not mesh or not axes or "embed" not in axes or g.ndim != 3:
         return product(g, x)
@@ -98,7 +104,7 @@ def sum_outer(g: jax.Array, x: jax.Array, product, axes: tuple[str | None, ...] 
 
 
 def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x (B, T, D) at places index (B, M) of its tokens: (B, M, D), which are split over devices as tokens are."""
+    """x (B, T, D) at the positions index (B, M): (B, M, D), split over devices as tokens are."""
     mesh, T, M = mesh_that_cuts("sequence"), x.shape[1], index.shape[1]
     if not mesh or T % ways(mesh, "sequence") or M % ways(mesh, "sequence"):
         return jnp.take_along_axis(x, index[..., None], axis=1)
@@ -115,9 +121,10 @@ def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
-    """f(variables, arrays, rngs) where f sums over rows and places of arrays (B, M, ...), each device over its own.
+    """f(variables, arrays, rngs), where f sums over rows and positions of arrays (B, M, ...), each device over its own.
 
-    What f reads of `variables` is gathered once, however often f uses it, and its gradients are summed once.
+    The parts of `variables` that f reads are gathered once, however often f uses them, and their gradients are summed
+    once.
     """
     mesh = mesh_that_cuts(*ALL)
     if not mesh or _uneven(arrays[0].shape, ROWS, mesh):
@@ -148,6 +155,6 @@ def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
 
 
 def _uneven(shape, places, mesh) -> bool:
-    """Whether mesh axes do not divide the sizes that they are to split."""
+    """Whether mesh axes do not divide the sizes that they should split."""
     names = [(n,) if isinstance(n, str) else n or () for n in places]
     return any(size % ways(mesh, *n) for size, n in zip(shape, names, strict=False))

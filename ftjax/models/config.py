@@ -25,7 +25,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What is made of the hidden states: [a dense layer, its activation,] [a norm,] and a map to `labels`."""
+    """The head after the hidden states: [a dense layer, its activation,] [a norm,] and a map to `labels`."""
 
     task: str = "causal"  # causal | masked: logits over the vocabulary | sequence | token: over labels | span: of its
     # start and its end, over tokens | none: hidden states themselves

@@ -1,6 +1,6 @@
-"""The parts that transformers are made of. Pure Flax Linen; parameters in float32 or bfloat16, compute in `dtype`.
+"""The layers of transformers, in pure Flax Linen. Parameters are float32 or bfloat16, computation is in `dtype`.
 
-B batch, T tokens, D width, d head size, R rank; kernels lie (out, in), as Hugging Face stores them.
+B batch, T tokens, D width, d head size, R rank; kernels are (out, in), as Hugging Face stores them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from ftjax.models.quantised import Quantised
 class Adapter(NamedTuple):
     """How one kind of adapter changes a linear map.
 
-    before(x, leaves, rng) -> x (B, T, in), which the map is then applied to; after(x, y, kernel, bias, leaves, rng) ->
-    y: y = x kernelᵀ + bias (B, T, out), bias (out,) or None. lookup(ids, y, leaves) -> y: of a table of embeddings, y
-    (B, T, D) its rows ids (B, T). leaves: what the `adapter` collection holds under the adapter's name for this layer;
-    rng: a key while training, None otherwise. axes(out, in) -> logical axes of leaves, from the kernel's: what is
-    split along an embed axis is gathered before it is used.
+    Attributes:
+        before: before(x, leaves, rng) -> x (B, T, in), to which the map is then applied.
+        after: after(x, y, kernel, bias, leaves, rng) -> y, for y = x kernelᵀ + bias (B, T, out), bias (out,) or None.
+        lookup: lookup(ids, y, leaves) -> y, for the rows y (B, T, D) of an embedding table at ids (B, T).
+        axes: axes(out, in) -> logical axes of the leaves, from those of the kernel. A leaf that is split along an embed
+            axis is gathered before use.
+
+    `leaves` is the part of the `adapter` collection under the adapter's name for this layer; `rng` is a random key in
+    training, and None otherwise.
     """
 
     before: Callable = lambda x, leaves, rng: x
@@ -41,10 +45,13 @@ ADAPTERS: dict[str, Adapter] = {}
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x, kernel, axes=None):
-    """x (..., in) @ kernel (out, in)ᵀ -> (..., out), summed in float32, in x's dtype; kernel: an array or a Quantised.
+    """x (..., in) @ kernel (out, in)ᵀ -> (..., out), summed in float32, in x's dtype.
 
-    axes: the kernel's logical axes, where it may be split along its embed axis. It is gathered for each pass anew, as a
-    quantised one, which has no gradient, is dequantised.
+    Args:
+        x: (..., in).
+        kernel: (out, in), an array or a Quantised.
+        axes: The kernel's logical axes, if it may be split along its embed axis. It is gathered again in each pass,
+            just as a quantised kernel, which has no gradient, is dequantised again.
     """
     return products.by_rows(x, whole(kernel, axes).astype(x.dtype)).astype(x.dtype)
 
@@ -64,7 +71,7 @@ project.defvjp(_project_fwd, _project_bwd)
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, and whatever adapters lie in this scope's `adapter` collection."""
+    """y = x Wᵀ + b, changed by the adapters in this scope's `adapter` collection."""
 
     features: int
     use_bias: bool = False
@@ -83,7 +90,7 @@ class Linear(nn.Module):
 
 
 def adapted_project(module: nn.Module, x, kernel, bias=None, axes=None):
-    """x kernelᵀ + bias, as the adapters in `module`'s own scope of the `adapter` collection change it; axes: as for
+    """x kernelᵀ + bias, changed by the adapters in `module`'s own scope of the `adapter` collection. axes: as for
     `project`."""
     found = []
     for name, adapter in ADAPTERS.items():
@@ -102,7 +109,7 @@ def adapted_project(module: nn.Module, x, kernel, bias=None, axes=None):
 
 
 class Norm(nn.Module):
-    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last axis; sums in float32."""
+    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last axis, with sums in float32."""
 
     kind: str = "rms"
     eps: float = 1e-6
@@ -125,7 +132,7 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table (V, D) that is read by index, and serves as the head where it is tied. axis: logical axis of its rows."""
+    """A table (V, D) that is read by index, and is the head too if it is tied. axis: logical axis of its rows."""
 
     size: int
     width: int
@@ -148,13 +155,14 @@ class Embedding(nn.Module):
         return y
 
     def attend(self, x):
-        """x (B, T, D) -> (B, T, V): the product with every row of the table itself, whatever changes its lookups."""
+        """x (B, T, D) -> (B, T, V): the product with every row of the table itself. Adapters of the lookup do not
+        change it."""
         table = self.embedding if isinstance(self.embedding, Quantised) else self.embedding.astype(self.dtype)
         return project(x, table, (self.axis, "embed"))
 
 
 def dropout(module: nn.Module, x, rate: float):
-    """Zero a share `rate` of x and scale the rest up, when a `dropout` key is given; otherwise x itself."""
+    """Set a share `rate` of x to zero and scale the rest up if a `dropout` key is given; otherwise return x."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
@@ -162,8 +170,8 @@ def dropout(module: nn.Module, x, rate: float):
 
 
 def neftune(module: nn.Module, x, alpha: float, segment_ids):
-    """Embeddings x (B, T, D) plus uniform noise within ±alpha / sqrt(tokens of its segment · D), when a `noise` key is
-    given; otherwise x itself (Jain et al. 2023)."""
+    """Add uniform noise within ±alpha / sqrt(tokens of its segment · D) to embeddings x (B, T, D) if a `noise` key is
+    given; otherwise return x (Jain et al. 2023)."""
     if alpha == 0.0 or not module.has_rng("noise"):
         return x
     tokens = jnp.sum(segment_ids[:, :, None] == segment_ids[:, None, :], axis=-1)
@@ -191,7 +199,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling) -> jax.Array:
 def rotary_tables(positions, frequencies):
     """positions (B, T) int, frequencies (d/2,) -> cosines and sines, each (B, T, 1, d) float32.
 
-    Computed once a batch, not once a layer.
+    They are computed once for all layers.
     """
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
@@ -199,7 +207,7 @@ def rotary_tables(positions, frequencies):
 
 
 def rotate(x, tables):
-    """Turn each pair (i, i + d/2) of x (B, T, H, d) by its position's angle, in float32."""
+    """Rotate each pair (i, i + d/2) of x (B, T, H, d) by its position's angle, in float32."""
     cosines, sines = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)

@@ -1,6 +1,6 @@
-"""Matrix products in the forms that XLA's CPU runs best; elsewhere they are what they say.
+"""Matrix products in the forms that XLA's CPU computes fastest. On other platforms they are plain products.
 
-The fences are for that compiler, which else turns the products back into their slow forms.
+The fences keep that compiler from turning the products back into slow forms.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ def contract(a, b, dims, batch=((), ())):
 
 
 def outer(a, b):
-    """a (..., M)ᵀ b (..., N), summed over rows and positions where they lie: (M, N) float32.
+    """a (..., M)ᵀ b (..., N), summed over the leading axes without reshaping: (M, N) float32.
 
-    XLA's CPU copies the left operand, transposed, and what it is computed from with it: that is the narrower one here.
+    XLA's CPU transposes and copies the left operand, together with what it is computed from, so the narrower operand is
+    put on the left.
     """
     lead = tuple(range(a.ndim - 1))
     if a.shape[-1] <= b.shape[-1]:
@@ -30,7 +31,7 @@ def outer(a, b):
 def by_rows(x, kernel):
     """x (..., in) kernel (out, in)ᵀ: (..., out) float32.
 
-    For few rows XLA's CPU reads a float32 kernel half as fast again where that stands on the left.
+    For few rows XLA's CPU reads a float32 kernel 1.5 times as fast if the kernel is the left operand.
     """
     plain = lambda x, kernel: contract(x, kernel, ((x.ndim - 1,), (1,)))  # noqa: E731
     if x.size > FEW * x.shape[-1] or x.dtype != jnp.float32:
@@ -45,5 +46,5 @@ def by_rows(x, kernel):
 
 
 def fenced(x):
-    """x, which a compiler for CPUs must have before it goes on."""
+    """x, behind a barrier: a CPU compiler must compute it before it continues."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

@@ -1,9 +1,9 @@
-"""Frozen kernels kept in 8 or 4 bits: int8 by blocks, and NF4 (Dettmers et al. 2023, QLoRA).
+"""Frozen kernels in 8 or 4 bits: int8 by blocks, and NF4 (Dettmers et al. 2023, QLoRA).
 
-Own code and not qwix (0.1.8), which quantises scales no further, wants blocks that divide an axis, and leaves it to
-autodiff what a backward pass keeps: there a dequantised kernel for every layer.
-in, out: a kernel's axes, which lies (..., out, in); n blocks of a row. Blocks lie within rows, as in bitsandbytes
-wherever `in` is a multiple of the block; else a row's last block is shorter.
+This is own code because qwix (0.1.8) does not quantise scales, needs blocks that divide an axis, and lets autodiff
+decide what is kept for the backward pass, which is then a dequantised kernel of every layer. in, out: axes of a kernel,
+which is (..., out, in); n blocks of a row. Blocks lie within rows, as in bitsandbytes if `in` is a multiple of the
+block; otherwise the last block of a row is shorter.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _node(*data):
 @_node("codes", "scale", "mean")
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Scales of blocks, quantised once more: `dynamic_map[codes] * scale + mean`."""
+    """Scales of blocks that are quantised too: `dynamic_map[codes] * scale + mean`."""
 
     codes: jax.Array  # (..., out, n) uint8
     scale: jax.Array  # (..., m) float32: m = ceil(out * n / SCALES)
@@ -76,8 +76,9 @@ class Scales:
 @_node("codes", "scale")
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A kernel (..., out, in) in few bits, with as much of an array's face as methods need of a frozen kernel: `shape`,
-    `ndim`, `size`, `dtype` (of the kernel that it stands for), `astype`, which dequantises, and layers by index."""
+    """A quantised kernel (..., out, in) with those attributes of an array that methods need of a frozen kernel:
+    `shape`, `ndim`, `size`, `dtype` (of the kernel that it represents), `astype`, which dequantises, and indexing by
+    layer."""
 
     codes: jax.Array  # int8: (..., out, in) int8; nf4: (..., out, ceil(in / 2)) uint8, the first value in the high bits
     scale: jax.Array | Scales  # (..., out, n) float32, or quantised itself
@@ -98,21 +99,21 @@ class Quantised:
         return int(np.prod(self.shape))
 
     def astype(self, dtype) -> jax.Array:
-        """The kernel that it stands for: computed in float32, stored as `dtype`."""
+        """The dequantised kernel, computed in float32 and stored as `dtype`."""
         scale = self.scale.decode() if isinstance(self.scale, Scales) else self.scale
         scale = jnp.repeat(scale, BLOCK[self.kind], axis=-1)[..., : self.width]
         return (VALUES[self.kind](self.codes)[..., : self.width] * scale).astype(dtype)
 
     def __getitem__(self, index) -> Quantised:
-        """Of a stack (L, out, in), a layer or some; None adds an axis in front."""
+        """One or some layers of a stack (L, out, in); None adds a leading axis."""
         if self.ndim == 2 and index is not None:
             raise TypeError("a quantised kernel cannot be indexed within: see astype")
         return jax.tree.map(lambda x: x[index], self)
 
     def rows(self, ids) -> jax.Array:
-        """Rows ids (...) of a table (V, in): (..., in), of its own dtype.
+        """Rows ids (...) of a table (V, in): (..., in), in its own dtype.
 
-        Raises TypeError where scales are quantised too: second scales run over rows.
+        Raises TypeError if the scales are quantised too, because second scales span rows.
         """
         if isinstance(self.scale, Scales):
             raise TypeError("rows of a kernel whose scales are quantised cannot be read alone: see astype")
@@ -120,7 +121,7 @@ class Quantised:
         return taken.astype(self.dtype)
 
     def map(self, f: Callable, axes: tuple) -> Quantised:
-        """One of the same form, of f(array, its logical axes), where `axes` are the kernel's."""
+        """A Quantised of f(array, its logical axes) for each of its arrays. axes: logical axes of the kernel."""
         scale = self.scale
         if isinstance(scale, Scales):
             stack = axes[:-2]  # second scales run over rows, and are too few to split
@@ -144,10 +145,15 @@ VALUES = {"int8": _int8_values, "nf4": _nf4_values}
 
 
 def quantise(kernel, kind: str, double: bool = False, dtype=None) -> Quantised:
-    """kernel (..., out, in) -> its nearest values in blocks of BLOCK[kind], each scaled by its largest magnitude.
+    """Quantise a kernel (..., out, in) to the nearest values in blocks of BLOCK[kind], each scaled by its largest
+    magnitude.
 
-    int8: the block's step is that magnitude / 127, as in LLM.int8() (Dettmers et al. 2022), whose blocks are whole
-    rows. double: scales are quantised too (NF4 alone). dtype: that the result calls its own; None: the kernel's.
+    Args:
+        kernel: (..., out, in).
+        kind: `int8`, with steps of that magnitude / 127, as in LLM.int8() (Dettmers et al. 2022), whose blocks are
+            whole rows; or `nf4`.
+        double: Quantise the scales too (NF4 only).
+        dtype: Dtype of the dequantised kernel; None: the kernel's.
     """
     *stack, out, width = kernel.shape
     block = BLOCK[kind]
@@ -170,7 +176,7 @@ def quantise(kernel, kind: str, double: bool = False, dtype=None) -> Quantised:
 
 
 def _quantise_scales(scale) -> Scales:
-    """scale (..., out, n) float32, all above or at zero: their mean is taken off first."""
+    """Quantise scales (..., out, n) float32, all at least zero, after subtracting their mean."""
     *stack, out, n = scale.shape
     mean = scale.mean(axis=(-2, -1))
     m = -(-out * n // SCALES)
@@ -187,10 +193,13 @@ TABLES = ("embed/embedding", "lm_head/kernel")
 
 
 def kind_of(path: str, kind: str, tables: bool = False) -> str:
-    """What the parameter at `path` is kept as, where kernels of the blocks are kept as `kind`: of VALUES, or `none`.
+    """The number format of the parameter at `path`, one of VALUES or `none`.
 
-    tables: the table of embeddings and the head as well, in int8 whatever the kernels are in: each row stands for a
-    token by itself. QLoRA leaves them as they are, but they are a sixth of an 8B model's bytes.
+    Args:
+        path: Path of the parameter.
+        kind: Number format of the kernels of the blocks.
+        tables: Whether the embedding table and the head are stored in int8 too, whatever `kind` is: each of their rows
+            stands for one token. QLoRA does not quantise them, but they are a sixth of an 8B model's bytes.
     """
     if path.startswith("layers/") and path.endswith("/kernel"):
         return kind
@@ -208,10 +217,10 @@ def is_quantised(x) -> bool:
 
 
 def dequantised(tree):
-    """A tree in which every Quantised is an array of its own dtype."""
+    """A tree with every Quantised replaced by an array of its own dtype."""
     return jax.tree.map(lambda x: x.astype(x.dtype) if is_quantised(x) else x, tree, is_leaf=is_quantised)
 
 
 def quantised_size(tree) -> int:
-    """How many values of a tree are kept quantised."""
+    """Number of values in a tree that are stored quantised."""
     return sum(x.size for x in jax.tree.leaves(tree, is_leaf=is_quantised) if is_quantised(x))

@@ -1,4 +1,5 @@
-"""What the backward pass of a block finds kept of its forward pass, what in the host's memory, and what it recomputes.
+"""Which tensors of a block are kept for its backward pass, which of them in the host's memory, and which are
+recomputed.
 
 Tensors of a block have names; a preset lists those that are kept. B rows, T tokens, D width, H heads, K KV heads, d
 head size, F hidden.
@@ -33,7 +34,8 @@ KERNELS = ("dot_product_attention_fwd_wrapper",)
 
 
 class Preset(NamedTuple):
-    """Names of tensors that are kept, and of those that wait in the host's memory; all others are recomputed."""
+    """Names of tensors that are kept on the device, and of those that are kept in the host's memory; all others are
+    recomputed."""
 
     keep: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
@@ -51,14 +53,15 @@ CHOICES = ("none", *PRESETS)
 
 
 def rematerialised(block: type[nn.Module], preset: str) -> type[nn.Module]:
-    """A block that keeps for its backward pass what `preset` says; `none`: whatever it has use for, as it stands."""
+    """A block that keeps for its backward pass what `preset` says. `none` keeps everything that the backward pass
+    uses."""
     if preset == "none":
         return block
     return nn.remat(block, prevent_cse=False, policy=policy(PRESETS[preset]))
 
 
 def kept_values(shape, names: tuple[str, ...]) -> int:
-    """Values of a token in the tensors of these names of one block; shape: a ModelConfig."""
+    """Number of values per token in the tensors of these names of one block. shape: the ModelConfig."""
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"input": shape.width, "q": heads, "k": keys, "v": keys, "attention": heads, "o": shape.width}
     sizes |= {"gate": shape.hidden * shape.gated, "up": shape.hidden, "down": 0}  # the last has no use but to be added
@@ -66,7 +69,7 @@ def kept_values(shape, names: tuple[str, ...]) -> int:
 
 
 def policy(preset: Preset):
-    """A preset as jax.checkpoint takes it."""
+    """The policy of a preset for jax.checkpoint."""
     names = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=preset.keep, names_which_can_be_offloaded=preset.offload, offload_src="device",
         offload_dst=HOST,
@@ -81,13 +84,15 @@ def policy(preset: Preset):
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-    """x, known to presets as `name`."""
+    """Give x the name by which presets know it."""
     return checkpoint_name(x, name)
 
 
 def kept_bytes(function, *arguments) -> list[tuple[tuple[int, ...], int]]:
-    """(shape, bytes) of each array in the device's memory that the backward pass of function(*arguments) needs;
-    arguments: trees of shapes, of which the gradient is that by the first."""
+    """(shape, bytes) of each array in the device's memory that the backward pass of function(*arguments) needs.
+
+    arguments: trees of shapes; the gradient is taken with respect to the first.
+    """
 
     def residuals(first, *others):
         return jax.vjp(lambda x: function(x, *others), first)[1]

@@ -1,7 +1,7 @@
 """One transformer for GPT-2, the LLaMA family and encoders like BERT: a block, scanned over layers.
 
-B batch, T tokens, M places that are read, n virtual tokens, S cache slots, D width, H heads, K KV heads, d head size,
-F hidden, V vocabulary, C labels, L layers.
+B batch, T tokens, M positions that are read, n virtual tokens, S cache slots, D width, H heads, K KV heads, d head
+size, F hidden, V vocabulary, C labels, L layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BEHIND = ("final_norm", "lm_head", "head")  # where those lie that stand behind 
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with a residual's worth of projections around it."""
+    """Grouped-query attention (Ainslie et al. 2023) with its four projections."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, shared, cache):
-        """x (B, T, D) -> (B, T, D) and the cache with this layer's keys and values written."""
+        """x (B, T, D) -> (B, T, D), and the cache with this layer's keys and values added."""
         c, (B, T, _) = self.config, x.shape
         H, K, d = c.heads, c.kv_heads, c.head_dim
 
@@ -105,7 +105,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, its norms before each sublayer, or behind what it adds."""
+    """A transformer block. Its norms are before each sublayer, or after the addition of its output."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -114,7 +114,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, shared):
-        """carry: x (B, T, D) and the cache; layer: its `window`, `index`, `prefix`; shared: the same for all."""
+        """carry: x (B, T, D) and the cache. layer: its `window`, `index`, `prefix`. shared: values that all layers
+        use."""
         x, cache = carry
         x, c = named(x, "input"), self.config
         attn_norm, mlp_norm = (
@@ -133,7 +134,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """What ModelConfig.head says, but for the table of embeddings that masked models end with."""
+    """The head that ModelConfig.head describes, without the embedding table at the end of masked models."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -158,15 +159,21 @@ class Classifier(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`apply({"params": ..., "adapter": ...}, tokens, ...)` gives logits, of the head that its config names.
+    """A transformer: `apply({"params": ..., "adapter": ...}, tokens, ...)` returns the logits of the head that its
+    config names.
 
-    dtype: compute; remat: `none` or a row of `remat.PRESETS`; unroll: layers a scan iteration, 0 for all; dropout: rate
-    on embeddings, on attention, on what each sublayer adds and before a head over labels, active when
-    `rngs={"dropout": key}` is given; neftune: strength of noise on embeddings, active with a key `noise`; kernels: of
-    attention without a cache.
+    Parameters may be in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that no backward
+    pass enters frozen lower blocks. The parameters of a tied model may have an `lm_head`, which is then its head.
 
-    Parameters may come in two stacks, `layers` of the lower blocks and `top_layers` of the others, so that autodiff
-    never enters a frozen lower one; and a tied model's with an `lm_head`, which then is its head.
+    Attributes:
+        config: The ModelConfig.
+        dtype: Dtype of computation.
+        remat: `none` or a row of `remat.PRESETS`.
+        unroll: Layers per scan iteration; 0: all.
+        dropout: Rate on embeddings, on attention, on the output of each sublayer and before a head over labels, active
+            if `rngs={"dropout": key}` is given.
+        neftune: Strength of noise on embeddings, active with a key `noise`.
+        kernels: Kernels of attention without a cache.
     """
 
     config: ModelConfig
@@ -223,7 +230,7 @@ class Transformer(nn.Module):
         return self.logits(x), cache
 
     def read(self, tokens, positions, segment_ids, index, types=None):
-        """The states that a head reads, (B, M, D): those at places `index` (B, M), or means over their segments."""
+        """The states that a head reads, (B, M, D): those at positions `index` (B, M), or means over their segments."""
         x = self.hidden(tokens, positions, segment_ids, types=types)
         if self.config.head.pool != "mean":
             return take_tokens(x, index)
@@ -235,13 +242,16 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions=None, segment_ids=None, cache=None, types=None):
         """Hidden states after the last norm, (B, T, D); with a cache: (states, cache).
 
-        positions (B, T) int: place in its own document, 0 first; default: 0..T-1.
-        segment_ids (B, T) int: tokens see only tokens of their own id; 0 is padding by convention; default: one
-        segment. cache: from `make_cache`; the T tokens are appended at `cache["length"]`, padding included.
-        types (B, T) int: of tokens, where the model has such; default: 0.
+        A soft prompt or prefix of n virtual tokens comes before every segment: `positions` count from after it, and the
+        model uses the position n later.
 
-        A soft prompt or prefix of n virtual tokens stands before every segment: places count from behind it, and a
-        token is given the position n later.
+        Args:
+            tokens: (B, T) int.
+            positions: (B, T) int, position in the token's own document, from 0; default: 0..T-1.
+            segment_ids: (B, T) int. Tokens see only tokens of their own id; 0 is padding by convention; default: one
+                segment.
+            cache: From `make_cache`. The T tokens are appended at `cache["length"]`, padding included.
+            types: (B, T) int, token types, if the model has them; default: 0.
         """
         B, T = tokens.shape
         start = 0 if cache is None else cache["length"]
@@ -259,10 +269,12 @@ class Transformer(nn.Module):
         return x if cache is None else (x, new_cache)
 
     def prefix(self):
-        """Keys k (L, K, d, n) and values v (L, K, n, d) of the virtual tokens that every token sees; None without any.
+        """Keys k (L, K, d, n) and values v (L, K, n, d) of the virtual tokens, which every token sees; None without
+        any.
 
-        Either the collection `adapter` holds them as `prefix`, or embeddings `prompt` (n, D) that have them: nothing
-        stands before a soft prompt, so that its keys and values are the same for every row and every segment.
+        The collection `adapter` holds them as `prefix`, or holds embeddings `prompt` (n, D) from which they are
+        computed. Nothing comes before a soft prompt, so its keys and values are the same for every row and every
+        segment.
         """
         if self.has_variable("adapter", "prefix"):
             return self.get_variable("adapter", "prefix")
@@ -275,7 +287,8 @@ class Transformer(nn.Module):
         return {"k": cache["k"][:, 0], "v": cache["v"][:, 0]}
 
     def blocks(self, x, positions, segment_ids, cache, prefix=None, types=None):
-        """Embeddings x (B, T, D) -> states before the last norm (B, T, D), and the cache with theirs written."""
+        """Embeddings x (B, T, D) -> states before the last norm (B, T, D), and the cache with their keys and values
+        added."""
         c, T = self.config, x.shape[1]
         shared = {"segments": segment_ids, "positions": positions}
         if c.types:
@@ -303,7 +316,7 @@ class Transformer(nn.Module):
         return x, None if cache is None else cache | {"length": cache["length"] + T}
 
     def apart(self, x, cache, layer, shared):
-        """The blocks one by one, of variables and a cache as `unstacked` and `make_cache` give them."""
+        """The blocks one after another, with variables and a cache as `unstacked` and `make_cache` return them."""
         block, written = Block(self.config, self.dtype, self.dropout, self.kernels, parent=None), []
         for i in range(self.config.layers):
             own = {kind: tree["layers"][i] for kind, tree in self.variables.items() if "layers" in tree}
@@ -315,7 +328,8 @@ class Transformer(nn.Module):
         return x, cache | both | {"length": cache["length"] + x.shape[1]}
 
     def logits(self, x):
-        """States (B, T, D) -> float32: (B, T, V), or (B, T, C) of a head over labels; without a head x itself."""
+        """States (B, T, D) -> float32 logits (B, T, V), or (B, T, C) of a head over labels; without a head, x
+        itself."""
         task = self.config.head.task
         if task == "none":
             return x.astype(jnp.float32)
@@ -329,8 +343,8 @@ class Transformer(nn.Module):
 def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, apart: bool = False) -> dict:
     """An empty KV cache for `batch` rows of up to `slots` tokens.
 
-    k (L, B, K, d, S) and v (L, B, K, S, d) as attention takes them; `apart`: tuples of an array a layer; segments (B,
-    S); length (), the slots in use.
+    It holds k (L, B, K, d, S) and v (L, B, K, S, d) in attention's layout (`apart`: tuples with one array per layer),
+    segments (B, S), and length (), the number of slots in use.
     """
     L, lead, S, d = config.layers, (batch, config.kv_heads), slots, config.head_dim
 
@@ -349,7 +363,7 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, a
 
 
 def virtual_tokens(variables: dict) -> int:
-    """How many virtual tokens `variables` put before every segment: the length of their soft prompt or prefix."""
+    """Number of virtual tokens before every segment: the length of the soft prompt or prefix in `variables`."""
     adapter = variables.get("adapter", {})
     if "prompt" in adapter:
         return adapter["prompt"].shape[0]
@@ -357,13 +371,13 @@ def virtual_tokens(variables: dict) -> int:
 
 
 def max_tokens(config: ModelConfig, variables: dict) -> int:
-    """Tokens that a row may have: the model's positions, less those that virtual tokens take."""
+    """Most tokens of a row: the number of the model's positions less the number of virtual tokens."""
     return config.max_positions - virtual_tokens(variables)
 
 
 def remember(cache: dict, k, v, index):
-    """The cache with k (B, K, d, T) and v (B, K, T, d) of layer `index` written behind what it holds, and all keys and
-    values of that layer."""
+    """Add k (B, K, d, T) and v (B, K, T, d) of layer `index` to the cache. Returns the cache, and all keys and values
+    of that layer."""
     start, stacked = cache["length"], cache["k"].ndim == 5
 
     def written(old, new, *places):
@@ -378,8 +392,11 @@ def remember(cache: dict, k, v, index):
 
 
 def unstacked(variables: dict, config: ModelConfig) -> dict:
-    """`variables` with a tuple of trees, one a block, for the stacks: what runs block by block with a cache that is
-    `apart` copies none of a stack's kernels, at the price of a copy of them all."""
+    """`variables` with a tuple of trees, one for each block, instead of the stacks.
+
+    Running block by block with a cache that is `apart` then copies no kernels out of a stack, at the price of a copy of
+    all of them.
+    """
 
     def split(tree):
         stacks = [tree[name] for name in STACKS if name in tree]
@@ -393,7 +410,8 @@ def unstacked(variables: dict, config: ModelConfig) -> dict:
 
 
 def as_prefix(model: Transformer, variables: dict) -> dict:
-    """`variables` with a soft prompt turned into its keys and values, which decoding would compute at every token."""
+    """`variables` with the keys and values of a soft prompt instead of the prompt, which decoding would compute at
+    every token."""
     if "prompt" not in variables.get("adapter", {}):
         return variables
     others = {name: leaf for name, leaf in variables["adapter"].items() if name != "prompt"}
@@ -403,7 +421,7 @@ def as_prefix(model: Transformer, variables: dict) -> dict:
 def parameter_axes(path: str) -> tuple[str | None, ...]:
     """Logical axes of the parameter at `path` (`layers/attn/q_proj/kernel`), its layer axis included.
 
-    Raises KeyError for a path that the table does not cover: a new parameter must say how it lies on the mesh.
+    Raises KeyError for a path that the table does not cover: a new parameter must have a row in it.
     """
     parts = path.split("/")
     tail = "/".join(parts[-2:])

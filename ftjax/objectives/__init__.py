@@ -1,4 +1,4 @@
-"""What a run minimises: one row of TASKS for each `task.kind`."""
+"""The tasks: one row of TASKS for each `task.kind`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from ftjax.objectives import causal, classify, contrast, span
 class Task(NamedTuple):
     """A row of TASKS.
 
-    head: the task of ModelConfig.head; sums(model, variables, batch, rngs=..., **options) -> (loss sum, weight sum,
-    {"loss", "correct"}), see objectives.causal; options: config -> those of training alone; always: config -> those of
-    evaluation too; judged: the kind of ftjax.evaluation.labelled that its predictions are judged as, empty: by
-    generation, or its loss alone; problem: `problem_type` in transformers' config.json, where it has one;
-    target(labels) -> shape and dtype of one target; unnamed: labels of its head that a plan takes where nobody names
-    any.
+    Attributes:
+        head: The task of ModelConfig.head.
+        sums: sums(model, variables, batch, rngs=..., **options) -> (loss sum, weight sum, {"loss", "correct"}), see
+            objectives.causal.
+        options: options(config) -> options of `sums` in training only.
+        always: always(config) -> options of `sums` in training and evaluation.
+        judged: The kind of ftjax.evaluation.labelled that scores its predictions; empty: scored by generated answers,
+            or by the loss alone.
+        problem: `problem_type` in transformers' config.json, if there is one.
+        target: target(number of labels) -> shape and dtype of one target.
+        unnamed: Number of labels that a plan assumes if nothing names them.
     """
 
     head: str
@@ -77,12 +82,12 @@ TASKS = {
 
 
 def objective(config, model) -> Callable:
-    """(variables, batch, rngs=...) -> sums of a config's task, as training computes them."""
+    """The sums of a config's task as training computes them: a function (variables, batch, rngs=...)."""
     task = TASKS[config.task.kind]
     return functools.partial(task.sums, model, **task.always(config), **task.options(config))
 
 
 def kind_of(head: str, problem: str = "") -> str:
-    """The `task.kind` of a model with a head for the task `head`; problem: its `problem_type`."""
+    """The `task.kind` of a model whose head is for the task `head`. problem: its `problem_type`."""
     able = [kind for kind, task in TASKS.items() if task.head == head]
     return next((kind for kind in able if problem and TASKS[kind].problem == problem), able[0] if able else "")

@@ -1,4 +1,4 @@
-"""Tokens predicted from hidden states: the next one, or the one that is masked.
+"""Predict tokens from hidden states: the next token, or the one that is masked.
 
 B rows, T tokens, M trained tokens a row at most, D width, V vocabulary.
 """
@@ -17,21 +17,30 @@ AT_ONCE_ELSEWHERE = 1 << 30
 
 
 def states(model, variables, batch, *, rngs=None):
-    """Hidden states (B, M, D) that the trained tokens of a batch are predicted from; see `sums`."""
+    """Hidden states (B, M, D) from which the trained tokens of a batch are predicted; see `sums`."""
     rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "loss_index"))
     return model.apply(variables, *rows, batch.get("types"), rngs=rngs, method="read")
 
 
 def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 0):
-    """Sums over the trained tokens of a batch, never means: whoever calls divides once, by everything it has summed.
+    """Sums over the trained tokens of a batch. The caller divides once, after adding the sums of all batches and
+    devices.
 
-    batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, where a state predicts; labels (B, M)
-    int; weights (B, M) float, 0 where a row has fewer than M; and `states`, where they are known. Hidden states are
-    gathered before the head, so that no logits are computed for tokens that are not trained, and those of about
-    `head_chunk` tokens are held at once on a device, see `tokens_at_once`.
+    Hidden states are gathered before the head, so that no logits are computed for tokens that are not trained. A device
+    holds the logits of about `head_chunk` tokens at once, see `tokens_at_once`.
 
-    Returns (loss sum, weight sum, {"loss", "correct"}): loss with label smoothing (Szegedy et al. 2016), the metrics'
-    `loss` without; all float32.
+    Args:
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
+        batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, the positions of the states that
+            predict; labels (B, M) int; weights (B, M) float, 0 if a row has fewer than M; and `states` (B, M, D) if
+            they are known.
+        rngs: Random keys of dropout and noise; None: no dropout.
+        label_smoothing: Share of the target's probability that is spread over all tokens (Szegedy et al. 2016).
+        head_chunk: See `tokens_at_once`.
+
+    Returns:
+        (loss sum with label smoothing, weight sum, {"loss" without label smoothing, "correct"}); all float32.
     """
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
 
@@ -58,8 +67,11 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
 
 
 def tokens_at_once(head_chunk: int, vocab_size: int, platform: str) -> int:
-    """Tokens whose logits a device holds at once, at least one of each of its rows: `model.head_chunk`, or as many as
-    fill what the platform likes, cpu, gpu or tpu, so that a larger vocabulary takes no more memory."""
+    """Number of tokens whose logits a device holds at once, at least one of each of its rows.
+
+    It is `model.head_chunk`, or as many tokens as fill a fixed number of bytes for the platform (cpu, gpu, tpu), so
+    that a larger vocabulary takes no more memory.
+    """
     return head_chunk or max(1, AT_ONCE.get(platform, AT_ONCE_ELSEWHERE) // (4 * vocab_size))
 
 
@@ -72,10 +84,10 @@ def head_variables(variables: dict) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_pieces(f, tokens, variables, arrays, rngs):
-    """f(variables, rngs, *pieces) (3,), summed over pieces of about `tokens` tokens of `arrays` (B, M, ...).
+    """The sum of f(variables, rngs, *pieces) (3,) over pieces of about `tokens` tokens of `arrays` (B, M, ...).
 
-    Only f's first sum has a gradient, taken piece by piece in the forward pass: no logits wait for the backward pass,
-    nor are they computed twice (Hsu et al. 2024).
+    Only f's first sum has a gradient. It is computed piece by piece in the forward pass, so that no logits are kept for
+    the backward pass or computed twice (Hsu et al. 2024).
     """
     add = lambda total, piece: (total + f(variables, rngs, *piece), None)  # noqa: E731
     return _over_pieces(add, jnp.zeros(3), arrays, tokens)[0]
@@ -124,8 +136,10 @@ def _is_primal(x) -> bool:
 
 
 def _over_pieces(f, carry, arrays, tokens):
-    """jax.lax.scan of f over pieces of axis 1 of `arrays` (B, M, ...), zeros filling the last; what f gives for each
-    piece comes back as one array (B, M, ...), or None."""
+    """jax.lax.scan of f over pieces of axis 1 of `arrays` (B, M, ...), the last piece padded with zeros.
+
+    f's outputs for the pieces are joined to one array (B, M, ...), or are None.
+    """
     B, M = arrays[0].shape[:2]
     size = max(1, tokens // B)
     if M <= size:

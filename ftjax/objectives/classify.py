@@ -1,6 +1,6 @@
-"""Labels of texts, and of tokens: one class, several, or numbers, read off hidden states at given places.
+"""Labels of texts and of tokens: one label, several, or numbers, computed from hidden states at given positions.
 
-B rows, T tokens, M places a row at most, D width, C labels.
+B rows, T tokens, M positions a row at most, D width, C labels.
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ from ftjax.objectives.causal import states
 
 
 def logits(model, variables, batch, *, rngs=None):
-    """What the head says at each place of a batch, (B, M, C) float32; see `one_class`."""
+    """The head's output at each position of a batch, (B, M, C) float32; see `one_class`."""
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
     return model.apply(variables, found, rngs=rngs, method="logits")
 
 
 def one_class(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, focal: float = 0.0):
-    """Cross-entropy, summed over the places of a batch, each times its weight.
+    """Weighted cross-entropy, summed over the positions of a batch.
 
-    batch: tokens, positions, segment_ids (B, T), and types where the model has such; loss_index (B, M) int, the places;
-    labels (B, M) int, ids of classes; weights (B, M) float, 0 where a row has fewer. label_smoothing: Szegedy et al.
-    2016; focal: γ of the factor (1 - p)^γ on each place's loss (Lin et al. 2017).
+    Args:
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
+        batch: tokens, positions, segment_ids (B, T), and types if the model has token types; loss_index (B, M) int, the
+            positions; labels (B, M) int, label ids; weights (B, M) float, 0 if a row has fewer positions.
+        rngs: Random keys of dropout; None: no dropout.
+        label_smoothing: Share of the target's probability that is spread over all labels (Szegedy et al. 2016).
+        focal: γ of the factor (1 - p)^γ on the loss at each position (Lin et al. 2017).
 
-    Returns (loss sum, weight sum, {"loss", "correct"}), the metrics' `loss` plain; all float32.
+    Returns:
+        (loss sum, weight sum, {"loss" without smoothing and focal factor, "correct"}); all float32.
     """
     scores = jax.nn.log_softmax(logits(model, variables, batch, rngs=rngs), axis=-1)
     right = jnp.take_along_axis(scores, batch["labels"][..., None], axis=-1)[..., 0]
@@ -40,7 +46,8 @@ def one_class(model, variables, batch, *, rngs=None, label_smoothing: float = 0.
 
 
 def many_classes(model, variables, batch, *, rngs=None, focal: float = 0.0):
-    """Binary cross-entropy, its mean over labels (B, M, C) of 0 and 1; correct where all C are right at 0.5."""
+    """Binary cross-entropy, averaged over labels (B, M, C) of 0 and 1. A position is correct if all C labels are, at
+    0.5."""
     found = logits(model, variables, batch, rngs=rngs)
     signed = jnp.where(batch["labels"] > 0, found, -found)
     plain = -jax.nn.log_sigmoid(signed)
@@ -50,7 +57,7 @@ def many_classes(model, variables, batch, *, rngs=None, focal: float = 0.0):
 
 
 def numbers(model, variables, batch, *, rngs=None):
-    """Squared error, its mean over labels (B, M, C) float; nothing is ever correct."""
+    """Squared error, averaged over labels (B, M, C) float. No position counts as correct."""
     found = logits(model, variables, batch, rngs=rngs)
     loss = jnp.mean((found - batch["labels"]) ** 2, axis=-1)
     return _sums(batch, loss, loss, jnp.zeros_like(loss))

@@ -1,4 +1,4 @@
-"""Texts that belong together are told from all others of a batch by how near their vectors lie.
+"""Contrastive learning of text vectors: a text must be closer to its own partner than to all other texts of a batch.
 
 B rows, T tokens, M texts a row at most, D width, P pairs of a batch.
 """
@@ -17,7 +17,8 @@ POOLS = {"auto": "mean", "mean": "mean", "cls": "first"}  # config.task.pool -> 
 
 
 def embeddings(model, variables, batch, *, pool: str, rngs=None):
-    """Vectors of length 1 of the texts that begin at batch["loss_index"] (B, M), each a segment: (B, M, D) float32."""
+    """Vectors of length 1, (B, M, D) float32, of the texts that begin at batch["loss_index"] (B, M). Each text is a
+    segment."""
     shape = dataclasses.replace(model.config, head=Head("none", pool=POOLS[pool]))
     x = states(model.clone(config=shape), variables, batch, rngs=rngs).astype(jnp.float32)
     # As torch.nn.functional.normalize has it.
@@ -28,14 +29,23 @@ embed = jax.jit(embeddings, static_argnums=0, static_argnames="pool")
 
 
 def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.05, rngs=None):
-    """InfoNCE (van den Oord et al. 2018): the cross-entropy of finding each first text's own second text among the
-    second texts of the whole batch, by cosines over the temperature; summed over pairs. sentence-transformers calls it
-    multiple negatives ranking loss, and 1 / temperature its scale.
+    """InfoNCE (van den Oord et al. 2018), summed over the pairs of a batch.
 
-    batch: as `ftjax.objectives.causal.sums` takes it, each text a segment of its own, first and second by turns at
-    loss_index; weights 0 where a row has fewer texts. All devices' rows are one batch.
+    It is the cross-entropy of finding, for each first text, its own second text among all second texts of the batch, by
+    cosines divided by the temperature. sentence-transformers calls it multiple negatives ranking loss, and 1 /
+    temperature its scale.
 
-    Returns (loss sum, weight sum, {"loss", "correct"}), correct where the own text is the nearest; all float32.
+    Args:
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
+        batch: As in `ftjax.objectives.causal.sums`. Each text is a segment of its own, with first and second texts
+            alternating at loss_index; weights are 0 if a row has fewer texts. The rows of all devices are one batch.
+        pool: `mean` or `cls`.
+        temperature: Divisor of the cosines.
+        rngs: Random keys of dropout; None: no dropout.
+
+    Returns:
+        (loss sum, weight sum, {"loss", "correct"}), correct if the own text is the most similar; all float32.
     """
     x = embeddings(model, variables, batch, pool=pool, rngs=rngs)
     first, second = x.reshape(-1, 2, x.shape[-1]).swapaxes(0, 1)  # (P, D)

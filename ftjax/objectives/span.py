@@ -1,6 +1,6 @@
-"""Where an answer begins and ends among the tokens of its segment.
+"""The first and last token of an answer in its segment.
 
-B rows, T tokens, M places a row at most, one a segment.
+B rows, T tokens, M positions a row at most, one for each segment.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ import jax.numpy as jnp
 
 
 def logits(model, variables, batch, *, rngs=None):
-    """How likely an answer is to begin, and to end, at each token: (B, T, 2) float32; see `sums`."""
+    """Logits of the beginning and the end of an answer at each token: (B, T, 2) float32; see `sums`."""
     rows = (batch[name] for name in ("tokens", "positions", "segment_ids"))
     return model.apply(variables, *rows, types=batch.get("types"), rngs=rngs)
 
 
 def sums(model, variables, batch, *, rngs=None):
-    """Cross-entropy over the tokens of each place's own segment, its mean over beginning and end, summed over places.
+    """Cross-entropy over the tokens of each position's own segment, averaged over beginning and end, summed over
+    positions.
 
-    batch: tokens, positions, segment_ids (B, T), and types where the model has such; loss_index (B, M) int, the first
-    token of a segment; labels (B, M, 2) int, first and last token of its answer, counted from there; weights (B, M).
+    Args:
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
+        batch: tokens, positions, segment_ids (B, T), and types if the model has token types; loss_index (B, M) int, the
+            first token of a segment; labels (B, M, 2) int, the first and last token of its answer, counted from there;
+            weights (B, M).
+        rngs: Random keys of dropout; None: no dropout.
 
-    Returns (loss sum, weight sum, {"loss", "correct"}), correct where both are right; all float32.
+    Returns:
+        (loss sum, weight sum, {"loss", "correct"}), correct if beginning and end are both right; all float32.
     """
     found, first = logits(model, variables, batch, rngs=rngs), batch["loss_index"]
     segments = batch["segment_ids"]

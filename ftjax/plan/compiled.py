@@ -1,4 +1,4 @@
-"""A run's step, compiled for devices that need not be here, and what the compiled program says of itself.
+"""Compile a run's step for devices that need not be present, and read memory, arithmetic and traffic from the program.
 
 B rows, T tokens, M trained tokens a row at most.
 """
@@ -30,14 +30,15 @@ LATE = rf"Used {NUMBER} of {NUMBER} hbm"
 
 
 def compute_dtype(name: str, devices: Devices):
-    """What `auto` means on these devices, which are not those that JAX sees here."""
+    """The dtype that `auto` means on the planned devices, which are not those that JAX sees here."""
     if name == "auto":
         name = "float32" if devices.kind == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def device_list(devices: Devices) -> list:
-    """The devices of a TPU slice as its compiler knows them, or simulated ones. Raises FtjaxError for no such slice."""
+    """The devices of a TPU slice as its compiler knows them, or simulated devices. Raises FtjaxError for an unknown
+    slice."""
     if not devices.topology:
         return jax.devices()[: devices.count]
     from jax.experimental import topologies
@@ -54,7 +55,7 @@ def device_list(devices: Devices) -> list:
 
 
 def held(program, state, frozen, batch) -> dict[str, int]:
-    """Kind -> bytes that one device holds between steps, exactly, from the shardings alone."""
+    """{kind: bytes that one device holds between steps}, exactly, from the shardings alone."""
     return {
         "trained weights": programs.shard_bytes(state.trained),
         "frozen weights": programs.shard_bytes(frozen),
@@ -67,10 +68,23 @@ def held(program, state, frozen, batch) -> dict[str, int]:
 def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: int, quick: bool = False) -> dict:
     """Compile the step that `train` would run with `config`, and read memory, FLOPs, traffic and collectives from it.
 
-    A program that the compiler refuses for its size has "fits": False and what it would have used, and nothing of
-    traffic. quick: the TPU compiler takes a quarter of its time and half of its memory; it sends what it would send,
-    but fuses less: Llama-3.1-8B with LoRA on v6e 4x4 needs 1 % more temporaries and 47 % more traffic through memory.
-    Raises FtjaxError for a mesh or batch that cannot be.
+    Args:
+        config: The run's config.
+        spec: The model and its tuning.
+        devices: The planned devices.
+        T: Tokens of a row.
+        M: Most trained tokens of a row.
+        steps: Steps of the run.
+        quick: Let the TPU compiler use a quarter of its time and half of its memory. The program sends the same, but is
+            fused less: Llama-3.1-8B with LoRA on v6e 4x4 needs 1 % more temporaries and 47 % more traffic through
+            memory.
+
+    Returns:
+        A dict. For a program that the compiler refuses for its size, it has "fits": False and the memory that it would
+        have used, and no traffic.
+
+    Raises:
+        FtjaxError: For a mesh or batch that is impossible.
     """
     mesh = sharding.make_mesh(config.mesh, device_list(devices))
     programs.check_rows(config, mesh)
@@ -115,7 +129,8 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
 
 
 def _spent(started) -> dict:
-    """What compiling took of this machine: seconds, CPU seconds, and the most memory of the process so far, bytes."""
+    """The cost of compiling on this machine: seconds, CPU seconds, and the most memory of the process so far, in
+    bytes."""
     return {
         "compile_seconds": time.perf_counter() - started[0],
         "compile_cpu_seconds": time.process_time() - started[1],
@@ -124,7 +139,7 @@ def _spent(started) -> dict:
 
 
 def head_bytes(config, spec: Spec, sizes: dict, M: int, platform: str) -> float:
-    """Bytes of one chunk's logits on one device, float32; of a head over labels, which are few: 0."""
+    """Bytes of one chunk's logits on one device, float32; 0 for a head over labels, whose logits are few."""
     V, tensor = spec.model.vocab_size if spec.model.head.labels == 0 else 0, sizes["tensor"]
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
     at_once = causal.tokens_at_once(config.model.head_chunk, spec.model.vocab_size, platform)

@@ -1,4 +1,4 @@
-"""What devices there are to plan for: their memory, speed and links from their makers' pages, and their price."""
+"""The devices that can be planned for: memory, speed and links from their makers' pages, and prices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ftjax.errors import FtjaxError, nearest
 
 
 class Device(NamedTuple):
-    """One chip or card. Rates are peaks, a second; a run reaches a share of them."""
+    """One chip or card. Rates are peaks per second; a run reaches a share of them."""
 
     memory: float  # bytes that a program may use: what TPU compilers allow, else what the card is sold with
     flops: float  # dense bfloat16
@@ -50,7 +50,7 @@ GCLOUD = {"v5e": "v5litepod"}  # what gcloud calls a kind, where it is another n
 
 
 class Devices(NamedTuple):
-    """So many of one kind, as `--devices` names them."""
+    """A number of devices of one kind, as `--devices` names them."""
 
     name: str  # as given, or the sides of a TPU slice, such as v5p:4x8x8
     kind: str
@@ -59,22 +59,23 @@ class Devices(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """What JAX calls devices of this kind: cpu, gpu or tpu."""
+        """JAX's name of the platform: cpu, gpu or tpu."""
         return "tpu" if self.device.topology else "cpu" if self.kind == "cpu" else "gpu"
 
     @property
     def topology(self) -> str | None:
-        """How libtpu calls the slice; None for what is no TPU."""
+        """libtpu's name of the slice; None for devices that are not TPUs."""
         return self.name if self.device.topology else None
 
     @property
     def accelerator_type(self) -> str:
-        """How gcloud calls a TPU slice of so many chips: v5p-16 has 8 chips of 2 TensorCores, v6e-8 has 8 chips."""
+        """gcloud's name of a TPU slice with this number of chips: v5p-16 has 8 chips of 2 TensorCores, v6e-8 has 8
+        chips."""
         return f"{GCLOUD.get(self.kind, self.kind)}-{self.count * self.device.cores}"
 
 
 def parse(text: str) -> Devices:
-    """`v6e-8`, `v5p:4x8x8`, `h200x8`, `h200` or `cpu:8` -> Devices. Raises FtjaxError that says what is known."""
+    """Parse `v6e-8`, `v5p:4x8x8`, `h200x8`, `h200` or `cpu:8`. Raises FtjaxError that lists the known devices."""
     if sliced := re.fullmatch(r"([a-z]\w*)-(\d+)", text):
         return _by_accelerator_type(text, *sliced.groups())
     match = re.fullmatch(r"([a-z]\w*?)(?:(?::|(?<=\d)x)(\d+(?:x\d+)*))?", text)
@@ -117,7 +118,8 @@ def _by_accelerator_type(text: str, name: str, count: str) -> Devices:
 
 
 def larger(devices: Devices) -> list[Devices]:
-    """The next sizes of the same kind, three at most: twice as many each time, of TPUs the slices that gcloud names."""
+    """The next larger sizes of the same kind, at most three: doubled each time, and for TPUs the slices that gcloud
+    names."""
     if devices.device.topology:
         slices = [parse(f"{devices.kind}:{sides}") for sides in SLICES[devices.kind]]
         more = [other for other in slices if other.count > devices.count][:3]

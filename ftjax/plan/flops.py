@@ -1,4 +1,4 @@
-"""FLOPs that a program executes, counted in its jaxpr: loops as often as they run, recomputation included."""
+"""FLOPs that a program executes, counted in its jaxpr: every loop as often as it runs, recomputation included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "argmax", "cumsum"}  # o
 
 
 def count(function, *arguments) -> float:
-    """FLOPs of `function` on arguments of these shapes, of all devices together. What no result needs is left out."""
+    """FLOPs of `function` on arguments of these shapes, of all devices together. Operations that no result needs are
+    not counted."""
     closed = jax.make_jaxpr(function)(*arguments)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return _jaxpr(jaxpr)
@@ -42,7 +43,8 @@ def _equation(equation) -> float:
 
 
 def _times(equation) -> int:
-    """How often all devices together do what stands inside, which of a shard_map is what one does."""
+    """How often all devices together execute the body of an equation. The body of a shard_map is what one device
+    executes."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "pallas_call":  # blocks that a kernel skips for its mask are counted

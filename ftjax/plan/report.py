@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""A plan as text for a person."""
 
 from __future__ import annotations
 
@@ -134,5 +134,5 @@ def _instead(plan) -> list[str]:
 
 
 def paste(row: dict) -> str:
-    """Overrides as they stand on a command line."""
+    """Overrides as they are written on a command line."""
     return shlex.join(f"--config.{key}={value}" for key, value in row["overrides"].items()) or "as asked"

@@ -1,4 +1,5 @@
-"""`ftjax plan`: what a run needs before it runs. Nothing here imports JAX: the work is done in a process of its own."""
+"""`ftjax plan`: what a run needs, before it runs. Nothing here imports JAX; the work is done in a process of its
+own."""
 
 from __future__ import annotations
 
@@ -27,21 +28,23 @@ def plan(
     choices: bool = True,
     exact: bool = False,
 ) -> dict:
-    """Memory, FLOPs, traffic, collectives and time of a step of `config` on `devices`, and what else would fit.
+    """Memory, FLOPs, traffic, collectives and time of a step of `config` on `devices`, and other settings that would
+    fit.
 
     No weights are read: the model's config.json is enough.
 
     Args:
-        config: of the run.
-        devices: their name, see ftjax.plan.devices.parse.
-        data: read the run's rows for its steps and lengths; else a row has data.max_length tokens, all of them trained.
-        memory: bytes that a program may use of a device; None: by the table of devices.
-        seconds: choices are compiled, not only estimated, as long as there is time.
-        choices: say what else would fit.
-        exact: the TPU compiler takes all the time that it would take there, see compile_step.
+        config: The run's config.
+        devices: Their name, see ftjax.plan.devices.parse.
+        data: Read the run's rows for the number of steps and the lengths. Otherwise a row has data.max_length tokens,
+            all of them trained.
+        memory: Bytes that a program may use on a device; None: by the table of devices.
+        seconds: Other settings are compiled, not only estimated, as long as this time lasts.
+        choices: Look for other settings that would fit.
+        exact: Let the TPU compiler use its full time, see compile_step.
 
     Raises:
-        FtjaxError: for numbers, devices, a config or a mesh that cannot be.
+        FtjaxError: For numbers, devices, a config or a mesh that are impossible.
     """
     configs.validate(config)
     check_numbers(memory=memory, seconds=seconds)
@@ -65,7 +68,7 @@ def plan(
 
 
 def check_numbers(**options: float | None) -> None:
-    """Raises FtjaxError for an option of a plan that is no finite number above 0; a share is 1 at most."""
+    """Raise FtjaxError for an option of a plan that is not a finite number above 0; a share is at most 1."""
     for name, value in options.items():
         if value is not None and not 0 < value <= (1.0 if name == "share" else sys.float_info.max):
             expected = "a share of the peak, above 0 and 1 at most" if name == "share" else "a number above 0"
@@ -73,9 +76,9 @@ def check_numbers(**options: float | None) -> None:
 
 
 def environment(devices: Devices) -> dict[str, str]:
-    """What the process that compiles needs: no accelerator is touched, however many devices it compiles for.
+    """The environment of the process that compiles. It uses no accelerator, however many devices it compiles for.
 
-    Raises FtjaxError for a TPU without its compiler.
+    Raises FtjaxError for a TPU whose compiler is not installed.
     """
     folders = [*filter(None, sys.path), str(Path(__file__).parents[2])]  # the last one, where ftjax is not installed
     out = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(folders)}

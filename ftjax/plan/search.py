@@ -1,8 +1,8 @@
-"""Other meshes, remat and batches for the same run, by estimates that one compiled program calibrates.
+"""Other meshes, remat presets and batches for the same run, estimated and calibrated by one compiled program.
 
-What lies between steps is exact: it follows from the shardings. Temporaries are estimated from the residuals of the
-model's own backward pass, and scaled by what the compiler needed for the program that was asked for.
-B rows, T tokens, M trained tokens a row at most, V vocabulary, D width, L layers.
+Memory between steps is exact: it follows from the shardings. Temporaries are estimated from the residuals of the
+model's own backward pass, and scaled by what the compiler needed for the requested program. B rows, T tokens, M trained
+tokens a row at most, V vocabulary, D width, L layers.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ SMALLER = (
 
 
 class Setting(NamedTuple):
-    """One way to run: what it overrides, on which devices."""
+    """One way to run: the overrides of the config, and the devices."""
 
     overrides: dict
     devices: Devices
 
 
 def settings(config, spec: Spec, devices: Devices, batches=BATCHES, change: dict | None = None) -> list[Setting]:
-    """Every mesh, with every remat, and batches so many times the one asked for; change: overrides of all."""
+    """All meshes with all remat presets, and with the requested batch times each of `batches`. change: overrides of all
+    settings."""
     out = []
     # A CPU's memory is the host's.
     presets = [name for name in remat.CHOICES if devices.kind != "cpu" or not name.startswith("offload")]
@@ -67,7 +68,7 @@ def settings(config, spec: Spec, devices: Devices, batches=BATCHES, change: dict
 
 
 def accumulating(config, spec: Spec, devices: Devices) -> list[Setting]:
-    """Every mesh with remat, and the batch in more microbatches."""
+    """All meshes with remat, and the batch in more microbatches."""
     return [
         Setting(_overrides(sizes) | {"model.remat": "full", "train.accumulate": times}, devices)
         for sizes, times in itertools.product(meshes(spec, devices), ACCUMULATE)
@@ -76,7 +77,7 @@ def accumulating(config, spec: Spec, devices: Devices) -> list[Setting]:
 
 
 def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
-    """Sizes of the mesh's axes: tensor within a host and between heads, and data alone, fsdp alone or both."""
+    """Possible sizes of the mesh's axes: tensor within a host and between heads; and data only, fsdp only, or both."""
     out = []
     for tensor in TENSOR_WAYS:
         whole = spec.model.kv_heads % tensor == 0 and spec.model.hidden % tensor == 0
@@ -94,7 +95,7 @@ def _overrides(sizes: dict[str, int]) -> dict:
 
 
 def changed(config, overrides: dict):
-    """A copy of a config with other values; learning rate and batch go by the method where they are not set."""
+    """A copy of a config with other values. Learning rate and batch follow the method if they are not set."""
     new = configs.copy(config)
     configs.override(new, [f"{key}={value}" for key, value in overrides.items()])
     programs.fill_defaults(new)
@@ -105,7 +106,7 @@ class Search:
     """Estimates for settings of one run."""
 
     def __init__(self, config, spec: Spec, T: int, M: int, steps: int, asked: dict, devices: Devices):
-        """asked: what compiled.compile_step said of `config` on `devices`."""
+        """asked: what compiled.compile_step returned for `config` on `devices`."""
         self.config, self.spec, self.T, self.M, self.steps = config, spec, T, M, steps
         self.programs, self.holds = {}, {}  # what settings have in common
         self.kernels = programs.kernels(config, compiled.device_list(devices)[0])
@@ -118,7 +119,7 @@ class Search:
         self.asked_flops = self._flops(config, devices)
 
     def estimate(self, setting: Setting) -> dict:
-        """{"total", "flops", "traffic", "sent", ...} of a setting, as compile_step gives them for a compiled one."""
+        """{"total", "flops", "traffic", "sent", ...} of a setting, with the same keys as compile_step returns."""
         config, devices = changed(self.config, setting.overrides), setting.devices
         sizes = resolve_mesh(config, devices)
         held = self._held(config, sizes, devices)
@@ -142,7 +143,8 @@ class Search:
         }
 
     def _program(self, config, sizes, devices):
-        """The program of a setting, as far as shapes and shardings of what it is given go: built once for those."""
+        """The program of a setting. It is built once for all settings with the same shapes and shardings of its
+        inputs."""
         dtype = compiled.compute_dtype(config.model.dtype, devices)
         like = {key: value for key, value in configs.flat(config).items() if key not in NO_SHAPES}
         key = repr((like, sizes, dtype))
@@ -232,8 +234,8 @@ class Search:
         return over_fsdp + over_tokens + 2 * gradients / split * away(data) + 2 * sums * activations * away(tensor)
 
     def fitting_instead(self, devices: Devices) -> list[dict]:
-        """Estimates of what would fit, of each kind the fastest first: the same run cut otherwise, or, where that does
-        not help, runs that train with less; and the same run on more devices."""
+        """Estimates of settings that would fit, the fastest of each kind first: the same run split otherwise, or, if
+        that does not help, runs that train less; and the same run on more devices."""
         same = self._fitting(settings(self.config, self.spec, devices, (1,)))
         cut = same or self._fitting(accumulating(self.config, self.spec, devices))
         rows, now = self.config.train.batch_size, configs.flat(self.config)
@@ -254,7 +256,7 @@ class Search:
         return sorted(rows, key=lambda row: _seconds(row, tried[0].devices))
 
     def try_estimate(self, setting: Setting) -> dict | None:
-        """`estimate`, or None for a setting that the method, the mesh or the batch rules out."""
+        """`estimate`, or None for a setting that the method, the mesh or the batch makes impossible."""
         config = changed(self.config, setting.overrides)
         sizes = resolve_mesh(config, setting.devices)
         if config.train.batch_size % (sizes["data"] * sizes["fsdp"] * config.train.accumulate):
@@ -266,15 +268,15 @@ class Search:
 
 
 def resolve_mesh(config, devices: Devices) -> dict[str, int]:
-    """The mesh of a config on so many devices, its -1 filled in."""
+    """The mesh of a config on this number of devices, with -1 filled in."""
     sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
     known = math.prod(n for n in sizes.values() if n != -1)
     return {axis: devices.count // known if n == -1 else n for axis, n in sizes.items()}
 
 
 def host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> float:
-    """Bytes that a device sends to its host's memory a step, and as many come back, for tensors that remat keeps there;
-    a CPU's memory is the host's."""
+    """Bytes that a device sends to its host's memory in a step, and reads back, for tensors that remat keeps there; 0
+    on a CPU, whose memory is the host's."""
     preset = remat.PRESETS.get(config.model.remat, remat.Preset())
     itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize * (devices.kind != "cpu")
     values = remat.kept_values(auto_mesh.shape_of_one(spec.model, sizes["tensor"]), preset.offload) * spec.model.layers
@@ -282,19 +284,19 @@ def host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> flo
 
 
 def _rows(config, sizes) -> float:
-    """Rows of a step that one device takes, parts of rows counted as such."""
+    """Rows of a step on one device; a device with a part of a row counts that part."""
     return config.train.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
 
 
 def _seconds(row: dict, devices: Devices) -> float:
-    """Seconds a token of a row, by the roofline."""
+    """Seconds per token of a setting, by the roofline."""
     return roofline(row, devices)["seconds"] / row["batch"]
 
 
 def roofline(row: dict, devices: Devices) -> dict:
     """Seconds of a step at the peaks of the devices: arithmetic, memory and links, and the longest of them.
 
-    Every one of them may hide behind the others; a real run reaches a share of this.
+    It assumes that the others overlap with the longest; a real run reaches a share of this.
     """
     device = devices.device
     parts = {
@@ -308,7 +310,7 @@ def roofline(row: dict, devices: Devices) -> dict:
 
 
 def pareto(rows: list[dict], devices: Devices) -> list[dict]:
-    """Of what fits: no other is as fast a row of the batch and needs as little memory; the fastest first."""
+    """The settings that fit and that no other setting beats in both speed and memory, the fastest first."""
     fitting = sorted((row for row in rows if row["fits"]), key=lambda row: (_seconds(row, devices), row["total"]))
     out, least = [], math.inf
     for row in fitting:

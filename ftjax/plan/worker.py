@@ -1,4 +1,4 @@
-"""The process that compiles for a plan: its environment is set before JAX starts. `python -m ftjax.plan.worker JOB`."""
+"""The process that compiles for a plan. Its environment is set before JAX starts. `python -m ftjax.plan.worker JOB`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftjax.errors import FtjaxError
 
 
 def work(job: dict) -> dict:
-    """What ftjax.plan.run.plan returns, for its arguments in `job`."""
+    """The result of ftjax.plan.run.plan, for its arguments in `job`."""
     started = time.perf_counter()
     from ftjax import config as configs
     from ftjax.hub import families, resolve
@@ -86,7 +86,7 @@ def work(job: dict) -> dict:
 
 
 def _places(config, T: int) -> int:
-    """At how many places a row of T tokens is trained, where nothing is known of the rows."""
+    """Number of trained positions in a row of T tokens, if nothing is known of the rows."""
     from ftjax.data.batches import GRANULE
 
     if config.data.packing or config.task.kind in ("causal", "tag"):
@@ -96,7 +96,7 @@ def _places(config, T: int) -> int:
 
 
 def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) -> None:
-    """Compile the first choices, one after another, as long as there is time for one more; in place."""
+    """Compile the first settings, one after another, as long as there is time for one more. Changes `rows` in place."""
     from ftjax.plan import compiled, search
 
     last = 0.0
@@ -114,7 +114,8 @@ def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) 
 
 
 def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
-    """(T, M) of the largest batch, the steps of the run, and tokens a step that are no padding, from its real rows."""
+    """(T, M) of the largest batch, the steps of the run, and tokens of a step that are not padding, from the run's
+    rows."""
     import numpy as np
 
     from ftjax.data import labelled
@@ -136,7 +137,7 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with a message for input that cannot be used."""
+    """Returns the exit code: 0, or 2 with a message for input that cannot be used."""
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
         result = work(job)

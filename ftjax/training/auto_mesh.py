@@ -1,7 +1,7 @@
-"""What a config leaves open, by rules: the shape of the mesh (`mesh.data = 0`), from memory and traffic; and what the
-backward pass finds kept (`model.remat = auto`), from memory. And why.
+"""Choices that a config leaves open: the shape of the mesh (`mesh.data = 0`), and which tensors are kept for the
+backward pass (`model.remat = auto`). Both are decided from memory and traffic, with a reason for the user.
 
-`ftjax plan` compiles and compares; this decides in a second. T tokens a row.
+`ftjax plan` compiles several settings and compares them; this module decides by rules, in a second. T tokens a row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONE_DEVICE = dict.fromkeys(MESH_AXES, 1)
 
 
 class Machine(NamedTuple):
-    """What the rule knows of the devices."""
+    """The properties of the devices that the rules use."""
 
     count: int
     memory: float  # bytes of a device that a program may use; inf: unknown
@@ -52,14 +52,25 @@ def here() -> Machine:
 
 
 def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[str, int], str]:
-    """(sizes of the mesh's axes, the reason in a sentence) for rows of T tokens, computed in dtype.
+    """Choose the mesh for rows of T tokens.
 
-    1. Rows go to devices as far as they divide: they need nothing of each other. What devices are left then share
-       rows: between heads and feed-forward (tensor) within a host as far as they divide, else by tokens (sequence).
-    2. A row whose activations fit no device is split by its tokens (sequence) until they do.
-    3. Of the devices with rows of their own, data parallelism keeps weights whole, and sends nothing but gradients;
-       FSDP gathers weights twice a step. So weights are split only as far as they must be to fit; but where most
-       parameters are trained both send about 8 bytes a parameter, and splitting over all costs nothing.
+    1. Rows are split over devices as far as they divide, because rows need nothing of each other. If devices are left,
+       several of them share rows: between heads and feed-forward (tensor) within a host as far as they divide, else by
+       tokens (sequence).
+    2. If the activations of a row fit no device, the row is split by its tokens (sequence) until they do.
+    3. Among the devices with rows of their own, data parallelism keeps weights whole and sends only gradients, while
+       FSDP gathers weights twice a step. So weights are split only as far as needed to fit. If most parameters are
+       trained, both send about 8 bytes a parameter, and splitting over all devices costs nothing.
+
+    Args:
+        config: The whole config.
+        spec: The model and its tuning.
+        machine: The devices.
+        T: Tokens of a row.
+        dtype: Dtype of computation.
+
+    Returns:
+        (sizes of the mesh's axes, the reason in one sentence).
     """
     shape, rows = spec.model, config.train.batch_size // config.train.accumulate
     states, many = _states(config, spec, dtype, ONE_DEVICE)
@@ -103,7 +114,8 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
 
 
 def settle(config, spec: Spec, machine: Machine, T: int, dtype) -> str:
-    """Fill in the mesh of a config that leaves it open; what was chosen and why, empty where there was no choice."""
+    """Fill in the mesh of a config that leaves it open. Returns the choice with its reason, or an empty text if there
+    was no choice."""
     if config.mesh.data != 0:
         return ""
     sizes, reason = choose(config, spec, machine, T, dtype)
@@ -112,9 +124,11 @@ def settle(config, spec: Spec, machine: Machine, T: int, dtype) -> str:
 
 
 def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T: int, dtype) -> str:
-    """Fill in model.remat of a config that leaves it open; what was chosen and why, empty where there was no choice.
+    """Fill in model.remat of a config that leaves it open. Returns the choice with its reason, or an empty text if
+    there was no choice.
 
-    sizes: of the mesh's axes. The fastest first; what sends to the host's memory only where nothing else fits.
+    Presets are tried from the fastest on. One that sends tensors to the host's memory is taken only if no other fits.
+    sizes: sizes of the mesh's axes.
     """
     if config.model.remat != "auto":
         return ""
@@ -146,8 +160,10 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
 
 
 def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int, attention) -> float:
-    """Bytes that the backward pass of the blocks finds kept of one row with remat `preset` and these Kernels of
-    attention, on one of `tensor` devices that share it: from the program itself, traced."""
+    """Bytes that are kept for the backward pass of the blocks, for one row on one of `tensor` devices that share it.
+
+    They are read from the program itself, which is traced with the remat `preset` and these Kernels of attention.
+    """
     config = configs.copy(config)
     config.model.update(remat=preset, quantise="none")
     spec = spec._replace(model=shape_of_one(spec.model, tensor), tuning=config.tuning)
@@ -164,10 +180,10 @@ def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int,
 
 
 def shape_of_one(shape, tensor: int):
-    """What one of `tensor` devices that share a row computes of a model, as the ModelConfig of a smaller one.
+    """The part of a model that one of `tensor` devices sharing a row computes, as the ModelConfig of a smaller model.
 
-    What `tensor` does not divide stays whole, as by `models.axes.spec`. Attention is taken to be cut between KV heads,
-    as far as these divide: where `tensor` is more, the compiler may cut further, and this is an upper estimate.
+    What `tensor` does not divide stays whole, as in `models.axes.spec`. Attention is assumed to be cut between KV heads
+    as far as these divide. If `tensor` is larger, the compiler may cut further, and this is an upper estimate.
     """
     groups = math.gcd(shape.kv_heads, tensor)
     part = lambda size: size // tensor if size % tensor == 0 else size  # noqa: E731
@@ -178,8 +194,11 @@ def shape_of_one(shape, tensor: int):
 
 
 def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bool]:
-    """(bytes that one device holds of weights, moments, averages and gradients on a mesh of these sizes, whether most
-    parameters are trained)."""
+    """Memory of the state on one device.
+
+    Returns (bytes of weights, moments, averages and gradients on a mesh of these sizes, whether most parameters are
+    trained).
+    """
     mesh = sharding.abstract_mesh(sizes)
     with jax.sharding.use_abstract_mesh(mesh):
         program = programs.build(config, spec, mesh, dtype, 1)
@@ -190,7 +209,7 @@ def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bo
 
 
 def _row_bytes(config, shape, T: int, itemsize: int) -> float:
-    """About what activations of one row take: what the backward pass keeps, and a layer at work."""
+    """Approximate bytes of one row's activations: what is kept for the backward pass, and one layer at work."""
     products = itemsize * (8 * shape.width + 4 * shape.hidden)  # a token of a layer
     at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32
     kept = products + itemsize * shape.heads * T

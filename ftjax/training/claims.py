@@ -1,8 +1,8 @@
-"""Who runs what, where several processes or hosts share a folder: one file a claim, that exists or does not.
+"""Claims on work, where several processes or hosts share a folder: one file for each claim.
 
-A claim is a file that is created where there is none, and its owner touches it while it lives. The claim of a
-process of this host holds until that process ends, however it ends; that of another host until nobody has touched it
-for `stale` seconds.
+A process claims work by creating a file that does not exist yet, and touches it while it works. The claim of a process
+on this host holds until that process ends, for whatever reason. The claim of a process on another host holds until
+nobody has touched the file for `stale` seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ WAIT = 1.0  # seconds between looks at a claim of somebody else
 
 @contextlib.contextmanager
 def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
-    """Whether `path` is this process's while the block runs; False where another one has it. The folder must exist."""
+    """Yield whether this process holds the claim `path` while the block runs; False if another process holds it. The
+    folder must exist."""
     if not (_take(path) or (_left(path, stale) and _take(path))):
         yield False
         return
@@ -38,7 +39,7 @@ def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
 
 
 def owner(path: Path) -> str:
-    """Who has a claim, for a person."""
+    """A description of the process that holds a claim, for a person."""
     try:
         said = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -59,7 +60,7 @@ def _take(path: Path) -> bool:
 
 
 def _left(path: Path, stale: float) -> bool:
-    """Take away a claim that nobody keeps; whether it was there, and this process was the one that took it."""
+    """Remove a claim whose process is gone. Returns True if it existed and this process was the one that removed it."""
     try:
         before = path.stat()
         said = json.loads(path.read_text())
@@ -96,7 +97,7 @@ def _now(path: Path) -> float:
 
 
 def _runs(pid: int, started: str | None) -> bool:
-    """Whether the process that made a claim still runs, and its number has not gone to another process since."""
+    """Whether the process that made a claim still runs, and its number was not given to another process since."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -107,8 +108,8 @@ def _runs(pid: int, started: str | None) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host began, by Linux's clock of this boot; None for one that has ended, and where that is
-    not known."""
+    """Start time of a process on this host, by Linux's clock since boot; None for a process that has ended, or if the
+    time is not known."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,5 @@
-"""What a process does about XLA's compiler: keep its programs across runs, and give back memory that it let go of."""
+"""Settings of this process for XLA's compiler: keep compiled programs across runs, and return freed memory to the
+system."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ LONG = 0.5  # seconds of compiling that leave something worth looking for
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs across runs, where JAX can: a run is never worse off without."""
+    """Keep compiled programs across runs, if JAX can; without a cache a run works the same."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / "xla"
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -24,10 +25,11 @@ def use_compilation_cache() -> None:
 
 @functools.cache
 def trim_after_compiling() -> None:
-    """Let glibc give back what a compiler has freed, from here on in this process, before the program asks for more.
+    """From here on, make glibc return the memory that a compiler has freed before the compiled program allocates its
+    own.
 
-    It is kept otherwise, in pieces between what still lives: 0.2 GB of a model of 40 million parameters. Other C
-    libraries are left alone.
+    Otherwise the C library keeps it, in pieces between what is still in use: 0.2 GB for a model of 40 million
+    parameters. Other C libraries are left alone.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 

@@ -75,7 +75,9 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     """
     row, base, out = METHODS[source.method], source.base, Path(out)
     if out.resolve() == base.folder.resolve():
-        raise FtjaxError(f"{out}: is the folder of the base, which an export does not replace; choose another")
+        raise FtjaxError(
+            f"{out}: is the folder of the base model, which an export must not replace; choose another folder"
+        )
     if bad := not_finite(source.trained):
         raise FtjaxError(
             f"{out}: not written: {bad[0]} of the checkpoint holds values that are NaN or infinite; export another one"

@@ -1,4 +1,4 @@
-"""Hidden states of a frozen model, computed once: what a head that alone is trained reads in every epoch.
+"""Hidden states of a frozen model, computed once. A head that is trained alone reads them in every epoch.
 
 B rows, T tokens, M trained tokens a row at most, D width, N examples, S trained tokens of all examples.
 """
@@ -19,11 +19,16 @@ states = jax.jit(causal.states, static_argnums=0)
 
 
 def usable(config, trained: dict, steps: int, epoch: int) -> bool:
-    """Whether a run should keep states: the head alone is trained, on states that are the same in every epoch, and for
-    more than one epoch. Runs of several processes keep none: each would need the states of all rows.
+    """Whether a run should keep hidden states.
 
-    trained: tree of what is trained; steps: of the whole run, so that one that goes on does as before; epoch: steps of
-    one.
+    It should if only the head is trained, on states that are the same in every epoch, for more than one epoch. Runs of
+    several processes keep none, because each process would need the states of all rows.
+
+    Args:
+        config: The whole config.
+        trained: Tree of the trained parameters.
+        steps: Steps of the whole run, so that a resumed run decides as its first start did.
+        epoch: Steps of an epoch.
     """
     same = not config.train.dropout and not config.train.neftune
     same = same and config.task.kind != "span"  # whose head reads all tokens
@@ -32,11 +37,19 @@ def usable(config, trained: dict, steps: int, epoch: int) -> bool:
 
 
 class Features:
-    """The batches of a Batches with `states` (B, M, D) beside, which the objective takes for the model's own."""
+    """The batches of a Batches with an additional array `states` (B, M, D), which the objective uses instead of
+    computing them."""
 
     def __init__(self, batches: Batches, model, variables: dict, mesh, folder: Path):
-        """variables: what `model` is applied to. The states (S, D) lie in an unnamed file in `folder`, which goes with
-        the process, in the model's compute dtype."""
+        """Compute the states of all examples, in the model's compute dtype.
+
+        Args:
+            batches: The batches.
+            model: The Flax module.
+            variables: The Flax variables that it is applied to.
+            mesh: The devices.
+            folder: Folder of the file with the states (S, D). The file has no name, so it vanishes with the process.
+        """
         examples = batches.examples
         self.batches, self.labels = batches, examples.labels
         self.start = np.cumsum(self.labels) - self.labels
@@ -57,7 +70,7 @@ class Features:
         return len(self.batches)
 
     def get(self, step: int, row_slice: slice = slice(None)) -> dict[str, np.ndarray]:
-        """As Batches.get, with `states` (B, M, D), zero where `weights` are."""
+        """As Batches.get, with `states` (B, M, D), which are zero where `weights` are zero."""
         batch = self.batches.get(step, row_slice)
         out = np.zeros((*batch["labels"].shape, self.states.shape[1]), self.states.dtype)
         for row, members in zip(out, self.batches.rows(step)[row_slice], strict=True):
@@ -70,5 +83,6 @@ class Features:
 
 
 def flops_per_token(trained: dict) -> float:
-    """FLOPs of forward and backward of a head on states that are there, for one place; trained: tree of its shapes."""
+    """FLOPs of the forward and backward pass of a head on known states, for one token. trained: tree of the head's
+    shapes."""
     return 4.0 * sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trained) if len(x.shape) > 1)

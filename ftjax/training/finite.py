@@ -1,4 +1,4 @@
-"""Numbers of a run that are NaN or infinite: what stops it, the step at which they appear, and the likely cause."""
+"""Numbers that are NaN or infinite: they stop a run, with the step at which they appear and the likely cause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def not_finite(tree) -> list[str]:
 
 
 def check_weights(folder, *trees) -> None:
-    """Raise FtjaxError where the weights that a run begins with are not finite; folder: that they were read from."""
+    """Raise FtjaxError if the initial weights of a run are not finite. folder: the directory that they were read
+    from."""
     if bad := [path for tree in trees for path in not_finite(tree)]:
         raise FtjaxError(
             f"{folder}: {len(bad)} of the model's parameters hold values that are NaN or infinite, {bad[0]} the first. "
@@ -34,17 +35,17 @@ def check_weights(folder, *trees) -> None:
 
 
 def check_step(step: int, values: dict, before: float | None, rate: float, decay: float) -> None:
-    """Refuse to go on from a step whose loss or gradient norm is not finite.
+    """Stop a run after a step whose loss or gradient norm is not finite.
 
     Args:
-        step: its number, from 1.
-        values: its "loss", None where its rows weigh nothing, and "grad_norm".
-        before: the last loss before; None where there is none.
-        rate: the learning rate of the step before.
+        step: Number of the step, from 1.
+        values: Its "loss" (None if its rows have weight 0) and "grad_norm".
+        before: The last loss before it; None if there is none.
+        rate: Learning rate of the step before.
         decay: optim.weight_decay.
 
     Raises:
-        NotFinite: naming the step and the likely cause.
+        NotFinite: It names the step and the likely cause.
     """
     loss, norm = values["loss"], values["grad_norm"]
     if (loss is None or math.isfinite(loss)) and math.isfinite(norm):
@@ -66,8 +67,11 @@ SMALLER_UPDATES = "lower optim.lr, lengthen optim.warmup, or set optim.clip_norm
 
 
 def advice(rate: float, decay: float) -> str:
-    """What makes numbers overflow in a run whose first steps were fine; rate: its learning rate there; decay: its
-    optim.weight_decay, of which a step takes rate x decay off each weight."""
+    """The likely cause of overflow in a run whose first steps were fine, and what to do.
+
+    rate: the learning rate at that step; decay: optim.weight_decay, of which a step subtracts rate x decay from each
+    weight.
+    """
     if rate * decay > 1:
         return (
             f"optim.weight_decay={decay:.3g} at the learning rate {rate:.3g} takes {rate * decay:.3g} times a weight "

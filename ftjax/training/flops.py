@@ -1,4 +1,4 @@
-"""Arithmetic of a training step by formula, and what known devices can do.
+"""Arithmetic of a training step by formula, and peak rates of known devices.
 
 N parameters of matrices, L layers, T tokens, H heads, d head size.
 """
@@ -32,8 +32,8 @@ def flops_per_token(config: ModelConfig, base: dict, trained: dict, frozen: dict
 
     Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +
     6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers below the
-    lowest trained one have no backward pass where they lie apart, see ftjax.tuning.parts. A head over labels counts as
-    if it read every token. base, trained, frozen: trees of shapes.
+    lowest trained one have no backward pass if they are stored apart, see ftjax.tuning.parts. A head over labels is
+    counted as if it read every token. base, trained, frozen: trees of shapes.
     """
 
     def matmul(tree, *ends):

@@ -1,6 +1,7 @@
-"""What a compiled program does, read from its text: bytes through memory and over links, loops counted as they run.
+"""What a compiled program does, read from its text: bytes through memory and over links, every loop counted as often as
+it runs.
 
-XLA's own `cost_analysis` counts the body of a loop once; here every instruction counts as often as it is executed.
+XLA's own `cost_analysis` counts the body of a loop once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """All collectives of one kind in a step, of one device."""
+    """All collectives of one kind in a step, on one device."""
 
     kind: str
     count: int  # executions
@@ -47,7 +48,7 @@ class Collective(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """(computations by name, each its instructions by name and in order; the entry's name)."""
+    """({name of a computation: its instructions by name, in order}, name of the entry)."""
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         head = re.match(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$", line)
@@ -74,7 +75,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _balanced(line: str, start: int) -> tuple[str, int]:
-    """The text in the parentheses that open at `start`, and where they are closed."""
+    """The text in the parentheses that open at `start`, and the position where they close."""
     depth = 0
     for at in range(start, len(line)):
         depth += (line[at] == "(") - (line[at] == ")")
@@ -92,7 +93,7 @@ class Array(NamedTuple):
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of `f32[8,16]{1,0}`, or of a tuple of such."""
+    """The arrays of a shape such as `f32[8,16]{1,0}`, or of a tuple of shapes."""
     out = []
     for kind, sides, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?", shape):
         bits = BITS[kind] if kind in BITS else int(re.match(r"[a-z]+(\d+)", kind)[1])
@@ -113,12 +114,12 @@ def size(shape: str) -> float:
 
 
 def outside(shape: str) -> float:
-    """Bytes of the arrays that lie in main memory."""
+    """Bytes of the arrays that are in main memory."""
     return sum(array.bytes for array in arrays(shape) if array.main)
 
 
 def executions(computations: dict, entry: str, fusions: bool = False) -> dict[str, int]:
-    """Computation -> how often a run executes it. fusions: count the computations inside fusions too."""
+    """{computation: how often a run executes it}. fusions: count the computations inside fusions too."""
     times = collections.Counter()
 
     def visit(name, n):
@@ -146,7 +147,7 @@ def _called(instruction: Instruction, attribute: str) -> str | None:
 
 
 def trip_count(loop: Instruction, computations: dict) -> int:
-    """How often a `while` runs: what XLA says, else the constant that its condition compares with."""
+    """Number of iterations of a `while`: as XLA states it, else the constant that its condition compares with."""
     if known := re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     name = _called(loop, "condition")
@@ -177,7 +178,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _result(instruction: Instruction) -> float:
-    """Bytes of a collective's result; what starts one has its operands beside its results, and maybe a context."""
+    """Bytes of a collective's result. An instruction that starts one also returns its operands, and maybe a context."""
     if not instruction.op.endswith("-start") or not instruction.shape.startswith("("):
         return size(instruction.shape)
     parts = [array.bytes for array in arrays(instruction.shape)]
@@ -204,8 +205,9 @@ def group_size(instruction: Instruction) -> int:
 def memory_bytes(text: str) -> float:
     """Bytes that a step reads from and writes to the device's main memory.
 
-    Counted are the operands and results of every instruction that stands by itself, a fusion being one of them: of an
-    operand the part that is needed, such as one layer's slice of a stack; of an update in place the part that changes.
+    The operands and results of every instruction outside fusions are counted, and a fusion counts as one instruction.
+    Of an operand only the needed part counts, such as one layer's slice of a stack; of an update in place, the part
+    that changes.
     """
     computations, entry = parse(text)
     total = 0.0
@@ -254,7 +256,7 @@ def _traffic(instruction: Instruction, body: dict, computations: dict) -> float:
 def _inline(instruction: Instruction, computations: dict, graph: dict) -> str:
     """Add an instruction to `graph`, which holds its operands, and return the name of its result there.
 
-    In the place of a fusion stand the instructions inside it, at any depth.
+    A fusion is replaced by the instructions inside it, at any depth.
     """
     if instruction.op != "fusion":
         graph[instruction.name] = instruction
@@ -275,7 +277,8 @@ def _inline(instruction: Instruction, computations: dict, graph: dict) -> str:
 
 
 def _updates_in_place(output: str, graph: dict) -> list[Instruction]:
-    """The dynamic-update-slices by which an output is an operand with some parts changed; none for any other output."""
+    """The dynamic-update-slices through which an output is an operand with some parts changed; none for any other
+    output."""
     node, updates = graph[output], []
     while node.op in ("bitcast", "convert", "copy", "dynamic-update-slice"):
         updates += [node] if node.op == "dynamic-update-slice" else []
@@ -293,5 +296,5 @@ def _needed(node: Instruction, place: int, operand: Instruction, share: float) -
 
 
 def _part(small: Instruction, large: Instruction) -> float:
-    """How many elements the one has of those of the other: 1 at most."""
+    """Ratio of the numbers of elements of two arrays, at most 1."""
     return min(1.0, elements(small.shape) / max(1, elements(large.shape)))

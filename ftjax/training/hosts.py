@@ -1,6 +1,6 @@
-"""Several processes that train one model: starting them, agreeing, and ending together.
+"""Several processes that train one model: how they start, agree on values, and end together.
 
-A run on one process needs none of this: there every function here does nothing, or the plain thing.
+In a run of one process every function here does nothing, or the obvious thing.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ LAUNCHERS = {
 
 
 def start() -> bool:
-    """Join the other processes of this run, where there are any, before a device is used; True on the first of all.
+    """Join the other processes of this run, if there are any, before a device is used. Returns True on the first
+    process.
 
-    FTJAX_COORDINATOR (host:port of process 0), FTJAX_PROCESSES and FTJAX_PROCESS (0, 1, ...) come first; then what
-    SLURM, Open MPI or a TPU slice says. Processes that were joined by somebody else stay so. Raises FtjaxError for
-    settings that cannot be used, and where the others do not come.
+    The variables FTJAX_COORDINATOR (host:port of process 0), FTJAX_PROCESSES and FTJAX_PROCESS (0, 1, ...) take
+    precedence over what SLURM, Open MPI or a TPU slice says. If the processes are joined already, nothing changes.
+    Raises FtjaxError for settings that cannot be used, and if the other processes do not answer.
     """
     if not jax.distributed.is_initialized():
         given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
@@ -63,7 +64,7 @@ def _several(name: str, processes: str | None) -> bool:
 
 
 def _explicit(given: dict[str, str]) -> dict:
-    """The three variables -> arguments of jax.distributed.initialize."""
+    """The arguments of jax.distributed.initialize, from the three variables."""
     if missing := [name for name in VARIABLES if name not in given]:
         raise FtjaxError(f"{', '.join(given)}: set, but {', '.join(missing)} not; set all of them, or none")
     coordinator, processes, process = (given[name] for name in VARIABLES)
@@ -72,8 +73,8 @@ def _explicit(given: dict[str, str]) -> dict:
         raise FtjaxError(f"FTJAX_COORDINATOR: {coordinator!r}; expected host:port of the machine with process 0")
     if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
         raise FtjaxError(
-            f"FTJAX_PROCESS={process}, FTJAX_PROCESSES={processes}: expected how many processes there are, and a "
-            "number from 0 to one less that no other process has"
+            f"FTJAX_PROCESS={process}, FTJAX_PROCESSES={processes}: expected the number of processes, and the "
+            "number of this one, from 0 to one less, which no other process has"
         )
     return {
         "coordinator_address": coordinator,
@@ -90,12 +91,12 @@ def _initialize(said: str, **arguments) -> None:
     except (RuntimeError, ValueError) as error:  # devices in use already; nobody answers; nothing found out
         raise FtjaxError(
             f"{said}: the processes of this run did not find each other: {error}. Start all of them at once, before "
-            f"anything uses a device; {', '.join(VARIABLES)} say by hand where the first is and how many there are"
+            f"anything uses a device; {', '.join(VARIABLES)} set by hand where the first one is and how many there are"
         ) from None
 
 
 def tpu_hosts() -> str | None:
-    """How many machines the TPU slices of this job span; None where there is no TPU, or nobody who knows."""
+    """Number of machines of this job's TPU slices; None without a TPU, or if the number cannot be found."""
     if not _tpu_devices():
         return None
     names, slices = os.environ.get("TPU_WORKER_HOSTNAMES"), os.environ.get("MEGASCALE_NUM_SLICES")
@@ -111,7 +112,7 @@ def _tpu_devices() -> list[str]:
 
 
 def _metadata(key: str) -> str:
-    """What Google's metadata server says of this machine; empty where there is none or it does not say."""
+    """A value of Google's metadata server for this machine; empty if there is no server or no such value."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     try:
@@ -122,9 +123,9 @@ def _metadata(key: str) -> str:
 
 
 def from_first(f: Callable):
-    """What f() returns on the first process, as plain JSON data, on all; f is called there alone.
+    """Call f() on the first process and return its result, plain JSON data, on all processes.
 
-    The others wait for it, so that this is a barrier too.
+    The others wait for it, so this is a barrier too.
     """
     if jax.process_count() == 1:
         return f()
@@ -136,7 +137,7 @@ def from_first(f: Callable):
 
 
 def check_shared(file: Path) -> None:
-    """Raises FtjaxError where this process does not see a file of the run that the first has just written."""
+    """Raise FtjaxError if this process does not see a file of the run that the first process has just written."""
     if not file.is_file():
         raise FtjaxError(
             f"run_dir: process {jax.process_index()} does not see {file}, which the first process wrote. Checkpoints "
@@ -145,8 +146,9 @@ def check_shared(file: Path) -> None:
 
 
 def preempted(step: int) -> bool:
-    """Whether a process was told to stop, and all are to stop behind this step: of several, all hear of a SIGTERM in
-    time to stop behind the same one. To be called at every step.
+    """Whether this process was told to stop, or any of several received SIGTERM, so that all should stop after this step.
+
+    To be called at every step. All processes learn of it in time to stop after the same step.
     """
     if jax.process_count() == 1:
         return bool(stops.heard)

@@ -1,5 +1,5 @@
-"""What a run is, found out before any weights are read: whatever can be wrong with its config, its model's files and
-its rows is told here."""
+"""Everything that must be known of a run before any weights are read. All errors in its config, its model's files and
+its rows are found here."""
 
 from __future__ import annotations
 
@@ -39,10 +39,17 @@ SHARE = 0.2  # of the training's arithmetic, that validations may take where the
 class Job:
     """A run that can be started.
 
-    config: with defaults, labels and mesh filled in; words: the tokenizer as its directory has it; chatty: with the
-    chat template that the rows were shown by; ends: ids that end an answer; given: an adapter to begin with; formats:
-    of what is exported; validation: batches by source; rows, eval_rows: of a batch; selection: what the best checkpoint
-    is chosen by.
+    Attributes:
+        config: The config with defaults, labels and mesh filled in.
+        words: The tokenizer in the model's directory.
+        chatty: The tokenizer with the chat template that the rows were rendered by.
+        ends: Ids of the tokens that end an answer.
+        given: The adapter that training starts from, or None.
+        formats: Formats of the export.
+        validation: {source: its validation batches}.
+        rows: Rows of a training batch.
+        eval_rows: Rows of a validation batch.
+        selection: The score that the best checkpoint is chosen by.
     """
 
     config: Any
@@ -79,22 +86,22 @@ class Job:
 
     @property
     def generates(self) -> bool:
-        """Whether the model continues texts, rather than saying something of them."""
+        """Whether the model continues texts, so that it can be scored by generated answers."""
         return self.task.head == "causal"
 
     @property
     def virtual(self) -> int:
-        """Virtual tokens before every segment."""
+        """Number of virtual tokens before every segment."""
         return self.method.virtual_tokens(self.spec)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest batch, virtual ones among them."""
+        """Tokens of the longest batch, virtual tokens included."""
         return max(T for _, T, _ in self.batches.shapes()) + self.virtual
 
     @functools.cached_property
     def settings(self) -> dict:
-        """All that figures before and after training depend on, see compare.settings."""
+        """All settings that the scores before and after training depend on, see compare.settings."""
         part = getattr(self.data, self.config.evaluate.compare_on)
         return compare.settings(self.chatty, self.ends, part, self.data.max_length, self.config)
 
@@ -104,9 +111,9 @@ class Job:
 
 
 def prepared(config, say) -> Job:
-    """The Job of a config, which stays as it is. say: called with lines for a person.
+    """Check a config, its model's files and its rows, and return the Job. The config is not changed.
 
-    Raises FtjaxError for anything in the config, the model's files or the rows that cannot be used.
+    say: called with each line of the report for a person. Raises FtjaxError for anything that cannot be used.
     """
     config = configs.copy(config)
     configs.validate(config)
@@ -123,7 +130,7 @@ def prepared(config, say) -> Job:
     if given and not own and tokenizer.chat_template(given.folder) not in ("", words.chat_template):
         raise FtjaxError(
             f"tuning.init_from: {given.folder} brings a chat template without a tokenizer. Copy the tokenizer files of "
-            f"{folder} beside it, or remove the template if rows are not to be shown by it"
+            f"{folder} beside it, or remove the template if rows should not be rendered by it"
         )
     chatty = chat_templates.installed(config, words)
     ends = tokenizer.end_tokens(folder, chatty, chat_templates.ends_of_run(config, words))
@@ -199,16 +206,16 @@ def prepared(config, say) -> Job:
 
 
 def bounds(config, held_out: Part, trained: float) -> tuple[int, int]:
-    """How often a run validates, and on how many rows of all sources; 0: on all.
+    """How often a run validates, and on how many rows of all sources (0: on all).
 
-    Where the config sets neither `train.eval_every` nor `evaluate.rows`, all validations together take about SHARE of
-    the training's arithmetic at most, by counts of tokens: a forward pass is a third of a training step. First there
-    are fewer validations, then fewer rows, down to FEWEST and LEAST_ROWS.
+    If the config sets neither `train.eval_every` nor `evaluate.rows`, all validations together take at most about SHARE
+    of the training's arithmetic, by counts of tokens: a forward pass is a third of a training step. First there are
+    fewer validations, down to FEWEST, then fewer rows, down to LEAST_ROWS.
 
     Args:
-        config: the whole config.
-        held_out: all validation rows.
-        trained: tokens of all training steps.
+        config: The whole config.
+        held_out: All validation rows.
+        trained: Number of tokens of all training steps.
     """
     if config.train.eval_every or config.evaluate.rows or not len(held_out):
         return VALIDATIONS, 0
@@ -219,7 +226,7 @@ def bounds(config, held_out: Part, trained: float) -> tuple[int, int]:
 
 
 def chosen_rows(config, data: Data, most: int) -> Part:
-    """The validation rows that a run uses: the first `evaluate.rows` of each source, or `most` spread over all."""
+    """The validation rows that a run uses: the first `evaluate.rows` of each source, or `most` rows spread over all."""
     part = data.validation
     if 0 < most < len(part):
         return part.select(np.linspace(0, len(part) - 1, most).astype(int))
@@ -228,11 +235,11 @@ def chosen_rows(config, data: Data, most: int) -> Part:
 
 
 def check_metric(config, name: str) -> None:
-    """Raise FtjaxError for a name of `evaluate.metrics` that is no metric."""
+    """Raise FtjaxError if `evaluate.metrics` names a metric that does not exist."""
     judged = TASKS[config.task.kind].judged
     if judged and name not in METRICS and ":" not in name:
         raise FtjaxError(
-            f"evaluate.metrics: {name!r} is no score of generated answers, and task.kind {config.task.kind} generates "
-            "none: its figures are all reported. To choose the checkpoint by one of them, set train.select"
+            f"evaluate.metrics: {name!r} is not a metric of generated answers, which this field is for. All scores of "
+            f"task.kind {config.task.kind} are reported; to choose the checkpoint by one of them, set train.select"
         )
     find(name)

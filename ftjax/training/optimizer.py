@@ -1,4 +1,4 @@
-"""Optimizers and schedules, all of them Optax's, put together from the config."""
+"""Optimizers and schedules, all of them from Optax, composed as the config says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def schedule(config, steps: int, lr: float) -> optax.Schedule:
 
 
 def decayed(params) -> dict:
-    """True for the leaves that weight decay acts on: matrices, not the vectors of norms, biases and adapters."""
+    """Tree of booleans: True for the leaves that weight decay acts on, which are matrices, not vectors of norms, biases
+    and adapters."""
     return map_paths(is_matrix, params)
 
 
@@ -48,12 +49,20 @@ def is_matrix(path: str, leaf) -> bool:
 def multipliers(
     config, layers: int, lr_scale: Callable = lambda path, optim: 1.0, layer_ids: Callable | None = None
 ) -> Callable:
-    """Function of a trained leaf's path and the leaf itself -> what the learning rate is multiplied by there.
+    """Factors of the learning rate.
 
-    The product of what the tuning method says (`Method.lr_scale`) and of layer-wise decay (Howard & Ruder 2018; Clark
-    et al. 2020, ELECTRA): decay^(L-1-l) in layer l, of shape (L, 1, ...) for stacked leaves; decay^L for what comes
-    before the blocks, a tied head with it; 1 for what comes behind. layers: L; layer_ids(path) -> which layers a
-    stacked leaf holds, None: all.
+    A factor is the product of what the tuning method says (`Method.lr_scale`) and of layer-wise decay (Howard & Ruder
+    2018; Clark et al. 2020, ELECTRA), which is decay^(L-1-l) in layer l, of shape (L, 1, ...) for stacked leaves;
+    decay^L for parameters before the blocks and a head tied to them; 1 for parameters after the blocks.
+
+    Args:
+        config: config.optim.
+        layers: L, the number of layers.
+        lr_scale: The method's factor of a path.
+        layer_ids: Function from a path to the layers that a stacked leaf holds; None: all layers.
+
+    Returns:
+        A function from the path of a trained leaf and the leaf to its factor.
     """
 
     def multiplier(path: str, leaf):
@@ -72,9 +81,12 @@ def multipliers(
 def optimizer(
     config, learning_rate: optax.Schedule, multiplier: Callable | None = None
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then the optimizer `config.name` with decoupled weight decay. Adds -lr · direction.
+    """Global-norm clipping, then the optimizer `config.name` with decoupled weight decay. Updates are -lr · direction.
 
-    multiplier: see `multipliers`; it scales the whole update of a leaf, weight decay included.
+    Args:
+        config: config.optim.
+        learning_rate: A number, or a function of the step.
+        multiplier: See `multipliers`; it scales the whole update of a leaf, weight decay included.
     """
     c = config
     decay = optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay else optax.identity()

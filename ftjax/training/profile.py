@@ -1,7 +1,7 @@
-"""A profile of some steps: an XProf trace in the run folder, and beside it where the time of these steps went.
+"""A profile of some steps: an XProf trace in the run folder, and a summary of where the time of these steps went.
 
-What a device did is read from the trace; what each operation is, from the text of the compiled program: a trace names
-no more than its instructions.
+What a device executed is read from the trace. What each operation is, is read from the text of the compiled program,
+because a trace has only the names of its instructions.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ NAMED = (
 
 
 class Line(NamedTuple):
-    """Where a kind of device has its operations in a trace."""
+    """The place in a trace where a kind of device has its operations."""
 
     plane: str  # how the plane's name begins
     line: str  # how the name of a line on it begins
@@ -99,9 +99,15 @@ class Known(NamedTuple):
 
 
 class Profiler:
-    """A step that traces itself: called as the step it is made of, in place of it.
+    """A step that traces itself. It is called instead of the step that it wraps.
 
-    asked: `FIRST:LAST` as log.profile has it, both ends included; done: steps taken already; steps: of the whole run.
+    Args:
+        step: The compiled step.
+        asked: `FIRST:LAST` as in log.profile, both ends included.
+        run_dir: The run folder.
+        done: Number of steps that were taken before this start.
+        steps: Steps of the whole run.
+        say: Called with lines for a person.
     """
 
     def __init__(self, step: Callable, asked: str, run_dir: Path, done: int, steps: int, say: Callable):
@@ -116,7 +122,7 @@ class Profiler:
         self.first = max(self.first, done + 1)
 
     def __call__(self, state, frozen, batch):
-        """What the step returns."""
+        """Run the step and return its result."""
         self.done += 1
         if not self.first <= self.done <= self.last:
             self._remember(batch)
@@ -136,7 +142,7 @@ class Profiler:
         return out
 
     def _remember(self, batch) -> bool:
-        """Whether a batch is the first of its shapes, for which the step is compiled."""
+        """Whether a batch is the first one of its shapes, for which the step is compiled."""
         new = _key(batch) not in self.shapes
         self.shapes.setdefault(_key(batch), None)
         return new
@@ -151,13 +157,14 @@ class Profiler:
         self.open.enter_context(jax.profiler.TraceAnnotation(WINDOW))
 
     def close(self) -> None:
-        """End a trace that is under way; twice does no harm."""
+        """End a trace that is running. Calling it twice is harmless."""
         self.open.close()
 
     def finish(self, state) -> dict[str, str]:
-        """Write what the trace says beside it, and say it; name -> path of what was written, nothing without a trace.
+        """Write the summary of the trace and report it. Returns {name: path} of the written files, empty without a
+        trace.
 
-        state: the last that the step gave, which a run that ended within the traced steps waits for.
+        state: the last state, for which a run that ended within the traced steps waits.
         """
         if not self.traced:
             return {}
@@ -184,10 +191,15 @@ def _shape(x):
 
 
 def summary(trace: Path, texts: list[str], steps: list[int], backend: str) -> dict:
-    """Where the time of traced steps went, in milliseconds a step of one device (the mean where there are several).
+    """Where the time of traced steps went, in milliseconds per step of one device (the mean over devices).
 
-    trace: an .xplane.pb file; texts: of the compiled programs that the steps ran. `kinds` adds up to `step_ms`, and
-    `parts` to what of it was not idle.
+    `kinds` adds up to `step_ms`, and `parts` to the time in it that was not idle.
+
+    Args:
+        trace: An .xplane.pb file.
+        texts: Texts of the compiled programs that the steps ran.
+        steps: Number of traced steps.
+        backend: cpu, gpu or tpu.
     """
     planes, window = operations(jax.profiler.ProfileData.from_file(str(trace)))
     programs = [describe(text) for text in texts]
@@ -264,10 +276,15 @@ def _of_plane(plane, kind: Line) -> list[Operation]:
 
 
 def shares(operations: list[tuple[float, float, str]], window: tuple[float, float], known: dict) -> dict[str, float]:
-    """Name -> time within the window, which is dealt out without rest: a moment to all operations that run in it, in
-    equal parts, but to collectives where nothing else runs, and to "" where nothing does.
+    """{name: time within the window}. The times add up to the window.
 
-    operations: (start, end, name); known: name -> Known.
+    A moment is divided equally among all operations that run in it. Collectives get time only if nothing else runs, and
+    the name "" gets the time in which nothing runs.
+
+    Args:
+        operations: (start, end, name) of each.
+        window: (start, end).
+        known: {name: Known}.
     """
     start, end = window
     edges = []
@@ -289,7 +306,7 @@ def shares(operations: list[tuple[float, float, str]], window: tuple[float, floa
 
 
 def describe(text: str) -> dict[str, Known]:
-    """Name -> what it is, of all instructions of a compiled program's text."""
+    """{name: Known} of all instructions in a compiled program's text."""
     computations, _ = hlo.parse(text)
     return {
         name: Known(_kind(instruction, computations), *_where(instruction, computations))
@@ -299,7 +316,8 @@ def describe(text: str) -> dict[str, Known]:
 
 
 def _inner(instruction, computations) -> list:
-    """The instructions that a fusion, or what starts one, computes; otherwise itself."""
+    """The instructions that a fusion, or an instruction that starts another, computes; for others the instruction
+    itself."""
     called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
     return list(computations[called[1]].values()) if called else [instruction]
 
@@ -330,7 +348,7 @@ def _where(instruction, computations) -> tuple[str, str]:
 
 
 def by_name(operation: Operation) -> Known:
-    """What an operation may be that the step's program does not name."""
+    """What an operation may be if the step's program does not have its name."""
     if re.match(r"(while|conditional|call)\b", operation.name):
         return Known("container", REST, "")
     kind = next((kind for pattern, kind in NAMED if re.search(pattern, f"{operation.name} {operation.hint}")), "other")
@@ -338,7 +356,7 @@ def by_name(operation: Operation) -> Known:
 
 
 def table(found: dict) -> str:
-    """A summary as a person reads it."""
+    """A summary as text for a person."""
     steps, total = found["steps"], found["step_ms"]
     of = f"{found['devices']} devices, their mean" if found["devices"] > 1 else f"one {found['backend']} device"
     which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"

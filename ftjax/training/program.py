@@ -1,4 +1,5 @@
-"""The training step of a config and all that it takes, as shapes: `train` fills them with arrays, `plan` needs none.
+"""The training step of a config with all its inputs as shapes. `train` fills the shapes with arrays; `plan` needs no
+arrays.
 
 B rows, T tokens, M trained tokens a row at most.
 """
@@ -29,7 +30,7 @@ from ftjax.tuning import METHODS, Spec
 
 
 class Program(NamedTuple):
-    """What a run computes, before there is an array of it. Trees of shapes are of jax.ShapeDtypeStruct."""
+    """The functions and shapes of a run, before any array exists. Trees of shapes hold jax.ShapeDtypeStruct."""
 
     model: Transformer
     mesh: jax.sharding.Mesh
@@ -50,7 +51,7 @@ class Program(NamedTuple):
 
 
 def fill_defaults(config) -> None:
-    """Set what the tuning method decides where the config leaves it open. Raises FtjaxError for an unknown method."""
+    """Set the fields that the config leaves to the tuning method. Raises FtjaxError for an unknown method."""
     name = config.tuning.method
     if name not in METHODS:
         raise FtjaxError(f"tuning.method: {name!r}{nearest(name, METHODS)}; one of {', '.join(METHODS)}")
@@ -61,7 +62,7 @@ def fill_defaults(config) -> None:
 
 
 def check_rows(config, mesh) -> None:
-    """Raises FtjaxError where the batch does not divide into microbatches over the mesh."""
+    """Raise FtjaxError if the batch does not divide into microbatches over the mesh."""
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     if rows % (ways * config.train.accumulate):
         raise FtjaxError(
@@ -71,7 +72,7 @@ def check_rows(config, mesh) -> None:
 
 
 def check_remat(config, device) -> None:
-    """Raises FtjaxError where model.remat sends to a memory of the host that `device` does not reach by itself."""
+    """Raise FtjaxError if model.remat needs a host memory that `device` cannot address."""
     preset = remat.PRESETS.get(config.model.remat)
     if preset and preset.offload and remat.HOST not in {m.kind for m in device.addressable_memories()}:
         raise FtjaxError(
@@ -81,7 +82,7 @@ def check_remat(config, device) -> None:
 
 
 def check_method(config, family, shape) -> None:
-    """Raises FtjaxError for a method that a model is not made for, and modules beside one that has none."""
+    """Raise FtjaxError if the tuning method does not suit the model, or if it cannot train modules beside it."""
     name = config.tuning.method
     if config.tuning.modules_to_save and METHODS[name].peft_type not in ("LORA", "IA3"):
         raise FtjaxError(
@@ -89,23 +90,24 @@ def check_method(config, family, shape) -> None:
         )
     if METHODS[config.tuning.method].causal_only and not shape.causal:
         raise FtjaxError(
-            f"tuning.method: {config.tuning.method} puts tokens before a row that see none of it, and a "
-            f"{family.model_type} model lets all see all; try lora"
+            f"tuning.method: {config.tuning.method} puts virtual tokens before a row, which needs a causal model; "
+            f"in a {family.model_type} model every token sees all others. Use lora"
         )
 
 
 def check_new_head(new: list[str], trained: dict, config) -> None:
-    """Raises FtjaxError where a module of a new head would stay as it was drawn; trained: tree of what is trained."""
+    """Raise FtjaxError if a newly initialised module of the head would not be trained. trained: tree of the trained
+    parameters."""
     paths = set(flatten(trained))
     if left := [path for path in new if not any(p.startswith(f"{path}/") or p == path for p in paths)]:
         raise FtjaxError(
-            f"tuning.method: {config.tuning.method} would leave {', '.join(left)}, which the model's files do not "
-            "have, as drawn at random; set tuning.method to full"
+            f"tuning.method: {config.tuning.method} would not train {', '.join(left)}, which the model's files do "
+            "not have, so that it would keep its random start; set tuning.method to full"
         )
 
 
 def with_task(config, family, shape, folder, labels: int):
-    """The shape of a directory's model with the head that config.task wants; labels: how many names it has.
+    """The model's shape with the head that config.task needs. labels: number of labels.
 
     Raises FtjaxError for a task that the family has no head for.
     """
@@ -113,15 +115,15 @@ def with_task(config, family, shape, folder, labels: int):
 
 
 def kernels(config, device) -> attention_backends.Kernels:
-    """The attention of a config's model on a device, or on anything else with a `platform`."""
+    """The Kernels of attention of a config's model on a device, or on any object with a `platform`."""
     several = config.data.packing or config.task.kind == "embed"  # documents a row
     capability = getattr(device, "compute_capability", "")
     return attention_backends.choose(config.model.attention, device.platform, capability, several)
 
 
 def check_attention(config, spec: Spec, mesh, dtype, lengths: list[int]) -> str:
-    """What attention a run with rows of these lengths has, where there is something to tell. Raises FtjaxError where
-    the one that model.attention names cannot serve."""
+    """A line about the kernel of attention that rows of these lengths get, or an empty text. Raises FtjaxError if the
+    kernel that model.attention names cannot compute them."""
     shape, prefix = spec.model, METHODS[config.tuning.method].virtual_tokens(spec) > 0
     rows, runs = config.train.batch_size // config.train.accumulate, kernels(config, mesh.devices.flat[0])
     how = prefix, bool(config.train.dropout), mesh.shape
@@ -130,11 +132,21 @@ def check_attention(config, spec: Spec, mesh, dtype, lengths: list[int]) -> str:
 
 
 def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Program:
-    """The program of a config whose defaults are filled, `steps` steps on `mesh`; dtype: of computation; attention: the
-    model's Kernels, for a mesh without devices, which has XLA's without them.
+    """Build the Program of a config.
 
-    To be called, and its functions traced, with `mesh` in force: `jax.set_mesh`, or `jax.sharding.use_abstract_mesh`
-    where its devices are not here. Raises FtjaxError for a method that changes what model.quantise would make small.
+    It must be called, and its functions traced, with `mesh` in force: `jax.set_mesh`, or
+    `jax.sharding.use_abstract_mesh` if its devices are not on this machine.
+
+    Args:
+        config: A config whose defaults are filled in.
+        spec: The model and its tuning.
+        mesh: The devices.
+        dtype: Dtype of computation.
+        steps: Number of steps, for the schedule.
+        attention: The model's Kernels, for a mesh without devices; None: by the devices, or XLA's without devices.
+
+    Raises:
+        FtjaxError: If the method changes parameters that model.quantise would quantise.
     """
     method, shape = METHODS[config.tuning.method], spec.model
     dropout, ema = config.train.dropout or 0.0, config.train.ema
@@ -154,10 +166,12 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
 
     trained, frozen = jax.eval_shape(begin, jax.random.key(0), kept)
     if not jax.tree.leaves(trained):
-        raise FtjaxError(f"tuning.method: {config.tuning.method} trains nothing of this model; see tuning.targets")
+        raise FtjaxError(
+            f"tuning.method: {config.tuning.method} trains no parameter of this model; check tuning.targets"
+        )
     if quantised_size(frozen) != quantised_size(kept) or quantised_size(trained):
         raise FtjaxError(
-            f"model.quantise: {config.model.quantise} blocks hold kernels that stay as they are, but tuning.method "
+            f"model.quantise: {config.model.quantise} quantises kernels that must stay frozen, but tuning.method "
             f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
             + ", or model.quantise_tables to False"
             * config.model.quantise_tables
@@ -187,7 +201,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
 
 
 def placed(shapes, places):
-    """Shapes with their shardings: what a step is compiled for where there are no arrays."""
+    """Shapes with their shardings, for compiling without arrays."""
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
 
 
@@ -203,12 +217,12 @@ def gradient_bytes(program: Program) -> int:
 
 
 def count(shapes) -> int:
-    """Values in a tree of shapes, a quantised kernel's as many as it stands for."""
+    """Number of values in a tree of shapes; a quantised kernel counts as the kernel that it represents."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
 
 
 def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") -> tuple:
-    """(state, frozen, batch) of a step as shapes with shardings; kind: of config.task."""
+    """(state, frozen, batch) of a step as shapes with shardings. kind: config.task.kind."""
     state = jax.eval_shape(program.init_state, program.trained)
     shape, dtype = TASKS[kind].target(program.model.config.head.labels)
     special = {"labels": (shape, dtype), "weights": ((), "float32")}

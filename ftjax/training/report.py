@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, Weights & Biases, and the live line."""
+"""The report of a run while it trains: metrics.jsonl, TensorBoard, Weights & Biases, and the live line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes one row of scalars a call to every sink. After a resume, rows past the restored step are taken back."""
+    """Writes rows of numbers to every sink. After a resume, rows after the restored step are removed."""
 
     def __init__(self, run_dir: Path, config, start_step: int):
         self.path = run_dir / METRICS
@@ -39,7 +39,7 @@ class Metrics:
             self.sinks.append((lambda name, value, step: run.log({name: value}, step=step), run.finish))
 
     def write(self, step: int, values: dict) -> None:
-        """values: name -> number, None where there is none."""
+        """Write one row. values: {name: number, or None if it is undefined}."""
         self.file.write(as_json({"step": step} | values) + "\n")
         for write, _ in self.sinks:
             for name, value in values.items():
@@ -54,7 +54,7 @@ class Metrics:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """Rows of a run's metrics.jsonl, in order; a last line that a kill cut short is left out."""
+    """The rows of a run's metrics.jsonl, in order. An incomplete last line, left by a kill, is ignored."""
     path = Path(run_dir) / METRICS
     if not path.exists():
         return []
@@ -63,7 +63,8 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 class Progress:
-    """The line that tells where a run is: rewritten in place on a terminal, one line for each logged step elsewhere."""
+    """The line that shows how far a run is: rewritten in place on a terminal, one line for each logged step
+    elsewhere."""
 
     def __init__(self, steps: int, start_step: int, flops_per_token: float, peak: float | None, stream=None):
         self.steps, self.flops, self.peak = steps, flops_per_token, peak
@@ -74,7 +75,8 @@ class Progress:
         self.validated, self.open = "", False
 
     def count(self, tokens: int) -> None:
-        """One more step of so many real tokens was started; the clock starts behind the first, which compiles."""
+        """Count a step that was started, with its number of real tokens. The clock starts after the first step, which
+        compiles."""
         if self.begin is None:
             self.begin, self.first = time.perf_counter(), self.first + 1
         else:
@@ -82,7 +84,8 @@ class Progress:
 
     @contextlib.contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Work beside the training steps, which `what` names: its time does not count for the speed of training."""
+        """Time spent in this block is not counted for the speed of training. what: names the work, such as
+        "validating"."""
         begin, counted = time.perf_counter(), self.begin is not None
         with doing(what):
             yield
@@ -90,7 +93,7 @@ class Progress:
             self.apart += time.perf_counter() - begin
 
     def rates(self, step: int) -> dict:
-        """{"tokens_per_second" of training alone, "mfu" where the peak is known, "seconds_left" with all else}."""
+        """{"tokens_per_second" of training alone, "mfu" if the peak is known, "seconds_left" of the whole run}."""
         seconds = time.perf_counter() - (self.begin or time.perf_counter())
         if seconds - self.apart <= 0 or self.tokens == 0:
             return {}
@@ -99,7 +102,7 @@ class Progress:
         return out | ({"mfu": speed * self.flops / self.peak} if self.peak else {})
 
     def show(self, step: int, values: dict) -> None:
-        """Show a step's loss, lr and grad_norm, or what a validation found: val_loss and what else begins with val_."""
+        """Show the loss, lr and grad_norm of a step, or the results of a validation, whose names begin with `val_`."""
         found = [f"{name.removeprefix('val_')} {_figure(x)}" for name, x in values.items() if name.startswith("val_")]
         if found:
             self.validated = f"val {'  '.join(found[:2]).removeprefix('loss ')}"
@@ -128,7 +131,7 @@ class Progress:
         self.stream.flush()
 
     def end(self) -> None:
-        """Leave the live line standing, so that what is printed next has a line of its own."""
+        """End the live line, so that the next output begins on a line of its own."""
         if self.open:
             self.stream.write("\n")
             self.stream.flush()

@@ -1,4 +1,4 @@
-"""The folder of a run: claiming it, describing it, and opening what was trained in it."""
+"""The folder of a run: locking it, checking that it belongs to the run, and opening the trained model in it."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ NAMES = {
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder while the block runs; of one run's processes the first must call.
+    """Keep other processes out of a run folder while the block runs. If a run has several processes, the first must
+    call this.
 
-    Raises FtjaxError, which names the process, where another one is in it. The lock of a process that was killed does
-    not count, see ftjax.training.claims.
+    Raises FtjaxError, which names the other process, if the folder is locked. The lock of a process that was killed
+    does not count, see ftjax.training.claims.
     """
     if run_dir.is_file():
         raise FtjaxError(f"run_dir: {run_dir} is a file; expected a folder")
@@ -66,13 +67,13 @@ def locked(run_dir: Path) -> Iterator[None]:
         if not mine:
             raise FtjaxError(
                 f"run_dir: {run_dir} is in use: {claims.owner(run_dir / LOCK)} works on this run. Wait for it, or "
-                f"choose another run_dir. After {STALE:.0f} s without a sign of its life the folder is free"
+                f"choose another run_dir. If that process gives no sign of life for {STALE:.0f} s, the folder is free"
             )
         yield
 
 
 def read_record(run_dir: str | Path) -> dict | None:
-    """The run.json of a run folder; None for a folder without one, or with one of another program."""
+    """The run.json of a run folder; None for a folder without one, or with a run.json of another program."""
     file = Path(run_dir) / RUN
     record = resolve.read_json(file) if file.is_file() else {}
     if not isinstance(record.get("config"), dict) or "base" not in record:
@@ -84,7 +85,7 @@ def read_record(run_dir: str | Path) -> dict | None:
 
 
 def run_config(run_dir: str | Path):
-    """The resolved config of a run, its run_dir the folder where it lies. Raises FtjaxError where there is no run."""
+    """The resolved config of a run, with run_dir set to the folder. Raises FtjaxError for a folder without a run."""
     record = read_record(run_dir)
     if record is None:
         raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN} that `ftjax train` wrote")
@@ -94,7 +95,8 @@ def run_config(run_dir: str | Path):
 
 
 def base_folder(config) -> Path:
-    """The directory of a config's base: of a hub name without a revision, the commit with which its run began."""
+    """The directory of a config's base model. For a hub name without a revision it is the commit with which the run
+    began."""
     record = None if config.overwrite else read_record(config.run_dir)
     revision = config.model.revision
     if record and not revision and record["config"]["model"]["path"] == config.model.path:
@@ -103,16 +105,16 @@ def base_folder(config) -> Path:
 
 
 def claim(config, base: dict, rows: str) -> bool:
-    """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
+    """Make `config.run_dir` the folder of this run. Returns True if it already holds this run, which is then resumed.
 
     Args:
-        config: of the run, resolved.
-        base: the record of the base, see fingerprint.record.
-        rows: digest of the rows that the run reads.
+        config: The run's resolved config.
+        base: The record of the base, see fingerprint.record.
+        rows: Digest of the rows that the run reads.
 
     Raises:
-        FtjaxError: where the folder holds anything else than a run; where it holds another run and `config.overwrite`
-            is off, with each field that differs.
+        FtjaxError: If the folder holds files that are no run, or if it holds another run and `config.overwrite` is off;
+            it names each field that differs.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,7 @@ def claim(config, base: dict, rows: str) -> bool:
     old = read_record(run_dir)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
         raise FtjaxError(
-            f"run_dir: {run_dir} holds files that are not of a run, such as {min(foreign)}, and nothing there is "
+            f"run_dir: {run_dir} holds files that no run wrote, such as {min(foreign)}, and they are not "
             "overwritten. Choose another run_dir"
         )
     if old and (config.overwrite or _stillborn(run_dir)):
@@ -141,7 +143,8 @@ def claim(config, base: dict, rows: str) -> bool:
 
 
 def _stillborn(run_dir: Path) -> bool:
-    """Whether a run ended here before its first step, such as by an error in its config: it holds nothing to keep."""
+    """Whether the folder's run ended before its first step, for instance by an error in its config, so that there is
+    nothing to keep."""
     return not (run_dir / "metrics.jsonl").is_file() and not _has_checkpoints(run_dir)
 
 
@@ -150,7 +153,7 @@ def _has_checkpoints(run_dir: Path) -> bool:
 
 
 def _clear(run_dir: Path) -> None:
-    """Delete what a run wrote, and nothing else; where a folder of it is a link, the link stays."""
+    """Delete the files of a run and nothing else. If one of its folders is a link, the link stays."""
     for path in [path for pattern in WRITTEN for path in run_dir.glob(pattern)]:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -164,7 +167,7 @@ def _clear(run_dir: Path) -> None:
 
 
 def _same_run(new: dict, old: dict, run_dir: Path) -> None:
-    """Raises FtjaxError where a record is of another run than an older one of the folder."""
+    """Raise FtjaxError if the new record and the folder's older record are of different runs."""
     now, before = (configs.flat(configs.from_dict(record["config"])) for record in (new, old))
     told = fingerprint.changes(old["base"], new["base"])
     same = {group for group in fingerprint.GROUPS if group in old["base"] and old["base"][group] == new["base"][group]}
@@ -184,13 +187,14 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
 
 
 def _unnamed(mixture: tuple) -> list[dict]:
-    """The entries of data.mixture without the files that they name."""
+    """The entries of data.mixture without the names of their files."""
     named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in mixture]
     return [{k: v for k, v in entry.items() if k not in ("train", "validation", "test")} for entry in named]
 
 
 def keep_tokenizer(run_dir: Path, folder: Path) -> None:
-    """Copy a tokenizer that is not the base's into the folder of its run, which then does not depend on it."""
+    """Copy a tokenizer that is not the base's into the run folder, so that the run does not depend on the other
+    folder."""
     draft = run_dir / f"{TOKENIZER}.part"
     if not (run_dir / TOKENIZER).is_dir():
         shutil.rmtree(draft, ignore_errors=True)
@@ -200,10 +204,10 @@ def keep_tokenizer(run_dir: Path, folder: Path) -> None:
 
 
 def with_start(method, frozen: dict, run_dir: Path) -> dict:
-    """`frozen` with the start that a run keeps, in place of one that was computed anew, see Method.start.
+    """`frozen` with the values that the run stored at its start, instead of newly computed ones, see Method.start.
 
-    Another device, dtype or mesh computes it otherwise than the run's first process did. Raises FtjaxError for a run
-    without it, as earlier versions left them.
+    Another device, dtype or mesh computes other values than the run's first start did. Raises FtjaxError if the run
+    folder lacks them.
     """
     wanted, file = flatten(method.start(frozen)), run_dir / START
     if not wanted:
@@ -219,7 +223,7 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
 
 
 def keep_start(method, frozen: dict, run_dir: Path) -> dict:
-    """As `with_start`; the first time, write it. Of several processes all must call."""
+    """As `with_start`; the first time, store them. If there are several processes, all must call."""
     wanted = flatten(method.start(frozen))
     if not wanted:
         return frozen
@@ -235,10 +239,17 @@ def keep_start(method, frozen: dict, run_dir: Path) -> dict:
 
 @dataclasses.dataclass
 class Trained:
-    """What a run trained, what it did not, and the model that it goes on: all that an export reads.
+    """All that an export reads: the trained parameters, the frozen ones, and the base model.
 
-    base: the LM before training, whose parameters full training has given away; base_name: how others should call the
-    base; config: the run's, resolved; record: of the base, see fingerprint.record.
+    Attributes:
+        method: The tuning method.
+        trained: Tree of trained parameters.
+        frozen: Tree of frozen parameters.
+        spec: The model and its tuning.
+        base: The LM before training. Full training has donated its parameters.
+        base_name: Name of the base in files for other programs.
+        config: The run's resolved config, as a dict.
+        record: Record of the base's files, see fingerprint.record.
     """
 
     method: str
@@ -252,15 +263,24 @@ class Trained:
 
 
 def base_name(config, folder: Path) -> str:
-    """How files for others name the base: as the config does, but for what only ftjax could find."""
+    """Name of the base in files for other programs: as in the config, except for names that only ftjax can resolve."""
     return str(folder) if config.model.path.startswith(assets.PREFIX) else config.model.path
 
 
 def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "best", quantise: str = ""):
-    """What a run trained, on the default device, and its config: (Trained, ConfigDict).
+    """Open the trained model of a run, on the default device.
 
-    checkpoint: `best`, `last`, or a step of those that it keeps; dtype, quantise: see ftjax.load. Raises FtjaxError
-    where there is no run, or no such checkpoint.
+    Args:
+        run_dir: The run folder.
+        dtype: See ftjax.load.
+        checkpoint: `best`, `last`, or a step that the run kept.
+        quantise: See ftjax.load.
+
+    Returns:
+        (Trained, the run's config).
+
+    Raises:
+        FtjaxError: If there is no run, or no such checkpoint.
     """
     run_dir, config = Path(run_dir), run_config(run_dir)
     kept = read_record(run_dir)["base"]
@@ -278,10 +298,10 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     step = checkpoint if isinstance(checkpoint, int) else saved.best() if checkpoint == "best" else saved.latest()
     if isinstance(step, int) and step not in saved.steps():
         there = ", ".join(map(str, saved.steps()))
-        raise FtjaxError(f"{run_dir}: keeps no checkpoint of step {step}; it has those of {there}")
+        raise FtjaxError(f"{run_dir}: has no checkpoint of step {step}; it has those of {there}")
     if step is None:
         raise FtjaxError(
-            f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"
+            f"{run_dir}: the run has no checkpoint yet; wait for the first one, or load its base model {lm.folder}"
         )
     # As the run began: of what is frozen, all that is not the base's comes from its seed or from its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)

@@ -1,4 +1,4 @@
-"""The figure by which a run keeps its best checkpoint and stops early: `train.select`."""
+"""The score by which a run keeps its best checkpoint and stops early: `train.select`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ MOST_ANSWERS = 500  # validation rows that may be answered at each validation
 
 
 class Selection(NamedTuple):
-    """name: of the figure; higher: whether more is better; part: the validation rows that it is measured on."""
+    """How checkpoints are compared.
+
+    Attributes:
+        name: Name of the score.
+        higher: Whether more is better.
+        part: The validation rows that it is measured on.
+    """
 
     name: str
     higher: bool
     part: Part
 
     def rank(self, value: float | None) -> float | None:
-        """The value as a number of which more is better; None stays None and is never the best."""
+        """The value as a number of which more is better; None stays None, and is never the best."""
         return value if value is None or self.higher else -value
 
 
@@ -34,14 +40,14 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
     """The Selection that a config asks for.
 
     Args:
-        config: the whole config.
-        part: the validation rows that a run uses.
-        figures: names of the figures that the task's predictions are judged by, see judge.check.
-        tokenizer: the one that rows are encoded with.
+        config: The whole config.
+        part: The validation rows that a run uses.
+        figures: Names of the scores of the task, see judge.check.
+        tokenizer: The tokenizer that rows are encoded with.
 
     Raises:
-        FtjaxError: where there are no validation rows to select by, and for a figure that the task does not have, that
-            has no better direction, or that cannot be computed on these rows.
+        FtjaxError: If there are no validation rows, if the task does not have this score, if neither more nor less of
+            it is better, or if it cannot be computed on these rows.
     """
     name, causal = config.train.select, config.task.kind == "causal"
     if not len(part):
@@ -55,18 +61,18 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
     if name not in known and not (causal and ":" in name):
         more = ", and your own as file.py:function" if causal else ""
         raise FtjaxError(
-            f"train.select: {name!r} is no figure of task.kind {config.task.kind}{nearest(name, known)}; those are "
+            f"train.select: {name!r} is no score of task.kind {config.task.kind}{nearest(name, known)}; its scores are "
             f"{', '.join(known)}{more}"
         )
     if not causal or name in (LOSS, *OF_TOKENS):
         return Selection(name, name != LOSS and name not in LOWER, part)
     metric = find(name)
     if metric.higher is None:
-        raise FtjaxError(f"train.select: neither more nor less {name} is better; choose another figure")
+        raise FtjaxError(f"train.select: neither more nor less {name} is better; choose another score")
     if len(part) > MOST_ANSWERS:
         raise FtjaxError(
-            f"train.select: {name} is of generated answers, and each validation would answer {len(part):,} rows; set "
-            f"evaluate.rows to at most {MOST_ANSWERS}"
+            f"train.select: {name} scores generated answers, and each validation would generate {len(part):,} of them; "
+            f"set evaluate.rows to at most {MOST_ANSWERS}"
         )
     # What the metric asks of rows and references is found out on empty answers.
     rows = [part.row(i) for i in range(len(part))]
@@ -75,13 +81,13 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
 
 
 def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, float]) -> float | None:
-    """The figure of a model on the selection's rows, None where it is undefined.
+    """The score of a model on the selection's rows; None if it is undefined.
 
     Args:
-        chosen: the run's Selection.
-        job: the run's Job.
-        model: the Flax module.
-        variables: what it is applied to.
+        chosen: The run's Selection.
+        job: The run's Job.
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
         losses: "val_loss" and "accuracy" of the same validation.
     """
     config = job.config

@@ -1,4 +1,4 @@
-"""Arrays on a mesh: the mesh itself, and where parameters, optimizer state and batches lie on it."""
+"""Arrays on a mesh: the mesh itself, and the shardings of parameters, optimizer state and batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ftjax.tree import flatten, map_paths
 
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
-    """Mesh with MESH_AXES over all devices; one axis of -1 takes what the others leave; an axis not named is 1.
+    """A mesh with MESH_AXES over all devices. An axis of -1 takes the devices that the others leave.
 
-    Raises FtjaxError where the product is not the number of devices.
+    Raises FtjaxError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [config.get(axis, 1) for axis in MESH_AXES]
@@ -35,12 +35,12 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh without devices: shapes and shardings need no more."""
+    """A mesh without devices, which is enough for shapes and shardings."""
     return AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:
-    """Tree of NamedSharding for a tree of shapes; `axes(path)` names the logical axes of a leaf."""
+    """Tree of NamedSharding for a tree of shapes. `axes(path)` returns the logical axes of a leaf."""
 
     def place(leaf, names):
         # Heads are cut between heads, never through one; codes and scales of a quantised kernel are fewer than its
@@ -56,9 +56,9 @@ def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict
 
 
 def optimizer_shardings(optimizer, shapes: dict, shardings: dict, mesh):
-    """Tree like `optimizer.init`'s: moments lie as their parameters do, counters and factored moments everywhere.
+    """Shardings of the optimizer's state: moments as their parameters, counters and factored moments replicated.
 
-    A leaf is a moment of the parameter whose path ends its own and whose shape it has, in whatever states it is nested.
+    Match an optimizer leaf to the parameter whose path is a suffix of the leaf's path and whose shape is equal.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes_by_path, shardings_by_path = flatten(shapes), flatten(shardings)
@@ -75,19 +75,26 @@ def optimizer_shardings(optimizer, shapes: dict, shardings: dict, mesh):
 
 
 def row_ways(mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of parts that the rows of a batch are split into."""
     return ways(mesh, "data", "fsdp")
 
 
 def local_rows(mesh, rows: int) -> slice:
-    """The rows of a batch of `rows` that this process must have: from its devices' first to their last."""
+    """The rows of a batch that this process must build: from the first to the last row of its devices."""
     sharding = NamedSharding(mesh, spec(("batch",), (rows,), mesh))
     spans = [index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
 def place_batch(batch: dict, mesh, rows: int, local: slice) -> dict:
-    """Host arrays (of the rows `local`) -> device arrays of all `rows` rows, split over the mesh by rows and tokens."""
+    """Put a batch on the devices, split over the mesh by rows and tokens.
+
+    Args:
+        batch: {name: host array of the rows `local`}.
+        mesh: The devices.
+        rows: Rows of the whole batch.
+        local: The rows that this process has.
+    """
 
     def place(name, x):
         shape = (rows, *x.shape[1:])
@@ -103,5 +110,5 @@ def place_batch(batch: dict, mesh, rows: int, local: slice) -> dict:
 
 
 def batch_sharding(mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the array `name` of a batch lies."""
+    """Sharding of the array `name` of a batch."""
     return NamedSharding(mesh, spec(batch_axes(name, len(shape)), shape, mesh))

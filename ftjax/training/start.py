@@ -1,4 +1,4 @@
-"""The weights of a run: from files to the state that its first step takes, and how it does before that step."""
+"""The start of a run: from weight files to the state before the first step, and the scores before training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ftjax.training.run_folder import keep_start
 
 
 def first_state(job: Job, program: Program, say) -> tuple:
-    """(State, frozen): the model's weights, straight to where they belong, as the method begins with them.
+    """(State, frozen) before the first step. Weights are read directly to the devices that hold them.
 
-    Raises FtjaxError for weights that are not the model's or not finite, and a head that is new and would not be
+    Raises FtjaxError for weights that do not fit the model or are not finite, and for a new head that would not be
     trained.
     """
     config, spec = job.config, job.spec
@@ -63,7 +63,8 @@ def first_state(job: Job, program: Program, say) -> tuple:
 
 
 def about_head(job: Job, new: list[str]) -> list[str]:
-    """Lines that say which modules of the head are made anew, and why; and what becomes of the labels of a kept one.
+    """Lines that say which modules of the head are newly initialised and why, and what happens to the labels of a head
+    that is kept.
 
     new: the modules of the head that are not read from the model's files.
     """
@@ -82,9 +83,11 @@ def about_head(job: Job, new: list[str]) -> list[str]:
 
 
 def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
-    """Last tokens of examples -> how many other tokens have the same row in a frozen head, where any has.
+    """Last tokens of examples that a frozen head cannot tell from others: {token id: number of other tokens with the
+    same row}.
 
-    Tokens that pretraining never met keep rows all alike, so that a frozen head gives them one and the same logit.
+    Tokens that never occurred in pretraining may have equal rows in the head, so that a frozen head gives them equal
+    logits.
     """
     head = frozen.get("lm_head", {}).get("kernel", frozen.get("embed", {}).get("embedding"))
     if head is None:
@@ -98,8 +101,8 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
 
 
 def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dict | None:
-    """What the model answers before it is tuned; None where nobody asks. Kept in the run folder with the settings of
-    the measurement, which is made again where these differ."""
+    """Scores and answers before training, if the config asks for them, else None. They are kept in the run folder with
+    their settings, and are measured again if these differ."""
     if not (job.config.evaluate.compare and job.generates):
         return None
     file = Path(job.config.run_dir) / "before.json"
@@ -120,9 +123,16 @@ def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dic
 
 
 def validate(job: Job, program: Program, variables: dict, validation: dict) -> dict[str, float]:
-    """`val_loss` and `accuracy` over all sources, and `val_loss/NAME` of each where there are several.
+    """Validate a model.
 
-    validation: batches by source, which may carry their states, see ftjax.training.features.
+    Args:
+        job: The run.
+        program: The compiled functions.
+        variables: Flax variables of the model.
+        validation: {source: batches}, which may carry hidden states, see ftjax.training.features.
+
+    Returns:
+        `val_loss` and `accuracy` over all sources, and `val_loss/NAME` of each source if there are several.
     """
     local = sharding.local_rows(job.mesh, job.eval_rows)
     kind = job.config.task.kind

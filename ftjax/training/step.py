@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions, compiled by whoever calls.
+"""One training step and one evaluation step: pure functions, which the caller compiles.
 
 A microbatches, B rows a step, b = B / A rows a microbatch.
 """
@@ -14,7 +14,7 @@ import optax
 
 
 class State(NamedTuple):
-    """What a step changes. The frozen base is not in here: it is passed beside, and never donated."""
+    """The arrays that a step changes. The frozen parameters are passed separately and never donated."""
 
     step: jax.Array  # steps taken, () int32
     trained: dict
@@ -23,29 +23,37 @@ class State(NamedTuple):
 
     @property
     def averaged(self) -> dict:
-        """What is validated, kept as the best and exported: the average where there is one."""
+        """The parameters that are validated, kept as the best and exported: the moving average if there is one."""
         return self.trained if self.ema is None else self.ema
 
 
 def as_float32(tree):
-    """Every leaf in float32: gradients, moments and updates are kept so, whatever the weights are stored in."""
+    """Every leaf in float32. Gradients, moments and updates are kept in float32, whatever the dtype of the weights."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def init_state(optimizer, trained, ema: float = 0.0) -> State:
-    """State before the first step; with an average where its decay `ema` is not 0."""
+    """The state before the first step, with a moving average if its decay `ema` is not 0."""
     start = as_float32(trained)
     average = jax.tree.map(jnp.copy, start) if ema else None  # buffers of its own, as the step gives both away
     return State(jnp.zeros((), jnp.int32), trained, optimizer.init(start), average)
 
 
 def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
-    """Gradient of the loss summed over the batch and divided once by all its trained tokens.
+    """Gradient of the loss, which is summed over the batch and divided once by the number of its trained tokens.
 
-    sums(variables, batch, rngs=...) -> (loss sum, weight sum, metric sums), see ftjax.objectives; variables(trained,
-    frozen) -> what the model is applied to. With `accumulate` > 1 the rows are taken in that many microbatches, one
-    after another; row r goes to microbatch r % accumulate, so that each holds rows of every device.
-    Returns (gradient tree in float32, weight sum, metric sums).
+    Args:
+        sums: sums(variables, batch, rngs=...) -> (loss sum, weight sum, metric sums), see ftjax.objectives.
+        variables: variables(trained, frozen) -> the Flax variables that the model is applied to.
+        trained: Tree of trained parameters.
+        frozen: Tree of frozen parameters.
+        batch: {name: array (B, ...)}.
+        key: Random key of the step.
+        accumulate: Number of microbatches, computed one after another. Row r belongs to microbatch r % accumulate, so
+            that each microbatch holds rows of every device.
+
+    Returns:
+        (gradient tree in float32, weight sum, metric sums).
     """
 
     def loss(trained, rows, key):
@@ -72,18 +80,30 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
 
 
 def divisor(weight):
-    """The weight sum of a batch as a divisor: 1 where all its rows weigh 0, so that they teach nothing."""
+    """The weight sum of a batch as a divisor: 1 if all rows weigh 0, so that such a batch changes nothing."""
     return jnp.where(weight > 0, weight, 1)
 
 
 def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0):
-    """State after one update, and {"loss", "accuracy", "grad_norm", "tokens"} as device scalars.
+    """One update.
 
-    Where "tokens", the sum of weights, is 0, there is no loss, and "loss" and "accuracy" mean nothing.
+    The random key depends on seed and step alone, so a resumed run draws the same numbers.
 
-    ema: decay of the average; the first step sets it to what that step made, as torch's AveragedModel does.
+    Args:
+        state: The State.
+        frozen: Tree of frozen parameters.
+        batch: {name: array (B, ...)}.
+        sums: See `gradients`.
+        variables: See `gradients`.
+        optimizer: The Optax optimizer.
+        seed: Seed of dropout and noise.
+        accumulate: Number of microbatches.
+        ema: Decay of the moving average. The first step sets the average to its own result, as torch's AveragedModel
+            does.
 
-    The key of a step is a function of seed and step alone: a run that goes on draws what it would have drawn.
+    Returns:
+        (the new State, {"loss", "accuracy", "grad_norm", "tokens"} as device scalars). If "tokens", the sum of weights,
+        is 0, then "loss" and "accuracy" are undefined.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
@@ -105,6 +125,6 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
 
 
 def compile_step(state_shardings, **fixed):
-    """`train_step` under jit with everything but (state, frozen, batch) bound; the state is donated."""
+    """Compile `train_step` with everything but (state, frozen, batch) bound. The state is donated."""
     step = functools.partial(train_step, **fixed)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))

@@ -1,4 +1,4 @@
-"""What is trained, one file a method. Importing this package fills METHODS."""
+"""The tuning methods, one file each. Importing this package fills METHODS."""
 
 from ftjax.tuning import dora, full, ia3, lora, parts, prefix, prompt, ptuning  # noqa: F401  each registers itself
 from ftjax.tuning.base import METHODS, Method, Spec, of_peft, register

@@ -1,4 +1,4 @@
-"""PEFT adapters made elsewhere: what the model is applied to under one, several of them added, and a run's start.
+"""PEFT adapters made by other tools: reading one, adding several, and starting a run from one.
 
 L layers, R rank.
 """
@@ -24,10 +24,10 @@ SAID = {"rank": "r", "alpha": "lora_alpha"}
 
 
 def read(folder: Path) -> tuple[Method, dict, dict]:
-    """A PEFT adapter directory -> the method that it is of, its adapter_config.json and its tensors by name."""
+    """Read a PEFT adapter directory. Returns (the method that it is of, its adapter_config.json, {name: tensor})."""
     if not (folder / peft.CONFIG).is_file():
         own = "; a run's own adapter lies in its folder `adapter`" if (folder / "run.json").is_file() else ""
-        raise FtjaxError(f"{folder}: is no PEFT adapter: it has no {peft.CONFIG}{own}")
+        raise FtjaxError(f"{folder}: is not a PEFT adapter: it has no {peft.CONFIG}{own}")
     adapter_config, tensors = peft.read_adapter(folder)
     method = of_peft(adapter_config)
     if method is None:
@@ -38,9 +38,19 @@ def read(folder: Path) -> tuple[Method, dict, dict]:
 
 
 def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[str, tuple[str, ...]] | None:
-    """(kind, names of labels) of the head that an adapter is made for; None where that is the base's own.
+    """The head that an adapter is made for.
 
-    base: the directory of its base. Names stand in a file beside the adapter, which PEFT does not know.
+    Args:
+        folder: The adapter directory.
+        adapter: What `read` returned.
+        base: The directory of its base model.
+
+    Returns:
+        (task.kind, names of the labels), or None if the adapter uses the base's own head. The names are in a file
+        beside the adapter, which PEFT does not know.
+
+    Raises:
+        FtjaxError: If a tensor of the head is missing.
     """
     method, adapter_config, tensors = adapter
     if adapter_config.get("task_type") == "FEATURE_EXTRACTION":
@@ -65,7 +75,13 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
 
 
 def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:
-    """What the model is applied to under an adapter as `read` gives it; base: its parameters, which are not copied."""
+    """The Flax variables of a base model with an adapter.
+
+    Args:
+        adapter: What `read` returned.
+        base: Parameters of the base, which are not copied.
+        spec: The Spec of the base.
+    """
     method, *files = adapter
     adapter_config, tensors, base, spec = tables.replaced(*files, base, spec)
     spec = spec._replace(tuning=spec.tuning.copy_and_resolve_references())
@@ -76,18 +92,19 @@ def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dic
 
 
 def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float], combine: str) -> dict:
-    """One `adapter` collection for the weighted sum of several LoRAs, as PEFT's add_weighted_adapter has it.
+    """One `adapter` collection for the weighted sum of several LoRAs, as PEFT's add_weighted_adapter computes it.
 
     Args:
-        adapters: name -> what the model is applied to under that adapter.
-        params: the base's parameters.
-        weights: name -> weight; of these the sum is made.
-        combine: `cat` sets ranks beside each other, which is the sum of w · s · B A to the letter. `linear` adds A to A
-            and B to B, each times the root of |w · s|, which keeps the rank and brings products of one's B with
-            another's A along.
+        adapters: {name: Flax variables of the model with that adapter}.
+        params: Parameters of the base.
+        weights: {name: weight} of the adapters to add.
+        combine: `cat` concatenates ranks, which gives exactly the sum of w · s · B A. `linear` adds the A and adds the
+            B, each times the root of |w · s|, which keeps the rank, but also adds products of one adapter's B with
+            another's A.
 
     Raises:
-        FtjaxError: an unknown name or way, an adapter that is not LoRA alone, or `linear` on unequal ranks.
+        FtjaxError: For an unknown name or way, for an adapter that is more than LoRA, and for `linear` on unequal
+            ranks.
     """
     if combine not in ("cat", "linear"):
         raise FtjaxError(f"combine: {combine!r}{nearest(combine, ('cat', 'linear'))}; one of cat, linear")
@@ -121,7 +138,7 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
 
 
 def pick(adapters: dict, name: str):
-    """The adapter of that name. Raises FtjaxError where there is none."""
+    """The adapter of that name. Raises FtjaxError if it was not loaded."""
     if name not in adapters:
         raise FtjaxError(
             f"adapter {name!r}: not loaded{nearest(name, adapters)}; loaded: {', '.join(adapters) or 'none'}"
@@ -130,10 +147,11 @@ def pick(adapters: dict, name: str):
 
 
 class Start:
-    """The adapter of `tuning.init_from`, which a run starts from."""
+    """The adapter of `tuning.init_from`, from which a run starts."""
 
     def __init__(self, tuning):
-        """tuning: config.tuning. Raises FtjaxError for a folder that is no adapter, or one of another method."""
+        """Read the adapter. tuning: config.tuning. Raises FtjaxError for a folder without an adapter, or with one of
+        another method."""
         self.folder = resolve.resolve(tuning.init_from)
         self.method, self.adapter_config, self.tensors = read(self.folder)
         if METHODS[tuning.method] is not self.method:
@@ -143,7 +161,8 @@ class Start:
             )
 
     def fill(self, spec: Spec) -> None:
-        """Set what the adapter's tensors decide in spec.tuning. Raises FtjaxError where the config says otherwise."""
+        """Set the fields of spec.tuning that the adapter's tensors decide. Raises FtjaxError if the config sets another
+        value."""
         rest, *of_base = tables.find(self.adapter_config, self.tensors, spec)
         if any(of_base):
             raise FtjaxError(
@@ -165,7 +184,7 @@ class Start:
         tuning.update(fields)
 
     def trained(self, base: dict, spec: Spec, expected: dict) -> dict:
-        """Its tensors as a run trains them; expected: tree of their shapes."""
+        """The adapter's tensors as the tree that a run trains. expected: tree of its shapes."""
         found, _ = self.method.from_peft(self.adapter_config, self.tensors, base, spec)
         shapes = {path: x.shape for path, x in flatten(expected).items()}
         if {path: x.shape for path, x in flatten(found).items()} != shapes:

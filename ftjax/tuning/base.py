@@ -1,4 +1,4 @@
-"""What a tuning method is: pure functions and its defaults. A new method is one file that ends in `register`."""
+"""The interface of a tuning method: pure functions and defaults. A new method is one file that ends in `register`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftjax.tuning.whole import with_whole
 
 
 class Spec(NamedTuple):
-    """What a method may know besides arrays."""
+    """All that a method may know besides arrays."""
 
     model: ModelConfig
     names: dict[str, str]  # path of a linear map or embedding in our tree -> its Hugging Face module, `{l}`: the layer
@@ -28,15 +28,20 @@ class Spec(NamedTuple):
 class Method:
     """A row of METHODS.
 
-    init(key, base, spec) -> (trained, frozen): two trees; trained is what gradients and the optimizer see.
-    variables(trained, frozen, spec) -> {"params": ..., "adapter": ...}: what the model is applied to.
-    merge(trained, frozen, spec) -> params: a plain model with the same logits; None where there can be none.
-    to_peft(trained, frozen, spec) -> (adapter_config, {tensor name: array}) in PEFT's format; None where PEFT has none.
-    from_peft(adapter_config, tensors, base, spec) -> (trained, fields): the way back, and the fields of config.tuning
-    that describe it. `peft_type` is the name by which adapter_config.json calls the method. virtual_tokens(spec) -> how
-    many tokens it puts before every row. axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
-    lr_scale(path, optim) -> how many times faster than `optim.lr` the trained leaf at `path` learns; optim:
-    config.optim. layer_ids(path, spec) -> the layers (n,) that a trained leaf on a stack holds.
+    Attributes:
+        init: init(key, base, spec) -> (trained, frozen): two trees, of which `trained` is differentiated and optimized.
+        variables: variables(trained, frozen, spec) -> the Flax variables that the model is applied to.
+        merge: merge(trained, frozen, spec) -> parameters of a plain model with the same logits; None if there is no
+            such model.
+        to_peft: to_peft(trained, frozen, spec) -> (adapter_config, {name: tensor}) in PEFT's format; None if PEFT has
+            none.
+        from_peft: from_peft(adapter_config, tensors, base, spec) -> (trained, the fields of config.tuning that describe
+            it).
+        peft_type: Name of the method in adapter_config.json.
+        virtual_tokens: virtual_tokens(spec) -> number of tokens before every row.
+        axes: axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
+        lr_scale: lr_scale(path, config.optim) -> factor of the learning rate of the trained leaf at `path`.
+        layer_ids: layer_ids(path, spec) -> the layers (n,) that a stacked trained leaf holds.
     """
 
     init: Callable
@@ -64,12 +69,12 @@ METHODS: dict[str, Method] = {}
 
 
 def register(name: str, method: Method) -> None:
-    """Make `tuning.method = name` known."""
+    """Add a method to METHODS under the name of `tuning.method`."""
     METHODS[name] = method if method.of_parameters else with_whole(method)
 
 
 def of_peft(adapter_config: dict) -> Method | None:
-    """The method that an adapter_config.json describes: a variant that knows it before the method it is one of."""
+    """The method that an adapter_config.json describes. A variant that recognises it comes before the plain method."""
     kind = adapter_config.get("peft_type")
     able = [m for m in METHODS.values() if kind and m.peft_type == kind]
     variants = [m for m in able if m.peft_variant and m.peft_variant(adapter_config)]

@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024): W' = m · (W + s B A) / ‖W + s B A‖, the norm taken over each output's row; W frozen.
 
-m (out,) is trained and starts as the row norms of W, so that W' = W. A and B are LoRA's, and so is all that concerns
-them alone: targets, ranks, scales and initialisations. No gradient flows through the norm (section 4.3 of the paper).
-Dropout acts on what A and B add; PEFT drops a part of W x too. L layers, R rank.
+m (out,) is trained and starts as the row norms of W, so that W' = W. A and B are those of LoRA, with the same targets,
+ranks, scales and initialisations. No gradient flows through the norm (section 4.3 of the paper). Dropout acts on the
+update by A and B; PEFT also drops a part of W x. L layers, R rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TINY = 1e-12  # a row of zeros has a norm of zero
 
 
 def row_norms(kernel, a, b, scale):
-    """‖W + s B A‖ of each row (out,), float32, from W Aᵀ and A Aᵀ: the sum itself (out, in) is never built.
+    """‖W + s B A‖ of each row (out,), float32, from W Aᵀ and A Aᵀ, without computing the sum (out, in).
 
     ‖w + s b A‖² = ‖w‖² + 2 s (W Aᵀ) · b + s² b (A Aᵀ) · b.
     """
@@ -41,7 +41,8 @@ def row_norms(kernel, a, b, scale):
 
 
 def apply(x, y, kernel, bias, leaves, rng):
-    """m / ‖W + s B A‖ · (y - bias + s B A x) + bias; a layer whose scale is zero is no target, and stays as it is."""
+    """m / ‖W + s B A‖ · (y - bias + s B A x) + bias. A layer whose scale is zero is not a target and stays
+    unchanged."""
     norms = row_norms(kernel, *jax.lax.stop_gradient((leaves["a"], leaves["b"])), leaves["scale"])
     gain = jnp.where(leaves["scale"] > 0, leaves["magnitude"] / norms, 1.0).astype(y.dtype)
     bias = 0 if bias is None else bias.astype(y.dtype)
@@ -55,7 +56,7 @@ def init(key, base, spec):
     """LoRA's A and B, and the row norms of W."""
     if INITS[spec.tuning.init].residual:
         plain = ", ".join(name for name, row in INITS.items() if not row.residual)
-        raise FtjaxError(f"tuning.init: {spec.tuning.init} takes W apart, which dora needs whole; one of {plain}")
+        raise FtjaxError(f"tuning.init: {spec.tuning.init} changes W, which dora needs unchanged; use one of {plain}")
     _refuse_embeddings(lora.ranks(spec))
     trained, frozen = lora.init(key, base, spec)
     params, trained = flatten(base), flatten(trained)
@@ -93,7 +94,7 @@ def merge(trained, frozen, spec):
 
 
 def axes(path):
-    """LoRA's; magnitudes are split as the kernel's output axis is."""
+    """As LoRA's; magnitudes are split like the output axis of the kernel."""
     if path.endswith("/magnitude"):
         *stack, out, _ = parameter_axes(path.replace("/lora/magnitude", "/kernel"))
         return *stack, out
@@ -101,7 +102,7 @@ def axes(path):
 
 
 def lr_scale(path, optim):
-    """LoRA+; PEFT counts magnitudes with B."""
+    """As LoRA+; magnitudes learn like B, as in PEFT."""
     return optim.lora_plus if path.endswith("/magnitude") else lora.lr_scale(path, optim)
 
 
@@ -118,7 +119,7 @@ def to_peft(trained, frozen, spec):
 
 
 def from_peft(adapter_config, tensors, base, spec):
-    """A PEFT LORA with `use_dora`. Raises FtjaxError where a module's magnitudes are missing or of another length."""
+    """Read a PEFT LORA with `use_dora`. Raises FtjaxError if a module's magnitudes are missing or of another length."""
     pairs = {name: x for name, x in tensors.items() if not name.endswith(SUFFIX)}
     trained, fields = lora.from_peft(adapter_config | {"use_dora": False}, pairs, base, spec)
     leaves, out = flatten(trained), flatten(trained)
@@ -145,7 +146,7 @@ def _magnitude(tensors, name, size):
 
 def _refuse_embeddings(paths):
     if any(path in EMBEDDINGS for path in paths):
-        raise FtjaxError("tuning.targets: dora goes on no tables of embeddings; lora does")
+        raise FtjaxError("tuning.targets: dora cannot adapt embedding tables; lora can")
 
 
 register(

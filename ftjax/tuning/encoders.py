@@ -1,6 +1,6 @@
-"""Small networks that make virtual tokens while they are trained, computed and initialised as torch does.
+"""Small networks that compute virtual tokens during training, with torch's formulas and initialisation.
 
-n virtual tokens in a row, h hidden width; weights lie (out, in).
+n virtual tokens in a row, h hidden width; weights are (out, in).
 """
 
 from __future__ import annotations

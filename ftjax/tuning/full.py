@@ -6,17 +6,17 @@ from ftjax.tuning.base import Method, register
 
 
 def init(key, base, spec):
-    """The base itself is what is trained; nothing is frozen."""
+    """All parameters are trained, and none is frozen."""
     return base, {}
 
 
 def variables(trained, frozen, spec):
-    """A plain model, without adapters."""
+    """The variables of a plain model, without adapters."""
     return {"params": trained}
 
 
 def merge(trained, frozen, spec):
-    """Nothing to merge: what was trained is the model."""
+    """The trained parameters are the model already."""
     return trained
 
 

@@ -1,7 +1,7 @@
 """IA3 (Liu et al. 2022): trained vectors that scale keys, values and the hidden layer of the feed-forward.
 
-Of a target either the output is scaled, bias included, or, for a feed-forward's last map, the input. L layers. A vector
-of a stacked map is stacked too; in layers that are no target it has no effect and no gradient.
+The output of a target is scaled, bias included, or, for the last map of a feed-forward, its input. L layers. The
+vectors of a stacked map are stacked too. In layers that are not targets they have no effect and no gradient.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ADAPTERS["ia3"] = Adapter(before, after)
 
 
 def scaled(spec: Spec) -> dict[str, list[bool]]:
-    """`PATH/ia3/input` and `PATH/ia3/output` of what is scaled -> whether it is, layer by layer."""
+    """{`PATH/ia3/input` or `PATH/ia3/output`: for each layer, whether it is scaled}."""
     names, layers = without_embeddings(spec.names), spec.model.layers
     usual = tuple(m for path in TARGETS if path in names for m in module_names(path, names[path], layers))
     chosen = select(names, layers, tuple(spec.tuning.targets) or usual, saved=tuple(spec.tuning.modules_to_save))
@@ -80,7 +80,8 @@ def init(key, base, spec):
 
 
 def variables(trained, frozen, spec):
-    """The base's parameters, and the vectors in the `adapter` collection, ones where a layer is no target."""
+    """The base's parameters, and the vectors in the `adapter` collection. They are ones in layers that are not
+    targets."""
     return {"params": frozen, "adapter": unflatten(_effective(trained, spec))}
 
 
@@ -93,7 +94,8 @@ def _effective(trained, spec):
 
 
 def merge(trained, frozen, spec):
-    """W with its columns scaled where the input is, its rows and the bias where the output is; stored as they were."""
+    """Scale the columns of W if the input is scaled, or its rows and the bias if the output is. Dtypes stay the
+    same."""
     params = flatten(frozen)
     for leaf, scale in _effective(trained, spec).items():
         path = leaf.rsplit("/", 2)[0]
@@ -109,14 +111,14 @@ def merge(trained, frozen, spec):
 
 
 def axes(path):
-    """Split as the kernel's axis of the same name is."""
+    """Split like the kernel's axis of the same name."""
     module, _, leaf = path.rsplit("/", 2)
     *stack, out, in_ = parameter_axes(f"{module}/kernel")
     return (*stack, in_ if leaf == "input" else out)
 
 
 def to_peft(trained, frozen, spec):
-    """PEFT's IA3: `ia3_l` is (1, in) of the modules that `feedforward_modules` names, (out, 1) of the others."""
+    """PEFT's IA3: `ia3_l` is (1, in) for the modules in `feedforward_modules`, and (out, 1) for the others."""
     leaves, tensors, chosen, inputs = flatten(trained), {}, {}, {}
     for leaf, hits in scaled(spec).items():
         path, _, side = leaf.rsplit("/", 2)
@@ -141,7 +143,7 @@ def to_peft(trained, frozen, spec):
 
 
 def from_peft(adapter_config, tensors, base, spec):
-    """A PEFT IA3; which side of a module is scaled is told by the shape of its vector."""
+    """Read a PEFT IA3. The shape of a vector says which side of its module is scaled."""
     for key, value in adapter_config.items():
         if key not in KEYS and value:
             raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of IA3 that ftjax does not support")

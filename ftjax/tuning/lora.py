@@ -1,11 +1,11 @@
 """LoRA (Hu et al. 2021): W x + s B A x with A (R, in), B (out, R), s = alpha / rank; W frozen.
 
-Of a table of embeddings (V, D) W is the transpose: A (R, V), B (D, R). L layers, R rank. Adapters of stacked maps are
-stacked too. A layer whose rank is below R, or that is not a target at all, keeps the rest of its A and B at zero: their
-gradients are then zero as well, and stay so.
+For an embedding table (V, D), W is the transpose: A (R, V), B (D, R). L layers, R rank. Adapters of stacked maps are
+stacked too. A layer whose rank is below R, or that is not a target, has zeros in the rest of its A and B. Their
+gradients are zero as well, so they stay zero.
 
-Where the initial BA is a part of W (`tuning.init` pissa, olora), W itself stays as it is, the base's, and the initial
-adapter is taken away beside it: W x + s B A x - s B₀ A₀ x. `frozen` then holds A₀ and B₀ beside the parameters.
+If the initial BA is a part of W (`tuning.init` pissa, olora), W itself is not changed. Instead the initial adapter is
+subtracted: W x + s B A x - s B₀ A₀ x. `frozen` then holds A₀ and B₀ beside the parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ftjax.tuning.targets import EMBEDDINGS, by_pattern, check_patterns, module_
 
 
 def update(x, leaves, rng):
-    """s · (x Aᵀ) Bᵀ, with dropout on x where `leaves` holds a rate and a key is given."""
+    """s · (x Aᵀ) Bᵀ, with dropout on x if `leaves` holds a rate and a random key is given."""
     if "dropout" in leaves and rng is not None:
         keep = 1.0 - leaves["dropout"]
         x = jnp.where(jax.random.bernoulli(rng, keep, x.shape), x / keep, 0).astype(x.dtype)
@@ -43,7 +43,7 @@ def lookup(ids, y, leaves):
 
 
 def leaf_axes(out, in_):
-    """A is split as the kernel's input axis is, B as its output axis; ranks are too small to split."""
+    """A is split like the kernel's input axis and B like its output axis. Ranks are too small to split."""
     return {"a": (None, in_), "b": (out, None)}
 
 
@@ -56,7 +56,7 @@ ADAPTERS["lora_initial"] = Adapter(
 
 
 def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Path of each target -> its rank (int) and scale (float32), each (L,), or (1,) where it is not stacked."""
+    """{path of each target: (ranks, int; scales, float32)}, each (L,), or (1,) if the map is not stacked."""
     tuning, layers = spec.tuning, spec.model.layers
     out, adapted = {}, []
     targets = tuple(tuning.targets) or ("all-linear",)
@@ -78,7 +78,7 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def init(key, base, spec):
-    """A and B as `tuning.init` says: what they start from gives the base model's logits."""
+    """Initialise A and B as `tuning.init` says. The initial logits are those of the base model."""
     params, trained, initial = flatten(base), {}, {}
     for path, (rank, scale) in ranks(spec).items():
         kernel, start = _kernel(params, path), EMBEDDING if path in EMBEDDINGS else INITS[spec.tuning.init]
@@ -109,7 +109,8 @@ def variables(trained, frozen, spec):
 
 
 def merge(trained, frozen, spec):
-    """W + s B A, summed in float32 and stored as W was. A tied head keeps the table that it was, as its own."""
+    """W + s B A, added in float32 and stored in W's dtype. If the table of a tied head changes, the head gets the old
+    table as its own."""
     params, initial = split(frozen)
     params, adapter, initial = flatten(params), flatten(trained), flatten(initial)
     for path, (_, scale) in ranks(spec).items():
@@ -127,19 +128,19 @@ def merge(trained, frozen, spec):
 
 
 def split(frozen):
-    """`frozen` -> the base's parameters, and the tree of initial adapters that stand beside them."""
+    """Split `frozen` into the base's parameters and the tree of initial adapters."""
     flat = flatten(frozen)
     initial = {path: x for path, x in flat.items() if "/lora_initial/" in path}
     return unflatten({path: x for path, x in flat.items() if path not in initial}), unflatten(initial)
 
 
 def _kernel(params, path):
-    """The kernel (out, in) at `path`, stacked on L where it is."""
+    """The kernel (out, in) at `path`, or (L, out, in) if it is stacked."""
     return dequantised(params[f"{path}/embedding"]).T if path in EMBEDDINGS else params[f"{path}/kernel"]
 
 
 def axes(path):
-    """As `leaf_axes` says, of stacks too."""
+    """As `leaf_axes`, with the layer axis of stacked maps."""
     if "/lora" not in path:
         return parameter_axes(path)
     module, _, leaf = path.rsplit("/", 2)
@@ -157,13 +158,14 @@ def lr_scale(path, optim):
 
 
 def to_peft(trained, frozen, spec):
-    """PEFT's LORA; of twice the rank where the initial adapter is taken away, so that it goes on the base as it is."""
+    """PEFT's LORA. If an initial adapter is subtracted, the rank is doubled, so that the adapter fits the unchanged
+    base."""
     initial = {path.replace("/lora_initial/", "/lora/"): x for path, x in flatten(split(frozen)[1]).items()}
     return lora_to_peft(trained, ranks(spec), spec.names, spec.tuning.rslora, unflatten(initial))
 
 
 def from_peft(adapter_config, tensors, base, spec):
-    """A PEFT LORA, rank and alpha of each of its modules spelled out as patterns."""
+    """Read a PEFT LORA. The rank and alpha of each module become patterns."""
     trained, found = lora_from_peft(adapter_config, tensors, spec.names, spec.model, base)
     rslora = bool(adapter_config.get("use_rslora"))
     rank_of, alpha_of = {}, {}

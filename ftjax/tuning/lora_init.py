@@ -1,4 +1,4 @@
-"""Where LoRA's A and B start: rows of INITS. r rank, W the kernel (out, in), s the scale of the update."""
+"""Initial values of LoRA's A and B: rows of INITS. r rank, W the kernel (out, in), s the scale of the update."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ftjax.errors import FtjaxError
 class Init(NamedTuple):
     """A row of INITS.
 
-    draw(key, kernel, r, scale) -> A (r, in), B (out, r), for kernel (out, in) float32; residual: whether s·BA is a part
-    of W itself, so that the model starts from W - s·B₀A₀ + s·BA with B₀, A₀ as drawn.
+    Attributes:
+        draw: draw(key, kernel, r, scale) -> A (r, in), B (out, r), for a kernel (out, in) in float32.
+        residual: Whether s·BA is a part of W itself, so that the model starts from W - s·B₀A₀ + s·BA, with the drawn
+            B₀, A₀.
     """
 
     draw: Callable
@@ -25,7 +27,7 @@ class Init(NamedTuple):
 
 
 def uniform(key, kernel, r, scale):
-    """A uniform in ±1/sqrt(in), which is what PEFT's kaiming_uniform with a = sqrt(5) comes to; B zero."""
+    """A uniform in ±1/sqrt(in), which equals PEFT's kaiming_uniform with a = sqrt(5); B zero."""
     out, in_ = kernel.shape
     return jax.random.uniform(key, (r, in_), minval=-1.0) * in_**-0.5, jnp.zeros((out, r))
 
@@ -37,7 +39,7 @@ def gaussian(key, kernel, r, scale):
 
 
 def orthogonal(key, kernel, r, scale):
-    """A and B both random and BA = 0: they go through the odd and the even rows of one orthogonal matrix.
+    """A and B both random with BA = 0: they use the even and the odd rows of one orthogonal matrix.
 
     As PEFT's `orthogonal`, which takes it from https://datta0.github.io/posts/rethink-lora-init.
     """
@@ -52,8 +54,8 @@ def orthogonal(key, kernel, r, scale):
 
 
 def pissa(key, kernel, r, scale):
-    """The r principal singular vectors of W, each side with the root of the values: s·BA = U_r S_r V_rᵀ (Meng et al.
-    2024)."""
+    """The r principal singular vectors of W, each side times the root of the singular values: s·BA = U_r S_r V_rᵀ (Meng
+    et al. 2024)."""
     u, values, v = jnp.linalg.svd(kernel, full_matrices=False)
     root = jnp.sqrt(values[:r] / scale)
     return root[:, None] * v[:r], u[:, :r] * root
@@ -66,7 +68,7 @@ def olora(key, kernel, r, scale):
 
 
 def embedding(key, kernel, r, scale):
-    """A zero and B normal, as PEFT starts every LoRA on embeddings."""
+    """A zero and B normal, as PEFT initialises every LoRA on embeddings."""
     out, in_ = kernel.shape
     return jnp.zeros((r, in_)), jax.random.normal(key, (out, r))
 
@@ -82,10 +84,18 @@ EMBEDDING = Init(embedding)
 
 
 def draw(key, path: str, kernels, rank: np.ndarray, scale: np.ndarray, init: Init):
-    """A (L, R, in) and B (L, out, R) for stacked kernels (L, out, in), R the largest of the layers' ranks.
+    """Initial A and B of stacked kernels.
 
-    rank (L,) int and scale (L,): what lies beyond a layer's rank is zero. The key depends on path and layer alone:
-    choosing other targets leaves this one's start as it was.
+    Args:
+        key: Random key. Each path and layer gets its own, so that the choice of other targets does not change this one.
+        path: Path of the map.
+        kernels: (L, out, in).
+        rank: (L,) int; R is the largest.
+        scale: (L,) scales of the update.
+        init: The row of INITS.
+
+    Returns:
+        A (L, R, in) and B (L, out, R), zero beyond the rank of each layer.
     """
     L, out, in_ = kernels.shape
     key, R = jax.random.fold_in(key, zlib.crc32(path.encode())), int(rank.max())

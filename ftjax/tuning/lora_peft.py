@@ -1,8 +1,8 @@
-"""LoRA's tensors as PEFT names them <-> our adapter tree. Facts read off peft 0.21.
+"""Convert between LoRA's tensors in PEFT's files and our adapter tree. Facts about the files are from peft 0.21.
 
-L layers, R rank. In our tree adapters of stacked maps are stacked: a (L, R, in), b (L, out, R), R the largest rank of
-the layers; a layer of smaller rank, or without adapter (rank 0), keeps the rest at zero. Of a table of embeddings (V,
-D), `in` is V and `out` is D.
+L layers, R rank. In our tree adapters of stacked maps are stacked: a (L, R, in), b (L, out, R), with R the largest rank
+of the layers. A layer of smaller rank, or without an adapter (rank 0), has zeros in the rest. For an embedding table
+(V, D), `in` is V and `out` is D.
 """
 
 from __future__ import annotations
@@ -41,11 +41,18 @@ def lora_to_peft(
     rslora: bool = False,
     initial: dict | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Our LoRA tree -> (adapter_config, tensors by PEFT's names, float32).
+    """Convert our LoRA tree to PEFT's format.
 
-    ranks: path of each adapted map -> its ranks (int, 0: none) and scales, (L,) each, or (1,) where it is not stacked.
-    names: path -> module name, see `families.linear_names`. rslora: say scales as alpha / sqrt(rank). initial: a tree
-    like `adapter`, whose update is taken away: BA - B₀A₀ is one adapter of twice the rank.
+    Args:
+        adapter: The tree of A and B.
+        ranks: {path of each adapted map: (ranks, int, 0 without an adapter; scales)}, (L,) each, or (1,) if not
+            stacked.
+        names: {path: module name}, see `families.linear_names`.
+        rslora: Write scales as alpha / sqrt(rank).
+        initial: A tree like `adapter` that is subtracted: BA - B₀A₀ is one adapter of twice the rank.
+
+    Returns:
+        (adapter_config, {name in PEFT's files: tensor, float32}).
     """
     leaves, start, tensors, rank_of, alpha_of = flatten(adapter), flatten(initial or {}), {}, {}, {}
     for path, (rank, scale) in ranks.items():
@@ -89,10 +96,21 @@ def lora_from_peft(
     config: ModelConfig,
     base: dict | None = None,
 ) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """(adapter_config, tensors) of a PEFT LoRA -> our tree in float32, and ranks and scales as in `lora_to_peft`.
+    """Convert a PEFT LoRA to our tree.
 
-    base: the base's parameters. PEFT stores a copy of a head's own weight beside its LoRA: it must equal the base's.
-    Raises FtjaxError for variants of LoRA, and tensors that are not of this model, incomplete or of the wrong shape.
+    Args:
+        adapter_config: The content of adapter_config.json.
+        tensors: {name: tensor}.
+        names: {path: module name}, see `families.linear_names`.
+        config: The ModelConfig.
+        base: Parameters of the base. PEFT stores a copy of a head's own weight beside its LoRA, which must equal the
+            base's.
+
+    Returns:
+        Our tree in float32, and ranks and scales as in `lora_to_peft`.
+
+    Raises:
+        FtjaxError: For variants of LoRA, and for tensors that are not of this model, incomplete or of the wrong shape.
     """
     _refuse_variants(adapter_config)
     expected = shapes(config)
@@ -165,7 +183,8 @@ def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
 
 
 def divisor(rank: int, rslora: bool) -> float:
-    """What alpha is divided by: the rank, or its root where updates shall not shrink with it (Kalajdzievski 2023)."""
+    """The number that alpha is divided by: the rank, or with rslora its root, so that updates do not shrink with the
+    rank (Kalajdzievski 2023)."""
     return math.sqrt(rank) if rslora else rank
 
 
@@ -195,12 +214,12 @@ def _check_copy(name: str, x: np.ndarray, place: tuple[str, int], base: dict | N
 
 
 def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and a pattern for each module that has another."""
+    """The most frequent value, and a pattern for each module that has another one."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {re.escape(module): value for module, value in values.items() if value != common}
 
 
 def _plain(x: float) -> float | int:
-    """Without the rounding of float32, and whole where it is: PEFT's field is an int."""
+    """The number without the rounding of float32, as an int if it is whole, because PEFT's field is an int."""
     x = float(f"{x:.6g}")
     return int(x) if x == int(x) else x

@@ -1,9 +1,9 @@
-"""Training parts of a model as they are: its last layers, biases, norms, head, or what a pattern names.
+"""Methods that train a part of the model's own parameters: its last layers, biases, norms, head, or a pattern.
 
-L layers. The blocks below the lowest trained one are a stack of their own, `layers`, and the others `top_layers` (see
-ftjax.models.transformer): no backward pass enters the lower stack, and so steps get cheaper the fewer layers are
-trained. Where nothing but what stands behind the blocks is trained, or something in or before the lowest of them, all
-of them stay in `layers`.
+L layers. The blocks below the lowest trained one are a stack of their own, `layers`, and the others are `top_layers`
+(see ftjax.models.transformer). No backward pass enters the lower stack, so steps get cheaper the fewer layers are
+trained. If only parameters after the blocks are trained, or some in or before the lowest block, all blocks stay in
+`layers`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ftjax.tuning.whole import has_labels, put, saved, take
 
 
 def in_last_layers(path, name, layer, spec):
-    """The last `tuning.layers` blocks, and what `tuning.layers_with` names."""
+    """Whether a parameter is in the last `tuning.layers` blocks, or in a module that `tuning.layers_with` names."""
     return path.split("/")[0] in spec.tuning.layers_with if layer is None else layer >= first_layer(spec)
 
 
@@ -53,12 +53,12 @@ def is_norm(path, name, layer, spec):
 
 
 def is_head(path, name, layer, spec):
-    """The head; one over labels every rule trains, see `chosen`."""
+    """Whether a parameter is in the head. A head over labels is trained by every method, see `chosen`."""
     return path.startswith("lm_head/")
 
 
 def matches(path, name, layer, spec):
-    """What one of `tuning.pattern` matches as a whole: a tensor's name in the model's files, or our path."""
+    """Whether one of `tuning.pattern` matches the whole of a tensor's name in the model's files, or of our path."""
     return any(pattern.fullmatch(text) for pattern in _compiled(tuple(spec.tuning.pattern)) for text in (name, path))
 
 
@@ -71,10 +71,11 @@ def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern]:
 
 
 def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
-    """Path -> for each of its layers whether it is trained, (L,) bool, or (1,) where it is not stacked; those with any.
+    """{path: for each of its layers whether it is trained}, (L,) bool, or (1,) if not stacked, for paths with any
+    trained layer.
 
-    A tied model's head counts as a parameter of its own, and is one once trained; patterns must say `lm_head` for it.
-    Raises FtjaxError where nothing is trained.
+    The head of a tied model counts as a parameter of its own, and becomes one when it is trained; patterns must name
+    `lm_head` for it. Raises FtjaxError if nothing is trained.
     """
     tied = spec.model.tied and rule is matches and not any("lm_head" in p for p in spec.tuning.pattern)
     names = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
@@ -104,21 +105,22 @@ def _nothing(rule: Callable, names: dict) -> str:
 
 
 def lower_layers(parts: dict[str, np.ndarray], spec) -> int:
-    """How many blocks at the bottom lie apart because nothing in or before them is trained; 0: the stack is whole."""
+    """Number of lowest blocks that form a stack of their own because nothing in or before them is trained; 0: one
+    stack."""
     before = [path for path in parts if not path.startswith(("layers/", *BEHIND))]
     lowest = [int(np.argmax(hits)) for path, hits in parts.items() if path.startswith("layers/")]
     return 0 if before else min(lowest, default=0)
 
 
 def placed(path: str, hits: np.ndarray, lower: int) -> tuple[str, np.ndarray]:
-    """Path and hits of a parameter -> those of its upper part, which is all of it where the stack is whole."""
+    """The path and layers of a parameter's upper part, which is all of it if there is one stack."""
     if not (lower and path.startswith("layers/")):
         return path, hits
     return f"top_{path}", hits[lower:]
 
 
 def init(key, base, spec, rule):
-    """The parameters that `rule` names are trained, from where they are; see `whole.take`."""
+    """The parameters that `rule` selects are trained, starting from the base's values; see `whole.take`."""
     parts = chosen(rule, spec)
     lower = lower_layers(parts, spec)
     if "lm_head/kernel" in parts and "lm_head" not in base:

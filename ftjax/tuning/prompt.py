@@ -31,7 +31,8 @@ def virtual_tokens(spec) -> int:
 
 
 def first_tokens(key, spec):
-    """Ids (n,) that a prompt starts as: drawn from the vocabulary, or those of tuning.prompt_text, repeated or cut."""
+    """Ids (n,) of the tokens that a prompt starts as: drawn from the vocabulary, or those of tuning.prompt_text,
+    repeated or cut."""
     n, ids = virtual_tokens(spec), spec.tuning.prompt_ids
     if spec.tuning.prompt_init == "text":
         if not ids:
@@ -41,7 +42,7 @@ def first_tokens(key, spec):
 
 
 def init(key, base, spec):
-    """Rows of the embedding table, or noise as PEFT draws it, of a standard deviation of 1."""
+    """Start from rows of the embedding table, or from noise with a standard deviation of 1, as PEFT does."""
     if spec.tuning.prompt_init == "random":
         prompt = jax.random.normal(key, (virtual_tokens(spec), spec.model.width))
     else:
@@ -55,12 +56,12 @@ def variables(trained, frozen, spec):
 
 
 def axes(path):
-    """Whole on every device: a prompt is small."""
+    """Replicated on every device, because a prompt is small."""
     return None, None
 
 
 def shared_config(peft_type: str, n: int, model: ModelConfig) -> dict:
-    """What adapter_config.json says of every soft prompt."""
+    """The fields of adapter_config.json that every soft prompt has."""
     return {
         "peft_type": peft_type,
         "num_virtual_tokens": n,
@@ -79,7 +80,7 @@ def to_peft(trained, frozen, spec):
 
 
 def read_tensor(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
-    """The one tensor (n, width) of a soft prompt, float32. Raises FtjaxError for other tensors, or another width."""
+    """The single tensor (n, width) of a soft prompt, float32. Raises FtjaxError for other tensors or another width."""
     if other := sorted(tensors.keys() - {TENSOR}):
         raise FtjaxError(f"adapter tensor {other[0]}: a soft prompt has the tensor {TENSOR} alone")
     if TENSOR not in tensors:
@@ -91,7 +92,7 @@ def read_tensor(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
 
 
 def from_peft(adapter_config, tensors, base, spec):
-    """A PEFT PROMPT_TUNING, or a P_TUNING, whose files hold what its encoder made; not what it had started as."""
+    """Read a PEFT PROMPT_TUNING, or a P_TUNING, whose files hold the prompt that its encoder computed."""
     if adapter_config.get("num_transformer_submodules") not in (1, None):
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is of a model with encoder and decoder; expected 1")
     prompt = read_tensor(tensors, spec.model.width)

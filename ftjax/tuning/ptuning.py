@@ -1,7 +1,7 @@
-"""P-tuning (Liu et al. 2021): a soft prompt made by a small network, which is trained with what it reads.
+"""P-tuning (Liu et al. 2021): a soft prompt computed by a small network, which is trained together with its input.
 
 The network is PEFT's: three dense layers, or two layers of bidirectional LSTM and two dense ones. Exports hold the
-prompt that it makes. n virtual tokens, D width, h hidden width.
+computed prompt. n virtual tokens, D width, h hidden width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def init(key, base, spec):
 
 
 def encode(trained):
-    """The prompt (n, D); read back from PEFT's files it is there already."""
+    """The prompt (n, D). A prompt that was read from PEFT's files is returned as it is."""
     if "prompt" in trained:
         return trained["prompt"]
     x = trained["embedding"].astype(jnp.float32)
@@ -50,7 +50,7 @@ def variables(trained, frozen, spec):
 
 
 def to_peft(trained, frozen, spec):
-    """PEFT's PROMPT_TUNING: the network has done its work."""
+    """PEFT's PROMPT_TUNING, with the computed prompt instead of the network."""
     return prompt.to_peft({"prompt": encode(trained)}, frozen, spec)
 
 

@@ -1,7 +1,7 @@
-"""Tables of embeddings that a PEFT adapter puts in the place of its base's.
+"""Embedding tables in a PEFT adapter that replace those of its base.
 
-PEFT saves them, outside `modules_to_save`, where the vocabulary was resized before training, and the rows of single
-tokens where `trainable_token_indices` names some. A tied head stays tied to such a table. V vocabulary, D width.
+PEFT saves them outside `modules_to_save` if the vocabulary was resized before training, and saves the rows of single
+tokens if `trainable_token_indices` names some. A tied head stays tied to such a table. V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ EMBED, HEAD = "embed/embedding", "lm_head/kernel"
 
 
 def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[dict, dict, dict, dict]:
-    """Take the tables of the base out of an adapter's tensors.
+    """Separate the tables of the base from an adapter's other tensors.
 
     Args:
-        adapter_config: the content of adapter_config.json.
-        tensors: name -> array, as stored.
-        spec: the Spec of the base.
+        adapter_config: The content of adapter_config.json.
+        tensors: {name: array}, as stored.
+        spec: The Spec of the base.
 
     Returns:
-        The other tensors; path -> table (V', D) of the base; path -> (token ids, rows (n, D)); and path -> the table of
-        a module in `modules_to_save` that has another number of rows than the base's, which stays among the tensors.
+        The other tensors; {path: table (V', D)} of the base; {path: (token ids, rows (n, D))}; and {path: table} of
+        modules in `modules_to_save` with another number of rows than the base's, which stay among the tensors.
 
     Raises:
-        FtjaxError: tensors that say two things, or rows without their token ids.
+        FtjaxError: For tensors that contradict each other, and for rows without their token ids.
     """
     rest, tables, rows, saved = dict(tensors), {}, {}, {}
     asked = adapter_config.get("trainable_token_indices")
@@ -70,19 +70,21 @@ def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[di
 
 
 def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, spec) -> tuple[dict, dict, dict, dict]:
-    """The base as an adapter wants it.
+    """The base model with the tables that an adapter replaces.
 
     Args:
-        adapter_config, tensors: of the adapter.
-        base: the base's parameters, which stay as they are.
-        spec: the Spec of the base.
+        adapter_config: The content of adapter_config.json.
+        tensors: {name: array}, as stored.
+        base: Parameters of the base, which are not changed.
+        spec: The Spec of the base.
 
     Returns:
-        adapter_config and tensors of the adapter alone; the parameters that it goes on, and the Spec of that model.
+        adapter_config and tensors of the adapter alone; the parameters that it is applied to, and the Spec of that
+        model.
 
     Raises:
-        FtjaxError: the adapter does not have both tables of a resized vocabulary, or a tied head differs from its
-            table.
+        FtjaxError: If the adapter lacks one of the two tables of a resized vocabulary, or if a tied head differs from
+            its table.
     """
     rest, tables, rows, saved = find(adapter_config, tensors, spec)
     adapter_config = adapter_config | {"trainable_token_indices": None}

@@ -1,6 +1,6 @@
-"""Which linear maps an adapter goes on, with the meaning that PEFT gives to names and patterns.
+"""The linear maps that an adapter is applied to, by names and patterns with the same meaning as in PEFT.
 
-A table of embeddings is a linear map too, of one-hot ids: (D, V), the transpose of the parameter. L layers.
+An embedding table counts as a linear map of one-hot ids: (D, V), the transpose of the parameter. L layers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are re
 
 
 def module_names(path: str, template: str, layers: int) -> list[str]:
-    """Hugging Face module names of one of our linear maps: one a layer if it is stacked, else one."""
+    """Hugging Face module names of one of our linear maps: one for each layer if it is stacked, else one."""
     return [template.format(l=i) for i in range(layers)] if path.startswith("layers/") else [template]
 
 
 def saves(entry: str, tensor: str) -> bool:
-    """Whether an entry of PEFT's `modules_to_save` takes a tensor, by its name in the model's files.
+    """Whether an entry of PEFT's `modules_to_save` selects a tensor, by its name in the model's files.
 
     It does if the name of the tensor's module, or of a module around it, ends in the entry, such as `norm` for
-    `model.layers.0.input_layernorm`. Beside PEFT's meaning, an entry can be the end of a bias's own name.
+    `model.layers.0.input_layernorm`. Beyond PEFT's meaning, an entry can be the end of a bias's own name.
     """
     parts = tensor.split(".")
     around = [".".join(parts[:n]) for n in range(1, len(parts) + (parts[-1] == "bias"))]
@@ -33,21 +33,21 @@ def select(
     names: dict[str, str], layers: int, targets: tuple[str, ...], key: str = "tuning.targets",
     saved: tuple[str, ...] = (),
 ) -> dict[str, list[bool]]:  # fmt: skip
-    """Which maps an adapter goes on.
+    """Select the maps that an adapter is applied to.
 
     Args:
-        names: path -> template of module names.
+        names: {path: template of module names}.
         layers: L.
-        targets: each is `all-linear` (every linear map in the blocks), `re:PATTERN` (must match a whole module name),
+        targets: Each is `all-linear` (every linear map in the blocks), `re:PATTERN` (must match a whole module name),
             or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
-        key: the field of the config that an error names.
-        saved: `tuning.modules_to_save`; what is trained whole gets no adapter, as in PEFT.
+        key: The field of the config that an error names.
+        saved: `tuning.modules_to_save`. Modules that are trained whole get no adapter, as in PEFT.
 
     Returns:
-        Path -> for each of its modules whether a target selects it; paths without any are left out.
+        {path: for each of its modules whether a target selects it}; paths without any are left out.
 
     Raises:
-        FtjaxError: a target selects nothing.
+        FtjaxError: If a target selects nothing.
     """
     chosen, used = {}, set()
     for path, template in names.items():
@@ -74,12 +74,12 @@ def select(
 
 
 def without_embeddings(names: dict[str, str]) -> dict[str, str]:
-    """`names` of the maps that are multiplied with, not looked up."""
+    """`names` without the embedding tables, which are looked up and not multiplied."""
     return {path: name for path, name in names.items() if path not in EMBEDDINGS}
 
 
 def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[str]:
-    """What `select` chose, as PEFT's `target_modules`: short names where all layers are, whole ones elsewhere."""
+    """The selected maps as PEFT's `target_modules`: short names if all layers are selected, full names otherwise."""
     targets = set()
     for path, hits in chosen.items():
         modules = module_names(path, names[path], len(hits))
@@ -90,13 +90,13 @@ def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[s
 
 
 def fan_in_fan_out(chosen: dict[str, list[bool]], names: dict[str, str]) -> bool:
-    """PEFT's word for maps that are stored (in, out): whether one of those chosen is."""
+    """PEFT's flag for maps that are stored (in, out): whether one of the selected maps is."""
     adapted = {names[path] for path in chosen}
     return any(m.transposed and m.name in adapted for family in FAMILIES.values() for m in family.modules)
 
 
 def _tail(name: str, names) -> str:
-    """The shortest end of a module name that no other module of the model shares, such as `q_proj` or `attn.c_proj`."""
+    """The shortest suffix of a module name that no other module of the model has, such as `q_proj` or `attn.c_proj`."""
     parts = name.split(".")
     tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
     return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in names) == 1)
@@ -111,9 +111,9 @@ def _matches(target: str, module: str, path: str, key: str) -> bool:
 
 
 def by_pattern(patterns, module: str, default, key: str):
-    """The value of the first (pattern, value) whose pattern PEFT would take for `module`, else the default.
+    """The value of the first (pattern, value) whose pattern matches `module` by PEFT's rule, else the default.
 
-    PEFT matches a pattern at the end of a module name, behind a dot or at its start.
+    PEFT matches a pattern with the end of a module name, after a dot or from its start.
     """
     for pattern, value in patterns:
         if _compile(rf"(.*\.)?({pattern})$", key).match(module):
@@ -122,7 +122,7 @@ def by_pattern(patterns, module: str, default, key: str):
 
 
 def check_patterns(patterns, modules: list[str], key: str) -> None:
-    """Raises FtjaxError for a pattern that matches none of the adapted `modules`, by the rule of `by_pattern`."""
+    """Raise FtjaxError for a pattern that matches none of the adapted `modules`, by the rule of `by_pattern`."""
     for pattern, _ in patterns:
         if not any(by_pattern(((pattern, True),), module, False, key) for module in modules):
             tails = sorted({module.rsplit(".", 1)[-1] for module in modules})

@@ -1,6 +1,6 @@
-"""Parameters that are trained whole beside what a method changes: a head over labels, and `tuning.modules_to_save`.
+"""Parameters that are trained whole beside an adapter: a head over labels, and `tuning.modules_to_save`.
 
-A head over labels is mostly new, and small, so every method trains it. PEFT carries such parameters as
+A head over labels is usually new, and small, so every method trains it. PEFT stores such parameters as
 `modules_to_save`, and biases whose module is not saved by `bias`. L layers.
 """
 
@@ -38,7 +38,7 @@ def stored(spec) -> dict[str, tuple[list[str], bool]]:
 def with_pooler(spec, adapted: bool = False):
     """`spec` with the pooler among the maps that a method may adapt, if `tuning.targets` has its full name.
 
-    adapted: add the pooler in any case.
+    adapted: Add the pooler in any case.
     """
     if not has_labels(spec):
         return spec
@@ -47,9 +47,9 @@ def with_pooler(spec, adapted: bool = False):
 
 
 def chosen(spec) -> dict[str, np.ndarray]:
-    """Path of each parameter that is trained whole -> in which layers, (L,) bool, or (1,) where it is not stacked.
+    """{path of each parameter that is trained whole: in which layers}, (L,) bool, or (1,) if not stacked.
 
-    Raises FtjaxError for a name in `tuning.modules_to_save` that the model has no module of.
+    Raises FtjaxError for a name in `tuning.modules_to_save` that matches no module of the model.
     """
     entries = tuple(spec.tuning.modules_to_save)
     if not (entries or has_labels(spec)):
@@ -73,9 +73,9 @@ def chosen(spec) -> dict[str, np.ndarray]:
 
 
 def take(params: dict, parts: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """Flat parameters -> those that are trained, and the others.
+    """Split flat parameters into those that are trained and the others.
 
-    Of a stacked parameter that is trained in some layers only, the first holds those layers, and the second the whole
+    For a stacked parameter that is trained in some layers only, the first holds those layers, and the second the whole
     stack, in which `put` replaces them.
     """
     trained, frozen = {}, {}
@@ -89,7 +89,7 @@ def take(params: dict, parts: dict[str, np.ndarray]) -> tuple[dict, dict]:
 
 
 def put(params: dict, trained: dict, parts: dict[str, np.ndarray]) -> dict:
-    """The way back: flat `params` with what is trained in its place."""
+    """The reverse of `take`: flat `params` with the trained parameters in their places."""
     out = dict(params)
     for path, hits in parts.items():
         x = trained[path]
@@ -98,7 +98,7 @@ def put(params: dict, trained: dict, parts: dict[str, np.ndarray]) -> dict:
 
 
 def with_whole(method: Any) -> Any:
-    """The Method that trains the parameters of `chosen` too; where there are none it does what `method` does."""
+    """A Method that trains the parameters of `chosen` too. If there are none, it does what `method` does."""
 
     def init(key, base, spec):
         parts = chosen(spec)
@@ -110,7 +110,7 @@ def with_whole(method: Any) -> Any:
         return unflatten(flatten(trained) | whole), unflatten(frozen)
 
     def inside(trained, frozen, spec):
-        """What `method` takes: its own trained leaves, the others in their places, and its spec."""
+        """The arguments of `method`: its own trained leaves, the other parameters in their places, and its spec."""
         parts, leaves = chosen(spec), flatten(trained)
         own = {path: x for path, x in leaves.items() if path not in parts}
         return unflatten(own), unflatten(put(flatten(frozen), leaves, parts)), with_pooler(spec)
@@ -157,17 +157,18 @@ def with_whole(method: Any) -> Any:
 def saved(
     config: dict, tensors: dict[str, np.ndarray], parts: dict[str, np.ndarray], leaves: dict, spec, start: str = PREFIX
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """An adapter as PEFT has it, with the parameters that are trained whole beside.
+    """An adapter in PEFT's format, with the parameters that are trained whole.
 
     Args:
-        config, tensors: the adapter_config and the tensors by name of what the method changes.
-        parts: path -> (L,) or (1,) bool, in which layers it is trained whole.
-        leaves: path -> the trained layers, in order, or the parameter where it is not stacked.
-        spec: the Spec.
-        start: what the files put before names of parameters.
+        config: The adapter_config of the method.
+        tensors: {name: tensor} of the method.
+        parts: {path: (L,) or (1,) bool}, the layers in which it is trained whole.
+        leaves: {path: the trained layers in order, or the parameter if it is not stacked}.
+        spec: The Spec.
+        start: Prefix of parameter names in the files.
 
     Returns:
-        adapter_config and tensors; the tensors in float32, laid out as the model's files hold them.
+        adapter_config and tensors, the tensors in float32 with the layout of the model's files.
     """
     whole, names = {}, stored(spec)
     for path, hits in parts.items():
@@ -193,9 +194,9 @@ def saved(
 
 
 def _head_modules(parts: dict[str, np.ndarray], spec) -> set[str]:
-    """Modules that hold what is trained of the head: those outside the base as a whole, one within it by itself.
+    """Modules of the head that are saved: those outside the base as a whole, one within it by itself.
 
-    A pooler that the method adapts is none of them, and the module around it is not saved as a whole.
+    A pooler that the method adapts is not among them, and the module around it is not saved as a whole.
     """
     adapted = with_pooler(spec).names
     paths = {path.rsplit("/", 1)[0] for path in parts if path.startswith("head/") and has_labels(spec)} - adapted.keys()
@@ -205,10 +206,11 @@ def _head_modules(parts: dict[str, np.ndarray], spec) -> set[str]:
 
 
 def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec, start: str) -> tuple[dict, dict]:
-    """Tensors of an adapter -> whole parameters by their names in the model's files, and those of the method.
+    """Split the tensors of an adapter into whole parameters, by their names in the model's files, and those of the
+    method.
 
-    With `bias="all"`, and after the vocabulary was resized, PEFT writes a saved module twice, and the base's beside.
-    Raises FtjaxError where the two differ, or where a tensor is missing of a module that `modules_to_save` names.
+    With `bias="all"`, and after the vocabulary was resized, PEFT writes a saved module twice, and also the base's copy.
+    Raises FtjaxError if the two differ, or if a tensor of a module in `modules_to_save` is missing.
     """
     known = {name: path for path, (names, _) in stored(spec).items() for name in names if name}
     mine, rest = {}, {}
@@ -230,7 +232,7 @@ def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec, start: s
 
 
 def _entries(mine: dict[str, np.ndarray], spec) -> tuple[str, ...]:
-    """`tuning.modules_to_save` for tensors by their names: whole modules, and biases of others."""
+    """The `tuning.modules_to_save` that describes tensors by their names: whole modules, and biases of others."""
     always = {name for path in chosen(spec) for name in stored(spec)[path][0]}
     names = [name for name in mine if name not in always]
     modules = {name.rsplit(".", 1)[0] for name in names if not name.endswith(".bias")}
@@ -238,10 +240,17 @@ def _entries(mine: dict[str, np.ndarray], spec) -> tuple[str, ...]:
 
 
 def _read(mine: dict[str, np.ndarray], base: dict, spec, start: str) -> dict[str, np.ndarray]:
-    """Tensors of an adapter by their names in the model's files -> path -> what a run trains whole, float32.
+    """The parameters that an adapter trains whole: {path: array, float32}.
 
-    base: its head stands in for what the adapter does not carry of it: PEFT by default trains the last map alone, and
-    leaves a BERT's pooler as it is. Raises FtjaxError for a tensor that is missing or of another shape.
+    Args:
+        mine: {name in the model's files: tensor} of the adapter.
+        base: Parameters of the base. Its head is used for what the adapter lacks: PEFT by default trains the last map
+            alone, and leaves a BERT's pooler unchanged.
+        spec: The Spec.
+        start: Prefix of parameter names in the files.
+
+    Raises:
+        FtjaxError: For a tensor that is missing or of another shape.
     """
     shapes, names, own = families.shapes(dataclasses.replace(spec.model, tied=False)), stored(spec), flatten(base)
     out = {}

@@ -214,8 +214,8 @@ def test_variables_come_before_launchers(monkeypatch, asked):
     [
         ({"FTJAX_PROCESS": ""}, "FTJAX_PROCESS not; set all of them"),
         ({"FTJAX_COORDINATOR": "node-1"}, "FTJAX_COORDINATOR: 'node-1'; expected host:port"),
-        ({"FTJAX_PROCESS": "2"}, "a number from 0 to one less"),
-        ({"FTJAX_PROCESSES": "two"}, "how many processes there are"),
+        ({"FTJAX_PROCESS": "2"}, "from 0 to one less"),
+        ({"FTJAX_PROCESSES": "two"}, "expected the number of processes"),
     ],
 )
 def test_variables_that_cannot_be_used(change, told, monkeypatch):

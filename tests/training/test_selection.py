@@ -141,14 +141,15 @@ def test_what_cannot_be_judged_is_refused_before_the_first_step(encoder, tmp_pat
         return labelled(tmp_path, encoder, kind, rows, **settings)
 
     refused(
-        config(train__select="mccc"), r"train.select: 'mccc' is no figure of task.kind classify \(did you mean \"mcc\""
+        config(train__select="mccc"), r"train.select: 'mccc' is no score of task.kind classify \(did you mean \"mcc\""
     )
-    refused(config(train__select="rouge_l"), "is no figure of task.kind classify")
+    refused(config(train__select="rouge_l"), "is no score of task.kind classify")
     refused(config(task__group="domian"), "task.group: 'domian' is no column; they are text, label, domain")
     refused(config(task__threshold="f1"), "task.threshold: is for two labels or task.kind multilabel; there are 3")
     refused(config(kind="regress", rows=numbers(60), task__threshold="f1"), "task.kind regress has no thresholds")
     refused(
-        config(evaluate__metrics='("mcc",)'), "evaluate.metrics: 'mcc' is no score of generated answers.*train.select"
+        config(evaluate__metrics='("mcc",)'),
+        "evaluate.metrics: 'mcc' is not a metric of generated answers.*train.select",
     )
     refused(config(task__class_weights="(0, 0, 0)"), "give every row of train the weight 0")
     words = [

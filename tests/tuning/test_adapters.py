@@ -120,9 +120,9 @@ def test_adapters_that_cannot_be_used(made, tmp_path):
         lm.with_adapter({"left": 0.5, "wide": 0.5}, "linear")
     with pytest.raises(FtjaxError, match="combine: 'svd'; one of cat, linear"):
         lm.with_adapter({"left": 1.0}, "svd")
-    with pytest.raises(FtjaxError, match="is no PEFT adapter: it has no adapter_config.json"):
+    with pytest.raises(FtjaxError, match="is not a PEFT adapter: it has no adapter_config.json"):
         ftjax.load(base, adapters={"left": base})
-    with pytest.raises(FtjaxError, match="adapters go on a base model"):
+    with pytest.raises(FtjaxError, match="adapters need a base model"):
         ftjax.load(folders["left"], adapters=folders)
 
 

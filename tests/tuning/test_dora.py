@@ -103,8 +103,8 @@ def test_weight_decay_spares_magnitudes():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init": "pissa"}, "tuning.init: pissa takes W apart, .* one of default, gaussian, orthogonal"),
-        ({"targets": ("embed_tokens",)}, "tuning.targets: dora goes on no tables of embeddings"),
+        ({"init": "pissa"}, "tuning.init: pissa changes W, .* one of default, gaussian, orthogonal"),
+        ({"targets": ("embed_tokens",)}, "tuning.targets: dora cannot adapt embedding tables"),
     ],
 )
 def test_what_dora_cannot_be_on(fields, message):
