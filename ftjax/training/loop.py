@@ -36,6 +36,7 @@ from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import RUN, Trained, base_name, claim, keep_tokenizer, locked
 from ftjax.training.start import first_state, untuned, validate
+from ftjax.tree import not_finite
 from ftjax.tuning import METHODS
 
 PLACED = 2  # batches on the devices beside the one in use
@@ -212,7 +213,7 @@ def _train(config, say, claimed: list) -> Result:
 
         def check_state(state):
             """Refuse to keep what would be of no use to anyone."""
-            if finite.not_finite((state.trained, state.averaged)):
+            if not_finite((state.trained, state.averaged)):
                 raise NotFinite(f"step {step}: its update made values of what is trained NaN or infinite. {lower()}")
             if not validation and step == steps:  # neither a validation nor a further step will tell
                 batch = place(batches.get(0, local))

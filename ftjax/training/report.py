@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +10,11 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError
 from ftjax.files import as_json, replace_text
+from ftjax.foreign import mapped, maybe, number, parse_json, read_text, whole
 from ftjax.progress import clock, columns, doing
 
 METRICS = "metrics.jsonl"
+ROW = mapped(maybe(number()), step=whole())  # a line of it
 
 
 class Metrics:
@@ -58,8 +59,14 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     path = Path(run_dir) / METRICS
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or was cut short
+    lines = read_text(path).split("\n")
+    rows = []
+    for i, line in enumerate(lines[:-1], 1):  # what follows the last line end is empty, or was cut short
+        row = parse_json(line, f"{path} line {i}; mend the line, or delete it")
+        if told := ROW(row) or ("an object with a step" if "step" not in row else ""):
+            raise FtjaxError(f"{path} line {i}: expected {told}; found {line[:100]!r}. Mend the line, or delete it")
+        rows.append(row)
+    return rows
 
 
 class Progress:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import ftjax
 from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_json
+from ftjax.foreign import check_fields, read_json, read_tensors, string
 from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts
@@ -74,10 +75,15 @@ def locked(run_dir: Path) -> Iterator[None]:
 def read_record(run_dir: str | Path) -> dict | None:
     """The run.json of a run folder; None for a folder without one, or with one of another program."""
     file = Path(run_dir) / RUN
-    record = resolve.read_json(file) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     if not isinstance(record.get("config"), dict) or "base" not in record:
         return None
-    if not isinstance(record["base"], dict):
+    if isinstance(record["base"], dict):
+        fields = {"base": fingerprint.RECORD, "rows": string}
+        check_fields(record, fields, file)
+        if missing := {"name", "path", "relative", "revision"} - record["base"].keys():
+            raise FtjaxError(f"{file}: base: {min(missing)} is missing")
+    else:
         warnings.warn(f"{file}: an earlier version kept no digests by which its base could be checked", stacklevel=2)
         record["base"] = {}
     return record
@@ -212,7 +218,11 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
             f"bit. Earlier versions did not keep it: use {run_dir / 'adapter'}, or train again with "
             "--config.overwrite=True"
         )
-    stored = load_file(file)
+    stored = read_tensors(file)
+    for path, x in wanted.items():
+        found = stored[path].shape if path in stored else "none"
+        if found != x.shape:
+            raise FtjaxError(f"{file}: expected a tensor {path} of shape {x.shape}, found {found}")
     return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
 
 
