@@ -129,7 +129,7 @@ def _train(config, say, claimed: list) -> Result:
 
         # ---- the state to go on from -------------------------------------------------------------------------------
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
-        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
+        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep, say=say)))
         # best: the selected figure as a rank, and the validation loss, of the best checkpoint so far
         resumed_from, best, best_loss, stale, spent = checkpoints.latest() or 0, None, None, 0, 0.0
         if resumed_from:
@@ -206,7 +206,7 @@ def _train(config, say, claimed: list) -> Result:
             try:
                 yield
             except NotFinite as error:
-                checkpoints.manager.wait_until_finished()
+                checkpoints.wait()
                 left = checkpoints.best()
                 kept = "There is no checkpoint" if left is None else f"The best checkpoint is that of step {left:,}"
                 raise NotFinite(f"{str(error).rstrip('.')}. {kept}; the run is not finished") from None
@@ -268,7 +268,7 @@ def _train(config, say, claimed: list) -> Result:
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
-                checkpoints.manager.wait_until_finished()
+                checkpoints.wait()
                 raise KeyboardInterrupt  # the same command goes on from here
         progress.end()
         stopped_early = step < steps
@@ -276,7 +276,7 @@ def _train(config, say, claimed: list) -> Result:
             say(f"stopped at step {step}: {stale} validations without a better {select.name} (train.patience)")
         if validation and best is None:
             say(f"warning: {select.name} was undefined at every validation, so that the last step counts as the best")
-        checkpoints.manager.wait_until_finished()
+        checkpoints.wait()
 
         # ---- what came of it ---------------------------------------------------------------------------------------
         best_step = checkpoints.best() or step
