@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, nearest, of_disk
 
 EPILOG = """examples:
   ftjax train --config configs/quickstart.py
@@ -210,13 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"ftjax: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except (KeyboardInterrupt, Exception) as error:
         stopped = isinstance(error, KeyboardInterrupt)
+        if not stopped and not interrupted and (told := of_disk(error)):
+            print(f"ftjax: {told}", file=sys.stderr)
+            return 2
         if not stopped and not interrupted:  # a library may make another error of a Ctrl-C
             raise
         if interrupted:

@@ -242,6 +242,9 @@ def tokenised(
         try:
             meta = _write(draft, _encoded(table, encode, processes))
             _publish(draft, entry)
+        except OSError as error:
+            error.filename = error.filename or str(cache.folder)  # a full disk does not say which
+            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     examples = _open(entry, meta)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Checkpoints:
     def _open(self, keep: int) -> None:
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every rename
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every rename, and every error twice
         if jax.process_index() == 0:
             for step in self.damaged:
                 (self.folder / str(step)).rename(self._aside(step))
@@ -133,14 +134,21 @@ class Checkpoints:
 
         self.wait()  # for the checkpoint before, which is sealed with its own step
         arrays = {name: args.PyTreeSave(getattr(state, name)) for name in _arrays(state)}
+        self.saving = int(state.step)
+        self._check_room(sum(x.nbytes for name in arrays for x in jax.tree.leaves(getattr(state, name))))
         with self._written():
-            self.saving = int(state.step)
             self.manager.save(
                 self.saving,
                 args=args.Composite(**arrays, run=args.JsonSave(run)),
                 metrics=None if rank is None else {"rank": rank, "step": self.saving},
                 force=True,
             )
+
+    def _check_room(self, size: int) -> None:
+        """Raises FtjaxError where the disk has no room for so many bytes: Orbax tells of that at great length."""
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise FtjaxError(self._unwritten(f"it has {size:,} bytes, and the disk has room for {free:,}"))
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written lies on disk. Raises FtjaxError where it cannot be."""
@@ -154,10 +162,13 @@ class Checkpoints:
         except FtjaxError:
             raise
         except Exception as error:  # Orbax and tensorstore have many for a disk that is full
-            raise FtjaxError(
-                f"{self.folder}: the checkpoint of step {self.saving:,} cannot be written: {reason(error)}. Those "
-                "before it are whole. Make room, or let the folder be written to: the same command then goes on"
-            ) from error
+            raise FtjaxError(self._unwritten(reason(error))) from error
+
+    def _unwritten(self, why: str) -> str:
+        return (
+            f"{self.folder}: the checkpoint of step {self.saving:,} cannot be written: {why}. Those before it are "
+            "whole. Make room, or let the folder be written to: the same command then goes on"
+        )
 
     def latest(self) -> int | None:
         """Step of the latest checkpoint, None where there is none."""
@@ -199,7 +210,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from etils import epath
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         folder, arguments = self.folder / str(step) / item, ocp.checkpoint_utils.construct_restore_args(abstract)
         try:
             return self._arrays_handler().restore(

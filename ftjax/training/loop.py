@@ -18,7 +18,7 @@ from ftjax import config as configs
 from ftjax import progress as signs
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
-from ftjax.errors import NotFinite
+from ftjax.errors import FtjaxError, NotFinite, of_disk
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import sums
 from ftjax.evaluation.plot import plot_losses
@@ -80,6 +80,13 @@ def train(config, say=print) -> Result:
         return _train(config, say, claimed)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(saved_so_far(*claimed)) from None
+    except Exception as error:
+        if isinstance(error, FtjaxError) or not (told := of_disk(error)):
+            raise
+        raise FtjaxError(
+            f"{told}. {config.run_dir} keeps the whole checkpoints that it has. Make room, or let the folder be "
+            "written to: the same command then goes on"
+        ) from error
 
 
 def saved_so_far(run_dir: Path | None = None, steps: int = 0) -> str:

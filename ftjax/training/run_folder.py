@@ -18,7 +18,7 @@ import ftjax
 from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_json
+from ftjax.files import DRAFT, replace_json, replacing
 from ftjax.foreign import check_fields, read_json, read_tensors, string
 from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
@@ -130,6 +130,9 @@ def claim(config, base: dict, rows: str) -> bool:
         "rows": rows,
     }
     old = read_record(run_dir)
+    for path in run_dir.glob(f"*{DRAFT}"):  # of a process that was killed; the lock is this one's
+        if any(path.name.startswith(f"{name}.") for name in (*WRITTEN, TOKENIZER)):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
         raise FtjaxError(
             f"run_dir: {run_dir} holds files that are not of a run, such as {min(foreign)}, and nothing there is "
@@ -234,9 +237,8 @@ def keep_start(method, frozen: dict, run_dir: Path) -> dict:
     if not hosts.from_first(lambda: (run_dir / START).is_file() or _has_checkpoints(run_dir)):
         arrays = {path: weights.whole(x) for path, x in wanted.items()}
         if jax.process_index() == 0:
-            draft = run_dir / f"{START}.part"
-            save_file(arrays, draft)
-            os.replace(draft, run_dir / START)
+            with replacing(run_dir / START) as draft:
+                save_file(arrays, draft)
         return frozen
     return with_start(method, frozen, run_dir)
 
