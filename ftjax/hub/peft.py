@@ -9,10 +9,11 @@ import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloa
 import numpy as np
 from safetensors.numpy import save_file
 
+from ftjax import seals
 from ftjax.errors import FtjaxError
 from ftjax.foreign import either, flag, listed, mapped, maybe, number, read_json, read_tensors, string, whole
 from ftjax.hub.families import names_of_labels
-from ftjax.hub.resolve import new_folder, write_json
+from ftjax.hub.resolve import MARKER, new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."
@@ -51,6 +52,11 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').is_file() else ''}; to convert, "
             "where peft is installed: load it with PeftModel.from_pretrained and save it with save_pretrained"
         )
+    written = read_json(folder / MARKER, checksums=mapped(whole(0, 2**32))) if (folder / MARKER).is_file() else {}
+    if seals.changed(folder, {name: x for name, x in written.get("checksums", {}).items() if name == WEIGHTS}):
+        raise FtjaxError(
+            f"{folder / WEIGHTS}: is not as it was written, by its checksum in {MARKER}; export the adapter again"
+        )
     return config, read_tensors(folder / WEIGHTS)
 
 
@@ -78,9 +84,11 @@ def write_adapter(
         labels, problem: see weights.write_model. PEFT has no place for them: they go into a file of their own.
         beside: writes further files into the folder.
     """
+    record = dict(record or {})  # the checksum joins it when the weights are written
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
     with new_folder(out, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        record["checksums"] = seals.checksums(folder, [WEIGHTS])
         write_json(folder / CONFIG, shared | adapter_config)
         if labels:
             write_json(folder / LABELS, names_of_labels(labels) | {"problem_type": problem})

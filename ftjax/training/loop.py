@@ -34,7 +34,7 @@ from ftjax.training.job import Job, prepared
 from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import RUN, Trained, base_name, claim, keep_tokenizer, locked
+from ftjax.training.run_folder import RUN, Trained, base_name, check_record, claim, keep_tokenizer, locked
 from ftjax.training.start import first_state, untuned, validate
 from ftjax.tree import not_finite
 from ftjax.tuning import METHODS
@@ -144,6 +144,7 @@ def _train(config, say, claimed: list) -> Result:
             del state  # before the one of the checkpoint comes in: they are of one size
             state = checkpoints.state(resumed_from, abstract)
             record = checkpoints.record(resumed_from)
+            check_record(config, record, run_dir, resumed_from)
             best, stale, spent = record["best"], record["stale"], record["seconds"]
             if "best_loss" in record:
                 best_loss = record["best_loss"]
@@ -176,7 +177,10 @@ def _train(config, say, claimed: list) -> Result:
         peak = PEAKS.get(jax.devices()[0].device_kind)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         opened.callback(progress.end)  # an error has a line of its own
-        metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from))) if first else None
+        metrics = None
+        if first:
+            metrics = Metrics(run_dir, config, resumed_from, record.get("metrics", "") if resumed_from else "", say)
+            opened.enter_context(contextlib.closing(metrics))
         opened.push(hosts.end_together)  # before what is open is closed, which waits for all processes
         profiled = config.log.profile if first else ""
         take_step = Profiler(program.step, profiled, run_dir, resumed_from, steps, say)
@@ -273,6 +277,7 @@ def _train(config, say, claimed: list) -> Result:
                 with kept_so_far():
                     check_state(state)
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
+                record |= {"metrics": metrics.digest()} if first else {}
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
                 checkpoints.wait()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ftjax import seals
 from ftjax.errors import FtjaxError
 from ftjax.files import as_json, replace_text
 from ftjax.foreign import mapped, maybe, number, parse_json, read_text, whole
@@ -20,10 +21,14 @@ ROW = mapped(maybe(number()), step=whole())  # a line of it
 class Metrics:
     """Writes one row of scalars a call to every sink. After a resume, rows past the restored step are taken back."""
 
-    def __init__(self, run_dir: Path, config, start_step: int):
+    def __init__(self, run_dir: Path, config, start_step: int, known: str = "", say=print):
+        """known: what `digest` was at start_step, empty where that is not known; say: called with a line for a person
+        where the rows up to there are others."""
         self.path = run_dir / METRICS
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
         replace_text(self.path, "".join(as_json(row) + "\n" for row in kept))
+        if known and self.digest() != known:
+            say(f"warning: {self.path}: the rows up to step {start_step:,} are not those that the run wrote")
         self.file = self.path.open("a", buffering=1)
         self.sinks = []
         if config.log.tensorboard:
@@ -38,6 +43,10 @@ class Metrics:
                 raise FtjaxError("log.wandb: Weights & Biases is not installed; pip install wandb") from None
             run = wandb.init(project=config.log.wandb, dir=str(run_dir), name=run_dir.name, config=config.to_dict())
             self.sinks.append((lambda name, value, step: run.log({name: value}, step=step), run.finish))
+
+    def digest(self) -> str:
+        """Of the rows so far."""
+        return seals.digest(self.path.read_bytes())
 
     def write(self, step: int, values: dict) -> None:
         """values: name -> number, None where there is none."""

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import ftjax
-from ftjax import assets
+from ftjax import assets, seals
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import DRAFT, replace_json, replacing
@@ -190,6 +191,25 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
         )
 
 
+def check_record(config, record: dict, run_dir: Path, step: int) -> None:
+    """Raises FtjaxError where a checkpoint is of another run than its folder, by the configs that both hold.
+
+    Args:
+        config: of the run, resolved.
+        record: of the checkpoint.
+        run_dir, step: whose it should be.
+    """
+    now, then = configs.flat(config), configs.flat(configs.from_dict(record["config"]))
+    free = (*FREE, "data.mixture", *(key for keys in NAMES.values() for key in keys))
+    changed = [key for key in now if now[key] != then[key] and not key.startswith(free)]
+    if changed or record["step"] != step:
+        told = [f"{key} is {then[key]!r} there, and {now[key]!r} in {RUN}" for key in changed]
+        raise FtjaxError(
+            f"{run_dir / FOLDER / str(step)}: this checkpoint is of another run or step than its folder: "
+            f"{'; '.join(told) or record['step']}"
+        )
+
+
 def _unnamed(mixture: tuple) -> list[dict]:
     """The entries of data.mixture without the files that they name."""
     named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in mixture]
@@ -222,11 +242,21 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
             "--config.overwrite=True"
         )
     stored = read_tensors(file)
+    with safe_open(file, "numpy") as f:
+        digest = (f.metadata() or {}).get("digest")
+    if digest and digest != _of_arrays(stored):
+        raise FtjaxError(
+            f"{file}: is not as the run wrote it; put it back, or train again with --config.overwrite=True"
+        )
     for path, x in wanted.items():
         found = stored[path].shape if path in stored else "none"
         if found != x.shape:
             raise FtjaxError(f"{file}: expected a tensor {path} of shape {x.shape}, found {found}")
     return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
+
+
+def _of_arrays(arrays: dict) -> str:
+    return seals.digest(*(part for name in sorted(arrays) for part in (name, arrays[name].tobytes())))
 
 
 def keep_start(method, frozen: dict, run_dir: Path) -> dict:
@@ -238,7 +268,7 @@ def keep_start(method, frozen: dict, run_dir: Path) -> dict:
         arrays = {path: weights.whole(x) for path, x in wanted.items()}
         if jax.process_index() == 0:
             with replacing(run_dir / START) as draft:
-                save_file(arrays, draft)
+                save_file(arrays, draft, {"digest": _of_arrays(arrays)})
         return frozen
     return with_start(method, frozen, run_dir)
 
@@ -293,6 +323,7 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
         raise FtjaxError(
             f"{run_dir}: the run has no checkpoint yet; let it reach its first, or load its base {lm.folder}"
         )
+    check_record(config, saved.record(step), run_dir, step)
     # As the run began: of what is frozen, all that is not the base's comes from its seed or from its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
     frozen = with_start(method, frozen, run_dir)
