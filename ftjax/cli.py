@@ -10,7 +10,7 @@ import signal
 import sys
 
 from ftjax import stops
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, nearest, of_disk
 
 EPILOG = """examples:
   ftjax train --config configs/quickstart.py
@@ -268,13 +268,11 @@ def main(argv: list[str] | None = None) -> int:
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"ftjax: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except (KeyboardInterrupt, Exception) as error:
         stopped = isinstance(error, KeyboardInterrupt)
+        if not stopped and not stops.heard and (told := of_disk(error)):
+            print(f"ftjax: {told}", file=sys.stderr)
+            return 2
         if not stopped and not stops.heard:  # a library may make another error of a Ctrl-C
             raise
         print(f"\nftjax: {str(error) if stopped and error.args else 'stopped'}", file=sys.stderr)

@@ -25,6 +25,7 @@ from ml_collections.config_dict import placeholder
 
 from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
+from ftjax.foreign import parse_json, read_text
 
 WORDS = re.compile(r"[\w./:-]+(,[\w./:-]+)+")  # several values as peers write them: q_proj,v_proj
 
@@ -637,12 +638,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise FtjaxError(f"{path} line {error.lineno}: invalid JSON: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise FtjaxError(f"{path}: invalid JSON: {error}") from None
+    content = parse_json(read_text(path), path)
     content = content.get("config", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise FtjaxError(f"{path}: expected the fields of a config as a JSON object; found {_shown(content)}")

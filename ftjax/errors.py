@@ -1,5 +1,8 @@
 """The exceptions that a user of ftjax is meant to read."""
 
+import errno
+import os
+
 
 class FtjaxError(ValueError):
     """Input that ftjax cannot use: a file, a row, a key or a shape.
@@ -11,6 +14,23 @@ class FtjaxError(ValueError):
 
 class NotFinite(FtjaxError):
     """A loss, logits or vectors that are NaN or infinite, so that no score computed from them has a meaning."""
+
+
+# Errors of the operating system that the user can mend: of disks, folders and permissions.
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+OF_DISKS += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EEXIST)
+
+
+def of_disk(error: BaseException) -> str:
+    """What an error says of a disk, a folder or a permission, with the file; empty for an error of another kind.
+
+    Libraries have errors of their own for these, in whose text the operating system's stands.
+    """
+    if isinstance(error, OSError) and error.errno in OF_DISKS:
+        file = "" if error.filename is None else f"{error.filename}: "
+        return f"{file}{error.strerror}"
+    texts = [os.strerror(number) for number in OF_DISKS[:7]]
+    return " ".join(str(error).split())[:300] if any(text in str(error) for text in texts) else ""
 
 
 def nearest(word: str, choices) -> str:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+DRAFT = ".part"  # end of the name of a file that is being written
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a draft that takes a file's place when the block ends.
+
+    A kill leaves the old file or the new one, never a part; an error, such as that of a full disk, leaves no draft.
+    """
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")  # nobody else's
+    try:
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        error.filename = str(path)  # an error of a write does not say where
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old one or the new one, never a part."""
-    draft = _draft(path)
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def as_json(value, indent: int | None = None) -> str:
@@ -37,12 +56,5 @@ def replace_json(path: Path, value) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write one JSON object per line, row by row, to a draft that replaces the file at the end."""
-    draft = _draft(path)
-    with open(draft, "w", encoding="utf-8") as file:
+    with replacing(path) as draft, open(draft, "w", encoding="utf-8") as file:
         file.writelines(as_json(row) + "\n" for row in rows)
-    os.replace(draft, path)
-
-
-def _draft(path: Path) -> Path:
-    """A name that no other process writes to, on this host or another."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")

@@ -25,7 +25,8 @@ from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.errors import FtjaxError, NotFinite, nearest
-from ftjax.hub import families, pooling, resolve, tokenizer, weights
+from ftjax.foreign import read_json
+from ftjax.hub import families, pooling, tokenizer, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
@@ -305,11 +306,12 @@ def open_base(
         pool = "auto" if config is None else config.task.pool
         shape = families.with_head(family, shape, TASKS[kind].head, len(labels), folder, pool)
     else:
-        kind = kind_of(shape.head.task, resolve.read_json(folder / "config.json").get("problem_type") or "")
+        kind = kind_of(shape.head.task, read_json(folder / "config.json").get("problem_type") or "")
     key = jax.random.key(0 if config is None else config.seed)
     params = weights.read_params(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
     )
+    weights.check_finite(folder, params, family, shape)
     ends = tokenizer.end_tokens(folder, words, ends)
     of_texts = None
     if kind == "embed":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
 
 def flatten(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": x}} -> {"a/b": x}, in the tree's order."""
@@ -27,3 +30,16 @@ def unflatten(flat: dict) -> dict:
 def map_paths(f, tree: dict) -> dict:
     """Tree of f(path, leaf)."""
     return unflatten({path: f(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def not_finite(tree) -> list[str]:
+    """The paths of a tree's floating-point leaves that hold a value which is NaN or infinite."""
+    leaves = [(p, leaf) for p, leaf in jax.tree.leaves_with_path(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    good = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return [path for path, fine in zip(paths, good, strict=True) if not fine]
+
+
+@jax.jit
+def _all_finite(leaves):
+    return [jnp.isfinite(leaf).all() for leaf in leaves]

@@ -15,16 +15,17 @@ import shutil
 import tempfile
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ftjax import seals
 from ftjax.data.table import CHUNK, Table
 from ftjax.data.tokenise import Example, Place, row_number
 from ftjax.errors import FtjaxError
+from ftjax.seals import digest
 
 META, IDS, TRAINED, LENGTHS, TARGETS = "meta.json", "ids.int32", "trained.bool", "lengths.int32", "targets"
 _encoder: Callable | None = None  # of a worker process, see _install
@@ -241,21 +242,15 @@ def tokenised(
         try:
             meta = _write(draft, _encoded(table, encode, processes))
             _publish(draft, entry)
+        except OSError as error:
+            error.filename = error.filename or str(cache.folder)  # a full disk does not say which
+            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     examples = _open(entry, meta)
     os.utime(entry)
     _evict(cache, entry)
     return examples
-
-
-def digest(*parts) -> str:
-    """Hex digest of texts, bytes and plain data, each kept apart from the next."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
-        hasher.update(len(data).to_bytes(8, "little") + data)
-    return hasher.hexdigest()
 
 
 @functools.cache
@@ -360,9 +355,9 @@ def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
                 kind = (str(flat.targets.dtype), flat.targets.shape[1:])
                 targets.write(flat.targets.tobytes())
             rows, tokens = rows + len(flat), tokens + len(flat.ids)
-    sums = {name: _checksum(folder / name) for name in (IDS, TRAINED, LENGTHS, TARGETS)}
+    sums = seals.checksums(folder, (IDS, TRAINED, LENGTHS, TARGETS))
     meta = {"rows": rows, "tokens": tokens, "targets": kind, "checksums": sums}
-    (folder / META).write_text(json.dumps(meta | {"digest": digest(meta)}))
+    (folder / META).write_text(json.dumps(seals.sealed(meta)))
     return meta
 
 
@@ -376,21 +371,10 @@ def _publish(draft: Path, entry: Path) -> None:
             os.rename(draft, entry)
 
 
-def _checksum(file: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    with open(file, "rb") as f:
-        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: f.read(1 << 24), b""), 0)
-
-
 def _whole(entry: Path) -> dict | None:
     """The record of an entry whose files are, byte for byte, those that were written; otherwise None."""
-    try:
-        meta = json.loads((entry / META).read_text())
-        whole = meta.pop("digest") == digest(meta)
-        whole = whole and all(_checksum(entry / name) == crc for name, crc in meta["checksums"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    return meta if whole else None
+    meta = seals.opened(entry / META)
+    return None if meta is None or seals.changed(entry, meta["checksums"]) else meta
 
 
 def _open(entry: Path, meta: dict) -> Examples:

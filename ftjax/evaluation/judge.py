@@ -22,7 +22,7 @@ from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.evaluation.said import Asked, Judge, at_places, logits
 from ftjax.evaluation.said import text as said_text
 from ftjax.files import replace_json, write_jsonl
-from ftjax.hub.resolve import read_json
+from ftjax.foreign import listed, maybe, number, read_json
 from ftjax.objectives import TASKS
 
 MISTAKES = 50  # rows listed at most
@@ -270,4 +270,4 @@ def _chosen(config) -> list[float] | None:
             f"{file}: no such file. It holds the thresholds that task.threshold chose; let the run end, or leave "
             "task.threshold empty"
         )
-    return read_json(file).get("thresholds")
+    return read_json(file, thresholds=maybe(listed(number()))).get("thresholds")

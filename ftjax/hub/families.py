@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from ftjax.errors import FtjaxError, nearest
+from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, maybe, number, read_json, string, whole
 from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
-from ftjax.hub.resolve import read_json
 from ftjax.models.config import Head, ModelConfig, RopeScaling
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -53,6 +53,30 @@ ANY_FAMILY = {
     "pruned_heads": (None, {}),
 }
 
+# ModelConfig's and Head's types of fields -> what config.json may hold.
+KINDS = {"int": whole(1), "float": number(least=0), "bool": flag, "str": string}
+MOST_LAYERS = 10_000  # the names of the tensors of a model of a billion layers would fill the memory
+# Fields that are read by name here, besides those of a family's row.
+FIELDS = {
+    "model_type": string,
+    "architectures": maybe(listed(string)),
+    "id2label": maybe(mapped(either(string, number()))),
+    "num_labels": whole(1),
+    "problem_type": maybe(string),
+    "rope_theta": maybe(number(above=0)),
+    "rope_scaling": maybe(mapped()),
+    "rope_parameters": maybe(mapped()),
+    "sliding_window": maybe(whole(1)),
+    "use_sliding_window": maybe(flag),
+    "max_window_layers": whole(),
+    "layer_types": maybe(listed(string)),
+    "local_attention": whole(2),
+    "global_attn_every_n_layers": whole(1),
+    "global_rope_theta": number(above=0),
+    "local_rope_theta": number(above=0),
+}
+ROPE_FIELDS = dict.fromkeys(ROPE_KEYS, maybe(number(above=0))) | dict.fromkeys(("rope_type", "type"), maybe(string))
+
 POOLS = {"cls": "first", "mean": "mean"}  # Hugging Face's name -> Head.pool
 
 
@@ -73,6 +97,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     Raises FtjaxError for an unknown `model_type`, a value of the wrong type, and whatever would change the logits in a
     way that Transformer cannot compute; `where` starts the message.
     """
+    check_fields(hf, FIELDS, where)
     kind = hf.get("model_type")
     if kind not in FAMILIES:
         raise FtjaxError(f"{where}: unknown model_type {kind!r}{nearest(kind, FAMILIES)}; known: {', '.join(FAMILIES)}")
@@ -85,6 +110,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
                 f"expected {' or '.join(repr(v) for v in allowed)}, or no such key"
             )
     hf = family.defaults | hf
+    check_fields(hf, _kinds(family), where)
     values = {field: hf[key] for field, key in family.keys.items()}
     activation = values["activation"]
     if activation not in ACTIVATIONS:
@@ -94,7 +120,6 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
             f"known: {', '.join(ACTIVATIONS)}"
         )
     values["activation"] = ACTIVATIONS[activation]
-    _check_types(values, family, where)
     heads = values["heads"]
     values["kv_heads"] = values.get("kv_heads") or heads
     values["hidden"] = values["hidden"] or 4 * values["width"]
@@ -164,17 +189,16 @@ def form_of(family: Family, head: Head) -> Form:
     return family.forms.get(f"{head.task}/{head.pool}") or family.forms[head.task]
 
 
-def _check_types(values: dict, family: Family, where: str) -> None:
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-    for field, value in values.items():
-        key, kind = family.keys[field], types[field]
-        if value is None and (family.defaults[key] is None or field == "kv_heads"):
-            continue
-        wrong = not isinstance(value, kinds[kind]) or (kind != "bool" and isinstance(value, bool))
-        if wrong or (kind == "int" and value < 1):
-            expected = "a positive whole number" if kind == "int" else kind
-            raise FtjaxError(f"{where}: {key} = {value!r}; expected {expected}")
+def _kinds(family: Family) -> dict[str, Kind]:
+    """Key of config.json -> what it may hold, of the keys that a family's row reads."""
+    out = {}
+    for keys, fields in [(family.keys, ModelConfig), *((form.keys, Head) for form in family.forms.values())]:
+        types = {field.name: field.type for field in dataclasses.fields(fields)}
+        for field, key in keys.items():
+            kind = whole(1, MOST_LAYERS) if field == "layers" else KINDS[types[field]]
+            optional = field == "kv_heads" or key in family.defaults and family.defaults[key] is None
+            out[key] = maybe(kind) if optional else kind
+    return out
 
 
 def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
@@ -182,6 +206,7 @@ def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
     # for both says things twice; two different answers would give each version another model.
     rope = {}
     for part in ({"rope_theta": hf.get("rope_theta")}, hf.get("rope_scaling"), hf.get("rope_parameters")):
+        check_fields(part or {}, ROPE_FIELDS, f"{where}: rotary embedding")
         for key, value in (part or {}).items():
             key = "rope_type" if key == "type" else key
             if value is not None and rope.setdefault(key, value) != value:
@@ -193,16 +218,16 @@ def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
         )
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise FtjaxError(f"{where}: partial_rotary_factor of the rotary embedding is not supported; expected 1.0")
-    for key, value in rope.items():
+    for key in rope:
         if key not in ROPE_KEYS:
             raise FtjaxError(f"{where}: rotary key {key!r} is not supported; known: {', '.join(ROPE_KEYS)}")
-        if key != "rope_type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-            raise FtjaxError(f"{where}: {key} = {value!r}; expected a positive number")
     rope.setdefault("original_max_position_embeddings", max_positions)
     for _, key in ROPE[kind]:
         if key not in rope:
             raise FtjaxError(f"{where}: rope_type {kind!r} needs {key!r}, which is missing")
     scaling = RopeScaling(kind, **{field: rope[key] for field, key in ROPE[kind]})
+    if kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise FtjaxError(f"{where}: rotary embedding: low_freq_factor: expected less than high_freq_factor")
     return {"rope_theta": float(rope.get("rope_theta", 10000.0)), "rope_scaling": scaling}
 
 
@@ -227,16 +252,14 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
     window, layers = hf["sliding_window"], hf[family.keys["layers"]]
     if not hf.get("use_sliding_window", True):
         window = None
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise FtjaxError(f"{where}: sliding_window = {window!r}; expected a positive number of tokens, or null")
     full = hf.get("max_window_layers", 0)  # so many layers at the bottom see everything
     types = hf.get("layer_types")
     if types is None:
         sliding = [window is not None and layer >= full for layer in range(layers)]
     else:
         known = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-            raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r}")
+        if len(types) != layers or any(t not in known for t in types):
+            raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r:.200}")
         sliding = [known[t] for t in types]
         if any(sliding) and window is None:
             raise FtjaxError(f"{where}: layer_types has sliding_attention, but sliding_window is off")
@@ -246,20 +269,19 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
 def _local_from_hf(hf: dict, family: Family, where: str) -> dict:
     """Windows and rotary angles of a family whose layers see all, or `local_attention` tokens around them."""
     span, layers, every = hf["local_attention"], hf[family.keys["layers"]], hf["global_attn_every_n_layers"]
-    if not isinstance(span, int) or span < 2:
-        raise FtjaxError(f"{where}: local_attention = {span!r}; expected an even number of tokens")
     types = hf["layer_types"] or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     known = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
-    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-        raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r}")
+    if len(types) != layers or any(t not in known for t in types):
+        raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r:.200}")
     theta = {}
     for kind, key in known.items():
         rope = (hf.get("rope_parameters") or {}).get(kind) or {}
+        check_fields(
+            {kind: rope}, {kind: mapped(rope_type=string, rope_theta=number(above=0))}, f"{where}: rope_parameters"
+        )
         if hf.get("rope_scaling") or rope.get("rope_type", "default") != "default":
             raise FtjaxError(f"{where}: a scaled rotary embedding is not supported for {family.model_type}")
         value = rope.get("rope_theta", hf.get(key, {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}[key]))
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise FtjaxError(f"{where}: {key} = {value!r}; expected a positive number")
         theta[kind] = float(value)
     return {
         "rope_theta": theta["full_attention"],
@@ -333,15 +355,18 @@ def names_of_labels(names: list[str]) -> dict:
 
 def label_names(folder: Path) -> tuple[str, ...]:
     """Names of the labels of a directory's head, in the order of their ids; empty where it names none."""
-    return labels_in(read_json(Path(folder) / "config.json"))
+    file = Path(folder) / "config.json"
+    return labels_in(read_json(file), file)
 
 
-def labels_in(hf: dict) -> tuple[str, ...]:
-    """What a config.json calls its labels."""
+def labels_in(hf: dict, where: str | Path = "config.json") -> tuple[str, ...]:
+    """What a config.json, or the file of labels beside an adapter, calls its labels; where: the file."""
+    check_fields(hf, FIELDS, where)
     found = hf.get("id2label") or {}
-    if sorted(map(int, found)) != list(range(len(found))):
-        raise FtjaxError(f"config.json: id2label has the ids {', '.join(found)}; expected 0 to {len(found) - 1}")
-    return tuple(str(found[i]) for i in sorted(found, key=int))
+    ids = [str(i) for i in range(len(found))]
+    if found.keys() != set(ids):
+        raise FtjaxError(f"{where}: id2label has the ids {', '.join(found)[:100]}; expected 0 to {len(found) - 1}")
+    return tuple(str(found[i]) for i in ids)
 
 
 def modules(family: Family, config: ModelConfig) -> list[Module]:

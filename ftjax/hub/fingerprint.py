@@ -14,11 +14,15 @@ from pathlib import Path
 
 from ftjax import assets
 from ftjax.errors import FtjaxError
+from ftjax.foreign import Kind, mapped, maybe, read_json, string
 from ftjax.hub import peft, pooling, resolve, tokenizer, weights
 
 WHOLE = 1 << 28  # bytes, which take a quarter of a second
 BLOCK = 1 << 14  # bytes a sample
 SAMPLES = 4  # of each tensor, evenly spread
+RECORD: Kind = maybe(
+    mapped(maybe(mapped()), name=string, path=string, relative=string, revision=string)
+)  # what `record` makes
 GROUPS = {"weights": "the base's files", "tokenizer": "the tokenizer's files", "adapter": "the initial adapter's files"}
 
 
@@ -133,7 +137,7 @@ def of_adapter(folder: Path) -> dict | None:
     Without the tokenizer's files: an adapter brings its own.
     """
     file = Path(folder) / resolve.MARKER
-    kept = resolve.read_json(file).get("base") if file.is_file() else None
+    kept = read_json(file, base=RECORD).get("base") if file.is_file() else None
     return {key: value for key, value in kept.items() if key != "tokenizer"} if isinstance(kept, dict) else None
 
 

@@ -7,32 +7,57 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloat16`
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from ftjax import seals
 from ftjax.errors import FtjaxError
+from ftjax.foreign import either, flag, listed, mapped, maybe, number, read_json, read_tensors, string, whole
 from ftjax.hub.families import names_of_labels
-from ftjax.hub.resolve import new_folder, read_json, write_json
+from ftjax.hub.resolve import MARKER, new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
+# Fields of adapter_config.json that the files of ftjax.tuning read.
+NAMES = maybe(listed(string))
+IDS = listed(whole())
+FIELDS = {
+    "peft_type": string,
+    "task_type": maybe(string),
+    "base_model_name_or_path": maybe(string),
+    "revision": maybe(string),
+    "r": whole(1),
+    "lora_alpha": number(),
+    "rank_pattern": maybe(mapped(whole(1))),
+    "alpha_pattern": maybe(mapped(number())),
+    "use_rslora": maybe(flag),
+    "use_dora": maybe(flag),
+    "bias": maybe(string),
+    "init_lora_weights": maybe(either(flag, string)),
+    "target_modules": either(string, NAMES),
+    "modules_to_save": NAMES,
+    "feedforward_modules": either(string, NAMES),
+    "trainable_token_indices": maybe(either(IDS, mapped(IDS))),
+    "num_transformer_submodules": maybe(whole()),
+}
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """A PEFT adapter directory -> its adapter_config.json and its tensors by name, as stored."""
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, **FIELDS)
     if not (folder / WEIGHTS).is_file():
         pickled = " (adapter_model.bin is a pickle, which may run code, and is not read)"
         raise FtjaxError(
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').is_file() else ''}; to convert, "
             "where peft is installed: load it with PeftModel.from_pretrained and save it with save_pretrained"
         )
-    try:
-        return config, load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise FtjaxError(f"{folder / WEIGHTS}: not a whole safetensors file: {error}") from None
+    written = read_json(folder / MARKER, checksums=mapped(whole(0, 2**32))) if (folder / MARKER).is_file() else {}
+    if seals.changed(folder, {name: x for name, x in written.get("checksums", {}).items() if name == WEIGHTS}):
+        raise FtjaxError(
+            f"{folder / WEIGHTS}: is not as it was written, by its checksum in {MARKER}; export the adapter again"
+        )
+    return config, read_tensors(folder / WEIGHTS)
 
 
 def write_adapter(
@@ -59,9 +84,11 @@ def write_adapter(
         labels, problem: see weights.write_model. PEFT has no place for them: they go into a file of their own.
         beside: writes further files into the folder.
     """
+    record = dict(record or {})  # the checksum joins it when the weights are written
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
     with new_folder(out, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        record["checksums"] = seals.checksums(folder, [WEIGHTS])
         write_json(folder / CONFIG, shared | adapter_config)
         if labels:
             write_json(folder / LABELS, names_of_labels(labels) | {"problem_type": problem})

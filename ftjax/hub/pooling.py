@@ -3,12 +3,12 @@ over labels that reads their mean, which no class of transformers has."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.resolve import is_plain_name, read_json, write_json
+from ftjax.foreign import maybe, parse_json, read_json, read_text, string, whole
+from ftjax.hub.resolve import is_plain_name, write_json
 from ftjax.models.config import Head
 
 MODULES, LIMITS, FOLDER = "modules.json", "sentence_bert_config.json", "1_Pooling"
@@ -30,9 +30,10 @@ def modules(folder: Path) -> list[tuple[str, str]]:
     file = Path(folder) / MODULES
     if not file.is_file():
         return []
+    said = parse_json(read_text(file), file)
     try:
-        found = [(m["type"].split(".")[-1], m["path"]) for m in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = [(m["type"].split(".")[-1], m["path"]) for m in said]
+    except (TypeError, KeyError, AttributeError) as error:
         raise FtjaxError(f"{file}: expected a JSON list of objects with type and path: {error!r}") from None
     if outside := next((path for _, path in found if not is_plain_name(path)), None):
         raise FtjaxError(f"{file}: path {outside!r}: expected the name of a folder beside this file")
@@ -47,11 +48,12 @@ def read(folder: Path) -> Pooling | None:
     if other := [kind for kind, _ in there if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise FtjaxError(f"{Path(folder) / MODULES}: vectors by {', '.join(other)} are not supported")
     limits = Path(folder) / LIMITS
-    return Pooling(_mode(file), (limits.is_file() and read_json(limits).get("max_seq_length")) or 0)
+    said = read_json(limits, max_seq_length=maybe(whole())) if limits.is_file() else {}
+    return Pooling(_mode(file), said.get("max_seq_length") or 0)
 
 
 def _mode(file: Path) -> str:
-    said = read_json(file)
+    said = read_json(file, pooling_mode=maybe(string))
     modes = [name for name, on in said.items() if name.startswith("pooling_mode_") and on]
     modes = modes or [MODES.get(said.get("pooling_mode"), str(said.get("pooling_mode")))]
     pool = next((ours for ours, theirs in MODES.items() if modes == [theirs]), None)
@@ -73,14 +75,15 @@ def read_head(folder: Path) -> Head | None:
     folder = Path(folder)
     if [kind for kind, _ in modules(folder)[1:]] != ["Pooling", "Dense", "Dense"]:
         return None
-    said = [read_json(folder / path / "config.json") for path in dense_folders(folder)]
+    fields = {"activation_function": string, "in_features": whole(1), "out_features": whole(1)}
+    said = [read_json(folder / path / "config.json", **fields) for path in dense_folders(folder)]
     found = [dense.get("activation_function") for dense in said]
     if found != list(DENSE.values()) or (pool := _mode(folder / FOLDER / "config.json")) != "mean":
         raise FtjaxError(
             f"{folder / MODULES}: expected a head of a Dense module with tanh and one without an activation on means; "
             f"found {', '.join(map(str, found))}" + ("" if found != list(DENSE.values()) else f" on {pool}")
         )
-    return Head("sequence", labels=said[1]["out_features"], pool="mean", activation="tanh")
+    return Head("sequence", labels=said[1].get("out_features", 0), pool="mean", activation="tanh")
 
 
 def write(folder: Path, pooling: Pooling, width: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from ftjax import assets
 from ftjax.errors import FtjaxError, nearest
 from ftjax.files import as_json
+from ftjax.foreign import listed, read_json, string
 
 MARKER = "ftjax.json"  # lies in every folder that ftjax wrote, and only there
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -63,10 +63,10 @@ def foreign_files(out: Path) -> list[str]:
     """Names of what lies in a folder and was not written there by an export, as the folder's ftjax.json lists it."""
     if not out.is_dir():
         return []
-    listed = read_json(out / MARKER).get("files") if (out / MARKER).is_file() else None
-    if not isinstance(listed, list):
+    written = read_json(out / MARKER, files=listed(string)).get("files") if (out / MARKER).is_file() else None
+    if written is None:
         return sorted(path.name for path in out.iterdir() if path.name != MARKER)
-    return sorted(set(_files(out)) - {MARKER, *listed})
+    return sorted(set(_files(out)) - {MARKER, *written})
 
 
 def check_out(out: str | Path) -> Path:
@@ -134,19 +134,6 @@ def _files(folder: Path) -> list[str]:
 def is_plain_name(name) -> bool:
     """Whether `name` is a text that names something in the folder that it is read from, and not elsewhere."""
     return isinstance(name, str) and Path(name).name == name and name != ".." and "\\" not in name
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises FtjaxError where there is no file, no JSON or no object."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FtjaxError(f"{file}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FtjaxError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FtjaxError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def write_json(file: Path, value: dict | list) -> None:

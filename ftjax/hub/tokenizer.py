@@ -12,13 +12,22 @@ from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_json
+from ftjax.foreign import either, limited, listed, mapped, maybe, read_json, read_text, string, whole
 from ftjax.hub import spm
-from ftjax.hub.resolve import read_json
 
 # What tokenizer_config.json calls the class that is made of tokenizer.json and nothing else.
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+# Fields of tokenizer_config.json, and of config.json and generation_config.json, that are read here.
+SETTINGS = {
+    "tokenizer_class": maybe(string),
+    "chat_template": maybe(either(string, listed(mapped(name=string, template=string)))),
+}
+ENDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), maybe(either(whole(), listed(whole()))))
+LOADING = 600.0  # seconds; a large vocabulary of an old format takes one minute
+PROBE = 'Once upon a time, 3 dogs said: "Où?" ☃\n'  # a tokenizer that cannot encode it cannot be used
 
 FILES = (
     "tokenizer.json",
@@ -67,26 +76,42 @@ def load_tokenizer(folder: Path, model_folder: Path | None = None):
     folder = Path(folder)
     if not has_tokenizer(folder):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
-    if spm.alone(folder):
-        return spm.load(folder)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        read_json(settings, **SETTINGS)
+    model_folder = Path(model_folder or folder)
+    plain = not spm.alone(folder) and _is_plain(folder, model_folder)
+    if plain:
+        from transformers import PreTrainedTokenizerFast  # noqa: F401  importing it is not what the limit is for
+    else:
+        from transformers import AutoTokenizer  # noqa: F401
+    with limited(f"{folder}: the tokenizer cannot be loaded", LOADING):
+        tokenizer = spm.load(folder) if spm.alone(folder) else _loaded(folder, plain)
+        if not (vocab := tokenizer.get_vocab()):
+            raise FtjaxError(f"{folder}: the tokenizer has no vocabulary")
+        ids = tokenizer(PROBE)["input_ids"]
+        tokenizer.decode(ids)
+        if ids and max(ids) > max(vocab.values()):
+            raise FtjaxError(f"{folder}: the tokenizer makes the id {max(ids)}, which its vocabulary does not have")
+    return tokenizer
+
+
+def _loaded(folder: Path, plain: bool):
     file = folder / "tokenizer.json"
-    try:
-        if not _is_plain(folder, Path(model_folder or folder)):
-            from transformers import AutoTokenizer
+    if not plain:
+        from transformers import AutoTokenizer
 
-            with contextlib.suppress(*(Exception,) if file.is_file() else ()):  # a class that cannot read the file
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, use_fast=True, trust_remote_code=False, local_files_only=True
-                )
-                if not file.is_file():
-                    return tokenizer
-                if _follow_file(getattr(tokenizer, "backend_tokenizer", None), file):
-                    return tokenizer
-        from transformers import PreTrainedTokenizerFast
+        with contextlib.suppress(*(Exception,) if file.is_file() else ()):  # a class that cannot read the file
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, use_fast=True, trust_remote_code=False, local_files_only=True
+            )
+            if not file.is_file():
+                return tokenizer
+            if _follow_file(getattr(tokenizer, "backend_tokenizer", None), file):
+                return tokenizer
+    from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise FtjaxError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def _follow_file(backend, file: Path) -> bool:
@@ -135,7 +160,7 @@ def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[in
     """
     folder = Path(folder)
     official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)
-    eos = read_json(official).get("eos_token_id") if official else None
+    eos = read_json(official, **ENDS).get("eos_token_id") if official else None
     ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer), *trained]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
@@ -286,31 +311,28 @@ def show(tokenizer, messages: list[dict], chat_template: str | None = None, tool
         tools: JSON schemas; None: no tools.
         generation: Whether the text that opens an answer follows.
     """
-    import jinja2
 
     def shown(tools) -> str:
         return tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=generation
         )
 
-    try:
+    with limited("the chat template cannot show these messages"):
         try:
             return shown(tools)
         except TypeError:
             if tools is not None:
                 raise
             return shown([])  # a template that is for tools alone does not ask whether there are any
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise FtjaxError(str(error)) from error
 
 
 def chat_template(folder: Path) -> str:
     """The Jinja text of the chat template in a directory, without its tokenizer; empty where there is none."""
     file, settings = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    text = read_json(settings).get("chat_template") if settings.is_file() else None
-    return text if isinstance(text, str) else ""
+        return read_text(file)
+    own = read_json(settings, **SETTINGS).get("chat_template") if settings.is_file() else None
+    return own if isinstance(own, str) else ""
 
 
 def write_chat_template(folder: Path, chat_template: str) -> None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ftjax.errors import FtjaxError
+from ftjax.foreign import mapped, read_json
 from ftjax.hub import pooling
 from ftjax.hub.families import (
     form_of,
@@ -41,10 +42,10 @@ from ftjax.hub.families import (
     to_hf,
 )
 from ftjax.hub.family_table import Family
-from ftjax.hub.resolve import is_plain_name, new_folder, read_json, write_json
-from ftjax.hub.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
+from ftjax.hub.resolve import is_plain_name, new_folder, write_json
+from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import ModelConfig
-from ftjax.tree import flatten, unflatten
+from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -75,9 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise FtjaxError(f"{index}: weight_map: expected an object {{tensor: file}}; found {weight_map!r:.80}")
+        weight_map = read_json(index, weight_map=mapped()).get("weight_map", {})
         if outside := [name for name in weight_map.values() if not is_plain_name(name)]:
             raise FtjaxError(f"{index}: weight_map: expected names of files in this folder; found {outside[0]!r:.80}")
         names = sorted(set(weight_map.values()))
@@ -167,6 +166,24 @@ def read_params(
         load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target, given_away)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
+
+
+def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig) -> None:
+    """Raise FtjaxError, with the names of tensors, where parameters read from a directory are NaN or infinite."""
+    bad, leaves = not_finite(params), flatten(params)
+    if not bad:
+        return
+    names = tensor_names(family, config)
+    path = next(path for path in names if bad[0].startswith(path))  # of a quantised kernel the bad leaf is a part
+    stored, x = names[path][0], leaves.get(bad[0])
+    layer = 0
+    if len(stored) > 1 and x is not None:
+        layer = int(jnp.argmin(jnp.isfinite(x).all(axis=range(1, x.ndim))))
+    raise FtjaxError(
+        f"{folder}: {len(bad)} of the model's parameters hold values that are NaN or infinite, tensor {stored[layer]} "
+        "the first. The files are damaged, or a value overflowed when they were converted to float16: get them again, "
+        "or convert them to bfloat16 or float32"
+    )
 
 
 def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
@@ -482,7 +499,7 @@ def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.nda
 def _generation_config(source, hf: dict, end_tokens) -> dict:
     file = Path(source) / "generation_config.json" if source else None
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    config = read_json(file) if file and file.is_file() else {k: hf[k] for k in ids if hf.get(k) is not None}
+    config = read_json(file, **ENDS) if file and file.is_file() else {k: hf[k] for k in ids if hf.get(k) is not None}
     eos = config.get("eos_token_id")
     eos = list(dict.fromkeys((eos if isinstance(eos, list) else [] if eos is None else [eos]) + list(end_tokens)))
     return config | ({"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})

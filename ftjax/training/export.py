@@ -18,9 +18,8 @@ from ftjax.hub import families, peft, pooling, resolve, tokenizer, weights
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.objectives import TASKS
-from ftjax.training.finite import not_finite
 from ftjax.training.run_folder import Trained, open_run
-from ftjax.tree import map_paths
+from ftjax.tree import map_paths, not_finite
 from ftjax.tuning import METHODS
 
 # Task of a head that PEFT has no name of its own for -> what an adapter says instead of CAUSAL_LM.

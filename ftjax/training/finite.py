@@ -4,34 +4,7 @@ from __future__ import annotations
 
 import math
 
-import jax
-import jax.numpy as jnp
-
-from ftjax.errors import FtjaxError, NotFinite
-
-
-@jax.jit
-def _all_finite(leaves):
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
-def not_finite(tree) -> list[str]:
-    """The paths of a tree's floating-point leaves that hold a value which is NaN or infinite."""
-    leaves = [(p, leaf) for p, leaf in jax.tree.leaves_with_path(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    good = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return [path for path, fine in zip(paths, good, strict=True) if not fine]
-
-
-def check_weights(folder, *trees) -> None:
-    """Raise FtjaxError if the initial weights of a run are not finite. folder: the directory that they were read
-    from."""
-    if bad := [path for tree in trees for path in not_finite(tree)]:
-        raise FtjaxError(
-            f"{folder}: {len(bad)} of the model's parameters hold values that are NaN or infinite, {bad[0]} the first. "
-            "The files are damaged, or a value overflowed when they were converted to float16: get them again, or "
-            "convert them to bfloat16 or float32"
-        )
+from ftjax.errors import NotFinite
 
 
 def check_step(step: int, values: dict, before: float | None, rate: float, decay: float) -> None:

@@ -146,7 +146,7 @@ def check_shared(file: Path) -> None:
 
 
 def preempted(step: int) -> bool:
-    """Whether this process was told to stop, or any of several received SIGTERM, so that all should stop after this step.
+    """Whether this process, or any of several, was told to stop, so that all should stop after this step.
 
     To be called at every step. All processes learn of it in time to stop after the same step.
     """

@@ -21,7 +21,7 @@ from ftjax import progress as signs
 from ftjax import stops
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
-from ftjax.errors import NotFinite
+from ftjax.errors import FtjaxError, NotFinite, of_disk
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import sums
 from ftjax.evaluation.pictures import plot_losses
@@ -37,8 +37,9 @@ from ftjax.training.job import Job, prepared
 from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import RUN, Trained, base_name, claim, keep_tokenizer, locked
+from ftjax.training.run_folder import RUN, Trained, base_name, check_record, claim, keep_tokenizer, locked
 from ftjax.training.start import first_state, untuned, validate
+from ftjax.tree import not_finite
 from ftjax.tuning import METHODS
 
 PLACED = 2  # batches on the devices beside the one in use
@@ -109,6 +110,13 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
         return _train(config, say, claimed)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(saved_so_far(*claimed)) from None
+    except Exception as error:
+        if isinstance(error, FtjaxError) or not (told := of_disk(error)):
+            raise
+        raise FtjaxError(
+            f"{told}. {config.run_dir} keeps the whole checkpoints that it has. Make room, or let the folder be "
+            "written to: the same command then goes on"
+        ) from error
 
 
 def saved_so_far(run_dir: Path | None = None, steps: int = 0) -> str:
@@ -163,7 +171,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
 
         # ---- the state to go on from -------------------------------------------------------------------------------
         # Closed on every way out: an error or Ctrl-C leaves whole files too.
-        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep)))
+        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep, say=say)))
         # best: the selected figure as a rank, and the validation loss, of the best checkpoint so far
         resumed_from, best, best_loss, stale, spent = checkpoints.latest() or 0, None, None, 0, 0.0
         if resumed_from:
@@ -171,6 +179,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             del state  # before the one of the checkpoint comes in: they are of one size
             state = checkpoints.state(resumed_from, abstract)
             record = checkpoints.record(resumed_from)
+            check_record(config, record, run_dir, resumed_from)
             best, stale, spent = record["best"], record["stale"], record["seconds"]
             if "best_loss" in record:
                 best_loss = record["best_loss"]
@@ -203,7 +212,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         peak = PEAKS.get(jax.devices()[0].device_kind)
         progress = Progress(steps, resumed_from, flops, peak * mesh.size if peak else None)
         opened.callback(progress.end)  # an error has a line of its own
-        metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, resumed_from))) if first else None
+        metrics = None
+        if first:
+            metrics = Metrics(run_dir, config, resumed_from, record.get("metrics", "") if resumed_from else "", say)
+            opened.enter_context(contextlib.closing(metrics))
         opened.push(hosts.end_together)  # before what is open is closed, which waits for all processes
         profiled = config.log.profile if first else ""
         take_step = Profiler(program.step, profiled, run_dir, resumed_from, steps, say)
@@ -244,14 +256,14 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             try:
                 yield
             except NotFinite as error:
-                checkpoints.manager.wait_until_finished()
+                checkpoints.wait()
                 left = checkpoints.best()
                 kept = "There is no checkpoint" if left is None else f"The best checkpoint is that of step {left:,}"
                 raise NotFinite(f"{str(error).rstrip('.')}. {kept}; the run is not finished") from None
 
         def check_state(state):
             """Refuse to keep what would be of no use to anyone."""
-            if finite.not_finite((state.trained, state.averaged)):
+            if not_finite((state.trained, state.averaged)):
                 raise NotFinite(f"step {step}: its update made values of what is trained NaN or infinite. {lower()}")
             if not validation and step == steps:  # neither a validation nor a further step will tell
                 batch = place(batches.get(0, local))
@@ -310,9 +322,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 with kept_so_far():
                     check_state(state)
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
+                record |= {"metrics": metrics.digest()} if first else {}
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
-                checkpoints.manager.wait_until_finished()
+                checkpoints.wait()
                 raise KeyboardInterrupt  # the same command goes on from here
         noted.close()
         if alone and stops.heard:  # in the last step
@@ -323,7 +336,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             say(f"stopped at step {step}: {stale} validations without a better {select.name} (train.patience)")
         if validation and best is None:
             say(f"warning: {select.name} was undefined at every validation, so that the last step counts as the best")
-        checkpoints.manager.wait_until_finished()
+        checkpoints.wait()
 
         # ---- what came of it ---------------------------------------------------------------------------------------
         best_step = checkpoints.best() or step

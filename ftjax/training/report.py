@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ftjax import seals
 from ftjax.errors import FtjaxError
 from ftjax.files import as_json, replace_text
+from ftjax.foreign import mapped, maybe, number, parse_json, read_text, whole
 from ftjax.progress import clock, columns, doing
 
 METRICS = "metrics.jsonl"
+ROW = mapped(maybe(number()), step=whole())  # a line of it
 
 
 class Metrics:
     """Writes rows of numbers to every sink. After a resume, rows after the restored step are removed."""
 
-    def __init__(self, run_dir: Path, config, start_step: int):
+    def __init__(self, run_dir: Path, config, start_step: int, known: str = "", say=print):
+        """known: what `digest` was at start_step, empty where that is not known; say: called with a line for a person
+        where the rows up to there are others."""
         self.path = run_dir / METRICS
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
         replace_text(self.path, "".join(as_json(row) + "\n" for row in kept))
+        if known and self.digest() != known:
+            say(f"warning: {self.path}: the rows up to step {start_step:,} are not those that the run wrote")
         self.file = self.path.open("a", buffering=1)
         self.sinks = []
         if config.log.tensorboard:
@@ -37,6 +43,10 @@ class Metrics:
                 raise FtjaxError("log.wandb: Weights & Biases is not installed; pip install wandb") from None
             run = wandb.init(project=config.log.wandb, dir=str(run_dir), name=run_dir.name, config=config.to_dict())
             self.sinks.append((lambda name, value, step: run.log({name: value}, step=step), run.finish))
+
+    def digest(self) -> str:
+        """Of the rows so far."""
+        return seals.digest(self.path.read_bytes())
 
     def write(self, step: int, values: dict) -> None:
         """Write one row. values: {name: number, or None if it is undefined}."""
@@ -58,8 +68,14 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     path = Path(run_dir) / METRICS
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line end is empty, or was cut short
+    lines = read_text(path).split("\n")
+    rows = []
+    for i, line in enumerate(lines[:-1], 1):  # what follows the last line end is empty, or was cut short
+        row = parse_json(line, f"{path} line {i}; mend the line, or delete it")
+        if told := ROW(row) or ("an object with a step" if "step" not in row else ""):
+            raise FtjaxError(f"{path} line {i}: expected {told}; found {line[:100]!r}. Mend the line, or delete it")
+        rows.append(row)
+    return rows
 
 
 class Progress:

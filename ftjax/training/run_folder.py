@@ -12,13 +12,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import ftjax
-from ftjax import assets
+from ftjax import assets, seals
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_json
+from ftjax.files import DRAFT, replace_json, replacing
+from ftjax.foreign import check_fields, read_json, read_tensors, string
 from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts, provenance
@@ -75,10 +77,15 @@ def locked(run_dir: Path) -> Iterator[None]:
 def read_record(run_dir: str | Path) -> dict | None:
     """The run.json of a run folder; None for a folder without one, or with a run.json of another program."""
     file = Path(run_dir) / RUN
-    record = resolve.read_json(file) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     if not isinstance(record.get("config"), dict) or "base" not in record:
         return None
-    if not isinstance(record["base"], dict):
+    if isinstance(record["base"], dict):
+        fields = {"base": fingerprint.RECORD, "rows": string}
+        check_fields(record, fields, file)
+        if missing := {"name", "path", "relative", "revision"} - record["base"].keys():
+            raise FtjaxError(f"{file}: base: {min(missing)} is missing")
+    else:
         warnings.warn(f"{file}: an earlier version kept no digests by which its base could be checked", stacklevel=2)
         record["base"] = {}
     return record
@@ -126,6 +133,9 @@ def claim(config, base: dict, rows: str) -> bool:
         "rows": rows,
     }
     old = read_record(run_dir)
+    for path in run_dir.glob(f"*{DRAFT}"):  # of a process that was killed; the lock is this one's
+        if any(path.name.startswith(f"{name}.") for name in (*WRITTEN, TOKENIZER)):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
         raise FtjaxError(
             f"run_dir: {run_dir} holds files that no run wrote, such as {min(foreign)}, and they are not "
@@ -186,6 +196,25 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
         )
 
 
+def check_record(config, record: dict, run_dir: Path, step: int) -> None:
+    """Raises FtjaxError where a checkpoint is of another run than its folder, by the configs that both hold.
+
+    Args:
+        config: of the run, resolved.
+        record: of the checkpoint.
+        run_dir, step: whose it should be.
+    """
+    now, then = configs.flat(config), configs.flat(configs.from_dict(record["config"]))
+    free = (*FREE, "data.mixture", *(key for keys in NAMES.values() for key in keys))
+    changed = [key for key in now if now[key] != then[key] and not key.startswith(free)]
+    if changed or record["step"] != step:
+        told = [f"{key} is {then[key]!r} there, and {now[key]!r} in {RUN}" for key in changed]
+        raise FtjaxError(
+            f"{run_dir / FOLDER / str(step)}: this checkpoint is of another run or step than its folder: "
+            f"{'; '.join(told) or record['step']}"
+        )
+
+
 def _unnamed(mixture: tuple) -> list[dict]:
     """The entries of data.mixture without the names of their files."""
     named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in mixture]
@@ -218,8 +247,22 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
             f"bit. Earlier versions did not keep it: use {run_dir / 'adapter'}, or train again with "
             "--config.overwrite=True"
         )
-    stored = load_file(file)
+    stored = read_tensors(file)
+    with safe_open(file, "numpy") as f:
+        digest = (f.metadata() or {}).get("digest")
+    if digest and digest != _of_arrays(stored):
+        raise FtjaxError(
+            f"{file}: is not as the run wrote it; put it back, or train again with --config.overwrite=True"
+        )
+    for path, x in wanted.items():
+        found = stored[path].shape if path in stored else "none"
+        if found != x.shape:
+            raise FtjaxError(f"{file}: expected a tensor {path} of shape {x.shape}, found {found}")
     return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
+
+
+def _of_arrays(arrays: dict) -> str:
+    return seals.digest(*(part for name in sorted(arrays) for part in (name, arrays[name].tobytes())))
 
 
 def keep_start(method, frozen: dict, run_dir: Path) -> dict:
@@ -230,9 +273,8 @@ def keep_start(method, frozen: dict, run_dir: Path) -> dict:
     if not hosts.from_first(lambda: (run_dir / START).is_file() or _has_checkpoints(run_dir)):
         arrays = {path: weights.whole(x) for path, x in wanted.items()}
         if jax.process_index() == 0:
-            draft = run_dir / f"{START}.part"
-            save_file(arrays, draft)
-            os.replace(draft, run_dir / START)
+            with replacing(run_dir / START) as draft:
+                save_file(arrays, draft, {"digest": _of_arrays(arrays)})
         return frozen
     return with_start(method, frozen, run_dir)
 
@@ -303,6 +345,7 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
         raise FtjaxError(
             f"{run_dir}: the run has no checkpoint yet; wait for the first one, or load its base model {lm.folder}"
         )
+    check_record(config, saved.record(step), run_dir, step)
     # As the run began: of what is frozen, all that is not the base's comes from its seed or from its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
     frozen = with_start(method, frozen, run_dir)

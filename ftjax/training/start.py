@@ -9,16 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ftjax import seals
 from ftjax.data.batches import loader
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_json
 from ftjax.hub import families, weights
-from ftjax.hub.resolve import read_json
 from ftjax.models.quantised import dequantised
 from ftjax.progress import doing
 from ftjax.training import hosts, sharding
-from ftjax.training.finite import check_weights
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
 from ftjax.training.run_folder import keep_start
@@ -36,7 +35,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
             job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
             quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed), given_away=True,
         )  # fmt: skip
-        check_weights(job.folder, base)
+        weights.check_finite(job.folder, base, spec.family, spec.model)
     if not job.generates:
         new = weights.head_is_new(job.folder, spec.family, spec.model)
         check_new_head(new, program.trained, config)
@@ -106,9 +105,13 @@ def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dic
     if not (job.config.evaluate.compare and job.generates):
         return None
     file = Path(job.config.run_dir) / "before.json"
-    kept = hosts.from_first(lambda: read_json(file) if file.exists() else {})
-    if kept and (changed := [key for key, value in job.settings.items() if kept.get("settings", {}).get(key) != value]):
-        say(f"{file}: was measured with another {', '.join(changed)}; the model before training is measured again")
+    again = "the model before training is measured again"
+    kept, there = hosts.from_first(lambda: [seals.opened(file), file.exists()])
+    if there and not kept:
+        say(f"{file}: is damaged, or an earlier version wrote it; {again}")
+    kept = kept or {}
+    if kept and (changed := [key for key, value in job.settings.items() if kept["settings"].get(key) != value]):
+        say(f"{file}: was measured with another {', '.join(changed)}; {again}")
         kept = {}
     before = kept.get("measured")
     if before is None:
@@ -118,7 +121,7 @@ def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dic
         with doing("answering with the model as it is, before training"):
             before = compare.measure(job.lm(program.model), variables, job.data, job.config)
         if jax.process_index() == 0:
-            replace_json(file, {"settings": job.settings, "measured": before})
+            replace_json(file, seals.sealed({"settings": job.settings, "measured": before}))
     return before
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
+from ftjax.foreign import read_json
 from ftjax.hub import families, peft, resolve, weights
 from ftjax.objectives import kind_of
 from ftjax.tree import flatten, unflatten
@@ -69,8 +70,8 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
             raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name} of its head is missing")
     file = folder / peft.LABELS
     if file.is_file():
-        said = resolve.read_json(file)
-        return kind_of(head, said.get("problem_type", "")), families.labels_in(said)
+        said = read_json(file)
+        return kind_of(head, said.get("problem_type") or ""), families.labels_in(said, file)
     return kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
 
 

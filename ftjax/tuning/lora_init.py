@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -83,6 +84,16 @@ INITS = {
 EMBEDDING = Init(embedding)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # compiled once for all kernels of one shape
+def _layers(draw, r, key, kernels, scale, layers):
+    """A and B of some layers, one after another: no more than one kernel in float32 at a time."""
+
+    def one(layer):
+        return draw(jax.random.fold_in(key, layer), kernels[layer].astype(jnp.float32), r, scale[layer])
+
+    return jax.lax.map(one, layers)
+
+
 def draw(key, path: str, kernels, rank: np.ndarray, scale: np.ndarray, init: Init):
     """Initial A and B of stacked kernels.
 
@@ -104,12 +115,6 @@ def draw(key, path: str, kernels, rank: np.ndarray, scale: np.ndarray, init: Ini
     a, b = jnp.zeros((L, R, in_)), jnp.zeros((L, out, R))
     for r in sorted(set(rank.tolist()) - {0}):
         layers = np.flatnonzero(rank == r)
-
-        def one(layer, r=r):
-            kernel = kernels[layer].astype(jnp.float32)
-            return init.draw(jax.random.fold_in(key, layer), kernel, r, jnp.asarray(scale)[layer])
-
-        # One layer after another: compiled once, and no more than one kernel in float32 at a time.
-        drawn = jax.lax.map(one, jnp.asarray(layers))
+        drawn = _layers(init.draw, r, key, kernels, jnp.asarray(scale), jnp.asarray(layers))
         a, b = a.at[layers, :r].set(drawn[0]), b.at[layers, :, :r].set(drawn[1])
     return a, b

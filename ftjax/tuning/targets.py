@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from ftjax.errors import FtjaxError, nearest
+from ftjax.foreign import limited
 from ftjax.hub.families import FAMILIES
 
 EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are read by index
@@ -115,9 +116,10 @@ def by_pattern(patterns, module: str, default, key: str):
 
     PEFT matches a pattern with the end of a module name, after a dot or from its start.
     """
-    for pattern, value in patterns:
-        if _compile(rf"(.*\.)?({pattern})$", key).match(module):
-            return value
+    with limited(key):  # a hostile expression may take longer than the age of the universe
+        for pattern, value in patterns:
+            if _compile(rf"(.*\.)?({pattern})$", key).match(module):
+                return value
     return default
 
 

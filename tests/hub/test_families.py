@@ -163,7 +163,7 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "llama", "hidden_size": "64"}, ["hidden_size = '64'", "whole number"]),
         ({"model_type": "llama", "hidden_size": None}, ["hidden_size = None"]),
         ({"model_type": "llama", "num_hidden_layers": 0}, ["num_hidden_layers = 0"]),
-        ({"model_type": "llama", "tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'", "bool"]),
+        ({"model_type": "llama", "tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'", "true or false"]),
         ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, ["30", "multiple", "4 heads"]),
         ({"model_type": "llama", "num_key_value_heads": 5}, ["num_key_value_heads = 5"]),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
@@ -192,7 +192,7 @@ def test_broken_config_file(tmp_path):
     with pytest.raises(FtjaxError, match="config.json: no such file"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(FtjaxError, match="not valid JSON: .*line 1"):
+    with pytest.raises(FtjaxError, match="invalid JSON: .*line 1"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(["llama"]))
     with pytest.raises(FtjaxError, match="expected a JSON object, found list"):

@@ -6,10 +6,13 @@ import contextlib
 import datetime
 import io
 import json
+import re
 import shutil
 import sys
+import time
 
 import jax
+import jinja2.sandbox
 import numpy as np
 import pytest
 
@@ -21,6 +24,7 @@ from ftjax.data.prepare import fingerprint, prepare
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
+from ftjax.foreign import limited
 from ftjax.hub.families import read_config
 from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
 from ftjax.hub.weights import write_model
@@ -389,3 +393,31 @@ def test_tokenizer_model_alone_has_the_tokens_of_sentencepiece(sentencepiece_alo
         assert found(line)["input_ids"] == [pieces.bos_id(), *pieces.encode(line)]
     with pytest.raises(FtjaxError, match="LlamaTokenizer makes other tokens of this model than SentencePiece does"):
         load_tokenizer(sentencepiece_alone(trained("unigram")))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda: re.match(r"(\w+\.?)+X", "model.layers.0.self_attn.q_proj.lora_embedding"),
+        lambda: (
+            jinja2.sandbox.SandboxedEnvironment()
+            .from_string("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+            .render()
+        ),
+    ],
+    ids=["regular expression", "template"],
+)
+def test_a_program_of_others_that_does_not_end_is_stopped(program):
+    begin = time.monotonic()
+    with pytest.raises(FtjaxError, match="^the program: takes longer than 0.3 s"), limited("the program", 0.3):
+        program()
+    assert time.monotonic() - begin < 20
+
+
+def test_whatever_a_program_of_others_raises_is_one_error():
+    with pytest.raises(FtjaxError, match="^it: division by zero"), limited("it"):
+        1 / 0  # noqa: B018
+    with pytest.raises(KeyboardInterrupt), limited("it"):
+        raise KeyboardInterrupt
+    with pytest.raises(FtjaxError, match="^mine"), limited("it"):
+        raise FtjaxError("mine")

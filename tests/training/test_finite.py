@@ -17,6 +17,7 @@ from ftjax.errors import FtjaxError, NotFinite
 from ftjax.training import export, finite, loop
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import open_run
+from ftjax.tree import not_finite
 
 
 def quiet(text):
@@ -67,7 +68,7 @@ def test_a_last_update_that_ruins_the_model_is_found_without_validation_rows(tmp
         ftjax.train(c, say=quiet)
     assert not (tmp_path / "run" / "checkpoints").exists()
     tree = {"a": {"b": np.array([1.0, np.nan], np.float32)}, "c": np.array([1], np.int8), "d": np.ones(2, np.float16)}
-    assert finite.not_finite(tree) == ["a/b"]
+    assert not_finite(tree) == ["a/b"]
 
 
 def test_damaged_weights_are_named_before_the_first_step(tmp_path):
@@ -80,7 +81,8 @@ def test_damaged_weights_are_named_before_the_first_step(tmp_path):
     c = settings(tmp_path / "run")
     c.model.path = str(folder)
     with pytest.raises(
-        FtjaxError, match=f"{re.escape(str(folder))}: 1 of the model's parameters hold.*layers/mlp/up_proj/kernel"
+        FtjaxError,
+        match=f"{re.escape(str(folder))}: 1 of the model.s.*layers.2.mlp.up_proj.weight",
     ):
         ftjax.train(c, say=quiet)
 

@@ -1,0 +1,33 @@
+"""Damaged runs, caches, model and adapter files: each is repaired or refused by name, and none gives other numbers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import damage  # noqa: E402
+import fuzz  # noqa: E402
+
+CORPUS = [json.loads(line) for line in (Path(__file__).parent / "hostile.jsonl").read_text().splitlines()]
+
+
+def test_damages_of_a_run_its_cache_and_its_adapter():
+    faults = []
+    found = damage.several(40, seed=3, say=faults.append)
+    assert not faults, "\n".join(faults)
+    assert sum(found.values()) == 40 and min(found["told"], found["refused"]) > 2
+
+
+@pytest.mark.parametrize("target", sorted({entry["target"] for entry in CORPUS}))
+def test_what_fuzzing_found_is_read_or_refused(target, tmp_path):
+    make, whole = fuzz.TARGETS[target][0], tmp_path / "whole"
+    if make:
+        make(whole)
+    for entry in CORPUS:
+        if entry["target"] == target:
+            came = fuzz.attempt(entry, whole, tmp_path / "damaged")
+            wanted = entry.get("told", "refused")
+            assert came.startswith("refused") and wanted in came, f"{entry}: {came}"
