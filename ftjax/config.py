@@ -424,8 +424,8 @@ FIELDS: dict[str, Field] = {
     "train.keep": whole(1, 1, also="save_total_limit"),  # latest checkpoints kept beside the best
     #
     # ---- how devices share the work
-    "mesh.data": whole(-1, -1),  # rows are split, weights whole; -1: all devices that the others leave; 0: all axes are
-    # chosen for the devices and the model, and the reason is printed
+    "mesh.data": whole(-1, -1),  # rows are split, weights whole; -1: all devices that the others leave, of a CPU's
+    # cores as many as make the run faster; 0: all axes are chosen for the devices and the model, and the reason is said
     "mesh.fsdp": _axis(),  # rows are split; weights are split and gathered for use
     "mesh.sequence": _axis(),  # tokens of a row are split, for rows too long for one device; weights as by fsdp
     "mesh.tensor": _axis(),  # heads, feed-forward and vocabulary are split

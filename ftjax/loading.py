@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ftjax import cpus
 from ftjax.errors import FtjaxError
 from ftjax.hub import fingerprint, peft, pooling, resolve, tokenizer
 from ftjax.lm import LM, open_base
@@ -37,6 +38,7 @@ def load(
         FtjaxError: for a path that is none of these, and for an adapter or run whose base has not the files that it was
             trained on.
     """
+    cpus.offer()
     run = read_record(path) is not None
     folder = Path(path) if run else resolve.resolve(path, revision)
     whole = run or (folder / peft.CONFIG).is_file()

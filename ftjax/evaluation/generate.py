@@ -10,10 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from ftjax import cpus
 from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.loss import WEIGHTS
-from ftjax.models.axes import constrain
+from ftjax.models.axes import constrain, ways
+from ftjax.models.by_device import by_device
 from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
 NO_TOKEN = -1  # chosen where logits are not finite
@@ -68,12 +71,13 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     settings = max_new_tokens, (temperature, top_k, top_p), tuple(end_tokens), vocab_size
     key, pending = jax.random.key(seed), []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)
-        index = np.zeros(len(tokens), np.int32)
-        index[: len(rows)] = rows
-        pending.append((rows, _decode(model, variables, tokens, lengths, index, key, *settings)))
+    with cpus.dealt(variables, min(batch_size, len(prompts)), model.config.width, cpus.CACHED) as variables:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)
+            index = np.zeros(len(tokens), np.int32)
+            index[: len(rows)] = rows
+            pending.append((rows, _decode(model, variables, tokens, lengths, index, key, *settings)))
     for rows, arrays in pending:
         for i, row, count in zip(rows, *map(np.asarray, arrays)):
             answers[i] = row[:count].tolist()
@@ -98,8 +102,20 @@ def _left_padded(prompts, batch_size):
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
-def _decode(model, variables, tokens, lengths, rows, key, N, sampling, end_tokens, vocab_size):
+@functools.partial(cpus.jit, static_argnums=(0, 6, 7, 8, 9))
+def _decode(model, variables, tokens, lengths, rows, key, *settings):
+    """As `_decode_rows`; where a mesh splits nothing but rows, each device has a loop of its own."""
+    mesh, f = jax.sharding.get_abstract_mesh(), functools.partial(_decode_rows, model)
+    if mesh.empty or mesh.size == 1 or ways(mesh, "data") < mesh.size or len(tokens) % mesh.size:
+        return f(variables, tokens, lengths, rows, key, *settings)
+    each, all = PartitionSpec("data"), PartitionSpec()
+    local = lambda *arrays: f(*arrays, *settings)  # noqa: E731
+    return by_device(local, mesh, mesh.axis_names, (all, each, each, each, all), (each, each))(
+        variables, tokens, lengths, rows, key
+    )
+
+
+def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_tokens, vocab_size):
     """tokens (B, P) int left-padded, lengths (B,), rows (B,) their places in the input, key of the seed.
 
     Returns new tokens (B, N) and how many of them count (B,). A row of length 0 is filling, and ended from the start.
@@ -141,7 +157,8 @@ def _apart(variables) -> bool:
     """Whether blocks are small enough to be taken out of their stacks, and lie on one device."""
     stacks = [tree[name] for tree in variables.values() for name in STACKS if name in tree]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stacks))
-    return size <= APART and jax.sharding.get_abstract_mesh().empty
+    mesh = jax.sharding.get_abstract_mesh()
+    return size <= APART and (mesh.size <= 1 or bool(mesh.manual_axes))
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ftjax import config as configs
+from ftjax import cpus
 from ftjax import progress as signs
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
@@ -34,7 +35,7 @@ from ftjax.training.job import Job, prepared
 from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import RUN, Trained, base_name, claim, keep_tokenizer, locked
+from ftjax.training.run_folder import RUN, Trained, base_name, claim, keep_tokenizer, locked, recorded_devices
 from ftjax.training.start import first_state, untuned, validate
 from ftjax.tuning import METHODS
 
@@ -105,14 +106,16 @@ def _train(config, say, claimed: list) -> Result:
     if config.log.compilation_cache:
         use_compilation_cache()
 
-    job = prepared(config, say)
+    recorded = recorded_devices(config)
+    cpus.offer(recorded)
+    job = prepared(config, say, recorded)
     config, data, mesh, rows, steps = job.config, job.data, job.mesh, job.rows, job.steps
     select = job.selection
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as opened:
         if first:
             opened.enter_context(locked(run_dir))
-        going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint))
+        going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint, mesh.size))
         claimed += run_dir, steps
         hosts.check_shared(run_dir / RUN)
         if first and job.tokenizer_folder:

@@ -102,13 +102,21 @@ def base_folder(config) -> Path:
     return resolve.resolve(config.model.path, revision)
 
 
-def claim(config, base: dict, rows: str) -> bool:
+def recorded_devices(config) -> int:
+    """With how many devices the run of a config began, which goes on in its folder; 0 for one that starts anew."""
+    run_dir = Path(config.run_dir)
+    record = None if config.overwrite else read_record(run_dir)
+    return 0 if record is None or _stillborn(run_dir) else record.get("devices", 0)
+
+
+def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
     """Make `config.run_dir` this run's. True where it holds the same run begun earlier, which then goes on.
 
     Args:
         config: of the run, resolved.
         base: the record of the base, see fingerprint.record.
         rows: digest of the rows that the run reads.
+        devices: that the run has; their number decides the last bits of its figures.
 
     Raises:
         FtjaxError: where the folder holds anything else than a run; where it holds another run and `config.overwrite`
@@ -122,6 +130,7 @@ def claim(config, base: dict, rows: str) -> bool:
         "config": config.to_dict(),
         "base": base | {"relative": relative},
         "rows": rows,
+        "devices": devices,
     }
     old = read_record(run_dir)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
