@@ -497,6 +497,8 @@ FIELDS: dict[str, Field] = {
     "generate.top_k": whole(0, 0),  # 0: off
     "generate.top_p": number(1.0, 0, 1),  # 1: off
     "generate.batch_size": whole(32, 1),  # prompts at once
+    "generate.weights": choice("model", "bfloat16"),  # what answers are computed with: the parameters as they are, or
+    # float32 kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32
     "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
     # beside the model's own end tokens
     #

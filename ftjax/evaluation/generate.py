@@ -17,11 +17,12 @@ from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.loss import WEIGHTS
 from ftjax.models.axes import constrain, ways
 from ftjax.models.by_device import by_device
+from ftjax.models.quantised import rounded
 from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
 NO_TOKEN = -1  # chosen where logits are not finite
 EXCLUDED = -1e30  # finite, as a logit that is never drawn
-APART = 32 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
+APART = 64 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
 
 
@@ -38,13 +39,15 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     vocab_size: int | None = None,
+    weights: str = "model",
 ) -> list[list[int]]:
     """Continue each prompt until an end token or `max_new_tokens`; the new tokens only, in the order of `prompts`.
 
     The end token is left out, so a row of fewer than `max_new_tokens` ended by itself. Temperature 0 is greedy;
     otherwise logits / temperature are cut to the `top_k` highest (0: off), then to the fewest that hold `top_p` of the
     probability (1: off), and drawn from. A draw depends on (seed, place in `prompts`, place in the answer) alone, not
-    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer).
+    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer). `weights`: `model`, as they are;
+    `bfloat16`, float32 kernels rounded to it, so that a token reads half as many bytes.
 
     Raises FtjaxError for a setting out of its range, an empty prompt, and a prompt that with its answer exceeds the
     model's positions, less those of virtual tokens; NotFinite for logits that are NaN or infinite.
@@ -71,6 +74,9 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     settings = max_new_tokens, (temperature, top_k, top_p), tuple(end_tokens), vocab_size
     key, pending = jax.random.key(seed), []
+    if weights == "bfloat16":
+        tied = model.config.tied and "lm_head" not in variables["params"]
+        variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
     with cpus.dealt(variables, min(batch_size, len(prompts)), model.config.width, cpus.CACHED) as variables:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

@@ -46,7 +46,10 @@ def project(x, kernel, axes=None):
     axes: the kernel's logical axes, where it may be split along its embed axis. It is gathered for each pass anew, as a
     quantised one, which has no gradient, is dequantised.
     """
-    return products.by_rows(x, whole(kernel, axes).astype(x.dtype)).astype(x.dtype)
+    kernel = whole(kernel, axes)
+    if isinstance(kernel, Quantised) and kernel.kind == "bfloat16":  # its products are taken in what it is kept in
+        return products.by_rows(x.astype(jnp.bfloat16), kernel.codes).astype(x.dtype)
+    return products.by_rows(x, kernel.astype(x.dtype)).astype(x.dtype)
 
 
 def _project_bwd(axes, saved, g):
