@@ -46,8 +46,8 @@ def generate(
     The end token is left out, so a row of fewer than `max_new_tokens` ended by itself. Temperature 0 is greedy;
     otherwise logits / temperature are cut to the `top_k` highest (0: off), then to the fewest that hold `top_p` of the
     probability (1: off), and drawn from. A draw depends on (seed, place in `prompts`, place in the answer) alone, not
-    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer). `weights`: `model`, as they are;
-    `bfloat16`, float32 kernels rounded to it, so that a token reads half as many bytes.
+    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer). `weights`:
+    `model`: as they are; `bfloat16`: float32 kernels are rounded to it, so that a token reads half as many bytes.
 
     Raises FtjaxError for a setting out of its range, an empty prompt, and a prompt that with its answer exceeds the
     model's positions, less those of virtual tokens; NotFinite for logits that are NaN or infinite.
