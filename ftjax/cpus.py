@@ -29,6 +29,7 @@ CACHED = 32 << 20  # bytes of parameters up to which decoding reads them from ca
 _offered = 0
 
 
+@functools.cache
 def cores() -> int:
     """The physical cores that this process may use."""
     if not sys.platform.startswith("linux"):

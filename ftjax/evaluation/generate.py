@@ -77,7 +77,7 @@ def generate(
     if weights == "bfloat16":
         tied = model.config.tied and "lm_head" not in variables["params"]
         variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
-    with cpus.dealt(variables, min(batch_size, len(prompts)), model.config.width, cpus.CACHED) as variables:
+    with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)
@@ -95,12 +95,17 @@ def generate(
     return answers
 
 
+def _rows(prompts: int, batch_size: int) -> int:
+    """Rows of the batch that so many prompts come in."""
+    return min(batch_size, 1 << max(prompts - 1, 0).bit_length())
+
+
 def _left_padded(prompts, batch_size):
     """Prompts -> tokens (B, P), lengths (B,), both padded up to one of few sizes, since each shape compiles once."""
     longest = max(map(len, prompts))
     step = max(16, (1 << longest.bit_length()) // 8)
     P = -(-longest // step) * step
-    B = min(batch_size, 1 << (len(prompts) - 1).bit_length())
+    B = _rows(len(prompts), batch_size)
     tokens, lengths = np.zeros((B, P), np.int32), np.zeros(B, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, P - len(prompt) :] = prompt
