@@ -212,6 +212,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of sampling")
     sub.add_argument("--batch-size", type=int, default=32, help="number of prompts answered at once")
+    sub.add_argument(
+        "--weights", default="model", help="model: weights as they are; bfloat16: rounded, which a CPU reads faster"
+    )
 
     sub = verb("export", _export, "write what a run trained as files that PyTorch loads")
     sub.add_argument("--run", required=True, dest="run_dir", metavar="DIR", help="run folder")
@@ -459,7 +462,7 @@ def _generate(args, overrides) -> None:
     from ftjax.evaluation.run import answer
 
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
-    names = ("temperature", "top_k", "top_p", "seed", "batch_size")
+    names = ("temperature", "top_k", "top_p", "seed", "batch_size", "weights")
     _check_numbers(args, {n: n if n == "seed" else f"generate.{n}" for n in ("max_new_tokens", *names)})
     sampling = {name: getattr(args, name) for name in names}
     rows = []

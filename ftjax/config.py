@@ -448,7 +448,8 @@ FIELDS: dict[str, Field] = {
     #
     # ---- how devices share the work
     "mesh.data": whole(-1, -1),  # devices that share the rows of a batch, each with all weights; -1: all devices that
-    # the other axes leave; 0: all axes are chosen for the devices and the model, and the reason is printed
+    # the other axes leave, or, of a CPU's cores, as many as make the run faster; 0: all axes are chosen for the devices
+    # and the model, and the reason is printed
     "mesh.fsdp": _axis(),  # devices that share the rows and also the weights, which are gathered for use
     "mesh.sequence": _axis(),  # devices that share the tokens of a row, for rows too long for one device; weights are
     # split as by fsdp
@@ -529,6 +530,8 @@ FIELDS: dict[str, Field] = {
     "generate.top_p": number(1.0, 0, 1),  # sample from the most probable tokens that together reach this probability;
     # 1: from all
     "generate.batch_size": whole(32, 1),  # number of prompts answered at once
+    "generate.weights": choice("model", "bfloat16"),  # what answers are computed with: the parameters as they are, or
+    # float32 kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32
     "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
     # beside the model's own end tokens
     #

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ftjax import config as configs
+from ftjax import cpus
 from ftjax.data import chat_templates
 from ftjax.data.batches import by_example
 from ftjax.data.pairs import encode_texts
@@ -173,8 +174,9 @@ class LM:
         most = min(max_length or self.pooling.max_length or self.max_tokens, self.max_tokens)
         ids, _ = encode_texts(self.tokenizer, list(texts), most)
         examples = [Example(x, np.arange(len(x)) == 0, np.zeros(1, np.int32)) for x in ids]
-        f = functools.partial(contrast.embed, self.model, self.variables, pool=pool or self.pooling.pool)
-        vectors = np.concatenate(by_example(f, examples, batch_size, most, apart=True))
+        with cpus.dealt(self.variables, batch_size, self.model.config.width) as variables:
+            f = functools.partial(contrast.embed, self.model, variables, pool=pool or self.pooling.pool)
+            vectors = np.concatenate(by_example(f, examples, batch_size, most, apart=True))
         if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
             raise NotFinite(
                 f"embed: the vector of text {bad[0] + 1} holds NaN or infinite values, as the model's weights do"

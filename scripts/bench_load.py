@@ -2,7 +2,7 @@
 
 A made LLaMA of about 0.5 GB, in float32 and in bfloat16: `ftjax.hub.weights.read_params`, and the same file by
 safetensors into torch with a clone of every tensor, the file in the page cache. `seconds`: of the first load of a
-process, as who starts one meets it, processes of either side by turns, the best of each. `again`: by turns in one
+process, as who starts one meets it, processes of either side by turns, the median of each. `again`: by turns in one
 process, where torch's allocator hands out memory that an earlier turn has touched. Memory: the most that such a first
 load holds above what its process held before, as a multiple of the weights.
 """
@@ -10,6 +10,7 @@ load holds above what its process held before, as a multiple of the weights.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -108,21 +109,21 @@ def rows(turns: int):
                 for side in SIDES:
                     found[side].append(bench_common.in_a_process(["--first", side, str(folder)]))
             recycled = again(folder, turns)
-        best = {side: min(run["seconds"] for run in runs) for side, runs in found.items()}
+        middle = {side: statistics.median(run["seconds"] for run in runs) for side, runs in found.items()}
         held = {side: min(run["above"] / run["bytes"] for run in runs) for side, runs in found.items()}
         yield (
             {"dtype": dtype, "gigabytes": round(found["ftjax"][0]["bytes"] / 1e9, 3)}
-            | {f"{side}_seconds": round(s, 3) for side, s in best.items()}
-            | {"speed": round(best["torch"] / best["ftjax"], 2), "must_speed": 1.5, "goal_speed": 2.5}
+            | {f"{side}_seconds": round(s, 3) for side, s in middle.items()}
+            | {"speed": round(middle["torch"] / middle["ftjax"], 2), "must_speed": 1.0, "goal_speed": 1.5}
             | {f"{side}_again": round(s, 3) for side, s in recycled.items()}
             | {f"{side}_memory": round(ratio, 3) for side, ratio in held.items()}
-            | {"must_memory": 1.3, "goal_memory": 1.1}
+            | {"must_memory": 1.1, "goal_memory": 1.0}
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--first", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     bench_common.add_arguments(parser)
     args = parser.parse_args()

@@ -11,7 +11,6 @@ gradient checkpointing.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 from pathlib import Path
@@ -53,42 +52,51 @@ def batch_of(ids: np.ndarray, documents: int = 1) -> dict[str, np.ndarray]:
     return arrays | {"tokens": ids, "labels": ids[:, 1:], "weights": np.ones((B, T - 1), np.float32)}
 
 
-def ours(folder: Path, method: str, dtype: str, unroll: int, lean: bool = False):
-    """A function that takes ids (B, T) through one step and returns its loss, on the device."""
+def ours(folder: Path, method: str, dtype: str, rows: int, T: int, unroll=0, lean=False, devices=0, single=None):
+    """A function that takes ids (rows, T) through one step, as `ftjax train` does, and returns its loss, on the device.
+
+    devices: so many; 0: as many as a run takes; single: whether each has one thread; None: as in a run.
+    """
     import jax
     import jax.numpy as jnp
 
     from ftjax import config as configs
+    from ftjax import cpus
     from ftjax.hub import families, weights
-    from ftjax.models.transformer import Transformer
-    from ftjax.objectives import causal
+    from ftjax.training import auto_mesh, sharding
+    from ftjax.training import program as programs
     from ftjax.training.compiling import trim_after_compiling
-    from ftjax.training.optimizer import optimizer, schedule
-    from ftjax.training.step import compile_step, init_state
-    from ftjax.tuning import METHODS, Spec
+    from ftjax.tuning import Spec
 
-    trim_after_compiling()  # as `ftjax.train` does
-    config, row = configs.default(), METHODS[method]
-    config.tuning.method = method
+    trim_after_compiling()
+    config = configs.default()
+    config.tuning.method, config.train.batch_size, config.optim.lr = method, rows, 1e-4
+    config.model.update(remat="full" if lean else "none", unroll=1 if lean else unroll, head_chunk=CHUNK * lean)
     family, shape = families.read_config(folder)
-    spec = Spec(shape, families.linear_names(family, shape), config.tuning)
-    base = weights.read_params(
-        folder, family, shape, dtype=lambda path: jnp.dtype(dtype if method == "lora" else "float32")
-    )
-    trained, frozen = row.init(jax.random.key(0), base, spec)
-    trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
-    del base
-    model = Transformer(shape, jnp.dtype(dtype), "full" if lean else "none", 1 if lean else unroll)
-    optim = optimizer(config.optim, schedule(config.optim, 10_000, 1e-4))
-    step = compile_step(
-        None, sums=functools.partial(causal.sums, model, **({"head_chunk": CHUNK} if lean else {})),
-        variables=functools.partial(row.variables, spec=spec), optimizer=optim, seed=0,
-    )  # fmt: skip
-    state = init_state(optim, trained)
+    spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
+    devices = devices or auto_mesh.cpu_devices(config, spec, T, jnp.dtype(dtype))
+    mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        program = programs.build(config, spec, mesh, jnp.dtype(dtype), 10_000)
+        base = weights.read_params(
+            folder, family, shape, program.base_places, lambda path: program.read_dtype, given_away=True
+        )
+        trained, frozen = program.begin(jax.random.key(0), base)
+        state, step = program.init_state(trained), program.step
+        del base, trained
+        if single is not None:
+            arguments = (
+                state,
+                frozen,
+                sharding.place_batch(batch_of(np.zeros((rows, T), np.int32)), mesh, rows, slice(0, rows)),
+            )
+            step = step.lower(*arguments).compile(cpus.SINGLE if single else None)
 
     def run(ids):
         nonlocal state
-        state, report = step(state, frozen, batch_of(ids))
+        with jax.set_mesh(mesh):
+            batch = sharding.place_batch(batch_of(ids), mesh, rows, slice(0, rows))
+            state, report = step(state, frozen, batch)
         return report["loss"]
 
     return run
@@ -136,13 +144,15 @@ def alone(side: str, case: tuple, args, scratch: Path, shape=None) -> dict:
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     ids = np.random.default_rng(0).integers(3, vocab, (B, T)).astype(np.int32)
     if side == "ftjax":
-        import ftjax.training.step  # noqa: F401
+        import ftjax.training.program  # noqa: F401
+        from ftjax import cpus
     else:
         import peft  # noqa: F401
     before = bench_common.memory()["now"]
     bench_common.forget_peak()
     if side == "ftjax":
-        run = ours(folder, method, dtype, args.unroll, args.lean)
+        cpus.offer()
+        run = ours(folder, method, dtype, B, T, args.unroll, args.lean)
     else:
         run = theirs(folder, method, dtype, args.lean)
 

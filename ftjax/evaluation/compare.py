@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import ftjax
-from ftjax import assets
+from ftjax import assets, cpus
 from ftjax.data import store
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import fingerprint
@@ -62,16 +62,17 @@ def measure(lm, variables, data, config) -> dict:
         name = ev.compare_on
         raise FtjaxError(f"evaluate.compare_on: {name} has no rows; give data.{name}, or a share of data.split")
     rows = ev.batch_size or config.train.batch_size or 16
-    loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
     batches = Batches(part.examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
-    result = {"perplexity": evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]}
-    scores, samples = answers(lm, variables, part, config)
-    result |= scores
-    if ev.forgetting:
-        documents = read_documents(assets.resolve(ev.forgetting))
-        limit = max_tokens(lm.model.config, variables)
-        forgetting = text_loss(loss, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
-        result["forgetting_loss"] = forgetting["loss"]
+    with cpus.dealt(variables, rows, lm.model.config.width) as variables:
+        loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
+        result = {"perplexity": evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]}
+        scores, samples = answers(lm, variables, part, config)
+        result |= scores
+        if ev.forgetting:
+            documents = read_documents(assets.resolve(ev.forgetting))
+            limit = max_tokens(lm.model.config, variables)
+            forgetting = text_loss(loss, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
+            result["forgetting_loss"] = forgetting["loss"]
     return result | {"samples": samples}
 
 

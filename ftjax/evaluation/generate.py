@@ -10,15 +10,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from ftjax import cpus
 from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.loss import WEIGHTS
-from ftjax.models.axes import constrain
+from ftjax.models.axes import constrain, ways
+from ftjax.models.by_device import by_device
+from ftjax.models.quantised import rounded
 from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
 NO_TOKEN = -1  # chosen where logits are not finite
 EXCLUDED = -1e30  # finite, as a logit that is never drawn
-APART = 32 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
+APART = 64 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
 
 
@@ -35,13 +39,15 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     vocab_size: int | None = None,
+    weights: str = "model",
 ) -> list[list[int]]:
     """Continue each prompt until an end token or `max_new_tokens`; the new tokens only, in the order of `prompts`.
 
     The end token is left out, so a row of fewer than `max_new_tokens` ended by itself. Temperature 0 is greedy;
     otherwise logits / temperature are cut to the `top_k` highest (0: off), then to the fewest that hold `top_p` of the
     probability (1: off), and drawn from. A draw depends on (seed, place in `prompts`, place in the answer) alone, not
-    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer).
+    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer). `weights`:
+    `model`: as they are; `bfloat16`: float32 kernels are rounded to it, so that a token reads half as many bytes.
 
     Raises FtjaxError for a setting out of its range, an empty prompt, and a prompt that with its answer exceeds the
     model's positions, less those of virtual tokens; NotFinite for logits that are NaN or infinite.
@@ -68,12 +74,16 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     settings = max_new_tokens, (temperature, top_k, top_p), tuple(end_tokens), vocab_size
     key, pending = jax.random.key(seed), []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)
-        index = np.zeros(len(tokens), np.int32)
-        index[: len(rows)] = rows
-        pending.append((rows, _decode(model, variables, tokens, lengths, index, key, *settings)))
+    if weights == "bfloat16":
+        tied = model.config.tied and "lm_head" not in variables["params"]
+        variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
+    with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)
+            index = np.zeros(len(tokens), np.int32)
+            index[: len(rows)] = rows
+            pending.append((rows, _decode(model, variables, tokens, lengths, index, key, *settings)))
     for rows, arrays in pending:
         for i, row, count in zip(rows, *map(np.asarray, arrays)):
             answers[i] = row[:count].tolist()
@@ -85,12 +95,17 @@ def generate(
     return answers
 
 
+def _rows(prompts: int, batch_size: int) -> int:
+    """Rows of the batch that so many prompts come in."""
+    return min(batch_size, 1 << max(prompts - 1, 0).bit_length())
+
+
 def _left_padded(prompts, batch_size):
     """Prompts -> tokens (B, P), lengths (B,), both padded up to one of few sizes, since each shape compiles once."""
     longest = max(map(len, prompts))
     step = max(16, (1 << longest.bit_length()) // 8)
     P = -(-longest // step) * step
-    B = min(batch_size, 1 << (len(prompts) - 1).bit_length())
+    B = _rows(len(prompts), batch_size)
     tokens, lengths = np.zeros((B, P), np.int32), np.zeros(B, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, P - len(prompt) :] = prompt
@@ -98,8 +113,20 @@ def _left_padded(prompts, batch_size):
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
-def _decode(model, variables, tokens, lengths, rows, key, N, sampling, end_tokens, vocab_size):
+@functools.partial(cpus.jit, static_argnums=(0, 6, 7, 8, 9))
+def _decode(model, variables, tokens, lengths, rows, key, *settings):
+    """As `_decode_rows`; where a mesh splits nothing but rows, each device has a loop of its own."""
+    mesh, f = jax.sharding.get_abstract_mesh(), functools.partial(_decode_rows, model)
+    if mesh.empty or mesh.size == 1 or ways(mesh, "data") < mesh.size or len(tokens) % mesh.size:
+        return f(variables, tokens, lengths, rows, key, *settings)
+    each, all = PartitionSpec("data"), PartitionSpec()
+    local = lambda *arrays: f(*arrays, *settings)  # noqa: E731
+    return by_device(local, mesh, mesh.axis_names, (all, each, each, each, all), (each, each))(
+        variables, tokens, lengths, rows, key
+    )
+
+
+def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_tokens, vocab_size):
     """tokens (B, P) int left-padded, lengths (B,), rows (B,) their places in the input, key of the seed.
 
     Returns new tokens (B, N) and how many of them count (B,). A row of length 0 is filling, and ended from the start.
@@ -141,7 +168,8 @@ def _apart(variables) -> bool:
     """Whether blocks are small enough to be taken out of their stacks, and lie on one device."""
     stacks = [tree[name] for tree in variables.values() for name in STACKS if name in tree]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stacks))
-    return size <= APART and jax.sharding.get_abstract_mesh().empty
+    mesh = jax.sharding.get_abstract_mesh()
+    return size <= APART and (mesh.size <= 1 or bool(mesh.manual_axes))
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):

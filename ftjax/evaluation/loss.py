@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ftjax import cpus
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError, NotFinite
@@ -21,7 +22,7 @@ from ftjax.objectives import TASKS
 from ftjax.progress import doing
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("kind", "options"))
+@functools.partial(cpus.jit, static_argnums=0, static_argnames=("kind", "options"))
 def _sums(model, variables, batch, *, kind: str, options: tuple):
     return TASKS[kind].sums(model, variables, batch, **dict(options))
 

@@ -9,9 +9,9 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from ftjax import cpus
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError, NotFinite
@@ -21,7 +21,7 @@ from ftjax.objectives import TASKS, classify
 from ftjax.progress import doing
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(cpus.jit, static_argnums=0)
 def logits(model, variables, batch):
     """(B, M, C) float32, see objectives.classify."""
     return classify.logits(model, variables, batch)
@@ -87,9 +87,9 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
     """
     examples, config = asked.part.examples, asked.config
     rows = config.evaluate.batch_size or config.train.batch_size or 16
-    f = functools.partial(f, asked.model, asked.variables)
-    buckets = max(config.data.buckets, 8)
-    with doing(f"asking the model about {len(examples):,} rows"):
+    buckets, width = max(config.data.buckets, 8), asked.model.config.width
+    with doing(f"asking the model about {len(examples):,} rows"), cpus.dealt(asked.variables, rows, width) as variables:
+        f = functools.partial(f, asked.model, variables)
         found = by_example(f, examples, rows, asked.data.max_length, buckets, whole_rows=whole_rows, **layout)
     for i, values in enumerate(found):
         if not np.isfinite(values).all():

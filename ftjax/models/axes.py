@@ -88,7 +88,7 @@ def ways(mesh, *names: str) -> int:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell XLA the sharding of an activation on the mesh in force; without a mesh, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 

@@ -53,7 +53,10 @@ def project(x, kernel, axes=None):
         axes: The kernel's logical axes, if it may be split along its embed axis. It is gathered again in each pass,
             just as a quantised kernel, which has no gradient, is dequantised again.
     """
-    return products.by_rows(x, whole(kernel, axes).astype(x.dtype)).astype(x.dtype)
+    kernel = whole(kernel, axes)
+    if isinstance(kernel, Quantised) and kernel.kind == "bfloat16":  # its products are taken in what it is kept in
+        return products.by_rows(x.astype(jnp.bfloat16), kernel.codes).astype(x.dtype)
+    return products.by_rows(x, kernel.astype(x.dtype)).astype(x.dtype)
 
 
 def _project_bwd(axes, saved, g):

@@ -1,4 +1,5 @@
-"""Frozen kernels in 8 or 4 bits: int8 by blocks, and NF4 (Dettmers et al. 2023, QLoRA).
+"""Frozen kernels in 8 or 4 bits: int8 by blocks, and NF4 (Dettmers et al. 2023, QLoRA). And kernels rounded to
+bfloat16, in which products are computed while everything else stays in float32.
 
 This is own code because qwix (0.1.8) does not quantise scales, needs blocks that divide an axis, and lets autodiff
 decide what is kept for the backward pass, which is then a dequantised kernel of every layer. in, out: axes of a kernel,
@@ -15,6 +16,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ftjax.tree import map_paths
 
 # QLoRA's appendix E: quantiles of the normal distribution, each half scaled to end at 1, and zero itself.
 NF4 = np.array(
@@ -80,9 +83,12 @@ class Quantised:
     `shape`, `ndim`, `size`, `dtype` (of the kernel that it represents), `astype`, which dequantises, and indexing by
     layer."""
 
-    codes: jax.Array  # int8: (..., out, in) int8; nf4: (..., out, ceil(in / 2)) uint8, the first value in the high bits
-    scale: jax.Array | Scales  # (..., out, n) float32, or quantised itself
-    kind: str  # int8 | nf4
+    codes: (
+        jax.Array
+    )  # int8: (..., out, in) int8; nf4: (..., out, ceil(in / 2)) uint8, the first value in the high bits;
+    # bfloat16: (..., out, in)
+    scale: jax.Array | Scales | None  # (..., out, n) float32, or quantised itself; None: bfloat16
+    kind: str  # int8 | nf4 | bfloat16
     width: int  # in
     dtype: np.dtype
 
@@ -100,6 +106,8 @@ class Quantised:
 
     def astype(self, dtype) -> jax.Array:
         """The dequantised kernel, computed in float32 and stored as `dtype`."""
+        if self.scale is None:
+            return self.codes.astype(dtype)
         scale = self.scale.decode() if isinstance(self.scale, Scales) else self.scale
         scale = jnp.repeat(scale, BLOCK[self.kind], axis=-1)[..., : self.width]
         return (VALUES[self.kind](self.codes)[..., : self.width] * scale).astype(dtype)
@@ -126,7 +134,7 @@ class Quantised:
         if isinstance(scale, Scales):
             stack = axes[:-2]  # second scales run over rows, and are too few to split
             scale = Scales(f(scale.codes, axes), f(scale.scale, (*stack, None)), f(scale.mean, stack))
-        else:
+        elif scale is not None:
             scale = f(scale, axes)
         return dataclasses.replace(self, codes=f(self.codes, axes), scale=scale)
 
@@ -173,6 +181,25 @@ def quantise(kernel, kind: str, double: bool = False, dtype=None) -> Quantised:
         scale = largest[..., 0]
         scale = _quantise_scales(scale) if double else scale
     return Quantised(codes, scale, kind, width, np.dtype(dtype or kernel.dtype))
+
+
+def rounded(params: dict, tied: bool) -> dict:
+    """Parameters with the float32 kernels of the blocks and of the head rounded to bfloat16.
+
+    Args:
+        params: Of a model.
+        tied: Whether the table of embeddings is its head.
+    """
+    head = "embed/embedding" if tied else "lm_head/kernel"
+
+    def round_one(path, x):
+        if isinstance(x, Quantised) or x.dtype != jnp.float32:
+            return x
+        if path == head or path.startswith(("layers/", "top_layers/")) and path.endswith("/kernel"):
+            return Quantised(x.astype(jnp.bfloat16), None, "bfloat16", x.shape[-1], np.dtype(np.float32))
+        return x
+
+    return map_paths(round_one, params)
 
 
 def _quantise_scales(scale) -> Scales:

@@ -1,5 +1,6 @@
-"""Choices that a config leaves open: the shape of the mesh (`mesh.data = 0`), and which tensors are kept for the
-backward pass (`model.remat = auto`). Both are decided from memory and traffic, with a reason for the user.
+"""Choices that a config leaves open: how many CPU devices a run takes (`mesh.data = -1`), from arithmetic; the shape of
+the mesh (`mesh.data = 0`), and which tensors are kept for the backward pass (`model.remat = auto`), from memory and
+traffic. Each has a reason for the user.
 
 `ftjax plan` compiles several settings and compares them; this module decides by rules, in a second. T tokens a row.
 """
@@ -15,11 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import config as configs
+from ftjax import cpus
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
 from ftjax.training import program as programs
 from ftjax.training import sharding
+from ftjax.training.flops import flops_per_token
 from ftjax.tuning import Spec
 
 USED = 0.85  # share of a device's memory that a run is planned into: the rest is for what is not counted here
@@ -27,6 +30,9 @@ SMALL = 0.1  # of that: states that take less are not worth gathering
 MANY = 0.5  # share of the parameters, from which on gradients are as large as weights
 GIB = 2**30
 ONE_DEVICE = dict.fromkeys(MESH_AXES, 1)
+# Of one core of a CPU, about: FLOP/s of a step by bytes of a value; seconds by which each further device lengthens it
+# for all, at least, and for each trained parameter, whose gradient is summed and whose update every device repeats.
+CORE, MEETING, UPDATE = {4: 100e9, 2: 250e9}, 2.5e-4, 2e-9
 
 
 class Machine(NamedTuple):
@@ -40,15 +46,44 @@ class Machine(NamedTuple):
     offloads: bool = False  # whether the host's memory is another one, which they reach by themselves
 
 
-def here() -> Machine:
-    """The devices of this run."""
-    device, count = jax.local_devices()[0], jax.local_device_count()
+def cpu_devices(config, spec: Spec, T: float, dtype, recorded: int = 0) -> int:
+    """How many devices a run takes of those that `cpus.offer` made; where it made none, all that there are.
+
+    The config's own mesh comes first, then the number that the run began with, then the estimate of `cpus.count`.
+
+    Args:
+        config: Of the run, with its defaults filled in.
+        spec: What is trained.
+        T: Tokens of a row, on average.
+        dtype: Of computation.
+        recorded: With how many devices the run began; 0 for a new run.
+    """
+    offered, sizes = cpus.offered(), [config.mesh[axis] for axis in MESH_AXES]
+    if not offered:
+        return jax.device_count()
+    if min(sizes) > 0 or max(sizes) > 1:
+        asked = math.prod(sizes)
+        return asked if 0 < asked <= offered else offered
+    if 0 < recorded <= offered:
+        return recorded
+    rows = config.train.batch_size // config.train.accumulate
+    mesh = sharding.abstract_mesh(ONE_DEVICE)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = programs.build(config, spec, mesh, dtype, 1)
+    flops = rows * T * flops_per_token(spec.model, program.base, program.trained, program.frozen, T)
+    repeated = MEETING + UPDATE * programs.count(program.trained)
+    return cpus.count(rows, spec.model.width, flops / CORE[jnp.dtype(dtype).itemsize], repeated)
+
+
+def here(devices: int = 0) -> Machine:
+    """The devices of this run: so many of all, 0 for all."""
+    device, count = jax.local_devices()[0], min(devices or jax.device_count(), jax.local_device_count())
     memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     if device.platform == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / count
     offloads = device.platform != "cpu" and remat.HOST in {m.kind for m in device.addressable_memories()}
     capability = getattr(device, "compute_capability", "")
-    return Machine(jax.device_count(), memory, count, device.platform, capability, offloads)
+    return Machine(devices or jax.device_count(), memory, count, device.platform, capability, offloads)
 
 
 def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[str, int], str]:

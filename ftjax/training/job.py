@@ -9,9 +9,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ftjax import config as configs
+from ftjax import cpus
 from ftjax.data import chat_templates, labelled
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, Part, prepare
@@ -110,10 +112,16 @@ class Job:
         return LM(model, None, {}, self.chatty, self.folder, self.ends, tokenizer_folder=self.tokenizer_folder)
 
 
-def prepared(config, say) -> Job:
+def prepared(config, say, recorded: int = 0) -> Job:
     """Check a config, its model's files and its rows, and return the Job. The config is not changed.
 
-    say: called with each line of the report for a person. Raises FtjaxError for anything that cannot be used.
+    Args:
+        config: Of the run.
+        say: Called with each line of the report for a person.
+        recorded: Number of devices with which the run began; 0 for a new run.
+
+    Raises:
+        FtjaxError: For anything in the config, the model's files or the rows that cannot be used.
     """
     config = configs.copy(config)
     configs.validate(config)
@@ -163,11 +171,23 @@ def prepared(config, say) -> Job:
     shape = with_task(config, family, shape, folder, len(data.labels))
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
 
-    if chosen := auto_mesh.settle(config, spec, auto_mesh.here(), data.max_length, dtype):
+    lengths = data.train.examples.length
+    T = data.max_length if config.data.packing else float(lengths.mean())
+    count = auto_mesh.cpu_devices(config, spec, T, dtype, recorded)
+    machine = auto_mesh.here(count)
+    if chosen := auto_mesh.settle(config, spec, machine, data.max_length, dtype):
         say(chosen)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:count] if count < jax.device_count() else None)
     check_rows(config, mesh)
-    if chosen := auto_mesh.settle_remat(config, spec, auto_mesh.here(), mesh.shape, data.max_length, dtype):
+    if cpus.offered() and mesh.size > 1:
+        threads = "one thread each" if cpus.options(mesh.size) else "which share their threads"
+        say(f"{mesh.size} CPU devices on {cpus.cores()} cores, {threads}, share the rows; mesh.data=1 takes one device")
+    if recorded not in (0, mesh.size):
+        say(
+            f"the run began with {recorded} devices and goes on with {mesh.size}: sums over rows are taken in another "
+            "order, so its figures may differ in the last bits from here on"
+        )
+    if chosen := auto_mesh.settle_remat(config, spec, machine, mesh.shape, data.max_length, dtype):
         say(chosen)
     check_remat(config, mesh.devices.flat[0])
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
@@ -179,7 +199,7 @@ def prepared(config, say) -> Job:
     drawn, weights_of_classes = judge.by_class(config, data)
     batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
-    trained = steps * data.train.examples.length.sum() / len(batches)
+    trained = steps * lengths.sum() / len(batches)
     validations, most = bounds(config, data.validation, trained)
     held_out = chosen_rows(config, data, most)
     eval_every = config.train.eval_every or max(1, steps // validations)

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax import cpus
 from ftjax import progress as signs
 from ftjax import stops
 from ftjax.data.batches import ahead, loader
@@ -37,7 +38,9 @@ from ftjax.training.job import Job, prepared
 from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
-from ftjax.training.run_folder import RUN, Trained, base_name, check_record, claim, keep_tokenizer, locked
+from ftjax.training.run_folder import (
+    RUN, Trained, base_name, check_record, claim, keep_tokenizer, locked, recorded_devices,
+)  # fmt: skip
 from ftjax.training.start import first_state, untuned, validate
 from ftjax.tree import not_finite
 from ftjax.tuning import METHODS
@@ -143,7 +146,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
     if config.log.compilation_cache:
         use_compilation_cache()
 
-    job = prepared(config, say)
+    recorded = recorded_devices(config)
+    cpus.offer(recorded)
+    job = prepared(config, say, recorded)
     config, data, mesh, rows, steps = job.config, job.data, job.mesh, job.rows, job.steps
     select = job.selection
     run_dir = Path(config.run_dir)
@@ -153,7 +158,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             opened.enter_context(stops.listening())
         if first:
             opened.enter_context(locked(run_dir))
-        going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint))
+        going_on = hosts.from_first(lambda: claim(config, job.base, data.fingerprint, mesh.size))
         claimed += run_dir, steps
         if first:
             opened.enter_context(provenance.recorded(run_dir / RUN))

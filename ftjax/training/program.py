@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ftjax import cpus
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
@@ -187,8 +188,8 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     everywhere = NamedSharding(mesh, PartitionSpec())
     state_places = State(everywhere, trained_places, moments, trained_places if ema else None)
     step = compile_step(
-        state_places, sums=objective(config, model), variables=variables, optimizer=optim, seed=config.seed,
-        accumulate=config.train.accumulate, ema=ema,
+        state_places, cpus.options(mesh.size), sums=objective(config, model), variables=variables, optimizer=optim,
+        seed=config.seed, accumulate=config.train.accumulate, ema=ema,
     )  # fmt: skip
     return Program(
         model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,

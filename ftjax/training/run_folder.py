@@ -111,13 +111,21 @@ def base_folder(config) -> Path:
     return resolve.resolve(config.model.path, revision)
 
 
-def claim(config, base: dict, rows: str) -> bool:
+def recorded_devices(config) -> int:
+    """Number of devices with which the run in a config's folder began; 0 if the run starts anew."""
+    run_dir = Path(config.run_dir)
+    record = None if config.overwrite else read_record(run_dir)
+    return 0 if record is None or _stillborn(run_dir) else record.get("devices", 0)
+
+
+def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
     """Make `config.run_dir` the folder of this run. Returns True if it already holds this run, which is then resumed.
 
     Args:
         config: The run's resolved config.
         base: The record of the base, see fingerprint.record.
         rows: Digest of the rows that the run reads.
+        devices: Number of devices of the run, which decides the last bits of its figures.
 
     Raises:
         FtjaxError: If the folder holds files that are no run, or if it holds another run and `config.overwrite` is off;
@@ -131,6 +139,7 @@ def claim(config, base: dict, rows: str) -> bool:
         "config": config.to_dict(),
         "base": base | {"relative": relative},
         "rows": rows,
+        "devices": devices,
     }
     old = read_record(run_dir)
     for path in run_dir.glob(f"*{DRAFT}"):  # of a process that was killed; the lock is this one's

@@ -11,7 +11,9 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation.generate import EXCLUDED, choose, generate
 from ftjax.hub import families, weights
 from ftjax.models.config import ModelConfig
+from ftjax.models.quantised import is_quantised, rounded
 from ftjax.models.transformer import Transformer
+from ftjax.tree import flatten
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -79,6 +81,32 @@ def test_starter_writes_its_published_text(shared):
         "a big, red ball. She wanted to play with it, but it was too high.\n"
         "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do."
     )
+
+
+def test_kernels_rounded_for_answers_are_those_that_torch_rounds(tmp_path):
+    torch.manual_seed(0)
+    config = TINY["llama"]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    decoder, variables = ours(tmp_path)
+    params = rounded(variables["params"], decoder.config.tied)
+    small = {path: x.codes.dtype for path, x in flatten(params).items() if is_quantised(x)}
+    assert set(small.values()) == {jnp.dtype("bfloat16")} and len(small) == 8  # seven of a block, and the head
+    ids = np.random.default_rng(0).integers(1, 97, (2, 12))
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.ndim == 2 and "embed" not in name:
+                x.copy_(x.bfloat16().float())
+        want = model(torch.tensor(ids)).logits.numpy()
+    found = np.asarray(decoder.apply({"params": params}, jnp.asarray(ids, jnp.int32)))
+    # The other factor of a product is rounded as well: 8 bits of each of its values.
+    assert 0 < np.abs(found - want).max() < 2**-7 * np.abs(want).max()
+
+
+def test_the_starter_begins_its_published_text_with_rounded_kernels(shared):
+    model, variables = ours(shared / "models/stories260K")
+    exact, small = (generate(model, variables, [[1]], max_new_tokens=40, weights=w) for w in ("model", "bfloat16"))
+    assert small == exact
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_common  # noqa: E402
 import bench_share  # noqa: E402
+import bench_tables  # noqa: E402
 import bench_torch  # noqa: E402
 
 
@@ -80,3 +81,26 @@ def test_packed_rows():
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4] * 2] * 2
     assert batch["segment_ids"].tolist() == [[1] * 5 + [2] * 5] * 2
     assert batch["labels"][0].tolist() == list(range(1, 10)) and batch["loss_index"].shape == batch["weights"].shape
+
+
+def test_tables_of_the_page_are_made_of_what_was_measured(tmp_path):
+    page = (SCRIPTS.parent / "docs/performance.md").read_text()
+    script = (SCRIPTS / "bench_all.sh").read_text()
+    for name in bench_tables.TABLES:
+        assert f"measure {name} " in script and f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page, name
+    row = {"model": "40m", "dtype": "float32", "weights": "model", "ftjax_tokens_s": 1234, "bandwidth_share": 0.71}
+    told = {"machine": {"cpu": "A CPU", "cores": 3}, "versions": {"jax": "0.1"}, "malloc": False}
+    for name, weights in (("generate", "model"), ("generate_rounded", "bfloat16")):
+        command = f"python scripts/bench_generate.py --weights {weights} --out {name}.part"
+        file = told | {"command": command, "rows": [row | {"weights": weights}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(file))
+    found = bench_tables.rewritten(page, tmp_path)
+    begin, end = "<!-- generate -->\n", "\n<!-- /generate -->"
+    assert found.split(begin)[0] == page.split(begin)[0] and found.split(end)[1] == page.split(end)[1]
+    assert found.split(begin)[1].split(end)[0].splitlines() == [
+        "3 cores of A CPU. jax 0.1.", "", "```text", "python scripts/bench_generate.py --weights model",
+        "python scripts/bench_generate.py --weights bfloat16", "```", "",
+        "| model | dtype | weights | ftjax, tokens/s | share of that |", "|---|---|---|---|---|",
+        "| 40m | float32 | model | 1,234 | 0.71 |", "| 40m | float32 | bfloat16 | 1,234 | 0.71 |",
+    ]  # fmt: skip
+    assert bench_tables.rewritten(found, tmp_path) == found
