@@ -17,9 +17,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import cpus
+from ftjax import cpus, stops
 from ftjax import progress as signs
-from ftjax import stops
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError, NotFinite, of_disk
@@ -39,8 +38,15 @@ from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import (
-    RUN, Trained, base_name, check_record, claim, keep_tokenizer, locked, recorded_devices,
-)  # fmt: skip
+    RUN,
+    Trained,
+    base_name,
+    check_record,
+    claim,
+    keep_tokenizer,
+    locked,
+    recorded_devices,
+)
 from ftjax.training.start import first_state, untuned, validate
 from ftjax.tree import not_finite
 from ftjax.tuning import METHODS

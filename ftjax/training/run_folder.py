@@ -20,7 +20,7 @@ from ftjax import assets, seals
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import DRAFT, replace_json, replacing
-from ftjax.foreign import check_fields, read_json, read_tensors, string
+from ftjax.foreign import check_fields, listed, mapped, read_json, read_tensors, string, whole
 from ftjax.hub import fingerprint, resolve, tokenizer, weights
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts, provenance
@@ -81,7 +81,7 @@ def read_record(run_dir: str | Path) -> dict | None:
     if not isinstance(record.get("config"), dict) or "base" not in record:
         return None
     if isinstance(record["base"], dict):
-        fields = {"base": fingerprint.RECORD, "rows": string}
+        fields = {"base": fingerprint.RECORD, "rows": string, "devices": whole(), "starts": listed(mapped())}
         check_fields(record, fields, file)
         if missing := {"name", "path", "relative", "revision"} - record["base"].keys():
             raise FtjaxError(f"{file}: base: {min(missing)} is missing")
@@ -155,8 +155,7 @@ def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
         old = None
     if old:
         _same_run(record, old, run_dir)
-    earlier = old.get("starts") if old else []
-    starts = [*(earlier if isinstance(earlier, list) else []), provenance.start()]
+    starts = [*(old or {}).get("starts", []), provenance.start()]
     replace_json(run_dir / RUN, record | {"starts": starts})
     return old is not None
 
