@@ -108,9 +108,11 @@ def recipe(
     """The recipe that a config means for the rows of a table; data: its group, or that of one source; truths:
     whether the rows have labels."""
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
-    text = column(task.text, usual.text, table, "task.text")
+    alone = task.kind == "embed" and not truths  # any text is embedded, without a partner
+    asked = "" if alone and task.text not in table.columns else task.text
+    text = column(asked, usual.text, table, "task.text")
     pair = label = ""
-    if (task.pair or usual.pair) and (truths or task.kind != "embed"):  # a text alone is embedded without its partner
+    if (task.pair or usual.pair) and not alone:
         pair = column(task.pair, usual.pair, table, "task.pair")
     if usual.label and truths:
         label = column(data.label, usual.label, table, "data.label")
