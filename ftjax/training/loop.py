@@ -333,7 +333,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 with kept_so_far():
                     check_state(state)
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
-                record |= {"metrics": metrics.digest()} if first else {}
+                record |= {"metrics": metrics.digest()} if metrics else {}
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
                 checkpoints.wait()
