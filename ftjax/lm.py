@@ -239,7 +239,7 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
             f"generate: this model is for task.kind {lm.kind}, and cannot continue text; use `ftjax predict`"
         )
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
-    drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows that are no token
+    drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows without a token
     with doing(f"answering {len(ids):,} prompts"):
         new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
     return continuations(lm.tokenizer, ids, new)
@@ -294,7 +294,7 @@ def open_base(
     folder = Path(folder)
     family, shape = families.read_config(folder)
     words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
-    if tokenizer_folder is None:  # a tokenizer from elsewhere may come with a larger table
+    if tokenizer_folder is None:  # a tokenizer from elsewhere may belong to a larger table
         tokenizer.check_vocab(words, shape.vocab_size)
     ends: Sequence[int] = ()
     if config is not None:

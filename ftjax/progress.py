@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-SOON, LATER = 10, 60  # seconds until the first and between further signs of life where nobody watches a terminal
+SOON, LATER = 10, 60  # seconds until the first, and between further lines, where the output is not a terminal
 _open: list[object] = []  # what is being done, the outermost first: only that shows itself
 quiet = False  # set on all processes of a run but the first
 

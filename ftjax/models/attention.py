@@ -16,8 +16,8 @@ from ftjax.models.by_device import by_device, gather, mesh_that_cuts, wide
 from ftjax.models.products import contract, fenced
 from ftjax.models.remat import named
 
-PIECE = 128  # queries at least that are taken together
-PIECES = 4  # of a row at most: each is compiled
+PIECE = 128  # least number of queries that are computed together
+PIECES = 4  # most pieces of a row; each is compiled
 MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become NaN
 
 
@@ -48,7 +48,7 @@ def attend(
     pieces = min(T // PIECE, PIECES) if causal and T == S and isinstance(offset, int) and not offset else 1
     if pieces <= 1:
         return _attend(q, k, v, q_segments, k_segments, offset=offset, positions=positions, key=key, **how)
-    # Queries in pieces, each with the keys up to its own end: most of what is masked is not computed.
+    # Each piece of queries is computed with the keys up to its own end, so most masked scores are not computed.
     size, out = -(-T // pieces), []
     ends = (*range(size, T, size), T)
     queries, keys, values = jnp.split(q, ends[:-1], 1), _starts(k, ends, 3), _starts(v, ends, 2)
@@ -93,7 +93,7 @@ def _starts(x, ends, axis):
 
 
 def _starts_bwd(ends, axis, _, gradients):
-    # Added in place: XLA would pad each with zeros, and go over all of them for every element.
+    # Added in place, because XLA would pad each piece with zeros and read all of them for every element.
     total = gradients[-1]
     for end, g in zip(ends, gradients[:-1]):
         g = jax.lax.slice_in_dim(total, 0, end, axis=axis) + g
@@ -159,7 +159,7 @@ def _softmax_product(q, k, v, seen, kept, scale):
 def _softmax_product_fwd(q, k, v, seen, kept, scale):
     e, total = _exponentials(q, k, seen, scale)
     e = e.astype(q.dtype)
-    # Named here, the one array is both what is computed and what goes back: kept once, where a preset keeps it.
+    # Named here, the output is also the residual of the backward pass, so that a preset which keeps it keeps it once.
     out = named((_dot(_times(e, kept), v, (3, 2)) / total).astype(q.dtype), "attention")
     return out, (q, k, v, e, total, kept, out)
 

@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
     name: str = "xla"
     platform: str = "cpu"  # cpu | gpu | tpu
     capability: tuple[int, ...] = ()  # of a GPU: (9, 0) is Hopper
-    packed: bool = True  # rows may hold several documents; False: one each, and padding behind it
+    packed: bool = True  # rows may hold several documents; False: one document each, and padding after it
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     head_dim: int  # d
     causal: bool
     windows: tuple[int, ...]  # all that its layers have; 0: none
-    prefix: bool  # further keys stand before every document
+    prefix: bool  # further keys come before every document
     dropout: bool  # part of the softmax is dropped
     mesh: dict[str, int]  # sizes of its axes
 
@@ -134,7 +134,7 @@ def _splash_kernel(T: int, heads: int, window: int, causal: bool, interpret: boo
         sp.make_splash_mha, sp.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
         interpret=interpret, residual_checkpoint_name="attention",
     )  # fmt: skip
-    # Kept for other traces, so that no tracer may be in it: a thread of its own has nothing of what is being traced.
+    # The kernel is cached for other traces and must hold no tracer. In another thread nothing is being traced.
     with ThreadPoolExecutor(1) as aside:
         return jax.tree.map(np.asarray, aside.submit(make).result())
 
@@ -213,7 +213,7 @@ def why_not(case: Case) -> str:
 
 def case_of(kernels: Kernels, shape, dtype, rows: int, length: int, prefix: bool, dropout: bool, mesh) -> Case:
     """The Case of a model for rows of `length` tokens. shape: its ModelConfig; mesh: sizes of the mesh's axes."""
-    windows = tuple(sorted({w if w < length else 0 for w in shape.windows or (0,)}))  # a wide one shuts nothing out
+    windows = tuple(sorted({w if w < length else 0 for w in shape.windows or (0,)}))  # a wide window masks nothing
     return Case(
         kernels, jnp.dtype(dtype).name, rows, length, shape.heads, shape.kv_heads, shape.head_dim, shape.causal,
         windows, prefix, dropout, dict(mesh),

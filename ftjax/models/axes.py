@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ftjax.models.quantised import Quantised
 
-# The last axis has the nearest neighbours: tensor parallelism talks most.
+# Devices along the last axis are nearest to each other: tensor parallelism communicates most.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 # logical axis -> mesh axes that split it
@@ -74,7 +74,7 @@ def spec(axes: tuple[str | None, ...], sizes: tuple[int, ...], mesh) -> Partitio
     """
     kinds, out = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)), []
     for axis, size in zip(axes, sizes, strict=True):
-        # Along a manual axis an array is already one device's own.
+        # Along a manual axis an array is already the part of one device.
         names = tuple(n for n in RULES.get(axis, ()) if ways(mesh, n) > 1 and kinds[n] != AxisType.Manual)
         out.append(names if names and size % ways(mesh, *names) == 0 else None)
     return PartitionSpec(*out)

@@ -38,7 +38,7 @@ def by_device(f, mesh, names, in_specs, out_specs):
 def gather(x: jax.Array, names, dim: int, dtype) -> jax.Array:
     """Concatenate the parts of x of all devices along the mesh axes `names`, along `dim`, in dtype. Its gradients are
     summed in float32."""
-    # In front: TPUs scatter the gradient of what is gathered along a minor axis by summing it whole.
+    # The gathered axis is moved to the front, because TPUs sum the gradient of a gather along a minor axis as a whole.
     return jnp.moveaxis(jax.lax.all_gather(jnp.moveaxis(x.astype(dtype), dim, 0), names, tiled=True), 0, dim)
 
 

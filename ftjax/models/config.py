@@ -60,10 +60,10 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rotary
     causal: bool = True  # a token sees itself and those before it; else all of its segment
-    post_norm: bool = False  # norms behind what each sublayer adds, as BERT has them, not before each sublayer
-    first_norm: bool = True  # False: the first block's attention reads its input as it is
-    final_norm: bool = True  # a norm behind the blocks
-    embed_norm: bool = False  # a norm behind the sum of embeddings
+    post_norm: bool = False  # norms after the addition of each sublayer, as in BERT, not before each sublayer
+    first_norm: bool = True  # False: no norm before the first block's attention
+    final_norm: bool = True  # a norm after the blocks
+    embed_norm: bool = False  # a norm after the sum of embeddings
     norm_bias: bool = True  # of layer norms
     types: int = 0  # token types, each with an embedding
     positions: str = "rotary"  # rotary | learned
@@ -71,7 +71,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     local_theta: float = 0.0  # the same of layers with a window; 0: rope_theta
     rope_scaling: RopeScaling = RopeScaling()
-    windows: tuple[int, ...] = ()  # one a layer: tokens seen to a side, itself included; 0: all; empty: all layers 0
+    windows: tuple[int, ...] = ()  # of each layer: tokens seen on a side, itself included; 0: all; empty: all 0
     tied: bool = True  # the head is the embedding table
-    initializer_range: float = 0.02  # standard deviation of kernels that are made anew
+    initializer_range: float = 0.02  # standard deviation of newly initialised kernels
     head: Head = Head()

@@ -60,7 +60,7 @@ def project(x, kernel, axes=None):
 
 
 def _project_bwd(axes, saved, g):
-    # A frozen kernel's gradient is never used, and so never computed.
+    # The gradient of a frozen kernel is not used, so the compiler removes it.
     x, kernel = saved
     dx = products.contract(g, whole(kernel, axes).astype(g.dtype), ((g.ndim - 1,), (0,))).astype(g.dtype)
     return dx, None if x is None else sum_outer(g, x, products.outer, axes).astype(kernel.dtype)

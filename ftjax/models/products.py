@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-FEW = 32  # rows up to which a product is bound by reading its kernel
+FEW = 32  # most rows of a product whose time is that of reading its kernel
 
 
 def contract(a, b, dims, batch=((), ())):

@@ -29,7 +29,7 @@ NAMES = {
 }
 ATTENTION = ("q", "k", "v", "attention")
 PRODUCTS = (*ATTENTION, "o", "gate", "up", "down")
-# Attention kernels whose residuals have no name of their own: kept where `attention` is.
+# Attention kernels whose residuals have no names: they are kept if `attention` is.
 KERNELS = ("dot_product_attention_fwd_wrapper",)
 
 
@@ -64,7 +64,7 @@ def kept_values(shape, names: tuple[str, ...]) -> int:
     """Number of values per token in the tensors of these names of one block. shape: the ModelConfig."""
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"input": shape.width, "q": heads, "k": keys, "v": keys, "attention": heads, "o": shape.width}
-    sizes |= {"gate": shape.hidden * shape.gated, "up": shape.hidden, "down": 0}  # the last has no use but to be added
+    sizes |= {"gate": shape.hidden * shape.gated, "up": shape.hidden, "down": 0}  # the last one is only added
     return sum(sizes[name] for name in names)
 
 

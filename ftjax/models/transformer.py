@@ -28,8 +28,8 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
-STACKS = ("layers", "top_layers")  # where parameters of blocks lie, on a leading layer axis
-BEHIND = ("final_norm", "lm_head", "head")  # where those lie that stand behind the blocks
+STACKS = ("layers", "top_layers")  # subtrees with the parameters of blocks, on a leading layer axis
+BEHIND = ("final_norm", "lm_head", "head")  # subtrees with the parameters after the blocks
 
 
 class Attention(nn.Module):
@@ -353,7 +353,7 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, a
             tuple(jnp.zeros((*lead, *tail), dtype) for _ in range(L)) if apart else jnp.zeros((L, *lead, *tail), dtype)
         )
 
-    # Segment -1: a slot that nobody has written is seen by nobody.
+    # Segment -1: no token sees a slot that was not written.
     return {
         "k": empty(d, S),
         "v": empty(S, d),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ftjax.models.by_device import sum_rows
 
-AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once; CPUs want them near their caches
+AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once; on a CPU they should fit its caches
 AT_ONCE_ELSEWHERE = 1 << 30
 
 
@@ -53,7 +53,7 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
         if label_smoothing:
             uniform = normaliser - jnp.mean(logits, axis=-1)
             smooth = (1 - label_smoothing) * loss + label_smoothing * uniform
-        # The first of the largest, as argmax has it, in plain reductions: ten times as fast on a CPU.
+        # Whether argmax (the first of equal maxima) is the label; plain reductions are ten times as fast on a CPU.
         before = jnp.arange(logits.shape[-1]) < labels[..., None]
         correct = ~jnp.any((logits > of_label) | (before & (logits == of_label)), axis=-1)
         correct &= jnp.isfinite(loss)  # nothing is larger than NaN
@@ -94,7 +94,7 @@ def _sum_pieces(f, tokens, variables, arrays, rngs):
 
 
 def _sum_pieces_fwd(f, tokens, variables, arrays, rngs):
-    # What nobody differentiates by costs no product: a frozen head, states that were computed before.
+    # No product is computed for inputs without a gradient, such as a frozen head or known states.
     leaves, tree = jax.tree.flatten((variables, arrays[0]), is_leaf=_is_primal)
     *learned, of_states = (leaf.perturbed for leaf in leaves)
     *values, states = (leaf.value for leaf in leaves)

@@ -21,7 +21,7 @@ def embeddings(model, variables, batch, *, pool: str, rngs=None):
     segment."""
     shape = dataclasses.replace(model.config, head=Head("none", pool=POOLS[pool]))
     x = states(model.clone(config=shape), variables, batch, rngs=rngs).astype(jnp.float32)
-    # As torch.nn.functional.normalize has it.
+    # As in torch.nn.functional.normalize.
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -53,7 +53,7 @@ def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.
     cosines = jnp.einsum("pd,qd->pq", first, second, precision="highest")
     scores = jnp.where(weights > 0, cosines / temperature, -jnp.inf)
     own = jnp.diagonal(cosines) / temperature
-    # Where there is no pair its own score would be missing, and the gradient not a number.
+    # A row without a pair would have no score of its own, and a gradient of NaN.
     loss = jnp.where(weights > 0, jax.nn.logsumexp(scores, axis=1) - own, 0.0)
     correct = (jnp.argmax(scores, axis=1) == jnp.arange(len(own))) & jnp.isfinite(loss)
     total = jnp.sum(loss * weights)

@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-# One FLOP an element of the result, as XLA counts; exp, log, tanh and their kin are counted apart by XLA, and not here.
+# One FLOP an element of the result, as XLA counts; exp, log, tanh and the like are counted apart by XLA, and not here.
 ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "neg", "max", "min", "select_n", "integer_pow", "square", "abs"}
 ELEMENTWISE |= {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "sign", "rem", "clamp", "floor"}
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "argmax", "cumsum"}  # one an element of the operand

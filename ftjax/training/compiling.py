@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event, recorded before the program runs
-LONG = 0.5  # seconds of compiling that leave something worth looking for
+LONG = 0.5  # seconds of compiling after which there is enough freed memory to return
 
 
 def use_compilation_cache() -> None:

@@ -22,7 +22,7 @@ from ftjax.training.run_folder import Trained, open_run
 from ftjax.tree import map_paths, not_finite
 from ftjax.tuning import METHODS
 
-# Task of a head that PEFT has no name of its own for -> what an adapter says instead of CAUSAL_LM.
+# Task of a head without a task_type in PEFT -> what adapter_config.json has instead of CAUSAL_LM.
 TASK_TYPES = {"none": {"task_type": "FEATURE_EXTRACTION"}, "masked": {"task_type": None}}
 
 
@@ -89,7 +89,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     chat_template = chat_templates.of_run(config, base.tokenizer)
     beside = functools.partial(_beside, source=source, chat_template=chat_template)
     if format == "adapter":
-        # What lies on several hosts is gathered, but for the base itself: no adapter holds any of that.
+        # Arrays on several hosts are gathered, except those of the base, which no adapter holds.
         params = families.shapes(source.spec.model)
         frozen = map_paths(lambda path, x: x if path in params else weights.whole(x), source.frozen)
         trained = jax.tree.map(weights.whole, source.trained)

@@ -31,10 +31,10 @@ from ftjax.training.selection import Selection, selection
 from ftjax.tuning import METHODS, Method, Spec
 from ftjax.tuning.adapters import Start
 
-VALIDATIONS = 10  # a run, where the config does not say how often
-FEWEST = 4  # validations that remain of these before rows are left out, so that the best of several can be chosen
-LEAST_ROWS = 200  # that remain of the validation rows
-SHARE = 0.2  # of the training's arithmetic, that validations may take where the config sets neither rows nor interval
+VALIDATIONS = 10  # number of validations of a run, unless the config sets an interval
+FEWEST = 4  # least number of them before rows are left out, so that the best of several can be chosen
+LEAST_ROWS = 200  # least number of validation rows
+SHARE = 0.2  # of the training's arithmetic for validations, unless the config sets their rows or interval
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,8 +51,8 @@ from ftjax.training.start import first_state, untuned, validate
 from ftjax.tree import not_finite
 from ftjax.tuning import METHODS
 
-PLACED = 2  # batches on the devices beside the one in use
-UNREAD = 100  # steps whose numbers may wait on the devices
+PLACED = 2  # batches that wait on the devices for the next steps
+UNREAD = 100  # most steps whose losses are still on the devices
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -181,13 +181,13 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         before = untuned(job, program, state.trained, frozen, say)
 
         # ---- the state to go on from -------------------------------------------------------------------------------
-        # Closed on every way out: an error or Ctrl-C leaves whole files too.
+        # Closed in any case, so that an error or Ctrl-C leaves complete files.
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep, say=say)))
-        # best: the selected figure as a rank, and the validation loss, of the best checkpoint so far
+        # best: the selected score as a rank; best_loss: the validation loss; both of the best checkpoint so far
         resumed_from, best, best_loss, stale, spent = checkpoints.latest() or 0, None, None, 0, 0.0
         if resumed_from:
             abstract = placed(state, program.state_places)
-            del state  # before the one of the checkpoint comes in: they are of one size
+            del state  # before the checkpoint's state, which is as large, is read
             state = checkpoints.state(resumed_from, abstract)
             record = checkpoints.record(resumed_from)
             check_record(config, record, run_dir, resumed_from)
@@ -227,7 +227,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         if first:
             metrics = Metrics(run_dir, config, resumed_from, record.get("metrics", "") if resumed_from else "", say)
             opened.enter_context(contextlib.closing(metrics))
-        opened.push(hosts.end_together)  # before what is open is closed, which waits for all processes
+        opened.push(hosts.end_together)  # before the open files are closed, which waits for all processes
         profiled = config.log.profile if first else ""
         take_step = Profiler(program.step, profiled, run_dir, resumed_from, steps, say)
         opened.callback(take_step.close)
@@ -276,7 +276,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             """Refuse to keep what would be of no use to anyone."""
             if not_finite((state.trained, state.averaged)):
                 raise NotFinite(f"step {step}: its update made values of what is trained NaN or infinite. {lower()}")
-            if not validation and step == steps:  # neither a validation nor a further step will tell
+            if not validation and step == steps:  # no validation and no further step would show it
                 batch = place(batches.get(0, local))
                 variables = program.variables(state.averaged, frozen)
                 _, _, found = sums(program.model, variables, batch, kind=config.task.kind, **job.task.always(config))
@@ -308,7 +308,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             validated = validation and (step % job.eval_every == 0 or step == steps)
             preempted = hosts.preempted(step)
             saved = step % job.save_every == 0 or step == steps or preempted
-            if validated or saved:  # never validate or keep a state before its loss is known to be a number
+            if validated or saved:  # a state is validated and kept only after its loss is known to be finite
                 read(log=True)
                 due = False
             rank = None
@@ -333,7 +333,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 with kept_so_far():
                     check_state(state)
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
-                record |= {"metrics": metrics.digest()} if first else {}
+                record |= {"metrics": metrics.digest()} if metrics else {}
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
                 checkpoints.wait()
@@ -349,7 +349,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             say(f"warning: {select.name} was undefined at every validation, so that the last step counts as the best")
         checkpoints.wait()
 
-        # ---- what came of it ---------------------------------------------------------------------------------------
+        # ---- the results -------------------------------------------------------------------------------------------
         best_step = checkpoints.best() or step
         kept = best_step if config.export.checkpoint == "best" else step
         trained = state.averaged

@@ -30,7 +30,7 @@ def schedule(config, steps: int, lr: float) -> optax.Schedule:
     else:
         decay = max(round(config.decay * steps), 1)
         after = optax.linear_schedule(lr, end, decay, transition_begin=max(rest - decay, 0))
-    # Step 0 of a warm-up already moves: (step + 1) / warmup, so that no batch is spent on a learning rate of zero.
+    # The warm-up is (step + 1) / warmup, so that the first batch does not have a learning rate of zero.
     up = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
     return optax.join_schedules([up, after], [warmup]) if warmup else after
 

@@ -23,7 +23,7 @@ from ftjax.training import hlo
 FOLDER, JSON, TABLE = "profile", "profile.json", "profile.txt"  # in the run folder
 
 WINDOW = "ftjax.profile"  # the annotation that spans all traced steps, to the end of the last one's work
-LONGEST = 12  # operations that are told one by one
+LONGEST = 12  # number of longest operations that are listed
 
 # Kind of operation -> what it is called in the table. What overlaps with a collective is not waited for: a collective
 # counts for the time in which nothing else runs.

@@ -43,7 +43,7 @@ class Program(NamedTuple):
     frozen_places: dict
     state_places: State
     read_dtype: jnp.dtype  # that the base is read in
-    quantise: Callable  # path -> what makes that parameter of the base small as it is read, or None
+    quantise: Callable  # path -> the function that quantises this parameter of the base as it is read, or None
     begin: Callable  # (key, base) -> (trained, frozen); base is given away
     variables: Callable  # (trained, frozen) -> what the model is applied to
     rate: Callable  # step -> learning rate

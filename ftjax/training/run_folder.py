@@ -28,25 +28,25 @@ from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.tree import flatten, map_paths
 from ftjax.tuning import METHODS, Spec
 
-RUN = "run.json"  # the resolved config and the base it was started on; what has it is a run folder
-START = "start.safetensors"  # what the method drew from the base before the first step, see Method.start
+RUN = "run.json"  # the resolved config and the record of the base; a folder with this file is a run folder
+START = "start.safetensors"  # values that the method computed from the base before the first step, see Method.start
 TOKENIZER = "tokenizer"  # the run's tokenizer, where it is not the base's
 LOCK = "lock"  # the process that works on the run
 STALE = 120.0  # seconds without a sign of life of a process of another host after which its lock does not count
 
-# Everything that a run writes into its folder, and of folders what in them; exports list their own files.
+# Everything that a run writes into its folder, and into subfolders; exports list their own files.
 WRITTEN = (RUN, START, "before.json", "metrics.jsonl", "loss.png", "results.json", "samples.jsonl", "removed.jsonl")
 WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration.png", "outcome.json")
 WRITTEN += ("profile.json", "profile.txt", "profile/plugins", f"{TOKENIZER}/*", "tensorboard/events.out.tfevents.*")
 WRITTEN += (f"{FOLDER}/[0-9]*", "wandb/*run-*", "wandb/latest-run", "wandb/debug*.log")
 FOLDERS = ("adapter", "merged", "full")
 
-# Groups and fields that may differ when a run goes on: they do not change what is trained.
+# Groups and fields that may differ when a run is resumed, because training does not depend on them.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
 FREE += ("task.group", "task.threshold", "task.max_answer")  # of how predictions are made and judged
 FREE += ("train.cache_features", "model.remat", "model.attention", "model.unroll", "model.head_chunk")
-# Fields that name files, by the group of the record whose digests decide in their place.
+# Fields that name files -> the group of the record whose digests are compared instead of the names.
 NAMES = {
     "weights": ("model.path", "model.revision"),
     "adapter": ("tuning.init_from",),

@@ -43,11 +43,11 @@ def first_state(job: Job, program: Program, say) -> tuple:
             say(line)
     made_elsewhere = job.given.trained(base, spec, program.trained) if job.given else None
     with warnings.catch_warnings():
-        # Kernels of a stack that is cut in two come back in other shapes than they are given away in.
+        # Kernels of a stack that is split in two are donated in one shape and returned in others.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         trained, frozen = program.begin(jax.random.key(config.seed), base)
     frozen = keep_start(job.method, frozen, Path(config.run_dir))
-    del base  # given away: what is frozen of it now lies in `frozen`, the rest in `trained`
+    del base  # donated: its frozen parameters are in `frozen` now, the others in `trained`
     if job.given:
         made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
         trained = jax.device_put(made_elsewhere, program.trained_places)
@@ -116,7 +116,7 @@ def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dic
     before = kept.get("measured")
     if before is None:
         variables = program.variables(trained, frozen)
-        # Virtual tokens change the logits before they are trained: the model without them is the one to beat.
+        # Untrained virtual tokens change the logits, so the model without them is measured.
         variables = {"params": variables["params"]} if job.virtual else variables
         with doing("answering with the model as it is, before training"):
             before = compare.measure(job.lm(program.model), variables, job.data, job.config)

@@ -35,7 +35,7 @@ def as_float32(tree):
 def init_state(optimizer, trained, ema: float = 0.0) -> State:
     """The state before the first step, with a moving average if its decay `ema` is not 0."""
     start = as_float32(trained)
-    average = jax.tree.map(jnp.copy, start) if ema else None  # buffers of its own, as the step gives both away
+    average = jax.tree.map(jnp.copy, start) if ema else None  # buffers of its own, because the step donates both
     return State(jnp.zeros((), jnp.int32), trained, optimizer.init(start), average)
 
 

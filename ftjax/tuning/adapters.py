@@ -20,7 +20,7 @@ from ftjax.tuning import tables
 from ftjax.tuning.base import METHODS, Method, Spec, of_peft
 from ftjax.tuning.whole import PEFT_TASKS
 
-# Fields of config.tuning that an adapter_config.json says under another name, where it says them.
+# Field of config.tuning -> its key in adapter_config.json, which may be missing there.
 SAID = {"rank": "r", "alpha": "lora_alpha"}
 
 

@@ -57,10 +57,10 @@ class Method:
     frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
     layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
-    start: Callable[[dict], dict] = lambda frozen: {}  # what of `frozen` was computed from values of the base: a run
-    # keeps it, because another dtype or device computes it otherwise
-    causal_only: bool = False  # whether it needs a model in which no token sees those behind it
-    of_parameters: bool = False  # whether it trains parameters of the model alone; others may too, see whole.py
+    start: Callable[[dict], dict] = lambda frozen: {}  # the part of `frozen` that was computed from the base. A run
+    # stores it, because another dtype or device would compute other values
+    causal_only: bool = False  # whether it needs a model in which no token sees later ones
+    of_parameters: bool = False  # whether it trains only the model's own parameters, see whole.py
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 

@@ -29,7 +29,7 @@ TARGETS = {
     "layers/mlp/down_proj": "input",
 }
 NONE = ("none",)  # tuning.feedforward: no target's input is scaled
-# Keys of an IA3 adapter_config.json that tell what the tensors mean, or nothing about it.
+# Known keys of an IA3 adapter_config.json: any other key that is set describes a variant of IA3.
 KEYS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"),
@@ -132,7 +132,7 @@ def to_peft(trained, frozen, spec):
     feedforward = peft_targets(inputs, spec.names)
     config = {
         "peft_type": "IA3",
-        # What is scaled at its input must be named alike in both lists.
+        # PEFT needs modules whose input is scaled under the same names in both lists.
         "target_modules": sorted({*peft_targets(chosen, spec.names), *feedforward}),
         "feedforward_modules": feedforward,
         "fan_in_fan_out": fan_in_fan_out(chosen, spec.names),

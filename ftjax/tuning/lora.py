@@ -179,7 +179,7 @@ def from_peft(adapter_config, tensors, base, spec):
         "rank_pattern": tuple((re.escape(module), r) for module, r in rank_of.items()),
         "alpha_pattern": tuple((re.escape(module), alpha) for module, alpha in alpha_of.items()),
         "rslora": rslora,
-        "init": "default",  # its tensors are where it starts from
+        "init": "default",  # training starts from its tensors
     }
     return trained, fields
 

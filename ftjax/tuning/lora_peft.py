@@ -20,15 +20,14 @@ from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import EMBEDDINGS, by_pattern, fan_in_fan_out, module_names, peft_targets
 
-# Keys of a LoRA adapter_config.json that tell what the tensors mean, or nothing about it; any other key that is set to
-# something names a variant of LoRA.
+# Known keys of a LoRA adapter_config.json: any other key that is set describes a variant of LoRA.
 LORA_KEYS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
     *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-# Those of the initialisations that leave the base model's weights alone.
+# The initialisations that do not change the base model's weights.
 LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Ends of the names of A and B: of a map that is multiplied with, and of a table of embeddings.
 SUFFIXES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))

@@ -93,7 +93,7 @@ def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, s
     params, new = flatten(base), {}
     for path in dict.fromkeys((*tables, *rows, *saved)):
         like = dequantised(params[EMBED if path == HEAD and spec.model.tied else path])
-        # Where the adapter saves a whole module, its own table stands in for the base's, which it replaces.
+        # If the adapter saves a whole module, its table replaces the base's.
         new[path] = jnp.asarray(tables.get(path, like if path in rows else saved.get(path)), like.dtype)
         if path in rows:
             ids, delta = rows[path]

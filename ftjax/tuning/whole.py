@@ -104,7 +104,7 @@ def with_whole(method: Any) -> Any:
         parts = chosen(spec)
         trained, frozen = method.init(key, base, with_pooler(spec))
         if spec.model.tied and TABLES & parts.keys() and "lm_head" not in frozen:
-            # As in PEFT, which copies the module: the one that is not trained stays as it is.
+            # As in PEFT, which copies the module: the table that is not trained does not change.
             frozen = frozen | {"lm_head": {"kernel": frozen["embed"]["embedding"]}}
         whole, frozen = take(flatten(frozen), parts)
         return unflatten(flatten(trained) | whole), unflatten(frozen)
