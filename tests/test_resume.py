@@ -96,9 +96,8 @@ def test_killed_three_times_it_ends_in_the_same_bits(config, tmp_path):
             os.killpg(process.pid, sent)
         codes.append(process.wait())
         if sent == signal.SIGTERM:  # it saves the step that it was in
-            assert (
-                max(int(path.name) for path in (killed / "checkpoints").iterdir()) >= read_metrics(killed)[-1]["step"]
-            )
+            kept = [int(path.name) for path in (killed / "checkpoints").iterdir() if path.name.isdigit()]
+            assert max(kept) >= read_metrics(killed)[-1]["step"]
     assert codes == [-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGKILL]
     said = run(config, killed, tmp_path)
     assert "going on after step" in said
