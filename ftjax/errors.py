@@ -28,7 +28,8 @@ def of_disk(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.errno in OF_DISKS:
         file = "" if error.filename is None else f"{error.filename}: "
-        return f"{file}{error.strerror}"
+        exists = "a file, or a link to nothing, where a folder is expected"
+        return f"{file}{exists if error.errno == errno.EEXIST else error.strerror}"
     texts = [os.strerror(number) for number in OF_DISKS[:7]]
     return " ".join(str(error).split())[:300] if any(text in str(error) for text in texts) else ""
 

@@ -16,7 +16,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ftjax.errors import FtjaxError
+from ftjax.foreign import check_fields, maybe, parse_json, string, whole
+
 STALE = 600.0  # seconds without a sign of life of an owner after which a claim is free
+CLAIM = {"host": string, "pid": whole(1), "started": maybe(string), "since": string}  # what a claim holds
 WAIT = 1.0  # seconds between looks at a claim of somebody else
 
 
@@ -41,8 +45,10 @@ def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
 def owner(path: Path) -> str:
     """A description of the process that holds a claim, for a person."""
     try:
-        said = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        said = _said(path)
+    except FileNotFoundError:
+        said = {}
+    if "pid" not in said:
         return "nobody"
     since = f", since {said['since']}" if "since" in said else ""
     return f"process {said['pid']} of {said['host']}{since}"
@@ -63,11 +69,9 @@ def _left(path: Path, stale: float) -> bool:
     """Remove a claim whose process is gone. Returns True if it existed and this process was the one that removed it."""
     try:
         before = path.stat()
-        said = json.loads(path.read_text())
+        said = _said(path)
     except FileNotFoundError:
         return True
-    except ValueError:  # being written, or cut short by a kill
-        said = {"host": ""}
     if said["host"] == socket.gethostname():
         if _runs(said["pid"], said.get("started")):
             return False
@@ -85,6 +89,18 @@ def _left(path: Path, stale: float) -> bool:
             os.link(aside, path)
     aside.unlink()
     return taken
+
+
+def _said(path: Path) -> dict:
+    """What a claim holds; of one that is being written, was cut short by a kill or is no claim, a host without name."""
+    try:
+        said = parse_json(path.read_bytes(), path)
+        if isinstance(said, dict) and {"host", "pid"} <= said.keys():
+            check_fields(said, CLAIM, path)
+            return said
+    except FtjaxError:
+        pass
+    return {"host": ""}
 
 
 def _now(path: Path) -> float:

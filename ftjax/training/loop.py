@@ -123,8 +123,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
         if isinstance(error, FtjaxError) or not (told := of_disk(error)):
             raise
         raise FtjaxError(
-            f"{told}. {config.run_dir} keeps the whole checkpoints that it has. Make room, or let the folder be "
-            "written to: the same command then goes on"
+            f"{told}. Nothing that was whole in {config.run_dir} is lost, and the same command goes on once this is "
+            "mended"
         ) from error
 
 

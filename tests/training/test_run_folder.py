@@ -1,6 +1,7 @@
 """Whose a run folder is."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from ftjax import config
 from ftjax.assets import resolve
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, of_disk
 from ftjax.hub import fingerprint
 from ftjax.training import provenance
 from ftjax.training.run_folder import base_folder, claim, locked
@@ -156,3 +157,36 @@ def test_the_commit_of_a_hub_name_is_used_again(tmp_path, base, monkeypatch):
         huggingface_hub, "snapshot_download", lambda name, revision, **o: str(BASE) * (revision == "one")
     )
     assert fingerprint.find(kept, tmp_path / "run", "owner/model", "", "key") == BASE
+
+
+def test_a_full_disk_leaves_no_draft_and_the_same_command_goes_on(tmp_path, base, monkeypatch):
+    c = settings(tmp_path / "run")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError) as error:
+            claim(c, base, "rows")
+    assert of_disk(error.value) == f"{tmp_path / 'run' / 'run.json'}: No space left on device"
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "run" / "run.json.host-1.part").write_text("{")  # of a process that was killed
+    assert not claim(c, base, "rows")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"host": 3}', '{"host": "a", "pid": "b"}', "{", ""])
+def test_a_lock_that_is_no_lock_is_taken_over_when_it_is_old(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(FtjaxError, match="is in use"), locked(tmp_path):
+        pass
+    os.utime(tmp_path / "lock", (0, 0))
+    with locked(tmp_path):
+        pass
+
+
+def test_errors_of_libraries_for_disks_are_known():
+    assert of_disk(ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]")).startswith("RESOURCE_EXHAUSTED")
+    assert of_disk(FileExistsError(errno.EEXIST, "File exists", "a")).startswith("a: a file, or a link to nothing")
+    assert not of_disk(ValueError("no")) and not of_disk(BrokenPipeError(errno.EPIPE, "Broken pipe"))
