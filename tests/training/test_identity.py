@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -45,7 +44,8 @@ def made(tmp_path_factory):
     shutil.copytree(assets.resolve("builtin:stories260K"), project / "base")
     rows = [{"src": f"{word} {i}", "tgt": f"The {word} is {i}."} for i in range(5) for word in ("dog", "cat", "sun")]
     (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    make = sharding.make_mesh
+    one = lambda config, devices=None: make(config, jax.devices()[:1])  # noqa: E731
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sharding, "make_mesh", one)
         ftjax.train(settings(project), say=lambda line: None)
