@@ -84,8 +84,7 @@ def count(rows: int, width: int, seconds: float = 1.0, repeated: float = 0.0) ->
     most, serial = min(offered(), cores()), serial_share(width)
 
     def time(n: int) -> float:
-        threads = max(1, most // n)
-        return seconds / n * (serial + (1 - serial) / threads) + repeated * n * (n > 1)
+        return seconds / n + repeated * n if n > 1 else seconds * (serial + (1 - serial) / max(most, 1))
 
     ways = [n for n in range(1, most + 1) if rows % n == 0]
     best = min(ways, key=time, default=1)
@@ -93,9 +92,10 @@ def count(rows: int, width: int, seconds: float = 1.0, repeated: float = 0.0) ->
 
 
 def options(devices: int) -> dict | None:
-    """Options of XLA for a program on so many devices: one thread for each where they are as many as the cores."""
+    """Options of XLA for a program on so many devices: each of several has one thread, however many cores there are, so
+    that the number of devices alone decides the bits of what it computes."""
     own = "multi_thread_eigen" in os.environ.get("XLA_FLAGS", "")
-    return SINGLE if offered() and devices > 1 and 2 * devices > cores() and not own else None
+    return SINGLE if offered() and devices > 1 and not own else None
 
 
 def jit(f: Callable, **how) -> Callable:

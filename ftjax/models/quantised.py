@@ -83,10 +83,8 @@ class Quantised:
     `shape`, `ndim`, `size`, `dtype` (of the kernel that it represents), `astype`, which dequantises, and indexing by
     layer."""
 
-    codes: (
-        jax.Array
-    )  # int8: (..., out, in) int8; nf4: (..., out, ceil(in / 2)) uint8, the first value in the high bits;
-    # bfloat16: (..., out, in)
+    # int8, bfloat16: (..., out, in) in that dtype; nf4: (..., out, ceil(in / 2)) uint8, the first in the high bits
+    codes: jax.Array
     scale: jax.Array | Scales | None  # (..., out, n) float32, or quantised itself; None: bfloat16
     kind: str  # int8 | nf4 | bfloat16
     width: int  # in

@@ -180,8 +180,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:count] if count < jax.device_count() else None)
     check_rows(config, mesh)
     if cpus.offered() and mesh.size > 1:
-        threads = "one thread each" if cpus.options(mesh.size) else "which share their threads"
-        say(f"{mesh.size} CPU devices on {cpus.cores()} cores, {threads}, share the rows; mesh.data=1 takes one device")
+        say(f"{mesh.size} CPU devices on {cpus.cores()} cores share the rows; mesh.data=1 takes one device")
     if recorded not in (0, mesh.size):
         say(
             f"the run began with {recorded} devices and goes on with {mesh.size}: sums over rows are taken in another "

@@ -109,7 +109,7 @@ def test_two_devices_train_as_one_does_and_a_run_that_goes_on_remembers_them(mac
     run(tmp_path / "two", said.append)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     assert [line for line in said if "CPU devices" in line] == [
-        "2 CPU devices on 2 cores, one thread each, share the rows; mesh.data=1 takes one device"
+        "2 CPU devices on 2 cores share the rows; mesh.data=1 takes one device"
     ]
     kept = [json.loads((tmp_path / name / "run.json").read_text())["devices"] for name in ("one", "two")]
     assert kept == [1, 2]
