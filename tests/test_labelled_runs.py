@@ -322,15 +322,18 @@ def test_a_model_of_labels_continues_no_text(trained, tmp_path):
             ask()
 
 
-def test_code_that_a_run_folder_names_is_not_run(trained, tmp_path):
+def test_code_that_a_run_folder_names_is_not_run(encoder, tmp_path):
     code = tmp_path / "code.py"
     code.write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
         "def score(prediction, references, row):\n    return 1.0\ndef change(row, rng):\n    return row\n"
     )
-    names = {"data.augment.function": f"{code}:change", "data.augment.copies": 1, "data.augment.ops": ()}
-    names |= {"evaluate.metrics": (f"{code}:score", "rouge_l")}
-    run = changed(trained, tmp_path / "run", names)
+    (tmp_path / "made").mkdir()
+    c = config(tmp_path / "made", encoder, train__steps=2, export__formats="()")
+    c.data.augment.update(function=f"{code}:change", copies=1, ops=())
+    ftjax.train(c, say=lambda text: None)
+    (tmp_path / "ran").unlink()
+    run = changed(tmp_path / "made" / "run", tmp_path / "run", {"evaluate.metrics": (f"{code}:score", "rouge_l")})
     test, told = str(tmp_path / "test.jsonl"), []
     write(tmp_path / "test.jsonl", rows(4, 2))
     for ask in (ftjax.evaluate, ftjax.predict):
