@@ -137,13 +137,13 @@ def test_bytes_of_a_whole_model(kind, share):
 
 
 def test_the_table_of_bytes_is_true(tmp_path):
-    """docs/methods.md: of each model the kernels' bytes and the whole base's, against bfloat16's."""
+    """docs/results.md: of each model the kernels' bytes and the whole base's, against bfloat16's."""
     import transformers
 
     transformers.GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
     folders = {"starter": assets.resolve("builtin:stories260K"), "GPT-2": tmp_path}
     folders |= {f"Llama 3.1 {size}": ROOT / "configs" / f"llama-3.1-{size.lower()}" for size in ("8B", "70B")}
-    text = (ROOT / "docs" / "methods.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
     for name, folder in folders.items():
         family, shape = families.read_config(Path(folder))
         base = weights.param_shapes(shape, jnp.bfloat16)
