@@ -1,4 +1,4 @@
-"""Synthetic rows beside those of train: the same answer to a prompt that is worded, spelt or put a little differently.
+"""Synthetic rows for train: the answer is the same, and the prompt has other words, typing errors or another template.
 
 Word dropout and swap: Wei and Zou, "EDA" (2019); typing errors: Belinkov and Bisk, "Synthetic and Natural Noise Both
 Break Neural Machine Translation" (2018).
@@ -22,22 +22,25 @@ from ftjax.data.table import Table
 from ftjax.data.template import parse
 from ftjax.errors import FtjaxError, nearest
 
-Op = Callable[[str, float, np.random.Generator], str]  # text, share of it to touch, randomness -> text
-Make = Callable[[dict, np.random.Generator, str], dict | None]  # row, randomness, place -> row, or None for no row
+Op = Callable[[str, float, np.random.Generator], str]  # (text, share of words or letters to change, rng) -> text
+Make = Callable[[dict, np.random.Generator, str], dict | None]  # (row, rng, place) -> row, or None for no row
 
 MARK = "augmented"  # column that says how a synthetic row was made; null for a row that was read
 PROMPT = "prompt_template"  # column with the template that renders a row's prompt; null: data.prompt does
-BY_FUNCTION, BY_PROMPT = "function", "prompt"  # in MARK, beside the names of OPS
-TRIES = 10  # draws for a row unlike its original and its copies so far
-# Columns with an answer, where no template says which.
+BY_FUNCTION, BY_PROMPT = "function", "prompt"  # values of MARK, besides the names of OPS
+TRIES = 10  # most draws for a row that differs from its original and its earlier copies
+# Columns that hold an answer if no template names them.
 ANSWERS = ("completion", "response", "output", "chosen", "rejected")
 
 
 class Augmented(NamedTuple):
-    """The rows as they were, then the synthetic ones in the order of their origins, whose places they have.
+    """The original rows, followed by the synthetic rows in the order of their originals, whose places they have.
 
-    made: {op, "function" or "prompt": rows}; failed: the same for copies that there are not, because every draw gave
-    what was there already, such as of a text of one word, or because the function returned None.
+    Attributes:
+        table: All rows.
+        made: {name of the op, "function" or "prompt": number of synthetic rows}.
+        failed: The same for copies that were not made, because every draw equalled an existing row (as for a text of
+            one word) or because the function returned None.
     """
 
     table: Table
@@ -46,13 +49,22 @@ class Augmented(NamedTuple):
 
 
 def augment(table: Table, data, seed: int, folder: str | None = None) -> Augmented:
-    """A table with the synthetic rows that data.augment asks for; `data` is the config's group. For train alone.
+    """Add the synthetic rows that data.augment asks for to the rows of train.
 
-    Copy c of a row is made by one of the ops, or the function behind them, in turn; each copy has randomness of its
-    own, by the seed, the row's place and c, so that no row changes another's. Ops touch data.augment.columns alone,
-    none of them an answer or a label. Each of data.augment.prompts adds one copy of every row, to be rendered by it.
-    The columns MARK and, with prompts, PROMPT are new, where any row is made. folder: as in Table.edit.
-    Raises FtjaxError for a setting that cannot be met, for a cell that is no text, and for the function's errors.
+    Copy c of a row is made by one of the ops or by data.augment.function, in turn. Each copy has random numbers of its
+    own, which depend on the seed, the row's place and c, so that no row influences another. Ops change only
+    data.augment.columns, none of which may hold an answer or a label. Each of data.augment.prompts adds one copy of
+    every row, which is rendered by that template. If any row is made, the column MARK is new, and with prompts the
+    column PROMPT.
+
+    Args:
+        table: The rows of train.
+        data: The config's group `data`.
+        seed: config.seed.
+        folder: See Table.edit.
+
+    Raises:
+        FtjaxError: If a setting cannot be met, if a cell to be changed is not text, or if the function fails.
     """
     settings = data.augment
     if not settings.copies and not settings.prompts:
@@ -93,7 +105,7 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
 def _synthetic(
     table: Table, index: int, row: dict, makers: list[tuple[str, Make]], settings, seed: int
 ) -> Iterator[tuple[str, dict | None]]:
-    """(how, row) for everything that is to be made of a row; None for a copy that would not differ."""
+    """(how it is made, row) for everything that is to be made of a row. The row is None if no copy would differ."""
     file, number = int(table.file[index]), int(table.number[index])
     unmarked = {PROMPT: None} if settings.prompts else {}
     seen = [row]
@@ -140,7 +152,7 @@ def _makers(table: Table, data) -> list[tuple[str, Make]]:
 
 
 def _answers(data) -> set[str]:
-    """Columns that hold a label or an answer; in rows of text alone, the text."""
+    """Columns that hold a label or an answer; for rows of plain text, the text."""
     if data.completion:
         answers = {name for _, name in parse(data.completion, "data.completion") if name}
     else:
@@ -170,7 +182,7 @@ def _by_function(named: str, table: Table) -> Make:
     def make(row: dict, rng: np.random.Generator, place: str) -> dict | None:
         try:
             new = function(copy.deepcopy(row), rng)
-        except Exception as error:  # the user's own code may raise anything, and is told at which row it did
+        except Exception as error:  # the user's own code may raise anything; the message names the row
             raise FtjaxError(f"{place}: {user_code.failed(named, 'data.augment.function', error)}") from error
         if new is None:
             return None
@@ -187,7 +199,7 @@ def _by_function(named: str, table: Table) -> Make:
 
 
 def _storable(table: Table) -> Callable[[dict, str], None]:
-    """A check that a row's cells are of the columns' types."""
+    """A check that the cells of a row have the types of the columns."""
     kinds = {field.name: field.type for field in table.rows.data.schema}
 
     def check(row: dict, said: str) -> None:
@@ -218,13 +230,13 @@ def _check_prompts(table: Table, data) -> None:
 # ---------------------------------------------------------------------------------------------- ops
 
 PIECE = re.compile(r"(\s*)(\S+)")  # white space before a word, and the word
-WORD = re.compile(r"[^\W\d_]{4,}")  # letters; shorter words are too easily taken for others once mistyped
-# What the label may hang on stays: numbers, and the words of English that turn a sentence round.
+WORD = re.compile(r"[^\W\d_]{4,}")  # letters; a shorter word easily becomes another word by a typing error
+# Words on which the label may depend are never changed: numbers, and English words that negate a sentence.
 KEPT = re.compile(
     r"\d|^\W*(?:no|not|never|nor|none|neither|nothing|nobody|nowhere|without|cannot|hardly|barely|scarcely|\w*n['’]t)\W*$",
     re.IGNORECASE,
 )
-ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of a keyboard, each half a key further right than the one above
+ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # rows of a keyboard, each half a key further right than the one above
 KEYS = {
     a: "".join(
         b
@@ -238,7 +250,7 @@ KEYS = {
 
 
 def word_dropout(text: str, rate: float, rng: np.random.Generator) -> str:
-    """Without some of its words; one at least stays."""
+    """The text without some of its words; at least one word is kept. See Op for the arguments."""
     pieces = [list(piece) for piece in PIECE.findall(text)]
     free = [i for i, (_, word) in enumerate(pieces) if not KEPT.search(word)]
     gone = set(_chosen(free, min(_count(rate, len(pieces)), len(pieces) - 1), rng))
@@ -249,7 +261,7 @@ def word_dropout(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def word_swap(text: str, rate: float, rng: np.random.Generator) -> str:
-    """Some neighbouring words change places."""
+    """The text with some neighbouring words swapped. See Op for the arguments."""
     pieces = [list(piece) for piece in PIECE.findall(text)]
     free = {i for i, (_, word) in enumerate(pieces) if not KEPT.search(word)}
     able = [i for i in sorted(free) if i + 1 in free and pieces[i][1] != pieces[i + 1][1]]
@@ -262,7 +274,10 @@ def word_swap(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def char_noise(text: str, rate: float, rng: np.random.Generator) -> str:
-    """Some letters within words mistyped, by one of TYPOS each; the first and the last of a word stay in place."""
+    """The text with some letters within words mistyped, each by one of TYPOS. See Op for the arguments.
+
+    The first and the last letter of a word keep their places.
+    """
     kept = [m.span() for m in re.finditer(r"\S+", text) if KEPT.search(m[0])]
     words = [m for m in WORD.finditer(text) if not any(start <= m.start() < end for start, end in kept)]
     able = [i for m in words for i in range(m.start() + 1, m.end() - 2)]
@@ -273,7 +288,7 @@ def char_noise(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def case(text: str, rate: float, rng: np.random.Generator) -> str:
-    """Some words in another case: lower, upper or with a capital."""
+    """The text with some words in another case: lower, upper or capitalised. See Op for the arguments."""
     pieces = [list(piece) for piece in PIECE.findall(text)]
     others = {i: {word.lower(), word.upper(), word.capitalize()} - {word} for i, (_, word) in enumerate(pieces)}
     for i in _chosen([i for i in others if others[i]], _count(rate, len(pieces)), rng):
@@ -310,10 +325,10 @@ def _count(rate: float, n: int) -> int:
 
 
 def _chosen(able: list[int], most: int, rng: np.random.Generator) -> list[int]:
-    """At most so many of these, in random order."""
+    """At most `most` of these, in random order."""
     return rng.permutation(np.array(able, np.int64))[: max(0, most)].tolist()
 
 
 def _text(pieces: list[list[str]], text: str) -> str:
-    """The pieces put together, with the white space that ended the text."""
+    """The joined pieces, followed by the white space that ended the text."""
     return "".join(space + word for space, word in pieces) + text[len(text.rstrip()) :]

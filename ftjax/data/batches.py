@@ -1,6 +1,6 @@
-"""Examples -> batches. A batch is a pure function of examples, settings, seed and step: nothing is remembered.
+"""Examples -> batches. A batch is a pure function of examples, settings, seed and step; there is no state.
 
-B rows of a batch, T tokens, M trained positions, N examples, R rows that they make up, Z sources.
+B rows of a batch, T tokens, M trained positions, N examples, R rows that the examples fill, Z sources.
 """
 
 from __future__ import annotations
@@ -18,27 +18,38 @@ from ftjax.data.store import Examples
 from ftjax.data.tokenise import Example
 from ftjax.hub.weights import whole
 
-GRANULE = 8  # T and M are multiples of it, so that few shapes compile
-LEAST = 8  # rows a step at least where nothing is trained: they cost little memory
+GRANULE = 8  # M is rounded up to a multiple of it, so that few shapes are compiled
+LEAST = 8  # fewest rows a step outside of training, where rows cost little memory
 
 
 class Batches:
-    """Batches by step, over as many epochs as are asked for; without `shares` every example stands in each once.
+    """Batches by step, over any number of epochs. Without `shares`, every epoch has each example once.
 
-    packing: rows hold several examples, at most max_length tokens. Otherwise a row holds one, and rows of like length
-    share a batch, padded to one of at most `buckets` lengths. What does not fill a batch of one length goes up to the
-    next; only the last batch of the greatest length is filled up with empty rows (weight 0). ways: parts that each row
-    is split into, of which T and M are multiples, T even where max_length is none. shuffle: rows are dealt to batches,
-    and batches ordered, anew in each epoch by (seed, epoch); else in the order of the examples.
+    Args:
+        examples: The N examples.
+        batch_size: B.
+        max_length: Most tokens of a row.
+        packing: Whether a row holds several examples. Otherwise a row holds one example, and rows of similar length
+            share a batch that is padded to one of at most `buckets` lengths. Rows that do not fill a batch of one
+            length move to the next longer one. Only the last batch of the greatest length is filled up with empty rows
+            (weight 0).
+        buckets: Most padded lengths without packing.
+        seed: Seed of the order, and of masks.
+        shuffle: Whether rows are distributed to batches, and batches ordered, anew in each epoch by (seed, epoch).
+            Otherwise they keep the order of the examples.
+        source: (N,) index of each example's source; needed with `shares`.
+        shares: (Z,) share of each source. An epoch still has about N examples, of which each source contributes its
+            share. A source goes through its rows in an order shuffled by (seed, source, pass) and then starts the next
+            pass, so that over all epochs none of its rows occurs more than once more often than another. With packing,
+            a row holds examples of one source only.
+        ways: Number of parts into which each row is split. T and M are multiples of it, T even if max_length is not.
+        class_weights: (C,) weight of a label by its class; None: all weights are 1.
+        masking: See ftjax.data.masks. The trained tokens are then those that may be masked. The masks depend on (seed,
+            epoch, example) only.
+        apart: Whether the second text of an example is a segment of its own.
 
-    shares (Z,), with source (N,), the index of each example's source: an epoch still has about N examples, of which
-    each source gives its share. It goes through its rows in an order shuffled by (seed, source, pass) and on with the
-    next pass, so that over the epochs none of its rows comes more than once more often than another. Packed rows then
-    hold examples of one source.
-
-    class_weights (C,): weight of a label by its class. masking: see ftjax.data.masks; trained tokens are those that may
-    be masked, and masks are drawn by (seed, epoch, example) alone. apart: the second text of an example is a segment of
-    its own.
+    Raises:
+        ValueError: If there are no examples, or if one is longer than max_length.
     """
 
     def __init__(
@@ -81,19 +92,19 @@ class Batches:
         self.widths = bucket_lengths(row_tokens, 1 if packing else buckets, max_length)
         self.widths = -(-self.widths // ways) * ways  # T of each bucket
         self.bucket = np.searchsorted(self.widths, row_tokens)  # (R,)
-        # Rows of a shorter bucket may come up into a longer one, so that its M must hold theirs too.
+        # Rows of a shorter bucket may move up to a longer one, whose M must be large enough for them too.
         most = [row_labels[self.bucket <= b].max() for b in range(len(self.widths))]
         granule = math.lcm(GRANULE, ways)
         self.label_widths = np.minimum(-(-np.array(most) // granule) * granule, self.widths)  # M of each bucket
         self.streams = None if shares is None else self._streams(groups, source, np.asarray(shares, float))
         dealt = np.arange(len(self.sizes)) if self.streams is None else self._dealt(0)
-        # Share of T that is no padding, once batches are full.
+        # Share of T that is not padding, in full batches.
         self.efficiency = float(row_tokens[dealt].sum() / self.widths[self.bucket[dealt]].sum())
         self.rows_per_epoch = len(dealt)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
 
     def _streams(self, groups, source, shares) -> list[tuple[np.ndarray, int]]:
-        """(rows of each source, how many of them an epoch deals)."""
+        """(rows, number of them in an epoch) of each source."""
         row_source, N = source[self.members[self.first]], len(self.members)
         streams = []
         for z, share in enumerate(shares / shares.sum()):
@@ -103,7 +114,7 @@ class Batches:
         return streams
 
     def _dealt(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch, where sources have shares."""
+        """The rows of an epoch if sources have shares."""
         out = []
         for z, (rows, count) in enumerate(self.streams):
             at = np.arange(epoch * count, (epoch + 1) * count)
@@ -114,16 +125,16 @@ class Batches:
         return np.concatenate(out)
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps of an epoch."""
         return math.ceil(self.rows_per_epoch / self.batch_size)
 
     def shapes(self) -> list[tuple[int, int, int]]:
-        """The distinct (B, T, M) that batches have."""
+        """The distinct shapes (B, T, M) of the batches."""
         used = sorted({bucket for bucket, _ in self._epoch(0)})
         return sorted({(self.batch_size, int(self.widths[b]), int(self.label_widths[b])) for b in used})
 
     def rows(self, step: int) -> list[np.ndarray]:
-        """Which examples make up each row of the batch of a step; an empty row has none."""
+        """The indices of the examples in each row of a step's batch. An empty row has none."""
         return np.split(*self._members(self._at(step)[1]))
 
     def _at(self, step: int) -> tuple[int, np.ndarray]:
@@ -131,7 +142,7 @@ class Batches:
         return self._epoch(epoch)[at]
 
     def _members(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(examples of these rows one after the other, where each row but the first begins among them)."""
+        """(examples of these rows one after another, at which of them each row but the first begins)."""
         sizes = np.where(rows >= 0, self.sizes[rows], 0)
         return self.members[np.repeat(self.first[rows], sizes) + _ranges(sizes)], np.cumsum(sizes)[:-1]
 
@@ -142,11 +153,20 @@ class Batches:
     def get(self, step: int, row_slice: slice = slice(None)) -> dict[str, np.ndarray]:
         """Some rows of the batch of a step.
 
-        `tokens`, `positions` (from 0 in every segment) and `segment_ids` (from 1; 0: padding), all (B, T) int32;
-        `loss_index` (B, M) int32, positions t of which the hidden state predicts; `labels` (B, M) int32, the token at
-        t + 1 of the same segment; `weights` (B, M) float32, 1, or 0 for the padding of M. Of examples with targets,
-        `labels` (B, M, ...) are those, read off the state at t; and where some have a second text, `types` (B, T) int32
-        is 1 there. Under masking `labels` are tokens as they were, and some of `tokens` others.
+        Args:
+            step: The step, from 0; steps of later epochs follow those of earlier ones.
+            row_slice: Which rows of the batch are built.
+
+        Returns:
+            A dict of arrays:
+            - `tokens`, `positions` (from 0 in every segment) and `segment_ids` (from 1; 0: padding), all (B, T) int32.
+            - `loss_index` (B, M) int32, the positions t whose hidden state predicts a label.
+            - `labels` (B, M) int32, the token at t + 1 of the same segment. For examples with targets: (B, M, ...),
+              their targets, predicted from the state at t. With masking: the original tokens, some of which are
+              replaced in `tokens`.
+            - `weights` (B, M) float32: 1, or the label's class weight; 0 for the padding of M.
+            - `types` (B, T) int32, only if some example has a second text and `apart` is not set: 1 for tokens of a
+              second text.
         """
         bucket, rows = self._at(step)
         rows, ex = rows[row_slice], self.examples
@@ -178,7 +198,7 @@ class Batches:
             values, back = tokens[label], 0
             batch["tokens"][row_of[label], column[label]] = shown
         elif ex.targets is None:
-            # A label is predicted from the position before it; the first token of a segment has none.
+            # A label is predicted from the position before it, which the first token of a segment does not have.
             label = np.flatnonzero(trained & (position > 0))
             values, back = tokens[label], 1
         else:
@@ -195,7 +215,10 @@ class Batches:
         return batch
 
     def _masked(self, epoch: int, example, start, tokens, trained) -> tuple[np.ndarray, np.ndarray]:
-        """Places of masked tokens among those of these examples, which begin at `start`; and what stands there."""
+        """(indices of the masked tokens among `tokens`, the tokens that replace them) for these examples.
+
+        `start` holds the index in `tokens` at which each example begins.
+        """
         ex, chosen, shown = self.examples, [np.zeros(0, int)], [np.zeros(0, np.int32)]
         for i, at in zip(example.tolist(), start.tolist()):
             able = at + np.flatnonzero(trained[at : at + ex.length[i]])
@@ -206,7 +229,7 @@ class Batches:
         return np.concatenate(chosen), np.concatenate(shown)
 
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """(bucket, rows (B,) int64, -1: empty) for each step of an epoch."""
+        """(bucket, rows (B,) int64, -1: an empty row) for each step of an epoch."""
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch))))
         dealt = np.arange(len(self.sizes)) if self.streams is None else self._dealt(epoch)
         B, plan, left = self.batch_size, [], np.zeros(0, int)
@@ -224,8 +247,21 @@ class Batches:
 def by_example(
     f: Callable, examples, rows: int, max_length: int, buckets: int = 8, *, whole_rows: bool = False, **layout
 ) -> list[np.ndarray]:
-    """f(batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its tokens, (n, ...),
-    in the order of the examples. rows: of them at once; layout: of Batches."""
+    """Apply a function to batches of the examples, and return its results by example.
+
+    Args:
+        f: f(batch) -> (B, M, ...); with `whole_rows` (B, T, ...).
+        examples: The examples.
+        rows: Rows of a batch. The number is lowered to that of the examples, and then raised to at least LEAST.
+        max_length: Most tokens of a row.
+        buckets: See Batches.
+        whole_rows: Whether there is one result for each token, instead of one for each trained position.
+        layout: Further arguments of Batches.
+
+    Returns:
+        The results (n, ...) of each example, in the order of the examples: n is the number of its trained positions, or
+        with `whole_rows` of its tokens.
+    """
     examples = Examples.of(examples)
     rows = max(LEAST, min(rows, len(examples)))
     batches = Batches(examples, rows, max_length, buckets=buckets, shuffle=False, **layout)
@@ -244,7 +280,15 @@ def by_example(
 def loader(
     batches: Batches, start_step: int, steps: int, workers: int = 2, row_slice: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of `steps` steps from `start_step` on, built ahead by `workers` threads of Grain (0: none)."""
+    """The batches of `steps` steps from `start_step` on, built ahead by threads of Grain.
+
+    Args:
+        batches: The batches.
+        start_step: The first step.
+        steps: Number of steps.
+        workers: Number of threads; 0: none.
+        row_slice: See Batches.get.
+    """
     import grain
 
     class Source:
@@ -259,7 +303,7 @@ def loader(
 
 
 def ahead(items: Iterator, n: int) -> Iterator:
-    """The items, each drawn `n` items before it is asked for."""
+    """The items of an iterator, which is read `n` items ahead of what is yielded."""
     drawn = collections.deque()
     for item in items:
         drawn.append(item)
@@ -275,7 +319,7 @@ def _ranges(lengths: np.ndarray) -> np.ndarray:
 
 
 def _starts_by_row(lengths: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Where each segment starts in its own row, for segments in order of their (sorted) rows."""
+    """The offset of each segment in its own row, for segments in the order of their (sorted) rows."""
     starts = np.cumsum(lengths) - lengths
     first = np.searchsorted(row, row)  # the first segment of the same row
     return starts - starts[first]

@@ -1,7 +1,7 @@
 """Named chat templates: how published model families write a conversation.
 
-Their Jinja texts are the files of FOLDER. Every text puts the tokenizer's BOS first, once, where it has one of its own,
-and shows each message whole or refuses it. `resolve` sets `end_of_text` before a text.
+Their Jinja texts are the files of FOLDER. Each text begins with the tokenizer's BOS, once, if the tokenizer has one.
+Each renders every message whole or refuses it. `resolve` sets the variable `end_of_text` before a text that uses it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ FOLDER = Path(assets.__file__).parent / "chat_templates"
 
 
 class Template(NamedTuple):
-    """text: Jinja; tokens: what must be one token each; tool_tokens: further ones, for rows with tools; end_of_text:
-    whether answers end with the tokenizer's end-of-text.
+    """A named chat template.
+
+    Attributes:
+        text: Jinja text.
+        tokens: Texts that must be one token each.
+        tool_tokens: Further such texts, needed only for rows with tools.
+        end_of_text: Whether answers end with the tokenizer's end-of-text.
     """
 
     text: str
@@ -31,12 +36,12 @@ class Template(NamedTuple):
     end_of_text: bool = False
 
 
-# The heading of the input in a user's message, by which alpaca's two prompts are told apart.
+# The heading of the input in a user's message, which distinguishes alpaca's two prompts.
 ALPACA_INPUT = "\n\n### Input:\n"
 
 
 def _read(name: str) -> str:
-    """A file of FOLDER, with the files that it includes written out: tokenizer files hold one text and no others."""
+    """The text of a file of FOLDER with its includes expanded, because a tokenizer's files hold a single text."""
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").strip()
     return re.sub(r'{% include "(\w+)" %}', lambda include: _read(include[1]), text)
 
@@ -62,16 +67,25 @@ TEMPLATES = {
     "gemma": Template(_read("gemma"), ("<start_of_turn>", "<end_of_turn>")),
     # huggingface.co/microsoft/Phi-3.5-mini-instruct
     "phi": Template(_read("phi"), ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    # Words that any tokenizer has: every message under the name of its role.
+    # Plain words that any tokenizer can encode: every message follows the name of its role.
     "plain": Template(_read("plain"), end_of_text=True),
 }
 
 
 def resolve(name: str, end: str, tokenizer) -> str:
-    """The Jinja text of `data.template`, a key of TEMPLATES; empty for empty and `tokenizer`: the tokenizer's own.
+    """The Jinja text of a value of `data.template`.
 
-    end: the token that ends an answer of alpaca and plain; empty: the tokenizer's end-of-text. Raises FtjaxError for an
-    unknown name, and for a template whose tokens the tokenizer does not hold.
+    Args:
+        name: A key of TEMPLATES, `tokenizer`, or empty.
+        end: The token that ends an answer of alpaca and plain; empty: the tokenizer's end-of-text.
+        tokenizer: The tokenizer, from transformers.
+
+    Returns:
+        The text. For `tokenizer` and an empty name it is empty, which means the tokenizer's own template.
+
+    Raises:
+        FtjaxError: If the name is unknown, if the tokenizer lacks tokens of the template, or if `name` is `tokenizer`
+            and the tokenizer has no template.
     """
     if not name:
         return ""
@@ -102,7 +116,7 @@ def resolve(name: str, end: str, tokenizer) -> str:
 
 
 def check_tools(name: str, tokenizer) -> None:
-    """Raises FtjaxError where a tokenizer lacks what template `name` writes for tools."""
+    """Raise FtjaxError if a tokenizer lacks tokens that the template `name` needs for tools."""
     lacks = _lacks(TEMPLATES[name].tool_tokens, tokenizer) if name in TEMPLATES else []
     if lacks:
         raise FtjaxError(
@@ -112,9 +126,9 @@ def check_tools(name: str, tokenizer) -> None:
 
 
 def of_run(config, tokenizer) -> str:
-    """The Jinja text that all rows of a run are shown by, other than the one in the tokenizer's files.
+    """The Jinja text that renders all rows of a run, if it differs from the template in the tokenizer's files.
 
-    Empty where there is none, or where the sources of a mixture have several. Raises FtjaxError as `resolve` does.
+    Empty if it does not, or if the sources of a mixture have several. Raises FtjaxError as `resolve` does.
     """
     named = {(data.template, data.end) for _, data, _ in configs.sources(config)}
     text = resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
@@ -123,7 +137,7 @@ def of_run(config, tokenizer) -> str:
 
 
 def ends_of_run(config, tokenizer) -> list[int]:
-    """Ids of the tokens that the answers of a run's sources are trained to end with, other than the end-of-text.
+    """Ids of the tokens, other than the end-of-text, with which the answers of a run's sources are trained to end.
 
     Raises FtjaxError as `resolve` does.
     """
@@ -135,9 +149,9 @@ def ends_of_run(config, tokenizer) -> list[int]:
 
 
 def installed(config, tokenizer):
-    """A tokenizer like this one with the run's template as its own, so that what is generated with it follows that.
+    """A copy of the tokenizer with the run's template as its own, so that generation follows that template.
 
-    The tokenizer itself where `of_run` finds no other. Raises FtjaxError as `resolve` does.
+    If `of_run` finds no other template, it is the tokenizer itself. Raises FtjaxError as `resolve` does.
     """
     tokenizer, text = dated(tokenizer, config.data.date), of_run(config, tokenizer)
     return _with_template(tokenizer, text) if text and text != tokenizer.chat_template else tokenizer
@@ -153,10 +167,10 @@ DATED = "{%- macro strftime_now(format) -%}"
 
 
 def dated(tokenizer, date: str = ""):
-    """A tokenizer whose chat templates are told `date` wherever they ask for the day; itself where none asks.
+    """A tokenizer whose chat templates see `date` wherever they ask for the current day; itself if none asks.
 
-    A macro in front of the template takes the place of the function `strftime_now` of transformers, so that the
-    template means the same in whatever reads it. date: see data.date; empty: the default.
+    A macro before the template replaces the function `strftime_now` of transformers, so that the template gives the
+    same text in every program that reads it. date: see data.date; empty: its default.
     """
     own = tokenizer.chat_template
     texts = own if isinstance(own, dict) else {"": own or ""}
@@ -174,12 +188,12 @@ def _dated(text: str, date: str) -> str:
 
 
 def able(tokenizer) -> list[str]:
-    """The values of `data.template` that this tokenizer can write."""
+    """The values of `data.template` that this tokenizer can encode."""
     able = [name for name, template in TEMPLATES.items() if not _lacks(template.tokens, tokenizer)]
     return (["tokenizer"] if tokenizer.chat_template else []) + able
 
 
 def _lacks(tokens: tuple[str, ...], tokenizer) -> list[str]:
-    """Those of `tokens` that are not one token each."""
+    """Those of `tokens` that are not one token each for this tokenizer."""
     vocab = tokenizer.get_added_vocab()
     return [token for token in tokens if token not in vocab]

@@ -1,4 +1,4 @@
-"""Rows mended and left out, each with its reason: what `data.clean` asks for, and nothing by default."""
+"""Edit rows and leave rows out, each with a reason, as `data.clean` says. By default nothing is changed."""
 
 from __future__ import annotations
 
@@ -18,28 +18,43 @@ from ftjax.data.table import Table
 from ftjax.data.textchecks import mask, mojibake, personal, without_control
 from ftjax.errors import FtjaxError, nearest
 
-Edit = Callable[[str, bool], str]  # text, and whether white space at its ends stays
-Answers = Callable[[dict, str], tuple[str, str]]  # row and place -> its prompt and its answer, as text
+Edit = Callable[[str, bool], str]  # (text, whether white space at its ends is kept) -> text
+Answers = Callable[[dict, str], tuple[str, str]]  # (row, place) -> (prompt, answer) as text
 
-PASSES = 8  # of all edits over one text; two are enough for nearly all
-JOINED = ("prompt", "completion", "response", "chosen", "rejected")  # columns that are put together as they stand
+PASSES = 8  # most repetitions of all edits of a text; for nearly every text two are enough
+JOINED = ("prompt", "completion", "response", "chosen", "rejected")  # columns that are concatenated without change
 
 
 class Removed(NamedTuple):
-    """A row that was left out: its index in the table, its place, by which rule and why; the row that it doubles, and
-    whether that has another label."""
+    """A row that was left out.
+
+    Attributes:
+        index: Its index in the table.
+        place: Its place.
+        rule: Name of the rule that removed it.
+        why: The reason.
+        twin: Place of the kept row that it duplicates, or of the evaluation row that it overlaps with; otherwise empty.
+        conflict: Whether that row has another label.
+    """
 
     index: int
     place: str
     rule: str
     why: str
-    twin: str = ""  # place of the row that stays, for a duplicate
+    twin: str = ""
     conflict: bool = False
 
 
 class Cleaned(NamedTuple):
-    """The rows that stay, as edited; those that went, in order; {edit: rows that it changed}; what is said of rows that
-    stay though they double another, for their labels differ."""
+    """The result of `clean`.
+
+    Attributes:
+        table: The rows that are kept, as edited.
+        removed: The rows that were left out, in order.
+        changed: {name of the edit: number of rows that it changed}.
+        conflict: A note on rows that are kept although their text is that of another row, because their labels differ;
+            empty if there are none.
+    """
 
     table: Table
     removed: list[Removed]
@@ -48,7 +63,7 @@ class Cleaned(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a filter looks at: the cells, all text of them, and what calls for the prompt and the answer."""
+    """What a filter looks at: the cells, all their text, and a function that gives (prompt, answer)."""
 
     cells: dict
     text: str
@@ -56,30 +71,46 @@ class Row(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One row of RULES. name: its field of data.clean, or what the field says; kind: edit | filter | duplicates.
+    """One row of RULES.
 
-    apply takes the settings first. Of an edit, (text, whether its ends stay) -> text; of a filter, Row -> why it goes,
-    empty where it stays; of the others, (texts, labels) -> {index: (index of the first like it with the same label,
-    why)}.
+    Attributes:
+        name: Its field of data.clean, or the value of the field.
+        kind: `edit`, `filter` or `duplicates`.
+        on: settings -> whether the rule applies.
+        apply: Its first argument is the settings. An edit: (text, whether white space at its ends is kept) -> text. A
+            filter: Row -> the reason to leave it out, empty to keep it. Duplicates: (texts, labels) -> {index: (index
+            of the first similar text with the same label, reason)}.
+        answers: Whether a filter needs the prompt and the answer of a row.
     """
 
     name: str
     kind: str
     on: Callable[..., bool]
     apply: Callable
-    answers: bool = False  # whether it cannot do without them
+    answers: bool = False
 
 
 def clean(
     table: Table, settings, answers: Answers | None = None, folder: str | None = None, by: Sides | None = None
 ) -> Cleaned:
-    """A table as the group `data.clean` wants it: edited, then filtered, then without duplicates, by RULES in order.
+    """Clean a table as `data.clean` says: edit, then filter, then remove duplicates, by RULES in their order.
 
-    answers gives the prompt and answer of a row, for the filters that need them; None where the rows have no known
-    form. folder: as in Table.edit. by: by what duplicates are judged, None: by all text, or that of settings.columns.
-    Rows keep their order; every row is kept or in `removed`, and cleaning what was
-    cleaned changes nothing. Raises FtjaxError for a pattern that does not compile, for a column that does not exist,
-    for a filter on answers where there are none, and where no row is left.
+    Rows keep their order. Every row is either kept or in `removed`. Cleaning a cleaned table changes nothing.
+
+    Args:
+        table: The rows.
+        settings: The config's group `data.clean`.
+        answers: Gives the prompt and the answer of a row, for the filters that need them. None: the rows have no known
+            form.
+        folder: See Table.edit.
+        by: What duplicates are judged by. None: all text of a row, or that of settings.columns.
+
+    Returns:
+        The rows that are kept and those that are left out.
+
+    Raises:
+        FtjaxError: If a pattern does not compile, a column does not exist, a filter needs answers and `answers` is
+            None, or no row is left.
     """
     need_columns(settings.columns, table.columns, "data.clean.columns")
     edits, filters, duplicates = (
@@ -116,8 +147,13 @@ def clean(
 
 
 def conflicts(table: Table, by: Sides, labels: list[str]) -> str:
-    """What is said of rows of which the model reads the same, with different labels: how many, and the first; empty
-    where there are none."""
+    """A note on rows with the same input text and different labels: their number and the first three. Empty if none.
+
+    Args:
+        table: The rows.
+        by: Gives the text that the model reads.
+        labels: The label of each row as text.
+    """
     if not any(labels):
         return ""
     first = firsts(Texts(table, by.read))
@@ -132,13 +168,19 @@ def conflicts(table: Table, by: Sides, labels: list[str]) -> str:
 
 
 def records(table: Table, removed: Iterable[Removed]) -> Iterator[dict]:
-    """What was left out of a table as plain data, each row as it was read, so that any can be put back."""
+    """The rows that were left out of a table as plain data. Each row is as it was read, so that it can be restored."""
     for r in removed:
         yield {"place": r.place, "rule": r.rule, "why": r.why, "twin": r.twin, "row": table.row(r.index)}
 
 
 def need_columns(columns: Iterable[str], there: Sequence[str], key: str) -> None:
-    """Raise FtjaxError, which names the key, for the first column that is not there."""
+    """Raise FtjaxError for the first column that does not exist.
+
+    Args:
+        columns: Columns that are needed.
+        there: Columns that the rows have.
+        key: Key of the config, for the error.
+    """
     for name in columns:
         if name not in there:
             raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")
@@ -159,7 +201,7 @@ def _edit_row(row: dict, edits: dict[str, Edit], changed: Counter) -> dict:
 
 
 def _edit_cell(cell, edits: dict[str, Edit], ends: bool, did: set[str]):
-    """A cell with every text in it edited: in lists and objects too, but neither keys nor the role of a message."""
+    """A cell with every text in it edited, in nested lists and objects too, except keys and roles of messages."""
     if isinstance(cell, str):
         return _edit_text(cell, edits, ends, did)
     if isinstance(cell, list):
@@ -170,7 +212,7 @@ def _edit_cell(cell, edits: dict[str, Edit], ends: bool, did: set[str]):
 
 
 def _edit_text(text: str, edits: dict[str, Edit], ends: bool, did: set[str]) -> str:
-    """All edits in turn, until none changes anything: one may bring about what another looks for."""
+    """Apply all edits in turn until none changes the text, because one edit may produce what another looks for."""
     for _ in range(PASSES):
         before = text
         for name, edit in edits.items():
@@ -190,9 +232,11 @@ def _mojibake(settings, text: str, ends: bool) -> str:
 
 
 def whitespace(text: str, ends: bool = False) -> str:
-    """One blank for several, none at a line's end; line ends as \\n; at most one empty line; ends stripped unless kept.
+    """Normalise the white space of a text.
 
-    What indents a line of several stays: it may be code.
+    Several blanks become one, and blanks at the end of a line are removed. Every line end becomes a line feed, and at
+    most one empty line remains in a row. White space at the ends of the text is stripped, or with `ends` kept. The
+    indentation of lines is kept if there are several lines, because the text may be code.
     """
     if ends:
         body = text.strip()
@@ -278,15 +322,15 @@ def _exact(settings, texts: Texts, labels: list[str]) -> dict[int, tuple[int, st
 
 
 def _near(settings, texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
-    """Each row that goes is so alike to one that stays; so of three in a chain, the third may stay."""
+    """The rows to leave out. Each is similar to a row that is kept, so of three in a chain the third may be kept."""
     gone: dict[int, tuple[int, str]] = {}
-    for i, j in near_pairs(texts, settings.near).tolist():  # sorted, so what becomes of row i is settled
+    for i, j in near_pairs(texts, settings.near).tolist():  # sorted, so that it is already decided about row i
         if i not in gone and labels[i] == labels[j]:
             gone.setdefault(j, (i, f"at least {settings.near:g} alike"))
     return gone
 
 
-# Edits come first, so that filters and duplicates see what will be trained; near duplicates include exact ones.
+# Edits come first, so that filters and duplicates see the text that is trained. Near duplicates include exact ones.
 RULES = (
     Rule("mojibake", "edit", lambda s: s.mojibake, _mojibake),
     Rule("unicode", "edit", lambda s: s.unicode, lambda s, text, ends: unicodedata.normalize(s.unicode, text)),

@@ -1,9 +1,9 @@
-"""Python rows <-> Arrow columns, exactly: what was read comes back with the same types and digits.
+"""Python rows <-> Arrow columns, without loss: cells that are read have the same types and digits as those written.
 
-A column has the Arrow type bool, int64, double or string where all its cells are of that type, and null where there are
-none. Any other column (lists, objects, numbers beside text, whole numbers beside fractions or beyond 64 bits) is stored
-as JSON text, cell by cell, and decoded to what it was. `datasets` has a like way, but takes a text that is valid JSON
-for what it says ("007" for 7) and keeps ten digits of a fraction. Lists and objects of other programs' files keep their
+A column has the Arrow type bool, int64, double or string if all its cells are of that type, and null if all its cells
+are None. Any other column (lists, objects, numbers beside text, integers beside fractions or beyond 64 bits) is stored
+as JSON text, cell by cell, and decoded again. `datasets` does something similar, but it decodes text that happens to be
+valid JSON ("007" becomes 7) and keeps ten digits of a fraction. Lists and objects in files of other programs keep their
 Arrow types, so that a data set of the hub is mapped and not copied.
 """
 
@@ -25,7 +25,7 @@ from ftjax.errors import FtjaxError
 if TYPE_CHECKING:
     import datasets
 
-Place = Callable[[int], str]  # index of a row -> what errors call it
+Place = Callable[[int], str]  # index of a row -> its name in errors
 
 JSON = pa.json_()
 _text = json.JSONEncoder(ensure_ascii=False).encode
@@ -37,7 +37,7 @@ FAULTS = (pa.ArrowException, UnicodeEncodeError, TypeError, ValueError, Overflow
 
 
 def infer(cells: Iterable) -> pa.DataType:
-    """The narrowest type that gives all these cells back as they are."""
+    """The narrowest type from which all these cells can be restored. Raises TypeError for any other kind of cell."""
     cells = [cell for cell in cells if cell is not None]
     kinds = set(map(type, cells))
     if not kinds:
@@ -50,14 +50,14 @@ def infer(cells: Iterable) -> pa.DataType:
 
 
 def unify(a: pa.DataType, b: pa.DataType) -> pa.DataType:
-    """The narrowest type that holds the cells of both."""
+    """The narrowest type that holds the cells of both types."""
     if a == b or pa.types.is_null(b):
         return a
     return b if pa.types.is_null(a) else JSON
 
 
 def merge(a: pa.Schema, b: pa.Schema) -> pa.Schema:
-    """The columns of both in the order of their first appearance, with types that hold the cells of both."""
+    """The columns of both schemas in the order of first appearance, with types that hold the cells of both."""
     types = {field.name: field.type for field in a}
     for field in b:
         types[field.name] = unify(types.get(field.name, pa.null()), field.type)
@@ -65,7 +65,7 @@ def merge(a: pa.Schema, b: pa.Schema) -> pa.Schema:
 
 
 def encode(cells: list, kind: pa.DataType) -> pa.Array:
-    """Cells as an array of a type that `infer` gave for them, or that holds them by `unify`."""
+    """Cells as an array of a type that `infer` gave for them, or of a type from `unify` that holds them."""
     if kind != JSON:
         return pa.array(cells, kind)
     texts = [None if cell is None else _text(cell) for cell in cells]
@@ -73,19 +73,19 @@ def encode(cells: list, kind: pa.DataType) -> pa.Array:
 
 
 def decode(column: pa.Array | pa.ChunkedArray) -> list:
-    """The cells that `encode` was given."""
+    """The cells from which `encode` made a column."""
     cells = column.to_pylist()
     return [cell and json.loads(cell) for cell in cells] if column.type == JSON else cells
 
 
 def rows(table: pa.Table | pa.RecordBatch) -> list[dict]:
-    """Arrow columns -> one {column: cell} a row."""
+    """The rows of Arrow columns, each as {column: cell}."""
     names = table.schema.names
     return [dict(zip(names, cells)) for cells in zip(*(decode(column) for column in table.columns))]
 
 
 def batch(rows: list[dict], place: Place) -> pa.RecordBatch:
-    """Rows with any keys -> columns; a key that a row lacks becomes None. Raises FtjaxError at the first bad row."""
+    """The columns of rows with any keys. A key that a row lacks becomes None. Raises FtjaxError for a bad row."""
     try:
         names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         columns = [[row.get(name) for row in rows] for name in names]
@@ -97,7 +97,7 @@ def batch(rows: list[dict], place: Place) -> pa.RecordBatch:
 
 
 def recode(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The same rows under a schema that `merge` made of theirs and others."""
+    """The same rows with a schema that `merge` made of their schema and others."""
     if batch.schema == schema:
         return batch
 
@@ -114,8 +114,10 @@ def recode(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def plain(kind: pa.DataType) -> pa.DataType:
-    """The type that stands here for another program's: wider numbers, dates, times and decimals as text, maps as lists
-    of `key` and `value`. Raises TypeError where none does: bytes, durations, unions."""
+    """The type by which a type of another program is replaced. Raises TypeError for bytes, durations and unions.
+
+    Numbers become 64 bits wide; dates, times and decimals become text; maps become lists of `key` and `value`.
+    """
     t = pa.types
     if isinstance(kind, pa.JsonType):
         return JSON
@@ -146,12 +148,12 @@ _PLAIN = (
 
 
 def is_plain(schema: pa.Schema) -> bool:
-    """Whether columns of this schema can stand as they are, with no look at their cells."""
+    """Whether columns of this schema can be taken as they are, without a look at their cells."""
     return all(_is_plain(field.type) for field in schema)
 
 
 def _is_plain(kind: pa.DataType, within: bool = False) -> bool:
-    """within: an object holds it. Objects within objects are not plain, see `adopt`."""
+    """within: whether the type is part of an object. Objects within objects are not plain, see `adopt`."""
     if pa.types.is_list(kind):
         return _is_plain(kind.value_type, within)
     if pa.types.is_struct(kind):
@@ -160,12 +162,13 @@ def _is_plain(kind: pa.DataType, within: bool = False) -> bool:
 
 
 def adopt(batch: pa.RecordBatch, place: Place) -> pa.RecordBatch:
-    """Another program's columns as ours: see `plain`; a NaN, which stands for a missing number, becomes null.
+    """Convert columns of another program to types of `plain`. A NaN, which means a missing number, becomes null.
 
-    An object within an object loses its nulls: all objects of such a column have the same keys, and null fills those
-    that one lacks, such as the arguments of another tool.
+    Nulls in an object within an object are removed. All objects of such a column have the same keys, and null stands
+    for keys that one does not have, such as the arguments of another tool.
 
-    Raises FtjaxError naming the row for an infinity, for text that is not UTF-8, and for a number beyond 64 bits.
+    Raises FtjaxError, which names the row, for an infinity, for text that is not UTF-8, and for a number beyond 64
+    bits.
     """
     arrays = []
     for name, column in zip(batch.schema.names, batch.columns):
@@ -179,7 +182,7 @@ def adopt(batch: pa.RecordBatch, place: Place) -> pa.RecordBatch:
 
 
 def class_names(column: pa.Array, names: list[str]) -> pa.Array:
-    """Numbers of classes, or lists of them, as the names of the classes; null for -1, which stands for none."""
+    """Numbers of classes, or lists of them, replaced by the classes' names. -1, which means no class, becomes null."""
 
     def name(cell):
         if isinstance(cell, list):
@@ -204,7 +207,7 @@ def _adopt(column: pa.Array) -> pa.Array:
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:
-    """A type with text where it says JSON."""
+    """The type with text in place of JSON."""
     if pa.types.is_list(kind):
         return pa.list_(_storage(kind.value_type))
     if pa.types.is_struct(kind):
@@ -213,9 +216,10 @@ def _storage(kind: pa.DataType) -> pa.DataType:
 
 
 def _own(cell, kind: pa.DataType | None, within: bool = False):
-    """A cell of the type `_storage(kind)` as ours. Raises ValueError for an infinity and for what is no JSON.
+    """A cell of the type `_storage(kind)` as ours. Raises ValueError for an infinity and for invalid JSON.
 
-    kind: None where a cell has no type but its own, as what stands in JSON; within: whether an object holds it.
+    kind: None if the cell has no Arrow type of its own, because it is part of JSON; within: whether it is part of an
+    object.
     """
     if kind == JSON and cell is not None:
         cell, kind = json.loads(cell), None
@@ -223,7 +227,7 @@ def _own(cell, kind: pa.DataType | None, within: bool = False):
         return [_own(item, kind and kind.value_type, within) for item in cell]
     if isinstance(cell, dict):
         cells = {key: _own(item, kind and kind.field(key).type, True) for key, item in cell.items()}
-        filled = within and kind is not None  # what stands in JSON has the keys that somebody wrote
+        filled = within and kind is not None  # Arrow fills in missing keys; JSON has only the keys that were written
         return {key: item for key, item in cells.items() if item is not None or not filled}
     if isinstance(cell, float) and cell in (float("inf"), float("-inf")):
         raise ValueError(f"{cell}, which JSON has no way to write")
@@ -234,11 +238,14 @@ def _own(cell, kind: pa.DataType | None, within: bool = False):
 
 
 class Writer:
-    """Batches of rows -> one data set with the narrowest types that hold all of them.
+    """Collects batches of rows into one data set, with the narrowest types that hold all of them.
 
-    folder: where the batches go, in Arrow files that the data set is mapped from; None: memory. As long as the types of
-    new batches fit, they go on in one file; a wider type begins another, and `finish` writes the earlier ones again. As
-    a context, it removes its files on an exception.
+    As a context manager, it removes its files on an exception.
+
+    Args:
+        folder: Directory of the Arrow files from which the data set is mapped; None: memory. Batches go to one file as
+            long as their types fit. A wider type begins another file, and `finish` rewrites the earlier ones.
+        schema: Columns and types that the data set has at least.
     """
 
     def __init__(self, folder: str | Path | None = None, schema: pa.Schema | None = None):
@@ -247,7 +254,7 @@ class Writer:
         self.segments: list[_Memory | _File] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Append the rows of a batch; its types widen those of the whole where they must."""
+        """Append the rows of a batch, and widen the types of the data set if they do not fit."""
         schema = merge(self.schema, batch.schema)
         if not self.segments or schema != self.schema:
             if self.segments:
@@ -260,7 +267,7 @@ class Writer:
         self.segments.append(_Memory(self.schema) if self.folder is None else _File(self.schema, self.folder))
 
     def finish(self) -> datasets.Dataset:
-        """All rows; the writer takes no more."""
+        """The data set of all rows. The writer must not be used afterwards."""
         import datasets
 
         for number, segment in enumerate(list(self.segments)):
@@ -300,7 +307,7 @@ class _Memory:
         return _dataset(pa.Table.from_batches(self.held, self.schema))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing has to be closed."""
 
     def remove(self) -> None:
         self.held.clear()
@@ -318,7 +325,7 @@ class _File:
         self.stream.write_batch(batch)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.OSFile(self.path) as source:  # not mapped: all its pages would count as this process's memory
+        with pa.OSFile(self.path) as source:  # not mapped, because its pages would count as memory of this process
             yield from pa.ipc.open_stream(source)
 
     def dataset(self) -> datasets.Dataset:
@@ -339,5 +346,5 @@ def _dataset(table: pa.Table) -> datasets.Dataset:
     import datasets
     from datasets.fingerprint import generate_random_fingerprint
 
-    # Left to itself, `datasets` would hash all cells for a fingerprint, which nothing here looks at.
+    # By default `datasets` would hash all cells for a fingerprint, which is not used here.
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=generate_random_fingerprint())

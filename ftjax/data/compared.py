@@ -1,5 +1,7 @@
-"""By what rows are compared: what the model reads of a row, what it is to say, and the row's label. No other column
-counts: an id would hide that two rows are the same to the model."""
+"""What rows are compared by: the text that the model reads, the text that it should answer, and the label.
+
+Other columns are ignored: an id, for example, would hide that two rows are the same for the model.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from ftjax.data.similar import digest, normalise, row_text
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 
-OFTEN, SHARE = 10, 0.05  # rows, and share of all rows, above which the same prompt does not tell rows apart
-FIELDS = {  # form: columns that are read, columns that are said
+OFTEN, SHARE = 10, 0.05  # number and share of rows above which a common prompt does not identify a row
+FIELDS = {  # form: (columns that the model reads, columns of the answer)
     "text": (("text",), ()),
     "prompt": (("prompt",), ("completion", "response")),
     "question": (("question",), ("answer",)),
@@ -24,14 +26,19 @@ SHOWN = ("content", "value", "name", "tool_calls", *template.THINKING)  # fields
 
 
 def nothing(row: dict) -> str:
-    """What a row has to say that is only read, or has a label."""
+    """The answer text of a row that has none, or that has a label instead."""
     return ""
 
 
 class Sides(NamedTuple):
-    """read(row): text that the model reads; said(row): text that it is to say, empty where that is what it reads or a
-    label; label: the column with the row's label, empty where there is none; known: whether the config or the columns'
-    names say so, and not all columns are taken."""
+    """What is compared of a row.
+
+    Attributes:
+        read: read(row) -> the text that the model reads.
+        said: said(row) -> the text that it should answer. Empty if that is the text it reads, or a label.
+        label: Column of the label; empty if there is none.
+        known: Whether the columns are known from the config or from their names. Otherwise all columns are taken.
+    """
 
     read: Callable[[dict], str]
     said: Callable[[dict], str] = nothing
@@ -39,11 +46,11 @@ class Sides(NamedTuple):
     known: bool = True
 
     def whole(self, row: dict) -> str:
-        """What the model reads and is to say."""
+        """The text that the model reads, followed by the text that it should answer."""
         return f"{self.read(row)}\n{self.said(row)}" if self.said is not nothing else self.read(row)
 
     def labels(self, table: Table) -> list[str]:
-        """The label of each row as text; all empty where rows have none."""
+        """The label of each row as text; all are empty if rows have no labels."""
         if self.label not in table.columns:
             return [""] * len(table)
         cells = table.cells(self.label)
@@ -51,7 +58,7 @@ class Sides(NamedTuple):
 
 
 class Texts(Sequence[str]):
-    """A text of every row of a table: made chunk by chunk or by index, never all in memory."""
+    """A text for every row of a table, computed chunk by chunk or by index, and never held in memory as a whole."""
 
     def __init__(self, table: Table, text: Callable[[dict], str]):
         self.table, self.text = table, text
@@ -71,13 +78,13 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
     """What is compared of rows with these columns.
 
     Args:
-        data: the config's group of their source. The columns of data.clean.columns, where it names some that are there,
-            are all that counts.
-        columns: of the rows.
-        task: the config's group `task`; None: the rows are for task.kind="causal".
+        data: The config's group `data` of their source. If data.clean.columns names some of the columns, only these are
+            compared.
+        columns: Columns of the rows.
+        task: The config's group `task`; None: the rows are for task.kind="causal".
 
     Returns:
-        All columns but the label's where nothing says what the model reads.
+        The Sides. If nothing says what the model reads, it is all columns except the label's.
     """
     if named := [name for name in columns if name in data.clean.columns]:
         return Sides(columns_text(named))
@@ -105,7 +112,7 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
 
 
 def common(table: Table, by: Sides) -> set[bytes]:
-    """Digests of prompts, such as `Write a story.`, that very many rows of a table have, with other answers."""
+    """Digests of prompts that very many rows with an answer have, such as `Write a story.`."""
     if by.said is nothing:
         return set()
     prompts = (digest(normalise(by.read(row))) for _, rows in table.chunks() for row in rows if by.said(row))
@@ -113,8 +120,10 @@ def common(table: Table, by: Sides) -> set[bytes]:
 
 
 def telling(by: Sides, prompts: set[bytes]) -> Callable[[dict], str]:
-    """row -> the text that tells it from others: what the model reads, and with one of `common` prompts, or with none,
-    the answer too."""
+    """A function row -> the text that identifies it: what the model reads.
+
+    If that is empty or one of the `common` prompts, the answer is included.
+    """
 
     def text(row: dict) -> str:
         read = by.read(row)
@@ -128,7 +137,7 @@ def _first(asked: str, usual: Sequence[str], columns: Sequence[str]) -> str:
 
 
 def columns_text(names: Sequence[str]) -> Callable[[dict], str]:
-    """row -> the text of these columns, numbers among it."""
+    """A function row -> the text of these columns, including numbers."""
     return lambda row: "\n".join(filter(None, (_text(row.get(name)) for name in names)))
 
 
@@ -138,11 +147,13 @@ def _text(cell) -> str:
 
 
 def _turns(row: dict) -> tuple[str, str]:
-    """(what comes before a conversation's last answer, that answer); of a preference, the chosen one. System texts are
-    left out: they are the same in many rows."""
+    """(text before a conversation's last answer, text of that answer). Of a preference, the chosen one is taken.
+
+    System texts are left out, because many rows have the same.
+    """
     asked = next((row[name] for name in ("messages", "conversations", "prompt") if row.get(name)), None)
     chosen = row.get("chosen")
-    if asked is None and isinstance(chosen, str):  # a whole conversation as Anthropic's HH-RLHF writes it
+    if asked is None and isinstance(chosen, str):  # a whole conversation in the format of Anthropic's HH-RLHF
         asked, _, chosen = chosen.rpartition("\n\nAssistant:")
     turns = [turn for cell in (asked, chosen) for turn in (cell if isinstance(cell, list) else [cell])]
     roles = [(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None for turn in turns]
@@ -153,7 +164,7 @@ def _turns(row: dict) -> tuple[str, str]:
 
 
 def _shown(turn):
-    """A message without the fields that no template shows, such as its number or the day, and without ids of calls."""
+    """A message without ids of calls and without fields that no template shows, such as its number or the date."""
     if not isinstance(turn, dict) or not (turn.get("role") or turn.get("from")):
         return turn
     calls = turn.get("tool_calls") if isinstance(turn.get("tool_calls"), list) else []

@@ -1,4 +1,4 @@
-"""Figures on the rows that a config names, and findings: which rows, what is wrong, what to do."""
+"""Statistics of the rows that a config names, and findings: which rows, what is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -24,21 +24,31 @@ from ftjax.errors import FtjaxError
 SEVERITIES = ("error", "warning", "note")
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 EXAMPLES = 3  # rows shown of a finding
-EXCERPT = 300  # characters of one
-BARS = 30  # of a histogram
+EXCERPT = 300  # characters shown of a row
+BARS = 30  # bars of a histogram, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one check found in one part. rows: {file: numbers of the rows in it}; none where it is about the part."""
+    """What one check found in one part.
+
+    Attributes:
+        check: Name of the check.
+        part: Name of the part.
+        severity: `error`, `warning` or `note`.
+        message: What is wrong.
+        advice: What to do.
+        rows: {file: numbers of the rows in it}; empty if the finding is about the part as a whole.
+        examples: Rows, each with `place`, `note` and `text`. Personal data is masked.
+    """
 
     check: str
     part: str
-    severity: str  # error | warning | note
+    severity: str
     message: str
     advice: str
     rows: dict[str, list[int]]
-    examples: list[dict[str, str]]  # place, note and text, personal data masked
+    examples: list[dict[str, str]]
 
     @property
     def count(self) -> int:
@@ -48,7 +58,14 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """quantiles: at QUANTILES; edges (bars + 1) and counts (bars): a histogram."""
+    """A distribution of lengths.
+
+    Attributes:
+        quantiles: The quantiles at QUANTILES.
+        mean: The mean.
+        edges: (bars + 1) edges of a histogram.
+        counts: (bars) its counts.
+    """
 
     quantiles: list[int]
     mean: float
@@ -58,39 +75,39 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Figures on one part. Shares are from 0 to 1; None stands for what cannot be said."""
+    """Statistics of one part. Shares are from 0 to 1. None means that a value is not defined for these rows."""
 
     source: str
     rows: int
     form: str | None
-    guessed: bool  # the form was guessed by the columns
-    columns: dict[str, dict]  # type, empty (share), distinct
-    chars: dict[str, Lengths]  # by column
-    tokens: dict[str, Lengths]  # row, trained; by column where no form fits
+    guessed: bool  # whether the form was guessed from the columns
+    columns: dict[str, dict]  # of each column: type, empty (share of the rows), distinct (number of values)
+    chars: dict[str, Lengths]  # characters by column
+    tokens: dict[str, Lengths]  # keys `row` and `trained`; the columns if no form fits
     label: str | None
     label_guessed: bool
     labels: dict[str, int]
-    scripts: dict[str, float]  # share of letters
+    scripts: dict[str, float]  # share of the letters
     tokens_per_word: float | None
-    unknown: float  # share of tokens
-    bytes: float  # share of tokens
-    distinct_ngrams: dict[str, float]  # "1", "2", "3": distinct n-grams by all, of the words of a sample
-    clusters: int  # groups of rows that are nearly the same, single rows among them
+    unknown: float  # share of the tokens that are the unknown token
+    bytes: float  # share of the tokens that are a part of a character
+    distinct_ngrams: dict[str, float]  # keys "1", "2", "3": distinct n-grams / all n-grams, of the words of a sample
+    clusters: int  # groups of similar rows, including groups of a single row
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Statistics by part, in order; findings, the gravest first."""
+    """The statistics of each part, in order, and the findings, the most severe first."""
 
     parts: dict[str, Statistics]
     findings: list[Finding]
 
 
 def inspect(config, tokenizer) -> Inspection:
-    """Every check of CHECKS on the rows of data.train, data.validation and data.test as they are in their files.
+    """Run every check of CHECKS on the rows of data.train, data.validation and data.test as they are in their files.
 
-    Of a mixture, all sources. Nothing is split, cleaned or left out. Where no form fits the columns, what concerns
-    prompts and answers is left out. Raises FtjaxError for a file that cannot be read; see read.
+    All sources of a mixture are inspected. Nothing is split, cleaned or left out. If no form fits the columns, checks
+    of prompts and answers are skipped. Raises FtjaxError for a file that cannot be read; see read.
     """
     with tempfile.TemporaryDirectory(prefix="ftjax-inspect-") as folder:
         scans = [scan(one, _row_checks(), FEATURES) for one in _parts(config, tokenizer, Path(folder))]
@@ -119,7 +136,7 @@ def _parts(config, tokenizer, folder: Path) -> list[Scan]:
 
 
 def _recipe(data, columns: list[str]) -> tuple[prepare.Recipe | None, bool]:
-    """None where no form fits the columns and none is set."""
+    """The recipe for these columns, and whether its form was guessed. None if no form fits and none is set."""
     try:
         return prepare.recipe(data, columns)
     except FtjaxError:
@@ -165,14 +182,14 @@ def _finding(name: str, check: Check, hit: Hit) -> Finding:
 
 
 def _kinds(notes: dict[int, str], most: int = 4) -> str:
-    """The notes by their number, such as `email 30, phone 2`."""
+    """The notes by their number of rows, such as `email (30); phone (2)`."""
     counts = Counter(notes.values()).most_common()
     said = [f"{_short(note, 120)} ({count:,})" for note, count in counts[:most]]
     return "; ".join(said + [f"{len(counts) - most:,} more"] * (len(counts) > most))
 
 
 def _spread(notes: dict[int, str]) -> list[int]:
-    """The first row of each of the first kinds of notes, then further first rows."""
+    """The first row of each of the first kinds of notes, then other first rows; at most EXAMPLES."""
     first = {}
     for i, note in notes.items():
         first.setdefault(note, i)
@@ -194,7 +211,7 @@ def _example(check: Check, hit: Hit, i: int) -> dict[str, str]:
 
 
 def _visible(text: str) -> str:
-    """Without characters that a terminal would obey, or that nobody sees."""
+    """The text with control characters, which a terminal would obey, and invisible characters escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
@@ -242,7 +259,7 @@ def _lengths(values) -> Lengths:
 
 
 def _diversity(sample: list[str]) -> dict[str, float]:
-    """Distinct n-grams of words by all n-grams, n-grams within a row (Li et al. 2016, distinct-n)."""
+    """Distinct n-grams of words divided by all n-grams. An n-gram lies within a row (Li et al. 2016, distinct-n)."""
     total, grams, left = Counter(), {n: set() for n in (1, 2, 3)}, SAMPLE_WORDS
     for text in sample:
         words = units(normalise(text))[0][:left]

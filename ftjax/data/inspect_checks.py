@@ -1,4 +1,7 @@
-"""Every check of `inspect`: a function and a row of CHECKS. A row check looks at one row, a set check at all parts."""
+"""The checks of `inspect`: each is a function and a row of CHECKS.
+
+A row check looks at one row, a set check at all parts.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from ftjax.data.inspect_corpus import Corpus
 from ftjax.data.inspect_scan import Scan, View, fold
 from ftjax.data.similar import grams, normalise
 
-OPTIONAL = 0.2  # a column with more empty cells than this is one that rows may leave out
-COMMON = 0.95  # share of rows that the common labels, script or ending have, and what others are told apart from
-RARE = 0.05  # a label below this share of the least common of the common ones is rare
+OPTIONAL = 0.2  # a column with a greater share of empty cells is optional
+COMMON = 0.95  # share of the rows that have the common labels, script or ending; other rows are exceptions
+RARE = 0.05  # a label is rare if it has fewer rows than this share of those of the rarest common label
 
 
 class Hit(NamedTuple):
-    """What a set check found in one part: a note for each row, and what the message says of it."""
+    """What a set check found in one part: a note for each row, and the subject of the message."""
 
     scan: Scan
     notes: dict[int, str]  # by index of the row in the part
@@ -27,17 +30,19 @@ class Hit(NamedTuple):
 
 
 class Check(NamedTuple):
-    """One of `row` and `parts` is given. message and advice may hold {rows}, a number with its share, {subject}, and
-    {kinds}, the notes by their number; advice {near} besides.
+    """A check. Either `row` or `parts` is given.
+
+    `message` and `advice` may contain {rows}, the number of rows with their share, {subject}, and {kinds}, the notes
+    with their numbers. `advice` may also contain {near}.
     """
 
-    severity: str  # error: the run stops or its results mean nothing | warning: look | note: know
+    severity: str  # error: the run stops or its results are meaningless | warning: to be checked | note: to be known
     message: str
     advice: str
-    row: Callable[[View], str | bool | None] | None = None  # a note on a row that it finds, or nothing
+    row: Callable[[View], str | bool | None] | None = None  # a note on the row, or a false value if nothing is found
     parts: Callable[[Corpus], Iterator[Hit]] | None = None
-    where: Callable[[str], int] | None = None  # where in the text of a row to look; None: at both ends
-    answer: bool = False  # it is about the answer: that is what is shown of a row
+    where: Callable[[str], int] | None = None  # index in the text around which the excerpt lies; None: both ends
+    answer: bool = False  # whether it is about the answer, which is then shown instead of the row
 
 
 # ---------------------------------------------------------------------------------------------- one row
@@ -59,11 +64,11 @@ def _unknown(view: View) -> str | None:
     return f"{count} unknown" if count else None
 
 
-REPEATED = 5  # words of a prompt, or of a line of it, from which its repetition is no chance
+REPEATED = 5  # least words of a prompt, or of one of its lines, whose repetition is not a coincidence
 
 
 def _repeats(view: View) -> str | None:
-    """Whether an answer holds its whole prompt, or begins with a line of it."""
+    """A note if an answer contains its whole prompt, or begins with a line of it."""
     if not view.prompt or not view.answer:
         return None
     answer, prompt = normalise(view.answer), normalise(view.prompt)
@@ -132,14 +137,17 @@ def _near(corpus: Corpus) -> Iterator[Hit]:
 
 
 def _pairs_within(corpus: Corpus, part: int) -> list[tuple[int, int]]:
-    """(earlier, later) rows of one part, by their index in it, that are nearly the same."""
+    """(earlier, later) indices of similar rows within one part."""
     found = corpus.earliest(part)[corpus.pairs]
     found = np.sort(found[(found >= 0).all(axis=1)] - corpus.starts[part], axis=1)
     return [(i, j) for i, j in found.tolist()]
 
 
 def _overlap(corpus: Corpus) -> Iterator[Hit]:
-    """Rows of train of which the model reads what an evaluation row has; rows of validation that are so in test."""
+    """Rows of train with the input text of an evaluation row, and rows of validation with that of a test row.
+
+    The texts are equal or similar.
+    """
     corpus = corpus.read or corpus
     order = {"train": 0, "validation": 1, "test": 2}
     for p, scan in enumerate(corpus.scans):
@@ -171,7 +179,7 @@ def _overlap(corpus: Corpus) -> Iterator[Hit]:
 
 
 def _spelling(corpus: Corpus) -> Iterator[Hit]:
-    """Labels that differ from a more common one by their spelling alone."""
+    """Labels that differ from a more common label only in their spelling."""
     for scan in corpus.scans:
         counts = Counter(text for labels in scan.labels or () for text in labels)
         usual = {}
@@ -185,9 +193,9 @@ def _spelling(corpus: Corpus) -> Iterator[Hit]:
 
 
 def _rare(corpus: Corpus) -> Iterator[Hit]:
-    """Labels outside the set: those far rarer than the rarest of the labels that nearly all rows have."""
+    """Rows with rare labels: much rarer than the rarest of the labels that nearly all rows have."""
     for scan in corpus.scans:
-        if scan.labels is None or any(len(labels) > 1 for labels in scan.labels):  # tags are mostly O
+        if scan.labels is None or any(len(labels) > 1 for labels in scan.labels):  # rows of tags, most of which are O
             continue
         folded = [fold(labels[0]) if labels else None for labels in scan.labels]
         counts = Counter(text for text in folded if text is not None)
@@ -202,7 +210,7 @@ def _rare(corpus: Corpus) -> Iterator[Hit]:
 
 
 def _conflict(corpus: Corpus) -> Iterator[Hit]:
-    """Rows whose text stands elsewhere with another label: those in the minority, the later ones of a tie."""
+    """Rows whose text another row has with another label: those in the minority, and of a tie the later ones."""
     corpus = corpus.read or corpus
     for part, scan in enumerate(corpus.scans):
         if scan.labels is None:
@@ -213,7 +221,7 @@ def _conflict(corpus: Corpus) -> Iterator[Hit]:
         for rows in groups.values():
             counts = Counter(corpus.labels(start + i) for i in rows) if len(rows) > 1 else ()
             if len(counts) > 1:
-                usual = counts.most_common(1)[0][0]  # the first of equals is the first met
+                usual = counts.most_common(1)[0][0]  # of equally common labels, the first that occurs
                 kept = next(i for i in rows if corpus.labels(start + i) == usual)
                 notes |= {i: f"{_said(scan, i)}, but {_said(scan, kept)} in {scan.beside(i, kept)}"
                           for i in rows if corpus.labels(start + i) != usual}  # fmt: skip
@@ -231,7 +239,7 @@ def _said(scan: Scan, i: int) -> str:
 
 
 def _several(corpus: Corpus) -> Iterator[Hit]:
-    """Prompts with several answers, where there are no labels that say which is wrong."""
+    """Prompts with several answers, if rows have no labels. With labels, `_conflict` finds them."""
     for scan in corpus.scans:
         if scan.recipe is None or scan.labels is not None:
             continue
@@ -254,7 +262,7 @@ def _imbalance(corpus: Corpus) -> Iterator[Hit]:
 
 
 def _minority(feature: str, least: float) -> Callable[[Corpus], Iterator[Hit]]:
-    """Rows that differ in a feature from at least so large a share of all others."""
+    """A check for rows that differ in a feature from the common value, which at least the share `least` of rows has."""
 
     def check(corpus: Corpus) -> Iterator[Hit]:
         for scan in corpus.scans:
@@ -278,7 +286,7 @@ def _coverage(corpus: Corpus) -> Iterator[Hit]:
             yield Hit(scan, {}, ", ".join(COVERED[key][1].format(found[key]) for key in bad))
 
 
-COVERED = {  # the most that is usual for a tokenizer and the text it was made for, and how more is said
+COVERED = {  # (the most that is usual for a tokenizer and text of its kind, the message about a higher value)
     "tokens_per_word": (2.5, "{:.1f} tokens a word"),
     "unknown": (0.001, "{:.1%} unknown tokens"),
     "bytes": (0.02, "{:.1%} of the tokens stand for parts of characters"),

@@ -1,4 +1,4 @@
-"""The rows of all parts side by side: which say the same, which nearly."""
+"""Comparison of the rows of all parts: which are equal, and which are similar."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from ftjax.data.compared import Texts, common, nothing, telling
 from ftjax.data.inspect_scan import Scan, fold
 from ftjax.data.similar import firsts, near_pairs
 
-NEAR = 0.8  # similarity of near duplicates where data.clean.near does not say another
+NEAR = 0.8  # similarity of near duplicates if data.clean.near is not set
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """All parts, their n rows one after the other, and which of them say the same.
+    """The n rows of all parts one after another, and which of them have equal or similar texts.
 
-    starts (parts + 1,): where each part begins; first (n,): index of the first row with the same text; pairs (P, 2):
-    of these first rows, those that are nearly the same, i < j; alike: all pairs, as `similar.clusters` takes them.
+    Attributes:
+        scans: The parts.
+        starts: (parts + 1,) index at which each part begins.
+        first: (n,) index of the first row with the same text.
+        pairs: (P, 2) pairs i < j of these first rows whose texts are similar.
+        alike: All pairs, for `similar.clusters`.
+        read: The same comparison by the text that the model reads alone. None: `first` compares by that already.
     """
 
     scans: list[Scan]
@@ -28,37 +33,39 @@ class Corpus:
     first: np.ndarray
     pairs: np.ndarray
     alike: np.ndarray
-    read: Corpus | None = None  # the same by what the model reads alone, where that is not all
+    read: Corpus | None = None
 
     def firsts(self, part: int) -> np.ndarray:
-        """`first` of one part's rows."""
+        """`first`, for the rows of one part."""
         return self.first[self.starts[part] : self.starts[part + 1]]
 
     def earliest(self, part: int) -> np.ndarray:
-        """(n,): for each text, by the index of its first row anywhere, its first row in this part; -1 where none."""
+        """(n,): for each index of a text's first row, the first row in this part that has the text; else -1."""
         out = np.full(len(self.first), -1)
         out[self.firsts(part)[::-1]] = np.arange(self.starts[part], self.starts[part + 1])[::-1]
         return out
 
     def _at(self, index: int) -> tuple[Scan, int]:
-        """The part of one of all rows, and its index there."""
+        """(part, index of the row in it), given the index of the row in the corpus."""
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.scans[part], int(index - self.starts[part])
 
     def place(self, index: int) -> str:
-        """Where one of all rows came from."""
+        """The place of a row, given its index in the corpus."""
         scan, at = self._at(index)
         return scan.table.place(at)
 
     def labels(self, index: int) -> tuple[str, ...] | None:
-        """The labels of one of all rows, however they are spelled; None where there are none."""
+        """The labels of a row in their folded spelling, given its index in the corpus; None if rows have no labels."""
         scan, at = self._at(index)
         return None if scan.labels is None else tuple(map(fold, scan.labels[at]))
 
 
 def corpus(scans: list[Scan], seed: int) -> Corpus:
-    """Compare all rows of all parts with one another, by the first source's settings: by all that counts of a row, and
-    by what the model reads."""
+    """Compare all rows of all parts, by the text of each row and by the text that the model reads.
+
+    The similarity of near duplicates is that of the first source's settings.
+    """
     whole = _compared(scans, [scan.by.whole for scan in scans], seed)
     if all(scan.by.said is nothing for scan in scans):
         return whole
@@ -73,13 +80,13 @@ def _compared(scans: list[Scan], text_of: list[Callable[[dict], str]], seed: int
         texts = list(texts)
     first = firsts(texts)
     alike = near_pairs(texts, near(scans[0].data), seed)
-    # Of identical texts, `near_pairs` joins each to the first; what it joins besides is merely similar.
+    # `near_pairs` joins each of several equal texts to the first of them. All other pairs are similar texts.
     nearly = first[alike[:, 1]] == alike[:, 1]
     return Corpus(scans, np.cumsum([0, *map(len, scans)]), first, alike[nearly], alike)
 
 
 class _Texts(Sequence[str]):
-    """The texts of all parts, one after the other."""
+    """The texts of all parts, one after another."""
 
     def __init__(self, parts: list[Texts]):
         self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
@@ -96,5 +103,5 @@ class _Texts(Sequence[str]):
 
 
 def near(data) -> float:
-    """The similarity from which rows are near duplicates."""
+    """The similarity from which on rows are near duplicates."""
     return data.clean.near or NEAR

@@ -1,4 +1,4 @@
-"""An Inspection for people and machines: a table for the terminal, one page of HTML with plots, plain data."""
+"""Output of an Inspection: a table for the terminal, one HTML page with plots, and plain data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ WIDTH = 100  # columns of the terminal
 NUMBERS = 8  # row numbers shown of a finding in the terminal
 SHOWN = 280  # characters of an example in the terminal
 LABELS = 12  # labels shown
-LISTED = 2000  # row numbers listed of a finding in the page; the JSON has all
+LISTED = 2000  # row numbers of a finding that the page lists; the JSON has all
 
 
 def to_json(inspection: Inspection) -> dict:
-    """Plain data: {"parts": {name: statistics}, "quantiles": [...], "findings": [...]}, every row number in it."""
+    """Plain data with all row numbers: {"parts": {name: statistics}, "quantiles": [...], "findings": [...]}."""
     plain = dataclasses.asdict(inspection)
     return {**plain, "quantiles": list(QUANTILES), "findings": [
         {**finding, "count": f.count} for finding, f in zip(plain["findings"], inspection.findings)
@@ -28,7 +28,7 @@ def to_json(inspection: Inspection) -> dict:
 
 
 def table(inspection: Inspection) -> str:
-    """Figures of every part and all findings, the gravest first, in WIDTH columns."""
+    """The statistics of every part and all findings, the most severe first, in WIDTH columns."""
     lines = []
     for name, part in inspection.parts.items():
         lines += [*_wrap(f"{name}: {part.source}", ""), *(line for s in _sentences(part) for line in _wrap(s, "  "))]
@@ -68,7 +68,7 @@ def _count(n: int, word: str) -> str:
 
 
 def _counts(inspection: Inspection) -> str:
-    """How many findings there are of each severity."""
+    """The number of findings of each severity."""
     counts = Counter(f.severity for f in inspection.findings)
     return ", ".join(_count(counts[s], s) for s in SEVERITIES if counts[s])
 
@@ -78,7 +78,7 @@ def _percent(q: float) -> str:
 
 
 def _sentences(part: Statistics) -> list[str]:
-    """Figures of a part, a sentence each."""
+    """The statistics of a part, one sentence each."""
     form = "no form fits the columns" if part.form is None else f"form {part.form!r}"
     guessed = " (guessed by the columns)" if part.guessed else ""
     groups = f"{_count(part.clusters, 'cluster')} of like rows"
@@ -118,7 +118,7 @@ def _all_lengths(part: Statistics) -> list[tuple[str, Lengths]]:
 
 
 def html(inspection: Inspection) -> str:
-    """One page that needs no other file; every text of the rows is escaped."""
+    """A page that needs no other file. All text of rows is escaped."""
     said = f"{_count(sum(p.rows for p in inspection.parts.values()), 'row')}, {_count(len(inspection.parts), 'part')}"
     return page(
         "inspection.html",

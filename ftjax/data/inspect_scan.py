@@ -1,4 +1,4 @@
-"""One pass over the rows of a part: what its columns hold, how long its texts are, what is found in each row."""
+"""One pass over the rows of a part: contents of the columns, lengths of texts, and findings in single rows."""
 
 from __future__ import annotations
 
@@ -20,50 +20,60 @@ from ftjax.data.table import CHUNK, Table
 from ftjax.data.template import Rendered
 from ftjax.errors import FtjaxError
 
-LABEL_VALUES = 100  # distinct values that a label column has at most
-LABEL_LENGTH = 60  # characters of one
+LABEL_VALUES = 100  # most distinct values of a column of labels
+LABEL_LENGTH = 60  # most characters of a label
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "tags", "ner_tags", "tag")
-SAMPLE_ROWS, SAMPLE_WORDS = 5_000, 200_000  # what diversity and the tokenizer's coverage are measured on, at most
+SAMPLE_ROWS, SAMPLE_WORDS = 5_000, 200_000  # size of the sample for diversity and the tokenizer's coverage
 
 
 @dataclasses.dataclass
 class Column:
-    """What a column's cells hold. chars: of the texts, an entry a row; values: by how often, None where too many."""
+    """The contents of a column.
 
-    types: set[str] = dataclasses.field(default_factory=set)  # of the cells, see _type
-    empty: array = dataclasses.field(default_factory=lambda: array("q"))  # rows without text or number
+    Attributes:
+        types: Types of the cells, see _type.
+        empty: Indices of the rows without text or number.
+        chars: Number of characters of each cell.
+        digests: Digest of each cell.
+        values: Number of rows of each value; None if there are too many values.
+        text: Whether any cell holds text.
+        blank: Whether any text contains white space, and so is not just a name or a number.
+    """
+
+    types: set[str] = dataclasses.field(default_factory=set)
+    empty: array = dataclasses.field(default_factory=lambda: array("q"))
     chars: array = dataclasses.field(default_factory=lambda: array("i"))
     digests: array = dataclasses.field(default_factory=lambda: array("Q"))
     values: Counter | None = dataclasses.field(default_factory=Counter)
-    text: bool = False  # any cell holds text
-    blank: bool = False  # any text holds white space, so that it is no mere name or number
+    text: bool = False
+    blank: bool = False
 
     @property
     def type(self) -> str:
-        """How the type of its cells is written: string, int64, list of string, object of role, content, or JSON."""
+        """The type of the cells as text: string, int64, list of string, object of role, content, or JSON if mixed."""
         return _one_type(self.types)
 
     @property
     def distinct(self) -> int:
-        """Number of different cells."""
+        """Number of distinct cells."""
         return len(np.unique(np.frombuffer(self.digests, np.uint64)))
 
 
 class View(NamedTuple):
-    """A row as the checks see it. prompt and answer are empty where no form fits or the row cannot be used."""
+    """A row as the checks see it. prompt and answer are empty if no form fits or the row cannot be used."""
 
-    text: str  # of all columns
+    text: str  # text of all columns
     prompt: str
     answer: str
-    error: str  # why it cannot be used, or empty
-    ids: Sequence[int]  # its tokens as trained; those of its columns where no form fits
-    script: str  # of most of its letters; empty where it has none
+    error: str  # why the row cannot be used; empty if it can
+    ids: Sequence[int]  # tokens of the row as trained; those of its columns if no form fits
+    script: str  # script of most letters; empty if there are no letters
     scan: Scan
 
 
 @dataclasses.dataclass
 class Scan:
-    """A part of a source, and what one pass over its N rows found."""
+    """A part of a source, and the results of one pass over its N rows."""
 
     name: str  # such as `train`, or `train of NAME` in a mixture
     part: str  # train | validation | test
@@ -74,27 +84,30 @@ class Scan:
     guessed: bool
     tokenizer: object
     special: tuple[str, ...] = ()  # the tokenizer's special tokens
-    unknown: int | None = None  # the id of its unknown token; see _unknown
+    unknown: int | None = None  # id of its unknown token, see _unknown
     columns: dict[str, Column] = dataclasses.field(default_factory=dict)
     tokens: dict[str, array] = dataclasses.field(default_factory=lambda: defaultdict(lambda: array("i")))
     scripts: Counter = dataclasses.field(default_factory=Counter)
     features: dict[str, list[str]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     hits: dict[str, dict[int, str]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
-    prompts: array = dataclasses.field(default_factory=lambda: array("Q"))  # digests, where a form fits
+    prompts: array = dataclasses.field(default_factory=lambda: array("Q"))  # digests of the prompts, if a form fits
     answers: array = dataclasses.field(default_factory=lambda: array("Q"))
     sample: list[str] = dataclasses.field(default_factory=list)
     coverage: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    sides: Sides | None = None  # what the config says that rows are compared by
+    sides: Sides | None = None  # what rows are compared by according to the config
     label: str | None = None
-    labels: list[tuple[str, ...]] | None = None  # of each row; a list of tags gives several
+    labels: list[tuple[str, ...]] | None = None  # labels of each row: one, or several if it has a list of tags
 
     def __len__(self) -> int:
         return len(self.table)
 
     @property
     def by(self) -> Sides:
-        """What rows are compared by: where the config does not say what the model reads, all text but labels and mere
-        names, such as ids."""
+        """What rows are compared by.
+
+        If the config does not say what the model reads, it is all text except labels and columns of unique names, such
+        as ids.
+        """
         if self.sides.known:
             return self.sides
         text = [c for c, column in self.columns.items() if column.text and c != self.label]
@@ -102,13 +115,19 @@ class Scan:
         return Sides(columns_text(said or text), label=self.label or "")
 
     def beside(self, index: int, other: int) -> str:
-        """What a note on one row calls another: `row 3` within a file, else by its file too."""
+        """The name of another row in a note on a row: `row 3` if it is in the same file, otherwise with its file."""
         table = self.table
         return f"row {table.number[other]}" if table.file[index] == table.file[other] else table.place(other)
 
 
 def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]], features: dict[str, Callable]) -> Scan:
-    """Fill a Scan in: `checks` give a note on a row that they find, `features` one of few words for every row."""
+    """Fill in a Scan by a pass over its rows.
+
+    Args:
+        scan: The part. It is changed in place and returned.
+        checks: {name: check(view) -> a note on the row, or a false value if nothing is found}.
+        features: {name: feature(view) -> a few words about the row}.
+    """
     scan.special, scan.unknown = tuple(scan.tokenizer.all_special_tokens), _unknown(scan.tokenizer)
     scan.columns = {name: Column() for name in scan.table.columns}
     for start, rows in scan.table.chunks(CHUNK):
@@ -129,14 +148,14 @@ def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]], fea
 
 
 def label_values(cell) -> tuple[str, ...]:
-    """A label as text, in a tuple; each of a list of labels; none for an empty cell."""
+    """The labels of a cell as text: one, or each of a list. An empty cell has none."""
     if isinstance(cell, list):
         return tuple(text for c in cell for text in label_values(c))
     return () if cell is None or cell == "" else (str(cell),)
 
 
 def fold(label: str) -> str:
-    """A label without its spelling: case, white space, punctuation, and how a number is written."""
+    """A label without differences of spelling: case, white space, punctuation, and the notation of numbers."""
     text = normalise(label)
     try:
         return repr(float(text))
@@ -145,7 +164,7 @@ def fold(label: str) -> str:
 
 
 def digest(text: str) -> int:
-    """64 bits that stand for a text."""
+    """A digest of a text, 64 bits."""
     return int.from_bytes(similar.digest(text)[:8], "big")
 
 
@@ -187,15 +206,16 @@ def _script(scan: Scan, text: str) -> str:
 
 
 def sides(rendered: Rendered) -> tuple[str, str]:
-    """(prompt, answer) as text; of messages, what the assistant said is the answer and all else the prompt."""
+    """(prompt, answer) as text. Of messages, the assistant's texts are the answer and all others the prompt."""
     if rendered.messages is None:
         return rendered.prompt, rendered.completion
-    said = [(m["role"] == "assistant", m["content"]) for m in rendered.messages if m["content"]]  # a tool call has none
+    # A tool call has no text.
+    said = [(m["role"] == "assistant", m["content"]) for m in rendered.messages if m["content"]]
     return tuple("\n".join(text for own, text in said if own is side) for side in (False, True))
 
 
 def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:
-    """(rendered, example, error) of each row; rows that fail are found by halving, for one stops its whole chunk."""
+    """(rendered, example, error) of each row. Rows that fail are found by halving, as one stops its whole chunk."""
     try:
         rendered = scan.recipe.render(rows, places)
         examples = scan.recipe.encode(scan.tokenizer, rows, places)
@@ -208,7 +228,7 @@ def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:
 
 
 def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
-    """The text of a cell, counted."""
+    """The text of a cell, which is also added to the statistics of its column."""
     text = cell if isinstance(cell, str) else row_text({name: cell})
     column.types.add(_type(cell))
     if text.strip():
@@ -227,7 +247,7 @@ def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
 
 
 def _is_empty(cell) -> bool:
-    """Whether a cell holds neither text nor a number, nor anything inside it."""
+    """Whether a cell holds neither text nor a number, not even in nested lists and objects."""
     if isinstance(cell, list | dict):
         return all(map(_is_empty, cell.values() if isinstance(cell, dict) else cell))
     return cell is None or (isinstance(cell, str) and not cell.strip())
@@ -247,13 +267,13 @@ TYPES = {type(None): "null", str: "string", bool: "bool", int: "int64", float: "
 
 
 def _one_type(types: set[str]) -> str:
-    """The type of cells of these types; an empty list goes with any other."""
+    """The common type of cells of these types, or JSON. An empty list is compatible with any list."""
     told = types - {"null", "list of null"} or types - {"null"} or {"null"}
     return told.pop() if len(told) == 1 else "JSON"
 
 
 def _label(scan: Scan) -> str | None:
-    """The column with the labels: data.label, or one that is named like it or answers with it, and has few values."""
+    """The column of labels: data.label, or else a column with few values that has a usual name or is the answer."""
     if scan.data.label:
         return scan.data.label if scan.data.label in scan.columns else None
     few = [c for c, column in scan.columns.items() if _few(column, len(scan))]
@@ -276,7 +296,7 @@ HTML = re.compile(r"</[a-zA-Z][a-zA-Z0-9]*>|<(?:br|hr|img)\b[^>\n]*>")
 
 
 def layout(view: View) -> str:
-    """What an answer is written in: JSON, HTML, a code block, Markdown or plain text."""
+    """The format of an answer: JSON, HTML, a code block, Markdown or plain text."""
     answer = view.answer.strip()
     if not answer:
         return ""
@@ -296,7 +316,7 @@ def _is_json(text: str) -> bool:
 
 
 def edges(view: View) -> str:
-    """The white space around an answer."""
+    """Where an answer has white space around it."""
     answer = view.answer
     before, after = answer != answer.lstrip(), answer != answer.rstrip()
     words = ("white space around it", "white space before it", "white space behind it", "no white space around it")
@@ -304,7 +324,7 @@ def edges(view: View) -> str:
 
 
 def ending(view: View) -> str:
-    """What kind of character an answer ends with."""
+    """The kind of character with which an answer ends."""
     last = view.answer.rstrip()[-1:]
     return "" if not last else "a letter" if last.isalpha() else "a digit" if last.isdigit() else "a mark"
 
@@ -324,9 +344,10 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def _coverage(scan: Scan) -> dict[str, float | None]:
-    """Of a sample: tokens a word (None for scripts without blanks), and the shares of unknown and byte tokens.
+    """Statistics of the tokens of a sample: tokens a word, and the shares of unknown tokens and of byte tokens.
 
-    Byte tokens are those that stand for a part of a character, or are written like SentencePiece's `<0xE4>`.
+    Tokens a word are None for scripts without blanks. A byte token stands for a part of a character, or is written like
+    SentencePiece's `<0xE4>`.
     """
     tokenizer = scan.tokenizer
     counts = Counter(i for ids in _ids(tokenizer, scan.sample) for i in ids) if scan.sample else Counter()
@@ -343,6 +364,9 @@ def _coverage(scan: Scan) -> dict[str, float | None]:
 
 
 def _unknown(tokenizer) -> int | None:
-    """The id of the unknown token; none where it has another office too, as in GPT-2, whose bytes know every text."""
+    """The id of the unknown token.
+
+    None if that token also has another role, as in GPT-2, whose bytes can encode every text.
+    """
     offices = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in offices else tokenizer.unk_token_id

@@ -1,4 +1,4 @@
-"""Rows with labels -> token ids, and the places at which labels are read off.
+"""Rows with labels -> token ids, and the positions at which the head predicts labels.
 
 N rows, C labels.
 """
@@ -20,13 +20,19 @@ from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.tokenizer import pad_token
 
-TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")  # usual names, in order
+# Usual names of the column of text, tried in order.
+TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")
 LABELS = ("label", "labels", "category", "class", "target")
 
 
 class Columns(NamedTuple):
-    """Usual names of the columns of a kind of task, in order. pair empty: there is one text, unless task.pair names a
-    second; label empty: rows have none."""
+    """Usual names of the columns of a kind of task, tried in order.
+
+    Attributes:
+        text: Of the first text.
+        pair: Of the second text. Empty: there is one text, unless task.pair names the column of a second.
+        label: Of the label. Empty: rows have no label.
+    """
 
     text: tuple[str, ...] = TEXTS
     pair: tuple[str, ...] = ()
@@ -39,17 +45,26 @@ COLUMNS = {
     "masked": Columns(label=()),
     "embed": Columns(("anchor", "query", *TEXTS), ("positive", "answer", "sentence2", "hypothesis", "context"), ()),
 }
-FIXED = {"span": ("start", "end"), "masked": (), "embed": ()}  # names of labels that do not depend on rows
+FIXED = {"span": ("start", "end"), "masked": (), "embed": ()}  # names of labels that do not depend on the rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """How rows become tokens and targets: all that these depend on, but for the tokenizer. form: a row of ENCODERS.
+    """How rows become tokens and targets. Together with the tokenizer, it determines both.
 
-    text, pair, label: columns, pair empty where there is one text; names: of the labels, in the order of their ids;
-    pool: ModelConfig.head's, by which the last token of a text is read, or its first; max_length: tokens to which a
-    text is cut, special tokens kept; 0: none is; subwords, stride, no_answer: those
-    of config.task; ids: the cells of labels are ids and not names; vectors: they are multi-hot vectors.
+    Attributes:
+        form: A key of ENCODERS.
+        text: Column of the first text.
+        pair: Column of the second text; empty if there is one text.
+        label: Column of the label; empty if rows have none.
+        names: Names of the labels, in the order of their ids.
+        pool: ModelConfig.head's. With `last`, the label is read at the last token of a text, otherwise at the first.
+        max_length: Most tokens of a text, special tokens included; a longer text is cut. 0: texts are not cut.
+        subwords: config.task.subwords.
+        stride: config.task.stride.
+        no_answer: config.task.no_answer.
+        ids: Whether the cells of labels are ids instead of names.
+        vectors: Whether the cells of labels are multi-hot vectors.
     """
 
     form: str
@@ -66,7 +81,7 @@ class Labelled:
     vectors: bool = False
 
     def render(self, rows: list[dict], places: list[str]) -> list[Rendered]:
-        """Rows as text and the text of their label."""
+        """The rows as text, each with its label as text."""
         if self.form == "tag":
             texts = [[" ".join(tags.cell(row, self.text, place))] for row, place in zip(rows, places)]
         else:
@@ -77,23 +92,26 @@ class Labelled:
         ]
 
     def sides(self, row: dict, place: str) -> tuple[str, str]:
-        """("", the text of a row); raises FtjaxError for a row without text, or without the label that it needs."""
+        """("", the text of a row).
+
+        Raises FtjaxError if the row has no text, or lacks a label that it needs.
+        """
         (rendered,) = self.render([row], [place])
         if self.label and self.form != "multilabel" and is_missing(row.get(self.label)):
             raise FtjaxError(f"{place}: column {self.label!r} holds no label")
         return "", rendered.prompt
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """Rows as tokens with targets; raises FtjaxError naming the place of a row that cannot be used."""
+        """The rows as tokens with targets. Raises FtjaxError, which names the row's place, if a row cannot be used."""
         return ENCODERS[self.form](self, tokenizer, rows, places)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The columns of text."""
+        """The names of the columns of text."""
         return (self.text, self.pair) if self.pair else (self.text,)
 
     def cell(self, row: dict, column: str, place: str) -> str:
-        """A text that is not empty."""
+        """The text in a column of a row. Raises FtjaxError if it is empty or not a text."""
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             raise FtjaxError(
@@ -105,10 +123,22 @@ class Labelled:
 def recipe(
     config, data, table: Table, names: tuple[str, ...], pool: str, max_length: int, truths: bool = True
 ) -> Labelled:
-    """The recipe that a config means for the rows of a table; data: its group, or that of one source; truths:
-    whether the rows have labels."""
+    """The recipe for the rows of a table.
+
+    Args:
+        config: The whole config.
+        data: Its group `data`, or that of the rows' source.
+        table: The rows.
+        names: Names of the labels, in the order of their ids.
+        pool: See Labelled.
+        max_length: Most tokens of a row.
+        truths: Whether the rows have labels.
+
+    Raises:
+        FtjaxError: If the table lacks a column that the recipe needs.
+    """
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
-    alone = task.kind == "embed" and not truths  # any text is embedded, without a partner
+    alone = task.kind == "embed" and not truths  # a single text is embedded, without a second one
     asked = "" if alone and task.text not in table.columns else task.text
     text = column(asked, usual.text, table, "task.text")
     pair = label = ""
@@ -116,22 +146,26 @@ def recipe(
         pair = column(task.pair, usual.pair, table, "task.pair")
     if usual.label and truths:
         label = column(data.label, usual.label, table, "data.label")
-    # Long texts of these kinds are cut into several examples, none of which is too long.
+    # Long texts of the kinds `span` and `masked` become several examples, none of which is too long.
     cut = max_length if config.data.long == "truncate" or task.kind in ("span", "masked") else 0
-    cut = cut // 2 if task.kind == "embed" else cut  # a row holds two
+    cut = cut // 2 if task.kind == "embed" else cut  # a row holds two texts
     return Labelled(task.kind, text, pair, label, names, pool, cut, task.subwords, task.stride, task.no_answer)
 
 
 def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a config's labels in the order of their ids: its own, those of the model, or those of the rows.
+    """The names of the labels in the order of their ids: those of the config, else of the model, else of the rows.
 
     Args:
-        config: the whole config.
+        config: The whole config.
         tables: (data group, all rows of data.train) of each source.
-        known: names of the labels of the model's head.
+        known: Names of the labels of the model's head. They are not used for task.kind="regress".
+
+    Returns:
+        The names; for a kind of FIXED, its fixed names.
 
     Raises:
-        FtjaxError: for fewer than two labels, a name that stands twice, and what is no label.
+        FtjaxError: If task.kind is `classify` and the rows have fewer than two labels, if task.labels has a name twice,
+            or if a cell holds no valid label.
     """
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
     if task.kind in FIXED:
@@ -154,23 +188,27 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
 
 
 def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[Labelled, list[str]]:
-    """How the labels of a table are written: `how` with `ids` and `vectors`, and notes for a person.
+    """Decide how the labels of a table are written.
 
-    A label is a value. A whole number is an id only where `labels_as` says so.
+    A whole number is the name of a label, and an id only if `labels_as` says so.
 
     Args:
-        how: the recipe of the rows.
-        table: the rows.
-        whole: all rows of their source, which say whether cells are multi-hot vectors.
-        labels_as: "names", "ids", or "auto": ids where no name is a number itself and all cells are whole numbers.
+        how: The recipe of the rows.
+        table: The rows.
+        whole: All rows of their source, which decide whether cells are multi-hot vectors.
+        labels_as: "names", "ids" or "auto". With "auto", cells are ids if no name is itself a whole number and all
+            cells are whole numbers.
+
+    Returns:
+        (`how` with `ids` and `vectors` set, notes for the user).
 
     Raises:
-        FtjaxError: for rows without a label, with their count, and for tags that are none.
+        FtjaxError: If rows have no label (the message counts them), or if a tag is not a valid tag.
     """
     if not how.label or how.form in FIXED:
         return how, []
     cells, said = list(table.cells(how.label)), f"column {how.label!r} holds"
-    if how.form != "multilabel":  # where an empty cell says that there is no label
+    if how.form != "multilabel":  # for which an empty cell means a row without labels
         need_labels(table, cells, how.label)
     if how.form == "tag":
         tags.in_order(set(how.names))
@@ -190,7 +228,7 @@ def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[
 
 
 def need_labels(table: Table, cells: list, column: str) -> None:
-    """Raises FtjaxError where rows have no label, with their number and the places of the first."""
+    """Raise FtjaxError if rows have no label. The message has their number and the places of the first three."""
     lacking = [i for i, cell in enumerate(cells) if is_missing(cell)]
     if lacking:
         first = ", ".join(table.place(i) for i in lacking[:3])
@@ -202,12 +240,22 @@ def need_labels(table: Table, cells: list, column: str) -> None:
 
 
 def is_missing(cell) -> bool:
-    """Whether a cell holds no label."""
+    """Whether a cell holds no label: None or blank text."""
     return cell is None or isinstance(cell, str) and not cell.strip()
 
 
 def column(asked: str, usual: tuple[str, ...], table: Table, key: str) -> str:
-    """The column that a config names, or else the first of the usual names that is there."""
+    """The column that a config names, or else the first of the usual names that the table has.
+
+    Args:
+        asked: The name in the config; empty: none is set.
+        usual: The usual names, in order.
+        table: The rows.
+        key: Key of the config, for the error.
+
+    Raises:
+        FtjaxError: If the table does not have the named column, or none of the usual ones.
+    """
     found = asked or next((name for name in usual if name in table.columns), "")
     if found not in table.columns:
         listed, file = ", ".join(table.columns), table.files[0]
@@ -223,11 +271,11 @@ def column(asked: str, usual: tuple[str, ...], table: Table, key: str) -> str:
 
 WHOLE = re.compile(r"-?\d+")
 VECTOR = re.compile(r"[01](\s*[\s;|/]\s*[01])+")  # a multi-hot vector in a text without commas
-SEVERAL = ("multilabel", "tag")  # task.kind of rows with several labels each
+SEVERAL = ("multilabel", "tag")  # values of task.kind for which a row has several labels
 
 
 def label_name(cell) -> str | None:
-    """A label as text, `1` for 1 and 1.0; None for what is no label."""
+    """A label as text: `1` for both 1 and 1.0. None if the cell is not a valid label."""
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))
     if isinstance(cell, int) or isinstance(cell, str) and cell.strip():
@@ -241,7 +289,19 @@ def is_whole(cell) -> bool:
 
 
 def label_names(table: Table, column: str, several: bool = False) -> set[str]:
-    """The distinct labels of rows, as text; of multi-hot vectors the places in them. Rows without any are left out."""
+    """The distinct labels of a column as text. Rows without a label are ignored.
+
+    Args:
+        table: The rows.
+        column: The column of labels.
+        several: Whether a cell may hold several labels.
+
+    Returns:
+        The names. If the cells are multi-hot vectors, these are the positions in the vector, "0" to "C-1".
+
+    Raises:
+        FtjaxError: If a cell holds no valid label, or a vector written in another way than [0, 1] or 0,1.
+    """
     cells = list(table.cells(column))
     if several and (length := vector_length(cells)) > 1:
         return set(map(str, range(length)))
@@ -264,31 +324,34 @@ def label_names(table: Table, column: str, several: bool = False) -> set[str]:
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:
-    """Whole numbers as numbers go, others by the alphabet."""
+    """Names in ascending order: by value if all are whole numbers, otherwise alphabetically."""
     whole = all(map(WHOLE.fullmatch, names))
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
 
 
 def split_labels(cell) -> list:
-    """The labels of a cell that may hold several: a list, its text as JSON or Python write it, or a text with commas
-    between them; none: empty. Any other cell is its own only label."""
+    """The labels of a cell that may hold several.
+
+    The cell may be a list, a list written as JSON or Python text, or text with commas between the labels. Any other
+    cell is itself the only label. An empty cell has no labels.
+    """
     if is_missing(cell):
         return []
     if isinstance(cell, str) and cell.strip().startswith("["):
         try:
             cell = ast.literal_eval(cell.strip())
         except (ValueError, SyntaxError):
-            return [None]  # no label, which is refused
+            return [None]  # not a valid label: the caller raises an error
     if isinstance(cell, str):
         return [part.strip() for part in cell.split(",")]
     return cell if isinstance(cell, list) else [cell]
 
 
 def vector_length(cells: list) -> int:
-    """The length of multi-hot vectors such as [1, 0, 1]; 0 where cells are lists of labels.
+    """The length of multi-hot vectors such as [1, 0, 1]; 0 if the cells are lists of labels.
 
-    Lists of labels of one length that hold nothing but 0 and 1 are no other: two labels, each row with both of them,
-    would teach nothing.
+    Lists of equal length that hold only 0 and 1 are always taken for vectors. Read as lists of labels, they would give
+    two labels that every row has, from which nothing can be learned.
     """
     length = 0
     for cell in cells:
@@ -304,13 +367,13 @@ def vector_length(cells: list) -> int:
     return length
 
 
-BITS = (0, 1, "0", "1")  # equal to 0.0 and False, 1.0 and True
+BITS = (0, 1, "0", "1")  # 0.0 and False are equal to 0, 1.0 and True to 1
 
 
 def label_id(how: Labelled, cell, place: str) -> int:
-    """The id of a label: its place among how.names, or the label itself where how.ids says so.
+    """The id of a label: its index in how.names, or with how.ids the label itself.
 
-    Raises FtjaxError for a label that is not known.
+    Raises FtjaxError for an unknown label; `place` names the row in the message.
     """
     name = label_name(cell)
     if how.ids and name is not None and name.isdecimal() and int(name) < len(how.names):
@@ -334,12 +397,12 @@ def _some(names) -> str:
 
 
 def one_class(how: Labelled, row: dict, place: str):
-    """() int32: the class of a row; 0 of rows without labels."""
+    """() int32: the class of a row; 0 if rows have no labels."""
     return np.int32(label_id(how, row.get(how.label), place) if how.label else 0)
 
 
 def many_classes(how: Labelled, row: dict, place: str):
-    """(C,) float32: 1 for each label that a row has."""
+    """(C,) float32: 1 for each label that the row has, 0 for the others."""
     out, cell = np.zeros(len(how.names), np.float32), row.get(how.label)
     labels = split_labels(cell) if how.label else []
     if how.vectors:
@@ -365,13 +428,13 @@ def many_classes(how: Labelled, row: dict, place: str):
 
 
 def numbers(how: Labelled, row: dict, place: str):
-    """(C,) float32: the numbers of a row."""
+    """(C,) float32: the target numbers of a row."""
     cell = row.get(how.label) if how.label else [0.0] * len(how.names)
     try:
         found = np.array([float(x) for x in (cell if isinstance(cell, list) else [cell])], np.float32)
     except (TypeError, ValueError):
         found = np.array([np.nan])
-    # The loss squares numbers.
+    # The loss squares the numbers, which must not overflow.
     if found.shape != (len(how.names),) or not (np.abs(found) < 1e18).all():
         expected = "a number" if len(how.names) == 1 else f"{len(how.names)} numbers"
         raise FtjaxError(f"{place}: column {how.label!r} holds {cell!r}; expected {expected} between -1e18 and 1e18")
@@ -382,10 +445,23 @@ def numbers(how: Labelled, row: dict, place: str):
 
 
 def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], target: Callable) -> list[Example]:
-    """Texts with one label each, as the tokenizer itself puts special tokens around one text or two.
+    """Encode texts, or pairs of texts, that have one label each. The tokenizer adds its special tokens.
 
-    Of pool `last`, the label is read where transformers reads it from exported files: at the last token that does not
-    fill rows up, which is not the end-of-text where that fills them too.
+    With pool `last`, the label is read where transformers reads it from exported files: at the last token that is not
+    the padding token. If a tokenizer pads with its end-of-text token, this is not the end-of-text.
+
+    Args:
+        how: The recipe.
+        tokenizer: The tokenizer, from transformers.
+        rows: The rows.
+        places: Names of the rows for errors.
+        target: target(how, row, place) -> the target of a row.
+
+    Returns:
+        One Example for each row.
+
+    Raises:
+        FtjaxError: If a row cannot be used, or if the tokenizer makes no token of it.
     """
     out, pad = [], pad_token(tokenizer)
     for first in range(0, len(rows), CHUNK):
@@ -395,7 +471,7 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
         short = encoded
         if how.max_length and max(map(len, encoded["input_ids"])) > how.max_length:
             short = tokenizer(*texts, return_attention_mask=False, truncation=True, max_length=how.max_length)
-        types_of = short.get("token_type_ids") or [[]] * len(chunk)  # of tokenizers whose models have them
+        types_of = short.get("token_type_ids") or [[]] * len(chunk)  # some tokenizers give no token types
         for i, (row, place) in enumerate(zip(chunk, at)):
             ids, types = np.array(short["input_ids"][i], np.int32), types_of[i]
             if not len(ids):
@@ -413,7 +489,7 @@ def _labelled(target: Callable) -> Callable:
     return lambda how, tokenizer, rows, places: sequence(how, tokenizer, rows, places, target)
 
 
-# form -> (Labelled, tokenizer, rows, places) -> examples, one a row unless they say which is theirs
+# form -> a function (Labelled, tokenizer, rows, places) -> examples: one for each row, unless Example.row says which
 ENCODERS: dict[str, Callable[..., list[Example]]] = {
     "classify": _labelled(one_class),
     "multilabel": _labelled(many_classes),
@@ -426,7 +502,7 @@ ENCODERS: dict[str, Callable[..., list[Example]]] = {
 
 
 def layout(config, tokenizer) -> dict:
-    """What Batches has to know of a kind of task to lay its examples out."""
+    """The arguments of Batches that depend on the kind of task."""
     if config.task.kind == "masked":
         return {"masking": masks.masking(config.task, tokenizer)}
     return {"apart": True} if config.task.kind == "embed" else {}

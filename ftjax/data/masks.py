@@ -1,4 +1,4 @@
-"""Texts for masked-language modelling: cut into pieces, and masked anew in each epoch where batches are built.
+"""Texts for masked-language modelling: cut into pieces here, and masked anew in each epoch when batches are built.
 
 T tokens of a piece, n of them that may be masked, K of those that are.
 """
@@ -15,12 +15,26 @@ from ftjax.errors import FtjaxError
 if TYPE_CHECKING:
     from ftjax.data.labelled import Labelled
 
-MASKED, RANDOM = 0.8, 0.1  # shares of what is chosen: put out of sight, replaced by any token; the rest stays (BERT)
+MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or a random token; others stay (BERT)
 
 
 def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-    """Texts in pieces of at most max_length tokens between the special tokens of one text; trained: what may be masked;
-    targets (n,): number of the word in its text that each of these is of, from 0."""
+    """Cut texts into pieces of at most how.max_length tokens, special tokens included.
+
+    Args:
+        how: The recipe.
+        tokenizer: The tokenizer, from transformers.
+        rows: The rows.
+        places: Names of the rows for errors.
+
+    Returns:
+        One Example for each piece. trained: tokens that may be masked; targets (n,): for each of these tokens, the
+        number of its word in the text, from 0.
+
+    Raises:
+        FtjaxError: If the tokenizer cannot map tokens to words, if it makes no token of a text, or if how.max_length
+            leaves no room for text.
+    """
     if not tokenizer.is_fast:
         raise FtjaxError("task.kind: this tokenizer cannot say which tokens make a word; it needs tokenizer.json")
     out = []
@@ -50,8 +64,14 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
 
 
 class Masking(NamedTuple):
-    """How tokens are masked. rate: share of them; whole_words: words are masked as a whole; mask: id of the mask token;
-    vocab: ids that a random token is drawn from, 0 to vocab - 1."""
+    """How tokens are masked.
+
+    Attributes:
+        rate: Share of the tokens that are masked.
+        whole_words: Whether words are masked as a whole.
+        mask: Id of the mask token.
+        vocab: Random tokens are drawn from the ids 0 to vocab - 1.
+    """
 
     rate: float
     whole_words: bool
@@ -59,14 +79,22 @@ class Masking(NamedTuple):
     vocab: int
 
     def count(self, n):
-        """How many of n tokens are masked at most, one at least (n may be an array)."""
+        """Most tokens that are masked of n tokens: at least one. n may be an array."""
         return np.maximum(1, np.rint(np.asarray(n) * self.rate)).astype(int)
 
     def draw(self, key: tuple[int, ...], tokens: np.ndarray, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of n tokens are masked, K ascending places, and what stands there then, (K,); a function of `key`.
+        """Draw the tokens that are masked.
 
-        word (n,): word of each token. Whole words are drawn one after another, and taken while they fit into `count`;
-        where none does, the beginning of the first stands for it.
+        Whole words are drawn one after another, and taken if they fit into `count`. If no word fits, the beginning of
+        the first one is masked.
+
+        Args:
+            key: Seed. The result is a function of the arguments.
+            tokens: (n,) ids.
+            word: (n,) number of each token's word.
+
+        Returns:
+            (K ascending indices of masked tokens, (K,) int32 tokens that replace them).
         """
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
         n, most = len(tokens), int(self.count(len(tokens)))
@@ -87,7 +115,7 @@ class Masking(NamedTuple):
 
 
 def masking(task, tokenizer) -> Masking:
-    """The Masking of config.task. Raises FtjaxError for a tokenizer without a mask token."""
+    """The Masking of config.task. Raises FtjaxError if the tokenizer has no mask token."""
     if tokenizer.mask_token_id is None:
         raise FtjaxError("task.kind: masked needs a mask token, and this model's tokenizer has none")
     return Masking(task.mask_rate, task.whole_words, tokenizer.mask_token_id, len(tokenizer))

@@ -1,19 +1,26 @@
-"""Which rows share a packed row, and which padded lengths batches have: decided on lengths alone."""
+"""Which rows are packed together, and to which lengths batches are padded. Both depend on the rows' lengths only."""
 
 from __future__ import annotations
 
 import numpy as np
 
-SHORT = 32  # tokens of a row on average
+SHORT = 32  # mean tokens of a row below which padded lengths are multiples of 4 instead of 8
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices of rows, by the packed row they share; none is cut, dropped or repeated.
+    """Indices of the rows in each packed row. No row is cut, dropped or repeated.
 
-    lengths (N,) int, each from 1 to capacity tokens. First-fit decreasing, row by row: a row begins with the longest
-    that waits and goes on with the longest that still fits, except that two which fill it exactly come first (0.996
-    instead of 0.987 of GSM8K's packed tokens are useful at 1,024). The same lengths give the same packing.
-    Sets of lengths are the bits of whole numbers, so that each choice is a few shifts.
+    The method is first-fit decreasing, one packed row after another. A packed row begins with the longest row that is
+    left, and continues with the longest that still fits; but two rows that fill it exactly are preferred. (With them
+    0.996 of the packed tokens of GSM8K are useful at a length of 1,024; without, 0.987.) The same lengths give the same
+    packing. Sets of lengths are stored as the bits of an integer, so that each choice takes a few shifts.
+
+    Args:
+        lengths: (N,) int, each from 1 to `capacity` tokens.
+        capacity: Most tokens of a packed row.
+
+    Raises:
+        ValueError: If a length is out of range.
     """
     lengths = np.asarray(lengths, int)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
@@ -29,7 +36,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         while fitting := there & ((2 << space) - 1):
             n = fitting.bit_length() - 1
             if row and n < space:
-                pairs = there & (mirror >> (capacity - space))  # every n for which space - n is there too
+                pairs = there & (mirror >> (capacity - space))  # every length n for which a row of space - n is left
                 n = (pairs or fitting).bit_length() - 1
             row.append(waiting[n].pop())
             space -= n
@@ -41,11 +48,19 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def bucket_lengths(lengths: np.ndarray, buckets: int, max_length: int) -> np.ndarray:
-    """At most `buckets` padded lengths, ascending, multiples of 8 (the last capped by max_length), int64; of 4 where
-    rows are so short that eights would waste a good part of them.
+    """Choose the lengths to which rows are padded, so that the fewest tokens are wasted on padding.
 
-    The lengths that waste the fewest tokens on padding each row to the next of them: exact, by dynamic programming
-    over at most 256 quantiles of the rows' lengths.
+    Each row is padded to the next length. The choice is exact, by dynamic programming over at most 256 quantiles of the
+    rows' lengths.
+
+    Args:
+        lengths: (N,) int, tokens of each row.
+        buckets: Most lengths to choose.
+        max_length: Cap of the last length.
+
+    Returns:
+        int64, ascending. They are multiples of 8, or of 4 if the rows are so short that multiples of 8 would waste
+        much; the last one may be `max_length` instead.
     """
     step = 8 if np.mean(lengths) >= SHORT else 4
     candidates, counts = np.unique(-(-np.asarray(lengths) // step) * step, return_counts=True)

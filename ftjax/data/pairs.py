@@ -1,4 +1,4 @@
-"""Texts to embed, alone or in pairs that belong together -> tokens.
+"""Texts to embed, alone or as pairs of texts that belong together -> tokens.
 
 T tokens of a row.
 """
@@ -17,8 +17,21 @@ if TYPE_CHECKING:
 
 
 def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-    """Texts one after the other, each between special tokens of its own and cut to how.max_length; trained: the first
-    token of each, where its vector is read; second: where the second begins; targets: all 0."""
+    """Encode the texts of each row one after another, each with its own special tokens and cut to how.max_length.
+
+    Args:
+        how: The recipe.
+        tokenizer: The tokenizer, from transformers.
+        rows: The rows.
+        places: Names of the rows for errors.
+
+    Returns:
+        One Example for each row. trained: the first token of each text, at which its vector is read; second: where the
+        second text begins; targets: all 0.
+
+    Raises:
+        FtjaxError: If a text is missing, or if the tokenizer makes no token of it.
+    """
     out = []
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
@@ -41,8 +54,16 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
 
 
 def encode_texts(tokenizer, texts: list[str], max_length: int) -> tuple[list[np.ndarray], list[int]]:
-    """ids (T,) int32 of each text, cut to max_length tokens (0: not at all), special ones included; and how many there
-    were before."""
+    """Encode texts, each cut to `max_length` tokens.
+
+    Args:
+        tokenizer: The tokenizer, from transformers.
+        texts: The texts.
+        max_length: Most tokens of a text, special tokens included; 0: texts are not cut.
+
+    Returns:
+        (ids (T,) int32 of each text, its number of tokens before it was cut).
+    """
     plain = {"return_attention_mask": False, "verbose": False}
     encoded = short = tokenizer(texts, **plain)["input_ids"]
     if max_length and max(map(len, encoded), default=0) > max_length:

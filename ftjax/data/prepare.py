@@ -1,4 +1,4 @@
-"""From the config to examples: read, clean, split, augment, template, tokenise and fit, with a report of it all."""
+"""Prepare the examples of a run: read, clean, split, augment, render, tokenise and fit its rows, and report counts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from ftjax.data.tokenise import Example, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")
-MANY = 20_000  # rows from which further processes are worth the seconds that they take to start
-BY_LABEL = ("causal", "classify", "multilabel")  # task.kind by whose labels rows are dealt to the parts
-MEANT = "auto"  # data.cache: the user's cache folder
+MANY = 20_000  # from this number of rows on, more processes save more time than they take to start
+BY_LABEL = ("causal", "classify", "multilabel")  # values of task.kind whose split is stratified by data.label
+MEANT = "auto"  # the value of data.cache that means the user's cache folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a source's rows become tokens: with the tokenizer, all that their ids and labels depend on."""
+    """How the rows of one source become tokens. With the tokenizer, it determines ids and trained tokens.
+
+    The fields are those of the same name in the config's group `data`. `form` is a key of template.FORMS or `template`.
+    """
 
     form: str
     prompt: str
@@ -46,17 +49,21 @@ class Recipe:
     end: str
 
     def render(self, rows: list[dict], places: list[str]) -> list[template.Rendered]:
-        """Rows as text; raises FtjaxError naming the place of a row that cannot be used."""
+        """The rows as text. Raises FtjaxError, which names the place of the row, if a row cannot be used."""
         render = template.renderer(self.form, self.prompt, self.completion, self.template, self.system)
         return [render(row, place) for row, place in zip(rows, places, strict=True)]
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """Rows as tokens; raises FtjaxError naming the place of a row that cannot be used."""
+        """The rows as tokens. Raises FtjaxError, which names the place of the row, if a row cannot be used."""
         return encode(self.render(rows, places), tokenizer, self.train_on, places.__getitem__, self.end)
 
 
 def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
-    """The recipe that a `data` group means for rows with these columns, and whether its form was guessed from them."""
+    """The recipe of a `data` group for rows with these columns, and whether its form was guessed from the columns.
+
+    Raises FtjaxError if no known form fits the columns, or if data.form is set together with data.prompt or
+    data.completion.
+    """
     if (data.prompt or data.completion) and data.form not in ("auto", "template"):
         raise FtjaxError(
             f"data.form={data.form!r} and the templates data.prompt, data.completion: set one or the other"
@@ -69,37 +76,48 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one source's rows in one part; every count is of rows or tokens."""
+    """Counts of the rows and tokens of one source in one part."""
 
     source: str
     form: str
-    guessed: bool  # the form was guessed by the columns
+    guessed: bool  # whether the form was guessed from the columns
     rows: int  # before any was dropped for its length
-    quantiles: tuple[int, int, int, int]  # lengths at 5, 50, 95 % and the longest, before cutting
-    max_length: int
+    quantiles: tuple[int, int, int, int]  # tokens of a row: 5, 50 and 95 % quantile and the maximum, before cutting
+    max_length: int  # tokens
     policy: str  # data.long
     long: int  # rows longer than max_length
-    lost: int  # trained tokens cut or dropped with them
+    lost: int  # trained tokens that were lost because these rows were cut or dropped
     dropped: int  # rows left out
-    tokens: int  # of the rows kept
-    trained: int  # of those, labels
+    tokens: int  # tokens of the rows that were kept
+    trained: int  # how many of these tokens are trained
 
 
 class Piece(NamedTuple):
-    """One source's rows in one part: as read, cleaned and split; which of them became examples; and how."""
+    """The rows of one source in one part, as read, cleaned and split.
+
+    Attributes:
+        table: The rows.
+        digest: Digest of the table.
+        kept: (n,) for each example, the index of its row in the table. Rows may be missing, or have several examples.
+        recipe: How the rows became tokens.
+    """
 
     table: Table
-    digest: str  # of the table
+    digest: str
     kept: np.ndarray
     recipe: Recipe | labelled.Labelled
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """N examples, and the rows that they were made of, rendered again when asked for. Empty where there are none.
+    """N examples, and the rows that they were made of, which are rendered again on demand. It may be empty.
 
-    source (N,): which of Data.sources each came from; reports: by the name of the source; efficiency: share of a
-    batch's tokens that is no padding, once batches are full.
+    Attributes:
+        examples: The N examples.
+        source: (N,) int32, index into Data.sources of each example's source.
+        pieces: The rows, one Piece for each source that has any, in the order of the examples.
+        reports: {name of the source: its Report}.
+        efficiency: Share of a full batch's tokens that are not padding.
     """
 
     examples: Examples = dataclasses.field(default_factory=lambda: Examples.of([]))
@@ -112,17 +130,17 @@ class Part:
         return len(self.examples)
 
     def place(self, i: int) -> str:
-        """Where the row of an example came from, such as `a.jsonl row 3`."""
+        """File and number of the row that an example was made of, such as `a.jsonl row 3`."""
         piece, at = self._at(i)
         return piece.table.place(at)
 
     def row(self, i: int) -> dict:
-        """The row of an example, as cleaned."""
+        """The row that an example was made of, as cleaned."""
         piece, at = self._at(i)
         return piece.table.row(at)
 
     def origin(self, i: int) -> tuple[int, int]:
-        """(which of the pieces, which row of its table) an example was made of; several may be made of one."""
+        """(index of the piece, index of the row in its table) of an example. Several examples may share a row."""
         for n, piece in enumerate(self.pieces):
             if i < len(piece.kept):
                 return n, int(piece.kept[i])
@@ -130,7 +148,7 @@ class Part:
         raise IndexError(i)
 
     def recipe(self, i: int) -> Recipe | labelled.Labelled:
-        """How the row of an example became tokens."""
+        """The recipe by which the row of an example became tokens."""
         return self._at(i)[0].recipe
 
     def rendered(self, i: int) -> template.Rendered:
@@ -140,16 +158,16 @@ class Part:
         return rendered
 
     def reference(self, i: int, tokenizer) -> str:
-        """The answer of the row of an example, as decoding a generation gives it."""
+        """The reference answer of an example's row, as decoding a correct generation gives it."""
         return reference(self.rendered(i), tokenizer, self.place(i), self.recipe(i).end)
 
     def prompts(self, tokenizer) -> Iterator[np.ndarray]:
-        """The ids (T,) int32 that generation feeds for each example, uncut."""
+        """The prompt ids (T,) int32 from which generation starts, for each example. They are not cut."""
         for piece, rendered, _, places in self._chunks():
             yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end)
 
     def each(self) -> Iterator[tuple[template.Rendered, dict]]:
-        """The row of every example as text, and as it is."""
+        """(row as text, row as it is) for every example, in order."""
         for _, rendered, rows, _ in self._chunks():
             yield from zip(rendered, rows, strict=True)
 
@@ -162,7 +180,7 @@ class Part:
                 yield piece, piece.recipe.render(rows, places), rows, places
 
     def select(self, indices: np.ndarray) -> Part:
-        """The examples at ascending `indices` as a part of its own; its reports are those of the whole."""
+        """The examples at ascending `indices` as a part of its own. Its reports are those of the whole part."""
         pieces, start = [], 0
         for piece in self.pieces:
             mine = indices[(indices >= start) & (indices < start + len(piece.kept))] - start
@@ -173,7 +191,7 @@ class Part:
         )
 
     def of_source(self, index: int) -> Examples:
-        """The examples of one of Data.sources."""
+        """The examples of one source, given its index in Data.sources."""
         return self.examples.select(np.flatnonzero(self.source == index))
 
     def _at(self, i: int) -> tuple[Piece, int]:
@@ -182,7 +200,7 @@ class Part:
 
 
 class Gone(NamedTuple):
-    """Rows that a step left out, and the table that they stand in."""
+    """The rows that a step left out, and the table that they belong to."""
 
     table: Table
     removed: list[Removed]
@@ -190,32 +208,38 @@ class Gone(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The three parts of a run's rows; validation and test may be empty.
+    """The three parts of a run's rows. Validation and test may be empty.
 
-    sources: the names of a mixture's, else one empty name; shares (Z,): of an epoch's examples each, None: all rows
-    once; gone: what cleaning and decontamination left out; notes: what
-    else a person should know of the way; fingerprint: digest of the rows of every part.
+    Attributes:
+        train, validation, test: The examples of each part.
+        max_length: Most tokens of a row: data.max_length, or the model's positions if those are fewer.
+        sources: Names of the Z sources of a mixture; without a mixture, one empty name.
+        labels: Names of the task's labels, in the order of their ids.
+        shares: (Z,) each source's share of the examples of an epoch. None: an epoch has every row once.
+        gone: Rows that cleaning and decontamination left out.
+        notes: What else the user should know about the preparation.
+        fingerprint: Digest of the rows of every part.
     """
 
     train: Part
     validation: Part
     test: Part
-    max_length: int  # tokens of a row; data.max_length, or the model's positions where those are fewer
+    max_length: int
     sources: tuple[str, ...] = ("",)
-    labels: tuple[str, ...] = ()  # names of a task's labels, in the order of their ids
+    labels: tuple[str, ...] = ()
     shares: np.ndarray | None = None
     gone: tuple[Gone, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
 
     def removed(self) -> Iterator[dict]:
-        """Every row that cleaning and decontamination left out, as `clean.records`."""
+        """Every row that cleaning and decontamination left out, in the form of `clean.records`."""
         for table, removed in self.gone:
             yield from records(table, removed)
 
     @property
     def report(self) -> dict[str, dict]:
-        """{part: {source: its report}} for the parts that have rows, as plain data."""
+        """{part: {source: its Report as a dict}}, for the parts that have rows."""
         found = {part: getattr(self, part).reports for part in PARTS if getattr(self, part).reports}
         return {part: {name: dataclasses.asdict(r) for name, r in reports.items()} for part, reports in found.items()}
 
@@ -229,23 +253,27 @@ def prepare(
     known: tuple[str, ...] = (),
     parts: tuple[str, ...] = PARTS,
 ) -> Data:
-    """The examples of train, validation and test, made by all that `config.data` asks for.
+    """Prepare the examples of train, validation and test by the steps that `config.data` asks for.
 
-    A part whose file is named consists of that file. Any other part is split off the rows of data.train: see
-    split.split. Rows keep their order in the file; synthetic ones follow. data.max_length left at its default is capped
-    by max_positions. Of a mixture, every source goes this way by its own settings, and the parts are joined.
+    If the config names a file for a part, the part consists of that file. Otherwise its rows are split off data.train,
+    see split.split. Rows keep their order in the file, and synthetic rows follow them. If data.max_length has its
+    default value, it is capped by `max_positions`. The sources of a mixture are prepared separately, each by its own
+    settings, and their parts are joined.
 
     Args:
-        config: the whole config.
-        tokenizer: makes the token ids.
-        max_positions: positions of the model.
-        pool: which token of a text the head over labels reads, see ModelConfig.
-        known: names of the labels of the model's head, in the order of their ids.
-        parts: those of PARTS that are wanted. The others are empty. Rows are augmented for train alone.
+        config: The whole config.
+        tokenizer: The tokenizer, from transformers.
+        max_positions: Number of the model's positions.
+        pool: Which token of a text the head over labels reads, see ModelConfig.
+        known: Names of the labels of the model's head, in the order of their ids.
+        parts: Which of PARTS are prepared. The others are empty. Only train is augmented.
+
+    Returns:
+        The three parts, with reports and notes.
 
     Raises:
-        FtjaxError: for any row or setting that cannot be used, see read, clean, split, template and tokenise; further
-            for a set data.max_length above max_positions.
+        FtjaxError: If a row or a setting cannot be used, see read, clean, split, template and tokenise; if
+            data.max_length was set to more than `max_positions`; if `parts` includes train and no row is left for it.
     """
     chosen, gone = rows(config, augmented="train" in parts)
     data = _tokenised(config, chosen, gone, tokenizer, max_positions, pool, known, True, parts)
@@ -256,21 +284,24 @@ def prepare(
 
 
 def given(config, source: str, tokenizer, max_positions: int, *, pool: str = "", truths: bool = True) -> Data:
-    """Rows that a user gives to a finished model, as the part `test`: each row rendered and tokenised, in order.
+    """Render and tokenise rows that a user gives to a finished model. They become the part `test`, in their order.
 
-    Of `config.data` only what says how rows become tokens is used. Nothing is cleaned, split, left out or added. A row
-    of more tokens than data.max_length is cut, or refused where data.long="raise".
+    Of `config.data`, only the fields that say how rows become tokens are used. No row is cleaned, split, left out or
+    added. A row of more than data.max_length tokens is cut; with data.long="raise" it is an error.
 
     Args:
-        config: the whole config, with the model's task and its labels.
-        source: the rows, see read_table.
-        tokenizer: makes the token ids.
-        max_positions: positions of the model.
-        pool: see `prepare`.
-        truths: whether the rows have labels.
+        config: The whole config, with the model's task and its labels.
+        source: The rows, see read_table.
+        tokenizer: The tokenizer, from transformers.
+        max_positions: Number of the model's positions.
+        pool: See `prepare`.
+        truths: Whether the rows have labels.
+
+    Returns:
+        Data whose parts train and validation are empty.
 
     Raises:
-        FtjaxError: for a row that cannot be used.
+        FtjaxError: If a row cannot be used.
     """
     config = configs.copy(config)
     config.data.update(train=source, validation="", test="", mixture=())
@@ -292,8 +323,8 @@ def _tokenised(
     truths: bool,
     parts: tuple[str, ...],
 ) -> Data:
-    """The examples of the sources' rows in some parts; see `prepare` and `given`."""
-    texts = 2 if config.task.kind == "embed" else 1  # in a row, each with positions of its own
+    """Tokenise the sources' rows of some parts; see `prepare` and `given` for the arguments."""
+    texts = 2 if config.task.kind == "embed" else 1  # texts of a row; the positions of each begin at 0
     max_length = _max_length(config.data.max_length, texts * max_positions)
     cache = _cache(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
@@ -332,30 +363,31 @@ def _tokenised(
 
 
 class Source(NamedTuple):
-    """One source on its way: its name, its own `data` group, and the rows of each part."""
+    """One source during preparation: its name, its own `data` group, and the rows of each part."""
 
     name: str
     data: object
     tables: dict[str, Table]
-    notes: list[str]  # what a person should know of the way
-    whole: Table  # all rows of data.train, before any is dealt to another part or left out by a limit
+    notes: list[str]  # what the user should know about the preparation
+    whole: Table  # all rows of data.train, before any is split off to another part or left out by a limit
 
 
 def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
-    """The rows of every part of every source, and those that were left out on the way.
+    """The rows of every part of every source, and the rows that were left out.
 
-    Read, cleaned, split, decontaminated and limited; those of train augmented at last, where that is asked for.
+    The rows are read, cleaned, split, decontaminated and limited, in this order. With `augmented`, synthetic rows are
+    added to those of train.
     """
     folder = _scratch() if config.data.streaming else None
     sources, gone = read_and_clean(config, folder)
-    dealt = []  # indices of each source's rows of train
+    dealt = []  # of each source: (rows of train's table, indices of those that stay in train)
     for source in sources:
         data, tables = source.data, dict(source.tables)
         dealt_by = data if data.stratify or config.task.kind in BY_LABEL else _unlabelled(data)
         chosen = split(tables, dealt_by, config.seed, config.task)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
-        # Where no rows had to be dealt, `split` has not asked for the column.
+        # If no rows had to be split off, `split` has not checked that the column exists.
         column = data.stratify or dealt_by.label
         if column in tables["train"].columns:
             own = {part: at for part, at in chosen.items() if part == "train" or part not in tables}
@@ -387,22 +419,30 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
 
 
 def _unlabelled(data):
-    """A `data` group whose label does not say how rows are dealt."""
+    """A copy of a `data` group without data.label, so that rows are not split by label."""
     data = data.copy_and_resolve_references()
     data.label = ""
     return data
 
 
 def _counted(what: str, counts: dict[str, int]) -> list[str]:
-    """A note with the counts above 0; none where all are 0."""
+    """A list with one note of the counts above 0; an empty list if all counts are 0."""
     there = [f"{name} {n:,}" for name, n in counts.items() if n]
     return [f"{what}: {', '.join(there)}"] if there else []
 
 
 def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], list[Gone]]:
-    """The rows of the parts that each source names, those of data.clean.parts cleaned; and what went by that.
+    """Read the files that each source names, and clean the parts that data.clean.parts names.
 
-    folder: where rows lie instead of in memory.
+    Args:
+        config: The whole config.
+        folder: Directory that holds the rows; None: they are held in memory.
+
+    Returns:
+        (the sources, whose tables hold the parts that have a file; the rows that cleaning left out).
+
+    Raises:
+        FtjaxError: If data.train is empty, or if rows cannot be read or cleaned.
     """
     sources, gone = [], []
     for name, data, _ in configs.sources(config):
@@ -425,8 +465,19 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
 
 
 def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:
-    """A function (row, place) -> its prompt and answer as text; of a row with a label, nothing and its text. None where
-    no form fits the columns."""
+    """A function (row, place) -> (prompt, answer) as text. For a row with a label it gives ("", text of the row).
+
+    Args:
+        config: The whole config.
+        data: The `data` group of the rows' source.
+        table: The rows.
+
+    Returns:
+        The function; None if no known form fits the columns.
+
+    Raises:
+        FtjaxError: If data.form or a template is set and cannot be used.
+    """
     if config.task.kind != "causal":
         return labelled.recipe(config, data, table, (), "", 0).sides
     try:
@@ -455,7 +506,7 @@ def _evaluation_rows(sources: list[Source], config) -> list[tuple[str, Table]]:
 
 
 def _scratch() -> str:
-    """A folder for the rows of a streamed set, gone with the process."""
+    """A temporary directory for the rows of a streamed data set, deleted when the process exits."""
     folder = tempfile.mkdtemp(prefix="ftjax-rows-")
     stops.at_exit(shutil.rmtree, folder, True)
     return folder
@@ -465,7 +516,7 @@ def _scratch() -> str:
 
 
 def fingerprint(tokenizer) -> str:
-    """Digest of all by which a tokenizer turns texts and chats into ids."""
+    """Digest of everything that determines how a tokenizer turns texts and chats into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     settings = {k: str(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k != "name_or_path"}
@@ -474,7 +525,7 @@ def fingerprint(tokenizer) -> str:
 
 
 def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_length: int, cache) -> Part:
-    """how_of(source, table) -> the recipe of a source's rows, and whether it was guessed."""
+    """One part of all sources. how_of(source, table) -> (the recipe of the rows, whether its form was guessed)."""
     pieces, examples, reports, source = [], [], {}, []
     for index, one in enumerate(chosen):
         name, own, table = one.name, one.data, one.tables[part]
@@ -524,7 +575,7 @@ def _cache(data) -> store.Cache:
 
 
 def _shares(config, counts: np.ndarray) -> np.ndarray | None:
-    """Of an epoch's examples, by source; None where all rows come once."""
+    """(Z,) each source's share of the examples of an epoch; None if an epoch has every row once."""
     weights = [weight for _, _, weight in configs.sources(config)]
     if weights[0] is None and config.data.temperature == 1:
         return None

@@ -1,4 +1,4 @@
-"""What is about to be trained, for a person to look at: figures, and rows with their trained tokens marked.
+"""What is about to be trained, for the user to check: statistics, and rows with their trained tokens marked.
 
 T tokens of a row of a batch.
 """
@@ -24,9 +24,14 @@ GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
 
 def show(data: Data, tokenizer, colour: bool | None = None, packing: bool = False) -> str:
-    """The report on `data` and its first training row, the trained tokens green, or in [[ ]] without colour.
+    """The report on `data`, and its first training row with the trained tokens marked.
 
-    colour: None means where stdout is a terminal and NO_COLOR is not set.
+    Args:
+        data: The prepared data.
+        tokenizer: The tokenizer, from transformers.
+        colour: Whether trained tokens are green; otherwise they are in [[ ]]. None: they are green if stdout is a
+            terminal and NO_COLOR is not set.
+        packing: Whether batches are packed.
     """
     marks = _marks(colour)
     lines = [f"{'':10} {'rows':>9} {'tokens':>12} {'trained':>8} {'length 5%':>10} {'50%':>6} {'95%':>6} {'max':>6}"]
@@ -59,7 +64,13 @@ def show(data: Data, tokenizer, colour: bool | None = None, packing: bool = Fals
 
 
 def target(data: Data, i: int, example: Example) -> str:
-    """What is to be predicted of an example of train, such as `label: good`; empty where that is its own text."""
+    """The label of an example of train, such as `label: good`; empty if its own tokens are the labels.
+
+    Args:
+        data: The prepared data.
+        i: Index of the example.
+        example: The example.
+    """
     if example.targets is None or (form := data.train.recipe(i).form) in ("masked", "embed"):
         return ""
     if form == "multilabel":
@@ -81,7 +92,7 @@ def _said(marks: tuple[str, str]) -> str:
 
 
 def mark(example: Example, tokenizer, before: str, after: str) -> str:
-    """The text of an example, special tokens included, its trained stretches between `before` and `after`."""
+    """The text of an example, including special tokens, with its trained stretches between `before` and `after`."""
     return _marked(pieces(example.ids.tolist(), tokenizer), example.trained, before, after)
 
 
@@ -92,10 +103,10 @@ def _marked(texts: list[str], trained: np.ndarray, before: str, after: str, betw
 
 
 def pieces(ids: list[int], tokenizer) -> list[str]:
-    """The text that each token adds to the text before it; joined they are the whole.
+    """The text that each token adds to the text before it. Joined, they are the whole text.
 
-    A tokenizer decodes a token differently at the beginning of a text, so each is decoded behind some others. Of a
-    character made of several tokens the last one has it all, the others are empty.
+    A tokenizer decodes a token differently at the beginning of a text, so each token is decoded after some others. If a
+    character consists of several tokens, its last token has the whole character and the others are empty.
     """
     out, first, last = [], 0, 0  # ids[first:last] is the context, ids[last:i] is a character still incomplete
     for i in range(1, len(ids) + 1):
@@ -109,7 +120,10 @@ def pieces(ids: list[int], tokenizer) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """Control and format characters by their code point, so that no text can move a cursor or hide itself."""
+    """The text with control and format characters replaced by their code points.
+
+    So no text can move the cursor or hide itself.
+    """
     return "".join(
         f"<U+{ord(c):04X}>" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t\u200c\u200d" else c
         for c in text
@@ -123,7 +137,7 @@ def _sentences(r: Report) -> list[str]:
 
 
 def too_long(r: Report) -> list[str]:
-    """What became of rows that are longer than a row may be, in a line; none where no row is."""
+    """A list with one line on what was done with rows that are too long; empty if no row is."""
     if not r.long:
         return []
     lost = r.lost / max(r.trained + r.lost, 1)
@@ -135,13 +149,13 @@ def too_long(r: Report) -> list[str]:
 
 
 def left_out(gone: Iterable[Gone]) -> str:
-    """How many rows cleaning and decontamination left out, and by which rules."""
+    """How many rows cleaning and decontamination left out, and which rules removed them."""
     rules = Counter(removed.rule for step in gone for removed in step.removed)
     return f"{rules.total():,} rows left out: " + ", ".join(f"{rule} {n:,}" for rule, n in rules.items())
 
 
 def mixture(data: Data) -> list[str]:
-    """How often each source of a mixture is seen in an epoch."""
+    """How often each source of a mixture occurs in an epoch, a line each."""
     if data.shares is None:
         return []
     counts = np.bincount(data.train.source, minlength=len(data.sources))
@@ -156,8 +170,11 @@ def mixture(data: Data) -> list[str]:
 
 
 class View(NamedTuple):
-    """One row of a batch as the model gets it, each array (T,). trained: the token is a label of the one before it, or,
-    of labelled rows, a label is read off it."""
+    """One row of a batch as the model receives it. All arrays but `members` are (T,).
+
+    trained: whether the token is the label of the one before it or, for labelled rows, whether a label is predicted at
+    it.
+    """
 
     step: int
     members: np.ndarray  # the examples that it holds, one a segment
@@ -167,18 +184,18 @@ class View(NamedTuple):
     trained: np.ndarray
 
     def parts(self) -> list[tuple[int, slice]]:
-        """(example, where it stands) for each segment."""
+        """(example, slice of the row) for each segment."""
         borders = np.searchsorted(self.segments[: self.filled], np.arange(1, len(self.members) + 2))
         return [(int(i), slice(a, b)) for i, a, b in zip(self.members, borders, borders[1:])]
 
     @property
     def filled(self) -> int:
-        """Tokens before the padding."""
+        """Number of tokens before the padding."""
         return int(np.count_nonzero(self.segments))
 
 
 def views(batches: Batches, count: int) -> list[View]:
-    """The first `count` rows of the first epoch's batches, by their arrays; what only fills a batch is left out."""
+    """The first `count` rows of the first epoch's batches, made from the batches' arrays, without empty rows."""
     found = []
     for step in range(len(batches)):
         batch, members = batches[step], batches.rows(step)
@@ -194,9 +211,17 @@ def views(batches: Batches, count: int) -> list[View]:
 
 
 def rows(data: Data, batches: Batches, tokenizer, count: int, ids: bool = False, colour: bool | None = None) -> str:
-    """The first rows of the first batches of data.train: every segment with its place, its text and what is trained.
+    """The first rows of the first batches of data.train, with their trained tokens marked.
 
-    ids: the token ids too; colour: see show.
+    Each segment is shown with its place and its text.
+
+    Args:
+        data: The prepared data.
+        batches: The batches of data.train.
+        tokenizer: The tokenizer, from transformers.
+        count: Number of rows.
+        ids: Whether the ids of the tokens are included.
+        colour: See `show`.
     """
     marks = _marks(colour)
     lines = [f"rows of the first batches, what is trained {_said(marks)}:"]
@@ -227,7 +252,14 @@ def _about_part(data: Data, batches: Batches, example: int, trained: np.ndarray)
 
 
 def html(data: Data, batches: Batches, tokenizer, count: int) -> str:
-    """The same rows as one page that needs nothing else; each token tells its id and its position."""
+    """The same rows as a page that needs no other file. Each token shows its id and its position.
+
+    Args:
+        data: The prepared data.
+        batches: The batches of data.train.
+        tokenizer: The tokenizer, from transformers.
+        count: Number of rows.
+    """
     rows = []
     for number, view in enumerate(views(batches, count), 1):
         parts = [(_about_part(data, batches, example, view.trained[at]), at) for example, at in view.parts()]
@@ -238,7 +270,7 @@ def html(data: Data, batches: Batches, tokenizer, count: int) -> str:
 
 
 def _tokens(view: View, at: slice, tokenizer) -> list[tuple[str, str, bool]]:
-    """(text, what is told of it, whether it is trained) of each token."""
+    """(text, description, whether it is trained) of each token."""
     ids, out = view.tokens[at].tolist(), []
     names = tokenizer.convert_ids_to_tokens(ids)
     for k, (column, text) in enumerate(zip(range(at.start, at.stop), pieces(ids, tokenizer))):

@@ -1,7 +1,7 @@
-"""Files and hub names -> rows. The standard library parses text, pyarrow Parquet, `datasets` loads from the hub.
+"""Files and hub names -> rows. The standard library parses text, pyarrow reads Parquet, `datasets` loads from the hub.
 
-JSON goes through `json` and not through `datasets`' reader, which turns strings that look like dates into timestamps,
-drops nothing but guesses much, and cannot name the line at which a file breaks.
+JSON is parsed by `json` and not by the reader of `datasets`, which turns strings that look like dates into timestamps,
+guesses types, and cannot name the line of an error.
 """
 
 from __future__ import annotations
@@ -31,42 +31,46 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-NESTING = 100  # lists and objects within one another that a row may have
-PIECE = 1 << 20  # bytes of an array that are read at once
+NESTING = 100  # greatest depth of lists and objects in a row
+PIECE = 1 << 20  # bytes of a JSON array that are read at once
 
 
 def read(source: str, key: str = "data.train") -> datasets.Dataset:
-    """The rows of `read_table` alone, in memory."""
+    """The rows of a source in memory, without their places; see `read_table`."""
     return read_table(source, key).rows
 
 
 def read_table(
     source: str, key: str = "data.train", folder: str | Path | None = None, header: tuple[str, ...] = ()
 ) -> Table:
-    """All rows of a source with the place of each, in the order of its files.
+    """Read all rows of a source, with the place of each, in the order of its files.
 
-    source: a file, a glob, a comma-separated list of these, a directory, `builtin:NAME`, or a hub data set
-    `owner/name[:config][:split]` (`owner/name:train` means the split). A directory stands for those of its files that
-    are named after the split in `key` (train*, validation* or valid*, val*, dev*, test*), or for all when none is named
-    after a split. Files of one source need the same columns; types may differ.
-
-    folder: rows pass through it chunk by chunk and are mapped from fresh Arrow files there, for sets larger than
-    memory; the caller deletes them. None: rows are held in memory. Both give the same table and the same errors.
-    header: names of the columns of .csv and .tsv files without a line that names them; empty: their first line does.
-
-    Text is UTF-8, with or without a byte order mark; lines end by "\\n" or "\\r\\n" alone. A blank line is no row.
-      .json             an array of objects, or one object a line; of SQuAD's own files a row a question: `id`, `title`,
-                        `context`, `question`, `answers` {`text`, `answer_start`}, as the hub's copies have them
+    Text is UTF-8, with or without a byte order mark. A line ends with "\\n" or "\\r\\n". A blank line is not a row.
+      .json             an array of objects, or one object a line; of SQuAD's own files one row a question: `id`,
+                        `title`, `context`, `question`, `answers` {`text`, `answer_start`}, as in the hub's copies
       .jsonl .ndjson    one object a line; a key that a row lacks is None
       .csv              with a header and quoting; cells stay text as written; an empty name becomes `column_2`
-      .tsv              the same between tabs, without quoting
-      .conll .iob .bio  a row a sentence: `tokens`, `tags` (first and last column), `column_2` and so on between them
-      .txt              a row a line: `text`
+      .tsv              the same with tabs between cells, without quoting
+      .conll .iob .bio  one row a sentence: `tokens`, `tags` (first and last column), `column_2` and so on between them
+      .txt              one row a line: `text`
       .parquet          dates, times, timestamps and decimals become text, categories their values, maps lists of
-                        `key` and `value`, NaN null, numbers of a ClassLabel of `datasets` its names, -1 null; bytes
+                        `key` and `value`, NaN null, numbers of a ClassLabel of `datasets` their names, -1 null; bytes
                         and durations are refused
-    A hub data set is taken like Parquet.
-    Raises FtjaxError, which names the file and the line or row, and what to do, for whatever cannot be read in full.
+    A hub data set is converted like Parquet.
+
+    Args:
+        source: A file, a glob, a comma-separated list of these, a directory, `builtin:NAME`, or a hub data set
+            `owner/name[:config][:split]` (`owner/name:train` means the split). Of a directory, the files named after
+            the split in `key` are read (train*, validation* or valid*, val*, dev*, test*), or all files if none is
+            named after a split. Files of one source need the same columns; their types may differ.
+        key: Key of the config, for errors and for the split.
+        folder: Directory for data sets larger than memory. Rows are written chunk by chunk to new Arrow files there and
+            mapped from them; the caller deletes the files. None: rows are held in memory. The table and the errors are
+            the same.
+        header: Names of the columns of .csv and .tsv files that have no header. Empty: their first line is the header.
+
+    Raises:
+        FtjaxError: If anything cannot be read in full. It names the file and the line or row, and says what to do.
     """
     import numpy as np
 
@@ -176,7 +180,7 @@ def _batches(name: str, key: str, header: tuple[str, ...] = ()) -> Iterator[pyar
 
 
 def numbered(name: str | Path) -> Iterator[tuple[int, dict]]:
-    """The rows of one text file, each with the number of its first line. Raises FtjaxError as `read_table` does."""
+    """(number of its first line, row) for each row of a text file. Raises FtjaxError as `read_table` does."""
     try:
         with open(name, "rb") as handle:
             text = _Text(str(name), handle)
@@ -192,7 +196,7 @@ def _unreadable(name: str | Path, error: OSError) -> str:
 
 
 def _gather(rows: Iterable[dict], text: _Text) -> Iterator[pyarrow.RecordBatch]:
-    """Rows in batches, as many as a chunk holds by number and by bytes of the file."""
+    """Rows in batches. A batch is limited in its number of rows and in bytes of the file."""
     done, chunk, begin = 0, [], text.size
 
     def place(index: int) -> str:
@@ -207,7 +211,7 @@ def _gather(rows: Iterable[dict], text: _Text) -> Iterator[pyarrow.RecordBatch]:
         yield columns.batch(chunk, place)
 
 
-SIGNATURES = (  # how files begin that are no UTF-8 text, and what to do with them
+SIGNATURES = (  # (first bytes of a file that is not UTF-8 text, its format, what to do)
     (b"\xff\xfe\0\0", "UTF-32", "convert it by `iconv -f utf-32 -t utf-8`"),
     (b"\0\0\xfe\xff", "UTF-32", "convert it by `iconv -f utf-32 -t utf-8`"),
     (b"\xff\xfe", "UTF-16", "convert it by `iconv -f utf-16 -t utf-8`"),
@@ -224,10 +228,15 @@ SIGNATURES = (  # how files begin that are no UTF-8 text, and what to do with th
 
 
 class _Text:
-    """A text file, given out once: by lines or by size. line: number of the last line given out; size: bytes so far;
-    begins: line in which the last row begins, 0 where rows are lines.
+    """A text file that is read once, by lines or by size.
 
-    Raises FtjaxError for what is no UTF-8 text.
+    Attributes:
+        line: Number of the last line that was read.
+        size: Bytes read so far.
+        begins: Line at which the last row begins; 0 if every row is one line.
+
+    Raises:
+        FtjaxError: If the file is not UTF-8 text.
     """
 
     def __init__(self, name: str, handle):
@@ -243,17 +252,17 @@ class _Text:
             handle.read(len(codecs.BOM_UTF8))
 
     def error(self, message: str, line: int | None = None) -> FtjaxError:
-        """What to raise about a line, by default the last one given out."""
+        """The exception for a line, by default the last one that was read."""
         return FtjaxError(f"{self.name} line {line or self.line}: {message}")
 
     def lines(self) -> Iterator[str]:
-        r"""Lines with their ends: "\n" alone ends one; "\x85" and its kin are text, unlike in str.splitlines."""
+        r"""Lines with their ends. Only "\n" ends a line; "\x85" and others at which str.splitlines splits are text."""
         for data in self.handle:
             self.line, self.size = self.line + 1, self.size + len(data)
             yield self._decoded(data)
 
     def bare(self) -> Iterator[str]:
-        """Lines without their ends, the blank ones left out."""
+        """Lines without their ends; blank lines are left out."""
         for line in self.lines():
             line = line.removesuffix("\n").removesuffix("\r")
             if "\r" in line:
@@ -264,7 +273,7 @@ class _Text:
                 yield line
 
     def read(self, size: int = -1) -> str:
-        """The text of the next `size` bytes or a little more, by default of all; "" at the end. line: where it ends."""
+        """The text of the next `size` bytes or a little more, by default of all; "" at the end. Advances `line`."""
         text, self.line = "", self.line or 1
         while not text and (data := self.handle.read(size)):
             self.size += len(data)
@@ -338,7 +347,7 @@ ADVICE = {  # what the decoder says: what to do about it
 
 
 def _complaint(error: ValueError | RecursionError, start: int = 0) -> str:
-    """What is wrong with a row and what to do; start: where the text of the row, or of its line, begins."""
+    """What is wrong with a row, and what to do. `start` is where the text of the row, or of its line, begins."""
     if isinstance(error, RecursionError):
         return f"more than {NESTING} lists and objects within one another; flatten the row"
     if isinstance(error, json.JSONDecodeError):
@@ -353,8 +362,10 @@ def _complaint(error: ValueError | RecursionError, start: int = 0) -> str:
 
 
 def _fault(row, text: str, start: int, end: int) -> str | None:
-    """Why what was decoded from text[start:end] cannot be a row, or None. The counts and finds are bounds that spare
-    nearly every row the closer look."""
+    """Why a value decoded from text[start:end] cannot be a row; None if it can.
+
+    The calls of count and find are cheap bounds, which spare nearly every row the exact checks.
+    """
     if not isinstance(row, dict):
         return f'expected an object, found {text[start:end].strip()[:40]!r}; give it a key, such as {{"text": ...}}'
     if not row:
@@ -373,7 +384,7 @@ def _fault(row, text: str, start: int, end: int) -> str | None:
 
 
 def _depth(value) -> int:
-    """Lists and objects within one another."""
+    """Depth of nested lists and objects."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
@@ -405,7 +416,7 @@ SQUAD = re.compile(rb'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')
 
 
 def _squad(text: _Text) -> Iterator[dict]:
-    """The questions of a file in SQuAD's layout (https://rajpurkar.github.io/SQuAD-explorer), read whole."""
+    """The questions of a file in SQuAD's layout (https://rajpurkar.github.io/SQuAD-explorer), read as a whole."""
     try:
         whole = _JSON.decode(text.read())
     except (ValueError, RecursionError) as e:
@@ -432,19 +443,19 @@ def _squad(text: _Text) -> Iterator[dict]:
 
 
 def _json_array(text: _Text) -> Iterator[dict]:
-    """The objects of one array, of which a few pieces of the file, or one object, are in memory at once."""
+    """The objects of a JSON array. Only a few pieces of the file, or one object, are in memory at a time."""
     buffer, at, number = "", 0, 0
 
     def more() -> bool:
         nonlocal buffer, at
-        # As much again as waits already, so that a large object is tried a few times and not once for each PIECE.
+        # Read as much again as the buffer holds, so that a large object is parsed a few times, not once for each PIECE.
         new = text.read(max(PIECE, len(buffer) - at))
-        if new:  # at the end, an error still tells where it stands in what there is
+        if new:  # at the end of the file, the buffer is kept for the position in an error
             buffer, at = buffer[at:] + new, 0
         return bool(new)
 
     def sign() -> str:
-        """The next character that is no white space, or "" at the end."""
+        """The next character that is not white space; "" at the end."""
         nonlocal at
         while True:
             at = WHITE.match(buffer, at).end()
@@ -489,7 +500,7 @@ def _json_array(text: _Text) -> Iterator[dict]:
 
 
 def _cut_off(error: ValueError | RecursionError, buffer: str) -> bool:
-    """Whether more text may mend it: the decoder stopped within a string, or at most a word before the end."""
+    """Whether more text may resolve the error: the decoder stopped in a string, or a few characters before the end."""
     return isinstance(error, json.JSONDecodeError) and (
         error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
     )
@@ -498,7 +509,7 @@ def _cut_off(error: ValueError | RecursionError, buffer: str) -> bool:
 # ---------------------------------------------------------------------------------------------- tables of text
 
 
-CSV_FAULTS = {  # a part of what the module says about a row: what errors say; line: the last one that was read
+CSV_FAULTS = {  # part of the csv module's message -> our message; {line} is the last line that was read
     "unexpected end of data": "a quote opens in this row that the file never closes; close it",
     "expected after": "a quote within quotes, in line {line}; double it, or close the quote that opens before it",
     "new-line character": "a carriage return outside quotes; quote the cell, or let it end a line by `tr '\\r' '\\n'`",
@@ -508,13 +519,13 @@ CSV_FAULTS = {  # a part of what the module says about a row: what errors say; l
 def _csv(
     text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL, header: list[str] | None = None
 ) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)  # a setting of the process; by itself the module refuses cells of 128 kB
+    csv.field_size_limit(2**31 - 1)  # a setting of the process; by default the module refuses cells above 128 kB
     reader = csv.reader(text.lines(), delimiter=separator, quoting=quoting, strict=True)
     advice = "mend the row" if quoting == csv.QUOTE_NONE else "mend it, or put a cell with a comma in double quotes"
     after, named = 1, header
     try:
         for cells in reader:
-            line, after = after, reader.line_num + 1  # a row may span lines: errors name its first
+            line, after = after, reader.line_num + 1  # a row may span several lines; errors name the first
             if not cells or len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1):
                 continue
             if header is None:
@@ -556,7 +567,7 @@ def _plain_text(text: _Text) -> Iterator[dict]:
 
 
 def _conll(text: _Text) -> Iterator[dict]:
-    """Sentences parted by lines that are empty or blank, or by -DOCSTART-; columns by tabs where there are any."""
+    """Sentences, separated by blank lines or by -DOCSTART-. Columns are separated by tabs, or else by blanks."""
     width, words, last = None, [], 0
     for line in text.bare():
         if line.startswith("-DOCSTART-") or text.line != last + 1:
@@ -600,7 +611,7 @@ def _parquet(name: str) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _row_groups(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
-    # One group a call: over several, the buffers of all that were read stay until the last.
+    # One row group a call, because a call over several keeps the buffers of all of them until the last is read.
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         rows = CHUNK_BYTES * group.num_rows // max(1, group.total_byte_size)
@@ -615,7 +626,7 @@ def _hub_batches(name: str, rows: datasets.Dataset) -> Iterator[pyarrow.RecordBa
 
 
 def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """{column: names of its classes}, by what `datasets` writes into a schema, for ClassLabels and lists of them."""
+    """{column: names of its classes} for columns of ClassLabels or lists of them, from the metadata of `datasets`."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = {name: f.get("feature", f) for name, f in info.get("info", {}).get("features", {}).items()
                 if isinstance(f, dict)}  # fmt: skip
@@ -680,7 +691,7 @@ READERS = {
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of `datasets` inside, whatever they were outside."""
+    """Within this context, `datasets` shows no progress bars. Its setting is restored afterwards."""
     import datasets
 
     on = datasets.is_progress_bar_enabled()

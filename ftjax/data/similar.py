@@ -1,7 +1,7 @@
-"""Which rows say the same: exactly, or nearly by the Jaccard similarity of their word 3-grams, or of the character
-4-grams of texts that are written without blanks between words.
+"""Which texts are equal, or similar by the Jaccard similarity of their word 3-grams.
 
-Candidates come from MinHash and locality-sensitive hashing, and are then verified.
+Texts in scripts without blanks between words are compared by their character 4-grams. Candidate pairs come from MinHash
+and locality-sensitive hashing, and are then verified.
 
 Broder, "On the resemblance and containment of documents" (1997); Leskovec et al., "Mining of Massive Datasets", ch. 3.
 """
@@ -16,23 +16,24 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-WORDS = 3  # of a shingle; a text of fewer words is one shingle, so that it is only like itself
+WORDS = 3  # words of a shingle; a text of fewer words is a single shingle, so that it is similar to itself only
 # Scripts without blanks between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana and Han.
 UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-CHARACTERS = 1.7  # of such a script in a word, as Chinese has them
-LONGEST = 20  # letters of a word on average, beyond which a text is no words at all, such as a protein's sequence
-PERMUTATIONS = 128  # of a signature: 512 bytes a row
+CHARACTERS = 1.7  # characters of a word in such a script; the value is that of Chinese
+LONGEST = 20  # mean letters of a word above which a text does not consist of words (a protein's sequence, for example)
+PERMUTATIONS = 128  # numbers of a signature, which takes 512 bytes a row
 RECALL = 0.98  # share of pairs exactly at the threshold that become candidates; more similar ones are missed less often
-WINDOW = 64  # a row is compared with so many before it in a bucket: thousands of rows of one mould stay linear
+WINDOW = 64  # rows before it in a bucket with which a row is compared, so that the cost of a large bucket stays linear
 BLOCK = 50_000  # candidate pairs whose shingles are held at once
 
 ROLES = ("role", "from")  # keys of a message whose text is the format's, not the row's
 
 INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF])
-# Operators stay, for "5 - 3" is not "5 / 3"; so do points and commas within numbers, and hyphens before them.
+# Operators are not punctuation, because "5 - 3" is not "5 / 3". Neither are points and commas within numbers, and
+# hyphens before numbers.
 PUNCTUATION = re.compile(
     r"""[!?;"'`´‘’‚“”„«»‹›()\[\]{}…—–_¿¡、。，！？；：「」『』（）【】]"""
     r"""|(?<!\d)[.,:]|[.,:](?!\d)|(?<=[^\W\d])[-‐‑](?=[^\W\d])|--+"""
@@ -40,9 +41,9 @@ PUNCTUATION = re.compile(
 
 
 def row_text(row: dict, columns: Sequence[str] = ()) -> str:
-    """All text of a row, or of the given columns, joined by line ends; numbers, truth values and roles are left out.
+    """All text of a row, or of the given columns, joined by line feeds. Numbers, truth values and roles are left out.
 
-    Text nested in lists and objects, such as messages, counts; a list of strings is one text, joined by blanks.
+    Text in nested lists and objects, such as messages, is included. A list of strings is one text, joined by blanks.
     """
     return "\n".join(text for name in columns or row for text in _texts(row.get(name)))
 
@@ -63,9 +64,9 @@ def _texts(cell) -> Iterable[str]:
 
 
 def normalise(text: str) -> str:
-    """What duplicates are judged by: NFKC, case-folded, punctuation and white space as one blank.
+    """The form in which texts are compared: NFKC, case-folded, with punctuation and white space replaced by one blank.
 
-    A text of nothing but punctuation keeps it.
+    A text that consists of punctuation only keeps it.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(INVISIBLE))
@@ -74,8 +75,11 @@ def normalise(text: str) -> str:
 
 
 def units(normalised: str) -> tuple[list[str], str]:
-    """What n-grams of a normalised text are made of, and what joins them: words and a blank, or characters and nothing
-    where most letters are of a script without blanks, or where words are very long."""
+    """(the units of which n-grams of a normalised text consist, the string that joins them).
+
+    They are words and a blank; or characters and an empty string, if most letters are of a script without blanks, or if
+    words are very long.
+    """
     words = normalised.split()
     letters = len(normalised) - len(words) + 1
     unspaced = 0 if normalised.isascii() else len(UNSPACED.findall(normalised))
@@ -85,15 +89,15 @@ def units(normalised: str) -> tuple[list[str], str]:
 
 
 def grams(normalised: str, words: int) -> list[str]:
-    """All runs of so many words, or of as many characters as make up such words, see `units`."""
+    """All runs of `words` consecutive words, or of as many characters as such words have, see `units`."""
     found, between = units(normalised)
-    # One character less, for a run need not begin where a word does: so one changed word makes texts as unlike.
+    # One character less, because a run need not begin where a word does. So a changed word has the same effect.
     n = words if between else round(words * CHARACTERS) - 1
     return [between.join(found[i : i + n]) for i in range(len(found) - n + 1)]
 
 
 def without(normalised: str, words: int, left_out: set[str]) -> str:
-    """A text without the units that belong to one of these `grams` of so many words."""
+    """A normalised text without the units that belong to one of the `grams` in `left_out`, each of `words` words."""
     found, between = units(normalised)
     covered = np.zeros(len(found), bool)
     for at, gram in enumerate(grams(normalised, words)):
@@ -103,13 +107,18 @@ def without(normalised: str, words: int, left_out: set[str]) -> str:
 
 
 def shingles(normalised: str) -> set[str]:
-    """The word 3-grams or character 4-grams of a normalised text; the text itself where it is shorter; none where it is
-    empty."""
+    """The word 3-grams or character 4-grams of a normalised text.
+
+    If the text is shorter, the text itself is the only shingle. An empty text has none.
+    """
     return set(grams(normalised, WORDS)) or ({normalised} if normalised else set())
 
 
 def firsts(texts: Iterable[str]) -> np.ndarray:
-    """(n,) int64: for each text the index of the first with the same `normalise`d text; its own where that is empty."""
+    """(n,) int64: for each text, the index of the first text with the same normalised form.
+
+    An empty text has its own index.
+    """
     seen: dict[bytes, int] = {}
     out = []
     for i, text in enumerate(texts):
@@ -119,12 +128,20 @@ def firsts(texts: Iterable[str]) -> np.ndarray:
 
 
 def near_pairs(texts: Sequence[str], threshold: float, seed: int = 0) -> np.ndarray:
-    """(P, 2) int64, i < j, sorted: pairs of texts at least `threshold` alike (0 < threshold <= 1).
+    """Pairs of texts whose similarity is at least a threshold.
 
-    Alike is the Jaccard similarity of the `shingles` of the `normalise`d texts; every pair is verified, and at least
-    about RECALL of all that are so alike is found. Of identical texts, only the first is paired: with each of the
-    others, and with what is merely similar; so thousands of them give thousands of pairs, and `clusters` the same
-    result. texts: read through twice, then by index where a candidate is verified; signatures alone stay in memory.
+    The similarity is the Jaccard similarity of the `shingles` of the `normalise`d texts. Every pair is verified, and at
+    least about RECALL of all such pairs are found. Of equal texts, only the first is paired with similar texts, and
+    with each of the others. So thousands of equal texts give thousands of pairs, and `clusters` gives the same result.
+
+    Args:
+        texts: The n texts. They are read twice in order, and then by index to verify candidates. Only the signatures
+            stay in memory.
+        threshold: The least similarity, above 0 and at most 1.
+        seed: Seed of the hash functions.
+
+    Returns:
+        (P, 2) int64, pairs i < j, sorted.
     """
     first = firsts(texts)
     alone = first == np.arange(len(first))
@@ -139,7 +156,7 @@ def near_pairs(texts: Sequence[str], threshold: float, seed: int = 0) -> np.ndar
 
 
 def clusters(pairs: np.ndarray, n: int) -> np.ndarray:
-    """(n,) int64: for each of n texts the smallest index that pairs (P, 2) join it with, directly or not."""
+    """(n,) int64: for each of n texts, the smallest index to which pairs (P, 2) connect it, directly or not."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -151,12 +168,12 @@ def clusters(pairs: np.ndarray, n: int) -> np.ndarray:
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text."""
+    """A digest of a text, 16 bytes."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _signatures(texts: Iterable[tuple[int, str]], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of all (index, text) that have any word: the indices (m,) and the signatures (m, PERMUTATIONS)."""
+    """(indices (m,), signatures (m, PERMUTATIONS)) of all (index, text) whose text is not empty."""
     from datasketch import MinHash
 
     rows, signatures = [], []
@@ -176,7 +193,7 @@ def _hash(shingle: str) -> int:
 
 
 def _candidates(signatures: np.ndarray, threshold: float, seed: int) -> np.ndarray:
-    """(C, 2), i < j, sorted: rows of the signatures that share a bucket of one band at least."""
+    """(C, 2), i < j, sorted: pairs of rows of the signatures that share a bucket of at least one band."""
     n, width = len(signatures), _band(threshold)
     multipliers = np.random.default_rng(seed).integers(0, 2**63, width, np.uint64) | np.uint64(1)
     found = np.empty(0, np.int64)
@@ -195,7 +212,7 @@ def _candidates(signatures: np.ndarray, threshold: float, seed: int) -> np.ndarr
 
 
 def _band(threshold: float) -> int:
-    """Rows of a band: as many, and so as few false candidates, as RECALL at the threshold allows."""
+    """Rows of a band: the most that RECALL at the threshold allows, which gives the fewest false candidates."""
     fit = [r for r in range(1, PERMUTATIONS + 1) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL]
     return max(fit, default=1)
 

@@ -1,4 +1,4 @@
-"""Questions with a text that holds their answers -> windows of the text, each behind the question.
+"""Questions with a text that holds their answers -> windows of the text, each after the question.
 
 T tokens of a window.
 """
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """A stretch of a row's text behind its question. ids (T,) int32; second: where the second text's token types begin,
-    0: nowhere; offsets (T, 2): first character in the text and one past the last, of tokens of the text; -1: of
-    others; row: which of the rows it is of."""
+    """A stretch of a row's text, after its question.
+
+    Attributes:
+        ids: (T,) int32.
+        second: Where the token types of the second text begin; 0: there are none.
+        offsets: (T, 2) for tokens of the text, its first character and one past its last; for other tokens -1.
+        row: Index of the row.
+    """
 
     ids: np.ndarray
     second: int
@@ -28,9 +33,17 @@ class Window(NamedTuple):
 
 
 def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Window]:
-    """All windows of each row in order: as many tokens as fit, each sharing how.stride with the one before.
+    """All windows of each row, in order. A window has as many tokens as fit, and shares how.stride with the one before.
 
-    Raises FtjaxError for a question that leaves no more room than that.
+    Args:
+        how: The recipe.
+        tokenizer: The tokenizer, from transformers.
+        rows: The rows.
+        places: Names of the rows for errors.
+
+    Raises:
+        FtjaxError: If a question leaves no more room than how.stride for the text, if the tokenizer cannot map tokens
+            to characters, or if it makes no token of a text.
     """
     if not tokenizer.is_fast:
         raise FtjaxError("task.kind: this tokenizer cannot say where its tokens stand; it needs tokenizer.json")
@@ -39,7 +52,7 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
         texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
         encoded = tokenizer(*texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        types_of = encoded.get("token_type_ids") or [[]] * len(chunk)  # of tokenizers whose models have them
+        types_of = encoded.get("token_type_ids") or [[]] * len(chunk)  # some tokenizers give no token types
         for i, place in enumerate(at):
             mine = encoded["input_ids"][i], types_of[i], encoded["offset_mapping"][i]
             ids, types, offsets = (np.array(x) for x in mine)
@@ -67,7 +80,21 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
 
 
 def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-    """A row's windows; targets (1, 2): first and last token of its first answer, both 0 where a window has not all."""
+    """The windows of each row as examples.
+
+    Args:
+        how: The recipe.
+        tokenizer: The tokenizer, from transformers.
+        rows: The rows.
+        places: Names of the rows for errors.
+
+    Returns:
+        One Example for each window. targets (1, 2): first and last token of the row's first answer; both are 0 if the
+        window does not hold all of it.
+
+    Raises:
+        FtjaxError: If a row cannot be used, see `windows` and `span`.
+    """
     spans = [span(how, row, place) for row, place in zip(rows, places, strict=True)]
     out = []
     for window in windows(how, tokenizer, rows, places):
@@ -79,7 +106,7 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
 
 
 def _tokens(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """First and last token of the characters from start to end; (0, 0) where some lie outside."""
+    """First and last token of the characters from start to end; (0, 0) if some of them are outside the window."""
     text = np.flatnonzero(offsets[:, 1] >= 0)
     begin, stop = offsets[text].T
     if start < 0 or start < begin[0] or end > stop[-1]:
@@ -90,7 +117,19 @@ def _tokens(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
 
 
 def span(how: Labelled, row: dict, place: str) -> tuple[int, int]:
-    """First character of a row's first answer and one past its last; (-1, -1) where it has none, or none is wanted."""
+    """First character of a row's first answer, and one past its last.
+
+    Args:
+        how: The recipe.
+        row: The row.
+        place: Name of the row in errors.
+
+    Returns:
+        (start, end); (-1, -1) if the row has no answer, or if rows have no labels.
+
+    Raises:
+        FtjaxError: If an answer is missing and task.no_answer is not set, or if the text does not hold it at its place.
+    """
     found = answers(how, row, place)
     if not found:
         if how.label and not how.no_answer:
@@ -107,7 +146,16 @@ def span(how: Labelled, row: dict, place: str) -> tuple[int, int]:
 
 
 def answers(how: Labelled, row: dict, place: str) -> list[tuple[int, str]]:
-    """(first character, text) of each of a row's answers, as SQuAD has them: {"text": [...], "answer_start": [...]}."""
+    """(first character, text) of each of a row's answers.
+
+    Args:
+        how: The recipe.
+        row: The row, with answers in SQuAD's format: {"text": [...], "answer_start": [...]}.
+        place: Name of the row in errors.
+
+    Raises:
+        FtjaxError: If the answers have another format.
+    """
     if not how.label:
         return []
     cell = row.get(how.label)

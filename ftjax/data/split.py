@@ -1,4 +1,4 @@
-"""Which rows are trained on, validated on and tested on; and which rows of train an evaluation row gives away."""
+"""Which rows are trained on, validated on and tested on, and which rows of train overlap with evaluation rows."""
 
 from __future__ import annotations
 
@@ -18,27 +18,40 @@ from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")
 
-GRAM = 13  # words that two rows must share in a row to overlap: Brown et al., "Language Models are Few-Shot Learners"
+GRAM = 13  # consecutive words that overlapping rows share: Brown et al., "Language Models are Few-Shot Learners"
 # (2020), appendix C
-ALIKE = 0.8  # Jaccard similarity of word 3-grams from which rows overlap without so many words in a row
-TEMPLATE_SHARE = 0.05  # of an evaluation set's rows: 13 words that so many share are a template's
-TEMPLATE_ROWS = 10  # and of more rows of train than these, as in GPT-3; or of more than half, where train is small
+ALIKE = 0.8  # Jaccard similarity of word 3-grams from which rows overlap without sharing GRAM consecutive words
+# GRAM words belong to a template if at least this share of an evaluation set's rows have them,
+TEMPLATE_SHARE = 0.05
+TEMPLATE_ROWS = 10  # and more rows of train than this, as in GPT-3; or more than half of them, if train is small
 
 
 def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.ndarray]:
-    """{part: indices of its rows, ascending, in its own table or else in train's}; `data` and `task` are groups of the
-    config.
+    """Assign rows to train, validation and test.
 
-    A part with a table of its own is all of it. Any other takes its share in data.split of train's rows, at least one
-    row unless the share is 0; train keeps the rest. Which rows, config.seed says:
-    - at random, where nothing else is asked for;
-    - of each value of data.stratify or data.label, every part's share of its rows to within one row; where a value has
-      too few rows for all parts, train comes first. Should a part come out empty, it gets one row of train's;
-    - with data.group or data.group_near, whole groups: rows that share a value of one of these columns, or that are so
-      alike, directly or through others. That is exact. The shares, and those of each value, are as near as taking the
-      groups one by one comes, largest first, each to the part that lacks its rows most. Nulls share nothing.
-    Raises FtjaxError for shares that do not add up, for a column that does not exist, and where the rows, groups or
-    values do not suffice for a row in every part.
+    A part with a table of its own consists of that table. Any other part takes its share, from data.split, of train's
+    rows: at least one row, unless the share is 0. Train keeps the rest. Which rows a part takes is determined by
+    `seed`:
+    - By default, rows are taken at random.
+    - With data.stratify or data.label, each part gets its share of the rows of every value, to within one row. If a
+      value has too few rows for all parts, train comes first. A part that would be empty gets one row of train.
+    - With data.group or data.group_near, whole groups are taken. The rows of a group share a value of one of these
+      columns, or are at least so similar, directly or through other rows. A null is not a shared value. No group is
+      divided. The shares, and the shares of each value, are therefore approximate: groups are assigned one by one, the
+      largest first, each to the part that lacks its rows most.
+
+    Args:
+        tables: {part: its rows}, with train and any other part that has a file.
+        data: The config's group `data`.
+        seed: config.seed.
+        task: The config's group `task`, see compared.sides.
+
+    Returns:
+        {part: ascending indices of its rows}, in the part's own table if it has one, otherwise in train's.
+
+    Raises:
+        FtjaxError: If the shares do not add up to 1, a column does not exist, or there are too few rows, groups or
+            values for a row in every part.
     """
     if len(data.split) != 3 or min(data.split) < 0 or abs(sum(data.split) - 1) > 1e-6:
         raise FtjaxError(f"data.split={tuple(data.split)}: expected three shares that add up to 1")
@@ -47,7 +60,7 @@ def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.
     order = _order(len(table), seed)
     part = np.zeros(len(table), np.int64)  # index in PARTS of each row of train's table
     if shares:
-        # Shares are of all rows of train's table, so that naming a file for one part leaves the others as they are.
+        # Shares refer to all rows of train's table, so that a file for one part does not change the other parts.
         shares = {0: round(1 - sum(shares.values()), 9), **shares}
         if shares[0] == 0:
             raise _none_left(len(table), data)
@@ -66,19 +79,32 @@ def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.
 
 
 def limit(indices: np.ndarray, most: int, rows: int, seed: int) -> np.ndarray:
-    """At most so many of these indices of train's rows, at random by the seed, ascending; 0: all.
+    """At most `most` of some rows of train's table, chosen at random.
 
-    rows: of train's table. The rows of a lower limit are among those of a higher one.
+    Args:
+        indices: Indices of the rows to choose from.
+        most: The limit; 0: all rows.
+        rows: Number of rows of train's table.
+        seed: Seed of the choice. The rows of a lower limit are among those of a higher one.
+
+    Returns:
+        The indices of the chosen rows, ascending.
     """
     order = _order(rows, seed)
     return np.sort(order[np.isin(order, indices)][:most]) if most else np.asarray(indices)
 
 
 def shots(cells: dict[int, object], most: int, rows: int, seed: int) -> np.ndarray:
-    """Of some rows of train's table at most so many of each value, at random by the seed, ascending.
+    """At most `most` rows of each value among some rows of train's table, chosen at random.
 
-    cells: index of each of these rows -> its value; rows: of train's table. The rows of fewer shots are among those of
-    more.
+    Args:
+        cells: {index of a row: its value}.
+        most: Rows of each value.
+        rows: Number of rows of train's table.
+        seed: Seed of the choice. The rows of fewer shots are among those of more.
+
+    Returns:
+        The indices of the chosen rows, ascending.
     """
     taken = {}
     for i in _order(rows, seed).tolist():
@@ -88,9 +114,12 @@ def shots(cells: dict[int, object], most: int, rows: int, seed: int) -> np.ndarr
 
 
 def absent(table: Table, column: str, parts: dict[str, Sequence[int]]) -> dict[str, list[str]]:
-    """{value of a column: the parts without a row of it}, for values that some part lacks; as JSON text.
+    """{value of a column as JSON text: the parts that have no row with it}, for values that some part lacks.
 
-    parts: indices of rows of the table; parts without any row are left aside.
+    Args:
+        table: The rows.
+        column: The column.
+        parts: {part: indices of its rows}. Parts without any row are ignored.
     """
     names = [_key(cell) for cell in table.cells(column)]
     there = {part: {names[i] for i in indices} for part, indices in parts.items() if len(indices)}
@@ -124,13 +153,13 @@ def _none_left(rows: int, data) -> FtjaxError:
 
 
 def _values(table: Table, column: str) -> np.ndarray:
-    """(N,) which value each row has in a column, numbered as they first come; null is a value."""
+    """(N,) the number of each row's value in a column. Values are numbered as they first occur; null is a value."""
     number: dict[str, int] = {}
     return np.array([number.setdefault(_key(cell), len(number)) for cell in table.cells(column)], np.int64)
 
 
 def _key(cell) -> str:
-    """Cells with the same key are the same value; also of lists and objects."""
+    """A text that is the same for equal values, including lists and objects."""
     return json.dumps(cell, sort_keys=True, default=str, ensure_ascii=False)
 
 
@@ -154,8 +183,8 @@ def _by_value(value: np.ndarray, order: np.ndarray, shares: dict[int, float], as
 def _deal(sizes: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """(V, P) rows of each of V values for each of P parts: each within one row of sizes (V,) x shares (P,).
 
-    By largest remainder, where what a part is owed is carried from value to value: so its total is near its share too.
-    The first part gets a value's row before the others do.
+    The method of largest remainders is used. The remainder that a part is owed is carried over from value to value, so
+    that its total is close to its share too. The first part gets a row of a value before the others do.
     """
     owed, counts = np.zeros(len(shares)), np.empty((len(sizes), len(shares)), np.int64)
     for v, size in enumerate(sizes.tolist()):
@@ -205,13 +234,13 @@ def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: d
     drawn = np.argsort(order)[firsts]  # when each group's first row comes in the seeded order: settles ties
     given: dict[int, list[int]] = {k: [] for k in shares}
     for g in np.lexsort((drawn, -sizes)).tolist():
-        # The part whose shares of the values come out nearest: rare values weigh as much as common ones.
+        # Choose the part that lacks most of the group's values. Rare values weigh as much as common ones.
         k = max(shares, key=lambda k: sum(n * lacks[k][v] / total[v] for v, n in counts[g].items()))
         given[k].append(g)
         for v, n in counts[g].items():
             lacks[k][v] -= n
     for k in shares:
-        if not given[k]:  # groups are too large for the share: it gets the smallest that another part can spare
+        if not given[k]:  # the groups are too large for this share: it gets the smallest that another part can spare
             giver = max(shares, key=lambda other: len(given[other]))
             given[k].append(given[giver].pop())
     part = np.zeros(len(firsts), np.int64)
@@ -226,18 +255,22 @@ def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: d
 def decontaminate(
     train: Table, others: Sequence[tuple[str, Table]], data, task=None
 ) -> tuple[np.ndarray, list[Removed]]:
-    """Indices of the rows of train that overlap with no row of the others; and the rest, with the reason.
+    """Find the rows of train that overlap with evaluation rows.
 
-    Rows overlap that share GRAM words in a row in what the model reads or is to say, or where what it reads is ALIKE as
-    a whole: of fewer words than that, the same. Labels, ids and other columns do not count. Texts are compared as
-    `normalise`d; words of a template, which many rows of both share, are left out on both sides, and a prompt that very
-    many rows have counts with its answer. Evaluation rows never go.
+    Two rows overlap if they share GRAM consecutive words in what the model reads or should answer, or if what the model
+    reads has a similarity of at least ALIKE; texts of fewer than 3 words must be equal. Labels, ids and other columns
+    are ignored. Texts are compared as `normalise`d. The words of a template, which many rows of both sides share, are
+    ignored on both sides, and a prompt that very many rows have is compared together with its answer. Evaluation rows
+    are never left out.
 
     Args:
-        train: the rows of train.
+        train: The rows of train.
         others: (name, rows) of each evaluation set.
-        data: the config's group, see compared.sides.
-        task: the same.
+        data: The config's group `data`, see compared.sides.
+        task: The config's group `task`, see compared.sides.
+
+    Returns:
+        (indices of the rows of train that do not overlap, the other rows with the reason).
     """
     evaluation = _Evaluation(train, others, data, task)
     mine, removed, i = evaluation.mine, [], 0
@@ -252,7 +285,7 @@ def decontaminate(
 
 
 class _Evaluation:
-    """The rows that no row of train may overlap, indexed. E rows of all sets together."""
+    """An index of all evaluation rows, with which no row of train may overlap. E rows of all sets together."""
 
     def __init__(self, train: Table, others: Sequence[tuple[str, Table]], data, task):
         self.mine = sides(data, train.columns, task)
@@ -274,8 +307,7 @@ class _Evaluation:
                 self.of_shingle.setdefault(shingle, []).append(e)
 
     def overlap(self, row: dict, label: str) -> tuple[str, str, bool] | None:
-        """Why a row of train overlaps with an evaluation row, that row's place, and whether its label is another; None
-        where it does not."""
+        """(reason, place of the evaluation row, whether its label differs) if a row of train overlaps; else None."""
         e, alike = self._alike(shingles(self._own(normalise(self.read(row)))))
         if alike >= ALIKE:
             why = f"is {alike:.2f} alike to a row of {{}}"
@@ -292,13 +324,14 @@ class _Evaluation:
         return why.replace("{}", name, 1), table.place(j), conflict
 
     def _own(self, text: str) -> str:
-        """A normalised text without the words that are a template's."""
+        """A normalised text without the words that belong to a template."""
         return without(text, GRAM, self.template) if self.template else text
 
     def _alike(self, own: set[str]) -> tuple[int, float]:
-        """The evaluation row most like a text, with their Jaccard similarity; exact from ALIKE on, else any below.
+        """(the most similar evaluation row, their Jaccard similarity). Below ALIKE, another row may be more similar.
 
-        A row so alike shares `need` shingles at least, so it has one of the rarest left when need - 1 are set aside.
+        A row with a similarity of at least ALIKE shares at least `need` shingles. So it shares one of the rarest
+        shingles that remain when the need - 1 most common ones are set aside.
         """
         known = [shingle for shingle in own if shingle in self.of_shingle]
         need = math.ceil(ALIKE * len(own) - 1e-9)
@@ -313,7 +346,7 @@ class _Evaluation:
 
 
 def _template(train: Texts, sets: list[list[str]]) -> set[str]:
-    """Runs of GRAM words that many evaluation rows share, and many of train: no sign of where a row is from."""
+    """Runs of GRAM words that many evaluation rows and many rows of train share, and that hence prove no overlap."""
     shared = set()
     for texts in sets:
         counts = Counter(gram for text in texts for gram in set(grams(text, GRAM)))

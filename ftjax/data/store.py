@@ -1,4 +1,4 @@
-"""Tokenised rows: one flat array with a start for each row, in memory or mapped from files that later runs find again.
+"""Tokenised rows: one flat array with the start of each row, in memory or mapped from files that later runs reuse.
 
 N rows, S tokens of all of them.
 """
@@ -28,16 +28,24 @@ from ftjax.errors import FtjaxError
 from ftjax.seals import digest
 
 META, IDS, TRAINED, LENGTHS, TARGETS = "meta.json", "ids.int32", "trained.bool", "lengths.int32", "targets"
-_encoder: Callable | None = None  # of a worker process, see _install
-DRAFTS_LIVE = 86_400  # seconds; an older draft is of a run that was killed
+_encoder: Callable | None = None  # the encoder of a worker process, see _install
+DRAFTS_LIVE = 86_400  # seconds; an older draft belongs to a run that was killed
 
 
 class Examples(Sequence[Example]):
-    """N rows of a flat array: ids (S,) int32; trained (S,) bool; start, length and labels (trained tokens), each (N,).
+    """N examples laid out in flat arrays. Indexing gives an Example whose arrays are views.
 
-    An Example of it is a view. Of labelled rows further targets (n, ...), and first (N,), where a row's begin among
-    them; None: a trained token is its own label. second, whole (N,): see Example; row (N,): the row of a table that
-    each was made of.
+    Args:
+        ids: (S,) int32.
+        trained: (S,) bool.
+        start: (N,) where each example begins in `ids`.
+        length: (N,) tokens of each example.
+        labels: (N,) trained tokens of each example.
+        targets: (n, ...) for labelled rows, see Example. None: a trained token is its own label.
+        first: (N,) where the targets of each example begin in `targets`; None without targets.
+        second: (N,) see Example; None: all 0.
+        row: (N,) index of the table's row that each example was made of; None: 0 to N - 1.
+        whole: (N,) see Example; None: `length`.
     """
 
     def __init__(
@@ -62,7 +70,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
-        """A list of Example laid out flat; what is flat already stays as it is."""
+        """A list of Example laid out flat. If it is an Examples already, it is returned as it is."""
         if isinstance(examples, cls):
             return examples
         length = np.array([len(e.ids) for e in examples], np.int64)
@@ -93,17 +101,17 @@ class Examples(Sequence[Example]):
         return Example(self.ids[at], self.trained[at], self.targets[mine], *others)
 
     def truths(self) -> np.ndarray:
-        """The targets of all rows, one after the other (n, ...)."""
+        """(n, ...) the targets of all examples, one after another."""
         before = np.cumsum(self.labels) - self.labels
         return self.targets[np.repeat(self.first - before, self.labels) + np.arange(self.labels.sum())]
 
     def ends(self) -> list[int]:
-        """The distinct last tokens of rows whose last token is trained, ascending."""
+        """The distinct last tokens of examples whose last token is trained, ascending."""
         last = (self.start + self.length - 1)[self.length > 0]
         return np.unique(self.ids[last[self.trained[last]]]).tolist()
 
     def select(self, indices: np.ndarray) -> Examples:
-        """The rows of these indices, in this order."""
+        """The examples at these indices, in this order."""
         return Examples(
             self.ids, self.trained, self.start[indices], self.length[indices], self.labels[indices],
             targets=self.targets, first=None if self.first is None else self.first[indices],
@@ -112,19 +120,33 @@ class Examples(Sequence[Example]):
 
 
 class Fitted(NamedTuple):
-    """What `fit` kept: examples; kept, the rows they were made of; and what it cost, in rows and trained tokens."""
+    """The result of `fit`.
+
+    Attributes:
+        examples: The examples that are kept.
+        kept: Index of the table's row of each of them.
+        long: Number of examples longer than max_length.
+        lost: Trained tokens of those that were cut or dropped.
+    """
 
     examples: Examples
     kept: np.ndarray
-    long: int  # rows longer than max_length
-    lost: int  # trained tokens of those, cut or dropped
+    long: int
+    lost: int
 
 
 def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = row_number) -> Fitted:
-    """Rows of at most max_length tokens: longer ones are cut at the end (`truncate`), left out (`drop`) or refused.
+    """Limit examples to max_length tokens.
 
-    Raises FtjaxError naming the row: under `raise`, the first long row; under `truncate`, a row of which no trained
-    token is left.
+    Args:
+        examples: The examples.
+        max_length: Most tokens of an example.
+        long: What happens to longer ones: `truncate` (cut at the end), `drop` (left out) or `raise`.
+        place: Names a row in errors.
+
+    Raises:
+        FtjaxError: Names the row. With `raise`, the first long row; with `truncate`, a row of which no trained token is
+            left.
     """
     examples = Examples.of(examples)
     over = np.flatnonzero(examples.whole > max_length)
@@ -151,7 +173,7 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
 
 
 class Chain:
-    """Arrays of one kind, one after the other, read by position without being copied together."""
+    """Several arrays of one kind, read by position as if they were concatenated, without being copied together."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.arrays = list(arrays)
@@ -183,7 +205,7 @@ class Chain:
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """The rows of several, one after the other; what is mapped from files stays there."""
+    """The examples of several, one after another. Arrays that are mapped from files stay mapped."""
     if len(parts) == 1:
         return parts[0]
 
@@ -214,7 +236,7 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 class Cache(NamedTuple):
-    """Where tokenised rows lie. folder None: nowhere, they are held in memory; size: bytes kept in the folder."""
+    """Where tokenised rows are stored. folder None: they are held in memory; size: most bytes kept in the folder."""
 
     folder: Path | None
     size: int = 20_000_000_000
@@ -223,12 +245,18 @@ class Cache(NamedTuple):
 def tokenised(
     table: Table, encode: Callable[[list[dict], list[str]], list[Example]], key: str, cache: Cache, processes: int = 1
 ) -> Examples:
-    """The Examples of a table's rows, from the cache where an earlier run left them there.
+    """The examples of a table's rows, from the cache if an earlier run stored them there.
 
-    encode: (rows, their places) -> one Example each, or several that say which row is theirs, a pure function that can
-    be pickled where processes > 1; key: a digest of all that the result depends on (see `digest`). Chunks are encoded
-    in `processes` processes and come back in order, so that the result, and the first error, are the same for any
-    number of them.
+    Chunks are encoded in several processes and come back in order, so that the result, and the first error, do not
+    depend on their number.
+
+    Args:
+        table: The rows.
+        encode: (rows, their places) -> one Example for each row, or several that say which row is theirs. A pure
+            function, which can be pickled if processes > 1.
+        key: Digest of everything that the result depends on, see `digest`.
+        cache: Where the result is stored.
+        processes: Number of processes that encode.
     """
     if cache.folder is None:
         return Examples.of([e for chunk in _encoded(table, encode, processes) for e in chunk])
@@ -243,7 +271,7 @@ def tokenised(
             meta = _write(draft, _encoded(table, encode, processes))
             _publish(draft, entry)
         except OSError as error:
-            error.filename = error.filename or str(cache.folder)  # a full disk does not say which
+            error.filename = error.filename or str(cache.folder)  # the error of a full disk names no file
             raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -255,7 +283,7 @@ def tokenised(
 
 @functools.cache
 def code() -> str:
-    """Digest of the code that turns rows into tokens: what an earlier version made is not taken for this one's."""
+    """Digest of the code that turns rows into tokens, so that results of another version are not reused."""
     import tokenizers
     import transformers
 
@@ -267,7 +295,7 @@ def code() -> str:
 
 
 def table_digest(table: Table) -> str:
-    """Digest of the cells and columns of a table, wherever its rows came from."""
+    """Digest of the cells and columns of a table. It does not depend on where the rows came from."""
     import pyarrow as pa
 
     hasher = hashlib.blake2b(digest_size=16)
@@ -282,7 +310,7 @@ def table_digest(table: Table) -> str:
 
 
 def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
-    """The examples of each chunk of rows, in order, each with its row of the table."""
+    """The examples of each chunk of rows, in order, each with the index of its row in the table."""
     tasks = ((start, rows, [table.place(start + i) for i in range(len(rows))]) for start, rows in table.chunks())
 
     def numbered(start, examples):
@@ -292,7 +320,7 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
         yield from (numbered(start, encode(*task)) for start, *task in tasks)
         return
     with _pool(processes, encode) as pool:
-        # A few chunks a process at a time, read in order: the first bad row is the one that is told of.
+        # Each process has a few chunks waiting. Results are read in order, so that the first bad row gives the error.
         waiting = collections.deque()
         for start, *task in tasks:
             waiting.append((start, pool.apply_async(_encode, task)))
@@ -304,7 +332,7 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
 
 
 def _install(encode) -> None:
-    """In a worker: keep the encoder, whose tokenizer takes longer to send than a chunk takes to encode."""
+    """In a worker process: keep the encoder, whose tokenizer takes longer to send than a chunk takes to encode."""
     global _encoder
     _encoder = encode
 
@@ -315,7 +343,7 @@ def _encode(rows: list[dict], places: list[str]) -> list[Example]:
 
 @contextlib.contextmanager
 def _pool(processes: int, encode):
-    """Spawned workers that do not run the caller's main module again: a script need not guard its own."""
+    """Spawned workers that do not run the caller's main module again, so that a script need not guard its own."""
     import multiprocessing
     import sys
 
@@ -323,7 +351,7 @@ def _pool(processes: int, encode):
     hidden = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__spec__ = None
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes already share the cores out
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     try:
         pool = multiprocessing.get_context("spawn").Pool(processes, _install, (encode,))
     finally:
@@ -336,7 +364,7 @@ def _pool(processes: int, encode):
 
 
 def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
-    """Write the files of an entry, the record of them last; returns the record."""
+    """Write the files of a cache entry and, as the last one, its record. Returns the record."""
     rows = tokens = 0
     kind = None  # dtype and shape of a target
     with (
@@ -362,7 +390,7 @@ def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
 
 
 def _publish(draft: Path, entry: Path) -> None:
-    """Rename a finished draft into place, unless another process was first: both hold the same."""
+    """Rename a finished draft to its entry, unless another process was first: its entry has the same content."""
     try:
         os.rename(draft, entry)
     except OSError:
@@ -372,7 +400,7 @@ def _publish(draft: Path, entry: Path) -> None:
 
 
 def _whole(entry: Path) -> dict | None:
-    """The record of an entry whose files are, byte for byte, those that were written; otherwise None."""
+    """The record of an entry whose files are byte for byte as they were written; otherwise None."""
     meta = seals.opened(entry / META)
     return None if meta is None or seals.changed(entry, meta["checksums"]) else meta
 
@@ -392,7 +420,10 @@ def _open(entry: Path, meta: dict) -> Examples:
 
 
 def _evict(cache: Cache, spared: Path) -> None:
-    """Remove the entries used longest ago until the rest fits into `cache.size`; mapped ones live on until closed."""
+    """Remove the least recently used entries until the rest fits into `cache.size`.
+
+    A removed file that is mapped exists until it is closed.
+    """
     entries = []
     for path in cache.folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process may be evicting too

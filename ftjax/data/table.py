@@ -1,4 +1,4 @@
-"""Rows, and where each of them came from: what reading, cleaning, splitting and augmenting hand on."""
+"""Rows, and where each of them came from. Reading, cleaning, splitting and augmenting pass them on."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     import pyarrow
 
 CHUNK = 1000  # rows held as Python objects at once
-CHUNK_BYTES = 16_000_000  # and about so much text, where rows are large
+CHUNK_BYTES = 16_000_000  # bytes of these rows, approximately: chunks of large rows have fewer rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """N rows in order. A row that is left out or changed leaves the others' places as they were in their files.
+    """N rows in order. If rows are left out or changed, the others keep their places in their files.
 
-    rows: the cells, in memory or mapped from files; `chunks` and `row` give them exactly as they were read, `datasets`
-    itself all but long numbers in columns of mixed types (see `ftjax.data.columns`); files: names that errors give;
-    file (N,) int32: index into `files`; number (N,) int64: the row's number in its file, from 1, blank lines and
-    headers not counted.
+    Attributes:
+        rows: The cells, in memory or mapped from files. `chunks` and `row` give them exactly as they were read.
+            `datasets` itself does so too, except for long numbers in columns of mixed types (see `ftjax.data.columns`).
+        files: Names of the files for errors.
+        file: (N,) int32, index into `files`.
+        number: (N,) int64, number of the row in its file, from 1. Blank lines and headers are not counted.
     """
 
     rows: datasets.Dataset
@@ -42,17 +44,19 @@ class Table:
         return self.rows.column_names
 
     def place(self, index: int) -> str:
-        """What an error or a report calls a row, such as `a.jsonl row 3`."""
+        """The name of a row in errors and reports, such as `a.jsonl row 3`."""
         return f"{self.files[self.file[index]]} row {self.number[index]}"
 
     def row(self, index: int) -> dict:
-        """One row, {column: cell}."""
+        """One row as {column: cell}."""
         index = range(len(self))[int(index)]
         return columns.rows(self._arrow(index, index + 1))[0]
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, list[dict]]]:
-        """(index of the first, rows) for all rows in order, at most `size` of them as Python objects at once; fewer
-        where they are large."""
+        """(index of the first row, rows) of consecutive chunks of all rows.
+
+        At most `size` rows, or fewer if they are large, are Python objects at the same time.
+        """
         data = self.rows.data
         size = max(1, min(size, CHUNK_BYTES * len(data) // max(1, data.nbytes)))
         for start in range(0, len(self), size):
@@ -65,7 +69,7 @@ class Table:
             yield from columns.decode(rows[start : start + CHUNK].column(0))
 
     def batches(self) -> Iterator[pyarrow.RecordBatch]:
-        """All rows in order, as Arrow holds them."""
+        """All rows in order, as Arrow batches."""
         for start in range(0, len(self), CHUNK):
             yield from self._arrow(start, min(start + CHUNK, len(self))).to_batches()
 
@@ -73,15 +77,22 @@ class Table:
         return self.rows.with_format("arrow")[start:stop]
 
     def select(self, indices: Sequence[int]) -> Table:
-        """The rows of these indices, in this order; an index may come twice."""
+        """The rows at these indices, in this order. An index may occur more than once."""
         indices = np.asarray(indices, np.int64)
         return Table(self.rows.select(indices), self.files, self.file[indices], self.number[indices])
 
     def edit(self, change: Callable[[list[dict]], list[dict]], folder: str | None = None) -> Table:
-        """As many rows, each replaced by what `change` makes of it, chunk by chunk; the columns stay, and those of text
-        or numbers keep their types where the new cells fit them.
+        """Replace each row by the result of a function. The columns stay.
 
-        folder: where a file with the result is written and mapped from, for tables larger than memory; None: in memory.
+        Columns of text or numbers keep their types if the new cells fit them.
+
+        Args:
+            change: (chunk of rows) -> as many rows.
+            folder: Directory of a file to which the result is written and from which it is mapped, for tables larger
+                than memory. None: the result is held in memory.
+
+        Raises:
+            ValueError: If `change` returns another number of rows.
         """
         with columns.Writer(folder, self.rows.data.schema) as writer:
             for start, rows in self.chunks():

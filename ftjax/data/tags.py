@@ -1,4 +1,4 @@
-"""Words with a tag each -> tokens, of which those that carry a tag are trained.
+"""Words with a tag each -> tokens. Tokens that carry a tag are trained.
 
 T tokens of a row, C tags.
 """
@@ -20,8 +20,13 @@ TAG = re.compile(r"O|[BIESLU]-.+")
 
 
 class Words(NamedTuple):
-    """The words of a row as tokens. ids (T,) int32, special tokens included; word (T,): which word each token is of,
-    -1: none; whole: tokens before the row was cut."""
+    """The words of a row as tokens.
+
+    Attributes:
+        ids: (T,) int32, special tokens included.
+        word: (T,) index of each token's word; -1: none.
+        whole: Number of tokens before the row was cut.
+    """
 
     ids: np.ndarray
     word: np.ndarray
@@ -29,10 +34,19 @@ class Words(NamedTuple):
 
 
 def in_words(tokenizer, rows: list[list[str]], max_length: int, place=str) -> list[Words]:
-    """Rows of words as tokens, those of the words with a blank between them, as they stand in running text.
+    """Encode rows of words, joined by blanks as in running text.
 
-    A token is of the word in which it begins. Rows longer than max_length (0: any) keep whole words, as many as fit
-    between the special tokens; of a single word longer than that its beginning. place: index of a row -> its name.
+    A token belongs to the word in which it begins. If a row is too long, as many whole words are kept as fit between
+    the special tokens. Of a single word that is too long, the beginning is kept.
+
+    Args:
+        tokenizer: The tokenizer, from transformers.
+        rows: The words of each row.
+        max_length: Most tokens of a row, special tokens included; 0: rows are not cut.
+        place: Index of a row -> its name in errors.
+
+    Raises:
+        FtjaxError: If the tokenizer cannot map tokens to characters, or if it makes no token of a row.
     """
     if not tokenizer.is_fast:
         raise FtjaxError("task.kind: this tokenizer cannot say where its tokens stand; it needs tokenizer.json")
@@ -50,11 +64,14 @@ def in_words(tokenizer, rows: list[list[str]], max_length: int, place=str) -> li
 
 
 def _word_of(words: list[str], offsets: np.ndarray) -> np.ndarray:
-    """Characters (T, 2) of the joined text, first and one past the last -> (T,) the word in which each token begins."""
+    """(T,) the word in which each token begins.
+
+    offsets (T, 2): the first character of each token in the joined text, and one past its last.
+    """
     lengths = np.array([len(word) + 1 for word in words])
     at = np.repeat(np.arange(len(words)), lengths)
-    at[np.cumsum(lengths) - 1] = -1  # the blank behind each word
-    # The first character from each on that is of a word: tokens may begin with the blank before theirs.
+    at[np.cumsum(lengths) - 1] = -1  # the blank after each word
+    # For each character, the next one that belongs to a word, because a token may begin with the blank before its word.
     own = np.where(at >= 0, np.arange(len(at)), len(at))
     following = np.minimum.accumulate(own[::-1])[::-1]
     start, end = offsets.T
@@ -66,7 +83,7 @@ def _cut(ids: np.ndarray, word: np.ndarray, max_length: int) -> Words:
     whole, said = len(ids), np.flatnonzero(word >= 0)
     if not max_length or whole <= max_length or not len(said):
         return Words(ids, word, whole)
-    a, b = said[0], said[-1] + 1  # special tokens stand before and behind
+    a, b = said[0], said[-1] + 1  # special tokens are before a and from b on
     room = max(max_length - (whole - (b - a)), 1)
     keep = room
     while keep and word[a + keep] == word[a + keep - 1]:
@@ -76,7 +93,7 @@ def _cut(ids: np.ndarray, word: np.ndarray, max_length: int) -> Words:
 
 
 def carriers(word: np.ndarray, subwords: str) -> np.ndarray:
-    """(T,) bool: the tokens that carry their word's tag: its `first`, or `all`."""
+    """(T,) bool: the tokens that carry their word's tag. subwords: `first` (the first token of a word) or `all`."""
     if subwords == "all":
         return word >= 0
     first = np.zeros(len(word), bool)
@@ -85,9 +102,22 @@ def carriers(word: np.ndarray, subwords: str) -> np.ndarray:
 
 
 def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-    """Rows with a list of words and one of tags; targets: the id of the tag at each token that carries one.
+    """Encode rows that have a list of words and a list of tags.
 
-    Where all tokens of a word carry its tag, those behind the first of B-X carry I-X, where there is such a tag.
+    If all tokens of a word carry its tag, the tokens after the first one of B-X carry I-X, provided that this tag
+    exists.
+
+    Args:
+        how: The recipe.
+        tokenizer: The tokenizer, from transformers.
+        rows: The rows.
+        places: Names of the rows for errors.
+
+    Returns:
+        One Example for each row. targets: the id of the tag at each token that carries one.
+
+    Raises:
+        FtjaxError: If a row has no words, another number of tags than words, or an unknown tag.
     """
     from ftjax.data.labelled import label_id
 
@@ -116,7 +146,7 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
 
 
 def cell(row: dict, column: str, place: str) -> list[str]:
-    """The words of a row: a list of texts that is not empty."""
+    """The words of a row: a list of texts that is not empty. Raises FtjaxError for anything else."""
     words = row.get(column)
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
         raise FtjaxError(f"{place}: column {column!r} holds {words!r:.80}; expected a list of words, see task.text")
@@ -124,7 +154,7 @@ def cell(row: dict, column: str, place: str) -> list[str]:
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:
-    """O first, then by type; of a type by the alphabet of prefixes. Raises FtjaxError for what is no entity's tag."""
+    """The tags in order: O first, then by type, and for each type by prefix. Raises FtjaxError for an invalid tag."""
     for name in sorted(names):
         if not TAG.fullmatch(name):
             ids = "; numbers are ids of tags that task.labels names" if name.isdecimal() else ""

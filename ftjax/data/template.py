@@ -14,10 +14,15 @@ from ftjax.errors import FtjaxError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """One row as text, or as a conversation that a chat template shows.
+    """One row as text, or as a conversation that a chat template renders.
 
-    messages: with `role` and `content`, and on an assistant's `"train": False` where it is not trained; tools: JSON
-    schemas; template: a name of `data.template`, empty: the tokenizer's own.
+    Attributes:
+        prompt: Text that the model is given.
+        completion: Text that it should answer.
+        messages: Each with `role` and `content`. An assistant's message that is not trained has `"train": False`. None:
+            the row is plain text.
+        tools: JSON schemas of tools.
+        template: A value of `data.template`; empty: the tokenizer's own chat template.
     """
 
     prompt: str = ""
@@ -47,14 +52,23 @@ ROLES = {  # ShareGPT's names, and those of sets that follow it
     "observation": "tool",
     "function_response": "tool",
 }
-PROMPT_COLUMN = "prompt_template"  # a row's own template, which wins over data.prompt
-THINKING = ("reasoning_content", "thinking", "reasoning")  # fields of a message; transformers takes them for one
+PROMPT_COLUMN = "prompt_template"  # column with a row's own template, which takes precedence over data.prompt
+THINKING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, which transformers treats as one
 
 
 def guess(columns, prompt: str = "", completion: str = "") -> str:
-    """The form of rows with these columns: a key of FORMS. Templates in the config come before any column.
+    """The form of rows with these columns.
 
-    Raises FtjaxError when no form fits.
+    Args:
+        columns: Names of the columns.
+        prompt: data.prompt.
+        completion: data.completion. If it or `prompt` is set, the form is `template`, whatever the columns.
+
+    Returns:
+        A key of FORMS, or `template`.
+
+    Raises:
+        FtjaxError: If no known form fits the columns.
     """
     if prompt or completion:
         return "template"
@@ -72,12 +86,21 @@ def guess(columns, prompt: str = "", completion: str = "") -> str:
 def renderer(
     form: str, prompt: str = "", completion: str = "", template: str = "", system: str = ""
 ) -> Callable[[dict, str], Rendered]:
-    """(row, place) -> Rendered, for a form of FORMS; `place` names the row in errors, such as `a.jsonl row 3`.
+    """A function that renders rows of one form.
 
-    `prompt` and `completion` are the templates of form `template`. template: see data.template; where it is set, every
-    row becomes messages. system: the first message of conversations that bring no system text. Raises FtjaxError for a
-    bad setting at once, and, when called, for a row without a needed column, with a value of the wrong kind, or with
-    nothing to learn in it.
+    Args:
+        form: A key of FORMS, or `template`.
+        prompt: The template of the prompt, for form `template`.
+        completion: The template of the completion, for form `template`.
+        template: See data.template. If it is set, every row becomes messages.
+        system: System text, the first message of conversations that bring none of their own.
+
+    Returns:
+        (row, place) -> Rendered. `place` names the row in errors, such as `a.jsonl row 3`. It raises FtjaxError if the
+        row lacks a needed column, has a value of the wrong type, or has no answer to train on.
+
+    Raises:
+        FtjaxError: If a setting cannot be used.
     """
     if form == "template":
         render = _from_templates(prompt, completion)
@@ -111,14 +134,24 @@ def renderer(
 
 
 def asked(row: dict, place: str, template: str = "", system: str = "") -> Rendered:
-    """A row with `messages`, `conversations` or a `prompt` as a conversation to go on with; it needs no answer."""
+    """A row with `messages`, `conversations` or a `prompt` as a conversation to continue. The row needs no answer.
+
+    Args:
+        row: The row.
+        place: Name of the row in errors.
+        template: See data.template.
+        system: See `renderer`.
+
+    Raises:
+        FtjaxError: If the row has none of these columns, or malformed messages.
+    """
     column = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
     messages = _turns(row, column, place) if column else ({"role": "user", "content": field(row, "prompt", place)},)
     return _conversation(messages, row, place, template, system)
 
 
 def reference(rendered: Rendered) -> str:
-    """The answer of a row: the completion, or the last assistant's text, with its tool calls as JSON behind it."""
+    """The answer of a row: its completion, or the last assistant message, followed by its tool calls as JSON."""
     if rendered.messages is None:
         return rendered.completion.strip()
     answers = [m for m in rendered.messages if m["role"] == "assistant"]
@@ -129,7 +162,7 @@ def reference(rendered: Rendered) -> str:
 
 
 def question(rendered: Rendered) -> str:
-    """What comes before that answer, as text: the prompt, or every earlier message."""
+    """What comes before that answer, as text: the prompt, or all earlier messages."""
     if rendered.messages is None:
         return rendered.prompt.strip()
     answers = [k for k, m in enumerate(rendered.messages) if m["role"] == "assistant"]
@@ -145,7 +178,7 @@ def _text(row: dict, place: str) -> Rendered:
 
 def _prompt(row: dict, place: str) -> Rendered:
     answer = "response" if row.get("completion") is None and row.get("response") is not None else "completion"
-    if isinstance(row.get("prompt"), list):  # TRL's conversational form, of which the completion is trained
+    if isinstance(row.get("prompt"), list):  # TRL's conversational form, of which only the completion is trained
         asked, answered = _turns(row, "prompt", place), row.get(answer)
         if not isinstance(answered, list):
             answered = [{"role": "assistant", "content": field(row, answer, place)}]
@@ -178,7 +211,7 @@ def _asked_alpaca(row: dict, place: str) -> Rendered:
 
 
 def _task(row: dict, place: str) -> tuple[str, str, str]:
-    """(instruction, input, output); the last two may stand in `instances`, as in the seed tasks of Self-Instruct."""
+    """(instruction, input, output). The last two may be in `instances`, as in the seed tasks of Self-Instruct."""
     if row.get("output") is None and isinstance(row.get("instances"), list):
         if len(row["instances"]) != 1:
             raise FtjaxError(f"{place}: {len(row['instances'])} `instances`; expected one: make each a row of its own")
@@ -196,9 +229,10 @@ def _sharegpt(row: dict, place: str) -> Rendered:
 
 
 def _preference(row: dict, place: str) -> Rendered:
-    """The chosen answer; it may be text, a message, or messages, from the answer on or from the very first.
+    """The chosen answer of a preference. It may be text, a message, or messages.
 
-    Without a prompt, a text is a whole conversation as Anthropic's HH-RLHF writes it.
+    The messages may begin with the answer, or with the first message of the conversation. If there is no prompt, a text
+    is a whole conversation in the format of Anthropic's HH-RLHF.
     """
     column = next((name for name in ("conversations", "messages") if isinstance(row.get(name), list)), "prompt")
     chosen = row.get("chosen")
@@ -232,7 +266,7 @@ def _hh_turns(text: str, place: str) -> tuple[dict, ...]:
 
 
 def _untrained(messages: tuple[dict, ...]) -> tuple[dict, ...]:
-    """Messages whose answers are part of a prompt."""
+    """The messages, with all answers marked as not trained, because they are part of a prompt."""
     return tuple(m | {"train": False} if m["role"] == "assistant" else m for m in messages)
 
 
@@ -245,7 +279,8 @@ FORMS = {
     "sharegpt": _sharegpt,
     "preference": _preference,
 }
-GUESS = (  # form, groups of columns of which each must be there by one of its names; the first form that fits
+# (form, groups of names of columns). A form fits if the row has a column of each group; the first that fits is taken.
+GUESS = (
     ("preference", (("chosen",), ("rejected",))),
     ("messages", (("messages",),)),
     ("sharegpt", (("conversations",),)),
@@ -254,7 +289,7 @@ GUESS = (  # form, groups of columns of which each must be there by one of its n
     ("question", (("question",), ("answer",))),
     ("text", (("text",),)),
 )
-SAID = {"preference": "the chosen answer is trained, the rejected one is not used"}  # of a form, for the reader
+SAID = {"preference": "the chosen answer is trained, the rejected one is not used"}  # notes for the user, by form
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -269,7 +304,7 @@ def _asked_and_answered(prompt: str, completion: str) -> tuple[dict, ...]:
 
 
 def _conversation(messages: tuple[dict, ...], row: dict, place: str, template: str, system: str) -> Rendered:
-    """Messages with the row's system text, or else the config's, before them, and the row's tools beside them."""
+    """A conversation with its system text and tools. The system text of the row takes precedence over the config's."""
     system = row["system"] if isinstance(row.get("system"), str) and row["system"] else system
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = ({"role": "system", "content": system}, *messages)
@@ -288,8 +323,8 @@ def _turns(row: dict, column: str, place: str) -> tuple[dict, ...]:
 
 
 def _turn(message, said: str) -> dict:
-    """A message by the names that templates know; `said` names it in errors."""
-    # A data set fills what one message lacks and another has with None; templates ask whether a key is there.
+    """A message with the field names that chat templates use. `said` names it in errors."""
+    # A data set has None for a field that only other messages have, but templates test whether a key exists.
     turn = _there(message) if isinstance(message, dict) else {}
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in turn:
@@ -319,7 +354,7 @@ def _turn(message, said: str) -> dict:
 
 
 def _text_of(parts: list, said: str) -> str:
-    """The text of a content in parts, as OpenAI's form has it: {"type": "text", "text": ...}."""
+    """The text of a content that is a list of parts, in OpenAI's format: {"type": "text", "text": ...}."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     other = [p["type"] for p in parts if isinstance(p, dict) and p.get("type") not in (None, "text")]
     if other or not all(isinstance(text, str) for text in texts):
@@ -328,7 +363,7 @@ def _text_of(parts: list, said: str) -> str:
 
 
 def _calls(calls, said: str) -> list[dict]:
-    """Tool calls, each as {"type": "function", "function": {"name", "arguments"}}, arguments as an object."""
+    """Tool calls, each as {"type": "function", "function": {"name", "arguments"}} with the arguments as an object."""
     calls = calls if isinstance(calls, list) else [calls]
     out = []
     for call in calls:
@@ -336,7 +371,7 @@ def _calls(calls, said: str) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise FtjaxError(f"{said}: a tool call should be an object with `name` and `arguments`, found {call!r}")
         arguments = function.get("arguments")
-        if isinstance(arguments, str) and arguments.strip():  # OpenAI's form; templates write JSON themselves
+        if isinstance(arguments, str) and arguments.strip():  # OpenAI's format; templates write objects as JSON
             arguments = _json(arguments, f"{said}: the arguments of {function['name']!r}")
         arguments = {} if arguments is None or isinstance(arguments, str) else arguments
         rest = {key: cell for key, cell in _there(call).items() if key not in ("function", "name", "arguments")}
@@ -345,7 +380,7 @@ def _calls(calls, said: str) -> list[dict]:
 
 
 def _tools(tools, place: str) -> tuple[dict, ...]:
-    """A cell with tools: schemas as templates take them, {"type": "function", "function": {...}}."""
+    """The tools in a cell as the schemas that chat templates expect, {"type": "function", "function": {...}}."""
     if tools is None or tools == "":
         return ()
     tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else tools
@@ -359,7 +394,10 @@ def _tools(tools, place: str) -> tuple[dict, ...]:
 
 
 def _thinking_as_text(message: dict) -> dict:
-    """Thinking in a field of its own, which no named template knows, before the answer as reasoning models write it."""
+    """Move thinking from its own field, which no named template knows, into the text before the answer.
+
+    It is written as reasoning models write it.
+    """
     thinking = next((message[key] for key in THINKING if key in message), None)
     if thinking is None:
         return message
@@ -368,7 +406,7 @@ def _thinking_as_text(message: dict) -> dict:
 
 
 def _there(cells: dict) -> dict:
-    """The cells that are not None. What they hold stays as it is: a null in it was written by somebody."""
+    """The cells that are not None. Nested values are kept as they are, because there somebody wrote the null."""
     return {key: cell for key, cell in cells.items() if cell is not None}
 
 
@@ -392,7 +430,7 @@ def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rende
         raise FtjaxError(f"data.completion: {completion!r} names no {{column}}: every row would get the same answer")
 
     def render(row: dict, place: str) -> Rendered:
-        # The answer's own fields decide whether it is empty: a template that begins with a space is never empty itself.
+        # The columns decide whether the answer is empty. The rendered template is not, if it has text of its own.
         if not any(field(row, name, place).strip() for _, name in after if name):
             _answer("", place)
         own = row.get(PROMPT_COLUMN)
@@ -403,10 +441,11 @@ def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rende
 
 
 def parse(template: str, key: str) -> list[tuple[str, str | None]]:
-    """`"Words: {src}"` -> [("Words: ", "src")]: (literal, column or None) in order; `{{` and `}}` are literal braces.
+    """Parse a template: `"Words: {src}"` -> [("Words: ", "src")], (literal text, column or None) in order.
 
-    Only plain column names stand in braces: no attribute, index, conversion or format, so that a template cannot reach
-    into Python objects. Raises FtjaxError naming `key`.
+    `{{` and `}}` are literal braces. Braces may hold a plain column name only, without attribute, index, conversion or
+    format, so that a template cannot reach into Python objects. Raises FtjaxError, which names `key`, for anything
+    else.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -419,12 +458,12 @@ def parse(template: str, key: str) -> list[tuple[str, str | None]]:
 
 
 def fill(parts: list[tuple[str, str | None]], row: dict, place: str) -> str:
-    """The text of a parsed template for one row; raises FtjaxError for a column that the row lacks."""
+    """The text of a parsed template for one row. Raises FtjaxError if the row lacks a column."""
     return "".join(literal + (field(row, name, place) if name else "") for literal, name in parts)
 
 
 def field(row: dict, name: str, place: str) -> str:
-    """A cell as text; numbers as Python writes them. Raises FtjaxError where it is missing, null or no text."""
+    """A cell as text; a number as Python writes it. Raises FtjaxError if it is missing, null or of another type."""
     value = row.get(name)
     if isinstance(value, str):
         return value

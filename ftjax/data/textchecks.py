@@ -1,6 +1,6 @@
-"""What can be wrong with one text: personal data, broken characters, refusals. Tables and pure functions on strings.
+"""Checks of a single text: personal data, broken characters, refusals. Tables and pure functions on strings.
 
-Precise rather than eager: a check that cries at every number is switched off by the first who meets it.
+The checks prefer precision to recall, because a check with many false alarms is soon switched off.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ EMAIL = re.compile(
     r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w@-])",
     re.ASCII,
 )
-# International numbers, with + or 00 and a country; North American ones, by their punctuation (NXX NXX XXXX, where N is
-# 2 to 9); and groups of digits behind a word that says what they are. Bare digits are numbers of something else.
+# International numbers, with + or 00 and a country; North American numbers, by their punctuation (NXX NXX XXXX, where N
+# is 2 to 9); and groups of digits after a word such as `phone`. Other digits are not taken for telephone numbers.
 PHONE = re.compile(
     r"""(?<![\w.,=+*/$-])(?:
         (?:\+|00)[1-9]\d{0,2}(?:[ .-]?\(0?\d{1,4}\)|[ .-]\d{1,4}|\d{1,4})(?:[ .-]?\d{2,4}){2,4}
@@ -33,14 +33,14 @@ PHONE = re.compile(
         (?P<number>\+?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4})(?![\w=]|[.,*/+-]\d|[ ]?[=*/+%])""",
     re.VERBOSE | re.ASCII,
 )
-# 14 to 16 digits of a known issuer, whole or in the groups that are printed on the card (ISO/IEC 7812).
+# 14 to 16 digits of a known issuer, without blanks or in the groups that are printed on the card (ISO/IEC 7812).
 CARD = re.compile(
     r"(?<![\w.,=+*/$-])(?:4\d{15}|(?:5[1-5]|2[2-7]|6[05]|35)\d{14}|3[47]\d{13}|3[068]\d{12}"
     r"|(?:4\d|5[1-5]|2[2-7]|6[05]|35)\d\d([ -])\d{4}\1\d{4}\1\d{4}|3[47]\d\d([ -])\d{6}\2\d{5})"
     r"(?![\w=]|[.,*/+-]\d|[ ]?[=*/+%])",
     re.ASCII,
 )
-# Issuers' own prefixes (as gitleaks and GitHub's secret scanning list them); then a value that is named a secret.
+# Prefixes of issuers (as gitleaks and GitHub's secret scanning list them), and values after a name such as `password`.
 KEY = re.compile(
     r"""(?<![A-Za-z0-9_-])(?:
         (?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}                                          # AWS access key
@@ -56,7 +56,7 @@ KEY = re.compile(
         (?P<value>[\w+/=.-]{16,})""",
     re.VERBOSE | re.ASCII,
 )
-ENTROPY = 3.5  # bits a character from which a value that is named a secret looks random; English words lie near 3
+ENTROPY = 3.5  # bits a character from which a value with such a name looks random; English words have about 3
 
 
 def _all(match: re.Match) -> Span | None:
@@ -64,20 +64,23 @@ def _all(match: re.Match) -> Span | None:
 
 
 def _phone(match: re.Match) -> Span | None:
-    """The number alone; 7 to 15 digits (ITU-T E.164)."""
+    """The span of the number alone, if it has 7 to 15 digits (ITU-T E.164)."""
     digits = sum(c.isdigit() for c in match["number"] or match[0])
     return match.span("number" if match["number"] else 0) if 7 <= digits <= 15 else None
 
 
 def _card(match: re.Match) -> Span | None:
-    """Whether the check digit is right (Luhn)."""
+    """The span of the number, if its check digit is right (Luhn)."""
     digits = [int(c) for c in reversed(match[0]) if c.isdigit()]
     total = sum(digits[::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
     return match.span() if total % 10 == 0 and len(set(digits)) > 1 else None
 
 
 def _key(match: re.Match) -> Span | None:
-    """A named value only where it looks random: letters and digits mixed, of high entropy."""
+    """The span of the key. A value after a name such as `password` must look random: letters and digits mixed.
+
+    Its entropy must be at least ENTROPY.
+    """
     value = match["value"]
     if value is None:
         return match.span()
@@ -85,7 +88,7 @@ def _key(match: re.Match) -> Span | None:
     return match.span("value") if mixed and entropy(value) >= ENTROPY else None
 
 
-PERSONAL: dict[str, tuple[re.Pattern, Callable[[re.Match], Span | None]]] = {  # where two overlap, the first has it
+PERSONAL: dict[str, tuple[re.Pattern, Callable[[re.Match], Span | None]]] = {  # of overlapping matches the first counts
     "key": (KEY, _key),
     "email": (EMAIL, _all),
     "card": (CARD, _card),
@@ -94,7 +97,7 @@ PERSONAL: dict[str, tuple[re.Pattern, Callable[[re.Match], Span | None]]] = {  #
 
 
 def personal(text: str) -> list[tuple[str, int, int]]:
-    """(kind of PERSONAL, start, end) of addresses, numbers and keys, in order, none overlapping."""
+    """(kind of PERSONAL, start, end) of addresses, numbers and keys in a text, in order and without overlaps."""
     found = []
     for kind, (pattern, check) in PERSONAL.items():
         for match in pattern.finditer(text):
@@ -105,7 +108,7 @@ def personal(text: str) -> list[tuple[str, int, int]]:
 
 
 def mask(text: str) -> str:
-    """The text with `[EMAIL]`, `[PHONE]`, `[CARD]` or `[KEY]` for each of what `personal` finds."""
+    """The text with `[EMAIL]`, `[PHONE]`, `[CARD]` or `[KEY]` in place of everything that `personal` finds."""
     out, at = "", 0
     for kind, start, end in personal(text):
         out, at = f"{out}{text[at:start]}[{kind.upper()}]", end
@@ -113,16 +116,16 @@ def mask(text: str) -> str:
 
 
 def entropy(text: str) -> float:
-    """Bits a character (Shannon), by the characters' own frequencies."""
+    """Shannon entropy of the text's own distribution of characters, in bits a character."""
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
 # ---------------------------------------------------------------------------------------------- characters
 
-# Controls that no text needs: C0 and C1 without tab, line feed and carriage return, but with NEL (U+0085) left alone,
-# which old corpora use for a line end; unpaired surrogates; non-characters.
+# Control characters that no text needs: C0 and C1 except tab, line feed, carriage return and NEL (U+0085), with which
+# old corpora end lines; unpaired surrogates; non-characters.
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-# Characters without width: the joiners only where they join nothing, for emoji, Indic scripts and Persian need them.
+# Characters without width. Joiners count only if they join nothing, because emoji, Indic scripts and Persian need them.
 INVISIBLE = re.compile(
     "[\xad\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\u2066-\u2069\ufeff]"
     "|(?<![^\x00-\u02ff])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\u02ff])"
@@ -130,9 +133,9 @@ INVISIBLE = re.compile(
 
 
 def mojibake(text: str) -> bool:
-    """Whether some of it was decoded by the wrong table, such as `clichÃ©s`; or holds U+FFFD, where a decoder gave up.
+    """Whether a part of the text was decoded with a wrong encoding, such as `clichÃ©s`, or contains U+FFFD.
 
-    By ftfy's `badness`, which counts sequences that real text does not have; and only where `ftfy` can mend it.
+    ftfy's `badness` decides, which counts sequences that real text does not have; and `ftfy` must be able to repair it.
     """
     if text.isascii():
         return False
@@ -145,7 +148,7 @@ def mojibake(text: str) -> bool:
 
 
 def mojibake_at(text: str) -> int:
-    """The position of the first character that is broken, in a text of which `mojibake` holds."""
+    """The index of the first broken character of a text for which `mojibake` is true."""
     from ftfy import fix_encoding
 
     mended = fix_encoding(text)
@@ -154,19 +157,22 @@ def mojibake_at(text: str) -> int:
 
 
 def control(text: str) -> list[int]:
-    """Positions of control characters, of unpaired surrogates and of characters without width."""
+    """Indices of control characters, unpaired surrogates and characters without width."""
     if text.isascii() and text.isprintable():
         return []
     return sorted(m.start() for pattern in (CONTROL, INVISIBLE) for m in pattern.finditer(text))
 
 
 def without_control(text: str) -> str:
-    """The text without what `control` finds."""
+    """The text without the characters that `control` finds."""
     return text if text.isascii() and text.isprintable() else INVISIBLE.sub("", CONTROL.sub("", text))
 
 
 def scripts(text: str) -> Counter[str]:
-    """Letters by script, such as {"Latin": 40, "Cyrillic": 3}: by the first word of their Unicode names."""
+    """Number of letters by script, such as {"Latin": 40, "Cyrillic": 3}.
+
+    A letter's script is the first word of its Unicode name.
+    """
     if text.isascii():
         letters = sum(map(str.isalpha, text))
         return Counter({"Latin": letters} if letters else {})
@@ -192,7 +198,7 @@ HELP = (
     "help|assist|comply|fulfil+|provide|answer|do that|generate|create|write|support|engage|discuss|share|offer|access"
     "|browse|continue|with (?:that|this)"
 )
-# An assistant that declines, at the beginning of an answer, after any regret; "I can't believe it" is no refusal.
+# An assistant that declines at the beginning of an answer, after any apology. "I can't believe it" is not a refusal.
 REFUSAL = re.compile(
     r"\W*(?:(?:(?:i'm |i am )?(?:really |very |so |truly )?sorry|unfortunately|i apologi[sz]e|my apologies)[,.;:]? "
     r"(?:but )?|as an? (?:ai|artificial|(?:large )?language)\b[^.!?\n]{0,60}?,? )*"
@@ -201,7 +207,7 @@ REFUSAL = re.compile(
     rf"|i (?:don't|do not) feel comfortable|i must (?:decline|refuse)|(?:it's|it is|it would be) against my )",
     re.IGNORECASE,
 )
-# What an assistant says of itself or adds out of habit, and words that stand for no answer at all.
+# Phrases in which an assistant describes itself or that it adds by habit, and words that stand for a missing answer.
 BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large |ai )?language) (?:language )?(?:model|assistant)\b"
     r"|\b(?:i'm|i am) (?:just |only )?an? (?:ai|(?:large )?language) (?:language )?(?:model|assistant|chatbot)\b"
@@ -218,10 +224,10 @@ BOILERPLATE = re.compile(
 
 
 def refusal(text: str) -> bool:
-    """Whether an answer declines to answer, or says first what its author is not able to do."""
+    """Whether an answer refuses to answer, or begins with what its author is not able to do."""
     return REFUSAL.match(text[:400].replace("’", "'")) is not None
 
 
 def boilerplate(text: str) -> bool:
-    """Whether an answer holds an assistant's set phrases, or only a word that stands for no answer, such as `N/A`."""
+    """Whether an answer contains an assistant's set phrases, or is only a word for a missing answer, such as `N/A`."""
     return BOILERPLATE.search(text.replace("’", "'")) is not None

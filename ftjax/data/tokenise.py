@@ -1,7 +1,7 @@
-"""Rendered rows -> token ids and which of them are trained.
+"""Rendered rows -> token ids, and which of the tokens are trained.
 
-Two promises: the ids of a prompt are those that generation feeds, to the last one; and what is trained is the answer
-together with the token that ends it, nothing else. Both are decided on ids, never on a template's promises.
+Two properties are guaranteed. The ids of a prompt are exactly those that generation is given. The trained tokens are
+the answer and the token that ends it, and no others. Both are checked on ids, without trusting the chat template.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ from ftjax.data.template import THINKING, Rendered
 from ftjax.errors import FtjaxError
 from ftjax.hub.tokenizer import Marks, end_token, last_close, marks, shared, show, turn_close
 
-CHUNK = 1024  # texts given to the tokenizer at once; its own records take some 100 bytes a token
+CHUNK = 1024  # texts given to the tokenizer at once; its records take about 100 bytes a token
 
-Place = Callable[[int], str]  # index of a row -> its name in an error, such as "a.jsonl row 3"
+Place = Callable[[int], str]  # index of a row -> its name in errors, such as "a.jsonl row 3"
 Span = tuple[int, int]  # first token, one past the last
 
 
 class Example(NamedTuple):
-    """One row: ids (T,) int32; trained (T,) bool, whether the token is a label, which the first never is.
+    """One row as tokens.
 
-    Of labelled rows, see ftjax.data.labelled: trained: whether a label is read off the token; targets (n, ...): that of
-    each of those; second: where the second of two texts begins, 0: there is none; row: which of the rows that were
-    encoded together it came from, None: the one at its own place; whole: how many tokens it had before it was cut,
-    None: it was not.
+    Attributes:
+        ids: (T,) int32.
+        trained: (T,) bool, whether the token is a label. The first token never is. For labelled rows (see
+            ftjax.data.labelled): whether a label is predicted at the token.
+        targets: (n, ...) for labelled rows, the target of each of the n tokens that are trained. None: the tokens
+            themselves are the labels.
+        second: Index of the token at which the second of two texts begins; 0: there is one text.
+        row: Index of the row, among those that were encoded together, that this example was made of. None: the row at
+            the example's own index.
+        whole: Number of tokens before the row was cut; None: it was not cut.
     """
 
     ids: np.ndarray
@@ -43,7 +49,7 @@ class Example(NamedTuple):
 
 
 def row_number(index: int) -> str:
-    """What an error calls a row of which nothing but its place is known."""
+    """The name of a row in errors if only its index is known."""
     return f"row {index + 1}"
 
 
@@ -54,16 +60,23 @@ def encode(
     place: Place = row_number,
     end: str = "",
 ) -> list[Example]:
-    """One Example for each row, uncut; the same whatever other rows stand beside it.
+    """One Example for each row, not cut. The result for a row does not depend on the other rows.
 
-    Prompt and completion are encoded together; where that does not begin with the prompt's own ids (a token merged
-    across the border), the prompt's ids come first and the completion is encoded after them. The end-of-text token is
-    added after the completion unless it stands there, and trained. Messages go through their chat template; an
-    assistant's turn is trained up to and including the token that ends it, but for those with `"train": False`.
-    train_on: assistant (every turn), last (the last one) or all (every token of the row). end: the token that ends a
-    text instead of the tokenizer's end-of-text.
-    Raises FtjaxError naming the row: a template that fails, that rewrites what came before a trained turn, or that
-    leaves out a part of that turn; a token that holds parts of two turns; a row in which nothing would be trained.
+    Prompt and completion are encoded together. If the result does not begin with the ids of the prompt alone, because a
+    token merged across the border, the completion is encoded after the ids of the prompt. The end-of-text token follows
+    the completion, unless it is there already, and is trained. Messages are rendered by their chat template. An
+    assistant's turn is trained up to and including the token that ends it, unless it has `"train": False`.
+
+    Args:
+        rendered: The rows.
+        tokenizer: The tokenizer, from transformers.
+        train_on: `assistant` (every turn), `last` (the last turn) or `all` (every token of the row).
+        place: Names a row in errors.
+        end: The token that ends a text instead of the tokenizer's end-of-text; empty: the end-of-text.
+
+    Raises:
+        FtjaxError: Names the row. If the template fails, rewrites what came before a trained turn, or leaves out a part
+            of that turn; if a token holds parts of two turns; if no token of a row would be trained.
     """
     end_id = end_token(tokenizer, end)
     chats = {}  # by template
@@ -84,14 +97,17 @@ def encode(
 def encode_prompts(
     rendered: Sequence[Rendered], tokenizer, place: Place = row_number, end: str = "", goes_on: bool = False
 ) -> list[np.ndarray]:
-    """The ids (T,) int32 that generation feeds for each row.
+    """The ids (T,) int32 of the prompt of each row, from which generation starts.
 
     Args:
-        rendered: The rows. Of messages, those before the last assistant's are fed.
-        tokenizer: Of transformers.
+        rendered: The rows. Of a conversation, the messages before the last assistant message are the prompt.
+        tokenizer: The tokenizer, from transformers.
         place: Names a row in errors.
         end: See data.end.
-        goes_on: Messages that do not end with the assistant's are fed whole.
+        goes_on: Whether all messages are the prompt if the last one is not the assistant's.
+
+    Raises:
+        FtjaxError: Names the row. If the chat template refuses its messages, or if there is no template.
     """
     texts = [r.prompt for r in rendered if r.messages is None]
     plain = iter(_prompt_ids(texts, tokenizer))
@@ -110,17 +126,17 @@ def encode_prompts(
 def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "") -> str:
     """The answer that a generation for a row is compared with.
 
-    It is template.reference, but for an answer that calls tools: that is what decoding a right generation gives, as
-    only the chat template knows how a call is written.
+    It is template.reference, except for an answer that calls tools. For these it is the text that decoding a correct
+    generation gives, because only the chat template determines how a call is written.
 
     Args:
-        row: the rendered row.
-        tokenizer: the tokenizer that the row is encoded with.
-        place: what an error calls the row.
-        end: the token that ends an answer, see data.end.
+        row: The rendered row.
+        tokenizer: The tokenizer with which the row is encoded.
+        place: Name of the row in errors.
+        end: The token that ends an answer, see data.end.
 
     Returns:
-        Text without special tokens, as `answer_of` leaves it.
+        Text without special tokens, normalised by `answer_of`.
     """
     turns = _answers(row.messages or ())
     if not turns or not row.messages[turns[-1]].get("tool_calls"):
@@ -134,7 +150,10 @@ def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "
 
 
 def answer_of(text: str) -> str:
-    """A decoded generation without white space at its ends, and without the empty thinking that a template may open."""
+    """A decoded generation without white space at its ends, and without an empty thinking block.
+
+    Chat templates may open such a block in the prompt.
+    """
     return EMPTY_THINKING.sub("", text).strip()
 
 
@@ -142,7 +161,7 @@ def answer_of(text: str) -> str:
 
 
 def _encode_plain(rows: list[Rendered], tokenizer, train_on: str, end: int) -> list[tuple[list[int], list[Span]]]:
-    """(ids, what is trained) for each row."""
+    """(ids, trained spans) of each row of plain text."""
     if not rows:
         return []
     prompts = _prompt_ids([r.prompt for r in rows], tokenizer)
@@ -160,13 +179,13 @@ def _encode_plain(rows: list[Rendered], tokenizer, train_on: str, end: int) -> l
 def _prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
     prompts = _one_bos(_ids(tokenizer, texts), tokenizer)
     eos = tokenizer.eos_token_id
-    if texts and _ids(tokenizer, ["a"])[0][-1] == eos:  # it closes every text; a prompt must stay open
+    if texts and _ids(tokenizer, ["a"])[0][-1] == eos:  # the tokenizer ends every text, but a prompt must stay open
         prompts = [ids[:-1] for ids in prompts]
     return prompts
 
 
 def _continuation(tokenizer, text: str) -> list[int]:
-    """Ids of a text that follows another: without the space that some tokenizers put before the first word."""
+    """Ids of a text that follows another text, without the space that some tokenizers put before the first word."""
     before, both = _ids(tokenizer, ["\n", "\n" + text], special=False)
     if both[: len(before)] == before:
         return both[len(before) :]
@@ -177,7 +196,7 @@ def _continuation(tokenizer, text: str) -> list[int]:
 
 
 class Chat(NamedTuple):
-    """A tokenizer and the chat template that it is used with."""
+    """A tokenizer and the chat template with which it is used."""
 
     tokenizer: object
     text: str | None  # Jinja; None: the tokenizer's own
@@ -188,18 +207,18 @@ class Turn(NamedTuple):
     """An assistant's turn in the text of a whole chat."""
 
     at: int  # its index in the messages
-    prompt: str  # the chat before it, as generation feeds it
+    prompt: str  # the chat before it, as generation is given it
     stop: int  # characters of the chat up to the end of the turn
-    loose: int  # further characters of white space, which no turn holds: a token may reach into them
+    loose: int  # characters of white space after it that belong to no turn; the last token may extend into them
 
 
 class Plan(NamedTuple):
-    """A conversation as text, and the turns of it that are to be found among its tokens."""
+    """A conversation as text, and the turns that have to be located among its tokens."""
 
     whole: str
     turns: list[Turn]
     messages: tuple[dict, ...]
-    everything: bool  # all tokens are trained, but for the turns that are found
+    everything: bool  # whether all tokens are trained except those of `turns`; otherwise those of `turns` are
     place: str
 
 
@@ -215,7 +234,7 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
     everything = train_on == "all"
     answers = _answers(row.messages)
     wanted = answers[-1:] if train_on == "last" else answers
-    # Where everything is trained, what is not must be found; else what is.
+    # If everything is trained, the untrained turns have to be located; otherwise the trained turns.
     found = [k for k in wanted if row.messages[k].get("train", True) != everything]
     if not everything and not found:
         raise FtjaxError(f"{place}: every answer is marked as not to be trained")
@@ -228,10 +247,10 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
 
 
 def _behind_its_prompt(chat: Chat, row: Rendered, whole: str, place: str) -> str:
-    """The text of a chat whose last answer stands behind the prompt that generation feeds.
+    """The text of a chat, changed if necessary so that the last answer follows the prompt that generation is given.
 
-    Templates of reasoning models open the thinking in that prompt (`<think>`), and some show no thinking in a finished
-    chat, as DeepSeek-R1's. Then the answer follows the prompt with its thinking, or with none.
+    Templates of reasoning models open the thinking in that prompt (`<think>`). Some of them, such as DeepSeek-R1's,
+    show no thinking in a finished chat. In that case the answer follows the prompt with its thinking, or without any.
     """
     *before, message = row.messages
     prompt = _show(chat, row, before, True, place)
@@ -248,10 +267,10 @@ def _behind_its_prompt(chat: Chat, row: Rendered, whole: str, place: str) -> str
 
 
 def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
-    """Where the turn of message k lies in the text of a whole chat.
+    """Locate the turn of message k in the text of a whole chat.
 
-    The chat is shown again with a text in place of the answer that occurs nowhere else. What then stands behind that
-    text is the end of the turn and the rest of the chat, however the template changes the answer itself.
+    The chat is rendered again with the answer replaced by a text that occurs nowhere else. What follows that text is
+    the end of the turn and the rest of the chat, however the template changes the answer itself.
     """
     before, message, after = row.messages[:k], row.messages[k], row.messages[k + 1 :]
     prompt = _show(chat, row, before, True, place)
@@ -266,7 +285,7 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
     def behind(*further: dict, generation: bool = False) -> str:
         try:
             return _show(chat, row, (*marked, *further), generation, place).partition(mark)[2]
-        except FtjaxError:  # the template refuses a chat that is none of the row's
+        except FtjaxError:  # the template refuses this chat, which is not the row's own
             return ""
 
     rest, loose = text.partition(mark)[2], 0
@@ -282,7 +301,7 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
     else:
         goes_on = functools.cache(lambda: behind({"role": "user", "content": "Why?"}))
         close = last_close(rest, goes_on, chat.marks)
-        if close is None:  # the end-of-text token will follow; what is text of another turn must not be trained
+        if close is None:  # the end-of-text token will be added; text of another turn must not be trained
             close = shared(rest, goes_on(), chat.marks.tokens)
             close = close if rest[close:].strip() else len(rest)
     stop = len(whole) - len(rest) + close
@@ -295,7 +314,7 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
 
 
 def _marked_chat(chat: Chat, row: Rendered, k: int, place: str) -> tuple[str, str]:
-    """(the text of a chat with a mark in place of message k's answer, the mark, which occurs there once)."""
+    """(the text of a chat with a mark in place of message k's answer, the mark). The mark occurs once in the text."""
     said = repr(row.messages)
     mark = next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
     text = _show(chat, row, (*row.messages[:k], _marked(row.messages[k], mark), *row.messages[k + 1 :]), False, place)
@@ -308,14 +327,14 @@ def _marked_chat(chat: Chat, row: Rendered, k: int, place: str) -> tuple[str, st
 
 
 def _advice(chat: Chat, row: Rendered, k: int) -> str:
-    """What to do where message k cannot be trained."""
+    """What the user can do if message k cannot be trained."""
     others = 'set data.train_on="last", mark the answer with "train": false, or ' * (k != _answers(row.messages)[-1])
     names = [name for name in chat_templates.able(chat.tokenizer) if name not in ("tokenizer", row.template)]
     return f"{others}set data.template to one of {', '.join(names)}"
 
 
 def _marked(message: dict, mark: str) -> dict:
-    """A message with `mark` in place of its text, or of what its last tool call is given."""
+    """A message with `mark` in place of its text, or in place of the arguments of its last tool call."""
     if not message.get("tool_calls"):
         return message | {"content": mark}
     *calls, last = message["tool_calls"]
@@ -324,9 +343,9 @@ def _marked(message: dict, mark: str) -> dict:
 
 
 def _shows(message: dict, prompt: str, through: str, chat: Chat, row: Rendered, before, place: str) -> bool:
-    """Whether the text `through` the end of a turn holds all that its message says, white space aside.
+    """Whether `through`, the text up to the end of a turn, contains all that its message says, ignoring white space.
 
-    What opens an answer, such as `<think>`, may stand in the prompt already.
+    The opening of an answer, such as `<think>`, may already be part of the prompt.
     """
     said = [EMPTY_THINKING.sub("", message["content"]), *(message[key] for key in THINKING if key in message)]
 
@@ -339,11 +358,11 @@ def _shows(message: dict, prompt: str, through: str, chat: Chat, row: Rendered, 
     )
 
 
-EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")  # nothing is lost where a template drops it
+EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")  # nothing is lost if a template drops it
 
 
 def _encode_chats(plans: list[Plan], chat: Chat, end_id: int) -> list[tuple[list[int], list[Span]]]:
-    """(ids, what is trained) for each chat."""
+    """(ids, trained spans) of each chat."""
     texts = [p.whole for p in plans] + [text for p in plans for t in p.turns for text in (t.prompt, p.whole[: t.stop])]
     texts = list(dict.fromkeys(texts))
     encoded = dict(zip(texts, _one_bos(_ids(chat.tokenizer, texts, special=False), chat.tokenizer)))
@@ -351,17 +370,17 @@ def _encode_chats(plans: list[Plan], chat: Chat, end_id: int) -> list[tuple[list
 
 
 def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: int) -> tuple[list[int], list[Span]]:
-    """An answer starts where the rendered prompt before it ends, and goes to the end of its turn."""
+    """(ids, trained spans) of a chat. An answer starts where its rendered prompt ends, and includes its turn's end."""
     ids = encoded[plan.whole]
 
     def length(text: str) -> int | None:
-        """Tokens of a text that the chat begins with; None where its last token goes on behind it."""
+        """Number of tokens of a text with which the chat begins; None if its last token extends beyond the text."""
         if text not in encoded:
             (encoded[text],) = _one_bos(_ids(chat.tokenizer, [text], special=False), chat.tokenizer)
         return len(encoded[text]) if ids[: len(encoded[text])] == encoded[text] else None
 
     if plan.turns and length(plan.turns[-1].prompt) is None:
-        last = plan.turns[-1]  # nothing that is looked for follows, so that its first token may be cut at the border
+        last = plan.turns[-1]  # no other turn has to be located after it, so a token may be split at its first border
         for text in (plan.whole, *(plan.whole[: last.stop + n] for n in range(last.loose + 1))):
             encoded[text] = encoded[last.prompt] + _continuation(chat.tokenizer, text[len(last.prompt) :])
         ids = encoded[plan.whole]
@@ -389,7 +408,7 @@ def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: 
 
 
 def _closed(whole: str, chat: Chat) -> bool:
-    """Whether an end token stands last in a chat, white space aside."""
+    """Whether an end token is the last text of a chat, ignoring white space."""
     last = next(reversed(list(chat.marks.ends.finditer(whole))), None)
     return last is not None and not whole[last.end() :].strip()
 
@@ -399,7 +418,7 @@ def _answers(messages: Sequence[dict]) -> list[int]:
 
 
 def _show(chat: Chat, row: Rendered, messages: Sequence[dict], generation: bool, place: str) -> str:
-    """The text of messages of a row, with the opening of an answer where `generation`."""
+    """The rendered text of messages of a row; with `generation`, followed by the text that opens an answer."""
     if not (chat.text or chat.tokenizer.chat_template):
         raise FtjaxError(
             f"{place}: messages need a chat template and this tokenizer has none: set data.template; those that it can "
@@ -432,6 +451,6 @@ def _ids(tokenizer, texts: list[str], special: bool = True) -> list[list[int]]:
 
 
 def _one_bos(rows: list[list[int]], tokenizer) -> list[list[int]]:
-    """A text that brings its own BOS must not get the tokenizer's besides."""
+    """Remove a second BOS: a text that already begins with BOS must not get the tokenizer's in addition."""
     bos = tokenizer.bos_token_id
     return rows if bos is None else [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]

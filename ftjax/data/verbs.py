@@ -1,4 +1,4 @@
-"""What `ftjax data VERB` does: the steps of preparing a run's rows, each up to a point, shown or written to files."""
+"""What `ftjax data VERB` does: run the preparation of a run's rows up to some step, and print or write the result."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, row
 from ftjax.errors import FtjaxError
 from ftjax.files import replace_json, replace_text, write_jsonl
 
-UNBOUNDED = 1 << 30  # positions of a folder that holds a tokenizer and no model
+UNBOUNDED = 1 << 30  # number of positions if the folder holds a tokenizer and no model
 
 
 def inspect(config, out: str | None = None, say: Callable = print) -> None:
-    """Every check on the rows of a config; `out`: a folder for inspect.html and inspect.json.
+    """Run every check on the rows of a config and print the findings.
 
-    Raises FtjaxError for rows that cannot be read at all; what is wrong with single rows is a finding.
+    Args:
+        config: The whole config.
+        out: Folder for inspect.html and inspect.json; None: they are not written.
+        say: Prints a text.
+
+    Raises:
+        FtjaxError: If rows cannot be read at all. A problem of single rows is a finding.
     """
     from ftjax.data import inspect as inspecting
     from ftjax.data import inspect_report
@@ -34,25 +40,51 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
 
 
 def clean(config, out: str, say: Callable = print) -> None:
-    """Write the rows of every named part, cleaned as `data.clean` says, and what was removed with the reasons."""
+    """Write the rows of every named part, cleaned as `data.clean` says, and the removed rows with the reasons.
+
+    Args:
+        config: The whole config.
+        out: Folder to write to, which must be new or empty.
+        say: Prints a text.
+    """
     folder = _empty(out)
     _write(folder, *read_and_clean(config), say)
 
 
 def split(config, out: str, say: Callable = print) -> None:
-    """Write train, validation and test: cleaned, split and decontaminated as a run would have them."""
+    """Write train, validation and test, cleaned, split and decontaminated as in a run.
+
+    Args:
+        config: The whole config.
+        out: Folder to write to, which must be new or empty.
+        say: Prints a text.
+    """
     folder = _empty(out)
     _write(folder, *rows(config, augmented=False), say)
 
 
 def augment(config, out: str, say: Callable = print) -> None:
-    """As `split`, with synthetic rows behind the others of train; their column `augmented` says what was done."""
+    """Like `split`, with synthetic rows after the others of train. Their column `augmented` says how they were made.
+
+    Args:
+        config: The whole config.
+        out: Folder to write to, which must be new or empty.
+        say: Prints a text.
+    """
     folder = _empty(out)
     _write(folder, *rows(config), say)
 
 
 def show(config, count: int = 3, ids: bool = False, html: str | None = None, say: Callable = print) -> None:
-    """Figures, and the first rows of the first training batches as the model will see them."""
+    """Print statistics, and the first rows of the first training batches as the model sees them.
+
+    Args:
+        config: The whole config.
+        count: Number of rows.
+        ids: Whether the ids of tokens are printed.
+        html: File for a page with every token and its id; None: it is not written.
+        say: Prints a text.
+    """
     words, positions = _tokenizer(config)
     data = prepare(config, words, positions, **_head(config))
     settings = config.data
@@ -68,7 +100,7 @@ def show(config, count: int = 3, ids: bool = False, html: str | None = None, say
 
 
 def _tokenizer(config):
-    """The tokenizer of `model.path`, and the positions of its model."""
+    """(the tokenizer of `model.path`, number of positions of its model)."""
     from ftjax.hub import families, resolve, tokenizer
 
     folder = resolve.resolve(config.model.path, config.model.revision)
@@ -78,7 +110,7 @@ def _tokenizer(config):
 
 
 def _head(config) -> dict:
-    """Where the head over labels of `model.path` would read, and the labels that it has, as `prepare` takes them."""
+    """Arguments of `prepare`: where the head over labels of `model.path` reads a text, and the names of its labels."""
     from ftjax.hub import families, resolve
     from ftjax.objectives import TASKS
 
@@ -99,7 +131,7 @@ def _empty(out: str) -> Path:
 
 
 def _write(out: Path, sources: list[Source], gone: list[Gone], say: Callable) -> None:
-    """`[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl where any row went."""
+    """Write `[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl if any row was left out."""
     for source in sources:
         folder = out / source.name
         folder.mkdir(exist_ok=True)
