@@ -1,4 +1,4 @@
-"""config.json and names of tensors <-> ModelConfig and paths, by the table of families, read both ways.
+"""config.json and names of tensors <-> ModelConfig and paths of parameters, by the table of families.
 
 D width, H heads, K KV heads, d head size, F hidden, V vocabulary, P positions, L layers.
 """
@@ -17,7 +17,7 @@ from ftjax.models.config import Head, ModelConfig, RopeScaling
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
-# Hugging Face's spelling -> ours; of several with one meaning the first is the one that is written.
+# Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -53,10 +53,10 @@ ANY_FAMILY = {
     "pruned_heads": (None, {}),
 }
 
-# ModelConfig's and Head's types of fields -> what config.json may hold.
+# Type of a field of ModelConfig or Head -> what config.json may hold.
 KINDS = {"int": whole(1), "float": number(least=0), "bool": flag, "str": string}
-MOST_LAYERS = 10_000  # the names of the tensors of a model of a billion layers would fill the memory
-# Fields that are read by name here, besides those of a family's row.
+MOST_LAYERS = 10_000  # a limit, because the names of the tensors of a billion layers would fill the memory
+# Fields of config.json that are read here by name, in addition to those of a family's row.
 FIELDS = {
     "model_type": string,
     "architectures": maybe(listed(string)),
@@ -83,7 +83,7 @@ POOLS = {"cls": "first", "mean": "mean"}  # Hugging Face's name -> Head.pool
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Family and shape of the model in a directory; see `from_hf`.
 
-    A bare encoder may have its head beside it, in modules of sentence-transformers.
+    The head of a bare encoder may be in modules of sentence-transformers in the same directory.
     """
     file = Path(folder) / "config.json"
     family, shape = from_hf(read_json(file), str(file))
@@ -92,10 +92,15 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 
 def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
-    """The content of a config.json, written by transformers 4 or 5, -> its family and our ModelConfig.
+    """The family and the ModelConfig that a config.json describes, written by transformers 4 or 5.
 
-    Raises FtjaxError for an unknown `model_type`, a value of the wrong type, and whatever would change the logits in a
-    way that Transformer cannot compute; `where` starts the message.
+    Args:
+        hf: Content of the file.
+        where: Name of the file, with which an error begins.
+
+    Raises:
+        FtjaxError: If `model_type` is unknown, a value has the wrong type, or a value would change the logits in a way
+            that Transformer cannot compute.
     """
     check_fields(hf, FIELDS, where)
     kind = hf.get("model_type")
@@ -161,11 +166,19 @@ def _head(family: Family, task: str, labels: int, hf: dict, where: str) -> Head:
 def with_head(
     family: Family, config: ModelConfig, task: str, labels: int, folder: Path, pool: str = "auto"
 ) -> ModelConfig:
-    """The shape of a directory's model with a head for `task` instead of its own; labels: C, see ModelConfig.head.
+    """The shape of a directory's model with a head for `task` instead of its own.
 
-    pool: what a head over labels of whole texts reads, see config.task.pool; auto: as the model's own such head, or
-    else the family's. Raises FtjaxError for a task that the family has no head for, and for a way of pooling that its
-    heads cannot have.
+    Args:
+        family: The model's family.
+        config: The model's shape.
+        task: The head's task, see ModelConfig.head.
+        labels: C, number of labels, see ModelConfig.head.
+        folder: The directory.
+        pool: What a head over labels of whole texts reads, see config.task.pool. `auto`: as the model's own head for
+            this task, or else as the family's.
+
+    Raises:
+        FtjaxError: If the family has no head for the task, or if its heads cannot pool in this way.
     """
     if task not in family.forms:
         able = ", ".join(dict.fromkeys(form.head.task for form in family.forms.values()))
@@ -185,12 +198,12 @@ def with_head(
 
 
 def form_of(family: Family, head: Head) -> Form:
-    """The form of a family's model with this head."""
+    """The form of a family's model that has this head."""
     return family.forms.get(f"{head.task}/{head.pool}") or family.forms[head.task]
 
 
 def _kinds(family: Family) -> dict[str, Kind]:
-    """Key of config.json -> what it may hold, of the keys that a family's row reads."""
+    """{key of config.json: what it may hold}, for the keys that a family's row reads."""
     out = {}
     for keys, fields in [(family.keys, ModelConfig), *((form.keys, Head) for form in family.forms.values())]:
         types = {field.name: field.type for field in dataclasses.fields(fields)}
@@ -202,8 +215,8 @@ def _kinds(family: Family) -> dict[str, Kind]:
 
 
 def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
-    # Version 4 keeps `rope_theta` at the top and the rest in `rope_scaling`, version 5 all in `rope_parameters`. A file
-    # for both says things twice; two different answers would give each version another model.
+    # Version 4 has `rope_theta` at the top level and the rest in `rope_scaling`, version 5 all in `rope_parameters`.
+    # A file for both has each value twice. If they differed, each version would compute another model.
     rope = {}
     for part in ({"rope_theta": hf.get("rope_theta")}, hf.get("rope_scaling"), hf.get("rope_parameters")):
         check_fields(part or {}, ROPE_FIELDS, f"{where}: rotary embedding")
@@ -232,7 +245,7 @@ def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
 
 
 def rope_to_hf(config: ModelConfig) -> dict:
-    """What config.json says of the rotary embedding, for transformers 4 (top level) and 5 (nested) at once."""
+    """The fields of config.json for the rotary embedding, for transformers 4 (top level) and 5 (nested) at once."""
     if config.positions != "rotary":
         return {}
     if config.local_theta:
@@ -252,7 +265,7 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
     window, layers = hf["sliding_window"], hf[family.keys["layers"]]
     if not hf.get("use_sliding_window", True):
         window = None
-    full = hf.get("max_window_layers", 0)  # so many layers at the bottom see everything
+    full = hf.get("max_window_layers", 0)  # number of first layers without a window
     types = hf.get("layer_types")
     if types is None:
         sliding = [window is not None and layer >= full for layer in range(layers)]
@@ -267,7 +280,8 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
 
 
 def _local_from_hf(hf: dict, family: Family, where: str) -> dict:
-    """Windows and rotary angles of a family whose layers see all, or `local_attention` tokens around them."""
+    """Windows and rotary angles of a family whose layers have full attention or a window of `local_attention` tokens.
+    """
     span, layers, every = hf["local_attention"], hf[family.keys["layers"]], hf["global_attn_every_n_layers"]
     types = hf["layer_types"] or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     known = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
@@ -313,7 +327,7 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
     return {
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        # Old releases of transformers 4 know no layer_types.
+        # Old releases of transformers 4 do not read layer_types.
         "max_window_layers": next((i for i, w in enumerate(windows) if w), config.layers),
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
     }
@@ -322,7 +336,7 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
 def to_hf(family: Family, config: ModelConfig) -> dict:
     """The content of a complete config.json for a model of this shape: the inverse of `from_hf`.
 
-    Raises FtjaxError where the family has no way to say it.
+    Raises FtjaxError if the family's config.json cannot express the shape.
     """
     form, head = form_of(family, config.head), config.head
     hf = {"model_type": family.model_type, "architectures": [form.architecture]}
@@ -343,24 +357,24 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
 
 
 def head_to_hf(form: Form, head: Head) -> dict:
-    """What config.json says of a head, besides its labels."""
+    """The fields of config.json for a head, except its labels."""
     said = {**dataclasses.asdict(head), "pool": {ours: theirs for theirs, ours in POOLS.items()}.get(head.pool)}
     return {key: said[field] for field, key in form.keys.items()}
 
 
 def names_of_labels(names: list[str]) -> dict:
-    """What config.json says of labels, in the order of their ids."""
+    """The fields of config.json for labels, whose names are in the order of their ids."""
     return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
 def label_names(folder: Path) -> tuple[str, ...]:
-    """Names of the labels of a directory's head, in the order of their ids; empty where it names none."""
+    """Names of the labels of a directory's head, in the order of their ids; empty if it names none."""
     file = Path(folder) / "config.json"
     return labels_in(read_json(file), file)
 
 
 def labels_in(hf: dict, where: str | Path = "config.json") -> tuple[str, ...]:
-    """What a config.json, or the file of labels beside an adapter, calls its labels; where: the file."""
+    """Names of the labels in a config.json or in an adapter's file of labels. `where` names the file in errors."""
     check_fields(hf, FIELDS, where)
     found = hf.get("id2label") or {}
     ids = [str(i) for i in range(len(found))]
@@ -370,7 +384,7 @@ def labels_in(hf: dict, where: str | Path = "config.json") -> tuple[str, ...]:
 
 
 def modules(family: Family, config: ModelConfig) -> list[Module]:
-    """The modules of a model, those of its head among them, by the names that its class gives them."""
+    """The modules of a model, including those of its head, with the names that its class gives them."""
     form = form_of(family, config.head)
     start = family.prefix if form.prefix is None else form.prefix
     names = [start + m.name.removeprefix(family.prefix) for m in family.modules]
@@ -378,7 +392,7 @@ def modules(family: Family, config: ModelConfig) -> list[Module]:
 
 
 def other_heads(family: Family, config: ModelConfig) -> tuple[str, ...]:
-    """Starts of the names of tensors that a model for another task has and this one has not."""
+    """Prefixes of names of tensors that only models with other heads have."""
     mine = {module.name for module in modules(family, config)}
     known = {module.name for form in family.forms.values() for module in form.modules}
     return tuple(f"{name}." for name in known - mine)
@@ -390,9 +404,9 @@ def module_name(path: str, family: Family, config: ModelConfig) -> str:
 
 
 def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
-    """Path -> module name of every linear map of a model, tables of embeddings among them, in the table's order.
+    """{path: module name} of every linear map and every table of embeddings, in the order of the family's row.
 
-    The maps of a head over labels are none of them: they are trained as they are, see ftjax.tuning.whole.
+    The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole.
     """
     found = {path for path in shapes(config) if not path.startswith("head/")}
     leaves = ("kernel", "embedding")
@@ -400,9 +414,9 @@ def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
 
 
 def tensor_names(family: Family, config: ModelConfig) -> dict[str, tuple[list[str], bool]]:
-    """Path of each parameter -> names of its tensors on disk, one a layer if stacked; whether they are (in, out).
+    """{path of a parameter: (names of its tensors on disk, whether they are stored as (in, out))}.
 
-    A layer that lacks the module has an empty name.
+    A stacked parameter has one name for each layer. The name is empty if the layer does not have the module.
     """
     names, expected = {}, shapes(config)
     for module in modules(family, config):
@@ -416,7 +430,7 @@ def tensor_names(family: Family, config: ModelConfig) -> dict[str, tuple[list[st
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path of every parameter -> its shape; those of the blocks are stacked on a leading layer axis."""
+    """{path: shape} of every parameter. Those of the blocks are stacked along a leading layer axis."""
     c = config
     D, F, L, q, kv = c.width, c.hidden, c.layers, c.heads * c.head_dim, c.kv_heads * c.head_dim
     linear = {"attn/o_proj": (D, q, c.out_bias), "mlp/up_proj": (F, D, c.mlp_bias), "mlp/down_proj": (D, F, c.mlp_bias)}
@@ -475,5 +489,5 @@ def _head_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_buffer(name: str, family: Family) -> bool:
-    """Whether a stored tensor is a constant that the family's code computes for itself."""
+    """Whether a stored tensor is not read, because it matches the family's `buffers`."""
     return re.search(family.buffers, name) is not None

@@ -1,4 +1,4 @@
-"""Facts about model families, a row each: names of tensors, keys of config.json, what stands behind the blocks.
+"""Facts about model families, a row each: names of tensors, keys of config.json, and heads.
 
 D width, F hidden, V vocabulary, L layers.
 """
@@ -12,7 +12,7 @@ from ftjax.models.config import Head
 
 
 class Module(NamedTuple):
-    """One module: our path, its name in Hugging Face's model (`{l}`: the layer), and how its weight lies there."""
+    """One module: its path here, its name in Hugging Face's model (`{l}`: the layer), and its weight's layout there."""
 
     path: str
     name: str
@@ -27,33 +27,39 @@ class Form:
     architecture: str
     head: Head
     modules: tuple[Module, ...] = ()
-    prefix: str | None = None  # that names of the other modules have instead of the family's; None: the family's
-    kept: tuple[str, ...] = ()  # modules that the class has and nothing here computes: files keep what they had
+    prefix: str | None = None  # prefix of the other modules' names instead of the family's; None: the family's
+    kept: tuple[str, ...] = ()  # modules of the class that are not computed here: exports copy their tensors
     keys: dict[str, str] = dataclasses.field(default_factory=dict)  # field of Head -> key of config.json
-    beside: bool = False  # the head lies in folders beside the class's own files, see ftjax.hub.pooling
+    beside: bool = False  # whether the head is stored in folders of its own, see ftjax.hub.pooling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """A row of FAMILIES: the names of a `model_type`, and what its config.json means."""
+    """A row of FAMILIES: the names of tensors of a `model_type`, and the meaning of its config.json."""
 
     model_type: str
-    # Task of Head -> form; the first is that of files which name none. `task/pool` is for a head that pools in another
-    # way than the task's own.
+    # Task of Head -> form. The first form is that of files which do not name a class. A key `task/pool` is for a head
+    # that pools in another way than the task's usual head.
     forms: dict[str, Form]
     modules: tuple[Module, ...]
-    prefix: str  # start of tensor names that some files leave out
+    prefix: str  # prefix of tensor names that some files leave out
     keys: dict[str, str]  # field of ModelConfig -> key of config.json
-    defaults: dict[str, object]  # key -> what transformers 4 and 5 both assume where config.json leaves it out
+    defaults: dict[str, object]  # key -> the default of transformers 4 and 5 if config.json leaves it out
     constants: dict[str, object]  # fields of ModelConfig that are the same in the whole family
-    only: dict[str, tuple]  # key -> the values, of those that change the logits, which Transformer can compute
-    buffers: str = r"$^"  # regular expression of stored tensors that are no parameters
+    only: dict[str, tuple]  # key that changes the logits -> the values that Transformer can compute
+    buffers: str = r"$^"  # regular expression of names of stored tensors that are not read
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of keys
 
 
 def decoder_forms(name: str, head: str, tagger: str = "score", span: str = "") -> dict[str, Form]:
-    """Those of a decoder: head: the module of its causal model; tagger: that of its token classifier; span: see
-    Form.prefix, of its model for answers."""
+    """The forms of a decoder.
+
+    Args:
+        name: Prefix of the names of its classes.
+        head: Rest of the name of its causal model's class.
+        tagger: Name of the module of its token classifier's head.
+        span: Form.prefix of its model for answers in a text; empty: None.
+    """
     return {
         "causal": Form(f"{name}{head}", Head(), (Module("lm_head", "lm_head"),)),
         "sequence": Form(
@@ -280,7 +286,7 @@ BERT_ONLY = {"is_causal": (False,), "is_decoder": (False,), "position_embedding_
 
 
 def bert_modules(base: str) -> tuple[Module, ...]:
-    """Those of BERT and RoBERTa; base: the name that their task models give the encoder."""
+    """The modules of BERT and RoBERTa. base: the name of the encoder in their models with a head."""
     layer = f"{base}.encoder.layer.{{l}}"
     return (
         Module("embed", f"{base}.embeddings.word_embeddings"),
@@ -299,7 +305,13 @@ def bert_modules(base: str) -> tuple[Module, ...]:
 
 
 def encoder_forms(name: str, activation: str = "", **tasks: tuple[Head, tuple[Module, ...]]) -> dict[str, Form]:
-    """The bare encoder, and one with each of the heads; activation: the key that names that of the masked one's."""
+    """The forms of an encoder: the bare encoder, and one with each of its heads.
+
+    Args:
+        name: Prefix of the names of its classes.
+        activation: Key of config.json for the activation of the masked head; empty: there is none.
+        tasks: {task: (head, modules of the head)}.
+    """
     names = {
         "masked": "ForMaskedLM",
         "sequence": "ForSequenceClassification",
@@ -322,7 +334,7 @@ MODERNBERT_HEAD_KEYS = {"activation": "classifier_activation", "dense_bias": "cl
 
 
 def modernbert_forms() -> dict[str, Form]:
-    """ModernBERT's: all heads have its dense layer and norm, which config.json describes."""
+    """The forms of ModernBERT. All heads begin with its dense layer and norm, which config.json describes."""
 
     def form(task, name, last, keys=None, **fields):
         head = Head(task, activation="gelu", dense_bias=False, norm=True, **fields)
@@ -390,7 +402,7 @@ ENCODERS = (
         prefix="roberta.",
         keys=BERT_KEYS,
         defaults=BERT_DEFAULTS | {"vocab_size": 50265},
-        constants=BERT_CONSTANTS | {"position_offset": 2},  # behind that of the padding token, 1
+        constants=BERT_CONSTANTS | {"position_offset": 2},  # positions begin after that of the padding token, 1
         only=BERT_ONLY | {"pad_token_id": (1,)},
         buffers=r"embeddings\.position_ids$|lm_head\.decoder\.(weight|bias)$|pooler\.dense\.",
     ),

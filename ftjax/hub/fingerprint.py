@@ -1,8 +1,8 @@
-"""Digests of the files of a base, by which whatever was trained on it recognises it again, wherever it lies.
+"""Digests of the files of a base model, by which it is recognised again wherever it is stored.
 
-Files of up to WHOLE bytes are read whole. Of a larger file the header and samples of every tensor are read, so that the
-check of a base of 16 GB reads 20 MB. Training changes all values of a tensor that it changes at all; what such a
-check cannot see is a change of a few rows of a large table.
+Files of up to WHOLE bytes are read completely. Of a larger file, the header and samples of every tensor are read, so
+that checking a base of 16 GB reads 20 MB. Training changes all values of any tensor that it changes; the check cannot
+see a change of a few rows of a large table.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from ftjax.errors import FtjaxError
 from ftjax.foreign import Kind, mapped, maybe, read_json, string
 from ftjax.hub import peft, pooling, resolve, tokenizer, weights
 
-WHOLE = 1 << 28  # bytes, which take a quarter of a second
-BLOCK = 1 << 14  # bytes a sample
-SAMPLES = 4  # of each tensor, evenly spread
+WHOLE = 1 << 28  # bytes, which are read in a quarter of a second
+BLOCK = 1 << 14  # bytes of a sample
+SAMPLES = 4  # samples of each tensor, evenly spaced
 RECORD: Kind = maybe(
     mapped(maybe(mapped()), name=string, path=string, relative=string, revision=string)
-)  # what `record` makes
+)  # the result of `record`
 GROUPS = {"weights": "the base's files", "tokenizer": "the tokenizer's files", "adapter": "the initial adapter's files"}
 
 
 def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapter: Path | None = None) -> dict:
-    """What is kept of a base beside whatever is trained on it.
+    """What is stored about a base model together with whatever is trained on it.
 
     Args:
-        folder: its directory.
-        name: what the config calls it.
-        tokenizer_folder: the directory of the tokenizer in use; None: `folder`.
-        adapter: the directory of the adapter from which training starts; None: there is none.
+        folder: Directory of the base.
+        name: Name of the base in the config.
+        tokenizer_folder: Directory of the tokenizer in use; None: `folder`.
+        adapter: Directory of the adapter from which training starts; None: there is none.
 
     Returns:
         {"name", "path": absolute, "revision": the commit of a hub name, and for each of GROUPS {file: digest}}.
@@ -50,9 +50,9 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
 
 
 def weights_digests(folder: Path) -> dict[str, str]:
-    """{file: digest} of a directory's configs, its weights, and the modules of sentence-transformers beside.
+    """{file: digest} of a directory's configs, its weights, and its modules of sentence-transformers.
 
-    generation_config.json is one of them, because it says which tokens end an answer.
+    generation_config.json is included, because it determines which tokens end an answer.
     """
     folder = Path(folder)
     files = [folder / "config.json", folder / "generation_config.json", *weights.weight_files(folder)]
@@ -67,7 +67,7 @@ def weights_digests(folder: Path) -> dict[str, str]:
 
 
 def changes(kept: dict, found: dict) -> list[str]:
-    """How the files of two records differ, one text for each file; groups that the first does not have do not count."""
+    """How the files of two records differ, one text for each file. Groups that `kept` lacks are ignored."""
     out = []
     for group, said in GROUPS.items():
         old, new = kept.get(group), found.get(group, {})
@@ -79,21 +79,22 @@ def changes(kept: dict, found: dict) -> list[str]:
 
 
 def find(kept: dict | None, holder: Path, named: str, revision: str, key: str, tokenizer_folder=None) -> Path:
-    """The directory of the base on which the content of a folder was trained.
+    """The directory of the base model on which the content of a folder was trained.
 
-    The base is looked for at its name, at its former absolute path, and where it would lie from `holder` if both were
-    moved together. Its digests decide.
+    The base is searched for under its name, at its former absolute path, and at its former path relative to `holder`,
+    in case both were moved together. Its digests decide.
 
     Args:
-        kept: the `record` that the folder holds; None or empty: it has none, and the name decides.
-        holder: the folder of the run or adapter.
-        named, revision: name and revision of the base.
-        key: the file and the key that say the name, for the error.
-        tokenizer_folder: the tokenizer in use where it is not the base's; a record without the group `tokenizer` says
-            nothing of it.
+        kept: The `record` in the folder. None or empty: there is no record, and the name alone decides.
+        holder: The folder of the run or adapter.
+        named: Name of the base.
+        revision: Revision of the base.
+        key: File and key of the base's name, for errors.
+        tokenizer_folder: Directory of the tokenizer in use if it is not the base's. It is ignored if the record has no
+            group `tokenizer`.
 
     Raises:
-        FtjaxError: where the base is not there or has another content.
+        FtjaxError: If the base is not found, or if its content differs.
     """
     if not kept:
         return resolve.resolve(named, revision)
@@ -116,7 +117,7 @@ def find(kept: dict | None, holder: Path, named: str, revision: str, key: str, t
 
 
 def check_adapter(adapter: Path, base: Path) -> None:
-    """Raises FtjaxError where an adapter says that it was trained on another base than that in the directory `base`."""
+    """Raise FtjaxError if the record of an adapter names another base than that in the directory `base`."""
     if kept := of_adapter(adapter):
         found = {"path": base, "weights": weights_digests(base)}
         again = f"To put it on this one all the same, remove `base` from {adapter / resolve.MARKER}"
@@ -132,9 +133,9 @@ def _check(kept: dict, found: dict, holder: Path, remedy: str) -> None:
 
 
 def of_adapter(folder: Path) -> dict | None:
-    """The record of its base that an exported adapter carries; None for one made elsewhere.
+    """The record of its base in an exported adapter; None if it has none, as an adapter made by another program.
 
-    Without the tokenizer's files: an adapter brings its own.
+    The tokenizer's files are not included, because an adapter has its own.
     """
     file = Path(folder) / resolve.MARKER
     kept = read_json(file, base=RECORD).get("base") if file.is_file() else None
@@ -142,7 +143,7 @@ def of_adapter(folder: Path) -> dict | None:
 
 
 def _digest(file: Path, offsets=()) -> str:
-    """Of a whole file, or where it is larger than WHOLE, of its header and of samples between the tensors' offsets."""
+    """Digest of a whole file. Of a file larger than WHOLE with `offsets` of tensors: of its header and of samples."""
     size, digest = file.stat().st_size, hashlib.blake2b(digest_size=16)
     with file.open("rb") as f:
         if size <= WHOLE or not offsets:

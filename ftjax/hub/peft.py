@@ -1,4 +1,4 @@
-"""PEFT adapter directories <-> arrays by name. What the names mean, the files of ftjax.tuning know."""
+"""PEFT adapter directories <-> arrays by name. The files of ftjax.tuning interpret the names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ FIELDS = {
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """A PEFT adapter directory -> its adapter_config.json and its tensors by name, as stored."""
+    """The adapter_config.json of a PEFT adapter directory, and {name: tensor} as stored.
+
+    Raises FtjaxError if a file is missing, malformed, or differs from its checksum.
+    """
     folder = Path(folder)
     config = read_json(folder / CONFIG, **FIELDS)
     if not (folder / WEIGHTS).is_file():
@@ -72,19 +75,21 @@ def write_adapter(
     problem: str = "",
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a PEFT adapter directory, whole or not at all.
+    """Write a PEFT adapter directory. If it fails, nothing is written.
 
     Args:
-        out: the directory.
-        tensors: by PEFT's names.
-        adapter_config: the part that the method knows (`peft_type`, `r`, ...).
-        tokenizer_folder: directory whose tokenizer and chat template go along; None: none do.
-        base_name: the base's hub name or path.
-        record: see `new_folder`.
-        labels, problem: see weights.write_model. PEFT has no place for them: they go into a file of their own.
-        beside: writes further files into the folder.
+        out: The directory.
+        tensors: {PEFT's name: tensor}.
+        adapter_config: The fields that the tuning method determines (`peft_type`, `r`, ...).
+        tokenizer_folder: Directory whose tokenizer and chat template are copied; None: none are.
+        base_name: Hub name or path of the base model.
+        record: See `new_folder`.
+        labels: Names of a head's labels, in the order of their ids. PEFT has no field for them, so they are written to
+            a file of their own.
+        problem: See weights.write_model. It is written to the same file.
+        beside: beside(folder) writes further files into the directory.
     """
-    record = dict(record or {})  # the checksum joins it when the weights are written
+    record = dict(record or {})  # the checksum is added when the weights are written
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
     with new_folder(out, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})

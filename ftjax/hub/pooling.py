@@ -1,5 +1,7 @@
-"""What sentence-transformers' files say, read and written: how vectors of texts are made of hidden states, and a head
-over labels that reads their mean, which no class of transformers has."""
+"""Files of sentence-transformers, read and written: how texts become vectors, and a head over labels.
+
+The head reads the mean of the hidden states, for which transformers has no class.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,25 @@ from ftjax.hub.resolve import is_plain_name, write_json
 from ftjax.models.config import Head
 
 MODULES, LIMITS, FOLDER = "modules.json", "sentence_bert_config.json", "1_Pooling"
-MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # ours -> the key that is true
-# Head.activation -> what a Dense module calls it; the last one of a head has none.
+MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # our name -> the key that is true
+# Head.activation -> its name in a Dense module. The last Dense module of a head has no activation.
 DENSE = {"tanh": "torch.nn.modules.activation.Tanh", "": "torch.nn.modules.linear.Identity"}
 
 
 class Pooling(NamedTuple):
-    """pool: mean | cls, see config.task.pool; max_length: tokens to which a text is cut; 0: as many as the model has
-    positions for."""
+    """How texts become vectors.
+
+    Attributes:
+        pool: `mean` or `cls`, see config.task.pool.
+        max_length: Most tokens of a text; a longer text is cut. 0: the number of the model's positions.
+    """
 
     pool: str = "mean"
     max_length: int = 0
 
 
 def modules(folder: Path) -> list[tuple[str, str]]:
-    """(kind, folder) of each module of a directory, such as ("Pooling", "1_Pooling"); empty where none are listed."""
+    """(kind, folder) of each module of a directory, such as ("Pooling", "1_Pooling"); empty if none are listed."""
     file = Path(folder) / MODULES
     if not file.is_file():
         return []
@@ -41,7 +47,7 @@ def modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def read(folder: Path) -> Pooling | None:
-    """How a directory makes vectors; None where it says nothing. Raises FtjaxError for what is not known here."""
+    """How a directory makes vectors; None if it does not say. Raises FtjaxError for a way that is not supported."""
     there, file = modules(folder), Path(folder) / FOLDER / "config.json"
     if not there or not file.is_file():
         return None
@@ -63,14 +69,14 @@ def _mode(file: Path) -> str:
 
 
 def dense_folders(folder: Path) -> list[str]:
-    """The folders of a directory's Dense modules, whose tensors lie in them."""
+    """The folders of a directory's Dense modules, which hold their tensors."""
     return [path for kind, path in modules(folder) if kind == "Dense"]
 
 
 def read_head(folder: Path) -> Head | None:
-    """The head over labels of a directory whose modules end in two Dense ones; None where they do not.
+    """The head over labels of a directory whose modules end in two Dense modules; None if they do not.
 
-    Raises FtjaxError where they are not as `write_head` leaves them.
+    Raises FtjaxError if these modules differ from those of `write_head`.
     """
     folder = Path(folder)
     if [kind for kind, _ in modules(folder)[1:]] != ["Pooling", "Dense", "Dense"]:
@@ -87,13 +93,26 @@ def read_head(folder: Path) -> Head | None:
 
 
 def write(folder: Path, pooling: Pooling, width: int) -> None:
-    """Files by which sentence-transformers makes the same vectors, of length 1, of a model in a directory."""
+    """Write the files with which sentence-transformers makes the same vectors, of length 1.
+
+    Args:
+        folder: The model directory.
+        pooling: How texts become vectors.
+        width: Size of a vector.
+    """
     _write(Path(folder), pooling, width, {"2_Normalize": "Normalize"})
     (Path(folder) / "2_Normalize").mkdir(exist_ok=True)
 
 
 def write_head(folder: Path, pooling: Pooling, width: int, labels: int) -> None:
-    """Files by which sentence-transformers gives the logits of a head on means; its tensors are written apart."""
+    """Write the files with which sentence-transformers computes the logits of a head on means, except its tensors.
+
+    Args:
+        folder: The model directory.
+        pooling: How texts are pooled and cut.
+        width: Size of a hidden state.
+        labels: Number of labels.
+    """
     names = ("2_Dense", "3_Dense")
     _write(Path(folder), pooling, width, dict.fromkeys(names, "Dense"))
     for name, out, activation in zip(names, (width, labels), DENSE.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Names -> folders to read from, and folders to write that are whole or not there at all."""
+"""Names -> folders to read from, and folders to write to, which are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.files import as_json
 from ftjax.foreign import listed, read_json, string
 
-MARKER = "ftjax.json"  # lies in every folder that ftjax wrote, and only there
+MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-# What some repositories carry beside the weights in Hugging Face's form: the same weights again.
+# Files of some repositories that hold the same weights again, in other formats than Hugging Face's.
 UNWANTED = ("original/*", "consolidated*", "onnx/*", "openvino/*", "gguf/*")
 
 
 def resolve(name: str, revision: str = "") -> Path:
-    """A model or adapter directory, `builtin:` name or hub name -> a local folder, downloaded where need be.
+    """The local folder of a model or adapter directory, `builtin:` name or hub name; it is downloaded if necessary.
 
-    revision: branch, tag or commit of a hub name. Raises FtjaxError where there is no such folder or repository.
+    revision: branch, tag or commit of a hub name. Raises FtjaxError if there is no such folder or repository.
     """
     path = Path(assets.resolve(str(name))).expanduser()
     if path.is_dir():
@@ -60,7 +60,7 @@ def _download(name: str, revision: str) -> Path:
 
 
 def foreign_files(out: Path) -> list[str]:
-    """Names of what lies in a folder and was not written there by an export, as the folder's ftjax.json lists it."""
+    """Names of the files in a folder that no export wrote, according to the folder's ftjax.json."""
     if not out.is_dir():
         return []
     written = read_json(out / MARKER, files=listed(string)).get("files") if (out / MARKER).is_file() else None
@@ -70,8 +70,10 @@ def foreign_files(out: Path) -> list[str]:
 
 
 def check_out(out: str | Path) -> Path:
-    """The real path of a folder to write to. Raises FtjaxError where it is a file, or holds files that no export wrote
-    and that would be lost."""
+    """The real path of a folder to write to.
+
+    Raises FtjaxError if it is a file, or if it holds files that no export wrote and that would be lost.
+    """
     out = Path(out).resolve()
     if out.is_file():
         raise FtjaxError(f"{out}: expected a folder to write to, found a file")
@@ -86,7 +88,7 @@ def check_out(out: str | Path) -> Path:
 
 
 def remove_written(out: Path) -> None:
-    """Delete the files that an export wrote to a folder, and the folders that are empty then."""
+    """Delete the files that an export wrote to a folder, and the folders that are then empty."""
     if not (out / MARKER).is_file():
         return
     for name in set(_files(out)) - set(foreign_files(out)):
@@ -98,10 +100,10 @@ def remove_written(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends; an error or a kill leaves `out` alone.
+    """A context with a temporary folder next to `out`, which replaces `out` when the block ends.
 
-    record: what is kept of its making, written to its ftjax.json with the list of its files. Raises FtjaxError as
-    `check_out` does.
+    If there is an error, or the process is killed, `out` is not changed. record: what is kept about the export; it is
+    written to the folder's ftjax.json with the list of its files. Raises FtjaxError as `check_out` does.
     """
     out = check_out(out)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
@@ -132,10 +134,10 @@ def _files(folder: Path) -> list[str]:
 
 
 def is_plain_name(name) -> bool:
-    """Whether `name` is a text that names something in the folder that it is read from, and not elsewhere."""
+    """Whether `name` is a text that names something directly in the folder from which it is read, and not elsewhere."""
     return isinstance(name, str) and Path(name).name == name and name != ".." and "\\" not in name
 
 
 def write_json(file: Path, value: dict | list) -> None:
-    """Indented, keys in the order given, as Hugging Face's files are."""
+    """Write JSON, indented and with keys in the given order, like Hugging Face's files."""
     file.write_text(as_json(value, 2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The tokenizer of a directory that has tokenizer.model alone, a SentencePiece model, as LLaMA 2's first files had."""
+"""The tokenizer of a directory that has only tokenizer.model, a SentencePiece model, as LLaMA 2's first files."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from ftjax.errors import FtjaxError
 
 FILE = "tokenizer.model"
 OTHERS = ("tokenizer.json", "vocab.json", "vocab.txt")
-# Text by which the tokens of the converted tokenizer are compared with those of the SentencePiece model.
+# The converted tokenizer and the SentencePiece model must give the same tokens for this text.
 PROBE = 'The quick brown fox, in 2024, says: "naïve café".\n\tJumped over  Łódź?'
 
 
 def alone(folder: Path) -> bool:
-    """Whether a directory has no vocabulary but tokenizer.model."""
+    """Whether tokenizer.model is the only vocabulary in a directory."""
     return (folder / FILE).is_file() and not any((folder / name).is_file() for name in OTHERS)
 
 
 def load(folder: Path):
     """The tokenizer that transformers makes of the file, by the class that the directory names.
 
-    Raises FtjaxError for a file of another format, where the package that reads it is missing, and where transformers
-    makes another tokenizer of it, as it does for a class whose algorithm is not the file's.
+    Raises FtjaxError if the file has another format, if the package that reads it is missing, or if transformers makes
+    another tokenizer of it, as it does if the class uses another algorithm than the file.
     """
     file, way = folder / FILE, f"or put the tokenizer.json of this tokenizer into {folder}"
     if file.read_bytes()[:1] != b"\n":  # the tag of the first field of the format, a piece

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory: loading and checking it, the tokens that end an answer, the files to copy."""
+"""The tokenizer of a model directory: loading, checking and copying it, its chat template and its end tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ftjax.files import replace_json
 from ftjax.foreign import either, limited, listed, mapped, maybe, read_json, read_text, string, whole
 from ftjax.hub import spm
 
-# What tokenizer_config.json calls the class that is made of tokenizer.json and nothing else.
+# Names in tokenizer_config.json of the class that is made of tokenizer.json alone.
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -45,7 +45,7 @@ FILES = (
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The tokenizer files and chat templates in a directory, by their paths within it; empty where there are none."""
+    """{path within the directory: file} of the tokenizer files and chat templates in a directory; may be empty."""
     there = [Path(folder) / name for name in FILES]
     found = [file for file in there if file.is_file()]
     found += [file for at in there if at.is_dir() for file in sorted(at.rglob("*")) if file.is_file()]
@@ -53,12 +53,12 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory holds the vocabulary of a tokenizer, and not only a chat template or settings."""
+    """Whether a directory holds a tokenizer's vocabulary, and not just a chat template or settings."""
     return any((Path(folder) / name).is_file() for name in VOCABULARIES)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy tokenizer files and chat templates as they are: what one transformers saves another may refuse."""
+    """Copy tokenizer files and chat templates as they are: what one transformers saves, another may refuse to load."""
     for name in FILES:
         file = Path(source) / name
         if file.is_dir():
@@ -68,10 +68,10 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def load_tokenizer(folder: Path, model_folder: Path | None = None):
-    """The tokenizer in a directory, with the rules of its tokenizer.json where there is one.
+    """The tokenizer in a directory. If there is a tokenizer.json, the tokenizer follows its rules.
 
-    model_folder: the directory of its model, where that is another one. Raises FtjaxError where none loads without the
-    repository's own code.
+    model_folder: the directory of its model; None: `folder`. Raises FtjaxError if there is no tokenizer, if it cannot
+    be loaded without the repository's own code, or if it cannot be used.
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
@@ -82,7 +82,7 @@ def load_tokenizer(folder: Path, model_folder: Path | None = None):
     model_folder = Path(model_folder or folder)
     plain = not spm.alone(folder) and _is_plain(folder, model_folder)
     if plain:
-        from transformers import PreTrainedTokenizerFast  # noqa: F401  importing it is not what the limit is for
+        from transformers import PreTrainedTokenizerFast  # noqa: F401  the import must not count for the time limit
     else:
         from transformers import AutoTokenizer  # noqa: F401
     with limited(f"{folder}: the tokenizer cannot be loaded", LOADING):
@@ -115,10 +115,10 @@ def _loaded(folder: Path, plain: bool):
 
 
 def _follow_file(backend, file: Path) -> bool:
-    """Give a tokenizer the parts of a tokenizer.json that it has otherwise. Returns whether it then is the file's.
+    """Replace the parts of a tokenizer that differ from a tokenizer.json. Returns whether it now equals the file's.
 
-    transformers 5 makes most classes anew of the vocabulary alone, with the class's own rules of normalising and
-    splitting. Everything else that reads the exported file goes by the file.
+    transformers 5 builds most classes from the vocabulary alone, with the class's own normalizer and pre-tokenizer. All
+    other programs that read the exported file follow the file.
     """
     from tokenizers import Tokenizer
 
@@ -133,7 +133,10 @@ def _follow_file(backend, file: Path) -> bool:
 
 
 def _is_plain(folder: Path, model_folder: Path) -> bool:
-    """Whether AutoTokenizer would come to the plain class: it takes four seconds, most of them to import torch."""
+    """Whether AutoTokenizer would choose the plain class.
+
+    This check saves the four seconds that AutoTokenizer takes, most of them for importing torch.
+    """
     files = [folder / "tokenizer.json", folder / "tokenizer_config.json", model_folder / "config.json"]
     if not all(file.is_file() for file in files):
         return False
@@ -142,7 +145,7 @@ def _is_plain(folder: Path, model_folder: Path) -> bool:
 
 
 def check_vocab(tokenizer, vocab_size: int) -> None:
-    """Raises FtjaxError where the tokenizer has ids (0-based) that the embedding's `vocab_size` rows do not reach."""
+    """Raise FtjaxError if the tokenizer has ids (from 0) beyond the `vocab_size` rows of the embedding."""
     vocab = tokenizer.get_vocab()
     token = max(vocab, key=vocab.get)
     if vocab[token] >= vocab_size:
@@ -153,10 +156,15 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
 
 
 def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[int, ...]:
-    """Ids that end an answer, most official first, none twice.
+    """Ids that end an answer, the most official first, without duplicates.
 
-    The `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, the one by which the
-    chat template ends an assistant's turn, and those that answers were `trained` to end with.
+    They are the `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, the one with
+    which the chat template ends an assistant's turn, and those with which answers are `trained` to end.
+
+    Args:
+        folder: The model directory.
+        tokenizer: The tokenizer, from transformers.
+        trained: Ids with which answers are trained to end.
     """
     folder = Path(folder)
     official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)
@@ -166,14 +174,14 @@ def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[in
 
 
 def end_token(tokenizer, end: str = "") -> int:
-    """Id of the token `end`, by default the tokenizer's end-of-text. Raises FtjaxError where it has no such token."""
+    """Id of the token `end`; if empty, the tokenizer's end-of-text. Raises FtjaxError if it has no such token."""
     if not end and tokenizer.eos_token_id is None:
         raise FtjaxError(
             "the tokenizer names no end-of-text token: set data.end, or `eos_token` in tokenizer_config.json"
         )
     if not end:
         return tokenizer.eos_token_id
-    # Some tokenizers put a blank before the first word of a text: then the token is the last of two lines.
+    # Some tokenizers put a blank before the first word of a text. Then the token is encoded after a line feed.
     alone, line, both = tokenizer([end, "\n", "\n" + end], add_special_tokens=False)["input_ids"]
     ids = both[len(line) :] if len(alone) > 1 and both[: len(line)] == line else alone
     if len(ids) != 1:
@@ -182,27 +190,27 @@ def end_token(tokenizer, end: str = "") -> int:
 
 
 def pad_token(tokenizer) -> int | None:
-    """Id of the token that fills rows up: the tokenizer's own, or else its end-of-text.
+    """Id of the padding token: the tokenizer's own, or else its end-of-text.
 
-    A classifier of transformers reads a text at its last token that is not this one.
+    A classifier of transformers reads a text at the last token that is not this one.
     """
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 class Marks(NamedTuple):
-    """How a chat template marks where turns end: tokens whose texts stand for themselves wherever they occur."""
+    """How a chat template marks the ends of turns, by tokens whose texts mean the token wherever they occur."""
 
     tokens: re.Pattern  # every added token
-    ends: re.Pattern  # those that can end a turn: the special tokens, and the token that ends a plain answer
-    last: str = ""  # the token that ends the last answer of a plain chat; empty: none
-    between: str = ""  # what ends an answer before a question, up to its last token; empty: no token does
+    ends: re.Pattern  # tokens that can end a turn: the special tokens, and the token that ends a plain answer
+    last: str = ""  # token that ends the last answer of a plain chat; empty: there is none
+    between: str = ""  # text that ends an answer before a question, up to its last token; empty: no token ends it
 
 
 def marks(tokenizer, chat_template: str | None = None) -> Marks:
-    """The Marks of a tokenizer and a chat template, by plain chats that the template is asked to show.
+    """The Marks of a tokenizer and a chat template, found by rendering some plain chats.
 
-    chat_template: Jinja text; None: the tokenizer's own, which it may lack. Raises FtjaxError for a template that
-    cannot show them.
+    chat_template: Jinja text; None: the tokenizer's own, which it may lack. Raises FtjaxError if the template cannot
+    render these chats.
     """
     question, answer = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Zebra crossing"}
 
@@ -228,7 +236,7 @@ def marks(tokenizer, chat_template: str | None = None) -> Marks:
     if not (chat_template or tokenizer.chat_template):
         return Marks(tokens, _any_of(special))
     before, behind = around([question, answer], answer)
-    # A token that opens the chat opens turns: it ends none, even where the template puts it behind the last one.
+    # The token that opens the chat opens turns. It does not end them, even if the template puts it after the last one.
     opening = {next((token for token in tokens.findall(before) if token != tokenizer.bos_token), "")}
     plain = Marks(tokens, _any_of(every - opening))
     try:
@@ -237,7 +245,7 @@ def marks(tokenizer, chat_template: str | None = None) -> Marks:
         goes_on = header = ""
     close = last_close(behind, lambda: goes_on, plain)
     last = plain.ends.findall(behind, 0, close)[-1] if close else ""
-    # Between two turns lies the end of one and the opening of the next, which is known from the first question.
+    # Between two turns are the end of one and the opening of the next. The opening is known from the first question.
     gap = goes_on.rpartition(question["content"])[0]
     gap = gap[: len(gap) - shared(gap[::-1], header[::-1], _any_of({token[::-1] for token in every}))]
     found = list(plain.ends.finditer(gap))
@@ -245,7 +253,7 @@ def marks(tokenizer, chat_template: str | None = None) -> Marks:
 
 
 def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:
-    """The id of the token by which a chat template ends the last answer of a chat; empty where no token does.
+    """The id of the token with which a chat template ends the last answer of a chat, in a list; empty if there is none.
 
     chat_template: Jinja text; None: the tokenizer's own, which it may lack. Raises FtjaxError as `marks` does.
     """
@@ -258,7 +266,13 @@ def _any_of(texts: set[str]) -> re.Pattern:
 
 
 def shared(a: str, b: str, tokens: re.Pattern) -> int:
-    """Length of the longest common start of two texts that cuts through none of `tokens` in either."""
+    """Length of the longest common prefix of two texts that does not cut a token in either.
+
+    Args:
+        a: The first text.
+        b: The second text.
+        tokens: Pattern of the tokens' texts.
+    """
     n = len(os.path.commonprefix([a, b]))
     cut = n
     for text in (a, b):
@@ -271,14 +285,17 @@ def shared(a: str, b: str, tokens: re.Pattern) -> int:
 
 
 def turn_close(a: str, b: str, marks: Marks) -> int | None:
-    """Length of the text that closes an answer's turn, to the end of its last end token; None where it holds none.
+    """Length of the text that closes an answer's turn, up to the end of its last end token; None if it has none.
 
-    `a` and `b` are what a template writes behind the same answer in two chats, one of which ends with the answer, or
-    which go on differently. What they share closes the turn.
+    Args:
+        a: The text after an answer in a chat.
+        b: The text after the same answer in another chat. One of the chats ends with the answer, or they continue
+            differently. So their common prefix closes the turn.
+        marks: See `marks`.
     """
     n = shared(a, b, marks.tokens)
     found = list(marks.ends.finditer(a, 0, n))
-    # A token right before words that differ begins the next turn, such as the `<|im_start|>` before two roles.
+    # A token directly before words that differ opens the next turn, such as the `<|im_start|>` before two roles.
     if found and found[-1].end() == n and all(_word_first(text[n:], marks.tokens) for text in (a, b)):
         found.pop()
     return found[-1].end() if found else None
@@ -289,11 +306,11 @@ def _word_first(text: str, tokens: re.Pattern) -> bool:
 
 
 def last_close(behind: str, goes_on: Callable[[], str], marks: Marks) -> int | None:
-    """Like `turn_close` for the last answer of a chat, behind which a template may write more than the turn's end.
+    """Like `turn_close`, for the last answer of a chat, after which a template may write more than the end of the turn.
 
     Args:
-        behind: The text behind the answer.
-        goes_on: Gives the text behind the same answer in a chat that goes on.
+        behind: The text after the answer.
+        goes_on: Returns the text after the same answer in a chat that continues.
         marks: See `marks`.
     """
     found = list(marks.ends.finditer(behind))
@@ -302,14 +319,17 @@ def last_close(behind: str, goes_on: Callable[[], str], marks: Marks) -> int | N
 
 
 def show(tokenizer, messages: list[dict], chat_template: str | None = None, tools=None, generation=False) -> str:
-    """The text of messages under a chat template. Raises FtjaxError where the template refuses them.
+    """The text of messages, rendered by a chat template.
 
     Args:
-        tokenizer: Of transformers.
-        messages: With `role` and `content`.
+        tokenizer: The tokenizer, from transformers.
+        messages: Each with `role` and `content`.
         chat_template: Jinja text; None: the tokenizer's own.
         tools: JSON schemas; None: no tools.
         generation: Whether the text that opens an answer follows.
+
+    Raises:
+        FtjaxError: If the template refuses the messages.
     """
 
     def shown(tools) -> str:
@@ -323,11 +343,11 @@ def show(tokenizer, messages: list[dict], chat_template: str | None = None, tool
         except TypeError:
             if tools is not None:
                 raise
-            return shown([])  # a template that is for tools alone does not ask whether there are any
+            return shown([])  # a template made for tools may not check whether there are any
 
 
 def chat_template(folder: Path) -> str:
-    """The Jinja text of the chat template in a directory, without its tokenizer; empty where there is none."""
+    """The Jinja text of a directory's chat template, read without loading its tokenizer; empty if there is none."""
     file, settings = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     if file.is_file():
         return read_text(file)
@@ -336,9 +356,9 @@ def chat_template(folder: Path) -> str:
 
 
 def write_chat_template(folder: Path, chat_template: str) -> None:
-    """Make a Jinja text the chat template of the tokenizer in `folder`, in place of any other that it has.
+    """Make a Jinja text the chat template of the tokenizer in `folder`, in place of any other template there.
 
-    It goes into tokenizer_config.json, where all versions of transformers look.
+    It is written to tokenizer_config.json, which all versions of transformers read.
     """
     for name in ("chat_template.jinja", "chat_template.json"):
         (Path(folder) / name).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Model directories <-> parameters: safetensors streamed slice by slice into any sharding, and back in shards.
+"""Model directories <-> parameters: safetensors are read slice by slice into any sharding, and written in shards.
 
-L layers; parameters of the blocks are stacked on a leading layer axis, see ftjax.hub.families.
+L layers. Parameters of the blocks are stacked along a leading layer axis, see ftjax.hub.families.
 """
 
 from __future__ import annotations
@@ -49,28 +49,31 @@ from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-READERS = min(8, os.cpu_count() or 1)  # threads that read at once
-LARGE = 1 << 24  # bytes from which several read one tensor
-ALIGNED = 64  # bytes; a host array that begins on a multiple of it JAX takes on a CPU as it is
+READERS = min(8, os.cpu_count() or 1)  # threads that read at the same time
+LARGE = 1 << 24  # bytes above which several threads read one tensor
+ALIGNED = 64  # bytes; on a CPU, JAX does not copy a host array that begins at a multiple of it
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies and what it is."""
+    """A tensor in a file."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
-    offset: int  # bytes of the file before it
+    dtype: str  # safetensors' name of it
+    offset: int  # bytes of the file before the tensor
 
 
 def param_shapes(config: ModelConfig, dtype=jnp.float32) -> dict:
-    """The parameter tree of a model as jax.ShapeDtypeStruct, from its shape alone."""
+    """The parameter tree of a model as jax.ShapeDtypeStruct, made from its config alone."""
     return unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes(config).items()})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory. Raises FtjaxError for none at all, or one that the index misses."""
+    """The safetensors files of a model directory.
+
+    Raises FtjaxError if there are none, or if one that the index names is missing.
+    """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -94,14 +97,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a model directory by name, from the files' headers alone."""
+    """{name: Stored} of every tensor of a model directory, from the headers of the files alone."""
     found = {}
     files = [(file, "") for file in weight_files(folder)]
     files += [(Path(folder) / at / "model.safetensors", f"{at}.") for at in pooling.dense_folders(folder)]
     for file, start in files:
         try:
             with safe_open(file, "numpy") as f:
-                names = f.keys()  # what is no whole file ends here
+                names = f.keys()  # an incomplete file raises here
         except (SafetensorError, FileNotFoundError) as error:
             raise FtjaxError(f"{file}: not a whole safetensors file: {error}; fetch it again") from None
         with file.open("rb") as f:
@@ -115,7 +118,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of most parameters in a model directory, such as `bfloat16`."""
+    """The dtype of most parameters of a model directory, such as `bfloat16`."""
     sizes = Counter()
     for tensor in stored_tensors(folder).values():
         sizes[tensor.dtype] += math.prod(tensor.shape)
@@ -132,16 +135,29 @@ def read_params(
     new_head: jax.Array | None = None,
     given_away: bool = False,
 ) -> dict:
-    """The parameters in a model directory as a tree of jax arrays.
+    """Read the parameters of a model directory as a tree of jax arrays.
 
-    shardings: tree of jax.sharding.Sharding like the parameters; each device's part alone is read for it. None: the
-    default device. dtype: path -> dtype of that parameter; None: as stored. Host memory: one parameter's local part at
-    a time. quantise: path -> what makes (out, in) float32 into what is kept of it, layer by layer, so that never two
-    layers are whole on a device; None: it stays as it is. new_head: key by which modules of the head that the files
-    lack are made, and its last map if theirs is for another number of labels; None: they may lack none. given_away: the
-    arrays will be donated; otherwise JAX on a CPU takes the memory that they were read into as it is, without a copy,
-    and cannot reuse it.
-    Raises FtjaxError for tensors that are missing, unexpected, of the wrong shape or not of floating point.
+    The host holds the local part of one parameter at a time.
+
+    Args:
+        folder: The directory.
+        family: The model's family.
+        config: The model's shape.
+        shardings: Tree of jax.sharding.Sharding with the structure of the parameters. Only the part of each device is
+            read for it. None: the default device.
+        dtype: Path of a parameter -> its dtype; None: as stored.
+        quantise: Path of a parameter -> a function that quantises (out, in) float32, or None if the parameter is not
+            quantised. It is applied layer by layer, so that a device never holds two unquantised layers.
+        new_head: Random key that initialises modules of the head that the files lack, and its last linear map if the
+            files have it for another number of labels. None: the files must have all modules.
+        given_away: Whether the arrays will be donated. Otherwise JAX uses the memory that was read into without a copy
+            if the device is a CPU, and such memory cannot be donated.
+
+    Returns:
+        The nested dict of parameters.
+
+    Raises:
+        FtjaxError: If a tensor is missing, is not expected, has the wrong shape or is not floating point.
     """
     located = _locate(Path(folder), family, config, new_head is not None)
     shardings = flatten(shardings) if shardings is not None else {}
@@ -155,9 +171,9 @@ def read_params(
             made = _fresh(path, shape, config, jax.random.fold_in(new_head, zlib.crc32(path.encode())))
             params[path] = _place(functools.partial(_cut, np.asarray(made, target)), shape, sharding)
             continue
-        # One after another: transfers in flight would keep the host's copies of several parameters alive at once.
+        # Wait for each parameter: transfers in flight would keep the host's copies of several parameters alive.
         if small := quantise(path):
-            # From float32 whatever the run computes in: so a run and who loads it anywhere have one and the same base.
+            # Quantise from float32 whatever the dtype of the run, so that the base is the same wherever it is loaded.
             load = functools.partial(
                 _load, tensors, transposed, path.startswith("layers/"), np.dtype(np.float32), False
             )
@@ -169,12 +185,19 @@ def read_params(
 
 
 def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig) -> None:
-    """Raise FtjaxError, with the names of tensors, where parameters read from a directory are NaN or infinite."""
+    """Raise FtjaxError, which names a tensor, if parameters read from a directory contain NaN or infinite values.
+
+    Args:
+        folder: The directory.
+        params: The parameters.
+        family: The model's family.
+        config: The model's shape.
+    """
     bad, leaves = not_finite(params), flatten(params)
     if not bad:
         return
     names = tensor_names(family, config)
-    path = next(path for path in names if bad[0].startswith(path))  # of a quantised kernel the bad leaf is a part
+    path = next(path for path in names if bad[0].startswith(path))  # a quantised kernel consists of several leaves
     stored, x = names[path][0], leaves.get(bad[0])
     layer = 0
     if len(stored) > 1 and x is not None:
@@ -187,13 +210,13 @@ def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig
 
 
 def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
-    """The modules of the head that a directory's files do not have for so many labels, as `head/out`."""
+    """Paths of the modules of the head, such as `head/out`, that a directory's files lack for this number of labels."""
     located = _locate(Path(folder), family, config, True)
     return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, (tensors, _) in located.items() if not tensors))
 
 
 def _fresh(path: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Array) -> jax.Array:
-    """A parameter of a new head, as transformers begins it: kernels normal, scales 1, biases 0."""
+    """A parameter of a new head, initialised as in transformers: kernels normal, scales 1, biases 0."""
     if path.endswith("/kernel"):
         return config.initializer_range * jax.random.normal(key, shape)
     return jnp.full(shape, 1.0 if path.endswith("/scale") else 0.0)
@@ -204,7 +227,7 @@ def _cut(x: np.ndarray, bounds) -> np.ndarray:
 
 
 def _quantised(load: Callable, shape: tuple[int, ...], sharding, quantise: Callable):
-    """A table as `quantise` leaves it, or a stacked kernel: its layers, read and quantised one after another."""
+    """A quantised table, or a stacked kernel whose layers are read and quantised one after another."""
     if len(shape) == 2:
         return quantise(_place(load, shape, sharding))
     if sharding is not None:
@@ -221,7 +244,7 @@ def _one(load: Callable, layer: int, bounds) -> np.ndarray:
 
 
 def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
-    """An array whose parts come from `load(bounds)`, each part once, however many devices hold a copy of it."""
+    """An array whose parts are `load(bounds)`. Each part is loaded once, however many devices hold a copy of it."""
     load = functools.cache(load)
 
     def part(index):
@@ -233,7 +256,7 @@ def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
 
 
 def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray:
-    """The part of one parameter within `bounds`, (start, stop) for each axis."""
+    """The part of one parameter within `bounds`, which are (start, stop) for each axis."""
     out = _buffer([stop - start for start, stop in bounds], dtype, given_away)
     if not bounds:
         _fill(out, tensors[0], bounds, transposed)
@@ -252,7 +275,7 @@ def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray
     def layer(row):
         tensor = tensors[first + row]
         if tensor is None:
-            out[row] = 1  # a norm that this layer does without
+            out[row] = 1  # this layer has no such norm, and a scale of 1 takes its place
         else:
             _fill(out[row : row + 1].reshape(out.shape[1:]), tensor, rest, transposed)
 
@@ -261,7 +284,7 @@ def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray
 
 
 def _each(f: Callable, items) -> None:
-    """f of every item, in threads where there are several: reading lets go of Python's lock."""
+    """Apply f to every item, in threads if there are several: reading releases Python's lock."""
     if len(items) == 1:
         f(items[0])
         return
@@ -270,9 +293,9 @@ def _each(f: Callable, items) -> None:
 
 
 def _buffer(shape, dtype, given_away: bool) -> np.ndarray:
-    """Memory for an array, which numpy asks large pages for.
+    """Memory for an array, for which numpy requests large pages.
 
-    given_away: not aligned, so that JAX copies it, since what it did not copy cannot be donated.
+    given_away: the memory is not aligned, so that JAX copies it, because only memory that JAX copied can be donated.
     """
     size = math.prod(shape) * dtype.itemsize
     whole = np.empty(size + 2 * ALIGNED, np.uint8)
@@ -281,7 +304,7 @@ def _buffer(shape, dtype, given_away: bool) -> np.ndarray:
 
 
 def _fill(out: np.ndarray, tensor: Stored, bounds, transposed: bool) -> None:
-    """Read the part of a tensor within `bounds`, (start, stop) for each axis of `out`."""
+    """Read the part of a tensor within `bounds` into `out`; they are (start, stop) for each axis of `out`."""
     index = tuple(slice(*b) for b in (bounds[::-1] if transposed else bounds))
     whole = all(b == (0, n) for b, n in zip(bounds[1:], tensor.shape[1:]))
     if out.size == 0:
@@ -290,13 +313,13 @@ def _fill(out: np.ndarray, tensor: Stored, bounds, transposed: bool) -> None:
         first = bounds[0][0] * math.prod(tensor.shape[1:]) if bounds else 0
         _read_into(out.reshape(-1).view(np.uint8), tensor.file, tensor.offset + first * out.itemsize)
         return
-    # Mapped for this part alone: pages of a mapping count as this process's memory for as long as it is open.
+    # Mapped for this part only, because the pages of an open mapping count as memory of this process.
     mapped = np.memmap(tensor.file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
     out[...] = mapped[index].T if transposed else mapped[index]
 
 
 def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
-    """Fill bytes from a file, from `offset` on."""
+    """Fill an array of bytes from a file, beginning at `offset`."""
     with file.open("rb", buffering=0) as f:
         f.seek(offset)
         done = 0
@@ -308,14 +331,14 @@ def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
 
 
 def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
-    """The part of a tensor within `bounds`, in an array of its own."""
+    """The part of a tensor within `bounds`, as a new array."""
     out = np.empty([stop - start for start, stop in bounds], DTYPES[tensor.dtype])
     _fill(out, tensor, bounds, transposed)
     return out
 
 
 def _plain(name: str, family: Family) -> str:
-    """A tensor's name without what files may leave out, and by the newer of two spellings."""
+    """A tensor's name without the prefix that files may leave out, in the newer of two spellings."""
     for prefix in (family.prefix, *(form.prefix for form in family.forms.values())):
         if prefix and name.startswith(prefix):
             name = name.removeprefix(prefix)
@@ -326,10 +349,10 @@ def _plain(name: str, family: Family) -> str:
 def _locate(
     folder: Path, family: Family, config: ModelConfig, new_head: bool = False
 ) -> dict[str, tuple[list[Stored | None], bool]]:
-    """Path -> where its tensors lie, one a layer, and whether transposed; all names and shapes checked.
+    """{path: (its stored tensors, one for each layer, whether they are transposed)}; all names and shapes are checked.
 
-    None: a layer that lacks the module. new_head: modules of the head may be missing, and its last map may be one for
-    another number of labels; they then have no tensors.
+    None in place of a tensor: the layer does not have the module. new_head: modules of the head may be missing, and its
+    last linear map may have another number of labels; these have no tensors.
     """
     stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
@@ -383,7 +406,7 @@ def _locate(
 
 
 def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    """Whether two tensors (V, D) are the same, compared some rows at a time."""
+    """Whether two tensors (V, D) are equal; `rows` rows are compared at a time."""
     return a.shape == b.shape and all(
         np.array_equal(_slice(a, bounds, False), _slice(b, bounds, False))
         for start in range(0, a.shape[0], rows)
@@ -408,29 +431,31 @@ def write_model(
     record: dict | None = None,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a whole Hugging Face model directory that transformers 4 and 5 load, one shard in memory at a time.
+    """Write a complete Hugging Face model directory that transformers 4 and 5 load.
 
-    Of several processes all must call, and the first writes. A tied model whose `params` hold an `lm_head` has been
-    untied by training: both tables are written, and config.json says so.
+    One shard is in memory at a time. If there are several processes, all of them must call this, and the first one
+    writes. If the model is tied and `params` has an `lm_head`, training has untied it: both tables are written, and
+    config.json says that they are not tied.
 
     Args:
-        out: the directory; see `new_folder`.
-        params: the whole tree of parameters.
-        source: the directory that the model came from, whose config, tokenizer, template and generation config go
-            along; None: config.json is made from `config`.
-        family, config: the model's row of names and its shape.
-        dtype: of the tensors; None: as in the source.
-        shard_size: bytes a file at most, unless one tensor is larger.
-        end_tokens: ids added to those that end a generation.
-        labels: names of a head's labels, in the order of their ids.
-        problem: `problem_type`, by which transformers chooses a loss.
-        max_length: tokens to which texts are cut where the head lies beside the class's files, see Form.
-        tokenizer_folder: directory whose tokenizer goes along; None: `source`.
-        record: see `new_folder`.
-        beside: writes further files into the folder.
+        out: The directory to write; see `new_folder`.
+        params: The whole tree of parameters.
+        source: Directory of the original model, whose config, tokenizer, template and generation config are copied.
+            None: config.json is made from `config`.
+        family: The model's family.
+        config: The model's shape.
+        dtype: Dtype of the tensors; None: as in the source.
+        shard_size: Most bytes of a file, unless a single tensor is larger.
+        end_tokens: Ids that are added to those that end a generation.
+        labels: Names of a head's labels, in the order of their ids.
+        problem: `problem_type`, by which transformers chooses a loss; empty: it is not set.
+        max_length: Most tokens of a text, for a head that is stored in folders of its own, see Form.
+        tokenizer_folder: Directory of the tokenizer that is copied; None: `source`.
+        record: See `new_folder`.
+        beside: beside(folder) writes further files into the directory.
 
     Raises:
-        FtjaxError: for parameters that do not fit `config` or `dtype`, and for an `out` with files of somebody else.
+        FtjaxError: If the parameters do not fit `config` or `dtype`, or if `out` contains files that no export wrote.
     """
     leaves = flatten(params)
     if config.head.task in ("causal", "masked"):
@@ -457,14 +482,14 @@ def write_model(
     tokenizer_folder = tokenizer_folder or source
     tokenizer = None
     if tokenizer_folder and config.head.pool == "last" and has_tokenizer(tokenizer_folder):
-        # transformers finds a text's last token by the padding, see data.labelled.sequence.
+        # transformers finds the last token of a text by the id of the padding token, see data.labelled.sequence.
         tokenizer = load_tokenizer(tokenizer_folder, source)
         hf["pad_token_id"] = pad_token(tokenizer)
     kept = _kept(source, family, config) if source else {}
     leaves |= {f"kept/{name}": x for name, x in kept.items()}
     names = tensor_names(family, config) | {f"kept/{name}": ([name], False) for name in kept}
     pieces = _pieces(leaves, names, dtype)
-    if jax.process_index():  # the first process writes; the others help it to gather what lies on several hosts
+    if jax.process_index():  # the first process writes; the others take part in gathering arrays of several hosts
         for piece in pieces:
             _value(piece, leaves, dtype)
         return
@@ -485,7 +510,7 @@ def write_model(
 
 
 def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Tensors in a directory's files of modules that the class has and nothing here computes, see Form.kept."""
+    """The tensors of a directory that belong to modules of Form.kept, which are not computed here."""
     form = form_of(family, config.head)
     starts = tuple(f"{name}." for name in form.kept)
     found = {_plain(name, family): tensor for name, tensor in stored_tensors(source).items()} if starts else {}
@@ -506,7 +531,7 @@ def _generation_config(source, hf: dict, end_tokens) -> dict:
 
 
 class _Piece(NamedTuple):
-    """One tensor to write: a parameter, or one layer of it."""
+    """One tensor to be written: a parameter, or one layer of it."""
 
     name: str
     path: str
@@ -516,7 +541,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
-    """All tensors in the order in which a model uses them, so that a shard holds whole layers."""
+    """All tensors in the order in which a model uses them, so that a shard has whole layers."""
     pieces = []
     for path, (stored, transposed) in names.items():
         layers = range(len(stored)) if path.startswith("layers/") else [None]
@@ -549,7 +574,7 @@ def _write_shards(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str, 
 
 
 def _write_beside(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str) -> None:
-    """Each piece in the folder that its name begins with, by the rest of its name."""
+    """Write each piece to the folder with which its name begins, under the rest of its name."""
     for at in dict.fromkeys(piece.name.split(".")[0] for piece in pieces):
         mine = {p.name.removeprefix(f"{at}."): _value(p, leaves, dtype) for p in pieces if p.name.startswith(f"{at}.")}
         save_file(mine, folder / at / "model.safetensors", {"format": "pt"})
@@ -557,7 +582,7 @@ def _write_beside(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str) 
 
 def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
     leaf = leaves[piece.path]
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # an overflow raises below
         value = _on_host(leaf, piece.layer).astype(dtype, copy=False)
     if not np.isfinite(value).all():
         raise FtjaxError(f"tensor {piece.name} holds values not finite, or too large for {dtype}; nothing is written")
@@ -565,7 +590,7 @@ def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
 
 
 def whole(x) -> np.ndarray:
-    """An array as numpy; one that lies on several hosts is gathered, in which every process must take part."""
+    """An array as numpy. If it is spread over several hosts it is gathered, in which every process must take part."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     from jax.experimental.multihost_utils import process_allgather
@@ -574,7 +599,10 @@ def whole(x) -> np.ndarray:
 
 
 def _on_host(leaf, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of a stacked one: a view where it lies on the host, else a copy of that layer alone."""
+    """A parameter, or one layer of a stacked one, as numpy.
+
+    It is a view if it is in the host's memory, otherwise a copy of that part only.
+    """
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return whole(leaf if layer is None else leaf[layer])
     if layer is None:
