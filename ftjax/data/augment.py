@@ -250,7 +250,13 @@ KEYS = {
 
 
 def word_dropout(text: str, rate: float, rng: np.random.Generator) -> str:
-    """The text without some of its words; at least one word is kept. See Op for the arguments."""
+    """Leave out some words. Words that match KEPT, and at least one word, are kept.
+
+    Args:
+        text: The text.
+        rate: Share of the words to leave out; at least one.
+        rng: Random numbers.
+    """
     pieces = [list(piece) for piece in PIECE.findall(text)]
     free = [i for i, (_, word) in enumerate(pieces) if not KEPT.search(word)]
     gone = set(_chosen(free, min(_count(rate, len(pieces)), len(pieces) - 1), rng))
@@ -261,7 +267,13 @@ def word_dropout(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def word_swap(text: str, rate: float, rng: np.random.Generator) -> str:
-    """The text with some neighbouring words swapped. See Op for the arguments."""
+    """Swap some neighbouring words. Words that match KEPT are not moved.
+
+    Args:
+        text: The text.
+        rate: Number of swaps as a share of the words; at least one.
+        rng: Random numbers.
+    """
     pieces = [list(piece) for piece in PIECE.findall(text)]
     free = {i for i, (_, word) in enumerate(pieces) if not KEPT.search(word)}
     able = [i for i in sorted(free) if i + 1 in free and pieces[i][1] != pieces[i + 1][1]]
@@ -274,9 +286,14 @@ def word_swap(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def char_noise(text: str, rate: float, rng: np.random.Generator) -> str:
-    """The text with some letters within words mistyped, each by one of TYPOS. See Op for the arguments.
+    """Mistype some letters within words, each by one of TYPOS. Words that match KEPT are not changed.
 
     The first and the last letter of a word keep their places.
+
+    Args:
+        text: The text.
+        rate: Share of the letters to mistype; at least one.
+        rng: Random numbers.
     """
     kept = [m.span() for m in re.finditer(r"\S+", text) if KEPT.search(m[0])]
     words = [m for m in WORD.finditer(text) if not any(start <= m.start() < end for start, end in kept)]
@@ -288,7 +305,13 @@ def char_noise(text: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def case(text: str, rate: float, rng: np.random.Generator) -> str:
-    """The text with some words in another case: lower, upper or capitalised. See Op for the arguments."""
+    """Write some words in another case: lower, upper or capitalised.
+
+    Args:
+        text: The text.
+        rate: Share of the words to change; at least one.
+        rng: Random numbers.
+    """
     pieces = [list(piece) for piece in PIECE.findall(text)]
     others = {i: {word.lower(), word.upper(), word.capitalize()} - {word} for i, (_, word) in enumerate(pieces)}
     for i in _chosen([i for i in others if others[i]], _count(rate, len(pieces)), rng):

@@ -46,7 +46,7 @@ class Batches:
         class_weights: (C,) weight of a label by its class; None: all weights are 1.
         masking: See ftjax.data.masks. The trained tokens are then those that may be masked. The masks depend on (seed,
             epoch, example) only.
-        apart: Whether the second text of an example is a segment of its own.
+        apart: Whether the second text of an example is a segment of its own, with positions from 0.
 
     Raises:
         ValueError: If there are no examples, or if one is longer than max_length.

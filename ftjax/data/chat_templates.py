@@ -56,8 +56,8 @@ TEMPLATES = {
     "chatml": Template(_read("chatml"), ("<|im_start|>", "<|im_end|>")),
     # huggingface.co/meta-llama/Meta-Llama-3-8B-Instruct; with tools, which it lacks, as Llama-3.1-8B-Instruct.
     "llama-3": Template(_read("llama-3"), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    # huggingface.co/mistralai/Mistral-Nemo-Instruct-2407, except that the system text stands before the first user's
-    # text, as in Mistral-7B-Instruct-v0.2. Nemo puts it before the last user's, and only where no answer follows.
+    # huggingface.co/mistralai/Mistral-Nemo-Instruct-2407, except that the system text comes before the first user's
+    # text, as in Mistral-7B-Instruct-v0.2. Nemo puts it before the last user's text, and only if no answer follows.
     "mistral": Template(
         _read("mistral"),
         ("[INST]", "[/INST]"),

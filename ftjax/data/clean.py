@@ -168,7 +168,7 @@ def conflicts(table: Table, by: Sides, labels: list[str]) -> str:
 
 
 def records(table: Table, removed: Iterable[Removed]) -> Iterator[dict]:
-    """The rows that were left out of a table as plain data. Each row is as it was read, so that it can be restored."""
+    """The rows that were left out of `table` as plain data. Each is as in `table`, so that it can be restored."""
     for r in removed:
         yield {"place": r.place, "rule": r.rule, "why": r.why, "twin": r.twin, "row": table.row(r.index)}
 

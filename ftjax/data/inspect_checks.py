@@ -64,7 +64,7 @@ def _unknown(view: View) -> str | None:
     return f"{count} unknown" if count else None
 
 
-REPEATED = 5  # least words of a prompt, or of one of its lines, whose repetition is not a coincidence
+REPEATED = 5  # fewest words of a prompt, or of one of its lines, whose repetition is not a coincidence
 
 
 def _repeats(view: View) -> str | None:
@@ -227,7 +227,8 @@ def _conflict(corpus: Corpus) -> Iterator[Hit]:
                           for i in rows if corpus.labels(start + i) != usual}  # fmt: skip
         for i, j in _pairs_within(corpus, part):
             labels = corpus.labels(start + i), corpus.labels(start + j)
-            if labels[0] != labels[1] and len(labels[0]) == len(labels[1]) == 1:  # tags differ with the words
+            # Lists of tags are not compared, because they differ wherever the words do.
+            if labels[0] != labels[1] and len(labels[0]) == len(labels[1]) == 1:
                 notes.setdefault(j, f"{_said(scan, j)}, but {_said(scan, i)} in the similar {scan.beside(j, i)}")
         if notes:
             yield Hit(scan, dict(sorted(notes.items())))

@@ -29,9 +29,9 @@ class Columns(NamedTuple):
     """Usual names of the columns of a kind of task, tried in order.
 
     Attributes:
-        text: Of the first text.
-        pair: Of the second text. Empty: there is one text, unless task.pair names the column of a second.
-        label: Of the label. Empty: rows have no label.
+        text: Names of the column of the first text.
+        pair: Names of the column of the second text. Empty: there is one text, unless task.pair names a second column.
+        label: Names of the column of the label. Empty: rows have no label.
     """
 
     text: tuple[str, ...] = TEXTS
@@ -102,7 +102,16 @@ class Labelled:
         return "", rendered.prompt
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """The rows as tokens with targets. Raises FtjaxError, which names the row's place, if a row cannot be used."""
+        """The rows as tokens with targets.
+
+        Args:
+            tokenizer: The tokenizer, from transformers.
+            rows: The rows.
+            places: Names of the rows for errors.
+
+        Raises:
+            FtjaxError: If a row cannot be used. It names the row's place.
+        """
         return ENCODERS[self.form](self, tokenizer, rows, places)
 
     @property
@@ -111,7 +120,16 @@ class Labelled:
         return (self.text, self.pair) if self.pair else (self.text,)
 
     def cell(self, row: dict, column: str, place: str) -> str:
-        """The text in a column of a row. Raises FtjaxError if it is empty or not a text."""
+        """The text in a column of a row.
+
+        Args:
+            row: The row.
+            column: Name of the column.
+            place: Name of the row in errors.
+
+        Raises:
+            FtjaxError: If the cell is empty or not a text.
+        """
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             raise FtjaxError(
@@ -228,7 +246,16 @@ def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[
 
 
 def need_labels(table: Table, cells: list, column: str) -> None:
-    """Raise FtjaxError if rows have no label. The message has their number and the places of the first three."""
+    """Check that all rows have a label.
+
+    Args:
+        table: The rows.
+        cells: The label of each row.
+        column: Name of the column of labels, for the error.
+
+    Raises:
+        FtjaxError: If rows have no label. The message has their number and the places of the first three.
+    """
     lacking = [i for i, cell in enumerate(cells) if is_missing(cell)]
     if lacking:
         first = ", ".join(table.place(i) for i in lacking[:3])
@@ -373,7 +400,13 @@ BITS = (0, 1, "0", "1")  # 0.0 and False are equal to 0, 1.0 and True to 1
 def label_id(how: Labelled, cell, place: str) -> int:
     """The id of a label: its index in how.names, or with how.ids the label itself.
 
-    Raises FtjaxError for an unknown label; `place` names the row in the message.
+    Args:
+        how: The recipe.
+        cell: The label.
+        place: Name of the row in errors.
+
+    Raises:
+        FtjaxError: If the label is unknown.
     """
     name = label_name(cell)
     if how.ids and name is not None and name.isdecimal() and int(name) < len(how.names):
@@ -397,12 +430,36 @@ def _some(names) -> str:
 
 
 def one_class(how: Labelled, row: dict, place: str):
-    """() int32: the class of a row; 0 if rows have no labels."""
+    """The class of a row.
+
+    Args:
+        how: The recipe.
+        row: The row.
+        place: Name of the row in errors.
+
+    Returns:
+        () int32; 0 if rows have no labels.
+
+    Raises:
+        FtjaxError: If the label is unknown.
+    """
     return np.int32(label_id(how, row.get(how.label), place) if how.label else 0)
 
 
 def many_classes(how: Labelled, row: dict, place: str):
-    """(C,) float32: 1 for each label that the row has, 0 for the others."""
+    """The labels of a row that may have several.
+
+    Args:
+        how: The recipe.
+        row: The row.
+        place: Name of the row in errors.
+
+    Returns:
+        (C,) float32: 1 for each label that the row has, 0 for the others.
+
+    Raises:
+        FtjaxError: If a label is unknown or occurs twice, or if the cell has another format.
+    """
     out, cell = np.zeros(len(how.names), np.float32), row.get(how.label)
     labels = split_labels(cell) if how.label else []
     if how.vectors:
@@ -428,7 +485,19 @@ def many_classes(how: Labelled, row: dict, place: str):
 
 
 def numbers(how: Labelled, row: dict, place: str):
-    """(C,) float32: the target numbers of a row."""
+    """The target numbers of a row.
+
+    Args:
+        how: The recipe.
+        row: The row.
+        place: Name of the row in errors.
+
+    Returns:
+        (C,) float32; 0 if rows have no labels.
+
+    Raises:
+        FtjaxError: If the cell does not hold C numbers between -1e18 and 1e18.
+    """
     cell = row.get(how.label) if how.label else [0.0] * len(how.names)
     try:
         found = np.array([float(x) for x in (cell if isinstance(cell, list) else [cell])], np.float32)

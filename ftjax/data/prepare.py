@@ -54,7 +54,16 @@ class Recipe:
         return [render(row, place) for row, place in zip(rows, places, strict=True)]
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """The rows as tokens. Raises FtjaxError, which names the place of the row, if a row cannot be used."""
+        """The rows as tokens.
+
+        Args:
+            tokenizer: The tokenizer, from transformers.
+            rows: The rows.
+            places: Names of the rows for errors.
+
+        Raises:
+            FtjaxError: If a row cannot be used. It names the row's place.
+        """
         return encode(self.render(rows, places), tokenizer, self.train_on, places.__getitem__, self.end)
 
 

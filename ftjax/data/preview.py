@@ -92,7 +92,14 @@ def _said(marks: tuple[str, str]) -> str:
 
 
 def mark(example: Example, tokenizer, before: str, after: str) -> str:
-    """The text of an example, including special tokens, with its trained stretches between `before` and `after`."""
+    """The text of an example, including special tokens, with its trained stretches marked.
+
+    Args:
+        example: The example.
+        tokenizer: The tokenizer, from transformers.
+        before: Text before a trained stretch.
+        after: Text after a trained stretch.
+    """
     return _marked(pieces(example.ids.tolist(), tokenizer), example.trained, before, after)
 
 

@@ -334,7 +334,7 @@ def _finite(digits: str) -> float:
 WHITE = re.compile(r"[ \t\n\r]*")
 CUT = "the array is not closed by ]; close it, or fetch the file again if it is cut off"
 _JSON = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
-ADVICE = {  # what the decoder says: what to do about it
+ADVICE = {  # message of the JSON decoder -> what to do
     "Extra data": "put each object on a line of its own, with nothing behind it",
     "Expecting value": "add or mend the value, or name the file by its format if that is not JSON",
     "Expecting property name enclosed in double quotes": "put keys and text in double quotes, no comma after the last, "

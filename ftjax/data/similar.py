@@ -29,7 +29,7 @@ RECALL = 0.98  # share of pairs exactly at the threshold that become candidates;
 WINDOW = 64  # rows before it in a bucket with which a row is compared, so that the cost of a large bucket stays linear
 BLOCK = 50_000  # candidate pairs whose shingles are held at once
 
-ROLES = ("role", "from")  # keys of a message whose text is the format's, not the row's
+ROLES = ("role", "from")  # keys of a message whose values belong to the format, not to the text
 
 INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF])
 # Operators are not punctuation, because "5 - 3" is not "5 / 3". Neither are points and commas within numbers, and
@@ -97,7 +97,13 @@ def grams(normalised: str, words: int) -> list[str]:
 
 
 def without(normalised: str, words: int, left_out: set[str]) -> str:
-    """A normalised text without the units that belong to one of the `grams` in `left_out`, each of `words` words."""
+    """Leave out the units of a normalised text that belong to certain `grams`.
+
+    Args:
+        normalised: The text.
+        words: Number of words of these grams, see `grams`.
+        left_out: The grams.
+    """
     found, between = units(normalised)
     covered = np.zeros(len(found), bool)
     for at, gram in enumerate(grams(normalised, words)):
@@ -137,7 +143,7 @@ def near_pairs(texts: Sequence[str], threshold: float, seed: int = 0) -> np.ndar
     Args:
         texts: The n texts. They are read twice in order, and then by index to verify candidates. Only the signatures
             stay in memory.
-        threshold: The least similarity, above 0 and at most 1.
+        threshold: The smallest similarity, above 0 and at most 1.
         seed: Seed of the hash functions.
 
     Returns:

@@ -21,9 +21,10 @@ PARTS = ("train", "validation", "test")
 GRAM = 13  # consecutive words that overlapping rows share: Brown et al., "Language Models are Few-Shot Learners"
 # (2020), appendix C
 ALIKE = 0.8  # Jaccard similarity of word 3-grams from which rows overlap without sharing GRAM consecutive words
-# GRAM words belong to a template if at least this share of an evaluation set's rows have them,
+# GRAM words belong to a template if at least TEMPLATE_SHARE of an evaluation set's rows have them, and more than
+# TEMPLATE_ROWS rows of train, as in GPT-3, or more than half of its rows if train is small.
 TEMPLATE_SHARE = 0.05
-TEMPLATE_ROWS = 10  # and more rows of train than this, as in GPT-3; or more than half of them, if train is small
+TEMPLATE_ROWS = 10
 
 
 def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.ndarray]:
@@ -35,10 +36,10 @@ def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.
     - By default, rows are taken at random.
     - With data.stratify or data.label, each part gets its share of the rows of every value, to within one row. If a
       value has too few rows for all parts, train comes first. A part that would be empty gets one row of train.
-    - With data.group or data.group_near, whole groups are taken. The rows of a group share a value of one of these
-      columns, or are at least so similar, directly or through other rows. A null is not a shared value. No group is
-      divided. The shares, and the shares of each value, are therefore approximate: groups are assigned one by one, the
-      largest first, each to the part that lacks its rows most.
+    - With data.group or data.group_near, whole groups are taken. The rows of a group share a value of one of the
+      columns data.group, or have a similarity of at least data.group_near, directly or through other rows. A null is
+      not a shared value. No group is divided. The shares, and the shares of each value, are therefore approximate:
+      groups are assigned one by one, the largest first, each to the part that lacks its rows most.
 
     Args:
         tables: {part: its rows}, with train and any other part that has a file.
@@ -231,7 +232,7 @@ def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: d
         counts[g][v] += 1
     total = np.bincount(value).tolist()
     lacks = {k: [share * n for n in total] for k, share in shares.items()}
-    drawn = np.argsort(order)[firsts]  # when each group's first row comes in the seeded order: settles ties
+    drawn = np.argsort(order)[firsts]  # position of each group's first row in the seeded order, which breaks ties
     given: dict[int, list[int]] = {k: [] for k in shares}
     for g in np.lexsort((drawn, -sizes)).tolist():
         # Choose the part that lacks most of the group's values. Rare values weigh as much as common ones.

@@ -146,7 +146,16 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
 
 
 def cell(row: dict, column: str, place: str) -> list[str]:
-    """The words of a row: a list of texts that is not empty. Raises FtjaxError for anything else."""
+    """The words of a row.
+
+    Args:
+        row: The row.
+        column: Name of the column of words.
+        place: Name of the row in errors.
+
+    Raises:
+        FtjaxError: If the cell is not a list of texts, or if it is empty.
+    """
     words = row.get(column)
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
         raise FtjaxError(f"{place}: column {column!r} holds {words!r:.80}; expected a list of words, see task.text")

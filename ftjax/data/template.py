@@ -43,7 +43,7 @@ ALPACA_PROMPT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-ROLES = {  # ShareGPT's names, and those of sets that follow it
+ROLES = {  # names of roles in ShareGPT and in data sets that follow it -> names in chat templates
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -458,12 +458,30 @@ def parse(template: str, key: str) -> list[tuple[str, str | None]]:
 
 
 def fill(parts: list[tuple[str, str | None]], row: dict, place: str) -> str:
-    """The text of a parsed template for one row. Raises FtjaxError if the row lacks a column."""
+    """The text of a parsed template for one row.
+
+    Args:
+        parts: The template, as `parse` returns it.
+        row: The row.
+        place: Name of the row in errors.
+
+    Raises:
+        FtjaxError: If the row lacks a column of the template.
+    """
     return "".join(literal + (field(row, name, place) if name else "") for literal, name in parts)
 
 
 def field(row: dict, name: str, place: str) -> str:
-    """A cell as text; a number as Python writes it. Raises FtjaxError if it is missing, null or of another type."""
+    """A cell as text; a number as Python writes it.
+
+    Args:
+        row: The row.
+        name: Name of the column.
+        place: Name of the row in errors.
+
+    Raises:
+        FtjaxError: If the cell is missing, null or of another type.
+    """
     value = row.get(name)
     if isinstance(value, str):
         return value

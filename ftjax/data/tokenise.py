@@ -79,7 +79,7 @@ def encode(
             of that turn; if a token holds parts of two turns; if no token of a row would be trained.
     """
     end_id = end_token(tokenizer, end)
-    chats = {}  # by template
+    chats = {}  # {name of a template: its Chat}
     examples = []
     for first in range(0, len(rendered), CHUNK):
         chunk = rendered[first : first + CHUNK]

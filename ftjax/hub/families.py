@@ -280,8 +280,7 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
 
 
 def _local_from_hf(hf: dict, family: Family, where: str) -> dict:
-    """Windows and rotary angles of a family whose layers have full attention or a window of `local_attention` tokens.
-    """
+    """Windows and rotary angles of a family whose layers have full attention or windows of `local_attention` tokens."""
     span, layers, every = hf["local_attention"], hf[family.keys["layers"]], hf["global_attn_every_n_layers"]
     types = hf["layer_types"] or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     known = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
@@ -399,7 +398,16 @@ def other_heads(family: Family, config: ModelConfig) -> tuple[str, ...]:
 
 
 def module_name(path: str, family: Family, config: ModelConfig) -> str:
-    """`layers/attn/q_proj` -> `model.layers.{l}.self_attn.q_proj`. Raises KeyError for a path outside the table."""
+    """The name of a module in Hugging Face's model, such as `model.layers.{l}.self_attn.q_proj`.
+
+    Args:
+        path: Its path here, such as `layers/attn/q_proj`.
+        family: The model's family.
+        config: The model's shape.
+
+    Raises:
+        KeyError: If the model has no module at this path.
+    """
     return {module.path: module.name for module in modules(family, config)}[path]
 
 

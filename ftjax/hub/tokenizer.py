@@ -101,7 +101,7 @@ def _loaded(folder: Path, plain: bool):
     if not plain:
         from transformers import AutoTokenizer
 
-        with contextlib.suppress(*(Exception,) if file.is_file() else ()):  # a class that cannot read the file
+        with contextlib.suppress(*(Exception,) if file.is_file() else ()):  # the class may be unable to read the file
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, use_fast=True, trust_remote_code=False, local_files_only=True
             )

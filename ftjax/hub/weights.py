@@ -210,7 +210,19 @@ def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig
 
 
 def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
-    """Paths of the modules of the head, such as `head/out`, that a directory's files lack for this number of labels."""
+    """The modules of the head that a directory's files lack for this number of labels.
+
+    Args:
+        folder: The model directory.
+        family: The model's family.
+        config: The model's shape, with its head.
+
+    Returns:
+        Their paths, such as `head/out`.
+
+    Raises:
+        FtjaxError: If other tensors are missing or do not fit.
+    """
     located = _locate(Path(folder), family, config, True)
     return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, (tensors, _) in located.items() if not tensors))
 
