@@ -165,8 +165,8 @@ class Batches:
               their targets, predicted from the state at t. With masking: the original tokens, some of which are
               replaced in `tokens`.
             - `weights` (B, M) float32: 1, or the label's class weight; 0 for the padding of M.
-            - `types` (B, T) int32, only if some example has a second text and `apart` is not set: 1 for tokens of a
-              second text.
+            - `types` (B, T) int32, only if Example.second is not 0 for some example and `apart` is not set: 1 for
+              tokens of a second text.
         """
         bucket, rows = self._at(step)
         rows, ex = rows[row_slice], self.examples

@@ -34,7 +34,8 @@ class Example(NamedTuple):
             ftjax.data.labelled): whether a label is predicted at the token.
         targets: (n, ...) for labelled rows, the target of each of the n tokens that are trained. None: the tokens
             themselves are the labels.
-        second: Index of the token at which the second of two texts begins; 0: there is one text.
+        second: Index of the token at which the second of two texts begins; 0: there is none, or the tokenizer gives no
+            token types.
         row: Index of the row, among those that were encoded together, that this example was made of. None: the row at
             the example's own index.
         whole: Number of tokens before the row was cut; None: it was not cut.
