@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 
 SOON, LATER = 10, 60  # seconds until the first, and between further lines, where the output is not a terminal
-_open: list[object] = []  # what is being done, the outermost first: only that shows itself
-quiet = False  # set on all processes of a run but the first
+_open: list[object] = []  # work in progress, the outermost first, which is the only one that is shown
+quiet = False  # True on all processes of a run but the first
 
 
 def clock(seconds: float) -> str:
