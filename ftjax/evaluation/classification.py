@@ -95,7 +95,7 @@ def mcc(right, predicted, labelled) -> np.ndarray:
     return divide(covariance, spread[0] * spread[1])
 
 
-# One class a row
+# One class per row
 
 
 def single_rows(labels, probabilities, threshold: float | None = None) -> dict[str, np.ndarray]:
@@ -211,7 +211,7 @@ def confusion(rows) -> list[list[int]]:
     return np.bincount(rows["label"] * C + rows["predicted"], minlength=C * C).reshape(C, C).tolist()
 
 
-# Any number of classes a row
+# Any number of classes per row
 
 
 def multi_rows(labels, probabilities, thresholds=0.5) -> dict[str, np.ndarray]:
@@ -276,7 +276,7 @@ def multi_trials(rows) -> dict[str, float]:
     return {"subset_accuracy": n} | found | macro_trials(*tally)
 
 
-# Both
+# For both
 
 
 def roc_auc(positive: np.ndarray, scores: np.ndarray):

@@ -21,7 +21,7 @@ from ftjax.models.quantised import rounded
 from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
 NO_TOKEN = -1  # the token of a row whose logits are not finite
-EXCLUDED = -1e30  # finite, as a logit that is never drawn
+EXCLUDED = -1e30  # a logit that is never drawn; it is finite
 APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
 

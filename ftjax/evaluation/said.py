@@ -96,7 +96,7 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
         f: f(model, variables, batch) -> (B, M, ...), or (B, T, ...) with `whole_rows`.
         asked: The model and rows.
         whole_rows: Whether f has a value for each token instead of each place.
-        layout: See ftjax.data.labelled.layout.
+        layout: Arguments of Batches for the task, see ftjax.data.labelled.layout.
 
     Returns:
         The values (n, ...) at the places, or tokens, of each example, in order.

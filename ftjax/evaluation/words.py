@@ -17,7 +17,7 @@ UNSPACED = "".join(
     for name in ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Yi")
 )
 WIDE = r"\u3000-\u303f\uff00-\uffef"  # punctuation and full-width forms of Chinese and Japanese
-OTHER = rf"(?![{UNSPACED}])[\p{{L}}\p{{N}}"  # a letter or digit of another script; closed where it is used
+OTHER = rf"(?![{UNSPACED}])[\p{{L}}\p{{N}}"  # a letter or digit of another script; its user closes the bracket
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|{OTHER}](?:{OTHER}\p{{M}}])*")
 SYMBOL = regex.compile(r"\S")
 APART = regex.compile(rf"[{UNSPACED}{WIDE}]\p{{M}}*")

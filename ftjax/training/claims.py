@@ -19,7 +19,7 @@ from pathlib import Path
 from ftjax.errors import FtjaxError
 from ftjax.foreign import check_fields, maybe, parse_json, string, whole
 
-STALE = 600.0  # seconds without a sign of life of an owner after which a claim is free
+STALE = 600.0  # seconds after which the claim of a silent process on another host is free
 CLAIM = {"host": string, "pid": whole(1), "started": maybe(string), "since": string}  # fields of a claim
 WAIT = 1.0  # seconds between checks of another process's claim
 

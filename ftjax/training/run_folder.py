@@ -30,9 +30,9 @@ from ftjax.tuning import METHODS, Spec
 
 RUN = "run.json"  # the resolved config and the record of the base; a folder with this file is a run folder
 START = "start.safetensors"  # values that the method computed from the base before the first step, see Method.start
-TOKENIZER = "tokenizer"  # the run's tokenizer, where it is not the base's
+TOKENIZER = "tokenizer"  # the run's tokenizer, if it is not the base's
 LOCK = "lock"  # the process that works on the run
-STALE = 120.0  # seconds without a sign of life of a process of another host after which its lock does not count
+STALE = 120.0  # seconds after which the lock of a silent process on another host does not count
 
 # Everything that a run writes into its folder, and into subfolders; exports list their own files.
 WRITTEN = (RUN, START, "before.json", "metrics.jsonl", "loss.png", "results.json", "samples.jsonl", "removed.jsonl")

@@ -1,5 +1,4 @@
-"""Prompts for a model that was not trained on a task: with examples before the question, or with passages of
-documents."""
+"""Prompts for a model that was not trained on the task: with examples or passages of documents before the question."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ def stems(text: str) -> list[str]:
 
 
 class Index:
-    """A BM25 index of texts over their `stems`, in Lucene's form, by `bm25s`, which needs numpy only and is
-    maintained."""
+    """A BM25 index of texts over their `stems`, in Lucene's form. `bm25s` needs numpy only and is maintained."""
 
     def __init__(self, texts: Sequence[str]):
         import bm25s
@@ -74,7 +72,7 @@ class Index:
         self.size = len(words)
 
     def nearest(self, text: str, k: int) -> list[int]:
-        """Indices of the k texts with the highest score, highest first. Of equal scores the earlier text comes
+        """Indices of the k texts with the highest score, highest first; of equal scores the earlier text comes
         first."""
         words = stems(text)
         scores = self.bm25.get_scores(words) if words else np.zeros(self.size)
@@ -94,8 +92,7 @@ def pieces(texts: Sequence[str], words: int) -> list[str]:
 
 
 class Library:
-    """Examples of a part of the data and passages of documents, for prompts. They are read when they are first
-    needed."""
+    """Examples of a part of the data and passages of documents, for prompts. Both are read when they are first used."""
 
     def __init__(self, config, part):
         self.config, self.part = config.compare, part
@@ -126,8 +123,9 @@ class Library:
         return Index(self.passages)
 
     def shots(self, rows: Sequence[Rendered], how: Prompting, k: int, seed: int) -> list[list[Rendered]]:
-        """The examples of each row. The nearest one is next to the question (Liu et al. 2022, "What makes good
-        in-context examples for GPT-3?").
+        """The examples of each row, with the nearest one next to the question.
+
+        This order is that of Liu et al. 2022, "What makes good in-context examples for GPT-3?".
 
         Args:
             rows: N rows.

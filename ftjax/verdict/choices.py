@@ -235,8 +235,7 @@ class Rolled(NamedTuple):
 
 
 def roll(lm, texts: Sequence[str], batch_size: int = 16) -> Rolled:
-    """Log-likelihood of whole texts after BOS, as in `loglikelihood_rolling` and the task `wikitext` of
-    lm-evaluation-harness.
+    """Log-likelihood of whole texts after BOS, as in `loglikelihood_rolling` and `wikitext` of lm-evaluation-harness.
 
     A text that exceeds the model's positions is scored window by window, each token once. The last window reads as much
     of the text before it as there is room for. BOS is scored too if the tokenizer puts it before a text. Words are
@@ -252,6 +251,7 @@ def roll(lm, texts: Sequence[str], batch_size: int = 16) -> Rolled:
 
     Raises:
         FtjaxError: If a text is empty.
+        NotFinite: If a log-likelihood is NaN or infinite.
     """
     limit, start = lm.max_tokens, _start(lm.tokenizer)
     found = [windows(_ids(lm.tokenizer, text), start, limit) for text in texts]

@@ -26,9 +26,9 @@ class Cost:
 
     parameters: int  # of the model
     trained: int = 0  # trained parameters, of the model or added to it
-    stored: int = 0  # bytes of what was trained
+    stored: int = 0  # bytes of the trained parameters
     train_seconds: float = 0.0  # of a run's steps, from their tokens per second
-    run_seconds: float = 0.0  # of the whole run: reading, compiling and validation too
+    run_seconds: float = 0.0  # of the whole run, with reading, compiling and validation
     train_tokens: float = 0.0  # tokens that the steps read
     train_flops: float = 0.0
     train_joules: float | None = None  # of the processors, see ftjax.verdict.energy; None: cannot be read
@@ -194,7 +194,7 @@ def price(cost: Cost, prices, kind: str = "tuned") -> Price:
     return Price("dollars", training, one, standing, month)
 
 
-NOISE = 0.1  # share of a request's price below which two are equal: the clock is not more accurate
+NOISE = 0.1  # two prices count as equal if they differ by less than this share: clocks are not more accurate
 
 
 def _saved(tuned: Price, other: Price) -> float:

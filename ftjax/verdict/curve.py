@@ -22,9 +22,9 @@ from ftjax.errors import FtjaxError
 LEAST = 4  # smallest number of different amounts that a law is fitted to
 LEVEL = 0.95
 DRAWS = 4000
-EXPONENTS = np.geomspace(0.05, 2, 40)  # prior of c: each value is equally likely
+EXPONENTS = np.geomspace(0.05, 2, 40)  # values of c; their prior is uniform
 STARTS = 8  # values of n0 above 0, from the smallest amount to the largest; together as likely as n0 = 0
-MISFITS = np.geomspace(0.1, 30, 20)  # of a point from the law, in standard deviations of a point's mean
+MISFITS = np.geomspace(0.1, 30, 20)  # standard deviations of a point's misfit, in units of that of a point's mean
 EACH = 16  # draws of (a, b) for each combination of c, n0 and misfit
 PRIOR = 2.0  # degrees of freedom that the other points add to a point's spread over runs
 
@@ -69,10 +69,10 @@ class Curve:
         return np.clip(found, *self.bounds)
 
     def predict(self, n: float, same_rows: bool = False) -> Range:
-        """The figure that would be measured at amount n: the mean of as many runs as the points have, on as many other
-        rows of the same kind.
+        """The figure that would be measured at amount n on other rows of the same kind.
 
-        same_rows: whether it would be measured on the very rows that the points were measured on.
+        It is the mean of as many runs, on as many rows, as the points have. same_rows: whether it would be measured on
+        the very rows that the points were measured on.
         """
         # Twice the variance: the other rows are a sample, and so are those that the law was fitted on.
         other = 0.0 if same_rows else math.sqrt(2) * self.noise
@@ -253,7 +253,7 @@ def _spread(at: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
     told = (df > 0) & (own > 0)
     if not told.any():
         return np.zeros(len(values))
-    # The logarithm of a variance of few runs is too low on average, by a known amount.
+    # The logarithm of a variance from a few runs is too low on average, by a known amount.
     logs = np.log(own[told]) - digamma(df[told] / 2) + np.log(df[told] / 2)
     slope = np.polyfit(at[told], logs, 1, w=np.sqrt(df[told]))[0] if told.sum() > 2 else 0.0
     slope = np.clip(slope, -1, 0)  # variance falls no faster than 1 / n and does not grow with data

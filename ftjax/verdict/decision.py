@@ -39,7 +39,7 @@ def span(figure: dict, sign: str = "") -> str:
     three = [figure[key] for key in ("value", "low", "high")]
     width, least = three[2] - three[1], 2 if max(map(abs, three)) <= 1 else 0
     places = min(max(1 - math.floor(math.log10(width)), least), 4) if 0 < width < math.inf else 2
-    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in three)  # + 0.0: no -0.00
+    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in three)  # + 0.0 avoids -0.00
     return f"{value} ({low} to {high})"
 
 

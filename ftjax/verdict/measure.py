@@ -62,7 +62,7 @@ class Measured:
     """
 
     contender: Contender
-    scores: dict[str, np.ndarray]  # metric -> (S, N)
+    scores: dict[str, np.ndarray]  # metric -> scores (S, N)
     answers: list[str]  # of the first seed
     cost: cost.Cost
     runs: list[Run] = dataclasses.field(default_factory=list)
@@ -152,8 +152,11 @@ def briefly(say: Callable) -> Callable:
 
 
 def train_config(contender: Contender, setting: Setting):
-    """The config of a contender's runs. Fields that training does not depend on have their defaults, so that other
-    metrics need no new training."""
+    """The config of a contender's runs.
+
+    `evaluate` (but its rows and batch_size), `generate` and `export` have fixed values, because what is trained does
+    not depend on them. The comparison of other metrics then needs no new training.
+    """
     c, plain = contender.config(setting.config), configs.default()
     c.run_dir = str(setting.folder / contender.folder)
     plain.evaluate.update(rows=c.evaluate.rows, batch_size=c.evaluate.batch_size)

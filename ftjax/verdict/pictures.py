@@ -1,5 +1,4 @@
-"""Pictures of a comparison, as PNG files. `order` lists all contenders, so that each looks the same in every
-picture."""
+"""Pictures of a comparison, as PNG files. `order` lists all contenders, so that each looks alike in every picture."""
 
 from __future__ import annotations
 
@@ -83,8 +82,9 @@ def forgetting_gain(
     y_label: str,
     ways: Mapping[str, Sequence[tuple[int, float, float]]] | None = None,
 ) -> Path:
-    """Draw the loss on general text against the gain on the task: a small mark for each seed, and a large one for their
-    mean.
+    """Draw the loss on general text against the gain on the task.
+
+    Each seed is a small mark, and the mean over seeds is a large one.
 
     Args:
         points: {name: [(gain, loss) of each seed]}.
@@ -118,8 +118,9 @@ def forgetting_gain(
 
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
-    """Draw the validation loss of every run as a line and the training loss faintly; without validation the training
-    loss only.
+    """Draw the validation loss of every run as a line.
+
+    The training loss is faint. If a run has no validation loss, its training loss is drawn as its line.
 
     Args:
         histories: {name: [rows of metrics.jsonl of each seed]}.

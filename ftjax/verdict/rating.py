@@ -68,7 +68,7 @@ class Vote(NamedTuple):
     row: int  # index of the prompt
     first: str  # a contender; always the same one of a pair
     second: str
-    share: float  # of a win of `first`
+    share: float  # share of a win for `first`
 
 
 def write_ballots(
@@ -224,10 +224,10 @@ def cohen_kappa(x: Sequence, y: Sequence) -> float:
 
 
 def fleiss_kappa(counts) -> float:
-    """Agreement of R raters beyond chance (Fleiss 1971). counts: (N, categories), how many of the R raters put a row
-    there.
+    """Agreement of R raters beyond chance (Fleiss 1971).
 
-    NaN if all rows are of one category. Raises FtjaxError if rows have different numbers of raters, or fewer than two.
+    counts: (N, categories), how many of the R raters put a row into a category. NaN if all rows are of one category.
+    Raises FtjaxError if rows have different numbers of raters, or fewer than two.
     """
     counts = np.asarray(counts, float)
     R = counts.sum(1)
@@ -250,8 +250,9 @@ STEPS = 100
 
 
 def bradley_terry(wins, prior: float = PRIOR) -> np.ndarray:
-    """Log-strengths (..., K) with mean 0: the odds that i beats j are exp(s_i - s_j) (Bradley & Terry 1952). By
-    Newton's method.
+    """Log-strengths (..., K) with mean 0, by Newton's method.
+
+    The odds that i beats j are exp(s_i - s_j) (Bradley & Terry 1952).
 
     Args:
         wins: (..., K, K), how often i beat j; a tie counts half for each.

@@ -30,7 +30,7 @@ READ += ("data.decontaminate", "tuning.init_from", "evaluate.metrics", "evaluate
 def contents(config) -> dict[str, str]:
     """Digests of the files and folders that the fields of a config name.
 
-    A data set or model of the hub is identified by its name only.
+    A data set or an adapter that is named on the hub has no digest: only its name in the config identifies it.
 
     Returns:
         {`content of FIELD`: digest}.

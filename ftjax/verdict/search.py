@@ -15,7 +15,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 
-THIRD = 3  # one point in so many goes to the next rung, with so many times the budget
+THIRD = 3  # one point in three goes to the next rung, with three times the budget
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(:log)?")
 Point = tuple[str, ...]

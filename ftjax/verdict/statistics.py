@@ -45,9 +45,9 @@ class Spread(NamedTuple):
 
         The half widths of rows and of seeds, each by Student's t, are added as squares, as for a sum of independent
         parts (Howe 1974; Zou & Donner 2008). In simulations with three seeds or more of what is trained, an interval at
-        95 % covered the truth in 95 to 98 % of sets, whatever the shares of rows and seeds. With two seeds it did in 94
-        % at worst. One t for the summed variance (Satterthwaite 1946) did in 92 % where three seeds matter more than
-        the rows.
+        95 % covered the truth in 95 to 98 % of sets, whatever the shares of rows and seeds. With two seeds the worst
+        coverage was 94 %. With one t for the summed variance (Satterthwaite 1946) the coverage was 92 % if three seeds
+        matter more than the rows.
 
         Args:
             tail: Probability on either side of the interval.
@@ -67,7 +67,7 @@ class Spread(NamedTuple):
 class Comparison(NamedTuple):
     """The result of `compare(a, b)`. Fields are arrays of the leading axes, and plain numbers if there are none."""
 
-    difference: np.ndarray  # of means, a - b
+    difference: np.ndarray  # difference of means, a - b
     low: np.ndarray
     high: np.ndarray
     p: np.ndarray  # two-sided, for no difference
@@ -78,8 +78,7 @@ class Comparison(NamedTuple):
     reach: float  # the largest possible difference of means; inf without bounds
 
     def smallest(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
-        """The smallest true difference that these rows and seeds detect with probability `power`, tested at level
-        `alpha`.
+        """The smallest true difference that these rows and seeds detect with probability `power` at level `alpha`.
 
         A few informative rows show little of their variance. Therefore the result is at least the difference at which,
         with probability `power`, enough rows differ for the sign test. It is infinite if even the largest possible
@@ -180,8 +179,8 @@ def _range(bounds: Bounds, *scores) -> tuple[float, float]:
 def difference_interval(paired: np.ndarray, largest, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """How far below and above their mean the true mean of differences by row may lie.
 
-    The rows that a wins and the rows that it loses are two means of bounded scores, each with its `mean_interval`.
-    Their difference has the interval of Zou & Donner (2008) for correlated parts, as Newcombe (1998) has it for paired
+    What a wins and what it loses over the rows are two means of bounded scores, each with its `mean_interval`. Their
+    difference has the interval of Zou & Donner (2008) for correlated parts, as Newcombe (1998) has it for paired
     proportions. If all rows tie, the interval is therefore as wide as that of a share of 0.
 
     Args:
@@ -289,8 +288,8 @@ def _turn(falls: Callable, low: float, high: float, shape: tuple[int, ...]) -> n
 
 
 def sign_flips(paired: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Two-sided p for no difference, from differences by row (..., N): under it the sign of each row's difference is a
-    coin.
+    """Two-sided p for no difference, from differences by row (..., N). Without a difference, each row's sign is a coin
+    toss.
 
     This is the paired permutation test: draws from all 2^N sign patterns, with the observed pattern among them. Ties
     count half (mid-p). For scores of 0 and 1 this is McNemar's mid-p test, which keeps its level where the exact test
@@ -345,7 +344,7 @@ class Verdict(NamedTuple):
     says: str  # better | worse | cannot tell
     text: str  # cell of a report's row
     comparison: Comparison  # contender - base
-    p: float  # adjusted for all contenders
+    p: float  # adjusted by Holm over all contenders
     smallest: float  # difference that would have been detected with probability POWER
     needed: float  # rows that would detect the difference found; inf: no number of rows would
 
@@ -403,7 +402,7 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
     if p < alpha:
         says = "better" if up else "worse"
         return Verdict(says, says, c, p, smallest, needed)
-    if needed <= n:  # the test and Student's t disagree by a hair
+    if needed <= n:  # the test and Student's t may disagree slightly
         needed = float(n + 1)
     seeds = f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
     if not c.informative:

@@ -40,7 +40,7 @@ from ftjax.verdict.rows import contents, fix_rows
 
 OUTCOME = "outcome.json"
 AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
-SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be below 0
+SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be negative
 NORMAL = 1.96  # half the width of a 95 % interval, in standard deviations
 
 
@@ -94,8 +94,8 @@ def sweep(
     for a loss that is NaN, is a final outcome. Any other error, such as running out of memory, is not: the same command
     runs that point again.
 
-    Writes sweep.json with every outcome and, if an axis is numeric, sweep.png with a figure against it. Along one of
-    AMOUNTS, the picture shows the law of the learning curve, and curves.json holds it.
+    Writes sweep.json with every outcome and, if an axis is numeric or is model.path, sweep.png with a figure against
+    it. Along one of AMOUNTS, the picture shows the law of the learning curve, and curves.json holds it.
 
     Args:
         config: The config. Its `seed` is the first seed.
@@ -106,7 +106,8 @@ def sweep(
             as `optim.lr=1e-5..1e-3:log`.
         halving: Successive halving: run all points with a small part of train.steps or train.epochs, then the best
             third by validation loss with three times as much, and so on.
-        optuna: Number of points that Optuna proposes, by the validation loss of the points before; 0: none.
+        optuna: Number of points that Optuna proposes from lists and ranges, by the validation loss of the points
+            before; 0: none.
         stale: Seconds after which the claim of a silent process on another host is free, see ftjax.training.claims.
 
     Returns:
@@ -141,7 +142,7 @@ def sweep(
 
 # ---------------------------------------------------------------------------------------------- what is run
 
-Job = tuple[dict, object]  # settings as plain values, and the whole config with seed and run_dir
+Job = tuple[dict, object]  # ({dotted key: value}, the whole config with seed and run_dir)
 
 
 def _plan(config, points: Sequence[search.Point], seeds: int, fixed: dict, say, budget: tuple[str, ...] = ()):
