@@ -58,8 +58,10 @@ def entities(tags: Sequence[Tag]) -> list[tuple[str, int, int]]:
 
 
 def strict_entities(tags: Sequence[Tag], ended: bool) -> list[tuple[str, int, int]]:
-    """(type, first index, last index) of each entity that follows the scheme: B I* of one type; if `ended` (IOBES) S or
-    B I* E."""
+    """(type, first index, last index) of each entity that follows the scheme, with one type throughout.
+
+    A BIO entity is B I*. If `ended` (IOBES), an entity is S or B I* E.
+    """
     found = []
     for kind, first, last in entities(tags):
         prefixes = [prefix for prefix, _ in tags[first : last + 1]]

@@ -148,10 +148,15 @@ def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_
     """Decode one batch.
 
     Args:
+        model: The Flax module.
+        variables: The Flax variables.
         tokens: (B, P) int, padded on the left.
         lengths: (B,) tokens of each prompt. A row of length 0 is padding and ends at once.
         rows: (B,) indices of the prompts in the input.
         key: Random key of the seed.
+        N: Most new tokens.
+        sampling: (temperature, top_k, top_p).
+        end_tokens, vocab_size: See `generate`.
 
     Returns:
         (new tokens (B, N), number of them that count (B,)).

@@ -459,7 +459,7 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     Args:
         outcomes: The outcomes of the sweep.
         name: Name of the figure.
-        path: The PNG file. Next to it, curves.json is written if there is a law.
+        path: The PNG file. Along one of AMOUNTS, curves.json is written next to it.
         say: Called with each line for a person.
 
     Returns:
