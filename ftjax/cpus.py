@@ -1,8 +1,8 @@
-"""The cores of a CPU as JAX devices, so that they share the rows of a batch.
+"""The cores of a CPU as JAX devices that share the rows of a batch.
 
-Inside one device, XLA's CPU shares large products between threads, and little else of a program. With a device for each
-core, everything that a row needs runs on one core, by one thread; what every device must repeat is what does not
-depend on rows, such as the update of the trained parameters. `scripts/bench_devices.py` measures both.
+Within one device, XLA's CPU backend uses several threads for large products and for little else. With one device per
+core, all work on a row runs on one core, by one thread. Work that does not depend on rows, such as the update of the
+trained parameters, is repeated on every device. `scripts/bench_devices.py` measures both.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ftjax.models.axes import MESH_AXES
 
 SINGLE = {"xla_cpu_multi_thread_eigen": False}
-WIDTH = 160  # of a model whose products are half of what one thread takes for a program, see `serial_share`
-GAIN = 1.25  # that several devices must promise: the estimate is not better than that
-SHARE = 0.05  # of the memory, that copies of parameters for further devices may take
-CACHED = 32 << 20  # bytes of parameters up to which decoding reads them from caches, which cores do not share
+WIDTH = 160  # width of a model whose products are half of a program's time on one thread, see `serial_share`
+GAIN = 1.25  # least estimated speed-up of several devices, because the estimate is not more accurate
+SHARE = 0.05  # of the memory that copies of parameters on several devices may take
+CACHED = 32 << 20  # bytes of parameters up to which decoding reads them from caches that cores do not share
 
 _offered = 0
 
 
 @functools.cache
 def cores() -> int:
-    """The physical cores that this process may use."""
+    """Number of physical cores that this process may use."""
     if not sys.platform.startswith("linux"):
         return os.cpu_count() or 1
     mine, siblings = os.sched_getaffinity(0), set()
     for cpu in mine:
         file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         siblings.add(file.read_text() if file.is_file() else str(cpu))
-    limit = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, or "max"
+    limit = Path("/sys/fs/cgroup/cpu.max")  # in a container: "quota period" in microseconds, or "max period"
     quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
     return len(siblings) if quota == "max" else max(1, min(len(siblings), int(quota) // int(period)))
 
 
 def offer(least: int = 1) -> None:
-    """Let JAX have a CPU device for each core, and at least `least` of them, of which `count` and `dealt` choose.
+    """Let JAX have a CPU device for each core, but at least `least` devices. `count` and `dealt` decide how many are
+    used.
 
-    Nothing changes where XLA_FLAGS or JAX's settings say how many devices there are, where several processes share the
-    work, or where this process has used a device already.
+    Nothing changes if XLA_FLAGS or JAX's settings give the number of devices, if several processes share the work, or
+    if this process has already used a device.
     """
     global _offered
     said = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -59,27 +60,29 @@ def offer(least: int = 1) -> None:
 
 
 def offered() -> int:
-    """How many CPU devices `offer` has made; 0 where it made none, or where an accelerator computes."""
+    """Number of CPU devices that `offer` made; 0 if it made none, or if an accelerator computes."""
     return _offered if _offered and jax.default_backend() == "cpu" else 0
 
 
 def serial_share(width: int) -> float:
-    """The share of a program's time on one thread that further threads of one device do not shorten, estimated from the
-    width of the model."""
+    """Share of a program's time on one thread that more threads of the same device do not shorten, estimated from the
+    model's width."""
     return 1 / (1 + (width / WIDTH) ** 2)
 
 
 def count(rows: int, width: int, seconds: float = 1.0, repeated: float = 0.0) -> int:
-    """How many devices should share the rows of a program: as many as divide them, where the estimate promises GAIN.
+    """Number of devices that should share the rows of a program.
+
+    It divides the rows, and it is 1 unless the estimate promises a speed-up of at least GAIN.
 
     Args:
-        rows: That are computed at once.
-        width: Of the model.
-        seconds: That one thread takes for all rows.
-        repeated: Seconds by which each further device lengthens the program for all.
+        rows: Rows that are computed at once.
+        width: Width of the model.
+        seconds: Time that one thread takes for all rows.
+        repeated: Seconds that each device adds to the program, for work that all devices repeat.
 
     Returns:
-        1 where `offer` made no devices.
+        The number of devices; 1 if `offer` made none.
     """
     most, serial = min(offered(), cores()), serial_share(width)
 
@@ -92,14 +95,17 @@ def count(rows: int, width: int, seconds: float = 1.0, repeated: float = 0.0) ->
 
 
 def options(devices: int) -> dict | None:
-    """Options of XLA for a program on so many devices: each of several has one thread, however many cores there are, so
-    that the number of devices alone decides the bits of what it computes."""
+    """XLA's compiler options for a program on so many devices; None for the defaults.
+
+    On several devices each has one thread, however many cores there are, so that the number of devices alone decides
+    the bits of the result.
+    """
     own = "multi_thread_eigen" in os.environ.get("XLA_FLAGS", "")
     return SINGLE if offered() and devices > 1 and not own else None
 
 
 def jit(f: Callable, **how) -> Callable:
-    """`jax.jit(f, **how)` with the `options` that the mesh in force asks for."""
+    """`jax.jit(f, **how)` with the `options` for the current mesh."""
     plain, single = jax.jit(f, **how), jax.jit(f, compiler_options=SINGLE, **how)
 
     @functools.wraps(f)
@@ -111,15 +117,20 @@ def jit(f: Callable, **how) -> Callable:
 
 @contextlib.contextmanager
 def dealt(variables: dict, rows: int, width: int, most: float = math.inf) -> Iterator[dict]:
-    """`variables` on as many devices as should share a forward pass, and a mesh in force that splits rows between them.
+    """Place `variables` on as many devices as should share a forward pass, and set a mesh that splits rows between
+    them.
 
-    They stay as they are where `offer` made no devices, and where the mesh in force splits more than rows.
+    They stay as they are if `offer` made no devices, or if the current mesh splits more than rows.
 
     Args:
-        variables: What a model is applied to, on one device or on each of the mesh in force.
-        rows: Of a batch.
-        width: Of the model.
-        most: Bytes of `variables` from which on one device computes; copies never take more than SHARE of the memory.
+        variables: The Flax variables, on one device or on each device of the current mesh.
+        rows: Rows of a batch.
+        width: Width of the model.
+        most: If `variables` have more bytes than this, one device computes. In any case copies take at most SHARE of
+            the memory.
+
+    Yields:
+        The placed variables.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not offered() or (not mesh.empty and mesh.shape["data"] != mesh.size):

@@ -1,4 +1,4 @@
-"""Write files so that a kill leaves the old content or the new content, never a part; and JSON without NaN."""
+"""Write files so that a kill leaves the old or the new content, never a part of it; and write JSON without NaN."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-DRAFT = ".part"  # end of the name of a file that is being written
+DRAFT = ".part"  # suffix of a file that is being written
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a draft that takes a file's place when the block ends.
+    """Yield the path of a draft, which replaces the file when the block ends.
 
-    A kill leaves the old file or the new one, never a part; an error, such as that of a full disk, leaves no draft.
+    A kill leaves the old file or the new one, never a part of it. After an error, such as a full disk, no draft is
+    left.
     """
-    draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")  # nobody else's
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")  # unique to this process
     try:
         yield draft
         os.replace(draft, path)
     except OSError as error:
-        error.filename = str(path)  # an error of a write does not say where
+        error.filename = str(path)  # the error of a write does not name the file
         raise
     finally:
         draft.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never a part."""
+    """Write a file so that a kill leaves the old or the new content, never a part of it."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def as_json(value, indent: int | None = None) -> str:
-    """Plain data as JSON text. Numbers that are NaN or infinite, which JSON does not have, become null."""
+    """Plain data as JSON text. NaN and infinite numbers, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -50,7 +51,7 @@ def _finite(value):
 
 
 def replace_json(path: Path, value) -> None:
-    """As replace_text, of `as_json` with indentation."""
+    """Write plain data as indented JSON, as `replace_text` does."""
     replace_text(path, as_json(value, 2) + "\n")
 
 

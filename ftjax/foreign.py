@@ -1,6 +1,8 @@
-"""Reading what others wrote: fields of JSON files by type and range, tensors, and programs that may not end.
+"""Read files of others and limit their programs: fields of JSON files by type and range, tensors, and code that may not
+end.
 
-A kind is a function of a value that returns what was expected where the value is something else, and otherwise None.
+A kind is a function of a value. It returns None if the value is of the kind, and otherwise a description of what was
+expected.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError
 
-LARGEST = 1 << 28  # bytes of a JSON file; an index of a hundred thousand tensors has 10 MB
-MOST_MEMORY = 1 << 32  # bytes that a program of others may take
-TICK = 0.1  # seconds between looks at what it takes
+LARGEST = 1 << 28  # most bytes of a JSON file; an index of a hundred thousand tensors has 10 MB
+MOST_MEMORY = 1 << 32  # bytes that foreign code may take
+TICK = 0.1  # seconds between checks of its time and memory
 SIZE = 2**31 - 1  # the largest size of an array's axis
 Kind = Callable[[object], str | None]
 
@@ -68,12 +70,12 @@ null = _of_type(type(None), "null")
 
 
 def maybe(kind: Kind) -> Kind:
-    """A kind, or null."""
+    """A value of a kind, or null."""
     return either(kind, null)
 
 
 def listed(kind: Kind = anything) -> Kind:
-    """A list whose entries are of one kind."""
+    """A list whose entries are all of one kind."""
 
     def problem(value):
         if not isinstance(value, list | tuple):
@@ -85,7 +87,8 @@ def listed(kind: Kind = anything) -> Kind:
 
 
 def mapped(kind: Kind = anything, **fields: Kind) -> Kind:
-    """An object; fields: kinds of some of its fields, where it has them; kind: of all the others."""
+    """An object. `fields` gives the kinds of some of its fields, which may be missing, and `kind` that of all other
+    fields."""
 
     def problem(value):
         if not isinstance(value, dict):
@@ -98,15 +101,15 @@ def mapped(kind: Kind = anything, **fields: Kind) -> Kind:
 
 
 def check_fields(value: dict, fields: dict[str, Kind], where) -> None:
-    """Refuse an object with a field of another type or range than its reader takes.
+    """Check the types and ranges of an object's fields.
 
     Args:
-        value: the object.
-        fields: key -> kind, for those that are read; a key may be missing.
-        where: what the message starts with: the file.
+        value: The object.
+        fields: {key: kind} of the fields that are read; a key may be missing.
+        where: The file, with which the message starts.
 
     Raises:
-        FtjaxError: naming the field, what was expected and what was found.
+        FtjaxError: If a field is of another kind. It names the field, what was expected and what was found.
     """
     for key, kind in fields.items():
         if key in value and (told := kind(value[key])):
@@ -114,12 +117,12 @@ def check_fields(value: dict, fields: dict[str, Kind], where) -> None:
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file of others. Raises FtjaxError where there is no such file, or it cannot be read."""
+    """The text of a UTF-8 file. Raises FtjaxError if there is no such file, or if it cannot be read or is too large."""
     file = Path(file)
     try:
         if not file.exists():
             raise FtjaxError(f"{file}: no such file")
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe would wait for a writer
             raise FtjaxError(f"{file}: expected a file, found a folder or a device")
         if file.stat().st_size > LARGEST:
             raise FtjaxError(f"{file}: {file.stat().st_size:,} bytes; expected at most {LARGEST:,}")
@@ -131,12 +134,13 @@ def read_text(file: Path) -> str:
 
 
 def parse_json(text: str | bytes, where):
-    """The value of a JSON text. Raises FtjaxError for what is none, or none that can be held; where: its file."""
+    """The value of a JSON text. where: its file, for the message. Raises FtjaxError if the text is not valid JSON, or
+    nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
         raise FtjaxError(f"{where}: invalid JSON: nested too deeply") from None
-    except ValueError as error:  # also numbers of thousands of digits, and bytes that are not UTF-8
+    except ValueError as error:  # also for numbers of thousands of digits, and for bytes that are not UTF-8
         raise FtjaxError(f"{where}: invalid JSON: {error}") from None
 
 
@@ -144,11 +148,11 @@ def read_json(file: Path, **fields: Kind) -> dict:
     """The object in a JSON file.
 
     Args:
-        file: the file.
-        fields: kinds of the fields that the caller reads, see `check_fields`.
+        file: The file.
+        fields: Kinds of the fields that the caller reads, see `check_fields`.
 
     Raises:
-        FtjaxError: where there is no file, no JSON, no object, or a field of another kind.
+        FtjaxError: If there is no file, no valid JSON, no object, or a field of another kind.
     """
     value = parse_json(read_text(file), file)
     if not isinstance(value, dict):
@@ -161,7 +165,8 @@ def read_tensors(file: Path) -> dict:
     """The tensors of a safetensors file as numpy arrays, by name.
 
     Raises:
-        FtjaxError: where it is no whole file, and for a tensor that is not of floating point, or holds NaN or infinity.
+        FtjaxError: If the file is not a whole safetensors file, or if a tensor is not of floating point or holds NaN or
+            infinity.
     """
     import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloat16`
     import numpy as np
@@ -187,23 +192,24 @@ def read_tensors(file: Path) -> dict:
 
 @contextlib.contextmanager
 def limited(what: str, seconds: float = 10.0) -> Iterator[None]:
-    """Stop a program of others that does not end, or fills the memory; whatever it raises becomes one FtjaxError.
+    """Limit the time and memory of foreign code, and turn whatever it raises into one FtjaxError.
 
-    The limits hold in a process's main thread on POSIX alone, since they need a signal; elsewhere there are none.
+    The limits need a signal, so they only apply in the main thread of a process on POSIX.
 
     Args:
-        what: the program, with which the message starts.
-        seconds: the longest time that it may take.
+        what: The code, with which the message starts.
+        seconds: The longest time that it may take.
 
     Raises:
-        FtjaxError: for any error in the block, and where it takes longer or MOST_MEMORY more than the process has had.
+        FtjaxError: For any error in the block, and if it takes longer, or takes MOST_MEMORY more than the process's
+            peak so far.
     """
     try:
         with _watched(seconds):
             yield
     except FtjaxError:
         raise
-    except BaseException as error:  # a fault in the Rust code of a tokenizer is no Exception
+    except BaseException as error:  # a panic in a tokenizer's Rust code is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         raise FtjaxError(f"{what}: {str(error) or type(error).__name__:.500}") from None
@@ -229,7 +235,7 @@ def _watched(seconds: float) -> Iterator[None]:
             raise MemoryError(f"takes more than {MOST_MEMORY:,} bytes of memory")
 
     before, begin = signal.signal(signal.SIGALRM, look), time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, TICK, TICK)  # somebody else's, such as a test runner's
+    left, interval = signal.setitimer(signal.ITIMER_REAL, TICK, TICK)  # an earlier timer, such as a test runner's
     try:
         yield
     finally:

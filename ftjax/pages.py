@@ -1,4 +1,4 @@
-"""Reports as pages of HTML and Markdown, from the Jinja templates in FOLDER. A page needs no other file."""
+"""Reports as HTML and Markdown pages, from the Jinja templates in FOLDER. A page needs no other file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _templates():
 
 
 def page(name: str, **values) -> str:
-    """The text of a template with these values; in HTML every value is escaped."""
+    """Render a template with the given values. In HTML every value is escaped."""
     return _templates().get_template(name).render(values) + "\n"
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+    """The text in one line, escaped so that Markdown shows it as it is."""
     for mark in "\\`*_[]<>|#":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 
-SOON, LATER = 10, 60  # seconds until the first, and between further lines, where the output is not a terminal
-_open: list[object] = []  # what is being done, the outermost first: only that shows itself
-quiet = False  # set on all processes of a run but the first
+SOON, LATER = 10, 60  # seconds before the first line and between further lines, if the output is not a terminal
+_open: list[object] = []  # work in progress, the outermost first, which is the only one that is shown
+quiet = False  # True on all processes of a run but the first
 
 
 def clock(seconds: float) -> str:

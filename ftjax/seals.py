@@ -1,4 +1,4 @@
-"""Whether files are those that were written, byte for byte: checksums, and records that hold their own digest."""
+"""Whether files are byte for byte as they were written: checksums, and records that hold their own digest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def digest(*parts) -> str:
-    """Hex digest of texts, bytes and plain data, each kept apart from the next."""
+    """Hex digest of texts, bytes and plain data. The length of each part is hashed too, so that the border between
+    parts counts."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
@@ -20,12 +21,12 @@ def digest(*parts) -> str:
 
 
 def sealed(record: dict) -> dict:
-    """A record of plain data with its own digest, by which `opened` knows it again."""
+    """A record of plain data with its own digest, which `opened` checks."""
     return record | {"digest": digest(record)}
 
 
 def opened(file: Path) -> dict | None:
-    """The record that was sealed and written to a JSON file; None where the file is not there or not as written."""
+    """Read a sealed record from a JSON file; None if the file does not exist or is not as it was written."""
     try:
         record = json.loads(file.read_bytes())
         return record if record.pop("digest") == digest(record) else None
@@ -34,12 +35,12 @@ def opened(file: Path) -> dict | None:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Name -> CRC-32 of the bytes of each of these files of a folder."""
+    """{name: CRC-32 of the file's bytes} of the named files in a folder."""
     return {name: _checksum(folder / name) for name in names}
 
 
 def changed(folder: Path, kept: dict[str, int]) -> list[str]:
-    """The names of those files of a folder that are missing, or whose bytes have another checksum than the one kept."""
+    """Names of the files in a folder that are missing, or whose checksum differs from the one in `kept`."""
     return [name for name, crc in kept.items() if not (folder / name).is_file() or _checksum(folder / name) != crc]
 
 

@@ -1,8 +1,8 @@
-"""What happens when a process is told to stop, by Ctrl-C (SIGINT) or by SIGTERM, as clusters and `kill` send it.
+"""What happens when a process receives Ctrl-C (SIGINT), or SIGTERM, which clusters and `kill` send.
 
-The first signal raises KeyboardInterrupt, or, within `held`, is only noted: a training run then finishes its step,
-saves and stops by itself. The second ends the process at once, as a kill does. So does the first where Python cannot
-obey it within GRACE seconds, such as during a long compilation, which has nothing to save.
+The first signal raises KeyboardInterrupt. Within `held` it is only recorded: a training run then finishes its step,
+saves and stops by itself. The second signal ends the process at once, as a kill does. The first one does so too if
+Python cannot handle it within GRACE seconds, for instance during a long compilation, when there is nothing to save.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ import time
 from collections.abc import Callable, Iterator
 
 GRACE = 5.0  # seconds
-ONE = 0.5  # seconds within which signals are one: `timeout` and shells send theirs to a process and to its group
+ONE = 0.5  # seconds within which signals count as one: `timeout` and shells send theirs to a process and to its group
 
-heard: list[int] = []  # the signals that this process was told to stop by
+heard: list[int] = []  # the signals that this process received
 _held = False
-_obeyed = threading.Event()  # Python has seen the first signal
+_obeyed = threading.Event()  # set when Python has handled the first signal
 _at_exit: list[Callable] = []
-_sent_again = 0  # signals that `_hook` sent, which are no new ones
+_sent_again = 0  # number of signals that `_hook` sent, which do not count as new ones
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Hear signals inside as the module says; only in the main thread, and only those whose usual effect is in force (a
-    job in the background ignores Ctrl-C)."""
+    """Handle signals in the block as the module describes.
+
+    Only in the main thread, and only signals whose usual handler is installed: a background job, for instance, ignores
+    Ctrl-C.
+    """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     mine = [n for n, handler in usual.items() if signal.getsignal(n) is handler]
     if threading.current_thread() is not threading.main_thread() or not mine or os.name != "posix":
@@ -59,8 +62,10 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(on: bool = True) -> Iterator[None]:
-    """Only note the first signal inside: whoever holds looks at `heard` and stops at the next good moment. on: False
-    within a held block for a part of it that may be left at any moment."""
+    """Only record the first signal in the block. The caller checks `heard` and stops at the next good moment.
+
+    on: False within a held block, for a part of it that may be interrupted at any moment.
+    """
     global _held
     before, _held = _held, on
     if on and not before:
@@ -72,16 +77,16 @@ def held(on: bool = True) -> Iterator[None]:
 
 
 def at_exit(f: Callable, *args) -> None:
-    """As atexit.register, for what `leave` must do too."""
+    """As atexit.register, for a function that `leave` must also call."""
     atexit.register(f, *args)
     _at_exit.append(functools.partial(f, *args))
 
 
 def leave(code: int) -> None:
-    """End a process that was stopped. Python's own way destroys what other threads may still use, such as one that
-    compiles, and then dies of SIGSEGV."""
+    """End a process that was stopped. Python's normal exit destroys objects that other threads may still use, such as
+    one that compiles, and then dies of SIGSEGV."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it is being obeyed
+        signal.signal(number, signal.SIG_IGN)  # the process is already ending
     for f in _at_exit:
         f()
     sys.stdout.flush()
@@ -97,8 +102,8 @@ def _hear(number, frame) -> None:
 
 
 def _hook(lost, thread: int, report) -> None:
-    """Raise a KeyboardInterrupt again that Python lost: one that comes up in a callback, such as that of JAX in each
-    garbage collection, is only reported there, and the program goes on."""
+    """Raise a lost KeyboardInterrupt again. If one is raised in a callback, such as JAX's in each garbage collection,
+    Python only reports it there, and the program continues."""
     global _sent_again
     if issubclass(lost.exc_type, KeyboardInterrupt):
         _sent_again += 1
@@ -109,9 +114,10 @@ def _hook(lost, thread: int, report) -> None:
 
 
 def _watch(told: socket.socket, mine: list[int]) -> None:
-    """End the process where its main thread cannot, or need not, obey a signal; `told` gives the number of each."""
+    """End the process if its main thread cannot, or need not, handle a signal. `told` receives the number of each
+    signal."""
     global _sent_again
-    first, deadline = None, None  # the first signal with its time; when it must be obeyed
+    first, deadline = None, None  # first: (number, time) of the first signal; deadline: when it must be handled
     while True:
         told.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
         try:
@@ -140,7 +146,8 @@ def _end(number: int, how: str) -> None:
 
 
 def _forget() -> None:
-    """In a fork: signals have their usual effect. Its parent would take those of the fork for its own."""
+    """In a forked process: restore the usual handlers. Otherwise its parent would take the signals of the fork for its
+    own."""
     if signal.getsignal(signal.SIGINT) is _hear or signal.getsignal(signal.SIGTERM) is _hear:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,7 @@ FIELDS = ("augment.function", "evaluate.metrics")  # ends of the dotted keys tha
 
 
 def named(values, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, `file.py:function`) of each function in `config.to_dict()`, also in entries of a mixture or of a
+    """(dotted key, `file.py:function`) of each function in `config.to_dict()`, including entries of a mixture or a
     comparison."""
     if isinstance(values, dict):
         for name, value in values.items():
@@ -30,12 +30,12 @@ def named(values, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def not_named_by(overrides, values) -> list[tuple[str, str]]:
-    """The functions that a config names and that no text of the command line, `dotted.key=value`, names too."""
+    """The functions that a config names and that no override `dotted.key=value` of the command line names too."""
     return [(key, function) for key, function in named(values) if not any(function in text for text in overrides)]
 
 
 def told(functions: list[tuple[str, str]]) -> str:
-    """These functions with their keys, as text for a person."""
+    """These functions and their keys, as text for a person."""
     return ", ".join(f"{key} {function!r}" for key, function in functions)
 
 

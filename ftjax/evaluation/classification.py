@@ -1,12 +1,12 @@
-"""Classes, one a row or any number: figures of counts of rows (ftjax.evaluation.resample), and thresholds.
+"""Figures and thresholds of classification, with one class per row or any number, as functions of counts of rows.
 
-N rows, C classes, B resamples at a time. A tally is three arrays (..., C): rows of a class that are rightly predicted,
-rows predicted as it, rows labelled with it.
+N rows, C classes, B resamples at a time (see ftjax.evaluation.resample). A tally is three arrays (..., C): correctly
+predicted rows of a class, rows predicted as the class, rows labelled with the class.
 
-A figure without a denominator is NaN here, where scikit-learn by its default gives 0 (`zero_division`): precision of a
-class never predicted, recall of one without labels, F1 of one with neither, MCC and ROC-AUC of one class only. Inside a
-macro average it counts as 0, as there. As there, too, a macro average runs over the classes that labels or predictions
-hold, and over all C where a row may have any number of classes.
+A figure with denominator 0 is NaN here, where scikit-learn's default is 0 (`zero_division`): precision of a class that
+is never predicted, recall of one without labels, F1 of one with neither, and MCC and ROC-AUC of one class only. Within
+a macro average it counts as 0, as in scikit-learn. As there, a macro average is over the classes that occur in labels
+or predictions, and over all C if a row may have any number of classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation.resample import Reduce, divide, totals
 
-BINS = 15  # of the calibration error, as Guo et al. 2017
+BINS = 15  # bins of the calibration error, as in Guo et al. 2017
 UNDEFINED = {  # why a figure is None
     "precision": "no row is predicted as it",
     "recall": "no row is labelled with it",
@@ -35,7 +35,7 @@ UNDEFINED |= {f"{name}_macro": UNDEFINED["f1_micro"] for name in ("precision", "
 
 
 def precision_recall_f1(right, predicted, labelled) -> dict[str, np.ndarray]:
-    """Of each class: (..., C) each."""
+    """Precision, recall and F1 of each class, (..., C) each."""
     return {
         "precision": divide(right, predicted),
         "recall": divide(right, labelled),
@@ -44,27 +44,32 @@ def precision_recall_f1(right, predicted, labelled) -> dict[str, np.ndarray]:
 
 
 def trials(right, predicted, labelled) -> dict[str, np.ndarray]:
-    """Of how many trials each figure of `precision_recall_f1` is a share, for its interval: (..., C) each."""
+    """Number of trials of which each figure of `precision_recall_f1` is a share, for its interval: (..., C) each."""
     return {"precision": predicted, "recall": labelled, "f1": (predicted + labelled) / 2}
 
 
 def macro_trials(right, predicted, labelled) -> dict[str, float]:
-    """Of how many trials each figure of `macro` is a share: right, predicted, labelled (C,).
+    """Number of trials of which each figure of `macro` is a share, from a tally (C,).
 
-    The mean of C shares of n_c trials each varies as one share of C^2 / sum(1 / n_c) trials does. Classes without
-    trials vary in nothing.
+    The mean of C shares of n_c trials each varies like one share of C^2 / sum(1 / n_c) trials. Classes without trials
+    do not vary, so they are left out.
     """
     found = {name: n[n > 0] for name, n in trials(right, predicted, labelled).items()}
     return {f"{name}_macro": float(len(n) ** 2 / (1 / n).sum()) for name, n in found.items() if len(n)}
 
 
 def micro(right, predicted, labelled) -> dict[str, np.ndarray]:
-    """Of all classes taken as one: (...) each."""
+    """Precision, recall and F1 of all classes together, (...) each."""
     return precision_recall_f1(right.sum(-1), predicted.sum(-1), labelled.sum(-1))
 
 
 def macro(right, predicted, labelled, absent: bool = False) -> dict[str, np.ndarray]:
-    """Mean over the classes with labels or predictions, and with `absent` over the others too: (...) each."""
+    """Mean precision, recall and F1 over the classes with labels or predictions, (...) each.
+
+    Args:
+        right, predicted, labelled: A tally.
+        absent: Whether the other classes count too.
+    """
     classes = (predicted + labelled > 0).sum(-1)
     if absent:
         classes = np.where(classes > 0, right.shape[-1], 0)
@@ -73,33 +78,43 @@ def macro(right, predicted, labelled, absent: bool = False) -> dict[str, np.ndar
 
 
 def accuracy(right, predicted, labelled) -> np.ndarray:
-    """Share of rows rightly predicted, of one class a row."""
+    """Share of rows that are predicted correctly, for one class per row."""
     return divide(right.sum(-1), labelled.sum(-1))
 
 
 def balanced_accuracy(right, predicted, labelled) -> np.ndarray:
-    """Mean recall of the classes with labels."""
+    """Mean recall of the classes that have labels."""
     return divide(np.nan_to_num(divide(right, labelled)).sum(-1), (labelled > 0).sum(-1))
 
 
 def mcc(right, predicted, labelled) -> np.ndarray:
-    """Matthews correlation of one class a row, for any number of classes (Gorodkin 2004)."""
+    """Matthews correlation for one class per row and any number of classes (Gorodkin 2004)."""
     n = labelled.sum(-1)
     covariance = right.sum(-1) * n - (predicted * labelled).sum(-1)
     spread = [np.sqrt(n**2 - (x**2).sum(-1)) for x in (predicted, labelled)]
     return divide(covariance, spread[0] * spread[1])
 
 
-# One class a row
+# One class per row
 
 
 def single_rows(labels, probabilities, threshold: float | None = None) -> dict[str, np.ndarray]:
-    """What each row contributes. labels: (N,) int; probabilities: (N, C), each row summing to 1.
+    """The contribution of each row, for one class per row.
 
-    Predicted is the class of the highest probability, the first of equals; of two classes with a `threshold`, class 1
-    where its probability reaches it. loss: -log of the label's probability (nats), clipped at the precision of the
-    probabilities' type as scikit-learn clips. Raises FtjaxError for a label out of range and for what is no
-    probability.
+    The predicted class is that of the highest probability, and the first of equal ones. With `threshold` it is class 1
+    if its probability is at least the threshold. `loss` is -log of the label's probability (nats), clipped at the
+    precision of the probabilities' dtype as in scikit-learn.
+
+    Args:
+        labels: (N,) int.
+        probabilities: (N, C), each row summing to 1.
+        threshold: Threshold of class 1 of two; None: the highest probability decides.
+
+    Returns:
+        {"label", "predicted", "probabilities", "loss", "wrong"}, each of N rows.
+
+    Raises:
+        FtjaxError: If a label is out of range, or if values are not probabilities.
     """
     labels, p = np.asarray(labels), _probabilities(probabilities)
     N, C = p.shape
@@ -114,12 +129,12 @@ def single_rows(labels, probabilities, threshold: float | None = None) -> dict[s
     p = p.astype(float)
     predicted = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
     loss = -np.log(np.clip(p[np.arange(N), labels], tiny, 1 - tiny))
-    labels = labels.astype(int)  # wide enough for label * C + prediction
+    labels = labels.astype(int)  # wide enough for label * C + predicted
     return {"label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": predicted != labels}
 
 
 def single_tally(rows):
-    """counts (B, N) -> the tally (B, C)."""
+    """A function counts (B, N) -> the tally (B, C)."""
     N, C = rows["probabilities"].shape
     place, right = np.arange(N), np.flatnonzero(~rows["wrong"])
     entries = (rows["label"][right], right), (rows["predicted"], place), (rows["label"], place)
@@ -128,10 +143,10 @@ def single_tally(rows):
 
 
 def single_metrics(rows) -> Reduce:
-    """Figures of one class a row; precision, recall, F1 without a suffix are those of class 1 of two.
+    """Figures for one class per row. Of two classes, precision, recall and F1 without a suffix are those of class 1.
 
-    The micro averages all equal the accuracy. ROC-AUC is by the probability of class 1 of two; of more, the mean over
-    the classes with labels of each against the rest. The calibration error is that of `calibration`.
+    All micro averages equal the accuracy. ROC-AUC uses the probability of class 1 of two classes. For more classes it
+    is the mean over the classes with labels of each against the rest. The calibration error is that of `calibration`.
     """
     tally, p = single_tally(rows), rows["probabilities"]
     binary = p.shape[1] == 2
@@ -156,7 +171,7 @@ def single_metrics(rows) -> Reduce:
 
 
 def single_trials(rows) -> dict[str, float]:
-    """Of how many trials a figure of `single_metrics` is a share, for those that are shares."""
+    """Number of trials of which a figure of `single_metrics` is a share, for the figures that are shares."""
     n, C = rows["probabilities"].shape
     tally = [x[0] for x in single_tally(rows)(np.ones((1, n)))]
     found = {name: n for name in ("accuracy", "precision_micro", "recall_micro", "f1_micro")} | macro_trials(*tally)
@@ -166,17 +181,17 @@ def single_trials(rows) -> dict[str, float]:
 
 
 def _confidence_bins(rows):
-    """The bin of each row (N,) int, and its confidence less whether it is right (N,)."""
+    """The bin of each row (N,) int, and its confidence less 1 if it is right, or less 0 if not (N,)."""
     confidence = rows["probabilities"].max(1)
     right = rows["probabilities"].argmax(1) == rows["label"]
     return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence, side="left"), confidence - right
 
 
 def calibration(rows) -> list[dict]:
-    """The bins behind the expected calibration error (Guo et al. 2017) that hold rows, lowest first.
+    """The bins of the expected calibration error (Guo et al. 2017) that hold rows, lowest first.
 
-    A row's confidence is its highest probability. 15 bins of equal width; bin m holds confidences above (m - 1) / 15 up
-    to m / 15. The error is the mean over rows of |mean confidence - share right| of their bins.
+    A row's confidence is its highest probability. There are 15 bins of equal width, and bin m holds confidences above
+    (m - 1) / 15 up to m / 15. The error is the mean over rows of |mean confidence - accuracy| of their bins.
     """
     bins, gaps = _confidence_bins(rows)
     confidence = rows["probabilities"].max(1)
@@ -191,19 +206,30 @@ def calibration(rows) -> list[dict]:
 
 
 def confusion(rows) -> list[list[int]]:
-    """(C, C) counts: row the label, column the prediction."""
+    """(C, C) counts, with labels as rows and predictions as columns."""
     C = rows["probabilities"].shape[1]
     return np.bincount(rows["label"] * C + rows["predicted"], minlength=C * C).reshape(C, C).tolist()
 
 
-# Any number of classes a row
+# Any number of classes per row
 
 
 def multi_rows(labels, probabilities, thresholds=0.5) -> dict[str, np.ndarray]:
-    """What each row contributes. labels: (N, C) of 0 and 1; probabilities: (N, C); thresholds: one, or (C,).
+    """The contribution of each row, for any number of classes per row.
 
-    Predicted is each class whose probability reaches its threshold. loss: the sum over classes of binary cross-entropy
-    (nats). Raises FtjaxError for shapes that differ and for what is no label or no probability.
+    A class is predicted if its probability is at least its threshold. `loss` is the binary cross-entropy summed over
+    classes (nats).
+
+    Args:
+        labels: (N, C) of 0 and 1.
+        probabilities: (N, C).
+        thresholds: One for all classes, or (C,).
+
+    Returns:
+        {"label", "predicted", "probabilities", "loss", "wrong"}, each of N rows.
+
+    Raises:
+        FtjaxError: If shapes differ, or if values are not labels or probabilities.
     """
     labels, p = np.asarray(labels), _probabilities(probabilities)
     if labels.shape != p.shape:
@@ -220,14 +246,15 @@ def multi_rows(labels, probabilities, thresholds=0.5) -> dict[str, np.ndarray]:
 
 
 def multi_tally(rows):
-    """counts (B, N) -> the tally (B, C)."""
+    """A function counts (B, N) -> the tally (B, C)."""
     label, predicted = rows["label"], rows["predicted"]
     parts = np.concatenate([label & predicted, predicted, label], axis=1).astype(float)
     return lambda counts: tuple(np.split(counts @ parts, 3, axis=1))
 
 
 def multi_metrics(rows) -> Reduce:
-    """Figures of any number of classes a row. ROC-AUC is the mean over the classes that some rows have, not all."""
+    """Figures for any number of classes per row. ROC-AUC is the mean over the classes that some rows have and some do
+    not."""
     tally = multi_tally(rows)
     curves = [roc_auc(label, p) for label, p in zip(rows["label"].T, rows["probabilities"].T, strict=True)]
 
@@ -242,22 +269,23 @@ def multi_metrics(rows) -> Reduce:
 
 
 def multi_trials(rows) -> dict[str, float]:
-    """As `single_trials`, of `multi_metrics`."""
+    """As `single_trials`, for `multi_metrics`."""
     n = len(rows["loss"])
     tally = [x[0] for x in multi_tally(rows)(np.ones((1, n)))]
     found = {f"{name}_micro": x for name, x in trials(*(x.sum() for x in tally)).items()}
     return {"subset_accuracy": n} | found | macro_trials(*tally)
 
 
-# Both
+# For both
 
 
 def roc_auc(positive: np.ndarray, scores: np.ndarray):
-    """counts (B, N) -> (B,): the chance that a positive row scores above another, ties counting half."""
+    """A function counts (B, N) -> (B,): the probability that a positive row scores above a negative one; ties count
+    half."""
     pos, neg, n = np.flatnonzero(positive), np.flatnonzero(~positive), len(scores)
     levels, level = np.unique(scores[pos], return_inverse=True)
     K = len(levels)
-    # A negative row is below level k where k >= first, and half so where it ties with it.
+    # A negative row is below level k if k >= first; if it ties with the level, it counts half.
     ties, first = (np.searchsorted(levels, scores[neg], side) for side in ("left", "right"))
     at_level = totals(K, level, pos, n)
     entering = totals(K + 1, np.concatenate([ties, first]), np.concatenate([neg, neg]), n, 0.5)
@@ -270,9 +298,15 @@ def roc_auc(positive: np.ndarray, scores: np.ndarray):
 
 
 def notes(tally, n: int, absent: bool = False) -> dict[str, str]:
-    """What the averages of a tally (C,) of n rows leave out or count as 0: figure -> one sentence.
+    """What the averages of a tally leave out or count as 0.
 
-    absent: whether classes that labels and predictions lack are in the macro averages.
+    Args:
+        tally: The tally (C,).
+        n: Number of rows.
+        absent: Whether macro averages include classes without labels and predictions.
+
+    Returns:
+        {name of a figure: one sentence}.
     """
     right, predicted, labelled = tally
     neither = (predicted + labelled) == 0
@@ -294,7 +328,7 @@ def notes(tally, n: int, absent: bool = False) -> dict[str, str]:
 
 
 def _mean(figures) -> np.ndarray:
-    """Mean over those that are defined."""
+    """Mean over the figures that are defined."""
     figures = np.array(figures)
     return divide(np.nansum(figures, axis=0), (~np.isnan(figures)).sum(0))
 
@@ -315,7 +349,7 @@ def _refuse(bad, found, wanted: str) -> None:
 
 # Thresholds
 
-THRESHOLD_METRICS = {  # of a tally of two classes, (K, 2)
+THRESHOLD_METRICS = {  # functions of a tally of two classes, (K, 2)
     "f1": lambda *tally: precision_recall_f1(*tally)["f1"][:, 1],
     "mcc": mcc,
     "balanced_accuracy": balanced_accuracy,
@@ -324,12 +358,22 @@ THRESHOLD_METRICS = {  # of a tally of two classes, (K, 2)
 
 
 def best_threshold(labels, scores, metric: str = "f1") -> dict:
-    """The threshold that maximises a metric of THRESHOLD_METRICS over all there are: {"threshold", "value"}.
+    """The threshold that maximises a metric over all possible thresholds.
 
-    labels: (N,) of 0 and 1; scores: (N,) float; a row is positive where its score >= threshold. A threshold lies midway
-    between the scores that it parts, exact in the scores' own type; of equally good ones it is the nearest to 0.5.
-    Where nothing can be chosen, labels or (by MCC) scores being all the same: 0.5, value None and a note. Raises
-    FtjaxError for an unknown metric, labels other than 0 and 1, and scores that are no numbers.
+    A row is positive if its score is at least the threshold. A threshold is midway between the two scores that it
+    separates, exact in the scores' dtype. Of equally good thresholds it is the one nearest to 0.5.
+
+    Args:
+        labels: (N,) of 0 and 1.
+        scores: (N,) float.
+        metric: Key of THRESHOLD_METRICS.
+
+    Returns:
+        {"threshold", "value"}. If labels or (for MCC) scores are all equal, nothing can be chosen: the threshold is
+        0.5, the value None, and "note" says why.
+
+    Raises:
+        FtjaxError: If the metric is unknown, if a label is not 0 or 1, or if a score is not finite.
     """
     if metric not in THRESHOLD_METRICS:
         known = ", ".join(THRESHOLD_METRICS)
@@ -344,7 +388,7 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
     n, positives = len(labels), pos.sum()
     if positives in (0, n):
         return {"threshold": 0.5, "value": None, "note": "nothing to choose by: labels hold one class only"}
-    # Of each cut, below distinct[k] for k = 0..K: the rows from there on are positive.
+    # For each cut below distinct[k], k = 0..K: the rows from distinct[k] on are positive.
     right, predicted = (np.append(np.cumsum(x[::-1])[::-1], 0.0) for x in (pos, every))
     negative = (n - predicted) - (positives - right)
     labelled = np.broadcast_to([n - positives, positives], (len(predicted), 2))
@@ -355,7 +399,7 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
         return {"threshold": 0.5, "value": None, "note": "nothing to choose by: all scores are the same"}
     low, high = distinct[:-1], distinct[1:]
     middle = low + (high - low) / 2
-    middle = np.where(middle > low, middle, high)  # neighbours in their type have no number between
+    middle = np.where(middle > low, middle, high)  # adjacent floats have no number between them
     cuts = np.concatenate([distinct[:1], middle, np.nextafter(distinct[-1:], np.inf)])
     best = np.flatnonzero(figures == np.nanmax(figures))
     k = best[np.argmin(abs(cuts[best].astype(float) - 0.5))]
@@ -363,7 +407,7 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
 
 
 def best_thresholds(labels, scores, metric: str = "f1") -> list[dict]:
-    """`best_threshold` of each of C classes by itself. labels, scores: (N, C)."""
+    """`best_threshold` of each of C classes separately. labels, scores: (N, C)."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 2 or labels.shape != scores.shape:
         raise FtjaxError(

@@ -1,4 +1,4 @@
-"""One state of a model measured on held-out rows, and two of them side by side."""
+"""Evaluate one state of a model on held-out rows, and show two states side by side."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from ftjax.files import replace_json, write_jsonl
 from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
 
-LOWER = ("perplexity", "forgetting_loss")  # figures of which less is better, beside those of METRICS
+LOWER = ("perplexity", "forgetting_loss")  # figures where less is better, besides those of METRICS
 
 
 def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
-    """All that figures of one state of a model depend on beside its parameters, as plain data for JSON.
+    """All that the figures of one state depend on besides its parameters, as plain data for JSON.
 
     Args:
-        tokenizer, end_tokens: of the model.
-        part: the rows that are asked, a Part of ftjax.data.prepare.
-        max_length: tokens of a row at most.
-        config: of the run.
+        tokenizer: The model's tokenizer.
+        end_tokens: Ids that end an answer.
+        part: The held-out rows, a Part of ftjax.data.prepare.
+        max_length: Most tokens of a row.
+        config: The run's config.
 
     Returns:
-        config.evaluate, config.generate and the seed; digests of the rows and how they become tokens, of the tokenizer
+        config.evaluate, config.generate and the seed, with digests of the rows and their encoding, of the tokenizer
         with its chat template, and of the files that config.evaluate names.
     """
-    unused = ("compare", "rows", "samples")  # of training alone, or of what is shown
+    unused = ("compare", "rows", "samples")  # they only affect training or the display
     ev = {key: value for key, value in config.evaluate.to_dict().items() if key not in unused}
     named = [name.rpartition(":")[0] for name in config.evaluate.metrics if ":" in name]
     named += [assets.resolve(config.evaluate.forgetting)] if config.evaluate.forgetting else []
@@ -53,9 +54,18 @@ def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
 def measure(lm, variables, data, config) -> dict:
     """Figures of one state of a model on the part `evaluate.compare_on`, as plain data.
 
-    lm: its model, tokenizer and end tokens; variables: what the model is applied to; data: from ftjax.data.prepare.
-    `perplexity` a trained token over all rows; the scores and `samples` of `answers`; `forgetting_loss` in nats a token
-    on `evaluate.forgetting`, where that is set. Raises FtjaxError for a part without rows.
+    Args:
+        lm: An LM, for its model, tokenizer and end tokens.
+        variables: The Flax variables of this state.
+        data: The rows, from ftjax.data.prepare.
+        config: The run's config.
+
+    Returns:
+        `perplexity` per trained token over all rows, the scores and `samples` of `answers` and, if
+        `evaluate.forgetting` is set, `forgetting_loss` on it in nats per token.
+
+    Raises:
+        FtjaxError: If the part has no rows.
     """
     ev, part = config.evaluate, getattr(data, config.evaluate.compare_on)
     if not len(part):
@@ -77,10 +87,21 @@ def measure(lm, variables, data, config) -> dict:
 
 
 def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
-    """One generation by `config.generate` for each of the first `evaluate.compare_rows` distinct prompts of a part.
+    """Answer each of the first `evaluate.compare_rows` distinct prompts of a part once, by `config.generate`, and score
+    it.
 
-    Returns a figure for each of `evaluate.metrics`, and samples {"prompt", "references", "prediction", "scores"};
-    references are those of all rows that share the prompt. Raises FtjaxError for an unknown metric.
+    Args:
+        lm: An LM, for its model, tokenizer and end tokens.
+        variables: The Flax variables.
+        part: The rows, a Part of ftjax.data.prepare.
+        config: The config.
+
+    Returns:
+        (a figure for each of `evaluate.metrics`, samples {"prompt", "references", "prediction", "scores"}). The
+        references are those of all rows that share the prompt.
+
+    Raises:
+        FtjaxError: If a metric is unknown.
     """
     for name in config.evaluate.metrics:
         find(name)
@@ -97,8 +118,17 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
 def answered(
     lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = ""
 ) -> tuple[dict[str, float], list[dict]]:
-    """As `answers`, of prompts (ids), their references, and the rows that they are of; until: text that ends an answer,
-    together with what follows it."""
+    """As `answers`, for prompts that are already encoded.
+
+    Args:
+        lm: An LM, for its model, tokenizer and end tokens.
+        variables: The Flax variables.
+        prompts: Ids of N prompts.
+        references: The references of each prompt.
+        asked: The row of each prompt.
+        config: The config.
+        until: Text that ends an answer. It is removed with all that follows it; empty: none.
+    """
     texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
     predictions = [answer_of(text.split(until)[0] if until else text) for text in texts]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
@@ -119,7 +149,12 @@ def _figures(measured: dict) -> dict[str, float]:
 
 
 def table(before: dict, after: dict, seconds: float) -> str:
-    """The figures of two `measure`s, which way is better, the difference, and the seconds of the whole run."""
+    """The figures of two states before and after training as text, with their difference and which way is better.
+
+    Args:
+        before, after: The results of `measure`.
+        seconds: Duration of the whole run.
+    """
     lines = []
     for name, old in _figures(before).items():
         new = after[name]
@@ -135,7 +170,7 @@ def table(before: dict, after: dict, seconds: float) -> str:
 
 
 def side_by_side(before: dict, after: dict, n: int) -> str:
-    """`n` prompts, spread evenly over the samples, with a reference and both answers."""
+    """`n` prompts at even distances among the samples, each with a reference and both answers, as text."""
     pairs, lines = list(zip(before["samples"], after["samples"], strict=True)), []
     for i in range(min(n, len(pairs))):
         old, new = pairs[i * len(pairs) // min(n, len(pairs))]
@@ -145,13 +180,13 @@ def side_by_side(before: dict, after: dict, n: int) -> str:
 
 
 def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float, made_by: dict) -> dict:
-    """Write results.json and samples.jsonl, one line a prompt.
+    """Write results.json, and samples.jsonl with one line per prompt.
 
     Args:
-        run_dir: the folder of the run.
-        before, after: what `measure` returned of the two states.
-        seconds: of the whole run.
-        made_by: the `settings` of both.
+        run_dir: The run folder.
+        before, after: The results of `measure` for the two states.
+        seconds: Duration of the whole run.
+        made_by: The `settings` of both.
 
     Returns:
         The content of results.json: {"before", "after", "seconds", "settings"}.

@@ -1,14 +1,14 @@
-"""Tags of words: which entities they spell, and strict figures of them: boundaries and type must both be right.
+"""Strict figures of the entities in tagged words: an entity is correct if its boundaries and its type are.
 
-N rows (sentences), T entity types, B resamples at a time. Two readings of tags, as in seqeval:
+N rows (sentences), T entity types, B resamples at a time. There are two ways to read tags, as in seqeval:
 
-- As conlleval.pl reads them (seqeval's default, and ours): an entity starts wherever a tag cannot continue the one
-  before, so `O I-PER` spells a person. This is the reading behind published figures and Hugging Face's examples.
-- strict (seqeval's mode="strict"): only what the scheme allows spells an entity. `I-` without `B-` is none; where tags
-  end entities (IOBES), one that is not ended is none.
+- As conlleval.pl does (the default of seqeval and of ftjax): an entity starts wherever a tag cannot continue the one
+  before, so `O I-PER` is a person. Published figures and Hugging Face's examples use this way.
+- strict (seqeval's mode="strict"): an entity must follow the scheme. `I-` without `B-` is none. In IOBES an entity that
+  is not ended is none.
 
-The schemes are BIO (IOB2) and IOBES, in which BILOU's L is E and its U is S, in the first reading too, where seqeval
-does not know L and U. Figures without a denominator are NaN, where seqeval gives 0.
+The schemes are BIO (IOB2) and IOBES. BILOU's L is read as E and its U as S, also in the first way, where seqeval does
+not know L and U. Figures with denominator 0 are NaN, where seqeval gives 0.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ UNDEFINED = {  # why a figure is None
     "token_accuracy": "no tokens",
 }
 
-Tag = tuple[str, str]  # prefix of SAME's values or "O", type
+Tag = tuple[str, str]  # (a value of SAME or "O", type)
 
 
 def parse(tag: str, place: str) -> Tag:
-    """`B-PER` -> ("B", "PER"). Raises FtjaxError, which names the place, for what is no tag."""
+    """`B-PER` -> ("B", "PER"). Raises FtjaxError, which names the place, if the text is not a tag."""
     if tag == "O":
         return "O", ""
     if not isinstance(tag, str) or tag[:1] not in SAME or tag[1:2] != "-" or len(tag) < 3:
@@ -42,11 +42,11 @@ def parse(tag: str, place: str) -> Tag:
 
 
 def entities(tags: Sequence[Tag]) -> list[tuple[str, int, int]]:
-    """(type, first, last) of each entity, as conlleval.pl reads tags."""
+    """(type, first index, last index) of each entity, as conlleval.pl reads tags."""
     found, start = [], None
     previous = ("O", "")
     for i, (prefix, kind) in enumerate([*tags, ("O", "")]):
-        # An entity goes on while its type does, up to E or S and before B or S.
+        # An entity continues while its type does, until after E or S and before B or S.
         goes_on = kind == previous[1] and previous[0] in "BI" and prefix in "IE"
         if start is not None and not goes_on:
             found.append((previous[1], start, i - 1))
@@ -58,7 +58,10 @@ def entities(tags: Sequence[Tag]) -> list[tuple[str, int, int]]:
 
 
 def strict_entities(tags: Sequence[Tag], ended: bool) -> list[tuple[str, int, int]]:
-    """(type, first, last) of each entity by the scheme: B I* of one type; with `ended` (IOBES) B I* E or S."""
+    """(type, first index, last index) of each entity that follows the scheme, with one type throughout.
+
+    A BIO entity is B I*. If `ended` (IOBES), an entity is S or B I* E.
+    """
     found = []
     for kind, first, last in entities(tags):
         prefixes = [prefix for prefix, _ in tags[first : last + 1]]
@@ -72,10 +75,20 @@ def strict_entities(tags: Sequence[Tag], ended: bool) -> list[tuple[str, int, in
 
 
 def tag_rows(labels, predictions, strict: bool = False) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What each row contributes, and the T entity types, sorted. labels, predictions: N lists of tags.
+    """The contribution of each row, and the entity types.
 
-    With `strict` the scheme is IOBES where any label or prediction has E, S, L or U, else BIO. loss: entities missed
-    plus entities made up; wrong: any tag differs. Raises FtjaxError for rows of unequal length and for what is no tag.
+    `loss` is the number of missed entities plus that of wrongly predicted ones. A row is `wrong` if any tag differs.
+
+    Args:
+        labels, predictions: N lists of tags.
+        strict: Whether to read tags strictly. The scheme is IOBES if any label or prediction has E, S, L or U, else
+            BIO.
+
+    Returns:
+        ({"tally", "tokens", "right", "loss", "wrong"}, each of N rows; the T types, sorted).
+
+    Raises:
+        FtjaxError: If labels and predictions differ in length, or if a text is not a tag.
     """
     if len(labels) != len(predictions):
         raise FtjaxError(
@@ -108,14 +121,14 @@ def tag_rows(labels, predictions, strict: bool = False) -> tuple[dict[str, np.nd
 
 
 def tag_tally(rows):
-    """counts (B, N) -> entities right, predicted and labelled, of each type (B, T)."""
+    """A function counts (B, N) -> entities correct, predicted and labelled of each type, (B, T) each."""
     N, _, T = rows["tally"].shape
     flat = rows["tally"].reshape(N, 3 * T).astype(float)
     return lambda counts: tuple((counts @ flat).reshape(len(counts), 3, T).swapaxes(0, 1))
 
 
 def tag_metrics(rows) -> Reduce:
-    """Precision, recall and F1 of entities, all types as one, and the share of tokens with the right tag."""
+    """Precision, recall and F1 of entities of all types together, and the share of tokens with the correct tag."""
     tally = tag_tally(rows)
 
     def reduce(counts):
@@ -126,5 +139,5 @@ def tag_metrics(rows) -> Reduce:
 
 
 def tag_trials(rows) -> dict[str, float]:
-    """Of how many trials, entities or tokens, a figure of `tag_metrics` is a share."""
+    """Number of trials, entities or tokens, of which a figure of `tag_metrics` is a share."""
     return trials(*rows["tally"].sum((0, 2))) | {"token_accuracy": rows["tokens"].sum()}

@@ -1,4 +1,4 @@
-"""Text from a decoder: batches of prompts through one compiled program that fills a KV cache and decodes from it.
+"""Generate text with a decoder: batches of prompts go through one compiled program that fills a KV cache and decodes.
 
 B rows, P prompt slots, N new tokens at most, V vocabulary.
 """
@@ -20,9 +20,9 @@ from ftjax.models.by_device import by_device
 from ftjax.models.quantised import rounded
 from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
 
-NO_TOKEN = -1  # chosen where logits are not finite
-EXCLUDED = -1e30  # finite, as a logit that is never drawn
-APART = 64 << 20  # bytes of blocks up to which they are decoded one by one, from a copy: larger ones gain little by it
+NO_TOKEN = -1  # the token of a row whose logits are not finite
+EXCLUDED = -1e30  # a logit that is never drawn; it is finite
+APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
 
 
@@ -41,16 +41,33 @@ def generate(
     vocab_size: int | None = None,
     weights: str = "model",
 ) -> list[list[int]]:
-    """Continue each prompt until an end token or `max_new_tokens`; the new tokens only, in the order of `prompts`.
+    """Continue each prompt until an end token or `max_new_tokens` tokens.
 
-    The end token is left out, so a row of fewer than `max_new_tokens` ended by itself. Temperature 0 is greedy;
-    otherwise logits / temperature are cut to the `top_k` highest (0: off), then to the fewest that hold `top_p` of the
-    probability (1: off), and drawn from. A draw depends on (seed, place in `prompts`, place in the answer) alone, not
-    on `batch_size`. `vocab_size`: ids from there on are never drawn (tables padded beyond the tokenizer). `weights`:
-    `model`: as they are; `bfloat16`: float32 kernels are rounded to it, so that a token reads half as many bytes.
+    A draw depends only on (seed, index in `prompts`, index in the answer), not on `batch_size`.
 
-    Raises FtjaxError for a setting out of its range, an empty prompt, and a prompt that with its answer exceeds the
-    model's positions, less those of virtual tokens; NotFinite for logits that are NaN or infinite.
+    Args:
+        model: The Flax module.
+        variables: The Flax variables.
+        prompts: Ids of each prompt, at least one.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0: take the most probable token. Otherwise logits / temperature are drawn from.
+        top_k: Draw from the `top_k` highest logits only; 0: off.
+        top_p: Then draw from the fewest tokens that hold `top_p` of the probability only; 1: off.
+        end_tokens: Ids that end an answer.
+        seed: Seed of the draws.
+        batch_size: Most rows of a batch.
+        vocab_size: Ids from this one on are never chosen, for embeddings that are larger than the tokenizer; None: no
+            limit.
+        weights: `model`: as they are. `bfloat16`: round float32 kernels, so that each token reads half as many bytes.
+
+    Returns:
+        The new ids of each prompt, in the order of `prompts`, without the end token. An answer of fewer than
+        `max_new_tokens` tokens ended by itself.
+
+    Raises:
+        FtjaxError: If a setting is out of range, if a prompt is empty, or if a prompt and its answer exceed the model's
+            positions less the virtual tokens.
+        NotFinite: If logits are NaN or infinite.
     """
     for name, value, good, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
@@ -96,12 +113,13 @@ def generate(
 
 
 def _rows(prompts: int, batch_size: int) -> int:
-    """Rows of the batch that so many prompts come in."""
+    """Rows of a batch for this number of prompts."""
     return min(batch_size, 1 << max(prompts - 1, 0).bit_length())
 
 
 def _left_padded(prompts, batch_size):
-    """Prompts -> tokens (B, P), lengths (B,), both padded up to one of few sizes, since each shape compiles once."""
+    """Prompts as tokens (B, P) and lengths (B,). Both B and P are rounded up to few sizes, because each shape compiles
+    once."""
     longest = max(map(len, prompts))
     step = max(16, (1 << longest.bit_length()) // 8)
     P = -(-longest // step) * step
@@ -115,7 +133,7 @@ def _left_padded(prompts, batch_size):
 
 @functools.partial(cpus.jit, static_argnums=(0, 6, 7, 8, 9))
 def _decode(model, variables, tokens, lengths, rows, key, *settings):
-    """As `_decode_rows`; where a mesh splits nothing but rows, each device has a loop of its own."""
+    """As `_decode_rows`. If the mesh splits only rows, each device runs a loop of its own."""
     mesh, f = jax.sharding.get_abstract_mesh(), functools.partial(_decode_rows, model)
     if mesh.empty or mesh.size == 1 or ways(mesh, "data") < mesh.size or len(tokens) % mesh.size:
         return f(variables, tokens, lengths, rows, key, *settings)
@@ -127,9 +145,21 @@ def _decode(model, variables, tokens, lengths, rows, key, *settings):
 
 
 def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_tokens, vocab_size):
-    """tokens (B, P) int left-padded, lengths (B,), rows (B,) their places in the input, key of the seed.
+    """Decode one batch.
 
-    Returns new tokens (B, N) and how many of them count (B,). A row of length 0 is filling, and ended from the start.
+    Args:
+        model: The Flax module.
+        variables: The Flax variables.
+        tokens: (B, P) int, padded on the left.
+        lengths: (B,) tokens of each prompt. A row of length 0 is padding and ends at once.
+        rows: (B,) indices of the prompts in the input.
+        key: Random key of the seed.
+        N: Most new tokens.
+        sampling: (temperature, top_k, top_p).
+        end_tokens, vocab_size: See `generate`.
+
+    Returns:
+        (new tokens (B, N), number of them that count (B,)).
     """
     B, P = tokens.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
@@ -154,9 +184,9 @@ def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_
     stages = [n for n in (STAGE << i for i in range(N.bit_length())) if n < N] + [N]
     cache = make_cache(model.config, B, P + stages[0], model.dtype, apart)
     logits, cache = step(tokens, jnp.maximum(places, 0), (places >= 0).astype(jnp.int32), cache)
-    # n the tokens chosen so far, the last token, new, counts, done, cache
+    # (n, the number of tokens chosen so far; last token; new; counts; done; cache)
     state = (1, *emit(0, logits, jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), lengths == 0), cache)
-    # Attention reads every slot of the cache: it grows with the answers, so that short ones do not pay for N.
+    # Attention reads every slot of the cache, so the cache grows with the answers: short ones do not pay for N.
     for end in stages:
         larger = make_cache(model.config, B, P + end, model.dtype, apart)
         cache = jax.tree.map(lambda x, old: jax.lax.dynamic_update_slice(x, old, (0,) * x.ndim), larger, state[-1])
@@ -165,7 +195,7 @@ def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_
 
 
 def _apart(variables) -> bool:
-    """Whether blocks are small enough to be taken out of their stacks, and lie on one device."""
+    """Whether the stacked blocks are small enough to be decoded one by one, and are on one device."""
     stacks = [tree[name] for tree in variables.values() for name in STACKS if name in tree]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stacks))
     mesh = jax.sharding.get_abstract_mesh()
@@ -173,14 +203,20 @@ def _apart(variables) -> bool:
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):
-    """logits (B, V) float32, keys (B,) -> token (B,) int32: greedy at temperature 0, else one draw a row.
+    """Choose a token for each row: the most probable at temperature 0, else one draw.
 
-    A row whose highest logit is not finite has NO_TOKEN.
+    The draw is the argmax of logits plus Gumbel noise. Top-p is from Holtzman et al. 2020.
 
-    The draw is the argmax of logits plus Gumbel noise. Top-p: Holtzman et al. 2020.
+    Args:
+        logits: (B, V) float32.
+        keys: (B,) random keys.
+        temperature, top_k, top_p: See `generate`.
+
+    Returns:
+        (B,) int32. A row whose highest logit is not finite gets NO_TOKEN.
     """
     if temperature == 0.0:
-        # The first of the largest by two plain reductions: ten times as fast on a CPU as argmax.
+        # The first largest logit by two plain reductions: ten times as fast on a CPU as argmax.
         highest = jnp.max(logits, axis=-1, keepdims=True)
         top = logits == highest
         token = jnp.min(jnp.where(top, jnp.arange(logits.shape[-1]), logits.shape[-1] - 1), axis=-1)
@@ -193,7 +229,7 @@ def choose(logits, keys, temperature: float, top_k: int, top_p: float):
     if top_p < 1.0:
         falling = -jnp.sort(-logits, axis=-1)
         p = jax.nn.softmax(falling, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < top_p  # those before it hold less than top_p; the first always stays
+        kept = jnp.cumsum(p, axis=-1) - p < top_p  # probability before the token; the first one always stays
         lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < lowest, EXCLUDED, logits)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)

@@ -1,6 +1,6 @@
-"""How good what a model says of rows is, for every kind of task: predictions, figures, mistakes, pictures.
+"""Evaluate a model's predictions for every kind of task: predictions, figures, mistakes and pictures.
 
-N examples, B rows, M places a row at most, C labels.
+N examples, B rows, M places of a row at most, C labels.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from ftjax.files import replace_json, write_jsonl
 from ftjax.foreign import listed, maybe, number, read_json
 from ftjax.objectives import TASKS
 
-MISTAKES = 50  # rows listed at most
+MISTAKES = 50  # most rows in mistakes.jsonl
 
 
 def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
-    """How Batches draws examples (source, shares), and the weight of each class, as config.task says.
+    """How to draw examples and weight classes, as config.task says.
 
-    Raises FtjaxError for settings that the task has no use for, and weights that are not one a label.
+    Returns:
+        ({"source", "shares"} for Batches, the weight (C,) of each class or None).
+
+    Raises:
+        FtjaxError: If the task cannot use a setting, or if there is not one weight for each label.
     """
     task, examples = config.task, data.train.examples
     drawn, C = {"source": data.train.source, "shares": data.shares}, len(data.labels)
@@ -69,7 +73,8 @@ def say(asked: Asked) -> np.ndarray:
 
 
 def probabilities(kind: str, said: np.ndarray) -> np.ndarray:
-    """Logits (N, C) -> what labelled.report takes as predictions of a task."""
+    """Logits (N, C) as the predictions that labelled.report takes for a task: probabilities, or numbers of
+    `regress`."""
     if kind == "multilabel":
         return 1 / (1 + np.exp(-said.astype(np.float64)))
     if kind == "regress":
@@ -79,13 +84,13 @@ def probabilities(kind: str, said: np.ndarray) -> np.ndarray:
 
 
 def truths(part: Part, kind: str) -> np.ndarray:
-    """The targets (N,) or (N, C) of examples with one place each, of a task; one number a row is (N,)."""
+    """The targets of examples with one place each, (N,) or (N, C); with one number per row they are (N,)."""
     values = part.examples.targets[part.examples.first]
     return values[:, 0] if kind == "regress" and values.shape[1] == 1 else values
 
 
 def settings(asked: Asked, thresholds: list[float] | None) -> dict:
-    """Thresholds as labelled.report takes them."""
+    """Thresholds in the form that labelled.report takes."""
     if thresholds is None:
         return {}
     return (
@@ -94,7 +99,19 @@ def settings(asked: Asked, thresholds: list[float] | None) -> dict:
 
 
 def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
-    """The probabilities from which labels count as there, chosen on a part by task.threshold; None: 0.5."""
+    """The thresholds that task.threshold chooses on a part.
+
+    Args:
+        config: The config.
+        part: The rows, usually those of validation.
+        said: The model's logits on them, (N, C).
+
+    Returns:
+        The least probability of each label that counts as predicted; None without task.threshold, which means 0.5.
+
+    Raises:
+        FtjaxError: If task.kind is `classify` and there are not two labels.
+    """
     kind, metric = config.task.kind, config.task.threshold
     if not metric:
         return None
@@ -107,13 +124,13 @@ def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
 
 
 def sides(asked: Asked, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and predictions as labelled.report takes them."""
+    """Labels and predictions in the form that labelled.report takes."""
     kind = asked.config.task.kind
     return truths(asked.part, kind), probabilities(kind, said)
 
 
 def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
-    """One record a row: its place, its text, its label, what is predicted, and every label's probability."""
+    """One record per row: its place, text and label, the prediction, and the probability of every label."""
     part, labels, kind = asked.part, asked.data.labels, asked.config.task.kind
     chances, truth, out = probabilities(kind, said), truths(part, kind), []
     for i in range(len(part)):
@@ -133,7 +150,7 @@ def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
 
 
 def shown(record: dict) -> str:
-    """What a row is, what it was taken for, and its text."""
+    """A mistake in one line: the label, the prediction and the text."""
     return f"{record['label']!r} taken for {record['prediction']!r}: {record['text'][:100]!r}"
 
 
@@ -150,7 +167,7 @@ def masked_loss(asked: Asked) -> dict:
 
 
 def blank(asked: Asked) -> np.ndarray:
-    """As `say`, of a model for which all labels are alike."""
+    """As `say`, for a model that gives all labels the same logit."""
     return np.zeros((len(asked.part), max(len(asked.data.labels), 1)))
 
 
@@ -167,20 +184,20 @@ JUDGES = {
 
 
 def check(config, data: Data, tokenizer) -> list[str]:
-    """Judge the answers of a model that knows nothing on the held-out rows, as a run does at its end.
+    """Evaluate the predictions of a model without knowledge on the held-out rows, as a run does at its end.
 
-    Whatever would fail there then fails before the first step.
+    Anything that would fail at the end of the run then fails before its first step.
 
     Args:
-        config: the whole config.
-        data: the rows.
-        tokenizer: the one that they are encoded with.
+        config: The whole config.
+        data: The rows.
+        tokenizer: The tokenizer that encoded them.
 
     Returns:
-        The names of the figures on validation rows; none of a task that has no such figures, or without such rows.
+        Names of the figures on validation rows; empty if the task has no such figures, or without validation rows.
 
     Raises:
-        FtjaxError: for a setting or a row by which predictions cannot be judged.
+        FtjaxError: If predictions cannot be evaluated with a setting or a row.
     """
     task, this, names = config.task, JUDGES.get(config.task.kind), []
     if task.threshold and not len(data.validation):
@@ -200,7 +217,7 @@ def check(config, data: Data, tokenizer) -> list[str]:
 
 
 class Finished(NamedTuple):
-    """What `finish` made: the content of results.json, lines for a person, and files by name."""
+    """The result of `finish`: the content of results.json, lines for a person, and {name: written file}."""
 
     results: dict
     text: str
@@ -208,10 +225,22 @@ class Finished(NamedTuple):
 
 
 def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Finished:
-    """Figures on validation and test rows, with every prediction, the worst mistakes and pictures in the run folder.
+    """Evaluate on validation and test rows, and write every prediction, the worst mistakes and pictures to the run
+    folder.
 
-    Thresholds are chosen on validation rows. Predictions and mistakes are those of test, or of validation where there
-    is no test. Of several processes all must call, and the first writes.
+    Thresholds are chosen on validation rows. Predictions and mistakes are those of test, or of validation if there is
+    no test part. If there are several processes, all must call, and the first writes.
+
+    Args:
+        run_dir: The run folder.
+        model: The Flax module.
+        variables: The Flax variables.
+        data: The rows.
+        config: The run's config.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The Finished.
     """
     run_dir, judge = Path(run_dir), JUDGES[config.task.kind]
     parts = {name: getattr(data, name) for name in ("validation", "test") if len(getattr(data, name))}
@@ -244,14 +273,31 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
 
 
 def judge(lm, part: Part, data: Data, config) -> dict:
-    """The report of a loaded model on rows; thresholds as the run chose them, where it did."""
+    """The report of a loaded model on rows. If the run chose thresholds, they are used.
+
+    Args:
+        lm: The model.
+        part: The rows.
+        data: The Data that they are a part of.
+        config: The config, with `run_dir` if it has task.threshold.
+    """
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     this = JUDGES[lm.kind]
     return this.report(asked, this.say(asked), _chosen(config))
 
 
 def predict(lm, part: Part, data: Data, config) -> list[dict]:
-    """The records of a loaded model on rows whose labels are not known. Raises FtjaxError where a task has none."""
+    """The records of a loaded model on rows whose labels are not known.
+
+    Args:
+        lm: The model.
+        part: The rows.
+        data: The Data that they are a part of.
+        config: The config, with `run_dir` if it has task.threshold.
+
+    Raises:
+        FtjaxError: If the model's task has no records.
+    """
     this = JUDGES[lm.kind]
     if this.lines is None:
         raise FtjaxError(f"predict: a model for the task {lm.kind} says nothing of rows; `ftjax evaluate` measures it")
@@ -261,7 +307,7 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
 
 
 def _chosen(config) -> list[float] | None:
-    """The thresholds of a run, which its results.json holds; None where its config asks for none."""
+    """The thresholds that a run chose, from its results.json; None if its config asks for none."""
     if not config.task.threshold:
         return None
     file = Path(config.run_dir) / "results.json"

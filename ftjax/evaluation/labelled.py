@@ -1,7 +1,7 @@
-"""Predictions on labelled rows judged: every figure with its interval, by group, and the worst mistakes.
+"""Evaluate predictions on labelled rows: every figure with its interval, by group, and the worst mistakes.
 
-The one way in to resample, classification, entities, squad, retrieval and regression. A new kind of task is a row of
-KINDS.
+This is the common entry to resample, classification, entities, squad, retrieval and regression. A new kind of task is a
+row of KINDS.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from ftjax.evaluation import classification, entities, regression, retrieval, sq
 from ftjax.evaluation.resample import Reduce, difference, intervals
 from ftjax.evaluation.tables import grid
 
-LOWER = ("log_loss", "calibration_error", "mse", "mae", "mean_rank")  # figures of which less is better
-SHOWN = 30  # classes that `table` lists at most
+LOWER = ("log_loss", "calibration_error", "mse", "mae", "mean_rank")  # figures where less is better
+SHOWN = 30  # most classes that `table` lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How rows of one kind of task are judged.
+    """How rows of one kind of task are evaluated.
 
-    rows(labels, predictions, **settings) -> what each row contributes: name -> (N, ...), with `loss` and `wrong` (N,);
-    for tags a pair of that and the types. metrics(rows) -> the figures, a Reduce, whose order is that of the report;
-    undefined: why one is None; main: those that a table by group shows; trials(rows) -> of how many trials a figure is
-    a share, as resample.intervals takes them. tally(rows), where there are classes: their tally, as classification has
-    it; absent: whether macro averages hold classes that occur nowhere.
+    Attributes:
+        rows: rows(labels, predictions, **settings) -> {name: (N, ...)}, the contribution of each row, with `loss` and
+            `wrong` (N,). For tags it is a pair of that and the entity types.
+        metrics: metrics(rows) -> the figures, a Reduce, in the order of the report.
+        undefined: {name of a figure: why it is None}.
+        main: The figures that a table by group shows.
+        trials: trials(rows) -> {name of a figure: number of trials of which it is a share}, see resample.intervals.
+        tally: tally(rows) -> the tally of the classes, see ftjax.evaluation.classification; None without classes.
+        absent: Whether macro averages include classes that occur nowhere.
     """
 
     rows: Callable[..., dict[str, np.ndarray]]
@@ -94,25 +98,41 @@ def report(
     level: float = 0.95,
     **settings,
 ) -> dict:
-    """All that is known of predictions on N rows, as plain data for JSON.
+    """Evaluate predictions on N rows, as plain data for JSON.
 
-    kind, labels, predictions, settings:
-      single_label  (N,) int        probabilities (N, C)                   threshold: of class 1 of two
-      multi_label   (N, C) 0 or 1   probabilities (N, C)                   thresholds: one, or (C,); default 0.5
-      regression    (N,)            (N,)
-      tags          N lists of BIO, IOBES or BILOU tags, of either         strict: as seqeval's mode="strict"
-      answers       N lists of texts; N texts                              no_answer: by SQuAD v2.0
-      retrieval     (N, D) partners' vectors; (N, D) vectors
-    names: of the C classes; default 0, 1, ... groups: a value a row. Intervals by resample.intervals; the same seed
-    gives the same resamples of as many rows, whatever the kind.
+    The same seed gives the same resamples for the same number of rows, whatever the kind.
 
-    {"kind", "rows", "level", "draws", "seed",
-     "metrics": {name: {"value", "low", "high"}}    None where undefined; "note" says why, and what averages leave out
-     "groups":  {value: {"rows", "metrics"}}        with `groups`, in sorted order
-     "per_class" or "per_type": {name: {"precision", "recall", "f1", as in metrics; "labelled", "predicted": counts}}
-     "confusion": {"names", "counts"}               single_label; counts[label][prediction]
-     "calibration": bins of classification.calibration}   single_label
-    Raises FtjaxError for no rows, an unknown kind, and what the kind's rows refuse.
+    Args:
+        kind: Key of KINDS. It decides the form of labels, predictions and settings:
+
+            single_label  (N,) int        probabilities (N, C)             threshold: of class 1 of two
+            multi_label   (N, C) 0 or 1   probabilities (N, C)             thresholds: one, or (C,); default 0.5
+            regression    (N,)            (N,)
+            tags          N lists of BIO, IOBES or BILOU tags, of either   strict: as seqeval's mode="strict"
+            answers       N lists of texts; N texts                        no_answer: by SQuAD v2.0
+            retrieval     (N, D) partners' vectors; (N, D) vectors
+
+        labels: See `kind`.
+        predictions: See `kind`.
+        names: Names of the C classes; None: 0, 1, ...
+        groups: The value of each row to group by; None: no groups.
+        draws: Number of resamples, see resample.intervals.
+        seed: Seed of the resamples.
+        level: Level of the intervals.
+        settings: See `kind`.
+
+    Returns:
+        {"kind", "rows", "level", "draws", "seed"} and:
+
+        "metrics": {name: {"value", "low", "high"}}    None if undefined; "note" says why, and what averages leave out
+        "groups":  {value: {"rows", "metrics"}}        with `groups`, in sorted order
+        "per_class" or "per_type": {name: {"precision", "recall", "f1", as in metrics; "labelled", "predicted": counts}}
+        "confusion": {"names", "counts"}               single_label; counts[label][prediction]
+        "calibration": bins of classification.calibration   single_label
+
+    Raises:
+        FtjaxError: If there are no rows, if the kind is unknown, or if the kind does not accept the labels or
+            predictions.
     """
     this, rows, classes = _rows(kind, labels, predictions, names, settings)
     how = {"draws": draws, "seed": seed, "level": level}
@@ -132,9 +152,16 @@ def report(
 
 
 def worst(kind: str, labels, predictions, n: int = 20, *, losses=None, **settings) -> list[int]:
-    """The places, from 0, of the up to n wrong rows of highest loss, highest first; of equal ones the earlier first.
+    """Indices, from 0, of the wrong rows with the highest loss, highest first. Of equal ones the earlier row comes
+    first.
 
-    losses: (N,), default the kind's own (its `*_rows` say which, and what counts as wrong).
+    Args:
+        kind, labels, predictions, settings: See `report`.
+        n: Most rows.
+        losses: (N,) losses; None: those of the kind. Its `*_rows` function documents them, and what counts as wrong.
+
+    Raises:
+        FtjaxError: As `report`, and if there is not one loss for each row.
     """
     _, rows, _ = _rows(kind, labels, predictions, None, settings)
     loss = rows["loss"] if losses is None else np.asarray(losses, float)
@@ -146,7 +173,18 @@ def worst(kind: str, labels, predictions, n: int = 20, *, losses=None, **setting
 
 
 def paired(kind: str, labels, a, b, *, draws: int = 1000, seed: int = 0, level: float = 0.95, **settings) -> dict:
-    """What predictions `a` have more than `b` on the same rows: {name: {"value", "low", "high"}}, paired by row."""
+    """The figures of predictions `a` less those of predictions `b` on the same rows, with paired intervals.
+
+    Args:
+        kind, labels, settings: See `report`.
+        a, b: Predictions of the same N rows.
+        draws: Number of resamples.
+        seed: Seed of the resamples.
+        level: Level of the intervals.
+
+    Returns:
+        {name: {"value", "low", "high"}}.
+    """
     this, rows, _ = _rows(kind, labels, a, None, settings)
     _, others, _ = _rows(kind, labels, b, None, settings)
     figures = intervals(len(rows["loss"]), difference(this.metrics(rows), this.metrics(others)), draws, seed, level)
@@ -187,7 +225,7 @@ def _noted(entry: dict, undefined: str | None, said: str | None) -> dict:
 
 
 def _each(kind: Kind, rows, classes, how) -> dict[str, dict]:
-    """Figures of each class or type."""
+    """Figures of each class or entity type."""
     N, tally = len(rows["loss"]), kind.tally(rows)
     whole = [x[0] for x in tally(np.ones((1, N)))]
     trials = classification.trials(*whole)
@@ -201,7 +239,7 @@ def _each(kind: Kind, rows, classes, how) -> dict[str, dict]:
 
 
 def _members(groups, N) -> dict[str, np.ndarray]:
-    """The places of the rows of each value, as text, sorted."""
+    """{value as text: indices of its rows}, sorted."""
     if len(groups) != N:
         raise FtjaxError(f"groups: expected one value for each of {N} rows; found {len(groups)}")
     members = {}
@@ -214,7 +252,7 @@ def _members(groups, N) -> dict[str, np.ndarray]:
 
 
 def table(report: dict) -> str:
-    """A report as text: figures with their intervals, then the classes or types, then the groups."""
+    """A report as text: figures with their intervals, then classes or entity types, then groups."""
     percent = f"{100 * report['level']:g} % interval"
     lines = [_line(*item) for item in report["metrics"].items()]
     columns = 4 if any(note for *_, note in lines) else 3

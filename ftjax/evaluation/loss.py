@@ -28,12 +28,22 @@ def _sums(model, variables, batch, *, kind: str, options: tuple):
 
 
 def sums(model, variables, batch, *, kind: str = "causal", **options):
-    """The objective of a task as evaluation computes it: without dropout, smoothing and the like; options: those that
-    `always` of its row of TASKS names."""
+    """The sums of a task's objective as in evaluation: without dropout, label smoothing and the like.
+
+    Args:
+        model: The Flax module.
+        variables: The Flax variables.
+        batch: {name: array (B, ...)}.
+        kind: The task, a key of TASKS.
+        options: Options of the objective that also apply in evaluation, see `always` in TASKS.
+
+    Returns:
+        (loss sum, weight sum, metric sums), see ftjax.objectives.
+    """
     return _sums(model, variables, batch, kind=kind, options=tuple(options.items()))
 
 
-AHEAD = 8  # batches that the device may be given before the first of them is read
+AHEAD = 8  # batches that may be queued on the device before the first result is read
 WEIGHTS = (
     "Its weights hold values that are not finite, or overflow in the dtype of computation: load another checkpoint, or "
     "set the dtype to float32 or bfloat16"
@@ -42,11 +52,19 @@ SEPARATOR = "<|endoftext|>"
 
 
 def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
-    """Means over the trained tokens of all batches: `loss` (nats), `perplexity`, `accuracy`; and `tokens`, the count.
+    """Means over the trained tokens of all batches.
 
-    sums_fn(batch) -> (loss sum, weight sum, {"loss", "correct"}) as an objective gives them, jitted by the caller. Sums
-    are added up in float64 and divided once. Raises FtjaxError when no token counts, and NotFinite for a loss that is
-    NaN or infinite.
+    Args:
+        sums_fn: sums_fn(batch) -> (loss sum, weight sum, {"loss", "correct"}), as of an objective, jitted by the
+            caller. Sums are added in float64 and divided once.
+        batches: The batches.
+
+    Returns:
+        {"loss" (nats), "perplexity", "accuracy", "tokens" (the number of trained tokens)}.
+
+    Raises:
+        FtjaxError: If there is no trained token.
+        NotFinite: If the loss is NaN or infinite.
     """
     totals, pending = np.zeros(3), collections.deque()
 
@@ -71,7 +89,11 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """Documents of a UTF-8 text file, `<|endoftext|>` between them, each stripped of white space; none is empty."""
+    """Read the documents of a UTF-8 text file, separated by `<|endoftext|>`. White space around them and empty ones are
+    removed.
+
+    Raises FtjaxError if the file cannot be read or has no document.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,10 +107,17 @@ def read_documents(path: str | Path) -> list[str]:
 def text_loss(
     sums_fn: Callable, tokenizer, documents: list[str], *, max_positions: int, batch_size: int = 8
 ) -> dict[str, float]:
-    """`evaluate_loss` of every token of every document, each behind BOS (EOS where the tokenizer has no BOS).
+    """`evaluate_loss` on every token of every document, each after BOS (EOS if the tokenizer has no BOS).
 
-    No end of text is scored: a document may be a part of a longer one. One that exceeds `max_positions` is cut into
-    pieces that share one token, so that each token is scored once.
+    The end of a document is not scored, because it may be part of a longer text. A document that exceeds
+    `max_positions` is cut into pieces that share one token, so that each token is scored once.
+
+    Args:
+        sums_fn: See `evaluate_loss`.
+        tokenizer: The tokenizer.
+        documents: The documents.
+        max_positions: Most tokens of a row.
+        batch_size: Rows per batch.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     examples = []

@@ -1,10 +1,10 @@
-"""Scores of generated answers. A new metric is one function and one row of METRICS, or a user's own `file.py:function`.
+"""Scores of generated answers. A new metric is a function and a row of METRICS, or a user's own `file.py:function`.
 
-The user's is called with (prediction: text, references: list of texts, row: dict) and returns a finite number, or None
-where it has no score; more is better unless it has an attribute `higher = False`.
+A user's metric is called with (prediction: text, references: list of texts, row: dict) and returns a finite number, or
+None if it has no score. More is better unless the function has an attribute `higher = False`.
 
-A score that is not defined is None, never 0, 1 or NaN: that of a row whose references hold no text, and what the
-metric's own docstring says. A figure is taken of the rows that have a score, and is None where no row has one.
+An undefined score is None, never 0, 1 or NaN. A row whose references hold no text has no score, and a metric's own
+docstring names further cases. A figure is taken over the rows that have a score, and is None if no row has one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ from ftjax.evaluation.words import composed, spaced, words
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """rows(predictions, references, rows, settings) -> one score a prediction, best over its references.
+    """A metric of generated answers.
 
-    predictions: N texts; references: N lists of texts; rows: N rows of the data set, for metrics that need a column;
-    settings: config.evaluate. corpus(predictions, references) -> the figure, for metrics whose figure is not the mean
-    of the rows' scores. higher: whether more is better, None where neither is; best: what no score passes, None: there
-    is no such bound; worst: what a row without a score counts as where every row must have one, as in a comparison,
-    None: there is no such number; compares: whether it reads the references.
+    Attributes:
+        rows: rows(predictions, references, rows, settings) -> one score per prediction, the best over its references.
+            Predictions are N texts, references N lists of texts, rows N rows of the data set (for metrics that need a
+            column) and settings config.evaluate.
+        corpus: corpus(predictions, references) -> the figure; None: the mean of the rows' scores.
+        higher: Whether more is better; None: neither.
+        best: The best possible score; None: no such bound.
+        worst: The score of a row without one if every row must have one, as in a comparison; None: there is no such
+            number.
+        compares: Whether it reads the references.
     """
 
     rows: Callable[..., list[float | None]]
@@ -50,17 +55,17 @@ def score(
     """The figure of a metric over all predictions, and the score of each.
 
     Args:
-        name: a row of METRICS, or a user's own metric `file.py:function`.
+        name: A row of METRICS, or a user's own metric `file.py:function`.
         predictions: N texts.
-        references: N lists of texts; references that hold no text are left out.
+        references: N lists of texts; references without text are left out.
         rows: N rows of the data set.
         settings: config.evaluate.
 
     Returns:
-        (figure, N scores), None where undefined.
+        (figure, N scores), None if undefined.
 
     Raises:
-        FtjaxError: for an unknown metric, and when N is 0.
+        FtjaxError: If the metric is unknown, or if N is 0.
     """
     metric = find(name)
     if not predictions:
@@ -77,7 +82,7 @@ def score(
 
 
 def mean(scores: Iterable[float | None]) -> float | None:
-    """The mean of the scores that are defined; None where none is."""
+    """The mean of the defined scores; None if there is none."""
     there = [x for x in scores if x is not None]
     return float(np.mean(there)) if there else None
 
@@ -95,7 +100,7 @@ def find(name: str) -> Metric:
     return METRICS[name]
 
 
-@functools.lru_cache  # a file is run once for each of its states
+@functools.lru_cache  # a file is run once for each time of modification
 def _users(named: str, state: int | None) -> Metric:
     key = "evaluate.metrics"
     function = user_code.load(named, key)
@@ -105,7 +110,7 @@ def _users(named: str, state: int | None) -> Metric:
         for number, given in enumerate(zip(predictions, references, rows, strict=True), 1):
             try:
                 value = function(*given)
-            except Exception as error:  # the user's own code may raise anything, and is told at which row it did
+            except Exception as error:  # the user's own code may raise anything; the message names the row
                 raise FtjaxError(f"prediction {number}: {user_code.failed(named, key, error)}") from error
             if value is not None and not (isinstance(value, numbers.Real | np.bool_) and np.isfinite(value)):
                 raise FtjaxError(
@@ -119,11 +124,13 @@ def _users(named: str, state: int | None) -> Metric:
 
 
 def rouge(kind: str) -> Callable[..., list[float]]:
-    """F1 of what a prediction has in common with its best reference (Lin 2004), by `rouge-score` with its stemmer.
+    """F1 of the units that a prediction shares with its best reference (Lin 2004), by `rouge-score` with its stemmer; 0
+    to 1.
 
-    kind: rouge1 or rouge2 for words or pairs of them, rougeL for the longest common subsequence of words; 0 to 1. Text
-    in ASCII has rouge-score's own figures. Its tokenizer deletes all other letters, so words are those of
-    ftjax.evaluation.words, of which the stemmer, which is for English, gets those in ASCII alone.
+    For ASCII text the scores are those of rouge-score. Its own tokenizer deletes all other letters, so words are split
+    by ftjax.evaluation.words instead. Only words in ASCII are stemmed, because the stemmer is for English.
+
+    kind: `rouge1` for words, `rouge2` for pairs of words, `rougeL` for the longest common subsequence of words.
     """
 
     def rows(predictions, references, rows, settings):
@@ -143,7 +150,7 @@ def rouge(kind: str) -> Callable[..., list[float]]:
 
 
 def exact_match(predictions, references, rows, settings) -> list[float]:
-    """1 where the prediction is one of its references, runs of white space counting as one space."""
+    """1 if the prediction equals one of its references, where a run of white space counts as one space; else 0."""
 
     def plain(text):
         return " ".join(composed(text).split())
@@ -152,24 +159,26 @@ def exact_match(predictions, references, rows, settings) -> list[float]:
 
 
 def token_f1(predictions, references, rows, settings) -> list[float]:
-    """F1 of the words in common by SQuAD v1.1's rule, see ftjax.evaluation.squad; 0 to 1.
+    """F1 of the shared words by SQuAD v1.1's rule, see ftjax.evaluation.squad; 0 to 1.
 
-    An answer that equals its reference scores 1, also where the rule drops all of its words (`The`, `+`).
+    An answer that equals its reference scores 1, even if the rule drops all of its words (`The`, `+`).
     """
     shared = squad.answer_rows(references, predictions)["f1"]
     return np.maximum(shared, exact_match(predictions, references, rows, settings)).tolist()
 
 
-# A number with its sign, a dollar, commas between digits and a fraction; a hyphen behind a digit is no sign (`3-5`).
+# A number with its sign, a dollar, commas between digits and a fraction; a hyphen after a digit is no sign (`3-5`).
 NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 MARK = "####"
 
 
 def final_number(text: str) -> Decimal | None:
-    """The answer of a worked solution: the number behind the first `####` if there is one, else the last number.
+    """The final answer of a worked solution: the number after the first `####`, or the last number if there is no
+    `####`.
 
-    GSM8K's rule (Cobbe et al. 2021, grade_school_math/dataset.py): `#### (-?[0-9.,]+)` without its commas. Further, `$`
-    and dots that end a sentence are left out, and the space behind the mark may lack. None: there is no number.
+    This is GSM8K's rule (Cobbe et al. 2021, grade_school_math/dataset.py), `#### (-?[0-9.,]+)` without its commas. In
+    addition, `$` and a dot that ends a sentence are left out, and the space after the mark is optional. None if there
+    is no number.
     """
     text = text.replace("\u2212", "-")  # the minus sign of typeset mathematics
     _, mark, behind = text.partition(MARK)
@@ -178,7 +187,10 @@ def final_number(text: str) -> Decimal | None:
 
 
 def number_match(predictions, references, rows, settings) -> list[float]:
-    """1 where the final number is that of a reference, by value: `18.00` is `18`. See final_number."""
+    """1 if the final number equals that of a reference by value (`18.00` is `18`), else 0. See final_number.
+
+    Raises FtjaxError if a reference has no number.
+    """
     scores = []
     for i, (prediction, texts) in enumerate(zip(predictions, references, strict=True), 1):
         right = [final_number(text) for text in texts]
@@ -196,10 +208,11 @@ def _grams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(n: int) -> Metric:
-    """Distinct n-grams of words by all n-grams, of one answer, and of all answers together (Li et al. 2016); 0 to 1.
+    """Number of distinct n-grams of words divided by that of all n-grams (Li et al. 2016); 0 to 1.
 
-    Words are what white space divides, in lower case, and the characters of scripts without spaces. Text without an
-    n-gram has no score. The figure falls as more text is taken together: it compares contenders on the same prompts.
+    The score is that of one answer, and the figure that of all answers together. Words are separated by white space and
+    in lower case. A character of a script without spaces is a word. Text without an n-gram has no score. The figure
+    falls as the amount of text grows, so compare contenders on the same prompts.
     """
 
     def share(grams):
@@ -213,14 +226,15 @@ def distinct(n: int) -> Metric:
 
 
 def length(predictions, references, rows, settings) -> list[float]:
-    """Words, as white space divides them, and characters of scripts without spaces."""
+    """Number of words: runs without white space, and single characters of scripts without spaces."""
     return [float(len(spaced(p).split())) for p in predictions]
 
 
 def coverage(predictions, references, rows, settings) -> list[float]:
-    """Share of the distinct given words that the prediction uses, both by their English stem (Porter 1980); 0 to 1.
+    """Share of the distinct given words that the prediction uses, compared by their English stems (Porter 1980); 0 to
+    1.
 
-    The words are those of the column `evaluate.words`: text, or a list of texts.
+    The given words are in the column `evaluate.words`, as text or a list of texts. Raises FtjaxError if it has none.
     """
     from nltk.stem.porter import PorterStemmer
 
@@ -245,10 +259,10 @@ def coverage(predictions, references, rows, settings) -> list[float]:
 
 
 def unsupported(predictions, references, rows, settings) -> list[float]:
-    """Share of the sentences that say something which the passage does not bear out, see ftjax.evaluation.support.
+    """Share of the sentences with content that the passage does not support, see ftjax.evaluation.support; 0 to 1.
 
-    The passage is the column `evaluate.passage`; where it names none, the reference that bears out most. 0 to 1; an
-    answer that says nothing has no score.
+    The passage is the column `evaluate.passage`. If none is named, it is the reference that supports most. An answer
+    without content has no score.
     """
     from ftjax.evaluation.support import unsupported_rate
 
@@ -274,10 +288,10 @@ def _sacrebleu():
 
 
 def bleu_rows(predictions, references, rows, settings) -> list[float]:
-    """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100. Words as in `bleu_corpus`."""
+    """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100. Words are as in `bleu_corpus`."""
     bleu = _sacrebleu().BLEU(effective_order=True)
     return [
-        min(100.0, bleu.sentence_score(spaced(p), [spaced(text) for text in r]).score)  # which rounding may exceed
+        min(100.0, bleu.sentence_score(spaced(p), [spaced(text) for text in r]).score)  # rounding may exceed 100
         for p, r in zip(predictions, references, strict=True)
     ]
 
@@ -285,7 +299,7 @@ def bleu_rows(predictions, references, rows, settings) -> list[float]:
 def bleu_corpus(predictions, references) -> float | None:
     """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100.
 
-    Characters of scripts without spaces are words each, as in sacrebleu's tokenizer `zh`. None where neither the
+    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. None if neither the
     predictions nor the references hold four words in a row, of which BLEU is a share.
     """
     bleu = _sacrebleu().BLEU()
@@ -297,12 +311,13 @@ def bleu_corpus(predictions, references) -> float | None:
 
 
 def _streams(references: list[list[str]]) -> list[list[str | None]]:
-    """References as sacrebleu takes them: the first of every prediction, then the second, None where there is none."""
+    """References in sacrebleu's form: the first of every prediction, then the second, and so on; None where there is
+    none."""
     return [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
 
 
 def lowered(metric: Metric) -> Metric:
-    """A metric, which has a figure of its own, of all texts in lower case."""
+    """A metric with a corpus figure, applied to all texts in lower case."""
 
     def low(texts):
         return [text.lower() for text in texts]
@@ -317,7 +332,7 @@ def lowered(metric: Metric) -> Metric:
 
 
 def chrf_rows(predictions, references, rows, settings) -> list[float]:
-    """Sentence chrF with `sacrebleu`'s defaults, of text in its composed form; 0 to 100."""
+    """Sentence chrF with `sacrebleu`'s defaults, of text in composed form (NFC); 0 to 100."""
     chrf = _sacrebleu().CHRF()
     return [
         chrf.sentence_score(composed(p), [composed(text) for text in r]).score

@@ -1,4 +1,4 @@
-"""Pictures of a report (ftjax.evaluation.labelled) and of the losses of a run, as PNG files."""
+"""Pictures of a report of ftjax.evaluation.labelled and of a run's losses, as PNG files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 
 BLUE, RED, GREY = "#4477aa", "#aa3311", "#888888"
-NUMBERED = 25  # classes up to which every cell tells its count
-NAMED = 60  # classes up to which every one is named
-LONGEST = 24  # characters of a class's name on an axis
+NUMBERED = 25  # classes up to which every cell shows its count
+NAMED = 60  # classes up to which every class is named
+LONGEST = 24  # most characters of a class's name on an axis
 
 
 def confusion_picture(report: dict, path: str | Path) -> Path:
-    """Draw the confusion matrix of a `single_label` report; returns the path.
+    """Draw the confusion matrix of a `single_label` report. Returns the path.
 
-    A cell's colour is its share of the rows with that label, on a scale that parts small shares; its number is the
-    count. Above 25 classes the counts are left out, and above 60 only every second, third, ... class is named.
+    The colour of a cell is its share of the rows with that label, on a scale that separates small shares. Its number is
+    the count. Above 25 classes the counts are left out, and above 60 only every second, third, ... class is named.
     """
     from matplotlib.colors import PowerNorm
 
@@ -45,9 +45,10 @@ def confusion_picture(report: dict, path: str | Path) -> Path:
 
 
 def reliability_picture(report: dict, path: str | Path) -> Path:
-    """Draw how often a `single_label` report's predictions are right against how sure they are; returns the path.
+    """Draw a `single_label` report's accuracy against its confidence. Returns the path.
 
-    Above, a dot a bin of confidence, as large as its rows, and the diagonal of a calibrated model; below, the rows.
+    The upper part has a dot for each bin of confidence, whose size shows the number of rows, and the diagonal of a
+    calibrated model. The lower part shows the number of rows.
     """
     bins = report["calibration"]
     confidence, right, rows = (np.array([b[k] for b in bins]) for k in ("confidence", "accuracy", "rows"))
@@ -72,10 +73,11 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
 
 
 def plot_losses(history: list[dict], path: str | Path) -> Path:
-    """Draw rows of metrics.jsonl, {"step", "loss"} and {"step", "val_loss"} among them, into a PNG; returns its path.
+    """Draw the losses in rows of metrics.jsonl, {"step", "loss"} and {"step", "val_loss"}, into a PNG file. Returns its
+    path.
 
-    The training loss faint as logged and bold as a running mean over about a twentieth of the run; the validation loss
-    with its lowest point named. A loss that is not finite is left out of the line, which then has a gap.
+    The training loss is faint as logged, and bold as a running mean over about a twentieth of the run. The lowest
+    validation loss is marked. A loss that is not finite leaves a gap in its line.
     """
     figure, axes = new_axes(8, 4.5)
     steps, losses = _series(history, "loss")
@@ -104,7 +106,7 @@ def _series(history, name) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running_mean(x: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the `width` values around each, fewer at the ends; NaN do not count."""
+    """Mean over the `width` values around each value, over fewer at the ends, without NaN."""
     there, place = np.isfinite(x), np.arange(len(x))
     sums, counts = (np.concatenate([[0.0], np.cumsum(a)]) for a in (np.where(there, x, 0.0), there))
     first, end = np.maximum(place - width // 2, 0), np.minimum(place + width // 2 + 1, len(x))
@@ -113,7 +115,7 @@ def _running_mean(x: np.ndarray, width: int) -> np.ndarray:
 
 
 def new_axes(width: float, height: float, rows: int = 1, **how):
-    """A figure, inches, and its axes; no window, no global state."""
+    """A figure of the given size in inches, and its axes. It opens no window and changes no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -123,18 +125,18 @@ def new_axes(width: float, height: float, rows: int = 1, **how):
 
 
 def plain(axes):
-    """A faint grid, and no box."""
+    """Draw a faint grid, and no box."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _shortened(name: str) -> str:
-    """As it stands in a file: no mathematics in `$`, and no longer than an axis can bear."""
+    """A class's name for an axis: shortened, and with `$` escaped so that it is not read as mathematics."""
     name = name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}"
     return name.replace("$", r"\$")
 
 
 def saved(figure, path) -> Path:
-    """Write the PNG file; returns its path."""
+    """Write the PNG file. Returns its path."""
     figure.savefig(path, dpi=150)
     return Path(path)

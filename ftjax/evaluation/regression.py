@@ -1,4 +1,4 @@
-"""Numbers predicted: correlations and errors of counts of rows (ftjax.evaluation.resample)."""
+"""Correlations and errors of predicted numbers, as functions of counts of rows (see ftjax.evaluation.resample)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ UNDEFINED = {  # why a figure is None
 
 
 def regression_rows(labels, predictions) -> dict[str, np.ndarray]:
-    """What each row contributes. labels, predictions: (N,) or (N, 1). loss: the squared error; wrong: any error.
+    """The contribution of each row. labels, predictions: (N,) or (N, 1).
 
-    Raises FtjaxError for shapes that differ and for what is no finite number.
+    `loss` is the squared error, and a row is `wrong` if the error is not 0. Raises FtjaxError if shapes differ or a
+    number is not finite.
     """
     y, x = np.asarray(labels, float), np.asarray(predictions, float)
     y, x = (a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a for a in (y, x))
@@ -52,7 +53,7 @@ def regression_metrics(rows) -> Reduce:
 
 
 def _deviations(counts, a):
-    """a (N,) or (B, N) less its mean in each resample (B, N); exactly 0 where only rounding parts them."""
+    """a (N,) or (B, N) less its mean in each resample, (B, N). A deviation within rounding is exactly 0."""
     mean = ((counts * a).sum(1) / counts.sum(1))[:, None]
     away = a - mean
     return np.where(abs(away) <= 1e-14 * abs(mean), 0, away)
@@ -68,7 +69,8 @@ def _correlation(counts, a, b):
 
 
 def _ranks(a):
-    """counts (B, N) -> the rank of each row's value within its resample (B, N), equal values sharing the mean rank."""
+    """A function counts (B, N) -> the rank of each row's value within its resample (B, N). Equal values have their mean
+    rank."""
     distinct, codes = np.unique(a, return_inverse=True)
     held = totals(len(distinct), codes, np.arange(len(a)), len(a))
 

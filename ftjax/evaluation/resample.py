@@ -1,11 +1,13 @@
-"""Intervals of any figure of N rows, and of the paired difference of two systems on the same rows.
+"""Confidence intervals of any figure of N rows, and of the paired difference of two systems on the same rows.
 
-B resamples at a time, N rows, K categories, S statistics a row. A resample is told by how often it holds each row:
-`counts` (B, N) float64, whose rows each sum to N. A figure is a function of counts, a `Reduce`; counts of one for every
-row give the figure itself. So one rule computes both, for all resamples at once and without a copy of the data.
+B resamples at a time, N rows, K categories, S statistics per row. A resample is described by how often it holds each
+row: `counts` (B, N) float64, whose rows each sum to N. A figure is a function of counts, a `Reduce`. If all counts are
+one, it is the figure of the rows themselves. One function thus computes both, for all resamples at once and without
+copying the data.
 
-Shares and means of bounded scores have intervals by the binomial distribution (`share_interval`), because resamples of
-rows that all agree are all alike: they would give 1.0 the interval 1 to 1. All other figures have a bootstrap interval.
+Shares and means of bounded scores have intervals by the binomial distribution (`share_interval`). If all rows agree,
+all their resamples are alike, so that a bootstrap would give 1.0 the interval 1 to 1. All other figures have a
+bootstrap interval.
 """
 
 from __future__ import annotations
@@ -19,24 +21,38 @@ from ftjax.errors import FtjaxError
 
 Reduce = Callable[[np.ndarray], dict[str, np.ndarray]]  # counts (B, N) -> name: (B,) or (B, K), NaN where undefined
 
-BLOCK = 1 << 18  # counts held at once: 2 MiB, which caches hold
+BLOCK = 1 << 18  # counts in memory at once: 2 MiB, which fit in a cache
 
 
 def resamples(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (B, n) of counts, `draws` resamples in all: n rows drawn with replacement from n, by numpy's PCG64."""
+    """Blocks (B, n) of counts, `draws` resamples in all, each of n rows drawn from n with replacement, by numpy's
+    PCG64."""
     rng, block = np.random.default_rng(seed), max(1, BLOCK // n)
     for start in range(0, draws, block):
         drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(min(block, draws - start))]
-        yield np.stack(drawn, axis=1).astype(float).T  # the counts of a row lie together, as `totals` reads them
+        yield np.stack(drawn, axis=1).astype(float).T  # the counts of a row are contiguous, as `totals` reads them
 
 
 def values(n: int, reduce: Reduce) -> dict[str, np.ndarray]:
-    """The figures of all n rows, each once: name -> scalar or (K,)."""
+    """{name: scalar or (K,)} of the figures of the n rows themselves."""
     return {name: value[0] for name, value in reduce(np.ones((1, n))).items()}
 
 
 def bootstrap(n: int, reduce: Reduce, draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
-    """The figures of `draws` resamples: name -> (draws,) or (draws, K). Raises FtjaxError without rows or draws."""
+    """The figures of resamples.
+
+    Args:
+        n: Number of rows.
+        reduce: The figures.
+        draws: Number of resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        {name: (draws,) or (draws, K)}.
+
+    Raises:
+        FtjaxError: If n or draws is less than 1.
+    """
     if n < 1 or draws < 1:
         raise FtjaxError(f"a bootstrap needs at least one row and one draw; found {n} rows and {draws} draws")
     blocks = [reduce(counts) for counts in resamples(n, draws, seed)]
@@ -51,26 +67,29 @@ def intervals(
     level: float = 0.95,
     trials: Mapping[str, np.ndarray | float] | None = None,
 ) -> dict[str, dict]:
-    """name -> {"value", "low", "high"} of each figure of n rows, with a list of these where the figure is (K,).
+    """Every figure of n rows with its confidence interval.
+
+    An interval without `trials` has the percentiles of the resamples at a level that is `expanded`. It follows the bias
+    of a figure that resampling shifts, such as a calibration error. Resamples in which a figure is undefined are left
+    out, and "note" says how many. If all resamples agree, they say nothing about the spread: "low" and "high" are None
+    and "note" says so.
 
     Args:
-        n: Rows.
+        n: Number of rows.
         reduce: The figures.
-        draws: Resamples; 0: the figures alone, without intervals.
-        seed: Of the resamples.
-        level: Of the intervals, between 0 and 1.
-        trials: Name -> of how many trials, () or (K,), a figure from 0 to 1 is the share of successes, or the mean.
-            Its interval is `share_interval` with as many trials, or fewer where the resamples vary by more than
-            independent trials would (Korn & Graubard 1998).
+        draws: Number of resamples; 0: only the figures, without intervals.
+        seed: Seed of the resamples.
+        level: Level of the intervals, between 0 and 1.
+        trials: {name: number of trials, () or (K,)} of figures from 0 to 1 that are a share of successes or a mean.
+            Such an interval is `share_interval` with this number of trials, or with fewer if the resamples vary more
+            than independent trials would (Korn & Graubard 1998).
 
     Returns:
-        The figures. The interval of one without trials is by the percentiles of its resamples, at a level that is
-        `expanded`; it follows the bias of a figure that resampling shifts, such as a calibration error. An undefined
-        figure is None; `note` says in how many resamples a figure is undefined, these being left out. Where the
-        resamples agree, they say nothing of the figure's spread: its interval is None, and `note` says so.
+        {name: {"value", "low", "high"}}, with a list of these for a figure (K,). "value" is None if a figure is
+        undefined.
 
     Raises:
-        FtjaxError: For a level that is none.
+        FtjaxError: If the level is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise FtjaxError(f"the level of an interval lies between 0 and 1; found {level}")
@@ -105,7 +124,7 @@ def _interval(value: float, drawn: np.ndarray, tail: float, level: float, trials
     notes = []
     if len(there) < len(drawn):
         notes.append(f"undefined in {len(drawn) - len(there):,} of {len(drawn):,} resamples, left out")
-    if high - low <= 1e-9 * max(1.0, abs(value)):  # sums of floats in another order differ a little
+    if high - low <= 1e-9 * max(1.0, abs(value)):  # sums of floats in another order differ slightly
         low = high = None
         notes.append("the resamples agree on this figure, so that its interval is not known")
     entry = {"value": value, "low": low, "high": high}
@@ -113,10 +132,10 @@ def _interval(value: float, drawn: np.ndarray, tail: float, level: float, trials
 
 
 def expanded(n: int, level: float) -> float:
-    """The share of resamples to leave out on either side, so that the rest is an interval at `level`.
+    """Share of resamples to leave out on each side, so that the rest is an interval at `level`.
 
-    Percentiles of n resampled rows are too narrow by sqrt((n - 1) / n) and know no Student's t; a higher level mends
-    both (Hesterberg 2015, "expanded percentile interval", section 5.2).
+    Percentiles of n resampled rows are too narrow by sqrt((n - 1) / n) and do not account for Student's t. A higher
+    level corrects both (Hesterberg 2015, "expanded percentile interval", section 5.2).
     """
     from scipy import stats
 
@@ -124,10 +143,18 @@ def expanded(n: int, level: float) -> float:
 
 
 def share_interval(share, trials, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of a share of successes (...) in so many trials (...): Clopper & Pearson (1934).
+    """Confidence interval of a share of successes, by Clopper & Pearson (1934).
 
-    It holds the truth at least as often as `level` says, for every number of trials and every true share. Wilson's
-    interval holds a true 0.05 in 91 % of samples of ten. Trials need not be whole.
+    It covers the truth at least as often as `level` says, for every number of trials and every true share. Wilson's
+    interval covers a true 0.05 in 91 % of samples of ten.
+
+    Args:
+        share: Share of successes (...).
+        trials: Number of trials (...); it need not be whole.
+        level: Level of the interval.
+
+    Returns:
+        (low, high), each (...).
     """
     from scipy.special import betaincinv
 
@@ -139,11 +166,11 @@ def share_interval(share, trials, level: float = 0.95) -> tuple[np.ndarray, np.n
 
 
 def mean_interval(x, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of the mean of scores x (..., N) from 0 to 1, whose N rows are a sample: `share_interval`.
+    """(low, high) of the mean of scores x (..., N) from 0 to 1 whose N rows are a sample, by `share_interval`.
 
-    Scores that are 0 or 1 are N trials. Other scores vary by less than 0 and 1 with the same mean would, and count as
-    more trials by that factor (Korn & Graubard 1998), less what Student's t takes off for a variance that is estimated.
-    Where all scores are the same nothing is known of their spread, and they count as N.
+    Scores of 0 and 1 count as N trials. Other scores vary less than 0 and 1 with the same mean, and count as more
+    trials by that factor (Korn & Graubard 1998), less a correction by Student's t because the variance is estimated. If
+    all scores are equal, nothing is known about their spread, and they count as N trials.
     """
     from scipy import stats
 
@@ -156,13 +183,14 @@ def mean_interval(x, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
 
 
 def of_sums(statistics: np.ndarray, reduce: Reduce) -> Reduce:
-    """A figure of sums over rows. statistics: (N, S) of each row; reduce: their sums (B, S) -> name: (B,)."""
+    """A figure of sums over rows. statistics: (N, S), those of each row; reduce: sums (B, S) -> {name: (B,)}."""
     statistics = np.asarray(statistics, float)
     return lambda counts: reduce(counts @ statistics)
 
 
 def difference(a: Reduce, b: Reduce) -> Reduce:
-    """What system a has more than b, both on the same N rows: each resample holds the same rows of both (paired)."""
+    """The figures of system a less those of system b on the same N rows. Each resample holds the same rows for both
+    (paired)."""
 
     def reduce(counts):
         left, right = a(counts), b(counts)
@@ -172,9 +200,14 @@ def difference(a: Reduce, b: Reduce) -> Reduce:
 
 
 def totals(K: int, codes: np.ndarray, rows: np.ndarray, n: int, weights: np.ndarray | float = 1.0):
-    """counts (B, n) -> (B, K), the sum of weight x count over the entries of each category.
+    """A function counts (B, n) -> (B, K): the sum of weight x count over the entries of each category.
 
-    An entry is a category (int below K), a row and a weight: arrays of one length, a single weight being that of all.
+    Args:
+        K: Number of categories.
+        codes: Category of each entry, int below K.
+        rows: Row of each entry.
+        n: Number of rows.
+        weights: Weight of each entry, or one weight for all.
     """
     from scipy.sparse import csr_array
 
@@ -184,6 +217,6 @@ def totals(K: int, codes: np.ndarray, rows: np.ndarray, n: int, weights: np.ndar
 
 
 def divide(numerator, denominator) -> np.ndarray:
-    """numerator / denominator, NaN where the latter is 0."""
+    """numerator / denominator; NaN where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), denominator)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)

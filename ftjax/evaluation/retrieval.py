@@ -1,6 +1,6 @@
-"""How well vectors of texts find their partners: the rank of each text's own among all, and figures of ranks.
+"""How well vectors of texts find their partners: the rank of each text's own partner among all, and figures of ranks.
 
-N pairs, D width, B resamples at a time.
+N pairs, D dimensions, B resamples at a time.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.resample import Reduce
 
 AT_ONCE = 1024  # texts compared with all partners at once
-FEWEST = {"mrr": 1, "recall_at_1": 1, "recall_at_10": 10, "mean_rank": 1}  # rows of which a figure is the same always
+FEWEST = {"mrr": 1, "recall_at_1": 1, "recall_at_10": 10, "mean_rank": 1}  # rows up to which a figure is constant
 ALONE = "there is one row, whose partner has no rival"
 UNDEFINED = dict.fromkeys(("mrr", "recall_at_1", "mean_rank"), ALONE)  # why a figure is None
 UNDEFINED["recall_at_10"] = "there are ten rows at most, so that every partner is among the ten nearest"
 
 
 def ranks(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(N,) the place, from 1, of second[i] among all by its inner product with first[i]; of equal ones the last."""
+    """(N,) rank, from 1, of second[i] among all of `second` by the inner product with first[i]; after those that tie
+    with it."""
     out = np.zeros(len(first), int)
     for start in range(0, len(first), AT_ONCE):
         scores = first[start : start + AT_ONCE].astype(np.float32) @ second.T.astype(np.float32)
@@ -28,9 +29,10 @@ def ranks(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def rank_rows(labels, predictions) -> dict[str, np.ndarray]:
-    """What each row contributes; labels: N vectors of partners (N, D), predictions: of the texts (N, D).
+    """The contribution of each row. labels: (N, D) vectors of the partners; predictions: (N, D) vectors of the texts.
 
-    loss: 1 - 1 / rank; wrong: another one is as near.
+    `loss` is 1 - 1 / rank, and a row is `wrong` if another partner is as near. Raises FtjaxError if shapes differ, and
+    NotFinite if a vector is not finite.
     """
     first, second = np.asarray(predictions), np.asarray(labels)
     if first.shape != second.shape or first.ndim != 2:
@@ -42,7 +44,7 @@ def rank_rows(labels, predictions) -> dict[str, np.ndarray]:
 
 
 def rank_metrics(rows) -> Reduce:
-    """Mean reciprocal rank, shares of rows whose partner is the nearest, or among the ten nearest, and mean rank."""
+    """Mean reciprocal rank, shares of rows whose partner is the nearest or among the ten nearest, and mean rank."""
     rank = rows["rank"]
     columns = {"mrr": 1 / rank, "recall_at_1": rank <= 1, "recall_at_10": rank <= 10, "mean_rank": rank}
 
@@ -54,5 +56,5 @@ def rank_metrics(rows) -> Reduce:
 
 
 def rank_trials(rows) -> dict[str, float]:
-    """Of how many pairs a figure of `rank_metrics` is the share or the mean, for those from 0 to 1."""
+    """Number of pairs of which a figure of `rank_metrics` from 0 to 1 is the share or the mean."""
     return {name: len(rows["rank"]) for name in ("mrr", "recall_at_1", "recall_at_10")}

@@ -1,6 +1,6 @@
-"""What a model says of examples, and what it takes to judge a kind of task by it: what `judge` and its kin share.
+"""The output of a model on examples, and what the evaluation of every kind of task shares.
 
-B rows, T tokens, M places a row at most.
+B rows, T tokens, M places of a row at most.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def logits(model, variables, batch):
     return classify.logits(model, variables, batch)
 
 
-DRAWS = 1000  # resamples behind the intervals of a report
+DRAWS = 1000  # resamples for the intervals of a report
 
 
 class Asked(NamedTuple):
-    """What is asked of a model: variables: what it is applied to; data: the rows, of which `part` is judged."""
+    """A model and the rows that it is evaluated on: the `part` of `data`. `variables` are the Flax variables."""
 
     model: object
     variables: dict
@@ -42,14 +42,18 @@ class Asked(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """One kind of task: how predictions are made of what a model says, judged and shown.
+    """How one kind of task is predicted, evaluated and shown.
 
-    say(Asked) -> what the model says. sides(Asked, said) -> labels and predictions as labelled.report takes them; None:
-    what is said is the report. settings(Asked, thresholds) -> further arguments of labelled's functions. note(Asked,
-    said) -> what a reader of the report should know. lines(Asked, said, thresholds) -> one record a row for
-    predictions.jsonl; shown(record) -> a mistake in a line; None: there is nothing to write. known: names in a record
-    of what the row says and not the model. blank(Asked) -> what a model could say that knows nothing, as `say` gives
-    it.
+    Attributes:
+        say: say(Asked) -> the model's output.
+        sides: sides(Asked, output) -> (labels, predictions) as labelled.report takes them; None: the output is the
+            report.
+        lines: lines(Asked, output, thresholds) -> one record per row for predictions.jsonl; None: no records.
+        shown: shown(record) -> a mistake in one line.
+        known: Keys of a record that come from the row, not from the model.
+        blank: blank(Asked) -> the output of a model without knowledge, in the form of `say`.
+        settings: settings(Asked, thresholds) -> further arguments of labelled's functions.
+        note: note(Asked, output) -> a note for the reader of the report; empty: none.
     """
 
     say: Callable
@@ -62,8 +66,14 @@ class Judge(NamedTuple):
     note: Callable = lambda asked, said: ""
 
     def report(self, asked: Asked, said, thresholds=None, draws: int = DRAWS) -> dict:
-        """labelled.report of what a model said of a part's rows, for results.json; draws: resamples behind the
-        intervals, 0: without."""
+        """The labelled.report of a model's output, for results.json.
+
+        Args:
+            asked: The model and rows.
+            said: The output of `say`.
+            thresholds: The thresholds of labels; None: 0.5.
+            draws: Number of resamples for the intervals; 0: no intervals.
+        """
         if self.sides is None:
             return said
         found = labelled.report(
@@ -74,16 +84,25 @@ class Judge(NamedTuple):
         return found | ({"note": note} if note else {})
 
     def worst(self, asked: Asked, said, thresholds, n: int) -> list[int]:
-        """The places of the up to n records of highest loss among those told wrongly."""
+        """Indices of the up to n wrong records with the highest loss."""
         kind, settings = TASKS[asked.config.task.kind].judged, self.settings(asked, thresholds)
         return labelled.worst(kind, *self.sides(asked, said), n, **settings)
 
 
 def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
-    """f(model, variables, batch) (B, M, ...) or, of whole_rows, (B, T, ...) of every example: at its places, or at its
-    tokens, (n, ...), in the order of the examples. layout: see labelled.layout.
+    """Apply a function to all examples, in batches.
 
-    Raises NotFinite, naming the row, where any value is NaN or infinite.
+    Args:
+        f: f(model, variables, batch) -> (B, M, ...), or (B, T, ...) with `whole_rows`.
+        asked: The model and rows.
+        whole_rows: Whether f has a value for each token instead of each place.
+        layout: Arguments of Batches for the task, see ftjax.data.labelled.layout.
+
+    Returns:
+        The values (n, ...) at the places, or tokens, of each example, in order.
+
+    Raises:
+        NotFinite: If a value is NaN or infinite. It names the row.
     """
     examples, config = asked.part.examples, asked.config
     rows = config.evaluate.batch_size or config.train.batch_size or 16
@@ -101,7 +120,7 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
 
 
 def by_row(part: Part) -> list[list[int]]:
-    """The examples of each row, for rows that several are made of; in order."""
+    """The examples of each row, in order, for rows that are split into several examples."""
     found = []
     for i in range(len(part)):
         if not found or part.origin(found[-1][0]) != part.origin(i):
@@ -111,7 +130,8 @@ def by_row(part: Part) -> list[list[int]]:
 
 
 def groups(asked: Asked) -> list[str] | None:
-    """The value of config.task.group in each row; None where no column is named."""
+    """The value of config.task.group for each row; None if no column is named. Raises FtjaxError if there is no such
+    column."""
     column = asked.config.task.group
     if not column:
         return None

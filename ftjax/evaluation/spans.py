@@ -1,6 +1,6 @@
-"""Answers as stretches of a text: the likeliest of all that a model's scores allow, judged by SQuAD's rule.
+"""Answers as spans of a text: the most probable span of those that the model's scores allow, evaluated by SQuAD's rule.
 
-T tokens of a window, K places at which an answer may begin.
+T tokens of a window, K tokens at which an answer may begin.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ftjax.data import spans
 from ftjax.evaluation.said import Asked, Judge, at_places, by_row
 from ftjax.objectives import span
 
-BEST = 3  # other answers that a record lists
+BEST = 3  # number of other answers in a record
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,7 +25,8 @@ def logits(model, variables, batch):
 
 
 class Answer(NamedTuple):
-    """score: sum of the logits of its beginning and its end; start, end: characters, first and one past the last."""
+    """A span. score: sum of the logits of its start and its end; start, end: its first character and one past its
+    last."""
 
     score: float
     start: int
@@ -33,13 +34,21 @@ class Answer(NamedTuple):
 
 
 def best(scores: np.ndarray, offsets: np.ndarray, longest: int, n: int) -> list[Answer]:
-    """The n answers of highest score that a window's scores (T, 2) allow, highest first: within the text, begun before
-    they end, and of at most `longest` tokens. offsets: see spans.Window."""
+    """The spans of a window with the highest scores, highest first.
+
+    A span lies within the text, does not end before it starts, and has at most `longest` tokens.
+
+    Args:
+        scores: (T, 2) logits of start and end.
+        offsets: Characters of each token, see ftjax.data.spans.Window.
+        longest: Most tokens of a span.
+        n: Number of spans.
+    """
     text = np.flatnonzero(offsets[:, 1] >= 0)
     start, end = scores[text].astype(np.float64).T
     longest = min(longest, len(text))
     ends = np.pad(end, (0, longest - 1), constant_values=-np.inf)
-    sums = start[:, None] + np.lib.stride_tricks.sliding_window_view(ends, longest)  # (K, tokens behind the first)
+    sums = start[:, None] + np.lib.stride_tricks.sliding_window_view(ends, longest)  # (K, tokens after the first)
     flat = sums.ravel()
     chosen = np.argsort(-flat, kind="stable")[:n]
     first, behind = np.divmod(chosen[np.isfinite(flat[chosen])], longest)
@@ -48,10 +57,14 @@ def best(scores: np.ndarray, offsets: np.ndarray, longest: int, n: int) -> list[
 
 
 def say(asked: Asked) -> list[dict]:
-    """{"row", "question", "answers", "prediction", "score", "others"} of each row; of unlabelled rows no "answers".
+    """Predict the answer of each row.
 
-    An answer is the best of all windows. Where config.task.no_answer, it is empty if that scores lower than the first
-    token of the window that is least sure of none (Devlin et al. 2019).
+    The answer is the best span of all windows. If config.task.no_answer is set, the empty answer competes with it. Its
+    score is that of the first token, in the window where that score is lowest (Devlin et al. 2019).
+
+    Returns:
+        {"row", "question", "answers", "prediction", "score", "others"} of each row; without "answers" for unlabelled
+        rows.
     """
     part, task = asked.part, asked.config.task
     said = at_places(logits, asked, whole_rows=True)
@@ -78,7 +91,7 @@ def say(asked: Asked) -> list[dict]:
 
 
 def blank(asked: Asked) -> list[dict]:
-    """As `say`, of a model that answers nothing."""
+    """As `say`, for a model that answers nothing."""
     out = []
     for members in by_row(asked.part):
         how, row, place = (f(members[0]) for f in (asked.part.recipe, asked.part.row, asked.part.place))
@@ -89,17 +102,17 @@ def blank(asked: Asked) -> list[dict]:
 
 
 def sides(asked: Asked, said: list[dict]) -> tuple[list, list]:
-    """Answers and predicted answer of each row."""
+    """The reference answers and the predicted answer of each row."""
     return [record["answers"] for record in said], [record["prediction"] for record in said]
 
 
 def settings(asked: Asked, thresholds) -> dict:
-    """Answers are judged by the rule of SQuAD v2.0 where config.task.no_answer, else of v1.1."""
+    """Answers are scored by the rule of SQuAD v2.0 if config.task.no_answer is set, else by that of v1.1."""
     return {"no_answer": asked.config.task.no_answer}
 
 
 def shown(record: dict) -> str:
-    """What was asked, what was told, and what is right."""
+    """A mistake in one line: the question, the prediction and a correct answer."""
     right = record["answers"][0] if record["answers"] else ""
     return f"{record['question'][:100]!r}: {record['prediction'][:60]!r}, expected {right[:60]!r}"
 

@@ -1,12 +1,13 @@
-"""Answers that are spans of a text, by the official rules of SQuAD: v1.1 (Rajpurkar et al. 2016) and v2.0 (2018).
+"""Scores of answers that are spans of a text, by the official rules of SQuAD v1.1 (Rajpurkar et al. 2016) and v2.0
+(2018).
 
-Both rules lower-case, drop ASCII punctuation and the words a, an, the, and split at white space; an answer's score is
-its best over the reference answers. The official rules are made for English. Beyond them, the punctuation of other
-scripts is dropped, and each character of a script without spaces is a word, as MLQA and CMRC 2018 have it.
+Both rules lower-case the text, drop ASCII punctuation and the words a, an, the, and split at white space. An answer's
+score is the best over its references. The official rules are for English. In addition, the punctuation of other scripts
+is dropped here, and each character of a script without spaces is a word, as in MLQA and CMRC 2018.
 
-The two rules differ in two points. v2.0 knows questions without an answer, for which the
-empty text is right; and where either side has no word left (`The`), F1 is 0 by v1.1, and by v2.0 it is 1 if both have
-none. Figures are shares from 0 to 1; the official scripts print percent.
+The rules differ in two points. In v2.0 a question may have no answer, and the empty text is then correct. If no word is
+left on either side (`The`), F1 is 0 by v1.1, and by v2.0 it is 1 if none is left on both. Figures are shares from 0 to
+1, where the official scripts print percent.
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ UNDEFINED = {  # why a figure is None
 
 
 def words(text: str) -> list[str]:
-    """The words of an answer that count. Articles go after punctuation, so `the-end` is one word: theend."""
+    """The words of an answer that are compared. Punctuation is removed before articles, so `the-end` is one word,
+    theend."""
     return spaced(ARTICLES.sub(" ", without_punctuation(composed(text).lower()))).split()
 
 
 def f1(prediction: list[str], answer: list[str], no_answer: bool = False) -> float:
-    """F1 of the words in common, each as often as both have it. no_answer: by v2.0's rule."""
+    """F1 of the shared words, each counted as often as both sides have it.
+
+    Args:
+        prediction: Words of the prediction.
+        answer: Words of the reference.
+        no_answer: Whether v2.0's rule applies.
+    """
     if no_answer and not (prediction and answer):
         return float(prediction == answer)
     common = (Counter(prediction) & Counter(answer)).total()
@@ -41,10 +49,21 @@ def f1(prediction: list[str], answer: list[str], no_answer: bool = False) -> flo
 
 
 def answer_rows(answers, predictions, no_answer: bool = False) -> dict[str, np.ndarray]:
-    """What each row contributes. answers: N lists of reference texts; predictions: N texts, empty for no answer.
+    """The contribution of each row.
 
-    no_answer: by v2.0's rule, where a question without references has no answer, and references without a word are left
-    out. loss: 1 - F1; wrong: no exact match. Raises FtjaxError for a question without references by v1.1's rule.
+    `loss` is 1 - F1, and a row is `wrong` without an exact match.
+
+    Args:
+        answers: N lists of reference texts.
+        predictions: N texts, empty for no answer.
+        no_answer: Whether v2.0's rule applies: a question without references has no answer, and references without a
+            word are left out.
+
+    Returns:
+        {"exact_match", "f1", "loss", "wrong"}, each (N,), with `no_answer` also "has_answer".
+
+    Raises:
+        FtjaxError: If the numbers of answers and predictions differ, or if a question has no reference by v1.1's rule.
     """
     if len(answers) != len(predictions):
         raise FtjaxError(f"expected an answer for each question; found {len(predictions)} for {len(answers)}")
@@ -67,7 +86,8 @@ def answer_rows(answers, predictions, no_answer: bool = False) -> dict[str, np.n
 
 
 def answer_metrics(rows) -> Reduce:
-    """Exact match and F1; by v2.0 also those of questions with an answer, and the share of the others left empty."""
+    """Exact match and F1. By v2.0 also those of questions with an answer, and the share of the others that are left
+    empty."""
     columns = {name: rows[name] for name in ("exact_match", "f1")}
 
     def reduce(counts):
@@ -84,7 +104,7 @@ def answer_metrics(rows) -> Reduce:
 
 
 def answer_trials(rows) -> dict[str, float]:
-    """Of how many questions a figure of `answer_metrics` is the share or the mean."""
+    """Number of questions of which a figure of `answer_metrics` is the share or the mean."""
     n = len(rows["f1"])
     has = rows.get("has_answer", np.ones(n, bool)).sum()
     found = {"exact_match": n, "f1": n, "no_answer": n - has}

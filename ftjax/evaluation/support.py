@@ -1,9 +1,8 @@
-"""Which claims of an answer a passage bears out, by the words that they have in common.
+"""Which claims of an answer a passage supports, by their shared words.
 
-Lexical entailment, the baseline of the entailment challenges (Dagan, Glickman & Magnini 2006): a claim is taken for
-supported where enough of its content stands in the passage. It sees neither negation nor who did what to whom, and
-takes a paraphrase for unsupported: a rate by it compares contenders on the same passages, and is no count of
-hallucinations.
+This is lexical entailment, the baseline of the entailment challenges (Dagan, Glickman & Magnini 2006): a claim counts
+as supported if enough of its content occurs in the passage. It ignores negation and who did what to whom, and it counts
+a paraphrase as unsupported. Use the rate to compare contenders on the same passages, not to count hallucinations.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import regex
 
 from ftjax.evaluation.words import spaced
 
-# Chinese and Japanese put no space behind the end of a sentence.
+# Chinese and Japanese have no space after the end of a sentence.
 SENTENCE = re.compile(r"(?<=[.!?।؟])[\"'”’)]*\s+|(?<=[。！？])[”’」』）]*(?!$)|\n+")
 WORD = regex.compile(r"\d+(?:[.,]\d+)*|\p{L}[\p{L}\p{M}]*(?:['’]\p{L}[\p{L}\p{M}]*)?")
-LEAST = 0.5  # share of a claim's content that supports it
-# Words of English that carry no content of their own; in other languages all words count.
+LEAST = 0.5  # a claim is supported if the passage has this share of its content
+# English words without content of their own. In other languages all words count.
 EMPTY = frozenset(
     "a about after all also am an and any are as at be because been before being but by can could did do does "
     "doing for from had has have having he her hers him his how i if in into is it its just may me might more "
@@ -30,10 +29,10 @@ EMPTY = frozenset(
 
 
 class Claim(NamedTuple):
-    """A sentence of an answer, beside a passage."""
+    """A sentence of an answer, compared with a passage."""
 
     text: str
-    share: float  # of its content n-grams, those that the passage has
+    share: float  # of its content n-grams that the passage has
     numbers: tuple[str, ...]  # numbers that the passage does not have
 
     @property
@@ -42,10 +41,15 @@ class Claim(NamedTuple):
 
 
 def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
-    """The sentences of an answer that have content, each with how far the passage has it.
+    """The sentences of an answer that have content, each with the share of it that the passage has.
 
-    Content is n-grams of the stems (Porter 1980) of words that are not EMPTY; of a sentence shorter than n, all of it.
-    A number that the passage lacks leaves a claim unsupported whatever else it says.
+    Content is n-grams of the stems (Porter 1980) of words that are not in EMPTY. A sentence with fewer than n such
+    words is one n-gram. A number that the passage lacks makes a claim unsupported, whatever else the claim says.
+
+    Args:
+        answer: The answer.
+        passage: The passage.
+        n: Words of an n-gram.
     """
     from nltk.stem.porter import PorterStemmer
 
@@ -67,7 +71,8 @@ def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
 
 
 def unsupported_rate(answer: str, passage: str, n: int = 1) -> float | None:
-    """Share of an answer's claims that are not supported; None for an answer without a claim."""
+    """Share of an answer's claims that the passage does not support; None for an answer without a claim. n: see
+    `claims`."""
     found = claims(answer, passage, n)
     return sum(not claim.supported for claim in found) / len(found) if found else None
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 
 def grid(head: list[tuple[str, int]], lines: list[list[str]], parted: bool = False) -> str:
-    """A table of texts, as wide as the terminal, up to 160 characters; it ends with a line end.
+    """A table of texts, as wide as the terminal but at most 160 characters. It ends with a newline.
 
-    head: (title, whether to the right) of each column; parted: a line stands between rows.
+    Args:
+        head: (title, whether it is aligned to the right) of each column.
+        lines: The cells of each row.
+        parted: Whether a line separates rows.
     """
     import io
     import shutil
@@ -19,7 +22,7 @@ def grid(head: list[tuple[str, int]], lines: list[list[str]], parted: bool = Fal
     for title, right in head:
         out.add_column(title, justify="right" if right else "left")
     for line in lines:
-        out.add_row(*map(Text, line))  # Text: brackets in names are no markup
+        out.add_row(*map(Text, line))  # Text, so that brackets in names are not read as markup
     console = Console(file=io.StringIO(), width=min(shutil.get_terminal_size((120, 24)).columns, 160))
     console.print(out)
     return console.file.getvalue()

@@ -1,4 +1,4 @@
-"""Tags of words, as a model predicts them, judged by the entities that they spell."""
+"""Tags of words as a model predicts them, evaluated by the entities that they form."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OUTSIDE = "O"
 
 
 def say(asked: Asked) -> list[dict]:
-    """{"row", "words", "tags", "predicted"} of each row; of rows without tags no "tags".
+    """{"row", "words", "tags", "predicted"} of each row; without "tags" for rows that have none.
 
-    A word's tag is that predicted at its first token. A word without one, such as those behind a row's cut, is no part
-    of an entity.
+    A word has the tag that is predicted at its first token. A word without a token, such as one that was cut off, gets
+    O.
     """
     part, names, out = asked.part, asked.data.labels, []
     for i, said in enumerate(at_places(logits, asked)):
@@ -33,7 +33,7 @@ def say(asked: Asked) -> list[dict]:
 
 
 def blank(asked: Asked) -> list[dict]:
-    """As `say`, of a model that finds nothing."""
+    """As `say`, for a model that finds no entity."""
     part, names, out = asked.part, asked.data.labels, []
     for i in range(len(part)):
         how, row, place = part.recipe(i), part.row(i), part.place(i)
@@ -44,13 +44,13 @@ def blank(asked: Asked) -> list[dict]:
 
 
 def note(asked: Asked, said: list[dict]) -> str:
-    """How many words were cut off."""
+    """How many words were cut off, as a note for the report."""
     cut = sum(len(record["words"]) - _seen(asked, i, record["words"]) for i, record in enumerate(said))
     return f"{cut:,} words have no token within data.max_length: taken for O" if cut else ""
 
 
 def _seen(asked: Asked, i: int, words: list[str]) -> int:
-    """How many words the model was shown."""
+    """Number of words of which the model received tokens."""
     how: Labelled = asked.part.recipe(i)
     if how.subwords == "first":
         return int(asked.part.examples.labels[i])
@@ -64,7 +64,7 @@ def sides(asked: Asked, said: list[dict]) -> tuple[list, list]:
 
 
 def shown(record: dict) -> str:
-    """The entities of a row that are missed, and those that are made up."""
+    """A mistake in one line: entities that the prediction misses, and entities that it makes up."""
     told, meant = (
         {(kind, " ".join(record["words"][a : b + 1])) for kind, a, b in entities([parse(t, "") for t in record[side]])}
         for side in ("predicted", "tags")

@@ -1,4 +1,4 @@
-"""Vectors of texts, as a model gives them, judged by how well they find their partners."""
+"""Vectors of texts as a model computes them, evaluated by how well they find their partners."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ftjax.objectives import contrast
 
 
 def say(asked: Asked) -> np.ndarray:
-    """(N, 2, D) vectors of the two texts of each row, (N, 1, D) where there is one."""
+    """(N, 2, D) vectors of the two texts of each row; (N, 1, D) if a row has one text."""
     return np.stack(at_places(functools.partial(contrast.embed, pool=asked.config.task.pool), asked, apart=True))
 
 
 def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
-    """{"row", "text", "pair", "rank"} of each pair; of texts alone {"row", "text", "vector"}."""
+    """{"row", "text", "pair", "rank"} of each pair; {"row", "text", "vector"} of single texts."""
     part, paired = asked.part, said.shape[1] == 2
     rank = ranks(said[:, 0], said[:, 1]).tolist() if paired else []
     out = []
@@ -29,12 +29,12 @@ def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
 
 
 def shown(record: dict) -> str:
-    """The texts of a pair, and the partner's rank."""
+    """A pair in one line: its texts and the partner's rank."""
     return f"{record['text'][:70]!r} and {record['pair'][:70]!r}: rank {record['rank']:,}"
 
 
 def blank(asked: Asked) -> np.ndarray:
-    """As `say`, of a model for which all texts are alike."""
+    """As `say`, for a model that gives all texts the same vector."""
     return np.ones((len(asked.part), 2, 1))
 
 

@@ -1,9 +1,9 @@
 """Words of a text in any script, for the metrics that count words.
 
-Scripts that put no spaces between words (Chinese, Japanese, Thai, ...) have one word for each character. All other
-words are runs of letters, digits and the marks that belong to them, so that the vowel signs of Hindi stay within their
-word. On texts in ASCII each function splits exactly as the tool does that its metric is named after, but for texts
-without any letter or digit.
+In scripts without spaces between words (Chinese, Japanese, Thai, ...) each character is a word. All other words are
+runs of letters, digits and the marks that belong to them, so that the vowel signs of Hindi stay within their word. On
+ASCII texts each function splits exactly as the tool that its metric is named after, except for texts without any letter
+or digit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ UNSPACED = "".join(
     for name in ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Yi")
 )
 WIDE = r"\u3000-\u303f\uff00-\uffef"  # punctuation and full-width forms of Chinese and Japanese
-OTHER = rf"(?![{UNSPACED}])[\p{{L}}\p{{N}}"  # a letter or digit of another script; closed where it is used
+OTHER = rf"(?![{UNSPACED}])[\p{{L}}\p{{N}}"  # a letter or digit of another script; its user closes the bracket
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|{OTHER}](?:{OTHER}\p{{M}}])*")
 SYMBOL = regex.compile(r"\S")
 APART = regex.compile(rf"[{UNSPACED}{WIDE}]\p{{M}}*")
@@ -41,9 +41,9 @@ def words(text: str) -> list[str]:
 
 
 def spaced(text: str) -> str:
-    """The text with spaces around each character of a script that puts none between words.
+    """The text with spaces around each character of a script without spaces between words, in composed form (NFC).
 
-    Tools that split at spaces then see the characters as words. Other text is only composed.
+    Tools that split at spaces then take each of these characters for a word.
     """
     return APART.sub(r" \g<0> ", composed(text))
 

@@ -1,9 +1,10 @@
-"""Checkpoints: what was trained, its optimizer, and the record of the run, written by Orbax in the background.
+"""Checkpoints: the trained parameters, the optimizer state and the record of the run, written by Orbax in the
+background.
 
-One folder a step, atomically renamed into place: `trained`, `optimizer`, `run`, and `ema` where an average is kept, lie
-side by side in it, so that an export reads what was trained without its optimizer. The frozen base is named in the
-run's record, never copied. Beside them lie the checksums of all files, by which a reader knows a checkpoint that is
-torn, changed, renamed or made of parts of several.
+Each step has one folder, which is atomically renamed into place. It holds `trained`, `optimizer`, `run` and, if a
+moving average is kept, `ema`, so that an export reads the trained parameters without the optimizer state. The frozen
+base is never copied, only named in the run's record. Each folder also holds the checksums of its files. By them a
+reader recognises a checkpoint that is torn, changed, renamed or made of parts of several.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from ftjax.training import hosts
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
-CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit to it after all else; nothing here reads it
-DAMAGED = "damaged"  # end of the name of a folder that was a checkpoint
+CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit to it last; it is not read here
+DAMAGED = "damaged"  # suffix of the folder of a damaged checkpoint
 METRICS = {"rank": number(), "val_loss": number(), "step": whole()}
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: the latest `keep` and the best one by validation stay."""
+    """The checkpoints of one run folder. The latest `keep` and the best one by validation are kept."""
 
     def __init__(self, run_dir: str | Path, keep: int = 1, read_only: bool = False, say=None):
         """Open a run's checkpoints.
 
         Args:
-            run_dir: the folder of the run.
-            keep: how many of the latest ones stay.
-            read_only: nothing is written. Otherwise the folder of a damaged checkpoint gets another name.
-            say: called with lines for a person; None: they are warnings.
+            run_dir: Folder of the run.
+            keep: How many of the latest checkpoints are kept.
+            read_only: Whether nothing is written. Otherwise the folders of damaged checkpoints are renamed.
+            say: Called with each line for a person; None: lines become warnings.
 
         Raises:
-            FtjaxError: where there are checkpoints, and none is whole.
+            FtjaxError: If there are checkpoints and all of them are damaged.
         """
         self.folder, self.read_only = Path(run_dir).resolve() / FOLDER, read_only
         self.say = say or functools.partial(warnings.warn, stacklevel=3)
-        self.manager, self.saving = None, 0  # the step of the checkpoint that is being written
-        # A reader reads no optimizer, the largest part of a checkpoint.
+        self.manager, self.saving = None, 0  # saving: step of the checkpoint that is being written
+        # A reader does not need the optimizer state, the largest part of a checkpoint.
         told = self._damaged() if read_only else hosts.from_first(self._damaged)
         self.damaged = {int(step): what for step, what in told.items()}
         whole = self.steps()
@@ -68,7 +69,7 @@ class Checkpoints:
     def _open(self, keep: int) -> None:
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every rename, and every error twice
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every rename, and every error twice
         if jax.process_index() == 0:
             for step in self.damaged:
                 (self.folder / str(step)).rename(self._aside(step))
@@ -85,10 +86,10 @@ class Checkpoints:
             item_handlers={name: self._arrays_handler() for name in ("trained", "optimizer", "ema")}
             | {"run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                best_fn=_rank,  # without it Orbax stores no metrics, and the policy sees none
+                best_fn=_rank,  # without it Orbax stores no metrics for the policy
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                cleanup_tmp_directories=True,  # what a killed run left half written
-                # Called when all files are written, before the checkpoint is renamed into place and others deleted.
+                cleanup_tmp_directories=True,  # remove what a killed run left half written
+                # Called after all files are written, and before the checkpoint is renamed and others are deleted.
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -97,11 +98,11 @@ class Checkpoints:
     def _arrays_handler():
         import orbax.checkpoint as ocp
 
-        # One file an array: on a single host three times as fast as OCDBT, which serves large pods.
+        # One file per array: on a single host three times as fast as OCDBT, which is for large pods.
         return ocp.PyTreeCheckpointHandler(use_ocdbt=jax.process_count() > 1)
 
     def _seal(self) -> None:
-        """Write the checksums of the checkpoint that has just been written, in the thread that wrote it."""
+        """Write the checksums of the checkpoint that was just written, in the thread that wrote it."""
         if jax.process_index():
             return
         drafts = [*self.folder.glob(f"{self.saving}.*tmp*"), self.folder / str(self.saving)]
@@ -110,7 +111,7 @@ class Checkpoints:
         replace_json(draft / CHECKSUMS, seals.sealed({"step": self.saving, "checksums": sums}))
 
     def _damaged(self) -> dict[str, str]:
-        """Step of each damaged checkpoint -> what is wrong with it."""
+        """{step of a damaged checkpoint: what is wrong with it}."""
         steps = {path.name: path for path in self.folder.glob("*") if path.name.isdigit()}
         found = {step: _damage(path, self.read_only) for step, path in sorted(steps.items(), key=lambda x: int(x[0]))}
         return {
@@ -118,21 +119,24 @@ class Checkpoints:
         }
 
     def _aside(self, step: int) -> Path:
-        """A name that nothing has, for the folder of a damaged checkpoint."""
+        """An unused name for the folder of a damaged checkpoint."""
         names = (self.folder / f"{step}.{DAMAGED}{i or ''}" for i in range(1000))
         return next(path for path in names if not path.exists())
 
     def save(self, state, run: dict, rank: float | None) -> None:
-        """Start writing a checkpoint; return before it lies on disk.
+        """Start writing a checkpoint, and return before it is on disk.
 
         Args:
-            state: a train.step.State.
-            run: the record of the run.
-            rank: how good the state is, more is better; None where that is not known, as then it is never the best.
+            state: A ftjax.training.step.State.
+            run: Record of the run.
+            rank: Quality of the state, where more is better; None: unknown, and the checkpoint is then never the best.
+
+        Raises:
+            FtjaxError: If it, or the checkpoint before it, cannot be written.
         """
         from orbax.checkpoint import args
 
-        self.wait()  # for the checkpoint before, which is sealed with its own step
+        self.wait()  # for the checkpoint before, which must be sealed with its own step
         arrays = {name: args.PyTreeSave(getattr(state, name)) for name in _arrays(state)}
         self.saving = int(state.step)
         self._check_room(sum(x.nbytes for name in arrays for x in jax.tree.leaves(getattr(state, name))))
@@ -145,13 +149,13 @@ class Checkpoints:
             )
 
     def _check_room(self, size: int) -> None:
-        """Raises FtjaxError where the disk has no room for so many bytes: Orbax tells of that at great length."""
+        """Raise FtjaxError if the disk has no room for so many bytes. Orbax's own error is very long."""
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise FtjaxError(self._unwritten(f"it has {size:,} bytes, and the disk has room for {free:,}"))
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written lies on disk. Raises FtjaxError where it cannot be."""
+        """Wait until the checkpoint that is being written is on disk. Raises FtjaxError if it cannot be written."""
         with self._written():
             self.manager.wait_until_finished()
 
@@ -161,7 +165,7 @@ class Checkpoints:
             yield
         except FtjaxError:
             raise
-        except Exception as error:  # Orbax and tensorstore have many for a disk that is full
+        except Exception as error:  # Orbax and tensorstore raise many kinds for a full disk
             raise FtjaxError(self._unwritten(reason(error))) from error
 
     def _unwritten(self, why: str) -> str:
@@ -171,22 +175,22 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Step of the latest checkpoint, None where there is none."""
+        """Step of the latest checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Steps of all whole checkpoints that are kept, ascending."""
+        """Steps of all undamaged checkpoints, ascending."""
         there = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
         return sorted(step for step in there if step not in self.damaged)
 
     def best(self) -> int | None:
-        """Step of the best by validation; the latest where none has a rank; None without checkpoints."""
+        """Step of the best checkpoint by validation; the latest if none has a rank; None without checkpoints."""
         files = {step: self.folder / str(step) / "metrics" / "metrics" for step in self.steps()}
         ranked = [(_rank(read_json(file, **METRICS)), step) for step, file in files.items() if file.is_file()]
         return max(ranked)[1] if ranked else self.latest()
 
     def record(self, step: int) -> dict:
-        """The record that `save` was given at `step`."""
+        """The record that was passed to `save` at `step`. Raises FtjaxError if it is not complete."""
         fields = {"config": mapped(), "best": maybe(number()), "best_loss": maybe(number())}
         record = read_json(self.folder / str(step) / "run" / "metadata", **fields)
         if missing := {"config", "step", "best", "stale", "seconds"} - record.keys():
@@ -194,14 +198,20 @@ class Checkpoints:
         return record
 
     def trained(self, step: int, abstract: dict, ema: bool = False) -> dict:
-        """What was trained, into the shapes, dtypes and shardings of `abstract`: any mesh, not that of the run.
+        """Read the trained parameters.
 
-        ema: its average instead.
+        Args:
+            step: Step of the checkpoint.
+            abstract: Tree of jax.ShapeDtypeStruct with the wanted shapes, dtypes and shardings, on any mesh.
+            ema: Whether to read their moving average instead.
+
+        Raises:
+            FtjaxError: If the checkpoint cannot be read as this tree.
         """
         return self._restored(step, "ema" if ema else "trained", abstract)
 
     def state(self, step: int, abstract):
-        """The whole `State`, into `abstract`, a State of jax.ShapeDtypeStruct with shardings."""
+        """Read the whole `State`. abstract: a State of jax.ShapeDtypeStruct with shardings."""
         arrays = {name: self._restored(step, name, getattr(abstract, name)) for name in _arrays(abstract)}
         place = jax.device_put(np.int32(step), abstract.step.sharding)
         return type(abstract)(place, **arrays)
@@ -216,14 +226,14 @@ class Checkpoints:
             return self._arrays_handler().restore(
                 epath.Path(folder), args=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments)
             )
-        except Exception as error:  # of a checkpoint without checksums, or of another run
+        except Exception as error:  # for a checkpoint without checksums, or one of another run
             raise FtjaxError(
                 f"{folder}: cannot be read as what this run trains: {reason(error)}. The checkpoint is damaged, or of "
                 "another run"
             ) from error
 
     def close(self) -> None:
-        """Wait until everything lies on disk. A folder without any checkpoint goes with the one who made it."""
+        """Wait until everything is on disk. If the folder holds no checkpoint, a process that may write removes it."""
         if self.read_only:
             return
         with self._written():
@@ -233,27 +243,27 @@ class Checkpoints:
 
 
 def reason(error: Exception) -> str:
-    """What an error of a library says, in a line."""
+    """The message of a library's error, in one line."""
     return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def _files(folder: Path) -> list[str]:
-    """The files of a checkpoint that do not change once they are written."""
+    """Names of the files of a checkpoint that do not change after they are written."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return [name for name in names if name not in (CHECKSUMS, CHANGING)]
 
 
 def _damage(folder: Path, reading: bool) -> str:
-    """What is wrong with the folder of a checkpoint; empty: its files are those that were written.
+    """What is wrong with the folder of a checkpoint; empty if its files are as they were written.
 
-    reading: the optimizer is not looked at.
+    reading: whether the caller only reads. The optimizer state is then not checked.
     """
     record, optimizer = seals.opened(folder / CHECKSUMS), "" if not reading else "optimizer/"
     if record is None:
         missing = [name for name in ("trained", "optimizer", "run") if not (folder / name).is_dir()]
         if (folder / CHECKSUMS).exists() or missing:
             return f"{CHECKSUMS} is not as it was written" if not missing else f"{missing[0]} is missing"
-        return ""  # an earlier version wrote it
+        return ""  # written by an earlier version
     if record["step"] != int(folder.name):
         return f"its folder is {folder.name}, and its files are of step {record['step']:,}"
     sums = {name: crc for name, crc in record["checksums"].items() if not (optimizer and name.startswith(optimizer))}
@@ -264,12 +274,12 @@ def _damage(folder: Path, reading: bool) -> str:
 
 
 def _rank(metrics: dict) -> tuple[float, int]:
-    """What checkpoints are ordered by: of equally good ones, the earlier is the better."""
-    if "rank" not in metrics:  # written before runs could choose what to select by
+    """The key by which checkpoints are ordered. Of equally good ones, the earlier is better."""
+    if "rank" not in metrics:  # written by a version in which runs could not choose what to select by
         return -metrics["val_loss"], 0
     return metrics["rank"], -metrics["step"]
 
 
 def _arrays(state) -> list[str]:
-    """The fields of a State that a checkpoint holds."""
+    """Names of the fields of a State that a checkpoint holds."""
     return ["trained", "optimizer"] + ([] if state.ema is None else ["ema"])

@@ -1,4 +1,4 @@
-"""Claims on work, where several processes or hosts share a folder: one file for each claim.
+"""Claims on work, for several processes or hosts that share a folder. Each claim is one file.
 
 A process claims work by creating a file that does not exist yet, and touches it while it works. The claim of a process
 on this host holds until that process ends, for whatever reason. The claim of a process on another host holds until
@@ -19,9 +19,9 @@ from pathlib import Path
 from ftjax.errors import FtjaxError
 from ftjax.foreign import check_fields, maybe, parse_json, string, whole
 
-STALE = 600.0  # seconds without a sign of life of an owner after which a claim is free
-CLAIM = {"host": string, "pid": whole(1), "started": maybe(string), "since": string}  # what a claim holds
-WAIT = 1.0  # seconds between looks at a claim of somebody else
+STALE = 600.0  # seconds after which the claim of a silent process on another host is free
+CLAIM = {"host": string, "pid": whole(1), "started": maybe(string), "since": string}  # fields of a claim
+WAIT = 1.0  # seconds between checks of another process's claim
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def _left(path: Path, stale: float) -> bool:
         return False
     aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.left")
     try:
-        os.rename(path, aside)  # of several that find it, one succeeds
+        os.rename(path, aside)  # if several processes try, one succeeds
     except FileNotFoundError:
         return False
     after = aside.stat()
@@ -92,7 +92,8 @@ def _left(path: Path, stale: float) -> bool:
 
 
 def _said(path: Path) -> dict:
-    """What a claim holds; of one that is being written, was cut short by a kill or is no claim, a host without name."""
+    """The content of a claim. For a claim that is being written, was cut short by a kill or is invalid, {"host":
+    ""}."""
     try:
         said = parse_json(path.read_bytes(), path)
         if isinstance(said, dict) and {"host", "pid"} <= said.keys():
@@ -104,7 +105,7 @@ def _said(path: Path) -> dict:
 
 
 def _now(path: Path) -> float:
-    """The time by the clock of the file system, which may not be this machine's."""
+    """The time by the clock of the file system, which may differ from this machine's."""
     probe = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.now")
     probe.touch()
     now = probe.stat().st_mtime
@@ -113,7 +114,7 @@ def _now(path: Path) -> float:
 
 
 def _runs(pid: int, started: str | None) -> bool:
-    """Whether the process that made a claim still runs, and its number was not given to another process since."""
+    """Whether the process that made a claim is still running, and its number was not reused since."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

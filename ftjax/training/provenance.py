@@ -1,4 +1,4 @@
-"""With what a run was made: `starts` in run.json, an entry for each time that its command was given."""
+"""The environment of a run: `starts` in run.json has an entry for each time that the command was started."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ KEYS = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{8,}|(?<=://)[^/\s:@]+:[^
 
 
 def without_secrets(text: str) -> str:
-    """The text with `***` in place of keys of known services, passwords in addresses, and the values of environment
-    variables that are called like secrets."""
+    """The text with `***` in place of secrets: keys of known services, passwords in addresses, and the values of
+    environment variables whose names look like those of secrets."""
     values = {v for name, v in os.environ.items() if SECRET.search(name) and len(v) >= 8}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "***")
@@ -37,10 +37,10 @@ def without_secrets(text: str) -> str:
 
 
 def git_state(folder: str | Path = ".") -> dict | None:
-    """{"commit", "changed"} of the git checkout that a folder lies in; None where there is none."""
+    """{"commit", "changed"} of the git checkout that contains a folder; None if there is none."""
 
     def git(*arguments: str):
-        command = ["git", "-c", "core.fsmonitor=false", *arguments]  # which could name a program to run
+        command = ["git", "-c", "core.fsmonitor=false", *arguments]  # this setting could name a program to run
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
 
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -51,7 +51,7 @@ def git_state(folder: str | Path = ".") -> dict | None:
 
 
 def start() -> dict:
-    """What this process is: the entry of `starts`, without the way in which it ended."""
+    """The entry of `starts` for this process. "ended" is None until it ends."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -66,13 +66,13 @@ def start() -> dict:
         "devices": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "processes": jax.process_count(),
         "git": git_state(),
-        "ended": None,  # as a process that was killed leaves it
+        "ended": None,  # stays None if the process is killed
     }
 
 
 @contextlib.contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write into the last entry of `starts` in run.json how this process ended: "finished", "stopped", or its error."""
+    """Write how this process ended into the last entry of `starts` in run.json: "finished", "stopped", or its error."""
     try:
         yield
     except KeyboardInterrupt:

@@ -30,9 +30,9 @@ from ftjax.tuning import METHODS, Spec
 
 RUN = "run.json"  # the resolved config and the record of the base; a folder with this file is a run folder
 START = "start.safetensors"  # values that the method computed from the base before the first step, see Method.start
-TOKENIZER = "tokenizer"  # the run's tokenizer, where it is not the base's
+TOKENIZER = "tokenizer"  # the run's tokenizer, if it is not the base's
 LOCK = "lock"  # the process that works on the run
-STALE = 120.0  # seconds without a sign of life of a process of another host after which its lock does not count
+STALE = 120.0  # seconds after which the lock of a silent process on another host does not count
 
 # Everything that a run writes into its folder, and into subfolders; exports list their own files.
 WRITTEN = (RUN, START, "before.json", "metrics.jsonl", "loss.png", "results.json", "samples.jsonl", "removed.jsonl")
@@ -44,7 +44,7 @@ FOLDERS = ("adapter", "merged", "full")
 # Groups and fields that may differ when a run is resumed, because training does not depend on them.
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
-FREE += ("task.group", "task.threshold", "task.max_answer")  # of how predictions are made and judged
+FREE += ("task.group", "task.threshold", "task.max_answer")  # how predictions are made and judged
 FREE += ("train.cache_features", "model.remat", "model.attention", "model.unroll", "model.head_chunk")
 # Fields that name files -> the group of the record whose digests are compared instead of the names.
 NAMES = {
@@ -142,7 +142,7 @@ def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
         "devices": devices,
     }
     old = read_record(run_dir)
-    for path in run_dir.glob(f"*{DRAFT}"):  # of a process that was killed; the lock is this one's
+    for path in run_dir.glob(f"*{DRAFT}"):  # left by a process that was killed, because this one holds the lock
         if any(path.name.startswith(f"{name}.") for name in (*WRITTEN, TOKENIZER)):
             path.unlink() if path.is_file() else shutil.rmtree(path)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
@@ -205,12 +205,16 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
 
 
 def check_record(config, record: dict, run_dir: Path, step: int) -> None:
-    """Raises FtjaxError where a checkpoint is of another run than its folder, by the configs that both hold.
+    """Check that a checkpoint belongs to its folder's run, by the configs that both hold.
 
     Args:
-        config: of the run, resolved.
-        record: of the checkpoint.
-        run_dir, step: whose it should be.
+        config: The run's resolved config.
+        record: The checkpoint's record.
+        run_dir: The run folder.
+        step: Step that the checkpoint's folder is named after.
+
+    Raises:
+        FtjaxError: If the checkpoint is of another run or another step.
     """
     now, then = configs.flat(config), configs.flat(configs.from_dict(record["config"]))
     free = (*FREE, "data.mixture", *(key for keys in NAMES.values() for key in keys))
@@ -241,10 +245,17 @@ def keep_tokenizer(run_dir: Path, folder: Path) -> None:
 
 
 def with_start(method, frozen: dict, run_dir: Path) -> dict:
-    """`frozen` with the values that the run stored at its start, instead of newly computed ones, see Method.start.
+    """`frozen` with the values that the run stored at its start (see Method.start) instead of newly computed ones.
 
-    Another device, dtype or mesh computes other values than the run's first start did. Raises FtjaxError if the run
-    folder lacks them.
+    Another device, dtype or mesh would compute other values than the run's first start did.
+
+    Args:
+        method: The tuning method.
+        frozen: Tree of frozen parameters.
+        run_dir: The run folder.
+
+    Raises:
+        FtjaxError: If the run folder lacks the values, or if its file is not as the run wrote it.
     """
     wanted, file = flatten(method.start(frozen)), run_dir / START
     if not wanted:
@@ -274,7 +285,7 @@ def _of_arrays(arrays: dict) -> str:
 
 
 def keep_start(method, frozen: dict, run_dir: Path) -> dict:
-    """As `with_start`; the first time, store them. If there are several processes, all must call."""
+    """As `with_start`, but store the values if the run has none yet. If there are several processes, all must call."""
     wanted = flatten(method.start(frozen))
     if not wanted:
         return frozen
@@ -354,7 +365,7 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
             f"{run_dir}: the run has no checkpoint yet; wait for the first one, or load its base model {lm.folder}"
         )
     check_record(config, saved.record(step), run_dir, step)
-    # As the run began: of what is frozen, all that is not the base's comes from its seed or from its file.
+    # As at the start of the run: frozen values that are not the base's come from its seed or its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
     frozen = with_start(method, frozen, run_dir)
     stored = jnp.dtype("float32" if config.train.ema else config.model.trained_dtype)

@@ -1,4 +1,4 @@
-"""Contenders trained on fewer rows, for the learning curves of a comparison."""
+"""Train contenders on fewer rows, for the learning curves of a comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ftjax.verdict.sweep import sweep
 
 
 def with_curves(contenders: list[Contender], config) -> list[Contender]:
-    """Those of compare.curve_of, none where no amounts are asked for. Raises FtjaxError for what has no curve."""
+    """The contenders that get a learning curve, by compare.curve_of; none if no amounts are set.
+
+    Raises FtjaxError for a contender or a task that cannot have one.
+    """
     comp = config.compare
     if not (comp.curve or comp.curve_shots):
         return []
@@ -44,8 +47,14 @@ def with_curves(contenders: list[Contender], config) -> list[Contender]:
 
 
 def amounts(setting: Setting) -> tuple[list[tuple[str, int]], int]:
-    """(the field that takes so many rows, their number) of every amount, fewest first; and the number of all rows of
-    train. Raises FtjaxError for amounts that are no fewer."""
+    """The amounts of rows of the learning curves.
+
+    Returns:
+        ([(field of the config that limits the rows, number of rows)], fewest first; number of all rows of train).
+
+    Raises:
+        FtjaxError: If an amount is not smaller than all rows.
+    """
     comp, train = setting.config.compare, setting.data.train
     whole = sum(len(piece.table) for piece in train.pieces)
     found = [(f"data.limit={n}", n) for n in comp.curve]
@@ -59,7 +68,7 @@ def amounts(setting: Setting) -> tuple[list[tuple[str, int]], int]:
 
 
 def _same_rows(config) -> bool:
-    """Whether a run of a labelled task has judged itself on just the rows, and by the rule, of the comparison."""
+    """Whether a run of a labelled task has already been evaluated on the rows, and by the rule, of the comparison."""
     plain = config.evaluate.compare_on == "test" and not config.evaluate.compare_rows and not config.task.threshold
     return plain and config.task.kind in LABELLED
 
@@ -67,9 +76,18 @@ def _same_rows(config) -> bool:
 def learning_curve(
     contender: Contender, setting: Setting, measured: Measured, metric: str, law: dict, say: Callable = print
 ) -> dict:
-    """curve.report of a contender's metric over rows of train, with its "name" and what "failed".
+    """Train a contender on each amount of rows, and fit the law of its metric.
 
-    measured: with all rows, on which the law of the smaller amounts is checked; law: of curve.fit, how it is bounded.
+    Args:
+        contender: The contender.
+        setting: What all contenders share.
+        measured: The contender with all rows, on which the law of the smaller amounts is checked.
+        metric: Name of the metric.
+        law: The metric's direction and bounds, as arguments of curve.fit.
+        say: Called with each line for a person.
+
+    Returns:
+        The dict of curve.report, with the contender's "name" and the reasons of runs that "failed".
     """
     config, (asked, whole) = setting.config, amounts(setting)
     points, failed = {}, []

@@ -1,4 +1,4 @@
-"""Prompts for a model that was not trained on a task: with examples before a question, with passages of documents."""
+"""Prompts for a model that was not trained on the task: with examples or passages of documents before the question."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ftjax.errors import FtjaxError
 
 
 class Prompting(NamedTuple):
-    """What stands before a question."""
+    """What a prompt holds before the question."""
 
-    shots: bool = False  # examples of the training part
-    near: bool = False  # the nearest ones to the question; else the same for all questions, drawn by the seed
-    passages: bool = False  # of compare.documents
+    shots: bool = False  # whether it has examples of the training part
+    near: bool = False  # whether these are the nearest to the question; else the seed draws them once for all questions
+    passages: bool = False  # whether it has passages of compare.documents
 
 
 PROMPTS = {
@@ -53,18 +53,17 @@ def _stemmer():
 
 
 def stems(text: str) -> list[str]:
-    """The English stems (Porter 1980) of its words, in lower case."""
+    """The English stems (Porter 1980) of a text's words, in lower case."""
     return [_stem(word) for word in re.findall(r"[^\W_]+", text.lower())]
 
 
 class Index:
-    """Texts found by BM25 over their `stems`, in the form that Lucene has, by `bm25s`: the one of Python's BM25
-    libraries that is kept up, and of numpy alone."""
+    """A BM25 index of texts over their `stems`, in Lucene's form. `bm25s` needs numpy only and is maintained."""
 
     def __init__(self, texts: Sequence[str]):
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every step
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every step
         words = [stems(text) for text in texts]
         if not any(words):
             raise FtjaxError(f"BM25: none of the {len(words)} texts to be searched holds a word")
@@ -73,14 +72,15 @@ class Index:
         self.size = len(words)
 
     def nearest(self, text: str, k: int) -> list[int]:
-        """Places of the k texts of highest score, highest first; of equal ones the earlier first."""
+        """Indices of the k texts with the highest score, highest first; of equal scores the earlier text comes
+        first."""
         words = stems(text)
         scores = self.bm25.get_scores(words) if words else np.zeros(self.size)
         return np.argsort(-scores, kind="stable")[:k].tolist()
 
 
 def pieces(texts: Sequence[str], words: int) -> list[str]:
-    """Texts cut into passages of at most so many words (white space divides them), of about equal length each; none is
+    """Cut texts into passages of about equal length, of at most `words` words (separated by white space). No passage is
     empty."""
     out = []
     for text in texts:
@@ -92,14 +92,14 @@ def pieces(texts: Sequence[str], words: int) -> list[str]:
 
 
 class Library:
-    """What prompts are made of: examples of a part of the data, and passages of documents; read when first needed."""
+    """Examples of a part of the data and passages of documents, for prompts. Both are read when they are first used."""
 
     def __init__(self, config, part):
         self.config, self.part = config.compare, part
 
     @functools.cached_property
     def examples(self) -> list[Rendered]:
-        """The first row of each question."""
+        """The first row of each distinct question."""
         found: dict[str, Rendered] = {}
         for rendered, _ in self.part.each():
             found.setdefault(question(rendered), rendered)
@@ -123,8 +123,22 @@ class Library:
         return Index(self.passages)
 
     def shots(self, rows: Sequence[Rendered], how: Prompting, k: int, seed: int) -> list[list[Rendered]]:
-        """The k examples of each row. The nearest one stands next to the question (Liu et al. 2022, "What makes good
-        in-context examples for GPT-3?")."""
+        """The examples of each row, with the nearest one next to the question.
+
+        This order is that of Liu et al. 2022, "What makes good in-context examples for GPT-3?".
+
+        Args:
+            rows: N rows.
+            how: The kind of prompt, which decides whether examples are the nearest ones or drawn once for all rows.
+            k: Number of examples per row.
+            seed: Seed of the draw.
+
+        Returns:
+            N lists of k examples; empty lists if the prompt has no examples.
+
+        Raises:
+            FtjaxError: If there are fewer than k distinct examples, or if plain text and conversations are mixed.
+        """
         if not how.shots or not k:
             return [[] for _ in rows]
         if k > len(self.examples):
@@ -137,7 +151,7 @@ class Library:
         return [[self.examples[i] for i in drawn] for _ in rows]
 
     def context(self, rows: Sequence[Rendered], how: Prompting) -> list[list[str]]:
-        """The passages of each row, the nearest first."""
+        """The passages of each row, the nearest first; empty lists if the prompt has no passages."""
         if not how.passages:
             return [[] for _ in rows]
         found = self.by_passage
@@ -152,8 +166,18 @@ def compose(
 ) -> Rendered:
     """A row with examples and passages before its question.
 
-    Plain text: the passages, then each example with `between` behind it, then the question. Conversations: examples
-    are earlier turns, and the passages begin the user's last message. context: text with `{passages}`.
+    In plain text the passages come first, then each example followed by `between`, then the question. In a
+    conversation, examples are earlier turns, and the passages begin the last message of the user.
+
+    Args:
+        row: The row.
+        shots: The examples, in order.
+        passages: The passages, in order.
+        between: Text after each example.
+        context: Text around the passages, in which `{passages}` stands for them.
+
+    Returns:
+        The composed row.
     """
     before = context.replace("{passages}", "\n".join(passages)) if passages else ""
     if row.messages is None:
@@ -168,11 +192,11 @@ def compose(
     return dataclasses.replace(row, messages=(*system, *earlier, *own))
 
 
-SYSTEM = ("system", "developer")  # roles whose text holds for a whole conversation
+SYSTEM = ("system", "developer")  # roles whose text applies to the whole conversation
 
 
 class Prompts(NamedTuple):
-    """What contenders are asked."""
+    """The prompts of a contender."""
 
     ids: list[list[int]]
     shortened: int  # prompts that lost an example or a passage
@@ -189,8 +213,23 @@ def fitted(
     context: str,
     end: str = "",
 ) -> Prompts:
-    """The ids of every row's prompt; where they exceed `limit` tokens, the first example goes, and so on, then the last
-    passage, and so on. What does not fit without either is left as it is. end: see data.end."""
+    """Encode the prompt of every row within `limit` tokens.
+
+    While a prompt is too long, it first loses its examples, beginning with the first, and then its passages, beginning
+    with the last. A prompt that does not fit without either is left as it is.
+
+    Args:
+        rows: N rows.
+        shots: The examples of each row.
+        passages: The passages of each row.
+        tokenizer: The tokenizer.
+        limit: Most tokens of a prompt.
+        between, context: See `compose`.
+        end: See data.end.
+
+    Returns:
+        The Prompts: N lists of ids, and how many prompts lost something.
+    """
     shots, passages = [list(s) for s in shots], [list(p) for p in passages]
     ids: list[list[int]] = [[]] * len(rows)
     todo, shortened = list(range(len(rows))), set()

@@ -1,6 +1,6 @@
-"""Log-likelihoods of texts: multiple choice without generation, and perplexity, as lm-evaluation-harness defines them.
+"""Log-likelihoods of texts, for multiple choice without generation and for perplexity, as in lm-evaluation-harness.
 
-N rows, C choices of a row, B rows of a batch, T tokens, M scored tokens of a row at most, V vocabulary.
+N rows, C choices per row, B rows per batch, T tokens, M scored tokens of a row at most, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.loss import WEIGHTS
 from ftjax.objectives.causal import states
 
-BUCKETS = 8  # lengths that rows are padded to, each compiled once
-CHUNK = 128  # tokens of a row whose logits are held at once
-Pair = tuple[list[int], list[int]]  # ids that are given, one at least, and ids that are scored
+BUCKETS = 8  # number of lengths that rows are padded to; each is compiled once
+CHUNK = 128  # tokens of a row whose logits are in memory at once
+Pair = tuple[list[int], list[int]]  # (given ids, at least one; scored ids)
 
 
 class Likelihood(NamedTuple):
-    """Of a text behind another."""
+    """The log-likelihood of a text that follows another."""
 
     log: float  # sum over the scored tokens, nats
-    greedy: bool  # whether each of them is the likeliest where it stands
+    greedy: bool  # whether each of them is the most likely token at its place
     tokens: int
 
 
@@ -38,9 +38,19 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihoods(lm, pairs: Sequence[Pair], batch_size: int = 16) -> list[Likelihood]:
-    """Of the second part of each pair behind the first, in their order; see `batched`.
+    """Log-likelihood of the second part of each pair, given the first.
 
-    Raises NotFinite for one that is NaN or infinite.
+    Args:
+        lm: The model.
+        pairs: (given ids, scored ids) of N texts, see `batched`.
+        batch_size: Rows per batch.
+
+    Returns:
+        N Likelihoods, in the order of the pairs.
+
+    Raises:
+        FtjaxError: If a pair cannot be scored.
+        NotFinite: If a log-likelihood is NaN or infinite.
     """
     out: list[Likelihood] = [None] * len(pairs)
     for batch, rows in batched(pairs, lm.max_tokens, batch_size):
@@ -55,11 +65,19 @@ def log_likelihoods(lm, pairs: Sequence[Pair], batch_size: int = 16) -> list[Lik
 def batched(
     pairs: Sequence[Pair], limit: int, batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, int, int]]]]:
-    """Batches as objectives take them, whose labels are the scored tokens, by length; and where each pair is: (row,
-    index of the pair, scored tokens).
+    """Batches for objectives, sorted by length, whose labels are the scored tokens.
 
-    What exceeds the model's `limit` of positions is left out of the first part, from its beginning. Raises FtjaxError
-    for a pair that cannot be scored.
+    Args:
+        pairs: (given ids, scored ids) of N texts. If a pair exceeds the limit, tokens at the beginning of its first
+            part are left out.
+        limit: Number of the model's positions.
+        batch_size: Rows per batch.
+
+    Yields:
+        (batch, [(row of the batch, index of the pair, number of scored tokens)]).
+
+    Raises:
+        FtjaxError: If one part of a pair is empty, or if its scored part exceeds the limit.
     """
     examples = []
     for number, (given, scored) in enumerate(pairs, 1):
@@ -76,14 +94,14 @@ def batched(
     for step in range(len(batches)):
         batch = batches[step]
         for name in ("tokens", "positions", "segment_ids"):
-            batch[name] = batch[name][:, :limit]  # the last token of the longest rows is scored and not read
+            batch[name] = batch[name][:, :limit]  # the last token of the longest rows is scored but not read
         members = enumerate(batches.rows(step))
         yield batch, [(row, int(i), int(batches.examples.labels[i])) for row, found in members for i in found]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _told(model, variables, batch):
-    """(B, M) each: log-probability of a label in float32, and whether no other token has more."""
+    """(B, M) each: the log-probability of each label in float32, and whether no other token has a higher one."""
 
     def told(found, labels):
         logits = model.apply(variables, found, method="logits")
@@ -94,7 +112,7 @@ def _told(model, variables, batch):
 
 
 def in_chunks(f: Callable, *arrays):
-    """f of arrays (B, M, ...), which gives arrays (B, M), of CHUNK of the M places at a time."""
+    """Apply f, which maps arrays (B, M, ...) to arrays (B, M), to CHUNK of the M places at a time."""
     B, M = arrays[0].shape[:2]
     if M <= CHUNK:
         return f(*arrays)
@@ -111,9 +129,9 @@ def in_chunks(f: Callable, *arrays):
 
 
 def encode_pair(tokenizer, given: str, scored: str) -> Pair:
-    """Ids of a text and of what goes on from it, encoded as one; spaces that end the first belong to the second.
+    """Ids of a text and of its continuation, encoded together. Spaces at the end of the first belong to the second.
 
-    An empty first text is the tokenizer's BOS, or EOS where it has none.
+    If the first text is empty, it becomes the tokenizer's BOS, or EOS if there is no BOS.
     """
     if not given:
         start, ids = _start(tokenizer), tokenizer(scored, add_special_tokens=False)["input_ids"]
@@ -131,7 +149,7 @@ def _start(tokenizer) -> int:
 
 
 def _ids(tokenizer, text: str) -> list[int]:
-    """Ids with the tokenizer's own special tokens, unless the text begins with BOS itself."""
+    """Ids of a text with the tokenizer's special tokens, unless the text itself begins with BOS."""
     special = not text.startswith(tokenizer.decode(_start(tokenizer)))
     return tokenizer(text, **({} if special else {"add_special_tokens": False}))["input_ids"]
 
@@ -148,9 +166,20 @@ LENGTHS = {  # what the log-likelihood of a choice is divided by
 def choose(
     lm, questions: Sequence[str], choices: Sequence[Sequence[str]], *, between: str = " ", batch_size: int = 16
 ) -> list[np.ndarray]:
-    """Log-likelihoods (C,) of each question's choices. between: stands before a choice, and counts as no part of it.
+    """Log-likelihoods of the choices of each question.
 
-    Raises FtjaxError for a question without a choice, and for an empty choice.
+    Args:
+        lm: The model.
+        questions: N questions.
+        choices: The choices of each question.
+        between: Text before a choice. It is scored, but it does not count for the choice's length.
+        batch_size: Rows per batch.
+
+    Returns:
+        N arrays (C,), in nats.
+
+    Raises:
+        FtjaxError: If a question has no choice, or if a choice is empty.
     """
     for number, options in enumerate(choices, 1):
         if not options or not all(options):
@@ -161,8 +190,20 @@ def choose(
 
 
 def accuracies(logs: Sequence[np.ndarray], choices: Sequence[Sequence[str]], right: Sequence[int]) -> dict:
-    """1 where the likeliest choice is the right one, (N,) float64, by each rule of LENGTHS: plain (`acc`), by character
-    (`acc_norm`) and by byte (`acc_bytes`); the first of equals is taken. right: its index among the choices."""
+    """Whether the most likely choice is the right one. The first one of equally likely choices counts.
+
+    Args:
+        logs: N arrays (C,) from `choose`.
+        choices: The choices of each question.
+        right: Index of the right choice of each question.
+
+    Returns:
+        {name: (N,) float64 of 0 and 1} by each rule of LENGTHS: `acc` as it is, `acc_norm` divided by characters,
+        `acc_bytes` divided by bytes.
+
+    Raises:
+        FtjaxError: If an index is out of range.
+    """
     for number, (cs, at) in enumerate(zip(choices, right, strict=True), 1):
         if not 0 <= at < len(cs):
             raise FtjaxError(f"question {number}: the right choice has the index {at}, and there are {len(cs)}")
@@ -178,7 +219,7 @@ def accuracies(logs: Sequence[np.ndarray], choices: Sequence[Sequence[str]], rig
 
 
 class Rolled(NamedTuple):
-    """Of N texts, (N,) each."""
+    """Log-likelihoods and lengths of N texts, (N,) each."""
 
     log: np.ndarray  # log-likelihood, nats
     tokens: np.ndarray
@@ -186,19 +227,31 @@ class Rolled(NamedTuple):
     bytes: np.ndarray
 
     def perplexities(self) -> dict[str, float]:
-        """By token, by word and by byte, and bits a byte. Figures by word and byte compare models whose tokenizers
-        differ; those by token do not."""
+        """Perplexity by token, word and byte, and bits per byte. Only those by word and byte compare models with
+        different tokenizers."""
         units = {"token": self.tokens, "word": self.words, "byte": self.bytes}
         out = {f"{name}_perplexity": math.exp(-self.log.sum() / n.sum()) for name, n in units.items()}
         return out | {"bits_per_byte": float(-self.log.sum() / self.bytes.sum() / math.log(2))}
 
 
 def roll(lm, texts: Sequence[str], batch_size: int = 16) -> Rolled:
-    """Log-likelihood of whole texts behind BOS, as `loglikelihood_rolling` and the task `wikitext` have it.
+    """Log-likelihood of whole texts after BOS, as in `loglikelihood_rolling` and `wikitext` of lm-evaluation-harness.
 
-    A text that exceeds the model's positions is scored window by window, each token once, the last window behind as
-    much of the text as there is room for. BOS is scored too where the tokenizer puts it before a text. Words are what
-    white space divides, an empty one at the ends included.
+    A text that exceeds the model's positions is scored window by window, each token once. The last window reads as much
+    of the text before it as there is room for. BOS is scored too if the tokenizer puts it before a text. Words are
+    separated by white space. An empty one at either end counts.
+
+    Args:
+        lm: The model.
+        texts: N texts, none of them empty.
+        batch_size: Windows per batch.
+
+    Returns:
+        The Rolled.
+
+    Raises:
+        FtjaxError: If a text is empty.
+        NotFinite: If a log-likelihood is NaN or infinite.
     """
     limit, start = lm.max_tokens, _start(lm.tokenizer)
     found = [windows(_ids(lm.tokenizer, text), start, limit) for text in texts]
@@ -216,7 +269,8 @@ def roll(lm, texts: Sequence[str], batch_size: int = 16) -> Rolled:
 
 
 def windows(ids: list[int], start: int, limit: int) -> list[Pair]:
-    """Pairs that score each of `ids` once, reading at most `limit` tokens each: the first behind `start`."""
+    """Pairs that together score each of `ids` once, and each read at most `limit` tokens. `start` precedes the first
+    token."""
     out = [([start], ids[:limit])] if ids else []
     for first in range(limit, len(ids), limit):
         last = min(first + limit, len(ids))

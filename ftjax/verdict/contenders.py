@@ -1,4 +1,4 @@
-"""The contenders of a comparison: what `compare.contenders` names."""
+"""The contenders of a comparison, as `compare.contenders` describes them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.verdict.baselines import PROMPTS, Prompting
 
 MAJORITY = "majority"
-LABELLED = {"classify": "accuracy", "multilabel": "subset_accuracy"}  # task.kind -> what a row's score is called
+LABELLED = {"classify": "accuracy", "multilabel": "subset_accuracy"}  # task.kind -> name of the score of a row
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One row of a comparison.
+    """One contender, which is one row of the report.
 
-    kind: prompt (the config's model as it is) | majority | model (read from `source`) | tuned (with `settings`).
+    Attributes:
+        name: Its name.
+        kind: `prompt` (the config's model without training), `majority` (the most common label), `model` (a model that
+            is read from `source`) or `tuned` (trained with `settings`).
+        how: The kind of its prompts.
+        shots: Number of examples in a prompt.
+        source: A run folder, a model directory or a hub name, of kind `model`.
+        settings: {dotted key: value} of the config, of kind `tuned`.
     """
 
     name: str
@@ -30,7 +37,7 @@ class Contender:
 
     @property
     def folder(self) -> str:
-        """Its folder's name beside those of others."""
+        """Name of its folder."""
         return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in self.name)
 
     def config(self, base):
@@ -41,7 +48,8 @@ class Contender:
 
 
 def parse(config) -> list[Contender]:
-    """config.compare.contenders. Raises FtjaxError for what cannot be one, before anything is run."""
+    """The contenders of config.compare.contenders. Raises FtjaxError for one that is not possible, before anything is
+    run."""
     entries, found = config.compare.contenders, []
     if config.task.kind != "causal" and config.task.kind not in LABELLED:
         raise FtjaxError(f"compare: task.kind {config.task.kind}; expected causal or {', '.join(LABELLED)}")

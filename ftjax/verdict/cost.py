@@ -1,4 +1,4 @@
-"""What contenders cost: arithmetic and time, of training and of a request, and money by the config's prices."""
+"""The cost of contenders: FLOPs, tokens and time of training and of a request, and money by the config's prices."""
 
 from __future__ import annotations
 
@@ -22,29 +22,37 @@ from ftjax.verdict.energy import metered
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one contender; means over its seeds."""
+    """The cost of one contender, as means over its seeds."""
 
     parameters: int  # of the model
-    trained: int = 0  # of those, and beside them
-    stored: int = 0  # bytes of what was trained
-    train_seconds: float = 0.0  # of a run's steps, by their tokens a second
-    run_seconds: float = 0.0  # of the whole run: reading, compiling and validation too
-    train_tokens: float = 0.0  # that the steps read
+    trained: int = 0  # trained parameters, of the model or added to it
+    stored: int = 0  # bytes of the trained parameters
+    train_seconds: float = 0.0  # of a run's steps, from their tokens per second
+    run_seconds: float = 0.0  # of the whole run, with reading, compiling and validation
+    train_tokens: float = 0.0  # tokens that the steps read
     train_flops: float = 0.0
-    train_joules: float | None = None  # of the processors, see ftjax.verdict.energy; None: not readable
-    prompt_tokens: float = 0.0  # of a request; virtual tokens are among them
+    train_joules: float | None = None  # of the processors, see ftjax.verdict.energy; None: cannot be read
+    prompt_tokens: float = 0.0  # of a request, with virtual tokens
     answer_tokens: float = 0.0
-    request_seconds: float = 0.0  # in a batch of generate.batch_size, or of evaluate.batch_size for labels
+    request_seconds: float = 0.0  # per row, in a batch of generate.batch_size, or of evaluate.batch_size for labels
     request_flops: float = 0.0
     request_joules: float | None = None
 
 
 def training(config, labels: int, examples, steps: int) -> tuple[int, float]:
-    """(parameters that are trained, FLOPs) of `steps` steps of a run's resolved config on `examples`; labels: how many
-    names its head has.
+    """Trained parameters and FLOPs of a run.
 
-    By formula, see flops_per_token, of the rows' mean number of tokens. Where a head alone is trained, the states that
-    it reads are computed once.
+    FLOPs are those of flops_per_token for rows of the mean length. If only a head is trained, the states that it reads
+    are computed once.
+
+    Args:
+        config: The run's resolved config.
+        labels: Number of labels of the model's head.
+        examples: The training examples.
+        steps: Number of steps.
+
+    Returns:
+        (number of trained parameters, FLOPs of all steps).
     """
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
@@ -62,12 +70,12 @@ def training(config, labels: int, examples, steps: int) -> tuple[int, float]:
 
 
 def count(shapes) -> int:
-    """Numbers in a tree of arrays or shapes."""
+    """Number of elements in a tree of arrays or shapes."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 def run_seconds(run_dir: str | Path) -> float:
-    """Seconds that a run took, up to its last checkpoint; NaN without one."""
+    """Seconds that a run took up to its last checkpoint; NaN without a checkpoint."""
     saved = Checkpoints(run_dir, read_only=True)
     step = saved.latest()
     seconds = saved.record(step)["seconds"] if step else math.nan
@@ -76,20 +84,26 @@ def run_seconds(run_dir: str | Path) -> float:
 
 
 def steps_seconds(history: list[dict], tokens: float, whole: float) -> float:
-    """Seconds of a run's steps that read so many tokens, by the speed in its metrics; `whole` where it has none."""
+    """Seconds that a run's steps took.
+
+    Args:
+        history: Rows of metrics.jsonl. The speed is the last `tokens_per_second`.
+        tokens: Number of tokens that the steps read.
+        whole: Seconds of the whole run: the upper bound, and the result if there is no speed.
+    """
     speed = next((row["tokens_per_second"] for row in reversed(history) if row.get("tokens_per_second")), 0.0)
     return min(tokens / speed, whole) if speed else whole
 
 
 def middle(lengths, size: int) -> list[int]:
-    """The indices of the middle batch of `size`, by length."""
+    """Indices of the middle batch, if the rows are sorted by length into batches of `size`."""
     batches = range(0, len(lengths), size)
     first = batches[len(batches) // 2]
     return sorted(range(len(lengths)), key=lambda i: lengths[i])[first : first + size]
 
 
 def timed(run, rows: int) -> dict[str, float | None]:
-    """`request_seconds` and `request_joules` of a row, by the clock, of a function that answers so many at once."""
+    """`request_seconds` and `request_joules` per row of a function that answers `rows` rows, by one timed call."""
     begun = time.perf_counter()
     with metered() as meter:
         run()
@@ -101,10 +115,13 @@ def timed(run, rows: int) -> dict[str, float | None]:
 
 
 def request(lm, ids: list[list[int]], answers: list[str], config) -> dict[str, float]:
-    """What a request to a model costs, as fields of Cost. ids: prompts that it has answered, so that its programs are
-    compiled; answers: in their order.
+    """The cost of a request to a model, as fields of Cost. The middle batch by length is answered once more and timed.
 
-    The middle batch by length is answered once more, against the clock.
+    Args:
+        lm: The model.
+        ids: Prompts that it has answered, so that its programs are compiled.
+        answers: The answers, in the order of `ids`.
+        config: The config, for `generate` and `seed`.
     """
     chosen = [ids[i] for i in middle(list(map(len, ids)), config.generate.batch_size)]
     found = timed(
@@ -121,38 +138,41 @@ def request(lm, ids: list[list[int]], answers: list[str], config) -> dict[str, f
 
 
 def forward_flops(lm, tokens: float) -> float:
-    """FLOPs of one forward pass over so many tokens: nothing is trained, and that is what the formula leaves."""
+    """FLOPs of one forward pass over so many tokens: the formula without trained parameters."""
     return tokens * flops_per_token(lm.model.config, lm.params, {}, {}, int(tokens))
 
 
 # ---------------------------------------------------------------------------------------------- money
 
 
-HOURS = 730  # of a month
+HOURS = 730  # hours per month
 
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """Of one contender, in dollars, or in device seconds where the config has no price for it."""
+    """The price of one contender, in dollars, or in device seconds if the config has no price for it."""
 
     unit: str  # dollars | seconds
     training: float
     request: float
-    standing: float = 0.0  # of a month, whatever is asked: an endpoint by the hour, storage
-    month: float | None = None  # all requests of a month and what stands; None where compare.requests is 0
+    standing: float = 0.0  # fixed cost per month: an endpoint that is paid by the hour, and storage
+    month: float | None = None  # all requests of a month and the fixed cost; None if compare.requests is 0
 
 
 def price(cost: Cost, prices, kind: str = "tuned") -> Price:
-    """What a contender costs by the prices of a config.
+    """The price of a contender by the config.
 
-    Training: by tokens and by the hour of a service, or else by `device_hour` for the whole run. A request: by tokens,
-    where an endpoint for the base or for tuned models has such a price; nothing where an endpoint is paid by the hour;
-    or else `device_hour` for the seconds that were measured.
+    Training is paid by tokens and by the hour of a service if these have a price, else by `device_hour` for the whole
+    run. A request is paid by tokens if an endpoint for the base or for tuned models has such a price. It costs nothing
+    if an endpoint is paid by the hour. Else it is paid by `device_hour` for the measured seconds.
 
     Args:
-        cost: What the contender takes.
+        cost: The contender's cost.
         prices: config.compare.
         kind: See ftjax.verdict.contenders.Contender: `prompt` is the base, `majority` is no model.
+
+    Returns:
+        The Price.
     """
     base, own = kind == "prompt", kind in ("tuned", "model")
     hosted = base and bool(prices.tokens_in or prices.tokens_out)
@@ -174,17 +194,18 @@ def price(cost: Cost, prices, kind: str = "tuned") -> Price:
     return Price("dollars", training, one, standing, month)
 
 
-NOISE = 0.1  # share of a request's price by which two must differ: clocks do not tell less
+NOISE = 0.1  # two prices count as equal if they differ by less than this share: clocks are not more accurate
 
 
 def _saved(tuned: Price, other: Price) -> float:
-    """What a request to the tuned model costs less; 0 where clocks cannot tell."""
+    """How much less a request to the tuned model costs; 0 if the difference is within the accuracy of the clock."""
     saved = other.request - tuned.request
     return saved if abs(saved) > NOISE * other.request else 0.0
 
 
 def load(tuned: Price, other: Price) -> float:
-    """Requests a month from which the tuned model is cheaper to run than the other; inf: never, NaN: unlike units."""
+    """Requests per month from which the tuned model is cheaper to run than the other; inf if never, NaN if their units
+    differ."""
     more, saved = tuned.standing - other.standing, _saved(tuned, other)
     if tuned.unit != other.unit:
         return math.nan
@@ -192,15 +213,15 @@ def load(tuned: Price, other: Price) -> float:
 
 
 def break_even(tuned: Price, other: Price, requests: float = 0) -> float:
-    """Requests after which a tuned model has cost less than the other, its training included.
+    """Number of requests after which a tuned model has cost less than the other, its training included.
 
     Args:
-        tuned: Of the tuned model.
-        other: Of the same task by a longer prompt, or by a hosted model.
-        requests: A month. Where one of the two costs something whatever is asked, the number depends on it.
+        tuned: Price of the tuned model.
+        other: Price of the same task by a longer prompt, or by a hosted model.
+        requests: Requests per month. The result depends on it if one of the two has a fixed cost per month.
 
     Returns:
-        inf where it never will, as far as can be told; NaN where the two are in different units.
+        inf if the tuned model never gets cheaper, as far as is known; NaN if their units differ.
     """
     if tuned.unit != other.unit:
         return math.nan

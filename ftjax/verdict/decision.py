@@ -1,6 +1,6 @@
-"""The verdict in plain words: whether to fine-tune, why, at what cost and risk; what contenders and metrics are.
+"""The verdict in plain language: whether to fine-tune, why, at what cost and risk, and what contenders and metrics are.
 
-A reader of these sentences need not know any term of the field.
+The sentences are for readers who know no technical term of machine learning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ YES, NO, OPEN = "yes", "no", "not enough evidence"
 
 
 def sig(x: float, digits: int = 2) -> str:
-    """A number with so many digits that count, without an exponent: 0.0065, 41, 118,000."""
+    """A number with so many significant digits and without an exponent, such as 0.0065, 41 or 118,000."""
     if not x or not math.isfinite(x):
         return f"{x:g}"
     places = digits - 1 - math.floor(math.log10(abs(x)))
@@ -24,18 +24,22 @@ def sig(x: float, digits: int = 2) -> str:
 
 
 def short(x: float) -> str:
-    """A large number with a letter of thousands: 1.9 T."""
+    """A large number with an SI prefix, such as 1.9 T."""
     step = min(max(int(math.log10(abs(x)) // 3), 0), 7) if x else 0
     return f"{sig(x / 1000**step)} {' kMGTPEZ'[step]}".strip()
 
 
 def span(figure: dict, sign: str = "") -> str:
-    """`0.30 (0.27 to 0.33)`: the interval's width has two digits that count, and a share two digits behind the point.
-    sign: `+` where it is a difference."""
+    """A figure with its interval, such as `0.30 (0.27 to 0.33)`.
+
+    The interval's width has two significant digits. A figure of at most 1 has at least two decimals.
+
+    figure: {"value", "low", "high"}. sign: `+` if the figure is a difference, so that its sign is always written.
+    """
     three = [figure[key] for key in ("value", "low", "high")]
     width, least = three[2] - three[1], 2 if max(map(abs, three)) <= 1 else 0
     places = min(max(1 - math.floor(math.log10(width)), least), 4) if 0 < width < math.inf else 2
-    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in three)  # + 0.0: no -0.00
+    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in three)  # + 0.0 avoids -0.00
     return f"{value} ({low} to {high})"
 
 
@@ -45,12 +49,12 @@ def gap(verdict: dict) -> str:
 
 
 def chance(p: float) -> str:
-    """A p value."""
+    """A p value as text."""
     return "<0.001" if p < 0.001 else sig(p) if p < 0.995 else "1"
 
 
 def seconds(x: float) -> str:
-    """A time for a person."""
+    """A duration as text, in s, min or h."""
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if x >= 2 * size:
             return f"{sig(x / size)} {unit}"
@@ -58,7 +62,7 @@ def seconds(x: float) -> str:
 
 
 def amount(x: float, unit: str = "dollars") -> str:
-    """Dollars, or device seconds where there is no price."""
+    """An amount in dollars as text; a duration if `unit` is not dollars."""
     if unit != "dollars":
         return seconds(x)
     return f"${x:,.2f}" if x >= 1 or x == 0 else f"${sig(x)}"
@@ -107,7 +111,7 @@ METRICS = {
 
 
 def contender_is(contender: Contender, config) -> str:
-    """What a contender is, for a person who knows no name of a method."""
+    """A description of a contender for a reader who knows no name of a method."""
     how = contender.how
     if contender.kind == MAJORITY:
         return "no model: every row gets the commonest label"
@@ -126,14 +130,14 @@ def contender_is(contender: Contender, config) -> str:
 
 
 def metric_is(name: str, higher: bool | None) -> str:
-    """What a metric measures, and which way is better."""
+    """A description of a metric, and whether more or less is better."""
     way = "" if higher is None else f"; {'more' if higher else 'less'} is better"
     return METRICS.get(name, "by your own function") + way
 
 
 # ---------------------------------------------------------------------------------------------- the answer
 
-RISKS = {  # check of ftjax.verdict.findings -> what it means; the gravest first
+RISKS = {  # check of ftjax.verdict.findings -> what it means; the most serious first
     "leaked rows": "The score may be too high",
     "failed runs": "Something failed",
     "template mismatch": "The question is put in another way than in training",
@@ -145,11 +149,15 @@ RISKS = {  # check of ftjax.verdict.findings -> what it means; the gravest first
 }
 
 
-FAR = 100  # times the rows: so many more are no plan
+FAR = 100  # if more rows than this multiple are needed, no number is given
 
 
 def decide(data: dict) -> dict[str, str]:
-    """{"fine_tune": YES, NO or OPEN, "why", "cost", "risk": a sentence or two each} of a verdict's plain data."""
+    """Decide whether to fine-tune, from a verdict as plain data.
+
+    Returns:
+        {"fine_tune": YES, NO or OPEN, "why", "cost", "risk"}, the last three with a sentence or two each.
+    """
     entries = {entry["name"]: entry for entry in data["contenders"]}
     sign = 1 if data["higher"] else -1
     trained = [entry for entry in entries.values() if entry["against_untrained"]]
@@ -167,7 +175,7 @@ def decide(data: dict) -> dict[str, str]:
 
 
 def nobody(data: dict) -> str:
-    """What it means where every contender has the worst score on every row; empty where one has not."""
+    """A paragraph for a comparison in which every contender has the worst score on every row; empty for any other."""
     metric, worst = data["metric"], data["worst"]
     figures = [entry["figures"][metric] for entry in data["contenders"]]
     if worst is None or any(figure["value"] != worst for figure in figures):
@@ -183,7 +191,7 @@ def nobody(data: dict) -> str:
 
 
 def _plain(data: dict) -> str:
-    """What the metric is, in brackets."""
+    """A short description of the metric, in brackets."""
     return f" ({data['metrics'][data['metric']].partition(';')[0]})"
 
 
@@ -219,7 +227,7 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
 
 
 def _leaked(best: dict, data: dict) -> bool:
-    """Whether held-out rows that stand among those of training may make all of the gain that is beyond chance."""
+    """Whether held-out rows that are also training rows can explain all of the gain that is beyond chance."""
     found = [f for f in data["findings"] if f["check"] == "leaked rows" and best["name"] in f["contender"]]
     v = best["against_untrained"]
     sure = v["low"] if data["higher"] else -v["high"]
@@ -227,7 +235,8 @@ def _leaked(best: dict, data: dict) -> bool:
 
 
 def paid(entry: dict) -> str:
-    """When a contender's training has cost less than each prompt, as far as it ever does."""
+    """After how many requests a contender, its training included, has cost less than each prompt; empty if it never
+    does."""
     after = {name: n for name, n in entry["pays_after"].items() if math.isfinite(n)}
     told = [f"{rounded(n):,} requests by {name}" for name, n in after.items()]
     loads = {name: n for name, n in entry.get("pays_from", {}).items() if math.isfinite(n) and n}

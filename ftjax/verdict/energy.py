@@ -1,6 +1,6 @@
-"""Energy that the processors of this machine take, by Intel's and AMD's counters (RAPL), where Linux lets us read them.
+"""Energy of this machine's processors, by Intel's and AMD's counters (RAPL), if Linux permits reading them.
 
-It is that of all processes on the machine, of its processors and not of its memory, discs or accelerators.
+It is the energy of all processes on the machine. Memory, disks and accelerators are not included.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/sys/class/powercap")
-EVERY = 60.0  # seconds between readings: a counter begins anew after some minutes under load
+EVERY = 60.0  # seconds between readings: a counter wraps around after some minutes under load
 
 
 class Meter:
-    """joules: taken since it began, up to the last reading; None where nothing can be read."""
+    """A meter of energy. `joules` is the energy from its start to the last reading; None if no counter can be read."""
 
     def __init__(self, root: Path = ROOT):
-        # A package's own counter, `intel-rapl:0`; those of its parts, `intel-rapl:0:1`, count what it counts too.
+        # The counter of a package, `intel-rapl:0`, includes those of its parts, such as `intel-rapl:0:1`.
         folders = [folder for folder in sorted(root.glob("*rapl:*")) if folder.name.count(":") == 1]
         self.counters = [
             (f / "energy_uj", int((f / "max_energy_range_uj").read_text())) for f in folders if _readable(f)
@@ -27,7 +27,7 @@ class Meter:
         self.last = self._read()
 
     def read(self) -> None:
-        """Add what was taken since the last reading."""
+        """Add the energy since the last reading."""
         now = self._read()
         for (_, most), before, after in zip(self.counters, self.last, now, strict=True):
             self.joules += ((after - before) % (most + 1)) / 1e6
@@ -40,14 +40,14 @@ class Meter:
 def _readable(folder: Path) -> bool:
     try:
         (folder / "energy_uj").read_text()
-    except OSError:  # since 2020 for root alone, as the counters betray what is computed
+    except OSError:  # since 2020 only root may read them, because they reveal what is computed
         return False
     return True
 
 
 @contextlib.contextmanager
 def metered(root: Path = ROOT) -> Iterator[Meter]:
-    """A meter of what the block takes, whole once the block has ended."""
+    """Measure the energy of the block. The meter is complete after the block."""
     meter, ended = Meter(root), threading.Event()
 
     def watch():

@@ -1,4 +1,4 @@
-"""What is amiss with a comparison: leaks, other templates, overfitting, lost refusals, forgetting, too few rows.
+"""Problems of a comparison: leaks, other templates, overfitting, lost refusals, forgetting, too few rows.
 
 A new check is a function and a row of CHECKS.
 """
@@ -20,33 +20,33 @@ from ftjax.verdict import statistics
 from ftjax.verdict.measure import Measured
 from ftjax.verdict.setting import Setting
 
-TURNED = 0.02  # share of the lowest validation loss by which a later one is higher, where a run overfits
-FORGOT = 0.05  # nats a token on general text: a perplexity 5 % higher
-ASKED_BY = ("prompt", "completion", "template", "system", "end")  # fields of `data` that say how a row is asked
+TURNED = 0.02  # a run overfits if its last validation loss is higher than the lowest by this share
+FORGOT = 0.05  # nats per token on general text: a perplexity 5 % higher
+ASKED_BY = ("prompt", "completion", "template", "system", "end")  # fields of `data` that decide how a row is rendered
 
 
 class Case(NamedTuple):
-    """A finished comparison, as checks see it."""
+    """A finished comparison, as the checks receive it."""
 
     setting: Setting
     measured: dict[str, Measured]
-    base: str  # the contender that the others are judged against
+    base: str  # the contender that the others are compared with
     verdicts: dict[str, statistics.Verdict]
     lost: dict[str, str] = {}  # contenders that could not be measured -> why
 
 
 class Finding(NamedTuple):
-    """What a check found amiss with a contender, and what to do."""
+    """A problem that a check found with a contender, and what to do about it."""
 
     check: str  # a row of CHECKS
     contender: str
     seen: str
     advice: str
-    share: float = 0.0  # of the held-out rows that it concerns, where that is known
+    share: float = 0.0  # of the held-out rows that are concerned, if known
 
 
 def findings(case: Case) -> list[Finding]:
-    """All that the checks have to say, in the order of CHECKS."""
+    """The findings of all checks, in the order of CHECKS."""
     return [Finding(check, *found) for check, look in CHECKS.items() for found in look(case)]
 
 
@@ -54,18 +54,18 @@ def findings(case: Case) -> list[Finding]:
 
 
 class Parted(NamedTuple):
-    """Where the validation loss turned up while the training loss went on falling."""
+    """Where the validation loss turned up while the training loss kept falling."""
 
     step: int  # of the lowest validation loss
     last: int  # step of the last validation
-    val: tuple[float, float]  # at the two steps
+    val: tuple[float, float]  # validation loss at the two steps
     train: tuple[float, float]
 
 
 def parted(history: list[dict]) -> Parted | None:
-    """Of rows of metrics.jsonl; None where the two losses did not part by TURNED.
+    """Find where the two losses in rows of metrics.jsonl part by TURNED; None if they do not.
 
-    The training loss at a step is the mean of a tenth of those logged, up to it.
+    The training loss at a step is a mean of the last values logged up to it, a tenth as many as were logged in all.
     """
     val = [(row["step"], row["val_loss"]) for row in history if row.get("val_loss") is not None]
     train = [(row["step"], row["loss"]) for row in history if row.get("loss") is not None]
@@ -84,7 +84,7 @@ def parted(history: list[dict]) -> Parted | None:
 
 
 def overfitting(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Validation loss that rose while training loss fell, in any seed."""
+    """Find runs of which the validation loss rose while the training loss fell."""
     for name, measured in case.measured.items():
         found = [p for p in (parted(run.history) for run in measured.runs) if p]
         if not found:
@@ -105,13 +105,13 @@ def overfitting(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def held_out(setting: Setting) -> list[tuple[str, Table]]:
-    """(name, rows) of the part that contenders are judged on."""
+    """(name, rows) of the part that contenders are evaluated on."""
     on = setting.config.evaluate.compare_on
     return [(on, piece.table.select(piece.kept)) for piece in getattr(setting.data, on).pieces]
 
 
 def leaks(case: Case) -> Iterator[tuple]:
-    """Rows of train that overlap with the held-out ones, as data.decontaminate finds them."""
+    """Find training rows that overlap with held-out rows, as data.decontaminate does."""
     others = held_out(case.setting)
     read = [n for n, m in case.measured.items() if m.contender.kind == "tuned" or m.contender.how.shots]
     own = [(", ".join(read), None)]
@@ -144,7 +144,7 @@ def _trained_on(setting: Setting, config) -> list[Table]:
 
 
 def templates(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Rows that are asked otherwise than a run was trained, and chat models that are asked without their template."""
+    """Find runs that were trained on another template than the rows have, and chat models that receive plain text."""
     now = configs.flat(case.setting.config.data)
     for name, measured in case.measured.items():
         for run in measured.runs[:1]:
@@ -165,7 +165,7 @@ def templates(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def refusals_lost(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Fewer refusals of unsafe prompts than the base has, and more of harmless ones."""
+    """Find contenders that refuse fewer unsafe prompts than the base, or more harmless ones."""
     base = case.measured[case.base].refused
     for name, measured in case.measured.items():
         for kind, down, advice in (
@@ -184,7 +184,7 @@ def refusals_lost(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
-    """A higher loss on general text than the base's."""
+    """Find contenders whose loss on general text is higher than the base's by more than FORGOT."""
     base = np.mean(case.measured[case.base].forgetting or [np.nan])
     for name, measured in case.measured.items():
         if measured.forgetting and (more := np.mean(measured.forgetting) - base) > FORGOT:
@@ -206,7 +206,7 @@ def _seen(smallest: float) -> str:
 
 
 def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Differences that these rows cannot tell."""
+    """Find verdicts that these rows cannot decide."""
     for name, verdict in case.verdicts.items():
         if verdict.says == "cannot tell":
             yield (
@@ -217,7 +217,7 @@ def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Prompts that were too long for their examples."""
+    """Find prompts that were too long for their examples or passages."""
     for name, measured in case.measured.items():
         if measured.shortened:
             n = measured.scores[next(iter(measured.scores))].shape[-1]
@@ -229,7 +229,7 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def failures(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Seeds without a model, and contenders without any."""
+    """Find seeds that ended without a model, and contenders that could not be measured."""
     told = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
     told += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
     for name, text in told:

@@ -1,4 +1,4 @@
-"""How far a tuned model has moved from its base.
+"""How far a tuned model has moved from its base, by KL divergence.
 
 B rows, M scored tokens of a row at most, V vocabulary.
 """
@@ -19,19 +19,29 @@ from ftjax.verdict.choices import Pair, batched, in_chunks
 
 
 class Divergence(NamedTuple):
-    """Of N rows, (N,) each; the mean by token is kl.sum() / tokens.sum()."""
+    """Divergences of N rows, (N,) each. The mean per token is kl.sum() / tokens.sum()."""
 
-    kl: np.ndarray  # summed over the row's scored tokens, nats
+    kl: np.ndarray  # sum over the row's scored tokens, nats
     tokens: np.ndarray
 
 
 def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
-    """KL(p || q) of what two LMs say of the next token, at each scored token of `pairs`: (ids given, ids scored).
+    """KL(p || q) of the next-token distributions of two LMs, at each scored token.
 
-    Exact over the vocabulary, not the estimate log p - log q of the tokens at hand. With p the tuned model and rows
-    that it drew itself at temperature 1, the mean of the rows' sums estimates the KL of its answers from those of q,
-    the figure that RLHF holds down. Rows are cut to the fewer of the models' positions. Raises FtjaxError for
-    vocabularies that differ in size.
+    It is exact over the vocabulary, not the estimate log p - log q of the given tokens. If p is the tuned model and the
+    rows are its own samples at temperature 1, the mean of the rows' sums estimates the KL divergence of its answers
+    from those of q, which is the figure that RLHF limits.
+
+    Args:
+        p, q: LMs with vocabularies of the same size.
+        pairs: (given ids, scored ids) of N rows. They are cut to the positions of the model that has fewer.
+        batch_size: Rows per batch.
+
+    Returns:
+        The Divergence.
+
+    Raises:
+        FtjaxError: If the vocabularies differ in size, or if a pair cannot be scored.
     """
     sizes = [lm.model.config.vocab_size for lm in (p, q)]
     if sizes[0] != sizes[1]:
@@ -48,11 +58,11 @@ def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _kl(p_model, q_model, p_variables, q_variables, batch):
-    """(B, M) float32, no less than 0."""
+    """(B, M) float32, at least 0."""
 
     def kl(p_states, q_states):
         p = jax.nn.log_softmax(p_model.apply(p_variables, p_states, method="logits"), axis=-1)
         q = jax.nn.log_softmax(q_model.apply(q_variables, q_states, method="logits"), axis=-1)
-        return jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)  # rounding may leave a little less
+        return jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)  # rounding may give a small negative value
 
     return in_chunks(kl, states(p_model, p_variables, batch), states(q_model, q_variables, batch))

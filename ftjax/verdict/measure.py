@@ -1,6 +1,6 @@
-"""How contenders answer: models trained where that is asked for, scores of the same held-out rows, what else they do.
+"""Train the contenders that need it, and measure how all of them answer the same held-out rows.
 
-N rows that are asked, S seeds.
+N held-out rows, S seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ftjax.verdict.sweep import run_joules, sweep
 
 @dataclasses.dataclass
 class Run:
-    """A run folder: its resolved config, and its metrics.jsonl."""
+    """A run folder with its resolved config and the rows of its metrics.jsonl."""
 
     path: str
     config: object
@@ -47,7 +47,7 @@ class Run:
 
 
 class Passed(NamedTuple):
-    """A checkpoint that a run passed on its way: its scores' means, and its loss on general text, nats a token."""
+    """A checkpoint during a run: its mean scores, and its loss on general text in nats per token."""
 
     step: int
     scores: dict[str, float]
@@ -56,41 +56,56 @@ class Passed(NamedTuple):
 
 @dataclasses.dataclass
 class Measured:
-    """How one contender did. runs: of each seed that was trained, in order; failed: what is said of those that ended
-    without a model."""
+    """The measurements of one contender.
+
+    `runs` has one entry for each trained seed, in order. `failed` has a line for each seed that ended without a model.
+    """
 
     contender: Contender
-    scores: dict[str, np.ndarray]  # metric -> (S, N)
+    scores: dict[str, np.ndarray]  # metric -> scores (S, N)
     answers: list[str]  # of the first seed
     cost: cost.Cost
     runs: list[Run] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
-    forgetting: list[float] = dataclasses.field(default_factory=list)  # nats a token, of each model
+    forgetting: list[float] = dataclasses.field(default_factory=list)  # of each model, nats per token
     refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # `unsafe`, `harmless` -> (models, rows)
-    divergence: float | None = None  # KL of the first model from the base on its own answers, nats a token
-    way: list[Passed] = dataclasses.field(default_factory=list)  # of the first run, where it keeps several checkpoints
-    unsupported: float | None = None  # share of sentences that the passages before the question do not bear out
+    divergence: float | None = None  # KL of the first model from the base on its own answers, nats per token
+    way: list[Passed] = dataclasses.field(default_factory=list)  # checkpoints of the first run, if it keeps several
+    unsupported: float | None = None  # share of sentences that the prompt's passages do not support
     shortened: int = 0  # prompts that lost an example or a passage
-    chat_unused: bool = False  # the model brings a chat template, and rows are asked as plain text
+    chat_unused: bool = False  # the model has a chat template, but rows are plain text
 
 
 class General(NamedTuple):
-    """What is asked of a model beside the task."""
+    """Measurements of a model that are independent of the task: its loss on general text (nats per token), and its
+    refusals."""
 
     forgetting: float | None
     refused: dict[str, np.ndarray]
 
 
 def measure(contender: Contender, setting: Setting, known: dict[str, General], say: Callable = print) -> Measured:
-    """Train where that is asked for, and answer all questions; known: of models that were measured before, by source,
-    added to. Raises FtjaxError where every run of a contender failed."""
+    """Train a contender if needed, and measure its answers to all questions.
+
+    Args:
+        contender: The contender.
+        setting: What all contenders share.
+        known: {source: General} of models that were measured before. Added to.
+        say: Called with each line for a person.
+
+    Returns:
+        The Measured.
+
+    Raises:
+        FtjaxError: If every run of the contender failed.
+    """
     if contender.kind == MAJORITY:
         return _majority(contender, setting)
     config, asked = setting.config, len(setting.questions) or len(held_out_labels(setting))
     sources, seeds, failed = _models(contender, setting, say)
     done, out, opened = [], None, {}
     for source, seed in zip(sources, seeds, strict=True):
-        if source not in opened:  # one model at a time
+        if source not in opened:  # hold one model in memory at a time
             opened = {source: open_model(source, config) if source else setting.base}
         lm = opened[source]
         say(f"{contender.name}, seed {seed}: {asked:,} rows")
@@ -116,7 +131,7 @@ def measure(contender: Contender, setting: Setting, known: dict[str, General], s
 
 
 def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list[str], list[int], list[str]]:
-    """(sources, the seed of each, what is said of runs that failed) of the models that answer for a contender."""
+    """(sources, the seed of each, a line for each run that failed) of the models that answer for a contender."""
     comp, seeds = setting.config.compare, range(setting.config.seed, setting.config.seed + setting.config.compare.seeds)
     if contender.kind != "tuned":
         drawn = contender.how.shots and not contender.how.near and contender.shots
@@ -132,13 +147,16 @@ def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list
 
 
 def briefly(say: Callable) -> Callable:
-    """What a run says in many lines lies in its folder too, and is left out."""
+    """A `say` that leaves out texts of several lines, because the run's folder holds them too."""
     return lambda text: say(text) if "\n" not in text else None
 
 
 def train_config(contender: Contender, setting: Setting):
-    """The config of a contender's runs. What does not change what is trained is as the default has it, so that asking
-    for other metrics trains nothing anew."""
+    """The config of a contender's runs.
+
+    `evaluate` (but its rows and batch_size), `generate` and `export` have fixed values, because what is trained does
+    not depend on them. The comparison of other metrics then needs no new training.
+    """
     c, plain = contender.config(setting.config), configs.default()
     c.run_dir = str(setting.folder / contender.folder)
     plain.evaluate.update(rows=c.evaluate.rows, batch_size=c.evaluate.batch_size)
@@ -148,7 +166,7 @@ def train_config(contender: Contender, setting: Setting):
 
 
 def open_run(source: str) -> Run | None:
-    """A run folder; None for any other model."""
+    """The run in a folder; None if the source is not a run folder."""
     file = Path(source) / RUN
     if not source or not file.is_file():
         return None
@@ -156,12 +174,22 @@ def open_run(source: str) -> Run | None:
 
 
 def answer(contender: Contender, setting: Setting, lm: LM, seed: int):
-    """(metric -> (N,), answers, fields of Cost, prompts that were shortened) of a model asked as a contender is."""
+    """Let a model answer as the contender does.
+
+    Args:
+        contender: The contender, which decides the prompts.
+        setting: What all contenders share.
+        lm: The model.
+        seed: Seed of drawn examples and of sampling.
+
+    Returns:
+        ({metric: scores (N,)}, answers as texts, fields of Cost, number of prompts that were shortened).
+    """
     return (_labelled if setting.config.task.kind != "causal" else _answered)(contender, setting, lm, seed)
 
 
 def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
-    """As `answer`, by generation."""
+    """`answer` by generation."""
     config, comp = configs.copy(setting.config), setting.config.compare
     config.seed = seed
     rows = [q.rendered for q in setting.questions]
@@ -180,7 +208,7 @@ def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
 
 
 def _counted(name: str, scores: list[float | None]) -> np.ndarray:
-    """Scores (N,) of a metric. An answer without a score counts as the worst, so that contenders share all rows."""
+    """Scores (N,) of a metric. An answer without a score gets the worst one, so that contenders share all rows."""
     worst = find(name).worst
     if worst is None and None in scores:
         raise FtjaxError(
@@ -190,7 +218,7 @@ def _counted(name: str, scores: list[float | None]) -> np.ndarray:
 
 
 def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> float | None:
-    """How far answers go beyond the passages that they were given; None without passages."""
+    """Mean share of an answer's sentences that its passages do not support; None without passages."""
     if not contender.how.passages:
         return None
     context = setting.library.context([q.rendered for q in setting.questions], contender.how)
@@ -198,7 +226,7 @@ def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> fl
 
 
 def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
-    """As `answer`, of rows with labels."""
+    """`answer` for rows with labels."""
     config = configs.copy(setting.config)
     config.task.labels = lm.labels
     pool, data = lm.model.config.head.pool, setting.data
@@ -211,7 +239,7 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
     examples = part.examples
     few = cost.middle(examples.length.tolist(), config.evaluate.batch_size or config.train.batch_size or 16)
     batch = whole._replace(part=dataclasses.replace(part, examples=examples.select(np.array(few))))
-    judge.say(batch)  # its shapes may not be compiled yet
+    judge.say(batch)  # compile before the time is taken
     tokens = float(examples.length.mean())
     spent = cost.timed(lambda: judge.say(batch), len(few))
     spent |= {"prompt_tokens": tokens, "request_flops": cost.forward_flops(lm, tokens)}
@@ -219,7 +247,7 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
 
 
 def _majority(contender: Contender, setting: Setting) -> Measured:
-    """Each row gets the commonest label of train."""
+    """Predict the most common label of train for every row."""
     config, data = setting.config, setting.data
     told = Counter(labels(data, data.train))
     best = max(told, key=told.get)
@@ -228,7 +256,7 @@ def _majority(contender: Contender, setting: Setting) -> Measured:
 
 
 def _general(lm: LM, setting: Setting) -> General:
-    """Loss on general text, where the vocabulary is the base's; refusals."""
+    """Loss on general text, if the vocabulary has the base's size, and refusals of the sensitive prompts."""
     config, loss, refused = setting.config, None, {}
     if setting.documents and lm.model.config.vocab_size == setting.base.model.config.vocab_size:
         told = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
@@ -241,7 +269,7 @@ def _general(lm: LM, setting: Setting) -> General:
 
 
 def _way(contender: Contender, setting: Setting, source: str, seed: int, say: Callable) -> list[Passed]:
-    """Every checkpoint of a run that keeps more than the latest and the best."""
+    """Scores and forgetting of every checkpoint of a run; none if the config keeps only the latest and the best."""
     if setting.config.train.keep < 2:
         return []
     saved = Checkpoints(source, read_only=True)
@@ -258,8 +286,8 @@ def _way(contender: Contender, setting: Setting, source: str, seed: int, say: Ca
 
 
 def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
-    """KL(model || base), a token, on the model's answers to the first questions as the base is asked them; None where
-    it has other tokens than the base, or nothing to say."""
+    """KL(model || base) in nats per token, on the model's answers to the first `compare.divergence` questions. None if
+    that is 0, if the vocabulary has another size than the base's, or if no answer has a token."""
     most = setting.config.compare.divergence
     if lm.model.config.vocab_size != setting.base.model.config.vocab_size or not most:
         return None
@@ -271,7 +299,7 @@ def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
 
 
 def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.Cost:
-    """lm: the last of its models."""
+    """The mean cost over runs and seeds. lm: the last of the contender's models."""
     fields = {name: _mean([s[name] for s in spent]) for name in spent[0]}
     if runs:
         examples = setting.data.train.examples

@@ -1,4 +1,4 @@
-"""What of its training text a model gives back: runs of it in what it writes, and how far planted texts stand out."""
+"""How much training text a model reproduces: copied runs in its outputs, and the exposure of planted texts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ Units = Sequence[Hashable]  # tokens or words
 
 
 class Copied(NamedTuple):
-    """What of an output training text has."""
+    """The part of an output that also occurs in training texts."""
 
     grams: int  # n-grams of an output
-    seen: int  # those of them that training text has
-    longest: int  # units of the longest run that training text has too; 0 where none has n
-    source: int | None  # a training text that has it
+    seen: int  # those that also occur in a training text
+    longest: int  # units of the longest run that also occurs in a training text; 0 if none has n units
+    source: int | None  # index of a training text that has the longest run
 
 
 def copied(outputs: Sequence[Units], training: Sequence[Units], n: int = 8) -> list[Copied]:
-    """Of each output, what stands in training texts word for word, in runs of n units or more.
+    """Find runs of n or more units in each output that occur word for word in training texts.
 
-    The rate over outputs is the sum of `seen` by the sum of `grams`. What a prompt asks to repeat counts too: leave it
-    out, or compare with the base. Memory grows with the outputs, and not with the training text.
+    The rate over outputs is the sum of `seen` divided by the sum of `grams`. Text that a prompt asks to repeat counts
+    too. Leave it out, or compare with the base. Memory grows with the outputs, not with the training texts.
+
+    Args:
+        outputs: N outputs, as tokens or words.
+        training: The training texts, in the same units.
+        n: Units of an n-gram.
+
+    Returns:
+        N Copied.
+
+    Raises:
+        FtjaxError: If n is less than 1.
     """
     if n < 1:
         raise FtjaxError(f"copied: n-grams have one unit or more; found n={n}")
@@ -44,7 +55,7 @@ def _copied(units: Units, training: Sequence[Units], places: dict, n: int) -> Co
     grams = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
     longest, source, open_runs = 0, None, {}
     for i, gram in enumerate(grams):
-        # A run goes on where the n-gram one further on stands one further on in the same text.
+        # A run continues if the next n-gram is also the next one in the same training text.
         found = places.get(gram, ())
         open_runs = {(text, at): open_runs.get((text, at - 1), i) for text, at in found}
         for (text, _), start in open_runs.items():
@@ -57,10 +68,24 @@ def _copied(units: Units, training: Sequence[Units], places: dict, n: int) -> Co
 
 
 def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: int = 0) -> list[str]:
-    """`count` texts of a form, in which `{}` stands for `length` symbols drawn from an alphabet; no two are alike.
+    """Texts of a form with random secrets, no two alike, to plant in training rows (Carlini et al. 2019).
 
-    Carlini et al. (2019): plant the first few in the training rows, some of them several times, and take the others as
-    those that might have been.
+    Plant the first few in the training rows, some of them several times, and use the others as texts that might have
+    been planted.
+
+    Args:
+        form: Text in which `{}` stands for the secret.
+        alphabet: Distinct symbols.
+        length: Symbols of a secret.
+        count: Number of texts.
+        seed: Seed of the draw.
+
+    Returns:
+        `count` texts.
+
+    Raises:
+        FtjaxError: If the form does not have exactly one `{}`, if symbols repeat, or if there are fewer secrets than
+            `count`.
     """
     space = len(alphabet) ** length
     if form.count("{}") != 1 or len(set(alphabet)) != len(alphabet) or not 0 < count <= space:
@@ -75,13 +100,23 @@ def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: 
 
 
 def exposure(canary: float, others: Sequence[float], space: int | None = None) -> float:
-    """log2(secrets) - log2(rank): bits by which a model gives away a canary, from log-perplexities (nats, of the text).
+    """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how far a model gives the canary away.
 
-    others: log-perplexities of texts of the same form that were not planted. Where they are all (`space` is one more
-    than their number, or None with as many), the rank is counted, ties before the canary (Carlini et al. 2019,
-    definition 5). Where they are a sample of `space` secrets, the share that is as likely is that of a skew-normal
-    distribution fitted to them (section 4.3 there), so that a canary beyond all of them can be told from one that is
-    just so; at most log2(space). 0 to log2(secrets); a canary that was not learnt has 1.44 on average.
+    If `others` are all other secrets, the rank is counted, and the canary comes after those that tie with it (Carlini
+    et al. 2019, definition 5). If they are a sample of `space` secrets, a skew-normal distribution fitted to them gives
+    the share of secrets that are as likely (section 4.3 there). A canary far beyond all of the sample can then be
+    distinguished from one that is only just beyond.
+
+    Args:
+        canary: Log-perplexity of the canary's text, in nats.
+        others: Log-perplexities of texts of the same form that were not planted.
+        space: Number of secrets; None: one more than there are `others`.
+
+    Returns:
+        0 to log2(number of secrets). A canary that was not learnt has 1.44 on average.
+
+    Raises:
+        FtjaxError: If `others` is empty, if a log-perplexity is not finite, or if `space` is too small.
     """
     others = np.asarray(others, float)
     if not len(others) or not np.isfinite([canary, *others]).all():

@@ -1,4 +1,4 @@
-"""Pictures of a comparison, as PNG files. order: all contenders, so that each looks alike in every picture."""
+"""Pictures of a comparison, as PNG files. `order` lists all contenders, so that each looks alike in every picture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ from ftjax.evaluation.pictures import new_axes, plain, saved
 
 COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833", "#bb5566", "#555555")
 MARKS = "osD^vPX*"
-SIZE = (5.6, 4.2)  # inches: words are large enough on a phone
+SIZE = (5.6, 4.2)  # inches: text is large enough on a phone
 
 
 def scores(points: Mapping[str, dict], says: Mapping[str, str], path: Path, *, x_label: str) -> Path:
-    """A figure with its interval a contender, the first at the top. says: name -> better, worse or anything else."""
+    """Draw a figure with its interval for each contender, the first at the top.
+
+    Args:
+        points: {name: {"value", "low", "high"}}.
+        says: {name: `better`, `worse` or any other text}, which decides the colour.
+        path: The PNG file.
+        x_label: Label of the axis.
+
+    Returns:
+        The path.
+    """
     colours = {"better": "#228833", "worse": "#bb3322"}
     figure, axes = new_axes(4.8, 1.3 + 0.5 * len(points))
     for at, (name, one) in enumerate(points.items()):
@@ -36,7 +46,18 @@ def scores(points: Mapping[str, dict], says: Mapping[str, str], path: Path, *, x
 def quality_cost(
     points: Mapping[str, tuple[float, dict]], path: Path, order: list[str], *, x_label: str, y_label: str
 ) -> Path:
-    """Figures with their intervals against what a request costs. points: name -> (cost, {"value", "low", "high"})."""
+    """Draw figures with their intervals against the cost of a request.
+
+    Args:
+        points: {name: (cost, {"value", "low", "high"})}.
+        path: The PNG file.
+        order: Names of all contenders.
+        x_label: Label of the costs.
+        y_label: Label of the figures.
+
+    Returns:
+        The path.
+    """
     figure, axes = new_axes(*SIZE)
     for name, (x, y) in points.items():
         around = [[max(y["value"] - y["low"], 0)], [max(y["high"] - y["value"], 0)]]
@@ -61,8 +82,21 @@ def forgetting_gain(
     y_label: str,
     ways: Mapping[str, Sequence[tuple[int, float, float]]] | None = None,
 ) -> Path:
-    """What was lost against what was won, a point each seed, a large one their mean. points: name -> (gain, loss)s;
-    ways: name -> (step, gain, loss) of a run's checkpoints, which a line joins from where nothing is won or lost."""
+    """Draw the loss on general text against the gain on the task.
+
+    Each seed is a small mark, and the mean over seeds is a large one.
+
+    Args:
+        points: {name: [(gain, loss) of each seed]}.
+        path: The PNG file.
+        order: Names of all contenders.
+        x_label: Label of the gains.
+        y_label: Label of the losses.
+        ways: {name: [(step, gain, loss) of each checkpoint of a run]}, joined by a line that starts at (0, 0).
+
+    Returns:
+        The path.
+    """
     figure, axes = new_axes(*SIZE)
     axes.axhline(0, color="#888888", linewidth=1)
     axes.axvline(0, color="#888888", linewidth=1)
@@ -84,8 +118,18 @@ def forgetting_gain(
 
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
-    """Validation loss of every run as a line, training loss faint, or alone where nothing was validated. histories:
-    name -> rows of metrics.jsonl a seed."""
+    """Draw the validation loss of every run as a line.
+
+    The training loss is faint. If a run has no validation loss, its training loss is drawn as its line.
+
+    Args:
+        histories: {name: [rows of metrics.jsonl of each seed]}.
+        path: The PNG file.
+        order: Names of all contenders.
+
+    Returns:
+        The path.
+    """
     figure, axes = new_axes(*SIZE)
     for name, runs in histories.items():
         mine = _look(order.index(name))
@@ -107,9 +151,22 @@ def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
 
 
 def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
-    """Learning curves, see ftjax.verdict.curve.report: runs as dots, their means as marks, the law as a line with its
-    interval, dashed beyond the runs; without a law, a line through the means and one standard deviation to either side.
-    A hollow mark with an error bar is what the law of smaller amounts had said."""
+    """Draw learning curves.
+
+    Runs are dots and their means are marks. The law is a line with its interval, dashed beyond the runs. Without a law,
+    a line joins the means, with one standard deviation on either side. A hollow mark with an error bar is the
+    prediction of the law of smaller amounts.
+
+    Args:
+        told: {name: dict of ftjax.verdict.curve.report or curve.drawn}.
+        path: The PNG file.
+        order: Names of all curves.
+        x_label: Label of the amounts.
+        y_label: Label of the figures.
+
+    Returns:
+        The path.
+    """
     figure, axes = new_axes(*SIZE)
     for name, one in told.items():
         look, points, law = _look(order.index(name)), one["points"], one["law"]
@@ -146,7 +203,7 @@ def _look(i: int) -> dict:
 
 
 def _plain(name: str) -> str:
-    """No mathematics in `$`."""
+    """The name with `$` escaped, so that matplotlib does not read it as mathematics."""
     return name.replace("$", r"\$")
 
 

@@ -1,6 +1,7 @@
-"""Which of two answers is better: win rates by a metric, ballots for people who rate blindly, agreement, strengths.
+"""Which of two answers is better: win rates by a metric, ballots for blind rating, agreement of raters, strengths.
 
-N rows, K contenders, R raters. A vote is a share of a win: 1 for the first of two, 0 for the second, 0.5 for a tie.
+N rows, K contenders, R raters. A vote is a share of a win: 1 if the first of two wins, 0 if the second does, 0.5 for a
+tie.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ from ftjax.files import replace_text, write_jsonl
 
 
 def win_rate(a, b, *, higher: bool = True, margin: float = 0.0, level: float = 0.95) -> dict[str, dict]:
-    """How often a scores better than b on a row: {"win", "tie", "loss", "win_rate"}, each with its interval over rows.
+    """How often a scores better than b on a row.
 
     Args:
         a, b: Scores (N,) of the same rows.
         higher: Whether more is better.
-        margin: Rows that differ by so much at most are ties, which `win_rate` counts half.
-        level: Of the intervals, see ftjax.evaluation.resample.mean_interval.
+        margin: Rows whose scores differ by at most this are ties.
+        level: Level of the intervals, see ftjax.evaluation.resample.mean_interval.
+
+    Returns:
+        {"win", "tie", "loss", "win_rate"}: shares of rows as {"value", "low", "high"}, with intervals over rows. In
+        `win_rate` a tie counts half.
 
     Raises:
-        FtjaxError: For scores that are not of the same rows.
+        FtjaxError: If a and b are not scores of the same rows.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
@@ -52,18 +57,18 @@ def win_rate(a, b, *, higher: bool = True, margin: float = 0.0, level: float = 0
 
 # ---------------------------------------------------------------------------------------------- ballots
 
-RATINGS = {"left": 1.0, "right": 0.0, "tie": 0.5}  # what a rater writes -> the share of a win of the left side
+RATINGS = {"left": 1.0, "right": 0.0, "tie": 0.5}  # what a rater writes -> share of a win for the left side
 BALLOT = ("id", "prompt", "left", "right", "rating")
 
 
 class Vote(NamedTuple):
-    """What a rater said of two contenders' answers to a prompt."""
+    """A rater's vote on two contenders' answers to a prompt."""
 
     rater: str
-    row: int  # of the prompts that the ballots were made of
-    first: str  # a contender; of a pair, always the same one
+    row: int  # index of the prompt
+    first: str  # a contender; always the same one of a pair
     second: str
-    share: float  # of a win of `first`
+    share: float  # share of a win for `first`
 
 
 def write_ballots(
@@ -75,11 +80,23 @@ def write_ballots(
     pairs: Sequence[tuple[str, str]] | None = None,
     seed: int = 0,
 ) -> int:
-    """Write a file to be rated blindly, and apart from it the key that says whose answer is on which side.
+    """Write a file for blind rating, and a separate key that says whose answer is on which side.
 
-    path: .jsonl or .csv, a ballot a line with the columns of BALLOT, in which a rater fills `rating` with a word of
-    RATINGS; prompts: N; answers: contender -> N texts; pairs: of contenders, None: all. Sides and order are drawn by
-    `seed`; ids say nothing of either. Returns the number of ballots. Raises FtjaxError for answers that do not fit.
+    Args:
+        path: The file to rate, .jsonl or .csv: one ballot per line with the columns of BALLOT. A rater fills `rating`
+            with a key of RATINGS.
+        key: The .jsonl file of the key.
+        prompts: N prompts.
+        answers: {contender: N answers}.
+        pairs: Pairs of contenders; None: all.
+        seed: Seed that draws sides and order. A ballot's id reveals neither.
+
+    Returns:
+        The number of ballots.
+
+    Raises:
+        FtjaxError: If the numbers of answers and prompts differ, if a pair names an unknown contender, if the file has
+            another suffix, or if there is nothing to rate.
     """
     path, key = Path(path), Path(key)
     if path.suffix not in WRITERS:
@@ -99,7 +116,7 @@ def write_ballots(
     swapped = rng.integers(2, size=len(asked))
     ballots, hidden = [], []
     content = json.dumps([list(prompts), {name: list(texts) for name, texts in answers.items()}, pairs, seed])
-    batch = hashlib.sha256(content.encode()).hexdigest()[:6]  # so that a key is not taken for that of other ballots
+    batch = hashlib.sha256(content.encode()).hexdigest()[:6]  # so that a key cannot be used with other ballots
     for number, ((row, *pair), swap) in enumerate(zip(asked, swapped), 1):
         left, right = pair[::-1] if swap else pair
         name = f"{batch}-{number:0{len(str(len(asked)))}}"
@@ -122,10 +139,19 @@ WRITERS = {".jsonl": write_jsonl, ".csv": _write_csv}
 
 
 def read_ballots(paths: dict[str, str | Path], key: str | Path, *, partial: bool = False) -> list[Vote]:
-    """The votes in rated files. paths: rater -> file; key: as `write_ballots` wrote it.
+    """Read the votes from rated files.
 
-    partial: ballots without a rating are left out. Raises FtjaxError that names the file and the line: no rating, an
-    unknown one, an id that the key does not have, one that comes twice.
+    Args:
+        paths: {rater: file}.
+        key: The key that `write_ballots` wrote.
+        partial: Leave out ballots without a rating, instead of raising.
+
+    Returns:
+        The votes.
+
+    Raises:
+        FtjaxError: If a rating is missing or unknown, or if an id is not in the key or occurs twice. It names the file
+            and line.
     """
     sides = {entry["id"]: entry for _, entry in _lines(Path(key), ("id", "row", "left", "right"))}
     votes = []
@@ -166,9 +192,11 @@ def _lines(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
 
 
 def agreement(votes: Sequence[Vote]) -> dict:
-    """{"kappa", "raters", "ballots"} of what all raters rated: Cohen's kappa of two raters, Fleiss' of more.
+    """Agreement of the raters on the ballots that all of them rated.
 
-    kappa is None where it is undefined: fewer than two raters, no ballot that all rated, or one rating throughout.
+    Returns:
+        {"kappa", "raters", "ballots"}: Cohen's kappa for two raters, Fleiss' for more. kappa is None if it is
+        undefined: fewer than two raters, no ballot that all rated, or one rating throughout.
     """
     raters = list(dict.fromkeys(vote.rater for vote in votes))
     said: dict[tuple, dict[str, float]] = {}
@@ -188,7 +216,7 @@ def agreement(votes: Sequence[Vote]) -> dict:
 
 
 def cohen_kappa(x: Sequence, y: Sequence) -> float:
-    """Agreement of two raters beyond chance (Cohen 1960); x, y: (N,) categories. NaN where both know only one."""
+    """Agreement of two raters beyond chance (Cohen 1960). x, y: (N,) categories. NaN if both use one category only."""
     x, y = np.asarray(x), np.asarray(y)
     categories = np.unique(np.concatenate([x, y]))
     chance = sum((x == c).mean() * (y == c).mean() for c in categories)
@@ -196,9 +224,10 @@ def cohen_kappa(x: Sequence, y: Sequence) -> float:
 
 
 def fleiss_kappa(counts) -> float:
-    """Agreement of R raters beyond chance (Fleiss 1971). counts (N, categories): raters who put a row there, R a row.
+    """Agreement of R raters beyond chance (Fleiss 1971).
 
-    NaN where all rows are of one category.
+    counts: (N, categories), how many of the R raters put a row into a category. NaN if all rows are of one category.
+    Raises FtjaxError if rows have different numbers of raters, or fewer than two.
     """
     counts = np.asarray(counts, float)
     R = counts.sum(1)
@@ -215,17 +244,24 @@ def _beyond(agree: float, chance: float) -> float:
 
 # ---------------------------------------------------------------------------------------------- strengths
 
-PRIOR = 0.5  # wins added each way between every two contenders
-ELO = 400 / math.log(10)  # points by which 10 to 1 differ, over log-odds
+PRIOR = 0.5  # wins that are added in both directions between every two contenders
+ELO = 400 / math.log(10)  # Elo points per log-odds: odds of 10 to 1 are 400 points
 STEPS = 100
 
 
 def bradley_terry(wins, prior: float = PRIOR) -> np.ndarray:
-    """Log-strengths (..., K), mean 0: the odds that i beats j are exp(s_i - s_j) (Bradley & Terry 1952).
+    """Log-strengths (..., K) with mean 0, by Newton's method.
 
-    wins (..., K, K): how often i beat j, ties half to each. prior is added to both sides of every pair, so that one who
-    never lost, or never met another, has a strength too; of two contenders these are Haldane's and Anscombe's log-odds
-    (1956). With prior 0 the maximum likelihood, and FtjaxError where there is none (Ford 1957). By Newton's method.
+    The odds that i beats j are exp(s_i - s_j) (Bradley & Terry 1952).
+
+    Args:
+        wins: (..., K, K), how often i beat j; a tie counts half for each.
+        prior: Wins that are added to both sides of every pair, so that a contender who never lost, or never met
+            another, has a strength too. With two contenders the strengths are the log-odds of Haldane and Anscombe
+            (1956). With 0 they are the maximum likelihood.
+
+    Raises:
+        FtjaxError: If prior is 0 and there is no maximum (Ford 1957).
     """
     wins = np.asarray(wins, float)
     K = wins.shape[-1]
@@ -238,7 +274,7 @@ def bradley_terry(wins, prior: float = PRIOR) -> np.ndarray:
         p = 1 / (1 + np.exp(s[..., None, :] - s[..., :, None]))
         slope = (wins - met * p).sum(-1)
         weight = met * p * (1 - p)
-        bend = np.eye(K) * weight.sum(-1)[..., None] - weight + 1 / K  # the last keeps the mean at 0
+        bend = np.eye(K) * weight.sum(-1)[..., None] - weight + 1 / K  # 1 / K keeps the mean at 0
         step = np.linalg.solve(bend, slope[..., None])[..., 0]
         s = s + step / np.maximum(1, np.abs(step).max(-1, keepdims=True))
         if np.abs(step).max() < 1e-10:
@@ -247,7 +283,7 @@ def bradley_terry(wins, prior: float = PRIOR) -> np.ndarray:
 
 
 def _connected(wins: np.ndarray) -> bool:
-    """Whether everyone beat everyone, at least by way of others."""
+    """Whether every contender beat every other one, directly or through others."""
     from scipy.sparse.csgraph import connected_components
 
     matrices = wins.reshape(-1, *wins.shape[-2:])
@@ -257,11 +293,22 @@ def _connected(wins: np.ndarray) -> bool:
 def strengths(
     votes: Sequence[Vote], *, base: str | None = None, draws: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, dict]:
-    """contender -> {"wins", "ties", "losses", "strength", "elo"}, the strongest first; the last two with intervals.
+    """Strength of each contender by all votes.
 
-    strength: by bradley_terry; elo: 1000 for `base`, or for the mean where there is none, and 400 points for odds of 10
-    to 1. Intervals resample rows, with all the votes on a row together; at 95 % they held the truth in 92 to 95 % of
-    simulated sets of 60 to 600 votes.
+    Args:
+        votes: The votes, at least one.
+        base: The contender with an Elo of 1000; None: the mean has 1000.
+        draws: Number of resamples of rows. All votes on a row stay together. At 95 % the intervals covered the truth in
+            92 to 95 % of simulated sets of 60 to 600 votes.
+        seed: Seed of the resamples.
+        level: Level of the intervals.
+
+    Returns:
+        {contender: {"wins", "ties", "losses", "strength", "elo"}}, the strongest first. `strength` is that of
+        bradley_terry. In `elo` odds of 10 to 1 are 400 points. These two have intervals.
+
+    Raises:
+        FtjaxError: If there is no vote, or none on `base`.
     """
     if not votes:
         raise FtjaxError("strengths: there is no vote")

@@ -1,4 +1,4 @@
-"""The verdict for a reader: one page of HTML that needs no other file, Markdown, and a table for the terminal."""
+"""The verdict as a page of HTML that needs no other file, as Markdown, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ftjax.evaluation.tables import grid
 from ftjax.pages import page
 from ftjax.verdict.decision import NO, YES, amount, chance, gap, named, paid, seconds, short, sig, span
 
-COPIED = 8  # words of a run that counts as copied
-SCORES = "scores.png"  # the picture that stands with the decision
+COPIED = 8  # words of an n-gram that counts as copied
+SCORES = "scores.png"  # the picture next to the decision
 
 # ---------------------------------------------------------------------------------------------- words
 
 
 def question(data: dict) -> str:
-    """What was asked, in a sentence."""
+    """The question of the comparison, in a sentence."""
     others = [entry["name"] for entry in data["contenders"] if entry["name"] != data["base"]]
     asked = f"which of {named(others)} has" if len(others) > 1 else f"does {named(others)} have"
     return (
@@ -35,7 +35,7 @@ def answer(data: dict) -> str:
 
 
 def detail(data: dict) -> str:
-    """What else came out, in a paragraph."""
+    """Further results, in a paragraph."""
     metric, entries = data["metric"], {entry["name"]: entry for entry in data["contenders"]}
     sign = 1 if data["higher"] else -1
     highest = max(sign * entry["figures"][metric]["value"] for entry in entries.values())
@@ -59,18 +59,18 @@ def detail(data: dict) -> str:
 
 
 def spread(rows: list, n: int) -> list:
-    """n of them, evenly apart."""
+    """n rows at even distances, or all rows if there are fewer."""
     n = min(n, len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 
 
 # ---------------------------------------------------------------------------------------------- tables
 
-Table = tuple[list[str], list[list[str]]]  # titles, and cells as text
+Table = tuple[list[str], list[list[str]]]  # (titles, rows of cells as text)
 
 
 def scores(data: dict) -> Table:
-    """Figures and verdicts, a contender a row."""
+    """The table of figures and verdicts, with one row per contender."""
     metric = data["metric"]
     others = [name for name in data["contenders"][0]["figures"] if name != metric]
     titles = ["contender", "seeds", f"{metric} {'↑' if data['higher'] else '↓'}", f"beside {data['base']}", "p"]
@@ -87,7 +87,7 @@ def scores(data: dict) -> Table:
 
 
 def costs(data: dict) -> Table:
-    """What each contender costs."""
+    """The table of costs, with one row per contender."""
     titles = ["contender", "trained parameters", "training", "with validation and compiling", "training costs"]
     titles += ["training FLOPs", "training energy", "prompt tokens", "ms a request", "FLOPs a request"]
     titles += ["energy a request", "1,000 requests cost", "fixed a month", f"a month of {data['requests']:,} requests"]
@@ -109,7 +109,7 @@ def costs(data: dict) -> Table:
 
 
 def _if(x: float | None, how, *args) -> str:
-    """A cell; empty where there is no number, or none but 0."""
+    """The text of a cell; empty if the number is missing, 0 or not finite."""
     return how(float(x), *args) if x and math.isfinite(x) else ""
 
 
@@ -118,7 +118,7 @@ def _joules(x: float) -> str:
 
 
 def changes(data: dict) -> Table:
-    """What else each contender does, beside the task."""
+    """The table of other changes beside the task, with one row per contender."""
     refused = list(data["contenders"][0]["refused"])
     titles = ["contender", "loss on general text", "KL from the base", "copied from training"]
     titles += ["unsupported by its passages"]
@@ -132,7 +132,7 @@ def changes(data: dict) -> Table:
 
 
 def learning(data: dict) -> Table:
-    """Means over runs and their standard deviations, an amount of rows a row."""
+    """The table of means over runs and their standard deviations, with one row per amount of rows."""
     titles = ["rows", *(one["name"] for one in data["curves"])]
     by = [{point["amount"]: point["values"] for point in one["points"]} for one in data["curves"]]
     every = sorted({n for points in by for n in points})
@@ -149,7 +149,7 @@ def _runs(values: list[float]) -> str:
 
 
 def laws(data: dict) -> list[str]:
-    """What the law of each learning curve says, and whether it held."""
+    """A text for each learning curve: its law, and whether the prediction from the smaller amounts was right."""
     out = []
     for one in data["curves"]:
         text = f"{one['name']}: {one['says']}."
@@ -171,7 +171,7 @@ LAW = (
 
 
 def _filled(titles: list[str], lines: list[list[str]]) -> Table:
-    """Without columns of empty cells."""
+    """The table without columns of which all cells are empty."""
     kept = [k for k in range(len(titles)) if any(line[k] for line in lines)]
     return [titles[k] for k in kept], [[line[k] for k in kept] for line in lines]
 
@@ -180,7 +180,7 @@ PARTS = ("why", "cost", "risk")  # of a decision
 
 
 def meanings(data: dict) -> list[str]:
-    """What each contender and each metric is."""
+    """A description of each contender and each metric."""
     out = [f"{entry['name']}: {entry['is']}." for entry in data["contenders"]]
     return out + [f"{name}: {text}." for name, text in data["metrics"].items()]
 
@@ -197,7 +197,7 @@ def table(data: dict) -> str:
 
 
 def notes(data: dict) -> list[str]:
-    """How to read the figures."""
+    """Notes on how to read the figures."""
     by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
     by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
     beside = len(changes(data)[0]) > 1
@@ -208,7 +208,7 @@ def notes(data: dict) -> list[str]:
 
 
 def words(text: str, other: str) -> list[tuple[str, bool]]:
-    """Runs of words of a text, and whether they are missing in the other at that place."""
+    """Runs of words of a text, each with whether the other text lacks it at that place."""
     own, theirs = text.split(), other.split()
     codes = difflib.SequenceMatcher(None, theirs, own, autojunk=False).get_opcodes()
     return [(" ".join(own[b1:b2]), code != "equal") for code, _, _, b1, b2 in codes if b2 > b1]
@@ -218,12 +218,13 @@ def words(text: str, other: str) -> list[tuple[str, bool]]:
 
 
 def markdown(data: dict) -> str:
-    """The report as Markdown, its pictures in files beside it."""
+    """The report as Markdown. Its pictures are files next to it."""
     return re.sub(r"\n{3,}", "\n\n", page("verdict.md", meanings=meanings(data), **_values(data)))
 
 
 def html(data: dict, folder: Path) -> str:
-    """One page that asks for nothing from elsewhere; folder: where the pictures lie, which go into the page."""
+    """The report as one HTML page that loads nothing else. folder: the folder of the pictures, which are embedded in
+    the page."""
     findings: dict[str, list[dict]] = {}
     for finding in data["findings"]:
         findings.setdefault(finding["check"], []).append(finding)
@@ -239,7 +240,7 @@ def html(data: dict, folder: Path) -> str:
 
 
 def _values(data: dict) -> dict:
-    """What both pages show; a table or a list that is empty has no section."""
+    """Values for both pages. A table or list that is empty or None gets no section."""
     beside, pictures = changes(data), data["pictures"].items()
     return {
         "data": data,

@@ -1,5 +1,5 @@
-"""The rows of runs: parts that each seed would split off train otherwise, split once, into files; and the content of
-all files that a run reads, which belongs to what the run is."""
+"""The rows of runs. Parts that each seed would split off train differently are split once, into files. The content of
+all files that a run reads is part of what identifies the run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from ftjax.files import write_jsonl
 from ftjax.hub import resolve
 from ftjax.hub.fingerprint import record
 
-# Fields that name files or folders which a run reads.
+# Fields that name files or folders that a run reads.
 READ = ("data.train", "data.validation", "data.test", "data.mixture", "data.augment.function", "data.template")
 READ += ("data.decontaminate", "tuning.init_from", "evaluate.metrics", "evaluate.forgetting")
 
 
 def contents(config) -> dict[str, str]:
-    """`content of FIELD` -> digest of what the files and folders hold that this field of a config names.
+    """Digests of the files and folders that the fields of a config name.
 
-    A data set or model that is named on the hub has the digest of its name alone.
+    A data set or an adapter that is named on the hub has no digest: only its name in the config identifies it.
+
+    Returns:
+        {`content of FIELD`: digest}.
     """
     fields = configs.flat(config)
     model = resolve.resolve(config.model.path, config.model.revision)
@@ -52,7 +55,7 @@ def _texts(value) -> Iterator[str]:
 
 
 def _files(text: str) -> list[Path]:
-    """The files that a text names as data.train does, or as "file.py:name" does; none where it names none."""
+    """The files that a text names, as in data.train or as "file.py:name"; none if it names none."""
     path = Path(assets.resolve(text))
     if path.is_file():
         return [path]
@@ -64,13 +67,13 @@ def _files(text: str) -> list[Path]:
 
 
 def _state(file: Path) -> tuple[str, int, int]:
-    """Name, size and time of change: a file that keeps them is not read again."""
+    """Name, size and time of modification. A file with the same state is not read again."""
     return file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
 def _of_model(folder: Path, state: tuple) -> str:
-    """Of the weights and the tokenizer of a directory, as a run's own record has them."""
+    """Digest of the weights and the tokenizer in a directory, as in a run's own record."""
     known = record(folder, "")
     text = json.dumps([known["weights"], known["tokenizer"]], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -83,10 +86,18 @@ def _digest(file: Path, state: tuple) -> str:
 
 
 def fix_rows(config, folder: Path, say) -> None:
-    """Where parts are split off train by the seed, split them by the config's, into files that the config then names.
+    """Split parts off train by the config's seed and write them to files, which the config then names.
 
-    The files lie in `folder`. Where that holds other rows, which earlier runs have read, they lie in a folder beside
-    it. Raises FtjaxError for a mixture, whose sources have no files of their own for that.
+    Nothing is done if no part is to be split off. If `folder` holds other rows, which earlier runs have read, the files
+    go to a new folder next to it.
+
+    Args:
+        config: The config, which is changed.
+        folder: Folder of the files.
+        say: Called with each line for a person.
+
+    Raises:
+        FtjaxError: If parts are to be split off a data.mixture, because its sources have no files of their own.
     """
     data = config.data
     open_parts = [part for part, share in zip(PARTS, data.split) if part != "train" and share and not data[part]]
@@ -119,7 +130,7 @@ def fix_rows(config, folder: Path, say) -> None:
 
 
 def _of_folder(folder: Path) -> str:
-    """Digest of the rows of its parts."""
+    """Digest of the rows of all parts in a folder."""
     files = [folder / f"{part}.jsonl" for part in PARTS]
     texts = [f"{f.name} {_digest(f, _state(f))}" for f in files if f.is_file()]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`ftjax compare`: contenders on the same held-out rows, what they cost, what is amiss, and one report of it all."""
+"""`ftjax compare`: measure contenders on the same held-out rows, check the comparison, and write one report."""
 
 from __future__ import annotations
 
@@ -33,17 +33,29 @@ from ftjax.verdict.rows import fix_rows
 from ftjax.verdict.setting import Setting, held_out_labels, setting
 from ftjax.verdict.sweep import AnotherRun
 
-UNTRAINED = ("prompt", "majority")  # kinds of contenders that no training made
+UNTRAINED = ("prompt", "majority")  # kinds of contenders without training
 
 
 def compare(
     config: configs.ConfigDict, out: str | Path | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """The verdict on `config.compare.contenders`, the first of which is the base, as plain data.
+    """Compare the contenders of `config.compare.contenders`, the first of which is the base, and write the report.
 
-    Runs are trained into folders of config.run_dir, each once, see ftjax.verdict.sweep. Writes verdict.html,
-    verdict.md, verdict.json with the figures and the config, answers.jsonl and pictures to `out`, None: config.run_dir.
-    Raises FtjaxError for contenders, rows and settings that cannot be used.
+    Contenders that need training are trained in subfolders of `config.run_dir`. A run that has ended is not trained
+    again, see ftjax.verdict.sweep.
+
+    Args:
+        config: The config.
+        out: Folder for verdict.html, verdict.md, verdict.json (the figures and the config), answers.jsonl, the pictures
+            and, if `compare.ballots` is set, the ballots. None: `config.run_dir`.
+        say: Called with each line for a person.
+
+    Returns:
+        The verdict as plain data, as in verdict.json.
+
+    Raises:
+        FtjaxError: If contenders, rows or settings cannot be used, if the base failed, or if fewer than two contenders
+            could be measured.
     """
     config = configs.copy(config)
     configs.validate(config)
@@ -61,7 +73,7 @@ def compare(
     fix_rows(config, folder / "rows", say)
     found, known = setting(config, folder), {}
     if curved:
-        amounts(found)  # what is wrong with them is told before anything is trained
+        amounts(found)  # raises for wrong amounts before anything is trained
     lost: dict[str, str] = {}
     tried = {c.name: _tried(c.name, lost, say, functools.partial(measure, c, found, known, say)) for c in asked}
     measured = {name: m for name, m in tried.items() if m is not None}
@@ -98,8 +110,8 @@ def compare(
 
 
 def _tried(name: str, lost: dict[str, str], say, run):
-    """What `run` returns. Where it fails, None, and the reason goes to `lost`, so that the others go on; but not where
-    a folder holds another run, which the person has to settle."""
+    """Return what `run` returns, or None if it fails, so that the other contenders go on. The reason of a failure is
+    added to `lost`. AnotherRun is raised, because only the user can settle it."""
     try:
         return run()
     except AnotherRun:
@@ -113,7 +125,8 @@ def _tried(name: str, lost: dict[str, str], say, run):
 
 
 def _metric(config) -> tuple[str, dict]:
-    """What the verdict is about, and which way it is better, as curve.fit takes it; evaluate.metrics then has it."""
+    """(the metric that the verdict is about, its direction and bounds as arguments of curve.fit). The metric is added
+    to evaluate.metrics."""
     if config.task.kind in LABELLED:
         return LABELLED[config.task.kind], {"higher": True, "worst": 0.0}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
@@ -130,7 +143,7 @@ def _metric(config) -> tuple[str, dict]:
 
 
 def bounds(metric: str) -> statistics.Bounds:
-    """The lowest and the highest score of a row by a metric; None where it has no bounds."""
+    """The lowest and the highest score of a row by a metric; None if it has no bounds."""
     best = 1.0 if metric in LABELLED.values() else metrics.find(metric).best
     return None if best is None else (0.0, best or 1.0)
 
@@ -139,7 +152,17 @@ def bounds(metric: str) -> statistics.Bounds:
 
 
 def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: bool) -> Case:
-    """Verdicts on every contender beside the first."""
+    """The comparison with a verdict on every contender against the first.
+
+    Args:
+        found: The setting.
+        measured: {name: Measured}, the base first.
+        metric: The metric that the verdict is about.
+        higher: Whether more of it is better.
+
+    Returns:
+        The Case.
+    """
     base = next(iter(measured))
     scores = {name: m.scores[metric] for name, m in measured.items()}
     how = {"higher": higher, "seed": found.config.seed, "bounds": bounds(metric)}
@@ -147,7 +170,17 @@ def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: b
 
 
 def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
-    """All that the report says, as plain data; curves: see ftjax.verdict.amounts."""
+    """All content of the report as plain data.
+
+    Args:
+        case: The comparison, from `judged`.
+        metric: The metric that the verdict is about.
+        higher: Whether more of it is better.
+        curves: Learning curves, see ftjax.verdict.amounts.learning_curve.
+
+    Returns:
+        The content of verdict.json without what `compare` adds: config, version, command, pictures and samples.
+    """
     measured, config = case.measured, case.setting.config
     n = measured[case.base].scores[metric].shape[-1]
     kinds = {name: m.contender.kind for name, m in measured.items()}
@@ -196,8 +229,8 @@ def _best(names: list[str], measured, metric, higher) -> str:
 
 
 def _against(untrained: str, kinds, measured, metric, higher, seed) -> dict[str, statistics.Verdict]:
-    """Verdicts on what was trained, beside the best of what was not. The latter was chosen by these rows, which favours
-    it: what is better than it is better all the more."""
+    """Verdicts on trained contenders against the best untrained one. The latter was chosen on these rows, which favours
+    it: a contender that still beats it is better all the more."""
     names = [untrained, *(name for name, kind in kinds.items() if kind not in UNTRAINED)]
     if len(names) < 2:
         return {}
@@ -207,7 +240,7 @@ def _against(untrained: str, kinds, measured, metric, higher, seed) -> dict[str,
 
 
 def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
-    """The mean of scores (S, N) with its interval over rows and seeds."""
+    """The mean of scores (S, N), with its interval over rows and seeds."""
     low, high = statistics.score_interval(scores, bounds(metric))
     return {"value": float(scores.mean()), "low": float(low), "high": float(high)}
 
@@ -224,15 +257,16 @@ def _verdict(verdict: statistics.Verdict | None) -> dict | None:
 
 
 def _wins(measured: Measured, base: Measured, metric: str, higher: bool) -> dict | None:
-    """On how many rows it scores better than the base, by the means over seeds."""
+    """Shares of rows on which a contender scores better than the base, by the means over seeds; None for the base
+    itself."""
     if measured is base:
         return None
     return win_rate(measured.scores[metric].mean(0), base.scores[metric].mean(0), higher=higher)
 
 
 def _copied(measured: Measured, found: Setting) -> float | None:
-    """Share of the runs of COPIED words in its answers that training answers have; None where it has no such runs, or
-    was not trained here."""
+    """Share of the n-grams of COPIED words in a contender's answers that also occur in training answers. None if the
+    answers have no such n-gram, or if the contender was not trained here."""
     if not found.questions or measured.contender.kind != "tuned":
         return None
     training = [template.reference(rendered).split() for rendered, _ in found.data.train.each()]
@@ -248,7 +282,7 @@ def _device() -> str:
 
 
 def _answers(found: Setting, measured: dict[str, Measured], metric: str):
-    """One record a question: what was asked, what is right, and what each contender said, of its first seed."""
+    """One record per question: the prompt, its references, and the answer and score of each contender's first seed."""
     if found.questions:
         shown = [template.question(q.rendered) for q in found.questions]
         right = [q.references for q in found.questions]
@@ -262,7 +296,16 @@ def _answers(found: Setting, measured: dict[str, Measured], metric: str):
 
 
 def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]:
-    """The pictures that the figures allow: caption -> file in `out`."""
+    """Draw the pictures for which there are figures.
+
+    Args:
+        data: The verdict as plain data, from `plain`.
+        measured: {name: Measured}, the base first.
+        out: Folder for the PNG files.
+
+    Returns:
+        {caption: name of the file in `out`}.
+    """
     drawn, metric = {}, data["metric"]
     entries = {entry["name"]: entry for entry in data["contenders"]}
     shown = {name: entry["figures"][metric] for name, entry in entries.items()}

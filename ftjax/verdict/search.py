@@ -1,4 +1,4 @@
-"""Which settings a sweep runs: every point of a grid, or points drawn from lists and ranges.
+"""The points of a sweep: every point of a grid, or points drawn from lists and ranges.
 
 A point is a tuple of texts `key=value`, in the order of the axes.
 """
@@ -15,14 +15,21 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 
-THIRD = 3  # of the points of a rung, one in so many goes on, with so many times the budget
+THIRD = 3  # one point in three goes to the next rung, with three times the budget
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(:log)?")
 Point = tuple[str, ...]
 
 
 class Range(NamedTuple):
-    """Numbers from low to high; log: each factor between them as likely as any other."""
+    """Numbers from low to high.
+
+    Attributes:
+        low: The lowest number.
+        high: The highest number.
+        log: Whether the logarithm is uniform, instead of the number.
+        whole: Whether numbers are rounded to whole ones.
+    """
 
     low: float
     high: float
@@ -30,7 +37,7 @@ class Range(NamedTuple):
     whole: bool
 
     def at(self, share: float) -> str:
-        """The number that so large a share of the range lies below."""
+        """The quantile `share` of the range, as text."""
         low, high = (math.log(x) if self.log else x for x in self[:2])
         x = low + share * (high - low)
         x = math.exp(x) if self.log else x
@@ -38,16 +45,21 @@ class Range(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A field of the config, and the values that it takes in turn, or the range that they are drawn from."""
+    """A field of the config, with the values of a grid or the range to draw from."""
 
     key: str
     values: tuple | Range
 
 
 def axes(grid: Sequence[str], drawn: bool = False) -> list[Axis]:
-    """`tuning.rank=4,8,16`, and where points are drawn `optim.lr=1e-5..1e-3:log` -> its axis, of each text.
+    """Parse the axes of a grid.
 
-    Raises FtjaxError for anything else, and a key named twice.
+    Args:
+        grid: Texts such as `tuning.rank=4,8,16`.
+        drawn: Whether points are drawn; a text may then be a range, such as `optim.lr=1e-5..1e-3:log`.
+
+    Raises:
+        FtjaxError: If a text is anything else, if a key occurs twice, or if it is `seed` or `run_dir`.
     """
     found = []
     for text in grid:
@@ -63,7 +75,7 @@ def axes(grid: Sequence[str], drawn: bool = False) -> list[Axis]:
 
 
 def _list(values: str) -> tuple:
-    # A comma within brackets or quotes is a value's own.
+    # A comma within brackets or quotes is part of a value.
     parts = re.findall(r"""(?:[^,("'\[]|\([^)]*\)|\[[^\]]*\]|"[^"]*"|'[^']*')+""", values)
     return tuple(dict.fromkeys(parts))
 
@@ -81,12 +93,12 @@ def _range(text: str, values: str, drawn: bool) -> Range | None:
 
 
 def every(found: list[Axis]) -> list[Point]:
-    """All points of a grid."""
+    """All points of the grid."""
     return [_point(found, values) for values in itertools.product(*(axis.values for axis in found))]
 
 
 def drawn(found: list[Axis], n: int, seed: int) -> list[Point]:
-    """n different points, fewer where there are no more; the first of them are those of a smaller n."""
+    """Draw n different points; fewer if there are not so many. The points of a smaller n are the first of them."""
     points, rng = {}, np.random.default_rng(seed)
     for _ in range(100 * n):
         shares = rng.random(len(found))
@@ -107,7 +119,7 @@ def _point(found: list[Axis], values) -> Point:
 
 
 def rungs(points: int) -> list[int]:
-    """How many points each rung of successive halving runs (Jamieson & Talwalkar 2016): all, a third, ..., one."""
+    """Number of points on each rung of successive halving (Jamieson & Talwalkar 2016): all, a third, ..., one."""
     found = [points]
     while found[-1] > 1:
         found.append(math.ceil(found[-1] / THIRD))

@@ -1,4 +1,4 @@
-"""What all contenders of a comparison share: the rows that are asked, the base, and how models are opened."""
+"""What all contenders of a comparison share: the held-out rows, the base, and how models are opened."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ class Question(NamedTuple):
 
 
 def questions(part, tokenizer, end: str = "", most: int = 0) -> list[Question]:
-    """The first `most` distinct questions of a part (0: all), each with the answers of all rows that ask it.
+    """The distinct questions of a part, each with the answers of all rows that ask it.
 
-    tokenizer, end: see tokenise.reference.
+    Args:
+        part: A Part of ftjax.data.prepare.
+        tokenizer, end: See ftjax.data.tokenise.reference.
+        most: Number of questions, the first ones; 0: all.
 
-    Raises FtjaxError where rows ask nothing.
+    Raises:
+        FtjaxError: If a row of plain text has no prompt.
     """
     found: dict[str, Question] = {}
     for rendered, row in part.each():
@@ -55,21 +59,21 @@ def _before_answer(rendered: Rendered) -> list[dict]:
 
 
 class Setting(NamedTuple):
-    """What all contenders share. questions: empty, and base: None, for labelled tasks."""
+    """What all contenders share. For labelled tasks `questions` is empty and `base` is None."""
 
     config: object
-    folder: Path  # of the runs
+    folder: Path  # folder of the runs
     data: Data
     questions: list[Question]
     library: Library
     base: LM | None
     documents: list[str]  # general text, on which forgetting is measured
-    sensitive: dict[str, list[Rendered]]  # `unsafe`, `harmless` -> what is asked
-    read_by: tuple = ()  # of labelled rows, what their tokens depend on
+    sensitive: dict[str, list[Rendered]]  # `unsafe`, `harmless` -> prompts
+    read_by: tuple = ()  # what the tokens of labelled rows depend on, see `read_by`
 
 
 def setting(config, folder: Path) -> Setting:
-    """Reads rows and the base. Raises FtjaxError for a part without rows."""
+    """Read the rows and the base. Raises FtjaxError if the part of evaluate.compare_on has no rows."""
     comp, on = config.compare, config.evaluate.compare_on
     causal = config.task.kind == "causal"
     if causal:
@@ -95,12 +99,12 @@ def setting(config, folder: Path) -> Setting:
 
 
 def read_by(words, labels: tuple[str, ...], max_tokens: int, pool: str) -> tuple:
-    """What the tokens of labelled rows depend on, beside the config."""
+    """All that the tokens of labelled rows depend on besides the config."""
     return fingerprint(words), tuple(labels), max_tokens, pool
 
 
 def _labelled_data(config) -> tuple[Data, tuple]:
-    """Rows with labels, as training with the config's own model reads them, and their `read_by`."""
+    """Labelled rows, encoded as for training the config's own model, and their `read_by`."""
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     known = families.label_names(folder) if shape.head.task == TASKS[config.task.kind].head else ()
@@ -111,7 +115,8 @@ def _labelled_data(config) -> tuple[Data, tuple]:
 
 
 def _asked(source: str, key: str, data) -> list[Rendered]:
-    """Prompts of a file: conversations by the chat template, where the task's rows are so or the file has messages."""
+    """Prompts of a file. They are conversations in the chat template if `data.template` is set or a row has messages,
+    else plain text."""
     table, out = read.read_table(assets.resolve(source), key), []
     for _, rows in table.chunks():
         for row in rows:
@@ -124,9 +129,10 @@ def _asked(source: str, key: str, data) -> list[Rendered]:
 
 
 def open_model(source: str, config) -> LM:
-    """A model as contenders are asked: with the config's chat template and the token that ends its answers.
+    """Open a model to answer as contenders do: with the config's chat template and the token that ends its answers.
 
-    source: see ftjax.load; empty: the config's own model, as it is. Raises FtjaxError for a model of another task.
+    source: see ftjax.load; empty: the config's own model without training. Raises FtjaxError if the model's task is
+    another one.
     """
     if not source:
         return open_base(resolve.resolve(config.model.path, config.model.revision), config.model.dtype, config)[0]
@@ -141,13 +147,13 @@ def open_model(source: str, config) -> LM:
 
 
 def held_out_labels(setting: Setting) -> list[str]:
-    """The label of each row that is judged; several as one text."""
+    """The label of each row that is evaluated; several labels are joined into one text."""
     config, data = setting.config, setting.data
     return labels(data, getattr(data, config.evaluate.compare_on))[: config.evaluate.compare_rows or None]
 
 
 def labels(data: Data, part) -> list[str]:
-    """The label of each example of a part; several as one text."""
+    """The label of each example of a part; several labels are joined into one text."""
     targets = part.examples.targets[part.examples.first]
     if targets.ndim == 1:
         return [data.labels[int(target)] for target in targets]
@@ -155,5 +161,5 @@ def labels(data: Data, part) -> list[str]:
 
 
 def as_text(label) -> str:
-    """One label as it is, several with commas between."""
+    """One label as it is; several labels with commas between them."""
     return label if isinstance(label, str) else ", ".join(label)

@@ -1,12 +1,13 @@
 """Whether one contender is better than another on the same rows: difference, interval, test, power, verdict.
 
-N rows, S seeds of a contender. Scores are (..., S, N): how each run scored on each row. Leading axes are pairs that are
-compared at once.
+N rows, S seeds of a contender. Scores are arrays (..., S, N): the score of each run on each row. The leading axes are
+pairs of contenders that are compared at once.
 
-Rows and seeds are both samples: the question is about other rows of the kind, and about training again. A score is
-taken as mean + seed + row + rest, with seeds that are independent from contender to contender, so that the variance of
-a difference of means has a part of rows and a part of seeds (`spread`). With one seed there is nothing to be said of
-seeds: the verdict is about that very run, which is fair for a base model that is not trained.
+Rows and seeds are both samples, because the question is about other rows of the same kind and about training again. A
+score is modelled as mean + seed effect + row effect + residual. Seed effects are independent between contenders, so
+that the variance of a difference of means has a part from rows and a part from seeds (`spread`). With one seed, nothing
+is known about the variance between seeds. The verdict is then about that very run, which is fair for a base model that
+is not trained.
 """
 
 from __future__ import annotations
@@ -20,32 +21,40 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation.resample import BLOCK, mean_interval
 
-LEVEL = 0.95  # of intervals; 1 - LEVEL is the rate of false alarms
-POWER = 0.8  # chance to tell a difference that is there
+LEVEL = 0.95  # level of the intervals; 1 - LEVEL is the rate of false positives
+POWER = 0.8  # probability of detecting a true difference
 DRAWS = 10_000
-MOST = 1e12  # rows; more count as infinitely many
-LEAST = 1e-100  # p / 2
-Bounds = tuple[float, float] | None  # the lowest and the highest score that there can be; None: there are none
-CLOSE = 1e-9  # sums that differ by less, of the sum of all magnitudes, are ties
+MOST = 1e12  # rows; a larger number counts as infinite
+LEAST = 1e-100  # lower end of the search for p / 2
+Bounds = tuple[float, float] | None  # lowest and highest possible score; None: no bounds
+CLOSE = 1e-9  # sums are ties if they differ by less than this share of the sum of all magnitudes
 
 
 class Spread(NamedTuple):
-    """A difference of means and what it varies by; arrays of the leading axes."""
+    """A difference of means and the parts of its variance. Arrays have the shape of the leading axes."""
 
     difference: np.ndarray  # a - b
-    rows: np.ndarray  # variance from row to row of what all seeds of a contender share
-    seeds: np.ndarray  # variance of the seeds' means over these n rows, each contender's by its S, added
-    rest: np.ndarray  # what a single row adds to `seeds`: falls as 1 / n
+    rows: np.ndarray  # variance between rows of the part that all seeds of a contender share
+    seeds: np.ndarray  # variance of the runs' means over these n rows, divided by S, summed over both
+    rest: np.ndarray  # residual variance of one row; `seeds` contains rest / n
     df: np.ndarray  # degrees of freedom of `seeds`
     n: int  # rows
 
     def half(self, tail, n=None) -> np.ndarray:
-        """Half the width of the interval of which a share `tail` lies on either side, were there `n` rows.
+        """Half the width of the confidence interval that leaves a share `tail` on either side, with `n` rows.
 
-        The interval of a sum of independent parts from those of the parts: their halves, by Student's t each, are added
-        as squares (Howe 1974; Zou & Donner 2008). With three seeds or more of what is trained, an interval at 95 % held
-        the truth in 95 to 98 % of simulated sets, whatever the shares of rows and seeds; with two, in 94 % at worst.
-        One t for the summed variance (Satterthwaite 1946) held it in 92 % where three seeds matter more than the rows.
+        The half widths of rows and of seeds, each by Student's t, are added as squares, as for a sum of independent
+        parts (Howe 1974; Zou & Donner 2008). In simulations with three seeds or more of what is trained, an interval at
+        95 % covered the truth in 95 to 98 % of sets, whatever the shares of rows and seeds. With two seeds the worst
+        coverage was 94 %. With one t for the summed variance (Satterthwaite 1946) the coverage was 92 % if three seeds
+        matter more than the rows.
+
+        Args:
+            tail: Probability on either side of the interval.
+            n: Number of rows; None: as many as were measured.
+
+        Returns:
+            Array of the leading axes.
         """
         from scipy import stats
 
@@ -56,23 +65,24 @@ class Spread(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`compare` of a and b; arrays of the leading axes, plain numbers where there are none."""
+    """The result of `compare(a, b)`. Fields are arrays of the leading axes, and plain numbers if there are none."""
 
-    difference: np.ndarray  # of means, a - b
+    difference: np.ndarray  # difference of means, a - b
     low: np.ndarray
     high: np.ndarray
-    p: np.ndarray  # two-sided, of no difference
+    p: np.ndarray  # two-sided, for no difference
     spread: Spread
     seeds: tuple[int, int]
-    informative: np.ndarray  # rows on which the two differ
-    size: np.ndarray  # mean size of the difference on those; where there are none, the largest that a row can show
-    reach: float  # the largest difference that there can be; inf without bounds
+    informative: np.ndarray  # number of rows on which the two differ
+    size: np.ndarray  # mean absolute difference on those; if there are none, the largest possible one of a row
+    reach: float  # the largest possible difference of means; inf without bounds
 
     def smallest(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
-        """The smallest true difference that these rows and seeds would show with chance `power`, tested at `alpha`.
+        """The smallest true difference that these rows and seeds detect with probability `power` at level `alpha`.
 
-        So few informative rows as may be found show little of their variance. So it is at least the difference with
-        which enough rows for the sign test differ with that chance; infinite where not even the largest would show.
+        A few informative rows show little of their variance. Therefore the result is at least the difference at which,
+        with probability `power`, enough rows differ for the sign test. It is infinite if even the largest possible
+        difference would not be detected.
         """
         from scipy import stats
 
@@ -82,9 +92,10 @@ class Comparison(NamedTuple):
         return np.where(found > self.reach, np.inf, found)[()]
 
     def needed(self, alpha: float = 1 - LEVEL, power: float = POWER) -> np.ndarray:
-        """Rows with which a true difference as large as the one found would show; inf where no number would do.
+        """Number of rows that detect a true difference as large as the one found; inf if no number of rows does.
 
-        It takes the difference found for the true one, which is a guess: a figure to plan by.
+        Detection has probability `power` at level `alpha`. The difference found is taken for the true one, which is a
+        guess, so use the result for planning only.
         """
 
         def unseen(log_n):
@@ -99,27 +110,30 @@ class Comparison(NamedTuple):
 
 
 def _least(alpha: float) -> int:
-    """Rows that must differ before any sign test can be below alpha: its p is at least 2 / 2^rows."""
+    """Number of rows that must differ before the p of a sign test can be below alpha: it is at least 2 / 2^rows."""
     return math.floor(math.log2(2 / alpha)) + 1
 
 
 def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bounds: Bounds = None) -> Comparison:
     """How much higher a scores than b, on the same rows in the same order.
 
-    The interval is that of the rows (`difference_interval` of the means over seeds), widened for seeds by the squares
-    of both parts (Zou & Donner 2008). p is that of `sign_flips` of the means over seeds; with several seeds it is the
-    larger of that and of the p by Student's t of rows and seeds (`Spread.half`), so that neither few seeds nor few
-    rows that differ can show what they cannot know.
+    The interval is that of the rows (`difference_interval` of the means over seeds), widened for seeds by adding the
+    squares of both parts (Zou & Donner 2008). p is that of `sign_flips` of the means over seeds. With several seeds it
+    is the larger of that and the p by Student's t of rows and seeds (`Spread.half`), so that neither a few seeds nor a
+    few rows that differ appear to prove more than they can.
 
     Args:
         a, b: Scores (..., S, N) or (N,).
-        level: Of the interval.
-        draws: Of the sign flips.
-        seed: Of these draws.
-        bounds: (lowest, highest) score that there can be; None: 0 and 1 where all scores lie between these, else none.
+        level: Level of the interval.
+        draws: Number of draws of the sign flips.
+        seed: Seed of these draws.
+        bounds: (lowest, highest) possible score; None: 0 and 1 if all scores lie between these, else no bounds.
+
+    Returns:
+        The Comparison of a and b.
 
     Raises:
-        FtjaxError: Where rows differ in number, are fewer than two, or hold what is no number.
+        FtjaxError: If a and b have different numbers of rows or fewer than two, or if a score is NaN or infinite.
     """
     from scipy import stats
 
@@ -130,7 +144,7 @@ def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bo
     lowest, highest = _range(bounds, a, b)
     found, seeds = spread(a, b), (a.shape[-2], b.shape[-2])
     paired = a.mean(-2) - b.mean(-2)
-    # Of single runs: means over seeds differ by less than a row may.
+    # Over single runs, because means over seeds differ by less than a row of one run may.
     largest = np.maximum(a.max(-2) - b.min(-2), b.max(-2) - a.min(-2)).max(-1)
     low, high = difference_interval(paired, np.where(largest > 0, largest, highest - lowest), level)
     p = sign_flips(paired, draws=draws, seed=seed)
@@ -153,32 +167,35 @@ def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bo
 
 
 def bounds_of(*scores) -> Bounds:
-    """0 and 1 where all scores lie between these."""
+    """(0, 1) if all scores lie between these, else None."""
     return (0.0, 1.0) if all(np.min(x) >= 0 and np.max(x) <= 1 for x in scores) else None
 
 
 def _range(bounds: Bounds, *scores) -> tuple[float, float]:
-    """The bounds, or else the lowest and the highest score found."""
+    """The bounds, or the lowest and the highest score found if there are no bounds."""
     return bounds or (min(float(np.min(x)) for x in scores), max(float(np.max(x)) for x in scores))
 
 
 def difference_interval(paired: np.ndarray, largest, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """How far below and above their mean the true mean of differences by row (..., N) may lie, each (...).
+    """How far below and above their mean the true mean of differences by row may lie.
 
-    What a wins and what it loses are two means of bounded scores, each with its `mean_interval`; their difference has
-    the interval of Zou & Donner (2008) for correlated parts, as Newcombe (1998) has it for paired proportions. So ties
-    on all rows leave an interval as wide as that of a share of 0.
+    What a wins and what it loses over the rows are two means of bounded scores, each with its `mean_interval`. Their
+    difference has the interval of Zou & Donner (2008) for correlated parts, as Newcombe (1998) has it for paired
+    proportions. If all rows tie, the interval is therefore as wide as that of a share of 0.
 
     Args:
-        paired: Differences by row.
-        largest: The largest difference that a row can show, (...).
-        level: Of the interval.
+        paired: Differences by row (..., N).
+        largest: The largest difference that a row can show (...).
+        level: Level of the interval.
+
+    Returns:
+        (distance below the mean, distance above the mean), each (...).
     """
     scale = np.where(np.asarray(largest) > 0, largest, 1.0)[..., None]
     won, lost = np.maximum(paired, 0) / scale, np.maximum(-paired, 0) / scale
     (won_low, won_high), (lost_low, lost_high) = (mean_interval(np.minimum(x, 1), level) for x in (won, lost))
     up, down, sd = won.mean(-1), lost.mean(-1), won.std(-1) * lost.std(-1)
-    together = np.divide(-up * down, sd, out=np.zeros_like(up), where=sd > 0)  # never on the same row
+    together = np.divide(-up * down, sd, out=np.zeros_like(up), where=sd > 0)  # correlation: no row is both
 
     def apart(x, y):
         return np.sqrt(x**2 + y**2 - 2 * together * x * y) * scale[..., 0]
@@ -187,8 +204,19 @@ def difference_interval(paired: np.ndarray, largest, level: float = LEVEL) -> tu
 
 
 def by_seeds(scores: np.ndarray, t, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
-    """How far below and above the mean of scores (..., S, N) that of all seeds may lie, each (...): `t` standard
-    errors, with bounds on the scale of logits between them, which few seeds near a bound need; 0 with one seed."""
+    """How far below and above the mean of some seeds' scores the mean of all seeds may lie.
+
+    It is `t` standard errors of the seeds' means. With bounds these are taken on the logit scale between the bounds,
+    because a few seeds near a bound need that.
+
+    Args:
+        scores: (..., S, N).
+        t: Quantile of Student's t, in standard errors.
+        bounds: (lowest, highest) possible score, or None.
+
+    Returns:
+        (distance below, distance above), each (...). Both are 0 with one seed.
+    """
     means = scores.mean(-1)
     mean, seeds = means.mean(-1), means.shape[-1]
     error = t * means.std(-1, ddof=1) / math.sqrt(seeds) if seeds > 1 else np.zeros(mean.shape)
@@ -203,7 +231,16 @@ def by_seeds(scores: np.ndarray, t, bounds: Bounds) -> tuple[np.ndarray, np.ndar
 
 
 def score_interval(scores, bounds: Bounds = None, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high), each (...), of the mean of scores (..., S, N) over rows and over seeds; within the bounds."""
+    """Confidence interval of the mean of scores over rows and over seeds.
+
+    Args:
+        scores: (..., S, N) or (N,).
+        bounds: (lowest, highest) possible score; None: as in `compare`. The interval stays within them.
+        level: Level of the interval.
+
+    Returns:
+        (low, high), each (...).
+    """
     from scipy import stats
 
     scores = _scores(scores, "scores")
@@ -217,10 +254,11 @@ def score_interval(scores, bounds: Bounds = None, level: float = LEVEL) -> tuple
 
 
 def spread(a: np.ndarray, b: np.ndarray) -> Spread:
-    """The parts of the variance of mean(a) - mean(b), by mean squares; a (..., S_a, N), b (..., S_b, N).
+    """The parts of the variance of mean(a) - mean(b), by mean squares; a is (..., S_a, N), b is (..., S_b, N).
 
-    What `rest` leaves in the seeds' means after N rows is counted with the seeds and taken off the rows, where a
-    negative part counts as 0; so each part is told by its own samples. Degrees of freedom of seeds are Welch's (1947).
+    What the residual leaves in the seeds' means after N rows is counted with the seeds and subtracted from the rows,
+    where a negative part counts as 0. Each part is thus estimated from its own samples. The degrees of freedom of the
+    seeds are Welch's (1947).
     """
     n = a.shape[-1]
     paired = a.mean(-2) - b.mean(-2)
@@ -239,7 +277,8 @@ def spread(a: np.ndarray, b: np.ndarray) -> Spread:
 
 
 def _turn(falls: Callable, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
-    """Where `falls` goes from True to False between low and high, (shape), by bisection; an end where it never does."""
+    """Where `falls` goes from True to False between low and high (shape), by bisection; one of the ends if it never
+    does."""
     low, high = np.full(shape, low), np.full(shape, high)
     for _ in range(60):
         middle = (low + high) / 2
@@ -249,15 +288,25 @@ def _turn(falls: Callable, low: float, high: float, shape: tuple[int, ...]) -> n
 
 
 def sign_flips(paired: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Two-sided p of no difference, from differences by row (..., N): which contender scored which way is a coin.
+    """Two-sided p for no difference, from differences by row (..., N). Without a difference, each row's sign is a coin
+    toss.
 
-    Draws from all 2^N ways (the paired permutation test), with the observed way among them. Ties count half (mid-p):
-    with right-or-wrong scores this is McNemar's mid-p test, which keeps its level where the exact test falls short of
-    it (Fagerland, Lydersen & Laake 2013). No p is below 2 / 2^(rows that differ): five such rows never tell.
+    This is the paired permutation test: draws from all 2^N sign patterns, with the observed pattern among them. Ties
+    count half (mid-p). For scores of 0 and 1 this is McNemar's mid-p test, which keeps its level where the exact test
+    falls short of it (Fagerland, Lydersen & Laake 2013). No p is below 2 / 2^(rows that differ), so five such rows are
+    never significant.
+
+    Args:
+        paired: Differences by row (..., N).
+        draws: Number of drawn patterns.
+        seed: Seed of the draws.
+
+    Returns:
+        p (...).
     """
     n = paired.shape[-1]
     flat = paired.reshape(-1, n).T
-    flat = flat[(flat != 0).any(1)]  # rows that say nothing, in no pair
+    flat = flat[(flat != 0).any(1)]  # leave out rows that tie in every pair
     observed, close = np.abs(flat.sum(0)), CLOSE * np.abs(flat).sum(0)
     above, equal = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
     for signs in _coins(len(flat), draws, seed):
@@ -269,15 +318,18 @@ def sign_flips(paired: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.n
 
 
 def _coins(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (B, n) of -1 and 1, `draws` rows in all."""
+    """Blocks (B, n) of -1 and 1, with `draws` rows in all."""
     rng, block = np.random.default_rng(seed), max(1, BLOCK // max(n, 1))
     for start in range(0, draws, block):
         yield rng.integers(2, size=(min(block, draws - start), n), dtype=np.int8) * 2.0 - 1
 
 
 def holm(p) -> np.ndarray:
-    """p values (M,) of M questions asked at once, made larger so that `< alpha` is wrong of any with chance alpha at
-    most, however they hang together (Holm 1979)."""
+    """Holm's (1979) adjustment of p values (M,) of M questions that are asked at once.
+
+    If an adjusted p counts as significant below alpha, the probability that any of the M is a false positive is at most
+    alpha, whatever the dependence between them.
+    """
     p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
@@ -286,14 +338,15 @@ def holm(p) -> np.ndarray:
 
 
 class Verdict(NamedTuple):
-    """What is said of a contender beside the base. Figures are for scores as given, `says` for what is better."""
+    """The verdict on a contender compared with the base. Figures are for scores as given; `says` is about which is
+    better."""
 
     says: str  # better | worse | cannot tell
-    text: str  # a row of a report
+    text: str  # cell of a report's row
     comparison: Comparison  # contender - base
-    p: float  # adjusted for all contenders
-    smallest: float  # difference that would have shown with chance POWER
-    needed: float  # rows for the difference found; inf: no number of rows
+    p: float  # adjusted by Holm over all contenders
+    smallest: float  # difference that would have been detected with probability POWER
+    needed: float  # rows that would detect the difference found; inf: no number of rows would
 
 
 def verdicts(
@@ -306,20 +359,23 @@ def verdicts(
     draws: int = DRAWS,
     bounds: Bounds = None,
 ) -> dict[str, Verdict]:
-    """Every contender but the base, in order -> its Verdict.
+    """Compare every contender with the base.
 
-    A contender is better or worse where its p, by Holm over all contenders, is below 1 - level; the intervals are each
-    at `level` and not adjusted. What could have shown is told at Holm's first and strictest step.
+    A contender is better or worse if its p, adjusted by Holm over all contenders, is below 1 - level. The intervals are
+    each at `level` and are not adjusted. `smallest` and `needed` are for Holm's first and strictest step.
 
     Args:
-        scores: Name -> (S, N) or (N,), of the same rows.
+        scores: {name: (S, N) or (N,)}, all of the same rows.
         base: The contender that the others are compared with.
         higher: Whether more is better.
-        level: Of the intervals.
+        level: Level of the intervals.
         seed, draws, bounds: See `compare`.
 
+    Returns:
+        {name: Verdict} of every contender but the base, in order.
+
     Raises:
-        FtjaxError: For an unknown base and for scores that cannot be compared.
+        FtjaxError: If the base is unknown or the scores cannot be compared.
     """
     if base not in scores:
         raise FtjaxError(f"verdicts: no contender {base!r}{nearest(base, scores)}; there are {', '.join(scores)}")
@@ -346,7 +402,7 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
     if p < alpha:
         says = "better" if up else "worse"
         return Verdict(says, says, c, p, smallest, needed)
-    if needed <= n:  # the test and Student's t disagree by a hair
+    if needed <= n:  # the test and Student's t may disagree slightly
         needed = float(n + 1)
     seeds = f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
     if not c.informative:
@@ -364,7 +420,7 @@ def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> 
 
 
 def _seeds(own: int, base: int) -> str:
-    """Of a contender and of what it stands beside."""
+    """The numbers of seeds of a contender and of the base, as text."""
     if own == base:
         return f"{own} seeds"
     counts = [f"{n} seeds" if n > 1 else "one run" for n in (own, base)]
@@ -372,13 +428,13 @@ def _seeds(own: int, base: int) -> str:
 
 
 def rounded(rows: float) -> int:
-    """Up to two digits that count."""
+    """A number of rows rounded up to two significant digits."""
     unit = 10 ** max(0, len(str(int(rows))) - 2)
     return math.ceil(rows / unit) * unit
 
 
 def _scores(x, name: str) -> np.ndarray:
-    """(..., S, N) float64."""
+    """The scores as (..., S, N) float64. Raises FtjaxError for another shape and for NaN or infinite scores."""
     x = np.asarray(x, float)
     x = x[None] if x.ndim == 1 else x
     bad = np.argwhere(~np.isfinite(x))

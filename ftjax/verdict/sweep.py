@@ -1,8 +1,8 @@
-"""A config run at many points of its fields, with several seeds: each run once, and what they came to.
+"""Train a config at many points of its fields, with several seeds, and report the figures of each run.
 
-A run's folder is named after its settings and holds `outcome.json` once it has ended, so that the same command goes on
-where it was stopped, and a wider grid runs only what is new. Several processes, or hosts that share the folder, divide
-the runs among themselves.
+A run's folder is named after its settings and holds `outcome.json` once the run has ended. The same command therefore
+continues where it was stopped, and a wider grid runs only new points. Several processes, or hosts that share the
+folder, divide the runs among themselves.
 """
 
 from __future__ import annotations
@@ -40,19 +40,29 @@ from ftjax.verdict.rows import contents, fix_rows
 
 OUTCOME = "outcome.json"
 AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
-SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be below 0
-NORMAL = 1.96  # standard deviations on either side of an interval at 95 %
+SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be negative
+NORMAL = 1.96  # half the width of a 95 % interval, in standard deviations
 
 
 class AnotherRun(FtjaxError):
-    """A folder holds a run of other settings or other rows; only the person can say which of them is meant."""
+    """A folder holds a run of other settings or other rows. Only the user can decide which of them is meant."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to. figures: name -> value; noise: name -> its standard deviation by the sampling of the rows it
-    is measured on, where that is known; failed: why it has none, else empty; seconds: that it took; joules: of its
-    processors, None where they are not readable."""
+    """The result of a run.
+
+    Attributes:
+        settings: {dotted key: value} of the point.
+        seed: Seed of the run.
+        run_dir: The run's folder.
+        figures: {name: value}; empty if the run failed.
+        seconds: Duration of the run; NaN if it failed.
+        failed: Why the run failed; empty if it did not.
+        noise: {name of a figure: its standard deviation from the sampling of the rows it is measured on}, if that is
+            known.
+        joules: Energy of the processors during the run; None if it cannot be read.
+    """
 
     settings: dict
     seed: int
@@ -75,20 +85,37 @@ def sweep(
     optuna: int = 0,
     stale: float = claims.STALE,
 ) -> list[Outcome]:
-    """Train `config` at every point of the grid, `seeds` times each, into folders of `config.run_dir`.
+    """Train `config` at every point of the grid, `seeds` times each, in subfolders of `config.run_dir`.
 
-    grid: texts `key=value,value,...`; the seeds are config.seed and those that follow. random: so many points are
-    drawn, where a text may also be a range, `optim.lr=1e-5..1e-3:log`; optuna: so many are proposed by Optuna, by the
-    validation loss of those before. halving: all points are run with a small part of train.steps or train.epochs, the
-    best third by validation loss with three times as much, and so on. stale: see ftjax.training.claims.
+    Rows that are split off train are split once, for all seeds. Settings are checked for all points before the first
+    run. A point whose fields equal those of a run that has ended, such as a new axis at its default, is not run again.
 
-    Parts that are split off train are split once, for all seeds. Writes sweep.json with every outcome and, where an
-    axis has numbers, sweep.png with a figure against it; along AMOUNTS with its law, in curves.json too. Settings are
-    checked for all points before the first run. A run that ends with an error once it trains, such as for a loss that
-    is no number, or with any error that is not ftjax's, such as for want of memory, is reported with its reason, and
-    the others go on; the latter is run again by the same command. A point whose fields equal those of a run that has
-    ended, such as on a new axis at its default, is not run again. Raises FtjaxError for settings that cannot be, and
-    for a folder that holds another run, other fields or other content of its files.
+    A run that fails is reported with its reason, and the other runs go on. An FtjaxError after training began, such as
+    for a loss that is NaN, is a final outcome. Any other error, such as running out of memory, is not: the same command
+    runs that point again.
+
+    Writes sweep.json with every outcome and, if an axis is numeric or is model.path, sweep.png with a figure against
+    it. Along one of AMOUNTS, the picture shows the law of the learning curve, and curves.json holds it.
+
+    Args:
+        config: The config. Its `seed` is the first seed.
+        grid: Texts `key=value,value,...`, one per axis.
+        seeds: Number of seeds per point: config.seed and those that follow it.
+        say: Called with each line for a person.
+        random: Number of points to draw; 0: all points of the grid. A text of the grid may then also be a range, such
+            as `optim.lr=1e-5..1e-3:log`.
+        halving: Successive halving: run all points with a small part of train.steps or train.epochs, then the best
+            third by validation loss with three times as much, and so on.
+        optuna: Number of points that Optuna proposes from lists and ranges, by the validation loss of the points
+            before; 0: none.
+        stale: Seconds after which the claim of a silent process on another host is free, see ftjax.training.claims.
+
+    Returns:
+        The outcome of every run; with `halving` those of all rungs.
+
+    Raises:
+        FtjaxError: If settings are invalid.
+        AnotherRun: If a folder holds another run, with other fields or with other content of its files.
     """
     configs.validate(config)
     if seeds < 1:
@@ -115,12 +142,20 @@ def sweep(
 
 # ---------------------------------------------------------------------------------------------- what is run
 
-Job = tuple[dict, object]  # settings as plain values, and the whole config with seed and run_dir
+Job = tuple[dict, object]  # ({dotted key: value}, the whole config with seed and run_dir)
 
 
 def _plan(config, points: Sequence[search.Point], seeds: int, fixed: dict, say, budget: tuple[str, ...] = ()):
-    """The jobs of points, `seeds` each; fixed: rows that were dealt, by what they depend on, added to; budget: texts
-    that belong to all of them, of which a folder's name tells."""
+    """The jobs of points, `seeds` each.
+
+    Args:
+        config: The config of all points.
+        points: The points of the search.
+        seeds: Number of seeds per point.
+        fixed: Files of rows that were split before, by what the rows depend on. Added to.
+        say: Called with each line for a person.
+        budget: Texts `key=value` that belong to all points and are part of the folders' names.
+    """
     folder, jobs = Path(config.run_dir), []
     for point in points:
         for seed in range(config.seed, config.seed + seeds):
@@ -135,8 +170,8 @@ def _plan(config, points: Sequence[search.Point], seeds: int, fixed: dict, say, 
 
 
 def _share_rows(config, base, fixed: dict, say) -> None:
-    """Rows of a point as fix_rows deals them, once for all points that read the same; in a folder of their own where
-    they are others than the base's."""
+    """Split a point's rows by fix_rows, once for all points that read the same rows. If they differ from those of the
+    base config, they get a folder of their own."""
     key = _read_by(config)
     if key not in fixed:
         name = "rows" if key == _read_by(base) else f"rows-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -146,19 +181,31 @@ def _share_rows(config, base, fixed: dict, say) -> None:
 
 
 def _read_by(config) -> str:
-    """What the rows of all parts depend on."""
+    """All that the rows of the parts depend on, as JSON."""
     data = {key: value for key, value in configs.flat(config.data).items() if key not in ("limit", "shots")}
     return json.dumps([data, config.task.kind, config.seed], sort_keys=True)
 
 
 def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.STALE) -> list[Outcome]:
-    """The outcome of every job, in order; what has ended before is not run again, and what another process runs is
-    waited for. Raises FtjaxError for a folder that holds another run."""
+    """Run the jobs that have not ended, and wait for those that another process runs.
+
+    Args:
+        jobs: (settings, config) of each run.
+        folder: Folder of the runs and of their claims.
+        say: Called with each line for a person.
+        stale: See `sweep`.
+
+    Returns:
+        The outcome of every job, in order.
+
+    Raises:
+        AnotherRun: If a folder holds another run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     known = _known(folder)
     done = [_ended(c) or _alike(settings, c, known) for settings, c in jobs]
     say(f"{folder}: {len(jobs)} runs, of which {sum(o is not None for o in done)} have ended before")
-    hosts.start()  # of a run on several hosts: all work on the same job
+    hosts.start()  # if one run spans several hosts, all of them work on the same job
     ours = jax.process_count() > 1
     told = set()
     while None in done:
@@ -184,7 +231,7 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
 
 
 def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]:
-    """The outcomes of all rungs."""
+    """The outcomes of all rungs of successive halving."""
     key = "train.steps" if config.train.steps else "train.epochs"
     whole, sizes, outcomes = configs.flat(config)[key], search.rungs(len(points)), []
     if any(text.partition("=")[0] == key for text in points[0]):
@@ -214,7 +261,7 @@ def _by_point(outcomes: list[Outcome], points: int) -> list[list[Outcome]]:
 
 
 def _loss(outcomes: list[Outcome]) -> float:
-    """Mean validation loss over seeds, infinite where one failed. Raises FtjaxError where none was measured."""
+    """Mean validation loss over seeds; infinite if one failed. Raises FtjaxError if no run has a validation loss."""
     if any(o.failed for o in outcomes):
         return math.inf
     found = values(outcomes, "val_loss")
@@ -226,7 +273,8 @@ def _loss(outcomes: list[Outcome]) -> float:
 
 
 def _by_optuna(found: list[search.Axis], trials: int, seed: int, run) -> list[Outcome]:
-    """The outcomes of `trials` points, each proposed by Optuna's TPE from the validation losses of those before."""
+    """The outcomes of `trials` points. Optuna's TPE proposes each from the validation losses of the points before
+    it."""
     try:
         import optuna
     except ImportError:
@@ -258,14 +306,16 @@ def _proposed(trial, axis: search.Axis) -> str:
 
 
 def _name(texts: list[str]) -> str:
-    """A folder's name that tells a run's settings; where it cannot tell them all, a digest sets it apart."""
+    """The name of a run's folder, made of its settings. If they do not fit or hold unusual characters, a digest is
+    appended."""
     whole = ",".join(texts)
     plain = re.sub(r"[^\w.=,+-]", "_", whole)[:120]
     return plain if plain == whole else f"{plain}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _asked(config) -> dict:
-    """What a run's outcome depends on: fields and the content of the files that they name, as JSON gives them back."""
+    """What a run's outcome depends on, as plain JSON data: fields of the config, and digests of the files that they
+    name."""
     said = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
     judged = ("evaluate.", "generate.", "task.")
     said |= {key: value for key, value in configs.flat(config).items() if key.startswith(judged)}
@@ -273,7 +323,8 @@ def _asked(config) -> dict:
 
 
 def _ended(config) -> Outcome | None:
-    """The outcome of a run that has ended; None where it has not."""
+    """The outcome of a run that has ended; None if it has not. Raises AnotherRun if the folder's run had other settings
+    or files."""
     file = Path(config.run_dir) / OUTCOME
     if config.overwrite or not file.is_file():
         return None
@@ -294,13 +345,13 @@ def _ended(config) -> Outcome | None:
 
 
 def _known(folder: Path) -> dict[str, dict]:
-    """The records of the runs of a folder that have ended, by what they depend on."""
+    """{what a run depends on, as JSON: its record} of the runs of a folder that have ended."""
     records = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{OUTCOME}"))]
     return {json.dumps(record.pop("asked"), sort_keys=True): record for record in records}
 
 
 def _alike(settings: dict, config, known: dict[str, dict]) -> Outcome | None:
-    """The outcome of a run in another folder that depends on the same; None where there is none."""
+    """The outcome of a run in another folder that depends on the same fields and files; None if there is none."""
     record = known.get(json.dumps(_asked(config), sort_keys=True)) if known and not config.overwrite else None
     return Outcome(**record | {"settings": settings}) if record else None
 
@@ -315,7 +366,7 @@ def _run(settings: dict, config, say) -> Outcome:
             raise FtjaxError(f"{run_dir.name}: {error}") from error
         outcome = Outcome(settings, config.seed, str(run_dir), {}, math.nan, failed=str(error))
         say(f"failed: {error}")
-    except Exception as error:  # out of memory, or a fault: the other runs go on, and the same command tries again
+    except Exception as error:  # such as out of memory: the same command tries again
         say(traceback.format_exc())
         why = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
         say(f"failed: {why}")
@@ -328,13 +379,14 @@ def _run(settings: dict, config, say) -> Outcome:
 
 
 def run_joules(run_dir: str) -> float | None:
-    """What a run of a sweep has taken; None where that is not known."""
+    """Energy in joules that a run of a sweep took; None if it is not known."""
     file = Path(run_dir) / OUTCOME
     return json.loads(file.read_text()).get("joules") if file.is_file() else None
 
 
 def figures(result) -> dict[str, float]:
-    """Every figure of a run by name: its losses, and those on the test part, or else on validation."""
+    """{name: value} of a run: its losses, and its figures on the test part, or on validation if there is no test
+    part."""
     found = {"train_loss": result.train_loss}
     found |= {} if result.val_loss is None else {"val_loss": result.val_loss}
     values = {name: entry["value"] if isinstance(entry, dict) else entry for name, entry in _judged(result).items()}
@@ -342,20 +394,22 @@ def figures(result) -> dict[str, float]:
 
 
 def _judged(result) -> dict:
-    """What was measured on held-out rows: name -> a number, or an entry with its interval."""
+    """What was measured on held-out rows: {name: a number, or an entry with its interval}."""
     results = result.results or {}
     judged = results.get("after") or results.get("test") or results.get("validation") or {}
     return judged.get("metrics", judged)
 
 
 def _noise(result) -> dict[str, float]:
-    """Half of the width of the intervals over rows, in standard deviations."""
+    """Standard deviation of each figure from the sampling of rows: half the width of its interval, divided by
+    NORMAL."""
     spans = {n: e for n, e in _judged(result).items() if isinstance(e, dict) and e.get("low") is not None}
     return {name: (entry["high"] - entry["low"]) / (2 * NORMAL) for name, entry in spans.items()}
 
 
 def main_figures(config, outcomes: list[Outcome]) -> list[str]:
-    """The figures that a table shows: those that the task is judged by, as far as the runs have them."""
+    """Names of the figures that the table shows: the main ones of the task, if the runs have them, else
+    `train_loss`."""
     judged = TASKS[config.task.kind].judged
     usual = KINDS[judged].main if judged in KINDS else (*config.evaluate.metrics, "perplexity", "accuracy", "val_loss")
     there = set().union(*(o.figures for o in outcomes))
@@ -363,7 +417,7 @@ def main_figures(config, outcomes: list[Outcome]) -> list[str]:
 
 
 def points(outcomes: list[Outcome]) -> dict[tuple, list[Outcome]]:
-    """The outcomes of all seeds by their settings, in order."""
+    """The outcomes of all seeds, grouped by their settings, in order."""
     found = {}
     for outcome in outcomes:
         found.setdefault(tuple(outcome.settings.items()), []).append(outcome)
@@ -371,12 +425,12 @@ def points(outcomes: list[Outcome]) -> dict[tuple, list[Outcome]]:
 
 
 def values(outcomes: list[Outcome], name: str) -> list[float]:
-    """A figure of every run that has it."""
+    """The values of a figure in all runs that have it."""
     return [o.figures[name] for o in outcomes if name in o.figures]
 
 
 def table(outcomes: list[Outcome], shown: Sequence[str]) -> str:
-    """Mean and standard deviation (of a sample) over seeds of each figure at each point, as text."""
+    """Mean and sample standard deviation over seeds of each figure at each point, as text."""
     keys = list(dict.fromkeys(key for o in outcomes for key in o.settings))
     head = [*((key, False) for key in keys), ("runs", True), *((name, True) for name in shown), ("seconds", True)]
     lines, failed = [], []
@@ -397,8 +451,20 @@ def _spread(found: list[float]) -> str:
 
 
 def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | None:
-    """A figure against an axis of AMOUNTS, with its law, or else that with most numbers, one curve a setting of the
-    others; None without such an axis."""
+    """Draw a figure against an axis of the sweep.
+
+    The axis is the first of AMOUNTS that varies, and the curve is then drawn with its law. Otherwise it is the numeric
+    axis with the most values. Each combination of the other settings is a curve.
+
+    Args:
+        outcomes: The outcomes of the sweep.
+        name: Name of the figure.
+        path: The PNG file. Along one of AMOUNTS, curves.json is written next to it.
+        say: Called with each line for a person.
+
+    Returns:
+        The path; None if there is no such axis or no such figure.
+    """
     numbers = {}
     for key in outcomes[0].settings:
         found = {o.settings[key] for o in outcomes}
@@ -411,7 +477,7 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     amount = functools.cache(_parameters) if key == "model.path" else lambda value: value
     curves: dict[str, dict] = {}
     for outcome in outcomes:
-        all_rows = key in AMOUNTS and not outcome.settings[key]  # 0: however many there are
+        all_rows = key in AMOUNTS and not outcome.settings[key]  # 0: all rows, whose number is not known here
         if name in outcome.figures and not all_rows:
             others = [f"{k.split('.')[-1]}={v}" for k, v in outcome.settings.items() if k != key]
             points = curves.setdefault(", ".join(others) or name, {})
@@ -432,7 +498,7 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
 
 
 def law_of(name: str) -> dict:
-    """Which way a figure is better and what bounds it, as curve.fit takes them."""
+    """A figure's direction and bounds, as arguments of curve.fit."""
     if name in METRICS:
         higher, best = bool(METRICS[name].higher), METRICS[name].best
         return {"higher": higher, "best": best, "worst": 0.0 if higher and best else None}
@@ -442,7 +508,7 @@ def law_of(name: str) -> dict:
 
 
 def _parameters(path: str) -> int:
-    """Of a model directory."""
+    """Number of parameters of the model in a directory."""
     folder = resolve.resolve(path)
     _, shape = families.read_config(folder)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(weights.param_shapes(shape, np.float32)))
