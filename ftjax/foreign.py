@@ -197,7 +197,7 @@ def limited(what: str, seconds: float = 10.0) -> Iterator[None]:
     The limits need a signal, so they only apply in the main thread of a process on POSIX.
 
     Args:
-        what: The code, with which the message starts.
+        what: The code, with which the message starts; empty: the message is what the code raised.
         seconds: The longest time that it may take.
 
     Raises:
@@ -212,7 +212,8 @@ def limited(what: str, seconds: float = 10.0) -> Iterator[None]:
     except BaseException as error:  # a panic in a tokenizer's Rust code is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
-        raise FtjaxError(f"{what}: {str(error) or type(error).__name__:.500}") from None
+        told = f"{str(error) or type(error).__name__:.500}"
+        raise FtjaxError(f"{what}: {told}" if what else told) from None
 
 
 @contextlib.contextmanager

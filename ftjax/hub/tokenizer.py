@@ -337,7 +337,7 @@ def show(tokenizer, messages: list[dict], chat_template: str | None = None, tool
             messages, tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=generation
         )
 
-    with limited("the chat template cannot show these messages"):
+    with limited(""):  # callers say what was to be shown
         try:
             return shown(tools)
         except TypeError:
