@@ -240,6 +240,7 @@ def _watched(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        left = max(left - (time.monotonic() - begin), 1e-3) if left else 0
+        signal.setitimer(signal.ITIMER_REAL, 0)  # before the handler goes: the signal alone ends a process
         signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begin), 1e-3), interval)
