@@ -323,12 +323,12 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
         # Each process has a few chunks waiting. Results are read in order, so that the first bad row gives the error.
         waiting = collections.deque()
         for start, *task in tasks:
-            waiting.append((start, pool.apply_async(_encode, task)))
+            waiting.append((start, pool.submit(_encode, *task)))
             if len(waiting) == 4 * processes:
                 start, found = waiting.popleft()
-                yield numbered(start, found.get())
+                yield numbered(start, found.result())
         for start, found in waiting:
-            yield numbered(start, found.get())
+            yield numbered(start, found.result())
 
 
 def _install(encode) -> None:
@@ -343,24 +343,38 @@ def _encode(rows: list[dict], places: list[str]) -> list[Example]:
 
 @contextlib.contextmanager
 def _pool(processes: int, encode):
-    """Spawned workers that do not run the caller's main module again, so that a script need not guard its own."""
+    """Spawned workers that do not run the caller's main module again, so that a script need not guard its own.
+
+    An executor and not a multiprocessing.Pool, which waits for ever where a worker is killed, and now and then when it
+    is ended with tasks in its pipe.
+    """
     import multiprocessing
     import sys
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__spec__ = None
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _install, (encode,))
     try:
-        pool = multiprocessing.get_context("spawn").Pool(processes, _install, (encode,))
+        pool.submit(int)  # the first task starts all workers
     finally:
         main.__dict__.update(hidden)
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-    with pool:
+    try:
         yield pool
+    except BrokenProcessPool:
+        raise FtjaxError(
+            "a process that tokenises rows was killed, perhaps for want of memory; set data.processes=1, or end other "
+            "programs"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:

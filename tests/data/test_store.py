@@ -112,6 +112,15 @@ def test_several_processes_give_the_same_rows_and_the_same_first_error(table, st
         tokenised(table, late, "", Cache(None), processes=2)
 
 
+def killed(rows, places):
+    os._exit(9)
+
+
+def test_a_process_that_is_killed_ends_the_others(table):
+    with pytest.raises(FtjaxError, match="a process that tokenises rows was killed.*set data.processes=1"):
+        tokenised(table, killed, "", Cache(None), processes=2)
+
+
 def test_an_encoder_that_fails_leaves_nothing_behind(table, tmp_path):
     def encode(rows, places):
         raise FtjaxError(places[0])
