@@ -180,9 +180,9 @@ def read_tensors(file: Path) -> dict:
             if kind not in ("F64", "F32", "BF16", "F16"):
                 raise FtjaxError(f"{file}: tensor {name} is {kind}, expected one of F64, F32, BF16, F16")
         tensors = load_file(file)
+    except FtjaxError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, FtjaxError):
-            raise
         raise FtjaxError(f"{file}: not a whole safetensors file: {error}; fetch it again") from None
     for name, x in tensors.items():
         if not np.isfinite(x).all():

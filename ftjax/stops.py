@@ -35,6 +35,7 @@ def listening() -> Iterator[None]:
     Only in the main thread, and only signals whose usual handler is installed: a background job, for instance, ignores
     Ctrl-C.
     """
+    global _sent_again
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     mine = [n for n, handler in usual.items() if signal.getsignal(n) is handler]
     if threading.current_thread() is not threading.main_thread() or not mine or os.name != "posix":
@@ -42,6 +43,7 @@ def listening() -> Iterator[None]:
         return
     heard.clear()
     _obeyed.clear()
+    _sent_again = 0
     told, tell = socket.socketpair()
     tell.setblocking(False)
     wakeup, report = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False), sys.unraisablehook

@@ -262,6 +262,12 @@ def test_texts_that_belong_together_come_near(pool, tmp_path):
         np.testing.assert_allclose([row["vector"] for row in said], ours, atol=1e-5)
         report = ftjax.evaluate(str(path), str(tmp_path / "test.jsonl"))
         assert report["metrics"]["mrr"]["value"] == pytest.approx(figures["mrr"]["value"], rel=1e-3)
+    told = []  # the run's texts are in the column `anchor`: another one is told, and never guessed among several
+    ftjax.predict(str(tmp_path / "run"), alone, say=told.append)
+    assert [line for line in told if "has no column 'anchor'; texts are read from 'text'" in line]
+    several = write(tmp_path / "several.jsonl", [{"text": "a", "sentence": "b"}])
+    with pytest.raises(FtjaxError, match="task.text: 'anchor' is no column of .*several.jsonl; .* text, sentence"):
+        ftjax.predict(str(tmp_path / "run"), several)
     with pytest.raises(FtjaxError, match="train.accumulate: expected 1: each text is compared with all others"):
         ftjax.train(settings(tmp_path, found, "embed", base, train__accumulate=2), say=quiet)
 

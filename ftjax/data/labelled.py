@@ -157,7 +157,9 @@ def recipe(
     """
     task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
     alone = task.kind == "embed" and not truths  # a single text is embedded, without a second one
-    asked = "" if alone and task.text not in table.columns else task.text
+    asked, there = task.text, [name for name in usual.text if name in table.columns]
+    if alone and asked not in table.columns and len(there) == 1:  # `prepare` says that it is another column
+        asked = there[0]
     text = column(asked, usual.text, table, "task.text")
     pair = label = ""
     if (task.pair or usual.pair) and not alone:

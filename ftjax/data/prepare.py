@@ -349,6 +349,8 @@ def _tokenised(
             return recipe(source.data, table.columns)
         own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
         own, notes = labelled.reading(own, table, source.whole, labels_as)
+        if config.task.text not in ("", own.text):
+            notes.append(f"{table.files[0]} has no column {config.task.text!r}; texts are read from {own.text!r}")
         source.notes.extend(note for note in notes if note not in source.notes)
         return own, False
 
