@@ -27,7 +27,7 @@ from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.errors import FtjaxError, NotFinite, nearest
 from ftjax.foreign import read_json
-from ftjax.hub import families, pooling, tokenizer, weights
+from ftjax.hub import families, pooling, tokenizers, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
@@ -109,15 +109,15 @@ class LM:
         Raises FtjaxError for a tokenizer that cannot be loaded, and for one that has more tokens than the model has
         embeddings.
         """
-        words, own = self.tokenizer, None
-        if tokenizer.has_tokenizer(folder):
-            words, own = tokenizer.load_tokenizer(folder, self.folder), Path(folder)
-        elif text := tokenizer.chat_template(folder):
-            words = copy.copy(words)
-            words.chat_template = text
-        tokenizer.check_vocab(words, self.model.config.vocab_size)
-        ends = tokenizer.end_tokens(self.folder, words)
-        return dataclasses.replace(self, tokenizer=words, tokenizer_folder=own, end_tokens=ends)
+        tokenizer, own = self.tokenizer, None
+        if tokenizers.has_tokenizer(folder):
+            tokenizer, own = tokenizers.load_tokenizer(folder, self.folder), Path(folder)
+        elif text := tokenizers.chat_template(folder):
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = text
+        tokenizers.check_vocab(tokenizer, self.model.config.vocab_size)
+        ends = tokenizers.end_tokens(self.folder, tokenizer)
+        return dataclasses.replace(self, tokenizer=tokenizer, tokenizer_folder=own, end_tokens=ends)
 
     def applied(self, variables: dict) -> LM:
         """This model with other Flax variables, {"params": ..., "adapter": ...}. Their vocabulary may have another
@@ -293,12 +293,12 @@ def open_base(
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
-    words = tokenizer.load_tokenizer(tokenizer_folder or folder, folder)
+    tokenizer = tokenizers.load_tokenizer(tokenizer_folder or folder, folder)
     if tokenizer_folder is None:  # a tokenizer from elsewhere may belong to a larger table
-        tokenizer.check_vocab(words, shape.vocab_size)
+        tokenizers.check_vocab(tokenizer, shape.vocab_size)
     ends: Sequence[int] = ()
     if config is not None:
-        ends, words = chat_templates.ends_of_run(config, words), chat_templates.installed(config, words)
+        ends, tokenizer = chat_templates.ends_of_run(config, tokenizer), chat_templates.installed(config, tokenizer)
     compute = compute_dtype(dtype)
     kept = (configs.default() if config is None else config).model
     small = quantiser(quantise or kept.quantise, kept, compute)
@@ -314,11 +314,11 @@ def open_base(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
     )
     weights.check_finite(folder, params, family, shape)
-    ends = tokenizer.end_tokens(folder, words, ends)
+    ends = tokenizers.end_tokens(folder, tokenizer, ends)
     of_texts = None
     if kind == "embed":
         of_texts = run_pooling(config, shape.max_positions) if config is not None else pooling.read(folder)
-    lm = LM(Transformer(shape, compute), params, {}, words, folder, ends, labels=labels, kind=kind)
+    lm = LM(Transformer(shape, compute), params, {}, tokenizer, folder, ends, labels=labels, kind=kind)
     lm.pooling, lm.tokenizer_folder = of_texts or lm.pooling, tokenizer_folder
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ftjax import cpus
 from ftjax.errors import FtjaxError
-from ftjax.hub import fingerprint, peft, pooling, resolve, tokenizer
+from ftjax.hub import fingerprint, peft, pooling, resolve, tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import open_run, read_record
 from ftjax.tuning import METHODS
@@ -87,7 +87,7 @@ def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
     kept, key = fingerprint.of_adapter(folder), f"base_model_name_or_path in {folder / peft.CONFIG}"
     base = fingerprint.find(kept, folder, base, adapter_config.get("revision") or "", key)
     task = peft_adapters.task(folder, adapter, base)
-    own = folder if tokenizer.has_tokenizer(folder) else None
+    own = folder if tokenizers.has_tokenizer(folder) else None
     lm, spec = open_base(base, dtype, quantise=quantise, task=task, tokenizer_folder=own)
     lm.pooling = pooling.read(folder) or lm.pooling
     return lm.applied(peft_adapters.variables(adapter, lm.params, spec)).reading(folder)

@@ -25,7 +25,7 @@ from ftjax.data.batches import Batches, loader
 from ftjax.data.pack import pack
 from ftjax.data.prepare import prepare
 from ftjax.data.read import read_table
-from ftjax.hub import families, resolve, tokenizer, weights
+from ftjax.hub import families, resolve, tokenizers, weights
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.optimizer import optimizer, schedule
@@ -64,7 +64,7 @@ def bench_loader(method: str, packing: bool) -> dict:
     config = configs.load(Path(__file__).parents[1] / "configs" / "quickstart.py")
     config.tuning.method, config.data.packing, config.data.cache = method, packing, ""
     rows = 32 if not packing else 8
-    data = prepare(config, tokenizer.load_tokenizer(resolve.resolve(config.model.path)), 512)
+    data = prepare(config, tokenizers.load_tokenizer(resolve.resolve(config.model.path)), 512)
     batches = Batches(data.train.examples, rows, data.max_length, packing=packing)
     step = starter_step(config, rows)
     for shape in batches.shapes():  # compile
@@ -139,7 +139,7 @@ def main() -> None:
     restart_with_malloc(args.malloc)
     rows = (bench_loader(*case) for case in (("lora", False), ("full", False), ("lora", True)))
     if args.gsm8k and args.tokenizer:
-        rows = itertools.chain(rows, bench_rows(args.gsm8k, tokenizer.load_tokenizer(args.tokenizer)))
+        rows = itertools.chain(rows, bench_rows(args.gsm8k, tokenizers.load_tokenizer(args.tokenizer)))
     report(rows, args.out)
 
 

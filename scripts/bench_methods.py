@@ -212,7 +212,7 @@ def by_torch(method: str, c, task: Task, folder: str) -> tuple[str, int]:
 
     from ftjax.data.batches import Batches
     from ftjax.data.prepare import prepare
-    from ftjax.hub import resolve, tokenizer
+    from ftjax.hub import resolve, tokenizers
     from ftjax.training.optimizer import schedule
 
     torch.manual_seed(c.seed)
@@ -224,7 +224,7 @@ def by_torch(method: str, c, task: Task, folder: str) -> tuple[str, int]:
         model.eval()  # without dropout
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    data = prepare(c, tokenizer.load_tokenizer(base), 512)
+    data = prepare(c, tokenizers.load_tokenizer(base), 512)
     batches = Batches(data.train.examples, c.train.batch_size, data.max_length, buckets=c.data.buckets, seed=c.seed)
     if method == "lora":
         import peft
@@ -257,7 +257,7 @@ def by_torch(method: str, c, task: Task, folder: str) -> tuple[str, int]:
         adam.step()
     whole = model.merge_and_unload() if method == "lora" else model
     whole.save_pretrained(folder + "/torch")
-    tokenizer.copy_tokenizer(base, Path(folder) / "torch")
+    tokenizers.copy_tokenizer(base, Path(folder) / "torch")
     return folder + "/torch", sum(p.numel() for p in parameters)
 
 

@@ -18,7 +18,7 @@ from ftjax.data.table import Table
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.tokenizer import pad_token
+from ftjax.hub.tokenizers import pad_token
 
 # Usual names of the column of text, tried in order.
 TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")

@@ -337,7 +337,7 @@ def _tokenised(
     max_length = _max_length(config.data.max_length, texts * max_positions)
     cache = _cache(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
-    words = fingerprint(tokenizer)
+    read_by = fingerprint(tokenizer)
     names, labels_as = (), config.task.labels_as
     if labels_as == "auto" and not (config.task.labels or known):
         labels_as = "names"
@@ -354,7 +354,7 @@ def _tokenised(
         source.notes.extend(note for note in notes if note not in source.notes)
         return own, False
 
-    done = {part: _part(part, chosen, config.data, how, tokenizer, words, max_length, cache) for part in parts}
+    done = {part: _part(part, chosen, config.data, how, tokenizer, read_by, max_length, cache) for part in parts}
     done = {part: done.get(part, Part()) for part in PARTS}
     sources = tuple(source.name for source in chosen)
     counts = np.bincount(done["train"].source, minlength=len(sources))
@@ -535,7 +535,7 @@ def fingerprint(tokenizer) -> str:
     return store.digest(name, rules, settings, tokenizer.chat_template, special)
 
 
-def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_length: int, cache) -> Part:
+def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max_length: int, cache) -> Part:
     """One part of all sources. how_of(source, table) -> (the recipe of the rows, whether its form was guessed)."""
     pieces, examples, reports, source = [], [], {}, []
     for index, one in enumerate(chosen):
@@ -544,7 +544,7 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, words: str, max_l
             continue
         how, guessed = how_of(one, table)
         content = store.table_digest(table)
-        key = store.digest(store.code(), chat_templates.TEMPLATES, words, dataclasses.asdict(how), content)
+        key = store.digest(store.code(), chat_templates.TEMPLATES, read_by, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)
         encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
         fitted = store.fit(encoded, max_length, data.long, table.place)

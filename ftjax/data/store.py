@@ -289,7 +289,7 @@ def code() -> str:
 
     here = Path(__file__).parent
     names = ("template.py", "chat_templates.py", "tokenise.py", "labelled.py", "prepare.py", "store.py")
-    names += ("tags.py", "spans.py", "masks.py", "pairs.py", "../hub/tokenizer.py")
+    names += ("tags.py", "spans.py", "masks.py", "pairs.py", "../hub/tokenizers.py")
     texts = [(here / name).read_bytes() for name in names]
     return digest(tokenizers.__version__, transformers.__version__, *texts)
 

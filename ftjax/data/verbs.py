@@ -29,9 +29,9 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
     from ftjax.data import inspect as inspecting
     from ftjax.data import inspect_report
 
-    words, _ = _tokenizer(config)
+    tokenizer, _ = _tokenizer(config)
     folder = _empty(out) if out else None
-    found = inspecting.inspect(config, words)
+    found = inspecting.inspect(config, tokenizer)
     say(inspect_report.table(found))
     if folder:
         replace_json(folder / "inspect.json", inspect_report.to_json(found))
@@ -85,28 +85,28 @@ def show(config, count: int = 3, ids: bool = False, html: str | None = None, say
         html: File for a page with every token and its id; None: it is not written.
         say: Prints a text.
     """
-    words, positions = _tokenizer(config)
-    data = prepare(config, words, positions, **_head(config))
+    tokenizer, positions = _tokenizer(config)
+    data = prepare(config, tokenizer, positions, **_head(config))
     settings = config.data
     batches = Batches(
         data.train.examples, config.train.batch_size or 1, data.max_length, packing=settings.packing,
         buckets=settings.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
     )  # fmt: skip
-    say(preview.show(data, words, packing=settings.packing))
-    say(preview.rows(data, batches, words, count, ids=ids))
+    say(preview.show(data, tokenizer, packing=settings.packing))
+    say(preview.rows(data, batches, tokenizer, count, ids=ids))
     if html:
-        replace_text(Path(html), preview.html(data, batches, words, count))
+        replace_text(Path(html), preview.html(data, batches, tokenizer, count))
         say(f"{html}: every token of them with its id")
 
 
 def _tokenizer(config):
     """(the tokenizer of `model.path`, number of positions of its model)."""
-    from ftjax.hub import families, resolve, tokenizer
+    from ftjax.hub import families, resolve, tokenizers
 
     folder = resolve.resolve(config.model.path, config.model.revision)
-    words = chat_templates.dated(tokenizer.load_tokenizer(folder), config.data.date)
+    tokenizer = chat_templates.dated(tokenizers.load_tokenizer(folder), config.data.date)
     model = (Path(folder) / "config.json").is_file()
-    return words, families.read_config(folder)[1].max_positions if model else UNBOUNDED
+    return tokenizer, families.read_config(folder)[1].max_positions if model else UNBOUNDED
 
 
 def _head(config) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ftjax import assets
 from ftjax.errors import FtjaxError
 from ftjax.foreign import Kind, mapped, maybe, read_json, string
-from ftjax.hub import peft, pooling, resolve, tokenizer, weights
+from ftjax.hub import peft, pooling, resolve, tokenizers, weights
 
 WHOLE = 1 << 28  # bytes, which are read in a quarter of a second
 BLOCK = 1 << 14  # bytes of a sample
@@ -44,7 +44,7 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
         "path": os.path.abspath(folder),
         "revision": folder.name if folder.parent.name == "snapshots" else "",  # a folder of the hub's cache
         "weights": weights_digests(folder),
-        "tokenizer": {n: _digest(file) for n, file in tokenizer.files(tokenizer_folder or folder).items()},
+        "tokenizer": {n: _digest(file) for n, file in tokenizers.files(tokenizer_folder or folder).items()},
         "adapter": {file.name: _digest(file) for file in adapter_files},
     }
 

@@ -121,15 +121,15 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     from ftjax.data import labelled
     from ftjax.data.batches import Batches
     from ftjax.data.prepare import prepare
-    from ftjax.hub import tokenizer
+    from ftjax.hub import tokenizers
 
-    words = tokenizer.load_tokenizer(folder)
-    data = prepare(config, words, longest)
+    tokenizer = tokenizers.load_tokenizer(folder)
+    data = prepare(config, tokenizer, longest)
     config.task.labels = data.labels
     batches = Batches(
         data.train.examples, config.train.batch_size, data.max_length, packing=config.data.packing,
         buckets=config.data.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
-        ways=config.mesh.sequence, **labelled.layout(config, words),
+        ways=config.mesh.sequence, **labelled.layout(config, tokenizer),
     )  # fmt: skip
     _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))

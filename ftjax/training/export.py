@@ -14,7 +14,7 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import families, peft, pooling, resolve, tokenizer, weights
+from ftjax.hub import families, peft, pooling, resolve, tokenizers, weights
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.objectives import TASKS
@@ -129,7 +129,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
 def _beside(out: Path, source: Trained, chat_template: str) -> None:
     """Write the files beside the weights: the chat template, and how vectors of texts are made."""
     if chat_template:
-        tokenizer.write_chat_template(out, chat_template)
+        tokenizers.write_chat_template(out, chat_template)
     if source.config["task"]["kind"] == "embed":
         shape = source.spec.model
         pooling.write(out, run_pooling(configs.from_dict(source.config), shape.max_positions), shape.width)

@@ -20,7 +20,7 @@ from ftjax.data.prepare import Data, Part, prepare
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.metrics import METRICS, find
-from ftjax.hub import families, fingerprint, resolve, tokenizer
+from ftjax.hub import families, fingerprint, resolve, tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.objectives import TASKS, Task
 from ftjax.progress import counted, doing
@@ -43,10 +43,10 @@ class Job:
 
     Attributes:
         config: The config with defaults, labels and mesh filled in.
-        words: The tokenizer in the model's directory.
-        chatty: The tokenizer with the chat template that the rows were rendered by.
+        tokenizer: The tokenizer in the model's directory.
+        chat_tokenizer: The tokenizer with the chat template that the rows were rendered by.
         ends: Ids of the tokens that end an answer.
-        given: The adapter that training starts from, or None.
+        initial_adapter: The adapter that training starts from, or None.
         formats: Formats of the export.
         validation: {source: its validation batches}.
         rows: Rows of a training batch.
@@ -60,10 +60,10 @@ class Job:
     tokenizer_folder: Path | None  # where that is not `folder`
     spec: Spec
     dtype: Any  # of computation
-    words: Any
-    chatty: Any
+    tokenizer: Any
+    chat_tokenizer: Any
     ends: tuple[int, ...]
-    given: Start | None
+    initial_adapter: Start | None
     formats: tuple[str, ...]
     data: Data
     mesh: Any
@@ -105,11 +105,11 @@ class Job:
     def settings(self) -> dict:
         """All settings that the scores before and after training depend on, see compare.settings."""
         part = getattr(self.data, self.config.evaluate.compare_on)
-        return compare.settings(self.chatty, self.ends, part, self.data.max_length, self.config)
+        return compare.settings(self.chat_tokenizer, self.ends, part, self.data.max_length, self.config)
 
     def lm(self, model) -> LM:
         """An LM without parameters, for functions that receive the variables separately."""
-        return LM(model, None, {}, self.chatty, self.folder, self.ends, tokenizer_folder=self.tokenizer_folder)
+        return LM(model, None, {}, self.chat_tokenizer, self.folder, self.ends, tokenizer_folder=self.tokenizer_folder)
 
 
 def prepared(config, say, recorded: int = 0) -> Job:
@@ -131,24 +131,25 @@ def prepared(config, say, recorded: int = 0) -> Job:
     folder = base_folder(config)
     family, shape = families.read_config(folder)
     check_method(config, family, shape)
-    given = Start(config.tuning) if config.tuning.init_from else None
-    own = given.folder if given and tokenizer.has_tokenizer(given.folder) else None
-    words = tokenizer.load_tokenizer(own or folder, folder)
-    tokenizer.check_vocab(words, shape.vocab_size)
-    if given and not own and tokenizer.chat_template(given.folder) not in ("", words.chat_template):
+    initial_adapter = Start(config.tuning) if config.tuning.init_from else None
+    own = initial_adapter.folder if initial_adapter and tokenizers.has_tokenizer(initial_adapter.folder) else None
+    tokenizer = tokenizers.load_tokenizer(own or folder, folder)
+    tokenizers.check_vocab(tokenizer, shape.vocab_size)
+    brought = tokenizers.chat_template(initial_adapter.folder) if initial_adapter and not own else ""
+    if brought not in ("", tokenizer.chat_template):
         raise FtjaxError(
-            f"tuning.init_from: {given.folder} brings a chat template without a tokenizer. Copy the tokenizer files of "
-            f"{folder} beside it, or remove the template if rows should not be rendered by it"
+            f"tuning.init_from: {initial_adapter.folder} brings a chat template without a tokenizer. Copy the "
+            f"tokenizer files of {folder} beside it, or remove the template if rows should not be rendered by it"
         )
-    chatty = chat_templates.installed(config, words)
-    ends = tokenizer.end_tokens(folder, chatty, chat_templates.ends_of_run(config, words))
+    chat_tokenizer = chat_templates.installed(config, tokenizer)
+    ends = tokenizers.end_tokens(folder, chat_tokenizer, chat_templates.ends_of_run(config, tokenizer))
     if config.tuning.prompt_init == "text":
-        config.tuning.prompt_ids = tuple(words(config.tuning.prompt_text)["input_ids"])
+        config.tuning.prompt_ids = tuple(tokenizer(config.tuning.prompt_text)["input_ids"])
     dtype = compute_dtype(config.model.dtype)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
-    if given:
-        fingerprint.check_adapter(given.folder, folder)
-        given.fill(spec)
+    if initial_adapter:
+        fingerprint.check_adapter(initial_adapter.folder, folder)
+        initial_adapter.fill(spec)
     head = with_task(config, family, shape, folder, 1).head
     form = families.form_of(family, head)
     formats = tuple(export.resolve_format(config.tuning.method, f, form) for f in config.export.formats)
@@ -158,7 +159,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     known = families.label_names(folder) if shape.head.task == head.task else ()
     longest = shape.max_positions - method.virtual_tokens(spec)
     with doing("reading and tokenising rows"):
-        data = prepare(config, words, longest, pool=head.pool, known=known)
+        data = prepare(config, tokenizer, longest, pool=head.pool, known=known)
     # How rows were read is recorded, so that rows that are given later are read by the same columns and labels and not
     # by what is guessed of theirs.
     if data.labels and not (config.task.labels or known) and config.task.labels_as == "auto":
@@ -193,7 +194,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
     batch = functools.partial(
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed,
-        ways=mesh.shape["sequence"], **labelled.layout(config, words),
+        ways=mesh.shape["sequence"], **labelled.layout(config, tokenizer),
     )  # fmt: skip
     drawn, weights_of_classes = judge.by_class(config, data)
     batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
@@ -213,14 +214,14 @@ def prepared(config, say, recorded: int = 0) -> Job:
             validation[name] = batch(examples, eval_rows, shuffle=False)
     for name in config.evaluate.metrics:
         check_metric(config, name)
-    select = selection(config, held_out, judge.check(config, data, words), chatty)
+    select = selection(config, held_out, judge.check(config, data, tokenizer), chat_tokenizer)
     lengths = sorted({T for _, T, _ in batches.shapes()})
     if chosen := check_attention(config, spec, mesh, dtype, lengths):
         say(chosen)
-    base = fingerprint.record(folder, config.model.path, own, given and given.folder)
+    base = fingerprint.record(folder, config.model.path, own, initial_adapter and initial_adapter.folder)
     return Job(
-        config, folder, base, own, spec, dtype, words, chatty, ends, given, formats, data, mesh, batches, validation,
-        rows, eval_rows, steps, eval_every, config.train.save_every or eval_every, select,
+        config, folder, base, own, spec, dtype, tokenizer, chat_tokenizer, ends, initial_adapter, formats, data, mesh,
+        batches, validation, rows, eval_rows, steps, eval_every, config.train.save_every or eval_every, select,
     )  # fmt: skip
 
 

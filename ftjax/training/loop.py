@@ -171,7 +171,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         hosts.check_shared(run_dir / RUN)
         if first and job.tokenizer_folder:
             keep_tokenizer(run_dir, job.tokenizer_folder)
-        say(show(data, job.words, packing=config.data.packing))
+        say(show(data, job.tokenizer, packing=config.data.packing))
         if data.gone and first:
             write_jsonl(run_dir / "removed.jsonl", data.removed())
 
@@ -425,7 +425,7 @@ def judged(job: Job, program: Program, variables: dict, before: dict | None, sec
     run_dir, config = Path(job.config.run_dir), job.config
     if not job.generates:
         with doing("judging the model on held-out rows"):
-            found = judge.finish(run_dir, program.model, variables, job.data, config, job.words)
+            found = judge.finish(run_dir, program.model, variables, job.data, config, job.tokenizer)
         say(found.text)
         return hosts.from_first(lambda: found.results), found.files
     if before is None:

@@ -21,7 +21,7 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import DRAFT, replace_json, replacing
 from ftjax.foreign import check_fields, listed, mapped, read_json, read_tensors, string, whole
-from ftjax.hub import fingerprint, resolve, tokenizer, weights
+from ftjax.hub import fingerprint, resolve, tokenizers, weights
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts, provenance
 from ftjax.training.checkpoint import FOLDER, Checkpoints
@@ -240,7 +240,7 @@ def keep_tokenizer(run_dir: Path, folder: Path) -> None:
     if not (run_dir / TOKENIZER).is_dir():
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        tokenizer.copy_tokenizer(folder, draft)
+        tokenizers.copy_tokenizer(folder, draft)
         draft.rename(run_dir / TOKENIZER)
 
 

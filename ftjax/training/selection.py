@@ -97,7 +97,7 @@ def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, fl
         alone = configs.copy(config)
         alone.evaluate.update(metrics=(chosen.name,), compare_rows=0)
         return compare.answers(job.lm(model), variables, chosen.part, alone)[0][chosen.name]
-    asked = Asked(model, variables, job.words, job.data, chosen.part, config)
+    asked = Asked(model, variables, job.tokenizer, job.data, chosen.part, config)
     this = judge.JUDGES[config.task.kind]
     said = this.say(asked)
     cut = judge.thresholds_of(config, chosen.part, said) if config.task.threshold else None

@@ -41,21 +41,21 @@ def first_state(job: Job, program: Program, say) -> tuple:
         check_new_head(new, program.trained, config)
         for line in about_head(job, new):
             say(line)
-    made_elsewhere = job.given.trained(base, spec, program.trained) if job.given else None
+    made_elsewhere = job.initial_adapter.trained(base, spec, program.trained) if job.initial_adapter else None
     with warnings.catch_warnings():
         # Kernels of a stack that is split in two are donated in one shape and returned in others.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         trained, frozen = program.begin(jax.random.key(config.seed), base)
     frozen = keep_start(job.method, frozen, Path(config.run_dir))
     del base  # donated: its frozen parameters are in `frozen` now, the others in `trained`
-    if job.given:
+    if job.initial_adapter:
         made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
         trained = jax.device_put(made_elsewhere, program.trained_places)
     fixed = frozen if job.generates and "lm_head" not in trained else {}
     for token, alike in indistinct_ends(fixed, job.data.train.examples).items():
         say(
-            f"warning: answers end with {job.words.convert_ids_to_tokens(token)!r}, whose row of the frozen head is "
-            f"that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
+            f"warning: answers end with {job.tokenizer.convert_ids_to_tokens(token)!r}, whose row of the frozen head "
+            f"is that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "
             "token that was"
         )
     return program.init_state(trained), frozen

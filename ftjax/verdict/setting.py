@@ -14,7 +14,7 @@ from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import read_documents
-from ftjax.hub import families, resolve, tokenizer
+from ftjax.hub import families, resolve, tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.loading import load
 from ftjax.objectives import TASKS
@@ -98,9 +98,9 @@ def setting(config, folder: Path) -> Setting:
     )
 
 
-def read_by(words, labels: tuple[str, ...], max_tokens: int, pool: str) -> tuple:
+def read_by(tokenizer, labels: tuple[str, ...], max_tokens: int, pool: str) -> tuple:
     """All that the tokens of labelled rows depend on besides the config."""
-    return fingerprint(words), tuple(labels), max_tokens, pool
+    return fingerprint(tokenizer), tuple(labels), max_tokens, pool
 
 
 def _labelled_data(config) -> tuple[Data, tuple]:
@@ -109,9 +109,9 @@ def _labelled_data(config) -> tuple[Data, tuple]:
     family, shape = families.read_config(folder)
     known = families.label_names(folder) if shape.head.task == TASKS[config.task.kind].head else ()
     pool = with_task(config, family, shape, folder, 1).head.pool
-    words = tokenizer.load_tokenizer(folder)
-    data = prepare(config, words, shape.max_positions, pool=pool, known=known)
-    return data, read_by(words, data.labels, shape.max_positions, pool)
+    tokenizer = tokenizers.load_tokenizer(folder)
+    data = prepare(config, tokenizer, shape.max_positions, pool=pool, known=known)
+    return data, read_by(tokenizer, data.labels, shape.max_positions, pool)
 
 
 def _asked(source: str, key: str, data) -> list[Rendered]:
@@ -141,9 +141,9 @@ def open_model(source: str, config) -> LM:
         raise FtjaxError(f"{source}: is a model for the task {lm.kind}; the config's task.kind is {config.task.kind}")
     if (Path(source) / RUN).is_file():
         return lm
-    words = chat_templates.installed(config, lm.tokenizer)
-    ends = tokenizer.end_tokens(lm.folder, words, chat_templates.ends_of_run(config, lm.tokenizer))
-    return dataclasses.replace(lm, tokenizer=words, end_tokens=ends)
+    tokenizer = chat_templates.installed(config, lm.tokenizer)
+    ends = tokenizers.end_tokens(lm.folder, tokenizer, chat_templates.ends_of_run(config, lm.tokenizer))
+    return dataclasses.replace(lm, tokenizer=tokenizer, end_tokens=ends)
 
 
 def held_out_labels(setting: Setting) -> list[str]:

@@ -119,7 +119,7 @@ def test_every_kind_of_task_selects_by_its_own_figures(kind, rows, name, higher,
     found = selection.measure(job.selection, job, lm.model, lm.variables, {})
     this, whole = (
         judge.JUDGES[kind],
-        Asked(lm.model, lm.variables, job.words, job.data, job.data.validation, job.config),
+        Asked(lm.model, lm.variables, job.tokenizer, job.data, job.data.validation, job.config),
     )
     report = this.report(whole, this.say(whole), None, draws=2)
     assert found == report["metrics"][name]["value"] and found is not None
