@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ftjax import user_code
+from ftjax import tasks, user_code
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import parse_json, read_text
 
@@ -344,8 +344,8 @@ FIELDS: dict[str, Field] = {
     # row, or None for no row
     #
     # ---- the task
-    "task.kind": choice(
-        "causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed", also="task_type problem_type"
+    "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
+        holds=tasks.known
     ),  # causal: the next token of any text; classify: one label for a text; multilabel: any number of labels for a
     # text; regress: one or more numbers for a text; tag: a label for each word, such as named entities; span: where a
     # text holds the answer to a question; masked: hidden tokens of plain text, to adapt an encoder; embed: vectors that

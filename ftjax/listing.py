@@ -93,10 +93,12 @@ def tasks() -> str:
 
 def models() -> str:
     """The model families by the `model_type` of their config.json, and the tasks that each can be trained for."""
+    from ftjax import tasks
     from ftjax.hub.family_table import FAMILIES
-    from ftjax.objectives import TASKS
 
-    able = {name: [kind for kind, task in TASKS.items() if task.head in f.forms] for name, f in FAMILIES.items()}
+    able = {
+        name: [kind for kind, task in tasks.every().items() if task.head in f.forms] for name, f in FAMILIES.items()
+    }
     return _table({name: ", ".join(kinds) for name, kinds in able.items()})
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ftjax import config as configs
-from ftjax import cpus
+from ftjax import cpus, tasks
 from ftjax.data import chat_templates
 from ftjax.data.batches import by_example
 from ftjax.data.pairs import encode_texts
@@ -31,7 +31,7 @@ from ftjax.hub import families, pooling, tokenizers, weights
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens
-from ftjax.objectives import TASKS, contrast, kind_of
+from ftjax.objectives import contrast
 from ftjax.progress import doing
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
@@ -306,9 +306,9 @@ def open_base(
     if task:
         kind, labels = task
         pool = "auto" if config is None else config.task.pool
-        shape = families.with_head(family, shape, TASKS[kind].head, len(labels), folder, pool)
+        shape = families.with_head(family, shape, tasks.find(kind).head, len(labels), folder, pool)
     else:
-        kind = kind_of(shape.head.task, read_json(folder / "config.json").get("problem_type") or "")
+        kind = tasks.kind_of(shape.head.task, read_json(folder / "config.json").get("problem_type") or "")
     key = jax.random.key(0 if config is None else config.seed)
     params = weights.read_params(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ftjax import cli, listing
+from ftjax import cli, listing, tasks
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.metrics import METRICS
 from ftjax.hub.family_table import FAMILIES
-from ftjax.objectives import TASKS
 from ftjax.plan import run
 from ftjax.tuning import METHODS
 
@@ -69,7 +68,7 @@ def test_an_unknown_name_or_an_empty_search_leads_to_the_nearest(asked, told):
     "listed, table",
     [
         (listing.methods, set(METHODS) - {"vera"}),  # tests/tuning/method_vera.py, of another test of this process
-        (listing.tasks, TASKS),
+        (listing.tasks, tasks.FILES),
         (listing.models, FAMILIES),
         (listing.metrics, METRICS),
     ],

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from ftjax import tasks
 from ftjax.data import labelled, template
 from ftjax.data.similar import digest, normalise, row_text
 from ftjax.data.table import Table
@@ -88,9 +89,10 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
     """
     if named := [name for name in columns if name in data.clean.columns]:
         return Sides(columns_text(named))
-    usual = labelled.COLUMNS.get(task.kind, labelled.Columns()) if task else labelled.Columns()
+    this = tasks.find(task.kind if task else "causal")
+    usual = this.columns
     label = _first(data.label, usual.label, columns)
-    if task is not None and task.kind != "causal":
+    if this.encode:
         texts = [_first(task.text, usual.text, columns), _first(task.pair, usual.pair, columns)]
         read, said = [name for name in texts if name], []
     else:

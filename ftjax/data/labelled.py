@@ -9,43 +9,15 @@ import ast
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data import masks, pairs, spans, tags
+from ftjax import tasks
 from ftjax.data.table import Table
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.tokenizers import pad_token
-
-# Usual names of the column of text, tried in order.
-TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")
-LABELS = ("label", "labels", "category", "class", "target")
-
-
-class Columns(NamedTuple):
-    """Usual names of the columns of a kind of task, tried in order.
-
-    Attributes:
-        text: Names of the column of the first text.
-        pair: Names of the column of the second text. Empty: there is one text, unless task.pair names a second column.
-        label: Names of the column of the label. Empty: rows have no label.
-    """
-
-    text: tuple[str, ...] = TEXTS
-    pair: tuple[str, ...] = ()
-    label: tuple[str, ...] = LABELS
-
-
-COLUMNS = {
-    "tag": Columns(("tokens", "words"), (), ("tags", "ner_tags", "labels")),
-    "span": Columns(("question",), ("context",), ("answers",)),
-    "masked": Columns(label=()),
-    "embed": Columns(("anchor", "query", *TEXTS), ("positive", "answer", "sentence2", "hypothesis", "context"), ()),
-}
-FIXED = {"span": ("start", "end"), "masked": (), "embed": ()}  # names of labels that do not depend on the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +25,7 @@ class Labelled:
     """How rows become tokens and targets. Together with the tokenizer, it determines both.
 
     Attributes:
-        form: A key of ENCODERS.
+        form: The value of task.kind.
         text: Column of the first text.
         pair: Column of the second text; empty if there is one text.
         label: Column of the label; empty if rows have none.
@@ -82,13 +54,10 @@ class Labelled:
 
     def render(self, rows: list[dict], places: list[str]) -> list[Rendered]:
         """The rows as text, each with its label as text."""
-        if self.form == "tag":
-            texts = [[" ".join(tags.cell(row, self.text, place))] for row, place in zip(rows, places)]
-        else:
-            texts = [[self.cell(row, column, place) for column in self.texts] for row, place in zip(rows, places)]
+        text = tasks.find(self.form).text or _text
         return [
-            Rendered(prompt="\n".join(text), completion=str(row.get(self.label, "")))
-            for text, row in zip(texts, rows, strict=True)
+            Rendered(prompt=text(self, row, place), completion=str(row.get(self.label, "")))
+            for row, place in zip(rows, places, strict=True)
         ]
 
     def sides(self, row: dict, place: str) -> tuple[str, str]:
@@ -97,7 +66,7 @@ class Labelled:
         Raises FtjaxError if the row has no text, or lacks a label that it needs.
         """
         (rendered,) = self.render([row], [place])
-        if self.label and self.form != "multilabel" and is_missing(row.get(self.label)):
+        if self.label and not tasks.find(self.form).unlabelled and is_missing(row.get(self.label)):
             raise FtjaxError(f"{place}: column {self.label!r} holds no label")
         return "", rendered.prompt
 
@@ -112,7 +81,7 @@ class Labelled:
         Raises:
             FtjaxError: If a row cannot be used. It names the row's place.
         """
-        return ENCODERS[self.form](self, tokenizer, rows, places)
+        return tasks.find(self.form).encode(self, tokenizer, rows, places)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -138,6 +107,10 @@ class Labelled:
         return value
 
 
+def _text(how: Labelled, row: dict, place: str) -> str:
+    return "\n".join(how.cell(row, column, place) for column in how.texts)
+
+
 def recipe(
     config, data, table: Table, names: tuple[str, ...], pool: str, max_length: int, truths: bool = True
 ) -> Labelled:
@@ -155,8 +128,9 @@ def recipe(
     Raises:
         FtjaxError: If the table lacks a column that the recipe needs.
     """
-    task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
-    alone = task.kind == "embed" and not truths  # a single text is embedded, without a second one
+    task, this = config.task, tasks.find(config.task.kind)
+    usual = this.columns
+    alone = this.texts > 1 and not truths  # a single text is embedded, without a second one
     asked, there = task.text, [name for name in usual.text if name in table.columns]
     if alone and asked not in table.columns and len(there) == 1:  # `prepare` says that it is another column
         asked = there[0]
@@ -166,9 +140,7 @@ def recipe(
         pair = column(task.pair, usual.pair, table, "task.pair")
     if usual.label and truths:
         label = column(data.label, usual.label, table, "data.label")
-    # Long texts of the kinds `span` and `masked` become several examples, none of which is too long.
-    cut = max_length if config.data.long == "truncate" or task.kind in ("span", "masked") else 0
-    cut = cut // 2 if task.kind == "embed" else cut  # a row holds two texts
+    cut = max_length // this.texts if config.data.long == "truncate" or this.splits else 0
     return Labelled(task.kind, text, pair, label, names, pool, cut, task.subwords, task.stride, task.no_answer)
 
 
@@ -181,30 +153,27 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
         known: Names of the labels of the model's head. They are not used for task.kind="regress".
 
     Returns:
-        The names; for a kind of FIXED, its fixed names.
+        The names; those of the task where they do not depend on the rows.
 
     Raises:
-        FtjaxError: If task.kind is `classify` and the rows have fewer than two labels, if task.labels has a name twice,
-            or if a cell holds no valid label.
+        FtjaxError: If the task cannot use the labels of the rows, if task.labels has a name twice, or if a cell holds
+            no valid label.
     """
-    task, usual = config.task, COLUMNS.get(config.task.kind, Columns())
-    if task.kind in FIXED:
-        return FIXED[task.kind]
-    names = tuple(label_name(name) or "" for name in task.labels) or (() if task.kind == "regress" else known)
+    task, this = config.task, tasks.find(config.task.kind)
+    if this.labels is not None:
+        return this.labels
+    names = tuple(label_name(name) or "" for name in task.labels) or (() if this.numeric else known)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise FtjaxError(f"task.labels: two labels are called {twice!r}; give each label a name of its own")
     if names:
         return names
-    if task.kind == "regress":
+    if this.numeric:
         return ("value",)
     found = set()
     for data, table in tables:
-        named = column(data.label, usual.label, table, "data.label")
-        found |= label_names(table, named, task.kind in SEVERAL)
-    names = tags.in_order(found) if task.kind == "tag" else in_order(found)
-    if len(names) < 2 and task.kind == "classify":
-        raise FtjaxError(f"data.label: the rows of train have the label {', '.join(names)!r} only; expected two")
-    return names
+        named = column(data.label, this.columns.label, table, "data.label")
+        found |= label_names(table, named, this.several)
+    return (this.order or in_order)(found)
 
 
 def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[Labelled, list[str]]:
@@ -223,24 +192,23 @@ def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[
         (`how` with `ids` and `vectors` set, notes for the user).
 
     Raises:
-        FtjaxError: If rows have no label (the message counts them), or if a tag is not a valid tag.
+        FtjaxError: If rows have no label. The message counts them.
     """
-    if not how.label or how.form in FIXED:
+    task = tasks.find(how.form)
+    if not how.label or task.labels is not None:
         return how, []
     cells, said = list(table.cells(how.label)), f"column {how.label!r} holds"
-    if how.form != "multilabel":  # for which an empty cell means a row without labels
+    if not task.unlabelled:
         need_labels(table, cells, how.label)
-    if how.form == "tag":
-        tags.in_order(set(how.names))
-    if how.form == "multilabel":
+    if task.unlabelled and task.several:
         source = list(whole.cells(how.label)) if how.label in whole.columns else cells
         if vector_length(source) == len(how.names):
             note = f"{said} vectors of 0 and 1, one number for each of {_some(how.names)}"
             return dataclasses.replace(how, vectors=True), [note]
-    if how.form == "regress" or labels_as == "names":
+    if task.numeric or labels_as == "names":
         return how, []
     if labels_as == "auto":
-        labels = (label for cell in cells for label in (split_labels(cell) if how.form in SEVERAL else [cell]))
+        labels = (label for cell in cells for label in (split_labels(cell) if task.several else [cell]))
         if any(map(WHOLE.fullmatch, how.names)) or not all(is_whole(label) for label in labels):
             return how, []
     meant = _some([f"{i} is {name!r}" for i, name in enumerate(how.names)])
@@ -300,7 +268,6 @@ def column(asked: str, usual: tuple[str, ...], table: Table, key: str) -> str:
 
 WHOLE = re.compile(r"-?\d+")
 VECTOR = re.compile(r"[01](\s*[\s;|/]\s*[01])+")  # a multi-hot vector in a text without commas
-SEVERAL = ("multilabel", "tag")  # values of task.kind for which a row has several labels
 
 
 def label_name(cell) -> str | None:
@@ -431,87 +398,6 @@ def _some(names) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def one_class(how: Labelled, row: dict, place: str):
-    """The class of a row.
-
-    Args:
-        how: The recipe.
-        row: The row.
-        place: Name of the row in errors.
-
-    Returns:
-        () int32; 0 if rows have no labels.
-
-    Raises:
-        FtjaxError: If the label is unknown.
-    """
-    return np.int32(label_id(how, row.get(how.label), place) if how.label else 0)
-
-
-def many_classes(how: Labelled, row: dict, place: str):
-    """The labels of a row that may have several.
-
-    Args:
-        how: The recipe.
-        row: The row.
-        place: Name of the row in errors.
-
-    Returns:
-        (C,) float32: 1 for each label that the row has, 0 for the others.
-
-    Raises:
-        FtjaxError: If a label is unknown or occurs twice, or if the cell has another format.
-    """
-    out, cell = np.zeros(len(how.names), np.float32), row.get(how.label)
-    labels = split_labels(cell) if how.label else []
-    if how.vectors:
-        if len(labels) != len(out) or any(x not in BITS for x in labels):
-            raise FtjaxError(
-                f"{place}: column {how.label!r} holds {cell!r:.80}; expected {len(out)} numbers, each 0 or 1"
-            )
-        return np.array([x in (1, "1") for x in labels], np.float32)
-    if isinstance(cell, int | float) and how.label:
-        raise FtjaxError(
-            f"{place}: column {how.label!r} holds {cell!r}; expected a list of labels, or a text with commas between "
-            "them; where every label has a column of its own, write the names of those that a row has into one"
-        )
-    for label in labels:
-        at = label_id(how, label, place)
-        if out[at]:
-            raise FtjaxError(
-                f"{place}: column {how.label!r} holds {cell!r:.80}, in which {label!r} stands twice; expected each "
-                f"label once, or in all rows vectors of {len(out)} numbers, each 0 or 1"
-            )
-        out[at] = 1
-    return out
-
-
-def numbers(how: Labelled, row: dict, place: str):
-    """The target numbers of a row.
-
-    Args:
-        how: The recipe.
-        row: The row.
-        place: Name of the row in errors.
-
-    Returns:
-        (C,) float32; 0 if rows have no labels.
-
-    Raises:
-        FtjaxError: If the cell does not hold C numbers between -1e18 and 1e18.
-    """
-    cell = row.get(how.label) if how.label else [0.0] * len(how.names)
-    try:
-        found = np.array([float(x) for x in (cell if isinstance(cell, list) else [cell])], np.float32)
-    except (TypeError, ValueError):
-        found = np.array([np.nan])
-    # The loss squares the numbers, which must not overflow.
-    if found.shape != (len(how.names),) or not (np.abs(found) < 1e18).all():
-        expected = "a number" if len(how.names) == 1 else f"{len(how.names)} numbers"
-        raise FtjaxError(f"{place}: column {how.label!r} holds {cell!r}; expected {expected} between -1e18 and 1e18")
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- tokens
 
 
@@ -556,24 +442,6 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
     return out
 
 
-def _labelled(target: Callable) -> Callable:
+def encoder(target: Callable) -> Callable:
+    """The `encode` of a task whose texts have one target each. target: see `sequence`."""
     return lambda how, tokenizer, rows, places: sequence(how, tokenizer, rows, places, target)
-
-
-# form -> a function (Labelled, tokenizer, rows, places) -> examples: one for each row, unless Example.row says which
-ENCODERS: dict[str, Callable[..., list[Example]]] = {
-    "classify": _labelled(one_class),
-    "multilabel": _labelled(many_classes),
-    "regress": _labelled(numbers),
-    "tag": tags.encode,
-    "span": spans.encode,
-    "masked": masks.encode,
-    "embed": pairs.encode,
-}
-
-
-def layout(config, tokenizer) -> dict:
-    """The arguments of Batches that depend on the kind of task."""
-    if config.task.kind == "masked":
-        return {"masking": masks.masking(config.task, tokenizer)}
-    return {"apart": True} if config.task.kind == "embed" else {}

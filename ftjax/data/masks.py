@@ -5,15 +5,13 @@ T tokens of a piece, n of them that may be masked, K of those that are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data.labelled import Labelled
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError
-
-if TYPE_CHECKING:
-    from ftjax.data.labelled import Labelled
 
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or a random token; others stay (BERT)
 

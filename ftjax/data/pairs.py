@@ -5,15 +5,11 @@ T tokens of a row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from ftjax.data.labelled import Labelled
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError
-
-if TYPE_CHECKING:
-    from ftjax.data.labelled import Labelled
 
 
 def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax import config as configs
-from ftjax import stops
+from ftjax import stops, tasks
 from ftjax.data import chat_templates, labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
@@ -29,7 +29,6 @@ from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")
 MANY = 20_000  # from this number of rows on, more processes save more time than they take to start
-BY_LABEL = ("causal", "classify", "multilabel")  # values of task.kind whose split is stratified by data.label
 MEANT = "auto"  # the value of data.cache that means the user's cache folder
 
 
@@ -333,19 +332,21 @@ def _tokenised(
     parts: tuple[str, ...],
 ) -> Data:
     """Tokenise the sources' rows of some parts; see `prepare` and `given` for the arguments."""
-    texts = 2 if config.task.kind == "embed" else 1  # texts of a row; the positions of each begin at 0
-    max_length = _max_length(config.data.max_length, texts * max_positions)
+    task = tasks.find(config.task.kind)
+    max_length = _max_length(
+        config.data.max_length, task.texts * max_positions
+    )  # the positions of each text begin at 0
     cache = _cache(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
     read_by = fingerprint(tokenizer)
     names, labels_as = (), config.task.labels_as
     if labels_as == "auto" and not (config.task.labels or known):
         labels_as = "names"
-    if config.task.kind != "causal":
+    if task.encode:
         names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
     def how(source: Source, table: Table):
-        if config.task.kind == "causal":
+        if not task.encode:
             return recipe(source.data, table.columns)
         own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
         own, notes = labelled.reading(own, table, source.whole, labels_as)
@@ -394,7 +395,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     dealt = []  # of each source: (rows of train's table, indices of those that stay in train)
     for source in sources:
         data, tables = source.data, dict(source.tables)
-        dealt_by = data if data.stratify or config.task.kind in BY_LABEL else _unlabelled(data)
+        dealt_by = data if data.stratify or tasks.find(config.task.kind).stratified else _unlabelled(data)
         chosen = split(tables, dealt_by, config.seed, config.task)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
@@ -417,7 +418,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
                 )
         few = limit(indices[kept], source.data.limit, count, config.seed)
         if source.data.shots:
-            column = labelled.column(source.data.label, labelled.LABELS, table, "data.label")
+            column = labelled.column(source.data.label, tasks.LABELS, table, "data.label")
             there = dict(zip(indices.tolist(), table.cells(column), strict=True))
             cells = {i: labelled.label_name(there[i]) for i in few.tolist()}
             few = shots(cells, source.data.shots, count, config.seed)
@@ -489,7 +490,7 @@ def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]
     Raises:
         FtjaxError: If data.form or a template is set and cannot be used.
     """
-    if config.task.kind != "causal":
+    if tasks.find(config.task.kind).encode:
         return labelled.recipe(config, data, table, (), "", 0).sides
     try:
         how, _ = recipe(data, table.columns)

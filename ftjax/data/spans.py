@@ -5,15 +5,13 @@ T tokens of a window.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data.labelled import Labelled
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError
-
-if TYPE_CHECKING:
-    from ftjax.data.labelled import Labelled
 
 
 class Window(NamedTuple):

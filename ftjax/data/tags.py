@@ -6,15 +6,13 @@ T tokens of a row, C tags.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data.labelled import Labelled, label_id
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError
-
-if TYPE_CHECKING:
-    from ftjax.data.labelled import Labelled
 
 TAG = re.compile(r"O|[BIESLU]-.+")
 
@@ -117,10 +115,11 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
         One Example for each row. targets: the id of the tag at each token that carries one.
 
     Raises:
-        FtjaxError: If a row has no words, another number of tags than words, or an unknown tag.
+        FtjaxError: If a row has no words, another number of tags than words, or an unknown tag, or if the
+            name of a label is no tag.
     """
-    from ftjax.data.labelled import label_id
-
+    if how.label:
+        in_order(set(how.names))
     words = [cell(row, how.text, place) for row, place in zip(rows, places, strict=True)]
     inside = np.array([how.names.index(n) if (n := f"I-{name[2:]}") in how.names else i
                        for i, name in enumerate(how.names)])  # fmt: skip

@@ -111,14 +111,14 @@ def _tokenizer(config):
 
 def _head(config) -> dict:
     """Arguments of `prepare`: where the head over labels of `model.path` reads a text, and the names of its labels."""
+    from ftjax import tasks
     from ftjax.hub import families, resolve
-    from ftjax.objectives import TASKS
 
     folder = resolve.resolve(config.model.path, config.model.revision)
     if config.task.kind == "causal" or not (Path(folder) / "config.json").is_file():
         return {}
     family, shape = families.read_config(folder)
-    head = families.with_head(family, shape, TASKS[config.task.kind].head, 1, folder, config.task.pool).head
+    head = families.with_head(family, shape, tasks.find(config.task.kind).head, 1, folder, config.task.pool).head
     return {"pool": head.pool, "known": families.label_names(folder) if shape.head.task == head.task else ()}
 
 

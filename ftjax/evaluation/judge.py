@@ -5,25 +5,19 @@ N examples, B rows, M places of a row at most, C labels.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from ftjax.data.batches import Batches
-from ftjax.data.labelled import layout
+from ftjax import tasks
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import spans, tagged, vectors
-from ftjax.evaluation.classification import best_thresholds
-from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.evaluation.said import Asked, Judge, at_places, logits
+from ftjax.evaluation.said import Asked
 from ftjax.evaluation.said import text as said_text
 from ftjax.files import replace_json, write_jsonl
 from ftjax.foreign import listed, maybe, number, read_json
-from ftjax.objectives import TASKS
 
 MISTAKES = 50  # most rows in mistakes.jsonl
 
@@ -39,8 +33,9 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     """
     task, examples = config.task, data.train.examples
     drawn, C = {"source": data.train.source, "shares": data.shares}, len(data.labels)
-    for key, kinds in (("class_weights", ("classify", "tag")), ("balanced", ("classify",))):
-        if task[key] and task.kind not in kinds:
+    for key in ("class_weights", "balanced"):
+        if task[key] and key not in tasks.find(task.kind).takes:
+            kinds = [kind for kind, other in tasks.every().items() if key in other.takes]
             raise FtjaxError(f"task.{key}: is of task.kind {' and '.join(kinds)}; this one is {task.kind}")
     if not task.class_weights and not task.balanced:
         return drawn, None
@@ -67,120 +62,22 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     return drawn, np.array(weights, np.float32)
 
 
-def say(asked: Asked) -> np.ndarray:
-    """Logits (N, C) of the examples."""
-    return np.concatenate(at_places(logits, asked))
-
-
-def probabilities(kind: str, said: np.ndarray) -> np.ndarray:
-    """Logits (N, C) as the predictions that labelled.report takes for a task: probabilities, or numbers of
-    `regress`."""
-    if kind == "multilabel":
-        return 1 / (1 + np.exp(-said.astype(np.float64)))
-    if kind == "regress":
-        return said.astype(np.float64)[:, 0] if said.shape[1] == 1 else said.astype(np.float64)
-    said = said.astype(np.float64) - said.max(1, keepdims=True)
-    return np.exp(said) / np.exp(said).sum(1, keepdims=True)
-
-
-def truths(part: Part, kind: str) -> np.ndarray:
-    """The targets of examples with one place each, (N,) or (N, C); with one number per row they are (N,)."""
-    values = part.examples.targets[part.examples.first]
-    return values[:, 0] if kind == "regress" and values.shape[1] == 1 else values
-
-
-def settings(asked: Asked, thresholds: list[float] | None) -> dict:
-    """Thresholds in the form that labelled.report takes."""
-    if thresholds is None:
-        return {}
-    return (
-        {"threshold": thresholds[-1]} if asked.config.task.kind == "classify" else {"thresholds": np.array(thresholds)}
-    )
-
-
-def thresholds_of(config, part: Part, said: np.ndarray) -> list[float] | None:
+def thresholds_of(config, part: Part, said) -> list[float] | None:
     """The thresholds that task.threshold chooses on a part.
 
     Args:
         config: The config.
         part: The rows, usually those of validation.
-        said: The model's logits on them, (N, C).
+        said: The model's output on them, see Judge.say.
 
     Returns:
         The least probability of each label that counts as predicted; None without task.threshold, which means 0.5.
 
     Raises:
-        FtjaxError: If task.kind is `classify` and there are not two labels.
+        FtjaxError: If the task has no thresholds for the number of labels.
     """
-    kind, metric = config.task.kind, config.task.threshold
-    if not metric:
-        return None
-    chances, labels = probabilities(kind, said), truths(part, kind)
-    if kind == "classify" and chances.shape[1] != 2:
-        raise FtjaxError(f"task.threshold: is for two labels or task.kind multilabel; there are {chances.shape[1]}")
-    if kind == "classify":
-        chances, labels = chances[:, 1:], labels[:, None]
-    return [float(found["threshold"]) for found in best_thresholds(labels, chances, metric)]
-
-
-def sides(asked: Asked, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and predictions in the form that labelled.report takes."""
-    kind = asked.config.task.kind
-    return truths(asked.part, kind), probabilities(kind, said)
-
-
-def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
-    """One record per row: its place, text and label, the prediction, and the probability of every label."""
-    part, labels, kind = asked.part, asked.data.labels, asked.config.task.kind
-    chances, truth, out = probabilities(kind, said), truths(part, kind), []
-    for i in range(len(part)):
-        record = {"row": part.place(i), "text": part.rendered(i).prompt}
-        if kind == "regress":
-            out.append(record | {"label": truth[i].tolist(), "prediction": chances[i].tolist()})
-            continue
-        by_name = dict(zip(labels, np.round(chances[i], 6).tolist()))
-        if kind == "multilabel":
-            cut = np.array(thresholds or [0.5] * len(labels))
-            told, said_so = ([n for n, yes in zip(labels, hit) if yes] for hit in (truth[i] > 0, chances[i] >= cut))
-        else:
-            first = int(chances[i, 1] >= thresholds[-1]) if thresholds else int(chances[i].argmax())
-            told, said_so = labels[truth[i]], labels[first]
-        out.append(record | {"label": told, "prediction": said_so, "probabilities": by_name})
-    return out
-
-
-def shown(record: dict) -> str:
-    """A mistake in one line: the label, the prediction and the text."""
-    return f"{record['label']!r} taken for {record['prediction']!r}: {record['text'][:100]!r}"
-
-
-def masked_loss(asked: Asked) -> dict:
-    """Loss and accuracy of masked tokens, see loss.evaluate_loss."""
-    part, config = asked.part, asked.config
-    batches = Batches(
-        part.examples, config.evaluate.batch_size or config.train.batch_size or 16, asked.data.max_length,
-        buckets=config.data.buckets, seed=config.seed, shuffle=False, **layout(config, asked.tokenizer),
-    )  # fmt: skip
-    options = TASKS[config.task.kind].always(config)
-    loss = functools.partial(sums, asked.model, asked.variables, kind=config.task.kind, **options)
-    return evaluate_loss(loss, (batches[i] for i in range(len(batches))))
-
-
-def blank(asked: Asked) -> np.ndarray:
-    """As `say`, for a model that gives all labels the same logit."""
-    return np.zeros((len(asked.part), max(len(asked.data.labels), 1)))
-
-
-BY_LABEL = Judge(say, sides, lines, shown, known=("label",), blank=blank, settings=settings)
-JUDGES = {
-    "classify": BY_LABEL,
-    "multilabel": BY_LABEL,
-    "regress": BY_LABEL,
-    "tag": tagged.JUDGE,
-    "span": spans.JUDGE,
-    "masked": Judge(masked_loss),
-    "embed": vectors.JUDGE,
-}
+    metric = config.task.threshold
+    return tasks.find(config.task.kind).judge.thresholds(part, said, metric) if metric else None
 
 
 def check(config, data: Data, tokenizer) -> list[str]:
@@ -199,13 +96,13 @@ def check(config, data: Data, tokenizer) -> list[str]:
     Raises:
         FtjaxError: If predictions cannot be evaluated with a setting or a row.
     """
-    task, this, names = config.task, JUDGES.get(config.task.kind), []
+    task, this, names = config.task, tasks.find(config.task.kind).judge, []
     if task.threshold and not len(data.validation):
         raise FtjaxError(
             "task.threshold: is chosen on validation rows, and there are none: name data.validation, or give it a "
             "share of data.split"
         )
-    if task.threshold and task.kind not in ("classify", "multilabel"):
+    if task.threshold and not (this and this.thresholds):
         raise FtjaxError(f"task.threshold: task.kind {task.kind} has no thresholds; leave it empty")
     for part in (data.test, data.validation) if this and this.blank else ():
         if len(part):
@@ -242,7 +139,7 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
     Returns:
         The Finished.
     """
-    run_dir, judge = Path(run_dir), JUDGES[config.task.kind]
+    run_dir, judge = Path(run_dir), tasks.find(config.task.kind).judge
     parts = {name: getattr(data, name) for name in ("validation", "test") if len(getattr(data, name))}
     asked = {name: Asked(model, variables, tokenizer, data, part, config) for name, part in parts.items()}
     said = {name: judge.say(asked[name]) for name in parts}
@@ -282,7 +179,7 @@ def judge(lm, part: Part, data: Data, config) -> dict:
         config: The config, with `run_dir` if it has task.threshold.
     """
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
-    this = JUDGES[lm.kind]
+    this = tasks.find(lm.kind).judge
     return this.report(asked, this.say(asked), _chosen(config))
 
 
@@ -298,7 +195,7 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
     Raises:
         FtjaxError: If the model's task has no records.
     """
-    this = JUDGES[lm.kind]
+    this = tasks.find(lm.kind).judge
     if this.lines is None:
         raise FtjaxError(f"predict: a model for the task {lm.kind} says nothing of rows; `ftjax evaluate` measures it")
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)

@@ -14,17 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ftjax import cpus
+from ftjax import cpus, tasks
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.objectives import TASKS
 from ftjax.progress import doing
 
 
 @functools.partial(cpus.jit, static_argnums=0, static_argnames=("kind", "options"))
 def _sums(model, variables, batch, *, kind: str, options: tuple):
-    return TASKS[kind].sums(model, variables, batch, **dict(options))
+    return tasks.find(kind).sums(model, variables, batch, **dict(options))
 
 
 def sums(model, variables, batch, *, kind: str = "causal", **options):
@@ -34,8 +33,8 @@ def sums(model, variables, batch, *, kind: str = "causal", **options):
         model: The Flax module.
         variables: The Flax variables.
         batch: {name: array (B, ...)}.
-        kind: The task, a key of TASKS.
-        options: Options of the objective that also apply in evaluation, see `always` in TASKS.
+        kind: The task, as in task.kind.
+        options: Options of the objective that also apply in evaluation, see ftjax.tasks.Task.always.
 
     Returns:
         (loss sum, weight sum, metric sums), see ftjax.objectives.

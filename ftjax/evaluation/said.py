@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax import cpus
+from ftjax import cpus, tasks
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation import labelled
 from ftjax.evaluation.loss import WEIGHTS
-from ftjax.objectives import TASKS, classify
+from ftjax.objectives import classify
 from ftjax.progress import doing
 
 
@@ -53,6 +53,8 @@ class Judge(NamedTuple):
         known: Keys of a record that come from the row, not from the model.
         blank: blank(Asked) -> the output of a model without knowledge, in the form of `say`.
         settings: settings(Asked, thresholds) -> further arguments of labelled's functions.
+        thresholds: thresholds(part, output, metric) -> the least probability of each label that counts as predicted,
+            chosen on a part by a metric. None: the task has no thresholds.
         note: note(Asked, output) -> a note for the reader of the report; empty: none.
     """
 
@@ -63,6 +65,7 @@ class Judge(NamedTuple):
     known: tuple[str, ...] = ()
     blank: Callable | None = None
     settings: Callable = lambda asked, thresholds: {}
+    thresholds: Callable | None = None
     note: Callable = lambda asked, said: ""
 
     def report(self, asked: Asked, said, thresholds=None, draws: int = DRAWS) -> dict:
@@ -77,7 +80,7 @@ class Judge(NamedTuple):
         if self.sides is None:
             return said
         found = labelled.report(
-            TASKS[asked.config.task.kind].judged, *self.sides(asked, said), names=list(asked.data.labels) or None,
+            tasks.find(asked.config.task.kind).judged, *self.sides(asked, said), names=list(asked.data.labels) or None,
             groups=groups(asked), draws=draws, seed=asked.config.seed, **self.settings(asked, thresholds),
         )  # fmt: skip
         note = self.note(asked, said)
@@ -85,7 +88,7 @@ class Judge(NamedTuple):
 
     def worst(self, asked: Asked, said, thresholds, n: int) -> list[int]:
         """Indices of the up to n wrong records with the highest loss."""
-        kind, settings = TASKS[asked.config.task.kind].judged, self.settings(asked, thresholds)
+        kind, settings = tasks.find(asked.config.task.kind).judged, self.settings(asked, thresholds)
         return labelled.worst(kind, *self.sides(asked, said), n, **settings)
 
 
@@ -96,7 +99,7 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
         f: f(model, variables, batch) -> (B, M, ...), or (B, T, ...) with `whole_rows`.
         asked: The model and rows.
         whole_rows: Whether f has a value for each token instead of each place.
-        layout: Arguments of Batches for the task, see ftjax.data.labelled.layout.
+        layout: Arguments of Batches for the task, see ftjax.tasks.Task.layout.
 
     Returns:
         The values (n, ...) at the places, or tokens, of each example, in order.

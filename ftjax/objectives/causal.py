@@ -16,6 +16,16 @@ AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once;
 AT_ONCE_ELSEWHERE = 1 << 30
 
 
+def smoothing(config) -> dict:
+    """The options of `sums` in training only."""
+    return {"label_smoothing": config.train.label_smoothing}
+
+
+def chunk(config) -> dict:
+    """The options of `sums` in training and evaluation."""
+    return {"head_chunk": config.model.head_chunk}
+
+
 def states(model, variables, batch, *, rngs=None):
     """Hidden states (B, M, D) from which the trained tokens of a batch are predicted; see `sums`."""
     rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "loss_index"))

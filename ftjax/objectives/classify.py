@@ -11,6 +11,11 @@ import jax.numpy as jnp
 from ftjax.objectives.causal import states
 
 
+def options(config) -> dict:
+    """The options of `one_class` in training."""
+    return {"label_smoothing": config.train.label_smoothing, "focal": config.task.focal}
+
+
 def logits(model, variables, batch, *, rngs=None):
     """The head's output at each position of a batch, (B, M, C) float32; see `one_class`."""
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)

@@ -15,8 +15,8 @@ def work(job: dict) -> dict:
     """The result of ftjax.plan.run.plan, for its arguments in `job`."""
     started = time.perf_counter()
     from ftjax import config as configs
+    from ftjax import tasks
     from ftjax.hub import families, resolve
-    from ftjax.objectives import TASKS
     from ftjax.plan import compiled, search
     from ftjax.plan.devices import parse
     from ftjax.training import auto_mesh, sharding
@@ -46,7 +46,7 @@ def work(job: dict) -> dict:
     M, steps, tokens = _places(config, T), config.train.steps or None, None
     if job["data"]:
         T, M, steps, tokens = _from_data(config, folder, longest)
-    labels = len(config.task.labels) or TASKS[config.task.kind].unnamed
+    labels = len(config.task.labels) or tasks.find(config.task.kind).unnamed
     shape = programs.with_task(config, family, shape, folder, labels)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
     chosen.append(programs.check_attention(config, spec, mesh, dtype, [T]))
@@ -87,12 +87,11 @@ def work(job: dict) -> dict:
 
 def _places(config, T: int) -> int:
     """Number of trained positions in a row of T tokens, if nothing is known of the rows."""
+    from ftjax import tasks
     from ftjax.data.batches import GRANULE
 
-    if config.data.packing or config.task.kind in ("causal", "tag"):
-        return T
-    places = round(T * config.task.mask_rate) if config.task.kind == "masked" else 1
-    return max(GRANULE, -(-places // GRANULE) * GRANULE)
+    places = T if config.data.packing else tasks.find(config.task.kind).trained(config, T)
+    return T if places == T else max(GRANULE, -(-places // GRANULE) * GRANULE)
 
 
 def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) -> None:
@@ -118,7 +117,7 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     rows."""
     import numpy as np
 
-    from ftjax.data import labelled
+    from ftjax import tasks
     from ftjax.data.batches import Batches
     from ftjax.data.prepare import prepare
     from ftjax.hub import tokenizers
@@ -129,7 +128,7 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     batches = Batches(
         data.train.examples, config.train.batch_size, data.max_length, packing=config.data.packing,
         buckets=config.data.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
-        ways=config.mesh.sequence, **labelled.layout(config, tokenizer),
+        ways=config.mesh.sequence, **tasks.find(config.task.kind).layout(config, tokenizer),
     )  # fmt: skip
     _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, peft, pooling, resolve, tokenizers, weights
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
-from ftjax.objectives import TASKS
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tree import map_paths, not_finite
 from ftjax.tuning import METHODS
@@ -100,7 +100,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
             labels = tuple(source.config["task"]["labels"])
             peft.write_adapter(
                 out, tensors, adapter_config, base.tokenizer_folder or base.folder, source.base_name, record=record,
-                labels=labels, problem=TASKS[source.config["task"]["kind"]].problem, beside=beside,
+                labels=labels, problem=tasks.find(source.config["task"]["kind"]).problem, beside=beside,
             )  # fmt: skip
         return report
     params = dequantised(row.merge(source.trained, source.frozen, source.spec))
@@ -114,7 +114,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         source.spec.family,
         source.spec.model,
         labels=tuple(source.config["task"]["labels"]),
-        problem=TASKS[source.config["task"]["kind"]].problem,
+        problem=tasks.find(source.config["task"]["kind"]).problem,
         max_length=source.config["data"]["max_length"],
         dtype=dtype,
         shard_size=shard_size,

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ftjax import tasks
 from ftjax.data.batches import Batches
 from ftjax.objectives import causal
 from ftjax.training import sharding
@@ -31,7 +32,7 @@ def usable(config, trained: dict, steps: int, epoch: int) -> bool:
         epoch: Steps of an epoch.
     """
     same = not config.train.dropout and not config.train.neftune
-    same = same and config.task.kind != "span"  # whose head reads all tokens
+    same = same and not tasks.find(config.task.kind).whole_rows
     head_alone = set(trained) in ({"lm_head"}, {"head"})
     return config.train.cache_features and head_alone and same and steps > epoch and jax.process_count() == 1
 

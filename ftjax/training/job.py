@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from ftjax import config as configs
-from ftjax import cpus
-from ftjax.data import chat_templates, labelled
+from ftjax import cpus, tasks
+from ftjax.data import chat_templates
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, Part, prepare
 from ftjax.errors import FtjaxError
@@ -22,7 +22,6 @@ from ftjax.evaluation import compare, judge
 from ftjax.evaluation.metrics import METRICS, find
 from ftjax.hub import families, fingerprint, resolve, tokenizers
 from ftjax.lm import LM, compute_dtype
-from ftjax.objectives import TASKS, Task
 from ftjax.progress import counted, doing
 from ftjax.training import auto_mesh, export, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
@@ -82,9 +81,9 @@ class Job:
         return METHODS[self.config.tuning.method]
 
     @property
-    def task(self) -> Task:
-        """The row of TASKS."""
-        return TASKS[self.config.task.kind]
+    def task(self) -> tasks.Task:
+        """The task of task.kind."""
+        return tasks.find(self.config.task.kind)
 
     @property
     def generates(self) -> bool:
@@ -194,7 +193,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
     batch = functools.partial(
         Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed,
-        ways=mesh.shape["sequence"], **labelled.layout(config, tokenizer),
+        ways=mesh.shape["sequence"], **tasks.find(config.task.kind).layout(config, tokenizer),
     )  # fmt: skip
     drawn, weights_of_classes = judge.by_class(config, data)
     batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
@@ -256,7 +255,7 @@ def chosen_rows(config, data: Data, most: int) -> Part:
 
 def check_metric(config, name: str) -> None:
     """Raise FtjaxError if `evaluate.metrics` names a metric that does not exist."""
-    judged = TASKS[config.task.kind].judged
+    judged = tasks.find(config.task.kind).judged
     if judged and name not in METRICS and ":" not in name:
         raise FtjaxError(
             f"evaluate.metrics: {name!r} is not a metric of generated answers, which this field is for. All scores of "

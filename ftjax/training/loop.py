@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import cpus, stops
+from ftjax import cpus, stops, tasks
 from ftjax import progress as signs
 from ftjax.data.batches import ahead, loader
 from ftjax.data.preview import show
@@ -27,7 +27,6 @@ from ftjax.evaluation.loss import sums
 from ftjax.evaluation.pictures import plot_losses
 from ftjax.files import write_jsonl
 from ftjax.models.quantised import is_quantised
-from ftjax.objectives import TASKS
 from ftjax.progress import counted, doing
 from ftjax.training import export, features, finite, hosts, provenance, selection, sharding
 from ftjax.training.checkpoint import FOLDER, Checkpoints
@@ -455,7 +454,7 @@ def summary(result: Result, config, chat: bool) -> str:
     lines = [f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     run = shlex.quote(str(result.run_dir))
-    says = [f"  ftjax predict --model {run} --data FILE"] if TASKS[config.task.kind].judged else []
+    says = [f"  ftjax predict --model {run} --data FILE"] if tasks.find(config.task.kind).judged else []
     if config.task.kind == "causal":
         says = [f"  ftjax generate --model {run}{' --chat' * chat} --prompt '...'"]
     lines += [

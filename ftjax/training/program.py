@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ftjax import cpus
+from ftjax import cpus, tasks
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.models import attention_backends, remat
 from ftjax.models.quantised import is_quantised, quantised_size
 from ftjax.models.transformer import Transformer
-from ftjax.objectives import TASKS, objective
 from ftjax.training import sharding
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
@@ -112,12 +111,12 @@ def with_task(config, family, shape, folder, labels: int):
 
     Raises FtjaxError for a task that the family has no head for.
     """
-    return families.with_head(family, shape, TASKS[config.task.kind].head, labels, folder, config.task.pool)
+    return families.with_head(family, shape, tasks.find(config.task.kind).head, labels, folder, config.task.pool)
 
 
 def kernels(config, device) -> attention_backends.Kernels:
     """The Kernels of attention of a config's model on a device, or on any object with a `platform`."""
-    several = config.data.packing or config.task.kind == "embed"  # documents a row
+    several = config.data.packing or tasks.find(config.task.kind).texts > 1  # documents a row
     capability = getattr(device, "compute_capability", "")
     return attention_backends.choose(config.model.attention, device.platform, capability, several)
 
@@ -188,8 +187,8 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     everywhere = NamedSharding(mesh, PartitionSpec())
     state_places = State(everywhere, trained_places, moments, trained_places if ema else None)
     step = compile_step(
-        state_places, cpus.options(mesh.size), sums=objective(config, model), variables=variables, optimizer=optim,
-        seed=config.seed, accumulate=config.train.accumulate, ema=ema,
+        state_places, cpus.options(mesh.size), sums=tasks.objective(config, model), variables=variables,
+        optimizer=optim, seed=config.seed, accumulate=config.train.accumulate, ema=ema,
     )  # fmt: skip
     return Program(
         model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,
@@ -225,7 +224,7 @@ def count(shapes) -> int:
 def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") -> tuple:
     """(state, frozen, batch) of a step as shapes with shardings. kind: config.task.kind."""
     state = jax.eval_shape(program.init_state, program.trained)
-    shape, dtype = TASKS[kind].target(program.model.config.head.labels)
+    shape, dtype = tasks.find(kind).target(program.model.config.head.labels)
     special = {"labels": (shape, dtype), "weights": ((), "float32")}
 
     def array(name, width):

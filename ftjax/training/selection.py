@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.data.prepare import Part
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.labelled import LOWER
 from ftjax.evaluation.metrics import METRICS, find, score
 from ftjax.evaluation.said import Asked
-from ftjax.objectives import TASKS
 
 LOSS = "val_loss"
 OF_TOKENS = ("accuracy",)  # figures that the validation loss brings along, where a task has no others
@@ -91,14 +91,14 @@ def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, fl
         losses: "val_loss" and "accuracy" of the same validation.
     """
     config = job.config
-    if chosen.name == LOSS or not TASKS[config.task.kind].judged and chosen.name in OF_TOKENS:
+    if chosen.name == LOSS or not tasks.find(config.task.kind).judged and chosen.name in OF_TOKENS:
         return losses[chosen.name]
     if job.generates:
         alone = configs.copy(config)
         alone.evaluate.update(metrics=(chosen.name,), compare_rows=0)
         return compare.answers(job.lm(model), variables, chosen.part, alone)[0][chosen.name]
     asked = Asked(model, variables, job.tokenizer, job.data, chosen.part, config)
-    this = judge.JUDGES[config.task.kind]
+    this = tasks.find(config.task.kind).judge
     said = this.say(asked)
     cut = judge.thresholds_of(config, chosen.part, said) if config.task.threshold else None
     return this.report(asked, said, cut, draws=0)["metrics"][chosen.name]["value"]

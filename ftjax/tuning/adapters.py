@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import read_json
 from ftjax.hub import families, peft, resolve, weights
-from ftjax.objectives import kind_of
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning import tables
 from ftjax.tuning.base import METHODS, Method, Spec, of_peft
@@ -55,7 +55,7 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     """
     method, adapter_config, tensors = adapter
     if adapter_config.get("task_type") == "FEATURE_EXTRACTION":
-        return kind_of("none"), ()
+        return tasks.kind_of("none"), ()
     head = next((head for head, name in PEFT_TASKS.items() if name == adapter_config.get("task_type")), None)
     if head is None:
         return None
@@ -71,8 +71,8 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     file = folder / peft.LABELS
     if file.is_file():
         said = read_json(file)
-        return kind_of(head, said.get("problem_type") or ""), families.labels_in(said, file)
-    return kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
+        return tasks.kind_of(head, said.get("problem_type") or ""), families.labels_in(said, file)
+    return tasks.kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
 
 
 def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ftjax import tasks
 from ftjax.errors import FtjaxError, nearest
 from ftjax.training.program import fill_defaults
 from ftjax.verdict import curve
-from ftjax.verdict.contenders import LABELLED, Contender
+from ftjax.verdict.contenders import Contender
 from ftjax.verdict.measure import Measured, answer, briefly, train_config
 from ftjax.verdict.setting import Setting, labels, open_model
 from ftjax.verdict.sweep import sweep
@@ -70,7 +71,7 @@ def amounts(setting: Setting) -> tuple[list[tuple[str, int]], int]:
 def _same_rows(config) -> bool:
     """Whether a run of a labelled task has already been evaluated on the rows, and by the rule, of the comparison."""
     plain = config.evaluate.compare_on == "test" and not config.evaluate.compare_rows and not config.task.threshold
-    return plain and config.task.kind in LABELLED
+    return plain and bool(tasks.find(config.task.kind).right)
 
 
 def learning_curve(

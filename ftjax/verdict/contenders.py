@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os.path
 
-from ftjax import assets
+from ftjax import assets, tasks
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
 from ftjax.verdict.baselines import PROMPTS, Prompting
 
 MAJORITY = "majority"
-LABELLED = {"classify": "accuracy", "multilabel": "subset_accuracy"}  # task.kind -> name of the score of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +50,9 @@ def parse(config) -> list[Contender]:
     """The contenders of config.compare.contenders. Raises FtjaxError for one that is not possible, before anything is
     run."""
     entries, found = config.compare.contenders, []
-    if config.task.kind != "causal" and config.task.kind not in LABELLED:
-        raise FtjaxError(f"compare: task.kind {config.task.kind}; expected causal or {', '.join(LABELLED)}")
+    if config.task.kind != "causal" and not tasks.find(config.task.kind).right:
+        able = ", ".join(kind for kind, task in tasks.every().items() if task.right)
+        raise FtjaxError(f"compare: task.kind {config.task.kind}; expected causal or {able}")
     for number, entry in enumerate(entries, 1):
         said = f"compare.contenders entry {number}"
         contender = _named(entry, config, said) if isinstance(entry, str) else _described(entry, config, said)

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.data.prepare import prepare
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import compare, judge
+from ftjax.evaluation import compare
 from ftjax.evaluation.loss import sums, text_loss
 from ftjax.evaluation.metrics import find, mean
 from ftjax.evaluation.said import Asked
@@ -30,7 +31,7 @@ from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import RUN, run_config
 from ftjax.verdict import cost
 from ftjax.verdict.baselines import fitted
-from ftjax.verdict.contenders import LABELLED, MAJORITY, Contender
+from ftjax.verdict.contenders import MAJORITY, Contender
 from ftjax.verdict.forgetting import divergence
 from ftjax.verdict.safeguards import refusals
 from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model, read_by
@@ -234,6 +235,7 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
         data = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
     part = getattr(data, config.evaluate.compare_on)
     whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
+    judge = tasks.find(config.task.kind).judge
     records = judge.lines(whole, judge.say(whole))[: config.evaluate.compare_rows or None]
     right = np.array([record["prediction"] == record["label"] for record in records], float)
     examples = part.examples
@@ -243,7 +245,7 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
     tokens = float(examples.length.mean())
     spent = cost.timed(lambda: judge.say(batch), len(few))
     spent |= {"prompt_tokens": tokens, "request_flops": cost.forward_flops(lm, tokens)}
-    return {LABELLED[config.task.kind]: right}, [as_text(r["prediction"]) for r in records], spent, 0
+    return {tasks.find(config.task.kind).right: right}, [as_text(r["prediction"]) for r in records], spent, 0
 
 
 def _majority(contender: Contender, setting: Setting) -> Measured:
@@ -252,7 +254,7 @@ def _majority(contender: Contender, setting: Setting) -> Measured:
     told = Counter(labels(data, data.train))
     best = max(told, key=told.get)
     right = np.array([label == best for label in held_out_labels(setting)], float)
-    return Measured(contender, {LABELLED[config.task.kind]: right[None]}, [best] * len(right), cost.Cost(0))
+    return Measured(contender, {tasks.find(config.task.kind).right: right[None]}, [best] * len(right), cost.Cost(0))
 
 
 def _general(lm: LM, setting: Setting) -> General:

@@ -14,6 +14,7 @@ import numpy as np
 
 import ftjax
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.data import template
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
@@ -21,7 +22,7 @@ from ftjax.files import replace_json, replace_text, write_jsonl
 from ftjax.training.compiling import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
-from ftjax.verdict.contenders import LABELLED, parse
+from ftjax.verdict.contenders import parse
 from ftjax.verdict.cost import break_even, load, price
 from ftjax.verdict.decision import contender_is, decide, metric_is
 from ftjax.verdict.energy import Meter
@@ -127,8 +128,8 @@ def _tried(name: str, lost: dict[str, str], say, run):
 def _metric(config) -> tuple[str, dict]:
     """(the metric that the verdict is about, its direction and bounds as arguments of curve.fit). The metric is added
     to evaluate.metrics."""
-    if config.task.kind in LABELLED:
-        return LABELLED[config.task.kind], {"higher": True, "worst": 0.0}
+    if figure := tasks.find(config.task.kind).right:
+        return figure, {"higher": True, "worst": 0.0}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
@@ -144,7 +145,7 @@ def _metric(config) -> tuple[str, dict]:
 
 def bounds(metric: str) -> statistics.Bounds:
     """The lowest and the highest score of a row by a metric; None if it has no bounds."""
-    best = 1.0 if metric in LABELLED.values() else metrics.find(metric).best
+    best = 1.0 if _of_labels(metric) else metrics.find(metric).best
     return None if best is None else (0.0, best or 1.0)
 
 
@@ -219,8 +220,12 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     return data | {"answer": report.answer(data), "detail": report.detail(data)}
 
 
+def _of_labels(metric: str) -> bool:
+    return any(task.right == metric for task in tasks.every().values())
+
+
 def _higher(metric: str) -> bool | None:
-    return metric in LABELLED.values() or metrics.find(metric).higher
+    return _of_labels(metric) or metrics.find(metric).higher
 
 
 def _best(names: list[str], measured, metric, higher) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ftjax import assets
+from ftjax import assets, tasks
 from ftjax.data import chat_templates, read
 from ftjax.data.prepare import Data, fingerprint, prepare
 from ftjax.data.template import Rendered, asked
@@ -17,7 +17,6 @@ from ftjax.evaluation.loss import read_documents
 from ftjax.hub import families, resolve, tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.loading import load
-from ftjax.objectives import TASKS
 from ftjax.training.program import with_task
 from ftjax.training.run_folder import RUN
 from ftjax.verdict.baselines import Library
@@ -107,7 +106,7 @@ def _labelled_data(config) -> tuple[Data, tuple]:
     """Labelled rows, encoded as for training the config's own model, and their `read_by`."""
     folder = resolve.resolve(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
-    known = families.label_names(folder) if shape.head.task == TASKS[config.task.kind].head else ()
+    known = families.label_names(folder) if shape.head.task == tasks.find(config.task.kind).head else ()
     pool = with_task(config, family, shape, folder, 1).head.pool
     tokenizer = tokenizers.load_tokenizer(folder)
     data = prepare(config, tokenizer, shape.max_positions, pool=pool, known=known)

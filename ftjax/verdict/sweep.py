@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
 from ftjax.evaluation.labelled import KINDS, LOWER
@@ -30,7 +31,6 @@ from ftjax.evaluation.metrics import METRICS
 from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_json
 from ftjax.hub import families, resolve, weights
-from ftjax.objectives import TASKS
 from ftjax.training import claims, hosts
 from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
@@ -410,7 +410,7 @@ def _noise(result) -> dict[str, float]:
 def main_figures(config, outcomes: list[Outcome]) -> list[str]:
     """Names of the figures that the table shows: the main ones of the task, if the runs have them, else
     `train_loss`."""
-    judged = TASKS[config.task.kind].judged
+    judged = tasks.find(config.task.kind).judged
     usual = KINDS[judged].main if judged in KINDS else (*config.evaluate.metrics, "perplexity", "accuracy", "val_loss")
     there = set().union(*(o.figures for o in outcomes))
     return [name for name in usual if name in there] or ["train_loss"]

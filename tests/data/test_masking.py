@@ -110,7 +110,7 @@ def test_a_tokenizer_must_have_a_mask(tokenizer, shared):
     from transformers import AutoTokenizer
 
     from ftjax import config
-    from ftjax.data.labelled import layout
+    from ftjax.tasks.masked import layout
 
     c = config.default()
     c.task.kind = "masked"

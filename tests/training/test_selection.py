@@ -11,8 +11,8 @@ import tiny_labelled
 
 import ftjax
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation import judge
 from ftjax.evaluation.said import Asked
 from ftjax.lm import open_base
 from ftjax.training import job as jobs
@@ -118,7 +118,7 @@ def test_every_kind_of_task_selects_by_its_own_figures(kind, rows, name, higher,
     lm, _ = open_base(encoder, config=job.config, task=(kind, job.config.task.labels))
     found = selection.measure(job.selection, job, lm.model, lm.variables, {})
     this, whole = (
-        judge.JUDGES[kind],
+        tasks.find(kind).judge,
         Asked(lm.model, lm.variables, job.tokenizer, job.data, job.data.validation, job.config),
     )
     report = this.report(whole, this.say(whole), None, draws=2)

@@ -1,0 +1,141 @@
+"""The tasks, one file each: what a row is, what is minimised, and how predictions are scored.
+
+This module imports no other part of the project, so that every part may use it. A task's own file is imported when the
+task is first asked for, and may use every part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ftjax.errors import FtjaxError, nearest
+
+# Names of the files of this package, in the order in which a head is matched with a task.
+FILES = ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed")
+TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
+
+# Usual names of the column of text and of the label, tried in order.
+TEXTS = ("sentence", "text", "content", "sentence1", "premise", "question", "review", "gloss")
+LABELS = ("label", "labels", "category", "class", "target")
+
+
+class Columns(NamedTuple):
+    """Usual names of the columns of a task, tried in order.
+
+    Attributes:
+        text: Names of the column of the first text.
+        pair: Names of the column of the second text. Empty: there is one text, unless task.pair names a second column.
+        label: Names of the column of the label. Empty: rows have no label.
+    """
+
+    text: tuple[str, ...] = TEXTS
+    pair: tuple[str, ...] = ()
+    label: tuple[str, ...] = LABELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that ftjax knows of a value of `task.kind`.
+
+    What is minimised:
+        head: The task of ModelConfig.head.
+        sums: sums(model, variables, batch, rngs=..., **options) -> (loss sum, weight sum, {"loss", "correct"}), see
+            objectives.causal.
+        options: options(config) -> options of `sums` in training only.
+        always: always(config) -> options of `sums` in training and evaluation.
+        problem: `problem_type` in transformers' config.json, if there is one.
+        target: target(number of labels) -> shape and dtype of one target.
+        whole_rows: Whether the head reads all tokens of a row, not only those at the trained places.
+
+    What a row is:
+        encode: encode(Labelled, tokenizer, rows, places) -> examples: one for each row, unless Example.row says which;
+            see data.labelled. None: rows are rendered by data.template, and their text is predicted.
+        columns: Usual names of the columns.
+        text: text(Labelled, row, place) -> the text of a row for people and for comparing rows. None: its columns of
+            text, joined by line breaks.
+        texts: Number of texts of a row that are encoded one after another.
+        splits: Whether a text that is too long becomes several examples. If not, data.long says what becomes of it.
+        labels: Names of the labels, if they do not depend on the rows.
+        numeric: Whether labels are numbers to predict.
+        several: Whether a row has several labels.
+        unlabelled: Whether a row may have no label.
+        order: order(set of names) -> the names of the labels in the order of their ids. It raises FtjaxError for names
+            that the task cannot use.
+        stratified: Whether a split gives each part the same share of each label.
+        layout: layout(config, tokenizer) -> the arguments of Batches that depend on the task.
+        trained: trained(config, T) -> number of trained places in a row of T tokens, for a plan without rows.
+        unnamed: Number of labels that a plan assumes if nothing names them.
+
+    How predictions are scored:
+        judge: The evaluation.said.Judge of its predictions. None: by generated answers.
+        judged: The kind of evaluation.labelled that scores them; empty: by the loss alone.
+        right: The figure that is the share of right rows, by which comparisons rank contenders; empty: there is none.
+        takes: Which of the fields class_weights and balanced of the config's group `task` apply.
+    """
+
+    head: str
+    sums: Callable
+    options: Callable = lambda config: {}
+    always: Callable = lambda config: {}
+    problem: str = ""
+    target: Callable = lambda labels: ((), "int32")
+    whole_rows: bool = False
+    encode: Callable | None = None
+    columns: Columns = Columns()
+    text: Callable | None = None
+    texts: int = 1
+    splits: bool = False
+    labels: tuple[str, ...] | None = None
+    numeric: bool = False
+    several: bool = False
+    unlabelled: bool = False
+    order: Callable | None = None
+    stratified: bool = False
+    layout: Callable = lambda config, tokenizer: {}
+    trained: Callable = lambda config, T: 1
+    unnamed: int = 2
+    judge: Any = None
+    judged: str = ""
+    right: str = ""
+    takes: tuple[str, ...] = ()
+
+
+def register(kind: str, task: Task) -> None:
+    """Add a task under the name of `task.kind`."""
+    TASKS[kind] = task
+
+
+def known(kind: str) -> bool:
+    """Whether there is a task of this name."""
+    return kind in FILES or kind in TASKS
+
+
+def find(kind: str) -> Task:
+    """The task of a `task.kind`. Raises FtjaxError if there is none."""
+    if not known(kind):
+        names = (*FILES, *(name for name in TASKS if name not in FILES))
+        raise FtjaxError(f"task.kind: {kind!r}{nearest(kind, names)}; expected one of {', '.join(names)}")
+    if kind not in TASKS:
+        register(kind, importlib.import_module(f"{__name__}.{kind}").TASK)
+    return TASKS[kind]
+
+
+def every() -> dict[str, Task]:
+    """{task.kind: the task} of all tasks."""
+    return {kind: find(kind) for kind in (*FILES, *(name for name in TASKS if name not in FILES))}
+
+
+def objective(config, model) -> Callable:
+    """The sums of a config's task as training computes them: a function (variables, batch, rngs=...)."""
+    task = find(config.task.kind)
+    return functools.partial(task.sums, model, **task.always(config), **task.options(config))
+
+
+def kind_of(head: str, problem: str = "") -> str:
+    """The `task.kind` of a model whose head is for the task `head`. problem: its `problem_type`."""
+    able = {kind: task for kind, task in every().items() if task.head == head}
+    return next((kind for kind, task in able.items() if problem and task.problem == problem), next(iter(able), ""))
