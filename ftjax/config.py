@@ -346,10 +346,10 @@ FIELDS: dict[str, Field] = {
     # ---- the task
     "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
         holds=tasks.known
-    ),  # causal: the next token of any text; classify: one label for a text; multilabel: any number of labels for a
-    # text; regress: one or more numbers for a text; tag: a label for each word, such as named entities; span: where a
-    # text holds the answer to a question; masked: hidden tokens of plain text, to adapt an encoder; embed: vectors that
-    # are close for texts that belong together
+    ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; classify: one
+    # label for a text; multilabel: any number of labels for a text; regress: one or more numbers for a text; tag: a
+    # label for each word, such as named entities; span: where a text holds the answer to a question; masked: hidden
+    # tokens of plain text, to adapt an encoder; embed: vectors that are close for texts that belong together
     "task.text": text(also="text_column text_field dataset_text_field"),  # column with the text; tag: with the list of
     # words; span: with the question; embed: with the first text. Empty: the first of the usual names, `sentence`,
     # `text`, ...
@@ -372,6 +372,17 @@ FIELDS: dict[str, Field] = {
     # epoch
     "task.focal": number(0.0, 0, also="focal_loss_gamma"),  # γ of the focal loss, which down-weights examples that the
     # model already classifies confidently; 0: off
+    "task.loss": choice(
+        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "orpo", "simpo", "cpo", also="loss_type pref_loss"
+    ),  # preference: the loss of a pair. sigmoid: DPO; train.label_smoothing makes it conservative DPO; robust: DPO
+    # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; orpo,
+    # simpo and cpo need no reference, the others compare with the base model without its adapter
+    "task.beta": number(0.1, above=0, also="pref_beta dpo_beta"),  # preference: factor of the log-probabilities; in
+    # DPO, how strongly the model is held to the base
+    "task.margin": number(0.0, 0, also="simpo_gamma gamma"),  # preference: by how much simpo wants the reward of the
+    # chosen answer to be greater
+    "task.nll_weight": number(0.0, 0, also="rpo_alpha cpo_alpha pref_ftx"),  # preference: weight of the mean negative
+    # log-probability of the chosen answer, added to the loss; orpo always has 1
     "task.threshold": choice("", "f1", "mcc", "balanced_accuracy", "accuracy"),  # score by which decision thresholds
     # are chosen on validation rows, for two labels or multilabel; empty: the threshold is 0.5
     "task.group": text(),  # column by whose values scores are reported separately

@@ -333,9 +333,8 @@ def _tokenised(
 ) -> Data:
     """Tokenise the sources' rows of some parts; see `prepare` and `given` for the arguments."""
     task = tasks.find(config.task.kind)
-    max_length = _max_length(
-        config.data.max_length, task.texts * max_positions
-    )  # the positions of each text begin at 0
+    # The positions of each text begin at 0.
+    max_length = _max_length(config.data.max_length, task.texts * max_positions)
     cache = _cache(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
     read_by = fingerprint(tokenizer)
@@ -347,6 +346,8 @@ def _tokenised(
 
     def how(source: Source, table: Table):
         if not task.encode:
+            if task.recipe:
+                return task.recipe(config, source.data, table.columns, max_length, max_positions)
             return recipe(source.data, table.columns)
         own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
         own, notes = labelled.reading(own, table, source.whole, labels_as)

@@ -95,7 +95,7 @@ class Examples(Sequence[Example]):
             return self.select(np.arange(len(self))[index])
         at = slice(self.start[index], self.start[index] + self.length[index])
         if self.targets is None:
-            return Example(self.ids[at], self.trained[at])
+            return Example(self.ids[at], self.trained[at], second=int(self.second[index]))
         mine = slice(self.first[index], self.first[index] + self.labels[index])
         others = (int(x[index]) for x in (self.second, self.row, self.whole))
         return Example(self.ids[at], self.trained[at], self.targets[mine], *others)

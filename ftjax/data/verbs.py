@@ -115,7 +115,7 @@ def _head(config) -> dict:
     from ftjax.hub import families, resolve
 
     folder = resolve.resolve(config.model.path, config.model.revision)
-    if config.task.kind == "causal" or not (Path(folder) / "config.json").is_file():
+    if tasks.find(config.task.kind).head == "causal" or not (Path(folder) / "config.json").is_file():
         return {}
     family, shape = families.read_config(folder)
     head = families.with_head(family, shape, tasks.find(config.task.kind).head, 1, folder, config.task.pool).head

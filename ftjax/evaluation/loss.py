@@ -59,17 +59,19 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
         batches: The batches.
 
     Returns:
-        {"loss" (nats), "perplexity", "accuracy", "tokens" (the number of trained tokens)}.
+        {"loss" (nats), "perplexity", "accuracy", "tokens" (the number of trained tokens)}, and the means of what else
+        the sums hold.
 
     Raises:
         FtjaxError: If there is no trained token.
         NotFinite: If the loss is NaN or infinite.
     """
-    totals, pending = np.zeros(3), collections.deque()
+    totals, pending = collections.defaultdict(float), collections.deque()
 
     def read():
         _, weight, metrics = jax.device_get(pending.popleft())
-        totals[:] += (weight, metrics["loss"], metrics["correct"])
+        for name, value in {"tokens": weight, **metrics}.items():
+            totals[name] += float(value)
 
     with doing("measuring the loss"):
         for batch in batches:
@@ -78,13 +80,14 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
                 read()
         while pending:
             read()
-    tokens, loss, correct = totals.tolist()
+    tokens = totals.pop("tokens", 0.0)
     if not tokens:
         raise FtjaxError("evaluation: no row has a trained token, so that there is no loss; give at least one row")
-    loss /= tokens
+    means = {name: total / tokens for name, total in totals.items()}
+    loss, correct = means.pop("loss"), means.pop("correct")
     if not math.isfinite(loss):
         raise NotFinite(f"evaluation: the loss is {loss}, so no figure of this model means anything. {WEIGHTS}")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / tokens, "tokens": tokens}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct, "tokens": tokens} | means
 
 
 def read_documents(path: str | Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import cpus, user_code
+from ftjax import cpus, tasks, user_code
 from ftjax.data import read
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import Data, given, prepare
@@ -60,10 +60,16 @@ def evaluate(
     if lm.kind != "causal":
         return judge.judge(lm, prepared.test, prepared, config)
     rows = config.evaluate.batch_size or config.train.batch_size or 16
-    batches = Batches(prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False)
+    task = tasks.find(config.task.kind)
+    batches = Batches(
+        prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
+        **task.layout(config, lm.tokenizer),
+    )  # fmt: skip
     with cpus.dealt(lm.variables, rows, lm.model.config.width) as variables:
-        loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
+        loss = functools.partial(sums, lm.model, variables, kind=config.task.kind, **task.always(config))
         report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))
+    if config.task.kind != "causal":  # the loss is not that of tokens
+        del report["perplexity"]
     if generate:
         scores, samples = compare.answers(lm, lm.variables, prepared.test, config)
         report |= scores | {"samples": samples}

@@ -120,8 +120,10 @@ def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
     return by_device(local, mesh, ("sequence",), (tokens, PartitionSpec()), tokens)(x, index)
 
 
-def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
-    """f(variables, arrays, rngs), where f sums over rows and positions of arrays (B, M, ...), each device over its own.
+def map_rows(f, variables: dict, arrays: tuple, rngs: dict | None, *, summed: bool = False) -> jax.Array:
+    """f(variables, arrays, rngs) of arrays (B, M, ...), each device computing its own rows and positions.
+
+    f returns (B, M, ...), or with `summed` the sums over rows and positions.
 
     The parts of `variables` that f reads are gathered once, however often f uses them, and their gradients are summed
     once.
@@ -148,10 +150,11 @@ def sum_rows(f, variables: dict, arrays: tuple, rngs: dict | None) -> jax.Array:
         gathered = jax.tree.map(whole_again, variables, places, dtypes)
         own = jax.lax.axis_index(ALL)
         rngs = None if rngs is None else {name: jax.random.fold_in(key, own) for name, key in rngs.items()}
-        return jax.lax.psum(f(gathered, arrays, rngs), ALL)
+        found = f(gathered, arrays, rngs)
+        return jax.lax.psum(found, ALL) if summed else found
 
     specs = places, jax.tree.map(lambda x: ROWS, arrays), jax.tree.map(lambda key: PartitionSpec(), rngs)
-    return by_device(local, mesh, ALL, specs, PartitionSpec())(wide(variables), arrays, rngs)
+    return by_device(local, mesh, ALL, specs, PartitionSpec() if summed else ROWS)(wide(variables), arrays, rngs)
 
 
 def _uneven(shape, places, mesh) -> bool:

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.by_device import sum_rows
+from ftjax.models.by_device import map_rows
 
 AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once; on a CPU they should fit its caches
 AT_ONCE_ELSEWHERE = 1 << 30
@@ -72,8 +72,38 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
     weights = batch["weights"].astype(jnp.float32)
     tokens = tokens_at_once(head_chunk, model.config.vocab_size, model.kernels.platform)
     all_sums = functools.partial(_sum_pieces, piece_sums, tokens)
-    total = sum_rows(all_sums, head_variables(variables), (found, batch["labels"], weights), rngs)
+    total = map_rows(all_sums, head_variables(variables), (found, batch["labels"], weights), rngs, summed=True)
     return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
+
+
+def log_probs(model, variables, batch, *, rngs=None, head_chunk: int = 0):
+    """Log-probabilities of the labels of a batch, for losses that are not their weighted sum.
+
+    The logits of about `head_chunk` tokens are held at once, and computed again in the backward pass.
+
+    Args:
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
+        batch: See `sums`; its weights are not used.
+        rngs: Random keys of dropout and noise; None: no dropout.
+        head_chunk: See `tokens_at_once`.
+
+    Returns:
+        (B, M) float32.
+    """
+    found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
+    tokens = tokens_at_once(head_chunk, model.config.vocab_size, model.kernels.platform)
+
+    def of_pieces(variables, arrays, rngs):
+        @jax.checkpoint
+        def piece(variables, states, labels):
+            logits = model.apply(variables, states, rngs=rngs, method="logits")
+            of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+            return of_label - jax.nn.logsumexp(logits, axis=-1)
+
+        return _over_pieces(lambda carry, part: (carry, piece(variables, *part)), None, arrays, tokens)[1]
+
+    return map_rows(of_pieces, head_variables(variables), (found, batch["labels"]), rngs)
 
 
 def tokens_at_once(head_chunk: int, vocab_size: int, platform: str) -> int:

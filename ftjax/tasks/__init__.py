@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ftjax.errors import FtjaxError, nearest
 
 # Names of the files of this package, in the order in which a head is matched with a task.
-FILES = ("causal", "classify", "multilabel", "regress", "tag", "span", "masked", "embed")
+FILES = ("causal", "preference", "classify", "multilabel", "regress", "tag", "span", "masked", "embed")
 TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
 
 # Usual names of the column of text and of the label, tried in order.
@@ -49,11 +49,15 @@ class Task:
         always: always(config) -> options of `sums` in training and evaluation.
         problem: `problem_type` in transformers' config.json, if there is one.
         target: target(number of labels) -> shape and dtype of one target.
-        whole_rows: Whether the head reads all tokens of a row, not only those at the trained places.
+        whole_rows: Whether the loss reads more of a row than the states at the trained places.
+        check: check(config, method, spec) raises FtjaxError where a tuning method, with its Spec, cannot be used.
 
     What a row is:
         encode: encode(Labelled, tokenizer, rows, places) -> examples: one for each row, unless Example.row says which;
-            see data.labelled. None: rows are rendered by data.template, and their text is predicted.
+            see data.labelled. None: rows are rendered by data.template.
+        recipe: recipe(config, group `data`, columns, most tokens of a row, most tokens of a text) ->
+            (data.prepare.Recipe, whether the form of the rows was guessed), without `encode`. None: a row's text is
+            predicted.
         columns: Usual names of the columns.
         text: text(Labelled, row, place) -> the text of a row for people and for comparing rows. None: its columns of
             text, joined by line breaks.
@@ -84,7 +88,9 @@ class Task:
     problem: str = ""
     target: Callable = lambda labels: ((), "int32")
     whole_rows: bool = False
+    check: Callable = lambda config, method, spec: None
     encode: Callable | None = None
+    recipe: Callable | None = None
     columns: Columns = Columns()
     text: Callable | None = None
     texts: int = 1

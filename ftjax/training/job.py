@@ -164,11 +164,12 @@ def prepared(config, say, recorded: int = 0) -> Job:
     if data.labels and not (config.task.labels or known) and config.task.labels_as == "auto":
         config.task.labels_as = "names"
     config.task.labels = data.labels
-    if config.task.kind != "causal":
+    if tasks.find(config.task.kind).encode:
         read = {(piece.recipe.text, piece.recipe.pair, piece.recipe.label) for piece in data.train.pieces}
         if len(read) == 1:  # sources of a mixture may differ
             ((config.task.text, config.task.pair, config.data.label),) = read
     shape = with_task(config, family, shape, folder, len(data.labels))
+    tasks.find(config.task.kind).check(config, method, spec)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
 
     lengths = data.train.examples.length

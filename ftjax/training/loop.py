@@ -248,10 +248,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             nonlocal loss
             for at, report in jax.device_get(unread):
                 values: dict[str, float | None] = {
-                    name: float(report[name]) for name in ("loss", "accuracy", "grad_norm")
+                    name: float(figure) for name, figure in report.items() if name != "tokens"
                 }
                 if not report["tokens"]:  # every row of the batch has the weight 0
-                    values |= {"loss": None, "accuracy": None}
+                    values = dict.fromkeys(values) | {"grad_norm": values["grad_norm"]}
                 with kept_so_far():
                     rate, decay = float(program.rate(max(at - 2, 0))), config.optim.weight_decay
                     finite.check_step(at, values, loss, rate, decay)
@@ -322,7 +322,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                         raise NotFinite(f"step {step}: after its update, {what}. {lower()}") from None
                     del variables
                 found = {"val_loss": losses["val_loss"], f"val_{select.name.removeprefix('val_')}": figure}
-                note(step, found | {name: x for name, x in losses.items() if name.startswith("val_loss/")})
+                note(step, found | {name: x for name, x in losses.items() if name.startswith("val_")})
                 rank = select.rank(figure)
                 better = rank is not None and (best is None or rank > best)
                 best, best_loss, stale = (rank, losses["val_loss"], 0) if better else (best, best_loss, stale + 1)
@@ -455,7 +455,7 @@ def summary(result: Result, config, chat: bool) -> str:
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     run = shlex.quote(str(result.run_dir))
     says = [f"  ftjax predict --model {run} --data FILE"] if tasks.find(config.task.kind).judged else []
-    if config.task.kind == "causal":
+    if tasks.find(config.task.kind).head == "causal":
         says = [f"  ftjax generate --model {run}{' --chat' * chat} --prompt '...'"]
     lines += [
         "next:",

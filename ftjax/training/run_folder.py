@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import ftjax
-from ftjax import assets, seals
+from ftjax import assets, seals, tasks
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import DRAFT, replace_json, replacing
@@ -346,7 +346,7 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     run_dir, config = Path(run_dir), run_config(run_dir)
     kept = read_record(run_dir)["base"]
     method = METHODS[config.tuning.method]
-    task = (config.task.kind, config.task.labels) if config.task.kind != "causal" else None
+    task = (config.task.kind, config.task.labels) if tasks.find(config.task.kind).head != "causal" else None
     own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
     key = f"config.model.path in {run_dir / RUN}"
     folder = fingerprint.find(kept, run_dir, config.model.path, config.model.revision, key, own)

@@ -135,7 +135,8 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
         validation: {source: batches}, which may carry hidden states, see ftjax.training.features.
 
     Returns:
-        `val_loss` and `accuracy` over all sources, and `val_loss/NAME` of each source if there are several.
+        `val_loss`, `accuracy` and the task's further means as `val_NAME` over all sources, and `val_loss/NAME` of each
+        source if there are several.
     """
     local = sharding.local_rows(job.mesh, job.eval_rows)
     kind = job.config.task.kind
@@ -146,5 +147,7 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
         found[name] = evaluate_loss(loss, (sharding.place_batch(b, job.mesh, job.eval_rows, local) for b in feed))
     tokens = sum(f["tokens"] for f in found.values())
     each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(job.data.sources) > 1 else {}
-    loss, accuracy = (sum(f[name] * f["tokens"] for f in found.values()) / tokens for name in ("loss", "accuracy"))
-    return {"val_loss": loss, "accuracy": accuracy} | each
+    names = next(iter(found.values())).keys() - {"tokens", "perplexity"}
+    mean = {name: sum(f[name] * f["tokens"] for f in found.values()) / tokens for name in sorted(names)}
+    own = {"accuracy": mean.pop("accuracy")}
+    return own | {f"val_{name}": x for name, x in mean.items()} | each

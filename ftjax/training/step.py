@@ -27,6 +27,9 @@ class State(NamedTuple):
         return self.trained if self.ema is None else self.ema
 
 
+NAMES = {"correct": "accuracy"}  # sum of an objective -> name of its mean
+
+
 def as_float32(tree):
     """Every leaf in float32. Gradients, moments and updates are kept in float32, whatever the dtype of the weights."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
@@ -102,8 +105,8 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
             does.
 
     Returns:
-        (the new State, {"loss", "accuracy", "grad_norm", "tokens"} as device scalars). If "tokens", the sum of weights,
-        is 0, then "loss" and "accuracy" are undefined.
+        (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars). If
+        "tokens", the sum of weights, is 0, then all means are undefined.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
@@ -116,8 +119,7 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
         decay = jnp.where(state.step == 0, 0.0, ema)
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, updated)
     report = {
-        "loss": metrics["loss"] / divisor(weight),
-        "accuracy": metrics["correct"] / divisor(weight),
+        **{NAMES.get(name, name): total / divisor(weight) for name, total in metrics.items()},
         "grad_norm": optax.tree.norm(gradient),
         "tokens": weight,
     }

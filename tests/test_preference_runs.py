@@ -1,0 +1,168 @@
+"""Runs on preferences, from files to files, on a tiny random model."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tiny_labelled import WORDS, config, make, write
+
+import ftjax
+from ftjax.training.report import read_metrics
+
+
+def rows(count: int, seed: int) -> list[dict]:
+    """Prompts whose better answer has a good word."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        prompt = " ".join(rng.choice(["a", "the", "film", "it", "was", "of"], rng.integers(2, 5)))
+        out.append(
+            {"prompt": prompt, "chosen": f" {rng.choice(WORDS['good'])}", "rejected": f" {rng.choice(WORDS['bad'])}"}
+        )
+    return out
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """setting(rows of train, **overrides) -> a config of a run on preferences."""
+    base = make(tmp_path / "llama", "llama")
+
+    def made(train, **overrides):
+        c = config(tmp_path, base, task__kind="preference", data__max_length="32", train__eval_every="20", **overrides)
+        c.data.update(train=write(tmp_path / "pairs.jsonl", train), test=write(tmp_path / "held.jsonl", rows(40, 1)))
+        c.evaluate.update(samples=2, compare_rows=8)
+        return c
+
+    return made
+
+
+def test_a_run_learns_which_answer_is_better(setting, tmp_path):
+    result = ftjax.train(setting(rows(200, 0), export__formats='("adapter",)'), say=lambda text: None)
+    found = read_metrics(tmp_path / "run")
+    first = next(row for row in found if "loss" in row)
+    assert math.isclose(first["loss"], math.log(2), abs_tol=1e-5)  # the model is the reference
+    assert first["margin"] == 0
+    last = [row for row in found if "val_loss" in row][-1]
+    assert last["val_loss"] < 0.3
+    assert last["val_margin"] > 1
+    assert last["val_reward_chosen"] > last["val_reward_rejected"]
+    # what was trained is compared with the same base again when it is loaded
+    again = ftjax.evaluate(str(tmp_path / "run"), str(tmp_path / "held.jsonl"), say=lambda text: None)
+    assert again["accuracy"] > 0.9
+    assert again["tokens"] == 40
+    assert "perplexity" not in again
+    held = [row["prompt"] for row in rows(5, 1)]
+    answers = ftjax.load(str(result.run_dir)).generate(held, max_new_tokens=1)
+    assert all(answer.split()[-1] in WORDS["good"] for answer in answers)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_accumulation_and_packing_change_nothing(setting, tmp_path, packing):
+    losses = []
+    for accumulate in (1, 4):
+        c = setting(rows(64, 0), train__steps="4", train__accumulate=str(accumulate), data__packing=str(packing))
+        c.run_dir = str(tmp_path / f"run{accumulate}")
+        c.train.update(batch_size=8, log_every=1)
+        ftjax.train(c, say=lambda text: None)
+        losses.append([row["loss"] for row in read_metrics(c.run_dir) if "loss" in row])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def chat(prompt, answer):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda p, a, b: {"prompt": chat(p, "")[:1], "chosen": chat("", a)[1:], "rejected": chat("", b)[1:]},
+        lambda p, a, b: {"chosen": chat(p, a), "rejected": chat(p, b)},
+        lambda p, a, b: {"prompt": p, "chosen": {"role": "assistant", "content": a}, "rejected": chat("", b)[1]},
+        lambda p, a, b: {
+            "conversations": [{"from": "human", "value": p}],
+            "chosen": {"from": "gpt", "value": a}, "rejected": {"from": "gpt", "value": b},
+        },
+        lambda p, a, b: {name: f"\n\nHuman: {p}\n\nAssistant: {x}" for name, x in (("chosen", a), ("rejected", b))},
+    ],
+    ids=["messages", "whole conversations", "a message each", "ShareGPT", "HH-RLHF"],
+)  # fmt: skip
+def test_every_usual_form_gives_the_same_pairs(setting, form):
+    from ftjax.data.prepare import prepare
+    from ftjax.hub.tokenizers import load_tokenizer
+
+    plain = [{name: cell.strip() for name, cell in row.items()} for row in rows(9, 0)]
+    made = []
+    for found in (plain, [form(*row.values()) for row in plain]):
+        c = setting(found, data__template="plain")
+        c.data.update(test="", split=(1.0, 0.0, 0.0))
+        made.append(prepare(c, load_tokenizer(c.model.path), 64).train.examples)
+    for one, other in zip(*made, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.trained, other.trained)
+        assert one.second == other.second
+        assert one.trained[: one.second].any()
+        assert one.trained[one.second :].any()
+
+
+BAD = {
+    "same": ({"prompt": "it was", "chosen": " fine", "rejected": " fine"}, "pairs.jsonl row 4: .* the same answer"),
+    "empty": ({"prompt": "it was", "chosen": " fine", "rejected": ""}, "row 4, column 'rejected': the answer is empty"),
+    "missing": ({"prompt": "it was", "chosen": " fine", "rejected": None}, "pairs.jsonl row 4: column 'rejected' is"),
+    "prompts": (
+        {"chosen": chat("it", "fine"), "rejected": chat("a film", "flat")}, "row 4: the conversations .* differ"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_pair_is_named(setting, name):
+    bad, message = BAD[name]
+    good = rows(20, 0)
+    if name == "prompts":
+        good = [{k: chat(row["prompt"], row[k]) for k in ("chosen", "rejected")} for row in good]
+    c = setting([*good[:3], bad, *good[3:]], data__template="plain" if name == "prompts" else "")
+    with pytest.raises(ftjax.FtjaxError, match=message):
+        ftjax.train(c, say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"tuning__method": "full"}, "tuning.method='full': changes parameters of the base model, which"),
+        ({"tuning__init": "pissa"}, "tuning.init='pissa': changes parameters"),
+        ({"task__loss": "robust", "train__label_smoothing": "0.5"}, "train.label_smoothing: expected less than 0.5"),
+        ({"data__form": "prompt"}, "task.kind=preference: rows need the columns chosen and rejected"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(setting, settings, message):
+    with pytest.raises(ftjax.FtjaxError, match=message):
+        ftjax.train(setting(rows(20, 0), **settings), say=lambda text: None)
+
+
+def test_a_loss_without_a_reference_trains_all_parameters(setting, tmp_path):
+    c = setting(rows(100, 0), tuning__method="full", task__loss="orpo", optim__lr="3e-3")
+    ftjax.train(c, say=lambda text: None)
+    last = [row for row in read_metrics(tmp_path / "run") if "val_loss" in row][-1]
+    assert last["val_margin"] > 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["task"]["loss"] == "orpo"
+
+
+def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
+    from ftjax.data.prepare import prepare
+    from ftjax.hub.tokenizers import load_tokenizer
+
+    long = {"prompt": "it was a film", "chosen": " fine" * 30, "rejected": " dull" * 3}
+    other = {"prompt": "it was a film", "chosen": " fine" * 3, "rejected": " dull" * 30}
+    for policy, kept in (("truncate", [(23, 9), (9, 23)]), ("drop", [])):
+        c = setting([long, other, *rows(10, 0)], data__long=policy)
+        c.data.update(test="", split=(1.0, 0.0, 0.0))
+        part = prepare(c, load_tokenizer(c.model.path), 64).train
+        found = [e for e in part.examples if len(e.ids) > 20]
+        assert [(e.second, len(e.ids) - e.second) for e in found] == kept
+        assert all(e.trained[: e.second].any() and e.trained[e.second :].any() for e in found)
+        assert sum(report.long for report in part.reports.values()) == 2
+    c = setting([{"prompt": "it " * 40, "chosen": " fine", "rejected": " dull"}], data__long="truncate")
+    c.data.update(test="", split=(1.0, 0.0, 0.0))
+    with pytest.raises(ftjax.FtjaxError, match="row 1: of its .* tokens only 32 are kept"):
+        prepare(c, load_tokenizer(c.model.path), 64)
