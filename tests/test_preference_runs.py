@@ -50,7 +50,7 @@ def test_a_run_learns_which_answer_is_better(setting, tmp_path):
     # what was trained is compared with the same base again when it is loaded
     again = ftjax.evaluate(str(tmp_path / "run"), str(tmp_path / "held.jsonl"), say=lambda text: None)
     assert again["accuracy"] > 0.9
-    assert again["tokens"] == 40
+    assert again["pairs"] == 40
     assert "perplexity" not in again
     held = [row["prompt"] for row in rows(5, 1)]
     answers = ftjax.load(str(result.run_dir)).generate(held, max_new_tokens=1)
@@ -154,7 +154,7 @@ def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
 
     long = {"prompt": "it was a film", "chosen": " fine" * 30, "rejected": " dull" * 3}
     other = {"prompt": "it was a film", "chosen": " fine" * 3, "rejected": " dull" * 30}
-    for policy, kept in (("truncate", [(23, 9), (9, 23)]), ("drop", [])):
+    for policy, kept in (("truncate", [(24, 8), (8, 24)]), ("drop", [])):
         c = setting([long, other, *rows(10, 0)], data__long=policy)
         c.data.update(test="", split=(1.0, 0.0, 0.0))
         part = prepare(c, load_tokenizer(c.model.path), 64).train

@@ -555,7 +555,7 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max
         source.append(np.full(len(fitted.kept), index, np.int32))
         reports[name] = Report(
             source=getattr(own, part) or own.train,
-            form=how.form,
+            form=getattr(how, "shown", how.form),
             guessed=guessed,
             rows=len(table),
             quantiles=tuple(np.quantile(encoded.whole, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),

@@ -48,8 +48,9 @@ def evaluate(
         say: Called with each line for a person.
 
     Returns:
-        `loss` (nats per trained token), `perplexity`, `accuracy` and `tokens`; with `generate` also the scores, and the
-        answers as `samples`. For a model with a head over labels: the report of ftjax.evaluation.labelled.
+        `loss` (nats per trained token), `perplexity`, `accuracy` and `tokens`; for preferences the means of
+        objectives.preference.sums and the number of `pairs`; with `generate` also the scores, and the answers as
+        `samples`. For a model with a head over labels: the report of ftjax.evaluation.labelled.
 
     Raises:
         FtjaxError: If the model, the rows or the config cannot be used.
@@ -68,8 +69,9 @@ def evaluate(
     with cpus.dealt(lm.variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, kind=config.task.kind, **task.always(config))
         report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))
-    if config.task.kind != "causal":  # the loss is not that of tokens
+    if task.texts == 2:  # the loss is not that of tokens
         del report["perplexity"]
+        report["pairs"] = report.pop("tokens")
     if generate:
         scores, samples = compare.answers(lm, lm.variables, prepared.test, config)
         report |= scores | {"samples": samples}

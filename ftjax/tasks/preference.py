@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Pairs(prepare.Recipe):
         cut: Whether texts that are too long are cut at their end.
     """
 
+    shown: ClassVar[str] = "preference pairs"  # in reports, where `preference` is the chosen answer alone
     max_length: int
     max_positions: int
     cut: bool

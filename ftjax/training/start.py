@@ -149,5 +149,6 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
     each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(job.data.sources) > 1 else {}
     names = next(iter(found.values())).keys() - {"tokens", "perplexity"}
     mean = {name: sum(f[name] * f["tokens"] for f in found.values()) / tokens for name in sorted(names)}
-    own = {"accuracy": mean.pop("accuracy")}
-    return own | {f"val_{name}": x for name, x in mean.items()} | each
+    accuracy, loss = mean.pop("accuracy"), mean.pop("loss")
+    more = {f"val_{name}": x for name, x in {"accuracy": accuracy, **mean}.items()} if mean else {}
+    return {"val_loss": loss, "accuracy": accuracy} | more | each
