@@ -10,11 +10,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import haste
 import hypothesis
 import pytest
 
-# Most of the tests' time is compiling, of which the backend's optimisation is half.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {haste.FLAGS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

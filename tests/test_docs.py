@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import haste
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +56,8 @@ def test_links_and_pictures_lead_somewhere():
 @pytest.mark.timeout(1800)
 def test_documentation_runs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    haste = "--xla_backend_optimization_level=0"
     env = os.environ | {
-        "PYTHONPATH": str(ROOT), "FTJAX_MALLOC": "0", "XLA_FLAGS": haste, "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT), "FTJAX_MALLOC": "0", "XLA_FLAGS": haste.FLAGS, "XDG_CACHE_HOME": str(tmp_path),
     }  # fmt: skip
     ran, seen = 0, set()
     for page in PAGES:

@@ -24,6 +24,8 @@ torch.set_num_threads(1)  # models this small only wait for further threads
 
 # Most of these tests' time is compilation: leave LLVM's own optimisation away.
 HASTE = {"xla_backend_optimization_level": 0}
+# Where memory, arithmetic or the last digits are compared, fusions are those of a user's program (tests/haste.py).
+MEASURED = HASTE | {"xla_cpu_use_fusion_emitters": True}
 jit = functools.partial(jax.jit, compiler_options=HASTE)
 
 VARIANTS = tiny_models.VARIANTS | {

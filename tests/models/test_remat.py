@@ -42,7 +42,7 @@ def measured(preset: str):
         return jnp.sum(model.apply({"params": params}, ids, None, segments, method="hidden") ** 2) / 1e3
 
     kept = sum(size for _, size in remat.kept_bytes(loss, shapes, ids))
-    compiled = tiny.jit(jax.value_and_grad(loss)).lower(params, ids).compile()
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, ids).compile(tiny.MEASURED)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     return *compiled(params, ids), kept, temporary, flops.count(jax.grad(loss), shapes, ids)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import haste
 import jax
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import local_processes  # noqa: E402
 
-HASTE = "--xla_backend_optimization_level=0"  # most of these tests' time is starting and compiling
 DEVICES = 4  # of a run, however many processes share them
 WORDS = "dog park run cat tree climb girl ball throw boy kite fly bird song sing fish pond swim".split()
 
@@ -55,7 +55,7 @@ def run(processes: int, folder: Path, config: dict, **asked) -> list[dict]:
     command = [sys.executable, str(Path(__file__).with_name("process.py")), str(folder / "settings.json"), str(out)]
     port = local_processes.free_port()
     told = [local_processes.environment(i, processes, port, [], DEVICES // processes) for i in range(processes)]
-    told = [t | {"XLA_FLAGS": f"{t['XLA_FLAGS']} {HASTE}"} for t in told]
+    told = [t | {"XLA_FLAGS": f"{t['XLA_FLAGS']} {haste.FLAGS}"} for t in told]
     if processes == 1:
         told = [{"XLA_FLAGS": told[0]["XLA_FLAGS"]}]
     assert local_processes.run(command, told, grace=60) == asked.get("code", 0)
@@ -159,7 +159,7 @@ def launch(folder: Path, config: dict) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "scripts" / "local_processes.py"), "-n", "2", "--cpu-devices", "2", "--"]
     return subprocess.Popen(
         [*command, "train", "--config", str(folder / "config.json")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": HASTE, "FTJAX_MALLOC": "0"},
+        text=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": haste.FLAGS, "FTJAX_MALLOC": "0"},
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import haste
 import numpy as np
 import pytest
 import tiny_labelled
@@ -249,7 +250,7 @@ def test_two_processes_divide_the_runs(tmp_path):
     command = [sys.executable, "-c", SWEEP, str(tmp_path / "c.json")]
     # One device, as in this process: a step over several compiles for longer.
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    how["env"] = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    how["env"] = os.environ | {"XLA_FLAGS": haste.FLAGS}
     both = [subprocess.Popen(command, **how) for _ in range(2)]
     try:
         texts = [process.communicate()[0] for process in both]
