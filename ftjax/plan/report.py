@@ -98,7 +98,7 @@ def _time(plan, price, from_table, share) -> list[str]:
         f"time a step at the devices' peaks: {time['seconds'] * 1e3:,.3g} ms, bound by {time['bound']} ({parts})",
         f"at {share:.0%} of that: {seconds:,.3g} s a step, {speed:,.0f} tokens/s, {speed / count:,.0f} a device",
         f"{told}: {hours:,.3g} hours, {hours * count:,.4g} device hours"
-        + (f", {hours * count * price:,.4g} US dollars" if price is not None else ""),
+        + (f", {hours * count * price:,.4g} US dollars" if price else ""),
     ]
     if price is None:
         lines.append("no price is known for this device: give --price DOLLARS_A_DEVICE_HOUR")

@@ -235,13 +235,17 @@ def _leaked(best: dict, data: dict) -> bool:
 
 
 def paid(entry: dict) -> str:
-    """After how many requests a contender, its training included, has cost less than each prompt; empty if it never
-    does."""
-    after = {name: n for name, n in entry["pays_after"].items() if math.isfinite(n)}
-    told = [f"{rounded(n):,} requests by {name}" for name, n in after.items()]
-    loads = {name: n for name, n in entry.get("pays_from", {}).items() if math.isfinite(n) and n}
-    least = f", from {named(f'{rounded(n):,} requests a month on, beside {name}' for name, n in loads.items())}"
-    return f"after {named(told)}{least if loads else ''}" if told else least.removeprefix(", ") if loads else ""
+    """When a contender, its training included, becomes cheaper than each prompt; empty if it never does.
+
+    The text continues a sentence: `than few-shot after 920 requests`.
+    """
+    out = []
+    for name, requests in entry["pays_after"].items():
+        load = entry.get("pays_from", {}).get(name, 0)
+        total = f" after {rounded(requests):,} requests" if math.isfinite(requests) else ""
+        monthly = f" with at least {rounded(load):,} requests a month" if load and math.isfinite(load) else ""
+        out += [f"than {name}{total}{monthly}"] if total or monthly else []
+    return named(out) if out else ""
 
 
 def _cost(best: dict, other: dict | None, pays: bool) -> str:
@@ -264,7 +268,7 @@ def _cost(best: dict, other: dict | None, pays: bool) -> str:
         )
     text = "; ".join(out)
     if pays and (after := paid(best)):
-        text += f"; training has paid for itself {after}"
+        text += f"; the cost of training included, it becomes cheaper {after}"
     text = text[:1].upper() + text[1:]
     return f"{text}." + ("" if price["unit"] == "dollars" else " No price is set, so that dollars are not known.")
 

@@ -139,7 +139,9 @@ def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bo
 
     a, b = _scores(a, "a"), _scores(b, "b")
     if a.shape[-1] != b.shape[-1] or a.shape[-1] < 2:
-        raise FtjaxError(f"compare: expected two rows or more, the same of both; found {a.shape[-1]} and {b.shape[-1]}")
+        raise FtjaxError(
+            f"compare: expected scores of the same rows, at least two; found {a.shape[-1]} and {b.shape[-1]} rows"
+        )
     bounds = bounds or bounds_of(a, b)
     lowest, highest = _range(bounds, a, b)
     found, seeds = spread(a, b), (a.shape[-2], b.shape[-2])
@@ -378,7 +380,9 @@ def verdicts(
         FtjaxError: If the base is unknown or the scores cannot be compared.
     """
     if base not in scores:
-        raise FtjaxError(f"verdicts: no contender {base!r}{nearest(base, scores)}; there are {', '.join(scores)}")
+        raise FtjaxError(
+            f"verdicts: unknown contender {base!r}{nearest(base, scores)}; expected one of {', '.join(scores)}"
+        )
     arrays = {name: _scores(x, name) for name, x in scores.items()}
     odd = [name for name, x in arrays.items() if x.ndim != 2 or x.shape[1] != arrays[base].shape[1]]
     if odd:

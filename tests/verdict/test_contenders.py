@@ -169,21 +169,21 @@ def test_runs_are_not_run_again_and_a_template_that_differs_is_named(verdict, fo
     c.compare.contenders = ("zero-shot", {"name": "LoRA", "tuning.method": "lora"})
     said.clear()
     ftjax.compare(c, str(folder / "third"), say=said.append)
-    assert any("2 runs, of which 2 have ended before" in text for text in said)
+    assert any("2 runs, 2 of them already finished" in text for text in said)
 
 
 @pytest.mark.parametrize(
     "entries, told",
     [
-        (("zero-shot",), "expected two or more; found 1"),
+        (("zero-shot",), "expected two or more contenders; found 1"),
         (("zero-shot", "few_shot"), 'did you mean "few-shot"'),
-        (("zero-shot", "zero-shot"), "two are called 'zero-shot'"),
+        (("zero-shot", "zero-shot"), "two contenders have the name 'zero-shot'"),
         (("zero-shot", {"tuning.method": "lora"}), 'a dict with a "name"'),
         (("zero-shot", {"name": "a", "tuning.methd": "lora"}), "tuning.methd: no such key"),
         (("zero-shot", {"name": "a", "rank": 3}), "'rank'"),
         (("zero-shot", {"name": "a", "prompt": "fewshot"}), 'did you mean "few-shot"'),
         (("zero-shot", {"name": "a", "model": "x/y", "tuning.rank": 3}), "compared as it is"),
-        (("zero-shot", "majority"), "is of labels"),
+        (("zero-shot", "majority"), "majority needs a task with labels"),
     ],
 )
 def test_contenders_that_cannot_be_are_named_before_anything_runs(folder, entries, told):
@@ -196,7 +196,7 @@ def test_contenders_that_cannot_be_are_named_before_anything_runs(folder, entrie
 
 def test_a_metric_without_a_better_end_is_refused(folder):
     c = config(folder, metric="length")
-    with pytest.raises(FtjaxError, match="of length, neither more nor less is better"):
+    with pytest.raises(FtjaxError, match="length has no better direction"):
         ftjax.compare(c, say=lambda text: None)
 
 
@@ -291,8 +291,8 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
         "+0.20 (+0.10 to +0.30), is larger than chance explains. LoRA: what LoRA is. few-shot: what few-shot is."
     )
     assert said["cost"] == (
-        "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); training has paid for itself "
-        "after 920 requests by few-shot."
+        "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); the cost of training "
+        "included, it becomes cheaper than few-shot after 920 requests."
     )
     assert (
         said["risk"]
@@ -336,7 +336,12 @@ def test_numbers_have_sensible_digits():
     assert decision.span({"value": -0.001, "low": -0.6, "high": 0.52}, "+") == "+0.00 (-0.60 to +0.52)"
     assert decision.span({"value": 31.4, "low": 24.2, "high": 40.9}) == "31 (24 to 41)"
     entry = {"pays_after": {"a": 1200.4, "b": float("inf"), "c": 3.0}}
-    assert decision.paid(entry) == "after 1,300 requests by a and 3 requests by c"
+    assert decision.paid(entry) == "than a after 1,300 requests and than c after 3 requests"
+    entry["pays_from"] = {"a": 400.0, "b": 50.0, "c": 0.0}
+    assert decision.paid(entry) == (
+        "than a after 1,300 requests with at least 400 requests a month, than b with at least 50 requests a month and "
+        "than c after 3 requests"
+    )
     assert decision.paid({"pays_after": {"a": float("inf")}}) == decision.paid({"pays_after": {}}) == ""
 
 

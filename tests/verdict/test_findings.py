@@ -77,7 +77,7 @@ def test_lost_and_needless_refusals_are_told_where_they_cannot_be_chance():
     chance = with_refusals("chance", np.r_[0.0, np.ones(29)], np.zeros(30))
     told = found("lost refusals", case(base, lost, timid, chance))
     assert [f.contender for f in told] == ["lost", "timid"]
-    assert "100% of 30 unsafe prompts were refused before, 50% now" in told[0].seen and "harmless" in told[1].seen
+    assert "it refused 50% of 30 unsafe prompts; the base refused 100%" in told[0].seen and "harmless" in told[1].seen
 
 
 def test_forgetting_too_few_rows_short_prompts_and_failures():

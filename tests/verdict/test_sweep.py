@@ -44,7 +44,7 @@ def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     assert all(0 <= o.figures["accuracy"] <= 1 and o.figures["val_loss"] > 0 for o in first)
     assert first[0].figures["val_loss"] != first[1].figures["val_loss"]
     told = next(text for text in said if "mean ± standard" in text)
-    assert "accuracy" in told and "accuracy: a curve is fitted to 4 different amounts or more; there are 2" in said
+    assert "accuracy" in told and "accuracy: a learning curve needs at least 4 different amounts; found 2" in said
     assert (tmp_path / "run" / "sweep.png").stat().st_size > 5_000
     written = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert [o["figures"] for o in written] == [o.figures for o in first]
@@ -165,7 +165,7 @@ def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_a
     with pytest.raises(sweep.AnotherRun, match="the content of data.train has changed"):
         ftjax.sweep(c, grid, say=said.append)
     assert (tmp_path / "run/rows/train.jsonl").read_bytes() == before and len(ran) == 4
-    assert any("holds other rows than" in text for text in said)
+    assert any("has changed since these rows were written" in text for text in said)
 
 
 def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
@@ -216,7 +216,7 @@ def test_halving_goes_on_with_the_best_and_all_seeds_share_their_rows(tmp_path):
         lr: np.mean([o.figures["val_loss"] for o in first if o.settings["optim.lr"] == lr]) for lr in (1e-6, 1e-2, 3e-2)
     }
     assert {o.settings["optim.lr"] for o in last} == {min(losses, key=losses.get)}
-    assert any("rung 2 of 2: 1 point, train.steps=9, trained anew" in text for text in said)
+    assert any("rung 2 of 2: 1 point, train.steps=9, trained from the start" in text for text in said)
     runs = [json.loads((tmp_path / "run" / f"{name}/run.json").read_text()) for name in
             ("optim.lr=1e-2,train.steps=3,seed=0", "optim.lr=1e-2,train.steps=3,seed=1")]  # fmt: skip
     assert {run["config"]["data"]["test"] for run in runs} == {str(tmp_path / "run/rows/test.jsonl")}
