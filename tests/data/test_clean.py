@@ -232,9 +232,15 @@ def test_what_was_removed_can_be_put_back():
     [
         ({"drop": ("fine", "a(b")}, "data.clean.drop: 'a(b' is no regular expression"),
         ({"exact": True, "columns": ("sentense",)}, "data.clean.columns: no column 'sentense' (did you mean \"sente"),
-        ({"min_chars": 3}, "data.clean.min_chars asks for each row's answer, and no known form fits the columns label"),
-        ({"max_ratio": 3.0}, "data.clean.max_ratio asks for each row's answer"),
-        ({"max_chars": 1}, "data.clean: no row is left of 2; t.jsonl row 1 went by 'max_chars': 9 characters, more"),
+        (
+            {"min_chars": 3},
+            "data.clean.min_chars needs the answer of each row, and no known form fits the columns label",
+        ),
+        ({"max_ratio": 3.0}, "data.clean.max_ratio needs the answer of each row"),
+        (
+            {"max_chars": 1},
+            "data.clean: the rules removed all 2 rows, for example t.jsonl row 1 by 'max_chars': 9 characters, more",
+        ),
     ],
 )
 def test_what_cannot_be_met_is_refused(fields, told):

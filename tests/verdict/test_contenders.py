@@ -182,7 +182,10 @@ def test_runs_are_not_run_again_and_a_template_that_differs_is_named(verdict, fo
         (("zero-shot", {"name": "a", "tuning.methd": "lora"}), "tuning.methd: no such key"),
         (("zero-shot", {"name": "a", "rank": 3}), "'rank'"),
         (("zero-shot", {"name": "a", "prompt": "fewshot"}), 'did you mean "few-shot"'),
-        (("zero-shot", {"name": "a", "model": "x/y", "tuning.rank": 3}), "compared as it is"),
+        (
+            ("zero-shot", {"name": "a", "model": "x/y", "tuning.rank": 3}),
+            "is not trained, so it cannot set tuning.rank",
+        ),
         (("zero-shot", "majority"), "majority needs a task with labels"),
     ],
 )

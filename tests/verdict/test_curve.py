@@ -92,7 +92,7 @@ def test_wider_beyond_than_among_the_points_and_with_fewer_of_them():
 
 
 def test_too_few_amounts_and_what_is_no_number_are_refused():
-    with pytest.raises(FtjaxError, match="4 different amounts or more; there are 3"):
+    with pytest.raises(FtjaxError, match="at least 4 different amounts; found 3"):
         curve.fit({1: [0.1], 2: [0.2], 4: [0.3]})
     with pytest.raises(FtjaxError, match="amounts above 0"):
         curve.fit({0: [0.1], 2: [0.2], 4: [0.3], 8: [0.4]})

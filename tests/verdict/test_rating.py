@@ -155,7 +155,7 @@ def test_kappas_are_the_published_ones():
         [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
     ]  # fmt: skip
     assert fleiss_kappa(table) == pytest.approx(0.210, abs=5e-4)
-    with pytest.raises(FtjaxError, match="as many for each row"):
+    with pytest.raises(FtjaxError, match="the same number of raters"):
         fleiss_kappa([[1, 1], [2, 1]])
 
 

@@ -57,7 +57,7 @@ def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     assert any("\nfailed: data.shots=2,optim.lr=1e38" in text for text in said)
     said.clear()
     again = ftjax.sweep(c, ["data.shots=2,8", "optim.lr=1e-2,1e38"], seeds=1, say=said.append)
-    assert any("4 runs, of which 4 have ended" in text for text in said) and again[::2] == wider[::2]
+    assert any("4 runs, 4 of them already finished" in text for text in said) and again[::2] == wider[::2]
 
     c.train.steps = 7
     with pytest.raises(FtjaxError, match="shots=2.* holds another run: train.steps was 6, is 7"):
@@ -109,7 +109,7 @@ def test_an_axis_of_amounts_gets_its_law(tmp_path):
     sweep.draw(models, "perplexity", tmp_path / "sweep.png", said.append)
     told = json.loads((tmp_path / "curves.json").read_text())["perplexity"]
     assert 260_032 in [p["amount"] for p in told["points"]] and len(told["points"]) == 2
-    assert "4 different amounts or more; there are 2" in said[-1]
+    assert "at least 4 different amounts; found 2" in said[-1]
     assert (
         sweep.law_of("perplexity") == {"higher": False, "best": 1.0, "worst": None}
         and sweep.law_of("bleu")["best"] == 100
@@ -200,7 +200,7 @@ def test_points_are_drawn_from_lists_and_ranges():
     for text, match in (("optim.lr=0..1:log", "above 0 for :log"), ("optim.lr=2..1", "low..high")):
         with pytest.raises(FtjaxError, match=match):
             search.axes([text], drawn=True)
-    with pytest.raises(FtjaxError, match="--random N draws from it"):
+    with pytest.raises(FtjaxError, match="add --random N to draw from it"):
         search.axes(["optim.lr=1e-5..1e-3"])
     assert [search.rungs(n) for n in (1, 2, 9, 10)] == [[1], [2, 1], [9, 3, 1], [10, 4, 2, 1]]
 
@@ -220,7 +220,7 @@ def test_halving_goes_on_with_the_best_and_all_seeds_share_their_rows(tmp_path):
     runs = [json.loads((tmp_path / "run" / f"{name}/run.json").read_text()) for name in
             ("optim.lr=1e-2,train.steps=3,seed=0", "optim.lr=1e-2,train.steps=3,seed=1")]  # fmt: skip
     assert {run["config"]["data"]["test"] for run in runs} == {str(tmp_path / "run/rows/test.jsonl")}
-    with pytest.raises(FtjaxError, match="train.steps is what is halved"):
+    with pytest.raises(FtjaxError, match="--halving sets train.steps itself"):
         ftjax.sweep(c, ["train.steps=2,4"], say=said.append, halving=True)
 
 
