@@ -311,8 +311,12 @@ def test_a_function_that_cannot_be_loaded_is_told(function, tmp_path, named, tol
         ({"prompt": "{q}", "completion": " {a}"}, {"copies": 1, "columns": ("a",)}, "'a' holds answers or labels"),
         ({}, {"prompts": ("{q}",)}, "data.augment.prompts adds templates to data.prompt, which is empty"),
         ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("{x}",)}, "data.augment.prompts: no column 'x'"),
-        ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("{q}",)}, "data.augment.prompts: '{q}' is there already"),
-        ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("-{q}", "-{q}")}, "'-{q}' is there already"),
+        (
+            {"prompt": "{q}", "completion": "{a}"},
+            {"prompts": ("{q}",)},
+            "data.augment.prompts: the template '{q}' occurs twice",
+        ),
+        ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("-{q}", "-{q}")}, "the template '-{q}' occurs twice"),
         ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("{q",)}, "data.augment.prompts: '{q'"),
     ],
 )

@@ -355,7 +355,9 @@ def test_thinking_that_the_prompt_opens_and_the_chat_does_not_show(shared, think
         assert example.ids[: len(prompt)].tolist() == prompt.tolist()
         assert tokenizer.decode(prompt).endswith("<Assistant><think>\n")
         assert trained_text(example, tokenizer) == "Hm." * bool(thinking) + "\n</think>\n\n" + answer + "<End>"
-    with pytest.raises(FtjaxError, match='message 2 is no part of the chat; set data.train_on="last", mark .* alpaca'):
+    with pytest.raises(
+        FtjaxError, match='message 2 does not occur in the whole chat; set data.train_on="last", mark .* alpaca'
+    ):
         encode([Rendered(messages=tuple(messages))], tokenizer)
 
 
