@@ -609,8 +609,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     override(config, overrides)
     if left := [found for found in from_record if found in set(user_code.named(config.to_dict()))]:
         raise FtjaxError(
-            f"--config: {path} names code, {user_code.told(left)}, and code that a .json file names is not run: if you "
-            f"trust it, name it yourself, --config.{left[0][0]}={left[0][1]}; else set the field to something else"
+            f"--config: {path} names code, {user_code.told(left)}, and code is not run because a .json file names it. "
+            f"If you trust it, add --config.{left[0][0]}={left[0][1]}; if not, set that field to another value"
         )
     return config
 
@@ -697,7 +697,7 @@ def _field(key: str, said: str) -> Field:
     if key not in FIELDS:
         within = [k for k in FIELDS if k.startswith(f"{key}.")]
         if within:
-            raise FtjaxError(f"{said}: names a group; its keys are {', '.join(within)}")
+            raise FtjaxError(f"{said} is a group of fields; set one of its keys: {', '.join(within)}")
         raise FtjaxError(f"{said}: no such key{_right_key(key)}")
     return FIELDS[key]
 
@@ -798,14 +798,14 @@ def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
             if key.split(".")[0] not in data:
                 raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, 'name', 'weight'])}")
             if key in OF_ALL:
-                raise FtjaxError(f"{said}: {key!r} holds for all sources: set data.{key}")
+                raise FtjaxError(f"{said}: {key!r} applies to all sources and cannot be set for one; set data.{key}")
             _set(whole, f"data.{key}", value, f"{said}: {key}")
         weight = number(None, above=0).check(entry.get("weight"), f"{said}: weight")
         found.append((str(entry.get("name") or Path(entry["train"]).stem), whole.data, weight))
     names = [name for name, _, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise FtjaxError(f'data.mixture: two sources are called {twice!r}; give each a "name" of its own')
+        raise FtjaxError(f'data.mixture: two sources have the name {twice!r}; give each a "name" of its own')
     if len({weight is None for _, _, weight in found}) > 1:
         raise FtjaxError("data.mixture: give every source a weight, or none of them")
     return found
@@ -825,7 +825,7 @@ def compile_patterns(patterns, key: str) -> list[re.Pattern]:
         try:
             compiled.append(re.compile(pattern, re.MULTILINE))
         except (re.error, TypeError) as error:
-            raise FtjaxError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+            raise FtjaxError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
     return compiled
 
 

@@ -185,7 +185,9 @@ def end_token(tokenizer, end: str = "") -> int:
     alone, line, both = tokenizer([end, "\n", "\n" + end], add_special_tokens=False)["input_ids"]
     ids = both[len(line) :] if len(alone) > 1 and both[: len(line)] == line else alone
     if len(ids) != 1:
-        raise FtjaxError(f"data.end: {end!r} is {len(alone)} tokens for this tokenizer; expected exactly one")
+        raise FtjaxError(
+            f"data.end: the tokenizer makes {len(alone)} tokens of {end!r}; expected a text of exactly one token"
+        )
     return ids[0]
 
 

@@ -230,7 +230,7 @@ def test_what_was_removed_can_be_put_back():
 @pytest.mark.parametrize(
     "fields, told",
     [
-        ({"drop": ("fine", "a(b")}, "data.clean.drop: 'a(b' is no regular expression"),
+        ({"drop": ("fine", "a(b")}, "data.clean.drop: 'a(b' is not a regular expression"),
         ({"exact": True, "columns": ("sentense",)}, "data.clean.columns: no column 'sentense' (did you mean \"sente"),
         (
             {"min_chars": 3},
@@ -252,7 +252,7 @@ def test_what_cannot_be_met_is_refused(fields, told):
 
 def test_the_config_refuses_what_needs_no_file():
     for override, told in [
-        ("data.clean.drop=('a(b',)", "data.clean.drop: 'a(b' is no regular expression"),
+        ("data.clean.drop=('a(b',)", "data.clean.drop: 'a(b' is not a regular expression"),
         ("data.clean.parts=('train', 'dev')", "data.clean.parts, entry 2: expected one of train, validation, test"),
         ("data.clean.min_chars=-1", "data.clean.min_chars: expected a whole number at least 0"),
         ("data.clean.near=1.5", "data.clean.near: expected a number at least 0 and at most 1"),

@@ -213,7 +213,7 @@ HALVES = np.full((2, 2), 0.5)
         (lambda: ours.single_rows([0, 2], HALVES), "row 2: expected a label from 0 to 1; found 2"),
         (lambda: ours.single_rows([0, -100], HALVES), "row 2: expected a label from 0 to 1; found -100"),
         (lambda: ours.single_rows([0.0, 1.0], HALVES), "expected one label a row, \\(2,\\) int"),
-        (lambda: ours.single_rows([0], HALVES), "expected one label a row, \\(2,\\) int; found \\(1,\\)"),
+        (lambda: ours.single_rows([0], HALVES), "expected one integer label per row, shape \\(2,\\); found \\(1,\\)"),
         (lambda: ours.single_rows([0, 1], HALVES * 3), "row 1: expected probabilities from 0 to 1"),
         (lambda: ours.single_rows([0, 1], HALVES * [[1], [np.nan]]), "row 2: expected probabilities from 0 to 1"),
         (lambda: ours.single_rows([0, 1], HALVES * [[1], [0.9]]), "row 2: expected probabilities that sum to 1"),

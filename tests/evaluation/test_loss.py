@@ -77,7 +77,7 @@ def test_bad_text_files_are_named(tmp_path):
     with pytest.raises(FtjaxError, match="latin.txt: expected a readable text file in UTF-8"):
         read_documents(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text(" \n<|endoftext|>\n")
-    with pytest.raises(FtjaxError, match="empty.txt: holds no document"):
+    with pytest.raises(FtjaxError, match="empty.txt: contains no text"):
         read_documents(tmp_path / "empty.txt")
 
 
@@ -90,7 +90,7 @@ def test_a_loss_that_is_no_number_is_refused_and_nothing_counts_as_right(starter
     batch = {"tokens": tokens, "positions": tokens - 1, "segment_ids": np.ones_like(tokens)}
     batch |= {"loss_index": tokens[:, :7] - 1, "labels": tokens[:, 1:], "weights": np.ones((1, 7), np.float32)}
     assert float(sums(batch)[2]["correct"]) == 0
-    with pytest.raises(NotFinite, match="the loss is nan, so no figure of this model means anything. Its weights hold"):
+    with pytest.raises(NotFinite, match="the loss is nan, so no score of this model is meaningful. Its weights hold"):
         evaluate_loss(sums, [batch])
     broken = dataclasses.replace(lm, params=damaged)
     with pytest.raises(NotFinite, match="prompt 1: the model's logits are not finite"):
