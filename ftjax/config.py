@@ -609,8 +609,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     override(config, overrides)
     if left := [found for found in from_record if found in set(user_code.named(config.to_dict()))]:
         raise FtjaxError(
-            f"--config: {path} names code, {user_code.told(left)}, and code is not run because a .json file names it. "
-            f"If you trust it, add --config.{left[0][0]}={left[0][1]}; if not, set that field to another value"
+            f"--config: {path} names code, {user_code.told(left)}, and code in a .json file is not run unless the "
+            f"command line names it too. If you trust it, add --config.{left[0][0]}={left[0][1]}; if not, set that "
+            "field to another value"
         )
     return config
 

@@ -169,7 +169,7 @@ DATED = "{%- macro strftime_now(format) -%}"
 
 
 def dated(tokenizer, date: str = ""):
-    """A tokenizer whose chat templates see `date` wherever they ask for the current day; itself if none asks.
+    """A tokenizer whose chat templates get `date` as the current day; the tokenizer itself if no template needs a day.
 
     A macro before the template replaces the function `strftime_now` of transformers, so that the template gives the
     same text in every program that reads it. date: see data.date; empty: its default.

@@ -302,8 +302,8 @@ def bleu_rows(predictions, references, rows, settings) -> list[float]:
 def bleu_corpus(predictions, references) -> float | None:
     """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100.
 
-    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. None if neither the
-    predictions nor the references hold four words in a row, of which BLEU is a share.
+    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. None if no
+    prediction and no reference has four consecutive words, because BLEU counts 4-grams.
     """
     bleu = _sacrebleu().BLEU()
     predictions, references = [spaced(p) for p in predictions], [[spaced(text) for text in r] for r in references]

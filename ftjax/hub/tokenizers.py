@@ -158,8 +158,8 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
 def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[int, ...]:
     """Ids that end an answer, the most official first, without duplicates.
 
-    They are the `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, the one with
-    which the chat template ends an assistant's turn, and those with which answers are `trained` to end.
+    In this order: `eos_token_id` of generation_config.json (or of config.json if there is none), the tokenizer's
+    end-of-text token, the token that ends an assistant's turn in the chat template, and `trained`.
 
     Args:
         folder: The model directory.

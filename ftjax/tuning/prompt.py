@@ -112,7 +112,7 @@ register(
         axes=axes,
         virtual_tokens=virtual_tokens,
         # Between the 1e-3 of PEFT's comparison (Llama-3.2-3B, GSM8K: 34.3 % with vocabulary initialisation, 5.7 % with
-        # its defaults), by which the starter model hardly learns CommonGen, and the 3e-2 of PEFT's examples.
+        # its defaults), with which the starter model hardly learns CommonGen, and the 3e-2 of PEFT's examples.
         lr=1e-2,
     ),
 )

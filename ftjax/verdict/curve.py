@@ -71,10 +71,10 @@ class Curve:
     def predict(self, n: float, same_rows: bool = False) -> Range:
         """The figure that would be measured at amount n on other rows of the same kind.
 
-        It is the mean of as many runs, on as many rows, as the points have. same_rows: whether it would be measured on
-        the very rows that the points were measured on.
+        The prediction is for a mean of the same number of runs and rows as the points. same_rows: whether it would be
+        measured on the same rows as the points.
         """
-        # Twice the variance: the other rows are a sample, and so are those that the law was fitted on.
+        # Twice the variance, because both the other rows and the rows of the fit are samples.
         other = 0.0 if same_rows else math.sqrt(2) * self.noise
         return _range(np.clip(self.measured(n) + other * self.normal[2], *self.bounds))
 
@@ -107,7 +107,7 @@ def fit(
     for more if the points do not lie on any law.
 
     In simulations of such laws, with four or six amounts and two or three runs, the interval of `predict` at 4 and 8
-    times the largest amount held the measured figure in 93 to 100 % of draws, 98 % on average.
+    times the largest amount contained the measured figure in 93 to 100 % of draws, 98 % on average.
 
     Args:
         points: {amount: the figure of every run at it}.

@@ -30,7 +30,7 @@ def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
 
     It is exact over the vocabulary, not the estimate log p - log q of the given tokens. If p is the tuned model and the
     rows are its own samples at temperature 1, the mean of the rows' sums estimates the KL divergence of its answers
-    from those of q, which is the figure that RLHF limits.
+    from those of q, the quantity that RLHF limits.
 
     Args:
         p, q: LMs with vocabularies of the same size.

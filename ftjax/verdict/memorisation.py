@@ -101,12 +101,12 @@ def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: 
 
 
 def exposure(canary: float, others: Sequence[float], space: int | None = None) -> float:
-    """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how far a model gives the canary away.
+    """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how easily a model reveals the canary.
 
     If `others` are all other secrets, the rank is counted, and the canary comes after those that tie with it (Carlini
     et al. 2019, definition 5). If they are a sample of `space` secrets, a skew-normal distribution fitted to them gives
-    the share of secrets that are as likely (section 4.3 there). A canary far beyond all of the sample can then be
-    distinguished from one that is only just beyond.
+    the share of secrets that are as likely (section 4.3 there). The fit also distinguishes canaries that are more
+    likely than the whole sample from each other.
 
     Args:
         canary: Log-perplexity of the canary's text, in nats.

@@ -135,7 +135,7 @@ def test_a_pair_is_encoded_as_one_text(lm):
             lambda lm: mc.log_likelihoods(lm, [([1], [5]), ([1], [5] * 600)]),
             "text 2: 1 context tokens and 600 tokens to score",
         ),
-        (lambda lm: mc.log_likelihoods(lm, [([], [5])]), "text 1: 0 tokens are given"),
+        (lambda lm: mc.log_likelihoods(lm, [([], [5])]), "text 1: 0 context tokens"),
     ],
 )
 def test_bad_input_is_named(lm, call, message):

@@ -64,7 +64,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_go_on(config, tmp_pat
     assert found["contender"] == "too large" and "RuntimeError: RESOURCE_EXHAUSTED" in found["seen"]
     assert "RESOURCE_EXHAUSTED" in (tmp_path / "verdict.html").read_text()
     c.compare.contenders = ("majority", c.compare.contenders[-1])
-    with pytest.raises(FtjaxError, match="nothing is left to compare: too large: RuntimeError"):
+    with pytest.raises(FtjaxError, match="there is nothing to compare: too large: RuntimeError"):
         ftjax.compare(c, str(tmp_path), say=lambda text: None)
     stop = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):

@@ -62,7 +62,7 @@ def test_another_template_is_named_with_its_field():
         contender("base", "prompt"), contender("other", runs=[Run("r", run, [])]), contender("same", runs=[same])
     )
     assert [f.contender for f in found("template mismatch", asked)] == ["other"]
-    assert "data.prompt was 'Question: {q}', is ''" in found("template mismatch", asked)[0].seen
+    assert "data.prompt was 'Question: {q}' in training and is ''" in found("template mismatch", asked)[0].seen
     asked = case(contender("base", "prompt"), contender("chat", "model", chat_unused=True))
     assert [f.contender for f in found("template mismatch", asked)] == ["chat"]
 

@@ -35,7 +35,7 @@ def test_win_rate_counts_ties_half():
     assert win_rate(a, b, higher=False)["win_rate"]["value"] == pytest.approx(0.375)
     assert win_rate(a, b, margin=0.15)["tie"]["value"] == pytest.approx(0.75)
     assert win_rate(a, b)["win"]["low"] < 0.5 < win_rate(a, b)["win"]["high"]
-    with pytest.raises(FtjaxError, match=r"the same rows; found \(4,\) and \(3,\)"):
+    with pytest.raises(FtjaxError, match=r"one score per row; found \(4,\) and \(3,\)"):
         win_rate(a, b[:3])
 
 
@@ -105,7 +105,7 @@ def test_pairs_may_be_chosen(tmp_path):
         (lambda rows: rows[2].update(rating=""), "line 3: `rating` should be .*; found nothing .partial=True"),
         (lambda rows: rows[3].update(id="x-1"), "line 4: ballot 'x-1' is not in the key file .*key.jsonl"),
         (lambda rows: rows[4].update(id=rows[0]["id"]), "line 5: ballot '.*' is already in line 1"),
-        (lambda rows: rows[5].pop("rating"), "line 6: has no `rating`; it has id, prompt, left, right"),
+        (lambda rows: rows[5].pop("rating"), "line 6: column `rating` is missing; found id, prompt, left, right"),
         (lambda rows: rows.__setitem__(6, [1]), "line 7: expected an object, found '.1.'"),
     ],
 )
@@ -133,7 +133,7 @@ def test_lines_of_csv_are_counted_as_an_editor_does_and_half_a_file_may_be_read(
 @pytest.mark.parametrize(
     "how, message",
     [
-        ({"answers": {"base": ["x"]}}, "'base' has 1 answers to 40 prompts"),
+        ({"answers": {"base": ["x"]}}, "'base' has 1 answers; expected one for each of 40 prompts"),
         ({"pairs": [("base", "lore")]}, "unknown contender 'lore' .did you mean \"lora\""),
         ({"path": "a.txt"}, "expected a file that ends in .jsonl or .csv"),
         ({"answers": {"base": ANSWERS["base"]}}, "40 prompts and 0 pairs"),

@@ -28,7 +28,7 @@ def test_a_grid_is_read_as_the_command_line_reads_fields():
     for text, match in (("rank", "expected key="), ("rank=", "expected key="), ("seed=1,2", "--seeds")):
         with pytest.raises(FtjaxError, match=match):
             search.axes([text])
-    with pytest.raises(FtjaxError, match="named twice"):
+    with pytest.raises(FtjaxError, match="the key tuning.rank occurs twice"):
         search.axes(["tuning.rank=4", "tuning.rank=8"])
 
 
