@@ -297,10 +297,7 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
         "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); the cost of training "
         "included, it becomes cheaper than few-shot after 920 requests."
     )
-    assert (
-        said["risk"]
-        == "It has forgotten part of what it knew before, and general text surprises it more: the loss rose."
-    )
+    assert said["risk"] == "It has forgotten part of what it knew, and predicts general text less well: the loss rose."
     detail = report.detail(data)
     assert detail.startswith("LoRA scores best: f1 0.50 (0.40 to 0.60).")
     assert "corrected for 3 comparisons: better: few-shot and LoRA; cannot tell: full." in detail
@@ -311,7 +308,7 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
     assert open_["fine_tune"] == "not enough evidence" and "About 820 rows would show it" in open_["why"]
     leaked = {"check": "leaked rows", "contender": "full, LoRA", "seen": "3 of 9 rows overlap", "share": 0.2}
     leak = made(findings=[leaked])["decision"]
-    assert leak["fine_tune"] == "not enough evidence" and "this may be memory" in leak["why"]
+    assert leak["fine_tune"] == "not enough evidence" and "may only remember them" in leak["why"]
     assert leak["risk"].startswith("The score may be too high (full, LoRA): 3 of 9")
     # The interval starts at +0.1, which five leaked rows of a hundred cannot make.
     assert made(findings=[leaked | {"share": 0.05}])["decision"]["fine_tune"] == "yes"
