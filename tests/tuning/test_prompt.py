@@ -248,7 +248,7 @@ def test_initial_prompts():
 
 def test_what_cannot_be_used():
     pair, method, trained, frozen = start("prompt", "llama-tied")
-    with pytest.raises(FtjaxError, match="tuning.virtual_tokens: 31 .* 32 positions; .* 30 is the most"):
+    with pytest.raises(FtjaxError, match="tuning.virtual_tokens=31 .* 32 positions, .* set at most 30"):
         tiny.start(tiny.tuned(pair, method="prompt", virtual_tokens=31))
     with pytest.raises(FtjaxError, match="prompt 1 has 20 tokens; .* exceeds the model's 28 positions"):
         generate(*variables("prompt", "llama-tied"), [[1] * 20], max_new_tokens=9)
