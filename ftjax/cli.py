@@ -401,7 +401,7 @@ def _data(args, overrides) -> None:
     if args.rows < 1:
         raise FtjaxError(f"--rows: expected 1 or more; found {args.rows}")
     if args.step in ("clean", "split", "augment") and not args.out:
-        raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for what it writes")
+        raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for the files it writes")
     from ftjax import config
 
     settings = config.load(args.config, overrides) if args.config else config.default()
@@ -500,7 +500,7 @@ def _models(args):
         if not name or (equals and not folder):
             raise FtjaxError(f"--adapter {text}: expected DIR or NAME=DIR")
         if name in named:
-            raise FtjaxError(f"--adapter {text}: there is one named {name} already; tell them apart by NAME=DIR")
+            raise FtjaxError(f"--adapter {text}: two adapters have the name {name}; give each its own name by NAME=DIR")
         named[name] = folder if equals else text
     from ftjax.loading import load
 

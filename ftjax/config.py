@@ -143,8 +143,8 @@ COUNT = whole(1, 1)
 FIELDS: dict[str, Field] = {
     "run_dir": text("runs/default", empty=False, also="output_dir out_dir"),  # folder for everything that a run writes;
     # starting with the same folder again resumes the run
-    "overwrite": switch(False, also="overwrite_output_dir"),  # True: start anew and delete what an earlier run wrote to
-    # run_dir. Other files stay, and a folder that holds no run is refused
+    "overwrite": switch(False, also="overwrite_output_dir"),  # True: delete what an earlier run wrote to run_dir, and
+    # start from the beginning. Other files stay, and a folder without a run is refused
     "seed": whole(0, 0, also="random_seed data_seed"),  # seed of initial adapters, dropout, the order of rows, the
     # split and sampling
     #
@@ -162,8 +162,8 @@ FIELDS: dict[str, Field] = {
     "model.quantise": choice("none", "int8", "nf4", also="quantize load_in_4bit load_in_8bit quantization_bit"),
     # number format of the frozen kernels of the blocks, which then take a half (int8) or a quarter (nf4) of bfloat16's
     # bytes
-    "model.quantise_tables": switch(False),  # store the embedding table and the head in int8 too, where model.quantise
-    # is set: a sixth of an 8B model's bytes, which QLoRA leaves unquantised
+    "model.quantise_tables": switch(False),  # if model.quantise is set, also store the embedding table and the head in
+    # int8. They are a sixth of an 8B model's bytes, and QLoRA leaves them unquantised
     "model.double_quantise": switch(True, also="bnb_4bit_use_double_quant double_quantization"),  # nf4: store the
     # scales in 8 bits too, as QLoRA does; False: in float32
     "model.remat": choice(
@@ -180,8 +180,8 @@ FIELDS: dict[str, Field] = {
     # offload_products: keep a block's input, or the products, in the host's memory; auto: the fastest that fits
     "model.attention": choice(
         "auto", "xla", "cudnn", "splash", "tokamax", also="attn_implementation flash_attention flash_attn"
-    ),  # kernel of attention in training; auto: cudnn on GPUs and splash on TPUs where they can serve, else xla, which
-    # is the fastest on CPUs
+    ),  # kernel of attention in training; auto: cudnn on GPUs and splash on TPUs if they support the run, otherwise
+    # xla, which is the fastest on CPUs
     "model.unroll": whole(1, 0),  # layers per scan iteration; 0: all. Unrolling may run faster and compiles slower
     "model.head_chunk": whole(0, 0),  # tokens whose logits a device holds at once; 0: as many as fit in 64 MiB on CPUs,
     # in 1 GiB elsewhere
@@ -189,18 +189,18 @@ FIELDS: dict[str, Field] = {
     # ---- what is trained
     "tuning.method": text("lora", empty=False, also="peft_type finetuning_type train_type use_dora"),  # what is
     # trained; `ftjax methods` lists the choices
-    "tuning.init_from": text(also="adapter_name_or_path lora_model_dir"),  # PEFT adapter directory or hub name from
-    # whose tensors training starts; its kind, rank, scale and targets become the run's
+    "tuning.init_from": text(also="adapter_name_or_path lora_model_dir"),  # PEFT adapter directory or hub name:
+    # training starts from its tensors, and the run takes its kind, rank, scale and targets
     "tuning.rank": whole(16, 1, also="lora_r lora_rank r"),  # rank of the update of LoRA and DoRA
     "tuning.alpha": number(32.0, above=0, also="lora_alpha"),  # scale of the update, which is multiplied by alpha /
     # rank; see tuning.rslora
     "tuning.dropout": number(0.0, 0, below=1, also="lora_dropout"),  # dropout on the adapter's input, the share of
     # values that are set to 0
     "tuning.targets": several((), WORD, also="target_modules lora_target lora_target_modules"),  # modules that get an
-    # adapter: names as PEFT matches them, one regular expression `re:...`, or all-linear; empty: the method's own,
-    # which are all-linear for LoRA and DoRA, and keys, values and the last map of the feed-forward for IA3
-    "tuning.feedforward": several((), WORD, also="feedforward_modules"),  # ia3: targets whose input is scaled, not
-    # their output; empty: the last map of the feed-forward; none: no target
+    # adapter: names as PEFT matches them, one regular expression `re:...`, or all-linear; empty: all-linear for
+    # LoRA and DoRA; keys, values and the last map of the feed-forward for IA3
+    "tuning.feedforward": several((), WORD, also="feedforward_modules"),  # ia3: targets whose input is scaled
+    # instead of the output; empty: the last map of the feed-forward; none: no target
     "tuning.modules_to_save": several((), WORD, also="lora_modules_to_save additional_target"),  # lora, dora, ia3:
     # modules that are trained whole beside the adapter, by names as PEFT matches them, such as lm_head, embed_tokens or
     # norm; `bias`: all biases
@@ -226,7 +226,7 @@ FIELDS: dict[str, Field] = {
     "tuning.encoder_hidden": whole(0, 0, also="encoder_hidden_size"),  # width of the layers that compute a prompt or
     # prefix; 0: the width of their input
     "tuning.layers": number(0.25, above=0),  # last_layers: number of layers that are trained, or a share of all layers
-    # if below 1. A quarter gives most of what full training does (Lee et al. 2019, What Would Elsa Do?)
+    # if below 1. A quarter gives most of the benefit of full training (Lee et al. 2019, What Would Elsa Do?)
     "tuning.layers_with": several(("final_norm",), choice("final_norm", "lm_head")),  # last_layers: modules after these
     # layers that are trained too
     "tuning.pattern": several((), WORD),  # pattern: regular expressions. A parameter is trained if one matches the
@@ -247,9 +247,9 @@ FIELDS: dict[str, Field] = {
         lambda shares: len(shares) == 3 and abs(sum(shares) - 1) < 1e-6,
         also="val_size val_set_size validation_split",
     ),  # shares of train, validation and test, used where a file is not named
-    "data.columns": several((), NAME),  # column names of .csv and .tsv files whose first line does not name them
-    "data.label": text(also="label_column label_field"),  # column with a row's label, where there is one; empty:
-    # task.kind takes the first of the usual names, `label`, `category`, ...
+    "data.columns": several((), NAME),  # column names of .csv and .tsv files without a header line
+    "data.label": text(also="label_column label_field"),  # column with the label; empty: the first
+    # of the usual names, `label`, `category`, ...
     "data.stratify": text(),  # column whose values are equally frequent in all parts of `split`; empty: data.label, or
     # none
     "data.group": several((), WORD),  # columns that keep rows together: rows that share a value of one of them stay in
@@ -260,7 +260,7 @@ FIELDS: dict[str, Field] = {
     # `test`: the run's own parts
     "data.mixture": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),
     # sources that are trained together: ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...). Each may set any other
-    # field of `data` for itself, such as "prompt" or "clean.near"; what it does not set is as here
+    # field of `data` for itself, such as "prompt" or "clean.near"; the other fields are those of `data`
     "data.temperature": number(1.0, above=0),  # temperature of a mixture without weights: shares are proportional to
     # rows ** (1 / temperature); 1: to the number of rows
     "data.limit": whole(0, 0, also="max_train_samples max_samples"),  # number of training rows used, after shuffling
@@ -284,10 +284,10 @@ FIELDS: dict[str, Field] = {
     "data.prompt": text(also="prompt_template"),  # template of the prompt over columns, such as "Words:
     # {src}\nSentence:"; sets form to template
     "data.completion": text(),  # template of the completion over columns, such as " {tgt}"
-    "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # day that chat templates get where they
-    # ask for one, as those of Llama 3.2 do. It is not the clock's, so that a config means the same tokens on any day
-    "data.end": text(also="eos_token"),  # token that ends an answer where no chat template does; empty: the
-    # tokenizer's end-of-text
+    "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # current day for chat templates that
+    # show one, such as Llama 3.2's. It is fixed, so that a config gives the same tokens on any day
+    "data.end": text(also="eos_token"),  # token that ends an answer without a chat template; empty: the
+    # tokenizer's end-of-text token
     "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # which tokens of a conversation are
     # trained: every answer, the last answer, or every token
     "data.max_length": whole(512, 1, also="max_seq_length max_seq_len sequence_len cutoff_len max_len block_size"),
@@ -317,9 +317,11 @@ FIELDS: dict[str, Field] = {
     "data.clean.near": number(0.0, 0, 1),  # drop rows at least this similar to an earlier one that stays (Jaccard of
     # word 3-grams); 0: off
     "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: the prompt and the answer,
-    # that is all that the model reads or is trained to write
-    "data.clean.empty": switch(False),  # drop rows that training would refuse for an empty answer, a missing cell or a
-    # missing label; of rows in no known form, those without any text in `columns`
+    # i.e. all text that the model reads or is trained to write
+    "data.clean.empty": switch(
+        False
+    ),  # drop rows that training would refuse because of an empty answer, a missing cell
+    # or a missing label; if the form is unknown, rows without any text in `columns`
     "data.clean.min_chars": whole(0, 0),  # drop rows with an answer of fewer characters
     "data.clean.max_chars": whole(0, 0),  # drop rows with more characters in all; 0: off
     "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is more than this many times longer than the
@@ -356,18 +358,18 @@ FIELDS: dict[str, Field] = {
     "task.pair": text(also="text_pair"),  # column with a second text, read together with the first; span: with the text
     # that holds the answer; embed: with the text that belongs to the first
     "task.labels": several((), NAME, also="label_names id2label label_list num_labels"),  # names of the labels in the
-    # order of their ids, or of the numbers of regress; empty: those of the model's files where it has a head for them,
-    # else those of the training rows
-    "task.labels_as": choice("auto", "names", "ids"),  # what cells with labels hold. auto: names; or their ids, where
-    # task.labels or the model's files give the names and all cells are whole numbers. A run whose names came from its
-    # rows records `names`, so that numbers in other rows are not taken for ids
+    # order of their ids, or of the numbers of regress; empty: those in the model's files if it has a head for labels,
+    # otherwise those of the training rows
+    "task.labels_as": choice("auto", "names", "ids"),  # whether label cells are names or ids. auto: ids if
+    # task.labels or the model's files have the names and all cells are whole numbers, otherwise names. A run whose
+    # names came from its rows records `names`, so that numbers in other rows are not read as ids
     "task.class_weights": Field(
         (),
         tuple,
         'a tuple of one number, 0 or more, for each label, or ("balanced",)',
         lambda w: w == ("balanced",) or all(type(n) in (int, float) and 0 <= n < math.inf for n in w),
-    ),  # weight of each label in the loss, in the order of their ids; ("balanced",): by how rare a label is, so that
-    # all labels weigh the same
+    ),  # weight of each label in the loss, in the order of their ids; ("balanced",): inversely to the frequency of a
+    # label, so that all labels have the same total weight
     "task.balanced": switch(False),  # draw rare labels more often, so that each label has the same number of rows in an
     # epoch
     "task.focal": number(0.0, 0, also="focal_loss_gamma"),  # γ of the focal loss, which down-weights examples that the
@@ -397,9 +399,9 @@ FIELDS: dict[str, Field] = {
     "task.whole_words": switch(False, also="whole_word_mask wwm"),  # masked: hide all tokens of a word, or none
     "task.pool": choice("auto", "mean", "cls", also="pooling pooling_mode"),  # how a text becomes one vector, which a
     # head over labels reads: mean of its tokens' states, or the state of the first token; auto: the mean for embed, and
-    # for labels what the model's class reads
-    "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; the lower it is, the more
-    # the most similar wrong texts count
+    # for labels the vector that the model's class uses
+    "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; a low temperature gives
+    # more weight to the most similar wrong texts
     #
     # ---- how it is trained
     "optim.name": choice("adamw", "adafactor", "lion", "sgd", "muon", also="optimizer optim_type"),  # the optimizer;
@@ -458,8 +460,8 @@ FIELDS: dict[str, Field] = {
     "train.keep": whole(1, 1, also="save_total_limit"),  # number of latest checkpoints kept beside the best one
     #
     # ---- how devices share the work
-    "mesh.data": whole(-1, -1),  # devices that share the rows of a batch, each with all weights; -1: all devices that
-    # the other axes leave, or, of a CPU's cores, as many as make the run faster; 0: all axes are chosen for the devices
+    "mesh.data": whole(-1, -1),  # devices that share the rows of a batch, each with all weights; -1: all remaining
+    # devices, or on a CPU as many as make the run faster; 0: all axes are chosen for the devices
     # and the model, and the reason is printed
     "mesh.fsdp": _axis(),  # devices that share the rows and also the weights, which are gathered for use
     "mesh.sequence": _axis(),  # devices that share the tokens of a row, for rows too long for one device; weights are
@@ -470,16 +472,16 @@ FIELDS: dict[str, Field] = {
     "evaluate.batch_size": whole(0, 0, also="per_device_eval_batch_size eval_batch_size"),  # rows of an evaluation
     # step; 0: train.batch_size
     "evaluate.rows": whole(0, 0, also="max_eval_samples"),  # validation rows used during training, the first of each
-    # source; 0: all, except that where train.eval_every is 0 too, validation is made so small and rare that it takes
-    # about a fifth of the training at most
+    # source; 0: all; if train.eval_every is 0 too, validation uses so few rows and is so rare that it takes at most
+    # about a fifth of the training
     "evaluate.compare": switch(False),  # generate on held-out rows before and after training, score the answers, and
     # write results.json
     "evaluate.compare_rows": whole(0, 0),  # distinct held-out prompts to generate for; 0: all
     "evaluate.compare_on": choice("test", "validation"),  # part whose prompts `evaluate.compare` uses
     "evaluate.metrics": several(("rouge_l",), WORD, also="compute_metrics eval_metrics"),  # metrics of generated
     # answers, which `ftjax metrics` lists; or "file.py:name" of a function of your own
-    "evaluate.words": text(),  # column with the given words, for the metric `coverage`
-    "evaluate.passage": text(),  # column with the text that answers should keep to, for the metric `unsupported`;
+    "evaluate.words": text(),  # column with the words that an answer should use, for the metric `coverage`
+    "evaluate.passage": text(),  # column with the text that should support the answers, for the metric `unsupported`;
     # empty: the references
     "evaluate.forgetting": text(),  # text file; the change of the loss on it shows how much the model has forgotten
     "evaluate.samples": whole(5, 0),  # number of generations shown side by side
@@ -490,8 +492,8 @@ FIELDS: dict[str, Field] = {
         tuple,
         "a tuple of texts and dicts",
         lambda entries: all(isinstance(entry, str | dict) for entry in entries),
-    ),  # what is compared; the others are judged against the first. Each is a prompt of ftjax.verdict.baselines.PROMPTS
-    # for the base model; `majority`: the commonest label; a run folder, adapter, model directory or hub name; or a
+    ),  # the contenders; the others are compared with the first. Each is a prompt of ftjax.verdict.baselines.PROMPTS
+    # for the base model; `majority`: the most common label; a run folder, adapter, model directory or hub name; or a
     # dict: its "name", any field of the config that it is trained with, such as "tuning.method", and "prompt" (of
     # PROMPTS), "shots" and "model" (a path) where they differ
     "compare.metric": text(),  # metric that the verdict is about; empty: the first of evaluate.metrics, or the task's
@@ -499,8 +501,8 @@ FIELDS: dict[str, Field] = {
     "compare.seeds": whole(3, 1),  # number of runs of each trained contender, and of draws of examples, from
     # config.seed on
     "compare.shots": whole(3, 0),  # number of examples before a question
-    "compare.between": text("\n\n"),  # text after each example, where rows are no conversation; an answer ends there
-    # too
+    "compare.between": text("\n\n"),  # text after each example if rows are not conversations; it also ends an
+    # answer
     "compare.documents": text(),  # rows, or a folder of text files, whose passages `retrieval` puts before a question
     "compare.passages": whole(2, 1),  # number of passages that a question gets
     "compare.passage_words": whole(80, 1),  # most words of a passage
@@ -508,7 +510,7 @@ FIELDS: dict[str, Field] = {
         "Context:\n{passages}\n\n", str, "a text with {passages} in it once", lambda v: v.count("{passages}") == 1
     ),  # text around the passages before a question
     "compare.curve": several((), COUNT),  # numbers of training rows, (500, 1000, 2000, ...), on which contenders are
-    # trained as well: their learning curves, each with its law, and what more rows would bring
+    # also trained, for learning curves and a prediction of the gain from more rows
     "compare.curve_shots": several((), COUNT),  # classify: numbers of training rows of each label, like compare.curve
     "compare.curve_of": several((), WORD),  # names of the contenders with a learning curve; empty: all that are trained
     "compare.curve_steps": whole(0, 0),  # least number of optimizer steps of each of these runs, where train.steps is 0
@@ -525,13 +527,13 @@ FIELDS: dict[str, Field] = {
     "compare.training_hour": number(0.0, 0),  # price of an hour of training at a service, which bills the steps
     # alone; 0: device_hour for the whole run
     "compare.training_tokens": number(0.0, 0),  # price of a million trained tokens
-    "compare.hosting_hour": number(0.0, 0),  # price of an hour of an endpoint with a model of your own, whatever its
+    "compare.hosting_hour": number(0.0, 0),  # price of an hour of an endpoint with a model of your own, at any
     # load
     "compare.tuned_in": number(0.0, 0),  # price of a million tokens of prompts, at an endpoint with a model of your own
     "compare.tuned_out": number(0.0, 0),  # price of a million tokens of answers there
     "compare.tokens_in": number(0.0, 0),  # price of a million tokens of prompts, at a hosted endpoint of the base
     "compare.tokens_out": number(0.0, 0),  # price of a million tokens of answers there
-    "compare.storage": number(0.0, 0),  # price of a gigabyte and month of storing what was trained
+    "compare.storage": number(0.0, 0),  # price of storing a gigabyte of trained parameters for a month
     "compare.requests": whole(0, 0),  # number of requests a month for which costs are reported; 0: none
     #
     # ---- generation
@@ -541,10 +543,10 @@ FIELDS: dict[str, Field] = {
     "generate.top_p": number(1.0, 0, 1),  # sample from the most probable tokens that together reach this probability;
     # 1: from all
     "generate.batch_size": whole(32, 1),  # number of prompts answered at once
-    "generate.weights": choice("model", "bfloat16"),  # what answers are computed with: the parameters as they are, or
-    # float32 kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32
+    "generate.weights": choice("model", "bfloat16"),  # the parameters that generate answers: unchanged, or with float32
+    # kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32
     "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
-    # beside the model's own end tokens
+    # in addition to the model's end tokens
     #
     # ---- the exported files
     "export.formats": several(("auto",), choice("auto", "adapter", "merged", "full")),  # what is written to run_dir at
@@ -562,7 +564,7 @@ FIELDS: dict[str, Field] = {
         str,
         "FIRST:LAST, numbers of two steps from 1 on, such as 10:13",
         lambda v: not v or bool((n := re.fullmatch(r"(\d{1,9}):(\d{1,9})", v)) and 1 <= int(n[1]) <= int(n[2])),
-    ),  # steps FIRST:LAST, both included, of which an XProf trace and a summary of where their time went are written to
+    ),  # steps FIRST:LAST, both included, of which an XProf trace and a summary of their time are written to
     # run_dir; empty: none
     "log.compilation_cache": switch(True),  # reuse compiled programs across runs (~/.cache/ftjax/xla)
 }
@@ -620,8 +622,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     override(config, overrides)
     if left := [found for found in from_record if found in set(user_code.named(config.to_dict()))]:
         raise FtjaxError(
-            f"--config: {path} names code, {user_code.told(left)}, and code that a .json file names is not run: if you "
-            f"trust it, name it yourself, --config.{left[0][0]}={left[0][1]}; else set the field to something else"
+            f"--config: {path} names code, {user_code.told(left)}, and code in a .json file is not run unless the "
+            f"command line names it too. If you trust it, add --config.{left[0][0]}={left[0][1]}; if not, set that "
+            "field to another value"
         )
     return config
 
@@ -708,7 +711,7 @@ def _field(key: str, said: str) -> Field:
     if key not in FIELDS:
         within = [k for k in FIELDS if k.startswith(f"{key}.")]
         if within:
-            raise FtjaxError(f"{said}: names a group; its keys are {', '.join(within)}")
+            raise FtjaxError(f"{said} is a group of fields; set one of its keys: {', '.join(within)}")
         raise FtjaxError(f"{said}: no such key{_right_key(key)}")
     return FIELDS[key]
 
@@ -809,14 +812,14 @@ def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
             if key.split(".")[0] not in data:
                 raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, 'name', 'weight'])}")
             if key in OF_ALL:
-                raise FtjaxError(f"{said}: {key!r} holds for all sources: set data.{key}")
+                raise FtjaxError(f"{said}: {key!r} applies to all sources and cannot be set for one; set data.{key}")
             _set(whole, f"data.{key}", value, f"{said}: {key}")
         weight = number(None, above=0).check(entry.get("weight"), f"{said}: weight")
         found.append((str(entry.get("name") or Path(entry["train"]).stem), whole.data, weight))
     names = [name for name, _, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise FtjaxError(f'data.mixture: two sources are called {twice!r}; give each a "name" of its own')
+        raise FtjaxError(f'data.mixture: two sources have the name {twice!r}; give each a "name" of its own')
     if len({weight is None for _, _, weight in found}) > 1:
         raise FtjaxError("data.mixture: give every source a weight, or none of them")
     return found
@@ -836,7 +839,7 @@ def compile_patterns(patterns, key: str) -> list[re.Pattern]:
         try:
             compiled.append(re.compile(pattern, re.MULTILINE))
         except (re.error, TypeError) as error:
-            raise FtjaxError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+            raise FtjaxError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
     return compiled
 
 

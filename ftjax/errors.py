@@ -22,9 +22,9 @@ OF_DISKS += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno
 
 
 def of_disk(error: BaseException) -> str:
-    """What an error says of a disk, a folder or a permission, with the file; empty for an error of another kind.
+    """The message of an error about a disk, a folder or a permission, with the file; empty for other kinds of errors.
 
-    Libraries have errors of their own for these, in whose text the operating system's stands.
+    Libraries raise their own exceptions for such errors, and their text contains the operating system's message.
     """
     if isinstance(error, OSError) and error.errno in OF_DISKS:
         file = "" if error.filename is None else f"{error.filename}: "

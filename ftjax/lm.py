@@ -96,8 +96,8 @@ class LM:
         added = [pick(self.adapters, name) for name in adapter]
         if len({fingerprint(lm.tokenizer) for lm in added}) > 1:
             raise FtjaxError(
-                f"adapters {', '.join(adapter)}: they bring different tokenizers or chat templates, and their sum can "
-                "read texts by one alone; give all of them the same tokenizer files"
+                f"adapters {', '.join(adapter)}: they have different tokenizers or chat templates, but their sum needs "
+                "one; give all of them the same tokenizer files"
             )
         collections = {name: lm.variables for name, lm in self.adapters.items()}
         variables = {"params": self.params, "adapter": weighted(collections, self.params, adapter, combine)}
@@ -166,7 +166,10 @@ class LM:
                 or infinite.
         """
         if pool not in ("", *contrast.POOLS):
-            raise FtjaxError(f"embed: pool {pool!r}{nearest(pool, contrast.POOLS)}; one of {', '.join(contrast.POOLS)}")
+            raise FtjaxError(
+                f"embed: unknown pool {pool!r}{nearest(pool, contrast.POOLS)}; expected one of "
+                f"{', '.join(contrast.POOLS)}"
+            )
         if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
             raise FtjaxError("embed: expected a list of texts, none of them empty")
         if not texts:
@@ -259,7 +262,9 @@ def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
     for text in stop:
         pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(pieces) != 1:
-            raise FtjaxError(f"stop {text!r}: is {len(pieces)} tokens for this tokenizer; expected exactly one")
+            raise FtjaxError(
+                f"stop: the tokenizer makes {len(pieces)} tokens of {text!r}; expected a text of exactly one token"
+            )
         ids += pieces
     return tuple(ids)
 

@@ -140,7 +140,7 @@ TABLE = [
     (empty_file, ["rows.jsonl", "empty"]),
     (row_without_the_column, ["rows.jsonl row 3", "'tgt'"]),
     (invalid_json, ["rows.jsonl line 2", "invalid JSON"]),
-    (every_label_masked, ["rows.jsonl row 2", "every label would be masked"]),
+    (every_label_masked, ["rows.jsonl row 2", "nothing to train on"]),
     (answer_cut_away, ["rows.jsonl row 2", "no trained token is left", "data.max_length"]),
     (longer_than_positions, ["data.max_length=513", "512 positions"]),
     (long_row_refused, ["rows.jsonl row 2", "data.long"]),

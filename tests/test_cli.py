@@ -107,7 +107,7 @@ def test_a_list_may_be_cut_by_its_reader():
         (("data", "preview", "--config", "configs/quickstart.py", "--rows=-1"), "--rows: expected 1 or more"),
         (("train", "--config", "x" * 300), "is not a file"),
         (("generate", "--model", "no/such/folder/at/all", "--prompt", "x"), "no such folder"),
-        (("export", "--run", "tests", "--out", "x"), "not the folder of a run"),
+        (("export", "--run", "tests", "--out", "x"), "is not a run folder"),
     ],
 )
 def test_wrong_arguments_end_with_one_clear_line(args, told):

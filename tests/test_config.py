@@ -48,7 +48,7 @@ def test_a_config_survives_json(tmp_path):
         ("seed=1.5", "expected a whole number at least 0 and at most 2,147,483,647; found 1.5"),
         ("seed=True", "expected a whole number at least 0 and at most 2,147,483,647; found True"),
         ("overwrite=1", "expected True or False; found 1"),
-        ("optim=3", "names a group; its keys are"),
+        ("optim=3", "is a group of fields; set one of its keys:"),
         ("optim.name=adam", "one of adamw, adafactor, lion, sgd, muon; found 'adam' (did you mean \"adamw\"?)"),
         ("data.split=(0.5, 0.1, 0.1)", "three shares that add up to 1"),
         ("tuning.rank=0", "expected a whole number at least 1"),

@@ -129,6 +129,6 @@ def test_a_run_folder_is_kept_from_other_runs(config, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    with pytest.raises(FtjaxError, match="holds files that no run wrote, such as thesis.txt"):
+    with pytest.raises(FtjaxError, match="contains files that no run wrote, such as thesis.txt"):
         again(f"run_dir={foreign}")
     assert (foreign / "thesis.txt").read_text() == "years of work"

@@ -72,8 +72,8 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
     taken = [name for name in (MARK, PROMPT) if name in table.columns]
     if taken:
         raise FtjaxError(
-            f"data.augment: the rows have a column {taken[0]!r} already, which augmenting adds: rename it, or, if they "
-            "were augmented before, set data.augment.copies=0 and data.augment.prompts=()"
+            f"data.augment: the rows already have a column {taken[0]!r}, which augmentation adds; rename it, or, if "
+            "these rows are already augmented, set data.augment.copies=0 and data.augment.prompts=()"
         )
     makers = _makers(table, data) if settings.copies else []
     _check_prompts(table, data)
@@ -128,11 +128,14 @@ def _makers(table: Table, data) -> list[tuple[str, Make]]:
     settings = data.augment
     for name in settings.ops:
         if name not in OPS:
-            raise FtjaxError(f"data.augment.ops: {name!r}{nearest(name, OPS)}; of {', '.join(OPS)}")
+            raise FtjaxError(
+                f"data.augment.ops: unknown operation {name!r}{nearest(name, OPS)}; expected one of {', '.join(OPS)}"
+            )
     need_columns(settings.columns, table.columns, "data.augment.columns")
     if settings.ops and not settings.columns:
         raise FtjaxError(
-            f"data.augment.columns is empty: name the columns with text to alter, of {', '.join(table.columns)}; or "
+            f"data.augment.columns is empty: name the columns whose text may be changed, some of "
+            f"{', '.join(table.columns)}, or "
             "set data.augment.ops=()"
         )
     fixed = [name for name in settings.columns if name in _answers(data)]
@@ -146,7 +149,7 @@ def _makers(table: Table, data) -> list[tuple[str, Make]]:
         makers.append((BY_FUNCTION, _by_function(settings.function, table)))
     if not makers:
         raise FtjaxError(
-            "data.augment.copies: neither data.augment.ops nor data.augment.function says how to make them"
+            "data.augment.copies needs a way to make the copies: set data.augment.ops or data.augment.function"
         )
     return makers
 
@@ -167,7 +170,7 @@ def _by_op(op: Op, settings) -> Make:
             cell = row[name]
             if cell is not None and not isinstance(cell, str):
                 kind = type(cell).__name__
-                raise FtjaxError(f"{place}: data.augment.columns: {name!r} should be text to be altered, found {kind}")
+                raise FtjaxError(f"{place}: data.augment.columns: expected text in column {name!r}, found {kind}")
             new[name] = op(cell, settings.rate, rng) if cell else cell
         return new
 
@@ -191,7 +194,9 @@ def _by_function(named: str, table: Table) -> Make:
             raise FtjaxError(f"{said} returned {type(new).__name__}; expected a row (a dict), or None for no row")
         if set(new) != names:
             other = ", ".join(sorted(map(str, set(new) ^ names)))
-            raise FtjaxError(f"{said}: the row returned must have the columns of the row given; not so: {other}")
+            raise FtjaxError(
+                f"{said}: the returned row must have the same columns as the row it received; different: {other}"
+            )
         check(new, said)
         return new
 
@@ -212,7 +217,7 @@ def _storable(table: Table) -> Callable[[dict, str], None]:
             nested = isinstance(cell, list | dict)
             free = kinds[name] not in (pa.null(), *columns.SCALARS.values())  # a column that holds lists or objects
             if nested and stored != [cell] or not (nested and free) and columns.unify(kinds[name], kind) != kinds[name]:
-                raise FtjaxError(f"{said}: column {name!r} is of type {kinds[name]}, which does not hold {cell!r:.80}")
+                raise FtjaxError(f"{said}: column {name!r} has the type {kinds[name]}, which cannot store {cell!r:.80}")
 
     return check
 
@@ -220,11 +225,13 @@ def _storable(table: Table) -> Callable[[dict, str], None]:
 def _check_prompts(table: Table, data) -> None:
     key, prompts = "data.augment.prompts", data.augment.prompts
     if prompts and not data.completion:
-        raise FtjaxError(f"{key} are templates beside data.prompt: set data.prompt and data.completion too")
+        raise FtjaxError(
+            f"{key} adds templates to data.prompt, which is empty: set data.prompt and data.completion too"
+        )
     for number, prompt in enumerate(prompts):
         need_columns([name for _, name in parse(prompt, key) if name], table.columns, key)
         if prompt == data.prompt or prompt in prompts[:number]:
-            raise FtjaxError(f"{key}: {prompt!r} is there already: it would double every row")
+            raise FtjaxError(f"{key}: the template {prompt!r} occurs twice and would repeat every row; remove one")
 
 
 # ---------------------------------------------------------------------------------------------- ops

@@ -303,7 +303,7 @@ def loader(
 
 
 def ahead(items: Iterator, n: int) -> Iterator:
-    """The items of an iterator, which is read `n` items ahead of what is yielded."""
+    """Yield the items of an iterator, but read it `n` items ahead."""
     drawn = collections.deque()
     for item in items:
         drawn.append(item)

@@ -92,25 +92,27 @@ def resolve(name: str, end: str, tokenizer) -> str:
     if name == "tokenizer":
         if not tokenizer.chat_template:
             raise FtjaxError(
-                f'data.template="tokenizer": this tokenizer has no chat template; those it can write are '
+                f'data.template="tokenizer": this tokenizer has no chat template; templates that it supports: '
                 f"{', '.join(able(tokenizer))}"
             )
         return ""
     if name not in TEMPLATES:
         known = ("tokenizer", *TEMPLATES)
-        raise FtjaxError(f"data.template: {name!r}{nearest(name, known)}; one of {', '.join(known)}")
+        raise FtjaxError(
+            f"data.template: unknown template {name!r}{nearest(name, known)}; expected one of {', '.join(known)}"
+        )
     lacks = _lacks(TEMPLATES[name].tokens, tokenizer)
     if lacks:
         raise FtjaxError(
-            f"data.template={name!r} writes {', '.join(lacks)}, which should be one token each and this tokenizer has "
-            f"not; those it can write are {', '.join(able(tokenizer))}"
+            f"data.template={name!r} writes {', '.join(lacks)}, and this tokenizer has no single token for each of "
+            f"them; templates that it supports: {', '.join(able(tokenizer))}"
         )
     if not TEMPLATES[name].end_of_text:
         return TEMPLATES[name].text
     if end_token(tokenizer, end) not in tokenizer.added_tokens_decoder:
         raise FtjaxError(
-            f"data.end: {end!r} ends answers of data.template={name!r}, and should be a special token, so that no text "
-            "merges with it; this is none"
+            f"data.end: {end!r} is to end the answers of data.template={name!r} but is no special token of this "
+            "tokenizer, so it could merge with the text of an answer; name a special token"
         )
     return "{%- set end_of_text = " + repr(end or tokenizer.eos_token) + " %}" + TEMPLATES[name].text
 
@@ -120,8 +122,8 @@ def check_tools(name: str, tokenizer) -> None:
     lacks = _lacks(TEMPLATES[name].tool_tokens, tokenizer) if name in TEMPLATES else []
     if lacks:
         raise FtjaxError(
-            f"data.template={name!r} writes {', '.join(lacks)} where there are tools, which should be one token each "
-            "and this tokenizer has not"
+            f"data.template={name!r} writes {', '.join(lacks)} for tools, and this tokenizer has no single token for "
+            "each of them; set another template, or remove the tools"
         )
 
 
@@ -167,7 +169,7 @@ DATED = "{%- macro strftime_now(format) -%}"
 
 
 def dated(tokenizer, date: str = ""):
-    """A tokenizer whose chat templates see `date` wherever they ask for the current day; itself if none asks.
+    """A tokenizer whose chat templates get `date` as the current day; the tokenizer itself if no template needs a day.
 
     A macro before the template replaces the function `strftime_now` of transformers, so that the template gives the
     same text in every program that reads it. date: see data.date; empty: its default.

@@ -124,8 +124,8 @@ def clean(
     asked = [rule.name for rule in RULES if rule.name in filters and rule.answers]
     if asked and answers is None:
         raise FtjaxError(
-            f"data.clean.{asked[0]} asks for each row's answer, and no known form fits the columns "
-            f"{', '.join(table.columns)}: set data.prompt and data.completion, or leave it off"
+            f"data.clean.{asked[0]} needs the answer of each row, and no known form fits the columns "
+            f"{', '.join(table.columns)}; set data.prompt and data.completion, or turn it off"
         )
     changed = Counter(dict.fromkeys(edits, 0))
     edited = table.edit(lambda rows: [_edit_row(row, edits, changed) for row in rows], folder) if edits else table
@@ -141,7 +141,10 @@ def clean(
             removed[at] = Removed(at, table.place(at), name, why, table.place(int(left[first])))
     if removed and len(removed) == len(table):
         one = removed[min(removed)]
-        raise FtjaxError(f"data.clean: no row is left of {len(table)}; {one.place} went by {one.rule!r}: {one.why}")
+        raise FtjaxError(
+            f"data.clean: the rules removed all {len(table)} rows, for example {one.place} by {one.rule!r}: {one.why}; "
+            "relax the rules"
+        )
     kept = edited.select(_left(len(table), removed)) if removed else edited
     return Cleaned(kept, [removed[i] for i in sorted(removed)], dict(changed), conflict)
 

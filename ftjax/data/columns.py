@@ -93,7 +93,7 @@ def batch(rows: list[dict], place: Place) -> pa.RecordBatch:
     except FAULTS as error:
         for index, row in enumerate(rows if len(rows) > 1 else []):
             batch([row], lambda _, index=index: place(index))
-        raise FtjaxError(f"{place(0)}: cannot be stored: {error}; mend or remove the row") from error
+        raise FtjaxError(f"{place(0)}: cannot be stored: {error}; correct or remove the row") from error
 
 
 def recode(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
@@ -134,7 +134,7 @@ def plain(kind: pa.DataType) -> pa.DataType:
     for tests, to in _PLAIN:
         if any(test(kind) for test in tests):
             return to
-    raise TypeError(f"holds {kind}, which is no text, number, list or object")
+    raise TypeError(f"holds {kind}; expected text, numbers, lists or objects")
 
 
 _PLAIN = (
@@ -177,7 +177,9 @@ def adopt(batch: pa.RecordBatch, place: Place) -> pa.RecordBatch:
         except FAULTS as error:
             for index in range(batch.num_rows if batch.num_rows > 1 else 0):
                 adopt(batch.slice(index, 1), lambda _, index=index: place(index))
-            raise FtjaxError(f"{place(0)}: column {name!r}: {error}; mend it and write the file again") from error
+            raise FtjaxError(
+                f"{place(0)}: column {name!r}: {error}; correct the column and write the file again"
+            ) from error
     return pa.RecordBatch.from_arrays(arrays, batch.schema.names)
 
 
@@ -230,7 +232,7 @@ def _own(cell, kind: pa.DataType | None, within: bool = False):
         filled = within and kind is not None  # Arrow fills in missing keys; JSON has only the keys that were written
         return {key: item for key, item in cells.items() if item is not None or not filled}
     if isinstance(cell, float) and cell in (float("inf"), float("-inf")):
-        raise ValueError(f"{cell}, which JSON has no way to write")
+        raise ValueError(f"{cell}, which JSON cannot represent")
     return None if cell != cell else cell
 
 

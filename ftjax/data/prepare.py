@@ -74,7 +74,8 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     """
     if (data.prompt or data.completion) and data.form not in ("auto", "template"):
         raise FtjaxError(
-            f"data.form={data.form!r} and the templates data.prompt, data.completion: set one or the other"
+            f"data.form={data.form!r} conflicts with the templates data.prompt and data.completion; set only one of "
+            "the two"
         )
     guessed = data.form == "auto"
     form = template.guess(columns, data.prompt, data.completion) if guessed else data.form
@@ -287,7 +288,10 @@ def prepare(
     data = _tokenised(config, chosen, gone, tokenizer, max_positions, pool, known, True, parts)
     if "train" in parts and not len(data.train):
         named = ", ".join(source.data.train for source in chosen)
-        raise FtjaxError(f"{named}: no row is left to train on (data.long={config.data.long!r} dropped them all)")
+        raise FtjaxError(
+            f"{named}: data.long={config.data.long!r} dropped all rows, so none is left to train on; raise "
+            "data.max_length"
+        )
     return data
 
 
@@ -598,7 +602,9 @@ def _shares(config, counts: np.ndarray) -> np.ndarray | None:
 
 def _max_length(asked: int, max_positions: int) -> int:
     if asked < 2:
-        raise FtjaxError(f"data.max_length={asked}: a row needs 2 tokens at least, one to predict the other")
+        raise FtjaxError(
+            f"data.max_length={asked}: a row needs at least 2 tokens, one to predict from and one to predict"
+        )
     if asked > max_positions and asked != configs.default().data.max_length:
         raise FtjaxError(
             f"data.max_length={asked} is more than the model's {max_positions} positions: set it to at most that"

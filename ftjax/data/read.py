@@ -99,7 +99,7 @@ def read_table(
                 size += batch.num_rows
                 found |= dict.fromkeys(batch.schema.names)
             if not size:
-                raise FtjaxError(f"{name} is empty: it holds no row; fill it or leave it out")
+                raise FtjaxError(f"{name} is empty (it has no rows); fill it or leave it out")
             first = first or found
             if found.keys() != first.keys():
                 raise FtjaxError(
@@ -138,7 +138,7 @@ def _files(source: str, key: str) -> list[str]:
     if glob.has_magic(source):
         found = sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())
         if not found:
-            raise FtjaxError(f"{key}: no file matches {source}")
+            raise FtjaxError(f"{key}: no file matches {source}; check the pattern and the folder")
         return found
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise FtjaxError(f"{key}: {source}: no such file or directory{nearest(path.name, beside)}")
@@ -147,14 +147,14 @@ def _files(source: str, key: str) -> list[str]:
 def _files_of_folder(folder: Path, key: str) -> list[str]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS)
     if not files:
-        raise FtjaxError(f"{key}: {folder} holds no file that ftjax reads ({_list(READERS)})")
+        raise FtjaxError(f"{key}: {folder} has no file that ftjax reads; expected one of {_list(READERS)}")
     split = key.rpartition(".")[2]
     named = {s: [p for p in files if p.stem.lower().startswith(names)] for s, names in SPLITS.items()}
     if any(named.values()):
         files = named.get(split) or []
         if not files:
             there = _list(p.name for group in named.values() for p in group)
-            raise FtjaxError(f"{key}: {folder} holds {there} and no file for {split}: name the file.")
+            raise FtjaxError(f"{key}: {folder} has {there} but no file for {split}; name the file")
     return [str(p) for p in files]
 
 
@@ -267,7 +267,7 @@ class _Text:
             line = line.removesuffix("\n").removesuffix("\r")
             if "\r" in line:
                 raise self.error(
-                    "a carriage return within the line; remove it, or let it end a line by `tr '\\r' '\\n'`"
+                    "found a carriage return within the line; remove it, or make it a line end by `tr '\\r' '\\n'`"
                 )
             if line.strip():
                 yield line
@@ -287,7 +287,7 @@ class _Text:
         if (at := data.find(b"\0")) >= 0:
             self.line += data.count(b"\n", 0, at)
             raise self.error(
-                "a NUL byte, so that the file is binary, damaged, or UTF-16 without a mark; convert it by "
+                "found a NUL byte: the file is binary, damaged, or UTF-16 without a byte order mark; convert it by "
                 "`iconv -f utf-16le -t utf-8`, or remove the byte by `tr -d '\\0'`"
             )
         try:
@@ -321,13 +321,13 @@ def _once(pairs: list[tuple]) -> dict:
 
 
 def _no_constant(name: str):
-    raise ValueError(f"{name} is not in JSON; write null or a number")
+    raise ValueError(f"JSON has no {name}; write null or a number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"{digits[:20]} is too large for a fraction; write it as text")
+        raise ValueError(f"{digits[:20]} is too large for a 64-bit float; write it as text")
     return value
 
 
@@ -438,7 +438,7 @@ def _squad(text: _Text) -> Iterator[dict]:
     except (KeyError, TypeError, AttributeError) as e:
         raise FtjaxError(
             f"{text.name} row {number or 1}: expected SQuAD's layout, data > paragraphs > context and qas > id, "
-            f"question and answers > text and answer_start; found none: {e}"
+            f"question and answers > text and answer_start; this key is missing or has another type: {e}"
         ) from e
 
 
@@ -531,7 +531,9 @@ def _csv(
             if header is None:
                 header = _header(cells, separator, text, line)
             elif cells == named:
-                raise text.error("names the columns, as data.columns does: leave data.columns empty", line)
+                raise text.error(
+                    "this line names the columns, and data.columns names them too; leave data.columns empty", line
+                )
             elif len(cells) != len(header):
                 raise text.error(f"expected {len(header)} cells ({_list(header)}), found {len(cells)}; {advice}", line)
             else:
@@ -548,8 +550,8 @@ def _header(cells: list[str], separator: str, text: _Text, line: int) -> list[st
     others = [s for s in ",;\t|" if s != separator and s in cells[0]]
     if len(cells) == 1 and others:
         raise text.error(
-            f"one column, {cells[0]!r}, which holds {others[0]!r}; name a file with tabs .tsv, one with commas .csv, "
-            "and convert other separators",
+            f"the header has one column, {cells[0]!r}, and contains {others[0]!r}, which may be the separator; name a "
+            "file with tabs .tsv, one with commas .csv, and convert other separators",
             line,
         )
     names = [cell or f"column_{number}" for number, cell in enumerate(cells, 1)]
@@ -580,9 +582,12 @@ def _conll(text: _Text) -> Iterator[dict]:
         cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
         width = width or len(cells)
         if len(cells) < 2 or not all(cells):
-            raise text.error(f"expected a token and its tag, parted by a tab or blanks, found {line[:40]!r}; add it")
+            raise text.error(f"expected a token and its tag, separated by a tab or blanks, found {line[:40]!r}; add it")
         if len(cells) != width:
-            raise text.error(f"expected {width} columns as above, found {len(cells)} in {line[:40]!r}; mend the line")
+            raise text.error(
+                f"expected {width} columns as in the lines before, found {len(cells)} in {line[:40]!r}; correct the "
+                "line"
+            )
         words.append(cells)
     if words:
         yield _sentence(words)
@@ -670,7 +675,7 @@ def _load_hub(source: str, key: str) -> datasets.Dataset:
             return datasets.load_dataset(name, *rest, split=split)
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         raise FtjaxError(
-            f"{key}: {source} is no file or directory here, and reading it from the hub failed: {e} "
+            f"{key}: {source} is not a file or directory here, and reading it from the hub failed: {e} "
             f"(a hub data set is written owner/name[:config][:split])"
         ) from e
 

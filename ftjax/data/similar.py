@@ -89,7 +89,7 @@ def units(normalised: str) -> tuple[list[str], str]:
 
 
 def grams(normalised: str, words: int) -> list[str]:
-    """All runs of `words` consecutive words, or of as many characters as such words have, see `units`."""
+    """All n-grams of `words` words, or of as many characters as that many words have on average, see `units`."""
     found, between = units(normalised)
     # One character less, because a run need not begin where a word does. So a changed word has the same effect.
     n = words if between else round(words * CHARACTERS) - 1

@@ -55,7 +55,10 @@ def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.
             values for a row in every part.
     """
     if len(data.split) != 3 or min(data.split) < 0 or abs(sum(data.split) - 1) > 1e-6:
-        raise FtjaxError(f"data.split={tuple(data.split)}: expected three shares that add up to 1")
+        raise FtjaxError(
+            f"data.split={tuple(data.split)}: expected three shares from 0 to 1 (train, validation, test) that add up "
+            "to 1"
+        )
     table = tables["train"]
     shares = {k: data.split[k] for k, name in enumerate(PARTS) if k and name not in tables and data.split[k]}
     order = _order(len(table), seed)
@@ -171,8 +174,8 @@ def _by_value(value: np.ndarray, order: np.ndarray, shares: dict[int, float], as
         giver = int(np.argmax(counts[:, 0]))
         if counts[giver, 0] < 2:
             raise FtjaxError(
-                f"{asked} has {len(counts)} values in {len(value)} rows, too few rows of each for any in "
-                f"{PARTS[parts[p]]}: stratify by a column with fewer values, or name data.{PARTS[parts[p]]}"
+                f"{asked} has {len(counts)} values in {len(value)} rows, so that the part {PARTS[parts[p]]} would get "
+                f"no row of any value; stratify by a column with fewer values, or name data.{PARTS[parts[p]]}"
             )
         counts[giver, 0] -= 1
         counts[giver, p] += 1
@@ -225,7 +228,7 @@ def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: d
         raise FtjaxError(
             f"data.group={tuple(data.group)}, data.group_near={data.group_near:g}: the {len(group)} rows make only "
             f"{len(firsts)} group{'s' * (len(firsts) > 1)}, the largest of {sizes.max()} rows, for {len(shares)} parts "
-            f"({', '.join(PARTS[k] for k in shares)}): group by less, or name files for the parts"
+            f"({', '.join(PARTS[k] for k in shares)}); group by fewer columns, or name files for the parts"
         )
     counts = [Counter() for _ in firsts]
     for g, v in zip(which.tolist(), value.tolist()):

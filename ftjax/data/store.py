@@ -164,8 +164,8 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
         labels[i] = np.count_nonzero(examples.trained[examples.start[i] : examples.start[i] + length[i]])
         if not labels[i]:
             raise FtjaxError(
-                f"{place(int(examples.row[i]))}: cut to data.max_length={max_length}, no trained token is left (its "
-                'answer starts later); raise data.max_length, or leave the row out (in training, data.long="drop" does)'
+                f"{place(int(examples.row[i]))}: cut to data.max_length={max_length}, no trained token is left "
+                '(the answer starts later); raise data.max_length, or remove the row (in training, by data.long="drop")'
             )
     cut = examples.select(np.arange(len(examples)))
     cut.length, cut.labels = length, labels
@@ -371,8 +371,8 @@ def _pool(processes: int, encode):
         yield pool
     except BrokenProcessPool:
         raise FtjaxError(
-            "a process that tokenises rows was killed, perhaps for want of memory; set data.processes=1, or end other "
-            "programs"
+            "a process that tokenised rows was killed, perhaps because memory ran out; set data.processes=1, or end "
+            "other programs"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

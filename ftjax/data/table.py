@@ -98,6 +98,6 @@ class Table:
             for start, rows in self.chunks():
                 changed = [{name: row[name] for name in self.columns} for row in change(rows)]
                 if len(changed) != len(rows):
-                    raise ValueError(f"{len(rows)} rows became {len(changed)}: an edit keeps their number")
+                    raise ValueError(f"an edit must keep the number of rows; {len(rows)} became {len(changed)}")
                 writer.add(columns.batch(changed, lambda i, start=start: self.place(start + i)))
             return dataclasses.replace(self, rows=writer.finish())

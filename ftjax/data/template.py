@@ -110,8 +110,8 @@ def renderer(
         raise FtjaxError(f"data.form: unknown form {form!r}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
     if template and form == "text":
         raise FtjaxError(
-            f"data.template={template!r}: rows of form text are no conversation; leave data.template empty, or say by "
-            "data.prompt and data.completion what is asked and what is answered"
+            f"data.template={template!r}: rows of form text are not conversations; leave data.template empty, or set "
+            "data.prompt and data.completion to the question and the answer"
         )
     if template:
         render = {"instruction": _asked_alpaca if template == "alpaca" else _asked, "question": _bare_question}.get(
@@ -124,10 +124,15 @@ def renderer(
             rendered = Rendered(messages=_asked_and_answered(rendered.prompt, rendered.completion))
         if rendered.messages is not None:
             if not any(_answers_with(message) for message in rendered.messages):
-                raise FtjaxError(f"{place}: no assistant message with any text: nothing to train on")
+                raise FtjaxError(
+                    f"{place}: no assistant message has text or a tool call, so there is nothing to train on; add an "
+                    "answer or remove the row"
+                )
             return _conversation(rendered.messages, row, place, template, system)
         if system:
-            raise FtjaxError(f"{place}: data.system is for conversations, and this row is none: set data.template too")
+            raise FtjaxError(
+                f"{place}: data.system needs conversations, and this row is not one; set data.template too"
+            )
         return rendered
 
     return whole
@@ -214,7 +219,7 @@ def _task(row: dict, place: str) -> tuple[str, str, str]:
     """(instruction, input, output). The last two may be in `instances`, as in the seed tasks of Self-Instruct."""
     if row.get("output") is None and isinstance(row.get("instances"), list):
         if len(row["instances"]) != 1:
-            raise FtjaxError(f"{place}: {len(row['instances'])} `instances`; expected one: make each a row of its own")
+            raise FtjaxError(f"{place}: {len(row['instances'])} `instances`; expected one; write each as its own row")
         row = row | row["instances"][0]
     given = "" if row.get("input") in (None, "") else field(row, "input", place)
     return field(row, "instruction", place), given, _answer(field(row, "output", place), place)
@@ -257,8 +262,8 @@ def _hh_turns(text: str, place: str) -> tuple[dict, ...]:
     roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
     if roles[-1:] != ["assistant"] or roles[0] != "user":
         raise FtjaxError(
-            f"{place}: column 'chosen' should begin with '\\n\\nHuman: ' and end with '\\n\\nAssistant: ' and an "
-            f"answer, as there is no prompt; found {text[:40]!r}"
+            f"{place}: column 'chosen' has no prompt beside it, so it should begin with '\\n\\nHuman: ' and end "
+            f"with '\\n\\nAssistant: ' and an answer; found {text[:40]!r}"
         )
     return _untrained(tuple({"role": r, "content": t} for r, t in zip(roles[:-1], parts[1:-2:2]))) + (
         {"role": "assistant", "content": _answer(parts[-1], place)},
@@ -358,7 +363,9 @@ def _text_of(parts: list, said: str) -> str:
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     other = [p["type"] for p in parts if isinstance(p, dict) and p.get("type") not in (None, "text")]
     if other or not all(isinstance(text, str) for text in texts):
-        raise FtjaxError(f"{said}: `content` holds {other[0] if other else 'a part without text'}; only text is read")
+        raise FtjaxError(
+            f"{said}: `content` contains {other[0] if other else 'a part without text'}; only text is supported"
+        )
     return "".join(texts)
 
 
@@ -414,7 +421,7 @@ def _json(text, said: str):
     try:
         return json.loads(text)
     except (ValueError, TypeError) as error:
-        raise FtjaxError(f"{said}: should be JSON: {error}") from None
+        raise FtjaxError(f"{said}: expected JSON: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- templates over columns
@@ -427,7 +434,9 @@ def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rende
         )
     before, after = parse(prompt, "data.prompt"), parse(completion, "data.completion")
     if not any(name for _, name in after):
-        raise FtjaxError(f"data.completion: {completion!r} names no {{column}}: every row would get the same answer")
+        raise FtjaxError(
+            f"data.completion: {completion!r} names no {{column}}, so every row would get the same answer; add one"
+        )
 
     def render(row: dict, place: str) -> Rendered:
         # The columns decide whether the answer is empty. The rendered template is not, if it has text of its own.
@@ -500,7 +509,7 @@ def _missing(row: dict, name: str, place: str) -> FtjaxError:
 
 def _answer(text: str, place: str) -> str:
     if not text.strip():
-        raise FtjaxError(f"{place}: the answer is empty, so that every label would be masked: mend or remove the row")
+        raise FtjaxError(f"{place}: the answer is empty, so there is nothing to train on; fill it or remove the row")
     return text
 
 

@@ -238,9 +238,15 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
     # If everything is trained, the untrained turns have to be located; otherwise the trained turns.
     found = [k for k in wanted if row.messages[k].get("train", True) != everything]
     if not everything and not found:
-        raise FtjaxError(f"{place}: every answer is marked as not to be trained")
+        raise FtjaxError(
+            f"{place}: every answer is marked as not trained (`train` false or `weight` 0); mark one as trained, or "
+            "remove the row"
+        )
     if found[:1] == [0]:
-        raise FtjaxError(f"{place}: the first message is the assistant's: nothing comes before its answer")
+        raise FtjaxError(
+            f"{place}: the first message is from the assistant, so it has no prompt; put a user message before it, or "
+            "remove it"
+        )
     whole = _show(chat, row, row.messages, False, place)
     if found[-1:] == [len(row.messages) - 1]:
         whole = _behind_its_prompt(chat, row, whole, place)
@@ -277,8 +283,8 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
     prompt = _show(chat, row, before, True, place)
     if not whole.startswith(prompt):
         raise FtjaxError(
-            f"{place}: the chat template rewrites what it rendered before, so that the prompt of message {k + 1} is no "
-            f"part of the chat; {_advice(chat, row, k)}"
+            f"{place}: the chat template changes earlier turns once later ones follow, so the prompt of message "
+            f"{k + 1} does not occur in the whole chat; {_advice(chat, row, k)}"
         )
     text, mark = _marked_chat(chat, row, k, place)
     marked = (*before, _marked(message, mark))
@@ -392,7 +398,7 @@ def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: 
         stop = next((n for n in stops if n is not None), None)
         if start is None or stop is None:
             border = "first characters" if start is None else "last characters"
-            beside = "before them" if start is None else "behind them"
+            beside = "before them" if start is None else "after them"
             raise FtjaxError(
                 f"{plan.place}: the {border} of message {turn.at + 1} merge into one token with the template {beside}: "
                 "remove the white space at its beginning and end (data.clean.whitespace=True), or set "
@@ -422,8 +428,8 @@ def _show(chat: Chat, row: Rendered, messages: Sequence[dict], generation: bool,
     """The rendered text of messages of a row; with `generation`, followed by the text that opens an answer."""
     if not (chat.text or chat.tokenizer.chat_template):
         raise FtjaxError(
-            f"{place}: messages need a chat template and this tokenizer has none: set data.template; those that it can "
-            f"write are {', '.join(chat_templates.able(chat.tokenizer))}"
+            f"{place}: messages need a chat template, and this tokenizer has none; set data.template to one that it "
+            f"supports: {', '.join(chat_templates.able(chat.tokenizer))}"
         )
     shown = [{key: cell for key, cell in message.items() if key != "train"} for message in messages]
     try:
@@ -441,7 +447,9 @@ def _example(ids: list[int], spans: list[Span], place: Place, index: int) -> Exa
         trained[start:end] = True
     trained[:1] = False
     if not trained.any():
-        raise FtjaxError(f"{place(index)}: every label is masked: no token of this row would be trained")
+        raise FtjaxError(
+            f"{place(index)}: no token of this row would be trained (every label is masked); correct or remove the row"
+        )
     return Example(np.array(ids, np.int32), trained)
 
 

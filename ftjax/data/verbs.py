@@ -36,7 +36,7 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
     if folder:
         replace_json(folder / "inspect.json", inspect_report.to_json(found))
         replace_text(folder / "inspect.html", inspect_report.html(found))
-        say(f"{folder / 'inspect.html'}: the same with plots; {folder / 'inspect.json'}: with every row number")
+        say(f"{folder / 'inspect.html'}: the same findings with plots; {folder / 'inspect.json'}: with all row numbers")
 
 
 def clean(config, out: str, say: Callable = print) -> None:
@@ -96,7 +96,7 @@ def show(config, count: int = 3, ids: bool = False, html: str | None = None, say
     say(preview.rows(data, batches, tokenizer, count, ids=ids))
     if html:
         replace_text(Path(html), preview.html(data, batches, tokenizer, count))
-        say(f"{html}: every token of them with its id")
+        say(f"{html}: every token of these rows with its id")
 
 
 def _tokenizer(config):
@@ -125,7 +125,9 @@ def _head(config) -> dict:
 def _empty(out: str) -> Path:
     folder = Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FtjaxError(f"--out: {folder} is there already and not empty: name a new folder, nothing is overwritten")
+        raise FtjaxError(
+            f"--out: {folder} already exists and is not empty; name a new folder, because nothing is overwritten"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -119,9 +119,11 @@ def single_rows(labels, probabilities, threshold: float | None = None) -> dict[s
     labels, p = np.asarray(labels), _probabilities(probabilities)
     N, C = p.shape
     if labels.shape != (N,) or not np.issubdtype(labels.dtype, np.integer):
-        raise FtjaxError(f"expected one label a row, ({N},) int; found {labels.shape} {labels.dtype}")
+        raise FtjaxError(f"expected one integer label per row, shape ({N},); found {labels.shape} {labels.dtype}")
     if C < 2 or (threshold is not None and C != 2):
-        raise FtjaxError(f"expected {'two classes or more' if C < 2 else 'two classes for a threshold'}; found {C}")
+        raise FtjaxError(
+            f"expected {'at least two classes' if C < 2 else 'two classes, because a threshold is set'}; found {C}"
+        )
     _refuse((labels < 0) | (labels >= C), labels, f"a label from 0 to {C - 1}")
     total = p.sum(1, dtype=float)
     _refuse(abs(total - 1) > 1e-2, total, "probabilities that sum to 1 (the softmax of logits)")
@@ -380,7 +382,9 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
         raise FtjaxError(f"threshold: unknown metric {metric!r}{nearest(metric, THRESHOLD_METRICS)}; known: {known}")
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
-        raise FtjaxError(f"threshold: expected a label and a score a row; found {labels.shape} and {scores.shape}")
+        raise FtjaxError(
+            f"threshold: expected one label and one score per row; found {labels.shape} and {scores.shape}"
+        )
     _refuse((labels != 0) & (labels != 1), labels, "a label of 0 or 1")
     _refuse(~np.isfinite(scores), scores, "a finite score")
     distinct, codes = np.unique(scores, return_inverse=True)

@@ -70,7 +70,9 @@ def measure(lm, variables, data, config) -> dict:
     ev, part = config.evaluate, getattr(data, config.evaluate.compare_on)
     if not len(part):
         name = ev.compare_on
-        raise FtjaxError(f"evaluate.compare_on: {name} has no rows; give data.{name}, or a share of data.split")
+        raise FtjaxError(
+            f"evaluate.compare_on: the part {name} has no rows; set data.{name}, or its share in data.split"
+        )
     rows = ev.batch_size or config.train.batch_size or 16
     batches = Batches(part.examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
     with cpus.dealt(variables, rows, lm.model.config.width) as variables:

@@ -37,7 +37,9 @@ def parse(tag: str, place: str) -> Tag:
     if tag == "O":
         return "O", ""
     if not isinstance(tag, str) or tag[:1] not in SAME or tag[1:2] != "-" or len(tag) < 3:
-        raise FtjaxError(f"{place}: expected O or a tag such as B-PER, with B, I, E, S, L or U first; found {tag!r}")
+        raise FtjaxError(
+            f"{place}: expected the tag O or one such as B-PER that starts with B, I, E, S, L or U; found {tag!r}"
+        )
     return SAME[tag[0]], tag[2:]
 
 
@@ -92,7 +94,7 @@ def tag_rows(labels, predictions, strict: bool = False) -> tuple[dict[str, np.nd
     """
     if len(labels) != len(predictions):
         raise FtjaxError(
-            f"expected tags for each row; found {len(labels)} rows labelled and {len(predictions)} predicted"
+            f"expected labels and predictions of the same rows; found {len(labels)} and {len(predictions)} rows"
         )
     parsed = []
     for i, (label, predicted) in enumerate(zip(labels, predictions), 1):

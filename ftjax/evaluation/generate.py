@@ -81,7 +81,7 @@ def generate(
     limit = max_tokens(model.config, variables)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise FtjaxError(f"prompt {number} holds no token; give at least one, such as the model's BOS")
+            raise FtjaxError(f"prompt {number} has no tokens; expected at least one, such as the model's BOS")
         if len(prompt) + max_new_tokens > limit:
             raise FtjaxError(
                 f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
@@ -106,8 +106,7 @@ def generate(
             answers[i] = row[:count].tolist()
             if NO_TOKEN in answers[i]:
                 raise NotFinite(
-                    f"prompt {i + 1}: the model's logits are not finite (NaN or infinite), so they choose no token. "
-                    f"{WEIGHTS}"
+                    f"prompt {i + 1}: the model's logits are NaN or infinite, so no next token can be chosen. {WEIGHTS}"
                 )
     return answers
 

@@ -82,11 +82,14 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
             read()
     tokens = totals.pop("tokens", 0.0)
     if not tokens:
-        raise FtjaxError("evaluation: no row has a trained token, so that there is no loss; give at least one row")
+        raise FtjaxError(
+            "evaluation: no row has a token whose loss counts, so there is no loss; evaluate at least one row with an "
+            "answer"
+        )
     means = {name: total / tokens for name, total in totals.items()}
     loss, correct = means.pop("loss"), means.pop("correct")
     if not math.isfinite(loss):
-        raise NotFinite(f"evaluation: the loss is {loss}, so no figure of this model means anything. {WEIGHTS}")
+        raise NotFinite(f"evaluation: the loss is {loss}, so no score of this model is meaningful. {WEIGHTS}")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct, "tokens": tokens} | means
 
 
@@ -102,7 +105,7 @@ def read_documents(path: str | Path) -> list[str]:
         raise FtjaxError(f"{path}: expected a readable text file in UTF-8: {error}") from None
     documents = [d.strip() for d in text.split(SEPARATOR) if d.strip()]
     if not documents:
-        raise FtjaxError(f"{path}: holds no document; expected text, {SEPARATOR} between documents")
+        raise FtjaxError(f"{path}: contains no text; expected documents, separated by {SEPARATOR}")
     return documents
 
 

@@ -69,7 +69,7 @@ def score(
     """
     metric = find(name)
     if not predictions:
-        raise FtjaxError(f"evaluate.metrics: {name} of no predictions at all; give at least one held-out row")
+        raise FtjaxError(f"evaluate.metrics: {name} got no predictions; evaluate at least one held-out row")
     if metric.compares:
         references = [[text for text in texts if text.strip()] for texts in references]
     asked = [i for i, texts in enumerate(references) if texts or not metric.compares]
@@ -94,8 +94,8 @@ def find(name: str) -> Metric:
         return _users(name, file.stat().st_mtime_ns if file.is_file() else None)
     if name not in METRICS:
         raise FtjaxError(
-            f"evaluate.metrics: unknown {name!r}{nearest(name, METRICS)}; known: {', '.join(METRICS)}, and your own as "
-            "file.py:function"
+            f"evaluate.metrics: unknown metric {name!r}{nearest(name, METRICS)}; expected one of {', '.join(METRICS)}, "
+            "or your own as file.py:function"
         )
     return METRICS[name]
 
@@ -196,7 +196,8 @@ def number_match(predictions, references, rows, settings) -> list[float]:
         right = [final_number(text) for text in texts]
         if None in right:
             raise FtjaxError(
-                f"number_match: the reference {texts[right.index(None)]!r} of prediction {i} has no number"
+                f"number_match: the reference {texts[right.index(None)]!r} of prediction {i} contains no number; "
+                "correct the row, or use another metric"
             )
         scores.append(float(final_number(prediction) in right))
     return scores
@@ -247,13 +248,15 @@ def coverage(predictions, references, rows, settings) -> list[float]:
     for prediction, row in zip(predictions, rows, strict=True):
         if not column or column not in row:
             raise FtjaxError(
-                f"evaluate.words: the metric coverage needs the column of the given words; found {column!r}"
+                f"evaluate.words: the metric coverage needs the column with the words to use; found {column!r}"
                 f"{nearest(column, row)}, the columns are {', '.join(row)}"
             )
         cell = row[column]
         given = stems(cell if isinstance(cell, str) else " ".join(map(str, cell or ())))
         if not given:
-            raise FtjaxError(f"evaluate.words: the column {column!r} holds no word in the row {row}")
+            raise FtjaxError(
+                f"evaluate.words: the column {column!r} contains no word in the row {row}; correct or remove the row"
+            )
         scores.append(len(given & stems(prediction)) / len(given))
     return scores
 
@@ -299,8 +302,8 @@ def bleu_rows(predictions, references, rows, settings) -> list[float]:
 def bleu_corpus(predictions, references) -> float | None:
     """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100.
 
-    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. None if neither the
-    predictions nor the references hold four words in a row, of which BLEU is a share.
+    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. None if no
+    prediction and no reference has four consecutive words, because BLEU counts 4-grams.
     """
     bleu = _sacrebleu().BLEU()
     predictions, references = [spaced(p) for p in predictions], [[spaced(text) for text in r] for r in references]

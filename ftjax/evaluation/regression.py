@@ -23,7 +23,7 @@ def regression_rows(labels, predictions) -> dict[str, np.ndarray]:
     y, x = np.asarray(labels, float), np.asarray(predictions, float)
     y, x = (a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a for a in (y, x))
     if y.ndim != 1 or y.shape != x.shape:
-        raise FtjaxError(f"expected a label and a prediction a row; found {y.shape} and {x.shape}")
+        raise FtjaxError(f"expected one label and one prediction per row; found {y.shape} and {x.shape}")
     bad = ~(np.isfinite(y) & np.isfinite(x))
     if bad.any():
         i = int(bad.argmax())

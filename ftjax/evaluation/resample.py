@@ -54,7 +54,7 @@ def bootstrap(n: int, reduce: Reduce, draws: int = 1000, seed: int = 0) -> dict[
         FtjaxError: If n or draws is less than 1.
     """
     if n < 1 or draws < 1:
-        raise FtjaxError(f"a bootstrap needs at least one row and one draw; found {n} rows and {draws} draws")
+        raise FtjaxError(f"the bootstrap needs at least one row and one resample; found {n} rows and {draws} resamples")
     blocks = [reduce(counts) for counts in resamples(n, draws, seed)]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -92,7 +92,7 @@ def intervals(
         FtjaxError: If the level is not between 0 and 1.
     """
     if not 0 < level < 1:
-        raise FtjaxError(f"the level of an interval lies between 0 and 1; found {level}")
+        raise FtjaxError(f"expected a confidence level between 0 and 1; found {level}")
     whole, trials = values(n, reduce), trials or {}
     nothing = {name: np.zeros((0, *np.shape(value))) for name, value in whole.items()}
     drawn = bootstrap(n, reduce, draws, seed) if draws else nothing

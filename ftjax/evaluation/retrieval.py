@@ -38,7 +38,7 @@ def rank_rows(labels, predictions) -> dict[str, np.ndarray]:
     if first.shape != second.shape or first.ndim != 2:
         raise FtjaxError(f"expected two vectors of one length for each pair; found {first.shape} and {second.shape}")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise NotFinite("vectors: expected finite numbers; found NaN or infinite ones, which are near to nothing")
+        raise NotFinite("vectors: expected finite numbers; found NaN or infinite ones, whose similarity is undefined")
     rank = ranks(first, second)
     return {"rank": rank, "loss": 1 - 1 / rank, "wrong": rank > 1}
 

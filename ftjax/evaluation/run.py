@@ -94,7 +94,7 @@ def _rows(lm: LM, data: str | None, config, say, truths: bool = True) -> Data:
     else:
         prepared = prepare(config, lm.tokenizer, lm.max_tokens, parts=("test",), pool=pool)
     if not len(prepared.test):
-        raise FtjaxError("evaluate: the config's data has no test part; name rows with --data")
+        raise FtjaxError("evaluate: the config has no test rows; name rows with --data, or set data.test")
     for line in [*prepared.notes, *(line for r in prepared.test.reports.values() for line in too_long(r))]:
         say(line)
     return prepared
@@ -127,7 +127,7 @@ def predict(
     config = _config(model, config, overrides, data, say)
     lm = model if isinstance(model, LM) else load(model)
     if lm.kind == "causal":
-        raise FtjaxError("predict: this model predicts the next token; use `ftjax generate`")
+        raise FtjaxError("predict: this model has the task causal (it continues text); use `ftjax generate`")
     prepared = _rows(lm, data, config, say, truths=False)
     return judge.predict(lm, prepared.test, prepared, config)
 
@@ -138,7 +138,10 @@ def _config(model, config, overrides, data: str | None = None, say=None):
         config = run_config(model)
         left = user_code.not_named_by(overrides, config.to_dict())
         if left and say:
-            say(f"{model} names functions that are not run, since you did not name them: {user_code.told(left)}")
+            say(
+                f"{model} names functions that are not run, because your command does not name them: "
+                f"{user_code.told(left)}"
+            )
         config.evaluate.metrics = tuple(name for name in config.evaluate.metrics if ":" not in name)
         if data:
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered

@@ -41,10 +41,10 @@ class Claim(NamedTuple):
 
 
 def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
-    """The sentences of an answer that have content, each with the share of it that the passage has.
+    """The sentences of an answer that have content, each with the share of its content that occurs in the passage.
 
     Content is n-grams of the stems (Porter 1980) of words that are not in EMPTY. A sentence with fewer than n such
-    words is one n-gram. A number that the passage lacks makes a claim unsupported, whatever else the claim says.
+    words is one n-gram. A number that the passage lacks makes the whole claim unsupported.
 
     Args:
         answer: The answer.

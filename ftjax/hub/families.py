@@ -203,7 +203,7 @@ def form_of(family: Family, head: Head) -> Form:
 
 
 def _kinds(family: Family) -> dict[str, Kind]:
-    """{key of config.json: what it may hold}, for the keys that a family's row reads."""
+    """{key of config.json: the kind of its value}, for the keys that a family's row reads."""
     out = {}
     for keys, fields in [(family.keys, ModelConfig), *((form.keys, Head) for form in family.forms.values())]:
         types = {field.name: field.type for field in dataclasses.fields(fields)}

@@ -58,7 +58,8 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     written = read_json(folder / MARKER, checksums=mapped(whole(0, 2**32))) if (folder / MARKER).is_file() else {}
     if seals.changed(folder, {name: x for name, x in written.get("checksums", {}).items() if name == WEIGHTS}):
         raise FtjaxError(
-            f"{folder / WEIGHTS}: is not as it was written, by its checksum in {MARKER}; export the adapter again"
+            f"{folder / WEIGHTS}: the file has changed since it was written (its checksum in {MARKER} differs); export "
+            "the adapter again"
         )
     return config, read_tensors(folder / WEIGHTS)
 

@@ -79,7 +79,10 @@ def check_out(out: str | Path) -> Path:
         raise FtjaxError(f"{out}: expected a folder to write to, found a file")
     if foreign := foreign_files(out):
         if (out / MARKER).is_file() and "files" not in read_json(out / MARKER):
-            raise FtjaxError(f"{out}: an earlier version of ftjax wrote it and kept no list of its files; move it away")
+            raise FtjaxError(
+                f"{out}: an earlier version of ftjax wrote this folder without a list of its files, so it is not "
+                "overwritten; move it away"
+            )
         some = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise FtjaxError(
             f"{out}: holds files that no export of ftjax wrote: {some}. Move them, or choose another folder"
@@ -111,7 +114,10 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
         check_out(old).rename(out)
     for leftover in (partial, old):
         if leftover.is_dir() and any(leftover.iterdir()) and not (leftover / MARKER).is_file():
-            raise FtjaxError(f"{leftover}: expected what a killed export left; move this folder, its name is needed")
+            raise FtjaxError(
+                f"{leftover}: this folder has the name that an export needs, but no interrupted export left it; move "
+                "it away"
+            )
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     write_json(partial / MARKER, {"written_by": "ftjax"})

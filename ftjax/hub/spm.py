@@ -25,7 +25,9 @@ def load(folder: Path):
     """
     file, way = folder / FILE, f"or put the tokenizer.json of this tokenizer into {folder}"
     if file.read_bytes()[:1] != b"\n":  # the tag of the first field of the format, a piece
-        raise FtjaxError(f"{file}: is no SentencePiece model, and other formats of this name are not read; {way[3:]}")
+        raise FtjaxError(
+            f"{file}: not a SentencePiece model, and other formats of this file name are not supported; {way[3:]}"
+        )
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:

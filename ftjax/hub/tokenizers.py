@@ -158,8 +158,8 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
 def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[int, ...]:
     """Ids that end an answer, the most official first, without duplicates.
 
-    They are the `eos_token_id` of generation_config.json (or else of config.json), the tokenizer's own, the one with
-    which the chat template ends an assistant's turn, and those with which answers are `trained` to end.
+    In this order: `eos_token_id` of generation_config.json (or of config.json if there is none), the tokenizer's
+    end-of-text token, the token that ends an assistant's turn in the chat template, and `trained`.
 
     Args:
         folder: The model directory.
@@ -185,7 +185,9 @@ def end_token(tokenizer, end: str = "") -> int:
     alone, line, both = tokenizer([end, "\n", "\n" + end], add_special_tokens=False)["input_ids"]
     ids = both[len(line) :] if len(alone) > 1 and both[: len(line)] == line else alone
     if len(ids) != 1:
-        raise FtjaxError(f"data.end: {end!r} is {len(alone)} tokens for this tokenizer; expected exactly one")
+        raise FtjaxError(
+            f"data.end: the tokenizer makes {len(alone)} tokens of {end!r}; expected a text of exactly one token"
+        )
     return ids[0]
 
 

@@ -169,8 +169,8 @@ def _times(x, kept):
 
 
 def _softmax_product_bwd(scale, saved, g):
-    # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step. What
-    # is as long as the keys is neither divided, which is left to what is as long as a head, nor transposed.
+    # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step.
+    # Arrays as long as the keys are not transposed, nor divided: the division is done on the smaller (..., d) arrays.
     q, k, v, e, total, kept, out = saved
     share = g.astype(jnp.float32) / total
     dv = fenced(_dot(share.astype(g.dtype), _times(e, kept), (2, 2))).swapaxes(2, 3).astype(v.dtype)

@@ -76,8 +76,8 @@ def cudnn(q, k, v, segments, *, window, causal, packed, implementation="cudnn"):
     """cuDNN's flash attention, by JAX's own call.
 
     cuDNN has no segments, so packed rows need a mask (B, 1, T, T), one for all heads. Rows of one document each need no
-    mask, which is faster. If a row promised as one document holds several, its output is NaN, so that no document can
-    see another.
+    mask, which is faster. If a row is promised to be one document but has several, its output is NaN, so that no
+    document attends to another.
     """
     call = functools.partial(jax.nn.dot_product_attention, q, k, v, is_causal=causal, implementation=implementation)
     if packed or (window and not causal):  # cuDNN's windows look back only
@@ -89,7 +89,7 @@ def cudnn(q, k, v, segments, *, window, causal, packed, implementation="cudnn"):
     mine = segments == segments[:, :1]
     length = jnp.sum(mine, axis=1, dtype=jnp.int32)
     alone = jnp.all(mine == (jnp.arange(q.shape[1]) < length[:, None])) & jnp.all(mine | (segments == 0))
-    # A causal token never sees the padding behind it.
+    # A causal query never attends to the padding after it.
     lengths = {} if causal else {"query_seq_lengths": length, "key_value_seq_lengths": length}
     out = call(local_window_size=(window - 1, 0) if window else None, **lengths)
     return jnp.where(alone, out, jnp.nan)

@@ -2,9 +2,9 @@
 bfloat16, in which products are computed while everything else stays in float32.
 
 This is own code because qwix (0.1.8) does not quantise scales, needs blocks that divide an axis, and lets autodiff
-decide what is kept for the backward pass, which is then a dequantised kernel of every layer. in, out: axes of a kernel,
-which is (..., out, in); n blocks of a row. Blocks lie within rows, as in bitsandbytes if `in` is a multiple of the
-block; otherwise the last block of a row is shorter.
+decide what is kept for the backward pass: it keeps a dequantised kernel of every layer. Kernels are (..., out, in), and
+each row has n blocks. Blocks lie within rows, as in bitsandbytes if `in` is a multiple of the block; otherwise the last
+block of a row is shorter.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Scales:
 @_node("codes", "scale")
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A quantised kernel (..., out, in) with those attributes of an array that methods need of a frozen kernel:
+    """A quantised kernel (..., out, in) with the attributes of an array that methods need from a frozen kernel:
     `shape`, `ndim`, `size`, `dtype` (of the kernel that it represents), `astype`, which dequantises, and indexing by
     layer."""
 

@@ -41,7 +41,7 @@ class Preset(NamedTuple):
     offload: tuple[str, ...] = ()
 
 
-# The fastest first, and but for `offload*`, which send what they save through the host's link, the largest first.
+# The fastest comes first. Except for `offload*`, which copy saved tensors to the host, that is also the largest first.
 PRESETS = {
     "products": Preset(keep=PRODUCTS),
     "attention": Preset(keep=ATTENTION),
@@ -84,7 +84,7 @@ def policy(preset: Preset):
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-    """Give x the name by which presets know it."""
+    """Tag x with the name that presets use to save it."""
     return checkpoint_name(x, name)
 
 

@@ -12,7 +12,7 @@ from ftjax.errors import FtjaxError, nearest
 class Device(NamedTuple):
     """One chip or card. Rates are peaks per second; a run reaches a share of them."""
 
-    memory: float  # bytes that a program may use: what TPU compilers allow, else what the card is sold with
+    memory: float  # bytes that a program may use: the limit of the TPU compiler, or the nominal size of the card
     flops: float  # dense bfloat16
     bandwidth: float  # bytes of device memory
     link: float  # bytes that one device sends to its neighbours, all links together, one way
@@ -20,7 +20,7 @@ class Device(NamedTuple):
     topology: int = 0  # dimensions of a TPU slice; 0: no TPU
     per_host: int = 8  # devices of one host
     source: str = ""
-    cores: int = 1  # by how many gcloud's name of a slice counts each chip: 2 where it counts TensorCores
+    cores: int = 1  # how often gcloud's name of a slice counts each chip: 2 if it counts TensorCores
 
 
 PRICED = "Google's list price on demand in its cheapest region, 2025; check it, or give --price"
@@ -46,7 +46,7 @@ DEVICES = {
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 SLICES = {"v4": DEEP, "v5e": FLAT, "v5p": (*DEEP, "16x16x24"), "v6e": FLAT}
-GCLOUD = {"v5e": "v5litepod"}  # what gcloud calls a kind, where it is another name
+GCLOUD = {"v5e": "v5litepod"}  # gcloud's name of a kind, if it is different
 
 
 class Devices(NamedTuple):

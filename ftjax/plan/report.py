@@ -8,7 +8,7 @@ from ftjax.plan.devices import PRICED
 from ftjax.plan.run import check_numbers
 
 GIB = 2**30
-SHARE = 0.5  # of the roofline that a run is taken to reach: published runs reach 0.4 to 0.65 of their peak
+SHARE = 0.5  # of the roofline that a run is assumed to reach: published runs reach 0.4 to 0.65 of their peak
 
 
 def report(plan: dict, price: float | None = None, share: float = SHARE) -> str:
@@ -16,11 +16,11 @@ def report(plan: dict, price: float | None = None, share: float = SHARE) -> str:
 
     Args:
         plan: what ftjax.plan.run.plan returns.
-        price: US dollars of a device hour; None: by the table of devices.
-        share: of the roofline that the run is taken to reach, above 0 and 1 at most.
+        price: US dollars per device hour; None: the price in the table of devices.
+        share: Share of the roofline that the run is assumed to reach, above 0 and at most 1.
 
     Raises:
-        FtjaxError: for a price or share that cannot be.
+        FtjaxError: If the price or the share is out of range.
     """
     check_numbers(price=price, share=share)
     asked, devices = plan["asked"], plan["devices"]
@@ -76,8 +76,8 @@ def _memory(asked) -> list[str]:
 def _work(plan) -> list[str]:
     asked, tokens = plan["asked"], plan["rows"]["batch"] * plan["rows"]["length"]
     lines = [
-        f"arithmetic: {asked['model_flops_per_token'] / 1e9:,.3g} GFLOP a token by formula (causal, nothing twice), "
-        f"{asked['flops'] / tokens / 1e9:,.3g} executed; {asked['flops'] / 1e12:,.4g} TFLOP a step",
+        f"arithmetic: {asked['model_flops_per_token'] / 1e9:,.3g} GFLOP a token by formula (causal, without "
+        f"recomputation), {asked['flops'] / tokens / 1e9:,.3g} executed; {asked['flops'] / 1e12:,.4g} TFLOP a step",
         f"memory traffic: {asked['traffic'] / 1e9:,.3g} GB a step and device",
     ]
     for c in asked["collectives"]:
@@ -98,7 +98,7 @@ def _time(plan, price, from_table, share) -> list[str]:
         f"time a step at the devices' peaks: {time['seconds'] * 1e3:,.3g} ms, bound by {time['bound']} ({parts})",
         f"at {share:.0%} of that: {seconds:,.3g} s a step, {speed:,.0f} tokens/s, {speed / count:,.0f} a device",
         f"{told}: {hours:,.3g} hours, {hours * count:,.4g} device hours"
-        + (f", {hours * count * price:,.4g} US dollars" if price is not None else ""),
+        + (f", {hours * count * price:,.4g} US dollars" if price else ""),
     ]
     if price is None:
         lines.append("no price is known for this device: give --price DOLLARS_A_DEVICE_HOUR")
@@ -123,10 +123,13 @@ def _choices(plan) -> list[str]:
 def _instead(plan) -> list[str]:
     lines = [does_not_fit(plan)]
     if plan["asked"].get("at_first_sight"):
-        lines.append("(refused at first sight, before the compiler saved any memory: less may be needed, yet too much)")
+        lines.append(
+            "(refused by an estimate, before the compiler saved any memory: the compiled program may need less, but "
+            "too much)"
+        )
     if not plan["instead"]:
-        return lines + ["nothing that was tried fits either: take larger devices, or a smaller model"]
-    lines.append("these would, by estimate:")
+        return lines + ["none of the tried settings fits either: use larger devices or a smaller model"]
+    lines.append("by estimate, these settings fit:")
     for row in plan["instead"]:
         devices = "" if row["devices"] == plan["devices"]["name"] else f"--devices {row['devices']} "
         lines.append(f"  {row['total'] / GIB:>8.3g} GiB  {devices}{paste(row)}")

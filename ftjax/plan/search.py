@@ -211,9 +211,12 @@ class Search:
         return flops.count(gradient, program.trained, program.frozen, batch)
 
     def _sent(self, config, sizes, devices) -> float:
-        """Bytes that a device sends a step: weights gathered twice and gradients scattered over fsdp and sequence,
-        gradients summed over data, four sums of activations a layer over tensor, six where remat does not keep them,
-        and keys and values over sequence."""
+        """Estimate the bytes that a device sends per step.
+
+        Over fsdp and sequence, weights are gathered twice and gradients scattered. Over data, gradients are summed.
+        Over tensor, activations are summed four times per layer, or six times if remat does not keep them. Over
+        sequence, keys and values are sent.
+        """
         with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize

@@ -29,7 +29,7 @@ VARIABLES = ("FTJAX_COORDINATOR", "FTJAX_PROCESSES", "FTJAX_PROCESS")
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and all others end
 GRACE = 10  # seconds in which an error of all processes shows itself on all
 
-# What starts processes and tells them -> how many it started, by what it tells. JAX finds the rest by itself.
+# Launcher of the processes -> how many it started, from its environment variables. JAX finds the rest by itself.
 LAUNCHERS = {
     "SLURM's srun": lambda: os.environ.get("SLURM_STEP_NUM_TASKS"),
     "Open MPI": lambda: os.environ.get("OMPI_COMM_WORLD_SIZE"),

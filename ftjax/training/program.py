@@ -54,7 +54,9 @@ def fill_defaults(config) -> None:
     """Set the fields that the config leaves to the tuning method. Raises FtjaxError for an unknown method."""
     name = config.tuning.method
     if name not in METHODS:
-        raise FtjaxError(f"tuning.method: {name!r}{nearest(name, METHODS)}; one of {', '.join(METHODS)}")
+        raise FtjaxError(
+            f"tuning.method: unknown method {name!r}{nearest(name, METHODS)}; expected one of {', '.join(METHODS)}"
+        )
     if config.optim.lr is None:
         config.optim.lr = METHODS[name].lr
     if config.train.batch_size is None:

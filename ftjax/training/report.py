@@ -127,7 +127,7 @@ class Progress:
         parts = {"step": f"step {step:>{len(str(self.steps))}}/{self.steps}"}
         if "loss" in values:
             parts["loss"] = f"loss {_figure(values['loss'])}"
-        if found or self.live and self.validated:  # in a file, a line holds figures of its own step alone
+        if found or self.live and self.validated:  # a line in a file only has figures of its own step
             parts["val"] = self.validated
         if "loss" in values:
             parts |= {"lr": f"lr {values['lr']:.2e}", "grad_norm": f"grad {values['grad_norm']:.2f}"}

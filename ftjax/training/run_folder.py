@@ -95,7 +95,9 @@ def run_config(run_dir: str | Path):
     """The resolved config of a run, with run_dir set to the folder. Raises FtjaxError for a folder without a run."""
     record = read_record(run_dir)
     if record is None:
-        raise FtjaxError(f"{run_dir}: is not the folder of a run: it has no {RUN} that `ftjax train` wrote")
+        raise FtjaxError(
+            f"{run_dir} is not a run folder: it has no {RUN} written by `ftjax train`; name the run_dir of a run"
+        )
     config = configs.recorded(Path(run_dir) / RUN)
     config.run_dir = str(run_dir)
     return config
@@ -147,7 +149,7 @@ def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
             path.unlink() if path.is_file() else shutil.rmtree(path)
     if old is None and (foreign := [path.name for path in run_dir.iterdir() if path.name.split(".")[0] != LOCK]):
         raise FtjaxError(
-            f"run_dir: {run_dir} holds files that no run wrote, such as {min(foreign)}, and they are not "
+            f"run_dir: {run_dir} contains files that no run wrote, such as {min(foreign)}, and these are not "
             "overwritten. Choose another run_dir"
         )
     if old and (config.overwrite or _stillborn(run_dir)):
@@ -271,7 +273,8 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
         digest = (f.metadata() or {}).get("digest")
     if digest and digest != _of_arrays(stored):
         raise FtjaxError(
-            f"{file}: is not as the run wrote it; put it back, or train again with --config.overwrite=True"
+            f"{file}: the file has changed since the run wrote it; restore it, or train again with "
+            "--config.overwrite=True"
         )
     for path, x in wanted.items():
         found = stored[path].shape if path in stored else "none"

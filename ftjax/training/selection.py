@@ -54,8 +54,7 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
         for key, wanted in (("train.select", name != LOSS), ("train.patience", config.train.patience > 0)):
             if wanted:
                 raise FtjaxError(
-                    f"{key}: needs validation rows, and there are none: name data.validation, or give it a share of "
-                    "data.split"
+                    f"{key} needs validation rows, and there are none; set data.validation, or its share in data.split"
                 )
     known = (LOSS, *(figures or OF_TOKENS), *(METRICS if causal else ()))
     if name not in known and not (causal and ":" in name):
@@ -68,7 +67,9 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
         return Selection(name, name != LOSS and name not in LOWER, part)
     metric = find(name)
     if metric.higher is None:
-        raise FtjaxError(f"train.select: neither more nor less {name} is better; choose another score")
+        raise FtjaxError(
+            f"train.select: {name} has no better direction (neither more nor less is better); choose another score"
+        )
     if len(part) > MOST_ANSWERS:
         raise FtjaxError(
             f"train.select: {name} scores generated answers, and each validation would generate {len(part):,} of them; "

@@ -28,7 +28,7 @@ def read(folder: Path) -> tuple[Method, dict, dict]:
     """Read a PEFT adapter directory. Returns (the method that it is of, its adapter_config.json, {name: tensor})."""
     if not (folder / peft.CONFIG).is_file():
         own = "; a run's own adapter lies in its folder `adapter`" if (folder / "run.json").is_file() else ""
-        raise FtjaxError(f"{folder}: is not a PEFT adapter: it has no {peft.CONFIG}{own}")
+        raise FtjaxError(f"{folder} is not a PEFT adapter: it has no {peft.CONFIG}{own}")
     adapter_config, tensors = peft.read_adapter(folder)
     method = of_peft(adapter_config)
     if method is None:
@@ -108,17 +108,23 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
             ranks.
     """
     if combine not in ("cat", "linear"):
-        raise FtjaxError(f"combine: {combine!r}{nearest(combine, ('cat', 'linear'))}; one of cat, linear")
+        raise FtjaxError(
+            f"combine: unknown way {combine!r}{nearest(combine, ('cat', 'linear'))}; expected cat or linear"
+        )
     found = {}  # path of a map -> [(weight · scale, a, b), ...]
     for name, weight in weights.items():
         found_in = pick(adapters, name)
         leaves = flatten(found_in.get("adapter", {}))
         base = flatten(params)
         if not leaves or any(base.get(path) is not x for path, x in flatten(found_in["params"]).items()):
-            raise FtjaxError(f"adapter {name!r} holds whole parameters: only LoRA's are weighted and added")
+            raise FtjaxError(
+                f"adapter {name!r} contains whole parameters; only adapters with nothing but LoRA can be combined"
+            )
         other = sorted({path.split("/")[-2:][0] for path in leaves if "/lora/" not in path})
         if other:
-            raise FtjaxError(f"adapter {name!r} holds {', '.join(other)}: only LoRA's are weighted and added")
+            raise FtjaxError(
+                f"adapter {name!r} contains {', '.join(other)}; only adapters with nothing but LoRA can be combined"
+            )
         for path in dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves):
             a, b, scale = (leaves[f"{path}/{leaf}"] for leaf in ("a", "b", "scale"))
             factor = weight * (scale[:, None, None] if a.ndim == 3 else scale)
@@ -189,5 +195,8 @@ class Start:
         found, _ = self.method.from_peft(self.adapter_config, self.tensors, base, spec)
         shapes = {path: x.shape for path, x in flatten(expected).items()}
         if {path: x.shape for path, x in flatten(found).items()} != shapes:
-            raise FtjaxError(f"tuning.init_from: {self.folder} holds other tensors than the config trains")
+            raise FtjaxError(
+                f"tuning.init_from: {self.folder} has different tensors than the config trains; set tuning.targets as "
+                "in its config"
+            )
         return found

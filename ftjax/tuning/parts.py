@@ -157,9 +157,9 @@ def layer_ids(path, spec, rule):
 
 
 def to_peft(trained, frozen, spec, rule):
-    """PEFT's LORA that carries what was trained beside changes of its own, of which it has none.
+    """The trained parameters as a PEFT LORA adapter whose own changes are zero.
 
-    It must adapt something: the embedding table gets a LoRA of rank 1, all zeros.
+    PEFT's LORA must adapt some module, so the embedding table gets a LoRA of rank 1 that is all zeros.
     """
     parts, leaves = chosen(rule, spec), flatten(trained)
     lower = lower_layers(parts, spec)

@@ -24,8 +24,8 @@ def virtual_tokens(spec) -> int:
     n, positions = spec.tuning.virtual_tokens, spec.model.max_positions
     if n > positions - 2:
         raise FtjaxError(
-            f"tuning.virtual_tokens: {n} of them take that many of the model's {positions} positions; rows need 2 at "
-            f"least, so that {positions - 2} is the most"
+            f"tuning.virtual_tokens={n} leaves too few of the model's {positions} positions, because rows need at "
+            f"least 2; set at most {positions - 2}"
         )
     return n
 
@@ -36,7 +36,7 @@ def first_tokens(key, spec):
     n, ids = virtual_tokens(spec), spec.tuning.prompt_ids
     if spec.tuning.prompt_init == "text":
         if not ids:
-            raise FtjaxError(f"tuning.prompt_text: {spec.tuning.prompt_text!r} holds no token of this tokenizer")
+            raise FtjaxError(f"tuning.prompt_text: {spec.tuning.prompt_text!r} has no tokens")
         return jnp.resize(jnp.array(ids, jnp.int32), n)
     return jax.random.randint(key, (n,), 0, spec.model.vocab_size)
 
@@ -94,7 +94,7 @@ def read_tensor(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
 def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT PROMPT_TUNING, or a P_TUNING, whose files hold the prompt that its encoder computed."""
     if adapter_config.get("num_transformer_submodules") not in (1, None):
-        raise FtjaxError(f"{CONFIG}: num_transformer_submodules is of a model with encoder and decoder; expected 1")
+        raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
     prompt = read_tensor(tensors, spec.model.width)
     return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 
@@ -112,7 +112,7 @@ register(
         axes=axes,
         virtual_tokens=virtual_tokens,
         # Between the 1e-3 of PEFT's comparison (Llama-3.2-3B, GSM8K: 34.3 % with vocabulary initialisation, 5.7 % with
-        # its defaults), by which the starter model hardly learns CommonGen, and the 3e-2 of PEFT's examples.
+        # its defaults), with which the starter model hardly learns CommonGen, and the 3e-2 of PEFT's examples.
         lr=1e-2,
     ),
 )

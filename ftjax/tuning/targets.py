@@ -85,7 +85,7 @@ def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[s
     for path, hits in chosen.items():
         modules = module_names(path, names[path], len(hits))
         tail = _tail(names[path], names.values())
-        short = all(hits) and "{l}" not in tail  # what tells it apart may be the layer's number alone
+        short = all(hits) and "{l}" not in tail  # the layer's number may be the only difference between two names
         targets |= {tail} if short else {m for m, h in zip(modules, hits) if h}
     return sorted(targets)
 

@@ -27,23 +27,30 @@ def with_curves(contenders: list[Contender], config) -> list[Contender]:
     if not (comp.curve or comp.curve_shots):
         return []
     if comp.curve_shots and config.task.kind != "classify":
-        raise FtjaxError("compare.curve_shots: rows of each label are of task.kind classify; compare.curve is of any")
+        raise FtjaxError(
+            f"compare.curve_shots counts rows per label and needs task.kind classify, not {config.task.kind}; set "
+            "compare.curve instead"
+        )
     tuned = {c.name: c for c in contenders if c.kind == "tuned"}
     for name in comp.curve_of:
         if name not in tuned:
             raise FtjaxError(
-                f"compare.curve_of: {name!r}{nearest(name, tuned)} is not trained here; {', '.join(tuned)} are"
+                f"compare.curve_of: {name!r}{nearest(name, tuned)} is no trained contender; name some of: "
+                f"{', '.join(tuned)}"
             )
     chosen = [tuned[name] for name in comp.curve_of] or list(tuned.values())
     for contender in chosen:
         own = next((key for key in contender.settings if key.startswith("data.")), None)
         if own:
             raise FtjaxError(
-                f"compare.curve: {contender.name!r} sets {own}, so that its rows are not the others'; leave it out of "
-                "compare.curve_of"
+                f"compare.curve: contender {contender.name!r} sets {own}, so it would be trained on other rows than "
+                "the other contenders; leave it out of compare.curve_of"
             )
     if not chosen:
-        raise FtjaxError("compare.curve: none of compare.contenders is trained")
+        raise FtjaxError(
+            'compare.curve needs a trained contender, and compare.contenders has none; add one, such as {"name": '
+            '"tuned"}'
+        )
     return chosen
 
 
@@ -64,7 +71,9 @@ def amounts(setting: Setting) -> tuple[list[tuple[str, int]], int]:
         found += [(f"data.shots={k}", sum(min(k, count) for count in counts)) for k in comp.curve_shots]
     for text, n in found:
         if n >= whole:
-            raise FtjaxError(f"compare.curve: {text} is no part of the {whole:,} rows of train")
+            raise FtjaxError(
+                f"compare.curve: {text} does not select fewer than the {whole:,} training rows; set a smaller amount"
+            )
     return sorted(found, key=lambda item: item[1]), whole
 
 

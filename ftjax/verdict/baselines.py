@@ -66,7 +66,7 @@ class Index:
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every step
         words = [stems(text) for text in texts]
         if not any(words):
-            raise FtjaxError(f"BM25: none of the {len(words)} texts to be searched holds a word")
+            raise FtjaxError(f"BM25: none of the {len(words)} texts to search contains a word; pass texts with words")
         self.bm25 = bm25s.BM25(method="lucene")
         self.bm25.index(words, show_progress=False)
         self.size = len(words)
@@ -113,7 +113,9 @@ class Library:
     def passages(self) -> list[str]:
         source = self.config.documents
         if not source:
-            raise FtjaxError("compare.documents: `retrieval` needs rows or a folder of text files to find passages in")
+            raise FtjaxError(
+                "compare.documents is empty: the contender `retrieval` needs rows or a folder of text files to search"
+            )
         table = read_table(assets.resolve(source), "compare.documents")
         texts = (row_text(row) for _, rows in table.chunks() for row in rows)
         return pieces(list(texts), self.config.passage_words)
@@ -142,9 +144,15 @@ class Library:
         if not how.shots or not k:
             return [[] for _ in rows]
         if k > len(self.examples):
-            raise FtjaxError(f"compare.shots: {k}, and train has {len(self.examples)} rows that ask different things")
+            raise FtjaxError(
+                f"compare.shots={k}, but the training part has only {len(self.examples)} rows with different "
+                "questions; set a smaller number"
+            )
         if len({shot.messages is None for shot in [*self.examples, *rows]}) > 1:
-            raise FtjaxError("compare: some rows are plain text and some are conversations; no example fits them all")
+            raise FtjaxError(
+                "compare: some rows are plain text and some are conversations, so no example fits all prompts; use "
+                "rows of one form"
+            )
         if how.near:
             return [[self.examples[i] for i in self.by_question.nearest(question(row), k)[::-1]] for row in rows]
         drawn = np.random.default_rng(seed).choice(len(self.examples), k, replace=False)

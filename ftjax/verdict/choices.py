@@ -83,8 +83,8 @@ def batched(
     for number, (given, scored) in enumerate(pairs, 1):
         if not len(given) or not 0 < len(scored) <= limit:
             raise FtjaxError(
-                f"text {number}: {len(given)} tokens are given and {len(scored)} are to be scored; expected one or "
-                f"more of each, and at most the model's {limit} positions to be scored"
+                f"text {number}: {len(given)} context tokens and {len(scored)} tokens to score; expected at least one "
+                f"of each, and at most {limit} (the model's positions) to score"
             )
         ids = np.array([*given, *scored][-(limit + 1) :], np.int32)
         examples.append(Example(ids, np.arange(len(ids)) >= len(ids) - len(scored)))
@@ -144,7 +144,10 @@ def encode_pair(tokenizer, given: str, scored: str) -> Pair:
 def _start(tokenizer) -> int:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise FtjaxError("the tokenizer has neither BOS nor EOS, which the first token of a text is scored behind")
+        raise FtjaxError(
+            "the tokenizer has neither a BOS nor an EOS token, so the first token of a text has nothing before it and "
+            "cannot be scored; set one in the tokenizer's files"
+        )
     return start
 
 
@@ -183,7 +186,9 @@ def choose(
     """
     for number, options in enumerate(choices, 1):
         if not options or not all(options):
-            raise FtjaxError(f"question {number}: expected choices that are not empty; found {list(options)!r}")
+            raise FtjaxError(
+                f"question {number}: expected at least one choice, and no empty choice; found {list(options)!r}"
+            )
     pairs = [encode_pair(lm.tokenizer, q, between + c) for q, cs in zip(questions, choices, strict=True) for c in cs]
     logs = np.array([told.log for told in log_likelihoods(lm, pairs, batch_size)])
     return np.split(logs, np.cumsum([len(cs) for cs in choices])[:-1])
@@ -206,7 +211,7 @@ def accuracies(logs: Sequence[np.ndarray], choices: Sequence[Sequence[str]], rig
     """
     for number, (cs, at) in enumerate(zip(choices, right, strict=True), 1):
         if not 0 <= at < len(cs):
-            raise FtjaxError(f"question {number}: the right choice has the index {at}, and there are {len(cs)}")
+            raise FtjaxError(f"question {number}: the index of the right choice is {at}; expected 0 to {len(cs) - 1}")
     return {
         name: np.array(
             [float(np.argmax(x / np.array([length(c) for c in cs])) == r) for x, cs, r in zip(logs, choices, right)]
@@ -257,7 +262,7 @@ def roll(lm, texts: Sequence[str], batch_size: int = 16) -> Rolled:
     found = [windows(_ids(lm.tokenizer, text), start, limit) for text in texts]
     for number, pairs in enumerate(found, 1):
         if not pairs:
-            raise FtjaxError(f"text {number}: is empty; there is nothing to score")
+            raise FtjaxError(f"text {number} is empty, so there is nothing to score; remove it")
     told = iter(log_likelihoods(lm, [pair for pairs in found for pair in pairs], batch_size))
     scored = [[next(told) for _ in pairs] for pairs in found]
     return Rolled(

@@ -52,7 +52,7 @@ def parse(config) -> list[Contender]:
     entries, found = config.compare.contenders, []
     if config.task.kind != "causal" and not tasks.find(config.task.kind).right:
         able = ", ".join(kind for kind, task in tasks.every().items() if task.right)
-        raise FtjaxError(f"compare: task.kind {config.task.kind}; expected causal or {able}")
+        raise FtjaxError(f"compare does not support task.kind {config.task.kind}; expected causal or {able}")
     for number, entry in enumerate(entries, 1):
         said = f"compare.contenders entry {number}"
         contender = _named(entry, config, said) if isinstance(entry, str) else _described(entry, config, said)
@@ -62,22 +62,25 @@ def parse(config) -> list[Contender]:
             except FtjaxError as error:
                 raise FtjaxError(f"{said}: {str(error).removeprefix('--config.')}") from None
         if config.task.kind == "causal" and contender.kind == MAJORITY:
-            raise FtjaxError(f"{said}: {MAJORITY} is of labels, and task.kind is causal")
+            raise FtjaxError(f"{said}: {MAJORITY} needs a task with labels, and task.kind is causal; remove it")
         if config.task.kind != "causal" and (contender.kind == "prompt" or contender.how != Prompting()):
             raise FtjaxError(
-                f"{said}: {contender.name!r} asks by a prompt, which is for task.kind causal; for labels there are "
-                f"{MAJORITY}, runs, and what is trained, such as "
+                f"{said}: {contender.name!r} is a prompt, which needs task.kind causal. With labels, compare "
+                f"{MAJORITY}, run folders and trained contenders, such as "
                 f"--config.compare.contenders=\"('{MAJORITY}', {{'name': 'tuned'}})\""
             )
         found.append(contender)
     if config.compare.ballots and config.task.kind != "causal":
-        raise FtjaxError(f"compare.ballots: answers are rated, and task.kind {config.task.kind} has labels")
+        raise FtjaxError(
+            f"compare.ballots needs generated answers, and task.kind {config.task.kind} has labels; set "
+            "compare.ballots=0"
+        )
     folders = [contender.folder for contender in found]
     twice = next((c.name for c in found if folders.count(c.folder) > 1), None)
     if twice:
-        raise FtjaxError(f'compare.contenders: two are called {twice!r}; give each a "name" of its own')
+        raise FtjaxError(f'compare.contenders: two contenders have the name {twice!r}; give each a "name" of its own')
     if len(found) < 2:
-        raise FtjaxError(f"compare.contenders: expected two or more; found {len(found)}")
+        raise FtjaxError(f"compare.contenders: expected two or more contenders; found {len(found)}")
     return found
 
 
@@ -89,7 +92,8 @@ def _named(name: str, config, said: str) -> Contender:
     source = name.removeprefix("run:")
     if not (os.path.exists(source) or "/" in source or source.startswith(assets.PREFIX)):
         raise FtjaxError(
-            f"{said}: {name!r}{nearest(name, [*PROMPTS, MAJORITY])}; expected one of {', '.join(PROMPTS)}, {MAJORITY}, "
+            f"{said}: unknown contender {name!r}{nearest(name, [*PROMPTS, MAJORITY])}; expected one of "
+            f"{', '.join(PROMPTS)}, {MAJORITY}, "
             'a folder, a hub name, or a dict with a "name"'
         )
     return Contender(source, "model", source=source)
@@ -104,15 +108,20 @@ def _described(entry, config, said: str) -> Contender:
         raise FtjaxError(f'{said}: expected a text, or a dict with a "name"; found {entry!r}')
     wrong = next((key for key in entry if key not in KEYS and "." not in key), None)
     if wrong:
-        raise FtjaxError(f"{said}: {wrong!r}{nearest(wrong, [*KEYS, *configs.flat(config)])}: no such key")
+        raise FtjaxError(
+            f"{said}: unknown key {wrong!r}{nearest(wrong, [*KEYS, *configs.flat(config)])}; expected "
+            f"{', '.join(KEYS)}, or a field of the config"
+        )
     how = entry.get("prompt", "zero-shot")
     if how not in PROMPTS:
-        raise FtjaxError(f"{said}: prompt {how!r}{nearest(how, PROMPTS)}; one of {', '.join(PROMPTS)}")
+        raise FtjaxError(f"{said}: unknown prompt {how!r}{nearest(how, PROMPTS)}; expected one of {', '.join(PROMPTS)}")
     shots, source = entry.get("shots", config.compare.shots), entry.get("model", "")
     if not isinstance(shots, int) or shots < 0:
-        raise FtjaxError(f"{said}: shots: expected a number of examples; found {shots!r}")
+        raise FtjaxError(f"{said}: shots: expected a number of examples, 0 or more; found {shots!r}")
     settings = {key: value for key, value in entry.items() if key not in KEYS}
     if source and settings:
-        raise FtjaxError(f'{said}: a "model" is compared as it is; {next(iter(settings))} is of what is trained')
+        raise FtjaxError(
+            f'{said}: a "model" is not trained, so it cannot set {next(iter(settings))}; remove one of the two'
+        )
     kind = "model" if source else "tuned" if settings or "prompt" not in entry else "prompt"
     return Contender(name, kind, PROMPTS[how], shots, source.removeprefix("run:"), settings)

@@ -71,10 +71,10 @@ class Curve:
     def predict(self, n: float, same_rows: bool = False) -> Range:
         """The figure that would be measured at amount n on other rows of the same kind.
 
-        It is the mean of as many runs, on as many rows, as the points have. same_rows: whether it would be measured on
-        the very rows that the points were measured on.
+        The prediction is for a mean of the same number of runs and rows as the points. same_rows: whether it would be
+        measured on the same rows as the points.
         """
-        # Twice the variance: the other rows are a sample, and so are those that the law was fitted on.
+        # Twice the variance, because both the other rows and the rows of the fit are samples.
         other = 0.0 if same_rows else math.sqrt(2) * self.noise
         return _range(np.clip(self.measured(n) + other * self.normal[2], *self.bounds))
 
@@ -107,7 +107,7 @@ def fit(
     for more if the points do not lie on any law.
 
     In simulations of such laws, with four or six amounts and two or three runs, the interval of `predict` at 4 and 8
-    times the largest amount held the measured figure in 93 to 100 % of draws, 98 % on average.
+    times the largest amount contained the measured figure in 93 to 100 % of draws, 98 % on average.
 
     Args:
         points: {amount: the figure of every run at it}.
@@ -128,10 +128,10 @@ def fit(
     """
     amounts = np.array(sorted(points), float)
     if len(amounts) < LEAST:
-        raise FtjaxError(f"a curve is fitted to {LEAST} different amounts or more; there are {len(amounts)}")
+        raise FtjaxError(f"a learning curve needs at least {LEAST} different amounts; found {len(amounts)}")
     values = [np.asarray(points[n], float) for n in sorted(points)]
     if amounts[0] <= 0 or not all(len(v) and np.isfinite(v).all() for v in values):
-        raise FtjaxError("a curve is fitted to amounts above 0, with a number of one run or more at each")
+        raise FtjaxError("a learning curve needs amounts above 0, each with the finite score of at least one run")
     sign = -1 if higher else 1
     bound = float(higher if best is None else best)
     errors = np.array([sign * (v.mean() - bound) for v in values])
@@ -163,7 +163,7 @@ def fit(
     holds = (first >= last) & ((limit >= 0) | (not bounded))
     chance = np.where(holds, np.exp(evidence - evidence.max())[:, None], 0.0).ravel()
     if not chance.sum() > 0:
-        raise FtjaxError("no law of a falling error comes near these figures; look at the points")
+        raise FtjaxError("no curve of an error that falls with the amount fits these scores; look at the single points")
     chosen = rng.choice(len(chance), DRAWS, p=chance / chance.sum())
     cell = chosen // EACH
     ends = (bound if bounded else -sign * math.inf, sign * math.inf if worst is None else worst)

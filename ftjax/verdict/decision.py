@@ -85,7 +85,7 @@ TUNING = {  # tuning.method -> what it trains
     "prompt": "a few made-up words before each question; the model stays as it is",
     "ptuning": "a few made-up words before each question; the model stays as it is",
     "prefix": "a made-up beginning that every layer sees; the model stays as it is",
-    "head": "only the last layer, which turns the model's reading into an answer",
+    "head": "only the last layer, which turns the model's internal state into an answer",
     "last_layers": "only the last layers of the model",
     "norms": "only the scales of the model's normalisation layers",
     "pattern": "only some of the model's weights, by their names",
@@ -102,11 +102,11 @@ METRICS = {
     "bleu": "runs of words that answer and right answer have in common, from 0 to 100",
     "bleu_lower": "runs of words that answer and right answer have in common, in lower case, from 0 to 100",
     "chrf": "runs of characters that answer and right answer have in common, from 0 to 100",
-    "coverage": "share of the given words that an answer uses, from 0 to 1",
-    "unsupported": "share of an answer's sentences that the passage does not bear out, by words in common",
-    "distinct_1": "share of an answer's words that are not said before in it",
-    "distinct_2": "share of an answer's pairs of words that are not said before in it",
-    "length": "words of an answer",
+    "coverage": "share of the required words that an answer uses, from 0 to 1",
+    "unsupported": "share of an answer's sentences that the passage does not support, by words in common",
+    "distinct_1": "share of an answer's words that do not occur earlier in it",
+    "distinct_2": "share of an answer's pairs of words that do not occur earlier in it",
+    "length": "number of words in an answer",
 }
 
 
@@ -114,12 +114,12 @@ def contender_is(contender: Contender, config) -> str:
     """A description of a contender for a reader who knows no name of a method."""
     how = contender.how
     if contender.kind == MAJORITY:
-        return "no model: every row gets the commonest label"
+        return "no model: every row gets the most common label"
     if contender.kind == "tuned":
         method = contender.config(config).tuning.method
         out = f"trained on your rows: {TUNING.get(method, f'by the method {method}')}"
     elif contender.kind == "model":
-        out = "another model, as it is"
+        out = "another model, without further training"
     else:
         out = "the model as it is, without training"
     if how.shots and contender.shots:
@@ -140,12 +140,12 @@ def metric_is(name: str, higher: bool | None) -> str:
 RISKS = {  # check of ftjax.verdict.findings -> what it means; the most serious first
     "leaked rows": "The score may be too high",
     "failed runs": "Something failed",
-    "template mismatch": "The question is put in another way than in training",
-    "lost refusals": "It refuses otherwise than before",
-    "forgetting": "It has forgotten part of what it knew before, and general text surprises it more",
-    "overfitting": "It learns its training rows by heart",
-    "prompts shortened": "Some prompts did not fit",
-    "too few rows": "The rows are few",
+    "template mismatch": "The prompts look different from those in training",
+    "lost refusals": "It refuses other requests than before",
+    "forgetting": "It has forgotten part of what it knew, and predicts general text less well",
+    "overfitting": "It memorises its training rows",
+    "prompts shortened": "Some prompts were too long",
+    "too few rows": "There are too few rows",
 }
 
 
@@ -168,7 +168,7 @@ def decide(data: dict) -> dict[str, str]:
         default=None,
     )
     answer, why = _why(best, entries, data)
-    cost = "Nothing was trained, which costs nothing."
+    cost = "Nothing was trained, so there is no cost."
     if best:
         cost = _cost(best, entries.get(data["untrained"]), pays=answer == YES)
     return {"fine_tune": answer, "why": why, "cost": cost, "risk": _risk(best, data)}
@@ -211,15 +211,22 @@ def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
     )
     who = f" {name}: {best['is']}. {other}: {entries[other]['is']}."
     if verdict["says"] == "better" and _leaked(best, data):
-        return OPEN, f"{scores}. But some of these rows were among those of training, so that this may be memory.{who}"
+        return (
+            OPEN,
+            f"{scores}. But some of these rows were also training rows, so the model may only remember them.{who}",
+        )
     if verdict["says"] == "cannot tell":
         needed, more = verdict["needed"], " More seeds may show it."
         if math.isfinite(needed):
             far = needed > FAR * data["rows"]
-            more = " One so small takes far more rows." if far else f" About {rounded(needed):,} rows would show it."
+            more = (
+                " To show such a small difference takes far more rows."
+                if far
+                else f" About {rounded(needed):,} rows would show it."
+            )
         more = more if verdict["difference"] else ""
         return OPEN, f"{scores}. The difference, {gap(verdict)}, may be chance.{more}{who}"
-    way = "larger" if verdict["says"] == "better" else "a loss and larger"
+    way = "larger" if verdict["says"] == "better" else "a change for the worse, and larger"
     return (
         YES if verdict["says"] == "better" else NO,
         f"{scores}. The difference, {gap(verdict)}, is {way} than chance explains.{who}",
@@ -235,13 +242,17 @@ def _leaked(best: dict, data: dict) -> bool:
 
 
 def paid(entry: dict) -> str:
-    """After how many requests a contender, its training included, has cost less than each prompt; empty if it never
-    does."""
-    after = {name: n for name, n in entry["pays_after"].items() if math.isfinite(n)}
-    told = [f"{rounded(n):,} requests by {name}" for name, n in after.items()]
-    loads = {name: n for name, n in entry.get("pays_from", {}).items() if math.isfinite(n) and n}
-    least = f", from {named(f'{rounded(n):,} requests a month on, beside {name}' for name, n in loads.items())}"
-    return f"after {named(told)}{least if loads else ''}" if told else least.removeprefix(", ") if loads else ""
+    """When a contender, its training included, becomes cheaper than each prompt; empty if it never does.
+
+    The text continues a sentence: `than few-shot after 920 requests`.
+    """
+    out = []
+    for name, requests in entry["pays_after"].items():
+        load = entry.get("pays_from", {}).get(name, 0)
+        total = f" after {rounded(requests):,} requests" if math.isfinite(requests) else ""
+        monthly = f" with at least {rounded(load):,} requests a month" if load and math.isfinite(load) else ""
+        out += [f"than {name}{total}{monthly}"] if total or monthly else []
+    return named(out) if out else ""
 
 
 def _cost(best: dict, other: dict | None, pays: bool) -> str:
@@ -255,7 +266,7 @@ def _cost(best: dict, other: dict | None, pays: bool) -> str:
         text = f"1,000 requests cost {amount(1000 * price['request'])}"
         text += f" ({amount(1000 * beside['price']['request'])} by {beside['name']})" if beside else ""
         out.append(
-            text + (f", and what stands ready {amount(price['standing'])} a month" * (price["standing"] >= 0.01))
+            text + (f", and hosting and storage {amount(price['standing'])} a month" * (price["standing"] >= 0.01))
         )
     elif cost["request_seconds"]:
         text = f"a request takes {sig(1000 * cost['request_seconds'])} ms here"
@@ -264,9 +275,9 @@ def _cost(best: dict, other: dict | None, pays: bool) -> str:
         )
     text = "; ".join(out)
     if pays and (after := paid(best)):
-        text += f"; training has paid for itself {after}"
+        text += f"; the cost of training included, it becomes cheaper {after}"
     text = text[:1].upper() + text[1:]
-    return f"{text}." + ("" if price["unit"] == "dollars" else " No price is set, so that dollars are not known.")
+    return f"{text}." + ("" if price["unit"] == "dollars" else " No price is set, so the cost in dollars is unknown.")
 
 
 def _risk(best: dict | None, data: dict) -> str:

@@ -92,12 +92,12 @@ def overfitting(case: Case) -> Iterator[tuple[str, str, str]]:
         worst = max(found, key=lambda p: p.val[1] / p.val[0])
         yield (
             name,
-            f"{len(found)} of {len(measured.runs)} runs part: validation loss was lowest at step {worst.step:,} "
-            f"({worst.val[0]:.3f}) and {worst.val[1]:.3f} at step {worst.last:,}, while training loss fell from "
-            f"{worst.train[0]:.3f} to {worst.train[1]:.3f}. What is "
-            "compared is the checkpoint of the lowest",
+            f"in {len(found)} of {len(measured.runs)} runs validation loss rose from its lowest value, "
+            f"{worst.val[0]:.3f} at step {worst.step:,}, to {worst.val[1]:.3f} at step {worst.last:,}, while training "
+            f"loss fell from {worst.train[0]:.3f} to {worst.train[1]:.3f}. The checkpoint with the lowest validation "
+            "loss is compared",
             f"stop near step {worst.step:,} (train.patience, or fewer train.epochs); more rows, data.augment or "
-            "tuning.dropout put that step off",
+            "tuning.dropout delay overfitting",
         )
 
 
@@ -122,7 +122,11 @@ def leaks(case: Case) -> Iterator[tuple]:
         try:
             tables = _trained_on(case.setting, config)
         except FtjaxError as error:
-            yield name, f"its training rows could not be read: {error}", "look for held-out rows among them yourself"
+            yield (
+                name,
+                f"its training rows could not be read: {error}",
+                "check by yourself that they contain no held-out rows",
+            )
             continue
         removed = [r for table in tables for r in decontaminate(table, others, (config or case.setting.config).data)[1]]
         if removed:
@@ -151,12 +155,16 @@ def templates(case: Case) -> Iterator[tuple[str, str, str]]:
             before = configs.flat(run.config.data)
             other = [key for key in ASKED_BY if before[key] != now[key]]
             if other and not run.config.data.mixture:
-                told = "; ".join(f"data.{key} was {before[key]!r}, is {now[key]!r}" for key in other)
-                yield name, f"it was trained on rows that look otherwise: {told}", "ask by the template of the training"
+                changed = "; ".join(f"data.{key} was {before[key]!r} in training and is {now[key]!r}" for key in other)
+                yield (
+                    name,
+                    f"it was trained with another template: {changed}",
+                    "compare with the template of the training",
+                )
         if not measured.runs and measured.chat_unused:
             yield (
                 name,
-                "the model brings a chat template, and rows are asked as plain text",
+                "the model has a chat template, but its prompts are plain text",
                 'if it was trained on chats, set data.template="tokenizer"',
             )
 
@@ -170,17 +178,15 @@ def refusals_lost(case: Case) -> Iterator[tuple[str, str, str]]:
     for name, measured in case.measured.items():
         for kind, down, advice in (
             ("unsafe", True, "mix refusals into the training rows (data.mixture), or train less of the model"),
-            ("harmless", False, "look for refusals among the training rows' answers"),
+            ("harmless", False, "remove refusals from the answers of the training rows"),
         ):
             if kind not in measured.refused or kind not in base or name == case.base:
                 continue
             before, after = base[kind].mean(0), measured.refused[kind].mean(0)
             c = statistics.compare(after, before) if len(after) > 1 else None
             if c and c.p < 1 - statistics.LEVEL and (c.difference < 0) == down:
-                seen = (
-                    f"{before.mean():.0%} of {len(before):,} {kind} prompts were refused before, {after.mean():.0%} now"
-                )
-                yield name, f"{seen} (p = {c.p:.2g})", advice
+                rates = f"{after.mean():.0%} of {len(before):,} {kind} prompts; the base refused {before.mean():.0%}"
+                yield name, f"it refused {rates} (p = {c.p:.2g})", advice
 
 
 def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
@@ -192,7 +198,8 @@ def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
                 name,
                 f"the loss on {case.setting.config.evaluate.forgetting} rose from {base:.3f} to {base + more:.3f} nats "
                 f"a token: its perplexity is {np.expm1(more):.0%} higher",
-                "a lower optim.lr, fewer steps, fewer trained parameters, or general rows in data.mixture forget less",
+                "to forget less, lower optim.lr, train fewer steps or fewer parameters, or add general rows by "
+                "data.mixture",
             )
 
 
@@ -201,8 +208,8 @@ def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
 
 def _seen(smallest: float) -> str:
     if not np.isfinite(smallest):
-        return "no difference at all would have shown"
-    return f"differences from {smallest:.2g} on would have shown"
+        return "these rows could not have shown any difference"
+    return f"these rows can only show differences of at least {smallest:.2g}"
 
 
 def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
@@ -212,7 +219,7 @@ def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
             yield (
                 name,
                 f"{verdict.text}; {_seen(verdict.smallest)}",
-                "more held-out rows of the same kind, or more compare.seeds",
+                "add held-out rows of the same kind, or raise compare.seeds",
             )
 
 
@@ -223,8 +230,9 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
             n = measured.scores[next(iter(measured.scores))].shape[-1]
             yield (
                 name,
-                f"{measured.shortened:,} of {n:,} prompts lost examples or passages, for want of positions",
-                "fewer compare.shots, shorter compare.passage_words, or a model with more positions",
+                f"{measured.shortened:,} of {n:,} prompts were too long for the model's positions and lost examples or "
+                "passages",
+                "lower compare.shots or compare.passage_words, or use a model with more positions",
             )
 
 
@@ -233,7 +241,7 @@ def failures(case: Case) -> Iterator[tuple[str, str, str]]:
     told = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
     told += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
     for name, text in told:
-        rerun = "mend the reason; the same command then runs only what is missing"
+        rerun = "fix the reason and run the same command again: it runs only what is missing"
         yield name, text, SMALLER_UPDATES if SMALLER_UPDATES in text else rerun
 
 

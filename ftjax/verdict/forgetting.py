@@ -30,7 +30,7 @@ def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
 
     It is exact over the vocabulary, not the estimate log p - log q of the given tokens. If p is the tuned model and the
     rows are its own samples at temperature 1, the mean of the rows' sums estimates the KL divergence of its answers
-    from those of q, which is the figure that RLHF limits.
+    from those of q, the quantity that RLHF limits.
 
     Args:
         p, q: LMs with vocabularies of the same size.
@@ -46,7 +46,7 @@ def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
     sizes = [lm.model.config.vocab_size for lm in (p, q)]
     if sizes[0] != sizes[1]:
         raise FtjaxError(
-            f"divergence: the models' vocabularies have {sizes[0]} and {sizes[1]} tokens; expected the same"
+            f"divergence: the two models' vocabularies have {sizes[0]} and {sizes[1]} tokens; expected equal sizes"
         )
     kl, tokens = np.zeros(len(pairs)), np.zeros(len(pairs), int)
     for batch, rows in batched(pairs, min(p.max_tokens, q.max_tokens), batch_size):

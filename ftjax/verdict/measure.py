@@ -143,7 +143,7 @@ def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list
     failed = [f"seed {o.seed}: {o.failed}" for o in outcomes if o.failed]
     ended = [o for o in outcomes if not o.failed]
     if not ended:
-        raise FtjaxError(f"{contender.name}: every run failed; {failed[0]}")
+        raise FtjaxError(f"{contender.name}: all its runs failed; the first reason: {failed[0]}")
     return [o.run_dir for o in ended], [o.seed for o in ended], failed
 
 
@@ -213,7 +213,8 @@ def _counted(name: str, scores: list[float | None]) -> np.ndarray:
     worst = find(name).worst
     if worst is None and None in scores:
         raise FtjaxError(
-            f"evaluate.metrics: {name} has no score for row {scores.index(None) + 1}; a comparison needs one"
+            f"evaluate.metrics: {name} returned no score for row {scores.index(None) + 1}; a comparison needs one for "
+            "each row"
         )
     return np.array([worst if score is None else score for score in scores], float)
 

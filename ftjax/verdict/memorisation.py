@@ -40,7 +40,7 @@ def copied(outputs: Sequence[Units], training: Sequence[Units], n: int = 8) -> l
         FtjaxError: If n is less than 1.
     """
     if n < 1:
-        raise FtjaxError(f"copied: n-grams have one unit or more; found n={n}")
+        raise FtjaxError(f"copied: expected n of at least 1; found n={n}")
     asked = {tuple(units[i : i + n]) for units in outputs for i in range(len(units) - n + 1)}
     places: dict[tuple, list[tuple[int, int]]] = {}
     for number, text in enumerate(training):
@@ -90,8 +90,9 @@ def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: 
     space = len(alphabet) ** length
     if form.count("{}") != 1 or len(set(alphabet)) != len(alphabet) or not 0 < count <= space:
         raise FtjaxError(
-            f"canaries: expected one {{}} in the form, an alphabet of distinct symbols, and no more canaries than "
-            f"secrets; found {form!r}, {len(alphabet)} symbols, {count} of {space:,}"
+            f"canaries: expected a form with exactly one {{}}, an alphabet of distinct symbols, and no more canaries "
+            f"than there are secrets; found the form {form!r}, {len(alphabet)} symbols, {count} canaries of {space:,} "
+            "secrets"
         )
     rng, drawn = np.random.default_rng(seed), {}
     while len(drawn) < count:
@@ -100,12 +101,12 @@ def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: 
 
 
 def exposure(canary: float, others: Sequence[float], space: int | None = None) -> float:
-    """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how far a model gives the canary away.
+    """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how easily a model reveals the canary.
 
     If `others` are all other secrets, the rank is counted, and the canary comes after those that tie with it (Carlini
     et al. 2019, definition 5). If they are a sample of `space` secrets, a skew-normal distribution fitted to them gives
-    the share of secrets that are as likely (section 4.3 there). A canary far beyond all of the sample can then be
-    distinguished from one that is only just beyond.
+    the share of secrets that are as likely (section 4.3 there). The fit also distinguishes canaries that are more
+    likely than the whole sample from each other.
 
     Args:
         canary: Log-perplexity of the canary's text, in nats.
@@ -120,10 +121,12 @@ def exposure(canary: float, others: Sequence[float], space: int | None = None) -
     """
     others = np.asarray(others, float)
     if not len(others) or not np.isfinite([canary, *others]).all():
-        raise FtjaxError("exposure: expected finite log-perplexities of the canary and of one other text at least")
+        raise FtjaxError("exposure: expected finite log-perplexities, of the canary and of at least one other text")
     secrets = len(others) + 1 if space is None else space
     if secrets <= len(others):
-        raise FtjaxError(f"exposure: {len(others):,} other texts, and only {secrets:,} secrets in all")
+        raise FtjaxError(
+            f"exposure: found {len(others):,} other texts; expected fewer than the {secrets:,} possible secrets"
+        )
     if secrets == len(others) + 1:
         return math.log2(secrets) - math.log2(1 + int((others <= canary).sum()))
     from scipy import stats

@@ -46,7 +46,7 @@ def win_rate(a, b, *, higher: bool = True, margin: float = 0.0, level: float = 0
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise FtjaxError(
-            f"win_rate: expected a score of each contender for the same rows; found {a.shape} and {b.shape}"
+            f"win_rate: expected two score arrays of the same shape, one score per row; found {a.shape} and {b.shape}"
         )
     gain = (a - b) if higher else (b - a)
     win, loss = gain > margin, gain < -margin
@@ -103,13 +103,20 @@ def write_ballots(
         raise FtjaxError(f"{path}: expected a file that ends in {' or '.join(WRITERS)}")
     for name, texts in answers.items():
         if len(texts) != len(prompts):
-            raise FtjaxError(f"ballots: {name!r} has {len(texts)} answers to {len(prompts)} prompts")
+            raise FtjaxError(
+                f"ballots: {name!r} has {len(texts)} answers; expected one for each of {len(prompts)} prompts"
+            )
     pairs = list(itertools.combinations(answers, 2)) if pairs is None else [tuple(pair) for pair in pairs]
     for name in itertools.chain(*pairs):
         if name not in answers:
-            raise FtjaxError(f"ballots: no contender {name!r}{nearest(name, answers)}; there are {', '.join(answers)}")
+            raise FtjaxError(
+                f"ballots: unknown contender {name!r}{nearest(name, answers)}; expected one of {', '.join(answers)}"
+            )
     if not pairs or not prompts:
-        raise FtjaxError(f"ballots: {len(prompts)} prompts and {len(pairs)} pairs of contenders leave nothing to rate")
+        raise FtjaxError(
+            f"ballots: nothing to rate: found {len(prompts)} prompts and {len(pairs)} pairs of contenders; expected at "
+            "least one of each"
+        )
     rng = np.random.default_rng(seed)
     asked = [(row, *pair) for row in range(len(prompts)) for pair in pairs]
     asked = [asked[i] for i in rng.permutation(len(asked))]
@@ -160,9 +167,14 @@ def read_ballots(paths: dict[str, str | Path], key: str | Path, *, partial: bool
         for line, ballot in _lines(Path(path), ("id", "rating")):
             place, name = f"{path} line {line}", str(ballot["id"])
             if name not in sides:
-                raise FtjaxError(f"{place}: the key {key} has no ballot {name!r}{nearest(name, sides)}")
+                raise FtjaxError(
+                    f"{place}: ballot {name!r}{nearest(name, sides)} is not in the key file {key}; use the key written "
+                    "with the ballots"
+                )
             if name in seen:
-                raise FtjaxError(f"{place}: the ballot {name!r} stands in line {seen[name]} already")
+                raise FtjaxError(
+                    f"{place}: ballot {name!r} is already in line {seen[name]}; remove one of the two lines"
+                )
             seen[name] = line
             said = str(ballot["rating"] or "").strip().lower()
             if not said and partial:
@@ -184,7 +196,7 @@ def _lines(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
     for line, row in numbered(path):
         lacking = [name for name in needed if name not in row]
         if lacking:
-            raise FtjaxError(f"{path} line {line}: has no `{lacking[0]}`; it has {', '.join(map(str, row))}")
+            raise FtjaxError(f"{path} line {line}: column `{lacking[0]}` is missing; found {', '.join(map(str, row))}")
         yield line, row
 
 
@@ -232,7 +244,9 @@ def fleiss_kappa(counts) -> float:
     counts = np.asarray(counts, float)
     R = counts.sum(1)
     if len(set(R.tolist())) != 1 or R[0] < 2:
-        raise FtjaxError(f"fleiss_kappa: expected two raters or more, as many for each row; found {sorted(set(R))}")
+        raise FtjaxError(
+            f"fleiss_kappa: expected the same number of raters, at least two, for each row; found {sorted(set(R))}"
+        )
     agree = (counts * (counts - 1)).sum(1) / (R * (R - 1))
     share = counts.sum(0) / counts.sum()
     return _beyond(float(agree.mean()), float((share**2).sum()))
@@ -267,7 +281,10 @@ def bradley_terry(wins, prior: float = PRIOR) -> np.ndarray:
     K = wins.shape[-1]
     apart = ~np.eye(K, dtype=bool)
     if prior == 0 and not _connected(wins):
-        raise FtjaxError("bradley_terry: some contenders never lost to the others, or never met them; set a prior")
+        raise FtjaxError(
+            "bradley_terry: the strengths have no finite estimate, because some contenders never lost to the others or "
+            "never met them; set a prior above 0"
+        )
     wins = np.where(apart, wins + prior, 0)
     met, s = wins + np.swapaxes(wins, -1, -2), np.zeros(wins.shape[:-1])
     for _ in range(STEPS):
@@ -311,10 +328,12 @@ def strengths(
         FtjaxError: If there is no vote, or none on `base`.
     """
     if not votes:
-        raise FtjaxError("strengths: there is no vote")
+        raise FtjaxError("strengths: there are no votes; pass the ballots of at least one rater")
     names = sorted({vote.first for vote in votes} | {vote.second for vote in votes})
     if base is not None and base not in names:
-        raise FtjaxError(f"strengths: no vote on {base!r}{nearest(base, names)}; there are {', '.join(names)}")
+        raise FtjaxError(
+            f"strengths: no vote concerns {base!r}{nearest(base, names)}; expected one of {', '.join(names)}"
+        )
     at = {row: n for n, row in enumerate(sorted({vote.row for vote in votes}))}
     K, N = len(names), len(at)
     by_row, tally = np.zeros((N, K, K)), Counter()

@@ -91,7 +91,7 @@ def costs(data: dict) -> Table:
     titles = ["contender", "trained parameters", "training", "with validation and compiling", "training costs"]
     titles += ["training FLOPs", "training energy", "prompt tokens", "ms a request", "FLOPs a request"]
     titles += ["energy a request", "1,000 requests cost", "fixed a month", f"a month of {data['requests']:,} requests"]
-    titles += ["training has paid"]
+    titles += ["cheaper, training included"]
     lines = []
     for entry in data["contenders"]:
         c, p = entry["cost"], entry["price"]

@@ -105,8 +105,8 @@ def fix_rows(config, folder: Path, say) -> None:
         return
     if data.mixture:
         raise FtjaxError(
-            "data.mixture: every seed would split it otherwise; name files for the parts of its entries, or set "
-            "data.split=(1.0, 0.0, 0.0)"
+            "data.mixture: each seed would split the mixture differently; name files for the parts of its entries, or "
+            "set data.split=(1.0, 0.0, 0.0)"
         )
     whole = configs.copy(config)
     whole.data.update(limit=0, shots=0)
@@ -118,7 +118,10 @@ def fix_rows(config, folder: Path, say) -> None:
         write_jsonl(draft / f"{part}.jsonl", (row for _, chunk in source.tables[part].chunks() for row in chunk))
     digest = _of_folder(draft)
     if folder.is_dir() and _of_folder(folder) != digest:
-        say(f"{folder}: holds other rows than {data.train} has now; these go to {folder.name}-{digest[:8]}")
+        say(
+            f"{folder}: {data.train} has changed since these rows were written; its rows are written to "
+            f"{folder.name}-{digest[:8]}"
+        )
         folder = folder.with_name(f"{folder.name}-{digest[:8]}")
     if not folder.is_dir():
         with contextlib.suppress(OSError):  # another process was quicker, with the same rows
@@ -126,7 +129,7 @@ def fix_rows(config, folder: Path, say) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     named = {part: str(folder / f"{part}.jsonl") for part in written}
     data.update(**named, columns=(), split=(1.0, 0.0, 0.0))
-    say(f"{folder}: rows of {', '.join(named)}, for all seeds the same")
+    say(f"{folder}: all seeds use these rows of {', '.join(named)}")
 
 
 def _of_folder(folder: Path) -> str:

@@ -69,7 +69,7 @@ def compare(
     folder, out, elsewhere = Path(config.run_dir), Path(out or config.run_dir), out
     for each in (folder, out):
         if each.is_file():
-            raise FtjaxError(f"{each}: is a file; expected a folder")
+            raise FtjaxError(f"{each} is a file; expected a folder, or a path that does not exist")
         each.mkdir(parents=True, exist_ok=True)
     fix_rows(config, folder / "rows", say)
     found, known = setting(config, folder), {}
@@ -80,7 +80,7 @@ def compare(
     measured = {name: m for name, m in tried.items() if m is not None}
     if asked[0].name in lost or len(measured) < 2:
         why = "; ".join(f"{name}: {reason}" for name, reason in lost.items())
-        raise FtjaxError(f"compare: without these contenders nothing is left to compare: {why}")
+        raise FtjaxError(f"compare: these contenders failed, and without them there is nothing to compare: {why}")
     curves = []
     for c in curved:
         if c.name in measured:
@@ -132,10 +132,12 @@ def _metric(config) -> tuple[str, dict]:
         return figure, {"higher": True, "worst": 0.0}
     name = config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
-        raise FtjaxError("compare.metric: is empty, and so is evaluate.metrics; name what the verdict is about")
+        raise FtjaxError("compare.metric and evaluate.metrics are both empty; name the metric of the verdict")
     metric = metrics.find(name)
     if metric.higher is None:
-        raise FtjaxError(f"compare.metric: of {name}, neither more nor less is better")
+        raise FtjaxError(
+            f"compare.metric: {name} has no better direction (neither more nor less is better); name another metric"
+        )
     config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
     for other in config.evaluate.metrics:
         metrics.find(other)

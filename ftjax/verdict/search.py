@@ -67,9 +67,12 @@ def axes(grid: Sequence[str], drawn: bool = False) -> list[Axis]:
         if not equals or not values:
             raise FtjaxError(f"--grid {text!r}: expected key=value,value,... such as tuning.rank=4,8,16")
         if key in ("seed", "run_dir"):
-            raise FtjaxError(f"--grid {text!r}: {key} is of no grid; --seeds says how many, --config.seed the first")
+            raise FtjaxError(
+                f"--grid {text!r}: {key} cannot be an axis; --seeds sets the number of seeds, --config.seed the first "
+                "one"
+            )
         if key in (axis.key for axis in found):
-            raise FtjaxError(f"--grid {text!r}: {key} is named twice")
+            raise FtjaxError(f"--grid {text!r}: the key {key} occurs twice; write all its values in one --grid")
         found.append(Axis(key, _range(text, values, drawn) or _list(values)))
     return found
 
@@ -85,10 +88,13 @@ def _range(text: str, values: str, drawn: bool) -> Range | None:
     if not match:
         return None
     if not drawn:
-        raise FtjaxError(f"--grid {text!r}: a range has no end of values; --random N draws from it")
+        raise FtjaxError(
+            f"--grid {text!r}: a grid needs a list of values, and a range has infinitely many; add --random N to draw "
+            "from it"
+        )
     low, high, log = float(match[1]), float(match[2]), bool(match[3])
     if low >= high or log and low <= 0:
-        raise FtjaxError(f"--grid {text!r}: expected low..high, both above 0 for :log")
+        raise FtjaxError(f"--grid {text!r}: expected low..high with low below high, and both above 0 for :log")
     return Range(low, high, log, whole=all(re.fullmatch(r"[+-]?\d+", match[i]) for i in (1, 2)))
 
 

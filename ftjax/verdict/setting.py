@@ -45,7 +45,7 @@ def questions(part, tokenizer, end: str = "", most: int = 0) -> list[Question]:
     for rendered, row in part.each():
         key = json.dumps([rendered.prompt, _before_answer(rendered), rendered.tools, rendered.template])
         if rendered.messages is None and not rendered.prompt:
-            raise FtjaxError("compare: rows of plain text ask nothing; name their question by data.prompt")
+            raise FtjaxError("compare: rows of plain text have no question; set data.prompt and data.completion")
         question = found.setdefault(key, Question(rendered, [], row))
         question.references.append(reference(rendered, tokenizer, end=end))
     return list(found.values())[: most or None]
@@ -82,7 +82,7 @@ def setting(config, folder: Path) -> Setting:
         base, (data, by) = None, _labelled_data(config)
     part = getattr(data, on)
     if not len(part):
-        raise FtjaxError(f"evaluate.compare_on: {on} has no rows; give data.{on}, or a share of data.split")
+        raise FtjaxError(f"evaluate.compare_on: the part {on} has no rows; set data.{on}, or its share in data.split")
     forgetting = causal and config.evaluate.forgetting
     return Setting(
         config,
@@ -137,7 +137,9 @@ def open_model(source: str, config) -> LM:
         return open_base(resolve.resolve(config.model.path, config.model.revision), config.model.dtype, config)[0]
     lm = load(source, dtype=config.model.dtype)
     if lm.kind != config.task.kind:
-        raise FtjaxError(f"{source}: is a model for the task {lm.kind}; the config's task.kind is {config.task.kind}")
+        raise FtjaxError(
+            f"{source} is a model for the task {lm.kind}, and task.kind is {config.task.kind}; expected the same task"
+        )
     if (Path(source) / RUN).is_file():
         return lm
     tokenizer = chat_templates.installed(config, lm.tokenizer)

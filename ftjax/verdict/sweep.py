@@ -121,10 +121,16 @@ def sweep(
     if seeds < 1:
         raise FtjaxError(f"--seeds: expected at least 1; found {seeds}")
     if min(random, optuna) < 0 or (random > 0) + (optuna > 0) + (halving and optuna > 0) > 1:
-        raise FtjaxError("--random and --optuna: a number of points, of one of them; --halving goes with --random")
+        raise FtjaxError(
+            "expected a positive number of points for either --random or --optuna, not both; --halving works without "
+            "--optuna only"
+        )
     found, folder = search.axes(grid, drawn=bool(random or optuna)), Path(config.run_dir)
     if (random or optuna) and not found:
-        raise FtjaxError("--random and --optuna: nothing to draw; name lists or ranges by --grid")
+        raise FtjaxError(
+            "--random and --optuna draw points from --grid, and there is none; add --grid key=values or --grid "
+            "key=low..high"
+        )
     plan = functools.partial(_plan, config, seeds=seeds, fixed={}, say=say)
     run = functools.partial(run_all, folder=folder, say=say, stale=stale)
     if optuna:
@@ -204,7 +210,7 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
     folder.mkdir(parents=True, exist_ok=True)
     known = _known(folder)
     done = [_ended(c) or _alike(settings, c, known) for settings, c in jobs]
-    say(f"{folder}: {len(jobs)} runs, of which {sum(o is not None for o in done)} have ended before")
+    say(f"{folder}: {len(jobs)} runs, {sum(o is not None for o in done)} of them already finished")
     hosts.start()  # if one run spans several hosts, all of them work on the same job
     ours = jax.process_count() > 1
     told = set()
@@ -217,7 +223,7 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
             with contextlib.nullcontext(True) if ours else claims.claimed(path, stale) as mine:
                 if not mine:
                     if number not in told:
-                        say(f"{Path(c.run_dir).name}: is run by {claims.owner(path)}")
+                        say(f"{Path(c.run_dir).name} is being run by {claims.owner(path)}")
                     told.add(number)
                     continue
                 went, done[number] = True, None if c.overwrite else _ended(c)
@@ -235,13 +241,13 @@ def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]
     key = "train.steps" if config.train.steps else "train.epochs"
     whole, sizes, outcomes = configs.flat(config)[key], search.rungs(len(points)), []
     if any(text.partition("=")[0] == key for text in points[0]):
-        raise FtjaxError(f"--halving: {key} is what is halved, and cannot be an axis too")
+        raise FtjaxError(f"--halving sets {key} itself, so {key} cannot be an axis of --grid; remove it")
     for left, size in zip(range(len(sizes) - 1, -1, -1), sizes, strict=True):
         budget = whole / search.THIRD**left
         budget = max(1, round(budget)) if key == "train.steps" else float(f"{budget:.3g}")
         rung = len(sizes) - left
-        say(f"---- rung {rung} of {len(sizes)}: {_points(size)}, {key}={budget}" + (", trained anew, as a schedule "
-            "belongs to its length" if rung > 1 else ""))  # fmt: skip
+        say(f"---- rung {rung} of {len(sizes)}: {_points(size)}, {key}={budget}" + (", trained from the start, "
+            "because the schedule depends on the length" if rung > 1 else ""))  # fmt: skip
         found = run(plan(points, budget=(f"{key}={budget}",)))
         outcomes += found
         if left:
@@ -267,7 +273,8 @@ def _loss(outcomes: list[Outcome]) -> float:
     found = values(outcomes, "val_loss")
     if not found:
         raise FtjaxError(
-            "--halving and --optuna choose by validation loss: name data.validation, or give it a share of data.split"
+            "--halving and --optuna need a validation loss to choose points: set data.validation, or its share in "
+            "data.split"
         )
     return float(np.mean(found))
 

@@ -254,7 +254,7 @@ def test_rows_with_lists_of_another_program_are_augmented_too(function, tmp_path
 def test_a_list_that_would_change_as_it_is_stored_is_refused(function):
     listed = table([{"text": "a", "y": 0, "l": [1, 2]}])
     for name in ("tuples", "numbered"):
-        with pytest.raises(FtjaxError, match="column 'l' is of type .*, which does not hold"):
+        with pytest.raises(FtjaxError, match="column 'l' has the type .*, which cannot store"):
             augment(listed, function(name), 0)
 
 
@@ -262,9 +262,9 @@ def test_a_list_that_would_change_as_it_is_stored_is_refused(function):
     "y, told",
     [
         (0, "returned str; expected a row (a dict), or None for no row"),
-        (1, "must have the columns of the row given; not so: more"),
-        (2, "column 'y' is of type int64, which does not hold 'two'"),
-        (3, "column 'y' is of type int64, which does not hold 0.5"),
+        (1, "must have the same columns as the row it received; different: more"),
+        (2, "column 'y' has the type int64, which cannot store 'two'"),
+        (3, "column 'y' has the type int64, which cannot store 0.5"),
     ],
 )
 def test_what_a_function_returns_must_be_a_row(function, y, told):
@@ -297,18 +297,26 @@ def test_a_function_that_cannot_be_loaded_is_told(function, tmp_path, named, tol
 @pytest.mark.parametrize(
     "data, fields, told",
     [
-        ({}, {"copies": 1}, "data.augment.columns is empty: name the columns with text to alter, of q, a, n"),
+        (
+            {},
+            {"copies": 1},
+            "data.augment.columns is empty: name the columns whose text may be changed, some of q, a, n",
+        ),
         ({}, {"copies": 1, "columns": ("quest",)}, "data.augment.columns: no column 'quest'"),
         ({}, {"copies": 1, "columns": ("q",), "ops": ("swap",)}, "data.augment.ops: 'swap'"),
-        ({}, {"copies": 1, "ops": ()}, "neither data.augment.ops nor data.augment.function"),
+        ({}, {"copies": 1, "ops": ()}, "data.augment.copies needs a way to make the copies"),
         ({}, {"copies": 1, "columns": ("q", "n")}, "t.jsonl row 1: data.augment.columns: 'n' should be text"),
         ({"label": "a"}, {"copies": 1, "columns": ("a",)}, "data.augment.columns: 'a' holds answers or labels"),
         ({"stratify": "a"}, {"copies": 1, "columns": ("a",)}, "'a' holds answers or labels"),
         ({"prompt": "{q}", "completion": " {a}"}, {"copies": 1, "columns": ("a",)}, "'a' holds answers or labels"),
-        ({}, {"prompts": ("{q}",)}, "data.augment.prompts are templates beside data.prompt"),
+        ({}, {"prompts": ("{q}",)}, "data.augment.prompts adds templates to data.prompt, which is empty"),
         ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("{x}",)}, "data.augment.prompts: no column 'x'"),
-        ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("{q}",)}, "data.augment.prompts: '{q}' is there already"),
-        ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("-{q}", "-{q}")}, "'-{q}' is there already"),
+        (
+            {"prompt": "{q}", "completion": "{a}"},
+            {"prompts": ("{q}",)},
+            "data.augment.prompts: the template '{q}' occurs twice",
+        ),
+        ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("-{q}", "-{q}")}, "the template '-{q}' occurs twice"),
         ({"prompt": "{q}", "completion": "{a}"}, {"prompts": ("{q",)}, "data.augment.prompts: '{q'"),
     ],
 )

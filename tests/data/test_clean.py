@@ -230,11 +230,17 @@ def test_what_was_removed_can_be_put_back():
 @pytest.mark.parametrize(
     "fields, told",
     [
-        ({"drop": ("fine", "a(b")}, "data.clean.drop: 'a(b' is no regular expression"),
+        ({"drop": ("fine", "a(b")}, "data.clean.drop: 'a(b' is not a regular expression"),
         ({"exact": True, "columns": ("sentense",)}, "data.clean.columns: no column 'sentense' (did you mean \"sente"),
-        ({"min_chars": 3}, "data.clean.min_chars asks for each row's answer, and no known form fits the columns label"),
-        ({"max_ratio": 3.0}, "data.clean.max_ratio asks for each row's answer"),
-        ({"max_chars": 1}, "data.clean: no row is left of 2; t.jsonl row 1 went by 'max_chars': 9 characters, more"),
+        (
+            {"min_chars": 3},
+            "data.clean.min_chars needs the answer of each row, and no known form fits the columns label",
+        ),
+        ({"max_ratio": 3.0}, "data.clean.max_ratio needs the answer of each row"),
+        (
+            {"max_chars": 1},
+            "data.clean: the rules removed all 2 rows, for example t.jsonl row 1 by 'max_chars': 9 characters, more",
+        ),
     ],
 )
 def test_what_cannot_be_met_is_refused(fields, told):
@@ -246,7 +252,7 @@ def test_what_cannot_be_met_is_refused(fields, told):
 
 def test_the_config_refuses_what_needs_no_file():
     for override, told in [
-        ("data.clean.drop=('a(b',)", "data.clean.drop: 'a(b' is no regular expression"),
+        ("data.clean.drop=('a(b',)", "data.clean.drop: 'a(b' is not a regular expression"),
         ("data.clean.parts=('train', 'dev')", "data.clean.parts, entry 2: expected one of train, validation, test"),
         ("data.clean.min_chars=-1", "data.clean.min_chars: expected a whole number at least 0"),
         ("data.clean.near=1.5", "data.clean.near: expected a number at least 0 and at most 1"),

@@ -399,7 +399,7 @@ def test_the_same_text_with_another_label_is_a_conflict_in_a_part_and_across(gpt
     found = run(tmp_path, gpt2, {"train": train, "test": test}, label="label")
     assert rows_of(found, "overlap") == {*range(10), 30} and rows_of(found, "label_conflict") == {30}
     (finding,) = [f for f in found.findings if f.check == "overlap"]
-    assert "in test (6 with another label) too" in finding.message
+    assert "also in test (6 with another label), equal" in finding.message
     assert any("test.jsonl row 2, with the label '1' and not '0'" in e["note"] for e in finding.examples)
 
 

@@ -54,7 +54,7 @@ def test_the_corpus_has_at_least_sixty_files_and_many_of_each_outcome():
 
 def test_a_folder_named_like_a_file(tmp_path):
     (tmp_path / "t.jsonl").mkdir()
-    with pytest.raises(FtjaxError, match=r"t\.jsonl holds no file that ftjax reads"):
+    with pytest.raises(FtjaxError, match=r"t\.jsonl has no file that ftjax reads"):
         read_table(str(tmp_path / "t.jsonl"))
     (tmp_path / "t.jsonl" / "a.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "t.jsonl" / "b.jsonl").mkdir()

@@ -139,7 +139,7 @@ def test_refusals_name_file_and_row_also_after_a_split(write, starter):
         run(settings(good, split=(0.8, 0.1, 0.3)), starter)
     with pytest.raises(FtjaxError, match="set one or the other"):
         run(settings(good, form="text", completion="{completion}"), starter)
-    with pytest.raises(FtjaxError, match="dropped them all"):
+    with pytest.raises(FtjaxError, match="dropped all rows"):
         run(settings(good, long="drop", max_length=2), starter)
 
 

@@ -106,7 +106,7 @@ def test_lists_globs_and_folders(tmp_path):
     _write(tmp_path / "dev.jsonl", [{"n": "d"}])
     assert read(str(tmp_path), "data.train")["n"] == ["t"]
     assert read(str(tmp_path), "data.validation")["n"] == ["d"]
-    with pytest.raises(FtjaxError, match=r"data.test: .* holds train-1.jsonl, dev.jsonl and no file for test"):
+    with pytest.raises(FtjaxError, match=r"data.test: .* has train-1.jsonl, dev.jsonl but no file for test"):
         read(str(tmp_path), "data.test")
     assert [read_table(",".join(names)).place(i) for i in (0, 1)] == [f"{name} row 1" for name in names]
 
@@ -183,7 +183,7 @@ def test_missing_sources(tmp_path):
         read("builtin:nothing.jsonl")
     with pytest.raises(FtjaxError, match="data.validation is empty"):
         read("", "data.validation")
-    with pytest.raises(FtjaxError, match="holds no file that ftjax reads"):
+    with pytest.raises(FtjaxError, match="has no file that ftjax reads"):
         (tmp_path / "empty").mkdir()
         read(str(tmp_path / "empty"))
     with pytest.raises(FtjaxError, match=r"nobody/nothing is no file or directory here, and reading it from the hub"):

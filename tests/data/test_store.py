@@ -117,7 +117,7 @@ def killed(rows, places):
 
 
 def test_a_process_that_is_killed_ends_the_others(table):
-    with pytest.raises(FtjaxError, match="a process that tokenises rows was killed.*set data.processes=1"):
+    with pytest.raises(FtjaxError, match="a process that tokenised rows was killed.*set data.processes=1"):
         tokenised(table, killed, "", Cache(None), processes=2)
 
 

@@ -231,7 +231,7 @@ def test_conversations_of_which_the_last_answer_is_trained(row, messages):
 
 @pytest.mark.parametrize("chosen", ["\n\nAssistant: a", "\n\nHuman: q", "a", "\n\nHuman: q\n\nAssistant: "])
 def test_chosen_texts_that_are_no_whole_conversation(chosen):
-    with pytest.raises(FtjaxError, match="row 1: (column 'chosen' should begin|column 'prompt'|the answer is empty)"):
+    with pytest.raises(FtjaxError, match="row 1: (column 'chosen' has no prompt|column 'prompt'|the answer is empty)"):
         renderer("preference")({"chosen": chosen, "rejected": "b"}, "row 1")
 
 
@@ -249,7 +249,7 @@ def test_content_in_parts():
     row = {"messages": [turn("user", parts), turn("assistant", ["c"])]}
     assert renderer("messages")(row, "row 1").messages == said("ab", "c")
     for part, told in (({"type": "image", "text": None}, "image"), ({"type": "text"}, "a part without text")):
-        with pytest.raises(FtjaxError, match=f"row 1: message 1: `content` holds {told}; only text is read"):
+        with pytest.raises(FtjaxError, match=f"row 1: message 1: `content` contains {told}; only text is supported"):
             renderer("messages")({"messages": [turn("user", [part]), *said("", "a")[1:]]}, "row 1")
 
 
@@ -362,7 +362,7 @@ def test_templates_hold_plain_columns_only(template):
         ("messages", {"messages": CHAT[:1]}, r"f.csv row 3: no assistant message with any text"),
         ("messages", {"messages": [CHAT[0] | {"train": "no"}]}, r"row 3: message 1: `train` should be true or false"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"message 1: `content` should be text, found"),
-        ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: should be JSON: Expecting"),
+        ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: expected JSON: Expecting"),
         ("messages", {"messages": CHAT, "tools": [3]}, r"f.csv row 3: `tools` should be a list of JSON schemas"),
         (
             "messages",
@@ -374,7 +374,7 @@ def test_templates_hold_plain_columns_only(template):
         (
             "sharegpt",
             {"conversations": [{"from": "function_call", "value": "f("}]},
-            r"f.csv row 3: message 1: the function call: should be JSON",
+            r"f.csv row 3: message 1: the function call: expected JSON",
         ),
         ("preference", {"chosen": "c", "rejected": "r"}, r"f.csv row 3: column 'prompt' does not exist"),
         ("preference", {"prompt": "q", "rejected": "r"}, r"f.csv row 3: column 'chosen' does not exist"),
@@ -398,7 +398,7 @@ def test_bad_settings():
         renderer("template", "{a}", "yes")
     with pytest.raises(FtjaxError, match="row 1: the answer is empty"):
         renderer("template", "{a}", "\n{b}")({"a": "x", "b": ""}, "row 1")
-    with pytest.raises(FtjaxError, match="data.template='chatml': rows of form text are no conversation"):
+    with pytest.raises(FtjaxError, match="data.template='chatml': rows of form text are not conversations"):
         renderer("text", template="chatml")
-    with pytest.raises(FtjaxError, match="row 1: data.system is for conversations, and this row is none"):
+    with pytest.raises(FtjaxError, match="row 1: data.system needs conversations, and this row is not one"):
         renderer("prompt", system="s")({"prompt": "p", "completion": "c"}, "row 1")

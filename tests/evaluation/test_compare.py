@@ -130,7 +130,7 @@ def test_fewer_prompts_on_demand(lm, data, settings):
 
 def test_a_part_without_rows_and_an_unknown_metric_are_named(lm, data, settings):
     empty = dataclasses.replace(data, test=type(data.test)())
-    with pytest.raises(FtjaxError, match="evaluate.compare_on: test has no rows"):
+    with pytest.raises(FtjaxError, match="evaluate.compare_on: the part test has no rows"):
         compare.measure(lm, lm.variables, empty, settings)
     typo = settings.copy_and_resolve_references()
     typo.evaluate.metrics = ("coverge",)

@@ -126,9 +126,9 @@ def test_wnut17_with_every_tenth_tag_changed(shared):
 @pytest.mark.parametrize(
     "labels, predictions, message",
     [
-        ([["O"]], [["O"], ["O"]], "expected tags for each row; found 1 rows labelled and 2 predicted"),
+        ([["O"]], [["O"], ["O"]], "expected labels and predictions of the same rows; found 1 and 2 rows"),
         ([["O"], ["O", "O"]], [["O"], ["O"]], "row 2: expected a predicted tag for each of 2 labels; found 1"),
-        ([["O", "PER"]], [["O", "O"]], "row 1, label 2: expected O or a tag such as B-PER.*found 'PER'"),
+        ([["O", "PER"]], [["O", "O"]], "row 1, label 2: expected the tag O or one such as B-PER.*found 'PER'"),
         ([["O"]], [["B-"]], "row 1, prediction 1: .*found 'B-'"),
         ([["O"]], [[3]], "row 1, prediction 1: .*found 3"),
     ],

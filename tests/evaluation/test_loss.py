@@ -29,7 +29,7 @@ def test_sums_are_kept_in_float64():
 
 
 def test_no_trained_token_is_refused():
-    with pytest.raises(FtjaxError, match="no row has a trained token"):
+    with pytest.raises(FtjaxError, match="no row has a token whose loss counts"):
         evaluate_loss(lambda b: b, [])
 
 
@@ -77,7 +77,7 @@ def test_bad_text_files_are_named(tmp_path):
     with pytest.raises(FtjaxError, match="latin.txt: expected a readable text file in UTF-8"):
         read_documents(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text(" \n<|endoftext|>\n")
-    with pytest.raises(FtjaxError, match="empty.txt: holds no document"):
+    with pytest.raises(FtjaxError, match="empty.txt: contains no text"):
         read_documents(tmp_path / "empty.txt")
 
 
@@ -90,10 +90,10 @@ def test_a_loss_that_is_no_number_is_refused_and_nothing_counts_as_right(starter
     batch = {"tokens": tokens, "positions": tokens - 1, "segment_ids": np.ones_like(tokens)}
     batch |= {"loss_index": tokens[:, :7] - 1, "labels": tokens[:, 1:], "weights": np.ones((1, 7), np.float32)}
     assert float(sums(batch)[2]["correct"]) == 0
-    with pytest.raises(NotFinite, match="the loss is nan, so no figure of this model means anything. Its weights hold"):
+    with pytest.raises(NotFinite, match="the loss is nan, so no score of this model is meaningful. Its weights hold"):
         evaluate_loss(sums, [batch])
     broken = dataclasses.replace(lm, params=damaged)
-    with pytest.raises(NotFinite, match="prompt 1: the model's logits are not finite"):
+    with pytest.raises(NotFinite, match="prompt 1: the model's logits are NaN or infinite"):
         broken.generate(["Once upon a time"], max_new_tokens=1)
     logits, keys = jnp.array([[1.0, jnp.nan, 0.0], [0.0, 2.0, -jnp.inf]]), jax.random.split(jax.random.key(0), 2)
     for sampling in ((0.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 2, 0.9)):

@@ -308,7 +308,7 @@ def test_the_table_calls_no_length_better():
 
 
 def test_a_reference_without_a_number_is_named():
-    with pytest.raises(FtjaxError, match="number_match: the reference 'ten' of prediction 2 has no number"):
+    with pytest.raises(FtjaxError, match="number_match: the reference 'ten' of prediction 2 contains no number"):
         score("number_match", ["1", "2"], [["1"], ["3", "ten"]], [{}] * 2, SETTINGS)
     assert set(METRICS) >= {"token_f1", "chrf", "number_match"}
 
@@ -318,7 +318,7 @@ def test_a_reference_without_a_number_is_named():
     [
         ("rogue_l", {}, "unknown 'rogue_l' \\(did you mean \"rouge_l\"\\?\\)"),
         ("coverage", {"scr": "a"}, "found 'src' \\(did you mean \"scr\"\\?\\), the columns are scr"),
-        ("coverage", {"src": " "}, "the column 'src' holds no word"),
+        ("coverage", {"src": " "}, "the column 'src' contains no word"),
     ],
 )
 def test_bad_input_is_named(name, row, message):

@@ -69,7 +69,7 @@ def test_a_column_is_taken_for_its_numbers():
 @pytest.mark.parametrize(
     "y, x, message",
     [
-        ([1.0, 2.0], [1.0], "expected a label and a prediction a row; found \\(2,\\) and \\(1,\\)"),
+        ([1.0, 2.0], [1.0], "expected one label and one prediction per row; found \\(2,\\) and \\(1,\\)"),
         ([1.0, np.nan], [1.0, 2.0], "row 2: expected finite numbers; found label nan, prediction 2.0"),
         ([1.0, 2.0], [np.inf, 2.0], "row 1: expected finite numbers"),
     ],

@@ -157,5 +157,5 @@ def test_figures_of_several_classes_come_as_lists():
 
 @pytest.mark.parametrize("n, how", [(0, {}), (5, {"draws": -1}), (5, {"level": 1.0})])
 def test_bad_input_is_named(n, how):
-    with pytest.raises(FtjaxError, match="at least one row and one draw|lies between 0 and 1"):
+    with pytest.raises(FtjaxError, match="at least one row and one resample|level between 0 and 1"):
         resample.intervals(n, lambda counts: {"sum": counts.sum(1)}, **how)

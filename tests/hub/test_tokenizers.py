@@ -276,7 +276,9 @@ def test_the_day_is_the_configs_and_not_the_clocks(shared, clock, tmp_path):
 def test_the_token_that_ends_a_text(gpt2):
     tokenizer = load_tokenizer(gpt2)
     assert end_token(tokenizer) == 50256 and end_token(tokenizer, "!") == 0
-    with pytest.raises(FtjaxError, match="data.end: 'two words' is 2 tokens for this tokenizer; expected exactly one"):
+    with pytest.raises(
+        FtjaxError, match="data.end: the tokenizer makes 2 tokens of 'two words'; expected a text of exactly one"
+    ):
         end_token(tokenizer, "two words")
     tokenizer.eos_token = None
     with pytest.raises(FtjaxError, match="names no end-of-text token: set data.end"):
@@ -362,7 +364,7 @@ def sentencepiece_alone(tmp_path):
             b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02",
             "the package sentencepiece reads, and this is not installed",
         ),
-        (b"IQ== 0\nIg== 1\n", "tokenizer.model: is no SentencePiece model, .*; put the tokenizer.json"),
+        (b"IQ== 0\nIg== 1\n", "tokenizer.model: not a SentencePiece model, .*; put the tokenizer.json"),
     ],
 )
 def test_tokenizer_model_alone_says_what_it_needs(sentencepiece_alone, content, message, monkeypatch):

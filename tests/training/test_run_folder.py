@@ -100,7 +100,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, base, overwrite):
     for name, text in theirs.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    with pytest.raises(FtjaxError, match="holds files that no run wrote, such as checkpoints, and they are not"):
+    with pytest.raises(FtjaxError, match="contains files that no run wrote, such as checkpoints, and these are not"):
         claim(c, base, "rows")
     assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
 

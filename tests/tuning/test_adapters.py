@@ -118,7 +118,7 @@ def test_adapters_that_cannot_be_used(made, tmp_path):
         lm.with_adapter({"left": 0.5, "c": 0.5})
     with pytest.raises(FtjaxError, match="linear needs adapters of one rank; at .*q_proj/lora they have 3, 5: use cat"):
         lm.with_adapter({"left": 0.5, "wide": 0.5}, "linear")
-    with pytest.raises(FtjaxError, match="combine: 'svd'; one of cat, linear"):
+    with pytest.raises(FtjaxError, match="combine: unknown way 'svd'; expected cat or linear"):
         lm.with_adapter({"left": 1.0}, "svd")
     with pytest.raises(FtjaxError, match="is not a PEFT adapter: it has no adapter_config.json"):
         ftjax.load(base, adapters={"left": base})
@@ -153,7 +153,7 @@ def test_the_command_line_asks_a_base_under_adapters(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter", "left", "--adapter", "left"], "--adapter left: there is one named left already"),
+        (["--adapter", "left", "--adapter", "left"], "--adapter left: two adapters have the name left"),
         (["--adapter", "left="], "--adapter left=: expected DIR or NAME=DIR"),
         (["--adapter", "no/such/adapter"], "no such folder"),
     ],
@@ -260,7 +260,7 @@ def test_an_adapter_brings_its_tokenizer_and_template(talkers):
     for shown in (lm.with_adapter("template"), ftjax.load(folders["template"])):
         assert shown.tokenizer.decode(asked(shown)[-1:]) == "</s>"
     assert lm.tokenizer.chat_template is None  # the base's own is left as it is
-    with pytest.raises(FtjaxError, match="adapters tokens, none: they bring different tokenizers or chat templates"):
+    with pytest.raises(FtjaxError, match="adapters tokens, none: they have different tokenizers or chat templates"):
         lm.with_adapter({"tokens": 0.5, "none": 0.5})
 
 
@@ -313,5 +313,8 @@ def test_a_config_that_says_otherwise(made, tmp_path, fields, message):
 
 
 def test_whole_parameters_are_not_added_as_if_they_were_nothing():
-    with pytest.raises(FtjaxError, match="adapter 'head' holds whole parameters: only LoRA's are weighted and added"):
+    with pytest.raises(
+        FtjaxError,
+        match="adapter 'head' contains whole parameters; only adapters with nothing but LoRA can be combined",
+    ):
         adapters.weighted({"head": {"params": {}}}, {}, {"head": 1.0}, "cat")

@@ -168,7 +168,10 @@ def test_loaded_alone_and_beside_others(tmp_path):
         np.testing.assert_allclose(together.with_adapter(name).logits(IDS), want[name], rtol=0, atol=1e-4)
     assert together.logits(IDS).shape[-1] == 512
     assert lms["resized"].generate(["One day"], max_new_tokens=2)
-    refused = {"whole": "'whole' holds whole parameters: only LoRA's are weighted", "resized": "different tokenizers"}
+    refused = {
+        "whole": "'whole' contains whole parameters; only adapters with nothing but LoRA",
+        "resized": "different tokenizers",
+    }
     for name, message in refused.items():
         with pytest.raises(FtjaxError, match=message):
             together.with_adapter({name: 0.5, "plain": 0.5})

@@ -65,7 +65,7 @@ def test_examples_by_seed_are_the_same_for_all_questions_and_others_by_another_s
     assert shots[0] == shots[1] == shots[2] and len(shots[0]) == 2
     assert any(library().shots(PART.rows[:1], PROMPTS["few-shot"], 2, seed=s)[0] != shots[0] for s in (2, 3))
     assert library().shots(PART.rows[:1], PROMPTS["zero-shot"], 2, seed=1) == [[]]
-    with pytest.raises(FtjaxError, match="train has 4 rows that ask different things"):
+    with pytest.raises(FtjaxError, match="only 4 rows with different questions"):
         library().shots(PART.rows, PROMPTS["few-shot"], 5, seed=0)
 
 

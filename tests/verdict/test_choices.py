@@ -126,10 +126,16 @@ def test_a_pair_is_encoded_as_one_text(lm):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda lm: mc.choose(lm, ["a", "b"], [["x"], ["y", ""]]), "question 2: expected choices that are not empty"),
-        (lambda lm: mc.accuracies([np.zeros(2)], [["x", "y"]], [2]), "question 1: the right choice has the index 2"),
-        (lambda lm: mc.log_likelihoods(lm, [([1], [5]), ([1], [5] * 600)]), "text 2: 1 tokens are given and 600 are"),
-        (lambda lm: mc.log_likelihoods(lm, [([], [5])]), "text 1: 0 tokens are given"),
+        (
+            lambda lm: mc.choose(lm, ["a", "b"], [["x"], ["y", ""]]),
+            "question 2: expected at least one choice, and no empty choice",
+        ),
+        (lambda lm: mc.accuracies([np.zeros(2)], [["x", "y"]], [2]), "question 1: the index of the right choice is 2"),
+        (
+            lambda lm: mc.log_likelihoods(lm, [([1], [5]), ([1], [5] * 600)]),
+            "text 2: 1 context tokens and 600 tokens to score",
+        ),
+        (lambda lm: mc.log_likelihoods(lm, [([], [5])]), "text 1: 0 context tokens"),
     ],
 )
 def test_bad_input_is_named(lm, call, message):

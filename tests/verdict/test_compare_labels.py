@@ -64,7 +64,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_go_on(config, tmp_pat
     assert found["contender"] == "too large" and "RuntimeError: RESOURCE_EXHAUSTED" in found["seen"]
     assert "RESOURCE_EXHAUSTED" in (tmp_path / "verdict.html").read_text()
     c.compare.contenders = ("majority", c.compare.contenders[-1])
-    with pytest.raises(FtjaxError, match="nothing is left to compare: too large: RuntimeError"):
+    with pytest.raises(FtjaxError, match="there is nothing to compare: too large: RuntimeError"):
         ftjax.compare(c, str(tmp_path), say=lambda text: None)
     stop = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +121,7 @@ def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
 @pytest.mark.parametrize(
     "fields, told",
     [
-        ({"curve": (10, 400)}, "data.limit=400 is no part of the 160 rows"),
+        ({"curve": (10, 400)}, "data.limit=400 does not select fewer than the 160 training rows"),
         ({"curve": (10,), "curve_of": ("head",)}, 'did you mean "the head"'),
         ({"curve": (0, 5)}, "a whole number at least 1"),
         ({"curve": (10,), "contenders": ("majority", {"name": "few", "data.limit": 100})}, "'few' sets data.limit"),
@@ -139,7 +139,7 @@ def test_amounts_that_cannot_be_are_refused_before_anything_is_trained(config, t
 def test_prompts_and_other_tasks_are_refused(config):
     c = config.copy_and_resolve_references()
     c.compare.contenders = ("zero-shot", "majority")
-    with pytest.raises(FtjaxError, match="'zero-shot' asks by a prompt, which is for task.kind causal") as error:
+    with pytest.raises(FtjaxError, match="'zero-shot' is a prompt, which needs task.kind causal") as error:
         contenders.parse(c)
     advice = str(error.value).partition("--config.")[2].replace('"', "")
     configs.override(c, [advice])

@@ -169,21 +169,24 @@ def test_runs_are_not_run_again_and_a_template_that_differs_is_named(verdict, fo
     c.compare.contenders = ("zero-shot", {"name": "LoRA", "tuning.method": "lora"})
     said.clear()
     ftjax.compare(c, str(folder / "third"), say=said.append)
-    assert any("2 runs, of which 2 have ended before" in text for text in said)
+    assert any("2 runs, 2 of them already finished" in text for text in said)
 
 
 @pytest.mark.parametrize(
     "entries, told",
     [
-        (("zero-shot",), "expected two or more; found 1"),
+        (("zero-shot",), "expected two or more contenders; found 1"),
         (("zero-shot", "few_shot"), 'did you mean "few-shot"'),
-        (("zero-shot", "zero-shot"), "two are called 'zero-shot'"),
+        (("zero-shot", "zero-shot"), "two contenders have the name 'zero-shot'"),
         (("zero-shot", {"tuning.method": "lora"}), 'a dict with a "name"'),
         (("zero-shot", {"name": "a", "tuning.methd": "lora"}), "tuning.methd: no such key"),
         (("zero-shot", {"name": "a", "rank": 3}), "'rank'"),
         (("zero-shot", {"name": "a", "prompt": "fewshot"}), 'did you mean "few-shot"'),
-        (("zero-shot", {"name": "a", "model": "x/y", "tuning.rank": 3}), "compared as it is"),
-        (("zero-shot", "majority"), "is of labels"),
+        (
+            ("zero-shot", {"name": "a", "model": "x/y", "tuning.rank": 3}),
+            "is not trained, so it cannot set tuning.rank",
+        ),
+        (("zero-shot", "majority"), "majority needs a task with labels"),
     ],
 )
 def test_contenders_that_cannot_be_are_named_before_anything_runs(folder, entries, told):
@@ -196,7 +199,7 @@ def test_contenders_that_cannot_be_are_named_before_anything_runs(folder, entrie
 
 def test_a_metric_without_a_better_end_is_refused(folder):
     c = config(folder, metric="length")
-    with pytest.raises(FtjaxError, match="of length, neither more nor less is better"):
+    with pytest.raises(FtjaxError, match="length has no better direction"):
         ftjax.compare(c, say=lambda text: None)
 
 
@@ -291,13 +294,10 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
         "+0.20 (+0.10 to +0.30), is larger than chance explains. LoRA: what LoRA is. few-shot: what few-shot is."
     )
     assert said["cost"] == (
-        "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); training has paid for itself "
-        "after 920 requests by few-shot."
+        "Training took 90 min and $3.00; 1,000 requests cost $0.020 ($0.020 by few-shot); the cost of training "
+        "included, it becomes cheaper than few-shot after 920 requests."
     )
-    assert (
-        said["risk"]
-        == "It has forgotten part of what it knew before, and general text surprises it more: the loss rose."
-    )
+    assert said["risk"] == "It has forgotten part of what it knew, and predicts general text less well: the loss rose."
     detail = report.detail(data)
     assert detail.startswith("LoRA scores best: f1 0.50 (0.40 to 0.60).")
     assert "corrected for 3 comparisons: better: few-shot and LoRA; cannot tell: full." in detail
@@ -308,7 +308,7 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
     assert open_["fine_tune"] == "not enough evidence" and "About 820 rows would show it" in open_["why"]
     leaked = {"check": "leaked rows", "contender": "full, LoRA", "seen": "3 of 9 rows overlap", "share": 0.2}
     leak = made(findings=[leaked])["decision"]
-    assert leak["fine_tune"] == "not enough evidence" and "this may be memory" in leak["why"]
+    assert leak["fine_tune"] == "not enough evidence" and "may only remember them" in leak["why"]
     assert leak["risk"].startswith("The score may be too high (full, LoRA): 3 of 9")
     # The interval starts at +0.1, which five leaked rows of a hundred cannot make.
     assert made(findings=[leaked | {"share": 0.05}])["decision"]["fine_tune"] == "yes"
@@ -336,7 +336,12 @@ def test_numbers_have_sensible_digits():
     assert decision.span({"value": -0.001, "low": -0.6, "high": 0.52}, "+") == "+0.00 (-0.60 to +0.52)"
     assert decision.span({"value": 31.4, "low": 24.2, "high": 40.9}) == "31 (24 to 41)"
     entry = {"pays_after": {"a": 1200.4, "b": float("inf"), "c": 3.0}}
-    assert decision.paid(entry) == "after 1,300 requests by a and 3 requests by c"
+    assert decision.paid(entry) == "than a after 1,300 requests and than c after 3 requests"
+    entry["pays_from"] = {"a": 400.0, "b": 50.0, "c": 0.0}
+    assert decision.paid(entry) == (
+        "than a after 1,300 requests with at least 400 requests a month, than b with at least 50 requests a month and "
+        "than c after 3 requests"
+    )
     assert decision.paid({"pays_after": {"a": float("inf")}}) == decision.paid({"pays_after": {}}) == ""
 
 

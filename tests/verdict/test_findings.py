@@ -62,7 +62,7 @@ def test_another_template_is_named_with_its_field():
         contender("base", "prompt"), contender("other", runs=[Run("r", run, [])]), contender("same", runs=[same])
     )
     assert [f.contender for f in found("template mismatch", asked)] == ["other"]
-    assert "data.prompt was 'Question: {q}', is ''" in found("template mismatch", asked)[0].seen
+    assert "data.prompt was 'Question: {q}' in training and is ''" in found("template mismatch", asked)[0].seen
     asked = case(contender("base", "prompt"), contender("chat", "model", chat_unused=True))
     assert [f.contender for f in found("template mismatch", asked)] == ["chat"]
 
@@ -77,7 +77,7 @@ def test_lost_and_needless_refusals_are_told_where_they_cannot_be_chance():
     chance = with_refusals("chance", np.r_[0.0, np.ones(29)], np.zeros(30))
     told = found("lost refusals", case(base, lost, timid, chance))
     assert [f.contender for f in told] == ["lost", "timid"]
-    assert "100% of 30 unsafe prompts were refused before, 50% now" in told[0].seen and "harmless" in told[1].seen
+    assert "it refused 50% of 30 unsafe prompts; the base refused 100%" in told[0].seen and "harmless" in told[1].seen
 
 
 def test_forgetting_too_few_rows_short_prompts_and_failures():

@@ -51,8 +51,8 @@ def test_leak_template_overfitting_refusals_and_too_few_rows_are_named(tmp_path)
     found = {(f["check"], f["contender"]): f["seen"] for f in data["findings"]}
     assert found["leaked rows", "few-shot, tuned"].startswith("12 of 32 training rows overlap with 12 held-out rows")
     assert "data.prompt was '{q}\\nAnswer:'" in found["template mismatch", str(tmp_path / "refuser")]
-    assert "validation loss was lowest at step" in found["overfitting", "tuned"]
-    assert "100% of 16 unsafe prompts were refused before, 0% now" in found["lost refusals", "tuned"]
+    assert "validation loss rose from its lowest value" in found["overfitting", "tuned"]
+    assert "it refused 0% of 16 unsafe prompts; the base refused 100%" in found["lost refusals", "tuned"]
     assert "cannot tell with 12 rows" in found["too few rows", "few-shot"]
     page = (tmp_path / "run/verdict.html").read_text()
     assert all(f"<h3>{check}</h3>" in page for check, _ in found)

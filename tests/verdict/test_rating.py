@@ -35,7 +35,7 @@ def test_win_rate_counts_ties_half():
     assert win_rate(a, b, higher=False)["win_rate"]["value"] == pytest.approx(0.375)
     assert win_rate(a, b, margin=0.15)["tie"]["value"] == pytest.approx(0.75)
     assert win_rate(a, b)["win"]["low"] < 0.5 < win_rate(a, b)["win"]["high"]
-    with pytest.raises(FtjaxError, match=r"the same rows; found \(4,\) and \(3,\)"):
+    with pytest.raises(FtjaxError, match=r"one score per row; found \(4,\) and \(3,\)"):
         win_rate(a, b[:3])
 
 
@@ -103,9 +103,9 @@ def test_pairs_may_be_chosen(tmp_path):
             "a.jsonl line 2: `rating` should be left, right, tie; found 'lft' .did",
         ),
         (lambda rows: rows[2].update(rating=""), "line 3: `rating` should be .*; found nothing .partial=True"),
-        (lambda rows: rows[3].update(id="x-1"), "line 4: the key .*key.jsonl has no ballot 'x-1'"),
-        (lambda rows: rows[4].update(id=rows[0]["id"]), "line 5: the ballot '.*' stands in line 1 already"),
-        (lambda rows: rows[5].pop("rating"), "line 6: has no `rating`; it has id, prompt, left, right"),
+        (lambda rows: rows[3].update(id="x-1"), "line 4: ballot 'x-1' is not in the key file .*key.jsonl"),
+        (lambda rows: rows[4].update(id=rows[0]["id"]), "line 5: ballot '.*' is already in line 1"),
+        (lambda rows: rows[5].pop("rating"), "line 6: column `rating` is missing; found id, prompt, left, right"),
         (lambda rows: rows.__setitem__(6, [1]), "line 7: expected an object, found '.1.'"),
     ],
 )
@@ -133,8 +133,8 @@ def test_lines_of_csv_are_counted_as_an_editor_does_and_half_a_file_may_be_read(
 @pytest.mark.parametrize(
     "how, message",
     [
-        ({"answers": {"base": ["x"]}}, "'base' has 1 answers to 40 prompts"),
-        ({"pairs": [("base", "lore")]}, "no contender 'lore' .did you mean \"lora\""),
+        ({"answers": {"base": ["x"]}}, "'base' has 1 answers; expected one for each of 40 prompts"),
+        ({"pairs": [("base", "lore")]}, "unknown contender 'lore' .did you mean \"lora\""),
         ({"path": "a.txt"}, "expected a file that ends in .jsonl or .csv"),
         ({"answers": {"base": ANSWERS["base"]}}, "40 prompts and 0 pairs"),
     ],
@@ -155,7 +155,7 @@ def test_kappas_are_the_published_ones():
         [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
     ]  # fmt: skip
     assert fleiss_kappa(table) == pytest.approx(0.210, abs=5e-4)
-    with pytest.raises(FtjaxError, match="as many for each row"):
+    with pytest.raises(FtjaxError, match="the same number of raters"):
         fleiss_kappa([[1, 1], [2, 1]])
 
 
@@ -226,7 +226,7 @@ def test_votes_make_strengths_with_intervals():
     assert based["b"]["elo"] == pytest.approx({"value": 1000, "low": 1000, "high": 1000} | based["b"]["elo"])
     gap = based["a"]["strength"]["value"] - based["b"]["strength"]["value"]
     assert based["a"]["elo"]["value"] - 1000 == pytest.approx(ELO * gap) and based["a"]["ties"] == 1
-    with pytest.raises(FtjaxError, match="no vote on 'd'"):
+    with pytest.raises(FtjaxError, match="no vote concerns 'd'"):
         strengths(votes, base="d")
 
 

@@ -29,7 +29,7 @@ def test_a_grid_is_read_as_the_command_line_reads_fields():
     for text, match in (("rank", "expected key="), ("rank=", "expected key="), ("seed=1,2", "--seeds")):
         with pytest.raises(FtjaxError, match=match):
             search.axes([text])
-    with pytest.raises(FtjaxError, match="named twice"):
+    with pytest.raises(FtjaxError, match="the key tuning.rank occurs twice"):
         search.axes(["tuning.rank=4", "tuning.rank=8"])
 
 
@@ -45,7 +45,7 @@ def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     assert all(0 <= o.figures["accuracy"] <= 1 and o.figures["val_loss"] > 0 for o in first)
     assert first[0].figures["val_loss"] != first[1].figures["val_loss"]
     told = next(text for text in said if "mean ± standard" in text)
-    assert "accuracy" in told and "accuracy: a curve is fitted to 4 different amounts or more; there are 2" in said
+    assert "accuracy" in told and "accuracy: a learning curve needs at least 4 different amounts; found 2" in said
     assert (tmp_path / "run" / "sweep.png").stat().st_size > 5_000
     written = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert [o["figures"] for o in written] == [o.figures for o in first]
@@ -58,7 +58,7 @@ def test_every_run_is_run_once_and_one_that_fails_is_told(tmp_path):
     assert any("\nfailed: data.shots=2,optim.lr=1e38" in text for text in said)
     said.clear()
     again = ftjax.sweep(c, ["data.shots=2,8", "optim.lr=1e-2,1e38"], seeds=1, say=said.append)
-    assert any("4 runs, of which 4 have ended" in text for text in said) and again[::2] == wider[::2]
+    assert any("4 runs, 4 of them already finished" in text for text in said) and again[::2] == wider[::2]
 
     c.train.steps = 7
     with pytest.raises(FtjaxError, match="shots=2.* holds another run: train.steps was 6, is 7"):
@@ -110,7 +110,7 @@ def test_an_axis_of_amounts_gets_its_law(tmp_path):
     sweep.draw(models, "perplexity", tmp_path / "sweep.png", said.append)
     told = json.loads((tmp_path / "curves.json").read_text())["perplexity"]
     assert 260_032 in [p["amount"] for p in told["points"]] and len(told["points"]) == 2
-    assert "4 different amounts or more; there are 2" in said[-1]
+    assert "at least 4 different amounts; found 2" in said[-1]
     assert (
         sweep.law_of("perplexity") == {"higher": False, "best": 1.0, "worst": None}
         and sweep.law_of("bleu")["best"] == 100
@@ -166,7 +166,7 @@ def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_a
     with pytest.raises(sweep.AnotherRun, match="the content of data.train has changed"):
         ftjax.sweep(c, grid, say=said.append)
     assert (tmp_path / "run/rows/train.jsonl").read_bytes() == before and len(ran) == 4
-    assert any("holds other rows than" in text for text in said)
+    assert any("has changed since these rows were written" in text for text in said)
 
 
 def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
@@ -201,7 +201,7 @@ def test_points_are_drawn_from_lists_and_ranges():
     for text, match in (("optim.lr=0..1:log", "above 0 for :log"), ("optim.lr=2..1", "low..high")):
         with pytest.raises(FtjaxError, match=match):
             search.axes([text], drawn=True)
-    with pytest.raises(FtjaxError, match="--random N draws from it"):
+    with pytest.raises(FtjaxError, match="add --random N to draw from it"):
         search.axes(["optim.lr=1e-5..1e-3"])
     assert [search.rungs(n) for n in (1, 2, 9, 10)] == [[1], [2, 1], [9, 3, 1], [10, 4, 2, 1]]
 
@@ -217,11 +217,11 @@ def test_halving_goes_on_with_the_best_and_all_seeds_share_their_rows(tmp_path):
         lr: np.mean([o.figures["val_loss"] for o in first if o.settings["optim.lr"] == lr]) for lr in (1e-6, 1e-2, 3e-2)
     }
     assert {o.settings["optim.lr"] for o in last} == {min(losses, key=losses.get)}
-    assert any("rung 2 of 2: 1 point, train.steps=9, trained anew" in text for text in said)
+    assert any("rung 2 of 2: 1 point, train.steps=9, trained from the start" in text for text in said)
     runs = [json.loads((tmp_path / "run" / f"{name}/run.json").read_text()) for name in
             ("optim.lr=1e-2,train.steps=3,seed=0", "optim.lr=1e-2,train.steps=3,seed=1")]  # fmt: skip
     assert {run["config"]["data"]["test"] for run in runs} == {str(tmp_path / "run/rows/test.jsonl")}
-    with pytest.raises(FtjaxError, match="train.steps is what is halved"):
+    with pytest.raises(FtjaxError, match="--halving sets train.steps itself"):
         ftjax.sweep(c, ["train.steps=2,4"], say=said.append, halving=True)
 
 
