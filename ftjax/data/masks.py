@@ -34,7 +34,7 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
             leaves no room for text.
     """
     if not tokenizer.is_fast:
-        raise FtjaxError("task.kind: this tokenizer cannot say which tokens make a word; it needs tokenizer.json")
+        raise FtjaxError("task.kind: this tokenizer does not map tokens to words; a tokenizer.json is needed")
     out = []
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]

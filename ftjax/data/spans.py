@@ -44,7 +44,7 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
             to characters, or if it makes no token of a text.
     """
     if not tokenizer.is_fast:
-        raise FtjaxError("task.kind: this tokenizer cannot say where its tokens stand; it needs tokenizer.json")
+        raise FtjaxError("task.kind: this tokenizer does not map tokens to characters; a tokenizer.json is needed")
     out = []
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
@@ -63,8 +63,9 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
             room = how.max_length - (len(ids) - (b - a))
             if room <= how.stride and room < b - a:
                 raise FtjaxError(
-                    f"{place}: of data.max_length={how.max_length} the question leaves {max(room, 0)} tokens to "
-                    f"windows of the text, to share task.stride={how.stride}; raise the one or lower the other"
+                    f"{place}: the question leaves {max(room, 0)} of data.max_length={how.max_length} tokens for a "
+                    f"window of the text, which must be more than task.stride={how.stride}; raise data.max_length or "
+                    "lower task.stride"
                 )
             start = a
             while True:
@@ -138,7 +139,7 @@ def span(how: Labelled, row: dict, place: str) -> tuple[int, int]:
     if held != text:
         raise FtjaxError(
             f"{place}: column {how.label!r}: the text holds {held!r:.60} at answer_start {start}, not {text!r:.60}; "
-            "give the place of its first character, from 0"
+            "answer_start is the index of the answer's first character, from 0"
         )
     return start, start + len(text)
 

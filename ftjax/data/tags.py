@@ -47,7 +47,7 @@ def in_words(tokenizer, rows: list[list[str]], max_length: int, place=str) -> li
         FtjaxError: If the tokenizer cannot map tokens to characters, or if it makes no token of a row.
     """
     if not tokenizer.is_fast:
-        raise FtjaxError("task.kind: this tokenizer cannot say where its tokens stand; it needs tokenizer.json")
+        raise FtjaxError("task.kind: this tokenizer does not map tokens to characters; a tokenizer.json is needed")
     out = []
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
@@ -167,7 +167,7 @@ def in_order(names: set[str]) -> tuple[str, ...]:
         if not TAG.fullmatch(name):
             ids = "; numbers are ids of tags that task.labels names" if name.isdecimal() else ""
             raise FtjaxError(
-                f"data.label: expected tags of entities, O or such as B-PER and I-PER, by which tags are judged; found "
-                f"{name!r}{ids}"
+                "data.label: expected tags of entities, such as O, B-PER and I-PER, from which scores are computed; "
+                f"found {name!r}{ids}"
             )
     return ("O", *sorted(names - {"O"}, key=lambda name: (name[2:], name[:2])))

@@ -197,7 +197,9 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
     """
     this = tasks.find(lm.kind).judge
     if this.lines is None:
-        raise FtjaxError(f"predict: a model for the task {lm.kind} says nothing of rows; `ftjax evaluate` measures it")
+        raise FtjaxError(
+            f"predict: task {lm.kind} makes no prediction for a row; `ftjax evaluate` measures the model's loss"
+        )
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     records = this.lines(asked, this.say(asked), _chosen(config))
     return [{key: value for key, value in record.items() if key not in this.known} for record in records]

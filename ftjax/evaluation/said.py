@@ -116,8 +116,8 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
     for i, values in enumerate(found):
         if not np.isfinite(values).all():
             raise NotFinite(
-                f"{asked.part.place(i)}: what the model says of this row is not finite (NaN or infinite), so it cannot "
-                f"be judged. {WEIGHTS}"
+                f"{asked.part.place(i)}: the model's output for this row is not finite (NaN or infinite), so it "
+                f"cannot be scored. {WEIGHTS}"
             )
     return found
 

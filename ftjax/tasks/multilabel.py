@@ -42,7 +42,7 @@ def target(how: Labelled, row: dict, place: str):
         at = label_id(how, label, place)
         if out[at]:
             raise FtjaxError(
-                f"{place}: column {how.label!r} holds {cell!r:.80}, in which {label!r} stands twice; expected each "
+                f"{place}: column {how.label!r} holds {cell!r:.80}, which names {label!r} twice; expected each "
                 f"label once, or in all rows vectors of {len(out)} numbers, each 0 or 1"
             )
         out[at] = 1

@@ -124,7 +124,7 @@ def test_every_kind_of_task_selects_by_its_own_figures(kind, rows, name, higher,
     report = this.report(whole, this.say(whole), None, draws=2)
     assert found == report["metrics"][name]["value"] and found is not None
     broken = jax.tree.map(lambda x: x * np.nan, lm.variables)
-    with pytest.raises(NotFinite, match="all.jsonl row .*: what the model says of this row is not finite"):
+    with pytest.raises(NotFinite, match="all.jsonl row .*: the model's output for this row is not finite"):
         selection.measure(job.selection, job, lm.model, broken, {})
     assert job.selection.rank(2.0) == (2.0 if higher else -2.0) and job.selection.rank(None) is None
 
