@@ -156,7 +156,7 @@ def test_what_cannot_be_judged_is_refused_before_the_first_step(encoder, tmp_pat
         {"tokens": row["tokens"], "tags": [tag[0].replace("B", "I") for tag in row["tags"]]} for row in tagged(60, 0)
     ]
     named = {"kind": "tag", "rows": words, "task__labels": '("O", "I")'}
-    refused(config(**named), "expected tags of entities, O or such as B-PER and I-PER")
+    refused(config(**named), "expected tags of entities, such as O, B-PER and I-PER")
     for setting, match in (
         ({"task__threshold": "f1"}, "task.threshold: is chosen on validation rows, and there are none"),
         ({"train__select": "mcc"}, "train.select: needs validation rows, and there are none"),
