@@ -232,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
         help="of a whole model; auto: the base model's",
     )
 
-    sub = verb("check", _check, "say whether a run's files, and all that it was made from, are as they were written")
+    sub = verb("check", _check, "say whether a run, and all that it was made from, is as it was written")
     sub.add_argument("run_dir", metavar="RUN", help="run folder")
 
     sub = verb("config", _list, "list, search and explain the fields of a config")
