@@ -232,6 +232,9 @@ def parser() -> argparse.ArgumentParser:
         help="of a whole model; auto: the base model's",
     )
 
+    sub = verb("check", _check, "say whether a run, and all that it was made from, is as it was written")
+    sub.add_argument("run_dir", metavar="RUN", help="run folder")
+
     sub = verb("config", _list, "list, search and explain the fields of a config")
     sub.add_argument(
         "name", nargs="?", default="", metavar="GROUP|KEY", help="a group or a field, such as optim or optim.lr"
@@ -250,8 +253,12 @@ def _add_adapter(sub) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 3 for a plan that does not fit,
-    130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 for a run that `check` finds damaged; 2 for input that cannot be used; 3 for a plan that
+        does not fit; 130 after Ctrl-C; 143 after SIGTERM.
+    """
     top = parser()
     args, rest = top.parse_known_args(argv)
     overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
@@ -515,6 +522,12 @@ def _export(args, overrides) -> None:
     drift = report.get("merge_difference")
     told = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
     print(f"{report['format']} written to {report['path']}{told}")
+
+
+def _check(args, overrides) -> int:
+    from ftjax.training.check import check
+
+    return 0 if check(args.run_dir) else 1
 
 
 def _list(args, overrides) -> None:

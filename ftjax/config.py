@@ -446,6 +446,11 @@ FIELDS: dict[str, Field] = {
     # run_dir while the run lasts, where only the head is trained for more than an epoch
     "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay per step of an exponential moving average of the
     # trained parameters, which is validated and exported in their place; 0: off
+    "train.on_bad_step": choice("stop", "skip"),  # what a step does whose loss or gradient norm is NaN or infinite, or
+    # whose loss is a spike: stop ends the run; skip changes neither parameters nor the optimizer's state, tells the
+    # rows of the batch, and ends the run after 10 such steps in a row
+    "train.spike": number(0.0, 0),  # a loss above this multiple of the median of the last 50 losses is a spike, see
+    # on_bad_step; 0: off. 3 to 10 leave the usual scatter of losses alone
     "train.log_every": whole(10, 1, also="logging_steps log_interval"),  # steps between lines of metrics.jsonl
     "train.eval_every": whole(0, 0, also="eval_steps eval_interval"),  # steps between validations; 0: ten times a run,
     # or fewer, see evaluate.rows
@@ -865,6 +870,7 @@ def validate(config: ConfigDict) -> None:
     if config.task.kind == "embed":
         need("train.accumulate", lambda v: v == 1, "1: each text is compared with all others of its batch, and "
              "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
+    need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     if config.data.mixture:

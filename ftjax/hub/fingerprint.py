@@ -38,15 +38,21 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
     Returns:
         {"name", "path": absolute, "revision": the commit of a hub name, and for each of GROUPS {file: digest}}.
     """
-    folder, adapter_files = Path(folder), [adapter / n for n in (peft.CONFIG, peft.WEIGHTS)] if adapter else []
+    folder = Path(folder)
     return {
         "name": name,
         "path": os.path.abspath(folder),
         "revision": folder.name if folder.parent.name == "snapshots" else "",  # a folder of the hub's cache
         "weights": weights_digests(folder),
         "tokenizer": {n: _digest(file) for n, file in tokenizers.files(tokenizer_folder or folder).items()},
-        "adapter": {file.name: _digest(file) for file in adapter_files},
+        "adapter": adapter_digests(adapter) if adapter else {},
     }
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """{file: digest} of an adapter's config and weights; without those that are missing."""
+    files = [Path(folder) / name for name in (peft.CONFIG, peft.WEIGHTS)]
+    return {file.name: _digest(file) for file in files if file.is_file()}
 
 
 def weights_digests(folder: Path) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Checkpoints: the trained parameters, the optimizer state and the record of the run, written by Orbax in the
 background.
 
-Each step has one folder, which is atomically renamed into place. It holds `trained`, `optimizer`, `run` and, if a
-moving average is kept, `ema`, so that an export reads the trained parameters without the optimizer state. The frozen
+Each step has one folder, which is atomically renamed into place. It holds `trained`, `optimizer`, `run` and, where the
+run has them, `ema` and `guard`, so that an export reads the trained parameters without the optimizer state. The frozen
 base is never copied, only named in the run's record. Each folder also holds the checksums of its files. By them a
 reader recognises a checkpoint that is torn, changed, renamed or made of parts of several.
 """
@@ -83,7 +83,7 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={name: self._arrays_handler() for name in ("trained", "optimizer", "ema")}
+            item_handlers={name: self._arrays_handler() for name in ("trained", "optimizer", "ema", "guard")}
             | {"run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_rank,  # without it Orbax stores no metrics for the policy
@@ -113,7 +113,7 @@ class Checkpoints:
     def _damaged(self) -> dict[str, str]:
         """{step of a damaged checkpoint: what is wrong with it}."""
         steps = {path.name: path for path in self.folder.glob("*") if path.name.isdigit()}
-        found = {step: _damage(path, self.read_only) for step, path in sorted(steps.items(), key=lambda x: int(x[0]))}
+        found = {step: damage(path, self.read_only) for step, path in sorted(steps.items(), key=lambda x: int(x[0]))}
         return {
             step: f"the checkpoint of step {int(step):,} is damaged: {what}" for step, what in found.items() if what
         }
@@ -253,7 +253,7 @@ def _files(folder: Path) -> list[str]:
     return [name for name in names if name not in (CHECKSUMS, CHANGING)]
 
 
-def _damage(folder: Path, reading: bool) -> str:
+def damage(folder: Path, reading: bool) -> str:
     """What is wrong with the folder of a checkpoint; empty if its files are as they were written.
 
     reading: whether the caller only reads. The optimizer state is then not checked.
@@ -282,4 +282,4 @@ def _rank(metrics: dict) -> tuple[float, int]:
 
 def _arrays(state) -> list[str]:
     """Names of the fields of a State that a checkpoint holds."""
-    return ["trained", "optimizer"] + ([] if state.ema is None else ["ema"])
+    return ["trained", "optimizer"] + [name for name in ("ema", "guard") if getattr(state, name) is not None]

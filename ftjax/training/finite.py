@@ -36,6 +36,42 @@ def check_step(step: int, values: dict, before: float | None, rate: float, decay
     raise NotFinite(f"{what}{last}. {advice(rate, decay)}")
 
 
+IN_A_ROW = 10  # bad steps after which a run stops
+
+
+def check_bad(step: int, values: dict, places: list[str], report: dict, config, before: float | None) -> str:
+    """What is said of a bad step that was left out.
+
+    Args:
+        step: Number of the step, from 1.
+        values: Its "loss" (None if its rows have weight 0) and "grad_norm".
+        places: Names of the rows of its batch.
+        report: "skipped" and "in_a_row", see ftjax.training.step.judged.
+        config: The whole config.
+        before: The last loss before it; None if there is none.
+
+    Raises:
+        NotFinite: If train.on_bad_step is stop, for a spike, or after IN_A_ROW such steps in a row.
+    """
+    spike = math.isfinite(values["loss"] or 0.0) and math.isfinite(values["grad_norm"])
+    what = f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}"
+    if spike:
+        last = "" if before is None else f"; the loss before it was {before:.4g}"
+        what = (
+            f"step {step}: the loss {values['loss']:.4g} is above train.spike={config.train.spike:g} times the median "
+            f"of the last losses{last}"
+        )
+    rows = f"rows of its batch: {', '.join(places)}"
+    if config.train.on_bad_step == "stop":
+        raise NotFinite(f"{what}. Look at the {rows}. train.on_bad_step=skip leaves such batches out")
+    if report["in_a_row"] >= IN_A_ROW:
+        raise NotFinite(
+            f"{what}. It is the last of {IN_A_ROW} bad steps in a row, which train.on_bad_step=skip left out; {rows}. "
+            f"{SMALLER_UPDATES[0].upper()}{SMALLER_UPDATES[1:]}; a single bad row cannot be the cause"
+        )
+    return f"{what}. The step is left out (train.on_bad_step=skip; {int(report['skipped'])} so far); {rows}"
+
+
 SMALLER_UPDATES = "lower optim.lr, lengthen optim.warmup, or set optim.clip_norm=1"
 
 

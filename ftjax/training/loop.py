@@ -47,6 +47,7 @@ from ftjax.training.run_folder import (
     recorded_devices,
 )
 from ftjax.training.start import first_state, untuned, validate
+from ftjax.training.step import COUNTS
 from ftjax.tree import not_finite
 from ftjax.tuning import METHODS
 
@@ -184,6 +185,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep, say=say)))
         # best: the selected score as a rank; best_loss: the validation loss; both of the best checkpoint so far
         resumed_from, best, best_loss, stale, spent = checkpoints.latest() or 0, None, None, 0, 0.0
+        skipped: list[dict] = []  # the steps that were left out: {"step", "rows", "why"}
         if resumed_from:
             abstract = placed(state, program.state_places)
             del state  # before the checkpoint's state, which is as large, is read
@@ -191,11 +193,14 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             record = checkpoints.record(resumed_from)
             check_record(config, record, run_dir, resumed_from)
             best, stale, spent = record["best"], record["stale"], record["seconds"]
+            skipped = record.get("skipped", [])
             if "best_loss" in record:
                 best_loss = record["best_loss"]
             elif best is not None:  # a run from before `train.select`: its best is a loss
                 best, best_loss = -best, best
             say(f"{run_dir}: going on after step {resumed_from} of {steps}")
+            if first and skipped:
+                provenance.note(run_dir / RUN, skipped=skipped)
         elif going_on:
             say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
 
@@ -248,17 +253,33 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             nonlocal loss
             for at, report in jax.device_get(unread):
                 values: dict[str, float | None] = {
-                    name: float(figure) for name, figure in report.items() if name != "tokens"
+                    name: float(figure) for name, figure in report.items() if name not in COUNTS
                 }
                 if not report["tokens"]:  # every row of the batch has the weight 0
                     values = dict.fromkeys(values) | {"grad_norm": values["grad_norm"]}
+                bad, left_out = bool(report.get("bad", False)), int(report.get("skipped", 0))
                 with kept_so_far():
                     rate, decay = float(program.rate(max(at - 2, 0))), config.optim.weight_decay
-                    finite.check_step(at, values, loss, rate, decay)
-                loss = loss if values["loss"] is None else values["loss"]
+                    if not bad or config.train.on_bad_step == "stop":
+                        finite.check_step(at, values, loss, rate, decay)
+                    if bad:
+                        leave_out(at, values, report)
+                loss = loss if values["loss"] is None or bad else values["loss"]
             unread.clear()
-            if log:
-                note(at, values | {"lr": float(program.rate(at - 1))} | progress.rates(at))
+            if log and not bad:  # a step that is left out has a line of its own
+                note(at, values | {"lr": float(program.rate(at - 1 - left_out))} | progress.rates(at))
+
+        def leave_out(at: int, values: dict, report: dict) -> None:
+            """Record a step that the device left out, and say which rows it had."""
+            members = np.concatenate(job.batches.rows(at - 1))
+            places = list(dict.fromkeys(data.train.place(int(i)) for i in members))
+            told = finite.check_bad(at, values, places, report, config, loss)
+            skipped.append({"step": at, "rows": places, "why": told.partition(". ")[0]})
+            if first:
+                progress.end()
+                say(told)
+                metrics.write(at, {"skipped": int(report["skipped"]), "rows": places})
+                provenance.note(run_dir / RUN, skipped=skipped)
 
         @contextlib.contextmanager
         def kept_so_far():
@@ -276,7 +297,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             if not_finite((state.trained, state.averaged)):
                 raise NotFinite(f"step {step}: its update made values of what is trained NaN or infinite. {lower()}")
             if not validation and step == steps:  # no validation and no further step would show it
-                batch = place(batches.get(0, local))
+                left_out = {entry["step"] for entry in skipped}
+                good = next((i for i in range(len(batches)) if i + 1 not in left_out), 0)
+                batch = place(batches.get(good, local))
                 variables = program.variables(state.averaged, frozen)
                 _, _, found = sums(program.model, variables, batch, kind=config.task.kind, **job.task.always(config))
                 if not math.isfinite(found["loss"]):
@@ -333,6 +356,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                     check_state(state)
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
                 record |= {"metrics": metrics.digest()} if metrics else {}
+                record |= {"skipped": [*skipped]} if skipped else {}  # a copy, because it is written in the background
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
                 checkpoints.wait()

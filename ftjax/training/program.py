@@ -187,18 +187,20 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     optim = optimizer(config.optim, rate, multipliers(config.optim, shape.layers, method.lr_scale, layer_ids))
     moments = sharding.optimizer_shardings(optim, trained, trained_places, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state_places = State(everywhere, trained_places, moments, trained_places if ema else None)
+    guarded, spike = config.train.on_bad_step == "skip" or config.train.spike > 0, config.train.spike
+    guard = dict.fromkeys(("losses", "skipped", "in_a_row"), everywhere) if guarded else None
+    state_places = State(everywhere, trained_places, moments, trained_places if ema else None, guard)
     step = compile_step(
         state_places, cpus.options(mesh.size), sums=tasks.objective(config, model), variables=variables,
-        optimizer=optim, seed=config.seed, accumulate=config.train.accumulate, ema=ema,
+        optimizer=optim, seed=config.seed, accumulate=config.train.accumulate, ema=ema, spike=spike,
     )  # fmt: skip
     return Program(
         model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,
         base_places=sharding.parameter_shardings(base, shape, mesh), trained_places=trained_places,
         frozen_places=frozen_places, state_places=state_places, read_dtype=frozen_dtype if frozen else trained_dtype,
         quantise=small, begin=jax.jit(begin, donate_argnums=1, out_shardings=(trained_places, frozen_places)),
-        variables=variables, rate=rate, init_state=jax.jit(functools.partial(init_state, optim, ema=ema),
-        out_shardings=state_places), step=step,
+        variables=variables, rate=rate, step=step,
+        init_state=jax.jit(functools.partial(init_state, optim, ema=ema, guarded=guarded), out_shardings=state_places),
     )  # fmt: skip
 
 

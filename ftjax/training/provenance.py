@@ -84,6 +84,11 @@ def recorded(file: Path) -> Iterator[None]:
     _end(file, "finished")
 
 
+def note(file: Path, **entries) -> None:
+    """Set entries of run.json."""
+    replace_json(file, json.loads(file.read_text(encoding="utf-8")) | entries)
+
+
 def _end(file: Path, how: str) -> None:
     with contextlib.suppress(OSError):  # a full disk; the error itself is what the user must see
         record = json.loads(file.read_text(encoding="utf-8"))

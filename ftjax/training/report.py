@@ -11,11 +11,11 @@ from pathlib import Path
 from ftjax import seals
 from ftjax.errors import FtjaxError
 from ftjax.files import as_json, replace_text
-from ftjax.foreign import mapped, maybe, number, parse_json, read_text, whole
+from ftjax.foreign import listed, mapped, maybe, number, parse_json, read_text, string, whole
 from ftjax.progress import clock, columns, doing
 
 METRICS = "metrics.jsonl"
-ROW = mapped(maybe(number()), step=whole())  # a line of it
+ROW = mapped(maybe(number()), step=whole(), rows=listed(string))  # a line of it
 
 
 class Metrics:
@@ -49,11 +49,12 @@ class Metrics:
         return seals.digest(self.path.read_bytes())
 
     def write(self, step: int, values: dict) -> None:
-        """Write one row. values: {name: number, or None if it is undefined}."""
+        """Write one row. values: {name: number, or None if it is undefined}, and "rows": names of rows of data, which
+        go to the file alone."""
         self.file.write(as_json({"step": step} | values) + "\n")
         for write, _ in self.sinks:
             for name, value in values.items():
-                if value is not None:
+                if value is not None and name != "rows":
                     write(name, value, step)
 
     def close(self) -> None:

@@ -268,6 +268,16 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
             f"bit. Earlier versions did not keep it: use {run_dir / 'adapter'}, or train again with "
             "--config.overwrite=True"
         )
+    stored = read_start(file)
+    for path, x in wanted.items():
+        found = stored[path].shape if path in stored else "none"
+        if found != x.shape:
+            raise FtjaxError(f"{file}: expected a tensor {path} of shape {x.shape}, found {found}")
+    return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
+
+
+def read_start(file: Path) -> dict:
+    """{path: array} of a file with initial values. Raises FtjaxError if it is not as the run wrote it."""
     stored = read_tensors(file)
     with safe_open(file, "numpy") as f:
         digest = (f.metadata() or {}).get("digest")
@@ -276,11 +286,7 @@ def with_start(method, frozen: dict, run_dir: Path) -> dict:
             f"{file}: the file has changed since the run wrote it; restore it, or train again with "
             "--config.overwrite=True"
         )
-    for path, x in wanted.items():
-        found = stored[path].shape if path in stored else "none"
-        if found != x.shape:
-            raise FtjaxError(f"{file}: expected a tensor {path} of shape {x.shape}, found {found}")
-    return map_paths(lambda path, x: jax.device_put(stored[path], x.sharding) if path in wanted else x, frozen)
+    return stored
 
 
 def _of_arrays(arrays: dict) -> str:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+MEDIAN_OF = 50  # losses; the guard against spikes compares a loss with their median
+
 
 class State(NamedTuple):
     """The arrays that a step changes. The frozen parameters are passed separately and never donated."""
@@ -20,6 +22,7 @@ class State(NamedTuple):
     trained: dict
     optimizer: Any
     ema: dict | None = None  # exponential moving average of `trained`, float32; None where none is kept
+    guard: dict | None = None  # what decides whether a step is bad, see `judged`; None where no step is left out
 
     @property
     def averaged(self) -> dict:
@@ -27,6 +30,7 @@ class State(NamedTuple):
         return self.trained if self.ema is None else self.ema
 
 
+COUNTS = ("tokens", "bad", "skipped", "in_a_row")  # entries of a report that are no figures of the step
 NAMES = {"correct": "accuracy"}  # sum of an objective -> name of its mean
 
 
@@ -35,11 +39,13 @@ def as_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def init_state(optimizer, trained, ema: float = 0.0) -> State:
-    """The state before the first step, with a moving average if its decay `ema` is not 0."""
+def init_state(optimizer, trained, ema: float = 0.0, guarded: bool = False) -> State:
+    """The state before the first step, with a moving average if its decay `ema` is not 0. guarded: see `train_step`."""
     start = as_float32(trained)
     average = jax.tree.map(jnp.copy, start) if ema else None  # buffers of its own, because the step donates both
-    return State(jnp.zeros((), jnp.int32), trained, optimizer.init(start), average)
+    zero = jnp.zeros((), jnp.int32)
+    guard = {"losses": jnp.full(MEDIAN_OF, jnp.nan), "skipped": zero, "in_a_row": zero} if guarded else None
+    return State(zero, trained, optimizer.init(start), average, guard)
 
 
 def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
@@ -87,10 +93,35 @@ def divisor(weight):
     return jnp.where(weight > 0, weight, 1)
 
 
-def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0):
+def judged(guard: dict, loss, norm, weight, spike: float) -> tuple[jax.Array, dict]:
+    """Whether a step is bad, and what the guard is after it.
+
+    Args:
+        guard: "losses" (MEDIAN_OF,) float32 of the latest good steps, the newest last, NaN where there are fewer;
+            "skipped", the number of bad steps so far, and "in_a_row", of those since the last good one, () int32.
+        loss: Loss of the step, ().
+        norm: Norm of its gradient, ().
+        weight: Weight sum of its batch, (); the loss of a batch of weight 0 is not kept.
+        spike: A loss above `spike` times the median of "losses" is bad; 0: no loss is too large.
+
+    Returns:
+        (() bool, the guard).
+    """
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    losses = guard["losses"]
+    if spike:
+        bad |= loss > spike * jnp.nanmedian(losses)  # never true before the first good step
+    losses = jnp.where(bad | (weight == 0), losses, jnp.append(losses[1:], loss))
+    return bad, {
+        "losses": losses, "skipped": guard["skipped"] + bad, "in_a_row": jnp.where(bad, guard["in_a_row"] + 1, 0)
+    }  # fmt: skip
+
+
+def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0, spike=0.0):
     """One update.
 
-    The random key depends on seed and step alone, so a resumed run draws the same numbers.
+    The random key depends on seed and step alone, so a resumed run draws the same numbers. If the state has a guard, a
+    bad step changes nothing but the number of steps and the guard: the decision is made on the device.
 
     Args:
         state: The State.
@@ -103,10 +134,12 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
         accumulate: Number of microbatches.
         ema: Decay of the moving average. The first step sets the average to its own result, as torch's AveragedModel
             does.
+        spike: See `judged`.
 
     Returns:
         (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars). If
-        "tokens", the sum of weights, is 0, then all means are undefined.
+        "tokens", the sum of weights, is 0, then all means are undefined. With a guard also "bad", "skipped" and
+        "in_a_row", see `judged`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
@@ -116,14 +149,22 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
     trained = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, state.trained)
     average = state.ema
     if ema:
-        decay = jnp.where(state.step == 0, 0.0, ema)
+        updates_before = state.step if state.guard is None else state.step - state.guard["skipped"]
+        decay = jnp.where(updates_before == 0, 0.0, ema)
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, updated)
     report = {
         **{NAMES.get(name, name): total / divisor(weight) for name, total in metrics.items()},
         "grad_norm": optax.tree.norm(gradient),
         "tokens": weight,
     }
-    return State(state.step + 1, trained, moments, average), report
+    after = State(state.step + 1, trained, moments, average)
+    if state.guard is None:
+        return after, report
+    bad, guard = judged(state.guard, report["loss"], report["grad_norm"], weight, spike)
+    before = state._replace(step=after.step, guard=None)
+    kept = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
+    told = {"bad": bad, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"]}
+    return kept._replace(guard=guard), report | told
 
 
 def compile_step(state_shardings, options: dict | None = None, **fixed):

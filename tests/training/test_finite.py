@@ -1,11 +1,13 @@
 """Numbers that are NaN or infinite end a run, with the right step and reason, and nothing of them is kept."""
 
+import functools
 import json
 import re
 import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny_labelled
 from safetensors.numpy import load_file, save_file
@@ -17,6 +19,7 @@ from ftjax.errors import FtjaxError, NotFinite
 from ftjax.training import export, finite, loop
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import open_run
+from ftjax.training.step import init_state, train_step
 from ftjax.tree import not_finite
 
 
@@ -118,3 +121,112 @@ def test_a_batch_whose_rows_weigh_nothing_teaches_nothing_and_has_no_loss(tmp_pa
     assert len(losses) == 12 and None in losses and not all(x is None for x in losses)
     assert all((row["loss"] is None) == (row["accuracy"] is None) for row in found if "loss" in row)
     assert all(row["grad_norm"] == 0 for row in found if "loss" in row and row["loss"] is None)
+
+
+def odd(tmp_path, name, base, **overrides):
+    """A config of 12 rows in 3 batches, of which row 5 has a label whose weight overflows in the loss."""
+    (tmp_path / name).mkdir()
+    found = [row | {"label": ("good", "bad")[i % 2]} for i, row in enumerate(tiny_labelled.rows(12, 3))]
+    found[4]["label"] = "odd"
+    train = tiny_labelled.write(tmp_path / name / "rows.jsonl", found)
+    c = tiny_labelled.config(tmp_path / name, base, data__train=train, data__test=train, train__on_bad_step="skip")
+    c.data.split, c.export.formats, c.task.class_weights = (1.0, 0.0, 0.0), (), (1.0, 1.0, 3.4e38)
+    c.task.labels = ("bad", "good", "odd")
+    c.train.update(steps=6, batch_size=4, log_every=1, save_every=1, keep=9)
+    configs.override(c, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    return c
+
+
+def kept(run_dir, step):
+    """Bytes of the arrays of a checkpoint."""
+    folder = run_dir / "checkpoints" / str(step)
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for item in ("trained", "optimizer", "guard")
+        for file in (folder / item).rglob("*")
+        if file.is_file() and file.name[0] not in "._" and file.name != "commit_success.txt"  # which holds a time
+    }
+
+
+def test_a_step_that_overflows_is_left_out_and_named_and_a_resume_has_the_same_bits(tmp_path):
+    base = tiny_labelled.make(tmp_path / "bert", "bert")
+    said, c = [], odd(tmp_path, "skip", base)
+    ftjax.train(c, say=said.append)
+    run = tmp_path / "skip" / "run"
+    skipped = json.loads((run / "run.json").read_text())["skipped"]
+    steps = [entry["step"] for entry in skipped]
+    assert len(steps) == 2 and steps[0] <= 3 < steps[1]  # once in each epoch
+    assert all(
+        len(entry["rows"]) == 4 and any(r.endswith("rows.jsonl row 5") for r in entry["rows"]) for entry in skipped
+    )
+    rows = [row for row in read_metrics(run) if "skipped" in row]
+    assert [(row["step"], row["skipped"], row["rows"]) for row in rows] == [
+        (entry["step"], i + 1, entry["rows"]) for i, entry in enumerate(skipped)
+    ]
+    assert sum(f"step {steps[0]}: the loss is" in text and "row 5" in text for text in said) == 1
+    after, before = kept(run, steps[1]), kept(run, steps[1] - 1)
+    same = [name for name in before if name.startswith(("trained", "optimizer"))]
+    assert same and all(after[name] == before[name] for name in same)
+    rates = {row["step"]: row["lr"] for row in read_metrics(run) if "lr" in row}
+    assert list(rates.values()) == pytest.approx([1e-2, 9.33e-3, 7.5e-3, 5e-3], rel=1e-3)  # those of four updates
+
+    # Killed behind the first bad step: the same command ends in the same bits and the same record.
+    whole = kept(run, 6)
+    for step in range(steps[0] + 1, 7):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    ftjax.train(c, say=quiet)
+    assert kept(run, 6) == whole
+    assert json.loads((run / "run.json").read_text())["skipped"] == skipped
+
+
+def test_ten_bad_steps_in_a_row_and_a_spike_that_may_not_be_skipped_end_the_run(tmp_path):
+    c = settings(tmp_path / "run", optim__lr=1e30, optim__clip_norm=0.0, optim__warmup=0, train__steps=15)
+    c.data.split, c.train.on_bad_step, c.train.save_every, c.optim.schedule = (1.0, 0.0, 0.0), "skip", 15, "constant"
+    with pytest.raises(NotFinite, match="^step 11: the loss is nan.*the last of 10 bad steps in a row.*Lower"):
+        ftjax.train(c, say=quiet)
+    c = settings(tmp_path / "spike", optim__lr=1.0, optim__clip_norm=0.0, optim__warmup=0, train__spike=1.5)
+    with pytest.raises(
+        NotFinite, match=r"is above train.spike=1.5 times the median of the last losses.*Look at the rows"
+    ):
+        ftjax.train(c, say=quiet)
+    with pytest.raises(FtjaxError, match="train.spike: expected 0 or a number above 1"):
+        ftjax.train(settings(tmp_path / "low", train__spike=0.5), say=quiet)
+
+
+def test_a_bad_batch_leaves_the_state_of_a_run_without_it():
+    def sums(variables, batch, rngs):
+        error = ((batch["x"] @ variables["w"] - batch["y"]) ** 2).sum()
+        return error, 1.0 * len(batch["x"]), {"loss": error, "correct": 0.0}
+
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.normal(size=(4, 3)).astype("f"), "y": rng.normal(size=4).astype("f")} for _ in range(70)]
+    nan, spike = ({name: x.copy() for name, x in batches[0].items()} for _ in range(2))
+    nan["x"][1, 1], spike["y"][2] = 1e25, 1e3
+    optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 80))
+
+    def run(batches, accumulate=1, devices=1):
+        mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        state, told = init_state(optimizer, {"w": np.ones(3, "f")}, 0.9, guarded=True), []
+        state = jax.device_put(state, everywhere)
+        take = jax.jit(
+            functools.partial(
+                train_step, sums=sums, variables=lambda trained, frozen: trained, optimizer=optimizer, seed=0,
+                accumulate=accumulate, ema=0.9, spike=20.0,
+            )
+        )  # fmt: skip
+        for batch in batches:
+            state, report = take(state, {}, jax.device_put(batch, rows))
+            told.append({name: np.asarray(x) for name, x in report.items()})
+        return state, told
+
+    for how in ((1, 1), (2, 1), (1, 2), (2, 2)):  # microbatches and devices decide the same
+        plain, losses = run(batches, *how)
+        mixed, told = run([nan, *batches[:60], nan, spike, *batches[60:]], *how)
+        assert np.flatnonzero([x["bad"] for x in told]).tolist() == [0, 61, 62]
+        assert int(mixed.guard["skipped"]) == 3 and told[62]["in_a_row"] == 2 and told[63]["in_a_row"] == 0
+        ours, theirs = (jax.tree.leaves((x.trained, x.optimizer, x.ema, x.guard["losses"])) for x in (mixed, plain))
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert np.array_equal(plain.guard["losses"], [x["loss"] for x in losses[-50:]])
+        assert told[62]["loss"] > 20 * np.median([x["loss"] for x in losses[10:60]])

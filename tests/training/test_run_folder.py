@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from ftjax import config
+import ftjax
+from ftjax import cli, config
 from ftjax.assets import resolve
 from ftjax.errors import FtjaxError, of_disk
 from ftjax.hub import fingerprint
@@ -190,3 +192,49 @@ def test_errors_of_libraries_for_disks_are_known():
     assert of_disk(ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]")).startswith("RESOURCE_EXHAUSTED")
     assert of_disk(FileExistsError(errno.EEXIST, "File exists", "a")).startswith("a: a file, or a link to nothing")
     assert not of_disk(ValueError("no")) and not of_disk(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+
+def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
+    base, rows, run = tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copytree(BASE, base)
+    rows.write_text("".join(json.dumps({"prompt": f"{i} dogs", "completion": " ran home"}) + "\n" for i in range(20)))
+    c = config.default()
+    c.run_dir, c.model.path = str(run), str(base)
+    c.data.update(train=str(rows), split=(0.8, 0.2, 0.0), cache="", buckets=1)
+    c.train.update(steps=2, batch_size=4, eval_every=1, keep=2, log_every=1)
+    c.log.tensorboard, c.export.formats, c.evaluate.compare, c.tuning.init = False, ("adapter",), False, "pissa"
+    ftjax.train(c, say=lambda text: None)
+    capsys.readouterr()
+
+    def wrong():
+        code = cli.main(["check", str(run)])
+        lines = capsys.readouterr().out.splitlines()
+        return code, {line.partition(": ")[0] for line in lines if not line.endswith(": ok")}, len(lines)
+
+    assert wrong() == (0, set(), 8)
+    array = next(file for file in (run / "checkpoints" / "2" / "optimizer").rglob("0*") if file.is_file())
+    cases = {
+        base / "generation_config.json": {"the base's files", "the rows"},
+        base / "tokenizer_config.json": {"the tokenizer's files"},
+        rows: {"the rows"},
+        array: {"checkpoints/2"},
+        run / "start.safetensors": {"start.safetensors"},
+        run / "metrics.jsonl": {"metrics.jsonl"},
+        run / "adapter" / "adapter_model.safetensors": {"adapter"},
+    }
+    for file, expected in cases.items():
+        kept = file.read_bytes() if file.is_file() else None
+        other = kept.replace(b"dogs", b"cats", 1) if file == rows else (kept or b"{}")
+        if file == run / "metrics.jsonl":
+            other = kept.replace(b'"loss": ', b'"loss": 1', 1)
+        elif file.suffix == ".json":
+            other = other.rstrip() + b" \n\n"
+        elif file != rows:
+            other = kept[:-1] + bytes([kept[-1] ^ 1])
+        assert other != kept
+        file.write_bytes(other)
+        code, found, _ = wrong()
+        assert code == 1 and found & expected and found <= expected | {"the rows"}, (file, found)
+        file.write_bytes(kept) if kept is not None else file.unlink()
+    assert wrong()[0] == 0
+    assert cli.main(["check", str(tmp_path)]) == 2

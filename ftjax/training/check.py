@@ -1,0 +1,105 @@
+"""`ftjax check`: whether everything that a run folder holds, and all that it was made from, is as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ftjax import seals
+from ftjax.errors import FtjaxError
+from ftjax.files import as_json
+from ftjax.foreign import listed, mapped, read_json, string, whole
+from ftjax.hub import fingerprint, peft, resolve
+from ftjax.training import checkpoint
+from ftjax.training.job import prepared
+from ftjax.training.report import METRICS, read_metrics
+from ftjax.training.run_folder import FOLDERS, RUN, START, TOKENIZER, read_record, read_start, run_config
+
+
+def check(run_dir: str | Path, say: Callable[[str], None] = print) -> bool:
+    """Check every item of a run, and say one line about each: `ok`, or what is wrong. Nothing is written.
+
+    The optimizer's state is read too. A file of the base above 256 MiB is compared by its header and samples of each
+    tensor, see ftjax.hub.fingerprint.
+
+    Args:
+        run_dir: The run folder.
+        say: Called with each line.
+
+    Returns:
+        Whether all items are whole.
+
+    Raises:
+        FtjaxError: If the folder is not that of a run.
+    """
+    run_dir = Path(run_dir)
+    config = run_config(run_dir)
+    fine = True
+    for name, problem in _items(run_dir, config, read_record(run_dir)):
+        try:
+            told = problem()
+        except FtjaxError as error:
+            told = str(error)
+        say(f"{name}: {told or 'ok'}")
+        fine = fine and not told
+    return fine
+
+
+def _items(run_dir: Path, config, record: dict) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(name of an item, a function that returns or raises what is wrong with it)."""
+    kept = record["base"]
+    own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
+    initial = resolve.resolve(config.tuning.init_from) if config.tuning.init_from else None
+    for group, said in fingerprint.GROUPS.items():
+        if kept.get(group):
+            yield said, lambda group=group: _changed(kept, group, run_dir, config, own, initial)
+    if "rows" in record:
+        yield "the rows", lambda: _rows(config, record)
+    folders = [path for path in (run_dir / checkpoint.FOLDER).glob("*") if path.name.isdigit()]
+    for path in sorted(folders, key=lambda path: int(path.name)):
+        yield f"{checkpoint.FOLDER}/{path.name}", lambda path=path: checkpoint.damage(path, reading=False)
+    if (run_dir / START).is_file():
+        yield START, lambda: read_start(run_dir / START) and None
+    if (run_dir / METRICS).is_file():
+        yield METRICS, lambda: _metrics(run_dir, max(folders, key=lambda path: int(path.name), default=None))
+    for name in FOLDERS:
+        if (run_dir / name / resolve.MARKER).is_file():
+            yield name, lambda name=name: _export(run_dir / name)
+
+
+def _changed(kept: dict, group: str, run_dir: Path, config, own: Path | None, initial: Path | None) -> str:
+    """How the files of one of fingerprint.GROUPS differ from those of the training."""
+    wanted = kept | dict.fromkeys(fingerprint.GROUPS) | {group: kept[group]}
+    if group == "adapter":
+        return "; ".join(fingerprint.changes(wanted, {group: fingerprint.adapter_digests(initial)}))
+    key = f"config.model.path in {run_dir / RUN}"
+    fingerprint.find(wanted, run_dir, config.model.path, config.model.revision, key, own)
+    return ""
+
+
+def _rows(config, record: dict) -> str:
+    found = prepared(config, lambda text: None, record.get("devices", 0)).data.fingerprint
+    return "" if found == record["rows"] else "the rows in the data files are not those that the run was started on"
+
+
+def _metrics(run_dir: Path, latest: Path | None) -> str:
+    """What is wrong with metrics.jsonl, by the digest in the latest checkpoint's record."""
+    rows = read_metrics(run_dir)
+    kept = read_json(latest / "run" / "metadata", metrics=string).get("metrics") if latest else None
+    known = "".join(as_json(row) + "\n" for row in rows if latest and row["step"] <= int(latest.name))
+    if kept and seals.digest(known.encode()) != kept:
+        return f"the rows up to step {int(latest.name):,} are not those that the run wrote"
+    return ""
+
+
+def _export(folder: Path) -> str:
+    """What is wrong with an exported folder, by the list of its files and the checksums in its ftjax.json."""
+    fields = {"files": listed(string), "checksums": mapped(whole(0, 2**32))}
+    written = read_json(folder / resolve.MARKER, **fields)
+    gone = [name for name in written.get("files", ()) if not (folder / name).is_file()]
+    changed = sorted({*gone, *seals.changed(folder, written.get("checksums", {}))})
+    if changed:
+        return f"{', '.join(changed)}: missing or not as written; export again with `ftjax export`"
+    if (folder / peft.CONFIG).is_file():
+        peft.read_adapter(folder)
+    return ""
