@@ -303,9 +303,9 @@ def test_a_function_that_cannot_be_loaded_is_told(function, tmp_path, named, tol
             "data.augment.columns is empty: name the columns whose text may be changed, some of q, a, n",
         ),
         ({}, {"copies": 1, "columns": ("quest",)}, "data.augment.columns: no column 'quest'"),
-        ({}, {"copies": 1, "columns": ("q",), "ops": ("swap",)}, "data.augment.ops: 'swap'"),
+        ({}, {"copies": 1, "columns": ("q",), "ops": ("swap",)}, "data.augment.ops: unknown operation 'swap'"),
         ({}, {"copies": 1, "ops": ()}, "data.augment.copies needs a way to make the copies"),
-        ({}, {"copies": 1, "columns": ("q", "n")}, "t.jsonl row 1: data.augment.columns: 'n' should be text"),
+        ({}, {"copies": 1, "columns": ("q", "n")}, "t.jsonl row 1: data.augment.columns: expected text in column 'n'"),
         ({"label": "a"}, {"copies": 1, "columns": ("a",)}, "data.augment.columns: 'a' holds answers or labels"),
         ({"stratify": "a"}, {"copies": 1, "columns": ("a",)}, "'a' holds answers or labels"),
         ({"prompt": "{q}", "completion": " {a}"}, {"copies": 1, "columns": ("a",)}, "'a' holds answers or labels"),
@@ -335,5 +335,5 @@ def test_answers_by_convention_are_refused_too(name):
 def test_rows_that_were_augmented_before_are_refused():
     once = augment(table([{"text": "some words", "y": 0}]), asked({"label": "y"}, copies=1, columns=("text",)), 0)
     assert json.loads(json.dumps(rows(once)))[1][MARK] in OPS
-    with pytest.raises(FtjaxError, match="have a column 'augmented' already"):
+    with pytest.raises(FtjaxError, match="already have a column 'augmented'"):
         augment(once.table, asked({"label": "y"}, copies=1, columns=("text",)), 0)

@@ -67,10 +67,10 @@ def test_canaries_are_distinct_and_repeatable():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: canaries("code", "01", 3, 2), "expected one {}"),
-        (lambda: canaries("{}", "01", 3, 9), "9 of 8"),
+        (lambda: canaries("code", "01", 3, 2), "expected a form with exactly one {}"),
+        (lambda: canaries("{}", "01", 3, 9), "9 canaries of 8"),
         (lambda: canaries("{}", "00", 3, 2), "distinct symbols"),
-        (lambda: exposure(1.0, []), "one other text at least"),
+        (lambda: exposure(1.0, []), "at least one other text"),
         (lambda: exposure(1.0, [math.nan]), "finite"),
         (lambda: exposure(1.0, [1, 2], space=2), "2 other texts; expected fewer than the 2 possible secrets"),
     ],
