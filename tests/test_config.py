@@ -324,7 +324,7 @@ def test_a_rate_for_another_method_is_warned_of(tmp_path, capsys):
         ("a.json", '{"config": null}', "found None"),
         ("a.json", '{"optim": {"lr": -1}}', "optim.lr: expected a number above 0 or None; found -1"),
         ("a.json", '{"seed": {}}', "seed: expected a whole number"),
-        ("a.json", '{"optim": NaN}', "optim: names a group"),
+        ("a.json", '{"optim": NaN}', "optim is a group of fields"),
         ("a.json", "\xff", "a.json"),
         ("a.json", "[" * 100_000, "a.json: invalid JSON"),
         ("a.txt", "x", "a.txt: expected a .py file with get_config(), or the run.json of a run"),

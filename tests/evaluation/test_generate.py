@@ -207,7 +207,7 @@ def test_the_cuts_equal_those_of_transformers(settings):
 @pytest.mark.parametrize(
     "prompts, settings, message",
     [
-        ([[1], []], {}, "prompt 2 holds no token"),
+        ([[1], []], {}, "prompt 2 has no tokens"),
         ([[1], [1] * 60], {}, "prompt 2 has 60 tokens; with max_new_tokens=5 that exceeds the model's 64 positions"),
         ([[1]], {"max_new_tokens": 0}, "generate.max_new_tokens: expected 1 or more; found 0"),
         ([[1]], {"top_p": 0.0}, "generate.top_p"),

@@ -316,7 +316,7 @@ def test_a_reference_without_a_number_is_named():
 @pytest.mark.parametrize(
     "name, row, message",
     [
-        ("rogue_l", {}, "unknown 'rogue_l' \\(did you mean \"rouge_l\"\\?\\)"),
+        ("rogue_l", {}, "unknown metric 'rogue_l' \\(did you mean \"rouge_l\"\\?\\)"),
         ("coverage", {"scr": "a"}, "found 'src' \\(did you mean \"scr\"\\?\\), the columns are scr"),
         ("coverage", {"src": " "}, "the column 'src' contains no word"),
     ],

@@ -199,7 +199,7 @@ def test_what_a_metric_asks_for_is_known_before_the_first_step(tmp_path):
     refused(causal(tmp_path, train__select="number_match"), "number_match: the reference .* has no number")
     refused(causal(tmp_path, train__select="length"), "length has no better direction")
     refused(causal(tmp_path, train__select="rouge"), 'did you mean "rouge_')
-    refused(causal(tmp_path, evaluate__metrics='("rougel",)'), "evaluate.metrics: unknown 'rougel'")
+    refused(causal(tmp_path, evaluate__metrics='("rougel",)'), "evaluate.metrics: unknown metric 'rougel'")
     refused(
         causal(tmp_path, train__select="rouge_l", evaluate__rows=501, data__limit=0), "set evaluate.rows to at most 500"
     )
