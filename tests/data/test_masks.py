@@ -397,7 +397,7 @@ def test_templates_that_a_tokenizer_cannot_write(shared):
     ):
         encode(rows, gpt2)
     with pytest.raises(
-        FtjaxError, match=r'data.template: \'gema\' \(did you mean "gemma"\?\); one of tokenizer, alpaca'
+        FtjaxError, match=r'data.template: unknown template \'gema\' \(did you mean "gemma"\?\); expected one of tokenizer, alpaca'
     ):
         chat_templates.resolve("gema", "", gpt2)
     with pytest.raises(
