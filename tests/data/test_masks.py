@@ -318,7 +318,7 @@ def test_turns_marked_as_not_trained(shared, name):
     assert said.count(one) == 1 and trained_text(but_one, tokenizer) == said.replace(one, "")
     (rest,) = encode([Rendered(messages=marked, template=name)], tokenizer, "all")
     assert (rest.trained[1:] == ~(with_all.trained & ~but_one.trained)[1:]).all() and not rest.trained[0]
-    with pytest.raises(FtjaxError, match="row 1: every answer is marked as not to be trained"):
+    with pytest.raises(FtjaxError, match="row 1: every answer is marked as not trained"):
         encode([Rendered(messages=marked[:5], template=name)], tokenizer, "last")
 
 
@@ -397,14 +397,15 @@ def test_templates_that_a_tokenizer_cannot_write(shared):
     ):
         encode(rows, gpt2)
     with pytest.raises(
-        FtjaxError, match=r'data.template: unknown template \'gema\' \(did you mean "gemma"\?\); expected one of tokenizer, alpaca'
+        FtjaxError,
+        match=r'data.template: unknown template \'gema\' \(did you mean "gemma"\?\); expected one of tokenizer, alpaca',
     ):
         chat_templates.resolve("gema", "", gpt2)
     with pytest.raises(
         FtjaxError, match="this tokenizer has no chat template; templates that it supports: alpaca, plain"
     ):
         chat_templates.resolve("tokenizer", "", gpt2)
-    with pytest.raises(FtjaxError, match="row 1: messages need a chat template .* set data.template; .* alpaca, plain"):
+    with pytest.raises(FtjaxError, match="row 1: messages need a chat template.* set data.template .* alpaca, plain"):
         encode([Rendered(messages=chat(1, False, False))], gpt2)
 
 
@@ -490,11 +491,11 @@ SHAPES = {  # name -> (template, what comes of three turns)
         headed("<|end|>").replace(
             "else %}<|{{ m.role }}|>\n{{ m.content }}", "elif loop.last %}<|{{ m.role }}|>\n{{ m.content }}"
         ),
-        "no part of the chat",
+        "does not occur in the whole chat",
     ),
     "a prompt that is no part of the chat": (
         headed("<|end|>").replace("prompt %}<|assistant|>\n", "prompt %}<|assistant|>\n<hm>"),
-        "message 2 is no part",
+        "message 2 does not occur",
     ),
     "answers cut": (
         headed("<|end|>").replace("else %}<|{{ m.role }}|>\n{{ m.content", "else %}<|{{ m.role }}|>\n{{ m.content[:8]"),

@@ -359,7 +359,7 @@ def test_templates_hold_plain_columns_only(template):
         ("messages", {"messages": "x"}, r"f.csv row 3: `messages` should be a list"),
         ("messages", {"messages": [{"content": "x"}]}, r"f.csv row 3: message 1 should be an object with `role`"),
         ("messages", {"messages": [{"role": "user", "content": 3}]}, r"row 3: message 1: `content` should be text"),
-        ("messages", {"messages": CHAT[:1]}, r"f.csv row 3: no assistant message with any text"),
+        ("messages", {"messages": CHAT[:1]}, r"f.csv row 3: no assistant message has text"),
         ("messages", {"messages": [CHAT[0] | {"train": "no"}]}, r"row 3: message 1: `train` should be true or false"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"message 1: `content` should be text, found"),
         ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: expected JSON: Expecting"),
