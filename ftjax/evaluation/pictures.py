@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ftjax.files import replacing
+
 BLUE, RED, GREY = "#4477aa", "#aa3311", "#888888"
 NUMBERED = 25  # classes up to which every cell shows its count
 NAMED = 60  # classes up to which every class is named
@@ -137,6 +139,8 @@ def _shortened(name: str) -> str:
 
 
 def saved(figure, path) -> Path:
-    """Write the PNG file. Returns its path."""
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    """Write the PNG file whole, so that a full disk leaves the old one. Returns its path."""
+    path = Path(path)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=150, format="png")
+    return path

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ftjax import assets
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, nearest, of_disk
 from ftjax.files import as_json
 from ftjax.foreign import listed, read_json, string
 
@@ -126,9 +126,14 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
         written = {"written_by": "ftjax", "files": sorted(set(_files(partial)) - {MARKER})}
         write_json(partial / MARKER, written | (record or {}))
         check_out(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial)
-        raise
+        if isinstance(error, FtjaxError) or not (told := of_disk(error)):
+            raise
+        raise FtjaxError(
+            f"{out}: cannot be written: {told}. What was there before is whole. Make room, or choose another folder: "
+            "the same command then goes on"
+        ) from error
     if out.exists():
         out.rename(old)
     partial.rename(out)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import ftjax
@@ -238,3 +239,28 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
         file.write_bytes(kept) if kept is not None else file.unlink()
     assert wrong()[0] == 0
     assert cli.main(["check", str(tmp_path)]) == 2
+
+
+def test_a_full_disk_leaves_the_old_picture_and_the_old_export_whole(tmp_path):
+    import resource
+
+    from ftjax.evaluation.pictures import plot_losses
+    from ftjax.hub.peft import write_adapter
+
+    history = [{"step": i, "loss": 1.0 * i} for i in range(9)]
+    write = lambda x: write_adapter(tmp_path / "out", {"a": np.full(9999, x, "f")}, {}, None, "base")  # noqa: E731
+    plot_losses(history, tmp_path / "loss.png")
+    write(1)
+    before = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # bytes of a file: as a full disk, after some were written
+    try:
+        with pytest.raises(OSError) as error:
+            plot_losses(history[:5], tmp_path / "loss.png")
+        with pytest.raises(FtjaxError, match=f"^{tmp_path / 'out'}: cannot be written: .*File too large.*is whole"):
+            write(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert of_disk(error.value) == f"{tmp_path / 'loss.png'}: File too large"
+    assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()} == before
+    write(2)
