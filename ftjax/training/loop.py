@@ -275,7 +275,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             places = list(dict.fromkeys(data.train.place(int(i)) for i in members))
             told = finite.check_bad(at, values, places, report, config, loss)
             skipped.append({"step": at, "rows": places, "why": told.partition(". ")[0]})
-            if first:
+            if metrics:
                 progress.end()
                 say(told)
                 metrics.write(at, {"skipped": int(report["skipped"]), "rows": places})

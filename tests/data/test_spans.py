@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_used_are_told(rows, tokenizer, tmp_path):
     fails("a row 1: .*the text holds .* at answer_start 3", {"answers": {"text": ["Panthers"], "answer_start": [3]}})
     fails("a row 1: .*expected answers as", {"answers": {"text": ["x"]}})
     fails("a row 1: .*holds no answer; set task.no_answer", {"answers": {"text": [], "answer_start": []}})
-    fails("a row 1: of data.max_length=96 the question leaves", {"question": "who " * 80})
+    fails("a row 1: the question leaves 13 of data.max_length=96 tokens", {"question": "who " * 80})
     fails("a row 1: column 'question' holds ''", {"question": ""})
     none = {"answers": {"text": [], "answer_start": []}}
     found = how(no_answer=True).encode(tokenizer, [rows[0] | none], ["a row 1"])
