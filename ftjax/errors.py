@@ -16,6 +16,13 @@ class NotFinite(FtjaxError):
     """A loss, logits or vectors that are NaN or infinite, so that no score computed from them has a meaning."""
 
 
+# What to do about a model whose outputs are not finite.
+WEIGHTS = (
+    "Its weights hold values that are not finite, or overflow in the dtype of computation: load another checkpoint, or "
+    "set the dtype to float32 or bfloat16"
+)
+
+
 # Errors of the operating system that the user can mend: of disks, folders and permissions.
 OF_DISKS: tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 OF_DISKS += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EEXIST)

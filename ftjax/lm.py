@@ -25,6 +25,7 @@ from ftjax.data.pairs import encode_texts
 from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, encode_prompts
+from ftjax.decoding import generate
 from ftjax.errors import FtjaxError, NotFinite, nearest
 from ftjax.foreign import read_json
 from ftjax.hub import families, pooling, tokenizers, weights
@@ -197,7 +198,7 @@ class LM:
                 needs no list around it.
             max_new_tokens: Most tokens of an answer.
             stop: Strings that end an answer, each of which is one token, beside the model's own end tokens.
-            sampling: temperature, top_k, top_p, seed, ..., see ftjax.evaluation.generate.generate. Without them the
+            sampling: temperature, top_k, top_p, seed, ..., see ftjax.decoding.generate. Without them the
                 most probable token is taken at each step.
 
         Returns:
@@ -227,7 +228,7 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
         variables: The Flax variables that `lm.model` is applied to.
         ids: The prompts, lists of token ids.
         stop: As in LM.generate.
-        sampling: See ftjax.evaluation.generate.generate.
+        sampling: See ftjax.decoding.generate.
 
     Returns:
         The new text of each prompt, up to an end token of the model or one of `stop`.
@@ -235,8 +236,6 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
     Raises:
         FtjaxError: If the model's task is not `causal`.
     """
-    from ftjax.evaluation.generate import generate
-
     if lm.kind != "causal":
         raise FtjaxError(
             f"generate: this model is for task.kind {lm.kind}, and cannot continue text; use `ftjax predict`"

@@ -33,7 +33,7 @@ def ours(folder: Path, prompts: np.ndarray, new: int, dtype: str, rounded: str =
     """A function that answers all prompts: (B, new) ids; rounded: what generate.weights names."""
     import jax.numpy as jnp
 
-    from ftjax.evaluation.generate import generate
+    from ftjax.decoding import generate
     from ftjax.hub import families, weights
     from ftjax.models.transformer import Transformer
 

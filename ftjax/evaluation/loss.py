@@ -17,7 +17,7 @@ import numpy as np
 from ftjax import cpus, tasks
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
-from ftjax.errors import FtjaxError, NotFinite
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.progress import doing
 
 
@@ -43,10 +43,6 @@ def sums(model, variables, batch, *, kind: str = "causal", **options):
 
 
 AHEAD = 8  # batches that may be queued on the device before the first result is read
-WEIGHTS = (
-    "Its weights hold values that are not finite, or overflow in the dtype of computation: load another checkpoint, or "
-    "set the dtype to float32 or bfloat16"
-)
 SEPARATOR = "<|endoftext|>"
 
 

@@ -178,7 +178,7 @@ def answer(
             `data.template` is set.
         max_new_tokens: Most tokens of an answer.
         stop: As in LM.generate.
-        sampling: See ftjax.evaluation.generate.generate.
+        sampling: See ftjax.decoding.generate.
 
     Returns:
         {"prompt", "completion"} for each of `prompts`, and then for each row of `file`.

@@ -14,9 +14,8 @@ import numpy as np
 from ftjax import cpus, tasks
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
-from ftjax.errors import FtjaxError, NotFinite
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.evaluation import labelled
-from ftjax.evaluation.loss import WEIGHTS
 from ftjax.objectives import classify
 from ftjax.progress import doing
 

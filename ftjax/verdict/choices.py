@@ -17,8 +17,7 @@ import numpy as np
 
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
-from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation.loss import WEIGHTS
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.objectives.causal import states
 
 BUCKETS = 8  # number of lengths that rows are padded to; each is compiled once

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.decoding import choose
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation.generate import choose
 from ftjax.evaluation.loss import evaluate_loss, read_documents, text_loss
 from ftjax.objectives import causal
 

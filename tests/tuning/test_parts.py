@@ -16,8 +16,8 @@ import torch
 
 import ftjax
 from ftjax import config as configs
+from ftjax.decoding import generate
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.generate import generate
 from ftjax.hub import families, weights
 from ftjax.hub import peft as peft_files
 from ftjax.objectives import causal

@@ -17,8 +17,8 @@ import transformers
 from packaging.version import Version
 
 from ftjax import config as configs
+from ftjax.decoding import generate
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.generate import generate
 from ftjax.hub import peft as peft_files
 from ftjax.models.transformer import as_prefix, max_tokens, virtual_tokens
 from ftjax.objectives import causal

@@ -13,8 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ftjax import cpus
-from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation.loss import WEIGHTS
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.models.axes import constrain, ways
 from ftjax.models.by_device import by_device
 from ftjax.models.quantised import rounded

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.decoding import EXCLUDED, choose, generate
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.generate import EXCLUDED, choose, generate
 from ftjax.hub import families, weights
 from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import is_quantised, rounded
@@ -133,9 +133,9 @@ def test_a_draw_depends_on_its_own_row_alone(random_model):
 
 
 def test_answers_longer_than_one_stage_of_the_cache(random_model, monkeypatch):
-    monkeypatch.setattr("ftjax.evaluation.generate.STAGE", 4)
+    monkeypatch.setattr("ftjax.decoding.STAGE", 4)
     staged = generate(*random_model, PROMPTS, max_new_tokens=30, batch_size=5)
-    monkeypatch.setattr("ftjax.evaluation.generate.STAGE", 64)
+    monkeypatch.setattr("ftjax.decoding.STAGE", 64)
     assert staged == generate(*random_model, PROMPTS, max_new_tokens=30, batch_size=6)
 
 
