@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ftjax.errors import NotFinite
 
 
-def check_step(step: int, values: dict, before: float | None, rate: float, decay: float) -> None:
+def check_step(
+    step: int, values: dict, before: float | None, rate: float, decay: float, places: Callable[[], list[str]]
+) -> None:
     """Stop a run after a step whose loss or gradient norm is not finite.
 
     Args:
@@ -16,9 +19,10 @@ def check_step(step: int, values: dict, before: float | None, rate: float, decay
         before: The last loss before it; None if there is none.
         rate: Learning rate of the step before.
         decay: optim.weight_decay.
+        places: places() -> the names of the rows of its batch.
 
     Raises:
-        NotFinite: It names the step and the likely cause.
+        NotFinite: It names the step, its rows and the likely cause.
     """
     loss, norm = values["loss"], values["grad_norm"]
     if (loss is None or math.isfinite(loss)) and math.isfinite(norm):
@@ -30,10 +34,10 @@ def check_step(step: int, values: dict, before: float | None, rate: float, decay
         raise NotFinite(
             f"{what}, in the first step, before any update: the learning rate is not the cause. A value overflows in "
             "the computation, or a row's target or a weight of task.class_weights is extreme: set model.dtype=float32, "
-            "and look at the rows with `ftjax data inspect`"
+            f"and look at the {_rows(places())}, with `ftjax data inspect`"
         )
     last = "" if before is None else f", and the loss before it was {before:.4g}"
-    raise NotFinite(f"{what}{last}. {advice(rate, decay)}")
+    raise NotFinite(f"{what}{last}. {advice(rate, decay)}; {_rows(places())}")
 
 
 IN_A_ROW = 10  # bad steps after which a run stops
@@ -61,7 +65,7 @@ def check_bad(step: int, values: dict, places: list[str], report: dict, config, 
             f"step {step}: the loss {values['loss']:.4g} is above train.spike={config.train.spike:g} times the median "
             f"of the last losses{last}"
         )
-    rows = f"rows of its batch: {', '.join(places)}"
+    rows = _rows(places)
     if config.train.on_bad_step == "stop":
         raise NotFinite(f"{what}. Look at the {rows}. train.on_bad_step=skip leaves such batches out")
     if report["in_a_row"] >= IN_A_ROW:
@@ -72,6 +76,13 @@ def check_bad(step: int, values: dict, places: list[str], report: dict, config, 
     return f"{what}. The step is left out (train.on_bad_step=skip; {int(report['skipped'])} so far); {rows}"
 
 
+def _rows(places: list[str]) -> str:
+    """The rows of a batch, for a message."""
+    more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+    return f"rows of its batch: {', '.join(places[:SHOWN])}{more}"
+
+
+SHOWN = 8  # most rows that a message names
 SMALLER_UPDATES = "lower optim.lr, lengthen optim.warmup, or set optim.clip_norm=1"
 
 

@@ -261,7 +261,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 with kept_so_far():
                     rate, decay = float(program.rate(max(at - 2, 0))), config.optim.weight_decay
                     if not bad or config.train.on_bad_step == "stop":
-                        finite.check_step(at, values, loss, rate, decay)
+                        finite.check_step(at, values, loss, rate, decay, lambda at=at: places_of(at))
                     if bad:
                         leave_out(at, values, report)
                 loss = loss if values["loss"] is None or bad else values["loss"]
@@ -269,10 +269,14 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             if log and not bad:  # a step that is left out has a line of its own
                 note(at, values | {"lr": float(program.rate(at - 1 - left_out))} | progress.rates(at))
 
+        def places_of(at: int) -> list[str]:
+            """The names of the rows of a step's batch."""
+            members = np.concatenate(job.batches.rows(at - 1))
+            return list(dict.fromkeys(data.train.place(int(i)) for i in members))
+
         def leave_out(at: int, values: dict, report: dict) -> None:
             """Record a step that the device left out, and say which rows it had."""
-            members = np.concatenate(job.batches.rows(at - 1))
-            places = list(dict.fromkeys(data.train.place(int(i)) for i in members))
+            places = places_of(at)
             told = finite.check_bad(at, values, places, report, config, loss)
             skipped.append({"step": at, "rows": places, "why": told.partition(". ")[0]})
             if metrics:

@@ -92,20 +92,22 @@ def test_damaged_weights_are_named_before_the_first_step(tmp_path):
 
 def test_the_step_and_the_likely_cause_are_told():
     good, bad = {"loss": 2.5, "grad_norm": 1.0}, {"loss": float("nan"), "grad_norm": 1.0}
-    finite.check_step(7, good, 3.0, 1e-3, 0.01)
-    finite.check_step(7, {"loss": None, "grad_norm": 0.0}, 3.0, 1e-3, 0.01)
+    rows = lambda: [f"a.jsonl row {i}" for i in range(1, 12)]  # noqa: E731
+    finite.check_step(7, good, 3.0, 1e-3, 0.01, rows)
+    finite.check_step(7, {"loss": None, "grad_norm": 0.0}, 3.0, 1e-3, 0.01, rows)
     with pytest.raises(
-        NotFinite, match=r"^step 7: the loss is nan, and the loss before it was 3\. .*rate 0.001.*lower optim.lr"
+        NotFinite,
+        match=r"^step 7: the loss is nan, and the loss before it was 3\. .*rate 0.001.*lower optim.lr.*row 8 and 3 more$",
     ):
-        finite.check_step(7, bad, 3.0, 1e-3, 0.01)
+        finite.check_step(7, bad, 3.0, 1e-3, 0.01, rows)
     with pytest.raises(
         NotFinite, match="^step 1: the loss is nan, in the first step, before any update: the learning rate is not"
     ):
-        finite.check_step(1, bad, None, 1e-3, 0.01)
+        finite.check_step(1, bad, None, 1e-3, 0.01, rows)
     with pytest.raises(NotFinite, match="^step 7: the gradient norm is inf"):
-        finite.check_step(7, {"loss": 2.5, "grad_norm": float("inf")}, 3.0, 1e-3, 0.01)
+        finite.check_step(7, {"loss": 2.5, "grad_norm": float("inf")}, 3.0, 1e-3, 0.01, rows)
     with pytest.raises(NotFinite, match="optim.weight_decay=1e.06 at the learning rate 0.001 takes 1e.03 times a"):
-        finite.check_step(7, bad, 3.0, 1e-3, 1e6)
+        finite.check_step(7, bad, 3.0, 1e-3, 1e6, rows)
 
 
 def test_a_batch_whose_rows_weigh_nothing_teaches_nothing_and_has_no_loss(tmp_path):
