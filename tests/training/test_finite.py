@@ -95,10 +95,8 @@ def test_the_step_and_the_likely_cause_are_told():
     rows = lambda: [f"a.jsonl row {i}" for i in range(1, 12)]  # noqa: E731
     finite.check_step(7, good, 3.0, 1e-3, 0.01, rows)
     finite.check_step(7, {"loss": None, "grad_norm": 0.0}, 3.0, 1e-3, 0.01, rows)
-    with pytest.raises(
-        NotFinite,
-        match=r"^step 7: the loss is nan, and the loss before it was 3\. .*rate 0.001.*lower optim.lr.*row 8 and 3 more$",
-    ):
+    told = r"^step 7: the loss is nan, and the loss before it was 3\. .*rate 0.001.*lower optim.lr.*row 8 and 3 more$"
+    with pytest.raises(NotFinite, match=told):
         finite.check_step(7, bad, 3.0, 1e-3, 0.01, rows)
     with pytest.raises(
         NotFinite, match="^step 1: the loss is nan, in the first step, before any update: the learning rate is not"
