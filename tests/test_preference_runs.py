@@ -166,3 +166,46 @@ def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
     c.data.update(test="", split=(1.0, 0.0, 0.0))
     with pytest.raises(ftjax.FtjaxError, match="row 1: of its .* tokens only 32 are kept"):
         prepare(c, load_tokenizer(c.model.path), 64)
+
+
+@pytest.mark.parametrize("loss", ["robust", "ipo"])
+def test_twenty_steps_are_those_of_trl(setting, tmp_path, loss):
+    """The same adapter, rows and AdamW in TRL's DPOTrainer: the losses of all steps."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    train = rows(8, 0)
+    smoothing = 0.1 if loss == "robust" else 0.0
+    c = setting(train, task__loss=loss, train__steps="1", optim__lr="1e-30", export__formats='("adapter",)')
+    c.data.update(test="", split=(1.0, 0.0, 0.0))
+    c.run_dir = str(tmp_path / "start")
+    c.train.update(batch_size=8, eval_every=1, log_every=1, dropout=0.0)
+    c.tuning.dropout = 0.0
+    ftjax.train(c, say=lambda text: None)  # a step that changes nothing writes the adapter that both start from
+
+    c.run_dir = str(tmp_path / "ours")
+    c.tuning.init_from = str(tmp_path / "start" / "adapter")
+    c.train.update(steps=20, eval_every=20, label_smoothing=smoothing)
+    c.optim.update(lr=1e-2, schedule="constant", warmup=0, weight_decay=0.0, clip_norm=0.0)
+    ftjax.train(c, say=lambda text: None)
+    ours = [row["loss"] for row in read_metrics(c.run_dir) if "loss" in row]
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(c.model.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(c.model.path)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "start" / "adapter", is_trainable=True)
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"), loss_type=loss, label_smoothing=smoothing, beta=c.task.beta, max_steps=20,
+        per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.0,
+        adam_beta1=c.optim.b1, adam_beta2=c.optim.b2, adam_epsilon=c.optim.eps, max_grad_norm=0.0, logging_steps=1,
+        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model, args=arguments, train_dataset=datasets.Dataset.from_list(train), processing_class=tokenizer
+    )
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(ours) == len(theirs) == 20
+    assert min(ours) < 0.5 * ours[0]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
