@@ -261,7 +261,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 with kept_so_far():
                     rate, decay = float(program.rate(max(at - 2, 0))), config.optim.weight_decay
                     if not bad or config.train.on_bad_step == "stop":
-                        finite.check_step(at, values, loss, rate, decay, lambda at=at: places_of(at))
+                        finite.check_step(at, values, loss, rate, decay, functools.partial(places_of, at))
                     if bad:
                         leave_out(at, values, report)
                 loss = loss if values["loss"] is None or bad else values["loss"]
