@@ -221,3 +221,16 @@ def test_twenty_steps_are_those_of_trl(setting, tmp_path, loss):
     assert len(ours) == len(theirs) == 20
     assert min(ours) < 0.5 * ours[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pair_is_previewed_as_the_model_gets_it(setting, tmp_path, capsys):
+    from ftjax.data import verbs
+
+    c = setting(rows(3, 0), data__packing="True")
+    c.data.update(test="", split=(1.0, 0.0, 0.0))
+    verbs.show(c, 1)
+    printed = capsys.readouterr().out
+    assert "in 6 segments" in printed
+    for row in rows(3, 0):
+        assert f"[[{row['chosen']}" in printed
+        assert f"[[{row['rejected']}" in printed

@@ -184,16 +184,22 @@ class View(NamedTuple):
     """
 
     step: int
-    members: np.ndarray  # the examples that it holds, one a segment
+    members: np.ndarray  # the examples that it holds, each of one segment, or of two where its texts are apart
     tokens: np.ndarray
     segments: np.ndarray  # 1, 2, ...; 0: padding
     positions: np.ndarray  # from 0 in each segment
     trained: np.ndarray
 
     def parts(self) -> list[tuple[int, slice]]:
-        """(example, slice of the row) for each segment."""
-        borders = np.searchsorted(self.segments[: self.filled], np.arange(1, len(self.members) + 2))
+        """(example, slice of the row) for each example."""
+        each = self.count // len(self.members)
+        borders = np.searchsorted(self.segments[: self.filled], np.arange(1, self.count + 2, each))
         return [(int(i), slice(a, b)) for i, a, b in zip(self.members, borders, borders[1:])]
+
+    @property
+    def count(self) -> int:
+        """Number of segments."""
+        return int(self.segments.max())
 
     @property
     def filled(self) -> int:
@@ -220,7 +226,7 @@ def views(batches: Batches, count: int) -> list[View]:
 def rows(data: Data, batches: Batches, tokenizer, count: int, ids: bool = False, colour: bool | None = None) -> str:
     """The first rows of the first batches of data.train, with their trained tokens marked.
 
-    Each segment is shown with its place and its text.
+    Each example is shown with its place and its text.
 
     Args:
         data: The prepared data.
@@ -246,9 +252,9 @@ def rows(data: Data, batches: Batches, tokenizer, count: int, ids: bool = False,
 
 def _about(number: int, view: View) -> str:
     filled, width = view.filled, len(view.tokens)
-    trained, several = np.count_nonzero(view.trained), "s" if len(view.members) > 1 else ""
+    trained, several = np.count_nonzero(view.trained), "s" if view.count > 1 else ""
     return (
-        f"row {number} (step {view.step}): {width:,} tokens, {filled:,} in {len(view.members):,} segment{several} "
+        f"row {number} (step {view.step}): {width:,} tokens, {filled:,} in {view.count:,} segment{several} "
         f"({trained:,} trained) and {width - filled:,} of padding"
     )
 

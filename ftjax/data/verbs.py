@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ftjax import tasks
 from ftjax.data import chat_templates, preview
 from ftjax.data.batches import Batches
 from ftjax.data.clean import records
@@ -91,6 +92,7 @@ def show(config, count: int = 3, ids: bool = False, html: str | None = None, say
     batches = Batches(
         data.train.examples, config.train.batch_size or 1, data.max_length, packing=settings.packing,
         buckets=settings.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
+        **tasks.find(config.task.kind).layout(config, tokenizer),
     )  # fmt: skip
     say(preview.show(data, tokenizer, packing=settings.packing))
     say(preview.rows(data, batches, tokenizer, count, ids=ids))
@@ -111,7 +113,6 @@ def _tokenizer(config):
 
 def _head(config) -> dict:
     """Arguments of `prepare`: where the head over labels of `model.path` reads a text, and the names of its labels."""
-    from ftjax import tasks
     from ftjax.hub import families, resolve
 
     folder = resolve.resolve(config.model.path, config.model.revision)
