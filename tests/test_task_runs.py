@@ -205,7 +205,7 @@ def test_masked_tokens_are_learned_and_the_decoder_stays_tied(tmp_path):
     with torch.no_grad():
         theirs = model.eval()(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(ftjax.load(tmp_path / "run").logits(ids), theirs, atol=1e-4)
-    with pytest.raises(FtjaxError, match="task masked says nothing"):
+    with pytest.raises(FtjaxError, match="task masked makes no prediction"):
         ftjax.predict(str(tmp_path / "run"), str(tmp_path / "test.jsonl"))
     with pytest.raises(FtjaxError, match="tuning.method: lora would not train head/dense"):
         ftjax.train(settings(tmp_path, found, "masked", base, overwrite=True, data__max_length=16), say=quiet)

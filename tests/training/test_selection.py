@@ -159,8 +159,8 @@ def test_what_cannot_be_judged_is_refused_before_the_first_step(encoder, tmp_pat
     refused(config(**named), "expected tags of entities, such as O, B-PER and I-PER")
     for setting, match in (
         ({"task__threshold": "f1"}, "task.threshold: is chosen on validation rows, and there are none"),
-        ({"train__select": "mcc"}, "train.select: needs validation rows, and there are none"),
-        ({"train__patience": 2}, "train.patience: needs validation rows, and there are none"),
+        ({"train__select": "mcc"}, "train.select needs validation rows, and there are none"),
+        ({"train__patience": 2}, "train.patience needs validation rows, and there are none"),
     ):
         c = config(**setting)
         c.data.split = (0.8, 0.0, 0.2)
