@@ -28,7 +28,8 @@ from ftjax.data.tokenise import Example, encode_prompts
 from ftjax.decoding import generate
 from ftjax.errors import FtjaxError, NotFinite, nearest
 from ftjax.foreign import read_json
-from ftjax.hub import families, pooling, tokenizers, weights
+from ftjax.hub import families, pooling, weights
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer, max_tokens

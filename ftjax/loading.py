@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ftjax import cpus
 from ftjax.errors import FtjaxError
-from ftjax.hub import fingerprint, peft, pooling, resolve, tokenizers
+from ftjax.hub import fingerprint, peft, pooling, resolve
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import open_run, read_record
 from ftjax.tuning import METHODS

@@ -25,7 +25,8 @@ from ftjax.data.batches import Batches, loader
 from ftjax.data.pack import pack
 from ftjax.data.prepare import prepare
 from ftjax.data.read import read_table
-from ftjax.hub import families, resolve, tokenizers, weights
+from ftjax.hub import families, resolve, weights
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.optimizer import optimizer, schedule

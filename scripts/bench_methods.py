@@ -212,7 +212,8 @@ def by_torch(method: str, c, task: Task, folder: str) -> tuple[str, int]:
 
     from ftjax.data.batches import Batches
     from ftjax.data.prepare import prepare
-    from ftjax.hub import resolve, tokenizers
+    from ftjax.hub import resolve
+    from ftjax.hub import tokenizer as tokenizers
     from ftjax.training.optimizer import schedule
 
     torch.manual_seed(c.seed)

@@ -101,7 +101,7 @@ def chat(prompt, answer):
 )  # fmt: skip
 def test_every_usual_form_gives_the_same_pairs(setting, form):
     from ftjax.data.prepare import prepare
-    from ftjax.hub.tokenizers import load_tokenizer
+    from ftjax.hub.tokenizer import load_tokenizer
 
     plain = [{name: cell.strip() for name, cell in row.items()} for row in rows(9, 0)]
     made = []
@@ -162,7 +162,7 @@ def test_a_loss_without_a_reference_trains_all_parameters(setting, tmp_path):
 
 def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
     from ftjax.data.prepare import prepare
-    from ftjax.hub.tokenizers import load_tokenizer
+    from ftjax.hub.tokenizer import load_tokenizer
 
     long = {"prompt": "it was a film", "chosen": " fine" * 30, "rejected": " dull" * 3}
     other = {"prompt": "it was a film", "chosen": " fine" * 3, "rejected": " dull" * 30}

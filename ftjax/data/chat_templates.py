@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.tokenizers import end_token, turn_end
+from ftjax.hub.tokenizer import end_token, turn_end
 
 FOLDER = Path(assets.__file__).parent / "chat_templates"
 

@@ -17,7 +17,7 @@ from ftjax.data.table import Table
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import CHUNK, Example
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.tokenizers import pad_token
+from ftjax.hub.tokenizer import pad_token
 
 
 @dataclasses.dataclass(frozen=True)

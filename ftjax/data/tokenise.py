@@ -17,7 +17,7 @@ import numpy as np
 from ftjax.data import chat_templates, template
 from ftjax.data.template import THINKING, Rendered
 from ftjax.errors import FtjaxError
-from ftjax.hub.tokenizers import Marks, end_token, last_close, marks, shared, show, turn_close
+from ftjax.hub.tokenizer import Marks, end_token, last_close, marks, shared, show, turn_close
 
 CHUNK = 1024  # texts given to the tokenizer at once; its records take about 100 bytes a token
 

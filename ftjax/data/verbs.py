@@ -103,7 +103,8 @@ def show(config, count: int = 3, ids: bool = False, html: str | None = None, say
 
 def _tokenizer(config):
     """(the tokenizer of `model.path`, number of positions of its model)."""
-    from ftjax.hub import families, resolve, tokenizers
+    from ftjax.hub import families, resolve
+    from ftjax.hub import tokenizer as tokenizers
 
     folder = resolve.resolve(config.model.path, config.model.revision)
     tokenizer = chat_templates.dated(tokenizers.load_tokenizer(folder), config.data.date)

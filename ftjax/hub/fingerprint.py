@@ -15,7 +15,8 @@ from pathlib import Path
 from ftjax import assets
 from ftjax.errors import FtjaxError
 from ftjax.foreign import Kind, mapped, maybe, read_json, string
-from ftjax.hub import peft, pooling, resolve, tokenizers, weights
+from ftjax.hub import peft, pooling, resolve, weights
+from ftjax.hub import tokenizer as tokenizers
 
 WHOLE = 1 << 28  # bytes, which are read in a quarter of a second
 BLOCK = 1 << 14  # bytes of a sample

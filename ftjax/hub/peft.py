@@ -14,7 +14,7 @@ from ftjax.errors import FtjaxError
 from ftjax.foreign import either, flag, listed, mapped, maybe, number, read_json, read_tensors, string, whole
 from ftjax.hub.families import names_of_labels
 from ftjax.hub.resolve import MARKER, new_folder, write_json
-from ftjax.hub.tokenizers import copy_tokenizer
+from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"

@@ -43,7 +43,7 @@ from ftjax.hub.families import (
 )
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import is_plain_name, new_folder, write_json
-from ftjax.hub.tokenizers import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
+from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, not_finite, unflatten
 

@@ -120,7 +120,7 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     from ftjax import tasks
     from ftjax.data.batches import Batches
     from ftjax.data.prepare import prepare
-    from ftjax.hub import tokenizers
+    from ftjax.hub import tokenizer as tokenizers
 
     tokenizer = tokenizers.load_tokenizer(folder)
     data = prepare(config, tokenizer, longest)

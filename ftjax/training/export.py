@@ -15,7 +15,8 @@ from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub import families, peft, pooling, resolve, tokenizers, weights
+from ftjax.hub import families, peft, pooling, resolve, weights
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.training.run_folder import Trained, open_run

@@ -20,7 +20,8 @@ from ftjax.data.prepare import Data, Part, prepare
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.metrics import METRICS, find
-from ftjax.hub import families, fingerprint, resolve, tokenizers
+from ftjax.hub import families, fingerprint, resolve
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.progress import counted, doing
 from ftjax.training import auto_mesh, export, sharding

@@ -21,7 +21,8 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import DRAFT, replace_json, replacing
 from ftjax.foreign import check_fields, listed, mapped, read_json, read_tensors, string, whole
-from ftjax.hub import fingerprint, resolve, tokenizers, weights
+from ftjax.hub import fingerprint, resolve, weights
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts, provenance
 from ftjax.training.checkpoint import FOLDER, Checkpoints

@@ -14,7 +14,8 @@ from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import read_documents
-from ftjax.hub import families, resolve, tokenizers
+from ftjax.hub import families, resolve
+from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.loading import load
 from ftjax.training.program import with_task

@@ -17,7 +17,7 @@ from ftjax import config  # noqa: E402
 from ftjax.assets import resolve  # noqa: E402
 from ftjax.data.batches import Batches, loader  # noqa: E402
 from ftjax.data.prepare import prepare  # noqa: E402
-from ftjax.hub.tokenizers import load_tokenizer  # noqa: E402
+from ftjax.hub.tokenizer import load_tokenizer  # noqa: E402
 from ftjax.training import sharding  # noqa: E402
 
 asked = json.load(open(settings))

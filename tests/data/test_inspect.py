@@ -15,7 +15,7 @@ from ftjax.data.inspect_report import WIDTH, table, to_json
 from ftjax.data.inspect_report import html as page
 from ftjax.data.prepare import read_and_clean
 from ftjax.data.similar import normalise, row_text
-from ftjax.hub.tokenizers import load_tokenizer
+from ftjax.hub.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

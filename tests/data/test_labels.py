@@ -11,7 +11,7 @@ from ftjax.data import verbs
 from ftjax.data.prepare import given, prepare
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import labels_in
-from ftjax.hub.tokenizers import load_tokenizer
+from ftjax.hub.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,9 @@ def test_missing_sources(tmp_path):
     with pytest.raises(FtjaxError, match="has no file that ftjax reads"):
         (tmp_path / "empty").mkdir()
         read(str(tmp_path / "empty"))
-    with pytest.raises(FtjaxError, match=r"nobody/nothing is not a file or directory here, and reading it from the hub"):
+    with pytest.raises(
+        FtjaxError, match=r"nobody/nothing is not a file or directory here, and reading it from the hub"
+    ):
         read("nobody/nothing")
 
 

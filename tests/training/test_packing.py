@@ -13,7 +13,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.prepare import prepare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.hub import families, weights
-from ftjax.hub.tokenizers import load_tokenizer
+from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.models.transformer import Transformer
 from ftjax.objectives import causal
 from ftjax.training.step import gradients

@@ -110,7 +110,7 @@ def test_examples_of_a_conversation_are_earlier_turns():
 
 
 def test_what_does_not_fit_loses_examples_from_the_left_and_then_passages(shared):
-    from ftjax.hub.tokenizers import load_tokenizer
+    from ftjax.hub.tokenizer import load_tokenizer
 
     words = load_tokenizer(shared / "tokenizers/gpt2")
 

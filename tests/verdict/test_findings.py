@@ -6,7 +6,7 @@ import numpy as np
 
 from ftjax import config as configs
 from ftjax.data.prepare import Data, prepare
-from ftjax.hub.tokenizers import load_tokenizer
+from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.training.finite import advice
 from ftjax.verdict import findings, statistics
 from ftjax.verdict.contenders import Contender

@@ -26,7 +26,7 @@ from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
 from ftjax.foreign import limited
 from ftjax.hub.families import read_config
-from ftjax.hub.tokenizers import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
+from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
 from ftjax.hub.weights import write_model
 from ftjax.lm import open_base
 from ftjax.training import export
