@@ -77,13 +77,13 @@ def sums(
     each = each - (1.0 if loss == "orpo" else nll_weight) * mean[..., 0]
     add = lambda x: jnp.sum(jnp.where(pair > 0, x, 0.0))  # noqa: E731
     reward = beta * compared
-    told = {
+    figures = {
         "loss": add(each), "correct": add(compared[..., 0] > compared[..., 1]),
         "reward_chosen": add(reward[..., 0]), "reward_rejected": add(reward[..., 1]),
         "margin": add(reward[..., 0] - reward[..., 1]),
         "logp_chosen": add(total[..., 0]), "logp_rejected": add(total[..., 1]),
     }  # fmt: skip
-    return told["loss"], jnp.sum(pair), told
+    return figures["loss"], jnp.sum(pair), figures
 
 
 def pair_loss(chosen, rejected, loss: str, beta: float, label_smoothing: float = 0.0, margin: float = 0.0):

@@ -1,7 +1,7 @@
 """The tasks, one file each: what a row is, what is minimised, and how predictions are scored.
 
-This module imports no other part of the project, so that every part may use it. A task's own file is imported when the
-task is first asked for, and may use every part.
+Of the project, this module imports only the errors, so that every part may use it. The file of a task is imported when
+the task is first needed, and may use every part.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Task:
 
     What is minimised:
         head: The task of ModelConfig.head.
-        sums: sums(model, variables, batch, rngs=..., **options) -> (loss sum, weight sum, {"loss", "correct"}), see
-            objectives.causal.
+        sums: sums(model, variables, batch, rngs=..., **options) -> (loss sum, weight sum, {"loss", "correct", ...}),
+            see objectives.causal. Every sum is divided by the weight sum and reported by its name.
         options: options(config) -> options of `sums` in training only.
         always: always(config) -> options of `sums` in training and evaluation.
         problem: `problem_type` in transformers' config.json, if there is one.
@@ -117,14 +117,18 @@ def register(kind: str, task: Task) -> None:
 
 def known(kind: str) -> bool:
     """Whether there is a task of this name."""
-    return kind in FILES or kind in TASKS
+    return kind in names()
+
+
+def names() -> tuple[str, ...]:
+    """The values of `task.kind`: those of FILES, then those that were registered."""
+    return tuple(dict.fromkeys((*FILES, *TASKS)))
 
 
 def find(kind: str) -> Task:
     """The task of a `task.kind`. Raises FtjaxError if there is none."""
     if not known(kind):
-        names = (*FILES, *(name for name in TASKS if name not in FILES))
-        raise FtjaxError(f"task.kind: {kind!r}{nearest(kind, names)}; expected one of {', '.join(names)}")
+        raise FtjaxError(f"task.kind: {kind!r}{nearest(kind, names())}; expected one of {', '.join(names())}")
     if kind not in TASKS:
         register(kind, importlib.import_module(f"{__name__}.{kind}").TASK)
     return TASKS[kind]
@@ -132,7 +136,7 @@ def find(kind: str) -> Task:
 
 def every() -> dict[str, Task]:
     """{task.kind: the task} of all tasks."""
-    return {kind: find(kind) for kind in (*FILES, *(name for name in TASKS if name not in FILES))}
+    return {kind: find(kind) for kind in names()}
 
 
 def objective(config, model) -> Callable:

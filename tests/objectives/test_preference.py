@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jax.sharding import AxisType
 
+from ftjax import config as configs
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.hub.peft import write_adapter
@@ -135,6 +136,10 @@ def test_the_loss_before_training_is_the_log_of_two(models):
     assert weight == 5
     np.testing.assert_allclose(total / weight, np.log(2), atol=1e-6)
     assert told["reward_chosen"] == told["reward_rejected"] == told["correct"] == 0
+
+
+def test_the_config_knows_every_loss():
+    assert set(configs.FIELDS["task.loss"].choices) == set(preference.LOSSES)
 
 
 @pytest.mark.parametrize(
