@@ -167,8 +167,8 @@ FIELDS: dict[str, Field] = {
     "model.double_quantise": switch(True, also="bnb_4bit_use_double_quant double_quantization"),  # nf4: store the
     # scales in 8 bits too, as QLoRA does; False: in float32
     "model.remat": choice(
-        "none",
         "auto",
+        "none",
         "products",
         "attention",
         "offload_products",
@@ -446,6 +446,8 @@ FIELDS: dict[str, Field] = {
     # run_dir while the run lasts, where only the head is trained for more than an epoch
     "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay per step of an exponential moving average of the
     # trained parameters, which is validated and exported in their place; 0: off
+    "train.deterministic": switch(True, also="full_determinism"),  # on a GPU, only take operations that compute the
+    # same bits in each run; False trains faster (docs/performance.md). CPUs and TPUs compute the same bits anyway
     "train.on_bad_step": choice("stop", "skip"),  # what a step does whose loss or gradient norm is NaN or infinite, or
     # whose loss is a spike: stop ends the run; skip changes neither parameters nor the optimizer's state, tells the
     # rows of the batch, and ends the run after 10 such steps in a row

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +20,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ftjax.models.axes import MESH_AXES
 
-SINGLE = {"xla_cpu_multi_thread_eigen": False}
 WIDTH = 160  # width of a model whose products are half of a program's time on one thread, see `serial_share`
 GAIN = 1.25  # least estimated speed-up of several devices, because the estimate is not more accurate
 SHARE = 0.05  # of the memory that copies of parameters on several devices may take
@@ -92,27 +91,6 @@ def count(rows: int, width: int, seconds: float = 1.0, repeated: float = 0.0) ->
     ways = [n for n in range(1, most + 1) if rows % n == 0]
     best = min(ways, key=time, default=1)
     return best if time(1) >= GAIN * time(best) else 1
-
-
-def options(devices: int) -> dict | None:
-    """XLA's compiler options for a program on so many devices; None for the defaults.
-
-    On several devices each has one thread, however many cores there are, so that the number of devices alone decides
-    the bits of the result.
-    """
-    own = "multi_thread_eigen" in os.environ.get("XLA_FLAGS", "")
-    return SINGLE if offered() and devices > 1 and not own else None
-
-
-def jit(f: Callable, **how) -> Callable:
-    """`jax.jit(f, **how)` with the `options` for the current mesh."""
-    plain, single = jax.jit(f, **how), jax.jit(f, compiler_options=SINGLE, **how)
-
-    @functools.wraps(f)
-    def run(*args, **kwargs):
-        return (single if options(jax.sharding.get_abstract_mesh().size) else plain)(*args, **kwargs)
-
-    return run
 
 
 @contextlib.contextmanager

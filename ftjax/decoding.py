@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from ftjax import cpus
+from ftjax import cpus, xla
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.models.axes import constrain, ways
 from ftjax.models.by_device import by_device
@@ -129,7 +129,7 @@ def _left_padded(prompts, batch_size):
     return tokens, lengths
 
 
-@functools.partial(cpus.jit, static_argnums=(0, 6, 7, 8, 9))
+@functools.partial(xla.jit, static_argnums=(0, 6, 7, 8, 9))
 def _decode(model, variables, tokens, lengths, rows, key, *settings):
     """As `_decode_rows`. If the mesh splits only rows, each device runs a loop of its own."""
     mesh, f = jax.sharding.get_abstract_mesh(), functools.partial(_decode_rows, model)

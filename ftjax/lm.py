@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ftjax import config as configs
-from ftjax import cpus, tasks
+from ftjax import cpus, tasks, xla
 from ftjax.data import chat_templates
 from ftjax.data.batches import by_example
 from ftjax.data.pairs import encode_texts
@@ -269,7 +269,7 @@ def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-@jax.jit(static_argnums=0)
+@functools.partial(xla.jit, static_argnums=0)
 def _logits(model, variables, ids, positions, segments):
     return model.apply(variables, ids, positions, segments)
 

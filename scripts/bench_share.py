@@ -71,8 +71,8 @@ def ids_of(folder: Path, case: Case) -> np.ndarray:
     return np.random.default_rng(0).integers(3, vocab, (case.rows, case.length)).astype(np.int32)
 
 
-def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
-    """What a step of the run that `ftjax train` would choose reaches on the devices here."""
+def ours(folder: Path, case: Case, packed: bool, seconds: float, changed: list[str]) -> dict:
+    """What a step of the run that `ftjax train` would choose reaches on the devices here. changed: NAME=VALUE."""
     import jax
     import jax.numpy as jnp
 
@@ -88,7 +88,7 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
     trim_after_compiling()
     config = configs.default()
     settings = {"tuning.rank": 16, "tuning.alpha": 32.0, "train.batch_size": case.rows} | case.settings
-    configs.override(config, [f"{name}={value}" for name, value in settings.items()])
+    configs.override(config, [*(f"{name}={value}" for name, value in settings.items()), *changed])
     config.data.packing = packed
     program.fill_defaults(config)
     family, shape = families.read_config(folder)
@@ -97,6 +97,7 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float) -> dict:
     auto_mesh.settle(config, spec, here, T, dtype)
     mesh = sharding.make_mesh(config.mesh)
     program.check_rows(config, mesh)
+    auto_mesh.settle_unroll(config, mesh.devices.flat[0])
     auto_mesh.settle_remat(config, spec, here, mesh.shape, T, dtype)
     attention = program.check_attention(config, spec, mesh, dtype, [T])
     with jax.set_mesh(mesh):
@@ -222,7 +223,7 @@ def rows(args):
     backend = "" if args.only else bench_common.in_a_process(["--alone", "backend", next(iter(CASES))])
     known = [name for name, case in CASES.items() if (case.changed is None) == (backend == "cpu")]
     for name in args.only or known:
-        case, asked = CASES[name], ["--seconds", str(args.seconds)]
+        case, asked = CASES[name], ["--seconds", str(args.seconds), "--set", *args.set]
         found = bench_common.in_a_process(["--alone", "ftjax", name, *asked])
         row = {"case": name, "rows": case.rows, "length": case.length, "remat": found["remat"]}
         row |= {"attention": found["attention"], "ftjax_tokens_s": round(found["tokens_s"])}
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=[])
     parser.add_argument("--packed", action="store_true", help=f"also rows of {DOCUMENTS} documents")
     parser.add_argument("--torch", action="store_true", help="also transformers and peft")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of ftjax's runs")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a turn, at least")
     parser.add_argument("--alone", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     bench_common.add_arguments(parser)
@@ -269,7 +271,7 @@ def main() -> None:
         if side == "torch":
             print(json.dumps(theirs(folder, case, args.seconds)))
         else:
-            print(json.dumps(ours(folder, case, side == "packed", args.seconds)))
+            print(json.dumps(ours(folder, case, side == "packed", args.seconds, args.set)))
 
 
 if __name__ == "__main__":

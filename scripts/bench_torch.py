@@ -61,7 +61,7 @@ def ours(folder: Path, method: str, dtype: str, rows: int, T: int, unroll=0, lea
     import jax.numpy as jnp
 
     from ftjax import config as configs
-    from ftjax import cpus
+    from ftjax import xla
     from ftjax.hub import families, weights
     from ftjax.training import auto_mesh, sharding
     from ftjax.training import program as programs
@@ -90,7 +90,7 @@ def ours(folder: Path, method: str, dtype: str, rows: int, T: int, unroll=0, lea
                 frozen,
                 sharding.place_batch(batch_of(np.zeros((rows, T), np.int32)), mesh, rows, slice(0, rows)),
             )
-            step = step.lower(*arguments).compile(cpus.SINGLE if single else None)
+            step = step.lower(*arguments).compile(xla.SINGLE if single else None)
 
     def run(ids):
         nonlocal state

@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ftjax import cpus, tasks
+from ftjax import tasks, xla
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.progress import doing
 
 
-@functools.partial(cpus.jit, static_argnums=0, static_argnames=("kind", "options"))
+@functools.partial(xla.jit, static_argnums=0, static_argnames=("kind", "options"))
 def _sums(model, variables, batch, *, kind: str, options: tuple):
     return tasks.find(kind).sums(model, variables, batch, **dict(options))
 

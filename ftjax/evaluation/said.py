@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax import cpus, tasks
+from ftjax import cpus, tasks, xla
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
@@ -20,7 +20,7 @@ from ftjax.objectives import classify
 from ftjax.progress import doing
 
 
-@functools.partial(cpus.jit, static_argnums=0)
+@functools.partial(xla.jit, static_argnums=0)
 def logits(model, variables, batch):
     """(B, M, C) float32, see objectives.classify."""
     return classify.logits(model, variables, batch)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from ftjax import xla
 from ftjax.data import spans
 from ftjax.evaluation.said import Asked, Judge, at_places, by_row
 from ftjax.objectives import span
@@ -18,7 +18,7 @@ from ftjax.objectives import span
 BEST = 3  # number of other answers in a record
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(xla.jit, static_argnums=0)
 def logits(model, variables, batch):
     """(B, T, 2) float32, see objectives.span."""
     return span.logits(model, variables, batch)

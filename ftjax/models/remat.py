@@ -54,8 +54,8 @@ CHOICES = ("none", *PRESETS)
 
 def rematerialised(block: type[nn.Module], preset: str) -> type[nn.Module]:
     """A block that keeps for its backward pass what `preset` says. `none` keeps everything that the backward pass
-    uses."""
-    if preset == "none":
+    uses, and so does `auto` where nothing has chosen a preset."""
+    if preset in ("none", "auto"):
         return block
     return nn.remat(block, prevent_cse=False, policy=policy(PRESETS[preset]))
 

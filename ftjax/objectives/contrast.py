@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ftjax import xla
 from ftjax.models.config import Head
 from ftjax.objectives.causal import states
 
@@ -25,7 +26,7 @@ def embeddings(model, variables, batch, *, pool: str, rngs=None):
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-embed = jax.jit(embeddings, static_argnums=0, static_argnames="pool")
+embed = xla.jit(embeddings, static_argnums=0, static_argnames="pool")
 
 
 def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.05, rngs=None):

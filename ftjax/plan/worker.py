@@ -31,8 +31,9 @@ def work(job: dict) -> dict:
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
-    machine = auto_mesh.Machine(devices.count, devices.device.memory, devices.device.per_host, devices.platform)
-    machine = machine._replace(offloads=devices.platform != "cpu")
+    device, offloads = devices.device, devices.platform != "cpu"
+    memory = math.inf if device.memory is None else device.memory
+    machine = auto_mesh.Machine(devices.count, memory, device.per_host, devices.platform, offloads=offloads)
     T = min(config.data.max_length, longest)
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))

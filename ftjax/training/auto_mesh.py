@@ -162,13 +162,17 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     """Fill in model.remat of a config that leaves it open. Returns the choice with its reason, or an empty text if
     there was no choice.
 
-    Presets are tried from the fastest on. One that sends tensors to the host's memory is taken only if no other fits.
-    sizes: sizes of the mesh's axes.
+    Presets are tried from the fastest on. A GPU computes elementwise operations again faster than it reads their
+    results (docs/performance.md), so there `products` comes before `none`. A preset that sends tensors to the host's
+    memory is taken only if no other fits. sizes: sizes of the mesh's axes.
     """
     if config.model.remat != "auto":
         return ""
-    states, _ = _states(config, spec, dtype, sizes)
     rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    config.model.remat = "none"
+    if machine.platform == "cpu" and _certainly_fits(config, spec.model, machine, rows, T, dtype):
+        return ""
+    states, _ = _states(config, spec, dtype, sizes)
     attention = programs.kernels(config, machine)
     all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
 
@@ -182,6 +186,7 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
 
     tried, budget = {}, USED * machine.memory
     order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads
+    order = order[machine.platform == "gpu" :]
     for preset in order:
         tried[preset] = needed(preset)
         if tried[preset] <= budget:
@@ -192,6 +197,23 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     if len(tried) > 1:
         said += "; " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in tried.items() if name != preset)
     return said + ("; see `ftjax plan`" if tried[preset] > budget else "")
+
+
+def settle_unroll(config, device) -> str:
+    """Set model.unroll=1 where XLA fails to compile a deterministic program that calls cuDNN for each layer. Returns
+    what was changed, or an empty text."""
+    cudnn = programs.kernels(config, device).name == "cudnn"
+    if config.model.unroll == 1 or not (cudnn and config.train.deterministic):
+        return ""
+    config.model.unroll = 1
+    return "model.unroll=1: XLA cannot unroll cuDNN's attention if train.deterministic is set"
+
+
+def _certainly_fits(config, shape, machine: Machine, rows: float, T: int, dtype) -> bool:
+    """Whether a run without remat fits many times over, so that nothing has to be traced to know it."""
+    parameters = shape.layers * shape.width * (4 * shape.width + 3 * shape.hidden) + 2 * shape.vocab_size * shape.width
+    activations = rows * _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
+    return 20 * parameters + 4 * activations + _head_bytes(config, shape, machine) < machine.memory / 4
 
 
 def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int, attention) -> float:

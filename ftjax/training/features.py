@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ftjax import tasks
+from ftjax import tasks, xla
 from ftjax.data.batches import Batches
 from ftjax.objectives import causal
 from ftjax.training import sharding
 
-states = jax.jit(causal.states, static_argnums=0)
+states = xla.jit(causal.states, static_argnums=0)
 
 
 def usable(config, trained: dict, steps: int, epoch: int) -> bool:

@@ -188,6 +188,8 @@ def prepared(config, say, recorded: int = 0) -> Job:
             f"the run began with {recorded} devices and goes on with {mesh.size}: sums over rows are taken in another "
             "order, so its figures may differ in the last bits from here on"
         )
+    if changed := auto_mesh.settle_unroll(config, mesh.devices.flat[0]):
+        say(changed)
     if chosen := auto_mesh.settle_remat(config, spec, machine, mesh.shape, data.max_length, dtype):
         say(chosen)
     check_remat(config, mesh.devices.flat[0])

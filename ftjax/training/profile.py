@@ -52,6 +52,9 @@ PARTS = {
     "embeddings": r"/embed/|/pos_embed/|/type_embed/",
 }
 REST = "norms, loss, optimizer, the rest"
+# XLA gathers a GPU's kernels in CUDA graphs, and the trace then names a graph instead of the operation of a kernel.
+GRAPH, GRAPHS = "command_buffer", "kernels of CUDA graphs"
+NO_GRAPHS = "XLA_FLAGS=--xla_gpu_enable_command_buffer="
 
 # Names of what has no instruction of the step's program: a GPU's kernels, the categories of a TPU's, operations of
 # other programs.
@@ -216,7 +219,7 @@ def summary(trace: Path, texts: list[str], steps: list[int], backend: str) -> di
         times.update(o.name for o, _ in known)
         spent.update(shares([(o.start, o.end, o.name) for o, _ in known], window, ops))
     each = len(planes) * len(steps) * 1e6  # nanoseconds of all planes and steps -> milliseconds of one
-    kinds, parts = dict.fromkeys(KINDS, 0.0), dict.fromkeys((*PARTS, REST), 0.0)
+    kinds, parts = dict.fromkeys(KINDS, 0.0), dict.fromkeys((*PARTS, REST, GRAPHS), 0.0)
     for name, nanoseconds in spent.items():
         kind = ops[name].kind if name else "idle"
         kinds[kind] += nanoseconds / each
@@ -267,8 +270,11 @@ def _of_plane(plane, kind: Line) -> list[Operation]:
             if ended:  # what a CPU's operation left to other threads ends when this says so
                 ends[event.name[5:], stats.get("_c")] = event.start_ns
             elif "hlo_op" in stats or not kind.stat:
-                name = re.match(r"%?([\w.\-]*)", str(stats.get("hlo_op") or event.name).split("/")[-1])[1]
+                op = str(stats.get("hlo_op") or event.name)
                 hint = f"{stats.get('hlo_category', '')} {event.name}"
+                if op.startswith(GRAPH):
+                    op, hint = event.name.removeprefix("void "), f"{hint} {GRAPH}"
+                name = re.match(r"%?([\w.\-:]*)", op.split("/")[-1])[1]
                 flow = stats.get("_p")
                 program = f"{stats.get('hlo_module', '')}:{stats.get('program_id', '')}"
                 found.append((Operation(name, program, event.start_ns, event.start_ns + event.duration_ns, hint), flow))
@@ -352,7 +358,7 @@ def by_name(operation: Operation) -> Known:
     if re.match(r"(while|conditional|call)\b", operation.name):
         return Known("container", REST, "")
     kind = next((kind for pattern, kind in NAMED if re.search(pattern, f"{operation.name} {operation.hint}")), "other")
-    return Known(kind, REST, operation.program)
+    return Known(kind, GRAPHS if GRAPH in operation.hint else REST, operation.program)
 
 
 def table(found: dict) -> str:
@@ -371,6 +377,8 @@ def table(found: dict) -> str:
     if found["compiled_in"]:
         some = ", ".join(map(str, found["compiled_in"]))
         lines.append(f"compiled within the profile, for batches of new shapes: step {some}; later steps tell more")
+    if found["parts"][GRAPHS]:
+        lines.append(f"the trace does not tell the parts of the model in CUDA graphs; with {NO_GRAPHS} it does")
     if "missing" in found:
         lines.append(found["missing"])
     return "\n".join(lines)

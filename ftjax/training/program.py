@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ftjax import cpus, tasks
+from ftjax import tasks, xla
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
@@ -190,9 +190,10 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     guarded, spike = config.train.on_bad_step == "skip" or config.train.spike > 0, config.train.spike
     guard = dict.fromkeys(("losses", "skipped", "in_a_row"), everywhere) if guarded else None
     state_places = State(everywhere, trained_places, moments, trained_places if ema else None, guard)
+    options = xla.options(mesh.size, config.train.deterministic)
     step = compile_step(
-        state_places, cpus.options(mesh.size), sums=tasks.objective(config, model), variables=variables,
-        optimizer=optim, seed=config.seed, accumulate=config.train.accumulate, ema=ema, spike=spike,
+        state_places, options, sums=tasks.objective(config, model), variables=variables, optimizer=optim,
+        seed=config.seed, accumulate=config.train.accumulate, ema=ema, spike=spike,
     )  # fmt: skip
     return Program(
         model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,

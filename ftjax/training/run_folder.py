@@ -46,7 +46,8 @@ FOLDERS = ("adapter", "merged", "full")
 FREE = ("run_dir", "overwrite", "mesh.", "log.", "export.", "generate.", "evaluate.", "compare.")
 FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "train.log_every", "train.keep")
 FREE += ("task.group", "task.threshold", "task.max_answer")  # how predictions are made and judged
-FREE += ("train.cache_features", "model.remat", "model.attention", "model.unroll", "model.head_chunk")
+FREE += ("train.cache_features", "train.deterministic")
+FREE += ("model.remat", "model.attention", "model.unroll", "model.head_chunk")
 # Fields that name files -> the group of the record whose digests are compared instead of the names.
 NAMES = {
     "weights": ("model.path", "model.revision"),

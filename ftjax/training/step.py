@@ -167,10 +167,10 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
     return kept._replace(guard=guard), report | told
 
 
-def compile_step(state_shardings, options: dict | None = None, **fixed):
+def compile_step(state_shardings, options: dict, **fixed):
     """Compile `train_step` with everything but (state, frozen, batch) bound. The state is donated.
 
     options: compiler options of XLA.
     """
     step = functools.partial(train_step, **fixed)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options or None)

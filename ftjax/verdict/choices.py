@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax import xla
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
@@ -98,7 +99,7 @@ def batched(
         yield batch, [(row, int(i), int(batches.examples.labels[i])) for row, found in members for i in found]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(xla.jit, static_argnums=0)
 def _told(model, variables, batch):
     """(B, M) each: the log-probability of each label in float32, and whether no other token has a higher one."""
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax import xla
 from ftjax.errors import FtjaxError
 from ftjax.objectives.causal import states
 from ftjax.verdict.choices import Pair, batched, in_chunks
@@ -56,7 +57,7 @@ def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
     return Divergence(kl, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(xla.jit, static_argnums=(0, 1))
 def _kl(p_model, q_model, p_variables, q_variables, batch):
     """(B, M) float32, at least 0."""
 

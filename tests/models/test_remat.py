@@ -97,16 +97,17 @@ def test_auto_takes_the_fastest_that_fits():
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     sizes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
-    def chosen(memory, offloads=False):
-        new, machine = configs.copy(config), auto_mesh.Machine(1, memory * 2**30, 1, "cpu", offloads=offloads)
+    def chosen(memory, offloads=False, platform="tpu"):
+        new, machine = configs.copy(config), auto_mesh.Machine(1, memory * 2**30, 1, platform, offloads=offloads)
         said = auto_mesh.settle_remat(new, spec, machine, sizes, 2048, jnp.bfloat16)
         print(said)
         assert said.startswith(f"remat {new.model.remat}: about ")
         assert ("see `ftjax plan`" in said) == (memory < 25 and not offloads)
         return new.model.remat
 
-    assert [chosen(memory) for memory in (1000, 55, 36, 23)] == ["none", "products", "attention", "full"]
-    assert chosen(23, offloads=True) == "offload"
+    assert [chosen(memory) for memory in (1000, 55, 36, 24)] == ["none", "products", "attention", "full"]
+    assert chosen(24, offloads=True) == "offload"
+    assert chosen(1000, platform="gpu") == "products"  # which is faster there than reading what `none` keeps
 
 
 def test_what_a_config_says_stays():

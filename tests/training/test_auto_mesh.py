@@ -92,7 +92,7 @@ def test_remat_is_chosen_where_a_mesh_divides_little(tensor):
     # Weights, two moments and gradients are in float32; the optimizer counts its steps.
     states, _ = auto_mesh._states(config, spec, jnp.dtype("float32"), sizes)
     assert states == pytest.approx(4 * 4 * sum(values), abs=64)
-    machine = auto_mesh.Machine(tensor, 2**30, 8)
+    machine = auto_mesh.Machine(tensor, 2**33, 8, "tpu")
     assert "remat none: about" in auto_mesh.settle_remat(config, spec, machine, sizes, 64, jnp.dtype("float32"))
 
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ftjax
 from ftjax import config as configs
-from ftjax import cpus
+from ftjax import cpus, xla
 from ftjax.hub import families
 from ftjax.hub.resolve import resolve
 from ftjax.models.config import ModelConfig
@@ -162,3 +163,29 @@ def test_devices_are_offered_where_nobody_has_said_how_many(before, flags, want)
         [sys.executable, "-c", SAYS.format(before)], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == want.split()
+
+
+def test_a_gpu_computes_the_same_bits_unless_speed_is_asked_for(monkeypatch):
+    monkeypatch.setattr(xla.jax, "default_backend", lambda: "gpu")
+    assert xla.options(1) == xla.GPU | xla.DETERMINISTIC
+    assert xla.options(1, deterministic=False) == xla.GPU
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert xla.options(1) == xla.DETERMINISTIC
+
+
+def test_xla_knows_the_options_for_a_gpu():
+    assert jax.jit(lambda x: x + 1, compiler_options=xla.GPU | xla.DETERMINISTIC)(1) == 2
+    with pytest.raises(Exception, match="xla_gpu_nothing"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_nothing": True})(1)
+
+
+@pytest.mark.parametrize(
+    "platform, settings, unroll",
+    [("gpu", [], 1), ("gpu", ["train.deterministic=False"], 0), ("gpu", ["model.attention=xla"], 0), ("cpu", [], 0)],
+)
+def test_layers_with_cudnn_are_not_unrolled_where_the_bits_must_be_the_same(platform, settings, unroll):
+    config = configs.default()
+    configs.override(config, ["model.unroll=0", *settings])
+    device = auto_mesh.Machine(1, 1e9, 1, platform, "9.0")
+    told = auto_mesh.settle_unroll(config, device)
+    assert config.model.unroll == unroll and bool(told) == (unroll == 1)

@@ -1,5 +1,6 @@
 """Profiles: that the parts of the traced time add up to it, and what a trace of each kind of device is read as."""
 
+import itertools
 import json
 import re
 
@@ -143,3 +144,24 @@ def test_what_no_program_names_is_told_by_its_name():
     found = [profile.by_name(operation).kind for operation in operations]
     assert found == ["collective", "matmul", "copy", "elementwise", "other"]
     assert profile.by_name(profile.Operation("fusion.3", "", 0, 1, "convolution fusion %fusion.3")).kind == "matmul"
+
+
+def test_kernels_of_cuda_graphs_are_told_by_their_own_names(tmp_path):
+    """Names as an H200 traced them; all that the trace tells of their operation is the graph."""
+    kernels = {
+        "loop_rsqrt_fusion_1": (10, "elementwise"),
+        "nvjet_sm90_tss_128x128_64x6_2x1_v_bz_TNT": (20, "matmul"),
+        "void cudnn::fusion::fmha_reduce_head<true>(void const*)": (5, "matmul"),
+        "memcpy128": (15, "copy"),
+    }
+    starts = itertools.accumulate((long for long, _ in kernels.values()), initial=0)
+    events = [(name, start, long, "command_buffer_23") for start, (name, (long, _)) in zip(starts, kernels.items())]
+    file = tmp_path / "one.xplane.pb"
+    text = HOST + plane("/device:GPU:0", "Stream #14(Memset,Compute)", events, 2)
+    file.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    found = profile.summary(file, [HLO], [1], "gpu")
+    kinds = {"matmul": 25e-6, "elementwise": 10e-6, "copy": 15e-6, "idle": 50e-6, "collective": 0, "other": 0}
+    assert found["kinds"] == pytest.approx(kinds)
+    assert found["parts"][profile.GRAPHS] == pytest.approx(50e-6)
+    assert found["longest"][0]["name"].startswith("nvjet_sm90") and found["longest"][2]["name"] == "loop_rsqrt_fusion_1"
+    assert profile.NO_GRAPHS in profile.table(found | {"compiled_in": []})
