@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ftjax.evaluation.run import predict as predict
     from ftjax.lm import LM as LM
     from ftjax.loading import load as load
+    from ftjax.stages import train as train
     from ftjax.training.export import export as export
     from ftjax.training.loop import Result as Result
-    from ftjax.training.loop import train as train
     from ftjax.verdict.run import compare as compare
     from ftjax.verdict.sweep import sweep as sweep
 
@@ -23,7 +23,7 @@ _PUBLIC = {
     "config": "ftjax.config",
     "load": "ftjax.loading",
     "LM": "ftjax.lm",
-    "train": "ftjax.training.loop",
+    "train": "ftjax.stages",
     "Result": "ftjax.training.loop",
     "evaluate": "ftjax.evaluation.run",
     "predict": "ftjax.evaluation.run",

@@ -361,7 +361,7 @@ def _train(args, overrides) -> None:
     if args.profile is not None:
         overrides = [*overrides, f"log.profile={args.profile.removeprefix('steps=')}"]
     settings = config.load(args.config, overrides)
-    from ftjax.training.loop import train
+    from ftjax.stages import train
 
     train(settings)
 

@@ -148,6 +148,10 @@ FIELDS: dict[str, Field] = {
     "seed": whole(0, 0, also="random_seed data_seed"),  # seed of initial adapters, dropout, the order of rows, the
     # split and sampling
     #
+    "stages": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),  # runs
+    # one after another, each from the best model of the one before: ({"name": "facts", "data.train": "a.jsonl"}, ...).
+    # A stage sets any field for itself, and "replay": the share of its rows that come from earlier stages
+    #
     # ---- the model
     "model.path": text("builtin:stories260K", empty=False, also="model_name_or_path base_model model_id model_name"),
     # model directory, hub name, or `builtin:` and the name of a model that comes with ftjax
@@ -829,6 +833,52 @@ def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
         raise FtjaxError(f'data.mixture: two sources have the name {twice!r}; give each a "name" of its own')
     if len({weight is None for _, _, weight in found}) > 1:
         raise FtjaxError("data.mixture: give every source a weight, or none of them")
+    return found
+
+
+class Stage(NamedTuple):
+    """One of the runs of `stages`. replay: share of its training rows that come from the stages before it."""
+
+    name: str
+    config: ConfigDict
+    replay: float
+
+
+def staged(config: ConfigDict) -> list[Stage]:
+    """The runs that `stages` lists; each is the config with the stage's own fields, in a folder of its own in run_dir.
+
+    Raises FtjaxError that names the stage and the key.
+    """
+    found = []
+    for position, entry in enumerate(config.stages, 1):
+        name = str(entry.get("name", f"stage-{position}"))
+        said = f"stages: {name}"
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise FtjaxError(f"{said}: expected a name that can be a folder's: letters, digits, '.', '_' and '-'")
+        replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{said}: replay")
+        if replay and not found:
+            raise FtjaxError(f"{said}: replay: the first stage has no earlier rows; remove it")
+        own = copy(config)
+        own.stages, own.run_dir = (), f"{config.run_dir}/{name}"
+        for key, value in entry.items():
+            if key in ("run_dir", "overwrite", "stages") or (key == "model.path" and found):
+                raise FtjaxError(f"{said}: {key!r} follows from the order of the stages; remove it from this stage")
+            if key not in ("name", "replay"):
+                _set(own, key, value, f"{said}: {key}")
+        try:
+            validate(own)
+        except FtjaxError as error:
+            raise FtjaxError(f"{said}: {error}") from None
+        if replay and own.data.mixture:
+            raise FtjaxError(f"{said}: replay: its data is a mixture already; add the earlier rows to data.mixture")
+        if not own.data.test and not own.data.validation:
+            raise FtjaxError(
+                f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"
+            )
+        found.append(Stage(name, own, replay))
+    names = [stage.name for stage in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FtjaxError(f'stages: two of them have the name {twice!r}; give each a "name" of its own')
     return found
 
 

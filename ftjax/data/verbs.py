@@ -106,7 +106,7 @@ def _tokenizer(config):
     from ftjax.hub import families, resolve
     from ftjax.hub import tokenizer as tokenizers
 
-    folder = resolve.resolve(config.model.path, config.model.revision)
+    folder = resolve.resolve_model(config.model.path, config.model.revision)
     tokenizer = chat_templates.dated(tokenizers.load_tokenizer(folder), config.data.date)
     model = (Path(folder) / "config.json").is_file()
     return tokenizer, families.read_config(folder)[1].max_positions if model else UNBOUNDED
@@ -116,7 +116,7 @@ def _head(config) -> dict:
     """Arguments of `prepare`: where the head over labels of `model.path` reads a text, and the names of its labels."""
     from ftjax.hub import families, resolve
 
-    folder = resolve.resolve(config.model.path, config.model.revision)
+    folder = resolve.resolve_model(config.model.path, config.model.revision)
     if tasks.find(config.task.kind).head == "causal" or not (Path(folder) / "config.json").is_file():
         return {}
     family, shape = families.read_config(folder)

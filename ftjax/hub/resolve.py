@@ -14,6 +14,7 @@ from ftjax.files import as_json
 from ftjax.foreign import listed, read_json, string
 
 MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
+WHOLE = ("merged", "full")  # folders of a run that hold a whole model
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 # Files of some repositories that hold the same weights again, in other formats than Hugging Face's.
 UNWANTED = ("original/*", "consolidated*", "onnx/*", "openvino/*", "gguf/*")
@@ -33,6 +34,27 @@ def resolve(name: str, revision: str = "") -> Path:
         beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise FtjaxError(f"{path}: no such folder{nearest(path.name, beside)}")
     return _download(str(name), revision)
+
+
+def resolve_model(name: str, revision: str = "") -> Path:
+    """The local folder of a base model: as `resolve`, or the whole model that a run folder holds.
+
+    Raises FtjaxError for a run folder in which no whole model was written.
+    """
+    folder = resolve(name, revision)
+    found = whole(folder)
+    if found == folder and (folder / "run.json").is_file() and not (folder / "config.json").is_file():
+        raise FtjaxError(
+            f"{folder}: a run folder without a whole model, from which another run could start; write one with "
+            f"`ftjax export --run {folder} --out {folder / WHOLE[0]} --format {WHOLE[0]}`"
+        )
+    return found
+
+
+def whole(folder: Path) -> Path:
+    """The folder of the whole model in a run folder; for any other folder, that folder."""
+    parts = [folder / part for part in WHOLE if (folder / "run.json").is_file()]
+    return next((part for part in parts if (part / "config.json").is_file()), folder)
 
 
 def _download(name: str, revision: str) -> Path:

@@ -27,7 +27,7 @@ def work(job: dict) -> dict:
     if job["memory"]:
         devices = devices._replace(device=devices.device._replace(memory=job["memory"]))
     programs.fill_defaults(config)
-    folder = resolve.resolve(config.model.path, config.model.revision)
+    folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)

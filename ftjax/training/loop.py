@@ -114,6 +114,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
         KeyboardInterrupt: After Ctrl-C; its text says what is saved.
     """
     configs.validate(config)
+    if config.stages:
+        raise FtjaxError("stages: only `ftjax train` and ftjax.train run stages one after another; empty it here")
     claimed: list[Any] = []
     try:
         return _train(config, say, claimed)

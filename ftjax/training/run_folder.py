@@ -112,7 +112,7 @@ def base_folder(config) -> Path:
     revision = config.model.revision
     if record and not revision and record["config"]["model"]["path"] == config.model.path:
         revision = record["base"].get("revision", "")
-    return resolve.resolve(config.model.path, revision)
+    return resolve.resolve_model(config.model.path, revision)
 
 
 def recorded_devices(config) -> int:

@@ -54,7 +54,7 @@ def training(config, labels: int, examples, steps: int) -> tuple[int, float]:
     Returns:
         (number of trained parameters, FLOPs of all steps).
     """
-    folder = resolve.resolve(config.model.path, config.model.revision)
+    folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     shape = with_task(config, family, shape, folder, labels)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)

@@ -36,7 +36,7 @@ def contents(config) -> dict[str, str]:
         {`content of FIELD`: digest}.
     """
     fields = configs.flat(config)
-    model = resolve.resolve(config.model.path, config.model.revision)
+    model = resolve.resolve_model(config.model.path, config.model.revision)
     found = {"content of model.path": _of_model(model, tuple(sorted(map(_state, model.iterdir()))))}
     for key in READ:
         files = [file for text in _texts(fields.get(key)) for file in _files(text)]

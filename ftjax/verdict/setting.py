@@ -105,7 +105,7 @@ def read_by(tokenizer, labels: tuple[str, ...], max_tokens: int, pool: str) -> t
 
 def _labelled_data(config) -> tuple[Data, tuple]:
     """Labelled rows, encoded as for training the config's own model, and their `read_by`."""
-    folder = resolve.resolve(config.model.path, config.model.revision)
+    folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     known = families.label_names(folder) if shape.head.task == tasks.find(config.task.kind).head else ()
     pool = with_task(config, family, shape, folder, 1).head.pool
@@ -135,7 +135,7 @@ def open_model(source: str, config) -> LM:
     another one.
     """
     if not source:
-        return open_base(resolve.resolve(config.model.path, config.model.revision), config.model.dtype, config)[0]
+        return open_base(resolve.resolve_model(config.model.path, config.model.revision), config.model.dtype, config)[0]
     lm = load(source, dtype=config.model.dtype)
     if lm.kind != config.task.kind:
         raise FtjaxError(

@@ -1,0 +1,212 @@
+"""Runs one after another (`config.stages`), each from the best model of the one before, and how each stage changed what
+was learnt in the others.
+
+After each stage the held-out rows of every stage are scored, as far as its model computes their task. S stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ftjax import assets, tasks
+from ftjax import config as configs
+from ftjax.errors import FtjaxError
+from ftjax.evaluation.pictures import new_axes, saved
+from ftjax.evaluation.run import evaluate
+from ftjax.evaluation.tables import grid
+from ftjax.files import replace_json
+from ftjax.foreign import read_json
+from ftjax.hub import fingerprint, resolve
+from ftjax.progress import doing
+from ftjax.training import loop
+from ftjax.training.loop import Result
+from ftjax.tuning import METHODS
+
+RESULTS, PICTURE = "stages.json", "stages.png"  # in run_dir
+BEFORE = "before"  # the row of the base model
+DIGITS = 3  # of a score in the table
+
+
+def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
+    """Train as `config` says: one run, or its stages one after another, each in a folder of its own in `run_dir`.
+
+    The same call again resumes the stage that was stopped and leaves out those that are done. After each stage the
+    held-out rows of all stages are scored; a score is computed again only if the model, the rows or the settings that
+    it belongs to have changed.
+
+    Args:
+        config: See ftjax.training.loop.train.
+        say: See ftjax.training.loop.train.
+
+    Returns:
+        The Result of the run; with stages that of the last one, whose `results` is the content of stages.json:
+        `scores` {model: {stage: scores}}, `forgotten` and `transferred` {stage: nats per token}.
+
+    Raises:
+        FtjaxError: See ftjax.training.loop.train; for a stage it starts with the stage's name.
+    """
+    configs.validate(config)
+    stages = configs.staged(config)
+    if not stages:
+        return loop.train(config, say)
+    for stage in stages[:-1]:
+        if not METHODS[stage.config.tuning.method].merge:
+            raise FtjaxError(
+                f"stages: {stage.name}: {stage.config.tuning.method} makes no whole model for the next stage to start "
+                "from; take another method, or make it the last stage"
+            )
+    run_dir = Path(config.run_dir)
+    scores: dict[str, dict] = {BEFORE: {}}
+    start = resolve.resolve_model(stages[0].config.model.path, stages[0].config.model.revision)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    kept = _kept(run_dir / RESULTS)
+    result, model = None, start
+    for position, stage in enumerate([None, *stages]):
+        if stage:
+            say(f"\nstage {position} of {len(stages)}: {stage.name}")
+            result, model = _run(stages[: position - 1], stage, model, position == len(stages), say)
+        name = stage.name if stage else BEFORE
+        scores[name] = {
+            other.name: _scored(model, other, kept, say) for other in stages if _computes(stage, other, stages[0])
+        }
+        replace_json(run_dir / RESULTS, _told(stages, scores))
+    told = _told(stages, scores)
+    say("\n" + _table(stages, told["scores"]) + _sentences(told))
+    picture = _picture(stages, told["scores"], run_dir / PICTURE)
+    files = result.files | {"stages": str(run_dir / RESULTS), "stages picture": str(picture)}
+    return dataclasses.replace(result, results=told, files=files)
+
+
+def _run(earlier, stage, base: Path, last: bool, say) -> tuple[Result, Path]:
+    """Train one stage. Returns its Result and the folder of its model."""
+    config = configs.copy(stage.config)
+    if earlier:
+        config.model.path, config.model.revision = str(base), ""
+    if stage.replay:
+        config.data.mixture = _mixed(earlier, stage)
+    method, folder = config.tuning.method, Path(config.run_dir)
+    if METHODS[method].merge:
+        whole = "full" if method == "full" else "merged"
+        config.export.formats = tuple(dict.fromkeys((*config.export.formats, whole)))
+        folder = folder / whole
+    try:
+        return loop.train(config, say), folder
+    except FtjaxError as error:
+        error.args = (f"stages: {stage.name}: {error}",)
+        raise
+
+
+def _mixed(earlier, stage) -> tuple[dict, ...]:
+    """The rows of a stage and, as a share `replay`, those of the stages before it, as a data.mixture."""
+
+    def entry(one, weight: float) -> dict:
+        own = {key.removeprefix("data."): v for key, v in configs.flat(one.config).items() if key.startswith("data.")}
+        own = {key: value for key, value in own.items() if key.split(".")[0] not in configs.OF_ALL}
+        return own | {"name": one.name, "weight": weight}
+
+    return (*(entry(one, stage.replay / len(earlier)) for one in earlier), entry(stage, 1 - stage.replay))
+
+
+def _computes(stage, other, first) -> bool:
+    """Whether the model after a stage (None: the base) can be scored on the rows of another one."""
+    continues = tasks.find((stage or first).config.task.kind).head == "causal"
+    return (other.config.task.kind == "causal" and continues) or stage is other
+
+
+def _scored(model: Path, other, kept: dict, say) -> dict:
+    """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all."""
+    config = configs.copy(other.config)
+    config.data.test = config.data.test or config.data.validation
+    generates = config.task.kind == "causal" and config.evaluate.compare
+    settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
+    settings |= {"model": fingerprint.weights_digests(model), "rows": _digest(config.data.test)}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    if key not in kept or not settings["model"]:
+        with doing(f"scoring {model} on the held-out rows of {other.name}"):
+            report = evaluate(str(model), None, config, generate=generates, say=lambda line: None)
+        kept[key] = {name: value for name, value in report.items() if isinstance(value, int | float)}
+    return kept[key] | {"key": key}
+
+
+def _digest(rows: str) -> str:
+    """Digest of a file, or of all files in a folder; of the name itself for rows that lie elsewhere."""
+    path, total = Path(assets.resolve(rows)).expanduser(), hashlib.sha256(rows.encode())
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def _kept(file: Path) -> dict[str, dict]:
+    """{key: scores} of an earlier start."""
+    found = read_json(file).get("scores", {}) if file.is_file() else {}
+    cells = [dict(cell) for row in found.values() for cell in row.values()]
+    return {cell.pop("key"): cell for cell in cells}
+
+
+def _told(stages, scores: dict) -> dict[str, Any]:
+    """The content of stages.json: the scores, and by how much the loss on each stage's rows has changed.
+
+    `transferred`: from the base to the model before the stage; below 0, earlier stages helped. `forgotten`: from the
+    lowest loss at or after the stage to the last model; 0 if nothing is lost.
+    """
+    names, forgotten, transferred = [stage.name for stage in stages], {}, {}
+    for position, name in enumerate(names):
+        losses = {model: row[name]["loss"] for model, row in scores.items() if "loss" in row.get(name, {})}
+        since = [losses[model] for model in names[position:] if model in losses]
+        prior = names[position - 1] if position else BEFORE
+        if len(since) > 1:
+            forgotten[name] = since[-1] - min(since)
+        if position and {BEFORE, prior} <= losses.keys():
+            transferred[name] = losses[prior] - losses[BEFORE]
+    return {"scores": scores, "forgotten": forgotten, "transferred": transferred}
+
+
+def _main(scores: dict) -> tuple[str, float]:
+    """The score that a table shows: the loss where there is one, else the first."""
+    name = "loss" if "loss" in scores else next(iter(scores))
+    return name, scores[name]
+
+
+def _table(stages, scores: dict) -> str:
+    head = [("model after", False), *((stage.name, True) for stage in stages)]
+    lines = []
+    for model, row in scores.items():
+        cells = [_main(row[stage.name]) if stage.name in row else None for stage in stages]
+        lines.append([model, *(f"{cell[0]} {cell[1]:.{DIGITS}f}" if cell else "–" for cell in cells)])
+    return "held-out rows of each stage, scored by the model before and after each stage\n" + grid(head, lines)
+
+
+def _sentences(told: dict) -> str:
+    lines = []
+    for name, lost in told["forgotten"].items():
+        lines.append(f"{name}: {lost:.3f} nats per token forgotten by the last model")
+    for name, moved in told["transferred"].items():
+        lines.append(f"{name}: earlier stages changed its loss by {moved:+.3f} before it was trained")
+    return "\n".join(lines)
+
+
+def _picture(stages, scores: dict, path: Path) -> Path:
+    """The table as a PNG file; a cell is darker, the worse its score is within its column."""
+    figure, axes = new_axes(2 + 1.6 * len(stages), 1.2 + 0.5 * len(scores))
+    shades = np.full((len(scores), len(stages)), np.nan)
+    for column, stage in enumerate(stages):
+        found = {i: _main(row[stage.name]) for i, row in enumerate(scores.values()) if stage.name in row}
+        values = [value if name == "loss" else -value for name, value in found.values()]
+        low, wide = min(values), (max(values) - min(values)) or 1
+        for (i, (name, value)), place in zip(found.items(), values):
+            shades[i, column] = (place - low) / wide
+            axes.text(column, i, f"{name}\n{value:.{DIGITS}f}", ha="center", va="center", fontsize=8)
+    axes.imshow(shades, cmap="Oranges", vmin=0, vmax=2, aspect="auto")
+    axes.set_xticks(range(len(stages)), [stage.name for stage in stages])
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.set(xlabel="held-out rows of", ylabel="model after")
+    return saved(figure, path)

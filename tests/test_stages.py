@@ -1,0 +1,175 @@
+"""Runs one after another: where each starts, what it does to the others, and how a stopped one goes on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import ftjax
+from ftjax import config as configs
+from ftjax import stages
+from ftjax.errors import FtjaxError
+from ftjax.training.report import Progress
+
+WORDS = {"data.prompt": "Words: {src}\nSentence:", "data.completion": " {tgt}"}
+BACK = {"data.prompt": "Sentence: {tgt}\nWords:", "data.completion": " {src}"}
+ROWS = {"data.train": "train.jsonl", "data.validation": "held_out.jsonl"}
+
+
+def settings(folder: Path, **changed):
+    c = configs.default()
+    c.run_dir = str(folder / "run")
+    c.tuning.rank = 4
+    c.data.update(buckets=1, end="<s>")
+    c.optim.lr = 1e-2
+    c.train.update(steps=4, batch_size=8, eval_every=4, log_every=1)
+    c.log.update(tensorboard=False, compilation_cache=False)
+    rows = {key: str(folder / name) for key, name in ROWS.items()}
+    c.stages = ({"name": "words", **rows, **WORDS}, {"name": "back", "replay": 0.25, **rows, **BACK, **changed})
+    return c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    rows = Path(ftjax.__file__).parent / "assets/commongen"
+    for name, source in (("train.jsonl", "train.jsonl"), ("held_out.jsonl", "validation.jsonl")):
+        lines = (rows / source).read_text().splitlines()[: 64 if name == "train.jsonl" else 16]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@functools.cache
+def trained(folder):
+    return ftjax.train(settings(folder), say=lambda line: None)
+
+
+@pytest.fixture
+def done(folder, small_mesh):
+    """The Result of both stages, on the devices that the other runs here have."""
+    return trained(folder)
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "merged/model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_stage_starts_from_the_model_of_the_one_before(done, folder):
+    run = folder / "run"
+    record = json.loads((run / "back/run.json").read_text())
+    assert Path(record["base"]["path"]) == run / "words/merged"
+    # The same stage as a run of its own: a run folder as model.path is its whole model.
+    alone = settings(folder)
+    back = configs.staged(alone)[1]
+    config = configs.copy(back.config)
+    config.run_dir, config.model.path = str(folder / "alone"), str(run / "words")
+    config.data.mixture = stages._mixed(configs.staged(alone)[:1], back)
+    config.export.formats = ("merged",)
+    ftjax.train(config, say=lambda line: None)
+    for name, x in weights(folder / "alone").items():
+        np.testing.assert_array_equal(x, weights(run / "back")[name])
+    assert np.isfinite(ftjax.evaluate(str(folder / "alone"), str(folder / "held_out.jsonl"), say=print)["loss"])
+
+
+@pytest.mark.slow
+def test_every_stage_is_scored_after_every_stage(done, folder):
+    scores = done.results["scores"]
+    assert list(scores) == ["before", "words", "back"] and all(
+        list(row) == ["words", "back"] for row in scores.values()
+    )
+    models = {"before": "builtin:stories260K", "words": folder / "run/words", "back": folder / "run/back"}
+    for model, path in models.items():
+        for stage, template in (("words", WORDS), ("back", BACK)):
+            overrides = ["data.end=<s>", *(f"{key}={json.dumps(value)}" for key, value in template.items())]
+            held_out = str(folder / "held_out.jsonl")
+            alone = ftjax.evaluate(str(path), held_out, configs.default(), overrides=overrides, say=lambda line: None)
+            assert scores[model][stage]["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    loss = {model: {stage: cell["loss"] for stage, cell in row.items()} for model, row in scores.items()}
+    lowest = min(loss["words"]["words"], loss["back"]["words"])
+    assert done.results["forgotten"] == {"words": pytest.approx(loss["back"]["words"] - lowest)}
+    assert done.results["transferred"] == {"back": pytest.approx(loss["words"]["back"] - loss["before"]["back"])}
+    assert json.loads((folder / "run/stages.json").read_text()) == done.results
+    assert (folder / "run/stages.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_in_its_stage(done, folder, monkeypatch):
+    """The same bits as without the stop, and no score is computed twice."""
+    whole = folder / "whole"
+    shutil.move(folder / "run", whole)
+    try:
+
+        count = Progress.count
+
+        def stop(self, tokens):
+            count(self, tokens)
+            if (folder / "run/back/checkpoints").is_dir():
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Progress, "count", stop)
+            ftjax.train(settings(folder), say=lambda line: None)
+        assert (folder / "run/words/merged").is_dir() and not (folder / "run/back/merged").exists()
+        scored = []
+        monkeypatch.setattr(
+            stages, "evaluate", lambda model, *a, f=stages.evaluate, **k: scored.append(model) or f(model, *a, **k)
+        )
+        again = ftjax.train(settings(folder), say=lambda line: None)
+        assert scored == [str(folder / "run/back/merged")] * 2
+        for name, x in weights(folder / "run/back").items():
+            np.testing.assert_array_equal(x, weights(whole / "back")[name])
+        for model, row in done.results["scores"].items():
+            for stage, cell in row.items():
+                assert again.results["scores"][model][stage]["loss"] == cell["loss"]
+    finally:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        shutil.move(whole, folder / "run")
+
+
+def test_replayed_rows_are_a_share_of_a_stage(folder):
+    first, second = configs.staged(settings(folder))
+    mixed = configs.copy(second.config)
+    mixed.data.mixture = stages._mixed([first], second)
+    found = configs.sources(mixed)
+    assert [(name, weight) for name, _, weight in found] == [("words", 0.25), ("back", 0.75)]
+    assert [data.prompt for _, data, _ in found] == [WORDS["data.prompt"], BACK["data.prompt"]]
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"name": "words"}, "two of them have the name 'words'"),
+        ({"name": "a/b"}, "a name that can be a folder's"),
+        ({"replay": 1.0}, "stages: back: replay: expected a number at least 0 and below 1"),
+        ({"data.trian": "x"}, "stages: back: data.trian: no such key"),
+        ({"model.path": "x"}, "'model.path' follows from the order of the stages"),
+        ({"run_dir": "x"}, "'run_dir' follows from the order of the stages"),
+        ({"data.validation": ""}, "name held-out rows in data.validation or data.test"),
+        ({"train.spike": 0.5}, "stages: back: train.spike: expected 0 or a number above 1"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(changed, told, folder):
+    with pytest.raises(FtjaxError, match=told):
+        ftjax.train(settings(folder, **changed))
+
+
+def test_a_stage_without_a_whole_model_comes_last(folder):
+    c = settings(folder)
+    c.stages = tuple({**stage, "tuning.method": "prefix"} for stage in c.stages)
+    with pytest.raises(FtjaxError, match="stages: words: prefix makes no whole model for the next stage"):
+        ftjax.train(c)
+
+
+def test_a_run_folder_without_a_whole_model_is_no_base(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    c = configs.default()
+    c.model.path = str(tmp_path)
+    with pytest.raises(FtjaxError, match="a run folder without a whole model.*ftjax export --run"):
+        ftjax.train(c)
