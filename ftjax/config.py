@@ -849,7 +849,7 @@ def staged(config: ConfigDict) -> list[Stage]:
 
     Raises FtjaxError that names the stage and the key.
     """
-    found = []
+    found: list[Stage] = []
     for position, entry in enumerate(config.stages, 1):
         name = str(entry.get("name", f"stage-{position}"))
         said = f"stages: {name}"
