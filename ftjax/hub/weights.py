@@ -196,7 +196,7 @@ def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig
     bad, leaves = not_finite(params), flatten(params)
     if not bad:
         return
-    names = tensor_names(family, config)
+    names = tensor_names(family, config, files=True)
     path = next(path for path in names if bad[0].startswith(path))  # a quantised kernel consists of several leaves
     stored, x = names[path][0], leaves.get(bad[0])
     layer = 0
@@ -369,7 +369,7 @@ def _locate(
     stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
     used = set()
-    for path, (names, transposed) in tensor_names(family, config).items():
+    for path, (names, transposed) in tensor_names(family, config, files=True).items():
         shape = expected[path][1:] if path.startswith("layers/") else expected[path]
         shape = shape[::-1] if transposed else shape
         found = []
@@ -485,7 +485,7 @@ def write_model(
     form = form_of(family, config.head)
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
-    hf |= rope_to_hf(config)
+    hf |= rope_to_hf(config, family)
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
@@ -499,7 +499,7 @@ def write_model(
         hf["pad_token_id"] = pad_token(tokenizer)
     kept = _kept(source, family, config) if source else {}
     leaves |= {f"kept/{name}": x for name, x in kept.items()}
-    names = tensor_names(family, config) | {f"kept/{name}": ([name], False) for name in kept}
+    names = tensor_names(family, config, files=True) | {f"kept/{name}": ([name], False) for name in kept}
     pieces = _pieces(leaves, names, dtype)
     if jax.process_index():  # the first process writes; the others take part in gathering arrays of several hosts
         for piece in pieces:
