@@ -57,6 +57,11 @@ def sizes(rng, multiple: bool = False, even: int = 2) -> dict:
     } | ({} if multiple else {"head_dim": head})
 
 
+def experts(rng, key: str) -> dict:
+    used = int(rng.choice([1, 2, 3]))
+    return sizes(rng, multiple=True) | {key: int(rng.choice([4, 5, 8])), "num_experts_per_tok": used}
+
+
 def types(rng) -> list[str]:
     return [TYPES[i] for i in rng.permutation([0, 1, int(rng.integers(2))])]
 
@@ -151,6 +156,21 @@ DRAWS = {
     },
     "qwen2, yarn": ("qwen2", lambda rng: llama(rng, "yarn")),
     "qwen3, yarn": ("qwen3", lambda rng: llama(rng, "yarn", attention_bias=1)),
+    "mixtral": ("mixtral", lambda rng: experts(rng, "num_local_experts") | {"sliding_window": 6}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        lambda rng: (
+            experts(rng, "num_experts") | flags(rng, "norm_topk_prob", "attention_bias") | {"moe_intermediate_size": 12}
+        ),
+    ),
+    "olmoe": (
+        "olmoe",
+        lambda rng: (
+            experts(rng, "num_experts")
+            | flags(rng, "norm_topk_prob", "attention_bias")
+            | {"clip_qkv": [None, 0.5][rng.integers(2)]}
+        ),
+    ),
     "gemma2": ("gemma2", lambda rng: gemma(rng, attn_logit_softcapping=uniform(rng, 1, 3))),
     "gemma3_text": (
         "gemma3_text",

@@ -15,7 +15,7 @@ from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
 from ftjax.models.config import Head, ModelConfig, RopeScaling
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
 
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
@@ -96,6 +96,8 @@ FIELDS = {
     "sliding_window_pattern": maybe(whole(1)),
     "no_rope_layers": maybe(listed(whole(0, 1))),
     "no_rope_layer_interval": whole(1),
+    "decoder_sparse_step": whole(1),
+    "mlp_only_layers": maybe(listed(whole())),
     "partial_rotary_factor": maybe(number(above=0)),
 }
 ROPE_FIELDS = {
@@ -179,6 +181,13 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
 
 def _head_from_hf(hf: dict, family: Family, where: str) -> Head:
     named = (hf.get("architectures") or [None])[0]
+    classes = list(dict.fromkeys(form.architecture for form in family.forms.values()))
+    prefixes = {re.split("For|LMHead|Model", name)[0] for name in classes}
+    if named and not named.startswith(tuple(prefixes)):
+        raise FtjaxError(
+            f"{where}: architectures: {named!r} is not a class of {family.model_type} models{nearest(named, classes)}; "
+            f"known: {', '.join(classes)}"
+        )
     task = next((task for task, form in family.forms.items() if form.architecture == named), next(iter(family.forms)))
     labels = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
     return _head(family, task, labels, hf, where)
@@ -479,15 +488,17 @@ def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> di
     """{path of a parameter: (names of its tensors, whether they are stored as (in, out))}.
 
     A stacked parameter has one name for each layer. The name is empty if the layer does not have the module. files:
-    names in the files of a model, which in some families are not those of the parameters of its class.
+    names in the files of a model, where each expert of a layer has one, and which in some families are not those of the
+    model's class.
     """
     names, expected = {}, shapes(config)
     for module in modules(family, config):
         layers = range(config.layers) if module.path.startswith("layers/") else (0,)
         for leaf, suffix in LEAVES.items():
             if (path := f"{module.path}/{leaf}") in expected:
-                name = module.file if files and module.file else module.name
-                found = [f"{name.format(l=layer)}.{suffix}" for layer in layers]
+                name = module.file if files and module.file else module.name.replace(".{e}", "")
+                each = [(layer, e) for layer in layers for e in range(config.experts if "{e}" in name else 1)]
+                found = [f"{name.format(l=layer, e=e)}.{suffix}" for layer, e in each]
                 stored = [""] * module.first + found[module.first :]
                 names[path] = (stored, module.transposed and leaf == "kernel")
     return names
@@ -502,7 +513,9 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear["attn/c_attn"] = (q + 2 * kv, D, c.qkv_bias)
     else:
         linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if c.fused_gate:
+    if c.experts:
+        del linear["mlp/up_proj"], linear["mlp/down_proj"]
+    elif c.fused_gate:
         del linear["mlp/up_proj"]
         linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)
     elif c.gated:
@@ -537,6 +550,10 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         out[f"layers/{name}/kernel"] = (L, rows, columns)
         if bias:
             out[f"layers/{name}/bias"] = (L, rows)
+    if c.experts:
+        out["layers/mlp/gate/router"] = (L, c.experts, D)
+        for name, shape in (("gate_proj", (F, D)), ("up_proj", (F, D)), ("down_proj", (D, F))):
+            out[f"layers/mlp/{name}/experts"] = (L, c.experts, *shape)
     return out
 
 

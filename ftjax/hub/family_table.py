@@ -13,7 +13,10 @@ from ftjax.models.config import Head
 
 
 class Module(NamedTuple):
-    """One module: its path here, its name in Hugging Face's model (`{l}`: the layer), and its weight's layout there."""
+    """One module: its path here, its name in Hugging Face's model, and its weight's layout there.
+
+    In names, `{l}` is the layer and `{e}` the expert.
+    """
 
     path: str
     name: str
@@ -110,17 +113,33 @@ LLAMA_LAYER = {
 }
 OUT_NORMS = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
 OLMO_LAYER = {path: name for path, name in LLAMA_LAYER.items() if path not in ("attn_norm", "mlp_norm")} | OUT_NORMS
+EXPERTS = {f"mlp/{name}": f"mlp.experts.{{e}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+MOE_LAYER = LLAMA_LAYER | {"mlp/gate": "mlp.gate"} | EXPERTS
+MIXTRAL_LAYER = MOE_LAYER | {
+    f"mlp/{name}": f"mlp.experts.{{e}}.{theirs}"
+    for name, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+}
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
 FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
 GLM_LAYER = FUSED_LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"}
 STARCODER_LAYER = LLAMA_LAYER | {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
 
 
-def decoder_modules(layer: dict[str, str] = LLAMA_LAYER) -> tuple[Module, ...]:
-    """The modules of a decoder with LLaMA's names. layer: {path of a module of its blocks: name}."""
+def decoder_modules(layer: dict[str, str] = LLAMA_LAYER, moe: str = "mlp") -> tuple[Module, ...]:
+    """The modules of a decoder with LLaMA's names.
+
+    Args:
+        layer: {path of a module of its blocks: name}.
+        moe: Name in files of what is called `mlp` in the model.
+    """
+
+    def module(path, name):
+        name = f"model.layers.{{l}}.{name}"
+        return Module(f"layers/{path}", name, file=name.replace(".mlp.", f".{moe}."))
+
     return (
         Module("embed", "model.embed_tokens"),
-        *(Module(f"layers/{path}", f"model.layers.{{l}}.{name}") for path, name in layer.items()),
+        *(module(path, name) for path, name in layer.items()),
         Module("final_norm", "model.norm"),
     )
 
@@ -320,6 +339,82 @@ DECODERS = (
         keys=ATTENTION_BIAS,
         defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
         constants={"qk_norm": "head"},
+    ),
+    llama_like(
+        "mixtral",
+        decoder_forms("Mixtral"),
+        decoder_modules(MIXTRAL_LAYER, "block_sparse_moe"),
+        keys={"experts": "num_local_experts", "experts_used": "num_experts_per_tok"},
+        defaults={
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+        constants={"experts_normed": True},
+        only=EVERY_LAYER,
+        aliases={"num_experts": "num_local_experts"},
+        theta=1e6,
+    ),
+    llama_like(
+        "qwen3_moe",
+        decoder_forms("Qwen3Moe"),
+        decoder_modules(MOE_LAYER),
+        keys=ATTENTION_BIAS
+        | {
+            "hidden": "moe_intermediate_size",
+            "experts": "num_experts",
+            "experts_used": "num_experts_per_tok",
+            "experts_normed": "norm_topk_prob",
+        },
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        constants={"qk_norm": "head"},
+        aliases={"num_local_experts": "num_experts"},
+        only=EVERY_LAYER | {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+    ),
+    llama_like(
+        "olmoe",
+        decoder_forms("Olmoe", tasks=("causal",)),
+        decoder_modules(MOE_LAYER),
+        keys=ATTENTION_BIAS
+        | {
+            "qkv_clip": "clip_qkv",
+            "experts": "num_experts",
+            "experts_used": "num_experts_per_tok",
+            "experts_normed": "norm_topk_prob",
+        },
+        defaults={
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "intermediate_size": 2048,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "clip_qkv": None,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        constants={"qk_norm": "all"},
+        aliases={"num_local_experts": "num_experts"},
     ),
     llama_like(
         "gemma2",

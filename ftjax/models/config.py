@@ -51,7 +51,7 @@ class ModelConfig:
     heads: int  # H
     kv_heads: int  # K, divides H
     head_dim: int  # d, need not be D / H
-    hidden: int  # F
+    hidden: int  # F, of each expert where there are experts
     max_positions: int  # tokens; longer rows are refused
     # Norms
     norm: str = "rms"  # rms | rms_plus_one (its weight is added to 1) | layer
@@ -92,6 +92,9 @@ class ModelConfig:
     gated: bool = True  # act(gate(x)) * up(x) instead of act(up(x))
     fused_gate: bool = False  # one projection gate_up_proj for both, the gate first
     mlp_bias: bool = False
+    experts: int = 0  # E; 0: one dense feed-forward part
+    experts_used: int = 1  # of each token: those with the greatest router probabilities
+    experts_normed: bool = False  # the probabilities of the experts used are divided by their sum
     # Head
     tied: bool = True  # the head is the embedding table
     logit_scale: float = 1.0  # factor of the logits over the vocabulary

@@ -16,9 +16,19 @@ from flax import linen as nn
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
-from ftjax.models.by_device import take_tokens
+from ftjax.models.by_device import map_rows, take_tokens
 from ftjax.models.config import ModelConfig, RopeScaling
-from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
+from ftjax.models.layers import (
+    Embedding,
+    Linear,
+    Norm,
+    dropout,
+    neftune,
+    project,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+)
 from ftjax.models.remat import named, rematerialised
 
 ACTIVATIONS = {
@@ -117,6 +127,62 @@ class MLP(nn.Module):
         return dropout(self, named(linear("down_proj", c.width)(h), "down"), self.dropout)
 
 
+class Experts(nn.Module):
+    """A mixture of experts (Shazeer et al. 2017), each gated as MLP is: every token goes to its `experts_used`, however
+    many tokens an expert gets. N tokens of a device, E experts, k experts of a token."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        """x (B, T, D) -> (B, T, D)."""
+        c, act, start = self.config, ACTIVATIONS[self.config.activation], nn.initializers.normal
+        E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
+        shapes = {"gate_proj": (E, F, D), "up_proj": (E, F, D), "down_proj": (E, D, F)}
+        params = {
+            name: Leaf("experts", shape, start(c.initializer_range), name=name)() for name, shape in shapes.items()
+        }
+        params["gate"] = Leaf("router", (E, D), start(c.initializer_range), name="gate")()
+
+        def mixed(variables, arrays, rngs):
+            mlp = variables["params"]
+            tokens = arrays[0].reshape(-1, D)
+            p = jax.nn.softmax(project(tokens, mlp["gate"]["router"].astype(self.dtype)).astype(jnp.float32))
+            weights, chosen = jax.lax.top_k(p, k)  # (N, k)
+            if c.experts_normed:
+                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            order = jnp.argsort(chosen.reshape(-1))  # pairs of a token and its expert, by expert
+            sizes = jnp.zeros(E, jnp.int32).at[chosen.reshape(-1)].add(1)
+
+            def product(name, rows):
+                kernels = mlp[name]["experts"].astype(self.dtype).swapaxes(1, 2)
+                return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32).astype(self.dtype)
+
+            rows = jnp.repeat(tokens, k, axis=0)[order]
+            gate, up = named(product("gate_proj", rows), "gate"), named(product("up_proj", rows), "up")
+            y = product("down_proj", act(gate) * up)
+            y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, k, D)
+            return jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype)).reshape(arrays[0].shape)
+
+        y = map_rows(mixed, {"params": params}, (x,), None)
+        return dropout(self, named(y, "down"), self.dropout)
+
+
+class Leaf(nn.Module):
+    """One parameter in a scope of its own."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    start: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self):
+        """{its name: the parameter}."""
+        return {self.leaf: self.param(self.leaf, self.start, self.shape)}
+
+
 class Block(nn.Module):
     """A transformer block: attention and a feed-forward part, each with norms where ModelConfig.norms has them."""
 
@@ -149,7 +215,7 @@ class Block(nn.Module):
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
-        x = add(x, MLP(c, self.dtype, self.dropout, name="mlp")(h), "mlp")
+        x = add(x, (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
 
 
