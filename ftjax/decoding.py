@@ -17,7 +17,7 @@ from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.models.axes import constrain, ways
 from ftjax.models.by_device import by_device
 from ftjax.models.quantised import rounded
-from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked
+from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked, virtual_tokens
 
 NO_TOKEN = -1  # the token of a row whose logits are not finite
 EXCLUDED = -1e30  # a logit that is never drawn; it is finite
@@ -77,7 +77,7 @@ def generate(
     ):
         if not good:
             raise FtjaxError(f"generate.{name}: expected {wanted}; found {value}")
-    limit = max_tokens(model.config, variables)
+    limit, virtual = max_tokens(model.config, variables), virtual_tokens(variables)
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise FtjaxError(f"prompt {number} has no tokens; expected at least one, such as the model's BOS")
@@ -85,6 +85,15 @@ def generate(
             raise FtjaxError(
                 f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
                 f"model's {limit} positions. Shorten the prompt or lower max_new_tokens"
+            )
+        stretched = model.config.rope_scaling
+        if stretched.kind == "longrope" and len(prompt) <= stretched.original_max_positions - virtual < (
+            len(prompt) + max_new_tokens
+        ):
+            raise FtjaxError(
+                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} the text may pass "
+                f"{stretched.original_max_positions} tokens, from which on the model (rope_type longrope) reads all of "
+                "it with other rotary angles; the cache cannot change those. Lower max_new_tokens"
             )
     answers: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

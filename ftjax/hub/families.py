@@ -15,7 +15,7 @@ from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
 from ftjax.models.config import Head, ModelConfig, RopeScaling
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
 
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
@@ -32,18 +32,22 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
 }
 
-# RopeScaling.kind -> (its field, the key of config.json)
+# RopeScaling.kind -> (keys of config.json that it needs, others that it may have)
+ORIGINAL = "original_max_position_embeddings"
 ROPE = {
-    "default": (),
-    "linear": (("factor", "factor"),),
-    "llama3": (
-        ("factor", "factor"),
-        ("low_freq_factor", "low_freq_factor"),
-        ("high_freq_factor", "high_freq_factor"),
-        ("original_max_positions", "original_max_position_embeddings"),
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
+    "yarn": (
+        ("factor", ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": (("factor", "short_factor", "long_factor", ORIGINAL), ("attention_factor",)),
 }
-ROPE_KEYS = ("rope_type", "rope_theta", *(key for _, key in ROPE["llama3"]))
+ROPE_NAMES = {ORIGINAL: "original_max_positions"}  # key -> field of RopeScaling, where they differ
+ROPE_KEYS = tuple(dict.fromkeys(key for keys in ROPE.values() for part in keys for key in part))
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 ANY_FAMILY = {
     "quantization_config": (None,),
@@ -52,9 +56,23 @@ ANY_FAMILY = {
     "add_cross_attention": (False,),
     "pruned_heads": (None, {}),
 }
+# Keys with which some decoders of transformers change their arithmetic. A family whose row does not read such a key
+# refuses it, unless its value has no effect.
+ARITHMETIC = {
+    *("alibi", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier", "logit_scale"),
+    *("final_logit_softcapping", "logits_scaling", "n_routed_experts", "no_rope_layers", "num_experts", "qk_layernorm"),
+    *("num_local_experts", "query_pre_attn_scalar", "residual_multiplier", "use_mrope", "use_qk_norm", "lm_head_bias"),
+    *("sliding_window_pattern", "use_bidirectional_attention", "parallel_attn", "num_kv_shared_layers", "layer_scale"),
+}
 
 # Type of a field of ModelConfig or Head -> what config.json may hold.
-KINDS = {"int": whole(1), "float": number(least=0), "bool": flag, "str": string}
+KINDS = {
+    "int": whole(1),
+    "float": number(least=0),
+    "bool": flag,
+    "str": string,
+    "float | None": maybe(number(above=0)),
+}
 MOST_LAYERS = 10_000  # a limit, because the names of the tensors of a billion layers would fill the memory
 # Fields of config.json that are read here by name, in addition to those of a family's row.
 FIELDS = {
@@ -74,8 +92,21 @@ FIELDS = {
     "global_attn_every_n_layers": whole(1),
     "global_rope_theta": number(above=0),
     "local_rope_theta": number(above=0),
+    "rope_local_base_freq": number(above=0),
+    "sliding_window_pattern": maybe(whole(1)),
+    "no_rope_layers": maybe(listed(whole(0, 1))),
+    "no_rope_layer_interval": whole(1),
+    "decoder_sparse_step": whole(1),
+    "mlp_only_layers": maybe(listed(whole())),
+    "partial_rotary_factor": maybe(number(above=0)),
 }
-ROPE_FIELDS = dict.fromkeys(ROPE_KEYS, maybe(number(above=0))) | dict.fromkeys(("rope_type", "type"), maybe(string))
+ROPE_FIELDS = {
+    **dict.fromkeys(("rope_theta", *ROPE_KEYS), maybe(number(above=0))),
+    **dict.fromkeys(("rope_type", "type"), maybe(string)),
+    **dict.fromkeys(("short_factor", "long_factor"), listed(number(above=0))),
+    "partial_rotary_factor": maybe(number(above=0)),
+    "truncate": flag,
+}
 
 POOLS = {"cls": "first", "mean": "mean"}  # Hugging Face's name -> Head.pool
 
@@ -108,7 +139,9 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
         raise FtjaxError(f"{where}: unknown model_type {kind!r}{nearest(kind, FAMILIES)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
-    for key, allowed in (ANY_FAMILY | family.only).items():
+    read = {*family.keys.values(), *family.defaults}
+    unread = {key: (None, False, 0, 1, [], "none") for key in ARITHMETIC - read}
+    for key, allowed in (unread | ANY_FAMILY | family.only).items():
         if key in hf and hf[key] not in allowed:
             raise FtjaxError(
                 f"{where}: {key} = {hf[key]!r} changes the logits of a {kind} model in a way that is not supported; "
@@ -117,6 +150,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     hf = family.defaults | hf
     check_fields(hf, _kinds(family), where)
     values = {field: hf[key] for field, key in family.keys.items()}
+    values |= {field: read(values[field]) for field, (read, _) in family.converted.items()}
     activation = values["activation"]
     if activation not in ACTIVATIONS:
         key = family.keys["activation"]
@@ -135,16 +169,25 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
             raise FtjaxError(f"{where}: width {values['width']} is not a multiple of the {heads} heads")
     if heads % values["kv_heads"]:
         raise FtjaxError(f"{where}: num_key_value_heads = {values['kv_heads']} does not divide the {heads} heads")
-    if "local_attention" in family.defaults:
-        values |= _local_from_hf(hf, family, where)
-    elif family.constants["positions"] == "rotary":
-        values |= _rope_from_hf(hf, values["max_positions"], where)
-    windows = values.pop("windows", None) or _windows_from_hf(hf, family, where)
-    return family, ModelConfig(**values, **family.constants, windows=windows, head=_head_from_hf(hf, family, where))
+    values["windows"] = _windows_from_hf(hf, family, where)
+    for field, value in family.constants.items():
+        values[field] = value(values) if callable(value) else value
+    if "no_rope_layers" in family.defaults:
+        values["rotary"] = _rotary_from_hf(hf, values["layers"], where)
+    if values["positions"] == "rotary":
+        values |= _rope_from_hf(hf, family, values, where)
+    return family, ModelConfig(**values, head=_head_from_hf(hf, family, where))
 
 
 def _head_from_hf(hf: dict, family: Family, where: str) -> Head:
     named = (hf.get("architectures") or [None])[0]
+    classes = list(dict.fromkeys(form.architecture for form in family.forms.values()))
+    prefixes = {re.split("For|LMHead|Model", name)[0] for name in classes}
+    if named and not named.startswith(tuple(prefixes)):
+        raise FtjaxError(
+            f"{where}: architectures: {named!r} is not a class of {family.model_type} models{nearest(named, classes)}; "
+            f"known: {', '.join(classes)}"
+        )
     task = next((task for task, form in family.forms.items() if form.architecture == named), next(iter(family.forms)))
     labels = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
     return _head(family, task, labels, hf, where)
@@ -214,122 +257,141 @@ def _kinds(family: Family) -> dict[str, Kind]:
     return out
 
 
-def _rope_from_hf(hf: dict, max_positions: int, where: str) -> dict:
-    # Version 4 has `rope_theta` at the top level and the rest in `rope_scaling`, version 5 all in `rope_parameters`.
-    # A file for both has each value twice. If they differed, each version would compute another model.
+def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
+    # Version 4 has `rope_theta` at the top level and the rest in `rope_scaling`, version 5 all in `rope_parameters`, or
+    # there in a part for each type of layers.
+    parts = hf.get("rope_parameters") or {}
+    top = {"rope_theta": hf.get(family.theta_keys[0]), "partial_rotary_factor": hf.get("partial_rotary_factor")}
+    if not family.local_theta:
+        return _one_rope((top, hf.get("rope_scaling"), parts), hf, family, values, where)
+    check_fields(parts, dict.fromkeys(LAYER_TYPES, maybe(mapped())), f"{where}: rope_parameters")
+    if others := parts.keys() - set(LAYER_TYPES):
+        raise FtjaxError(f"{where}: rope_parameters: expected {' and '.join(LAYER_TYPES)}; found {min(others)!r}")
+    full, local = (parts.get(kind) for kind in LAYER_TYPES)
+    found = _one_rope((top, hf.get("rope_scaling"), full), hf, family, values, where)
+    top = {"rope_theta": None if local else hf.get(family.theta_keys[1], family.local_theta)}
+    of_windows = _one_rope((top, local), hf, family, values, where)
+    if of_windows["rope_scaling"] != RopeScaling() or found["rope_scaling"].kind == "longrope":
+        raise FtjaxError(f"{where}: this scaled rotary embedding is not supported for layers of a {family.model_type}")
+    return found | {"local_theta": of_windows["rope_theta"]}
+
+
+def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict:
+    """Fields of ModelConfig for one rotary embedding, from objects that may each say a part of it.
+
+    If a value that two of them have differed, each version of transformers would compute another model.
+    """
     rope = {}
-    for part in ({"rope_theta": hf.get("rope_theta")}, hf.get("rope_scaling"), hf.get("rope_parameters")):
+    for part in parts:
         check_fields(part or {}, ROPE_FIELDS, f"{where}: rotary embedding")
         for key, value in (part or {}).items():
             key = "rope_type" if key == "type" else key
             if value is not None and rope.setdefault(key, value) != value:
                 raise FtjaxError(f"{where}: {key} of the rotary embedding is given twice: {rope[key]!r} and {value!r}")
-    kind = rope.get("rope_type", "default")
+    kind = rope.pop("rope_type", "default")
+    kind = family.rope_types.get(kind, kind)
     if kind not in ROPE:
         raise FtjaxError(
             f"{where}: rope_type = {kind!r} is not supported{nearest(kind, ROPE)}; known: {', '.join(ROPE)}"
         )
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+    theta, share = float(rope.pop("rope_theta", family.theta)), rope.pop("partial_rotary_factor", None)
+    if family.rotary_share is None and share not in (None, 1.0):
         raise FtjaxError(f"{where}: partial_rotary_factor of the rotary embedding is not supported; expected 1.0")
+    share = (family.rotary_share or 1.0) if share is None else share
+    turned = 2 * -(-int(values["head_dim"] * share) // 2)
+    if not 0 < turned <= values["head_dim"]:
+        raise FtjaxError(f"{where}: rotary embedding: {turned} dimensions would turn of heads of {values['head_dim']}")
     for key in rope:
         if key not in ROPE_KEYS:
             raise FtjaxError(f"{where}: rotary key {key!r} is not supported; known: {', '.join(ROPE_KEYS)}")
-    rope.setdefault("original_max_position_embeddings", max_positions)
-    for _, key in ROPE[kind]:
+    needed, others = ROPE[kind]
+    if ORIGINAL in family.defaults:
+        rope[ORIGINAL] = hf[ORIGINAL]
+    rope.setdefault(ORIGINAL, values["max_positions"])
+    if kind == "longrope":
+        rope.setdefault("factor", values["max_positions"] / rope[ORIGINAL])
+    for key in needed:
         if key not in rope:
             raise FtjaxError(f"{where}: rope_type {kind!r} needs {key!r}, which is missing")
-    scaling = RopeScaling(kind, **{field: rope[key] for field, key in ROPE[kind]})
+    known = {ROPE_NAMES.get(key, key): rope[key] for key in (*needed, *others) if key in rope}
+    scaling = RopeScaling(kind, **{key: tuple(x) if isinstance(x, list) else x for key, x in known.items()})
     if kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
         raise FtjaxError(f"{where}: rotary embedding: low_freq_factor: expected less than high_freq_factor")
-    return {"rope_theta": float(rope.get("rope_theta", 10000.0)), "rope_scaling": scaling}
+    for key in ("short_factor", "long_factor"):
+        if kind == "longrope" and len(rope[key]) != turned // 2:
+            raise FtjaxError(f"{where}: {key}: expected {turned // 2} numbers; found {len(rope[key])}")
+    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_share": share}
 
 
-def rope_to_hf(config: ModelConfig) -> dict:
+def rope_to_hf(config: ModelConfig, family: Family) -> dict:
     """The fields of config.json for the rotary embedding, for transformers 4 (top level) and 5 (nested) at once."""
     if config.positions != "rotary":
         return {}
+    scaling, (needed, others) = config.rope_scaling, ROPE[config.rope_scaling.kind]
+    known = {key: getattr(scaling, ROPE_NAMES.get(key, key)) for key in (*needed, *others)}
+    known = {key: list(x) if isinstance(x, tuple) else x for key, x in known.items() if x is not None}
+    rope = {"rope_type": scaling.kind} | known
+    share = {} if family.rotary_share is None else {"partial_rotary_factor": config.rotary_share}
+    whole, key, of_windows = rope | share | {"rope_theta": config.rope_theta}, *family.theta_keys
+    hf = {key: config.rope_theta, "rope_scaling": rope if known else None, "rope_parameters": whole} | share
+    if ORIGINAL in family.defaults and ORIGINAL in known:
+        hf[ORIGINAL] = known[ORIGINAL]
     if config.local_theta:
-        return _local_to_hf(config)
-    scaling = {key: getattr(config.rope_scaling, field) for field, key in ROPE[config.rope_scaling.kind]}
-    rope = {"rope_type": config.rope_scaling.kind} | scaling
-    return {
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope if scaling else None,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-    }
+        local = {"rope_type": "default", "rope_theta": config.local_theta}
+        hf |= {of_windows: config.local_theta, "rope_parameters": dict(zip(LAYER_TYPES, (whole, local)))}
+    return {theirs: hf[ours] for theirs, ours in family.aliases.items() if ours in hf} | hf
 
 
 def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
-    if "sliding_window" not in family.defaults:
-        return ()
-    window, layers = hf["sliding_window"], hf[family.keys["layers"]]
-    if not hf.get("use_sliding_window", True):
-        window = None
-    full = hf.get("max_window_layers", 0)  # number of first layers without a window
-    types = hf.get("layer_types")
-    if types is None:
-        sliding = [window is not None and layer >= full for layer in range(layers)]
+    layers, types = hf[family.keys["layers"]], hf.get("layer_types")
+    if "local_attention" in family.defaults:
+        window, every = hf["local_attention"] // 2 + 1, hf["global_attn_every_n_layers"]
+        sliding = [layer % every > 0 for layer in range(layers)]
+    elif "sliding_window" in family.defaults:
+        window = hf["sliding_window"] if hf.get("use_sliding_window", True) else None
+        full = hf.get("max_window_layers", 0)  # number of first layers without a window
+        every = hf.get("sliding_window_pattern") or layers + 1  # each such layer has none
+        sliding = [window is not None and layer >= full and (layer + 1) % every > 0 for layer in range(layers)]
+        if "no_rope_layers" in family.defaults:
+            turned = _rotary_from_hf(hf, layers, where)
+            sliding = [slides and not turns for slides, turns in zip(sliding, turned)]
     else:
-        known = {"full_attention": False, "sliding_attention": True}
-        if len(types) != layers or any(t not in known for t in types):
-            raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r:.200}")
-        sliding = [known[t] for t in types]
+        return ()
+    if types is not None:
+        if len(types) != layers or any(t not in LAYER_TYPES for t in types):
+            known = ", ".join(LAYER_TYPES)
+            raise FtjaxError(f"{where}: layer_types: expected {layers} of {known}; found {types!r:.200}")
+        sliding = [t == "sliding_attention" for t in types]
         if any(sliding) and window is None:
             raise FtjaxError(f"{where}: layer_types has sliding_attention, but sliding_window is off")
     return tuple(window if s else 0 for s in sliding) if any(sliding) else ()
 
 
-def _local_from_hf(hf: dict, family: Family, where: str) -> dict:
-    """Windows and rotary angles of a family whose layers have full attention or windows of `local_attention` tokens."""
-    span, layers, every = hf["local_attention"], hf[family.keys["layers"]], hf["global_attn_every_n_layers"]
-    types = hf["layer_types"] or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    known = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
-    if len(types) != layers or any(t not in known for t in types):
-        raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r:.200}")
-    theta = {}
-    for kind, key in known.items():
-        rope = (hf.get("rope_parameters") or {}).get(kind) or {}
-        check_fields(
-            {kind: rope}, {kind: mapped(rope_type=string, rope_theta=number(above=0))}, f"{where}: rope_parameters"
-        )
-        if hf.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-            raise FtjaxError(f"{where}: a scaled rotary embedding is not supported for {family.model_type}")
-        value = rope.get("rope_theta", hf.get(key, {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}[key]))
-        theta[kind] = float(value)
-    return {
-        "rope_theta": theta["full_attention"],
-        "local_theta": theta["sliding_attention"],
-        "windows": tuple(span // 2 + 1 if t == "sliding_attention" else 0 for t in types),
-    }
-
-
-def _local_to_hf(config: ModelConfig) -> dict:
-    theta = {"full_attention": config.rope_theta, "sliding_attention": config.local_theta}
-    types = ["sliding_attention" if w else "full_attention" for w in config.windows or (0,) * config.layers]
-    return {
-        "local_attention": 2 * (max(config.windows, default=65) - 1),
-        "layer_types": types,
-        "global_attn_every_n_layers": next((i for i, t in enumerate(types) if i and t == "full_attention"), 3),
-        "global_rope_theta": theta["full_attention"],
-        "local_rope_theta": theta["sliding_attention"],
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": value} for kind, value in theta.items()},
-    }
+def _rotary_from_hf(hf: dict, layers: int, where: str) -> tuple[bool, ...]:
+    """Of each layer whether it has rotary embeddings: 1 in `no_rope_layers`, in spite of the name."""
+    every = hf["no_rope_layer_interval"]
+    turned = hf["no_rope_layers"] or [(layer + 1) % every > 0 for layer in range(layers)]
+    if len(turned) != layers:
+        raise FtjaxError(f"{where}: no_rope_layers: expected {layers} entries; found {len(turned)}")
+    return tuple(map(bool, turned))
 
 
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
+    windows, window = config.windows or (0,) * config.layers, max(config.windows, default=0) or None
+    types = {"layer_types": [LAYER_TYPES[w > 0] for w in windows]} if "layer_types" in family.defaults else {}
+    if "local_attention" in family.defaults:
+        full = next((i for i, w in enumerate(windows) if i and not w), 3)
+        return {"local_attention": 2 * ((window or 65) - 1), "global_attn_every_n_layers": full} | types
     if "sliding_window" not in family.defaults:
         return {}
-    window = max(config.windows, default=0) or None
-    if "use_sliding_window" not in family.defaults:
-        return {"sliding_window": window}
-    windows = config.windows or (0,) * config.layers
-    return {
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-        # Old releases of transformers 4 do not read layer_types.
-        "max_window_layers": next((i for i, w in enumerate(windows) if w), config.layers),
-        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
-    }
+    hf = {"sliding_window": window} | types
+    if "no_rope_layers" in family.defaults:
+        hf["no_rope_layers"] = list(map(int, config.rotary))
+    if "use_sliding_window" in family.defaults:
+        hf["use_sliding_window"] = window is not None
+    if "max_window_layers" in family.defaults:  # old releases of transformers 4 do not read layer_types
+        hf["max_window_layers"] = next((i for i, w in enumerate(windows) if w), config.layers)
+    return hf
 
 
 def to_hf(family: Family, config: ModelConfig) -> dict:
@@ -340,13 +402,14 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
     form, head = form_of(family, config.head), config.head
     hf = {"model_type": family.model_type, "architectures": [form.architecture]}
     hf |= {key: getattr(config, field) for field, key in family.keys.items()}
+    hf |= {family.keys[field]: write(getattr(config, field)) for field, (_, write) in family.converted.items()}
     hf[family.keys["max_positions"]] += config.position_offset
     if head.labels:
         hf |= names_of_labels([f"LABEL_{i}" for i in range(head.labels)])
     hf |= head_to_hf(form, head)
     hf[family.keys["activation"]] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     hf |= _windows_to_hf(config, family)
-    hf |= rope_to_hf(config)
+    hf |= rope_to_hf(config, family)
     told = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
     said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(told)
     lost = [f"{field} = {meant[field]!r}" for field in meant if said[field] != meant[field]]
@@ -421,17 +484,21 @@ def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
     return {m.path: m.name for m in modules(family, config) if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
 
 
-def tensor_names(family: Family, config: ModelConfig) -> dict[str, tuple[list[str], bool]]:
-    """{path of a parameter: (names of its tensors on disk, whether they are stored as (in, out))}.
+def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> dict[str, tuple[list[str], bool]]:
+    """{path of a parameter: (names of its tensors, whether they are stored as (in, out))}.
 
-    A stacked parameter has one name for each layer. The name is empty if the layer does not have the module.
+    A stacked parameter has one name for each layer. The name is empty if the layer does not have the module. files:
+    names in the files of a model, where each expert of a layer has one, and which in some families are not those of the
+    model's class.
     """
     names, expected = {}, shapes(config)
     for module in modules(family, config):
         layers = range(config.layers) if module.path.startswith("layers/") else (0,)
         for leaf, suffix in LEAVES.items():
             if (path := f"{module.path}/{leaf}") in expected:
-                found = [f"{module.name.format(l=layer)}.{suffix}" for layer in layers]
+                name = module.file if files and module.file else module.name.replace(".{e}", "")
+                each = [(layer, e) for layer in layers for e in range(config.experts if "{e}" in name else 1)]
+                found = [f"{name.format(l=layer, e=e)}.{suffix}" for layer, e in each]
                 stored = [""] * module.first + found[module.first :]
                 names[path] = (stored, module.transposed and leaf == "kernel")
     return names
@@ -446,14 +513,19 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear["attn/c_attn"] = (q + 2 * kv, D, c.qkv_bias)
     else:
         linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if c.fused_gate:
+    if c.experts:
+        del linear["mlp/up_proj"], linear["mlp/down_proj"]
+    elif c.fused_gate:
         del linear["mlp/up_proj"]
         linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)
     elif c.gated:
         linear["mlp/gate_proj"] = (F, D, c.mlp_bias)
-    norms = {"attn_norm": D, "mlp_norm": D}
+    sublayers = ("attn",) if c.one_norm else ("attn", "mlp")
+    norms = {f"{name}_norm": D for name in sublayers if c.norms != "output"}
+    norms |= {f"{name}_out_norm": D for name in sublayers if c.norms in ("output", "both")}
     if c.qk_norm:
-        norms |= {"attn/q_norm": c.head_dim, "attn/k_norm": c.head_dim}
+        sizes = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (q, kv)
+        norms |= dict(zip(("attn/q_norm", "attn/k_norm"), sizes))
 
     out = {"embed/embedding": (c.vocab_size, D)}
     if c.positions == "learned":
@@ -478,6 +550,10 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         out[f"layers/{name}/kernel"] = (L, rows, columns)
         if bias:
             out[f"layers/{name}/bias"] = (L, rows)
+    if c.experts:
+        out["layers/mlp/gate/router"] = (L, c.experts, D)
+        for name, shape in (("gate_proj", (F, D)), ("up_proj", (F, D)), ("down_proj", (D, F))):
+            out[f"layers/mlp/{name}/experts"] = (L, c.experts, *shape)
     return out
 
 

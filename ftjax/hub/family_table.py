@@ -6,18 +6,23 @@ D width, F hidden, V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ftjax.models.config import Head
 
 
 class Module(NamedTuple):
-    """One module: its path here, its name in Hugging Face's model (`{l}`: the layer), and its weight's layout there."""
+    """One module: its path here, its name in Hugging Face's model, and its weight's layout there.
+
+    In names, `{l}` is the layer and `{e}` the expert.
+    """
 
     path: str
     name: str
     transposed: bool = False  # stored (in, out), as GPT-2's Conv1D does, not (out, in)
     first: int = 0  # the lowest layer that has it
+    file: str = ""  # its name in files, where that is another
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,13 +50,31 @@ class Family:
     prefix: str  # prefix of tensor names that some files leave out
     keys: dict[str, str]  # field of ModelConfig -> key of config.json
     defaults: dict[str, object]  # key -> the default of transformers 4 and 5 if config.json leaves it out
-    constants: dict[str, object]  # fields of ModelConfig that are the same in the whole family
+    # Fields of ModelConfig that are the same in the whole family, or a function of {field: value} of the others.
+    constants: dict[str, object]
     only: dict[str, tuple]  # key that changes the logits -> the values that Transformer can compute
     buffers: str = r"$^"  # regular expression of names of stored tensors that are not read
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of keys
+    # Field of ModelConfig -> how its value is computed from that of its key, and back.
+    converted: dict[str, tuple[Callable, Callable]] = dataclasses.field(default_factory=dict)
+    theta: float = 10000.0  # default base of rotary wavelengths
+    local_theta: float = 0.0  # the same of layers with a window; 0: such layers have no rotary embedding of their own
+    theta_keys: tuple[str, str] = ("rope_theta", "local_rope_theta")  # keys of both at the top level of config.json
+    rotary_share: float | None = None  # default of partial_rotary_factor; None: the family has no such key
+    rope_types: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of rope_type
 
 
-def decoder_forms(name: str, head: str, tagger: str = "score", span: str = "") -> dict[str, Form]:
+ALL_TASKS = ("causal", "sequence", "token", "span")
+
+
+def decoder_forms(
+    name: str,
+    head: str = "ForCausalLM",
+    tagger: str = "score",
+    span: str = "",
+    tasks: tuple[str, ...] = ALL_TASKS,
+    file: str = "",
+) -> dict[str, Form]:
     """The forms of a decoder.
 
     Args:
@@ -59,9 +82,11 @@ def decoder_forms(name: str, head: str, tagger: str = "score", span: str = "") -
         head: Rest of the name of its causal model's class.
         tagger: Name of the module of its token classifier's head.
         span: Form.prefix of its model for answers in a text; empty: None.
+        tasks: The tasks for which transformers has a class.
+        file: Module.file of the head over the vocabulary.
     """
-    return {
-        "causal": Form(f"{name}{head}", Head(), (Module("lm_head", "lm_head"),)),
+    forms = {
+        "causal": Form(f"{name}{head}", Head(), (Module("lm_head", "lm_head", file=file),)),
         "sequence": Form(
             f"{name}ForSequenceClassification",
             Head("sequence", pool="last", bias=False),
@@ -70,23 +95,55 @@ def decoder_forms(name: str, head: str, tagger: str = "score", span: str = "") -
         "token": Form(f"{name}ForTokenClassification", Head("token"), (Module("head/out", tagger),)),
         "span": Form(f"{name}ForQuestionAnswering", Head("span"), (Module("head/out", "qa_outputs"),), span or None),
     }
+    return {task: forms[task] for task in tasks}
 
 
-LLAMA_MODULES = (
-    Module("embed", "model.embed_tokens"),
-    Module("layers/attn_norm", "model.layers.{l}.input_layernorm"),
-    Module("layers/attn/q_proj", "model.layers.{l}.self_attn.q_proj"),
-    Module("layers/attn/k_proj", "model.layers.{l}.self_attn.k_proj"),
-    Module("layers/attn/v_proj", "model.layers.{l}.self_attn.v_proj"),
-    Module("layers/attn/q_norm", "model.layers.{l}.self_attn.q_norm"),
-    Module("layers/attn/k_norm", "model.layers.{l}.self_attn.k_norm"),
-    Module("layers/attn/o_proj", "model.layers.{l}.self_attn.o_proj"),
-    Module("layers/mlp_norm", "model.layers.{l}.post_attention_layernorm"),
-    Module("layers/mlp/gate_proj", "model.layers.{l}.mlp.gate_proj"),
-    Module("layers/mlp/up_proj", "model.layers.{l}.mlp.up_proj"),
-    Module("layers/mlp/down_proj", "model.layers.{l}.mlp.down_proj"),
-    Module("final_norm", "model.norm"),
-)
+LLAMA_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/k_proj": "self_attn.k_proj",
+    "attn/v_proj": "self_attn.v_proj",
+    "attn/q_norm": "self_attn.q_norm",
+    "attn/k_norm": "self_attn.k_norm",
+    "attn/o_proj": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate_proj": "mlp.gate_proj",
+    "mlp/up_proj": "mlp.up_proj",
+    "mlp/down_proj": "mlp.down_proj",
+}
+OUT_NORMS = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
+OLMO_LAYER = {path: name for path, name in LLAMA_LAYER.items() if path not in ("attn_norm", "mlp_norm")} | OUT_NORMS
+EXPERTS = {f"mlp/{name}": f"mlp.experts.{{e}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+MOE_LAYER = LLAMA_LAYER | {"mlp/gate": "mlp.gate"} | EXPERTS
+MIXTRAL_LAYER = MOE_LAYER | {
+    f"mlp/{name}": f"mlp.experts.{{e}}.{theirs}"
+    for name, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+}
+GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
+FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
+GLM_LAYER = FUSED_LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"}
+STARCODER_LAYER = LLAMA_LAYER | {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
+
+
+def decoder_modules(layer: dict[str, str] = LLAMA_LAYER, moe: str = "mlp") -> tuple[Module, ...]:
+    """The modules of a decoder with LLaMA's names.
+
+    Args:
+        layer: {path of a module of its blocks: name}.
+        moe: Name in files of what is called `mlp` in the model.
+    """
+
+    def module(path, name):
+        name = f"model.layers.{{l}}.{name}"
+        return Module(f"layers/{path}", name, file=name.replace(".mlp.", f".{moe}."))
+
+    return (
+        Module("embed", "model.embed_tokens"),
+        *(module(path, name) for path, name in layer.items()),
+        Module("final_norm", "model.norm"),
+    )
+
+
 LLAMA_KEYS = {
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -115,7 +172,7 @@ LLAMA_DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-QWEN_DEFAULTS = LLAMA_DEFAULTS | {
+QWEN_DEFAULTS = {
     "vocab_size": 151936,
     "num_key_value_heads": 32,
     "intermediate_size": 22016,
@@ -127,7 +184,69 @@ QWEN_DEFAULTS = LLAMA_DEFAULTS | {
 }
 LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
 LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
-LLAMA_BUFFERS = r"rotary_emb\.inv_freq$"
+EVERY_LAYER = {"layer_types": (None,)}  # a window, where there is one, is that of all layers
+ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+
+
+def llama_like(
+    model_type: str,
+    forms: dict[str, Form],
+    modules: tuple[Module, ...] = decoder_modules(),  # noqa: B008  a tuple of tuples
+    *,
+    keys: dict[str, str] | None = None,
+    defaults: dict[str, object] | None = None,
+    constants: dict[str, object] | None = None,
+    only: dict[str, tuple] | None = None,
+    **more,
+) -> Family:
+    """A row that differs from LLaMA's in what is given. See Family for the meaning of all arguments."""
+    return Family(
+        model_type=model_type,
+        forms=forms,
+        modules=modules,
+        prefix="model.",
+        keys=LLAMA_KEYS | (keys or {}),
+        defaults=LLAMA_DEFAULTS | (defaults or {}),
+        constants=LLAMA_CONSTANTS | (constants or {}),
+        only={key: x for key, x in LLAMA_ONLY.items() if key not in (defaults or {})} | (only or {}),
+        buffers=r"rotary_emb\.inv_freq$",
+        **more,
+    )
+
+
+INVERSE = (lambda x: 1 / x, lambda x: float(f"{1 / x:.12g}"))
+INVERSE_ROOT = (lambda x: x**-0.5, lambda x: round(x**-2))
+GEMMA_KEYS = {
+    **ATTENTION_BIAS,
+    "activation": "hidden_activation",
+    "score_scale": "query_pre_attn_scalar",
+    "logit_cap": "final_logit_softcapping",
+}
+GEMMA_DEFAULTS = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 2,
+    "layer_types": None,
+}
+GEMMA_CONSTANTS = {"norm": "rms_plus_one", "norms": "both", "embed_scale": lambda shape: shape["width"] ** 0.5}
+OLMO_DEFAULTS = {
+    "vocab_size": 50304,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+}
+OLMO_CONSTANTS = {"norms": "output", "qk_norm": "all"}
 
 DECODERS = (
     Family(
@@ -172,7 +291,7 @@ DECODERS = (
         constants={
             "norm": "layer",
             "gated": False,
-            "fused_qkv": True,
+            "fused_qkv": "parts",
             "qkv_bias": True,
             "out_bias": True,
             "mlp_bias": True,
@@ -191,55 +310,336 @@ DECODERS = (
             "num_hidden_layers": "n_layer",
         },
     ),
-    Family(
-        model_type="llama",
-        forms=decoder_forms("Llama", "ForCausalLM", span="transformer."),
-        modules=LLAMA_MODULES,
-        prefix="model.",
-        keys=LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-        defaults=LLAMA_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
-        constants=LLAMA_CONSTANTS,
-        only=LLAMA_ONLY,
-        buffers=LLAMA_BUFFERS,
+    llama_like(
+        "llama",
+        decoder_forms("Llama", span="transformer."),
+        keys=ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
+        defaults={"attention_bias": False, "mlp_bias": False},
     ),
-    Family(
-        model_type="mistral",
-        forms=decoder_forms("Mistral", "ForCausalLM"),
-        modules=LLAMA_MODULES,
-        prefix="model.",
-        keys=LLAMA_KEYS,
-        defaults=LLAMA_DEFAULTS
-        | {
+    llama_like(
+        "mistral",
+        decoder_forms("Mistral"),
+        defaults={
             "num_key_value_heads": 8,
             "intermediate_size": 14336,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
         },
-        constants=LLAMA_CONSTANTS,
-        only=LLAMA_ONLY | {"layer_types": (None,)},
-        buffers=LLAMA_BUFFERS,
+        only=EVERY_LAYER,
     ),
-    Family(
-        model_type="qwen2",
-        forms=decoder_forms("Qwen2", "ForCausalLM", span="transformer."),
-        modules=LLAMA_MODULES,
-        prefix="model.",
-        keys=LLAMA_KEYS,
+    llama_like(
+        "qwen2",
+        decoder_forms("Qwen2", span="transformer."),
         defaults=QWEN_DEFAULTS,
-        constants=LLAMA_CONSTANTS | {"qkv_bias": True},
-        only=LLAMA_ONLY,
-        buffers=LLAMA_BUFFERS,
+        constants={"qkv_bias": True},
+    ),
+    llama_like(
+        "qwen3",
+        decoder_forms("Qwen3", span="transformer."),
+        keys=ATTENTION_BIAS,
+        defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+        constants={"qk_norm": "head"},
+    ),
+    llama_like(
+        "mixtral",
+        decoder_forms("Mixtral"),
+        decoder_modules(MIXTRAL_LAYER, "block_sparse_moe"),
+        keys={"experts": "num_local_experts", "experts_used": "num_experts_per_tok"},
+        defaults={
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+        constants={"experts_normed": True},
+        only=EVERY_LAYER,
+        aliases={"num_experts": "num_local_experts"},
+        theta=1e6,
+    ),
+    llama_like(
+        "qwen3_moe",
+        decoder_forms("Qwen3Moe"),
+        decoder_modules(MOE_LAYER),
+        keys=ATTENTION_BIAS
+        | {
+            "hidden": "moe_intermediate_size",
+            "experts": "num_experts",
+            "experts_used": "num_experts_per_tok",
+            "experts_normed": "norm_topk_prob",
+        },
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        constants={"qk_norm": "head"},
+        aliases={"num_local_experts": "num_experts"},
+        only=EVERY_LAYER | {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+    ),
+    llama_like(
+        "olmoe",
+        decoder_forms("Olmoe", tasks=("causal",)),
+        decoder_modules(MOE_LAYER),
+        keys=ATTENTION_BIAS
+        | {
+            "qkv_clip": "clip_qkv",
+            "experts": "num_experts",
+            "experts_used": "num_experts_per_tok",
+            "experts_normed": "norm_topk_prob",
+        },
+        defaults={
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "intermediate_size": 2048,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "clip_qkv": None,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        constants={"qk_norm": "all"},
+        aliases={"num_local_experts": "num_experts"},
+    ),
+    llama_like(
+        "gemma2",
+        decoder_forms("Gemma2", tasks=("causal", "sequence", "token")),
+        decoder_modules(GEMMA_LAYER),
+        keys=GEMMA_KEYS | {"score_cap": "attn_logit_softcapping"},
+        defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0},
+        constants=GEMMA_CONSTANTS,
+        only={"use_bidirectional_attention": (None, False), "sliding_window_pattern": (2,)},
+        converted={"score_scale": INVERSE_ROOT},
+    ),
+    llama_like(
+        "gemma3_text",
+        {
+            **decoder_forms("Gemma3", tasks=("causal",)),
+            **decoder_forms("Gemma3Text", tasks=("sequence",)),
+        },
+        decoder_modules(GEMMA_LAYER),
+        keys=GEMMA_KEYS,
+        defaults=GEMMA_DEFAULTS
+        | {
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "final_logit_softcapping": None,
+            "sliding_window_pattern": 6,
+        },
+        constants=GEMMA_CONSTANTS | {"qk_norm": "head"},
+        only={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
+        converted={"score_scale": INVERSE_ROOT},
+        theta=1e6,
+        local_theta=1e4,
+        theta_keys=("rope_theta", "rope_local_base_freq"),
+    ),
+    llama_like(
+        "olmo2",
+        decoder_forms("Olmo2", tasks=("causal", "sequence")),
+        decoder_modules(OLMO_LAYER),
+        keys=ATTENTION_BIAS,
+        defaults=OLMO_DEFAULTS,
+        constants=OLMO_CONSTANTS,
+    ),
+    llama_like(
+        "olmo3",
+        decoder_forms("Olmo3", tasks=("causal", "sequence")),
+        decoder_modules(OLMO_LAYER),
+        keys=ATTENTION_BIAS,
+        defaults=OLMO_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
+        constants=OLMO_CONSTANTS,
+        only={"sliding_window_pattern": (4,)},
+        theta=5e5,
+        local_theta=5e5,
+        theta_keys=("rope_theta", "rope_theta"),
+    ),
+    llama_like(
+        "phi3",
+        decoder_forms("Phi3", tasks=("causal", "sequence", "token")),
+        decoder_modules(FUSED_LAYER),
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": None,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+        constants={"fused_qkv": "parts", "fused_gate": True},
+        only=EVERY_LAYER,
+        rotary_share=1.0,
+        rope_types={"su": "longrope", "yarn": "longrope"},
+    ),
+    llama_like(
+        "smollm3",
+        decoder_forms("SmolLM3"),
+        keys=ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
+        defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        theta=2e6,
+    ),
+    llama_like(
+        "granite",
+        decoder_forms("Granite", tasks=("causal",)),
+        keys={
+            **ATTENTION_BIAS,
+            "mlp_bias": "mlp_bias",
+            "input_scale": "embedding_multiplier",
+            "score_scale": "attention_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        defaults={
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        converted={"logit_scale": INVERSE},
+    ),
+    llama_like(
+        "cohere2",
+        decoder_forms("Cohere2", tasks=("causal",)),
+        keys={**ATTENTION_BIAS, "norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        defaults={
+            "vocab_size": 256000,
+            "hidden_size": 8192,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 64,
+            "intermediate_size": 22528,
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+        },
+        constants={
+            "norm": "layer",
+            "norm_bias": False,
+            "parallel": True,
+            "one_norm": True,
+            "rotary_pairs": "neighbours",
+            "rotary": lambda shape: tuple(window > 0 for window in shape["windows"] or (0,) * shape["layers"]),
+        },
+    ),
+    llama_like(
+        "starcoder2",
+        decoder_forms("Starcoder2", tasks=("causal", "sequence", "token")),
+        decoder_modules(STARCODER_LAYER),
+        keys={"norm_eps": "norm_epsilon", "qkv_bias": "use_bias", "out_bias": "use_bias", "mlp_bias": "use_bias"},
+        defaults={
+            "vocab_size": 49152,
+            "hidden_size": 3072,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 2,
+            "intermediate_size": 12288,
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "initializer_range": 0.018042,
+            "use_bias": True,
+            "sliding_window": None,
+        },
+        constants={"norm": "layer", "gated": False},
+        only=EVERY_LAYER,
+    ),
+    llama_like(
+        "glm4",
+        decoder_forms("Glm4", tasks=("causal", "sequence", "token")),
+        decoder_modules(GLM_LAYER),
+        keys={"qkv_bias": "attention_bias"},
+        defaults={
+            "vocab_size": 151552,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "intermediate_size": 13696,
+            "max_position_embeddings": 131072,
+            "partial_rotary_factor": None,
+            "rms_norm_eps": 1.5625e-07,
+            "attention_bias": True,
+        },
+        constants={"norms": "both", "fused_gate": True, "rotary_pairs": "neighbours"},
+        rotary_share=0.5,
     ),
     Family(
-        model_type="qwen3",
-        forms=decoder_forms("Qwen3", "ForCausalLM", span="transformer."),
-        modules=LLAMA_MODULES,
-        prefix="model.",
-        keys=LLAMA_KEYS | {"qkv_bias": "attention_bias", "out_bias": "attention_bias"},
-        defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-        constants=LLAMA_CONSTANTS | {"qk_norm": True},
-        only=LLAMA_ONLY,
-        buffers=LLAMA_BUFFERS,
+        model_type="gpt_neox",
+        forms=decoder_forms("GPTNeoX", tagger="classifier", file="embed_out"),
+        modules=(
+            Module("embed", "gpt_neox.embed_in"),
+            Module("layers/attn_norm", "gpt_neox.layers.{l}.input_layernorm"),
+            Module("layers/attn/c_attn", "gpt_neox.layers.{l}.attention.query_key_value"),
+            Module("layers/attn/o_proj", "gpt_neox.layers.{l}.attention.dense"),
+            Module("layers/mlp_norm", "gpt_neox.layers.{l}.post_attention_layernorm"),
+            Module("layers/mlp/up_proj", "gpt_neox.layers.{l}.mlp.dense_h_to_4h"),
+            Module("layers/mlp/down_proj", "gpt_neox.layers.{l}.mlp.dense_4h_to_h"),
+            Module("final_norm", "gpt_neox.final_layer_norm"),
+        ),
+        prefix="gpt_neox.",
+        keys={
+            **{field: key for field, key in LLAMA_KEYS.items() if field not in ("kv_heads", "head_dim")},
+            **ATTENTION_BIAS,
+            "norm_eps": "layer_norm_eps",
+            "parallel": "use_parallel_residual",
+        },
+        defaults={
+            "vocab_size": 50432,
+            "hidden_size": 6144,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 64,
+            "intermediate_size": 24576,
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu",
+            "tie_word_embeddings": False,
+            "initializer_range": 0.02,
+            "attention_bias": True,
+            "use_parallel_residual": True,
+            "partial_rotary_factor": None,
+        },
+        constants={"norm": "layer", "gated": False, "fused_qkv": "heads", "mlp_bias": True, "positions": "rotary"},
+        only={"head_dim": (None,), "num_key_value_heads": (None,)},
+        buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
+        aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+        rotary_share=0.25,
     ),
 )
 
@@ -277,7 +677,7 @@ BERT_CONSTANTS = {
     "out_bias": True,
     "mlp_bias": True,
     "causal": False,
-    "post_norm": True,
+    "norms": "sum",
     "final_norm": False,
     "embed_norm": True,
     "positions": "learned",
@@ -520,7 +920,7 @@ ENCODERS = (
             "norm": "layer",
             "gated": True,
             "fused_gate": True,
-            "fused_qkv": True,
+            "fused_qkv": "parts",
             "causal": False,
             "first_norm": False,
             "embed_norm": True,
@@ -528,6 +928,9 @@ ENCODERS = (
         },
         only={"is_causal": (False,), "is_decoder": (False,)},
         buffers=r"rotary_emb\.|^decoder\.weight$",
+        theta=160000.0,
+        local_theta=10000.0,
+        theta_keys=("global_rope_theta", "local_rope_theta"),
     ),
 )
 

@@ -163,7 +163,7 @@ def read_params(
     shardings = flatten(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes(config).items():
-        tensors, transposed = located[path]
+        (tensors, transposed), stack = located[path], shape[: _stacked(path)]
         dtypes = {DTYPES[t.dtype] for t in tensors if t} or {"float32"}
         target = np.dtype(dtype(path) if dtype else jnp.result_type(*dtypes))
         sharding = shardings[path] if shardings else None
@@ -174,12 +174,10 @@ def read_params(
         # Wait for each parameter: transfers in flight would keep the host's copies of several parameters alive.
         if small := quantise(path):
             # Quantise from float32 whatever the dtype of the run, so that the base is the same wherever it is loaded.
-            load = functools.partial(
-                _load, tensors, transposed, path.startswith("layers/"), np.dtype(np.float32), False
-            )
+            load = functools.partial(_load, tensors, transposed, stack, np.dtype(np.float32), False)
             params[path] = jax.block_until_ready(_quantised(load, shape, sharding, small))
             continue
-        load = functools.partial(_load, tensors, transposed, path.startswith("layers/"), target, given_away)
+        load = functools.partial(_load, tensors, transposed, stack, target, given_away)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
 
@@ -196,12 +194,12 @@ def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig
     bad, leaves = not_finite(params), flatten(params)
     if not bad:
         return
-    names = tensor_names(family, config)
+    names = tensor_names(family, config, files=True)
     path = next(path for path in names if bad[0].startswith(path))  # a quantised kernel consists of several leaves
     stored, x = names[path][0], leaves.get(bad[0])
     layer = 0
     if len(stored) > 1 and x is not None:
-        layer = int(jnp.argmin(jnp.isfinite(x).all(axis=range(1, x.ndim))))
+        layer = int(jnp.argmin(jnp.isfinite(x).all(axis=range(_stacked(path), x.ndim))))
     raise FtjaxError(
         f"{folder}: {len(bad)} of the model's parameters hold values that are NaN or infinite, tensor {stored[layer]} "
         "the first. The files are damaged, or a value overflowed when they were converted to float16: get them again, "
@@ -267,8 +265,14 @@ def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
     return jax.make_array_from_callback(shape, sharding, part)
 
 
+def _stacked(path: str) -> int:
+    """Number of leading axes along which a parameter has tensors of their own in files: of layers, and of experts."""
+    return path.startswith("layers/") + path.endswith("/experts")
+
+
 def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray:
-    """The part of one parameter within `bounds`, which are (start, stop) for each axis."""
+    """The part of one parameter within `bounds`, which are (start, stop) for each axis. stacked: the sizes of the axes
+    that `_stacked` counts."""
     out = _buffer([stop - start for start, stop in bounds], dtype, given_away)
     if not bounds:
         _fill(out, tensors[0], bounds, transposed)
@@ -284,14 +288,17 @@ def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray
         _each(piece, list(itertools.pairwise(cuts)))
         return out
 
-    def layer(row):
-        tensor = tensors[first + row]
-        if tensor is None:
-            out[row] = 1  # this layer has no such norm, and a scale of 1 takes its place
-        else:
-            _fill(out[row : row + 1].reshape(out.shape[1:]), tensor, rest, transposed)
+    chosen, rest = list(itertools.product(*(range(*b) for b in bounds[: len(stacked)]))), bounds[len(stacked) :]
+    parts = out.reshape(len(chosen), *out.shape[len(stacked) :])
 
-    _each(layer, range(last - first))
+    def one(i):
+        tensor = tensors[np.ravel_multi_index(chosen[i], stacked)]
+        if tensor is None:
+            parts[i] = 1  # this layer has no such norm, and a scale of 1 takes its place
+        else:
+            _fill(parts[i], tensor, rest, transposed)
+
+    _each(one, range(len(chosen)))
     return out
 
 
@@ -369,8 +376,8 @@ def _locate(
     stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
     used = set()
-    for path, (names, transposed) in tensor_names(family, config).items():
-        shape = expected[path][1:] if path.startswith("layers/") else expected[path]
+    for path, (names, transposed) in tensor_names(family, config, files=True).items():
+        shape = expected[path][_stacked(path) :]
         shape = shape[::-1] if transposed else shape
         found = []
         for name in names:
@@ -485,7 +492,7 @@ def write_model(
     form = form_of(family, config.head)
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
-    hf |= rope_to_hf(config)
+    hf |= rope_to_hf(config, family)
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
@@ -499,7 +506,7 @@ def write_model(
         hf["pad_token_id"] = pad_token(tokenizer)
     kept = _kept(source, family, config) if source else {}
     leaves |= {f"kept/{name}": x for name, x in kept.items()}
-    names = tensor_names(family, config) | {f"kept/{name}": ([name], False) for name in kept}
+    names = tensor_names(family, config, files=True) | {f"kept/{name}": ([name], False) for name in kept}
     pieces = _pieces(leaves, names, dtype)
     if jax.process_index():  # the first process writes; the others take part in gathering arrays of several hosts
         for piece in pieces:
@@ -547,7 +554,7 @@ class _Piece(NamedTuple):
 
     name: str
     path: str
-    layer: int | None
+    index: tuple[int, ...]  # of its layer, and of its expert
     transposed: bool
     size: int  # bytes
 
@@ -556,14 +563,12 @@ def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
     """All tensors in the order in which a model uses them, so that a shard has whole layers."""
     pieces = []
     for path, (stored, transposed) in names.items():
-        layers = range(len(stored)) if path.startswith("layers/") else [None]
+        indices = np.ndindex(leaves[path].shape[: _stacked(path)])
         size = leaves[path].size // len(stored) * np.dtype(dtype).itemsize
-        pieces += [_Piece(name, path, l, transposed, size) for name, l in zip(stored, layers, strict=True) if name]
-    depth = {piece.layer for piece in pieces if piece.layer is not None}
+        pieces += [_Piece(name, path, i, transposed, size) for name, i in zip(stored, indices, strict=True) if name]
+    depth = max((piece.index[0] for piece in pieces if piece.index), default=0) + 1
     after = ("final_norm", "lm_head", "head")
-    return sorted(
-        pieces, key=lambda p: p.layer if p.layer is not None else len(depth) if p.path.startswith(after) else -1
-    )
+    return sorted(pieces, key=lambda p: p.index[0] if p.index else depth if p.path.startswith(after) else -1)
 
 
 def _write_shards(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str, shard_size: float) -> None:
@@ -595,7 +600,7 @@ def _write_beside(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str) 
 def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
     leaf = leaves[piece.path]
     with np.errstate(over="ignore"):  # an overflow raises below
-        value = _on_host(leaf, piece.layer).astype(dtype, copy=False)
+        value = _on_host(leaf, piece.index).astype(dtype, copy=False)
     if not np.isfinite(value).all():
         raise FtjaxError(f"tensor {piece.name} holds values not finite, or too large for {dtype}; nothing is written")
     return np.ascontiguousarray(value.T if piece.transposed else value)
@@ -610,15 +615,15 @@ def whole(x) -> np.ndarray:
     return process_allgather(x, tiled=True)
 
 
-def _on_host(leaf, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, as numpy.
+def _on_host(leaf, index: tuple[int, ...]) -> np.ndarray:
+    """A parameter, or one layer or expert of a stacked one, as numpy.
 
     It is a view if it is in the host's memory, otherwise a copy of that part only.
     """
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return whole(leaf if layer is None else leaf[layer])
-    if layer is None:
+        return whole(leaf[index] if index else leaf)
+    if not index:
         return np.asarray(leaf)
     if isinstance(leaf, jax.Array) and not (len(leaf.devices()) == 1 and leaf.device.platform == "cpu"):
-        return np.asarray(leaf[layer])
-    return np.asarray(leaf)[layer]
+        return np.asarray(leaf[index])
+    return np.asarray(leaf)[index]

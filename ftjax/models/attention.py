@@ -22,8 +22,9 @@ MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become 
 
 
 def attend(
-    q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None
-):
+    q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True, cap=None,
+    rate=0.0, key=None,
+):  # fmt: skip
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`, with the softmax in float32.
 
     Args:
@@ -37,6 +38,7 @@ def attend(
         prefix: Further keys (K, d, n) and values (K, n, d) at positions 0..n-1 of every segment.
         positions: (B, T) positions of the queries, from n on; needed with a prefix.
         causal: Whether a query sees only itself and the keys before it.
+        cap: Scores s become cap · tanh(s / cap) before the softmax; None: they stay.
         rate: Share of the softmax that is dropped; the rest is scaled up.
         key: Random key of dropout; None: no dropout.
 
@@ -44,7 +46,7 @@ def attend(
         (B, T, H, d) in q's dtype.
     """
     T, S = q.shape[1], v.shape[2]
-    how = {"window": window, "prefix": prefix, "causal": causal, "rate": rate}
+    how = {"window": window, "prefix": prefix, "causal": causal, "cap": cap, "rate": rate}
     pieces = min(T // PIECE, PIECES) if causal and T == S and isinstance(offset, int) and not offset else 1
     if pieces <= 1:
         return _attend(q, k, v, q_segments, k_segments, offset=offset, positions=positions, key=key, **how)
@@ -60,7 +62,7 @@ def attend(
     return jnp.concatenate(out, axis=1)
 
 
-def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, positions, causal, rate, key):
+def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, positions, causal, cap, rate, key):
     """`attend` with all queries and all keys at once."""
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
@@ -82,7 +84,7 @@ def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, position
     kept = None
     if key is not None and rate:
         kept = jax.random.bernoulli(key, 1.0 - rate, (*q.shape[:3], k.shape[3])).astype(q.dtype) / (1.0 - rate)
-    out = _softmax_product(q, k, v, seen, kept, d**-0.5)
+    out = _softmax_product(q, k, v, seen, kept, d**-0.5, cap)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
 
 
@@ -104,19 +106,22 @@ def _starts_bwd(ends, axis, _, gradients):
 _starts.defvjp(lambda x, ends, axis: (_starts(x, ends, axis), None), _starts_bwd)
 
 
-def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, rate=0.0, key=None):
+def attend_in_row(
+    q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, cap=None, rate=0.0, key=None
+):
     """`attend` among the tokens of the same rows, segments (B, T). If the mesh splits rows between devices, each device
     has its own queries, and gathers keys and values."""
     mesh, T = mesh_that_cuts("sequence"), q.shape[1]
     if not mesh or T % ways(mesh, "sequence"):
-        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal}
+        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal, "cap": cap}
         return attend(q, k, v, segments, segments, **how, rate=rate, key=key)
 
     def local(q, k, v, segments, window, prefix, positions, key):
         keys, values = gather(k, "sequence", 3, k.dtype), gather(v, "sequence", 2, v.dtype)
         owners = jax.lax.all_gather(segments, "sequence", axis=1, tiled=True)
         own = jax.lax.axis_index("sequence")
-        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal, "rate": rate}
+        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal}
+        how |= {"cap": cap, "rate": rate}
         key = None if key is None else jax.random.fold_in(key, own)
         return attend(q, keys, values, segments, owners, offset=own * q.shape[1], **how, key=key)
 
@@ -138,26 +143,35 @@ def _dot(a, b, axes):
     return contract(a, b, (axes[:1], axes[1:]), ((0, 1), (0, 1)))
 
 
-def _exponentials(q, k, seen, scale):
+def _scores(q, k, scale, cap):
+    """Scores (B, K, G*T, S) float32, and their derivative by the products q kᵀ, an array or a number."""
+    scores = _dot(q, k, (3, 2)) * scale
+    if cap is None:
+        return scores, scale
+    bound = jnp.tanh(scores / cap)
+    return cap * bound, scale * (1 - bound * bound)
+
+
+def _exponentials(q, k, seen, scale, cap):
     """The undivided softmax (B, K, G*T, S) in float32, and its divisor (B, K, G*T, 1)."""
     B, K, GT, _ = q.shape
     T, S = seen.shape[1:]
-    scores = (_dot(q, k, (3, 2)) * scale).reshape(B, K, GT // T, T, S)
+    scores = _scores(q, k, scale, cap)[0].reshape(B, K, GT // T, T, S)
     scores = jnp.where(seen[:, None, None], scores, MASKED).reshape(B, K, GT, S)
     e = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     return e, jnp.sum(e, axis=-1, keepdims=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _softmax_product(q, k, v, seen, kept, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _softmax_product(q, k, v, seen, kept, scale, cap):
     """q (B, K, G*T, d), k (B, K, d, S), v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d).
 
     kept (B, K, G*T, S): factors of the softmax, those of dropout; None: all 1."""
-    return _softmax_product_fwd(q, k, v, seen, kept, scale)[0]
+    return _softmax_product_fwd(q, k, v, seen, kept, scale, cap)[0]
 
 
-def _softmax_product_fwd(q, k, v, seen, kept, scale):
-    e, total = _exponentials(q, k, seen, scale)
+def _softmax_product_fwd(q, k, v, seen, kept, scale, cap):
+    e, total = _exponentials(q, k, seen, scale, cap)
     e = e.astype(q.dtype)
     # Named here, the output is also the residual of the backward pass, so that a preset which keeps it keeps it once.
     out = named((_dot(_times(e, kept), v, (3, 2)) / total).astype(q.dtype), "attention")
@@ -168,7 +182,7 @@ def _times(x, kept):
     return x if kept is None else x * kept
 
 
-def _softmax_product_bwd(scale, saved, g):
+def _softmax_product_bwd(scale, cap, saved, g):
     # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step.
     # Arrays as long as the keys are not transposed, nor divided: the division is done on the smaller (..., d) arrays.
     q, k, v, e, total, kept, out = saved
@@ -176,7 +190,8 @@ def _softmax_product_bwd(scale, saved, g):
     dv = fenced(_dot(share.astype(g.dtype), _times(e, kept), (2, 2))).swapaxes(2, 3).astype(v.dtype)
     dp = _times(_dot(g, v, (3, 3)), kept)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    ds = (e.astype(jnp.float32) * ((dp - inner) * (scale / total))).astype(q.dtype)
+    slope = scale if cap is None else _scores(q, k, scale, cap)[1]
+    ds = (e.astype(jnp.float32) * ((dp - inner) * (slope / total))).astype(q.dtype)
     return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None, None
 
 

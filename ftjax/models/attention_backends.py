@@ -50,6 +50,7 @@ class Case(NamedTuple):
     kv_heads: int  # K
     head_dim: int  # d
     causal: bool
+    cap: float | None  # see `attend`
     windows: tuple[int, ...]  # all that its layers have; 0: none
     prefix: bool  # further keys come before every document
     dropout: bool  # part of the softmax is dropped
@@ -62,8 +63,8 @@ class Backend(NamedTuple):
     Attributes:
         platform: The platform that it runs on.
         lacks: lacks(case) -> pairs (whether it rules the kernel out, the reason).
-        attend: attend(q, k, v, segments, *, window, causal, packed): q (B, T, H, d), k and v (B, T, K, d), segments (B,
-            T) -> (B, T, H, d); window int; packed: see Kernels.
+        attend: attend(q, k, v, segments, *, window, causal, cap, packed): q (B, T, H, d), k and v (B, T, K, d),
+            segments (B, T) -> (B, T, H, d); window int; cap: see `attend`; packed: see Kernels.
     """
 
     platform: str
@@ -72,7 +73,7 @@ class Backend(NamedTuple):
 
 
 # ---- cuDNN -----------------------------------------------------------------------------------------------------------
-def cudnn(q, k, v, segments, *, window, causal, packed, implementation="cudnn"):
+def cudnn(q, k, v, segments, *, window, causal, cap=None, packed=True, implementation="cudnn"):
     """cuDNN's flash attention, by JAX's own call.
 
     cuDNN has no segments, so packed rows need a mask (B, 1, T, T), one for all heads. Rows of one document each need no
@@ -99,6 +100,7 @@ def _cudnn_lacks(case: Case) -> list[tuple[bool, str]]:
     most = 256 if case.kernels.capability >= HOPPER else 128
     return [
         (not case.kernels.capability, "it is for GPUs of NVIDIA's"),
+        (case.cap is not None, "the model bounds its attention scores"),
         (case.dtype not in HALF, f"it computes in bfloat16, not in {case.dtype}"),
         (case.head_dim % 8 != 0, f"heads of size {case.head_dim}, which is no multiple of 8"),
         (case.head_dim > most, f"heads of size {case.head_dim}; at most {most} on this GPU"),
@@ -107,18 +109,18 @@ def _cudnn_lacks(case: Case) -> list[tuple[bool, str]]:
 
 
 # ---- splash attention ------------------------------------------------------------------------------------------------
-def splash(q, k, v, segments, *, window, causal, packed=True, interpret=False):
+def splash(q, k, v, segments, *, window, causal, cap=None, packed=True, interpret=False):
     """JAX's Pallas kernel for TPUs, which skips blocks that no query sees; segments are part of its mask."""
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    kernel = _splash_kernel(q.shape[1], q.shape[2], window, causal, interpret)
+    kernel = _splash_kernel(q.shape[1], q.shape[2], window, causal, cap, interpret)
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     return jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments)).transpose(0, 2, 1, 3)
 
 
 @functools.lru_cache(maxsize=64)
-def _splash_kernel(T: int, heads: int, window: int, causal: bool, interpret: bool):
+def _splash_kernel(T: int, heads: int, window: int, causal: bool, cap: float | None, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as sp
 
     if window:
@@ -132,7 +134,7 @@ def _splash_kernel(T: int, heads: int, window: int, causal: bool, interpret: boo
     )  # fmt: skip
     make = functools.partial(
         sp.make_splash_mha, sp.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-        interpret=interpret, residual_checkpoint_name="attention",
+        interpret=interpret, residual_checkpoint_name="attention", attn_logits_soft_cap=cap,
     )  # fmt: skip
     # The kernel is cached for other traces and must hold no tracer. In another thread nothing is being traced.
     with ThreadPoolExecutor(1) as aside:
@@ -148,7 +150,7 @@ def _splash_lacks(case: Case) -> list[tuple[bool, str]]:
 
 
 # ---- tokamax ---------------------------------------------------------------------------------------------------------
-def tokamax(q, k, v, segments, *, window, causal, packed=True, implementation="mosaic_gpu"):
+def tokamax(q, k, v, segments, *, window, causal, cap=None, packed=True, implementation="mosaic_gpu"):
     """The kernel of openxla/tokamax for Hopper and Blackwell. Each query has a first and a last key; there is no
     mask."""
     from absl import flags
@@ -170,6 +172,7 @@ def tokamax(q, k, v, segments, *, window, causal, packed=True, implementation="m
 def _tokamax_lacks(case: Case) -> list[tuple[bool, str]]:
     return [
         (importlib.util.find_spec("tokamax") is None, "it is not installed: pip install tokamax"),
+        (case.cap is not None, "the model bounds its attention scores"),
         (case.kernels.capability < HOPPER, "its kernels need a Hopper GPU or a later one"),
         (case.dtype not in HALF, f"it computes in bfloat16, not in {case.dtype}"),
         (case.head_dim % 64 != 0, f"heads of size {case.head_dim}, which is no multiple of 64"),
@@ -216,7 +219,7 @@ def case_of(kernels: Kernels, shape, dtype, rows: int, length: int, prefix: bool
     windows = tuple(sorted({w if w < length else 0 for w in shape.windows or (0,)}))  # a wide window masks nothing
     return Case(
         kernels, jnp.dtype(dtype).name, rows, length, shape.heads, shape.kv_heads, shape.head_dim, shape.causal,
-        windows, prefix, dropout, dict(mesh),
+        shape.score_cap, windows, prefix, dropout, dict(mesh),
     )  # fmt: skip
 
 
@@ -257,12 +260,12 @@ def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, p
     case = case_of(kernels, shape, q.dtype, B, T, prefix is not None, bool(rate) and key is not None, sizes)
     if kernels.name == "xla" or why_not(case):
         how = {"window": window, "prefix": prefix, "positions": positions, "causal": shape.causal}
+        how["cap"] = shape.score_cap
         return attend_in_row(q, *key_layout(k, v), segments, **how, rate=rate, key=key)
 
     def kernel(window):
-        return functools.partial(
-            BACKENDS[kernels.name].attend, window=window, causal=shape.causal, packed=kernels.packed
-        )
+        how = {"window": window, "causal": shape.causal, "cap": shape.score_cap, "packed": kernels.packed}
+        return functools.partial(BACKENDS[kernels.name].attend, **how)
 
     def local(q, k, v, segments, window):
         # A window is part of a kernel: layers that differ in it choose between two.

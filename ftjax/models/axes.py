@@ -49,6 +49,10 @@ PARAMETER_AXES = {
     "v_proj/bias": ("kv_heads",),
     "gate_proj/bias": ("hidden",),
     "up_proj/bias": ("hidden",),
+    "gate_proj/experts": (None, "hidden", "embed"),
+    "up_proj/experts": (None, "hidden", "embed"),
+    "down_proj/experts": (None, "embed", "hidden"),
+    "router": (None, "embed"),
     "bias": (None,),
     "scale": (None,),
 }

@@ -10,17 +10,21 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the pretrained length.
+    """How rotary frequencies are stretched beyond the pretrained length, see `layers.rotary_frequencies`."""
 
-    kind: `default`, `linear` (all divided by factor) or `llama3` (low frequencies divided by factor, a smooth ramp
-    between wavelengths original / high and original / low; Llama 3.1 model card and its reference code).
-    """
-
-    kind: str = "default"
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192  # tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_positions: int = 8192  # tokens; llama3, yarn, longrope
+    attention_factor: float | None = None  # of cosines and sines; None: by the formula of yarn or longrope
+    beta_fast: float | None = None  # yarn: turns in the pretrained length above which nothing is stretched; None: 32
+    beta_slow: float | None = None  # yarn: turns below which all is stretched; None: 1
+    mscale: float | None = None  # yarn: with mscale_all_dim, gives attention_factor
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # yarn: whether the ends of the ramp are whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies of texts up to the pretrained length
+    long_factor: tuple[float, ...] = ()  # longrope: those of longer texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,31 +51,53 @@ class ModelConfig:
     heads: int  # H
     kv_heads: int  # K, divides H
     head_dim: int  # d, need not be D / H
-    hidden: int  # F
+    hidden: int  # F, of each expert where there are experts
     max_positions: int  # tokens; longer rows are refused
-    norm: str = "rms"  # rms | layer
+    # Norms
+    norm: str = "rms"  # rms | rms_plus_one (its weight is added to 1) | layer
     norm_eps: float = 1e-6
-    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
-    gated: bool = True  # act(gate(x)) * up(x) instead of act(up(x))
-    fused_gate: bool = False  # one projection gate_up_proj for both, the gate first
-    fused_qkv: bool = False  # one projection c_attn for q, k and v, as GPT-2 has it
-    qkv_bias: bool = False
-    out_bias: bool = False  # bias of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm over each head of q and k, before rotary
-    causal: bool = True  # a token sees itself and those before it; else all of its segment
-    post_norm: bool = False  # norms after the addition of each sublayer, as in BERT, not before each sublayer
+    norm_bias: bool = True  # of layer norms
+    norms: str = "input"  # of a sublayer: input | output, before the addition | both | sum, after the addition, as BERT
     first_norm: bool = True  # False: no norm before the first block's attention
     final_norm: bool = True  # a norm after the blocks
     embed_norm: bool = False  # a norm after the sum of embeddings
-    norm_bias: bool = True  # of layer norms
+    # Residual stream
+    parallel: bool = False  # both sublayers read the block's input, and their outputs are added together
+    one_norm: bool = False  # parallel sublayers share the norm of their input
+    embed_scale: float = 1.0  # factor of the embeddings that are looked up
+    input_scale: float = 1.0  # factor of what enters the blocks, soft prompts included
+    residual_scale: float = 1.0  # factor of each sublayer's output
+    # Attention
+    fused_qkv: str = ""  # one projection c_attn: `parts`, q, k, v one after another | `heads`, q, k, v of each head
+    qkv_bias: bool = False
+    out_bias: bool = False  # bias of the attention's output projection
+    qk_norm: str = ""  # RMS norm of q and k before rotary: `head`, over each head | `all`, over all heads together
+    qkv_clip: float | None = None  # bound of |q|, |k| and |v|
+    score_scale: float | None = None  # factor of q kᵀ; None: d^-0.5
+    score_cap: float | None = None  # scores s become cap · tanh(s / cap)
+    causal: bool = True  # a token sees itself and those before it; else all of its segment
+    windows: tuple[int, ...] = ()  # of each layer: tokens seen on a side, itself included; 0: all; empty: all 0
+    # Positions
     types: int = 0  # token types, each with an embedding
     positions: str = "rotary"  # rotary | learned
     position_offset: int = 0  # rows of the table of positions before that of the first
     rope_theta: float = 10000.0
-    local_theta: float = 0.0  # the same of layers with a window; 0: rope_theta
+    local_theta: float = 0.0  # that of layers with a window, which is never scaled; 0: all layers have the same angles
     rope_scaling: RopeScaling = RopeScaling()
-    windows: tuple[int, ...] = ()  # of each layer: tokens seen on a side, itself included; 0: all; empty: all 0
+    rotary_share: float = 1.0  # share of each head that is rotated, its first dimensions
+    rotary_pairs: str = "halves"  # which dimensions turn together: halves (i, i + d/2) | neighbours (2i, 2i + 1)
+    rotary: tuple[bool, ...] = ()  # of each layer: whether q and k are rotated; empty: in all
+    # Feed-forward
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
+    gated: bool = True  # act(gate(x)) * up(x) instead of act(up(x))
+    fused_gate: bool = False  # one projection gate_up_proj for both, the gate first
+    mlp_bias: bool = False
+    experts: int = 0  # E; 0: one dense feed-forward part
+    experts_used: int = 1  # of each token: those with the greatest router probabilities
+    experts_normed: bool = False  # the probabilities of the experts used are divided by their sum
+    # Head
     tied: bool = True  # the head is the embedding table
+    logit_scale: float = 1.0  # factor of the logits over the vocabulary
+    logit_cap: float | None = None  # such logits y become cap · tanh(y / cap)
     initializer_range: float = 0.02  # standard deviation of newly initialised kernels
     head: Head = Head()

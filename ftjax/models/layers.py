@@ -6,6 +6,7 @@ B batch, T tokens, D width, d head size, R rank; kernels are (out, in), as Huggi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from flax import linen as nn
 from ftjax.models import products
 from ftjax.models.axes import PARAMETER_AXES, whole
 from ftjax.models.by_device import look_up, sum_outer
+from ftjax.models.config import RopeScaling
 from ftjax.models.quantised import Quantised
 
 
@@ -114,7 +116,7 @@ def adapted_project(module: nn.Module, x, kernel, bias=None, axes=None):
 class Norm(nn.Module):
     """RMS norm (Zhang & Sennrich 2019) or layer norm over the last axis, with sums in float32."""
 
-    kind: str = "rms"
+    kind: str = "rms"  # see ModelConfig.norm
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     use_bias: bool = True  # of a layer norm
@@ -122,9 +124,12 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x (..., D) -> (..., D)."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32)
         x = x.astype(jnp.float32)
-        if self.kind == "rms":
+        if self.kind == "rms_plus_one":
+            scale = 1 + scale
+        if self.kind != "layer":
             y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
         else:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -182,36 +187,87 @@ def neftune(module: nn.Module, x, alpha: float, segment_ids):
     return x + (noise * jax.lax.rsqrt(1.0 * tokens * x.shape[-1])[..., None]).astype(x.dtype)
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling) -> jax.Array:
-    """Angles a position, (d/2,) float32; `scaling` is a RopeScaling.
+def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[jax.Array, float]:
+    """Angles per position of rotary embedding (Su et al. 2021), stretched as transformers stretches them.
 
-    Rotary embedding: Su et al. 2021. `llama3`: the ramp of Llama 3.1's reference code.
+    `linear` divides all by the factor. `dynamic` changes nothing up to the model's positions, and longer rows are
+    refused. `llama3` divides low frequencies, with a ramp between wavelengths original / high and original / low (Llama
+    3.1's reference code). `yarn` has a ramp over dimensions (Peng et al. 2023). `longrope` divides each by its own
+    factor (Ding et al. 2024).
+
+    Args:
+        dim: Dimensions of a head that are rotated.
+        theta: Base of the wavelengths.
+        scaling: The RopeScaling.
+
+    Returns:
+        Frequencies float32, (dim/2,), or (2, dim/2) for longrope: those of short and of long texts. And the factor of
+        cosines and sines.
     """
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling.kind == "linear":
-        return inverse / scaling.factor
-    if scaling.kind == "llama3":
+    inverse = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    s, original = scaling, scaling.original_max_positions
+    if s.kind == "linear":
+        return inverse / s.factor, 1.0
+    if s.kind == "llama3":
         wavelength = 2 * jnp.pi / inverse
-        turns = scaling.original_max_positions / wavelength
-        ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        turns = original / wavelength
+        ramp = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         ramp = jnp.clip(ramp, 0.0, 1.0)
-        return (1 - ramp) * inverse / scaling.factor + ramp * inverse
-    return inverse
+        return (1 - ramp) * inverse / s.factor + ramp * inverse, 1.0
+    if s.kind == "yarn":
+        places = [dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                  for turns in (s.beta_fast or 32, s.beta_slow or 1)]  # fmt: skip
+        if s.truncate:
+            places = [math.floor(places[0]), math.ceil(places[1])]
+        low, high = max(places[0], 0), min(places[1], dim - 1)
+        ramp = jnp.clip((jnp.arange(len(inverse)) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+        size = lambda m: 0.1 * m * math.log(s.factor) + 1 if s.factor > 1 else 1.0  # noqa: E731
+        ratio = size(s.mscale) / size(s.mscale_all_dim) if s.mscale and s.mscale_all_dim else size(1)
+        inverse = ramp * inverse / s.factor + (1 - ramp) * inverse
+    elif s.kind == "longrope":
+        ratio = math.sqrt(1 + math.log(s.factor) / math.log(original)) if s.factor > 1 else 1.0
+        inverse = inverse / jnp.array([s.short_factor, s.long_factor], jnp.float32)
+    else:
+        return inverse, 1.0
+    return inverse, ratio if s.attention_factor is None else s.attention_factor
 
 
-def rotary_tables(positions, frequencies):
-    """positions (B, T) int, frequencies (d/2,) -> cosines and sines, each (B, T, 1, d) float32.
+def rotary_tables(positions, segments, frequencies, factor: float = 1.0, pairs: str = "halves", original: int = 0):
+    """Cosines and sines of the angles of tokens, which are computed once for all layers.
 
-    They are computed once for all layers.
+    Args:
+        positions: (B, T) int.
+        segments: (B, T) int.
+        frequencies: (n,) or (2, n), as `rotary_frequencies` returns them.
+        factor: Factor of cosines and sines.
+        pairs: ModelConfig.rotary_pairs.
+        original: Most tokens of a text that counts as short, for two rows of frequencies.
+
+    Returns:
+        Two arrays (B, T, 1, 2n) float32.
     """
+    if frequencies.ndim == 2:
+        # By the length of each document, so that it does not matter what it is packed with.
+        last = jax.vmap(lambda p, s: jnp.zeros(len(p) + 1, p.dtype).at[s].max(p)[s])(positions, segments)
+        frequencies = jnp.where((last < original)[..., None], *frequencies)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = jnp.concatenate([angles, angles], axis=-1) if pairs == "halves" else jnp.repeat(angles, 2, axis=-1)
+    angles = angles[:, :, None, :]
+    tables = jnp.cos(angles), jnp.sin(angles)
+    return tables if factor == 1.0 else tuple(factor * x for x in tables)
 
 
-def rotate(x, tables):
-    """Rotate each pair (i, i + d/2) of x (B, T, H, d) by its position's angle, in float32."""
+def rotate(x, tables, pairs: str = "halves"):
+    """Rotate pairs of the first dimensions of x (B, T, H, d) by their position's angle, in float32. pairs:
+    ModelConfig.rotary_pairs."""
     cosines, sines = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
+    n = cosines.shape[-1]
+    if n < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :n], tables, pairs), x[..., n:]], axis=-1)
+    if pairs == "halves":
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+    else:
+        first, second = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+        turned = jnp.stack([-second, first], axis=-1).reshape(x.shape)
     return (x.astype(jnp.float32) * cosines + turned * sines).astype(x.dtype)

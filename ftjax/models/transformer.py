@@ -1,4 +1,4 @@
-"""One transformer for GPT-2, the LLaMA family and encoders like BERT: a block, scanned over layers.
+"""One transformer for all families: a block that its ModelConfig composes, scanned over layers.
 
 B batch, T tokens, M positions that are read, n virtual tokens, S cache slots, D width, H heads, K KV heads, d head
 size, F hidden, V vocabulary, C labels, L layers.
@@ -6,6 +6,7 @@ size, F hidden, V vocabulary, C labels, L layers.
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import jax
@@ -15,9 +16,19 @@ from flax import linen as nn
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
-from ftjax.models.by_device import take_tokens
-from ftjax.models.config import ModelConfig
-from ftjax.models.layers import Embedding, Linear, Norm, dropout, neftune, rotary_frequencies, rotary_tables, rotate
+from ftjax.models.by_device import map_rows, take_tokens
+from ftjax.models.config import ModelConfig, RopeScaling
+from ftjax.models.layers import (
+    Embedding,
+    Linear,
+    Norm,
+    dropout,
+    neftune,
+    project,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+)
 from ftjax.models.remat import named, rematerialised
 
 ACTIVATIONS = {
@@ -45,28 +56,39 @@ class Attention(nn.Module):
         """x (B, T, D) -> (B, T, D), and the cache with this layer's keys and values added."""
         c, (B, T, _) = self.config, x.shape
         H, K, d = c.heads, c.kv_heads, c.head_dim
+        norm = functools.partial(Norm, c.norm, c.norm_eps, self.dtype)
 
         def linear(name, features, bias):
             return Linear(features, bias, self.dtype, c.initializer_range, name=name)
 
-        if c.fused_qkv:
+        if c.fused_qkv == "heads":
+            fused = linear("c_attn", 3 * H * d, c.qkv_bias)(x).reshape(B, T, H, 3, d)
+            q, k, v = (fused[:, :, :, i].reshape(B, T, H * d) for i in range(3))
+        elif c.fused_qkv:
             q, k, v = jnp.split(linear("c_attn", (H + 2 * K) * d, c.qkv_bias)(x), (H * d, (H + K) * d), axis=-1)
         else:
             q = linear("q_proj", H * d, c.qkv_bias)(x)
             k = linear("k_proj", K * d, c.qkv_bias)(x)
             v = linear("v_proj", K * d, c.qkv_bias)(x)
         q, k, v = named(q, "q"), named(k, "k"), named(v, "v")
+        if c.qk_norm == "all":
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        if c.qkv_clip:
+            q, k, v = (jnp.clip(x, -c.qkv_clip, c.qkv_clip) for x in (q, k, v))
         q, k, v = q.reshape(B, T, H, d), k.reshape(B, T, K, d), v.reshape(B, T, K, d)
-        if c.qk_norm:
-            q = Norm("rms", c.norm_eps, self.dtype, name="q_norm")(q)
-            k = Norm("rms", c.norm_eps, self.dtype, name="k_norm")(k)
+        if c.qk_norm == "head":
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if c.positions == "rotary":
             tables = shared["rotary"]
             if c.local_theta:
                 tables = jax.tree.map(
                     lambda local, all: jnp.where(layer["window"] > 0, local, all), shared["local"], tables
                 )
-            q, k = rotate(q, tables), rotate(k, tables)
+            if c.rotary:
+                tables = tuple(jnp.where(layer["rotary"], x, still) for x, still in zip(tables, (1.0, 0.0)))
+            q, k = rotate(q, tables, c.rotary_pairs), rotate(k, tables, c.rotary_pairs)
+        if c.score_scale is not None:  # kernels divide by sqrt(d)
+            q = (q.astype(jnp.float32) * (c.score_scale * d**0.5)).astype(q.dtype)
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
         if cache is None:
             how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
@@ -74,7 +96,8 @@ class Attention(nn.Module):
         else:
             offset = cache["length"]
             cache, k, v = remember(cache, *key_layout(k, v), layer["index"])
-            y = attend(q, k, v, shared["segments"], cache["segments"], offset=offset, **how, causal=c.causal)
+            how |= {"offset": offset, "causal": c.causal, "cap": c.score_cap}
+            y = attend(q, k, v, shared["segments"], cache["segments"], **how)
         y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
         return dropout(self, y, self.dropout), cache
 
@@ -104,8 +127,64 @@ class MLP(nn.Module):
         return dropout(self, named(linear("down_proj", c.width)(h), "down"), self.dropout)
 
 
+class Experts(nn.Module):
+    """A mixture of experts (Shazeer et al. 2017), each gated as MLP is: every token goes to its `experts_used`, however
+    many tokens an expert gets. N tokens of a device, E experts, k experts of a token."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        """x (B, T, D) -> (B, T, D)."""
+        c, act, start = self.config, ACTIVATIONS[self.config.activation], nn.initializers.normal
+        E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
+        shapes = {"gate_proj": (E, F, D), "up_proj": (E, F, D), "down_proj": (E, D, F)}
+        params = {
+            name: Leaf("experts", shape, start(c.initializer_range), name=name)() for name, shape in shapes.items()
+        }
+        params["gate"] = Leaf("router", (E, D), start(c.initializer_range), name="gate")()
+
+        def mixed(variables, arrays, rngs):
+            mlp = variables["params"]
+            tokens = arrays[0].reshape(-1, D)
+            p = jax.nn.softmax(project(tokens, mlp["gate"]["router"].astype(self.dtype)).astype(jnp.float32))
+            weights, chosen = jax.lax.top_k(p, k)  # (N, k)
+            if c.experts_normed:
+                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            order = jnp.argsort(chosen.reshape(-1))  # pairs of a token and its expert, by expert
+            sizes = jnp.zeros(E, jnp.int32).at[chosen.reshape(-1)].add(1)
+
+            def product(name, rows):
+                kernels = mlp[name]["experts"].astype(self.dtype).swapaxes(1, 2)
+                return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32).astype(self.dtype)
+
+            rows = jnp.repeat(tokens, k, axis=0)[order]
+            gate, up = named(product("gate_proj", rows), "gate"), named(product("up_proj", rows), "up")
+            y = product("down_proj", act(gate) * up)
+            y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, k, D)
+            return jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype)).reshape(arrays[0].shape)
+
+        y = map_rows(mixed, {"params": params}, (x,), None)
+        return dropout(self, named(y, "down"), self.dropout)
+
+
+class Leaf(nn.Module):
+    """One parameter in a scope of its own."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    start: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self):
+        """{its name: the parameter}."""
+        return {self.leaf: self.param(self.leaf, self.start, self.shape)}
+
+
 class Block(nn.Module):
-    """A transformer block. Its norms are before each sublayer, or after the addition of its output."""
+    """A transformer block: attention and a feed-forward part, each with norms where ModelConfig.norms has them."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -118,18 +197,25 @@ class Block(nn.Module):
         use."""
         x, cache = carry
         x, c = named(x, "input"), self.config
-        attn_norm, mlp_norm = (
-            Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name=name) for name in ("attn_norm", "mlp_norm")
-        )
-        h = x if c.post_norm else attn_norm(x)
+
+        def norm(name, x, *where):
+            if c.norms not in where:
+                return x
+            return Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias, name=name)(x)
+
+        def add(x, h, name):
+            h = norm(f"{name}_out_norm", h, "output", "both")
+            x = x + h if c.residual_scale == 1.0 else x + c.residual_scale * h
+            return norm(f"{name}_norm", x, "sum")
+
+        h = norm("attn_norm", x, "input", "both")
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        h, cache = Attention(c, self.dtype, self.dropout, self.kernels, name="attn")(h, layer, shared, cache)
-        x = attn_norm(x + h) if c.post_norm else x + h
-        x = constrain(x, "batch", "tokens", None)
-        h = x if c.post_norm else mlp_norm(x)
-        h = MLP(c, self.dtype, self.dropout, name="mlp")(h)
-        x = mlp_norm(x + h) if c.post_norm else x + h
+        y, cache = Attention(c, self.dtype, self.dropout, self.kernels, name="attn")(h, layer, shared, cache)
+        given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
+        if not c.one_norm:
+            h = norm("mlp_norm", given if c.parallel else x, "input", "both")
+        x = add(x, (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
 
 
@@ -262,7 +348,7 @@ class Transformer(nn.Module):
         prefix = self.prefix()
         if prefix is not None:
             positions = positions + prefix["v"].shape[-2]
-        x = neftune(self, self.embed(tokens), self.neftune, segment_ids)
+        x = neftune(self, _scaled(self.embed(tokens), self.config.embed_scale), self.neftune, segment_ids)
         x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix, types)
         if self.config.final_norm:
             x = self.final_norm(x)
@@ -291,18 +377,21 @@ class Transformer(nn.Module):
         added."""
         c, T = self.config, x.shape[1]
         shared = {"segments": segment_ids, "positions": positions}
+        x = _scaled(x, c.input_scale)
         if c.types:
             x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
         if c.positions == "learned":
             x = x + self.pos_embed(positions + c.position_offset)
         else:
-            shared["rotary"] = rotary_tables(positions, rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+            shared["rotary"] = self.rotary(positions, segment_ids, c.rope_theta, c.rope_scaling)
         if c.local_theta:
-            shared["local"] = rotary_tables(positions, rotary_frequencies(c.head_dim, c.local_theta, c.rope_scaling))
+            shared["local"] = self.rotary(positions, segment_ids, c.local_theta, RopeScaling())
         if c.embed_norm:
             x = self.embed_norm(x)
         x = constrain(dropout(self, x, self.dropout), "batch", "tokens", None)
         layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
+        if c.rotary:
+            layer["rotary"] = jnp.array(c.rotary)
         if prefix is not None:
             layer["prefix"] = prefix
         if cache is not None:
@@ -314,6 +403,12 @@ class Transformer(nn.Module):
         if self.lower < c.layers:
             (x, cache), _ = self.top_layers((x, cache), jax.tree.map(lambda a: a[self.lower :], layer), shared)
         return x, None if cache is None else cache | {"length": cache["length"] + T}
+
+    def rotary(self, positions, segment_ids, theta, scaling):
+        """See `rotary_tables`."""
+        c, original = self.config, scaling.original_max_positions
+        frequencies, factor = rotary_frequencies(int(c.head_dim * c.rotary_share), theta, scaling)
+        return rotary_tables(positions, segment_ids, frequencies, factor, c.rotary_pairs, original)
 
     def apart(self, x, cache, layer, shared):
         """The blocks one after another, with variables and a cache as `unstacked` and `make_cache` return them."""
@@ -337,7 +432,15 @@ class Transformer(nn.Module):
             return self.head(x).astype(jnp.float32)
         attend = self.embed.attend if self.tied else self.lm_head
         y = attend(x) if task == "causal" else self.head(x, attend)
-        return constrain(y.astype(jnp.float32), "batch", "tokens", "vocab")
+        y = _scaled(y.astype(jnp.float32), self.config.logit_scale)
+        if cap := self.config.logit_cap:
+            y = cap * jnp.tanh(y / cap)
+        return constrain(y, "batch", "tokens", "vocab")
+
+
+def _scaled(x, factor: float):
+    """factor · x, with the factor rounded to x's dtype, as transformers rounds it."""
+    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
 
 
 def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, apart: bool = False) -> dict:

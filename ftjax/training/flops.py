@@ -41,9 +41,14 @@ def flops_per_token(config: ModelConfig, base: dict, trained: dict, frozen: dict
 
     paths, L = flatten(trained), config.layers
     head = config.vocab_size * config.width if config.head.task in ("causal", "masked") else 0
-    blocks = matmul(base, "kernel") - (0 if config.tied else head)
+    used = config.experts_used / max(config.experts, 1)  # share of the experts that a token goes through
+    blocks = matmul(base, "kernel", "router") + used * matmul(base, "experts") - (0 if config.tied else head)
     adapters = matmul(trained, "lora/a", "lora/b")
-    own = matmul(trained, "kernel") + (head if config.tied and "embed/embedding" in paths else 0)
+    own = (
+        matmul(trained, "kernel", "router")
+        + used * matmul(trained, "experts")
+        + (head if config.tied and "embed/embedding" in paths else 0)
+    )
     top = [x.shape[0] for path, x in (flatten(frozen) | paths).items() if path.startswith("top_layers/")]
     passed = max(top, default=L)  # layers that gradients go through
     if all(path.startswith(BEHIND) for path in paths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ftjax.training import hosts, sharding
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
 from ftjax.training.run_folder import keep_start
+from ftjax.tree import flatten
 
 
 def first_state(job: Job, program: Program, say) -> tuple:
@@ -41,6 +43,8 @@ def first_state(job: Job, program: Program, say) -> tuple:
         check_new_head(new, program.trained, config)
         for line in about_head(job, new):
             say(line)
+    for line in about_experts(spec.model, program.trained, config.model.quantise):
+        say(line)
     made_elsewhere = job.initial_adapter.trained(base, spec, program.trained) if job.initial_adapter else None
     with warnings.catch_warnings():
         # Kernels of a stack that is split in two are donated in one shape and returned in others.
@@ -59,6 +63,31 @@ def first_state(job: Job, program: Program, say) -> tuple:
             "token that was"
         )
     return program.init_state(trained), frozen
+
+
+def about_experts(shape, trained: dict, quantise: str) -> list[str]:
+    """Lines that warn of a model's experts, if they are not trained or not quantised.
+
+    Args:
+        shape: The ModelConfig.
+        trained: Tree of the trained parameters.
+        quantise: model.quantise.
+    """
+    if not shape.experts:
+        return []
+    sizes = {path: math.prod(size) for path, size in families.shapes(shape).items()}
+    share = sum(size for path, size in sizes.items() if path.endswith("/experts")) / sum(sizes.values())
+    lines = []
+    if not any(path.endswith("/experts") for path in flatten(trained)):
+        lines.append(
+            f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained: adapters "
+            "change linear maps only. tuning.method=full or last_layers trains them"
+        )
+    if quantise != "none":
+        lines.append(
+            f"warning: model.quantise={quantise} leaves the experts, {share:.0%} of the parameters, as they are"
+        )
+    return lines
 
 
 def about_head(job: Job, new: list[str]) -> list[str]:

@@ -171,6 +171,8 @@ def saved(
         adapter_config and tensors, the tensors in float32 with the layout of the model's files.
     """
     whole, names = {}, stored(spec)
+    if any(path.endswith(("/experts", "/router")) for path in parts):
+        raise FtjaxError("PEFT's files have no form for experts that are trained whole; export the merged model")
     for path, hits in parts.items():
         tensor_names, transposed = names[path]
         rows = np.asarray(leaves[path], np.float32)

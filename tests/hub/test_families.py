@@ -10,7 +10,7 @@ import pytest
 from tiny_models import TRANSFORMERS_5
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.families import FAMILIES, from_hf, linear_names, module_name, read_config, shapes, to_hf
+from ftjax.hub.families import ACTIVATIONS, FAMILIES, from_hf, linear_names, module_name, read_config, shapes, to_hf
 from ftjax.models.config import RopeScaling
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2}
@@ -27,27 +27,35 @@ def test_missing_keys_mean_what_transformers_assumes(kind):
     family, ours = from_hf({"model_type": kind})
     theirs = transformers_config(kind, {})
     for field, key in family.keys.items():
-        value = getattr(theirs, key, None) or 4096 // 32 if key == "head_dim" else getattr(theirs, key)
+        value = getattr(theirs, key, None)
+        if key in ("head_dim", "num_key_value_heads", "num_attention_heads", "n_inner"):  # computed from others
+            heads, D = ours.heads, ours.width
+            value = value or {"head_dim": D // heads, "num_key_value_heads": heads, "n_inner": 4 * D}[key]
         if field == "activation":
-            value = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh"}[value]
+            value = ACTIVATIONS[value]
         if field == "max_positions":
             value -= ours.position_offset
-        if key == "n_inner":
-            value = 4 * theirs.n_embd
+        if field in family.converted:
+            value = family.converted[field][0](value)
         assert getattr(ours, field) == value, field
     if ours.local_theta and TRANSFORMERS_5:
         assert ours.rope_theta == theirs.rope_parameters["full_attention"]["rope_theta"]
         assert ours.local_theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
-    elif ours.local_theta:
+    elif ours.local_theta and kind == "modernbert":
         assert (ours.rope_theta, ours.local_theta) == (theirs.global_rope_theta, theirs.local_rope_theta)
     elif ours.positions == "rotary":
-        assert ours.rope_theta == (theirs.rope_parameters["rope_theta"] if TRANSFORMERS_5 else theirs.rope_theta)
-    windows = {"mistral": (4096,) * 32}.get(kind, ())
-    if kind == "modernbert" and TRANSFORMERS_5:
-        windows = tuple(65 if layer == "sliding_attention" else 0 for layer in theirs.layer_types)
-    elif kind == "modernbert":
-        windows = tuple(65 if layer % theirs.global_attn_every_n_layers else 0 for layer in range(22))
-    assert ours.windows == windows
+        rope = theirs.rope_parameters if TRANSFORMERS_5 else {"rope_theta": theirs.rope_theta}
+        assert (ours.rope_theta, ours.rotary_share) == (rope["rope_theta"], rope.get("partial_rotary_factor", 1.0))
+    types = getattr(theirs, "layer_types", None)
+    window = getattr(theirs, "sliding_window", None)
+    if kind == "modernbert":
+        window, types = 65, types or ["sliding_attention" if i % 3 else "full_attention" for i in range(22)]
+    if kind == "qwen3_moe" or not getattr(theirs, "use_sliding_window", True):
+        window = None
+    windows = [window if t == "sliding_attention" else 0 for t in types or ["sliding_attention"] * ours.layers]
+    assert ours.windows == (tuple(windows) if window and any(windows) else ())
+    if kind == "smollm3":
+        assert ours.rotary == tuple(map(bool, theirs.no_rope_layers))
 
 
 def test_reads_what_transformers_writes_and_writes_what_it_reads(variant):
@@ -148,9 +156,9 @@ def test_gpt2_answers_to_the_names_of_others():
     [
         ({"model_type": "lama"}, ["unknown model_type 'lama'", '"llama"', "gpt2, llama, mistral, qwen2, qwen3"]),
         ({}, ["unknown model_type None"]),
-        ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["type = 'yarn'", "llama3"]),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["type = 'dynamic'"]),
-        ({"model_type": "llama", "rope_scaling": {"type": "longrope"}}, ["rope_type = 'longrope'"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, ["type = 'mrope'", "llama3"]),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}}, ["'dynamic' needs 'factor'"]),
+        ({"model_type": "llama", "rope_scaling": {"type": "longrope"}}, ["'longrope' needs 'short_factor'"]),
         ({"model_type": "llama", "rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, ["rope_theta", "twice"]),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}}, ["needs 'factor'"]),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": "2"}}, ["factor = '2'"]),

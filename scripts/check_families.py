@@ -1,0 +1,328 @@
+"""Hold every family of decoders against transformers and peft, on tiny random models drawn by seed.
+
+    python scripts/check_families.py --seeds 8 --out docs/models.md
+
+For each model: logits of rows that are padded on the left, on the right and packed, against each document alone in
+transformers; whether a packed document changes its neighbours; greedy answers token for token; the exported directory
+loaded by transformers; and a LoRA on all linear maps, loaded by peft, with its gradients against PyTorch's, under one
+preset of remat. Needs torch, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import tiny  # noqa: E402
+
+from ftjax.decoding import generate  # noqa: E402
+from ftjax.hub import weights  # noqa: E402
+from ftjax.hub.peft import write_adapter  # noqa: E402
+from ftjax.models.transformer import Transformer  # noqa: E402
+from ftjax.tree import flatten  # noqa: E402
+
+T, V = 20, 50
+REMAT = ("none", "products", "attention", "full")
+TYPES = ("full_attention", "sliding_attention")
+FIGURES = ("left", "right", "packed", "leak", "answers", "export", "lora", "gradients")
+
+
+def sizes(rng, multiple: bool = False, even: int = 2) -> dict:
+    """Sizes of a model. multiple: its width is a multiple of its heads; even: heads are multiples of this size."""
+    kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2])
+    head = even * int(rng.choice([2, 3, 4]))
+    heads = int(kv_heads * group)
+    return {
+        "vocab_size": V,
+        "hidden_size": heads * head if multiple else heads * int(rng.choice([6, 8, 10])),
+        "intermediate_size": int(rng.choice([20, 24, 28])),
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(kv_heads),
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | ({} if multiple else {"head_dim": head})
+
+
+def experts(rng, key: str) -> dict:
+    used = int(rng.choice([1, 2, 3]))
+    return sizes(rng, multiple=True) | {key: int(rng.choice([4, 5, 8])), "num_experts_per_tok": used}
+
+
+def types(rng) -> list[str]:
+    return [TYPES[i] for i in rng.permutation([0, 1, int(rng.integers(2))])]
+
+
+def uniform(rng, low, high) -> float:
+    return float(np.round(rng.uniform(low, high), 3))
+
+
+def flags(rng, *names) -> dict:
+    return {name: bool(rng.integers(2)) for name in names}
+
+
+def scaling(rng, kind: str, turned: int = 0) -> dict:
+    """The rotary parameters of a kind; turned: dimensions of a head that turn, which longrope needs."""
+    rope = {"rope_type": kind, "rope_theta": float(rng.choice([100.0, 1e4, 5e5]))}
+    if kind != "default":
+        rope["factor"] = uniform(rng, 1.5, 8)
+    if kind in ("llama3", "yarn", "longrope"):
+        rope["original_max_position_embeddings"] = int(rng.choice([8, 16]))
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": uniform(rng, 2, 5)}
+    if kind == "yarn":
+        rope |= [{}, {"mscale": 0.7, "mscale_all_dim": 0.4}, {"beta_fast": 4.0, "truncate": False}][rng.integers(3)]
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            rope[name] = [uniform(rng, 1, 4) for _ in range(turned // 2)]
+    return rope
+
+
+def llama(rng, kind="default", **more) -> dict:
+    shape = sizes(rng)
+    return shape | flags(rng, *more) | {"rope_parameters": scaling(rng, kind, shape["head_dim"])}
+
+
+def gemma(rng, **more) -> dict:
+    cap = float(rng.choice([2.0, 5.0]))
+    shape = sizes(rng) | {"sliding_window": int(rng.choice([4, 7])), "layer_types": types(rng)}
+    shape |= {"query_pre_attn_scalar": int(rng.choice([5, 16])), "final_logit_softcapping": cap}
+    shape["hidden_size"] = 4 * shape["num_attention_heads"]
+    return shape | flags(rng, "attention_bias") | more
+
+
+def of_types(rng, kind) -> dict:
+    """Rotary parameters of layers with and without windows."""
+    return {"rope_parameters": {TYPES[0]: scaling(rng, kind), TYPES[1]: scaling(rng, "default")}}
+
+
+def phi3(rng) -> dict:
+    shape, kind = sizes(rng, multiple=True, even=4), str(rng.choice(["default", "longrope"]))
+    share = float(rng.choice([0.5, 1.0]))
+    rope = scaling(rng, kind, int(shape["hidden_size"] // shape["num_attention_heads"] * share))
+    original = rope.get("original_max_position_embeddings", 16)
+    shape |= {"sliding_window": [None, 6][rng.integers(2)], "original_max_position_embeddings": original}
+    return shape | {"rope_parameters": rope | {"partial_rotary_factor": share}}
+
+
+def smollm3(rng) -> dict:
+    slides = bool(rng.integers(2))
+    shape = sizes(rng) | {"no_rope_layers": [int(x) for x in rng.permutation([0, 1, 1])]}
+    return shape | {"use_sliding_window": slides, "sliding_window": 5 if slides else None}
+
+
+def granite(rng) -> dict:
+    names = "embedding_multiplier", "attention_multiplier", "residual_multiplier"
+    scales = {name: uniform(rng, 0.2, 2) for name in names}
+    return sizes(rng) | flags(rng, "attention_bias", "mlp_bias") | scales | {"logits_scaling": uniform(rng, 0.2, 3)}
+
+
+def cohere2(rng) -> dict:
+    shape = sizes(rng, multiple=True) | {"sliding_window": 5, "layer_types": types(rng)}
+    return shape | flags(rng, "attention_bias") | {"logit_scale": uniform(rng, 0.1, 2)}
+
+
+def neox(rng) -> dict:
+    shape = sizes(rng, multiple=True, even=4) | flags(rng, "attention_bias", "use_parallel_residual")
+    share = float(rng.choice([0.25, 0.5, 1.0]))
+    del shape["num_key_value_heads"]
+    return shape | {"rope_parameters": scaling(rng, "default") | {"partial_rotary_factor": share}}
+
+
+def glm4(rng) -> dict:
+    shape = sizes(rng, even=4) | flags(rng, "attention_bias")
+    share = float(rng.choice([0.5, 1.0]))
+    return shape | {"rope_parameters": scaling(rng, "default") | {"partial_rotary_factor": share}}
+
+
+# name -> (model_type, rng -> what config.json says)
+DRAWS = {
+    **{
+        f"llama, {kind}": ("llama", lambda rng, kind=kind: llama(rng, kind, attention_bias=1, mlp_bias=1))
+        for kind in ("linear", "dynamic", "llama3", "yarn", "longrope")
+    },
+    "qwen2, yarn": ("qwen2", lambda rng: llama(rng, "yarn")),
+    "qwen3, yarn": ("qwen3", lambda rng: llama(rng, "yarn", attention_bias=1)),
+    "mixtral": ("mixtral", lambda rng: experts(rng, "num_local_experts") | {"sliding_window": 6}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        lambda rng: (
+            experts(rng, "num_experts") | flags(rng, "norm_topk_prob", "attention_bias") | {"moe_intermediate_size": 12}
+        ),
+    ),
+    "olmoe": (
+        "olmoe",
+        lambda rng: (
+            experts(rng, "num_experts")
+            | flags(rng, "norm_topk_prob", "attention_bias")
+            | {"clip_qkv": [None, 0.5][rng.integers(2)]}
+        ),
+    ),
+    "gemma2": ("gemma2", lambda rng: gemma(rng, attn_logit_softcapping=uniform(rng, 1, 3))),
+    "gemma3_text": (
+        "gemma3_text",
+        lambda rng: gemma(rng, **of_types(rng, str(rng.choice(["default", "linear"])))),
+    ),
+    "olmo2": ("olmo2", lambda rng: sizes(rng) | flags(rng, "attention_bias")),
+    "olmo3": (
+        "olmo3",
+        lambda rng: (
+            sizes(rng)
+            | flags(rng, "attention_bias")
+            | {"sliding_window": 5, "layer_types": types(rng)}
+            | of_types(rng, str(rng.choice(["default", "yarn"])))
+        ),
+    ),
+    "phi3": ("phi3", phi3),
+    "smollm3": ("smollm3", smollm3),
+    "granite": ("granite", granite),
+    "cohere2": ("cohere2", cohere2),
+    "gpt_neox": ("gpt_neox", neox),
+    "starcoder2": ("starcoder2", lambda rng: sizes(rng) | flags(rng, "use_bias") | {"sliding_window": 6}),
+    "glm4": ("glm4", glm4),
+}
+
+
+def draw(name: str, seed: int):
+    """(a random model of transformers, its settings)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, settings = DRAWS[name]
+    settings = settings(np.random.default_rng(seed))
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **settings)
+    # Only this implementation computes all that a config may say, such as bounded scores.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model, settings
+
+
+def rows(docs, packed) -> tuple[np.ndarray, ...]:
+    """Tokens, positions and segments (8, T): docs padded left, and right, `packed` in one row, and that row with other
+    tokens in its second document."""
+    out = np.zeros((3, 8, T), np.int32)
+
+    def put(row, at, doc, segment):
+        out[:, row, at : at + len(doc)] = doc, np.arange(len(doc)), np.full(len(doc), segment)
+
+    for i, doc in enumerate(docs):
+        put(i, T - len(doc), doc, 1)
+        put(3 + i, 0, doc, 1)
+    for row in (6, 7):
+        at = 0
+        for segment, doc in enumerate(packed, 1):
+            put(row, at, (doc + 1) % V if (row, segment) == (7, 2) else doc, segment)
+            at += len(doc)
+    return tuple(out)
+
+
+def check(name: str, seed: int, answers: bool = True) -> dict[str, float]:
+    """The figures of one model: largest differences, and for `answers` the number of tokens that differ."""
+    from transformers import AutoModelForCausalLM
+
+    model, _ = draw(name, seed)
+    pair, found = tiny.read(model), {}
+    docs, packed = tiny.documents((20, 13, 5), V, seed), tiny.documents((9, 6, 5), V, seed + 1)
+    inputs = [jnp.asarray(x) for x in rows(docs, packed)]
+    got = np.asarray(tiny.jit(lambda params: pair.model.apply({"params": params}, *inputs))(pair.params))
+    alone = [tiny.torch_logits(model, doc[None])[0] for doc in docs]
+    each = [(got[i, T - len(doc) :], got[3 + i, : len(doc)]) for i, doc in enumerate(docs)]
+    for side, which in (("left", 0), ("right", 1)):
+        found[side] = max(np.abs(pieces[which] - want).max() for pieces, want in zip(each, alone, strict=True))
+    want = np.concatenate([tiny.torch_logits(model, doc[None])[0] for doc in packed])
+    found["packed"] = np.abs(got[6] - want).max()
+    others = np.r_[0:9, 15:20]
+    found["leak"] = np.abs(got[6] - got[7])[others].max()
+    assert np.abs(got[6] - got[7])[9:15].max() > 1e-3
+    if answers:
+        prompt = docs[1][:9]  # longer than the shortest original length of longrope, which may not be crossed
+        new = 4
+        wanted = model.generate(
+            tiny.torch.tensor(prompt[None]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
+        )
+        said = generate(pair.model, {"params": pair.params}, [prompt.tolist()], max_new_tokens=new)[0]
+        found["answers"] = int((np.array(said) != wanted[0, len(prompt) :].numpy()).sum())
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")  # a wrong name is only a warning to peft
+        out = Path(folder)
+        weights.write_model(out / "model", pair.params, None, pair.family, pair.model.config)
+        theirs, info = AutoModelForCausalLM.from_pretrained(
+            out / "model", attn_implementation="eager", pad_token_id=0, output_loading_info=True
+        )
+        assert not any(info.values()), info
+        found["export"] = np.abs(tiny.torch_logits(theirs.eval(), docs[0][None]) - alone[0]).max()
+        found |= of_lora(pair, theirs, docs[0], out / "adapter", REMAT[seed % len(REMAT)])
+    return {name: float(x) for name, x in found.items()}
+
+
+def of_lora(pair, theirs, doc, folder: Path, remat: str) -> dict[str, float]:
+    """Differences of logits and of gradients of a LoRA on all linear maps of the blocks."""
+    from peft import PeftModel
+
+    pair = tiny.tuned(pair, method="lora", rank=2, alpha=4)
+    method, trained, frozen = tiny.start(pair)
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+    trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trained)
+    model = Transformer(pair.model.config, remat=remat)
+
+    def loss(trained):
+        y = model.apply(method.variables(trained, frozen, pair.spec), jnp.asarray(doc[None]))
+        p = jax.nn.log_softmax(y[0, :-1])
+        return -jnp.take_along_axis(p, jnp.asarray(doc[1:, None]), 1).mean(), y
+
+    (_, logits), gradient = tiny.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+    config, tensors = method.to_peft(trained, frozen, pair.spec)
+    write_adapter(folder, tensors, config, None, "base")
+    adapted = PeftModel.from_pretrained(theirs, folder, is_trainable=True).eval()
+    ids = tiny.torch.tensor(doc[None])
+    y = adapted(ids).logits
+    tiny.torch.nn.functional.cross_entropy(y[0, :-1], ids[0, 1:]).backward()
+    want = {name.replace(".default", ""): p.grad.numpy() for name, p in adapted.named_parameters() if p.requires_grad}
+    got = method.to_peft(gradient, frozen, pair.spec)[1]
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    error = max(np.abs(got[name] - want[name]).max() / max(np.abs(want[name]).max(), 1e-3) for name in want)
+    assert all(np.abs(g).max() > 0 for g in flatten(gradient).values())
+    return {"lora": np.abs(np.asarray(logits) - y.detach().numpy()).max(), "gradients": error}
+
+
+def table(seeds: int) -> str:
+    """A Markdown table with the worst figure of all models of each family."""
+    lines = [f"| family | {' | '.join(FIGURES)} |", "|" + " --- |" * (len(FIGURES) + 1)]
+    for name in DRAWS:
+        found = [check(name, seed) for seed in range(seeds)]
+        worst = {figure: max(each[figure] for each in found) for figure in FIGURES}
+        lines.append(f"| {name} | {' | '.join(f'{worst[figure]:.0e}'.replace('0e+00', '0') for figure in FIGURES)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--seeds", type=int, default=8, help="models of each family")
+    parser.add_argument("--out", type=Path, help="Markdown file; the table replaces what stands below its last heading")
+    arguments = parser.parse_args()
+    written = table(arguments.seeds)
+    if arguments.out:
+        text = arguments.out.read_text(encoding="utf-8")
+        kept = text[: text.rindex("| family |")]
+        arguments.out.write_text(f"{kept}{written}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
