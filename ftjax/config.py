@@ -275,6 +275,8 @@ FIELDS: dict[str, Field] = {
         "messages",
         "sharegpt",
         "preference",
+        "ranked",
+        "ballot",
         "template",
         also="dataset_format formatting",
     ),  # form of the rows; auto: recognised by their columns
@@ -375,10 +377,16 @@ FIELDS: dict[str, Field] = {
     "task.focal": number(0.0, 0, also="focal_loss_gamma"),  # γ of the focal loss, which down-weights examples that the
     # model already classifies confidently; 0: off
     "task.loss": choice(
-        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "orpo", "simpo", "cpo", also="loss_type pref_loss"
+        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "kto", "orpo", "simpo", "cpo", also="loss_type pref_loss"
     ),  # preference: the loss of a pair. sigmoid: DPO; train.label_smoothing makes it conservative DPO; robust: DPO
-    # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; orpo,
-    # simpo and cpo need no reference, the others compare with the base model without its adapter
+    # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; kto: of
+    # single answers with a label, or of both answers of a pair; orpo, simpo and cpo need no reference, the others
+    # compare with task.reference
+    "task.reference": text(also="ref_model ref_model_name_or_path"),  # preference: the model that a loss compares with:
+    # a directory, hub name or run folder, whose log-probabilities are computed once before the first step; empty: the
+    # base model without its adapter, in the same parameters, at every step
+    "task.desirable_weight": number(1.0, 0, also="kto_chosen_weight"),  # kto: weight of desirable answers in the loss
+    "task.undesirable_weight": number(1.0, 0, also="kto_rejected_weight"),  # kto: weight of the other answers
     "task.beta": number(0.1, above=0, also="pref_beta dpo_beta"),  # preference: factor of the log-probabilities; in
     # DPO, how strongly the model is held to the base
     "task.margin": number(0.0, 0, also="simpo_gamma gamma"),  # preference: by how much simpo wants the reward of the

@@ -199,6 +199,13 @@ class Part:
             self, examples=self.examples.select(indices), source=self.source[indices], pieces=tuple(pieces)
         )
 
+    def desirable(self) -> Part:
+        """The examples less those whose answer is labelled as undesirable."""
+        examples = self.examples
+        if examples.targets is None:
+            return self
+        return self.select(np.flatnonzero(examples.targets[examples.first]))
+
     def of_source(self, index: int) -> Examples:
         """The examples of one source, given its index in Data.sources."""
         return self.examples.select(np.flatnonzero(self.source == index))

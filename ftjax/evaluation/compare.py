@@ -67,7 +67,7 @@ def measure(lm, variables, data, config) -> dict:
     Raises:
         FtjaxError: If the part has no rows.
     """
-    ev, part = config.evaluate, getattr(data, config.evaluate.compare_on)
+    ev, part = config.evaluate, getattr(data, config.evaluate.compare_on).desirable()
     if not len(part):
         name = ev.compare_on
         raise FtjaxError(

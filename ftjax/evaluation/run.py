@@ -73,7 +73,7 @@ def evaluate(
         del report["perplexity"]
         report["pairs"] = report.pop("tokens")
     if generate:
-        scores, samples = compare.answers(lm, lm.variables, prepared.test, config)
+        scores, samples = compare.answers(lm, lm.variables, prepared.test.desirable(), config)
         report |= scores | {"samples": samples}
     return report
 
