@@ -351,9 +351,10 @@ FIELDS: dict[str, Field] = {
     "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
         holds=tasks.known
     ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; classify: one
-    # label for a text; multilabel: any number of labels for a text; regress: one or more numbers for a text; tag: a
-    # label for each word, such as named entities; span: where a text holds the answer to a question; masked: hidden
-    # tokens of plain text, to adapt an encoder; embed: vectors that are close for texts that belong together
+    # label for a text; multilabel: any number of labels for a text; regress: one or more numbers for a text; reward:
+    # how good an answer is, learned from pairs of answers; tag: a label for each word, such as named entities; span:
+    # where a text holds the answer to a question; masked: hidden tokens of plain text, to adapt an encoder; embed:
+    # vectors that are close for texts that belong together
     "task.text": text(also="text_column text_field dataset_text_field"),  # column with the text; tag: with the list of
     # words; span: with the question; embed: with the first text. Empty: the first of the usual names, `sentence`,
     # `text`, ...
@@ -558,6 +559,10 @@ FIELDS: dict[str, Field] = {
     "generate.batch_size": whole(32, 1),  # number of prompts answered at once
     "generate.weights": choice("model", "bfloat16"),  # the parameters that generate answers: unchanged, or with float32
     # kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32
+    "generate.best_of": whole(1, 1),  # number of answers that are sampled to each prompt, of which generate.reward
+    # chooses one
+    "generate.reward": text(also="reward_model reward_model_path"),  # the reward model that chooses: a run folder of
+    # task.kind reward, or a model directory with a head of one label
     "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
     # in addition to the model's end tokens
     #

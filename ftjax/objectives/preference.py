@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ftjax.objectives import causal
+from ftjax.objectives import causal, classify
 
 WITH_REFERENCE = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "kto")  # losses that compare with a reference
 LOSSES = (*WITH_REFERENCE, "orpo", "simpo", "cpo")
@@ -131,6 +131,37 @@ def kto_loss(ratio, good, kl, beta: float, weights: tuple[float, float] = (1.0, 
     """
     inside = jnp.where(good, 1, -1) * beta * (ratio - kl)
     return jnp.where(good, *weights) * jax.nn.sigmoid(-inside), inside
+
+
+def bradley_terry(model, variables, batch, *, rngs=None):
+    """Negative log-likelihood of the choices (Bradley & Terry 1952), summed over the pairs of a batch.
+
+    It is -log σ(chosen - rejected - margin), of the scores that a head with one label gives to both texts of a pair.
+
+    Args:
+        model: The Flax module.
+        variables: The Flax variables that it is applied to.
+        batch: As in `classify.one_class`, with the chosen and the rejected text of a pair by turns at loss_index;
+            labels (B, M) float, the margin of each text's pair.
+        rngs: Random keys of dropout; None: no dropout.
+
+    Returns:
+        (loss sum, number of pairs, {"loss", "correct", and sums of "reward_chosen", "reward_rejected" and "margin",
+        the difference of both}). A pair is correct if the chosen text has the greater score. All float32.
+    """
+    scores = classify.logits(model, variables, batch, rngs=rngs)[..., 0]
+    B, even = len(scores), scores.shape[1] // 2 * 2
+    chosen, rejected, margin, there = (
+        x[:, :even].reshape(B, -1, 2)[..., side]
+        for x, side in ((scores, 0), (scores, 1), (batch["labels"], 0), (batch["weights"].astype(jnp.float32), 1))
+    )
+    add = lambda x: jnp.sum(jnp.where(there > 0, x, 0.0))  # noqa: E731
+    total = add(-jax.nn.log_sigmoid(chosen - rejected - margin))
+    figures = {
+        "loss": total, "correct": add(chosen > rejected), "reward_chosen": add(chosen),
+        "reward_rejected": add(rejected), "margin": add(chosen - rejected),
+    }  # fmt: skip
+    return total, jnp.sum(there), figures
 
 
 def pair_loss(chosen, rejected, loss: str, beta: float, label_smoothing: float = 0.0, margin: float = 0.0):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ftjax.errors import FtjaxError, nearest
 
 # Names of the files of this package, in the order in which a head is matched with a task.
-FILES = ("causal", "preference", "classify", "multilabel", "regress", "tag", "span", "masked", "embed")
+FILES = ("causal", "preference", "classify", "multilabel", "regress", "reward", "tag", "span", "masked", "embed")
 TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
 
 # Usual names of the column of text and of the label, tried in order.
@@ -145,7 +145,15 @@ def objective(config, model) -> Callable:
     return functools.partial(task.sums, model, **task.always(config), **task.options(config))
 
 
-def kind_of(head: str, problem: str = "") -> str:
-    """The `task.kind` of a model whose head is for the task `head`. problem: its `problem_type`."""
+def kind_of(head: str, problem: str = "", labels: int = 0) -> str:
+    """The `task.kind` of a model.
+
+    Args:
+        head: The task that its head is for.
+        problem: Its `problem_type`. Without one, a head over texts with one label gives rewards.
+        labels: Number of its labels; 0: unknown.
+    """
     able = {kind: task for kind, task in every().items() if task.head == head}
+    if head == "sequence" and labels == 1 and not problem:
+        return "reward"
     return next((kind for kind, task in able.items() if problem and task.problem == problem), next(iter(able), ""))
