@@ -232,6 +232,41 @@ def test_a_loss_without_a_reference_trains_all_parameters(setting, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["task"]["loss"] == "orpo"
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_reference_of_its_own_is_read_once(setting, tmp_path, packing):
+    """With the base as the named reference, each loss is that of a run that compares with its base at every step."""
+    losses = []
+    for name in ("", "base"):
+        c = setting(rows(24, 0), train__steps="8", data__packing=str(packing), data__buckets="1", task__loss="ipo")
+        c.run_dir, c.task.reference = str(tmp_path / f"run{name}"), c.model.path if name else ""
+        c.train.update(batch_size=8, log_every=1, eval_every=8)
+        ftjax.train(c, say=lambda text: None)
+        found = read_metrics(c.run_dir)
+        losses.append([row[key] for row in found for key in ("loss", "val_loss") if key in row])
+        told = ftjax.evaluate(c.run_dir, str(tmp_path / "held.jsonl"), say=lambda text: None)
+        losses[-1].append(told["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_model_is_not_compared_with_itself(setting, tmp_path):
+    """All parameters are trained against a reference of its own; the written model has no adapter to be without."""
+    c = setting(rows(32, 0), tuning__method="full", optim__lr="3e-3", train__steps="8", data__buckets="1")
+    c.task.reference = c.model.path
+    c.train.update(batch_size=8, eval_every=8)
+    ftjax.train(c, say=lambda text: None)
+    held, how = str(tmp_path / "held.jsonl"), {"say": lambda text: None}
+    told = ftjax.evaluate(str(tmp_path / "run"), held, **how)
+    assert told["loss"] < 0.68
+    whole = str(tmp_path / "run" / "full")
+    again = ftjax.evaluate(whole, held, overrides=["task.kind=preference", f"task.reference={c.model.path}"], **how)
+    np.testing.assert_allclose(again["loss"], told["loss"], rtol=1e-5)
+    with pytest.raises(ftjax.FtjaxError, match="this one has none, so it would be compared with itself"):
+        ftjax.evaluate(whole, held, overrides=["task.kind=preference"], **how)
+    c.run_dir, c.task.reference = str(tmp_path / "other"), "builtin:stories260K"
+    with pytest.raises(ftjax.FtjaxError, match="task.reference: expected a model of task.kind causal with the tokens"):
+        ftjax.train(c, **how)
+
+
 def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
     from ftjax.data.prepare import prepare
     from ftjax.hub.tokenizer import load_tokenizer

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
@@ -22,6 +23,7 @@ from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.lm import LM
 from ftjax.loading import load
+from ftjax.training.features import Features, reference
 from ftjax.training.run_folder import read_record, run_config
 
 
@@ -67,6 +69,8 @@ def evaluate(
         prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
         **task.layout(config, lm.tokenizer),
     )  # fmt: skip
+    if task.once(config):
+        batches = Features(batches, "reference", reference(config, lm.tokenizer), (), np.float32)
     with cpus.dealt(lm.variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, kind=config.task.kind, **task.always(config))
         report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))

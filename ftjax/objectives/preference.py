@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ftjax.errors import FtjaxError
 from ftjax.objectives import causal, classify
 
 WITH_REFERENCE = ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "kto")  # losses that compare with a reference
@@ -62,6 +63,9 @@ def sums(
         stored: Whether the batch holds the reference's log-probabilities.
         head_chunk: See `causal.tokens_at_once`.
 
+    Raises:
+        FtjaxError: If the model has no adapter that a reference could be without.
+
     Returns:
         (loss sum, number of pairs, {"loss", "correct", and sums of "reward_chosen", "reward_rejected", "margin",
         "logp_chosen" and "logp_rejected"}). A reward is beta times what the loss compares. A pair is correct if the
@@ -86,6 +90,11 @@ def sums(
     total = by_answer(log_probs(model, variables, batch, loss=loss, rngs=rngs, head_chunk=head_chunk))
     mean = total / jnp.maximum(length, 1)
     compared = mean if loss in AVERAGED else total
+    if loss in WITH_REFERENCE and not stored and "adapter" not in variables:
+        raise FtjaxError(
+            f"task.loss={loss}: compares a model with the same model without its adapter, and this one has none, so it "
+            "would be compared with itself; use the run or its adapter, or name the reference in task.reference"
+        )
     if loss in WITH_REFERENCE:
         base = {name: tree for name, tree in variables.items() if name != "adapter"}
         known = batch["reference"] if stored else log_probs(model, base, batch, loss=loss, head_chunk=head_chunk)

@@ -49,6 +49,9 @@ class Task:
         always: always(config) -> options of `sums` in training and evaluation.
         problem: `problem_type` in transformers' config.json, if there is one.
         target: target(number of labels) -> shape and dtype of one target.
+        once: once(config) -> a function (model, variables, batch) -> (B, M), which is computed once for the model of
+            task.reference and is `reference` in every batch; None where there is no such model.
+        passes: passes(config) -> number of forward passes of a step beside those that have a gradient.
         whole_rows: Whether the loss reads more of a row than the states at the trained places.
         check: check(config, method, spec) raises FtjaxError where a tuning method, with its Spec, cannot be used.
 
@@ -87,6 +90,8 @@ class Task:
     always: Callable = lambda config: {}
     problem: str = ""
     target: Callable = lambda labels: ((), "int32")
+    once: Callable = lambda config: None
+    passes: Callable = lambda config: 0
     whole_rows: bool = False
     check: Callable = lambda config, method, spec: None
     encode: Callable | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import numpy as np
@@ -227,14 +228,22 @@ def always(config) -> dict:
     task = config.task
     return {
         "loss": task.loss, "beta": task.beta, "margin": task.margin, "nll_weight": task.nll_weight,
-        "weights": (task.desirable_weight, task.undesirable_weight), "stored": stored(config),
+        "weights": (task.desirable_weight, task.undesirable_weight), "stored": bool(once(config)),
         "head_chunk": config.model.head_chunk,
     }  # fmt: skip
 
 
-def stored(config) -> bool:
-    """Whether the reference is another model, whose log-probabilities are computed once, before the first step."""
-    return bool(config.task.reference) and config.task.loss in preference.WITH_REFERENCE
+def once(config):
+    """See Task.once: the log-probabilities of a reference that is another model."""
+    loss = config.task.loss
+    if not config.task.reference or loss not in preference.WITH_REFERENCE:
+        return None
+    return functools.partial(preference.log_probs, loss=loss, head_chunk=config.model.head_chunk)
+
+
+def passes(config) -> int:
+    """See Task.passes: the pass of the reference, where it is the base model."""
+    return int(config.task.loss in preference.WITH_REFERENCE and not once(config))
 
 
 TASK = Task(
@@ -242,6 +251,8 @@ TASK = Task(
     sums=preference.sums,
     options=lambda config: {"label_smoothing": config.train.label_smoothing},
     always=always,
+    once=once,
+    passes=passes,
     whole_rows=True,
     check=check,
     recipe=recipe,
