@@ -210,6 +210,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--stop", action="append", default=[], help="a string that is one token and ends an answer; may be repeated"
     )
+    sub.add_argument("--best-of", type=int, default=1, metavar="N", help="sample N answers, of which --reward chooses")
+    sub.add_argument("--reward", default="", metavar="DIR", help="reward model: run folder or model directory")
     sub.add_argument("--seed", type=int, default=0, help="seed of sampling")
     sub.add_argument("--batch-size", type=int, default=32, help="number of prompts answered at once")
     sub.add_argument(
@@ -469,7 +471,7 @@ def _generate(args, overrides) -> None:
     from ftjax.evaluation.run import answer
 
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
-    names = ("temperature", "top_k", "top_p", "seed", "batch_size", "weights")
+    names = ("temperature", "top_k", "top_p", "seed", "batch_size", "weights", "best_of", "reward")
     _check_numbers(args, {n: n if n == "seed" else f"generate.{n}" for n in ("max_new_tokens", *names)})
     sampling = {name: getattr(args, name) for name in names}
     rows = []

@@ -279,6 +279,8 @@ FIELDS: dict[str, Field] = {
         "messages",
         "sharegpt",
         "preference",
+        "ranked",
+        "ballot",
         "template",
         also="dataset_format formatting",
     ),  # form of the rows; auto: recognised by their columns
@@ -353,9 +355,10 @@ FIELDS: dict[str, Field] = {
     "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
         holds=tasks.known
     ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; classify: one
-    # label for a text; multilabel: any number of labels for a text; regress: one or more numbers for a text; tag: a
-    # label for each word, such as named entities; span: where a text holds the answer to a question; masked: hidden
-    # tokens of plain text, to adapt an encoder; embed: vectors that are close for texts that belong together
+    # label for a text; multilabel: any number of labels for a text; regress: one or more numbers for a text; reward:
+    # how good an answer is, learned from pairs of answers; tag: a label for each word, such as named entities; span:
+    # where a text holds the answer to a question; masked: hidden tokens of plain text, to adapt an encoder; embed:
+    # vectors that are close for texts that belong together
     "task.text": text(also="text_column text_field dataset_text_field"),  # column with the text; tag: with the list of
     # words; span: with the question; embed: with the first text. Empty: the first of the usual names, `sentence`,
     # `text`, ...
@@ -379,10 +382,16 @@ FIELDS: dict[str, Field] = {
     "task.focal": number(0.0, 0, also="focal_loss_gamma"),  # γ of the focal loss, which down-weights examples that the
     # model already classifies confidently; 0: off
     "task.loss": choice(
-        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "orpo", "simpo", "cpo", also="loss_type pref_loss"
+        "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "kto", "orpo", "simpo", "cpo", also="loss_type pref_loss"
     ),  # preference: the loss of a pair. sigmoid: DPO; train.label_smoothing makes it conservative DPO; robust: DPO
-    # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; orpo,
-    # simpo and cpo need no reference, the others compare with the base model without its adapter
+    # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; kto: of
+    # single answers with a label, or of both answers of a pair; orpo, simpo and cpo need no reference, the others
+    # compare with task.reference
+    "task.reference": text(also="ref_model ref_model_name_or_path"),  # preference: the model that a loss compares with:
+    # a directory, hub name or run folder, whose log-probabilities are computed once before the first step; empty: the
+    # base model without its adapter, in the same parameters, at every step
+    "task.desirable_weight": number(1.0, 0, also="kto_chosen_weight"),  # kto: weight of desirable answers in the loss
+    "task.undesirable_weight": number(1.0, 0, also="kto_rejected_weight"),  # kto: weight of the other answers
     "task.beta": number(0.1, above=0, also="pref_beta dpo_beta"),  # preference: factor of the log-probabilities; in
     # DPO, how strongly the model is held to the base
     "task.margin": number(0.0, 0, also="simpo_gamma gamma"),  # preference: by how much simpo wants the reward of the
@@ -556,6 +565,10 @@ FIELDS: dict[str, Field] = {
     "generate.batch_size": whole(32, 1),  # number of prompts answered at once
     "generate.weights": choice("model", "bfloat16"),  # the parameters that generate answers: unchanged, or with float32
     # kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32
+    "generate.best_of": whole(1, 1),  # number of answers that are sampled to each prompt, of which generate.reward
+    # chooses one
+    "generate.reward": text(also="reward_model reward_model_path"),  # the reward model that chooses: a run folder of
+    # task.kind reward, or a model directory with a head of one label
     "generate.stop": several((), WORD, also="stop_strings stop_words"),  # strings of one token each that end an answer,
     # in addition to the model's end tokens
     #

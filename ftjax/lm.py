@@ -222,6 +222,13 @@ class LM:
 
 
 def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling) -> list[str]:
+    """As `continue_tokens`, but return the new text of each prompt."""
+    return continuations(lm.tokenizer, ids, continue_tokens(lm, variables, ids, stop=stop, **sampling))
+
+
+def continue_tokens(
+    lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling
+) -> list[list[int]]:
     """Continue prompts that are token ids.
 
     Args:
@@ -232,7 +239,7 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
         sampling: See ftjax.decoding.generate.
 
     Returns:
-        The new text of each prompt, up to an end token of the model or one of `stop`.
+        The new ids of each prompt, up to an end token of the model or one of `stop`.
 
     Raises:
         FtjaxError: If the model's task is not `causal`.
@@ -244,8 +251,7 @@ def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ..
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
     drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows without a token
     with doing(f"answering {len(ids):,} prompts"):
-        new = generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
-    return continuations(lm.tokenizer, ids, new)
+        return generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
 
 
 def continuations(tokenizer, prompts: list[list[int]], new: list[list[int]]) -> list[str]:
@@ -313,7 +319,8 @@ def open_base(
         pool = "auto" if config is None else config.task.pool
         shape = families.with_head(family, shape, tasks.find(kind).head, len(labels), folder, pool)
     else:
-        kind = tasks.kind_of(shape.head.task, read_json(folder / "config.json").get("problem_type") or "")
+        problem = read_json(folder / "config.json").get("problem_type") or ""
+        kind = tasks.kind_of(shape.head.task, problem, shape.head.labels)
     key = jax.random.key(0 if config is None else config.seed)
     params = weights.read_params(
         folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None

@@ -23,6 +23,14 @@ def rows(count: int, seed: int) -> list[dict]:
     return out
 
 
+def answers(count: int, seed: int) -> list[dict]:
+    """The same prompts with one answer each, and whether it is desirable."""
+    return [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 2 else "chosen"], "label": i % 3 != 2}
+        for i, row in enumerate(rows(count, seed))
+    ]
+
+
 @pytest.fixture
 def setting(tmp_path):
     """setting(rows of train, **overrides) -> a config of a run on preferences."""
@@ -96,8 +104,13 @@ def chat(prompt, answer):
             "chosen": {"from": "gpt", "value": a}, "rejected": {"from": "gpt", "value": b},
         },
         lambda p, a, b: {name: f"\n\nHuman: {p}\n\nAssistant: {x}" for name, x in (("chosen", a), ("rejected", b))},
+        lambda p, a, b: {"chosen": f"{p} {a}", "rejected": f"{p} {b}"},
+        lambda p, a, b: {"prompt": p, "responses": [b, a], "scores": [0.5, 2]},
+        lambda p, a, b: {"prompt": p, "answers": [chat("", b)[1], chat("", a)[1]], "ranks": [2, 1]},
+        lambda p, a, b: {"id": "1", "prompt": p, "left": b, "right": a, "rating": "Right"},
     ],
-    ids=["messages", "whole conversations", "a message each", "ShareGPT", "HH-RLHF"],
+    ids=["messages", "whole conversations", "a message each", "ShareGPT", "HH-RLHF", "a common beginning", "scores",
+         "ranks", "ballots"],
 )  # fmt: skip
 def test_every_usual_form_gives_the_same_pairs(setting, form):
     from ftjax.data.prepare import prepare
@@ -115,6 +128,63 @@ def test_every_usual_form_gives_the_same_pairs(setting, form):
         assert one.second == other.second
         assert one.trained[: one.second].any()
         assert one.trained[one.second :].any()
+
+
+def examples(c):
+    """The examples of train of a config."""
+    from ftjax.data.prepare import prepare
+    from ftjax.hub.tokenizer import load_tokenizer
+
+    c.data.update(test="", split=(1.0, 0.0, 0.0))
+    return prepare(c, load_tokenizer(c.model.path), 64).train.examples
+
+
+def test_a_ranked_list_is_a_pair_of_every_two_answers_that_differ_in_rank(setting):
+    c = setting([{"prompt": "it was", "completions": [" dull", " fine", " warm", " flat"], "ranks": [3, 1, 2, 3]}])
+    found, again = examples(c), setting(
+        [{"prompt": "it was", "chosen": f" {a}", "rejected": f" {b}"} for a, b in
+         (("fine", "warm"), ("fine", "dull"), ("fine", "flat"), ("warm", "dull"), ("warm", "flat"))]
+    )  # fmt: skip
+    for one, other in zip(found, examples(again), strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+    best_first = setting([{"prompt": "it was", "answers": [" fine", " dull"]}], data__form="ranked")
+    (one,) = examples(best_first)
+    np.testing.assert_array_equal(one.ids, found[1].ids)
+
+
+def test_an_answer_of_a_ballot_follows_its_prompt_after_a_space(setting):
+    c = setting([{"prompt": "it was", "left": "fine", "right": "dull", "rating": "left"}] * 2 + [
+        {"prompt": "it was", "left": "fine", "right": "dull", "rating": "tie"}])  # fmt: skip
+    with pytest.raises(ftjax.FtjaxError, match="pairs.jsonl row 3: column 'rating' holds 'tie'; expected left or"):
+        examples(c)
+    c.data.clean.empty = True
+    found = examples(c)
+    again = setting([{"prompt": "it was", "chosen": " fine", "rejected": " dull"}])
+    assert len(found) == 2
+    np.testing.assert_array_equal(found[0].ids, examples(again)[0].ids)
+
+
+def test_pairs_are_desirable_and_undesirable_answers(setting):
+    """A pair gives KTO two answers; the second text of each is the same prompt with an answer to another one."""
+    pairs = rows(3, 0)
+    apart = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs
+        for side in ("chosen", "rejected")
+    ]
+    found, again = (examples(setting(train, task__loss="kto")) for train in (pairs, apart))
+    for one, other in zip(found, again, strict=True):
+        assert [x.tolist() for x in one[:4:2]] == [x.tolist() for x in other[:4:2]]
+        assert one.second == other.second
+    assert [e.targets[0] for e in found] == [1, 0] * 3
+    for n, e in enumerate(found):
+        prompt = e.ids[: e.trained.argmax()]
+        np.testing.assert_array_equal(e.ids[e.second :][: len(prompt)], prompt)
+        before = found[(n - 1) % 6 if n % 2 == 0 else n - 2]
+        answer = before.ids[: before.second][before.trained[: before.second]]
+        np.testing.assert_array_equal(e.ids[e.second + len(prompt) :], answer)
+    with pytest.raises(ftjax.FtjaxError, match="pairs.jsonl row 1: column 'label' holds 'good'; expected true or 1"):
+        examples(setting([apart[0] | {"label": "good"}], task__loss="kto"))
 
 
 BAD = {
@@ -144,6 +214,8 @@ def test_a_bad_pair_is_named(setting, name):
         ({"tuning__method": "full"}, "tuning.method='full': changes parameters of the base model, which"),
         ({"tuning__init": "pissa"}, "tuning.init='pissa': changes parameters"),
         ({"task__loss": "robust", "train__label_smoothing": "0.5"}, "train.label_smoothing: expected less than 0.5"),
+        ({"task__loss": "hinge", "train__label_smoothing": "0.1"}, "train.label_smoothing: task.loss=hinge has none"),
+        ({"task__loss": "kto", "train__accumulate": "2"}, "train.accumulate: expected 1 for task.loss=kto"),
         ({"data__form": "prompt"}, "task.kind=preference: rows need the columns chosen and rejected"),
     ],
 )  # fmt: skip
@@ -158,6 +230,41 @@ def test_a_loss_without_a_reference_trains_all_parameters(setting, tmp_path):
     last = [row for row in read_metrics(tmp_path / "run") if "val_loss" in row][-1]
     assert last["val_margin"] > 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["task"]["loss"] == "orpo"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_reference_of_its_own_is_read_once(setting, tmp_path, packing):
+    """With the base as the named reference, each loss is that of a run that compares with its base at every step."""
+    losses = []
+    for name in ("", "base"):
+        c = setting(rows(24, 0), train__steps="8", data__packing=str(packing), data__buckets="1", task__loss="ipo")
+        c.run_dir, c.task.reference = str(tmp_path / f"run{name}"), c.model.path if name else ""
+        c.train.update(batch_size=8, log_every=1, eval_every=8)
+        ftjax.train(c, say=lambda text: None)
+        found = read_metrics(c.run_dir)
+        losses.append([row[key] for row in found for key in ("loss", "val_loss") if key in row])
+        told = ftjax.evaluate(c.run_dir, str(tmp_path / "held.jsonl"), say=lambda text: None)
+        losses[-1].append(told["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_model_is_not_compared_with_itself(setting, tmp_path):
+    """All parameters are trained against a reference of its own; the written model has no adapter to be without."""
+    c = setting(rows(32, 0), tuning__method="full", optim__lr="3e-3", train__steps="8", data__buckets="1")
+    c.task.reference = c.model.path
+    c.train.update(batch_size=8, eval_every=8)
+    ftjax.train(c, say=lambda text: None)
+    held, how = str(tmp_path / "held.jsonl"), {"say": lambda text: None}
+    told = ftjax.evaluate(str(tmp_path / "run"), held, **how)
+    assert told["loss"] < 0.68
+    whole = str(tmp_path / "run" / "full")
+    again = ftjax.evaluate(whole, held, overrides=["task.kind=preference", f"task.reference={c.model.path}"], **how)
+    np.testing.assert_allclose(again["loss"], told["loss"], rtol=1e-5)
+    with pytest.raises(ftjax.FtjaxError, match="this one has none, so it would be compared with itself"):
+        ftjax.evaluate(whole, held, overrides=["task.kind=preference"], **how)
+    c.run_dir, c.task.reference = str(tmp_path / "other"), "builtin:stories260K"
+    with pytest.raises(ftjax.FtjaxError, match="task.reference: expected a model of task.kind causal with the tokens"):
+        ftjax.train(c, **how)
 
 
 def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
@@ -180,20 +287,21 @@ def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
         prepare(c, load_tokenizer(c.model.path), 64)
 
 
-@pytest.mark.parametrize("loss", ["robust", "ipo"])
+@pytest.mark.parametrize("loss", ["robust", "ipo", "kto"])
 def test_twenty_steps_are_those_of_trl(setting, tmp_path, loss):
-    """The same adapter, rows and AdamW in TRL's DPOTrainer: the losses of all steps."""
+    """The same adapter, rows and AdamW in TRL's DPOTrainer or KTOTrainer: the losses of all steps."""
     import datasets
     import peft
     import transformers
     import trl
 
-    train = rows(8, 0)
+    train = answers(8, 0) if loss == "kto" else rows(8, 0)
     smoothing = 0.1 if loss == "robust" else 0.0
     c = setting(train, task__loss=loss, train__steps="1", optim__lr="1e-30", export__formats='("adapter",)')
     c.data.update(test="", split=(1.0, 0.0, 0.0))
     c.run_dir = str(tmp_path / "start")
     c.train.update(batch_size=8, eval_every=1, log_every=1, dropout=0.0)
+    c.task.update(desirable_weight=1.5, undesirable_weight=0.5)
     c.tuning.dropout = 0.0
     ftjax.train(c, say=lambda text: None)  # a step that changes nothing writes the adapter that both start from
 
@@ -207,19 +315,22 @@ def test_twenty_steps_are_those_of_trl(setting, tmp_path, loss):
     base = transformers.AutoModelForCausalLM.from_pretrained(c.model.path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(c.model.path)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "start" / "adapter", is_trainable=True)
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"), loss_type=loss, label_smoothing=smoothing, beta=c.task.beta, max_steps=20,
+    own = {"loss_type": loss, "label_smoothing": smoothing}
+    if loss == "kto":
+        own = {"desirable_weight": c.task.desirable_weight, "undesirable_weight": c.task.undesirable_weight}
+    arguments = (trl.KTOConfig if loss == "kto" else trl.DPOConfig)(
+        output_dir=str(tmp_path / "trl"), **own, beta=c.task.beta, max_steps=20,
         per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.0,
         adam_beta1=c.optim.b1, adam_beta2=c.optim.b2, adam_epsilon=c.optim.eps, max_grad_norm=0.0, logging_steps=1,
         report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
     )  # fmt: skip
-    trainer = trl.DPOTrainer(
+    trainer = (trl.KTOTrainer if loss == "kto" else trl.DPOTrainer)(
         model, args=arguments, train_dataset=datasets.Dataset.from_list(train), processing_class=tokenizer
     )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ours) == len(theirs) == 20
-    assert min(ours) < 0.5 * ours[0]
+    assert min(ours) < (0.8 if loss == "kto" else 0.5) * ours[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -21,6 +21,7 @@ FIELDS = {  # form: (columns that the model reads, columns of the answer)
     "prompt": (("prompt",), ("completion", "response")),
     "question": (("question",), ("answer",)),
     "instruction": (("instruction", "input"), ("output", "instances")),
+    "ballot": (("prompt",), ("left", "right")),
 }
 SYSTEM = ("system", "developer")  # roles whose text is the same in many rows
 SHOWN = ("content", "value", "name", "tool_calls", *template.THINKING)  # fields of a message that templates show
@@ -100,7 +101,7 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
             form = template.guess(columns, data.prompt, data.completion) if data.form == "auto" else data.form
         except FtjaxError:
             form = ""
-        if form in ("messages", "sharegpt", "preference"):
+        if form in ("messages", "sharegpt", "preference", "ranked"):
             return Sides(lambda row: _turns(row)[0], lambda row: _turns(row)[1], label)
         read, said = FIELDS.get(form, ((), ()))
         if form == "template":
@@ -154,7 +155,7 @@ def _turns(row: dict) -> tuple[str, str]:
     System texts are left out, because many rows have the same.
     """
     asked = next((row[name] for name in ("messages", "conversations", "prompt") if row.get(name)), None)
-    chosen = row.get("chosen")
+    chosen = row.get("chosen") or next((row[name] for name in template.RANKED if row.get(name)), None)
     if asked is None and isinstance(chosen, str):  # a whole conversation in the format of Anthropic's HH-RLHF
         asked, _, chosen = chosen.rpartition("\n\nAssistant:")
     turns = [turn for cell in (asked, chosen) for turn in (cell if isinstance(cell, list) else [cell])]

@@ -433,13 +433,16 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
             ids, types = np.array(short["input_ids"][i], np.int32), types_of[i]
             if not len(ids):
                 raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
-            trained = np.zeros(len(ids), bool)
-            trained[np.flatnonzero(ids != pad)[-1:] if how.pool == "last" else 0] = True
-            trained[0] |= not trained.any()
+            trained = last_token(ids, pad) if how.pool == "last" else np.arange(len(ids)) == 0
             second = types.index(1) if 1 in types else 0
             value = target(how, row, place)
             out.append(Example(ids, trained, value[None], second, None, len(encoded["input_ids"][i])))
     return out
+
+
+def last_token(ids: np.ndarray, pad: int | None) -> np.ndarray:
+    """(T,) bool, true at the token of a text (T,) at which transformers reads it: the last one that is no padding."""
+    return np.arange(len(ids)) == max(np.flatnonzero(ids != pad), default=0)
 
 
 def encoder(target: Callable) -> Callable:

@@ -65,6 +65,9 @@ class Recipe:
         """
         return encode(self.render(rows, places), tokenizer, self.train_on, places.__getitem__, self.end)
 
+    def check(self) -> None:
+        """Raise FtjaxError if the rows can be neither trained nor evaluated on."""
+
 
 def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     """The recipe of a `data` group for rows with these columns, and whether its form was guessed from the columns.
@@ -198,6 +201,13 @@ class Part:
         return dataclasses.replace(
             self, examples=self.examples.select(indices), source=self.source[indices], pieces=tuple(pieces)
         )
+
+    def desirable(self) -> Part:
+        """The examples less those whose answer is labelled as undesirable."""
+        examples = self.examples
+        if examples.targets is None:
+            return self
+        return self.select(np.flatnonzero(examples.targets[examples.first]))
 
     def of_source(self, index: int) -> Examples:
         """The examples of one source, given its index in Data.sources."""
@@ -342,7 +352,7 @@ def _tokenised(
     cache = _cache(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
     read_by = fingerprint(tokenizer)
-    names, labels_as = (), config.task.labels_as
+    names, labels_as = task.labels or (), config.task.labels_as
     if labels_as == "auto" and not (config.task.labels or known):
         labels_as = "names"
     if task.encode:
@@ -351,7 +361,10 @@ def _tokenised(
     def how(source: Source, table: Table):
         if not task.encode:
             if task.recipe:
-                return task.recipe(config, source.data, table.columns, max_length, max_positions)
+                found, guessed = task.recipe(config, source.data, table.columns, max_length, max_positions)
+                if truths:
+                    found.check()
+                return found, guessed
             return recipe(source.data, table.columns)
         own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
         own, notes = labelled.reading(own, table, source.whole, labels_as)

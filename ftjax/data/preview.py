@@ -73,6 +73,8 @@ def target(data: Data, i: int, example: Example) -> str:
     """
     if example.targets is None or (form := data.train.recipe(i).form) in ("masked", "embed"):
         return ""
+    if told := getattr(data.train.recipe(i), "told", None):
+        return told(example)
     if form == "multilabel":
         return "labels: " + (", ".join(n for n, there in zip(data.labels, example.targets[0]) if there) or "none")
     if form in ("regress", "span"):

@@ -105,6 +105,7 @@ class Examples(Sequence[Example]):
         cut = self.select(np.arange(len(self)))
         cut.length, cut.second = np.where(self.second > 0, self.second, self.length), np.zeros_like(self.second)
         cut.labels = np.array([np.count_nonzero(self.trained[a : a + n]) for a, n in zip(self.start, cut.length)])
+        cut.targets = cut.first = None  # the tokens of the answer are its labels
         return cut
 
     def truths(self) -> np.ndarray:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os.path
 import re
 import string
 from collections.abc import Callable
@@ -78,8 +80,9 @@ def guess(columns, prompt: str = "", completion: str = "") -> str:
     raise FtjaxError(
         f"data.form: no known form fits the columns {', '.join(columns)}. Known: messages; conversations; instruction "
         "(input) output; prompt completion (or response); question answer; prompt (or conversations) chosen rejected; "
-        "chosen rejected; text. For other "
-        'columns set data.prompt="...{column}..." and data.completion="...{column}...".'
+        "chosen rejected; prompt left right rating; prompt responses (or completions, answers) ranks (or scores); "
+        "text. "
+        'For other columns set data.prompt="...{column}..." and data.completion="...{column}...".'
     )
 
 
@@ -114,9 +117,9 @@ def renderer(
             "data.prompt and data.completion to the question and the answer"
         )
     if template:
-        render = {"instruction": _asked_alpaca if template == "alpaca" else _asked, "question": _bare_question}.get(
-            form, render
-        )
+        bare = {"instruction": _asked_alpaca if template == "alpaca" else _asked, "question": _bare_question}
+        bare |= {"ballot": lambda row, place: _first_pair("ballot", row, place, template)}
+        render = bare.get(form, render)
 
     def whole(row: dict, place: str) -> Rendered:
         rendered = render(row, place)
@@ -245,6 +248,9 @@ def _preference(row: dict, place: str) -> Rendered:
         raise _missing(row, "chosen", place)
     if isinstance(chosen, str) and row.get(column) is None and chosen.lstrip().startswith(("Human:", "Assistant:")):
         return Rendered(messages=_hh_turns(chosen, place))
+    if isinstance(chosen, str) and isinstance(row.get("rejected"), str) and column not in row:
+        asked = _beginning(chosen, row["rejected"])
+        return Rendered(asked, _answer(chosen[len(asked) :], place))
     if isinstance(chosen, str) and not isinstance(row.get(column), list):
         return Rendered(field(row, "prompt", place), _answer(chosen, place))
     if isinstance(chosen, str):
@@ -255,6 +261,58 @@ def _preference(row: dict, place: str) -> Rendered:
     if isinstance(row.get(column), list):
         return Rendered(messages=_turns(row, column, place) + chosen)
     return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
+
+
+def _beginning(one: str, other: str) -> str:
+    """The words with which two texts begin, without the white space after them."""
+    common = os.path.commonprefix([one, other])
+    inside = any(rest and not rest[0].isspace() for rest in (one[len(common) :], other[len(common) :]))
+    return (re.sub(r"\S*$", "", common) if inside else common).rstrip()
+
+
+def pairs(form: str, row: dict, place: str, template: str = "") -> list[dict]:
+    """The pairs of a row, each as a row of the form `preference`.
+
+    Args:
+        form: One of PAIRED.
+        row: The row.
+        place: Name of the row in errors.
+        template: See data.template. Without one, an answer of a ballot follows its prompt after a space.
+
+    Raises:
+        FtjaxError: If the row does not say which of two answers is better.
+    """
+    if form == "ballot":
+        said = field(row, "rating", place).strip().lower()
+        if said not in ("left", "right"):
+            raise FtjaxError(
+                f"{place}: column 'rating' holds {said!r}; expected left or right. A tie does not say which answer is "
+                "better: remove the row, or leave such rows out by data.clean.empty=True"
+            )
+        space = "" if template or field(row, "prompt", place)[-1:].isspace() else " "
+        sides = [space + _answer(field(row, name, place), place) for name in ("left", "right")]
+        chosen, rejected = sides if said == "left" else sides[::-1]
+        return [row | {"chosen": chosen, "rejected": rejected}]
+    if form != "ranked":
+        return [row]
+    answers = next((row[name] for name in RANKED if isinstance(row.get(name), list)), None)
+    column = next((name for name in ("ranks", "scores") if row.get(name) is not None), "")
+    if answers is None or len(answers) < 2:
+        raise FtjaxError(f"{place}: expected a list of two or more answers in one of the columns {', '.join(RANKED)}")
+    figures = row[column] if column else list(range(len(answers)))
+    numbers = isinstance(figures, list) and all(type(x) in (int, float) and x == x for x in figures)
+    if not numbers or len(figures) != len(answers):
+        raise FtjaxError(f"{place}: column {column!r} holds {figures!r:.80}; expected {len(answers)} numbers")
+    rank = [-x if column == "scores" else x for x in figures]
+    order = sorted(range(len(answers)), key=rank.__getitem__)
+    found = [(i, j) for i, j in itertools.combinations(order, 2) if rank[i] < rank[j]]
+    if not found:
+        raise FtjaxError(f"{place}: column {column!r} ranks all answers alike; remove the row")
+    return [row | {"chosen": answers[i], "rejected": answers[j]} for i, j in found]
+
+
+def _first_pair(form: str, row: dict, place: str, template: str = "") -> Rendered:
+    return _preference(pairs(form, row, place, template)[0], place)
 
 
 def _hh_turns(text: str, place: str) -> tuple[dict, ...]:
@@ -283,10 +341,16 @@ FORMS = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "preference": _preference,
+    "ranked": lambda row, place: _first_pair("ranked", row, place),
+    "ballot": lambda row, place: _first_pair("ballot", row, place),
 }
+PAIRED = ("preference", "ranked", "ballot")  # forms that say which of two answers is better
+RANKED = ("responses", "completions", "answers")  # columns with a list of answers, the best first or with ranks
 # (form, groups of names of columns). A form fits if the row has a column of each group; the first that fits is taken.
 GUESS = (
     ("preference", (("chosen",), ("rejected",))),
+    ("ballot", (("prompt",), ("left",), ("right",), ("rating",))),
+    ("ranked", (("prompt", "conversations", "messages"), RANKED, ("ranks", "scores"))),
     ("messages", (("messages",),)),
     ("sharegpt", (("conversations",),)),
     ("instruction", (("instruction",), ("output", "instances"))),
@@ -294,7 +358,9 @@ GUESS = (
     ("question", (("question",), ("answer",))),
     ("text", (("text",),)),
 )
-SAID = {"preference": "the chosen answer is trained, the rejected one is not used"}  # notes for the user, by form
+# Notes for the user, by form.
+SAID = dict.fromkeys(PAIRED, "the chosen answer is trained, the rejected one is not used")
+SAID["ranked"] = "the best answer is trained, the others are not used"
 
 
 # ---------------------------------------------------------------------------------------------- conversations

@@ -14,11 +14,11 @@ from ftjax.data.batches import Batches
 from ftjax.data.prepare import fingerprint
 from ftjax.data.tokenise import answer_of
 from ftjax.errors import FtjaxError
+from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
 from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json, write_jsonl
-from ftjax.lm import continue_ids
 from ftjax.models.transformer import max_tokens
 
 LOWER = ("perplexity", "forgetting_loss")  # figures where less is better, besides those of METRICS
@@ -67,7 +67,7 @@ def measure(lm, variables, data, config) -> dict:
     Raises:
         FtjaxError: If the part has no rows.
     """
-    ev, part = config.evaluate, getattr(data, config.evaluate.compare_on)
+    ev, part = config.evaluate, getattr(data, config.evaluate.compare_on).desirable()
     if not len(part):
         name = ev.compare_on
         raise FtjaxError(
@@ -132,7 +132,7 @@ def answered(
         config: The config.
         until: Text that ends an answer. It is removed with all that follows it; empty: none.
     """
-    texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
+    texts = continued(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
     predictions = [answer_of(text.split(until)[0] if until else text) for text in texts]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [

@@ -1,7 +1,7 @@
 """Evaluate predictions on labelled rows: every figure with its interval, by group, and the worst mistakes.
 
-This is the common entry to resample, classification, entities, squad, retrieval and regression. A new kind of task is a
-row of KINDS.
+This is the common entry to resample, classification, entities, squad, retrieval, regression and preferred. A new kind
+of task is a row of KINDS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.evaluation import classification, entities, regression, retrieval, squad
+from ftjax.evaluation import classification, entities, preferred, regression, retrieval, squad
 from ftjax.evaluation.resample import Reduce, difference, intervals
 from ftjax.evaluation.tables import grid
 
@@ -83,6 +83,7 @@ KINDS = {
         ("mrr", "recall_at_1", "recall_at_10"),
         retrieval.rank_trials,
     ),
+    "pairs": Kind(preferred.pair_rows, preferred.pair_metrics, {}, ("accuracy", "margin"), preferred.pair_trials),
 }
 
 
@@ -111,6 +112,7 @@ def report(
             tags          N lists of BIO, IOBES or BILOU tags, of either   strict: as seqeval's mode="strict"
             answers       N lists of texts; N texts                        no_answer: by SQuAD v2.0
             retrieval     (N, D) partners' vectors; (N, D) vectors
+            pairs         (N,) scores of the worse; (N,) scores of the better answers
 
         labels: See `kind`.
         predictions: See `kind`.

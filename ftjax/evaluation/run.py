@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
@@ -18,9 +19,11 @@ from ftjax.data.template import Rendered, asked, fill, parse
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge, said
+from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.lm import LM, continue_ids
+from ftjax.lm import LM
 from ftjax.loading import load
+from ftjax.training.features import Features, reference
 from ftjax.training.run_folder import read_record, run_config
 
 
@@ -66,6 +69,8 @@ def evaluate(
         prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
         **task.layout(config, lm.tokenizer),
     )  # fmt: skip
+    if task.once(config):
+        batches = Features(batches, "reference", reference(config, lm.tokenizer), (), np.float32)
     with cpus.dealt(lm.variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, kind=config.task.kind, **task.always(config))
         report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))
@@ -73,7 +78,7 @@ def evaluate(
         del report["perplexity"]
         report["pairs"] = report.pop("tokens")
     if generate:
-        scores, samples = compare.answers(lm, lm.variables, prepared.test, config)
+        scores, samples = compare.answers(lm, lm.variables, prepared.test.desirable(), config)
         report |= scores | {"samples": samples}
     return report
 
@@ -178,7 +183,7 @@ def answer(
             `data.template` is set.
         max_new_tokens: Most tokens of an answer.
         stop: As in LM.generate.
-        sampling: See ftjax.decoding.generate.
+        sampling: `best_of` and `reward`, see ftjax.evaluation.best; the others see ftjax.decoding.generate.
 
     Returns:
         {"prompt", "completion"} for each of `prompts`, and then for each row of `file`.
@@ -204,7 +209,7 @@ def answer(
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
             rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
-    texts = continue_ids(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+    texts = continued(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
     shown = [
         r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)
     ]

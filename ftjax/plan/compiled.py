@@ -12,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.objectives import causal
 from ftjax.plan import flops
@@ -91,12 +92,15 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
     started = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices), steps)
-        arguments = programs.arguments(program, config.train.batch_size, T, M, config.task.kind)
+        arguments = programs.arguments(program, config.train.batch_size, T, M, config)
+        passes = tasks.find(config.task.kind).passes(config)
         trained = programs.count(program.trained)
         out = {
             "mesh": {axis: int(n) for axis, n in mesh.shape.items()},
             "parameters": {"trained": trained, "total": trained + programs.count(program.frozen)},
-            "model_flops_per_token": flops_per_token(spec.model, program.base, program.trained, program.frozen, T),
+            "model_flops_per_token": flops_per_token(
+                spec.model, program.base, program.trained, program.frozen, T, passes
+            ),
             "flops": flops.count(program.step, *arguments),
             "held": held(program, *arguments),
             "gradients": programs.gradient_bytes(program),

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import config as configs
+from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
-from ftjax.objectives import causal
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
 from ftjax.training import auto_mesh, sharding
@@ -158,7 +158,7 @@ class Search:
         with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             key, program = self._program(config, sizes, devices)
             if (key, B) not in self.holds:
-                arguments = programs.arguments(program, B, self.T, self.M, config.task.kind)
+                arguments = programs.arguments(program, B, self.T, self.M, config)
                 self.holds[key, B] = compiled.held(program, *arguments)
             return self.holds[key, B]
 
@@ -196,17 +196,11 @@ class Search:
         config = changed(self.config, {"tuning.method": method, "model.remat": preset, "model.quantise": "none"})
         spec = self.spec._replace(tuning=config.tuning)
         program = programs.build(config, spec, sharding.abstract_mesh(ONE), jnp.dtype(dtype), self.steps, self.kernels)
-        ids = jax.ShapeDtypeStruct((1, self.T), jnp.int32)
-        labels = jax.ShapeDtypeStruct((1, self.M), jnp.int32)
-        batch = dict.fromkeys(("tokens", "positions", "segment_ids"), ids)
-        batch |= dict.fromkeys(("loss_index", "labels"), labels)
-        batch["weights"] = jax.ShapeDtypeStruct((1, self.M), jnp.float32)
+        sums = tasks.objective(config, program.model)
+        _, _, batch = programs.arguments(program, 1, self.T, self.M, config)
 
         def gradient(trained, frozen, batch):
-            loss = lambda t: causal.sums(  # noqa: E731
-                program.model, program.variables(t, frozen), batch, head_chunk=config.model.head_chunk
-            )[0]
-            return jax.grad(loss)(trained)
+            return jax.grad(lambda t: sums(program.variables(t, frozen), batch)[0])(trained)
 
         return flops.count(gradient, program.trained, program.frozen, batch)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ftjax.errors import FtjaxError, nearest
 
 # Names of the files of this package, in the order in which a head is matched with a task.
-FILES = ("causal", "preference", "classify", "multilabel", "regress", "tag", "span", "masked", "embed")
+FILES = ("causal", "preference", "classify", "multilabel", "regress", "reward", "tag", "span", "masked", "embed")
 TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
 
 # Usual names of the column of text and of the label, tried in order.
@@ -49,6 +49,9 @@ class Task:
         always: always(config) -> options of `sums` in training and evaluation.
         problem: `problem_type` in transformers' config.json, if there is one.
         target: target(number of labels) -> shape and dtype of one target.
+        once: once(config) -> a function (model, variables, batch) -> (B, M), which is computed once for the model of
+            task.reference and is `reference` in every batch; None where there is no such model.
+        passes: passes(config) -> number of forward passes of a step beside those that have a gradient.
         whole_rows: Whether the loss reads more of a row than the states at the trained places.
         check: check(config, method, spec) raises FtjaxError where a tuning method, with its Spec, cannot be used.
 
@@ -87,6 +90,8 @@ class Task:
     always: Callable = lambda config: {}
     problem: str = ""
     target: Callable = lambda labels: ((), "int32")
+    once: Callable = lambda config: None
+    passes: Callable = lambda config: 0
     whole_rows: bool = False
     check: Callable = lambda config, method, spec: None
     encode: Callable | None = None
@@ -145,7 +150,15 @@ def objective(config, model) -> Callable:
     return functools.partial(task.sums, model, **task.always(config), **task.options(config))
 
 
-def kind_of(head: str, problem: str = "") -> str:
-    """The `task.kind` of a model whose head is for the task `head`. problem: its `problem_type`."""
+def kind_of(head: str, problem: str = "", labels: int = 0) -> str:
+    """The `task.kind` of a model.
+
+    Args:
+        head: The task that its head is for.
+        problem: Its `problem_type`. Without one, a head over texts with one label gives rewards.
+        labels: Number of its labels; 0: unknown.
+    """
     able = {kind: task for kind, task in every().items() if task.head == head}
+    if head == "sequence" and labels == 1 and not problem:
+        return "reward"
     return next((kind for kind, task in able.items() if problem and task.problem == problem), next(iter(able), ""))

@@ -1,15 +1,17 @@
-"""Which of two answers to a prompt is better."""
+"""Which of two answers to a prompt is better, or whether an answer is desirable."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import numpy as np
 
-from ftjax.data import prepare
+from ftjax import tasks
+from ftjax.data import prepare, template
 from ftjax.data.template import Rendered
-from ftjax.data.tokenise import Example
+from ftjax.data.tokenise import Example, encode
 from ftjax.errors import FtjaxError
 from ftjax.objectives import preference
 from ftjax.tasks import Task
@@ -31,7 +33,7 @@ class Pairs(prepare.Recipe):
     cut: bool
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """One Example for each row: the chosen text, and behind it, at Example.second, the rejected one.
+        """One Example for each pair: the chosen text, and behind it, at Example.second, the rejected one.
 
         Args:
             tokenizer: The tokenizer, from transformers.
@@ -42,18 +44,26 @@ class Pairs(prepare.Recipe):
             FtjaxError: If a row has no two different answers to one prompt, or if no token of an answer is left within
                 max_length.
         """
-        for row, place in zip(rows, places, strict=True):
-            if row.get("rejected") is None:
-                raise FtjaxError(f"{place}: column 'rejected' is empty; task.kind preference needs two answers")
-        others = [row | {"chosen": row["rejected"]} for row in rows]
-        there = [f"{place}, column 'rejected'" for place in places]
-        chosen, rejected = self.render(rows, places), self.render(others, there)
-        for one, other, place in zip(chosen, rejected, places, strict=True):
-            _check(one, other, place)
-        good, bad = super().encode(tokenizer, rows, places), super().encode(tokenizer, others, there)
-        return [self._join(a, b, place) for a, b, place in zip(good, bad, places, strict=True)]
+        index, *sides = self.sides(tokenizer, rows, places)
+        return [self.join(a, b, places[i])._replace(row=i) for i, a, b in zip(index, *sides, strict=True)]
 
-    def _join(self, a: Example, b: Example, place: str) -> Example:
+    def sides(self, tokenizer, rows: list[dict], places: list[str]) -> tuple[list[int], list[Example], list[Example]]:
+        """(index of the row, prompt with the chosen answer, prompt with the rejected one) of pairs, see `encode`."""
+        found = [(i, p) for i, row in enumerate(rows) for p in template.pairs(self.form, row, places[i], self.template)]
+        index, pairs = [i for i, _ in found], [pair for _, pair in found]
+        for i, pair in found:
+            if pair.get("rejected") is None:
+                raise FtjaxError(f"{places[i]}: column 'rejected' is empty; a preference needs two answers")
+        others = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
+        there = [places[i] for i in index], [f"{places[i]}, column 'rejected'" for i in index]
+        how = dataclasses.replace(self, form="preference")
+        rendered = [how.render(*side) for side in zip((pairs, others), there)]
+        for chosen, rejected, place in zip(*rendered, there[0], strict=True):
+            _check(chosen, rejected, place)
+        return index, *(encode(x, tokenizer, self.train_on, at.__getitem__, self.end) for x, at in zip(rendered, there))
+
+    def join(self, a: Example, b: Example, place: str) -> Example:
+        """Two texts as one Example. Raises FtjaxError if no trained token of one of them is left within max_length."""
         whole, lengths = len(a.ids) + len(b.ids), (len(a.ids), len(b.ids))
         if max(lengths) > self.max_positions:  # such a pair is too long, whatever data.max_length is
             whole = max(whole, self.max_length + 1)
@@ -68,6 +78,77 @@ class Pairs(prepare.Recipe):
                 )
         ids, trained = (np.concatenate(both) for both in ((a.ids, b.ids), (a.trained, b.trained)))
         return Example(ids, trained, None, len(a.ids), whole=whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers(Pairs):
+    """How rows become single answers that are desirable or not, for KTO.
+
+    Attributes:
+        label: Column that says whether the answer of a row is desirable. Empty: rows are pairs, of which the chosen
+            answer is desirable and the rejected one is not.
+    """
+
+    shown: ClassVar[str] = "answers that are desirable or not"
+    label: str = ""
+
+    def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
+        """One Example for each answer: the prompt with the answer, and the same prompt with an answer to another one.
+
+        The other answer is that of the nearest row before this one that has another prompt, as in TRL's KTOTrainer; the
+        rows before the first are the last ones. Targets are 1 for the tokens of a desirable answer and 0 for others.
+
+        Args:
+            tokenizer: The tokenizer, from transformers.
+            rows: The rows.
+            places: Names of the rows for errors.
+
+        Raises:
+            FtjaxError: As in Pairs, or if a label is not true, false, 1 or 0.
+        """
+        if self.label:
+            index, examples = list(range(len(rows))), prepare.Recipe.encode(self, tokenizer, rows, places)
+            good = [desirable(row.get(self.label), self.label, place) for row, place in zip(rows, places, strict=True)]
+        else:
+            number, chosen, rejected = self.sides(tokenizer, rows, places)
+            examples = [example for pair in zip(chosen, rejected, strict=True) for example in pair]
+            index, good = np.repeat(number, 2).tolist(), [True, False] * len(number)
+        N, starts = len(examples), [int(e.trained.argmax()) for e in examples]
+        prompts = [e.ids[:n] for e, n in zip(examples, starts, strict=True)]
+        keys, out = [prompt.tobytes() for prompt in prompts], []
+        for i, example in enumerate(examples):
+            before = ((i - k) % N for k in range(1, N))
+            other = examples[next((j for j in before if keys[j] != keys[i]), i - 1)]
+            ids = np.concatenate([prompts[i], other.ids[other.trained]])
+            mismatched = Example(ids, np.arange(len(ids)) >= starts[i])
+            both = self.join(example, mismatched, places[index[i]])
+            out.append(both._replace(targets=np.full(both.trained.sum(), good[i], np.int32), row=index[i]))
+        return out
+
+    def told(self, example: Example) -> str:
+        """The label of an example for people."""
+        return "desirable" if example.targets[0] else "undesirable"
+
+
+def desirable(cell, column: str, place: str) -> bool:
+    """Whether a label says that an answer is desirable.
+
+    Args:
+        cell: The label.
+        column: Its column.
+        place: Name of the row in errors.
+
+    Raises:
+        FtjaxError: If it is not true, false, 1 or 0, or one of them as text.
+    """
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    found = known.get(str(cell).strip().lower())
+    if found is None:
+        raise FtjaxError(
+            f"{place}: column {column!r} holds {cell!r:.80}; expected true or 1 for a desirable answer, false or 0 for "
+            "another"
+        )
+    return found
 
 
 def _check(chosen: Rendered, rejected: Rendered, place: str) -> None:
@@ -88,23 +169,40 @@ def _check(chosen: Rendered, rejected: Rendered, place: str) -> None:
 def recipe(config, data, columns: list[str], max_length: int, max_positions: int) -> tuple[Pairs, bool]:
     """See Task.recipe."""
     found, guessed = prepare.recipe(data, columns)
-    if found.form != "preference":
-        raise FtjaxError(
-            f"task.kind=preference: rows need the columns chosen and rejected; found {', '.join(columns)}, which are "
-            f"rows of the form {found.form}"
-        )
+    kto, paired = config.task.loss == "kto", found.form in template.PAIRED
+    how = dataclasses.asdict(found) | {"train_on": "last", "cut": config.data.long == "truncate"}
+    how |= {"max_length": max_length, "max_positions": max_positions}
     if data.train_on == "all":
         raise FtjaxError("data.train_on=all: task.kind preference compares answers; leave data.train_on at its default")
-    how = dataclasses.asdict(found) | {"train_on": "last", "cut": config.data.long == "truncate"}
-    return Pairs(**how, max_length=max_length, max_positions=max_positions), guessed
+    if paired:
+        return (Answers if kto else Pairs)(**how), guessed
+    usual = [data.label] if data.label else tasks.LABELS
+    label = next((name for name in usual if name in columns), "")
+    if not (kto and label):
+        more = f", or for task.loss=kto an answer and a column {data.label or 'label'}" if kto else ""
+        raise FtjaxError(
+            f"task.kind=preference: rows need the columns chosen and rejected{more}; found {', '.join(columns)}, which "
+            f"are rows of the form {found.form}"
+        )
+    return Answers(**how, label=label), guessed
 
 
 def check(config, method, spec) -> None:
-    """See Task.check: where a loss needs the base model, the method has to leave its parameters as they are."""
-    loss = config.task.loss
-    if loss == "robust" and config.train.label_smoothing >= 0.5:
+    """See Task.check: the settings must suit the loss, and where the base model is the reference, the method has to
+    leave its parameters as they are."""
+    loss, smoothing = config.task.loss, config.train.label_smoothing
+    if loss == "robust" and smoothing >= 0.5:
         raise FtjaxError("train.label_smoothing: expected less than 0.5 for task.loss=robust")
-    if loss not in preference.WITH_REFERENCE:
+    if smoothing and loss not in preference.SMOOTHED:
+        raise FtjaxError(
+            f"train.label_smoothing: task.loss={loss} has none; set it to 0, or use {', '.join(preference.SMOOTHED)}"
+        )
+    if loss == "kto" and config.train.accumulate > 1:
+        raise FtjaxError(
+            "train.accumulate: expected 1 for task.loss=kto, whose reference point is a mean over all answers of a "
+            "step; model.remat=full saves memory instead"
+        )
+    if loss not in preference.WITH_REFERENCE or config.task.reference:
         return
     tuning = spec.tuning
     changed = [
@@ -120,7 +218,8 @@ def check(config, method, spec) -> None:
         free = ", ".join(name for name in preference.LOSSES if name not in preference.WITH_REFERENCE)
         raise FtjaxError(
             f"{changed[0]}: changes parameters of the base model, which task.loss={loss} compares with; use an "
-            f"adapter that leaves the base as it is, or a loss without a reference: {free}"
+            f"adapter that leaves the base as it is, name the reference's directory in task.reference, or use a loss "
+            f"without a reference: {free}"
         )
 
 
@@ -129,8 +228,22 @@ def always(config) -> dict:
     task = config.task
     return {
         "loss": task.loss, "beta": task.beta, "margin": task.margin, "nll_weight": task.nll_weight,
+        "weights": (task.desirable_weight, task.undesirable_weight), "stored": bool(once(config)),
         "head_chunk": config.model.head_chunk,
     }  # fmt: skip
+
+
+def once(config):
+    """See Task.once: the log-probabilities of a reference that is another model."""
+    loss = config.task.loss
+    if not config.task.reference or loss not in preference.WITH_REFERENCE:
+        return None
+    return functools.partial(preference.log_probs, loss=loss, head_chunk=config.model.head_chunk)
+
+
+def passes(config) -> int:
+    """See Task.passes: the pass of the reference, where it is the base model."""
+    return int(config.task.loss in preference.WITH_REFERENCE and not once(config))
 
 
 TASK = Task(
@@ -138,6 +251,8 @@ TASK = Task(
     sums=preference.sums,
     options=lambda config: {"label_smoothing": config.train.label_smoothing},
     always=always,
+    once=once,
+    passes=passes,
     whole_rows=True,
     check=check,
     recipe=recipe,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import config as configs
-from ftjax import cpus
+from ftjax import cpus, tasks
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
@@ -70,7 +70,8 @@ def cpu_devices(config, spec: Spec, T: float, dtype, recorded: int = 0) -> int:
     mesh = sharding.abstract_mesh(ONE_DEVICE)
     with jax.sharding.use_abstract_mesh(mesh):
         program = programs.build(config, spec, mesh, dtype, 1)
-    flops = rows * T * flops_per_token(spec.model, program.base, program.trained, program.frozen, T)
+    passes = tasks.find(config.task.kind).passes(config)
+    flops = rows * T * flops_per_token(spec.model, program.base, program.trained, program.frozen, T, passes)
     repeated = MEETING + UPDATE * programs.count(program.trained)
     return cpus.count(rows, spec.model.width, flops / CORE[jnp.dtype(dtype).itemsize], repeated)
 

@@ -1,18 +1,25 @@
-"""Hidden states of a frozen model, computed once. A head that is trained alone reads them in every epoch.
+"""Values that a run computes once for every trained token and reads in every epoch: the states that a head alone reads
+when nothing else is trained, and the log-probabilities of a reference model.
 
 B rows, T tokens, M trained tokens a row at most, D width, N examples, S trained tokens of all examples.
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import tasks, xla
 from ftjax.data.batches import Batches
+from ftjax.errors import FtjaxError
+from ftjax.loading import load
 from ftjax.objectives import causal
 from ftjax.training import sharding
 
@@ -37,50 +44,120 @@ def usable(config, trained: dict, steps: int, epoch: int) -> bool:
     return config.train.cache_features and head_alone and same and steps > epoch and jax.process_count() == 1
 
 
-class Features:
-    """The batches of a Batches with an additional array `states` (B, M, D), which the objective uses instead of
-    computing them."""
+def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any] | None, float | None]:
+    """What a run computes once for its batches.
 
-    def __init__(self, batches: Batches, model, variables: dict, mesh, folder: Path):
-        """Compute the states of all examples, in the model's compute dtype.
+    Args:
+        job: The run's Job.
+        program: Its Program.
+        trained: Tree of the trained parameters.
+        frozen: Tree of the other parameters.
+
+    Returns:
+        (Batches -> Features, or None if there is nothing to keep; FLOPs of a step for each token, if they change).
+
+    Raises:
+        FtjaxError: If the reference model cannot be used.
+    """
+    config, mesh, model = job.config, job.mesh, program.model
+
+    def kept(name, f, shape, dtype):
+        def compute(batch):
+            rows = len(batch["tokens"])
+            return f(sharding.place_batch(batch, mesh, rows, slice(0, rows)))
+
+        return functools.partial(
+            Features, name=name, compute=compute, shape=shape, dtype=dtype, folder=Path(config.run_dir)
+        )
+
+    if usable(config, program.trained, job.steps, len(job.batches)):
+        f = functools.partial(states, model, program.variables(trained, frozen))
+        return kept("states", f, (model.config.width,), model.dtype), flops_per_token(program.trained)
+    if job.task.once(config):
+        return kept("reference", reference(config, job.tokenizer, mesh), (), np.float32), None
+    return None, None
+
+
+def reference(config, tokenizer, mesh=None) -> Callable[[dict], Any]:
+    """The function batch -> (B, M) log-probabilities of the reference model of a config.
+
+    Args:
+        config: The config, with task.reference.
+        tokenizer: The tokenizer that encoded the rows.
+        mesh: The devices, each of which gets the whole reference model; None: the default device.
+
+    Raises:
+        FtjaxError: If the reference has other tokens, another task or too few positions, or for several processes.
+    """
+    path, f = config.task.reference, tasks.find(config.task.kind).once(config)
+    if jax.process_count() > 1:
+        raise FtjaxError("task.reference: is for runs of one process; leave it empty, or use one process")
+    lm = load(path, dtype=config.model.dtype)
+    if lm.kind != "causal" or lm.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise FtjaxError(
+            f"task.reference: expected a model of task.kind causal with the tokens of the model that is trained; "
+            f"{path} is for {lm.kind}, or has other tokens"
+        )
+    variables = jax.device_put(lm.variables, NamedSharding(mesh, PartitionSpec())) if mesh else lm.variables
+    compiled = xla.jit(functools.partial(f, lm.model))
+
+    def compute(batch):
+        if (longest := int(batch["positions"].max()) + 1) > lm.max_tokens:
+            raise FtjaxError(
+                f"task.reference: {path} has {lm.max_tokens:,} positions, and a text has {longest:,} tokens; lower "
+                "data.max_length"
+            )
+        return compiled(variables, batch)
+
+    return compute
+
+
+class Features:
+    """The batches of a Batches with one more array (B, M, ...), which the objective uses instead of computing it."""
+
+    def __init__(self, batches: Batches, name: str, compute: Callable, shape: tuple[int, ...], dtype, folder=None):
+        """Compute the values of all trained tokens.
 
         Args:
             batches: The batches.
-            model: The Flax module.
-            variables: The Flax variables that it is applied to.
-            mesh: The devices.
-            folder: Folder of the file with the states (S, D). The file has no name, so it vanishes with the process.
+            name: Name of the array in a batch.
+            compute: compute(batch) -> the values (B, M, *shape).
+            shape: Shape of the values of a token.
+            dtype: Their dtype.
+            folder: Folder of the file with the values (S, *shape); None: that for temporary files. The file has no
+                name, so it vanishes with the process.
         """
         examples = batches.examples
-        self.batches, self.labels = batches, examples.labels
+        self.batches, self.name, self.labels = batches, name, examples.labels
         self.start = np.cumsum(self.labels) - self.labels
         self.file = tempfile.TemporaryFile(dir=folder)
-        shape = (int(self.labels.sum()), model.config.width)
-        self.states = np.memmap(self.file, np.dtype(model.dtype), "w+", shape=shape)
+        self.values = np.memmap(self.file, np.dtype(dtype), "w+", shape=(int(self.labels.sum()), *shape))
         # Padded by length and in order: no packing, in which rows of the last batch would be compiled anew.
-        rows = batches.batch_size
-        plain = Batches(examples, rows, int(examples.length.max()), shuffle=False)
+        plain = Batches(examples, batches.batch_size, int(examples.length.max()), shuffle=False, apart=batches.apart)
         for step in range(len(plain)):
-            batch = sharding.place_batch(plain[step], mesh, rows, slice(0, rows))
-            for found, members in zip(np.asarray(states(model, variables, batch)), plain.rows(step), strict=True):
+            for found, members in zip(np.asarray(compute(plain[step])), plain.rows(step), strict=True):
                 for example in members:
                     count = self.labels[example]
-                    self.states[self.start[example] :][:count] = found[:count]
+                    self.values[self.start[example] :][:count] = found[:count]
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The whole batch of a step; see `get`."""
+        return self.get(step)
+
     def get(self, step: int, row_slice: slice = slice(None)) -> dict[str, np.ndarray]:
-        """As Batches.get, with `states` (B, M, D), which are zero where `weights` are zero."""
+        """As Batches.get, with the values (B, M, ...), which are zero where `weights` are padding."""
         batch = self.batches.get(step, row_slice)
-        out = np.zeros((*batch["labels"].shape, self.states.shape[1]), self.states.dtype)
+        out = np.zeros((*batch["labels"].shape[:2], *self.values.shape[1:]), self.values.dtype)
         for row, members in zip(out, self.batches.rows(step)[row_slice], strict=True):
             at = 0
             for example in members:
                 count = self.labels[example]
-                row[at : at + count] = self.states[self.start[example] :][:count]
+                row[at : at + count] = self.values[self.start[example] :][:count]
                 at += count
-        return batch | {"states": out}
+        return batch | {self.name: out}
 
 
 def flops_per_token(trained: dict) -> float:

@@ -27,13 +27,16 @@ PEAKS = {
 }
 
 
-def flops_per_token(config: ModelConfig, base: dict, trained: dict, frozen: dict, length: int) -> float:
+def flops_per_token(
+    config: ModelConfig, base: dict, trained: dict, frozen: dict, length: int, passes: int = 0
+) -> float:
     """FLOPs of forward and backward for one token of a row of `length`.
 
     Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +
     6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers below the
     lowest trained one have no backward pass if they are stored apart, see ftjax.tuning.parts. A head over labels is
-    counted as if it read every token. base, trained, frozen: trees of shapes.
+    counted as if it read every token. base, trained, frozen: trees of shapes. passes: number of further forward passes
+    of the base, such as that of a reference.
     """
 
     def matmul(tree, *ends):
@@ -54,5 +57,6 @@ def flops_per_token(config: ModelConfig, base: dict, trained: dict, frozen: dict
     if all(path.startswith(BEHIND) for path in paths):
         passed = 0
     into_head = 0 if all(path.startswith("lm_head") for path in paths) else head
-    attention = (2 * L + 4 * passed) * length * config.heads * config.head_dim
-    return 2 * (blocks + head + adapters) + 2 * (blocks * passed // L + into_head + 2 * adapters + own) + attention
+    attention = (2 * L * (1 + passes) + 4 * passed) * length * config.heads * config.head_dim
+    forward = (blocks + head) * (1 + passes) + adapters
+    return 2 * (forward + blocks * passed // L + into_head + 2 * adapters + own) + attention

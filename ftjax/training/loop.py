@@ -209,15 +209,13 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         # ---- batches on their way to the devices -------------------------------------------------------------------
         say(description(job, program))
         batches, validation = job.batches, job.validation
-        flops = flops_per_token(job.spec.model, program.base, program.trained, program.frozen, job.longest)
-        if features.usable(config, program.trained, steps, len(batches)):
-            keep: Callable[..., Any] = functools.partial(
-                features.Features, model=program.model, variables=program.variables(state.trained, frozen), mesh=mesh,
-                folder=run_dir,
-            )  # fmt: skip
-            with doing("computing the states that the head reads"):
-                batches, flops = keep(batches), features.flops_per_token(program.trained)
-            validation = {name: keep(held_out) for name, held_out in validation.items()}
+        sizes, passes = (program.base, program.trained, program.frozen), job.task.passes(config)
+        flops = flops_per_token(job.spec.model, *sizes, job.longest, passes)
+        keep, own = features.keeper(job, program, state.trained, frozen)
+        if keep:
+            with doing("computing what is the same in every epoch"):
+                batches, flops = keep(batches), own or flops
+                validation = {name: keep(held_out) for name, held_out in validation.items()}
         local = sharding.local_rows(mesh, rows)
         shares = rows / (local.stop - local.start)  # of a batch, of which this process has one
         feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)

@@ -226,11 +226,12 @@ def count(shapes) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
 
 
-def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") -> tuple:
-    """(state, frozen, batch) of a step as shapes with shardings. kind: config.task.kind."""
+def arguments(program: Program, B: int, T: int, M: int, config=None) -> tuple:
+    """(state, frozen, batch) of a step as shapes with shardings. config: the whole config; None: for causal models."""
+    task = tasks.find(config.task.kind if config else "causal")
     state = jax.eval_shape(program.init_state, program.trained)
-    shape, dtype = tasks.find(kind).target(program.model.config.head.labels)
-    special = {"labels": (shape, dtype), "weights": ((), "float32")}
+    special = {"labels": task.target(program.model.config.head.labels), "weights": ((), "float32")}
+    special["reference"] = ((), "float32")
 
     def array(name, width):
         more, dtype = special.get(name, ((), "int32"))
@@ -238,5 +239,6 @@ def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") ->
         return jax.ShapeDtypeStruct((B, width, *more), jnp.dtype(dtype), sharding=places)
 
     widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
+    widths |= {"reference": M} if config and task.once(config) else {}
     batch = {name: array(name, width) for name, width in widths.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch

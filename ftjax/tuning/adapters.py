@@ -71,8 +71,10 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     file = folder / peft.LABELS
     if file.is_file():
         said = read_json(file)
-        return tasks.kind_of(head, said.get("problem_type") or ""), families.labels_in(said, file)
-    return tasks.kind_of(head), tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
+        labels = families.labels_in(said, file)
+        return tasks.kind_of(head, said.get("problem_type") or "", len(labels)), labels
+    labels = tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
+    return tasks.kind_of(head, labels=len(labels)), labels
 
 
 def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dict:

@@ -11,6 +11,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.verdict.baselines import PROMPTS, Prompting
 
 MAJORITY = "majority"
+ANSWERING = "generate."  # keys of settings that no training needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Contender:
         how: The kind of its prompts.
         shots: Number of examples in a prompt.
         source: A run folder, a model directory or a hub name, of kind `model`.
-        settings: {dotted key: value} of the config, of kind `tuned`.
+        settings: {dotted key: value} of the config, of kind `tuned`; of other kinds those of `generate`.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Contender:
         configs.override(c, [f"{key}={value!r}" for key, value in self.settings.items()])
         return c
 
+    def answering(self, base):
+        """A copy of a config with this contender's settings of `generate`, by which it answers."""
+        own = {key: value for key, value in self.settings.items() if key.startswith(ANSWERING)}
+        return dataclasses.replace(self, settings=own).config(base)
+
 
 def parse(config) -> list[Contender]:
     """The contenders of config.compare.contenders. Raises FtjaxError for one that is not possible, before anything is
@@ -56,7 +62,7 @@ def parse(config) -> list[Contender]:
     for number, entry in enumerate(entries, 1):
         said = f"compare.contenders entry {number}"
         contender = _named(entry, config, said) if isinstance(entry, str) else _described(entry, config, said)
-        if contender.kind == "tuned":
+        if contender.settings:
             try:
                 contender.config(config)
             except FtjaxError as error:
@@ -119,9 +125,8 @@ def _described(entry, config, said: str) -> Contender:
     if not isinstance(shots, int) or shots < 0:
         raise FtjaxError(f"{said}: shots: expected a number of examples, 0 or more; found {shots!r}")
     settings = {key: value for key, value in entry.items() if key not in KEYS}
-    if source and settings:
-        raise FtjaxError(
-            f'{said}: a "model" is not trained, so it cannot set {next(iter(settings))}; remove one of the two'
-        )
-    kind = "model" if source else "tuned" if settings or "prompt" not in entry else "prompt"
+    trained = [key for key in settings if not key.startswith(ANSWERING)]
+    if source and trained:
+        raise FtjaxError(f'{said}: a "model" is not trained, so it cannot set {trained[0]}; remove one of the two')
+    kind = "model" if source else "tuned" if trained or "prompt" not in entry else "prompt"
     return Contender(name, kind, PROMPTS[how], shots, source.removeprefix("run:"), settings)

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ftjax.evaluation.best import continued
 from ftjax.hub import families, resolve, weights
-from ftjax.lm import continue_ids
 from ftjax.training import features
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import flops_per_token
@@ -125,7 +125,7 @@ def request(lm, ids: list[list[int]], answers: list[str], config) -> dict[str, f
     """
     chosen = [ids[i] for i in middle(list(map(len, ids)), config.generate.batch_size)]
     found = timed(
-        lambda: continue_ids(lm, lm.variables, chosen, seed=config.seed, **config.generate.to_dict()), len(chosen)
+        lambda: continued(lm, lm.variables, chosen, seed=config.seed, **config.generate.to_dict()), len(chosen)
     )
     virtual = lm.model.config.max_positions - lm.max_tokens
     prompt = float(np.mean([len(i) for i in ids])) + virtual

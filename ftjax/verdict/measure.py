@@ -20,11 +20,12 @@ from ftjax.data.prepare import prepare
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
+from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import sums, text_loss
 from ftjax.evaluation.metrics import find, mean
 from ftjax.evaluation.said import Asked
 from ftjax.evaluation.support import unsupported_rate
-from ftjax.lm import LM, continue_ids
+from ftjax.lm import LM
 from ftjax.loading import load
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.report import read_metrics
@@ -136,7 +137,8 @@ def _models(contender: Contender, setting: Setting, say: Callable) -> tuple[list
     comp, seeds = setting.config.compare, range(setting.config.seed, setting.config.seed + setting.config.compare.seeds)
     if contender.kind != "tuned":
         drawn = contender.how.shots and not contender.how.near and contender.shots
-        seeds = list(seeds if drawn or setting.config.generate.temperature > 0 else seeds[:1])
+        drawn = drawn or contender.answering(setting.config).generate.temperature > 0
+        seeds = list(seeds if drawn else seeds[:1])
         return [contender.source] * len(seeds), seeds, []
     say(f"{contender.name}: {comp.seeds} runs")
     outcomes = sweep(train_config(contender, setting), (), comp.seeds, briefly(say))
@@ -191,7 +193,7 @@ def answer(contender: Contender, setting: Setting, lm: LM, seed: int):
 
 def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
     """`answer` by generation."""
-    config, comp = configs.copy(setting.config), setting.config.compare
+    config, comp = contender.answering(setting.config), setting.config.compare
     config.seed = seed
     rows = [q.rendered for q in setting.questions]
     limit = lm.max_tokens - config.generate.max_new_tokens
@@ -267,7 +269,7 @@ def _general(lm: LM, setting: Setting) -> General:
         loss = text_loss(told, lm.tokenizer, setting.documents, max_positions=lm.max_tokens, batch_size=rows)["loss"]
     for name, rendered in setting.sensitive.items():
         ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=config.data.end)]
-        refused[name] = refusals(continue_ids(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
+        refused[name] = refusals(continued(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
     return General(loss, refused)
 
 

@@ -25,21 +25,24 @@ OPTIONS = {
     "sigmoid": {}, "conservative": {"loss": "sigmoid", "label_smoothing": 0.1}, "hinge": {}, "ipo": {},
     "robust": {"label_smoothing": 0.1}, "sigmoid_norm": {}, "orpo": {}, "simpo": {"margin": 0.5},
     "cpo": {"nll_weight": 1.0}, "with nll": {"loss": "sigmoid", "nll_weight": 0.5},
+    "kto": {"weights": (1.5, 0.5), "nll_weight": 0.2},
 }  # fmt: skip
 
 
-def pairs(seed: int, count: int = 5) -> list[Example]:
-    """Random prompts with two random answers each."""
+def pairs(seed: int, count: int = 5, labelled: bool = False) -> list[Example]:
+    """Random prompts with two random answers each. labelled: the first ones are desirable and not, by turns."""
     rng, out = np.random.default_rng(seed), []
     for _ in range(count):
         prompt = rng.integers(1, 50, rng.integers(2, 5))
         sides = [np.append(prompt, rng.integers(1, 50, rng.integers(1, 6))).astype(np.int32) for _ in range(2)]
         trained = [np.arange(len(ids)) >= len(prompt) for ids in sides]
-        out.append(Example(np.concatenate(sides), np.concatenate(trained), None, len(sides[0])))
+        trained = np.concatenate(trained)
+        labels = np.full(trained.sum(), len(out) % 2, np.int32) if labelled else None
+        out.append(Example(np.concatenate(sides), trained, labels, len(sides[0])))
     return out
 
 
-def theirs(model, examples, loss="sigmoid", label_smoothing=0.0, margin=0.0, nll_weight=0.0):
+def theirs(model, examples, loss="sigmoid", label_smoothing=0.0, margin=0.0, nll_weight=0.0, weights=()):
     """The mean loss over pairs, written from the papers. model: a PeftModel; the reference is its base."""
 
     def scores(model, example):
@@ -50,7 +53,7 @@ def theirs(model, examples, loss="sigmoid", label_smoothing=0.0, margin=0.0, nll
             out.append(found.gather(-1, ids[0, 1:, None])[:, 0][trained[1:]])
         return out
 
-    losses = []
+    losses, ratios = [], []
     for example in examples:
         own = scores(model, example)
         (pc, pr), (mc, mr) = ([f(x) for x in own] for f in (torch.sum, torch.mean))
@@ -78,7 +81,15 @@ def theirs(model, examples, loss="sigmoid", label_smoothing=0.0, margin=0.0, nll
                 one = -log(BETA * (mc - mr) - margin)
             case "cpo":
                 one = -log(BETA * (pc - pr))
+            case "kto":
+                ratios.append((pc - rc, pr - rr, mc, bool(example.targets[0])))
+                continue
         losses.append(one - nll_weight * mc)
+    if loss == "kto":
+        kl = torch.stack([other for _, other, _, _ in ratios]).mean().detach().clamp(min=0)
+        for ratio, _, mean, good in ratios:
+            one = 1 - torch.sigmoid(BETA * (ratio - kl) * (1 if good else -1))
+            losses.append(weights[0 if good else 1] * one - (nll_weight * mean if good else 0))
     return torch.stack(losses).mean()
 
 
@@ -112,7 +123,7 @@ def mean_loss(trained, frozen, batches, pair, **options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_losses_and_gradients_are_those_of_pytorch(models, name):
     pair, trained, frozen, tuned = models
-    options, examples = {"loss": name} | OPTIONS[name], pairs(0)
+    options, examples = {"loss": name} | OPTIONS[name], pairs(3 * (name == "kto"), labelled=name == "kto")
     tuned.zero_grad()
     expected = theirs(tuned, examples, **options)
     expected.backward()

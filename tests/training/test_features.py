@@ -25,7 +25,8 @@ def test_states_are_those_that_the_trained_tokens_are_predicted_from(packing, tm
     batches = Batches(examples, 4, 24, packing=packing, buckets=1, seed=3)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
-        kept = features.Features(batches, pair.model, {"params": pair.params}, mesh, tmp_path)
+        compute = lambda b: features.states(pair.model, {"params": pair.params}, b)  # noqa: E731
+        kept = features.Features(batches, "states", compute, (pair.model.config.width,), np.float32, tmp_path)
     assert len(kept) == len(batches) and not list(tmp_path.iterdir())
     sums = tiny.jit(lambda batch: causal.sums(pair.model, {"params": pair.params}, batch))
     head = tiny.jit(lambda batch: causal.sums(pair.model, {"params": {"lm_head": pair.params["lm_head"]}}, batch))

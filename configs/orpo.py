@@ -1,0 +1,17 @@
+"""ORPO on CommonGen: the likelihood of a person's sentence, and its odds over the sentence of the model itself.
+
+It starts from the merged model of the quick start, needs no reference, and learns from the pairs of
+scripts/make_preferences.py. REACHES
+"""
+
+from pathlib import Path
+
+from ftjax import config
+
+
+def get_config():
+    c = config.load(Path(__file__).with_name("dpo_commongen.py"))
+    c.run_dir = "runs/orpo"
+    c.task.loss = "orpo"
+    c.task.nll_weight = 0.0  # orpo always has 1
+    return c

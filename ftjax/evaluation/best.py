@@ -1,0 +1,93 @@
+"""Best-of-n: several answers are sampled to each prompt, and a reward model chooses one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ftjax import cpus
+from ftjax.data.batches import by_example
+from ftjax.data.labelled import last_token
+from ftjax.data.tokenise import Example
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
+from ftjax.evaluation.said import logits
+from ftjax.hub.tokenizer import pad_token
+from ftjax.lm import LM, continuations, continue_tokens
+from ftjax.loading import load
+from ftjax.progress import doing
+
+
+def continued(
+    lm: LM, variables, ids: list[list[int]], *, best_of: int = 1, reward: str = "", stop: tuple[str, ...] = (), **how
+) -> list[str]:
+    """Continue prompts that are token ids, and choose the best of several answers to each.
+
+    The reward model reads a prompt with an answer, and behind an answer that ended by itself the token with which its
+    own rows end. Of answers with the same score, the first is chosen.
+
+    Args:
+        lm: The model and its tokenizer.
+        variables: The Flax variables that `lm.model` is applied to.
+        ids: The N prompts, lists of token ids.
+        best_of: Number of answers that are sampled to a prompt.
+        reward: The reward model, anything that ftjax.load reads.
+        stop: As in LM.generate.
+        how: Further settings of ftjax.decoding.generate.
+
+    Returns:
+        The new text of each prompt.
+
+    Raises:
+        FtjaxError: If the answers would all be alike, or if the reward model cannot score them.
+    """
+    if (best_of > 1) != bool(reward):
+        lacks, there = ("reward", "best_of") if best_of > 1 else ("best_of", "reward")
+        wanted = "the directory of a reward model" if best_of > 1 else "2 or more"
+        raise FtjaxError(f"generate.{lacks}: expected {wanted} where generate.{there} is set")
+    if best_of > 1 and not how.get("temperature"):
+        raise FtjaxError("generate.temperature: expected more than 0 for generate.best_of; at 0 all answers are alike")
+    many = [prompt for prompt in ids for _ in range(best_of)]
+    new = continue_tokens(lm, variables, many, stop=stop, **how)
+    if best_of > 1:
+        judge = load(reward)
+        head = judge.model.config.head
+        if (head.task, head.labels, head.pool) != ("sequence", 1, "last"):
+            raise FtjaxError(
+                f"generate.reward: {reward} is no reward model; expected a head with one label, see `reward`"
+            )
+        if judge.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+            raise FtjaxError(
+                f"generate.reward: {reward} has other tokens than the model that answers; both need the same"
+            )
+        end, most = [judge.end_tokens[-1]], how["max_new_tokens"]
+        texts = [p + n + end * (len(n) < most) for p, n in zip(many, new, strict=True)]
+        found = scores(judge, texts, how.get("batch_size", 32)).reshape(-1, best_of).argmax(1)
+        new = [new[i * best_of + k] for i, k in enumerate(found.tolist())]
+    return continuations(lm.tokenizer, ids, new)
+
+
+def scores(judge: LM, texts: list[list[int]], batch_size: int) -> np.ndarray:
+    """The scores (N,) that a reward model gives to texts.
+
+    Args:
+        judge: The reward model.
+        texts: N lists of token ids.
+        batch_size: Most texts that are computed at once.
+
+    Raises:
+        FtjaxError: If a text is longer than the model's positions. It is a NotFinite if a score is NaN or infinite.
+    """
+    longest = max(map(len, texts))
+    if longest > judge.max_tokens:
+        raise FtjaxError(
+            f"generate.reward: a prompt with its answer has {longest:,} tokens, and the reward model "
+            f"{judge.max_tokens:,} positions; shorten the prompt or lower max_new_tokens"
+        )
+    pad, arrays = pad_token(judge.tokenizer), (np.array(text, np.int32) for text in texts)
+    examples = [Example(ids, last_token(ids, pad), np.zeros(1, np.float32)) for ids in arrays]
+    width = judge.model.config.width
+    with doing(f"scoring {len(texts):,} answers"), cpus.dealt(judge.variables, batch_size, width) as variables:
+        found = by_example(lambda batch: logits(judge.model, variables, batch), examples, batch_size, longest)
+    values = np.concatenate(found)[:, 0]
+    if not np.isfinite(values).all():
+        raise NotFinite(f"generate.reward: a score is NaN or infinite, so that no answer can be chosen. {WEIGHTS}")
+    return values
