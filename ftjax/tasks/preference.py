@@ -102,10 +102,25 @@ def recipe(config, data, columns: list[str], max_length: int, max_positions: int
 def check(config, method, spec) -> None:
     """See Task.check: where a loss needs the base model, the method has to leave its parameters as they are."""
     loss = config.task.loss
+    if not config.task.beta:
+        raise FtjaxError("task.beta: expected a number above 0 for task.kind=preference; found 0")
     if loss == "robust" and config.train.label_smoothing >= 0.5:
         raise FtjaxError("train.label_smoothing: expected less than 0.5 for task.loss=robust")
     if loss not in preference.WITH_REFERENCE:
         return
+    free = ", ".join(name for name in preference.LOSSES if name not in preference.WITH_REFERENCE)
+    keeps_base(method, spec, f"task.loss={loss}", f"a loss without a reference: {free}")
+
+
+def keeps_base(method, spec, user: str, otherwise: str) -> None:
+    """Raise FtjaxError if a tuning method changes parameters of the base model, which then is no reference.
+
+    Args:
+        method: The Method.
+        spec: Its Spec.
+        user: The setting that compares with the base, for the message.
+        otherwise: What else can be done, for the message.
+    """
     tuning = spec.tuning
     changed = [
         f"tuning.{name}={tuning[name]!r}"
@@ -117,10 +132,9 @@ def check(config, method, spec) -> None:
         if changes
     ]
     if changed:
-        free = ", ".join(name for name in preference.LOSSES if name not in preference.WITH_REFERENCE)
         raise FtjaxError(
-            f"{changed[0]}: changes parameters of the base model, which task.loss={loss} compares with; use an "
-            f"adapter that leaves the base as it is, or a loss without a reference: {free}"
+            f"{changed[0]}: changes parameters of the base model, which {user} compares with; use an adapter that "
+            f"leaves the base as it is, or {otherwise}"
         )
 
 

@@ -228,8 +228,9 @@ def count(shapes) -> int:
 def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") -> tuple:
     """(state, frozen, batch) of a step as shapes with shardings. kind: config.task.kind."""
     state = jax.eval_shape(program.init_state, program.trained)
-    shape, dtype = tasks.find(kind).target(program.model.config.head.labels)
-    special = {"labels": (shape, dtype), "weights": ((), "float32")}
+    task = tasks.find(kind)
+    shape, dtype = task.target(program.model.config.head.labels)
+    special = {"labels": (shape, dtype), **dict.fromkeys(("weights", *task.arrays), ((), "float32"))}
 
     def array(name, width):
         more, dtype = special.get(name, ((), "int32"))
@@ -237,5 +238,6 @@ def arguments(program: Program, B: int, T: int, M: int, kind: str = "causal") ->
         return jax.ShapeDtypeStruct((B, width, *more), jnp.dtype(dtype), sharding=places)
 
     widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
+    widths |= dict.fromkeys(task.arrays, M)
     batch = {name: array(name, width) for name, width in widths.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch
