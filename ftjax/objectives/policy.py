@@ -41,12 +41,12 @@ def sums(
         model: The Flax module.
         variables: The Flax variables that it is applied to.
         batch: As in `causal.sums`, with further arrays (B, M) float32. An answer is a segment. The trained tokens are
-            those that the model drew, and their `weights` are 1 / K, so that the weights of an answer add up to 1.
-            `shares`: the weight of each token's loss, see `shares`. `advantages`: A. `sampled`: log-probabilities by the sampler. If the answers are
-            used for several updates, `old`: log-probabilities before the first of them, and `fresh`: 1 in the first
-            update, 0 in the others. With beta: `reference`, log-probabilities of the reference. With truncated sampling
-            `kept`, see `causal.log_probs`. Arrays whose name begins with FIGURE hold a number of each answer, whose
-            mean is reported.
+            those that the model drew, and their `weights` are 1 / K, so that those of an answer add up to 1. `shares`:
+            the weight of each token's loss, see `shares`. `advantages`: A. `sampled`: log-probabilities by the sampler.
+            If the answers are used for several updates, `old`: log-probabilities before the first of them, and `fresh`:
+            1 in the first update, 0 in the others. With beta: `reference`, log-probabilities of the reference. With
+            truncated sampling `kept`, see `causal.log_probs`. Arrays whose name begins with FIGURE hold a number of
+            each answer, whose mean is reported.
         rngs: Random keys of dropout and noise; None: no dropout.
         loss: One of LOSSES.
         clip: How far below 1 a ratio still counts.

@@ -303,7 +303,7 @@ def measure(lm, variables, part, config) -> dict[str, float]:
     texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
     found = rewards(config, part, np.arange(len(part)), [answer_of(text) for text in texts], lm.tokenizer)
     means = {name: float(x.mean()) for name, x in found.items()}
-    return {"loss": -means["reward"], "tokens": len(part), **means}
+    return {"loss": 0.0 - means["reward"], "tokens": len(part), **means}
 
 
 # ---------------------------------------------------------------------------------------------- the task
