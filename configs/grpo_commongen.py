@@ -15,7 +15,7 @@ def get_config():
     c.task.kind = "policy"
     c.task.policy = "grpo"
     c.task.rewards = ("coverage",)
-    c.task.beta = 0.05
+    c.task.beta = 0.03
     c.data.train = "builtin:commongen/train.jsonl"
     c.data.validation = "builtin:commongen/validation.jsonl"
     c.data.test = "builtin:commongen/test.jsonl"
@@ -28,8 +28,8 @@ def get_config():
     c.optim.schedule = "linear"
     c.rollout.group = 8
     c.train.batch_size = 256
-    c.train.steps = 150
-    c.train.eval_every = 50
+    c.train.steps = 240
+    c.train.eval_every = 60
     c.evaluate.rows = 256
     c.evaluate.compare = True
     c.evaluate.metrics = ("rouge_l", "coverage")

@@ -53,7 +53,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     end_tokens: tuple[int, ...] = (),
-    seed: int | jax.Array = 0,
+    seed: int | tuple[int, ...] = 0,
     batch_size: int = 32,
     vocab_size: int | None = None,
     weights: str = "model",
@@ -72,7 +72,7 @@ def generate(
         top_k: Draw from the `top_k` highest logits only; 0: off.
         top_p: Then draw from the fewest tokens that hold `top_p` of the probability only; 1: off.
         end_tokens: Ids that end an answer.
-        seed: Seed of the draws, or a random key.
+        seed: Seed of the draws, or several numbers that together are one, such as a seed and a step.
         batch_size: Most rows of a batch.
         vocab_size: Ids from this one on are never chosen, for embeddings that are larger than the tokenizer; None: no
             limit.
@@ -109,11 +109,13 @@ def generate(
     answers: list = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     settings = max_new_tokens, (temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored
-    key, pending = seed if isinstance(seed, jax.Array) else jax.random.key(seed), []
+    first, *more = seed if isinstance(seed, tuple) else (seed,)
+    pending = []
     if weights == "bfloat16":
         tied = model.config.tied and "lm_head" not in variables["params"]
         variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
     with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
+        key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)

@@ -101,7 +101,7 @@ def test_a_run_that_is_killed_between_two_updates_goes_on_to_the_same_bits(setti
 def test_groups_without_spread_are_named_or_drawn_again(setting, tmp_path):
     shares = []
     for times in (0, 3):
-        c = setting(rollout__resample=str(times), train__steps="4", train__eval_every="4")
+        c = setting(rollout__resample=str(times), train__steps="2", train__eval_every="2")
         c.run_dir = str(tmp_path / f"run{times}")
         ftjax.train(c, say=lambda text: None)
         found = read_metrics(c.run_dir)
@@ -171,6 +171,7 @@ def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path):
         ({"messages": [{"role": "user", "content": "a"}]}, {"data__template": "plain"}, "a"),
         ({"messages": chat("a", "fine")}, {"data__template": "plain"}, "a"),
         ({"prompt": chat("a", "")[:1]}, {"data__template": "plain"}, "a"),
+        ({"messages": chat("a", "fine") + chat("it was", "")[:1]}, {"data__template": "plain"}, "a fine it was"),
         ({"prompt": "a", "chosen": " fine", "rejected": " dull"}, {}, "a"),
     ],
 )
@@ -179,9 +180,6 @@ def test_rows_with_and_without_answers_give_prompts(setting, tmp_path, row, sett
     c.data.update(train=write(tmp_path / "rows.jsonl", [row]), split=(1.0, 0.0, 0.0))
     tokenizer = load_tokenizer(c.model.path)
     part = prepare(c, tokenizer, 64).train
-    assert (
-        tokenizer.decode(part.examples[0].ids, skip_special_tokens=True).split()[: len(prompt.split())]
-        == prompt.split()
-    )
+    assert tokenizer.decode(part.examples[0].ids, skip_special_tokens=True).startswith(prompt)
     assert not part.examples[0].trained.any()
     np.testing.assert_array_equal(next(part.prompts(tokenizer)), part.examples[0].ids)

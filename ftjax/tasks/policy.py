@@ -45,6 +45,7 @@ class Prompts(prepare.Recipe):
     """
 
     shown: ClassVar[str] = "prompts"  # in reports
+    goes_on: ClassVar[bool] = True  # a conversation that does not end in an answer is a prompt as a whole
     max_length: int
     max_new_tokens: int
     cut: bool
@@ -66,7 +67,7 @@ class Prompts(prepare.Recipe):
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
         """One Example for each row, the ids of its prompt, of which none is trained. See Recipe.encode."""
-        prompts = encode_prompts(self.render(rows, places), tokenizer, places.__getitem__, self.end, goes_on=True)
+        prompts = encode_prompts(self.render(rows, places), tokenizer, places.__getitem__, self.end, self.goes_on)
         for ids, place in zip(prompts, places, strict=True):
             if self.cut and len(ids) + self.max_new_tokens > self.max_length:
                 raise FtjaxError(
@@ -171,7 +172,6 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
     """
     rollout, rows = config.rollout, np.repeat(examples, config.rollout.group)
     prompts = [data.train.examples[int(i)].ids.tolist() for i in rows]
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), DRAWS)
     drawn: list = [None] * len(rows)
     values: dict[str, np.ndarray] = {}
     flat = np.ones(len(rows), bool)
@@ -179,7 +179,7 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
         (todo,) = np.nonzero(flat)
         if not len(todo):
             break
-        new = sample(lm, variables, [prompts[i] for i in todo], jax.random.fold_in(key, attempt), config)
+        new = sample(lm, variables, [prompts[i] for i in todo], (config.seed, step, DRAWS, attempt), config)
         texts = continuations(lm.tokenizer, [prompts[i] for i in todo], [one.ids for one in new])
         answers = [answer_of(text) for text in texts]
         for i, one in zip(todo, new, strict=True):
@@ -193,13 +193,13 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
     return Collected(batches, {"flat_groups": len(same), "rows": same} if same else {})
 
 
-def sample(lm, variables, prompts: list[list[int]], key, config) -> list[Drawn]:
-    """An answer to each prompt, drawn as config.rollout says. key: a random key."""
+def sample(lm, variables, prompts: list[list[int]], seed: tuple[int, ...], config) -> list[Drawn]:
+    """An answer to each prompt, drawn as config.rollout says. seed: see decoding.generate."""
     rollout, how = config.rollout, config.generate
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, how.stop)
     return generate(
         lm.model, variables, prompts, max_new_tokens=how.max_new_tokens, temperature=rollout.temperature,
-        top_k=rollout.top_k, top_p=rollout.top_p, end_tokens=ends, seed=key, batch_size=how.batch_size,
+        top_k=rollout.top_k, top_p=rollout.top_p, end_tokens=ends, seed=seed, batch_size=how.batch_size,
         vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), scored=True,
     )  # fmt: skip
 

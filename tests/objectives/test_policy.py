@@ -74,7 +74,7 @@ def rolled(models, c, rows=ROWS, dtype="float32"):
     c.train.batch_size = rows
     prompts = [PROMPTS[i % 2] for i in range(rows // GROUP) for _ in range(GROUP)]
     variables = METHODS["lora"].variables(first, frozen, pair.spec)
-    drawn = task.sample(lm, variables, prompts, jax.random.key(3), c)
+    drawn = task.sample(lm, variables, prompts, (3,), c)
     rewards = np.random.default_rng(0).normal(size=rows)
     examples = Examples.of([Example(np.array(p, np.int32), np.zeros(len(p), bool)) for p in PROMPTS])
     data = types.SimpleNamespace(max_length=24, train=types.SimpleNamespace(examples=examples))
