@@ -32,7 +32,7 @@ def collect(lm, variables, data, config, step, examples):
 def measure(lm, variables, part, config):
     prompts = [part.examples[i].ids.tolist() for i in range(len(part))]
     found = generate(lm.model, variables, prompts, max_new_tokens=LONGEST)
-    return {"loss": -float(np.mean([answer.count(WANTED) for answer in found])), "tokens": len(part)}
+    return {"loss": -float(np.mean([answer.count(WANTED) for answer in found])), "answers": len(part)}
 
 
 IMITATE = tasks.Task(

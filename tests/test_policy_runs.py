@@ -134,7 +134,7 @@ def test_a_reward_that_fails_is_named_with_its_row(setting, value, message):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"task__rewards": "()"}, "task.rewards: task.kind policy needs rewards"),
+        ({"task__rewards": "()"}, "task.rewards: names no reward"),
         ({"task__rewards": "('coverag',)"}, 'task.rewards: unknown metric .coverag. .did you mean "coverage"'),
         ({"task__reward_weights": "(1.0, 2.0)"}, "task.reward_weights: expected 1 numbers"),
         ({"train__batch_size": "18"}, "train.batch_size: 18 answers cannot be split into groups of rollout.group=4"),

@@ -97,8 +97,8 @@ class Task:
         updates: updates(config) -> number of steps that a call of `collect` is for. A run validates and saves only
             after the last of them.
         longest: longest(config, examples) -> most tokens of a text that `collect` makes of these examples.
-        measure: measure(lm, variables, part, config) -> {"loss", "tokens", further means} on held-out rows, in
-            place of `sums`.
+        measure: measure(lm, variables, part, config) -> {"loss", "answers", their number, and further means} on
+            held-out rows, in place of `sums`.
 
     How predictions are scored:
         judge: The evaluation.said.Judge of its predictions. None: by generated answers.

@@ -126,13 +126,10 @@ def rewards(config, part: prepare.Part, rows: np.ndarray, answers: list[str], to
         {name in task.rewards: (R,) float64}, and the weighted sum of all as `reward`.
 
     Raises:
-        FtjaxError: If a function fails or does not return a finite number. It names the row and the function.
+        FtjaxError: See `check_rewards`; if a function fails or does not return a finite number. It then names the row
+            and the function.
     """
-    if not config.task.rewards:
-        raise FtjaxError(
-            "task.rewards: names no reward; expected metrics that `ftjax metrics` lists, or your own functions as "
-            "file.py:name. Functions that only the config of a run folder names are not run: name them again"
-        )
+    check_rewards(config.task)
     known = {int(i): (part.row(i), [part.reference(i, tokenizer)], part.place(i)) for i in np.unique(rows)}
 
     def found() -> dict[str, list[float]]:
@@ -144,6 +141,23 @@ def rewards(config, part: prepare.Part, rows: np.ndarray, answers: list[str], to
     each = {name: np.array(x, float) for name, x in hosts.from_first(found).items()}
     weights = config.task.reward_weights or [1.0] * len(each)
     return {"reward": sum(w * x for w, x in zip(weights, each.values(), strict=True)), **each}
+
+
+def check_rewards(task) -> None:
+    """Raise FtjaxError if config.task names no rewards, unknown ones, or another number of weights."""
+    if not task.rewards:
+        raise FtjaxError(
+            "task.rewards: names no reward; expected metrics that `ftjax metrics` lists, such as number_match, or your "
+            "own functions as file.py:name. Functions that only the config of a run folder names are not run: name "
+            "them in the command"
+        )
+    for name in task.rewards:
+        metrics.find(name, "task.rewards")
+    if task.reward_weights and len(task.reward_weights) != len(task.rewards):
+        raise FtjaxError(
+            f"task.reward_weights: expected {len(task.rewards)} numbers, one for each of task.rewards; found "
+            f"{len(task.reward_weights)}"
+        )
 
 
 def _reward(name: str, answer: str, row: dict, references: list[str], place: str, config) -> float:
@@ -303,7 +317,7 @@ def measure(lm, variables, part, config) -> dict[str, float]:
     texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
     found = rewards(config, part, np.arange(len(part)), [answer_of(text) for text in texts], lm.tokenizer)
     means = {name: float(x.mean()) for name, x in found.items()}
-    return {"loss": 0.0 - means["reward"], "tokens": len(part), **means}
+    return {"loss": 0.0 - means["reward"], "answers": len(part), **means}
 
 
 # ---------------------------------------------------------------------------------------------- the task
@@ -312,18 +326,7 @@ def measure(lm, variables, part, config) -> dict[str, float]:
 def check(config, method, spec) -> None:
     """See Task.check."""
     task, rollout = config.task, config.rollout
-    if not task.rewards:
-        raise FtjaxError(
-            "task.rewards: task.kind policy needs rewards; expected metrics that `ftjax metrics` lists, such as "
-            "number_match, or your own functions as file.py:name"
-        )
-    for name in task.rewards:
-        metrics.find(name, "task.rewards")
-    if task.reward_weights and len(task.reward_weights) != len(task.rewards):
-        raise FtjaxError(
-            f"task.reward_weights: expected {len(task.rewards)} numbers, one for each of task.rewards; found "
-            f"{len(task.reward_weights)}"
-        )
+    check_rewards(task)
     if config.train.batch_size % rollout.group:
         raise FtjaxError(
             f"train.batch_size: {config.train.batch_size} answers cannot be split into groups of "

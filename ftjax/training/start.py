@@ -143,7 +143,7 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
     loss = functools.partial(sums, program.model, variables, kind=kind, **job.task.always(job.config))
     if job.task.measure:
         found = job.task.measure(job.lm(program.model), variables, job.selection.part, job.config)
-        return {f"val_{name}": x for name, x in found.items() if name != "tokens"}
+        return {f"val_{name}": x for name, x in found.items() if name != "answers"}
     found = {}
     for name, held_out in validation.items():
         feed = loader(held_out, 0, len(held_out), job.config.data.workers, local)
