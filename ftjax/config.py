@@ -354,11 +354,12 @@ FIELDS: dict[str, Field] = {
     # ---- the task
     "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
         holds=tasks.known
-    ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; classify: one
-    # label for a text; multilabel: any number of labels for a text; regress: one or more numbers for a text; reward:
-    # how good an answer is, learned from pairs of answers; tag: a label for each word, such as named entities; span:
-    # where a text holds the answer to a question; masked: hidden tokens of plain text, to adapt an encoder; embed:
-    # vectors that are close for texts that belong together
+    ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; policy: answers
+    # that the model writes itself and that earn rewards; classify: one label for a text; multilabel: any number of
+    # labels for a text; regress: one or more numbers for a text; reward: how good an answer is, learned from pairs of
+    # answers; tag: a label for each word, such as named entities; span: where a text holds the answer to a question;
+    # masked: hidden tokens of plain text, to adapt an encoder; embed: vectors that are close for texts that belong
+    # together
     "task.text": text(also="text_column text_field dataset_text_field"),  # column with the text; tag: with the list of
     # words; span: with the question; embed: with the first text. Empty: the first of the usual names, `sentence`,
     # `text`, ...
@@ -392,12 +393,26 @@ FIELDS: dict[str, Field] = {
     # base model without its adapter, in the same parameters, at every step
     "task.desirable_weight": number(1.0, 0, also="kto_chosen_weight"),  # kto: weight of desirable answers in the loss
     "task.undesirable_weight": number(1.0, 0, also="kto_rejected_weight"),  # kto: weight of the other answers
-    "task.beta": number(0.1, above=0, also="pref_beta dpo_beta"),  # preference: factor of the log-probabilities; in
-    # DPO, how strongly the model is held to the base
+    "task.beta": number(0.1, 0, also="pref_beta dpo_beta kl_coef"),  # preference: factor of the log-probabilities; in
+    # DPO, how strongly the model is held to the base. policy: weight of the distance (KL) from the base; 0: none
     "task.margin": number(0.0, 0, also="simpo_gamma gamma"),  # preference: by how much simpo wants the reward of the
     # chosen answer to be greater
     "task.nll_weight": number(0.0, 0, also="rpo_alpha cpo_alpha pref_ftx"),  # preference: weight of the mean negative
     # log-probability of the chosen answer, added to the loss; orpo always has 1
+    "task.policy": choice("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", also="advantage_estimator"),
+    # policy: the loss. grpo: rewards normalised in each group; dr_grpo: neither by their spread nor by the length of an
+    # answer; dapo: grpo as a mean over all tokens; gspo: ratios of whole answers; rloo: the other answers of the group
+    # are the baseline; reinforce_pp: rewards normalised over the batch
+    "task.rewards": several((), WORD, also="reward_funcs reward_functions"),  # policy: what an answer is worth, the
+    # weighted sum of these: metrics that `ftjax metrics` lists, or "file.py:name" of your own functions, which are
+    # called as those of evaluate.metrics are
+    "task.reward_weights": several((), number(1.0)),  # policy: weight of each of task.rewards; empty: 1 each
+    "task.updates": whole(1, 1, also="num_iterations ppo_epochs"),  # policy: number of steps that the same answers are
+    # used for. A run validates and saves only after the last of them
+    "task.clip": number(0.2, above=0, below=1, also="epsilon cliprange"),  # policy: how far below 1 the ratio of new to
+    # old probability still counts. gspo needs much smaller ones, such as 3e-4
+    "task.clip_high": number(None, above=0, also="epsilon_high"),  # policy: how far above 1 it counts; None: as
+    # task.clip. DAPO takes 0.28
     "task.threshold": choice("", "f1", "mcc", "balanced_accuracy", "accuracy"),  # score by which decision thresholds
     # are chosen on validation rows, for two labels or multilabel; empty: the threshold is 0.5
     "task.group": text(),  # column by whose values scores are reported separately
@@ -415,6 +430,16 @@ FIELDS: dict[str, Field] = {
     # for labels the vector that the model's class uses
     "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; a low temperature gives
     # more weight to the most similar wrong texts
+    #
+    # ---- the answers that task.kind policy learns from; their length, stop strings and batches are those of `generate`
+    "rollout.group": whole(8, 2, also="num_generations"),  # number of answers to each prompt. train.batch_size counts
+    # answers, and must be a multiple
+    "rollout.temperature": number(1.0, above=0),  # temperature of the draws
+    "rollout.top_k": whole(0, 0),  # draw from the k most probable tokens only; 0: from all
+    "rollout.top_p": number(1.0, above=0, most=1),  # draw from the most probable tokens that together reach this
+    # probability; 1: from all
+    "rollout.resample": whole(0, 0),  # how often a group is drawn again whose answers all have the same reward, from
+    # which nothing can be learnt
     #
     # ---- how it is trained
     "optim.name": choice("adamw", "adafactor", "lion", "sgd", "muon", also="optimizer optim_type"),  # the optimizer;

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError, nearest
 
-FIELDS = ("augment.function", "evaluate.metrics")  # ends of the dotted keys that may name a function
+FIELDS = ("augment.function", "evaluate.metrics", "task.rewards")  # ends of the dotted keys that may name a function
 
 
 def named(values, key: str = "") -> Iterator[tuple[str, str]]:

@@ -105,7 +105,6 @@ def test_a_stopped_run_goes_on_in_its_stage(done, folder, monkeypatch):
     whole = folder / "whole"
     shutil.move(folder / "run", whole)
     try:
-
         count = Progress.count
 
         def stop(self, tokens):

@@ -176,7 +176,8 @@ class Part:
     def prompts(self, tokenizer) -> Iterator[np.ndarray]:
         """The prompt ids (T,) int32 from which generation starts, for each example. They are not cut."""
         for piece, rendered, _, places in self._chunks():
-            yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end)
+            goes_on = getattr(piece.recipe, "goes_on", False)
+            yield from encode_prompts(rendered, tokenizer, places.__getitem__, piece.recipe.end, goes_on)
 
     def each(self) -> Iterator[tuple[template.Rendered, dict]]:
         """(row as text, row as it is) for every example, in order."""

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import ftjax
-from ftjax import assets, cpus
+from ftjax import assets, cpus, tasks
 from ftjax.data import store
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import fingerprint
@@ -61,7 +61,8 @@ def measure(lm, variables, data, config) -> dict:
         config: The run's config.
 
     Returns:
-        `perplexity` per trained token over all rows (for preferences, over the chosen answers), the scores and
+        `perplexity` per trained token over all rows (for preferences, over the chosen answers; not for tasks whose rows
+        have no answers), the scores and
         `samples` of `answers` and, if `evaluate.forgetting` is set, `forgetting_loss` on it in nats per token.
 
     Raises:
@@ -78,7 +79,9 @@ def measure(lm, variables, data, config) -> dict:
     batches = Batches(examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
     with cpus.dealt(variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
-        result = {"perplexity": evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]}
+        result = {}
+        if not tasks.find(config.task.kind).collect:
+            result["perplexity"] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]
         scores, samples = answers(lm, variables, part, config)
         result |= scores
         if ev.forgetting:

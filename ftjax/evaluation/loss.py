@@ -83,10 +83,11 @@ def evaluate_loss(sums_fn: Callable, batches: Iterable) -> dict[str, float]:
             "answer"
         )
     means = {name: total / tokens for name, total in totals.items()}
-    loss, correct = means.pop("loss"), means.pop("correct")
+    loss = means.pop("loss")
+    right = {"accuracy": means.pop("correct")} if "correct" in means else {}
     if not math.isfinite(loss):
         raise NotFinite(f"evaluation: the loss is {loss}, so no score of this model is meaningful. {WEIGHTS}")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct, "tokens": tokens} | means
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **right, "tokens": tokens} | means
 
 
 def read_documents(path: str | Path) -> list[str]:

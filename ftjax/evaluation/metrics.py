@@ -87,22 +87,22 @@ def mean(scores: Iterable[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def find(name: str) -> Metric:
-    """The row `name` of METRICS, or the user's metric `file.py:function`. Raises FtjaxError for an unknown one."""
+def find(name: str, key: str = "evaluate.metrics") -> Metric:
+    """The row `name` of METRICS, or the user's metric `file.py:function`. Raises FtjaxError, naming the config's `key`,
+    for an unknown one."""
     if ":" in name:
         file = Path(name.rpartition(":")[0])
-        return _users(name, file.stat().st_mtime_ns if file.is_file() else None)
+        return _users(name, file.stat().st_mtime_ns if file.is_file() else None, key)
     if name not in METRICS:
         raise FtjaxError(
-            f"evaluate.metrics: unknown metric {name!r}{nearest(name, METRICS)}; expected one of {', '.join(METRICS)}, "
+            f"{key}: unknown metric {name!r}{nearest(name, METRICS)}; expected one of {', '.join(METRICS)}, "
             "or your own as file.py:function"
         )
     return METRICS[name]
 
 
 @functools.lru_cache  # a file is run once for each time of modification
-def _users(named: str, state: int | None) -> Metric:
-    key = "evaluate.metrics"
+def _users(named: str, state: int | None, key: str) -> Metric:
     function = user_code.load(named, key)
 
     def rows(predictions, references, rows, settings):

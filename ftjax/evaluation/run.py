@@ -65,6 +65,8 @@ def evaluate(
         return judge.judge(lm, prepared.test, prepared, config)
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     task = tasks.find(config.task.kind)
+    if task.measure:
+        return task.measure(lm, lm.variables, prepared.test, config)
     batches = Batches(
         prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
         **task.layout(config, lm.tokenizer),
@@ -148,6 +150,7 @@ def _config(model, config, overrides, data: str | None = None, say=None):
                 f"{user_code.told(left)}"
             )
         config.evaluate.metrics = tuple(name for name in config.evaluate.metrics if ":" not in name)
+        config.task.rewards = tuple(name for name in config.task.rewards if ":" not in name)
         if data:
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
     config = configs.default() if config is None else configs.copy(config)

@@ -14,6 +14,7 @@ from ftjax.models.by_device import map_rows
 
 AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once; on a CPU they should fit its caches
 AT_ONCE_ELSEWHERE = 1 << 30
+EXCLUDED = -1e30  # the logit of a token with the probability 0; it is finite, so that gradients are
 
 
 def smoothing(config) -> dict:
@@ -76,7 +77,15 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
     return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
 
 
-def log_probs(model, variables, batch, *, rngs=None, head_chunk: int = 0):
+def log_probs(
+    model,
+    variables,
+    batch,
+    *,
+    rngs=None,
+    head_chunk: int = 0,
+    temperature: float = 1.0,
+):
     """Log-probabilities of the labels of a batch, for losses that are not their weighted sum.
 
     The logits of about `head_chunk` tokens are held at once, and computed again in the backward pass.
@@ -84,9 +93,11 @@ def log_probs(model, variables, batch, *, rngs=None, head_chunk: int = 0):
     Args:
         model: The Flax module.
         variables: The Flax variables that it is applied to.
-        batch: See `sums`; its weights are not used.
+        batch: See `sums`; its weights are not used. It may have `kept` (B, M, n) uint8: the tokens that can be drawn
+            as bits, see `numpy.packbits`; the others have the probability 0.
         rngs: Random keys of dropout and noise; None: no dropout.
         head_chunk: See `tokens_at_once`.
+        temperature: Divisor of the logits.
 
     Returns:
         (B, M) float32.
@@ -96,14 +107,20 @@ def log_probs(model, variables, batch, *, rngs=None, head_chunk: int = 0):
 
     def of_pieces(variables, arrays, rngs):
         @jax.checkpoint
-        def piece(variables, states, labels):
-            logits = model.apply(variables, states, rngs=rngs, method="logits")
+        def piece(variables, states, labels, *kept):
+            logits = model.apply(variables, states, rngs=rngs, method="logits") / temperature
+            V = logits.shape[-1]
+            for bits in kept:
+                inside = jnp.unpackbits(bits, axis=-1)[..., :V].astype(bool)
+                inside = jnp.pad(inside, ((0, 0), (0, 0), (0, V - inside.shape[-1])))
+                logits = jnp.where(inside, logits, EXCLUDED)
             of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
             return of_label - jax.nn.logsumexp(logits, axis=-1)
 
         return _over_pieces(lambda carry, part: (carry, piece(variables, *part)), None, arrays, tokens)[1]
 
-    return map_rows(of_pieces, head_variables(variables), (found, batch["labels"]), rngs)
+    kept = [batch["kept"]] if "kept" in batch else []
+    return map_rows(of_pieces, head_variables(variables), (found, batch["labels"], *kept), rngs)
 
 
 def tokens_at_once(head_chunk: int, vocab_size: int, platform: str) -> int:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from ftjax.errors import FtjaxError, nearest
 
 # Names of the files of this package, in the order in which a head is matched with a task.
-FILES = ("causal", "preference", "classify", "multilabel", "regress", "reward", "tag", "span", "masked", "embed")
+FILES = ("causal", "preference", "policy", "classify", "multilabel", "regress")
+FILES += ("reward", "tag", "span", "masked", "embed")
 TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
 
 # Usual names of the column of text and of the label, tried in order.
@@ -37,6 +38,18 @@ class Columns(NamedTuple):
     label: tuple[str, ...] = LABELS
 
 
+class Collected(NamedTuple):
+    """What Task.collect returns.
+
+    Attributes:
+        batches: {name: host array (B, ...)} of each of the next Task.updates steps.
+        noted: A row of metrics.jsonl besides the steps' figures, with names of rows of data as "rows"; empty: none.
+    """
+
+    batches: list[dict]
+    noted: dict[str, Any] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """All that ftjax knows of a value of `task.kind`.
@@ -53,6 +66,7 @@ class Task:
             task.reference and is `reference` in every batch; None where there is no such model.
         passes: passes(config) -> number of forward passes of a step beside those that have a gradient.
         whole_rows: Whether the loss reads more of a row than the states at the trained places.
+        arrays: Names of further arrays (B, M) float32 that `sums` reads from a batch, for a plan without rows.
         check: check(config, method, spec) raises FtjaxError where a tuning method, with its Spec, cannot be used.
 
     What a row is:
@@ -77,6 +91,19 @@ class Task:
         trained: trained(config, T) -> number of trained places in a row of T tokens, for a plan without rows.
         unnamed: Number of labels that a plan assumes if nothing names them.
 
+    Batches that depend on the state:
+        collect: collect(lm, variables, data, config, step, examples) -> Collected: the batches of the next `updates`
+            steps, made by the model in its present state. lm: an LM for the model, its tokenizer and its end tokens.
+            variables: the Flax variables. step: the number of such calls before. examples: (n,) index in data.train of
+            the examples of the step. Every process calls it with the same arguments and gets whole batches. Nothing
+            is made ahead of it. None: batches are made of the rows alone.
+        copies: copies(config) -> number of rows of a batch that `collect` makes of an example.
+        updates: updates(config) -> number of steps that a call of `collect` is for. A run validates and saves only
+            after the last of them.
+        longest: longest(config, examples) -> most tokens of a text that `collect` makes of these examples.
+        measure: measure(lm, variables, part, config) -> {"loss", "answers", their number, and further means} on
+            held-out rows, in place of `sums`.
+
     How predictions are scored:
         judge: The evaluation.said.Judge of its predictions. None: by generated answers.
         judged: The kind of evaluation.labelled that scores them; empty: by the loss alone.
@@ -93,6 +120,7 @@ class Task:
     once: Callable = lambda config: None
     passes: Callable = lambda config: 0
     whole_rows: bool = False
+    arrays: tuple[str, ...] = ()
     check: Callable = lambda config, method, spec: None
     encode: Callable | None = None
     recipe: Callable | None = None
@@ -109,6 +137,11 @@ class Task:
     layout: Callable = lambda config, tokenizer: {}
     trained: Callable = lambda config, T: 1
     unnamed: int = 2
+    collect: Callable | None = None
+    copies: Callable = lambda config: 1
+    updates: Callable = lambda config: 1
+    longest: Callable = lambda config, examples: int(examples.length.max())
+    measure: Callable | None = None
     judge: Any = None
     judged: str = ""
     right: str = ""

@@ -191,6 +191,8 @@ def check(config, method, spec) -> None:
     """See Task.check: the settings must suit the loss, and where the base model is the reference, the method has to
     leave its parameters as they are."""
     loss, smoothing = config.task.loss, config.train.label_smoothing
+    if not config.task.beta:
+        raise FtjaxError("task.beta: expected a number above 0 for task.kind=preference; found 0")
     if loss == "robust" and smoothing >= 0.5:
         raise FtjaxError("train.label_smoothing: expected less than 0.5 for task.loss=robust")
     if smoothing and loss not in preference.SMOOTHED:
@@ -204,6 +206,20 @@ def check(config, method, spec) -> None:
         )
     if loss not in preference.WITH_REFERENCE or config.task.reference:
         return
+    free = ", ".join(name for name in preference.LOSSES if name not in preference.WITH_REFERENCE)
+    otherwise = f"name the reference's directory in task.reference, or use a loss without a reference: {free}"
+    keeps_base(method, spec, f"task.loss={loss}", otherwise)
+
+
+def keeps_base(method, spec, user: str, otherwise: str) -> None:
+    """Raise FtjaxError if a tuning method changes parameters of the base model, which then is no reference.
+
+    Args:
+        method: The Method.
+        spec: Its Spec.
+        user: The setting that compares with the base, for the message.
+        otherwise: What else can be done, for the message.
+    """
     tuning = spec.tuning
     changed = [
         f"tuning.{name}={tuning[name]!r}"
@@ -215,11 +231,9 @@ def check(config, method, spec) -> None:
         if changes
     ]
     if changed:
-        free = ", ".join(name for name in preference.LOSSES if name not in preference.WITH_REFERENCE)
         raise FtjaxError(
-            f"{changed[0]}: changes parameters of the base model, which task.loss={loss} compares with; use an "
-            f"adapter that leaves the base as it is, name the reference's directory in task.reference, or use a loss "
-            f"without a reference: {free}"
+            f"{changed[0]}: changes parameters of the base model, which {user} compares with; use an adapter that "
+            f"leaves the base as it is, or {otherwise}"
         )
 
 

@@ -87,6 +87,11 @@ class Job:
         return tasks.find(self.config.task.kind)
 
     @property
+    def updates(self) -> int:
+        """Steps that a collected batch is for; see Task.updates."""
+        return self.task.updates(self.config)
+
+    @property
     def generates(self) -> bool:
         """Whether the model continues texts, so that it can be scored by generated answers."""
         return self.task.head == "causal"
@@ -99,7 +104,8 @@ class Job:
     @property
     def longest(self) -> int:
         """Tokens of the longest batch, virtual tokens included."""
-        return max(T for _, T, _ in self.batches.shapes()) + self.virtual
+        collected = self.task.longest(self.config, self.data.train.examples) if self.task.collect else 0
+        return max(collected, *(T for _, T, _ in self.batches.shapes())) + self.virtual
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -195,17 +201,20 @@ def prepared(config, say, recorded: int = 0) -> Job:
     check_remat(config, mesh.devices.flat[0])
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
+    task = tasks.find(config.task.kind)
     batch = functools.partial(
-        Batches, max_length=data.max_length, packing=config.data.packing, buckets=config.data.buckets, seed=config.seed,
-        ways=mesh.shape["sequence"], **tasks.find(config.task.kind).layout(config, tokenizer),
+        Batches, max_length=data.max_length, packing=config.data.packing and not task.collect,
+        buckets=config.data.buckets, seed=config.seed, ways=mesh.shape["sequence"], **task.layout(config, tokenizer),
     )  # fmt: skip
     drawn, weights_of_classes = judge.by_class(config, data)
-    batches = batch(data.train.examples, rows, class_weights=weights_of_classes, **drawn)
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
-    trained = steps * lengths.sum() / len(batches)
+    copies, updates = task.copies(config), task.updates(config)
+    batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
+    whole = lambda steps: -(-steps // updates) * updates  # noqa: E731
+    steps = whole(config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
+    trained = steps * copies * lengths.sum() / len(batches)
     validations, most = bounds(config, data.validation, trained)
     held_out = chosen_rows(config, data, most)
-    eval_every = config.train.eval_every or max(1, steps // validations)
+    eval_every = whole(config.train.eval_every or max(1, steps // validations))
     if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
         say(
             f"validation: {len(held_out):,} of {len(data.validation):,} rows every {counted(eval_every, 'step')}, so "
@@ -219,12 +228,14 @@ def prepared(config, say, recorded: int = 0) -> Job:
         check_metric(config, name)
     select = selection(config, held_out, judge.check(config, data, tokenizer), chat_tokenizer)
     lengths = sorted({T for _, T, _ in batches.shapes()})
+    if task.collect:
+        lengths = [data.max_length if config.data.packing else task.longest(config, data.train.examples)]
     if chosen := check_attention(config, spec, mesh, dtype, lengths):
         say(chosen)
     base = fingerprint.record(folder, config.model.path, own, initial_adapter and initial_adapter.folder)
     return Job(
         config, folder, base, own, spec, dtype, tokenizer, chat_tokenizer, ends, initial_adapter, formats, data, mesh,
-        batches, validation, rows, eval_rows, steps, eval_every, config.train.save_every or eval_every, select,
+        batches, validation, rows, eval_rows, steps, eval_every, whole(config.train.save_every) or eval_every, select,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -222,6 +223,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         place = functools.partial(sharding.place_batch, mesh=mesh, rows=rows, local=local)
         # The next batches are on their way to the devices while a step runs.
         placed_ahead = ahead(((place(b), int(shares * np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
+        made: collections.deque = collections.deque()  # batches of the next steps, where they depend on the state
 
         # ---- training ----------------------------------------------------------------------------------------------
         peak = PEAKS.get(jax.devices()[0].device_kind)
@@ -269,9 +271,27 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             if log and not bad:  # a step that is left out has a line of its own
                 note(at, values | {"lr": float(program.rate(at - 1 - left_out))} | progress.rates(at))
 
+        def collected(state) -> tuple:
+            """The next batch of a task whose batches depend on the state, and its number of tokens."""
+            if not made:
+                if unread:  # in the order of metrics.jsonl
+                    read(log=step % config.train.log_every == 0)
+                n = step // job.updates
+                with progress.aside("drawing answers"):
+                    lm, variables = job.lm(program.model), program.variables(state.trained, frozen)
+                    found = job.task.collect(lm, variables, data, config, n, np.concatenate(batches.rows(n)))
+                made.extend(found.batches)
+                if found.noted and metrics:
+                    metrics.write(step + 1, found.noted)
+            batch = made.popleft()
+            rows = len(batch["tokens"])
+            own = sharding.local_rows(mesh, rows)
+            arrays = sharding.place_batch({name: x[own] for name, x in batch.items()}, mesh, rows, own)
+            return arrays, np.count_nonzero(batch["segment_ids"])
+
         def places_of(at: int) -> list[str]:
             """The names of the rows of a step's batch."""
-            members = np.concatenate(job.batches.rows(at - 1))
+            members = np.concatenate(job.batches.rows((at - 1) // job.updates))
             return list(dict.fromkeys(data.train.place(int(i)) for i in members))
 
         def leave_out(at: int, values: dict, report: dict) -> None:
@@ -303,7 +323,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             if not validation and step == steps:  # no validation and no further step would show it
                 left_out = {entry["step"] for entry in skipped}
                 good = next((i for i in range(len(batches)) if i + 1 not in left_out), 0)
-                batch = place(batches.get(good, local))
+                batch = arrays if job.task.collect else place(batches.get(good, local))
                 variables = program.variables(state.averaged, frozen)
                 _, _, found = sums(program.model, variables, batch, kind=config.task.kind, **job.task.always(config))
                 if not math.isfinite(found["loss"]):
@@ -315,7 +335,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         noted = opened.enter_context(contextlib.ExitStack())
         noted.enter_context(stops.held(alone))
         while step < steps and not stop:
-            arrays, tokens = next(placed_ahead)
+            arrays, tokens = collected(state) if job.task.collect else next(placed_ahead)
             new = arrays["tokens"].shape not in shapes
             shapes.add(arrays["tokens"].shape)
             with contextlib.ExitStack() as compiling:
@@ -327,12 +347,12 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             step += 1
             progress.count(tokens)
             # Numbers are read when the next step is already running, so that the device never waits for the host.
-            if due:
+            if due and unread:
                 read(log=(step - 1) % config.train.log_every == 0)
             unread.append((step, report))
             due = step % config.train.log_every == 0 or len(unread) >= UNREAD
             validated = validation and (step % job.eval_every == 0 or step == steps)
-            preempted = hosts.preempted(step)
+            preempted = (hosts.preempted(step) or bool(stops.heard)) and step % job.updates == 0
             saved = step % job.save_every == 0 or step == steps or preempted
             if validated or saved:  # a state is validated and kept only after its loss is known to be finite
                 read(log=True)

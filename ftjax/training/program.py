@@ -230,8 +230,8 @@ def arguments(program: Program, B: int, T: int, M: int, config=None) -> tuple:
     """(state, frozen, batch) of a step as shapes with shardings. config: the whole config; None: for causal models."""
     task = tasks.find(config.task.kind if config else "causal")
     state = jax.eval_shape(program.init_state, program.trained)
-    special = {"labels": task.target(program.model.config.head.labels), "weights": ((), "float32")}
-    special["reference"] = ((), "float32")
+    shape, dtype = task.target(program.model.config.head.labels)
+    special = {"labels": (shape, dtype), **dict.fromkeys(("weights", "reference", *task.arrays), ((), "float32"))}
 
     def array(name, width):
         more, dtype = special.get(name, ((), "int32"))
@@ -240,5 +240,6 @@ def arguments(program: Program, B: int, T: int, M: int, config=None) -> tuple:
 
     widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
     widths |= {"reference": M} if config and task.once(config) else {}
+    widths |= dict.fromkeys(task.arrays, M)
     batch = {name: array(name, width) for name, width in widths.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch

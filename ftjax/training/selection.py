@@ -56,7 +56,8 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
                 raise FtjaxError(
                     f"{key} needs validation rows, and there are none; set data.validation, or its share in data.split"
                 )
-    known = (LOSS, *(figures or OF_TOKENS), *(METRICS if causal else ()))
+    of_tokens = () if tasks.find(config.task.kind).measure else OF_TOKENS
+    known = (LOSS, *(figures or of_tokens), *(METRICS if causal else ()))
     if name not in known and not (causal and ":" in name):
         more = ", and your own as file.py:function" if causal else ""
         raise FtjaxError(

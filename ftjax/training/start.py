@@ -164,12 +164,15 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
         validation: {source: batches}, which may carry hidden states, see ftjax.training.features.
 
     Returns:
-        `val_loss`, `accuracy` and the task's further means as `val_NAME` over all sources, and `val_loss/NAME` of each
-        source if there are several.
+        `val_loss`, `accuracy` where the task has one, and the task's further means as `val_NAME` over all sources, and
+        `val_loss/NAME` of each source if there are several.
     """
     local = sharding.local_rows(job.mesh, job.eval_rows)
     kind = job.config.task.kind
     loss = functools.partial(sums, program.model, variables, kind=kind, **job.task.always(job.config))
+    if job.task.measure:
+        found = job.task.measure(job.lm(program.model), variables, job.selection.part, job.config)
+        return {f"val_{name}": x for name, x in found.items() if name != "answers"}
     found = {}
     for name, held_out in validation.items():
         feed = loader(held_out, 0, len(held_out), job.config.data.workers, local)

@@ -1,0 +1,363 @@
+"""Answers that earn rewards: the model writes answers to prompts, and learns from what they are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import jax
+import numpy as np
+
+from ftjax import cpus
+from ftjax.data import prepare, template
+from ftjax.data.batches import Batches
+from ftjax.data.template import Rendered
+from ftjax.data.tokenise import Example, answer_of, encode_prompts
+from ftjax.decoding import Drawn, generate
+from ftjax.errors import FtjaxError
+from ftjax.evaluation import metrics
+from ftjax.lm import continuations, continue_ids, stop_tokens
+from ftjax.models.axes import constrain
+from ftjax.objectives import causal, policy
+from ftjax.objectives.policy import FIGURE
+from ftjax.tasks import Collected, Task
+from ftjax.tasks.preference import keeps_base
+from ftjax.training import hosts, sharding
+
+OPEN = "prompt alone"  # the form of rows that have a prompt and no answer
+DRAWS = 2  # tells the random keys of draws from those of dropout and noise
+PARTS = 4  # a length of rows is rounded up to a multiple of this part of the greatest, so that few shapes are compiled
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts(prepare.Recipe):
+    """How rows become prompts. An answer of a row is a reference for rewards, and is not trained.
+
+    Attributes:
+        max_length: Most tokens of a prompt and an answer.
+        max_new_tokens: Most tokens of an answer.
+        cut: Whether data.long is truncate, which a prompt cannot be.
+    """
+
+    shown: ClassVar[str] = "prompts"  # in reports
+    goes_on: ClassVar[bool] = True  # a conversation that does not end in an answer is a prompt as a whole
+    max_length: int
+    max_new_tokens: int
+    cut: bool
+
+    def render(self, rows: list[dict], places: list[str]) -> list[Rendered]:
+        """See Recipe.render. Rows need no answers."""
+        if self.form != OPEN:
+            return super().render(rows, places)
+        return [self._open(row, place) for row, place in zip(rows, places, strict=True)]
+
+    def _open(self, row: dict, place: str) -> Rendered:
+        if self.prompt:
+            row = {"prompt": template.fill(template.parse(self.prompt, "data.prompt"), row, place)}
+        if isinstance(row.get("prompt"), list):
+            row = row | {"messages": row["prompt"]}
+        if self.template or not isinstance(row.get("prompt"), str):
+            return template.asked(row, place, self.template, self.system)
+        return Rendered(prompt=row["prompt"])
+
+    def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
+        """One Example for each row, the ids of its prompt, of which none is trained. See Recipe.encode."""
+        prompts = encode_prompts(self.render(rows, places), tokenizer, places.__getitem__, self.end, self.goes_on)
+        for ids, place in zip(prompts, places, strict=True):
+            if self.cut and len(ids) + self.max_new_tokens > self.max_length:
+                raise FtjaxError(
+                    f"{place}: its prompt has {len(ids):,} tokens, which leaves no room for "
+                    f"generate.max_new_tokens={self.max_new_tokens:,} within {self.max_length:,} (data.max_length, or "
+                    "the model's positions); lower the one or raise the other, or leave such rows out by data.long=drop"
+                )
+        return [Example(ids, np.zeros(len(ids), bool), whole=len(ids) + self.max_new_tokens) for ids in prompts]
+
+
+def recipe(config, data, columns: list[str], max_length: int, max_positions: int) -> tuple[Prompts, bool]:
+    """See Task.recipe."""
+    if _answerless(data, columns):
+        fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
+        found, guessed = prepare.Recipe(OPEN, *fields), False
+    else:
+        found, guessed = prepare.recipe(data, columns)
+    if found.form == "text":
+        raise FtjaxError(
+            f"task.kind=policy: rows need a prompt; found the columns {', '.join(columns)}. Set data.prompt to a "
+            "template of the prompt, such as data.prompt='{text}'"
+        )
+    most = config.generate.max_new_tokens
+    fields = dataclasses.asdict(found) | {"max_length": max_length, "max_new_tokens": most}
+    return Prompts(**fields, cut=config.data.long == "truncate"), guessed
+
+
+def _answerless(data, columns: list[str]) -> bool:
+    """Whether rows are read as prompts without an answer."""
+    if data.completion or data.prompt:
+        return not data.completion
+    if data.form in ("messages", "sharegpt"):
+        return True
+    there = set(columns)
+    pairs, turns, answers = "rejected" in there, there & {"messages", "conversations"}, {"completion", "response"}
+    return not pairs and (
+        (data.form == "auto" and bool(turns))
+        or (data.form in ("auto", "prompt") and "prompt" in there and not there & answers)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- rewards
+
+
+def rewards(config, part: prepare.Part, rows: np.ndarray, answers: list[str], tokenizer) -> dict[str, np.ndarray]:
+    """The rewards of answers.
+
+    Args:
+        config: The config.
+        part: The rows.
+        rows: (R,) index of each answer's example in the part.
+        answers: R texts.
+        tokenizer: The tokenizer.
+
+    Returns:
+        {name in task.rewards: (R,) float64}, and the weighted sum of all as `reward`.
+
+    Raises:
+        FtjaxError: See `check_rewards`; if a function fails or does not return a finite number. It then names the row
+            and the function.
+    """
+    check_rewards(config.task)
+    known = {int(i): (part.row(i), [part.reference(i, tokenizer)], part.place(i)) for i in np.unique(rows)}
+
+    def found() -> dict[str, list[float]]:
+        return {
+            name: [_reward(name, answer, *known[int(i)], config) for i, answer in zip(rows, answers, strict=True)]
+            for name in config.task.rewards
+        }
+
+    each = {name: np.array(x, float) for name, x in hosts.from_first(found).items()}
+    weights = config.task.reward_weights or [1.0] * len(each)
+    return {"reward": sum(w * x for w, x in zip(weights, each.values(), strict=True)), **each}
+
+
+def check_rewards(task) -> None:
+    """Raise FtjaxError if config.task names no rewards, unknown ones, or another number of weights."""
+    if not task.rewards:
+        raise FtjaxError(
+            "task.rewards: names no reward; expected metrics that `ftjax metrics` lists, such as number_match, or your "
+            "own functions as file.py:name. Functions that only the config of a run folder names are not run: name "
+            "them in the command"
+        )
+    for name in task.rewards:
+        metrics.find(name, "task.rewards")
+    if task.reward_weights and len(task.reward_weights) != len(task.rewards):
+        raise FtjaxError(
+            f"task.reward_weights: expected {len(task.rewards)} numbers, one for each of task.rewards; found "
+            f"{len(task.reward_weights)}"
+        )
+
+
+def _reward(name: str, answer: str, row: dict, references: list[str], place: str, config) -> float:
+    metric = metrics.find(name, "task.rewards")
+    if metric.compares and not any(text.strip() for text in references):
+        raise FtjaxError(f"{place}: has no answer, with which the reward {name} of task.rewards compares")
+    try:
+        (value,) = metric.rows([answer], [references], [row], config.evaluate)
+    except FtjaxError as error:
+        raise FtjaxError(f"{place}, answer {answer!r}: {str(error).removeprefix('prediction 1: ')}") from error
+    if value is None:
+        raise FtjaxError(
+            f"{place}, answer {answer!r}: task.rewards {name!r} returned None; expected a finite number for each answer"
+        )
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+
+def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Collected:
+    """See Task.collect: a group of answers to each prompt, drawn by the model and rewarded.
+
+    Draws depend on the seed, the step and the place in the batch alone. Groups whose answers all have the same reward
+    are drawn again up to rollout.resample times; those that stay so have the advantage 0, and their rows are noted.
+    """
+    rollout, rows = config.rollout, np.repeat(examples, config.rollout.group)
+    prompts = [data.train.examples[int(i)].ids.tolist() for i in rows]
+    drawn: list = [None] * len(rows)
+    values: dict[str, np.ndarray] = {}
+    flat = np.ones(len(rows), bool)
+    for attempt in range(1 + rollout.resample):
+        (todo,) = np.nonzero(flat)
+        if not len(todo):
+            break
+        new = sample(lm, variables, [prompts[i] for i in todo], (config.seed, step, DRAWS, attempt), config)
+        texts = continuations(lm.tokenizer, [prompts[i] for i in todo], [one.ids for one in new])
+        answers = [answer_of(text) for text in texts]
+        for i, one in zip(todo, new, strict=True):
+            drawn[i] = one
+        for name, x in rewards(config, data.train, rows[todo], answers, lm.tokenizer).items():
+            values.setdefault(name, np.zeros(len(rows)))[todo] = x
+        flat = np.repeat(np.ptp(values["reward"].reshape(-1, rollout.group), axis=1) == 0, rollout.group)
+    values |= {"flat": flat, "ended": np.array([one.ended for one in drawn])}
+    same = [data.train.place(int(i)) for i in rows[flat][:: rollout.group]]
+    batches = updates(lm, variables, data, config, prompts, drawn, values)
+    return Collected(batches, {"flat_groups": len(same), "rows": same} if same else {})
+
+
+def sample(lm, variables, prompts: list[list[int]], seed: tuple[int, ...], config) -> list[Drawn]:
+    """An answer to each prompt, drawn as config.rollout says. seed: see decoding.generate."""
+    rollout, how = config.rollout, config.generate
+    ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, how.stop)
+    return generate(
+        lm.model, variables, prompts, max_new_tokens=how.max_new_tokens, temperature=rollout.temperature,
+        top_k=rollout.top_k, top_p=rollout.top_p, end_tokens=ends, seed=seed, batch_size=how.batch_size,
+        vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), scored=True,
+    )  # fmt: skip
+
+
+def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[Drawn], figures: dict) -> list[dict]:
+    """The batches of the updates that follow a rollout, see policy.sums.
+
+    Args:
+        lm: The model and its tokenizer.
+        variables: The Flax variables that the answers were drawn with.
+        data: The rows.
+        config: The config.
+        prompts: Ids of the prompt of each of the R answers, those of a group one after another.
+        drawn: The answers.
+        figures: {name: (R,) numbers} whose means are reported, with the "reward" among them.
+    """
+    task, mesh = config.task, jax.sharding.get_abstract_mesh()
+    lengths = np.array([len(one.ids) for one in drawn])
+    texts = [
+        Example(np.array(prompt + one.ids, np.int32), np.arange(len(prompt) + len(one.ids)) >= len(prompt))
+        for prompt, one in zip(prompts, drawn, strict=True)
+    ]
+    batch, order = _laid_out(texts, data, config, mesh)
+    there = batch["weights"] > 0
+
+    def spread(values: list[np.ndarray]) -> np.ndarray:
+        """Values (K, ...) of the tokens of each answer as (B, M, ...)."""
+        found = np.concatenate([values[i] for i in order])
+        out = np.zeros((*there.shape, *found.shape[1:]), found.dtype if found.dtype == np.uint8 else np.float32)
+        out[there] = found
+        return out
+
+    def gathered(x: np.ndarray) -> list[np.ndarray]:
+        """Values (B, M) as those of the tokens of each answer: the inverse of `spread`."""
+        parts = np.split(x[there], np.cumsum(lengths[order])[:-1])
+        return [parts[i] for i in np.argsort(order)]
+
+    each = lambda values: [np.full(K, x, float) for x, K in zip(values, lengths, strict=True)]  # noqa: E731
+    batch["weights"] = spread(each(1 / lengths))
+    batch["shares"] = spread(each(policy.shares(lengths, task.policy, config.generate.max_new_tokens)))
+    batch["sampled"] = spread([one.log_probs for one in drawn])
+    kept, V = [one.kept for one in drawn], min(lm.model.config.vocab_size, len(lm.tokenizer))
+    if not kept[0].shape[1] and V < lm.model.config.vocab_size:
+        kept = [np.packbits(np.ones((K, V), bool), axis=1) for K in lengths]
+    if kept[0].shape[1]:
+        batch["kept"] = spread(kept)
+    score = functools.partial(_log_probs, lm.model, temperature=config.rollout.temperature)
+    score = functools.partial(score, head_chunk=config.model.head_chunk)
+    distance = each(np.zeros(len(drawn)))
+    if task.beta:
+        base = {name: tree for name, tree in variables.items() if name != "adapter"}
+        batch["reference"] = np.asarray(score(base, batch)) * there
+        distance = gathered(batch["sampled"] - batch["reference"])
+    worth = policy.advantages(figures["reward"], task.policy, config.rollout.group, task.beta, distance)
+    batch["advantages"] = spread(worth)
+    batch |= {FIGURE + name: spread(each(x)) for name, x in figures.items()}
+    if task.updates == 1:
+        return [batch]
+    batch["old"] = np.asarray(score(variables, batch)) * there
+    return [batch | {"fresh": np.full_like(batch["weights"], n == 0)} for n in range(task.updates)]
+
+
+@functools.partial(cpus.jit, static_argnums=0, static_argnames=("temperature", "head_chunk"))
+def _log_probs(model, variables, batch, *, temperature: float, head_chunk: int):
+    found = causal.log_probs(model, variables, batch, temperature=temperature, head_chunk=head_chunk)
+    return constrain(found, None, None)
+
+
+def _laid_out(texts: list[Example], data, config, mesh) -> tuple[dict, np.ndarray]:
+    """The batch of all texts, and their order in it. Its sizes are rounded up, so that few shapes are compiled."""
+    ways, rows, packing = mesh.shape.get("sequence", 1), config.train.batch_size, config.data.packing
+    T = data.max_length if packing else longest(config, data.train.examples)
+    how = {"packing": packing, "buckets": 1, "shuffle": False, "ways": ways}
+    if packing:
+        parts = sharding.row_ways(mesh) * config.train.accumulate
+        rows = _rounded(Batches(texts, rows, T, **how).rows_per_epoch, rows, parts)
+    made = Batches(texts, rows, T, **how)
+    batch, granule = made[0], math.lcm(8, ways)
+    wide = _rounded(batch["tokens"].shape[1], T, granule)
+    narrow = _rounded(batch["labels"].shape[1], T if packing else config.generate.max_new_tokens, granule)
+    for name, x in batch.items():
+        width = wide if name in ("tokens", "positions", "segment_ids") else min(narrow, wide)
+        batch[name] = np.pad(x, [(0, 0), (0, width - x.shape[1])])
+    return batch, np.concatenate(made.rows(0))
+
+
+def _rounded(size: int, most: int, granule: int) -> int:
+    """The size rounded up to a multiple of `granule`, of which there are about PARTS up to `most`."""
+    step = -(-most // (PARTS * granule)) * granule
+    return -(-size // step) * step
+
+
+def longest(config, examples) -> int:
+    """Most tokens of a prompt with its answer."""
+    return int(examples.length.max()) + config.generate.max_new_tokens
+
+
+def measure(lm, variables, part, config) -> dict[str, float]:
+    """See Task.measure: the mean rewards of answers as config.generate says, and the negative mean as the loss."""
+    prompts = [part.examples[i].ids.tolist() for i in range(len(part))]
+    texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
+    found = rewards(config, part, np.arange(len(part)), [answer_of(text) for text in texts], lm.tokenizer)
+    means = {name: float(x.mean()) for name, x in found.items()}
+    return {"loss": 0.0 - means["reward"], "answers": len(part), **means}
+
+
+# ---------------------------------------------------------------------------------------------- the task
+
+
+def check(config, method, spec) -> None:
+    """See Task.check."""
+    task, rollout = config.task, config.rollout
+    check_rewards(task)
+    if config.train.batch_size % rollout.group:
+        raise FtjaxError(
+            f"train.batch_size: {config.train.batch_size} answers cannot be split into groups of "
+            f"rollout.group={rollout.group}; expected a multiple"
+        )
+    if task.beta:
+        keeps_base(method, spec, "task.beta", "task.beta=0")
+
+
+def always(config) -> dict:
+    """The options of the objective in training and evaluation."""
+    task = config.task
+    return {
+        "loss": task.policy, "clip": task.clip, "clip_high": task.clip if task.clip_high is None else task.clip_high,
+        "beta": task.beta, "temperature": config.rollout.temperature, "head_chunk": config.model.head_chunk,
+    }  # fmt: skip
+
+
+TASK = Task(
+    head="causal",
+    sums=policy.sums,
+    always=always,
+    whole_rows=True,
+    check=check,
+    recipe=recipe,
+    collect=collect,
+    measure=measure,
+    copies=lambda config: config.rollout.group,
+    updates=lambda config: config.task.updates,
+    longest=longest,
+    arrays=("shares", "advantages", "sampled"),
+    trained=lambda config, T: T,
+    unnamed=0,
+)
