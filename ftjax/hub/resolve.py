@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ftjax import assets
+from ftjax import assets, seals
 from ftjax.errors import FtjaxError, nearest, of_disk
 from ftjax.files import as_json
-from ftjax.foreign import listed, read_json, string
+from ftjax.foreign import listed, mapped, read_json, string, whole
 
 MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
+WRITTEN = {"files": listed(string), "checksums": mapped(whole(0, 2**32))}  # its fields
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 # Files of some repositories that hold the same weights again, in other formats than Hugging Face's.
 UNWANTED = ("original/*", "consolidated*", "onnx/*", "openvino/*", "gguf/*")
@@ -106,7 +107,7 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     """A context with a temporary folder next to `out`, which replaces `out` when the block ends.
 
     If there is an error, or the process is killed, `out` is not changed. record: what is kept about the export; it is
-    written to the folder's ftjax.json with the list of its files. Raises FtjaxError as `check_out` does.
+    written to the folder's ftjax.json with its files and their checksums. Raises FtjaxError as `check_out` does.
     """
     out = check_out(out)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
@@ -123,7 +124,8 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     write_json(partial / MARKER, {"written_by": "ftjax"})
     try:
         yield partial
-        written = {"written_by": "ftjax", "files": sorted(set(_files(partial)) - {MARKER})}
+        files = sorted(set(_files(partial)) - {MARKER})
+        written = {"written_by": "ftjax", "files": files, "checksums": seals.checksums(partial, files)}
         write_json(partial / MARKER, written | (record or {}))
         check_out(out)
     except BaseException as error:
@@ -138,6 +140,17 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
         out.rename(old)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_written(folder: Path, names: Iterable[str]) -> None:
+    """Raise FtjaxError if an export wrote the folder, and one of these files differs from its checksum."""
+    marker = Path(folder) / MARKER
+    sums = read_json(marker, **WRITTEN).get("checksums", {}) if marker.is_file() else {}
+    if changed := seals.changed(folder, {name: sums[name] for name in names if name in sums}):
+        raise FtjaxError(
+            f"{Path(folder) / changed[0]}: the file has changed since it was written (its checksum in {MARKER} "
+            f"differs); export it again, or remove `checksums` from {MARKER} if the change is meant"
+        )
 
 
 def _files(folder: Path) -> list[str]:
