@@ -105,7 +105,7 @@ def find(kept: dict | None, holder: Path, named: str, revision: str, key: str, t
     """
     if not kept:
         return resolve.resolve(named, revision)
-    places = [resolve.whole(Path(assets.resolve(name)).expanduser()) for name in (named, kept["name"])]
+    places = [resolve.whole_model(Path(assets.resolve(name)).expanduser()) for name in (named, kept["name"])]
     places += [Path(kept["path"]), Path(os.path.normpath(Path(holder) / kept["relative"]))]
     there = [place for place in dict.fromkeys(places) if place.is_dir()]
     if not there and kept["revision"]:

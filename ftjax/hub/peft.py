@@ -9,11 +9,10 @@ import ml_dtypes  # noqa: F401  gives numpy, and so safetensors, the name `bfloa
 import numpy as np
 from safetensors.numpy import save_file
 
-from ftjax import seals
 from ftjax.errors import FtjaxError
 from ftjax.foreign import either, flag, listed, mapped, maybe, number, read_json, read_tensors, string, whole
 from ftjax.hub.families import names_of_labels
-from ftjax.hub.resolve import MARKER, new_folder, write_json
+from ftjax.hub.resolve import check_written, new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."
@@ -55,12 +54,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').is_file() else ''}; to convert, "
             "where peft is installed: load it with PeftModel.from_pretrained and save it with save_pretrained"
         )
-    written = read_json(folder / MARKER, checksums=mapped(whole(0, 2**32))) if (folder / MARKER).is_file() else {}
-    if seals.changed(folder, {name: x for name, x in written.get("checksums", {}).items() if name == WEIGHTS}):
-        raise FtjaxError(
-            f"{folder / WEIGHTS}: the file has changed since it was written (its checksum in {MARKER} differs); export "
-            "the adapter again"
-        )
+    check_written(folder, [WEIGHTS])
     return config, read_tensors(folder / WEIGHTS)
 
 
@@ -90,11 +84,9 @@ def write_adapter(
         problem: See weights.write_model. It is written to the same file.
         beside: beside(folder) writes further files into the directory.
     """
-    record = dict(record or {})  # the checksum is added when the weights are written
     shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "inference_mode": True}
     with new_folder(out, record) as folder:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-        record["checksums"] = seals.checksums(folder, [WEIGHTS])
         write_json(folder / CONFIG, shared | adapter_config)
         if labels:
             write_json(folder / LABELS, names_of_labels(labels) | {"problem_type": problem})

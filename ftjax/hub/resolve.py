@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ftjax import assets
+from ftjax import assets, seals
 from ftjax.errors import FtjaxError, nearest, of_disk
 from ftjax.files import as_json
-from ftjax.foreign import listed, read_json, string
+from ftjax.foreign import listed, mapped, read_json, string, whole
 
 MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
 WHOLE = ("merged", "full")  # folders of a run that hold a whole model
+WRITTEN = {"files": listed(string), "checksums": mapped(whole(0, 2**32))}  # its fields
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 # Files of some repositories that hold the same weights again, in other formats than Hugging Face's.
 UNWANTED = ("original/*", "consolidated*", "onnx/*", "openvino/*", "gguf/*")
@@ -42,7 +43,7 @@ def resolve_model(name: str, revision: str = "") -> Path:
     Raises FtjaxError for a run folder in which no whole model was written.
     """
     folder = resolve(name, revision)
-    found = whole(folder)
+    found = whole_model(folder)
     if found == folder and (folder / "run.json").is_file() and not (folder / "config.json").is_file():
         raise FtjaxError(
             f"{folder}: a run folder without a whole model, from which another run could start; write one with "
@@ -51,7 +52,7 @@ def resolve_model(name: str, revision: str = "") -> Path:
     return found
 
 
-def whole(folder: Path) -> Path:
+def whole_model(folder: Path) -> Path:
     """The folder of the whole model in a run folder; for any other folder, that folder."""
     parts = [folder / part for part in WHOLE if (folder / "run.json").is_file()]
     return next((part for part in parts if (part / "config.json").is_file()), folder)
@@ -128,7 +129,7 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     """A context with a temporary folder next to `out`, which replaces `out` when the block ends.
 
     If there is an error, or the process is killed, `out` is not changed. record: what is kept about the export; it is
-    written to the folder's ftjax.json with the list of its files. Raises FtjaxError as `check_out` does.
+    written to the folder's ftjax.json with its files and their checksums. Raises FtjaxError as `check_out` does.
     """
     out = check_out(out)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
@@ -145,7 +146,8 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     write_json(partial / MARKER, {"written_by": "ftjax"})
     try:
         yield partial
-        written = {"written_by": "ftjax", "files": sorted(set(_files(partial)) - {MARKER})}
+        files = sorted(set(_files(partial)) - {MARKER})
+        written = {"written_by": "ftjax", "files": files, "checksums": seals.checksums(partial, files)}
         write_json(partial / MARKER, written | (record or {}))
         check_out(out)
     except BaseException as error:
@@ -160,6 +162,17 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
         out.rename(old)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_written(folder: Path, names: Iterable[str]) -> None:
+    """Raise FtjaxError if an export wrote the folder, and one of these files differs from its checksum."""
+    marker = Path(folder) / MARKER
+    sums = read_json(marker, **WRITTEN).get("checksums", {}) if marker.is_file() else {}
+    if changed := seals.changed(folder, {name: sums[name] for name in names if name in sums}):
+        raise FtjaxError(
+            f"{Path(folder) / changed[0]}: the file has changed since it was written (its checksum in {MARKER} "
+            f"differs); export it again, or remove `checksums` from {MARKER} if the change is meant"
+        )
 
 
 def _files(folder: Path) -> list[str]:

@@ -42,7 +42,7 @@ from ftjax.hub.families import (
     to_hf,
 )
 from ftjax.hub.family_table import Family
-from ftjax.hub.resolve import is_plain_name, new_folder, write_json
+from ftjax.hub.resolve import check_written, is_plain_name, new_folder, write_json
 from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, not_finite, unflatten
@@ -157,9 +157,13 @@ def read_params(
         The nested dict of parameters.
 
     Raises:
-        FtjaxError: If a tensor is missing, is not expected, has the wrong shape or is not floating point.
+        FtjaxError: If a tensor is missing, is not expected, has the wrong shape or is not floating point, or if a file
+            of an export has changed since it was written.
     """
     located = _locate(Path(folder), family, config, new_head is not None)
+    if jax.process_count() == 1:  # several processes read only their parts of the files
+        files = {tensor.file for tensors, _ in located.values() for tensor in tensors if tensor}
+        check_written(folder, sorted(file.relative_to(Path(folder)).as_posix() for file in files))
     shardings = flatten(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes(config).items():

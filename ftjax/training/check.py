@@ -8,7 +8,7 @@ from pathlib import Path
 from ftjax import seals
 from ftjax.errors import FtjaxError
 from ftjax.files import as_json
-from ftjax.foreign import listed, mapped, read_json, string, whole
+from ftjax.foreign import read_json, string
 from ftjax.hub import fingerprint, peft, resolve
 from ftjax.training import checkpoint
 from ftjax.training.job import prepared
@@ -94,8 +94,7 @@ def _metrics(run_dir: Path, latest: Path | None) -> str:
 
 def _export(folder: Path) -> str:
     """What is wrong with an exported folder, by the list of its files and the checksums in its ftjax.json."""
-    fields = {"files": listed(string), "checksums": mapped(whole(0, 2**32))}
-    written = read_json(folder / resolve.MARKER, **fields)
+    written = read_json(folder / resolve.MARKER, **resolve.WRITTEN)
     gone = [name for name in written.get("files", ()) if not (folder / name).is_file()]
     changed = sorted({*gone, *seals.changed(folder, written.get("checksums", {}))})
     if changed:

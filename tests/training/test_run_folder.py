@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -203,7 +204,8 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
     c.run_dir, c.model.path = str(run), str(base)
     c.data.update(train=str(rows), split=(0.8, 0.2, 0.0), cache="", buckets=1)
     c.train.update(steps=2, batch_size=4, eval_every=1, keep=2, log_every=1)
-    c.log.tensorboard, c.export.formats, c.evaluate.compare, c.tuning.init = False, ("adapter",), False, "pissa"
+    c.log.tensorboard, c.evaluate.compare, c.tuning.init = False, False, "pissa"
+    c.export.formats = ("adapter", "merged")
     ftjax.train(c, say=lambda text: None)
     capsys.readouterr()
 
@@ -212,7 +214,7 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         return code, {line.partition(": ")[0] for line in lines if not line.endswith(": ok")}, len(lines)
 
-    assert wrong() == (0, set(), 8)
+    assert wrong() == (0, set(), 9)
     array = next(file for file in (run / "checkpoints" / "2" / "optimizer").rglob("0*") if file.is_file())
     cases = {
         base / "generation_config.json": {"the base's files", "the rows"},
@@ -222,6 +224,8 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
         run / "start.safetensors": {"start.safetensors"},
         run / "metrics.jsonl": {"metrics.jsonl"},
         run / "adapter" / "adapter_model.safetensors": {"adapter"},
+        run / "merged" / "config.json": {"merged"},
+        run / "merged" / "model.safetensors": {"merged"},
     }
     for file, expected in cases.items():
         kept = file.read_bytes() if file.is_file() else None
@@ -236,6 +240,9 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
         file.write_bytes(other)
         code, found, _ = wrong()
         assert code == 1 and found & expected and found <= expected | {"the rows"}, (file, found)
+        if file.name == "model.safetensors":
+            with pytest.raises(FtjaxError, match=f"^{re.escape(str(file))}: the file has changed since it was written"):
+                ftjax.load(run / "merged")
         file.write_bytes(kept) if kept is not None else file.unlink()
     assert wrong()[0] == 0
     assert cli.main(["check", str(tmp_path)]) == 2
