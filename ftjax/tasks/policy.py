@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from ftjax import cpus
+from ftjax import tasks, user_code, xla
 from ftjax.data import prepare, template
 from ftjax.data.batches import Batches
 from ftjax.data.template import Rendered
@@ -276,7 +276,7 @@ def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[D
     return [batch | {"fresh": np.full_like(batch["weights"], n == 0)} for n in range(task.updates)]
 
 
-@functools.partial(cpus.jit, static_argnums=0, static_argnames=("temperature", "head_chunk"))
+@functools.partial(xla.jit, static_argnums=0, static_argnames=("temperature", "head_chunk"))
 def _log_probs(model, variables, batch, *, temperature: float, head_chunk: int):
     found = causal.log_probs(model, variables, batch, temperature=temperature, head_chunk=head_chunk)
     return constrain(found, None, None)
