@@ -72,7 +72,7 @@ def test_a_task_that_no_other_file_knows_is_trained_scored_and_predicted(ordinal
 
 
 def test_a_task_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ftjax.FtjaxError, match="task.kind: 'ordinal'; expected one of causal, preference, classify"):
+    with pytest.raises(ftjax.FtjaxError, match="task.kind: 'ordinal'; expected one of causal, preference"):
         tasks.find("ordinal")
     with pytest.raises(ftjax.FtjaxError, match='did you mean "classify"'):
         tasks.find("clasify")

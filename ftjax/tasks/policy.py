@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from ftjax import tasks, user_code, xla
+from ftjax import xla
 from ftjax.data import prepare, template
 from ftjax.data.batches import Batches
 from ftjax.data.template import Rendered
