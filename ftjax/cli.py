@@ -237,6 +237,9 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("check", _check, "say whether a run, and all that it was made from, is as it was written")
     sub.add_argument("run_dir", metavar="RUN", help="run folder")
 
+    sub = verb("check-model", _check_model, "compare a model directory, layer by layer, with transformers and torch")
+    sub.add_argument("model", metavar="DIR", help="directory of a decoder")
+
     sub = verb("config", _list, "list, search and explain the fields of a config")
     sub.add_argument(
         "name", nargs="?", default="", metavar="GROUP|KEY", help="a group or a field, such as optim or optim.lr"
@@ -258,8 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 1 for a run that `check` finds damaged; 2 for input that cannot be used; 3 for a plan that
-        does not fit; 130 after Ctrl-C; 143 after SIGTERM.
+        The exit code: 0; 1 for a run that `check` finds damaged, or a model that `check-model` finds different; 2 for
+        input that cannot be used; 3 for a plan that does not fit; 130 after Ctrl-C; 143 after SIGTERM.
     """
     top = parser()
     args, rest = top.parse_known_args(argv)
@@ -530,6 +533,14 @@ def _check(args, overrides) -> int:
     from ftjax.training.check import check
 
     return 0 if check(args.run_dir) else 1
+
+
+def _check_model(args, overrides) -> int:
+    from pathlib import Path
+
+    from ftjax.check_model import check
+
+    return 0 if check(Path(args.model)) else 1
 
 
 def _list(args, overrides) -> None:

@@ -91,6 +91,34 @@ def test_module_names_are_the_referees(variant):
     assert module_name(path, family, config) == linear_names(family, config)[path]
 
 
+def model(kind, *sizes, **more):
+    keys = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+    return {"model_type": kind} | dict(zip(keys, sizes, strict=True)) | more
+
+
+@pytest.mark.parametrize(
+    ("hf", "count"),
+    [
+        ({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),  # GPT-2 XL
+        (model("llama", 4096, 14336, 32, 32, 8, 128256), 8_030_261_248),  # Llama 3.1 8B
+        (model("llama", 8192, 28672, 80, 64, 8, 128256), 70_553_706_496),  # Llama 3.1 70B
+        (model("mixtral", 4096, 14336, 32, 32, 8, 32000), 46_702_792_704),  # Mixtral 8x7B
+        (
+            model("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, norm_topk_prob=True),
+            30_532_122_624,  # Qwen3-30B-A3B
+        ),
+        (model("gemma2", 3584, 14336, 42, 16, 8, 256000), 9_241_705_984),  # Gemma 2 9B
+        (model("smollm3", 2048, 11008, 36, 16, 4, 128256), 3_075_098_624),  # SmolLM3 3B
+        (
+            model("phi3", 3072, 8192, 32, 24, 8, 200064, tie_word_embeddings=True, partial_rotary_factor=0.75),
+            3_836_021_760,  # Phi-4-mini
+        ),
+    ],
+)
+def test_public_models_have_their_published_number_of_parameters(hf, count):
+    assert sum(math.prod(shape) for shape in shapes(from_hf(hf)[1]).values()) == count
+
+
 SCALED = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -174,6 +202,14 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "llama", "tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes'", "true or false"]),
         ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, ["30", "multiple", "4 heads"]),
         ({"model_type": "llama", "num_key_value_heads": 5}, ["num_key_value_heads = 5"]),
+        ({"model_type": "llama", "architectures": ["YiForCausalLM"]}, ["'YiForCausalLM'", "LlamaForCausalLM"]),
+        ({"model_type": "llama", "logits_scaling": 8.0}, ["logits_scaling = 8.0", "changes the logits of a llama"]),
+        ({"model_type": "qwen2", "num_experts": 60}, ["num_experts = 60"]),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping = 50.0"]),
+        ({"model_type": "glm4", "partial_rotary_factor": 1.5}, ["192 dimensions would turn of heads of 128"]),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, ["no_rope_layers: expected 36 entries; found 2"]),
+        ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 1e4}}, ["expected full_attention", "rope_theta"]),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
         ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn"]),
         ({"model_type": "gpt2", "scale_attn_weights": False}, ["scale_attn_weights"]),

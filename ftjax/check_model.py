@@ -1,0 +1,71 @@
+"""`ftjax check-model`: a model directory as ftjax computes it, against transformers, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import FtjaxError
+from ftjax.hub import families, weights
+from ftjax.models.transformer import Transformer
+
+TOKENS = 64  # of the row that is compared
+BOUND = 1e-3  # of a difference, relative to the largest value, that float32 explains
+
+
+def check(folder: Path) -> bool:
+    """Print how far the logits of a decoder's directory are from those of transformers, and if they are not the same,
+    the first block whose output differs.
+
+    Returns:
+        Whether they are the same.
+
+    Raises:
+        FtjaxError: If the model is no decoder, or if transformers cannot load it here.
+    """
+    family, shape = families.read_config(folder)
+    if shape.head.task != "causal" or shape.layers < 2:
+        raise FtjaxError(f"{folder}: check-model is for decoders of two layers or more with a head over the vocabulary")
+    try:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
+    except ImportError as error:
+        raise FtjaxError(f"check-model needs transformers with torch: {error}") from None
+    params = weights.read_params(folder, family, shape, dtype=lambda path: np.dtype(np.float32))
+    ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, min(TOKENS, shape.max_positions)))
+    model = model.eval().requires_grad_(False)
+    theirs = model(next(model.parameters()).new_tensor(ids.tolist()).long(), output_hidden_states=True)
+
+    def differs(ours, theirs) -> float:
+        theirs = theirs.numpy()
+        return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+    def after(n: int) -> float:
+        """The difference of the states after n blocks."""
+        fewer = dataclasses.replace(
+            shape, layers=n, final_norm=False, windows=shape.windows[:n], rotary=shape.rotary[:n]
+        )
+        lower = params | {"layers": jax.tree.map(lambda x: x[:n], params["layers"])}
+        lower.pop("final_norm", None)
+        states = jax.jit(lambda p: Transformer(fewer).apply({"params": p}, jnp.asarray(ids), method="hidden"))(lower)
+        return differs(states, theirs.hidden_states[n])
+
+    logits = jax.jit(lambda p: Transformer(shape).apply({"params": p}, jnp.asarray(ids)))(params)
+    found = differs(logits, theirs.logits)
+    print(f"logits of {ids.size} tokens: they differ from transformers' by {found:.1e} of their largest value")
+    if found <= BOUND:
+        return True
+    same, apart = 0, shape.layers  # numbers of blocks after which the states are the same, and after which they differ
+    while apart - same > 1:
+        n = (same + apart) // 2
+        error = after(n)
+        print(f"states after {n} of {shape.layers} blocks: {error:.1e}")
+        same, apart = (n, apart) if error <= BOUND else (same, n)
+    before = " or the embeddings before it" * (apart == 1) + " or the norm and head after it" * (apart == shape.layers)
+    print(f"they part in block {apart - 1} (from 0){before}")
+    return False
