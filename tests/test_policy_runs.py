@@ -158,8 +158,8 @@ def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path):
     tokenizer = load_tokenizer(c.model.path)
     part = prepare(c, tokenizer, 64).train
     found = policy.rewards(c, part, np.array([0, 0, 1]), ["It is 5.", "#### 6", "two, so 2.0"], tokenizer)
-    assert found["number_match"].tolist() == [1, 0, 1]
-    np.testing.assert_allclose(found["reward"], 2 * found["number_match"] + 0.5 * found["length"])
+    assert found["reward/number_match"].tolist() == [1, 0, 1]
+    np.testing.assert_allclose(found["reward"], 2 * found["reward/number_match"] + 0.5 * found["reward/length"])
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def rewards(config, part: prepare.Part, rows: np.ndarray, answers: list[str], to
         tokenizer: The tokenizer.
 
     Returns:
-        {name in task.rewards: (R,) float64}, and the weighted sum of all as `reward`.
+        {"reward": the weighted sum, "reward/NAME": that of each of task.rewards}, (R,) float64.
 
     Raises:
         FtjaxError: See `check_rewards`; if a function fails or does not return a finite number. It then names the row
@@ -138,7 +138,7 @@ def rewards(config, part: prepare.Part, rows: np.ndarray, answers: list[str], to
             for name in config.task.rewards
         }
 
-    each = {name: np.array(x, float) for name, x in hosts.from_first(found).items()}
+    each = {f"reward/{name}": np.array(x, float) for name, x in hosts.from_first(found).items()}
     weights = config.task.reward_weights or [1.0] * len(each)
     return {"reward": sum(w * x for w, x in zip(weights, each.values(), strict=True)), **each}
 
