@@ -17,8 +17,8 @@ from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, answer_of, encode_prompts
 from ftjax.decoding import Drawn, generate
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import metrics
-from ftjax.lm import continuations, continue_ids, stop_tokens
+from ftjax.evaluation import best, metrics
+from ftjax.lm import continuations, stop_tokens
 from ftjax.models.axes import constrain
 from ftjax.objectives import causal, policy
 from ftjax.objectives.policy import FIGURE
@@ -314,7 +314,7 @@ def longest(config, examples) -> int:
 def measure(lm, variables, part, config) -> dict[str, float]:
     """See Task.measure: the mean rewards of answers as config.generate says, and the negative mean as the loss."""
     prompts = [part.examples[i].ids.tolist() for i in range(len(part))]
-    texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
+    texts = best.continued(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
     found = rewards(config, part, np.arange(len(part)), [answer_of(text) for text in texts], lm.tokenizer)
     means = {name: float(x.mean()) for name, x in found.items()}
     return {"loss": 0.0 - means["reward"], "answers": len(part), **means}
