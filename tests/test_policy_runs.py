@@ -150,14 +150,16 @@ def test_what_cannot_be_used_is_refused(setting, settings, message):
         ftjax.train(c, say=lambda text: None)
 
 
-def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path):
+def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path, monkeypatch):
     rows = [{"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}, {"question": "1 + 1?", "answer": "#### 2"}]
     c = setting()
     c.task.update(rewards=("number_match", "length"), reward_weights=(2.0, 0.5))
     c.data.update(train=write(tmp_path / "sums.jsonl", rows), split=(1.0, 0.0, 0.0))
     tokenizer = load_tokenizer(c.model.path)
     part = prepare(c, tokenizer, 64).train
-    found = policy.rewards(c, part, np.array([0, 0, 1]), ["It is 5.", "#### 6", "two, so 2.0"], tokenizer)
+    texts = ["It is 5.", "#### 6", "two, so 2.0"]
+    monkeypatch.setattr(policy, "continuations", lambda *given: texts)  # the tiny tokenizer has no numbers
+    found = policy.rewards(c, part, np.array([0, 0, 1]), [[1]] * 3, [[1]] * 3, tokenizer)
     assert found["reward/number_match"].tolist() == [1, 0, 1]
     np.testing.assert_allclose(found["reward"], 2 * found["reward/number_match"] + 0.5 * found["reward/length"])
 
