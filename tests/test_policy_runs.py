@@ -138,6 +138,7 @@ def test_a_reward_that_fails_is_named_with_its_row(setting, value, message):
         ({"task__rewards": "('coverag',)"}, 'task.rewards: unknown metric .coverag. .did you mean "coverage"'),
         ({"task__reward_weights": "(1.0, 2.0)"}, "task.reward_weights: expected 1 numbers"),
         ({"train__batch_size": "18"}, "train.batch_size: 18 answers cannot be split into groups of rollout.group=4"),
+        ({"train__spike": "3"}, "train.spike: does not apply to task.kind policy; expected 0, found 3"),
         ({"tuning__method": "full"}, "tuning.method='full': changes parameters of the base model, which task.beta"),
         ({"generate__max_new_tokens": "30"}, "prompts.jsonl row 1: its prompt has . tokens, which leaves no room"),
         ({"task__rewards": "('rouge_l',)"}, "prompts.jsonl row .*: has no answer, with which the reward rouge_l"),
