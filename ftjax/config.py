@@ -405,7 +405,7 @@ FIELDS: dict[str, Field] = {
     # are the baseline; reinforce_pp: rewards normalised over the batch
     "task.rewards": several((), WORD, also="reward_funcs reward_functions"),  # policy: what an answer is worth, the
     # weighted sum of these: metrics that `ftjax metrics` lists, or "file.py:name" of your own functions, which are
-    # called as those of evaluate.metrics are
+    # called as those of evaluate.metrics are, or directories of reward models (task.kind reward)
     "task.reward_weights": several((), number(1.0)),  # policy: weight of each of task.rewards; empty: 1 each
     "task.updates": whole(1, 1, also="num_iterations ppo_epochs"),  # policy: number of steps that the same answers are
     # used for. A run validates and saves only after the last of them

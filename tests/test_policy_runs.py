@@ -138,6 +138,7 @@ def test_a_reward_that_fails_is_named_with_its_row(setting, value, message):
         ({"task__rewards": "('coverag',)"}, 'task.rewards: unknown metric .coverag. .did you mean "coverage"'),
         ({"task__reward_weights": "(1.0, 2.0)"}, "task.reward_weights: expected 1 numbers"),
         ({"train__batch_size": "18"}, "train.batch_size: 18 answers cannot be split into groups of rollout.group=4"),
+        ({"train__spike": "3"}, "train.spike: does not apply to task.kind policy; expected 0, found 3"),
         ({"tuning__method": "full"}, "tuning.method='full': changes parameters of the base model, which task.beta"),
         ({"generate__max_new_tokens": "30"}, "prompts.jsonl row 1: its prompt has . tokens, which leaves no room"),
         ({"task__rewards": "('rouge_l',)"}, "prompts.jsonl row .*: has no answer, with which the reward rouge_l"),
@@ -150,16 +151,18 @@ def test_what_cannot_be_used_is_refused(setting, settings, message):
         ftjax.train(c, say=lambda text: None)
 
 
-def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path):
+def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path, monkeypatch):
     rows = [{"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}, {"question": "1 + 1?", "answer": "#### 2"}]
     c = setting()
     c.task.update(rewards=("number_match", "length"), reward_weights=(2.0, 0.5))
     c.data.update(train=write(tmp_path / "sums.jsonl", rows), split=(1.0, 0.0, 0.0))
     tokenizer = load_tokenizer(c.model.path)
     part = prepare(c, tokenizer, 64).train
-    found = policy.rewards(c, part, np.array([0, 0, 1]), ["It is 5.", "#### 6", "two, so 2.0"], tokenizer)
-    assert found["number_match"].tolist() == [1, 0, 1]
-    np.testing.assert_allclose(found["reward"], 2 * found["number_match"] + 0.5 * found["length"])
+    texts = ["It is 5.", "#### 6", "two, so 2.0"]
+    monkeypatch.setattr(policy, "continuations", lambda *given: texts)  # the tiny tokenizer has no numbers
+    found = policy.rewards(c, part, np.array([0, 0, 1]), [[1]] * 3, [[1]] * 3, tokenizer)
+    assert found["reward/number_match"].tolist() == [1, 0, 1]
+    np.testing.assert_allclose(found["reward"], 2 * found["reward/number_match"] + 0.5 * found["reward/length"])
 
 
 @pytest.mark.parametrize(

@@ -143,3 +143,28 @@ def test_the_best_of_several_answers_has_the_highest_score(run, tmp_path, capsys
     ):
         assert main([*asked, *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_reward_model_rewards_the_answers_of_a_policy(run, tmp_path):
+    from ftjax.data.prepare import prepare
+    from ftjax.hub.tokenizer import load_tokenizer
+    from ftjax.tasks import policy
+
+    _, folder = run
+    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(6, 2)]
+    c = config(tmp_path, folder / "llama", task__kind="policy", tuning__method="lora", data__max_length="32")
+    c.data.update(train=write(tmp_path / "answers.jsonl", answers), test="", split=(1.0, 0.0, 0.0))
+    c.task.update(rewards=(str(folder / "run" / "full"),), beta=0.0)
+    c.rollout.group, c.generate.max_new_tokens = 4, 3
+    c.train.update(steps=2, batch_size=8, log_every=1)
+    ftjax.train(c, say=lambda text: None)
+    steps = [row for row in read_metrics(c.run_dir) if "reward" in row]
+    assert len(steps) == 2
+    assert all(row["reward"] != 0 and row["flat"] < 1 for row in steps)
+    tokenizer = load_tokenizer(c.model.path)
+    part = prepare(c, tokenizer, 64).train
+    prompts = [part.examples[i].ids.tolist() for i in range(6)]
+    new = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in answers]
+    found = policy.rewards(c, part, np.arange(6), prompts, new, tokenizer)["reward"]
+    known = ftjax.predict(str(folder / "run"), str(tmp_path / "answers.jsonl"), say=lambda text: None)
+    np.testing.assert_allclose(found, [row["score"] for row in known], rtol=1e-5, atol=1e-5)

@@ -16,9 +16,14 @@ from ftjax.loading import load
 from ftjax.progress import doing
 
 
-def continued(
+def continued(lm: LM, variables, ids: list[list[int]], **how) -> list[str]:
+    """As `continued_tokens`, but return the new text of each prompt."""
+    return continuations(lm.tokenizer, ids, continued_tokens(lm, variables, ids, **how))
+
+
+def continued_tokens(
     lm: LM, variables, ids: list[list[int]], *, best_of: int = 1, reward: str = "", stop: tuple[str, ...] = (), **how
-) -> list[str]:
+) -> list[list[int]]:
     """Continue prompts that are token ids, and choose the best of several answers to each.
 
     The reward model reads a prompt with an answer, and behind an answer that ended by itself the token with which its
@@ -34,7 +39,7 @@ def continued(
         how: Further settings of ftjax.decoding.generate.
 
     Returns:
-        The new text of each prompt.
+        The new ids of each prompt, without the token that ends an answer.
 
     Raises:
         FtjaxError: If the answers would all be alike, or if the reward model cannot score them.
@@ -48,38 +53,45 @@ def continued(
     many = [prompt for prompt in ids for _ in range(best_of)]
     new = continue_tokens(lm, variables, many, stop=stop, **how)
     if best_of > 1:
-        judge = load(reward)
-        head = judge.model.config.head
-        if (head.task, head.labels, head.pool) != ("sequence", 1, "last"):
-            raise FtjaxError(
-                f"generate.reward: {reward} is no reward model; expected a head with one label, see `reward`"
-            )
-        if judge.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-            raise FtjaxError(
-                f"generate.reward: {reward} has other tokens than the model that answers; both need the same"
-            )
-        end, most = [judge.end_tokens[-1]], how["max_new_tokens"]
-        texts = [p + n + end * (len(n) < most) for p, n in zip(many, new, strict=True)]
-        found = scores(judge, texts, how.get("batch_size", 32)).reshape(-1, best_of).argmax(1)
-        new = [new[i * best_of + k] for i, k in enumerate(found.tolist())]
-    return continuations(lm.tokenizer, ids, new)
+        judge = reward_model(reward, lm.tokenizer, "generate.reward")
+        found = scores(judge, many, new, how["max_new_tokens"], how.get("batch_size", 32), "generate.reward")
+        new = [new[i * best_of + k] for i, k in enumerate(found.reshape(-1, best_of).argmax(1).tolist())]
+    return new
 
 
-def scores(judge: LM, texts: list[list[int]], batch_size: int) -> np.ndarray:
-    """The scores (N,) that a reward model gives to texts.
+def reward_model(path: str, tokenizer, key: str) -> LM:
+    """The reward model at a path, which must have the tokens of `tokenizer`. key: the config's key, for errors."""
+    judge = load(path)
+    head = judge.model.config.head
+    if (head.task, head.labels, head.pool) != ("sequence", 1, "last"):
+        raise FtjaxError(f"{key}: {path} is no reward model; expected a head with one label, see `reward`")
+    if judge.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise FtjaxError(f"{key}: {path} has other tokens than the model that answers; both need the same")
+    return judge
+
+
+def scores(
+    judge: LM, prompts: list[list[int]], new: list[list[int]], max_new_tokens: int, batch_size: int, key: str
+) -> np.ndarray:
+    """The scores (N,) that a reward model gives to answers.
 
     Args:
         judge: The reward model.
-        texts: N lists of token ids.
+        prompts: Ids of the N prompts.
+        new: Ids of the N answers, without the token that ends them.
+        max_new_tokens: Most tokens of an answer. Shorter ones ended by themselves.
         batch_size: Most texts that are computed at once.
+        key: The config's key, for errors.
 
     Raises:
         FtjaxError: If a text is longer than the model's positions. It is a NotFinite if a score is NaN or infinite.
     """
+    end = [judge.end_tokens[-1]]
+    texts = [p + n + end * (len(n) < max_new_tokens) for p, n in zip(prompts, new, strict=True)]
     longest = max(map(len, texts))
     if longest > judge.max_tokens:
         raise FtjaxError(
-            f"generate.reward: a prompt with its answer has {longest:,} tokens, and the reward model "
+            f"{key}: a prompt with its answer has {longest:,} tokens, and the reward model "
             f"{judge.max_tokens:,} positions; shorten the prompt or lower max_new_tokens"
         )
     pad, arrays = pad_token(judge.tokenizer), (np.array(text, np.int32) for text in texts)
@@ -89,5 +101,5 @@ def scores(judge: LM, texts: list[list[int]], batch_size: int) -> np.ndarray:
         found = by_example(lambda batch: logits(judge.model, variables, batch), examples, batch_size, longest)
     values = np.concatenate(found)[:, 0]
     if not np.isfinite(values).all():
-        raise NotFinite(f"generate.reward: a score is NaN or infinite, so that no answer can be chosen. {WEIGHTS}")
+        raise NotFinite(f"{key}: a score is NaN or infinite, so that answers cannot be compared. {WEIGHTS}")
     return values

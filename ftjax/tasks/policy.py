@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import xla
 from ftjax.data import prepare, template
@@ -17,8 +19,8 @@ from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, answer_of, encode_prompts
 from ftjax.decoding import Drawn, generate
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import metrics
-from ftjax.lm import continuations, continue_ids, stop_tokens
+from ftjax.evaluation import best, metrics
+from ftjax.lm import LM, continuations, stop_tokens
 from ftjax.models.axes import constrain
 from ftjax.objectives import causal, policy
 from ftjax.objectives.policy import FIGURE
@@ -112,33 +114,43 @@ def _answerless(data, columns: list[str]) -> bool:
 # ---------------------------------------------------------------------------------------------- rewards
 
 
-def rewards(config, part: prepare.Part, rows: np.ndarray, answers: list[str], tokenizer) -> dict[str, np.ndarray]:
+def rewards(
+    config, part: prepare.Part, rows: np.ndarray, prompts: list[list[int]], new: list[list[int]], tokenizer
+) -> dict[str, np.ndarray]:
     """The rewards of answers.
 
     Args:
         config: The config.
         part: The rows.
         rows: (R,) index of each answer's example in the part.
-        answers: R texts.
+        prompts: Ids of the R prompts.
+        new: Ids of the R answers, without the token that ends them.
         tokenizer: The tokenizer.
 
     Returns:
-        {name in task.rewards: (R,) float64}, and the weighted sum of all as `reward`.
+        {"reward": the weighted sum, "reward/NAME": that of each of task.rewards}, (R,) float64.
 
     Raises:
         FtjaxError: See `check_rewards`; if a function fails or does not return a finite number. It then names the row
             and the function.
     """
     check_rewards(config.task)
+    answers = [answer_of(text) for text in continuations(tokenizer, prompts, new)]
     known = {int(i): (part.row(i), [part.reference(i, tokenizer)], part.place(i)) for i in np.unique(rows)}
 
     def found() -> dict[str, list[float]]:
         return {
             name: [_reward(name, answer, *known[int(i)], config) for i, answer in zip(rows, answers, strict=True)]
             for name in config.task.rewards
+            if not _is_model(name)
         }
 
     each = {name: np.array(x, float) for name, x in hosts.from_first(found).items()}
+    for name in filter(_is_model, config.task.rewards):
+        judge = _judge(name, tokenizer, jax.sharding.get_mesh())
+        how = config.generate
+        each[name] = best.scores(judge, prompts, new, how.max_new_tokens, how.batch_size, "task.rewards")
+    each = {f"reward/{name}": each[name] for name in config.task.rewards}
     weights = config.task.reward_weights or [1.0] * len(each)
     return {"reward": sum(w * x for w, x in zip(weights, each.values(), strict=True)), **each}
 
@@ -152,12 +164,27 @@ def check_rewards(task) -> None:
             "them in the command"
         )
     for name in task.rewards:
-        metrics.find(name, "task.rewards")
+        if not _is_model(name):
+            metrics.find(name, "task.rewards")
     if task.reward_weights and len(task.reward_weights) != len(task.rewards):
         raise FtjaxError(
             f"task.reward_weights: expected {len(task.rewards)} numbers, one for each of task.rewards; found "
             f"{len(task.reward_weights)}"
         )
+
+
+def _is_model(name: str) -> bool:
+    """Whether an entry of task.rewards is the directory of a reward model."""
+    return name not in metrics.METRICS and Path(name).is_dir()
+
+
+@functools.lru_cache(maxsize=4)
+def _judge(path: str, tokenizer, mesh) -> LM:
+    """The reward model at a path, on the devices of the mesh."""
+    judge = best.reward_model(path, tokenizer, "task.rewards")
+    if mesh.empty:
+        return judge
+    return judge.applied(jax.device_put(judge.variables, NamedSharding(mesh, PartitionSpec())))
 
 
 def _reward(name: str, answer: str, row: dict, references: list[str], place: str, config) -> float:
@@ -194,11 +221,11 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
         if not len(todo):
             break
         new = sample(lm, variables, [prompts[i] for i in todo], (config.seed, step, DRAWS, attempt), config)
-        texts = continuations(lm.tokenizer, [prompts[i] for i in todo], [one.ids for one in new])
-        answers = [answer_of(text) for text in texts]
         for i, one in zip(todo, new, strict=True):
             drawn[i] = one
-        for name, x in rewards(config, data.train, rows[todo], answers, lm.tokenizer).items():
+        ids = [one.ids[: len(one.ids) - one.ended] for one in new]
+        found = rewards(config, data.train, rows[todo], [prompts[i] for i in todo], ids, lm.tokenizer)
+        for name, x in found.items():
             values.setdefault(name, np.zeros(len(rows)))[todo] = x
         flat = np.repeat(np.ptp(values["reward"].reshape(-1, rollout.group), axis=1) == 0, rollout.group)
     values |= {"flat": flat, "ended": np.array([one.ended for one in drawn])}
@@ -314,8 +341,8 @@ def longest(config, examples) -> int:
 def measure(lm, variables, part, config) -> dict[str, float]:
     """See Task.measure: the mean rewards of answers as config.generate says, and the negative mean as the loss."""
     prompts = [part.examples[i].ids.tolist() for i in range(len(part))]
-    texts = continue_ids(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
-    found = rewards(config, part, np.arange(len(part)), [answer_of(text) for text in texts], lm.tokenizer)
+    new = best.continued_tokens(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
+    found = rewards(config, part, np.arange(len(part)), prompts, new, lm.tokenizer)
     means = {name: float(x.mean()) for name, x in found.items()}
     return {"loss": 0.0 - means["reward"], "answers": len(part), **means}
 
@@ -332,6 +359,11 @@ def check(config, method, spec) -> None:
             f"train.batch_size: {config.train.batch_size} answers cannot be split into groups of "
             f"rollout.group={rollout.group}; expected a multiple"
         )
+    for key in ("spike", "label_smoothing"):  # the loss is around 0, and has no labels
+        if config.train[key]:
+            raise FtjaxError(
+                f"train.{key}: does not apply to task.kind policy; expected 0, found {config.train[key]:g}"
+            )
     if task.beta:
         keeps_base(method, spec, "task.beta", "task.beta=0")
 
