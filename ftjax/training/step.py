@@ -180,7 +180,7 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
     return after, report
 
 
-def compile_step(state_shardings, options: dict, **fixed):
+def compile_step(state_shardings, options: dict | None = None, **fixed):
     """Compile `train_step` with everything but (state, frozen, batch) bound. The state is donated.
 
     options: compiler options of XLA.
