@@ -195,8 +195,6 @@ def outcome(kind: str, whole: dict, folder: Path) -> str:
                 return judge(of_rows(folder), whole["rows"])
             if kind in ("adapter", "merged"):
                 return judge(of_model(folder / "run" / kind), whole[kind])
-            if kind == "base" and (rows := judge(of_rows(folder), whole["rows"])) != "same":
-                return rows
             first = judge(of_model(folder / "run"), whole["model"])
             del said[:]
             step, state = of_state(folder, said.append)
