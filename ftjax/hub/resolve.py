@@ -165,12 +165,20 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def written(folder: Path) -> dict:
+    """The fields of the ftjax.json of a folder; empty without one. Raises FtjaxError if it names a file elsewhere."""
+    marker = Path(folder) / MARKER
+    found = read_json(marker, **WRITTEN) if marker.is_file() else {}
+    for name in (*found.get("files", ()), *found.get("checksums", ())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise FtjaxError(f"{marker}: expected names of files in this folder; found {name!r:.80}")
+    return found
+
+
 def check_written(folder: Path, names: Collection[str]) -> None:
     """Compare the files of an export with their checksums. Raises FtjaxError if one of these names has changed, and
     warns of other files that have. A folder that no export wrote has no checksums."""
-    marker = Path(folder) / MARKER
-    sums = read_json(marker, **WRITTEN).get("checksums", {}) if marker.is_file() else {}
-    changed = seals.changed(folder, sums)
+    changed = seals.changed(folder, written(folder).get("checksums", {}))
     for name in sorted(changed, key=lambda name: name not in names):
         told = (
             f"{Path(folder) / name}: the file has changed since it was written (its checksum in {MARKER} differs); "
