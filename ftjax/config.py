@@ -486,9 +486,10 @@ FIELDS: dict[str, Field] = {
     # trained parameters, which is validated and exported in their place; 0: off
     "train.deterministic": switch(True, also="full_determinism"),  # on a GPU, only take operations that compute the
     # same bits in each run; False trains faster (docs/performance.md). CPUs and TPUs compute the same bits anyway
-    "train.on_bad_step": choice("stop", "skip"),  # what a step does whose loss or gradient norm is NaN or infinite, or
-    # whose loss is a spike: stop ends the run; skip changes neither parameters nor the optimizer's state, tells the
-    # rows of the batch, and ends the run after 10 such steps in a row
+    "train.on_bad_step": choice("stop", "skip", "rewind"),  # what happens at a step whose loss or gradient norm is NaN
+    # or infinite, or whose loss is a spike: stop ends the run; skip changes neither parameters nor the optimizer's
+    # state; rewind takes those of the last checkpoint and goes on with the batch after the bad one. Both tell the rows
+    # of the batch, and end the run after 10 such steps in a row
     "train.spike": number(0.0, 0),  # a loss above this multiple of the median of the last 50 losses is a spike, see
     # on_bad_step; 0: off. 3 to 10 leave the usual scatter of losses alone
     "train.log_every": whole(10, 1, also="logging_steps log_interval"),  # steps between lines of metrics.jsonl
@@ -960,6 +961,8 @@ def validate(config: ConfigDict) -> None:
     if config.task.kind == "embed":
         need("train.accumulate", lambda v: v == 1, "1: each text is compared with all others of its batch, and "
              "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
+    need("train.on_bad_step", lambda v: v != "rewind" or config.task.updates == 1, "stop or skip if task.updates is "
+         "above 1, because the answers of several steps are drawn at once")  # fmt: skip
     need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")

@@ -130,6 +130,7 @@ def _watch(told: socket.socket, mine: list[int]) -> None:
             deadline = None
             continue
         if not number:
+            told.close()
             return
         if number[0] not in mine:
             continue

@@ -1,19 +1,26 @@
-"""Damage a run, its cache and its adapter at random, and see that each damage is repaired or refused by name.
+"""Damage a run, what it reads and what it wrote at random, and kill it at random moments.
 
-    python scripts/damage.py --count 300 --seed 7
+    python scripts/damage.py --count 300 --kills 200 --seed 7
 
 Of each damage the outcome is one of: `same` (the numbers are those of the whole run), `told` (an older checkpoint, or
 rows that were computed again, and a line says so), `refused` (an FtjaxError), and the two that are faults: `SILENT`
-(other numbers, and no word of it) and `TRACEBACK`. Exit status 1 where there is a fault.
+(other numbers, and no word of it) and `TRACEBACK`.
+
+A kill is one or two signals to a process that prepares rows, trains, evaluates or exports. No process may hang or
+print a traceback, and the same command must then end in the bytes of an undisturbed run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -29,12 +36,15 @@ from ftjax.errors import FtjaxError
 
 STEPS, EVERY = 6, 2
 FIELDS = {"train.steps": STEPS, "train.save_every": EVERY, "train.eval_every": EVERY, "train.keep": 3}
-FIELDS |= {"evaluate.compare": False}
+FIELDS |= {"evaluate.compare": False, "export.formats": ("adapter", "merged")}
+# What a number of a JSON file becomes, besides one that is a little larger.
+ODD = (None, True, -1, 0, 10**30, 1e300, float("nan"), "", "x", "../x", "/etc/passwd", [], {}, [[]], {"a": {}})
+HANG = 120  # seconds
 
 
 def settings(folder: Path):
     """The config of the run in a folder."""
-    return fuzz.settings(folder, **FIELDS)
+    return fuzz.settings(folder, **FIELDS | {"model.path": str(folder / "base")})
 
 
 def numbers(tree) -> str:
@@ -81,8 +91,10 @@ def of_rows(folder: Path) -> str:
 
 def make(folder: Path) -> dict:
     """Run it; returns the numbers of the whole one: of its model, its adapter, its rows and each of its states."""
+    fuzz.make_model(folder / "base")
     ftjax.train(settings(folder), say=fuzz.quiet)
-    whole = {"model": of_model(folder / "run"), "adapter": of_model(folder / "run/adapter"), "rows": of_rows(folder)}
+    whole = {"model": of_model(folder / "run"), "rows": of_rows(folder)}
+    whole |= {name: of_model(folder / "run" / name) for name in ("adapter", "merged")}
     states, copy = {}, folder.parent / "states"
     shutil.copytree(folder, copy)
     for _ in range(3):
@@ -95,7 +107,8 @@ def make(folder: Path) -> dict:
 
 def hurt(rng: random.Random, file: Path) -> str:
     """Damage a file; returns how."""
-    data, way = bytearray(file.read_bytes()), rng.choice(("flip", "zeros", "cut", "empty", "gone", "longer"))
+    ways = ("flip", "zeros", "cut", "empty", "gone", "longer", "folder", "link", "loop")
+    data, way = bytearray(file.read_bytes()), rng.choice(ways + ("value",) * 6 * (file.suffix == ".json"))
     at = rng.randrange(len(data)) if data else 0
     if way == "flip" and data:
         data[at] ^= 1 << rng.randrange(8)
@@ -107,15 +120,29 @@ def hurt(rng: random.Random, file: Path) -> str:
         data = bytearray()
     elif way == "longer":
         data += rng.randbytes(16)
+    elif way == "value":
+        content = json.loads(data)
+        *path, last = rng.choice(fuzz.paths(content) or [["x"]])
+        node = content
+        for key in path:
+            node = node[key]
+        old = node[last] if path or last in content else None
+        near = [old * 1.25, old + 1] if isinstance(old, int | float) else []
+        node[last] = rng.choice([*ODD, *near * 5])
+        way, data = f"{'.'.join(map(str, [*path, last]))} = {node[last]}", json.dumps(content).encode()
     file.unlink()
-    if way != "gone":
+    if way in ("link", "loop"):
+        file.symlink_to(file.with_name("nowhere") if way == "link" else file)
+    elif way == "folder":
+        file.mkdir()
+    elif way != "gone":
         file.write_bytes(data)
     return way
 
 
 def damage(rng: random.Random, folder: Path) -> tuple[str, str]:
     """Damage something in a folder; returns the kind, and what was done."""
-    kind = rng.choice(("checkpoint", "checkpoint", "folders", "cache", "adapter", "run"))
+    kind = rng.choice(("checkpoint", "checkpoint", "folders", "cache", "adapter", "run", "base", "merged"))
     saved = sorted((folder / "run/checkpoints").iterdir(), key=lambda path: int(path.name))
     if kind == "folders":
         one, other = rng.sample(saved, 2)
@@ -140,10 +167,17 @@ def damage(rng: random.Random, folder: Path) -> tuple[str, str]:
     files = {
         "checkpoint": [p for p in rng.choice(saved).rglob("*") if p.is_file()],
         "cache": [p for p in (folder / "cache").rglob("*") if p.is_file()],
-        "adapter": [folder / "run/adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")],
+        "adapter": [p for p in (folder / "run/adapter").rglob("*") if p.is_file()],
+        "merged": [p for p in (folder / "run/merged").rglob("*") if p.is_file()],
+        "base": [p for p in (folder / "base").rglob("*") if p.is_file()],
         "run": [folder / "run" / name for name in ("run.json", "metrics.jsonl")],
     }[kind]
     file = rng.choice(sorted(files))
+    if kind == "merged" and rng.random() < 0.2:  # a part of another export
+        shutil.copyfile(
+            folder / "base" / (name := rng.choice(("model.safetensors", "config.json"))), file.with_name(name)
+        )
+        return kind, f"of the base: {name}"
     return kind, f"{hurt(rng, file)}: {file.relative_to(folder)}"
 
 
@@ -159,8 +193,8 @@ def outcome(kind: str, whole: dict, folder: Path) -> str:
             warnings.simplefilter("always")
             if kind == "cache":
                 return judge(of_rows(folder), whole["rows"])
-            if kind == "adapter":
-                return judge(of_model(folder / "run/adapter"), whole["adapter"])
+            if kind in ("adapter", "merged"):
+                return judge(of_model(folder / "run" / kind), whole[kind])
             first = judge(of_model(folder / "run"), whole["model"])
             del said[:]
             step, state = of_state(folder, said.append)
@@ -178,29 +212,162 @@ def several(count: int, seed: int, say=print) -> Counter:
     """How often each outcome came of so many damages."""
     found = Counter()
     with tempfile.TemporaryDirectory() as work:
-        right, copy = Path(work) / "whole", Path(work) / "copy"
-        right.mkdir()
-        whole = make(right)
+        folder, right = Path(work) / "folder", Path(work) / "right"
+        folder.mkdir()
+        whole = make(folder)
+        shutil.copytree(folder, right)
         for i in range(count):
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(right, copy)
-            kind, what = damage(random.Random(f"{seed} {i}"), copy)
-            came = outcome(kind, whole, copy)
+            shutil.rmtree(folder)
+            shutil.copytree(right, folder)
+            kind, what = damage(random.Random(f"{seed} {i}"), folder)
+            came = outcome(kind, whole, folder)
             found[came.split(":")[0].split()[0]] += 1
             if came.startswith(("SILENT", "TRACEBACK")):
                 say(f"{i} {kind}, {what}: {came}")
     return found
 
 
+# --------------------------------------------------------------------------------------------------------- the kills
+
+
+def start(arguments: list[str], said: Path) -> int:
+    """Start the command line in a fork, which need not import anything; returns its number. said: what it prints."""
+    if child := os.fork():
+        return child
+    os.setsid()
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from ftjax import cli
+
+    sys.argv, code = ["ftjax", *arguments], 99
+    try:
+        code = cli.main()
+    except KeyboardInterrupt:  # before the command listens to signals
+        code = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(child: int, seconds: float) -> int | None:
+    """The exit code of a child, negative for a signal; None if it still runs after some seconds."""
+    until = time.monotonic() + seconds
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(found[1])
+
+
+def written(folder: Path) -> dict:
+    """What the commands wrote into a folder, without clocks."""
+    names = [*(folder / "run/adapter").rglob("*"), *(folder / "out").rglob("*"), folder / "run/samples.jsonl"]
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in names if p.suffix in (".safetensors", ".jsonl")}
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for row in rows]
+    scores = json.loads((folder / "scores.json").read_text())
+    return found | {"scores": {key: x for key, x in scores.items() if "second" not in key and "path" not in key}}
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """Train (with its preparation, scores before and after, and an export), evaluate and export."""
+    fields = FIELDS | {"evaluate.compare": True, "log.compilation_cache": True, "export.formats": ("adapter",)}
+    flat = fuzz.RUN | fields | {"run_dir": str(folder / "run"), "data.cache": str(folder / "cache")}
+    folder.mkdir()
+    text = f"from ftjax import config\n\n\ndef get_config():\n    return config.from_dict({flat!r})\n"
+    (folder / "config.py").write_text(text)
+    run = str(folder / "run")
+    return [
+        ["train", "--config", str(folder / "config.py")],
+        ["evaluate", "--model", run, "--out", str(folder / "scores.json")],
+        ["export", "--run", run, "--out", str(folder / "out"), "--format", "merged"],
+    ]
+
+
+def killed(count: int, seed: int, say=print) -> Counter:
+    """How often each outcome came of so many kills."""
+    import grain  # noqa: F401  what the commands import, so that a fork begins at once
+    import orbax.checkpoint  # noqa: F401
+    import transformers  # noqa: F401
+
+    import ftjax.training.loop  # noqa: F401
+    from ftjax import cli  # noqa: F401
+
+    found, rng = Counter(), random.Random(f"kills {seed}")
+    with tempfile.TemporaryDirectory() as work:
+        os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0", "XLA_FLAGS": ""}
+        said, times, names = Path(work) / "said", [], iter(range(count + 2))
+
+        def finish(todo: list[list[str]]) -> None:
+            for command in todo:
+                began = time.monotonic()
+                code = ended(start(command, said), 10 * HANG)
+                times.append(time.monotonic() - began)
+                if code:
+                    raise AssertionError(f"{command}: exit code {code}: {said.read_text()[-3000:]}")
+
+        def compare(folder: Path) -> None:
+            theirs = written(folder)
+            other = [name for name in right if theirs.get(name) != right[name]]
+            found["SILENT" if other else "same"] += 1
+            if other:
+                say(f"{folder.name}: other than the undisturbed run: {', '.join(other)}")
+
+        for _ in range(2):  # the first one compiles
+            folder, times = Path(work) / str(next(names)), []
+            finish(commands(folder))
+        right, todo, told = written(folder), [], 0
+        for i in range(count):
+            if not todo:
+                todo = commands(folder := Path(work) / str(next(names)))
+            until = rng.uniform(0, times[3 - len(todo)])
+            signals = [
+                rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)) for _ in range(rng.choice((1, 1, 2)))
+            ]
+            child = start(todo[0], said)
+            code = ended(child, until)
+            for number in signals if code is None else ():
+                os.killpg(child, number)
+                code = ended(child, HANG if number == signals[-1] else rng.uniform(0, 1))
+                if code is not None:
+                    break
+            text = said.read_text(errors="replace")
+            if code is None:
+                found["HANG"] += 1
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            elif "Traceback" in text or code not in {0, *(-n for n in signals), *(128 + n for n in signals)}:
+                found["TRACEBACK"] += 1
+            else:
+                found["finished" if code == 0 else "killed"] += 1
+            if code is None or found["TRACEBACK"] > told:
+                told = found["TRACEBACK"]
+                say(f"kill {i}: {todo[0][0]} after {until:.2f} s, {signals}: exit code {code}: {text[-3000:]}")
+            if code == 0:
+                todo.pop(0)
+                if not todo:
+                    compare(folder)
+        if todo:
+            finish(todo)
+            compare(folder)
+    return found
+
+
 def main(argv=None) -> int:
-    """Exit status 1 where a damage ended in other numbers or in another error."""
+    """Exit status 1 where a damage or a kill ended in other numbers or in another error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--count", type=int, default=300, help="of damages")
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    found = several(args.count, args.seed)
+    found = killed(args.kills, args.seed) if args.kills else Counter()  # before this process uses a device
+    found += several(args.count, args.seed) if args.count else Counter()
     print(", ".join(f"{name} {n}" for name, n in sorted(found.items())))
-    return int(bool(found["SILENT"] or found["TRACEBACK"]))
+    return int(any(found[name] for name in ("SILENT", "TRACEBACK", "HANG")))
 
 
 if __name__ == "__main__":

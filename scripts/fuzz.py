@@ -157,7 +157,7 @@ MODEL = ("config.json", "generation_config.json", "tokenizer_config.json", "spec
 # name -> (what makes a whole folder, what reads it, the files that are damaged)
 TARGETS = {
     "config": (make_model, read_model, MODEL),
-    "tokenizer": (make_model, read_model, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+    "tokenizer": (make_model, read_model, (*MODEL[2:], "tokenizer.json", "chat_template.jinja")),
     "weights": (make_model, read_model, ("model.safetensors",)),
     "index": (make_sharded, read_model, ("model.safetensors.index.json",)),
     "adapter": (make_adapter, ftjax.load, ("adapter_config.json", "adapter_model.safetensors")),

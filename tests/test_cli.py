@@ -168,3 +168,50 @@ def test_evaluate_reports_the_loss_of_rows(tmp_path):
     report = json.loads(out.read_text())
     assert 1 < report["loss"] < 4 and report["tokens"] > 20
     assert "perplexity" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["generate", "--model", "x"], "generate: expected --prompt TEXT or --prompts FILE"),
+        (["data", "clean"], "data clean: expected --config FILE or --data ROWS"),
+        (["data", "clean", "--data", "x"], "data clean: expected --out DIR, a new folder for the files it writes"),
+        (["config", "dta"], 'config dta: no such group or field (did you mean "data"?); the groups are model'),
+        (["config", "--search", "zzqq"], "no field of the config has these words in its description"),
+        (["plan", "--config", "CONFIG", "--devices", "v5e:3x"], "--devices v5e:3x: unknown device"),
+        (
+            ["sweep", "--config", "CONFIG", "--random", "3"],
+            "--random and --optuna draw points from --grid, and there is",
+        ),
+        (["sweep", "--config", "CONFIG", "--random", "3", "--optuna", "3"], "a positive number of points for either"),
+        (
+            ["sweep", "--config", "CONFIG", "--grid", "optim.lr=1", "--grid", "optim.lr=2"],
+            "the key optim.lr occurs twice",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told_in_a_sentence(arguments, told, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text("from ftjax import config\n\n\ndef get_config():\n    return config.default()\n")
+    assert cli.main([str(file) if x == "CONFIG" else x for x in arguments]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.startswith("ftjax: ") and said.count("\n") == 1
+
+
+def test_a_file_that_is_no_text_or_too_long_is_refused_by_name(tmp_path, monkeypatch):
+    from ftjax import foreign
+
+    file = tmp_path / "a.json"
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(FtjaxError, match="a.json: expected UTF-8: "):
+        foreign.read_text(file)
+    monkeypatch.setattr(foreign, "LARGEST", 2)
+    with pytest.raises(FtjaxError, match="a.json: 3 bytes; expected at most 2"):
+        foreign.read_text(file)
+
+
+def test_a_first_stage_has_nothing_to_replay():
+    c = configs.default()
+    c.stages = ({"name": "a", "replay": 0.5},)
+    with pytest.raises(FtjaxError, match="stages: a: replay: the first stage has no earlier rows; remove it"):
+        configs.staged(c)

@@ -54,7 +54,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').is_file() else ''}; to convert, "
             "where peft is installed: load it with PeftModel.from_pretrained and save it with save_pretrained"
         )
-    check_written(folder, [WEIGHTS])
+    check_written(folder, [CONFIG, WEIGHTS])
     return config, read_tensors(folder / WEIGHTS)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ftjax import assets, seals
@@ -164,15 +165,28 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_written(folder: Path, names: Iterable[str]) -> None:
-    """Raise FtjaxError if an export wrote the folder, and one of these files differs from its checksum."""
+def written(folder: Path) -> dict:
+    """The fields of the ftjax.json of a folder; empty without one. Raises FtjaxError if it names a file elsewhere."""
     marker = Path(folder) / MARKER
-    sums = read_json(marker, **WRITTEN).get("checksums", {}) if marker.is_file() else {}
-    if changed := seals.changed(folder, {name: sums[name] for name in names if name in sums}):
-        raise FtjaxError(
-            f"{Path(folder) / changed[0]}: the file has changed since it was written (its checksum in {MARKER} "
-            f"differs); export it again, or remove `checksums` from {MARKER} if the change is meant"
+    found = read_json(marker, **WRITTEN) if marker.is_file() else {}
+    for name in (*found.get("files", ()), *found.get("checksums", ())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise FtjaxError(f"{marker}: expected names of files in this folder; found {name!r:.80}")
+    return found
+
+
+def check_written(folder: Path, names: Collection[str]) -> None:
+    """Compare the files of an export with their checksums. Raises FtjaxError if one of these names has changed, and
+    warns of other files that have. A folder that no export wrote has no checksums."""
+    changed = seals.changed(folder, written(folder).get("checksums", {}))
+    for name in sorted(changed, key=lambda name: name not in names):
+        told = (
+            f"{Path(folder) / name}: the file has changed since it was written (its checksum in {MARKER} differs); "
+            f"export it again, or remove its entry of `checksums` in {MARKER} if the change is meant"
         )
+        if name in names:
+            raise FtjaxError(told)
+        warnings.warn(told, stacklevel=3)
 
 
 def _files(folder: Path) -> list[str]:

@@ -21,7 +21,17 @@ PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # Fields of tokenizer_config.json, and of config.json and generation_config.json, that are read here.
-SETTINGS = {
+
+
+def token(value) -> str | None:
+    """The kind, see ftjax.foreign, of a special token."""
+    named = isinstance(value, str) or isinstance(value, dict) and isinstance(value.get("content"), str)
+    return None if named else "a text, or an object with a text as its content"
+
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPECIAL = dict.fromkeys(NAMED, maybe(token))  # fields of special_tokens_map.json
+SETTINGS = SPECIAL | {
     "tokenizer_class": maybe(string),
     "chat_template": maybe(either(string, listed(mapped(name=string, template=string)))),
 }
@@ -79,6 +89,8 @@ def load_tokenizer(folder: Path, model_folder: Path | None = None):
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         read_json(settings, **SETTINGS)
+    if (special := folder / "special_tokens_map.json").is_file():
+        read_json(special, **SPECIAL)
     model_folder = Path(model_folder or folder)
     plain = not spm.alone(folder) and _is_plain(folder, model_folder)
     if plain:

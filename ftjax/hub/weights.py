@@ -163,7 +163,7 @@ def read_params(
     located = _locate(Path(folder), family, config, new_head is not None)
     if jax.process_count() == 1:  # several processes read only their parts of the files
         files = {tensor.file for tensors, _ in located.values() for tensor in tensors if tensor}
-        check_written(folder, sorted(file.relative_to(Path(folder)).as_posix() for file in files))
+        check_written(folder, ["config.json", *(file.relative_to(Path(folder)).as_posix() for file in files)])
     shardings = flatten(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes(config).items():

@@ -94,7 +94,7 @@ def _metrics(run_dir: Path, latest: Path | None) -> str:
 
 def _export(folder: Path) -> str:
     """What is wrong with an exported folder, by the list of its files and the checksums in its ftjax.json."""
-    written = read_json(folder / resolve.MARKER, **resolve.WRITTEN)
+    written = resolve.written(folder)
     gone = [name for name in written.get("files", ()) if not (folder / name).is_file()]
     changed = sorted({*gone, *seals.changed(folder, written.get("checksums", {}))})
     if changed:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import shutil
+import types
 import warnings
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Checkpoints:
         self.folder, self.read_only = Path(run_dir).resolve() / FOLDER, read_only
         self.say = say or functools.partial(warnings.warn, stacklevel=3)
         self.manager, self.saving = None, 0  # saving: step of the checkpoint that is being written
+        self.pinned = 0  # step of a checkpoint that is kept whatever follows it
         # A reader does not need the optimizer state, the largest part of a checkpoint.
         told = self._damaged() if read_only else hosts.from_first(self._damaged)
         self.damaged = {int(step): what for step, what in told.items()}
@@ -81,13 +83,14 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        pinned = types.SimpleNamespace(should_preserve=lambda all, context: [x.step == self.pinned for x in all])
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={name: self._arrays_handler() for name in ("trained", "optimizer", "ema", "guard")}
             | {"run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_rank,  # without it Orbax stores no metrics for the policy
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best, pinned]),
                 cleanup_tmp_directories=True,  # remove what a killed run left half written
                 # Called after all files are written, and before the checkpoint is renamed and others are deleted.
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -215,6 +218,12 @@ class Checkpoints:
         arrays = {name: self._restored(step, name, getattr(abstract, name)) for name in _arrays(abstract)}
         place = jax.device_put(np.int32(step), abstract.step.sharding)
         return type(abstract)(place, **arrays)
+
+    def rewound(self, step: int, to: int, abstract):
+        """The State of the checkpoint of `step` as that of the later step `to`: what lies between changed nothing."""
+        state, places = self.state(step, abstract), abstract.step.sharding
+        guard = state.guard | {"skipped": jax.device_put(np.int32(int(state.guard["skipped"]) + to - step), places)}
+        return state._replace(step=jax.device_put(np.int32(to), places), guard=guard)
 
     def _restored(self, step: int, item: str, abstract):
         import orbax.checkpoint as ocp

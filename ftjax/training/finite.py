@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from ftjax.errors import NotFinite
 
 
 def check_step(
-    step: int, values: dict, before: float | None, rate: float, decay: float, places: Callable[[], list[str]]
+    step: int,
+    values: dict,
+    before: float | None,
+    rate: float,
+    decay: float,
+    places: Callable[[], list[str]],
+    norms: dict | None = None,
 ) -> None:
     """Stop a run after a step whose loss or gradient norm is not finite.
 
@@ -20,9 +28,10 @@ def check_step(
         rate: Learning rate of the step before.
         decay: optim.weight_decay.
         places: places() -> the names of the rows of its batch.
+        norms: Norms of its gradient by layer, see `step.norms_by_layer`.
 
     Raises:
-        NotFinite: It names the step, its rows and the likely cause.
+        NotFinite: It names the step, its layers and rows, and the likely cause.
     """
     loss, norm = values["loss"], values["grad_norm"]
     if (loss is None or math.isfinite(loss)) and math.isfinite(norm):
@@ -30,6 +39,7 @@ def check_step(
     what = f"step {step}: the gradient norm is {norm}"
     if loss is not None and not math.isfinite(loss):
         what = f"step {step}: the loss is {loss}"
+    what += by_layer(norms)
     if step == 1:
         raise NotFinite(
             f"{what}, in the first step, before any update: the learning rate is not the cause. A value overflows in "
@@ -43,19 +53,37 @@ def check_step(
 IN_A_ROW = 10  # bad steps after which a run stops
 
 
-def check_bad(step: int, values: dict, places: list[str], report: dict, config, before: float | None) -> str:
-    """What is said of a bad step that was left out.
+def by_layer(norms: dict | None) -> str:
+    """The layers whose gradients are not finite, or else those with the largest, in parentheses."""
+    each = {}
+    for part, x in (norms or {}).items():
+        each |= {f"layer {i}": float(n) for i, n in enumerate(x)} if np.ndim(x) else {part: float(x)}
+    wrong = [name for name, x in each.items() if not math.isfinite(x)]
+    if not each or len(wrong) == len(each):
+        return " (all gradients are NaN or infinite)" if wrong else ""
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        return f" (gradients are NaN or infinite in {', '.join(wrong[:SHOWN])}{more})"
+    most = sorted(each, key=each.__getitem__, reverse=True)[:3]
+    told = ", ".join(f"{name} {each[name]:.3g}" for name in most if each[name])
+    return f" (largest gradient norms: {told})" if told else ""
+
+
+def check_bad(step: int, values: dict, places: list[str], report: dict, config, before: float | None, good: int) -> str:
+    """What is said of a bad step that was left out, or from which the run goes back.
 
     Args:
         step: Number of the step, from 1.
         values: Its "loss" (None if its rows have weight 0) and "grad_norm".
         places: Names of the rows of its batch.
-        report: "skipped" and "in_a_row", see ftjax.training.step.judged.
+        report: "skipped" and "in_a_row", see ftjax.training.step.judged, and "norms".
         config: The whole config.
         before: The last loss before it; None if there is none.
+        good: Step of the checkpoint to which train.on_bad_step=rewind goes back; 0: there is none.
 
     Raises:
-        NotFinite: If train.on_bad_step is stop, for a spike, or after IN_A_ROW such steps in a row.
+        NotFinite: If train.on_bad_step is stop, for a spike, after IN_A_ROW such steps in a row, or if there is no
+            checkpoint to go back to.
     """
     spike = math.isfinite(values["loss"] or 0.0) and math.isfinite(values["grad_norm"])
     what = f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}"
@@ -65,14 +93,21 @@ def check_bad(step: int, values: dict, places: list[str], report: dict, config, 
             f"step {step}: the loss {values['loss']:.4g} is above train.spike={config.train.spike:g} times the median "
             f"of the last losses{last}"
         )
-    rows = _rows(places)
-    if config.train.on_bad_step == "stop":
+    what += by_layer(report["norms"])
+    rows, how = _rows(places), config.train.on_bad_step
+    if how == "stop":
         raise NotFinite(f"{what}. Look at the {rows}. train.on_bad_step=skip leaves such batches out")
     if report["in_a_row"] >= IN_A_ROW:
         raise NotFinite(
-            f"{what}. It is the last of {IN_A_ROW} bad steps in a row, which train.on_bad_step=skip left out; {rows}. "
+            f"{what}. It is the last of {IN_A_ROW} bad steps in a row, which train.on_bad_step={how} left out; {rows}. "
             f"{SMALLER_UPDATES[0].upper()}{SMALLER_UPDATES[1:]}; a single bad row cannot be the cause"
         )
+    if how == "rewind" and not good:
+        raise NotFinite(f"{what}. There is no checkpoint to go back to: lower train.save_every, or look at the {rows}")
+    if how == "rewind":
+        over = f"steps {good + 1:,} to {step:,} change nothing" if step > good + 1 else f"step {step:,} changes nothing"
+        back = f"The run goes back to the checkpoint of step {good:,}, and {over} (train.on_bad_step=rewind)"
+        return f"{what}. {back}; {rows}"
     return f"{what}. The step is left out (train.on_bad_step=skip; {int(report['skipped'])} so far); {rows}"
 
 

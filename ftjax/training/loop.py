@@ -188,7 +188,8 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(run_dir, config.train.keep, say=say)))
         # best: the selected score as a rank; best_loss: the validation loss; both of the best checkpoint so far
         resumed_from, best, best_loss, stale, spent = checkpoints.latest() or 0, None, None, 0, 0.0
-        skipped: list[dict] = []  # the steps that were left out: {"step", "rows", "why"}
+        skipped: list[dict] = []  # the bad steps: {"step", "rows", "why"}, with train.on_bad_step=rewind also "back_to"
+        rewinds, good = config.train.on_bad_step == "rewind", 0  # good: step of the checkpoint to go back to
         if resumed_from:
             abstract = placed(state, program.state_places)
             del state  # before the checkpoint's state, which is as large, is read
@@ -196,7 +197,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             record = checkpoints.record(resumed_from)
             check_record(config, record, run_dir, resumed_from)
             best, stale, spent = record["best"], record["stale"], record["seconds"]
-            skipped = record.get("skipped", [])
+            skipped, good = record.get("skipped", []), record.get("good", resumed_from)
+            good = good if good in checkpoints.steps() else resumed_from  # it was damaged
+            checkpoints.pinned = good if rewinds else 0
             if "best_loss" in record:
                 best_loss = record["best_loss"]
             elif best is not None:  # a run from before `train.select`: its best is a loss
@@ -219,10 +222,14 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 validation = {name: keep(held_out) for name, held_out in validation.items()}
         local = sharding.local_rows(mesh, rows)
         shares = rows / (local.stop - local.start)  # of a batch, of which this process has one
-        feed = loader(batches, resumed_from, steps - resumed_from, config.data.workers, local)
         place = functools.partial(sharding.place_batch, mesh=mesh, rows=rows, local=local)
-        # The next batches are on their way to the devices while a step runs.
-        placed_ahead = ahead(((place(b), int(shares * np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
+
+        def fed(start: int):
+            """The batches after step `start`. The next ones are on their way to the devices while a step runs."""
+            feed = loader(batches, start, steps - start, config.data.workers, local)
+            return ahead(((place(b), int(shares * np.count_nonzero(b["segment_ids"]))) for b in feed), PLACED)
+
+        placed_ahead = fed(resumed_from)
         made: collections.deque = collections.deque()  # batches of the next steps, where they depend on the state
 
         # ---- training ----------------------------------------------------------------------------------------------
@@ -250,8 +257,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 metrics.write(step, values)
                 progress.show(step, values)
 
-        def read(log: bool):
-            """Read the numbers of steps that the device has finished by now, and refuse any that is not finite."""
+        def read(log: bool) -> int:
+            """Read the numbers of steps that the device has finished by now, and refuse any that is not finite. Returns
+            the bad step from which the run must go back, or 0."""
             nonlocal loss
             for at, report in jax.device_get(unread):
                 values: dict[str, float | None] = {
@@ -263,19 +271,22 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 with kept_so_far():
                     rate, decay = float(program.rate(max(at - 2, 0))), config.optim.weight_decay
                     if not bad or config.train.on_bad_step == "stop":
-                        finite.check_step(at, values, loss, rate, decay, functools.partial(places_of, at))
+                        places = functools.partial(places_of, at)
+                        finite.check_step(at, values, loss, rate, decay, places, report["norms"])
                     if bad:
                         leave_out(at, values, report)
+                if bad and rewinds:
+                    unread.clear()
+                    return at
                 loss = loss if values["loss"] is None or bad else values["loss"]
             unread.clear()
             if log and not bad:  # a step that is left out has a line of its own
                 note(at, values | {"lr": float(program.rate(at - 1 - left_out))} | progress.rates(at))
+            return 0
 
         def collected(state) -> tuple:
             """The next batch of a task whose batches depend on the state, and its number of tokens."""
             if not made:
-                if unread:  # in the order of metrics.jsonl
-                    read(log=step % config.train.log_every == 0)
                 n = step // job.updates
                 with progress.aside("drawing answers"):
                     lm, variables = job.lm(program.model), program.variables(state.trained, frozen)
@@ -295,14 +306,17 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             return list(dict.fromkeys(data.train.place(int(i)) for i in members))
 
         def leave_out(at: int, values: dict, report: dict) -> None:
-            """Record a step that the device left out, and say which rows it had."""
-            places = places_of(at)
-            told = finite.check_bad(at, values, places, report, config, loss)
-            skipped.append({"step": at, "rows": places, "why": told.partition(". ")[0]})
+            """Record a bad step, which the device left out, and say which rows it had."""
+            places, back = places_of(at), {}
+            if rewinds:
+                back = {"back_to": good}
+                report |= {"in_a_row": 1 + sum(entry["back_to"] == good for entry in skipped)}
+            told = finite.check_bad(at, values, places, report, config, loss, good)
+            skipped.append({"step": at, "rows": places, "why": told.partition(". ")[0]} | back)
             if metrics:
                 progress.end()
                 say(told)
-                metrics.write(at, {"skipped": int(report["skipped"]), "rows": places})
+                metrics.write(at, {"skipped": len(skipped), "rows": places} | back)
                 provenance.note(run_dir / RUN, skipped=skipped)
 
         @contextlib.contextmanager
@@ -347,16 +361,25 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
             step += 1
             progress.count(tokens)
             # Numbers are read when the next step is already running, so that the device never waits for the host.
-            if due and unread:
-                read(log=(step - 1) % config.train.log_every == 0)
-            unread.append((step, report))
+            bad_at = read(log=(step - 1) % config.train.log_every == 0) if due and unread else 0
+            if not bad_at:
+                unread.append((step, report))
             due = step % config.train.log_every == 0 or len(unread) >= UNREAD
             validated = validation and (step % job.eval_every == 0 or step == steps)
             preempted = (hosts.preempted(step) or bool(stops.heard)) and step % job.updates == 0
-            saved = step % job.save_every == 0 or step == steps or preempted
-            if validated or saved:  # a state is validated and kept only after its loss is known to be finite
-                read(log=True)
+            saved = step % job.save_every == 0 or step == steps
+            whole = validated or saved or preempted  # a state is kept only after its loss is known to be finite
+            if (whole or job.task.collect and step % job.updates == 0) and not bad_at:
+                bad_at = read(log=whole or step % config.train.log_every == 0)
                 due = False
+            if bad_at:
+                checkpoints.wait()
+                abstract = placed(state, program.state_places)
+                del state, report  # before the checkpoint's state, which is as large, is read
+                state = checkpoints.rewound(good, bad_at, abstract)
+                if bad_at < step:
+                    step, placed_ahead = bad_at, fed(bad_at)
+                    validated = saved = due = False
             rank = None
             if validated:
                 with progress.aside(f"validating on {len(select.part):,} rows"), kept_so_far():
@@ -375,11 +398,15 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 best, best_loss, stale = (rank, losses["val_loss"], 0) if better else (best, best_loss, stale + 1)
                 saved = saved or better
                 stop = config.train.patience > 0 and stale >= config.train.patience
-            if saved or stop:
+            if saved and not bad_at:  # not at a moment when the run was stopped, so that a resumed run goes back as far
+                good = step
+                checkpoints.pinned = step if rewinds else 0
+            if saved or stop or preempted:
                 with kept_so_far():
                     check_state(state)
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
                 record |= {"metrics": metrics.digest()} if metrics else {}
+                record |= {"good": good} if rewinds else {}
                 record |= {"skipped": [*skipped]} if skipped else {}  # a copy, because it is written in the background
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:

@@ -187,7 +187,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     optim = optimizer(config.optim, rate, multipliers(config.optim, shape.layers, method.lr_scale, layer_ids))
     moments = sharding.optimizer_shardings(optim, trained, trained_places, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    guarded, spike = config.train.on_bad_step == "skip" or config.train.spike > 0, config.train.spike
+    guarded, spike = config.train.on_bad_step != "stop" or config.train.spike > 0, config.train.spike
     guard = dict.fromkeys(("losses", "skipped", "in_a_row"), everywhere) if guarded else None
     state_places = State(everywhere, trained_places, moments, trained_places if ema else None, guard)
     options = xla.options(mesh.size, config.train.deterministic)

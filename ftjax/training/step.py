@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftjax.tree import flatten
+
 MEDIAN_OF = 50  # losses; the guard against spikes compares a loss with their median
 
 
@@ -30,7 +32,7 @@ class State(NamedTuple):
         return self.trained if self.ema is None else self.ema
 
 
-COUNTS = ("tokens", "bad", "skipped", "in_a_row")  # entries of a report that are no figures of the step
+COUNTS = ("tokens", "bad", "skipped", "in_a_row", "norms")  # entries of a report that are no figures of the step
 NAMES = {"correct": "accuracy"}  # sum of an objective -> name of its mean
 
 
@@ -93,21 +95,30 @@ def divisor(weight):
     return jnp.where(weight > 0, weight, 1)
 
 
-def judged(guard: dict, loss, norm, weight, spike: float) -> tuple[jax.Array, dict]:
-    """Whether a step is bad, and what the guard is after it.
+def norms_by_layer(gradient: dict) -> dict[str, jax.Array]:
+    """{"layers": (L,), any other first part of a path: ()} norms of a gradient tree."""
+    sums: dict[str, jax.Array] = {}
+    for path, x in flatten(gradient).items():
+        part = path.partition("/")[0]
+        axes = tuple(range(1, x.ndim)) if part == "layers" else None
+        sums[part] = sums.get(part, 0.0) + jnp.sum(jnp.square(x), axes)
+    return {part: jnp.sqrt(x) for part, x in sums.items()}
+
+
+def judged(guard: dict, bad, loss, weight, spike: float) -> tuple[jax.Array, dict]:
+    """Whether a step is bad, spikes included, and what the guard is after it.
 
     Args:
         guard: "losses" (MEDIAN_OF,) float32 of the latest good steps, the newest last, NaN where there are fewer;
             "skipped", the number of bad steps so far, and "in_a_row", of those since the last good one, () int32.
+        bad: Whether its loss or gradient norm is not finite, () bool.
         loss: Loss of the step, ().
-        norm: Norm of its gradient, ().
         weight: Weight sum of its batch, (); the loss of a batch of weight 0 is not kept.
         spike: A loss above `spike` times the median of "losses" is bad; 0: no loss is too large.
 
     Returns:
         (() bool, the guard).
     """
-    bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     losses = guard["losses"]
     if spike:
         bad |= loss > spike * jnp.nanmedian(losses)  # never true before the first good step
@@ -137,9 +148,9 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
         spike: See `judged`.
 
     Returns:
-        (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars). If
-        "tokens", the sum of weights, is 0, then all means are undefined. With a guard also "bad", "skipped" and
-        "in_a_row", see `judged`.
+        (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars, and
+        "norms", see `norms_by_layer`, which are computed for a bad step only and 0 for others). If "tokens", the sum of
+        weights, is 0, then all means are undefined. With a guard also "bad", "skipped" and "in_a_row", see `judged`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
@@ -158,16 +169,18 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
         "tokens": weight,
     }
     after = State(state.step + 1, trained, moments, average)
-    if state.guard is None:
-        return after, report
-    bad, guard = judged(state.guard, report["loss"], report["grad_norm"], weight, spike)
-    before = state._replace(step=after.step, guard=None)
-    kept = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
-    told = {"bad": bad, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"]}
-    return kept._replace(guard=guard), report | told
+    bad = ~(jnp.isfinite(report["loss"]) & jnp.isfinite(report["grad_norm"]))
+    if state.guard is not None:
+        bad, guard = judged(state.guard, bad, report["loss"], weight, spike)
+        before = state._replace(step=after.step, guard=None)
+        after = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)._replace(guard=guard)
+        report |= {"bad": bad, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"]}
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(norms_by_layer, gradient))
+    report["norms"] = jax.lax.cond(bad, norms_by_layer, lambda gradient: none, gradient)
+    return after, report
 
 
-def compile_step(state_shardings, options: dict, **fixed):
+def compile_step(state_shardings, options: dict | None = None, **fixed):
     """Compile `train_step` with everything but (state, frozen, batch) bound. The state is donated.
 
     options: compiler options of XLA.

@@ -1,6 +1,7 @@
 """Damaged runs, caches, model and adapter files: each is repaired or refused by name, and none gives other numbers."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def test_damages_of_a_run_its_cache_and_its_adapter():
     found = damage.several(40, seed=3, say=faults.append)
     assert not faults, "\n".join(faults)
     assert sum(found.values()) == 40 and min(found["told"], found["refused"]) > 2
+
+
+def test_kills_in_every_stage_end_in_the_same_bytes():
+    # In a process of its own: a fork of one that has used a device cannot use it.
+    command = [sys.executable, damage.__file__, "--kills", "12", "--count", "0", "--seed", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: int(n) for name, n in (part.split() for part in done.stdout.splitlines()[-1].split(", "))}
+    assert found["killed"] > 3 and found["same"] >= 1 and found["killed"] + found.get("finished", 0) == 12
 
 
 @pytest.mark.parametrize("target", sorted({entry["target"] for entry in CORPUS}))

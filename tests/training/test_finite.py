@@ -16,10 +16,11 @@ import ftjax
 from ftjax import assets
 from ftjax import config as configs
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.training import export, finite, loop
+from ftjax.training import export, finite, hosts, loop
+from ftjax.training.optimizer import schedule
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import open_run
-from ftjax.training.step import init_state, train_step
+from ftjax.training.step import init_state, norms_by_layer, train_step
 from ftjax.tree import not_finite
 
 
@@ -142,7 +143,7 @@ def kept(run_dir, step):
     folder = run_dir / "checkpoints" / str(step)
     return {
         str(file.relative_to(folder)): file.read_bytes()
-        for item in ("trained", "optimizer", "guard")
+        for item in ("trained", "optimizer", "ema", "guard")
         for file in (folder / item).rglob("*")
         if file.is_file() and file.name[0] not in "._" and file.name != "commit_success.txt"  # which holds a time
     }
@@ -182,11 +183,15 @@ def test_a_step_that_overflows_is_left_out_and_named_and_a_resume_has_the_same_b
 def test_ten_bad_steps_in_a_row_and_a_spike_that_may_not_be_skipped_end_the_run(tmp_path):
     c = settings(tmp_path / "run", optim__lr=1e30, optim__clip_norm=0.0, optim__warmup=0, train__steps=15)
     c.data.split, c.train.on_bad_step, c.train.save_every, c.optim.schedule = (1.0, 0.0, 0.0), "skip", 15, "constant"
-    with pytest.raises(NotFinite, match="^step 11: the loss is nan.*the last of 10 bad steps in a row.*Lower"):
+    with pytest.raises(
+        NotFinite,
+        match=r"^step 11: .*\(all gradients are NaN.*the last of 10 bad steps in a row.*Lower",
+    ):
         ftjax.train(c, say=quiet)
     c = settings(tmp_path / "spike", optim__lr=1.0, optim__clip_norm=0.0, optim__warmup=0, train__spike=1.5)
     with pytest.raises(
-        NotFinite, match=r"is above train.spike=1.5 times the median of the last losses.*Look at the rows"
+        NotFinite,
+        match=r"above train.spike=1.5 times the median of the last losses.*norms: layer \d .*Look at the rows",
     ):
         ftjax.train(c, say=quiet)
     with pytest.raises(FtjaxError, match="train.spike: expected 0 or a number above 1"):
@@ -230,3 +235,61 @@ def test_a_bad_batch_leaves_the_state_of_a_run_without_it():
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert np.array_equal(plain.guard["losses"], [x["loss"] for x in losses[-50:]])
         assert told[62]["loss"] > 20 * np.median([x["loss"] for x in losses[10:60]])
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_a_resume_has_the_same_bits(tmp_path, monkeypatch):
+    base = tiny_labelled.make(tmp_path / "bert", "bert")
+    fields = {"train__on_bad_step": "rewind", "train__keep": 9, "train__save_every": 4, "train__log_every": 7}
+    fields |= {"train__batch_size": 2, "train__steps": 14, "train__ema": 0.9, "seed": 10}  # row 5 is in steps 6 and 12
+    said, c = [], odd(tmp_path, "run", base, **fields)
+    ftjax.train(c, say=said.append)
+    run = tmp_path / "run" / "run"
+    skipped = json.loads((run / "run.json").read_text())["skipped"]
+    assert [(entry["step"], entry["back_to"]) for entry in skipped] == [(6, 4), (12, 8)]
+    assert all(any(row.endswith("rows.jsonl row 5") for row in entry["rows"]) for entry in skipped)
+    assert any("goes back to the checkpoint of step 4, and steps 5 to 6 change nothing" in text for text in said)
+    rows = read_metrics(run)
+    assert [(row["step"], row["back_to"]) for row in rows if "back_to" in row] == [(6, 4), (12, 8)]
+    # Step 8 makes the sixth update, and step 14 the eighth.
+    rate, rates = schedule(c.optim, 14, c.optim.lr), {row["step"]: row["lr"] for row in rows if "lr" in row}
+    assert rates[8] == pytest.approx(float(rate(5))) and rates[14] == pytest.approx(float(rate(7)))
+    at, back = kept(run, 12), kept(run, 8)
+    same = [name for name in back if not name.startswith("guard")]
+    assert same and all(at[name] == back[name] for name in same)
+    whole, rows = kept(run, 14), [row for row in rows if row["step"] <= 4 or row["step"] >= 8]
+
+    # Stopped between a checkpoint and the bad step: the run still goes back to that checkpoint.
+    c.train.keep = 1
+    for step in range(5, 15):
+        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(hosts, "preempted", lambda step: step == 5)
+        with pytest.raises(KeyboardInterrupt):
+            ftjax.train(c, say=quiet)
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"4", "5"}
+    ftjax.train(c, say=quiet)
+    assert kept(run, 14) == whole and json.loads((run / "run.json").read_text())["skipped"] == skipped
+    again = [row for row in read_metrics(run) if row["step"] <= 4 or row["step"] >= 8]
+    figures = lambda rows: [(row["step"], row.get("loss"), row.get("lr"), row.get("back_to")) for row in rows]  # noqa: E731
+    assert figures(again) == figures(rows)
+
+
+def test_the_layers_of_a_bad_step_are_named():
+    norms = {"layers": np.array([np.inf, np.nan, 2.0]), "head": np.float32(1.0)}
+    assert finite.by_layer(norms) == " (gradients are NaN or infinite in layer 0, layer 1)"
+    largest = {"layers": np.array([1.0, 30.0, 2.0]), "head": np.float32(0.5)}
+    assert finite.by_layer(largest) == " (largest gradient norms: layer 1 30, layer 2 2, layer 0 1)"
+    report, c = {"norms": largest, "in_a_row": 10, "skipped": 3}, configs.default()
+    c.train.on_bad_step, bad = "rewind", {"loss": float("nan"), "grad_norm": 1.0}
+    with pytest.raises(NotFinite, match="layer 1 30.*last of 10 bad steps in a row, which train.on_bad_step=rewind"):
+        finite.check_bad(7, bad, ["a row 1"], report, c, 3.0, 4)
+    with pytest.raises(NotFinite, match="no checkpoint to go back to: lower train.save_every, or look at the rows"):
+        finite.check_bad(7, bad, ["a row 1"], report | {"in_a_row": 1}, c, 3.0, 0)
+
+    rng = np.random.default_rng(0)
+    tree = {"layers": {"a": rng.normal(size=(3, 2, 4)), "b": rng.normal(size=3)}}
+    tree["head"] = {"c": rng.normal(size=(2, 2))}
+    found = norms_by_layer(tree)
+    expected = [np.linalg.norm([*tree["layers"]["a"][i].ravel(), tree["layers"]["b"][i]]) for i in range(3)]
+    np.testing.assert_allclose(found["layers"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["head"], np.linalg.norm(tree["head"]["c"]), rtol=1e-5)

@@ -112,6 +112,22 @@ def test_resume_from_two_processes_to_one_and_back(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_leave_out_the_steps_that_one_does_and_go_back_together(tmp_path):
+    fields = {"train.spike": 1.001, "train.save_every": 1, "export.formats": ("adapter",), "train.eval_every": 8}
+    found = {}
+    for how, n in (("skip", 1), ("skip", 2), ("rewind", 2)):
+        run_dir = tmp_path / f"{how}{n}"
+        run(n, tmp_path, settings(tmp_path, run_dir, **fields | {"train.on_bad_step": how}))
+        found[how, n] = json.loads((run_dir / "run.json").read_text())["skipped"]
+    steps = lambda entries: [(entry["step"], entry["rows"]) for entry in entries]  # noqa: E731
+    assert found["skip", 1] and steps(found["skip", 1]) == steps(found["skip", 2]) == steps(found["rewind", 2])
+    assert all(entry["back_to"] < entry["step"] for entry in found["rewind", 2])
+    for other in ("skip2", "rewind2"):  # with a checkpoint of every step, going back is leaving out
+        file = "adapter/adapter_model.safetensors"
+        same_tensors(tmp_path / other / file, tmp_path / "skip1" / file)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_process_ends_all(failing, tmp_path, capfd):
     config = settings(tmp_path, tmp_path / "run", **{"train.save_every": 1})

@@ -245,6 +245,10 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
                 ftjax.load(run / "merged")
         file.write_bytes(kept) if kept is not None else file.unlink()
     assert wrong()[0] == 0
+    marker = run / "merged" / "ftjax.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"checksums": {"../run.json": 1}}))
+    with pytest.raises(FtjaxError, match="ftjax.json: expected names of files in this folder; found '../run.json'"):
+        ftjax.load(run / "merged")
     assert cli.main(["check", str(tmp_path)]) == 2
 
 
