@@ -1,7 +1,7 @@
 """ORPO on CommonGen: the likelihood of a person's sentence, and its odds over the sentence of the model itself.
 
 It starts from the merged model of the quick start, needs no reference, and learns from the pairs of
-scripts/make_preferences.py. REACHES
+scripts/make_preferences.py. What it reaches is not measured yet.
 """
 
 from pathlib import Path

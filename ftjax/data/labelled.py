@@ -420,7 +420,7 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
     Raises:
         FtjaxError: If a row cannot be used, or if the tokenizer makes no token of it.
     """
-    out, pad = [], pad_token(tokenizer)
+    out = []
     for first in range(0, len(rows), CHUNK):
         chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
         texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
@@ -433,16 +433,16 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
             ids, types = np.array(short["input_ids"][i], np.int32), types_of[i]
             if not len(ids):
                 raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
-            trained = last_token(ids, pad) if how.pool == "last" else np.arange(len(ids)) == 0
+            trained = last_token(ids, tokenizer) if how.pool == "last" else np.arange(len(ids)) == 0
             second = types.index(1) if 1 in types else 0
             value = target(how, row, place)
             out.append(Example(ids, trained, value[None], second, None, len(encoded["input_ids"][i])))
     return out
 
 
-def last_token(ids: np.ndarray, pad: int | None) -> np.ndarray:
+def last_token(ids: np.ndarray, tokenizer) -> np.ndarray:
     """(T,) bool, true at the token of a text (T,) at which transformers reads it: the last one that is no padding."""
-    return np.arange(len(ids)) == max(np.flatnonzero(ids != pad), default=0)
+    return np.arange(len(ids)) == max(np.flatnonzero(ids != pad_token(tokenizer)), default=0)
 
 
 def encoder(target: Callable) -> Callable:

@@ -10,7 +10,6 @@ from ftjax.data.labelled import last_token
 from ftjax.data.tokenise import Example
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.evaluation.said import logits
-from ftjax.hub.tokenizer import pad_token
 from ftjax.lm import LM, continuations, continue_tokens
 from ftjax.loading import load
 from ftjax.progress import doing
@@ -94,8 +93,8 @@ def scores(
             f"{key}: a prompt with its answer has {longest:,} tokens, and the reward model "
             f"{judge.max_tokens:,} positions; shorten the prompt or lower max_new_tokens"
         )
-    pad, arrays = pad_token(judge.tokenizer), (np.array(text, np.int32) for text in texts)
-    examples = [Example(ids, last_token(ids, pad), np.zeros(1, np.float32)) for ids in arrays]
+    arrays = (np.array(text, np.int32) for text in texts)
+    examples = [Example(ids, last_token(ids, judge.tokenizer), np.zeros(1, np.float32)) for ids in arrays]
     width = judge.model.config.width
     with doing(f"scoring {len(texts):,} answers"), cpus.dealt(judge.variables, batch_size, width) as variables:
         found = by_example(lambda batch: logits(judge.model, variables, batch), examples, batch_size, longest)

@@ -13,7 +13,6 @@ from ftjax.data.labelled import last_token
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.said import Asked, Judge, at_places, logits
-from ftjax.hub.tokenizer import pad_token
 from ftjax.objectives import preference
 from ftjax.tasks import Task
 from ftjax.tasks.preference import Pairs
@@ -35,7 +34,7 @@ class Scored(Pairs):
         for i, chosen, rejected in zip(*self.sides(tokenizer, rows, places), strict=True):
             both = self.join(chosen, rejected, places[i])
             texts = both.ids[: both.second], both.ids[both.second :]
-            trained = np.concatenate([last_token(ids, pad_token(tokenizer)) for ids in texts])
+            trained = np.concatenate([last_token(ids, tokenizer) for ids in texts])
             margin = rows[i].get("margin") if self.margin else 0.0
             if type(margin) not in (int, float) or not math.isfinite(margin):
                 raise FtjaxError(f"{places[i]}: column 'margin' holds {margin!r:.80}; expected a number")
@@ -57,9 +56,8 @@ class Single(prepare.Recipe):
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
         """As Recipe.encode, with a text cut at its end if it is longer than the model's positions."""
         found = [example.ids for example in super().encode(tokenizer, rows, places)]
-        cut, pad = [ids[: self.max_positions] for ids in found], pad_token(tokenizer)
-        zero = np.zeros(1, np.float32)
-        return [Example(a, last_token(a, pad), zero, whole=len(b)) for a, b in zip(cut, found, strict=True)]
+        cut, zero = [ids[: self.max_positions] for ids in found], np.zeros(1, np.float32)
+        return [Example(a, last_token(a, tokenizer), zero, whole=len(b)) for a, b in zip(cut, found, strict=True)]
 
     def check(self) -> None:
         """See prepare.Recipe.check."""
