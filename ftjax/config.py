@@ -409,7 +409,7 @@ FIELDS: dict[str, Field] = {
     "task.reward_weights": several((), number(1.0)),  # policy: weight of each of task.rewards; empty: 1 each
     "task.updates": whole(1, 1, also="num_iterations ppo_epochs"),  # policy: number of steps that the same answers are
     # used for. A run validates and saves only after the last of them
-    "task.clip": number(0.2, above=0, below=1, also="epsilon cliprange"),  # policy: how far below 1 the ratio of new to
+    "task.clip": number(0.2, above=0, below=1, also="cliprange"),  # policy: how far below 1 the ratio of new to
     # old probability still counts. gspo needs much smaller ones, such as 3e-4
     "task.clip_high": number(None, above=0, also="epsilon_high"),  # policy: how far above 1 it counts; None: as
     # task.clip. DAPO takes 0.28
@@ -431,7 +431,7 @@ FIELDS: dict[str, Field] = {
     "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; a low temperature gives
     # more weight to the most similar wrong texts
     #
-    # ---- the answers that task.kind policy learns from; their length, stop strings and batches are those of `generate`
+    # ---- answers that task.kind=policy draws (see also `generate`)
     "rollout.group": whole(8, 2, also="num_generations"),  # number of answers to each prompt. train.batch_size counts
     # answers, and must be a multiple
     "rollout.temperature": number(1.0, above=0),  # temperature of the draws

@@ -67,12 +67,13 @@ def evaluate(
     task = tasks.find(config.task.kind)
     if task.measure:
         return task.measure(lm, lm.variables, prepared.test, config)
-    batches = Batches(
+    plain = Batches(
         prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
         **task.layout(config, lm.tokenizer),
     )  # fmt: skip
+    batches: Batches | Features = plain
     if task.once(config):
-        batches = Features(batches, "reference", reference(config, lm.tokenizer), (), np.float32)
+        batches = Features(plain, "reference", reference(config, lm.tokenizer), (), np.float32)
     with cpus.dealt(lm.variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, kind=config.task.kind, **task.always(config))
         report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))

@@ -287,6 +287,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         def collected(state) -> tuple:
             """The next batch of a task whose batches depend on the state, and its number of tokens."""
             if not made:
+                assert job.task.collect
                 n = step // job.updates
                 with progress.aside("drawing answers"):
                     lm, variables = job.lm(program.model), program.variables(state.trained, frozen)
