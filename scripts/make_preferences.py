@@ -4,6 +4,8 @@
     python scripts/make_preferences.py
     ftjax train --config configs/dpo_commongen.py
 
+The files reward_*.jsonl, for configs/reward_commongen.py, have a second pair for each row: the person's sentence, and a
+person's sentence for other words.
 A row is left out if the model writes nothing, or the person's sentence. The number of rows is printed.
 """
 
@@ -40,6 +42,9 @@ def main():
             if answer not in ("", first[src])
         ]
         (args.out / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        others = [row | {"rejected": before["chosen"]} for before, row in zip([rows[-1], *rows], rows)]
+        both = rows + [row for row in others if row["rejected"] != row["chosen"]]
+        (args.out / f"reward_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
         print(f"{args.out / part}.jsonl: {len(rows):,} of {len(words):,} rows")
 
 
