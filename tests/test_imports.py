@@ -35,7 +35,7 @@ def test_packages_import_downwards():
         "models": set(),
         "hub": {"models"},
         "objectives": {"models"},
-        "tasks": {"data", "evaluation", "objectives"},
+        "tasks": {"data", "evaluation", "hub", "models", "objectives", "training"},  # loaded when a task is asked for
     }
     below["tuning"] = below["data"] = {"hub", "models", "tasks"}
     packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
