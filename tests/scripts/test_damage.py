@@ -22,6 +22,7 @@ def test_damages_of_a_run_its_cache_and_its_adapter():
     assert sum(found.values()) == 40 and min(found["told"], found["refused"]) > 2
 
 
+@pytest.mark.slow
 def test_kills_in_every_stage_end_in_the_same_bytes():
     # In a process of its own: a fork of one that has used a device cannot use it.
     command = [sys.executable, damage.__file__, "--kills", "12", "--count", "0", "--seed", "2"]
