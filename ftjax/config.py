@@ -409,8 +409,8 @@ FIELDS: dict[str, Field] = {
     "task.reward_weights": several((), number(1.0)),  # policy: weight of each of task.rewards; empty: 1 each
     "task.updates": whole(1, 1, also="num_iterations ppo_epochs"),  # policy: number of steps that the same answers are
     # used for. A run validates and saves only after the last of them
-    "task.clip": number(0.2, above=0, below=1, also="cliprange clip_ratio epsilon_low"),  # policy: how far below 1 the
-    # ratio of new to old probability still counts. gspo needs much smaller ones, such as 3e-4
+    "task.clip": number(0.2, above=0, below=1, also="cliprange epsilon_low"),  # policy: how far below 1 the ratio of
+    # new to old probability still counts. gspo needs much smaller ones, such as 3e-4
     "task.clip_high": number(None, above=0, also="epsilon_high"),  # policy: how far above 1 it counts; None: as
     # task.clip. DAPO takes 0.28
     "task.threshold": choice("", "f1", "mcc", "balanced_accuracy", "accuracy"),  # score by which decision thresholds
