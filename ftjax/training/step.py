@@ -96,11 +96,14 @@ def divisor(weight):
 
 
 def norms_by_layer(gradient: dict) -> dict[str, jax.Array]:
-    """{"layers": (L,), any other first part of a path: ()} norms of a gradient tree."""
+    """{"layers": (L,), any other first part of a path: ()} norms of a gradient tree. If parts of the stack have leaves of
+    other lengths, because not all of its layers are trained, "layers" is one number too."""
     sums: dict[str, jax.Array] = {}
-    for path, x in flatten(gradient).items():
+    leaves = flatten(gradient)
+    lengths = {x.shape[:1] for path, x in leaves.items() if path.startswith("layers/")}
+    for path, x in leaves.items():
         part = path.partition("/")[0]
-        axes = tuple(range(1, x.ndim)) if part == "layers" else None
+        axes = tuple(range(1, x.ndim)) if part == "layers" and len(lengths) == 1 else None
         sums[part] = sums.get(part, 0.0) + jnp.sum(jnp.square(x), axes)
     return {part: jnp.sqrt(x) for part, x in sums.items()}
 

@@ -111,4 +111,6 @@ def test_auto_takes_the_fastest_that_fits():
 
 
 def test_what_a_config_says_stays():
-    assert auto_mesh.settle_remat(configs.default(), None, auto_mesh.here(), {}, 64, None) == ""
+    config = configs.default()
+    config.model.remat = "full"
+    assert auto_mesh.settle_remat(config, None, auto_mesh.here(), {}, 64, None) == ""
