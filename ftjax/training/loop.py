@@ -552,7 +552,9 @@ def summary(result: Result, config, chat: bool) -> str:
     whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
     lines = [f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
     if kept := result.privacy:
-        lines.append(f"epsilon {kept['epsilon']:.3f} at delta {kept['delta']:g}, by the {kept['accountant']} accountant")
+        lines.append(
+            f"epsilon {kept['epsilon']:.3f} at delta {kept['delta']:g}, by the {kept['accountant']} accountant"
+        )
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     run = shlex.quote(str(result.run_dir))
     says = [f"  ftjax predict --model {run} --data FILE"] if tasks.find(config.task.kind).judged else []

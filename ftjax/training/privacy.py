@@ -130,7 +130,7 @@ def epsilon(noise: float, accountant: str, rate: float, steps: int, delta: float
 
 
 def calibrated(target: float, accountant: str, rate: float, steps: int, delta: float) -> float:
-    """The least noise with which the steps keep to epsilon `target`; see `epsilon`, of which the others are arguments."""
+    """The least noise with which the steps keep to epsilon `target`, to 1e-4; at least 0.2. See `epsilon`."""
     dp, accountants = _library()
     event = lambda noise: dp.SelfComposedDpEvent(  # noqa: E731
         dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps
