@@ -265,7 +265,7 @@ def test_a_run_keeps_its_guarantee_and_resumes_to_the_bit(tmp_path, monkeypatch)
 
     def config(run, **more):
         given = {"train__steps": 6, "train__log_every": 1, "train__save_every": 2, "train__eval_every": 3, "seed": 7}
-        given |= {"privacy__epsilon": 8, "privacy__delta": 1e-3, "export__checkpoint": "last", "mesh__data": 1}
+        given |= {"privacy__epsilon": 8, "privacy__delta": 1e-3, "export__checkpoint": "last"}
         c = tiny_labelled.config(tmp_path, base, **given | more)
         c.run_dir = str(tmp_path / run)
         return c
