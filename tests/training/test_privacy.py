@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def test_the_noise_is_normal_with_the_stated_deviation():
 
 def test_one_example_moves_the_sum_by_at_most_the_clipping_norm():
     trained, batch = toy()
-    quiet = functools.partial(gradient, trained, noise=0.0, expected=1)
+    quiet = jax.jit(functools.partial(gradient, trained, noise=0.0, expected=1))
     whole = quiet(batch)
     moved, replaced = [], []
     for i in range(8):
@@ -258,6 +259,12 @@ def test_numbers_that_give_no_guarantee_are_refused(more, told):
     piece = type("Piece", (), {"kept": np.array([0, 0, 1])})
     with pytest.raises(FtjaxError, match="several examples each"):
         privacy.settle(configs.from_dict(flat), type("Part", (list,), {"pieces": (piece,)})(range(200)), 100)
+
+
+def test_without_the_accountant_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(FtjaxError, match=r"pip install 'ftjax\[privacy\]'"):
+        privacy.epsilon(1.0, "rdp", 0.1, 5, 1e-5)
 
 
 def test_a_run_keeps_its_guarantee_and_resumes_to_the_bit(tmp_path, monkeypatch):
