@@ -505,6 +505,18 @@ FIELDS: dict[str, Field] = {
     # one; 0: at every validation
     "train.keep": whole(1, 1, also="save_total_limit"),  # number of latest checkpoints kept beside the best one
     #
+    # ---- private training, see docs/privacy.md
+    "privacy.epsilon": number(0.0, 0, also="target_epsilon"),  # train with differential privacy, so that the trained
+    # parameters tell at most this much about whether an example was in the training rows; 0: off
+    "privacy.delta": number(1e-5, above=0, below=1, also="target_delta"),  # probability with which the guarantee may
+    # fail; it must be below 1 / number of examples
+    "privacy.clip": number(1.0, above=0, also="l2_norm_clip max_per_sample_grad_norm per_sample_max_grad_norm"),
+    # largest norm of the gradient of one example's mean loss; longer gradients are scaled down to it
+    "privacy.accountant": choice("rdp", "pld"),  # how epsilon is computed: rdp: by Rényi divergences, in a moment; pld:
+    # by privacy loss distributions, which need less noise for the same epsilon and take seconds
+    "privacy.noise": number(None, above=0, also="noise_multiplier"),  # standard deviation of the noise on the sum of
+    # clipped gradients, as a multiple of privacy.clip; None: the least that keeps to privacy.epsilon
+    #
     # ---- how devices share the work
     "mesh.data": whole(-1, -1),  # devices that share the rows of a batch, each with all weights; -1: all remaining
     # devices, or on a CPU as many as make the run faster; 0: all axes are chosen for the devices

@@ -244,6 +244,49 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))] if self.shuffle else plan
 
 
+class Poisson(Batches):
+    """Batches for which every step draws each example independently, with the same probability (Poisson sampling).
+
+    The examples of a step depend on the seed and the step alone. Steps have different numbers of examples; all batches
+    have the number of rows that the fullest step needs, so that no example is left out.
+
+    Args:
+        examples: The N examples.
+        batch_size: Expected number of examples of a step; each is drawn with probability batch_size / N.
+        max_length: Most tokens of a row.
+        steps: Number of steps. Later ones cannot be built.
+        multiple: The number of rows is a multiple of it.
+        options: See Batches.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, max_length: int, *, steps: int, multiple: int, **options
+    ):  # fmt: skip
+        super().__init__(examples, batch_size, max_length, **options)
+        self.expected, self.steps, self.rate = batch_size, steps, batch_size / len(self.sizes)
+        fullest = max(self._count(step)[0] for step in range(steps))
+        self.batch_size = -(-max(1, fullest) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sizes) / self.expected)
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        return sorted((self.batch_size, int(T), int(M)) for T, M in zip(self.widths, self.label_widths, strict=True))
+
+    def _count(self, step: int) -> tuple[int, np.random.Generator]:
+        """(number of examples of a step, the generator that then draws them)."""
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(step,))))
+        return int(rng.binomial(len(self.sizes), self.rate)), rng
+
+    def _at(self, step: int) -> tuple[int, np.ndarray]:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        # Independent draws are a binomial number of examples, of which all sets are equally probable.
+        count, rng = self._count(step)
+        rows = rng.choice(len(self.sizes), count, replace=False)
+        return int(self.bucket[rows].max(initial=0)), np.pad(rows, (0, self.batch_size - count), constant_values=-1)
+
+
 def by_example(
     f: Callable, examples, rows: int, max_length: int, buckets: int = 8, *, whole_rows: bool = False, **layout
 ) -> list[np.ndarray]:

@@ -67,6 +67,8 @@ class Task:
         passes: passes(config) -> number of forward passes of a step beside those that have a gradient.
         whole_rows: Whether the loss reads more of a row than the states at the trained places.
         arrays: Names of further arrays (B, M) float32 that `sums` reads from a batch, for a plan without rows.
+        private: Whether one row is one example whose loss depends on no other row, so that training can bound what an
+            example changes, see training.privacy.
         check: check(config, method, spec) raises FtjaxError where a tuning method, with its Spec, cannot be used.
 
     What a row is:
@@ -121,6 +123,7 @@ class Task:
     passes: Callable = lambda config: 0
     whole_rows: bool = False
     arrays: tuple[str, ...] = ()
+    private: bool = False
     check: Callable = lambda config, method, spec: None
     encode: Callable | None = None
     recipe: Callable | None = None

@@ -6,6 +6,7 @@ from ftjax.tasks import Task
 TASK = Task(
     head="causal",
     sums=causal.sums,
+    private=True,
     options=causal.smoothing,
     always=causal.chunk,
     stratified=True,

@@ -57,6 +57,7 @@ def binary(chances: np.ndarray, truths: np.ndarray) -> tuple[np.ndarray, np.ndar
 TASK = Task(
     head="sequence",
     sums=classify.one_class,
+    private=True,
     options=classify.options,
     problem="single_label_classification",
     encode=encoder(target),

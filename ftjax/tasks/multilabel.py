@@ -64,6 +64,7 @@ def record(labels, truth, chances, thresholds) -> tuple[list[str], list[str]]:
 TASK = Task(
     head="sequence",
     sums=classify.many_classes,
+    private=True,
     options=lambda config: {"focal": config.task.focal},
     problem="multi_label_classification",
     target=lambda labels: ((labels,), "float32"),

@@ -8,6 +8,7 @@ from ftjax.tasks import Columns, Task
 TASK = Task(
     head="token",
     sums=classify.one_class,
+    private=True,
     options=classify.options,
     encode=tags.encode,
     columns=Columns(("tokens", "words"), (), ("tags", "ner_tags", "labels")),

@@ -19,6 +19,7 @@ from ftjax.hub import families, peft, pooling, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
+from ftjax.training import privacy
 from ftjax.training.run_folder import Trained, open_run
 from ftjax.tree import map_paths, not_finite
 from ftjax.tuning import METHODS
@@ -86,6 +87,8 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     report: dict[str, Any] = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
     record = {"config": source.config, "base": kept}
+    if source.privacy:  # whoever knows the seed can compute the noise and take it off again
+        record |= {"config": source.config | {"seed": 0}, "privacy": source.privacy}
     config = configs.from_dict(source.config)
     chat_template = chat_templates.of_run(config, base.tokenizer)
     beside = functools.partial(_beside, source=source, chat_template=chat_template)
@@ -128,7 +131,9 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
 
 
 def _beside(out: Path, source: Trained, chat_template: str) -> None:
-    """Write the files beside the weights: the chat template, and how vectors of texts are made."""
+    """Write the files beside the weights: the chat template, how vectors of texts are made, and the privacy."""
+    if source.privacy:
+        (out / "README.md").write_text(privacy.card(source.privacy, source.base_name))
     if chat_template:
         tokenizers.write_chat_template(out, chat_template)
     if source.config["task"]["kind"] == "embed":

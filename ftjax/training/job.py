@@ -15,7 +15,7 @@ import numpy as np
 from ftjax import config as configs
 from ftjax import cpus, tasks
 from ftjax.data import chat_templates
-from ftjax.data.batches import Batches
+from ftjax.data.batches import Batches, Poisson
 from ftjax.data.prepare import Data, Part, prepare
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
@@ -24,7 +24,7 @@ from ftjax.hub import families, fingerprint, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.progress import counted, doing
-from ftjax.training import auto_mesh, export, sharding
+from ftjax.training import auto_mesh, export, privacy, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
@@ -132,6 +132,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     config = configs.copy(config)
     configs.validate(config)
     fill_defaults(config)
+    privacy.check(config)
     method = METHODS[config.tuning.method]
 
     folder = base_folder(config)
@@ -202,15 +203,21 @@ def prepared(config, say, recorded: int = 0) -> Job:
     rows, ways = config.train.batch_size, sharding.row_ways(mesh)
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
     task = tasks.find(config.task.kind)
-    batch = functools.partial(
-        Batches, max_length=data.max_length, packing=config.data.packing and not task.collect,
-        buckets=config.data.buckets, seed=config.seed, ways=mesh.shape["sequence"], **task.layout(config, tokenizer),
+    layout = dict(
+        max_length=data.max_length, packing=config.data.packing and not task.collect, buckets=config.data.buckets,
+        seed=config.seed, ways=mesh.shape["sequence"], **task.layout(config, tokenizer),
     )  # fmt: skip
+    batch = functools.partial(Batches, **layout)
     drawn, weights_of_classes = judge.by_class(config, data)
     copies, updates = task.copies(config), task.updates(config)
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
     whole = lambda steps: -(-steps // updates) * updates  # noqa: E731
     steps = whole(config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
+    if config.privacy.epsilon:
+        privacy.settle(config, data.train, steps)
+        multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
+        batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, **layout)
+        rows = batches.batch_size
     trained = steps * copies * lengths.sum() / len(batches)
     validations, most = bounds(config, data.validation, trained)
     held_out = chosen_rows(config, data, most)

@@ -26,10 +26,10 @@ from ftjax.errors import FtjaxError, NotFinite, of_disk
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.loss import sums
 from ftjax.evaluation.pictures import plot_losses
-from ftjax.files import write_jsonl
+from ftjax.files import replace_json, write_jsonl
 from ftjax.models.quantised import is_quantised
 from ftjax.progress import counted, doing
-from ftjax.training import export, features, finite, hosts, provenance, selection, sharding
+from ftjax.training import export, features, finite, hosts, privacy, provenance, selection, sharding
 from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.flops import PEAKS, flops_per_token
@@ -71,6 +71,7 @@ class Result:
         best: Value of `train.select` at `best_step`; None if it was undefined at every validation.
         seconds: Wall-clock time of all starts of the run.
         results: Scores before and after training, or the report on held-out rows; None where nothing was evaluated.
+        privacy: {"epsilon", "delta", ...} of the exported parameters; None without private training.
         files: {name: path} of what was written.
         history: The rows of metrics.jsonl in order: dicts with `step`, and `loss`, `accuracy`, `grad_norm` and `lr` of
             a logged training step, or `val_loss` of a validation.
@@ -88,6 +89,7 @@ class Result:
     results: dict[str, Any] | None
     files: dict[str, str]
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    privacy: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         val = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f} at step {self.best_step:,}"
@@ -213,6 +215,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         # ---- batches on their way to the devices -------------------------------------------------------------------
         say(description(job, program))
         batches, validation = job.batches, job.validation
+        rate_of_rows = getattr(batches, "rate", 0.0)  # probability with which a private step draws an example
         sizes, passes = (program.base, program.trained, program.frozen), job.task.passes(config)
         flops = flops_per_token(job.spec.model, *sizes, job.longest, passes)
         keep, own = features.keeper(job, program, state.trained, frozen)
@@ -281,7 +284,8 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 loss = loss if values["loss"] is None or bad else values["loss"]
             unread.clear()
             if log and not bad:  # a step that is left out has a line of its own
-                note(at, values | {"lr": float(program.rate(at - 1 - left_out))} | progress.rates(at))
+                values |= {"lr": float(program.rate(at - 1 - left_out))} | privacy.spent(config, rate_of_rows, at)
+                note(at, values | progress.rates(at))
             return 0
 
         def collected(state) -> tuple:
@@ -394,7 +398,8 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                     del variables
                 found = {"val_loss": losses["val_loss"], f"val_{select.name.removeprefix('val_')}": figure}
                 note(step, found | {name: x for name, x in losses.items() if name.startswith("val_")})
-                rank = select.rank(figure)
+                # A private run selects no checkpoint: the validation rows may be private too.
+                rank = None if config.privacy.epsilon else select.rank(figure)
                 better = rank is not None and (best is None or rank > best)
                 best, best_loss, stale = (rank, losses["val_loss"], 0) if better else (best, best_loss, stale + 1)
                 saved = saved or better
@@ -408,6 +413,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 record = {"config": config.to_dict(), "step": step, "best": best, "best_loss": best_loss}
                 record |= {"metrics": metrics.digest()} if metrics else {}
                 record |= {"good": good} if rewinds else {}
+                record |= privacy.record(config, rate_of_rows, step)
                 record |= {"skipped": [*skipped]} if skipped else {}  # a copy, because it is written in the background
                 checkpoints.save(state, record | {"stale": stale, "seconds": seconds()}, rank)
             if preempted and step < steps:
@@ -420,7 +426,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         stopped_early = step < steps
         if stopped_early:
             say(f"stopped at step {step}: {stale} validations without a better {select.name} (train.patience)")
-        if validation and best is None:
+        if validation and best is None and not config.privacy.epsilon:
             say(f"warning: {select.name} was undefined at every validation, so that the last step counts as the best")
         checkpoints.wait()
 
@@ -434,8 +440,13 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
         files |= take_step.finish(state)
         del state
-        files |= exported(job, program, trained, frozen, say)
+        guarantee = privacy.record(config, rate_of_rows, kept)
+        files |= exported(job, program, trained, frozen, say, guarantee.get("privacy"))
         results, told = judged(job, program, program.variables(trained, frozen), before, seconds, say)
+        if first and guarantee:
+            provenance.note(run_dir / RUN, **guarantee)
+            if "results" in told:
+                replace_json(Path(told["results"]), (results or {}) | guarantee)
 
     files |= told
     if data.gone:
@@ -446,7 +457,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
     result = Result(
         run_dir=str(run_dir), steps=step, resumed_from=resumed_from, stopped_early=stopped_early,
         train_loss=train_loss, val_loss=best_loss, best_step=best_step, best=select.rank(best), seconds=seconds(),
-        results=results, files=files, history=history,
+        results=results, files=files, history=history, privacy=guarantee.get("privacy"),
     )  # fmt: skip
     chat = job.generates and job.data.train.rendered(0).messages is not None
     say(summary(result, config, chat))
@@ -466,12 +477,24 @@ def description(job: Job, program: Program) -> str:
     )
 
 
-def exported(job: Job, program: Program, trained: dict, frozen: dict, say) -> dict[str, str]:
-    """Write the trained model in every format of `export.formats`. Returns {format: folder}."""
+def exported(job: Job, program: Program, trained: dict, frozen: dict, say, guarantee: dict | None) -> dict[str, str]:
+    """Write the trained model in every format of `export.formats`.
+
+    Args:
+        job: The run.
+        program: The compiled functions.
+        trained: Tree of trained parameters.
+        frozen: Tree of frozen parameters.
+        say: Called with lines for a person.
+        guarantee: "privacy" of privacy.record, or None.
+
+    Returns:
+        {format: folder}.
+    """
     config, files = job.config, {}
     source = Trained(
         config.tuning.method, trained, frozen, job.spec, job.lm(program.model), base_name(config, job.folder),
-        config.to_dict(), job.base,
+        config.to_dict(), job.base, guarantee,
     )  # fmt: skip
     for format in dict.fromkeys(job.formats):
         out = Path(config.run_dir) / format
@@ -528,6 +551,10 @@ def summary(result: Result, config, chat: bool) -> str:
         val += f", where the validation loss is {result.val_loss:.4f}"
     whole = "full" if config.tuning.method == "full" else "merged" if METHODS[config.tuning.method].merge else "adapter"
     lines = [f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, training loss {result.train_loss:.4f}{val}"]
+    if kept := result.privacy:
+        lines.append(
+            f"epsilon {kept['epsilon']:.3f} at delta {kept['delta']:g}, by the {kept['accountant']} accountant"
+        )
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     run = shlex.quote(str(result.run_dir))
     says = [f"  ftjax predict --model {run} --data FILE"] if tasks.find(config.task.kind).judged else []

@@ -22,7 +22,7 @@ from ftjax.lm import quantiser
 from ftjax.models import attention_backends, remat
 from ftjax.models.quantised import is_quantised, quantised_size
 from ftjax.models.transformer import Transformer
-from ftjax.training import sharding
+from ftjax.training import privacy, sharding
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
 from ftjax.tree import flatten, map_paths
@@ -194,6 +194,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     step = compile_step(
         state_places, options, sums=tasks.objective(config, model), variables=variables, optimizer=optim,
         seed=config.seed, accumulate=config.train.accumulate, ema=ema, spike=spike,
+        gradients=privacy.gradients_of(config),
     )  # fmt: skip
     return Program(
         model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,

@@ -132,6 +132,8 @@ class Progress:
             parts["val"] = self.validated
         if "loss" in values:
             parts |= {"lr": f"lr {values['lr']:.2e}", "grad_norm": f"grad {values['grad_norm']:.2f}"}
+        if "epsilon" in values:
+            parts["epsilon"] = f"epsilon {values['epsilon']:.3f}"
         rates = self.rates(step)
         if rates:
             parts["tokens_per_second"] = f"{rates['tokens_per_second']:,.0f} tokens/s"

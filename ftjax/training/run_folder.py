@@ -322,6 +322,7 @@ class Trained:
         base_name: Name of the base in files for other programs.
         config: The run's resolved config, as a dict.
         record: Record of the base's files, see fingerprint.record.
+        privacy: "privacy" of privacy.record; None without private training.
     """
 
     method: str
@@ -332,6 +333,7 @@ class Trained:
     base_name: str
     config: dict
     record: dict = dataclasses.field(default_factory=dict)
+    privacy: dict | None = None
 
 
 def base_name(config, folder: Path) -> str:
@@ -375,7 +377,8 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
         raise FtjaxError(
             f"{run_dir}: the run has no checkpoint yet; wait for the first one, or load its base model {lm.folder}"
         )
-    check_record(config, saved.record(step), run_dir, step)
+    record = saved.record(step)
+    check_record(config, record, run_dir, step)
     # As at the start of the run: frozen values that are not the base's come from its seed or its file.
     shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
     frozen = with_start(method, frozen, run_dir)
@@ -385,4 +388,7 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     trained = saved.trained(step, abstract, ema=config.train.ema > 0)
     saved.close()
     name = base_name(config, lm.folder)
-    return Trained(config.tuning.method, trained, frozen, spec, lm, name, config.to_dict(), kept), config
+    source = Trained(
+        config.tuning.method, trained, frozen, spec, lm, name, config.to_dict(), kept, record.get("privacy")
+    )  # fmt: skip
+    return source, config

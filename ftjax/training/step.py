@@ -131,7 +131,10 @@ def judged(guard: dict, bad, loss, weight, spike: float) -> tuple[jax.Array, dic
     }  # fmt: skip
 
 
-def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0, spike=0.0):
+def train_step(
+    state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0, spike=0.0,
+    gradients=gradients,
+):  # fmt: skip
     """One update.
 
     The random key depends on seed and step alone, so a resumed run draws the same numbers. If the state has a guard, a
@@ -149,6 +152,7 @@ def train_step(state: State, frozen, batch, *, sums, variables, optimizer, seed:
         ema: Decay of the moving average. The first step sets the average to its own result, as torch's AveragedModel
             does.
         spike: See `judged`.
+        gradients: A function with the arguments and results of `gradients`, which computes the gradient.
 
     Returns:
         (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars, and

@@ -1,0 +1,284 @@
+"""Training with differential privacy: DP-SGD (Abadi et al. 2016), with any optimizer.
+
+Every step draws each example with the same probability (`data.batches.Poisson`), scales the gradient of each example
+down to a norm of at most `privacy.clip`, and adds normal noise once to the sum. Two sets of training examples are
+neighbours if one of them has one example more. N examples, B expected examples a step, R rows that hold them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from ftjax import tasks
+from ftjax.errors import FtjaxError
+from ftjax.training import step
+
+AT_ONCE = 1 << 26  # bytes of single examples' gradients that a device holds at once
+
+# Fields that break the guarantee -> (the value that a private run needs, why).
+REFUSED = {
+    "data.packing": (False, "a packed row has one gradient for several examples, which cannot be clipped one by one"),
+    "data.mixture": ((), "the accountant assumes that all examples are drawn with the same probability"),
+    "data.augment.copies": (0, "one example would be trained on several times as different examples"),
+    "data.clean.exact": (False, "one example would decide whether another is trained on"),
+    "data.clean.near": (0.0, "one example would decide whether another is trained on"),
+    "task.balanced": (False, "the accountant assumes that all examples are drawn with the same probability"),
+    "task.class_weights": ((), "the gradient is of the mean loss of each example, in which its weight cancels"),
+    "task.threshold": ("", "the threshold would be chosen on rows without noise"),
+    "train.neftune": (0.0, "epsilon is computed from the noise on clipped gradients alone"),
+    "train.on_bad_step": ("stop", "the guard would look at losses without noise to decide about an update"),
+    "train.spike": (0.0, "the guard would look at losses without noise to decide about an update"),
+    "train.patience": (0, "the moment of stopping would be chosen on rows without noise"),
+    "train.select": ("val_loss", "no checkpoint is selected in a private run"),
+    "export.checkpoint": ("last", "the best checkpoint would be chosen on rows without noise"),
+    "mesh.fsdp": (1, "single examples' gradients are computed with whole weights; mesh.data shares the rows"),
+    "mesh.sequence": (1, "single examples' gradients are computed from whole rows; mesh.data shares the rows"),
+    "mesh.tensor": (1, "single examples' gradients are computed with whole weights; mesh.data shares the rows"),
+}  # fmt: skip
+
+
+def check(config) -> None:
+    """Raise FtjaxError if private training is on and the config has a setting that breaks the guarantee."""
+    if not config.privacy.epsilon:
+        return
+    if not tasks.find(config.task.kind).private:
+        able = [kind for kind, task in tasks.every().items() if task.private]
+        raise FtjaxError(
+            f"privacy.epsilon: task.kind {config.task.kind} cannot be trained privately, because its loss may compare "
+            f"examples, or a row may give several examples; {', '.join(able)} can"
+        )
+    for key, (needed, why) in REFUSED.items():
+        group, _, field = key.rpartition(".")
+        found = functools.reduce(lambda part, name: part[name], group.split("."), config)[field]
+        if found != needed:
+            raise FtjaxError(f"{key}: private training (privacy.epsilon) needs {needed!r}, found {found!r}: {why}")
+
+
+def settle(config, part, steps: int) -> None:
+    """Fill in `privacy.noise`, or check the given one.
+
+    Args:
+        config: The config, whose batch size is filled in.
+        part: The training examples, a data.prepare.Part.
+        steps: Number of steps of the run.
+
+    Raises:
+        FtjaxError: If an example shares its row with another one, if there are fewer examples than a batch holds, if
+            delta is not below 1 / N, or if the noise given is too small.
+    """
+    privacy, N = config.privacy, len(part)
+    if any(len(np.unique(piece.kept)) < len(piece.kept) for piece in part.pieces):
+        raise FtjaxError(
+            "privacy.epsilon: some rows gave several examples each, and the guarantee would hold for each of them and "
+            "not for the row; set data.long to truncate or drop"
+        )
+    if config.train.batch_size > N:
+        raise FtjaxError(f"train.batch_size: {config.train.batch_size} is more than the {N:,} training examples")
+    if privacy.delta * N >= 1:
+        raise FtjaxError(
+            f"privacy.delta: {privacy.delta:g} is not below 1 / {N:,}, the number of examples: publishing one whole "
+            f"example would be allowed. Set it to at most {0.1 / N:.0e}"
+        )
+    how = privacy.accountant, config.train.batch_size / N, steps, privacy.delta
+    if privacy.noise is None:
+        privacy.noise = calibrated(privacy.epsilon, *how)
+    found = epsilon(privacy.noise, *how)
+    if found > privacy.epsilon * (1 + 1e-6):
+        raise FtjaxError(
+            f"privacy.noise: {privacy.noise:g} gives epsilon {found:.3f} after {steps:,} steps, more than "
+            f"privacy.epsilon {privacy.epsilon:g}; leave privacy.noise None, or train fewer steps"
+        )
+
+
+def _library():
+    try:
+        import dp_accounting
+        from dp_accounting import pld, rdp
+    except ImportError:
+        raise FtjaxError(
+            "privacy.epsilon: private training needs the package dp-accounting; pip install 'ftjax[privacy]'"
+        ) from None
+    return dp_accounting, {"rdp": rdp.RdpAccountant, "pld": pld.PLDAccountant}
+
+
+def epsilon(noise: float, accountant: str, rate: float, steps: int, delta: float) -> float:
+    """The epsilon of a number of steps, for neighbours of which one has one example more.
+
+    Args:
+        noise: Standard deviation of the noise as a multiple of the clipping norm.
+        accountant: rdp or pld.
+        rate: Probability with which a step draws an example.
+        steps: Number of steps.
+        delta: Probability with which the guarantee may fail.
+
+    Raises:
+        FtjaxError: If dp-accounting is not installed.
+    """
+    if not steps:
+        return 0.0
+    dp, accountants = _library()
+    event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
+    return float(accountants[accountant]().compose(event, steps).get_epsilon(delta))
+
+
+def calibrated(target: float, accountant: str, rate: float, steps: int, delta: float) -> float:
+    """The least noise with which the steps keep to epsilon `target`, to 1e-4; at least 0.2. See `epsilon`."""
+    dp, accountants = _library()
+    event = lambda noise: dp.SelfComposedDpEvent(  # noqa: E731
+        dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps
+    )
+    # Without noise there is no finite epsilon, which the search could not use.
+    bracket = dp.LowerEndpointAndGuess(0.2, 1.0)
+    if epsilon(0.2, accountant, rate, steps, delta) < target:
+        return 0.2
+    return float(dp.calibrate_dp_mechanism(accountants[accountant], event, target, delta, bracket, tol=1e-4))
+
+
+def spent(config, rate: float, steps: int) -> dict:
+    """{"epsilon": what the steps so far have spent}; empty if private training is off. rate: see `epsilon`."""
+    privacy = config.privacy
+    if not privacy.epsilon:
+        return {}
+    return {"epsilon": epsilon(privacy.noise, privacy.accountant, rate, steps, privacy.delta)}
+
+
+def record(config, rate: float, steps: int) -> dict:
+    """What a checkpoint and a run keep of the guarantee: {"privacy": {...}}, empty if private training is off."""
+    found = spent(config, rate, steps)
+    fields = ("delta", "clip", "noise", "accountant")
+    how = {name: config.privacy[name] for name in fields}
+    return {"privacy": found | how | {"rate": rate, "steps": steps}} if found else {}
+
+
+def card(kept: dict, base: str) -> str:
+    """The README.md of an exported model. kept: "privacy" of `record`; base: name of the base model."""
+    return f"""---
+base_model: {base}
+---
+# Trained with differential privacy
+
+The trained parameters are ({kept["epsilon"]:.3f}, {kept["delta"]:g})-differentially private with respect to adding or
+removing one training example, for {kept["steps"]:,} steps of DP-SGD: every example was drawn with probability
+{kept["rate"]:.4g} a step, gradients of single examples were clipped to norm {kept["clip"]:g}, and the noise multiplier
+was {kept["noise"]:.4f} ({kept["accountant"].upper()} accountant of dp-accounting). The guarantee does not cover the
+base model's own training data, the names of the labels, or figures that were measured on private rows.
+"""
+
+
+def gradients_of(config) -> Callable:
+    """The function by which a step of this config computes its gradient, see step.train_step."""
+    if not config.privacy.epsilon:
+        return step.gradients
+    return functools.partial(
+        gradients, clip=config.privacy.clip, noise=config.privacy.noise or 0.0, expected=config.train.batch_size
+    )
+
+
+def gradients(
+    sums, variables, trained, frozen, batch, key, accumulate: int, *, clip, noise, expected, at_once=AT_ONCE
+):  # fmt: skip
+    """The noisy mean of the clipped gradients of single examples; see step.gradients for the other arguments.
+
+    The loss of an example is its mean over the trained tokens. Each device computes several examples of its own at
+    once, one group after another. The noise is drawn once, for the sum over all of them.
+
+    Args:
+        batch: {name: array (R, ...)}; a row is an example, or padding, whose weights are 0.
+        accumulate: At most R / accumulate examples are computed at once.
+        clip: Largest norm of the gradient of one example.
+        noise: Standard deviation of the noise as a multiple of `clip`.
+        expected: B, which the sum is divided by. The true number of examples in the batch would tell who is in it.
+        at_once: Most bytes of gradients that a device holds at once, unless one is larger.
+
+    Returns:
+        (gradient tree in float32, weight sum, metric sums).
+    """
+    mesh, keys = jax.sharding.get_abstract_mesh(), jax.random.split(key)
+    ways = 1 if mesh.empty else mesh.shape["data"]
+    rows = next(iter(batch.values())).shape[0] // ways
+
+    def local(trained, frozen, batch, key):
+        first = jax.lax.axis_index("data") * rows if ways > 1 else 0
+        return clipped_sums(
+            sums, variables, trained, frozen, batch, key, clip=clip, first=first,
+            group=group(rows, accumulate, trained, at_once),
+        )  # fmt: skip
+
+    total = local
+    if ways > 1:
+        whole, by_rows = PartitionSpec(), PartitionSpec("data")
+        summed = lambda *arrays: jax.lax.psum(local(*arrays), "data")  # noqa: E731
+        total = jax.shard_map(
+            summed, mesh=mesh, in_specs=(whole, whole, by_rows, whole), out_specs=whole,
+            axis_names=frozenset(mesh.axis_names), check_vma=False,
+        )  # fmt: skip
+    gradient, weight, metrics = total(trained, frozen, batch, keys[0])
+    leaves, tree = jax.tree.flatten(gradient)
+    draws = jax.random.split(keys[1], len(leaves))
+    noisy = [x + noise * clip * jax.random.normal(k, x.shape) for x, k in zip(leaves, draws, strict=True)]
+    return jax.tree.unflatten(tree, [x / expected for x in noisy]), weight, metrics
+
+
+def group(rows: int, accumulate: int, trained, at_once: int) -> int:
+    """Number of examples that a device computes at once: the largest divisor of its rows within both limits.
+
+    Args:
+        rows: Rows of the device.
+        accumulate: Least number of groups.
+        trained: Tree of trained parameters.
+        at_once: Most bytes of gradients.
+    """
+    size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
+    most = max(1, min(rows // accumulate, at_once // size))
+    return max(n for n in range(1, most + 1) if rows % n == 0)
+
+
+def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: int, first=0):
+    """Sums of the clipped gradients of single examples.
+
+    Args:
+        sums: See step.gradients.
+        variables: See step.gradients.
+        trained: Tree of trained parameters.
+        frozen: Tree of frozen parameters.
+        batch: {name: array (R, ...)}.
+        key: Random key of dropout; each row has its own.
+        clip: Largest norm.
+        group: Number of examples that are computed at once, a divisor of R.
+        first: Number of the first row in the whole batch.
+
+    Returns:
+        (gradient tree in float32, weight sum, metric sums).
+    """
+
+    def example(row, number):
+        own = jax.random.fold_in(key, number)
+        rngs = {"dropout": own, "noise": jax.random.fold_in(own, 1)}
+
+        def loss(trained):
+            total, weight, metrics = sums(variables(trained, frozen), row, rngs=rngs)
+            return total / step.divisor(weight), (weight, metrics)
+
+        (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+        gradient = step.as_float32(gradient)
+        norm = optax.tree.norm(gradient)
+        return gradient, jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30)), aux
+
+    def examples(rows, numbers):
+        gradient, scale, aux = jax.vmap(example)(rows, numbers)
+        return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1), gradient), *jax.tree.map(lambda x: jnp.sum(x, 0), aux)
+
+    rows = jax.tree.map(lambda x: x.reshape(-1, group, 1, *x.shape[1:]), batch)
+    numbers = first + jnp.arange(next(iter(batch.values())).shape[0]).reshape(-1, group)
+    shapes = jax.eval_shape(examples, jax.tree.map(lambda x: x[0], rows), numbers[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, examples(*part)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, (rows, numbers))[0]
