@@ -96,8 +96,10 @@ def divisor(weight):
 
 
 def norms_by_layer(gradient: dict) -> dict[str, jax.Array]:
-    """{"layers": (L,), any other first part of a path: ()} norms of a gradient tree. If parts of the stack have leaves of
-    other lengths, because not all of its layers are trained, "layers" is one number too."""
+    """{"layers": (L,), any other first part of a path: ()} norms of a gradient tree.
+
+    If the leaves of the stack differ in length, because not all of its layers are trained, "layers" is one number too.
+    """
     sums: dict[str, jax.Array] = {}
     leaves = flatten(gradient)
     lengths = {x.shape[:1] for path, x in leaves.items() if path.startswith("layers/")}
