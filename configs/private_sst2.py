@@ -1,6 +1,7 @@
 """Sentiment of film reviews with differential privacy: LoRA and a head on MiniLM, on SST-2, at epsilon 3.
 
-Needs `pip install "ftjax[privacy]"`. Set `seed` to a secret random number: whoever knows it can compute the noise.
+Needs `pip install "ftjax[privacy]"`. Add `--config.seed=` and a secret random number: whoever knows it
+can compute the noise.
 """
 
 from pathlib import Path

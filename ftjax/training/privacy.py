@@ -55,6 +55,11 @@ def check(config) -> None:
             f"privacy.epsilon: task.kind {config.task.kind} cannot be trained privately, because its loss may compare "
             f"examples, or a row may give several examples; {', '.join(able)} can"
         )
+    if not config.seed:
+        raise FtjaxError(
+            "seed: the noise of private training (privacy.epsilon) follows from the seed, and everyone knows the default "
+            "0; set it to a random number below 2147483648 and keep it secret"
+        )
     for key, (needed, why) in REFUSED.items():
         group, _, field = key.rpartition(".")
         found = functools.reduce(lambda part, name: part[name], group.split("."), config)[field]

@@ -234,6 +234,9 @@ REFUSED = {
 def test_settings_that_break_the_guarantee_are_refused_with_the_reason():
     assert REFUSED.keys() >= privacy.REFUSED.keys()
     good = configs.from_dict({"privacy.epsilon": 3.0, "export.checkpoint": "last"})
+    with pytest.raises(FtjaxError, match="^seed: the noise of private training"):
+        privacy.check(good)
+    good.seed = 11
     privacy.check(good)
     for key, value in [*REFUSED.items(), *(("task.kind", kind) for kind in ("masked", "span", "preference"))]:
         config = configs.from_dict(configs.flat(good) | {key: value})
