@@ -57,8 +57,8 @@ def check(config) -> None:
         )
     if not config.seed:
         raise FtjaxError(
-            "seed: the noise of private training (privacy.epsilon) follows from the seed, and everyone knows the default "
-            "0; set it to a random number below 2147483648 and keep it secret"
+            "seed: the noise of private training (privacy.epsilon) follows from the seed, and everyone knows the "
+            "default 0; set it to a random number below 2147483648 and keep it secret"
         )
     for key, (needed, why) in REFUSED.items():
         group, _, field = key.rpartition(".")
