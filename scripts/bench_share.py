@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def ids_of(folder: Path, case: Case) -> np.ndarray:
     return np.random.default_rng(0).integers(3, vocab, (case.rows, case.length)).astype(np.int32)
 
 
-def ours(folder: Path, case: Case, packed: bool, seconds: float, changed: list[str]) -> dict:
+def ours(folder: Path, case: Case, packed: bool, seconds: float, changed: Sequence[str] = ()) -> dict:
     """What a step of the run that `ftjax train` would choose reaches on the devices here. changed: NAME=VALUE."""
     import jax
     import jax.numpy as jnp
