@@ -208,6 +208,7 @@ def test_commands_that_come_next_can_be_pasted(run_dir):
         "best_step": 0,
         "best": None,
         "files": {},
+        "privacy": None,
     }
     text = summary(SimpleNamespace(run_dir=run_dir, **fields), configs.default(), chat=False)
     commands = [shlex.split(line) for line in text.partition("next:\n")[2].splitlines()]

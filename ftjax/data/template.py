@@ -250,6 +250,11 @@ def _preference(row: dict, place: str) -> Rendered:
         return Rendered(messages=_hh_turns(chosen, place))
     if isinstance(chosen, str) and isinstance(row.get("rejected"), str) and column not in row:
         asked = _beginning(chosen, row["rejected"])
+        if not asked:
+            raise FtjaxError(
+                f"{place}: column 'prompt' does not exist, and 'chosen' and 'rejected' do not begin alike, so that "
+                "their beginning is no prompt either"
+            )
         return Rendered(asked, _answer(chosen[len(asked) :], place))
     if isinstance(chosen, str) and not isinstance(row.get(column), list):
         return Rendered(field(row, "prompt", place), _answer(chosen, place))

@@ -135,7 +135,8 @@ def decoder_modules(layer: dict[str, str] = LLAMA_LAYER, moe: str = "mlp") -> tu
 
     def module(path, name):
         name = f"model.layers.{{l}}.{name}"
-        return Module(f"layers/{path}", name, file=name.replace(".mlp.", f".{moe}."))
+        file = name.replace(".mlp.", f".{moe}.")
+        return Module(f"layers/{path}", name, file="" if file == name else file)
 
     return (
         Module("embed", "model.embed_tokens"),
