@@ -22,7 +22,7 @@ class Module(NamedTuple):
     name: str
     transposed: bool = False  # stored (in, out), as GPT-2's Conv1D does, not (out, in)
     first: int = 0  # the lowest layer that has it
-    file: str = ""  # its name in files, where that is another
+    file: str = ""  # its name in files, where that is another or has an {e}, which transformers' own names have not
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def decoder_modules(layer: dict[str, str] = LLAMA_LAYER, moe: str = "mlp") -> tu
     def module(path, name):
         name = f"model.layers.{{l}}.{name}"
         file = name.replace(".mlp.", f".{moe}.")
-        return Module(f"layers/{path}", name, file="" if file == name else file)
+        return Module(f"layers/{path}", name, file=file if file != name or "{e}" in file else "")
 
     return (
         Module("embed", "model.embed_tokens"),
