@@ -1,9 +1,9 @@
 """Reinforcement on CommonGen: the model of the quick start learns to use more of the given words, by GRPO.
 
 It starts from the merged model of the quick start, which is also the base that `kl` is measured from. The reward of an
-answer is the share of the given words that it uses. With one seed the coverage of greedy answers to the test prompts
-rises from 0.421 to 0.657, at 0.43 nats a token from the base, while ROUGE-L falls from 0.294 to 0.257; docs/policy.md
-says more.
+answer is the share of the given words that it uses. With three seeds the coverage of greedy answers to the test
+prompts rises from 0.421 to 0.657, 0.600 and 0.641, at about 0.4 nats a token from the base, while ROUGE-L falls from
+0.294 to 0.257, 0.227 and 0.243. It takes about five minutes on two cores; docs/policy.md says more.
 """
 
 from ftjax import config
