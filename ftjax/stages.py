@@ -72,11 +72,10 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     for position, stage in enumerate([None, *stages]):
         if stage:
             say(f"\nstage {position} of {len(stages)}: {stage.name}")
-            result, model = _run(stages[: position - 1], stage, model, position == len(stages), say)
+            result, model = _run(stages[: position - 1], stage, model, say)
         name = stage.name if stage else BEFORE
-        scores[name] = {
-            other.name: _scored(model, other, kept, say) for other in stages if _computes(stage, other, stages[0])
-        }
+        scored = [other for other in stages if _computes(stage, other, stages[0])]
+        scores[name] = {other.name: _scored(model, other, kept) for other in scored}
         replace_json(run_dir / RESULTS, _told(stages, scores))
     told = _told(stages, scores)
     say("\n" + _table(stages, told["scores"]) + _sentences(told))
@@ -85,7 +84,7 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     return dataclasses.replace(result, results=told, files=files)
 
 
-def _run(earlier, stage, base: Path, last: bool, say) -> tuple[Result, Path]:
+def _run(earlier, stage, base: Path, say) -> tuple[Result, Path]:
     """Train one stage. Returns its Result and the folder of its model."""
     config = configs.copy(stage.config)
     if earlier:
@@ -121,7 +120,7 @@ def _computes(stage, other, first) -> bool:
     return (other.config.task.kind == "causal" and continues) or stage is other
 
 
-def _scored(model: Path, other, kept: dict, say) -> dict:
+def _scored(model: Path, other, kept: dict) -> dict:
     """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all."""
     config = configs.copy(other.config)
     config.data.test = config.data.test or config.data.validation

@@ -187,7 +187,8 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
 
     tried, budget = {}, USED * machine.memory
     order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads
-    order = order[machine.platform == "gpu" :]
+    if machine.platform == "gpu":
+        order.remove("none")
     for preset in order:
         tried[preset] = needed(preset)
         if tried[preset] <= budget:
