@@ -47,7 +47,19 @@ ftjax.train()  # type: ignore[call-arg]
 lm.generate(3)  # type: ignore[arg-type]
 result.losses  # type: ignore[attr-defined]
 """
-CLEAN = ["__init__", "cli", "config", "errors", "evaluation/run", "lm", "listing", "loading", "training/loop"]
+CLEAN = [
+    "__init__",
+    "cli",
+    "config",
+    "errors",
+    "evaluation/run",
+    "lm",
+    "listing",
+    "loading",
+    "training/feed",
+    "training/loop",
+    "training/outcome",
+]
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def test_tries_are_counted_from_the_last_checkpoint(fakes):
 
 
 def test_the_line_that_tells_of_a_checkpoint_is_what_training_says():
-    assert "going on after step {resumed_from} of" in (ROOT / "ftjax" / "training" / "loop.py").read_text()
+    assert "going on after step {standing.step} of" in (ROOT / "ftjax" / "training" / "loop.py").read_text()
 
 
 # What gcloud writes when Google's service has a bad minute.
