@@ -32,9 +32,7 @@ class Metrics:
         self.file = self.path.open("a", buffering=1)
         self.sinks = []
         if config.log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            writer = _tensorboard().SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
             self.sinks.append((lambda name, value, step: writer.add_scalar(name, value, step), writer.close))
         if config.log.wandb:
             try:
@@ -62,6 +60,19 @@ class Metrics:
         self.file.close()
         for _, close in self.sinks:
             close()
+
+
+def _tensorboard():
+    """tensorboardX, without torch: it imports torch wherever that is installed, which takes a second and 250 MB."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        import tensorboardX
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:

@@ -156,3 +156,20 @@ def test_a_ctrl_c_that_python_loses_in_a_callback_is_heard():
         [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.split() == ["lost", "heard"] and done.stderr == ""
+
+
+def test_torch_is_not_imported_where_it_happens_to_be_installed(tmp_path):
+    """TensorBoard's events are written by a library that imports torch wherever it finds it."""
+    program = f"""
+import pathlib, sys
+from ftjax import config
+from ftjax.training import loop, report
+sink = report.Metrics(pathlib.Path({str(tmp_path)!r}), config.default(), 0)
+sink.write(1, {{"loss": 0.5}})
+sink.close()
+assert "torch" not in sys.modules, "torch"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
