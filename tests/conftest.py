@@ -14,6 +14,8 @@ import haste
 import hypothesis
 import pytest
 
+from ftjax import cli
+
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {haste.FLAGS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +31,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ftjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+gc.set_threshold(cli.COLLECTED)  # as the command line does
 
 # A slow machine is no failure.
 hypothesis.settings.register_profile("ftjax", deadline=None)

@@ -3,12 +3,11 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import haste
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,24 +58,23 @@ def test_documentation_runs(tmp_path):
     env = os.environ | {
         "PYTHONPATH": str(ROOT), "FTJAX_MALLOC": "0", "XLA_FLAGS": haste.FLAGS, "XDG_CACHE_HOME": str(tmp_path),
     }  # fmt: skip
-    ran, seen = 0, set()
+    ran, seen, forks = 0, set(), Forks(env)
     for page in PAGES:
         for language, file, body in blocks(page.read_text()):
             if file:
                 (tmp_path / file).write_text(body)
             if language == "python":
-                todo = [[sys.executable, "-c", body]]
-            elif language == "bash":
-                todo = [[sys.executable, "-m", "ftjax", *args] for args in commands(body)]
-            else:
-                continue
-            for command in todo:
-                if "train" in command[:4]:
-                    command = command + [f"--config.{field}" for field in SHORT]
-                if tuple(command) in seen:
-                    continue
-                seen.add(tuple(command))
-                done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-                assert done.returncode == 0, f"{page.name}: {shlex.join(command)}\n{done.stderr}"
+                status, said = forks.run(tmp_path, program=body)
+                assert status == 0, f"{page.name}: {body}\n{said}"
                 ran += 1
+            for arguments in commands(body) if language == "bash" else ():
+                if arguments[0] == "train":
+                    arguments = arguments + [f"--config.{field}" for field in SHORT]
+                if tuple(arguments) in seen:
+                    continue
+                seen.add(tuple(arguments))
+                status, said = forks.run(tmp_path, arguments)
+                assert status == 0, f"{page.name}: ftjax {shlex.join(arguments)}\n{said}"
+                ran += 1
+    forks.close()
     assert ran >= 6
