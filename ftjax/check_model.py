@@ -30,16 +30,22 @@ def check(folder: Path) -> bool:
     family, shape = families.read_config(folder)
     if shape.head.task != "causal" or shape.layers < 2:
         raise FtjaxError(f"{folder}: check-model is for decoders of two layers or more with a head over the vocabulary")
+    params = weights.read_params(folder, family, shape, dtype=lambda path: np.dtype(np.float32))
+    weights.check_finite(folder, params, family, shape)
     try:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype="float32", use_safetensors=True, trust_remote_code=False
+        )
+        model = model.eval().requires_grad_(False)
+        ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, min(TOKENS, shape.max_positions)))
+        theirs = model(next(model.parameters()).new_tensor(ids.tolist()).long(), output_hidden_states=True)
     except ImportError as error:
         raise FtjaxError(f"check-model needs transformers with torch: {error}") from None
-    params = weights.read_params(folder, family, shape, dtype=lambda path: np.dtype(np.float32))
-    ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, min(TOKENS, shape.max_positions)))
-    model = model.eval().requires_grad_(False)
-    theirs = model(next(model.parameters()).new_tensor(ids.tolist()).long(), output_hidden_states=True)
+    except Exception as error:  # of any kind, as these files may hold anything
+        told = " ".join(str(error).split())
+        raise FtjaxError(f"{folder}: transformers cannot compute this model: {told:.500}") from None
 
     def differs(ours, theirs) -> float:
         theirs = theirs.numpy()

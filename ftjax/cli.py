@@ -40,7 +40,8 @@ LISTS = {
     "metrics": "list the metrics of generated answers, for the field evaluate.metrics",
 }
 
-CONFIGURED = ("train", "sweep", "compare", "plan", "data", "evaluate", "predict")  # verbs that take --config.KEY=VALUE
+# Verbs that take --config.KEY=VALUE.
+CONFIGURED = ("train", "sweep", "compare", "plan", "data", "evaluate", "predict", "check")
 
 # Settings of glibc's malloc that keep its pages.
 MALLOC = ":".join(
@@ -239,7 +240,8 @@ def parser() -> argparse.ArgumentParser:
         help="of a whole model; auto: the base model's",
     )
 
-    sub = verb("check", _check, "say whether a run, and all that it was made from, is as it was written")
+    about = "say whether a run, and all that it was made from, is as it was written"
+    sub = verb("check", _check, about, epilog=overrides)
     sub.add_argument("run_dir", metavar="RUN", help="run folder")
 
     sub = verb("check-model", _check_model, "compare a model directory, layer by layer, with transformers and torch")
@@ -538,7 +540,7 @@ def _export(args, overrides) -> None:
 def _check(args, overrides) -> int:
     from ftjax.training.check import check
 
-    return 0 if check(args.run_dir) else 1
+    return 0 if check(args.run_dir, overrides=overrides) else 1
 
 
 def _check_model(args, overrides) -> int:

@@ -728,7 +728,7 @@ def _python(path: Path) -> ConfigDict:
     get_config = user_code.load(f"{path}:get_config", "--config")
     try:
         config = get_config()
-    except Exception as error:  # the user's own code may raise anything
+    except user_code.ERRORS as error:
         raise FtjaxError(user_code.failed(f"{path}:get_config", "--config", error)) from error
     if not isinstance(config, ConfigDict):
         raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")

@@ -13,19 +13,19 @@ from pathlib import Path
 
 from ftjax.errors import FtjaxError, nearest
 
-FIELDS = ("augment.function", "evaluate.metrics", "task.rewards")  # ends of the dotted keys that may name a function
+ERRORS = (Exception, SystemExit)  # what a user's own code may raise: anything, but a stop from outside
 
 
 def named(values, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, `file.py:function`) of each function in `config.to_dict()`, including entries of a mixture or a
-    comparison."""
+    """(dotted key, `file.py:function`) of each function in `config.to_dict()`, in whatever field it stands, including
+    entries of a mixture, a comparison or stages."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from named(value, f"{key}.{name}".lstrip("."))
     elif isinstance(values, list | tuple):
         for value in values:
             yield from named(value, key)
-    elif isinstance(values, str) and ":" in values and key.endswith(FIELDS):
+    elif isinstance(values, str) and Path(values.rpartition(":")[0]).suffix == ".py":
         yield key, values
 
 
@@ -51,7 +51,7 @@ def load(named: str, key: str) -> Callable:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code may raise anything
+    except ERRORS as error:
         raise FtjaxError(failed(named, key, error)) from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -6,14 +6,17 @@ Of each damage the outcome is one of: `same` (the numbers are those of the whole
 rows that were computed again, and a line says so), `refused` (an FtjaxError), and the two that are faults: `SILENT`
 (other numbers, and no word of it) and `TRACEBACK`.
 
-A kill is one or two signals to a process that prepares rows, trains, evaluates or exports. No process may hang or
-print a traceback, and the same command must then end in the bytes of an undisturbed run.
+A kill is one or two signals to a process that prepares rows, trains, evaluates, generates or exports. No process may
+hang or print a traceback, and the same command must then end in the bytes of an undisturbed run. Its moment lies
+between two lines of the undisturbed command's log, each pair equally likely, by the processor time that was spent
+there, so that a loaded machine kills in the same stages as a quiet one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -89,12 +92,21 @@ def of_rows(folder: Path) -> str:
     )
 
 
+def of_stages(folder: Path, say) -> str:
+    """What two stages give: the scores of each model, and the last one's numbers. Stages that are whole are kept."""
+    results = ftjax.train(fuzz.staged(folder), say=say).results
+    return seals.digest(results["scores"], results["forgotten"], of_model(folder / "run/two/merged"))
+
+
 def make(folder: Path) -> dict:
-    """Run it; returns the numbers of the whole one: of its model, its adapter, its rows and each of its states."""
+    """Run it; returns the numbers of the whole one: of its model, its adapter, its rows, each of its states, and of two
+    stages."""
     fuzz.make_model(folder / "base")
     ftjax.train(settings(folder), say=fuzz.quiet)
     whole = {"model": of_model(folder / "run"), "rows": of_rows(folder)}
     whole |= {name: of_model(folder / "run" / name) for name in ("adapter", "merged")}
+    (folder / "staged").mkdir()
+    whole["stages"] = of_stages(folder / "staged", fuzz.quiet)
     states, copy = {}, folder.parent / "states"
     shutil.copytree(folder, copy)
     for _ in range(3):
@@ -140,9 +152,29 @@ def hurt(rng: random.Random, file: Path) -> str:
     return way
 
 
+def misplaced(rng: random.Random, staged: Path, other: Path) -> str:
+    """Put the folders of two stages, or what is in them, into a wrong place; returns how."""
+    stage, part = staged / rng.choice(("one", "two")), rng.choice(("", "merged", "adapter", "checkpoints"))
+    way, at = rng.choice(("gone", "swapped", "of another run", "empty", "earlier version")), stage / part
+    if way == "swapped":
+        with_, aside = staged / ({"one": "two", "two": "one"}[stage.name]) / part, staged.with_name("aside")
+        at.rename(aside), with_.rename(at), aside.rename(with_)
+    elif way == "earlier version":
+        record = json.loads((stage / "run.json").read_text())
+        rng.choice((lambda: record.pop("base"), lambda: record.pop("rows"), lambda: record["config"].pop("task")))()
+        (stage / "run.json").write_text(json.dumps(record))
+    else:
+        shutil.rmtree(at)
+        if way == "empty":
+            at.mkdir()
+        elif way == "of another run":
+            shutil.copytree(other / part, at)
+    return f"{way}: {at.relative_to(staged)}"
+
+
 def damage(rng: random.Random, folder: Path) -> tuple[str, str]:
     """Damage something in a folder; returns the kind, and what was done."""
-    kind = rng.choice(("checkpoint", "checkpoint", "folders", "cache", "adapter", "run", "base", "merged"))
+    kind = rng.choice(("checkpoint", "checkpoint", "folders", "cache", "adapter", "run", "base", "merged", "stages"))
     saved = sorted((folder / "run/checkpoints").iterdir(), key=lambda path: int(path.name))
     if kind == "folders":
         one, other = rng.sample(saved, 2)
@@ -164,7 +196,10 @@ def damage(rng: random.Random, folder: Path) -> tuple[str, str]:
         else:
             one.with_name("98").mkdir()
         return "checkpoint", f"{way}: {one.name}, {other.name}, {item}"
+    if kind == "stages" and rng.random() < 0.6:
+        return kind, misplaced(rng, folder / "staged/run", folder / "run")
     files = {
+        "stages": [p for p in (folder / "staged/run").rglob("*") if p.is_file()],
         "checkpoint": [p for p in rng.choice(saved).rglob("*") if p.is_file()],
         "cache": [p for p in (folder / "cache").rglob("*") if p.is_file()],
         "adapter": [p for p in (folder / "run/adapter").rglob("*") if p.is_file()],
@@ -193,6 +228,11 @@ def outcome(kind: str, whole: dict, folder: Path) -> str:
             warnings.simplefilter("always")
             if kind == "cache":
                 return judge(of_rows(folder), whole["rows"])
+            if kind == "stages":
+                lines = []
+                found = of_stages(folder / "staged", lines.append)
+                said += [line for line in lines if "damaged" in line or "warning" in line]
+                return judge(found, whole["stages"])
             if kind in ("adapter", "merged"):
                 return judge(of_model(folder / "run" / kind), whole[kind])
             first = judge(of_model(folder / "run"), whole["model"])
@@ -253,19 +293,25 @@ def start(arguments: list[str], said: Path) -> int:
         os._exit(code)
 
 
-def ended(child: int, seconds: float) -> int | None:
-    """The exit code of a child, negative for a signal; None if it still runs after some seconds."""
+def ended(child: int, seconds: float, spent: float = math.inf, at_lines=None) -> int | None:
+    """The exit code of a child, negative for a signal; None if it still runs after some seconds, or has spent so much
+    processor time. at_lines: called with the seconds of processor time that it has spent, each time it is looked at."""
     until = time.monotonic() + seconds
     while not (found := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > until:
+        ticks = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+        so_far = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        if at_lines:
+            at_lines(so_far)
+        if time.monotonic() > until or so_far > spent:
             return None
-        time.sleep(0.01)
+        time.sleep(0.005)
     return os.waitstatus_to_exitcode(found[1])
 
 
 def written(folder: Path) -> dict:
     """What the commands wrote into a folder, without clocks."""
     names = [*(folder / "run/adapter").rglob("*"), *(folder / "out").rglob("*"), folder / "run/samples.jsonl"]
+    names += [folder / "out.jsonl"]
     found = {str(p.relative_to(folder)): p.read_bytes() for p in names if p.suffix in (".safetensors", ".jsonl")}
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for row in rows]
@@ -274,7 +320,7 @@ def written(folder: Path) -> dict:
 
 
 def commands(folder: Path) -> list[list[str]]:
-    """Train (with its preparation, scores before and after, and an export), evaluate and export."""
+    """Train (with its preparation, scores before and after, and an export), evaluate, generate and export."""
     fields = FIELDS | {"evaluate.compare": True, "log.compilation_cache": True, "export.formats": ("adapter",)}
     flat = fuzz.RUN | fields | {"run_dir": str(folder / "run"), "data.cache": str(folder / "cache")}
     folder.mkdir()
@@ -284,6 +330,7 @@ def commands(folder: Path) -> list[list[str]]:
     return [
         ["train", "--config", str(folder / "config.py")],
         ["evaluate", "--model", run, "--out", str(folder / "scores.json")],
+        ["generate", "--model", run, "--prompt", "A dog", "--max-new-tokens", "8", "--out", str(folder / "out.jsonl")],
         ["export", "--run", run, "--out", str(folder / "out"), "--format", "merged"],
     ]
 
@@ -300,13 +347,20 @@ def killed(count: int, seed: int, say=print) -> Counter:
     found, rng = Counter(), random.Random(f"kills {seed}")
     with tempfile.TemporaryDirectory() as work:
         os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0", "XLA_FLAGS": ""}
-        said, times, names = Path(work) / "said", [], iter(range(count + 2))
+        said, moments, names = Path(work) / "said", {}, iter(range(count + 2))
 
         def finish(todo: list[list[str]]) -> None:
             for command in todo:
-                began = time.monotonic()
-                code = ended(start(command, said), 10 * HANG)
-                times.append(time.monotonic() - began)
+                marks = [0.0, 0.0]  # processor time at each line of the log, and at the end
+
+                def note(so_far, marks=marks):
+                    marks[-1] = so_far
+                    if said.exists() and said.read_bytes().count(b"\n") > len(marks) - 2:
+                        marks.append(so_far)
+
+                said.unlink(missing_ok=True)
+                code = ended(start(command, said), 10 * HANG, at_lines=note)
+                moments.setdefault(command[0], marks)
                 if code:
                     raise AssertionError(f"{command}: exit code {code}: {said.read_text()[-3000:]}")
 
@@ -318,18 +372,28 @@ def killed(count: int, seed: int, say=print) -> Counter:
                 say(f"{folder.name}: other than the undisturbed run: {', '.join(other)}")
 
         for _ in range(2):  # the first one compiles
-            folder, times = Path(work) / str(next(names)), []
+            folder = Path(work) / str(next(names))
+            moments.clear()
             finish(commands(folder))
-        right, todo, told = written(folder), [], 0
+        right, todo, told, left = written(folder), [], 0, 0
         for i in range(count):
+            if not left and todo:
+                finish([todo.pop(0)])
+                if not todo:
+                    compare(folder)
             if not todo:
                 todo = commands(folder := Path(work) / str(next(names)))
-            until = rng.uniform(0, times[3 - len(todo)])
+            left = left or rng.randint(1, 3)  # kills of this command in this folder
+            left -= 1
+            verb, marks = todo[0][0], moments[todo[0][0]]
+            part = rng.randrange(len(marks) - 1)
+            until = rng.uniform(*marks[part : part + 2])
             signals = [
                 rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)) for _ in range(rng.choice((1, 1, 2)))
             ]
             child = start(todo[0], said)
-            code = ended(child, until)
+            code = ended(child, 10 * HANG, until)
+            found[f"in-{verb}"] += code is None
             for number in signals if code is None else ():
                 os.killpg(child, number)
                 code = ended(child, HANG if number == signals[-1] else rng.uniform(0, 1))
@@ -346,8 +410,9 @@ def killed(count: int, seed: int, say=print) -> Counter:
                 found["finished" if code == 0 else "killed"] += 1
             if code is None or found["TRACEBACK"] > told:
                 told = found["TRACEBACK"]
-                say(f"kill {i}: {todo[0][0]} after {until:.2f} s, {signals}: exit code {code}: {text[-3000:]}")
+                say(f"kill {i}: {verb} after {until:.2f} s, {signals}: exit code {code}: {text[-3000:]}")
             if code == 0:
+                left = 0
                 todo.pop(0)
                 if not todo:
                     compare(folder)

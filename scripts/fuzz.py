@@ -11,6 +11,7 @@ stays) or, for a safetensors file, `header` [tensor, field, value]. Targets and 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -123,6 +124,93 @@ def make_encoder(folder: Path) -> None:
     pooling.write(folder, pooling.Pooling("mean", 32), 16)
 
 
+def write_model(folder: Path, said: dict) -> None:
+    """A tiny random decoder with this config.json and the starter model's tokenizer, made by numpy alone."""
+    from safetensors.numpy import save_file
+
+    from ftjax.hub import families
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    tiny |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    family, shape = families.from_hf(tiny | said)
+    expected, rng = families.shapes(shape), np.random.default_rng(0)
+    tensors = {}
+    for path, (names, _) in families.tensor_names(family, shape, files=True).items():
+        apart = path.startswith("layers/") + ("{e}" not in path and path.endswith("/experts"))
+        tensors |= {name: rng.normal(size=expected[path][apart:]).astype(np.float32) for name in names}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    replace_json(folder / "config.json", tiny | said)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(assets.resolve("builtin:stories260K")) / name, folder / name)
+
+
+def make_experts(folder: Path) -> None:
+    """Two mixtures of experts."""
+    routed = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+    one = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    two = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4}
+    two |= {"moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    write_model(folder / "mixtral", one | routed)
+    write_model(folder / "qwen3", two | routed)
+
+
+def read_experts(folder: Path) -> None:
+    """Load both, and compute with them."""
+    for name in ("mixtral", "qwen3"):
+        lm = ftjax.load(folder / name)
+        finite(lm.model.apply(lm.variables, np.array([[5, 6, 7]], np.int32)))
+
+
+def make_ropes(folder: Path) -> None:
+    """A config.json for each way to scale rotary embeddings."""
+    from ftjax.hub import families
+
+    for kind, (needed, others) in families.ROPE.items():
+        values = dict.fromkeys((*needed, *others), 2.0) | {"rope_type": kind, "truncate": True, "low_freq_factor": 1.0}
+        values |= {families.ORIGINAL: 32, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        scaling = {key: value for key, value in values.items() if key in (*needed, *others, "rope_type")}
+        said = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0}
+        write_model(folder / kind, said | {"rope_scaling": scaling})
+
+
+def read_ropes(folder: Path) -> None:
+    """Read each config.json, and compute the frequencies."""
+    from ftjax.hub import families
+    from ftjax.models.layers import rotary_frequencies
+
+    for kind in families.ROPE:
+        shape = families.read_config(folder / kind)[1]
+        turned = int(shape.head_dim * shape.rotary_share)
+        for x in rotary_frequencies(turned, shape.rope_theta, shape.rope_scaling):
+            finite(x)
+
+
+def finite(x) -> None:
+    """Raise an AssertionError, which is a fault, for numbers that are not finite."""
+    assert np.isfinite(np.asarray(x)).all(), "not finite"
+
+
+def make_reward(folder: Path) -> None:
+    """A reward model."""
+    from safetensors.numpy import load_file, save_file
+
+    make_model(folder)
+    said = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    replace_json(folder / "config.json", said | {"id2label": {"0": "score"}, "label2id": {"score": 0}})
+    score = np.random.default_rng(0).normal(size=(1, said["hidden_size"])).astype(np.float32)
+    tensors = load_file(folder / "model.safetensors") | {"score.weight": score}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def read_reward(folder: Path) -> None:
+    """Score answers by it."""
+    from ftjax.evaluation import best
+
+    judge = best.reward_model(str(folder), ftjax.load("builtin:stories260K").tokenizer, "task.rewards")
+    finite(best.scores(judge, [[5, 6], [7]], [[8], [9]], 2, 2, "task.rewards"))
+
+
 def make_run(folder: Path) -> None:
     """A run that was stopped after its last step but one, with its cache of tokens."""
     ftjax.train(settings(folder), say=quiet)
@@ -139,11 +227,141 @@ def read_override(damage: dict) -> None:
     configs.override(configs.default(), [damage["text"]])
 
 
-def read_rows(folder: Path) -> None:
+def checked(folder: Path) -> None:
+    """Check a run."""
+    from ftjax.training.check import check
+
+    check(folder / "run", quiet)
+
+
+def staged(folder: Path):
+    """The config of two stages."""
+    rows = {key: RUN[key] for key in ("data.train", "data.validation", "data.prompt", "data.completion")}
+    each = tuple(rows | {"name": name, "train.save_every": 2, "evaluate.compare": False} for name in ("one", "two"))
+    return settings(folder, stages=each)
+
+
+def train_stages(folder: Path) -> None:
+    """Train both stages, or what is left of them."""
+    ftjax.train(staged(folder), say=quiet)
+
+
+def prepare_rows(folder: Path, name: str, **fields) -> None:
     """Prepare rows as a run does, to the first batch."""
     from ftjax.training.job import prepared
 
-    prepared(settings(folder, **{"data.train": str(folder / "rows.jsonl"), "data.validation": ""}), quiet)
+    fields |= {"data.train": str(folder / name), "data.validation": "", "data.cache": ""}
+    prepared(settings(folder, **fields), quiet)
+
+
+def read_rows(folder: Path) -> None:
+    """Prepare every file of rows in a folder."""
+    for file in sorted(folder.glob("rows.*")):
+        prepare_rows(folder, file.name)
+
+
+def make_table(suffix: str, folder: Path) -> None:
+    """Rows as a table."""
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = pd.DataFrame({"src": [f"dog {i}" for i in range(8)], "tgt": [f'A "dog", {i}.\n' for i in range(8)]})
+    file = folder / f"rows.{suffix}"
+    rows.to_csv(file, index=False) if suffix == "csv" else rows.to_parquet(file)
+
+
+ANSWERS = {  # file -> (its rows, fields of the config)
+    "pairs.jsonl": ({"prompt": "dog {i}", "chosen": "good {i}", "rejected": "bad"}, {}),
+    "ranked.jsonl": ({"prompt": "dog {i}", "responses": ["a {i}", "b", "c"], "ranks": [1, 2, 3]}, {}),
+    "kto.jsonl": ({"prompt": "dog {i}", "completion": "good {i}", "label": True}, {"task.loss": "kto"}),
+    "margin.jsonl": ({"prompt": "{i}", "chosen": "a", "rejected": "b", "margin": 0.5}, {"task.kind": "reward"}),
+    "chats.jsonl": (
+        {"chosen": [{"role": "user", "content": "a {i}"}, {"role": "assistant", "content": "b"}],
+         "rejected": [{"role": "user", "content": "a {i}"}, {"role": "assistant", "content": "c"}]},
+        {},
+    ),
+}  # fmt: skip
+
+
+def make_answers(folder: Path) -> None:
+    """Rows with answers that are compared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (row, _) in ANSWERS.items():
+        text = json.dumps(row) + "\n"
+        (folder / name).write_text("".join(text.replace("{i}", str(i)) for i in range(8)))
+
+
+def read_answers(folder: Path) -> None:
+    """Prepare each file."""
+    for name, (_, fields) in ANSWERS.items():
+        kind = {"task.kind": "preference", "data.prompt": "", "data.completion": ""}
+        prepare_rows(folder, name, **kind | fields)
+
+
+CODE = """from ftjax import config
+
+
+def get_config():
+    return config.default()
+
+
+def worth(prediction, references, row):
+    return 1.0
+
+
+def change(row, rng):
+    return row | {"src": "cat"}
+"""
+LINES = (
+    "raise SystemExit", "raise ValueError('no')", "raise KeyError", "import nothere", "from . import x", "x = (",
+    "def get_config(): return 3", "def get_config(): return config.ConfigDict()", "def get_config(x): return x",
+    "def get_config(): c = config.default(); c.nothere = 1; return c", "get_config = worth = change = 3",
+    "def get_config(): c = config.default(); c.train.steps = 'x'; return c", "del get_config, worth, change",
+    "def get_config(): c = config.default(); c.optim = None; return c", "def get_config(): raise SystemExit(3)",
+    "def get_config(): c = config.default(); del c.model.path; return c", "def get_config(): return get_config()",
+    *(f"def worth(*given): {line}" for line in (
+        "return 'x'", "return None", "return float('nan')", "return [1, 2]", "raise KeyError", "raise SystemExit",
+        "return 1j", "return 10**400", "return {}", "return worth(*given)", "import numpy; return numpy.ones(2)",
+    )),
+    *(f"def change(row, rng): {line}" for line in (
+        "return 'x'", "return {}", "return [row]", "raise KeyError", "return row | {'src': 3}", "raise SystemExit",
+        "return row | {'src': object()}", "return row | {'x': 1}", "row.clear(); return row", "return change(row, rng)",
+    )),
+)  # fmt: skip
+
+
+def make_code(folder: Path) -> None:
+    """A config and functions of a user."""
+    make_rows(folder)
+    (folder / "code.py").write_text(CODE)
+
+
+def read_code(folder: Path) -> None:
+    """Load the config, ask the reward, and augment rows."""
+    from ftjax.evaluation import metrics
+
+    code = str(folder / "code.py")
+    configs.load(code)
+    metrics.score(f"{code}:worth", ["a"], [["b"]], [{}], configs.default().evaluate)
+    prepare_rows(folder, "rows.jsonl", **{"data.augment.function": f"{code}:change", "data.augment.copies": 1})
+
+
+def read_options(damage: dict) -> None:
+    """Prepare a run with a few fields of the config set by texts."""
+    from ftjax.training.job import prepared
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(Path(folder))
+        configs.override(config, damage["texts"])
+        config.run_dir = folder
+        prepared(config, quiet)
+
+
+def check_model(folder: Path) -> None:
+    """Compare a model with transformers."""
+    from ftjax.check_model import check
+
+    check(folder)
 
 
 def make_rows(folder: Path) -> None:
@@ -153,6 +371,7 @@ def make_rows(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+WHOLE = ("config.json", "model.safetensors")
 MODEL = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 # name -> (what makes a whole folder, what reads it, the files that are damaged)
 TARGETS = {
@@ -167,8 +386,20 @@ TARGETS = {
         ("config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"),
     ),
     "run": (make_run, read_run, ("run/run.json", "run/metrics.jsonl", "run/before.json")),
+    "check": (make_run, checked, ("run/run.json", "run/metrics.jsonl", "run/adapter/ftjax.json")),
+    "export": (make_run, lambda folder: ftjax.load(folder / "run/adapter"), ("run/adapter/ftjax.json",)),
+    "stages": (train_stages, train_stages, ("run/stages.json", "run/one/run.json", "run/one/merged/ftjax.json")),
+    "experts": (make_experts, read_experts, tuple(f"{m}/{f}" for m in ("mixtral", "qwen3") for f in WHOLE)),
+    "rope": (make_ropes, read_ropes, tuple(f"{kind}/config.json" for kind in ("linear", "llama3", "yarn", "longrope"))),
+    "reward": (make_reward, read_reward, WHOLE),
+    "check-model": (make_model, check_model, WHOLE),
     "rows": (make_rows, read_rows, ("rows.jsonl",)),
+    "csv": (functools.partial(make_table, "csv"), read_rows, ("rows.csv",)),
+    "parquet": (functools.partial(make_table, "parquet"), read_rows, ("rows.parquet",)),
+    "answers": (make_answers, read_answers, tuple(ANSWERS)),
+    "code": (make_code, read_code, ("code.py",)),
     "override": (None, read_override, ()),
+    "options": (None, read_options, ()),
 }
 
 TEMPLATES = (
@@ -277,7 +508,11 @@ def strategy(target: str, whole: Path | None):
         texts = (
             st.text(max_size=12) | values.map(repr) | st.sampled_from(("()", "{[]:1}", "(" * 200, "9" * 5000, "1e999"))
         )
-        return st.tuples(keys, texts).map(lambda kv: {"target": target, "text": f"{kv[0]}={kv[1]}"})
+        one = st.tuples(keys, texts).map("=".join)
+        if target == "override":
+            return one.map(lambda text: {"target": target, "text": text})
+        known = st.sampled_from(sorted(set(configs.FIELDS) - {"run_dir", "overwrite"})).flatmap(valid)
+        return st.lists(known, min_size=1, max_size=3).map(lambda texts: {"target": target, "texts": texts})
     edges = (-1, 0, 1, 2, 3, 2**31 - 1, 2**31, 2**63, 10**30, 1e-300, 1e300, float("nan"), float("inf"), True, None)
     edges += ("", "a", "../x", "/etc/passwd", "\x00", "\ud800", "8", "all", [], {}, [[]], [None], {"a": {}}, [1, "a"])
     scalars = st.sampled_from(edges) | st.integers() | st.floats() | st.text(max_size=6)
@@ -296,6 +531,19 @@ def strategy(target: str, whole: Path | None):
             continue
         each.append(places.map(lambda x, s=start: s | {"bytes": x}))
         each.append(st.floats(0, 1).map(lambda x, s=start: s | {"cut": x}))
+        if name.endswith(".parquet"):
+            continue
+        if name.endswith(".csv"):
+            cells = st.text(max_size=9) | st.sampled_from(
+                ('"', '""', "\n", "\x00", "\ufeff", ",", '"a\nb"', "9" * 200_000)
+            )
+            lines = st.lists(st.lists(cells, max_size=3).map(",".join), max_size=4).map("\n".join)
+            each.append(lines.map(lambda x, s=start: s | {"text": x}))
+            each.append(lines.map(lambda x, s=start: s | {"text": f"src,tgt\na,b\n{x}"}))
+            continue
+        if name.endswith(".py"):
+            each += [st.sampled_from(LINES).map(lambda x, s=start: s | {"text": f"{CODE}\n\n{x}\n"})] * 3
+            continue
         if name.endswith(".safetensors"):
             names = [n for n in _header(file) if n != "__metadata__"]
             dtypes = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I64", "BOOL", "C64", "F16", "BF16", "F64", "F4", "XX", 3)
@@ -313,6 +561,21 @@ def strategy(target: str, whole: Path | None):
         each += [st.tuples(known, values).map(lambda x, s=start: s | {"set": list(x)})] * 4
         each.append(known.map(lambda x, s=start: s | {"drop": x}))
     return st.one_of(each)
+
+
+def valid(key: str):
+    """Texts `key=value` that the field takes more often than not, for hypothesis."""
+    from hypothesis import strategies as st
+
+    default, choices = configs.FIELDS[key].default, configs.FIELDS[key].choices
+    numbers = st.sampled_from((0, 1, 2, 3, 7, 64, 10**6, -1, 1e-9, 0.5, 1.0, 1e9))
+    words = st.sampled_from(
+        ("", "a", "src", "tgt", "{src}", "/etc/passwd", "builtin:stories260K", "none", "x.py:f", "val_loss")
+    )
+    values = st.sampled_from(choices) if choices else st.booleans() if isinstance(default, bool) else numbers
+    if not choices and isinstance(default, str | tuple):
+        values = words if isinstance(default, str) else st.lists(words | numbers, max_size=3).map(tuple)
+    return values.map(lambda value: f"{key}={value}")
 
 
 def _header(file: Path) -> dict:

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,9 @@ def base(request, tmp_path_factory):
     shape = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(shape).save_pretrained(folder)
     shutil.copy(f"{starter}/tokenizer.json", folder)
-    named = json.loads(open(f"{starter}/tokenizer_config.json").read()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named = json.loads(Path(starter, "tokenizer_config.json").read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return str(folder)
 

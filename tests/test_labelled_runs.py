@@ -13,6 +13,7 @@ from ftjax import cli, user_code
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.run import answer
+from ftjax.training.check import check
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_an_adapter_and_its_head_load_in_peft(kind, tmp_path):
     result = ftjax.train(c, say=lambda text: None)
     assert result.results["labels"] == ["bad", "good"]
     assert result.results["test"]["metrics"]["accuracy"]["value"] > 0.9
-    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     texts = [record["text"] for record in records]
     ours = np.array([[record["probabilities"][name] for name in ("bad", "good")] for record in records])
 
@@ -119,7 +120,7 @@ def test_every_method_trains_the_head_and_hands_it_over(method, encoder, tmp_pat
     result = ftjax.train(c, say=lambda text: None)
     # What a few trained numbers can make of random layers is little; what there is of it must come through.
     assert result.train_loss < 0.66
-    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     texts = [record["text"] for record in records]
     ours = np.array([[record["probabilities"][name] for name in ("bad", "good")] for record in records])
     whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "full").eval()
@@ -135,7 +136,7 @@ def test_every_method_trains_the_head_and_hands_it_over(method, encoder, tmp_pat
 
 def predicted(folder) -> tuple[list[str], np.ndarray]:
     """Texts, and probabilities (N, 2) of their labels, of a run's predictions."""
-    records = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+    records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     return [r["text"] for r in records], np.array([[r["probabilities"][n] for n in ("bad", "good")] for r in records])
 
 
@@ -344,11 +345,14 @@ def test_code_that_a_run_folder_names_is_not_run(encoder, tmp_path):
     for verb in ("train", "sweep", "plan", "compare", "evaluate", "data"):
         options = {"evaluate": ["--model", run], "data": ["inspect"]}.get(verb, [])
         assert cli.main([verb, *options, "--config", f"{run}/run.json"]) == 2
+    assert not check(run, told.append) and any(line.startswith("the rows: not compared: data.aug") for line in told)
     assert not (tmp_path / "ran").exists()
     # What the user names is run.
     override = f"data.augment.function={code}:change", f"evaluate.metrics={code}:score"
     assert configs.load(f"{run}/run.json", override).data.augment.function == f"{code}:change"
     told.clear()
+    check(run, told.append, override)
+    assert "the rows: ok" in told
     ftjax.evaluate(run, test, overrides=override, say=told.append)
     assert not [line for line in told if "not run" in line]
 
@@ -357,4 +361,5 @@ def test_code_in_an_entry_of_a_mixture_or_of_a_comparison_is_found():
     entries = [{"name": "a", "train": "a.jsonl", "augment.function": "a.py:f"}]
     contenders = ["zero-shot", {"name": "b", "data.augment.function": "b.py:f", "evaluate.metrics": ["c.py:f"]}]
     values = {"data": {"mixture": entries, "prompt": "a: b"}, "compare": {"contenders": contenders}}
-    assert [function for _, function in user_code.named(values)] == ["a.py:f", "b.py:f", "c.py:f"]
+    values |= {"train": {"select": "d.py:f"}, "stages": [{"name": "x", "train.select": "e.py:f"}]}
+    assert [function for _, function in user_code.named(values)] == [f"{name}.py:f" for name in "abcde"]

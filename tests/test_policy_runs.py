@@ -1,5 +1,7 @@
 """Runs that learn from rewards, from files to files, on a tiny random model."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_labelled
@@ -11,6 +13,7 @@ from ftjax.data.prepare import prepare
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.tasks import policy
 from ftjax.training import sharding
+from ftjax.training.check import check
 from ftjax.training.report import read_metrics
 
 REWARD = """
@@ -67,6 +70,16 @@ def test_a_run_learns_what_is_rewarded(setting, tmp_path):
     named = [f"task.rewards={c.task.rewards[0]}"]
     again = ftjax.evaluate(c.run_dir, c.data.train, overrides=named, say=lambda text: None)
     assert again["reward"] > 0.3
+    # The run is bound to the function's file, and a check does not run it.
+    file, said = tmp_path / "reward.py", []
+    file.write_text(file.read_text() + f"\nopen({str(tmp_path / 'was run')!r}, 'w').close()\n")
+    assert not check(c.run_dir, said.append)
+    changed = r"of the files that the config names, task.rewards\[0\]/reward.py was \w{8}, is \w{8}"
+    (told,) = (line for line in said if not line.endswith(": ok"))
+    assert re.fullmatch(f"the files that the config names: {changed}", told)
+    assert not (tmp_path / "was run").exists()
+    with pytest.raises(ftjax.FtjaxError, match=f"holds another run: {changed}"):
+        ftjax.train(c, say=lambda text: None)
 
 
 def test_a_run_that_is_killed_between_two_updates_goes_on_to_the_same_bits(setting, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -262,6 +263,12 @@ def test_a_model_is_not_compared_with_itself(setting, tmp_path):
     np.testing.assert_allclose(again["loss"], told["loss"], rtol=1e-5)
     with pytest.raises(ftjax.FtjaxError, match="this one has none, so it would be compared with itself"):
         ftjax.evaluate(whole, held, overrides=["task.kind=preference"], **how)
+    moved = shutil.copytree(c.model.path, tmp_path / "moved")  # the same model under another name
+    c.task.reference = str(moved)
+    ftjax.train(c, say=lambda text: None)
+    (moved / "generation_config.json").write_text("{}")
+    with pytest.raises(ftjax.FtjaxError, match="of the files that the config names, task.reference/generation_config"):
+        ftjax.train(c, say=lambda text: None)
     c.run_dir, c.task.reference = str(tmp_path / "other"), "builtin:stories260K"
     with pytest.raises(ftjax.FtjaxError, match="task.reference: expected a model of task.kind causal with the tokens"):
         ftjax.train(c, **how)

@@ -39,7 +39,7 @@ def tagged(count: int, seed: int) -> list[dict]:
 
 
 def records(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    return [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
 
 
 def quiet(text):
@@ -132,7 +132,7 @@ def test_answers_are_those_that_torch_scores_highest(tmp_path):
     tuned = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").merge_and_unload().eval()
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["task_type"] == "QUESTION_ANS"
     whole = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run" / "merged").eval()
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     several = 0
     for row, record in zip(rows[:25], found):
         batch = tokenizer(

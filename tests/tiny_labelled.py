@@ -61,7 +61,7 @@ def config(tmp_path, model, **overrides):
     c = configs.default()
     c.run_dir = str(tmp_path / "run")
     c.model.path = str(model)
-    c.data.update(train=write(tmp_path / "train.jsonl", rows(200, 0)), max_length=16, cache="")
+    c.data.update(train=write(tmp_path / "train.jsonl", rows(200, 5)), max_length=16, cache="")
     c.data.test = write(tmp_path / "test.jsonl", rows(40, 1))
     c.data.split = (0.8, 0.2, 0.0)
     c.task.kind = "classify"

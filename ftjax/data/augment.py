@@ -185,7 +185,7 @@ def _by_function(named: str, table: Table) -> Make:
     def make(row: dict, rng: np.random.Generator, place: str) -> dict | None:
         try:
             new = function(copy.deepcopy(row), rng)
-        except Exception as error:  # the user's own code may raise anything; the message names the row
+        except user_code.ERRORS as error:  # the message names the row
             raise FtjaxError(f"{place}: {user_code.failed(named, 'data.augment.function', error)}") from error
         if new is None:
             return None

@@ -414,7 +414,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     dealt = []  # of each source: (rows of train's table, indices of those that stay in train)
     for source in sources:
         data, tables = source.data, dict(source.tables)
-        dealt_by = data if data.stratify or tasks.find(config.task.kind).stratified else _unlabelled(data)
+        dealt_by = _dealt_by(data, tasks.find(config.task.kind), tables["train"].columns)
         chosen = split(tables, dealt_by, config.seed, config.task)
         dealt.append((len(tables["train"]), chosen["train"]))
         source.tables.update({part: tables.get(part, tables["train"]).select(at) for part, at in chosen.items()})
@@ -449,10 +449,15 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
     return sources, gone
 
 
-def _unlabelled(data):
-    """A copy of a `data` group without data.label, so that rows are not split by label."""
+def _dealt_by(data, task, columns: list[str]):
+    """A copy of a `data` group whose data.label is the column by which rows are split, or empty.
+
+    A column that is guessed counts as one that is named, because a run records what it guessed, and its recorded config
+    must split the rows alike.
+    """
     data = data.copy_and_resolve_references()
-    data.label = ""
+    usual = task.columns.label if task.encode else ()
+    data.label = (data.label or next((name for name in usual if name in columns), "")) if task.stratified else ""
     return data
 
 

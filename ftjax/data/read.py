@@ -609,8 +609,15 @@ def _parquet(name: str) -> Iterator[pyarrow.RecordBatch]:
         with pyarrow.parquet.ParquetFile(name, pre_buffer=False) as file:
             _check_types(name, file.schema_arrow)
             yield from _adopted(name, _row_groups(file), _class_names(file.schema_arrow))
-    except (OSError, pyarrow.ArrowException) as e:
-        if isinstance(e, OSError) and e.errno:
+    except (
+        OSError,
+        pyarrow.ArrowException,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as e:
+        if isinstance(e, FtjaxError) or isinstance(e, OSError) and e.errno:
             raise
         raise FtjaxError(f"{name}: not a readable Parquet file: {e}; copy it or write it again") from e
 

@@ -110,7 +110,7 @@ def _users(named: str, state: int | None, key: str) -> Metric:
         for number, given in enumerate(zip(predictions, references, rows, strict=True), 1):
             try:
                 value = function(*given)
-            except Exception as error:  # the user's own code may raise anything; the message names the row
+            except user_code.ERRORS as error:  # the message names the row
                 raise FtjaxError(f"prediction {number}: {user_code.failed(named, key, error)}") from error
             if value is not None and not (isinstance(value, numbers.Real | np.bool_) and np.isfinite(value)):
                 raise FtjaxError(

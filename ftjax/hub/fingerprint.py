@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ftjax import assets
 from ftjax.errors import FtjaxError
-from ftjax.foreign import Kind, mapped, maybe, read_json, string
+from ftjax.foreign import Kind, mapped, maybe, read_json, read_text, string
 from ftjax.hub import peft, pooling, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 
@@ -25,9 +25,17 @@ RECORD: Kind = maybe(
     mapped(maybe(mapped()), name=string, path=string, relative=string, revision=string)
 )  # the result of `record`
 GROUPS = {"weights": "the base's files", "tokenizer": "the tokenizer's files", "adapter": "the initial adapter's files"}
+GROUPS |= {"others": "the files that the config names"}
+ALONE = {"adapter": None, "others": None}  # groups that are no part of a base
 
 
-def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapter: Path | None = None) -> dict:
+def record(
+    folder: Path,
+    name: str,
+    tokenizer_folder: Path | None = None,
+    adapter: Path | None = None,
+    others: dict | None = None,
+) -> dict:
     """What is stored about a base model together with whatever is trained on it.
 
     Args:
@@ -35,6 +43,7 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
         name: Name of the base in the config.
         tokenizer_folder: Directory of the tokenizer in use; None: `folder`.
         adapter: Directory of the adapter from which training starts; None: there is none.
+        others: What else training depends on, see `of_named`.
 
     Returns:
         {"name", "path": absolute, "revision": the commit of a hub name, and for each of GROUPS {file: digest}}.
@@ -47,7 +56,34 @@ def record(folder: Path, name: str, tokenizer_folder: Path | None = None, adapte
         "weights": weights_digests(folder),
         "tokenizer": {n: _digest(file) for n, file in tokenizers.files(tokenizer_folder or folder).items()},
         "adapter": adapter_digests(adapter) if adapter else {},
+        "others": of_named(others or {}),
     }
+
+
+def of_named(names: dict[str, str]) -> dict[str, str]:
+    """{key/file: digest} of the files of models and functions that a config names.
+
+    Args:
+        names: {key of the config: a name that ftjax.load opens, or `file.py:function`}.
+
+    Raises:
+        FtjaxError: If there is no such folder or file; it starts with the key.
+    """
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        try:
+            if (source := Path(name.rpartition(":")[0])).suffix == ".py":
+                files = {source.name: hashlib.blake2b(read_text(source).encode()).hexdigest()}
+            elif ((folder := resolve.resolve(name)) / "run.json").is_file():  # by the checksums of all its arrays
+                sums = sorted(folder.glob("checkpoints/*/checksums.json"))
+                files = {str(file.relative_to(folder)): _digest(file) for file in sums}
+            else:
+                files = adapter_digests(folder) or weights_digests(folder)
+                files |= {path: _digest(file) for path, file in tokenizers.files(folder).items()}
+        except FtjaxError as error:
+            raise FtjaxError(f"{key}: {error}") from error
+        found |= {f"{key}/{file}": digest for file, digest in files.items()}
+    return found
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
@@ -118,8 +154,8 @@ def find(kept: dict | None, holder: Path, named: str, revision: str, key: str, t
     remedy = f"Put back the files of the training, or set {key} to the folder that has them"
     for place in there:
         found = record(place, named, tokenizer_folder)
-        if not changes(kept | {"adapter": None}, found) or place == there[-1]:
-            _check(kept | {"adapter": None}, found, holder, remedy)
+        if not changes(kept | ALONE, found) or place == there[-1]:
+            _check(kept | ALONE, found, holder, remedy)
             return place
 
 
@@ -128,7 +164,7 @@ def check_adapter(adapter: Path, base: Path) -> None:
     if kept := of_adapter(adapter):
         found = {"path": base, "weights": weights_digests(base)}
         again = f"To put it on this one all the same, remove `base` from {adapter / resolve.MARKER}"
-        _check(kept | {"adapter": None}, found, adapter, f"Name the base of its training. {again}")
+        _check(kept | ALONE, found, adapter, f"Name the base of its training. {again}")
 
 
 def _check(kept: dict, found: dict, holder: Path, remedy: str) -> None:

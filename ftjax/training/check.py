@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ftjax import seals
+from ftjax import config as configs
+from ftjax import seals, user_code
 from ftjax.errors import FtjaxError
 from ftjax.files import as_json
 from ftjax.foreign import read_json, string
 from ftjax.hub import fingerprint, peft, resolve
 from ftjax.training import checkpoint
-from ftjax.training.job import prepared
+from ftjax.training.job import named_files, prepared
 from ftjax.training.report import METRICS, read_metrics
 from ftjax.training.run_folder import FOLDERS, RUN, START, TOKENIZER, read_record, read_start, run_config
+from ftjax.training.selection import LOSS
 
 
-def check(run_dir: str | Path, say: Callable[[str], None] = print) -> bool:
+def check(run_dir: str | Path, say: Callable[[str], None] = print, overrides: Sequence[str] = ()) -> bool:
     """Check every item of a run, and say one line about each: `ok`, or what is wrong. Nothing is written.
 
     The optimizer's state is read too. A file of the base above 256 MiB is compared by its header and samples of each
@@ -25,6 +27,7 @@ def check(run_dir: str | Path, say: Callable[[str], None] = print) -> bool:
     Args:
         run_dir: The run folder.
         say: Called with each line.
+        overrides: Texts `dotted.key=value`, which name the functions of the run that may be run to compare its rows.
 
     Returns:
         Whether all items are whole.
@@ -34,8 +37,9 @@ def check(run_dir: str | Path, say: Callable[[str], None] = print) -> bool:
     """
     run_dir = Path(run_dir)
     config = run_config(run_dir)
+    configs.override(config, overrides)
     fine = True
-    for name, problem in _items(run_dir, config, read_record(run_dir)):
+    for name, problem in _items(run_dir, config, read_record(run_dir), overrides):
         try:
             told = problem()
         except FtjaxError as error:
@@ -45,7 +49,7 @@ def check(run_dir: str | Path, say: Callable[[str], None] = print) -> bool:
     return fine
 
 
-def _items(run_dir: Path, config, record: dict) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _items(run_dir: Path, config, record: dict, overrides) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """(name of an item, a function that returns or raises what is wrong with it)."""
     kept = record["base"]
     own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
@@ -54,7 +58,7 @@ def _items(run_dir: Path, config, record: dict) -> Iterator[tuple[str, Callable[
         if kept.get(group):
             yield said, lambda group=group: _changed(kept, group, run_dir, config, own, initial)
     if "rows" in record:
-        yield "the rows", lambda: _rows(config, record)
+        yield "the rows", lambda: _rows(config, record, overrides)
     folders = [path for path in (run_dir / checkpoint.FOLDER).glob("*") if path.name.isdigit()]
     for path in sorted(folders, key=lambda path: int(path.name)):
         yield f"{checkpoint.FOLDER}/{path.name}", lambda path=path: checkpoint.damage(path, reading=False)
@@ -70,14 +74,25 @@ def _items(run_dir: Path, config, record: dict) -> Iterator[tuple[str, Callable[
 def _changed(kept: dict, group: str, run_dir: Path, config, own: Path | None, initial: Path | None) -> str:
     """How the files of one of fingerprint.GROUPS differ from those of the training."""
     wanted = kept | dict.fromkeys(fingerprint.GROUPS) | {group: kept[group]}
-    if group == "adapter":
-        return "; ".join(fingerprint.changes(wanted, {group: fingerprint.adapter_digests(initial)}))
+    if group in fingerprint.ALONE:
+        found = fingerprint.of_named(named_files(config)) if group == "others" else fingerprint.adapter_digests(initial)
+        return "; ".join(fingerprint.changes(wanted, {group: found}))
     key = f"config.model.path in {run_dir / RUN}"
     fingerprint.find(wanted, run_dir, config.model.path, config.model.revision, key, own)
     return ""
 
 
-def _rows(config, record: dict) -> str:
+def _rows(config, record: dict, overrides) -> str:
+    """How the rows differ. Code that only the run folder names is not run; scores and rewards are not needed here."""
+    config = configs.copy(config)
+    config.evaluate.metrics, config.train.select = (), LOSS
+    config.task.update(rewards=("exact_match",) if config.task.rewards else (), reward_weights=())
+    if left := user_code.not_named_by(overrides, config.to_dict()):
+        key, function = left[0]
+        return (
+            f"not compared: {key} {function!r} makes rows, and code that only a run folder names is not run. If you "
+            f"trust it, add --config.{key}={function}"
+        )
     found = prepared(config, lambda text: None, record.get("devices", 0)).data.fingerprint
     return "" if found == record["rows"] else "the rows in the data files are not those that the run was started on"
 

@@ -130,8 +130,8 @@ class Features:
         examples = batches.examples
         self.batches, self.name, self.labels = batches, name, examples.labels
         self.start = np.cumsum(self.labels) - self.labels
-        self.file = tempfile.TemporaryFile(dir=folder)
-        self.values = np.memmap(self.file, np.dtype(dtype), "w+", shape=(int(self.labels.sum()), *shape))
+        with tempfile.TemporaryFile(dir=folder) as file:  # the map stays when it is closed
+            self.values = np.memmap(file, np.dtype(dtype), "w+", shape=(int(self.labels.sum()), *shape))
         # Padded by length and in order: no packing, in which rows of the last batch would be compiled anew.
         plain = Batches(examples, batches.batch_size, int(examples.length.max()), shuffle=False, apart=batches.apart)
         for step in range(len(plain)):

@@ -52,6 +52,7 @@ FREE += ("model.remat", "model.attention", "model.unroll", "model.head_chunk")
 NAMES = {
     "weights": ("model.path", "model.revision"),
     "adapter": ("tuning.init_from",),
+    "others": ("task.reference",),
     "rows": ("data.train", "data.validation", "data.test", "data.decontaminate", "data.augment.function"),
 }
 

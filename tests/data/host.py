@@ -5,6 +5,7 @@ Run by test_hosts.py: host.py PROCESS PROCESSES PORT SETTINGS.json OUT.npz
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 
@@ -20,7 +21,7 @@ from ftjax.data.prepare import prepare  # noqa: E402
 from ftjax.hub.tokenizer import load_tokenizer  # noqa: E402
 from ftjax.training import sharding  # noqa: E402
 
-asked = json.load(open(settings))
+asked = json.loads(Path(settings).read_text())
 c = config.from_dict(asked["config"])
 data = prepare(c, load_tokenizer(resolve("builtin:stories260K")), 512)
 batches = Batches(

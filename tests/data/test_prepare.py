@@ -167,7 +167,7 @@ def test_preview_tells_what_is_cut(write, starter):
 def test_commongen_part_is_disjoint_grouped_and_short_enough(starter):
     parts = {}
     for name in ("train", "validation", "test"):
-        lines = open(resolve(f"builtin:commongen/{name}.jsonl"), encoding="utf-8").read().splitlines()
+        lines = Path(resolve(f"builtin:commongen/{name}.jsonl")).read_text(encoding="utf-8").splitlines()
         parts[name] = [json.loads(line)["src"] for line in lines]
     sets = {name: {frozenset(src.split()) for src in srcs} for name, srcs in parts.items()}
     assert not sets["train"] & sets["test"] and not sets["train"] & sets["validation"]

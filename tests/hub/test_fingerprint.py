@@ -60,3 +60,34 @@ def test_a_base_that_is_nowhere(tmp_path, base):
         FtjaxError, match="run: its base gone/base is at none of gone/base, .*base. Put it back, or set"
     ):
         fingerprint.find(kept, tmp_path / "run", "gone/base", "", "model.path in run.json")
+
+
+def test_models_and_functions_that_a_config_names_are_known_by_their_content(base, tmp_path):
+    other, code, run = shutil.copytree(base, tmp_path / "b"), tmp_path / "reward.py", tmp_path / "run"
+    code.write_text("def f(*given): return 1")
+    sums = run / "checkpoints" / "2" / "checksums.json"
+    sums.parent.mkdir(parents=True)
+    sums.write_text("{}")
+    (run / "run.json").write_text("{}")
+
+    def found(reference=base):
+        named = {"task.reference": str(reference), "task.rewards[0]": f"{code}:f", "task.rewards[1]": str(run)}
+        return {"others": fingerprint.of_named(named)}
+
+    kept = found()
+    assert fingerprint.changes(kept, found(other)) == []
+    (run / "run.json").write_text('{"starts": []}')  # a run that is started again and has nothing to do
+    assert fingerprint.changes(kept, found()) == []
+    for file, name in (
+        (other / "model.safetensors", "task.reference/model.safetensors"),
+        (other / "tokenizer.json", "task.reference/tokenizer.json"),
+        (code, "task.rewards[0]/reward.py"),
+        (sums, "task.rewards[1]/checkpoints/2/checksums.json"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(whole + b" ")
+        (told,) = fingerprint.changes(kept, found(other))
+        assert told.startswith(f"of the files that the config names, {name} was ")
+        file.write_bytes(whole)
+    with pytest.raises(FtjaxError, match="^task.reference: .*nowhere: no such folder"):
+        found(tmp_path / "nowhere")

@@ -282,7 +282,7 @@ def test_noise_on_embeddings_is_that_of_transformers(monkeypatch):
     u = np.random.default_rng(0).uniform(size=(2, 9, 16)).astype(np.float32)
     monkeypatch.setattr(layers.jax.random, "uniform", lambda key, shape, minval, maxval: minval + (maxval - minval) * u)
     monkeypatch.setattr(
-        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(torch.tensor(low + (high - low) * u))
+        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(torch.tensor(float(low) + float(high - low) * u))
     )
     ours = pair.model.clone(neftune=alpha).apply({"params": pair.params}, ids, rngs={"noise": jax.random.key(0)})
     theirs = copy.deepcopy(pair.torch)

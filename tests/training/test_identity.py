@@ -179,7 +179,7 @@ def test_results_before_and_after_are_of_the_same_settings(project):
     assert any("before.json: was measured with another evaluate, generate" in line for line in said)
     assert results["before"].keys() == results["after"].keys() >= {"exact_match"}
     assert results["settings"]["generate"]["max_new_tokens"] == 8
-    (sample,) = (json.loads(line) for line in (project / "run/samples.jsonl").open())
+    (sample,) = (json.loads(line) for line in (project / "run/samples.jsonl").read_text().splitlines())
     short = json.loads(first)["measured"]["samples"][0]
     assert sample["prompt"] == short["prompt"] and len(sample["before"]) > len(short["prediction"])
 

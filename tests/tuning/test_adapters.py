@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -46,7 +47,9 @@ def made(tmp_path_factory):
     base.save_pretrained(out / "base")
     starter = assets.resolve("builtin:stories260K")
     shutil.copy(f"{starter}/tokenizer.json", out / "base")
-    words = json.loads(open(f"{starter}/tokenizer_config.json").read()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    words = json.loads(Path(starter, "tokenizer_config.json").read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
     (out / "base" / "tokenizer_config.json").write_text(json.dumps(words))
     model = None
     for name, settings in LORAS.items():

@@ -45,7 +45,7 @@ def test_the_same_file_tunes_an_encoder(tmp_path):
     c.tuning.update(method="vera", rank=16)
     result = ftjax.train(c, say=lambda line: None)
     assert result.train_loss < 0.66
-    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     ours = np.array([[record["probabilities"][name] for name in ("bad", "good")] for record in records])
     whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "full").eval()
     texts = [record["text"] for record in records]

@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_pat
     rows = [json.loads(line) for line in open(config.data.test)]
     share = np.mean([row["label"] == "good" for row in rows])
     assert majority["figures"]["accuracy"]["value"] == pytest.approx(share) and share > 0.5
-    results = [json.loads(open(f"{run}/results.json").read()) for run in head["runs"]]
+    results = [json.loads(Path(run, "results.json").read_text()) for run in head["runs"]]
     measured = [r["test"]["metrics"]["accuracy"]["value"] for r in results]
     assert len(measured) == 2 and head["figures"]["accuracy"]["value"] == pytest.approx(np.mean(measured))
     assert head["cost"]["trained"] > 0 and head["cost"]["train_flops"] > 0 and majority["cost"]["trained"] == 0
