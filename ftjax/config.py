@@ -732,6 +732,8 @@ def _python(path: Path) -> ConfigDict:
         raise FtjaxError(user_code.failed(f"{path}:get_config", "--config", error)) from error
     if not isinstance(config, ConfigDict):
         raise FtjaxError(f"{path}: get_config() returned {type(config).__name__}; start from ftjax.config.default()")
+    if missing := FIELDS.keys() - flat(config).keys():
+        raise FtjaxError(f"{path}: {min(missing)}: the config lacks this field; start from ftjax.config.default()")
     return config
 
 

@@ -278,7 +278,7 @@ ANSWERS = {  # file -> (its rows, fields of the config)
     "chats.jsonl": (
         {"chosen": [{"role": "user", "content": "a {i}"}, {"role": "assistant", "content": "b"}],
          "rejected": [{"role": "user", "content": "a {i}"}, {"role": "assistant", "content": "c"}]},
-        {},
+        {"data.template": "plain"},
     ),
 }  # fmt: skip
 
@@ -343,7 +343,11 @@ def read_code(folder: Path) -> None:
     code = str(folder / "code.py")
     configs.load(code)
     metrics.score(f"{code}:worth", ["a"], [["b"]], [{}], configs.default().evaluate)
-    prepare_rows(folder, "rows.jsonl", **{"data.augment.function": f"{code}:change", "data.augment.copies": 1})
+    prepare_rows(
+        folder,
+        "rows.jsonl",
+        **{"data.augment.function": f"{code}:change", "data.augment.copies": 1, "data.augment.ops": ()},
+    )
 
 
 def read_options(damage: dict) -> None:
@@ -594,6 +598,8 @@ def fuzz(target: str, seconds: float, work: Path, seed: int = 0) -> list[dict]:
     whole = None
     if make := TARGETS[target][0]:
         make(whole := work / f"whole-{target}")
+        plain = {"target": target, "file": TARGETS[target][2][0], "cut": 1}
+        assert (came := attempt(plain, whole, work / "damaged")) == "read", f"{target} without a damage: {came}"
     end, tried, found = time.monotonic() + seconds, [0, 0], {}
 
     @seeded(seed)

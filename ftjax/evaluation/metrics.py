@@ -24,6 +24,8 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import squad
 from ftjax.evaluation.words import composed, spaced, words
 
+LARGEST = float(np.finfo(np.float64).max)
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -112,7 +114,7 @@ def _users(named: str, state: int | None, key: str) -> Metric:
                 value = function(*given)
             except user_code.ERRORS as error:  # the message names the row
                 raise FtjaxError(f"prediction {number}: {user_code.failed(named, key, error)}") from error
-            if value is not None and not (isinstance(value, numbers.Real | np.bool_) and np.isfinite(value)):
+            if value is not None and not (isinstance(value, numbers.Real | np.bool_) and abs(value) <= LARGEST):
                 raise FtjaxError(
                     f"prediction {number}: {key} {named!r} returned {value!r}; expected a finite number, or None where "
                     "there is no score"

@@ -14,19 +14,23 @@ from pathlib import Path
 
 from ftjax import assets
 from ftjax.errors import FtjaxError
-from ftjax.foreign import Kind, mapped, maybe, read_json, read_text, string
+from ftjax.foreign import mapped, maybe, read_json, read_text, string
 from ftjax.hub import peft, pooling, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 
 WHOLE = 1 << 28  # bytes, which are read in a quarter of a second
 BLOCK = 1 << 14  # bytes of a sample
 SAMPLES = 4  # samples of each tensor, evenly spaced
-RECORD: Kind = maybe(
-    mapped(maybe(mapped()), name=string, path=string, relative=string, revision=string)
-)  # the result of `record`
+KEYS = dict.fromkeys(("name", "path", "relative", "revision"), string)
 GROUPS = {"weights": "the base's files", "tokenizer": "the tokenizer's files", "adapter": "the initial adapter's files"}
 GROUPS |= {"others": "the files that the config names"}
 ALONE = {"adapter": None, "others": None}  # groups that are no part of a base
+
+
+def stored(value: object) -> str | None:
+    """The ftjax.foreign.Kind of a base's record in a file: null, or an object with all of KEYS."""
+    missing = sorted(KEYS.keys() - value.keys()) if isinstance(value, dict) and value else []
+    return f"an object with {missing[0]}" if missing else maybe(mapped(maybe(mapped()), **KEYS))(value)
 
 
 def record(
@@ -181,7 +185,7 @@ def of_adapter(folder: Path) -> dict | None:
     The tokenizer's files are not included, because an adapter has its own.
     """
     file = Path(folder) / resolve.MARKER
-    kept = read_json(file, base=RECORD).get("base") if file.is_file() else None
+    kept = read_json(file, base=stored).get("base") if file.is_file() else None
     return {key: value for key, value in kept.items() if key != "tokenizer"} if isinstance(kept, dict) else None
 
 
