@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import assets, tasks
+from ftjax import assets, seals, tasks
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.pictures import new_axes, saved
 from ftjax.evaluation.run import evaluate
 from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json
-from ftjax.foreign import read_json
 from ftjax.hub import fingerprint, resolve
 from ftjax.progress import doing
 from ftjax.training import loop
@@ -76,8 +75,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
         name = stage.name if stage else BEFORE
         scored = [other for other in stages if _computes(stage, other, stages[0])]
         scores[name] = {other.name: _scored(model, other, kept) for other in scored}
-        replace_json(run_dir / RESULTS, _told(stages, scores))
-    told = _told(stages, scores)
+        told = seals.sealed(_told(stages, scores))
+        replace_json(run_dir / RESULTS, told)
     say("\n" + _table(stages, told["scores"]) + _sentences(told))
     picture = _picture(stages, told["scores"], run_dir / PICTURE)
     files = result.files | {"stages": str(run_dir / RESULTS), "stages picture": str(picture)}
@@ -145,8 +144,8 @@ def _digest(rows: str) -> str:
 
 
 def _kept(file: Path) -> dict[str, dict]:
-    """{key: scores} of an earlier start."""
-    found = read_json(file).get("scores", {}) if file.is_file() else {}
+    """{key: scores} of an earlier start; empty if the file is not as it was written, so that they are measured again."""
+    found = (seals.opened(file) or {}).get("scores", {})
     cells = [dict(cell) for row in found.values() for cell in row.values()]
     return {cell.pop("key"): cell for cell in cells}
 

@@ -314,7 +314,9 @@ def written(folder: Path) -> dict:
     names += [folder / "out.jsonl"]
     found = {str(p.relative_to(folder)): p.read_bytes() for p in names if p.suffix in (".safetensors", ".jsonl")}
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for row in rows]
+    # A run that is stopped also logs the step that it ended at.
+    told = [row for row in rows if row["step"] % EVERY == 0]
+    found["metrics"] = [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for row in told]
     scores = json.loads((folder / "scores.json").read_text())
     return found | {"scores": {key: x for key, x in scores.items() if "second" not in key and "path" not in key}}
 

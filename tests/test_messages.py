@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import messages  # noqa: E402
 
 BASE = Path(assets.resolve("builtin:stories260K"))
-WINDOW = SimpleNamespace(name=profile.WINDOW, start_ns=0, duration_ns=1)
+WINDOW = SimpleNamespace(name=profile.WINDOW, start_ns=0, duration_ns=1, stats={})
 SLOW = SimpleNamespace(is_fast=False)  # a tokenizer without a tokenizer.json
 
 
@@ -141,7 +141,9 @@ CALLS = {
         config(privacy__epsilon=1.0, seed=3, data__packing=True)
     ),
     "adapter tensor base_model.model.x: expected MODULE.lora_A.weight or MODULE.lora_B.weight": lambda: (
-        lora_peft.lora_from_peft({"r": 2}, {"base_model.model.x": np.zeros(1)}, *spec("lora")[1::-1])
+        lora_peft.lora_from_peft(
+            {"r": 2, "peft_type": "LORA"}, {"base_model.model.x": np.zeros(1)}, *spec("lora")[1::-1]
+        )
     ),
     "adapter_config.json: num_transformer_submodules is for models with encoder and decoder; expected 1": lambda: (
         prompt.from_peft({"num_transformer_submodules": 2}, {}, {}, spec("prompt"))

@@ -29,7 +29,6 @@ class Metrics:
         replace_text(self.path, "".join(as_json(row) + "\n" for row in kept))
         if known and self.digest() != known:
             say(f"warning: {self.path}: the rows up to step {start_step:,} are not those that the run wrote")
-        self.file = self.path.open("a", buffering=1)
         self.sinks = []
         if config.log.tensorboard:
             writer = _tensorboard().SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
@@ -49,7 +48,8 @@ class Metrics:
     def write(self, step: int, values: dict) -> None:
         """Write one row. values: {name: number, or None if it is undefined}, and "rows": names of rows of data, which
         go to the file alone."""
-        self.file.write(as_json({"step": step} | values) + "\n")
+        with self.path.open("a") as file:
+            file.write(as_json({"step": step} | values) + "\n")
         for write, _ in self.sinks:
             for name, value in values.items():
                 if value is not None and name != "rows":
@@ -57,7 +57,6 @@ class Metrics:
 
     def close(self) -> None:
         """Flush every sink."""
-        self.file.close()
         for _, close in self.sinks:
             close()
 

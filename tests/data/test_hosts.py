@@ -84,7 +84,7 @@ def test_two_real_processes_feed_the_batches_of_one(tmp_path):
     ]  # fmt: skip
     said = [process.communicate(timeout=240)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    one, two = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    one, two = (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
     assert [(int(f["start"]), int(f["stop"])) for f in (one, two)] == [(0, 4), (4, 8)]
     batches = read(c)
     for step in range(start, start + steps):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from ftjax import config
 from ftjax.assets import resolve
+from ftjax.data import prepare as prepare_module
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import PARTS, prepare
 from ftjax.data.preview import show
@@ -278,3 +279,21 @@ def test_streamed_rows_are_those_in_memory(write, starter):
         one, other = getattr(data, name), getattr(streamed, name)
         assert [e.ids.tolist() for e in one.examples] == [e.ids.tolist() for e in other.examples]
         assert names(one) == names(other)
+
+
+@pytest.mark.parametrize("kind", ["classify", "multilabel", "regress", "causal"])
+def test_a_guessed_label_splits_rows_as_a_named_one(kind, tmp_path):
+    """A run records the column that it guessed, and its recorded config must read the same parts."""
+    names = ["a", "b", "c"]
+    labels = {"multilabel": lambda i: [names[i % 3]], "regress": float}.get(kind, lambda i: names[i % 7 % 3])
+    found = [{"text": f"text {i}", "label": labels(i)} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    c = config.default()
+    c.task.kind, c.data.train, c.data.split = kind, str(tmp_path / "rows.jsonl"), (0.6, 0.2, 0.2)
+
+    def parts(label):
+        c.data.label = label
+        (source,), _ = prepare_module.rows(c)
+        return {part: [table.place(i) for i in range(len(table))] for part, table in source.tables.items()}
+
+    assert parts("") == parts("label") if kind != "causal" else parts("") != parts("label")

@@ -28,7 +28,7 @@ def config(tmp_path_factory):
 def test_accuracy_is_that_of_the_runs_and_of_the_commonest_label(config, tmp_path):
     data = ftjax.compare(config, str(tmp_path), say=lambda text: None)
     majority, head = data["contenders"]
-    rows = [json.loads(line) for line in open(config.data.test)]
+    rows = [json.loads(line) for line in Path(config.data.test).read_text().splitlines()]
     share = np.mean([row["label"] == "good" for row in rows])
     assert majority["figures"]["accuracy"]["value"] == pytest.approx(share) and share > 0.5
     results = [json.loads(Path(run, "results.json").read_text()) for run in head["runs"]]

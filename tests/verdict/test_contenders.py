@@ -101,8 +101,9 @@ def test_figures_are_those_of_the_answers(verdict, folder):
 
 
 def test_ballots_are_blind_and_their_key_tells_whose_answers_they_hold(verdict, folder):
-    answers = {a["prompt"]: a["answers"] for a in map(json.loads, open(folder / "out/answers.jsonl"))}
-    key = {entry["id"]: entry for entry in map(json.loads, open(folder / "out/ballots_key.jsonl"))}
+    files = (folder / "out/answers.jsonl", folder / "out/ballots_key.jsonl")
+    said, known = (map(json.loads, file.read_text().splitlines()) for file in files)
+    answers, key = {a["prompt"]: a["answers"] for a in said}, {entry["id"]: entry for entry in known}
     with open(folder / "out/ballots.csv", newline="") as file:
         ballots = list(csv.DictReader(file))
     assert len(ballots) == 15 == len(key)  # three pairs, five questions
