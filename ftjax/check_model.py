@@ -35,10 +35,8 @@ def check(folder: Path) -> bool:
     try:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype="float32", use_safetensors=True, trust_remote_code=False
-        )
-        model = model.eval().requires_grad_(False)
+        how = {"attn_implementation": "eager", "dtype": "float32", "use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(folder, **how).eval().requires_grad_(False)
         ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, min(TOKENS, shape.max_positions)))
         theirs = model(next(model.parameters()).new_tensor(ids.tolist()).long(), output_hidden_states=True)
     except ImportError as error:

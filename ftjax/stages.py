@@ -144,7 +144,7 @@ def _digest(rows: str) -> str:
 
 
 def _kept(file: Path) -> dict[str, dict]:
-    """{key: scores} of an earlier start; empty if the file is not as it was written, so that they are measured again."""
+    """{key: scores} of an earlier start; empty if the file is not as it was written."""
     found = (seals.opened(file) or {}).get("scores", {})
     cells = [dict(cell) for row in found.values() for cell in row.values()]
     return {cell.pop("key"): cell for cell in cells}

@@ -345,7 +345,7 @@ def test_code_that_a_run_folder_names_is_not_run(encoder, tmp_path):
     for verb in ("train", "sweep", "plan", "compare", "evaluate", "data"):
         options = {"evaluate": ["--model", run], "data": ["inspect"]}.get(verb, [])
         assert cli.main([verb, *options, "--config", f"{run}/run.json"]) == 2
-    assert not check(run, told.append) and any(line.startswith("the rows: not compared: data.aug") for line in told)
+    assert not check(run, told.append) and any(line.startswith("the rows: not compared: code that") for line in told)
     assert not (tmp_path / "ran").exists()
     # What the user names is run.
     override = f"data.augment.function={code}:change", f"evaluate.metrics={code}:score"

@@ -34,11 +34,7 @@ def stored(value: object) -> str | None:
 
 
 def record(
-    folder: Path,
-    name: str,
-    tokenizer_folder: Path | None = None,
-    adapter: Path | None = None,
-    others: dict | None = None,
+    folder: Path, name: str, tokenizer_folder: Path | None = None, adapter: Path | None = None, others=()
 ) -> dict:
     """What is stored about a base model together with whatever is trained on it.
 
@@ -47,7 +43,7 @@ def record(
         name: Name of the base in the config.
         tokenizer_folder: Directory of the tokenizer in use; None: `folder`.
         adapter: Directory of the adapter from which training starts; None: there is none.
-        others: What else training depends on, see `of_named`.
+        others: {key: name} of what else training depends on, see `of_named`.
 
     Returns:
         {"name", "path": absolute, "revision": the commit of a hub name, and for each of GROUPS {file: digest}}.
@@ -60,7 +56,7 @@ def record(
         "weights": weights_digests(folder),
         "tokenizer": {n: _digest(file) for n, file in tokenizers.files(tokenizer_folder or folder).items()},
         "adapter": adapter_digests(adapter) if adapter else {},
-        "others": of_named(others or {}),
+        "others": of_named(dict(others)),
     }
 
 
@@ -77,7 +73,7 @@ def of_named(names: dict[str, str]) -> dict[str, str]:
     for key, name in names.items():
         try:
             if (source := Path(name.rpartition(":")[0])).suffix == ".py":
-                files = {source.name: hashlib.blake2b(read_text(source).encode()).hexdigest()}
+                files = {source.name: hashlib.sha256(read_text(source).encode()).hexdigest()}
             elif ((folder := resolve.resolve(name)) / "run.json").is_file():  # by the checksums of all its arrays
                 sums = sorted(folder.glob("checkpoints/*/checksums.json"))
                 files = {str(file.relative_to(folder)): _digest(file) for file in sums}

@@ -89,10 +89,7 @@ def _rows(config, record: dict, overrides) -> str:
     config.task.update(rewards=("exact_match",) if config.task.rewards else (), reward_weights=())
     if left := user_code.not_named_by(overrides, config.to_dict()):
         key, function = left[0]
-        return (
-            f"not compared: {key} {function!r} makes rows, and code that only a run folder names is not run. If you "
-            f"trust it, add --config.{key}={function}"
-        )
+        return f"not compared: code that only a run folder names is not run; to run it, add --config.{key}={function}"
     found = prepared(config, lambda text: None, record.get("devices", 0)).data.fingerprint
     return "" if found == record["rows"] else "the rows in the data files are not those that the run was started on"
 

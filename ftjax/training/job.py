@@ -239,9 +239,8 @@ def prepared(config, say, recorded: int = 0) -> Job:
         lengths = [data.max_length if config.data.packing else task.longest(config, data.train.examples)]
     if chosen := check_attention(config, spec, mesh, dtype, lengths):
         say(chosen)
-    base = fingerprint.record(
-        folder, config.model.path, own, initial_adapter and initial_adapter.folder, named_files(config)
-    )
+    start = initial_adapter and initial_adapter.folder
+    base = fingerprint.record(folder, config.model.path, own, start, named_files(config))
     return Job(
         config, folder, base, own, spec, dtype, tokenizer, chat_tokenizer, ends, initial_adapter, formats, data, mesh,
         batches, validation, rows, eval_rows, steps, eval_every, whole(config.train.save_every) or eval_every, select,
@@ -250,9 +249,9 @@ def prepared(config, say, recorded: int = 0) -> Job:
 
 def named_files(config) -> dict[str, str]:
     """{key: name} of the models and functions, beside the base, that decide how a config trains."""
-    names = {"task.reference": config.task.reference}
-    names |= {f"task.rewards[{i}]": name for i, name in enumerate(config.task.rewards) if name not in METRICS}
-    return {key: name for key, name in names.items() if name}
+    rewards = {f"task.rewards[{i}]": name for i, name in enumerate(config.task.rewards)}
+    named = {"task.reference": config.task.reference} | rewards
+    return {key: name for key, name in named.items() if name and name not in METRICS}
 
 
 def bounds(config, held_out: Part, trained: float) -> tuple[int, int]:
