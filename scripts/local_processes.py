@@ -119,9 +119,10 @@ def run(command: list[str], environments: list[dict[str, str]], grace: float) ->
 
 def copy(lines, prefix: str) -> None:
     """Print lines as they come, each in one write, so that those of several processes do not mix."""
-    for line in lines:
-        sys.stdout.write(prefix + line.rstrip("\n") + "\n")
-        sys.stdout.flush()
+    with lines:
+        for line in lines:
+            sys.stdout.write(prefix + line.rstrip("\n") + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -357,6 +357,7 @@ def test_a_worker_passes_a_signal_on_and_clears_what_was_left(fakes):
     lost = start()
     lost.send_signal(signal.SIGKILL)  # the connection; ftjax lives on
     lost.wait()
+    lost.stdout.close()
     left = int((fakes.home / ".ftjax.pid").read_text())
     os.kill(left, 0)
     again = start()

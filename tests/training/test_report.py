@@ -35,6 +35,8 @@ def terminal(columns: int):
                 found.append(chunk.decode())
         except OSError:
             pass
+        stream.close()
+        os.close(ours)
         return "".join(found)
 
     return stream, read
