@@ -19,6 +19,7 @@ from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
 from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json, write_jsonl
+from ftjax.hub.fingerprint import of_named
 from ftjax.models.transformer import max_tokens
 
 LOWER = ("perplexity", "forgetting_loss")  # figures where less is better, besides those of METRICS
@@ -43,10 +44,12 @@ def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
     named = [name.rpartition(":")[0] for name in config.evaluate.metrics if ":" in name]
     named += [assets.resolve(config.evaluate.forgetting)] if config.evaluate.forgetting else []
     rows = [(p.digest, p.kept.tolist(), dataclasses.asdict(p.recipe)) for p in part.pieces]
+    files = {name: store.digest(Path(name).read_bytes()) for name in named}
+    files |= of_named({"generate.reward": config.generate.reward} if config.generate.reward else {})
     found = {
         "ftjax": ftjax.__version__, "seed": config.seed, "evaluate": ev, "generate": config.generate.to_dict(),
         "rows": store.digest(rows), "tokenizer": fingerprint(tokenizer), "end_tokens": end_tokens,
-        "max_length": max_length, "files": {name: store.digest(Path(name).read_bytes()) for name in named},
+        "max_length": max_length, "files": files,
     }  # fmt: skip
     return json.loads(json.dumps(found))
 

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from ftjax import config as configs
+from ftjax.assets import resolve
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
 from ftjax.evaluation.pictures import plot_losses
@@ -117,6 +119,10 @@ def test_settings_name_all_that_figures_depend_on(lm, data, settings, tmp_path):
     found.append(made_by(**files))
     text.write_text("Twice upon a time.")
     found.append(made_by(**files))
+    judge = shutil.copytree(resolve("builtin:stories260K"), tmp_path / "judge")
+    for other in (b"{}", b"{ }"):
+        (judge / "generation_config.json").write_bytes(other)
+        found.append(made_by(generate__reward=str(judge)))
     assert len(set(found)) == len(found)
     assert made_by(evaluate__samples=9, evaluate__rows=3) == found[0]
 
