@@ -129,32 +129,47 @@ class MLP(nn.Module):
 
 class Experts(nn.Module):
     """A mixture of experts (Shazeer et al. 2017), each gated as MLP is: every token goes to its `experts_used`, however
-    many tokens an expert gets. N tokens of a device, E experts, k experts of a token."""
+    many tokens an expert gets. E experts, k experts of a token, N tokens of a device.
+
+    If the collection `router` is mutable, it gets sums over the tokens that are no padding, see objectives.routed:
+    `load` (E,), the number of tokens of each expert; `probability` (E,), their router probabilities; `z` (), the
+    squared normalisers of the router's logits; `entropy` (), of the probabilities, in nats.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
 
     @nn.compact
-    def __call__(self, x):
-        """x (B, T, D) -> (B, T, D)."""
+    def __call__(self, x, segments):
+        """x (B, T, D), segments (B, T) int, 0: padding -> (B, T, D)."""
         c, act, start = self.config, ACTIVATIONS[self.config.activation], nn.initializers.normal
         E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
         shapes = {"gate_proj": (E, F, D), "up_proj": (E, F, D), "down_proj": (E, D, F)}
         params = {
             name: Leaf("experts", shape, start(c.initializer_range), name=name)() for name, shape in shapes.items()
         }
-        params["gate"] = Leaf("router", (E, D), start(c.initializer_range), name="gate")()
+        router = Leaf("router", (E, D), start(c.initializer_range), name="gate")()["router"]
+        logits = project(x, router.astype(self.dtype), PARAMETER_AXES["router"]).astype(jnp.float32)
+        p = jax.nn.softmax(logits)
+        weights, chosen = jax.lax.top_k(p, k)  # (B, T, k)
+        if c.experts_normed:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        if self.is_mutable_collection("router"):
+            real = (segments > 0).astype(jnp.float32)
+            counts = jnp.sum(jax.nn.one_hot(chosen, E), axis=2)  # (B, T, E)
+            z, entropy = jax.nn.logsumexp(logits, axis=-1) ** 2, jnp.sum(jax.scipy.special.entr(p), axis=-1)
+            figures = {"load": counts, "probability": p, "z": z, "entropy": entropy}
+            for name, each in figures.items():
+                total = jnp.tensordot(real, each, 2, precision="highest")
+                self.sow("router", name, total, lambda _, new: new, lambda: None)
 
         def mixed(variables, arrays, rngs):
             mlp = variables["params"]
-            tokens = arrays[0].reshape(-1, D)
-            p = jax.nn.softmax(project(tokens, mlp["gate"]["router"].astype(self.dtype)).astype(jnp.float32))
-            weights, chosen = jax.lax.top_k(p, k)  # (N, k)
-            if c.experts_normed:
-                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-            order = jnp.argsort(chosen.reshape(-1))  # pairs of a token and its expert, by expert
-            sizes = jnp.zeros(E, jnp.int32).at[chosen.reshape(-1)].add(1)
+            x, weights, chosen = arrays
+            tokens, chosen = x.reshape(-1, D), chosen.reshape(-1)
+            order = jnp.argsort(chosen)  # pairs of a token and its expert, by expert
+            sizes = jnp.zeros(E, jnp.int32).at[chosen].add(1)
 
             def product(name, rows):
                 kernels = mlp[name]["experts"].astype(self.dtype).swapaxes(1, 2)
@@ -164,9 +179,9 @@ class Experts(nn.Module):
             gate, up = named(product("gate_proj", rows), "gate"), named(product("up_proj", rows), "up")
             y = product("down_proj", act(gate) * up)
             y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, k, D)
-            return jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype)).reshape(arrays[0].shape)
+            return jnp.einsum("nkd,nk->nd", y, weights.reshape(-1, k).astype(y.dtype)).reshape(x.shape)
 
-        y = map_rows(mixed, {"params": params}, (x,), None)
+        y = map_rows(mixed, {"params": params}, (x, weights, chosen), None)
         return dropout(self, named(y, "down"), self.dropout)
 
 
@@ -215,7 +230,8 @@ class Block(nn.Module):
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
-        x = add(x, (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")(h), "mlp")
+        mlp = (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")
+        x = add(x, mlp(h, shared["segments"]) if c.experts else mlp(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
 
 
@@ -285,7 +301,7 @@ class Transformer(nn.Module):
         def stack(layers):
             return nn.scan(
                 block,
-                variable_axes={"params": 0, "adapter": 0},
+                variable_axes={"params": 0, "adapter": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import pytest
 import tiny
 import tiny_models
 
+from ftjax import config as configs
+from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
+from ftjax.models.transformer import Transformer
+from ftjax.training import step
 from ftjax.training.flops import flops_per_token
 from ftjax.training.sharding import make_mesh, parameter_shardings
 from ftjax.training.start import about_experts
@@ -60,6 +65,78 @@ def test_gradients_are_those_of_torch_and_of_every_mesh():
     assert float(other) == pytest.approx(float(value), abs=1e-6)
     for path, g in flatten(gradients).items():
         np.testing.assert_allclose(np.asarray(g), gradient[path], atol=1e-5, err_msg=path)
+
+
+def router_losses(pair, config, batch, accumulate=1):
+    """(gradient, report sums) of full training with the losses of routers."""
+    sums = tasks.objective(config, pair.model)
+
+    def gradient(params, batch):
+        variables = lambda trained, frozen: {"params": trained}  # noqa: E731
+        return step.gradients(sums, variables, params, {}, batch, jax.random.key(0), accumulate)
+
+    found, weight, figures = tiny.jit(gradient)(pair.params, batch)
+    return flatten(found), {name: np.asarray(x / weight) for name, x in figures.items()}
+
+
+@needs_5
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_losses_of_routers_are_those_of_transformers_however_the_batch_is_cut(name):
+    model, _ = check_families.draw(name, 2)
+    model.config.output_router_logits = True
+    model.router_aux_loss_coef = model.config.router_aux_loss_coef = 0.3
+    pair, docs = tiny.read(model), tiny.documents((20, 13, 9, 5), 50, 3)
+    config = configs.default()
+    assert config.train.balance is None  # as config.json says
+    batch = tiny.batch([[doc] for doc in docs], [[1]] * 4, 20)
+    gradient, figures = router_losses(pair, config, batch)
+
+    ids, mask = tiny.torch.tensor(batch["tokens"]).long(), tiny.torch.tensor(batch["segment_ids"])
+    labels = tiny.torch.where(mask > 0, ids, -100)
+    out = model(ids, attention_mask=mask, labels=labels)
+    out.loss.backward()
+    theirs, shape = dict(model.named_parameters()), pair.model.config
+    assert figures["balance"] == pytest.approx(out.aux_loss.item(), rel=1e-5)
+    assert figures["loss"] + 0.3 * figures["balance"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert (figures["load"].sum(), figures["dropped"]) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    for path, name in (("mlp/gate/router", "mlp.gate.weight"), ("attn/q_proj/kernel", "self_attn.q_proj.weight")):
+        want = np.stack([theirs[f"model.layers.{i}.{name}"].grad.numpy() for i in range(shape.layers)])
+        np.testing.assert_allclose(gradient[f"layers/{path}"], want, atol=1e-5, err_msg=path)
+
+    if name != "mixtral":
+        return
+    # Microbatches, remat, packed rows with other padding, and devices change nothing. The z-loss has no referee but its
+    # formula.
+    config.train.router_z = 0.2
+    want, figures = router_losses(pair, config, batch)
+    z = np.stack([np.logaddexp.reduce(x.detach().numpy().reshape(4, 20, -1), axis=-1) ** 2 for x in out.router_logits])
+    assert figures["router_z"] == pytest.approx(z[:, mask.numpy() > 0].mean(), rel=1e-4)
+    packed = tiny.batch([[docs[0]], [docs[1], docs[2]], [docs[3]], []], [[1], [1, 1], [1], []], 24)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "sequence": 2})
+    remat = pair._replace(model=pair.model.clone(remat="full"))
+    cuts = {"microbatches": (pair, batch, 2), "packed, remat": (remat, packed, 1)}
+    with jax.set_mesh(mesh):
+        places = parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh)
+        cuts["devices, packed"] = pair._replace(params=jax.device_put(pair.params, places)), packed, 1
+    for cut, (other, rows, accumulate) in cuts.items():
+        with jax.set_mesh(mesh) if "devices" in cut else contextlib.nullcontext():
+            found, same = router_losses(other, config, rows, accumulate)
+        for path, g in want.items():
+            np.testing.assert_allclose(np.asarray(found[path]), g, atol=1e-5, err_msg=f"{cut} {path}")
+        assert same.keys() == figures.keys()
+        for name, x in figures.items():
+            np.testing.assert_allclose(same[name], x, atol=1e-5, err_msg=f"{cut} {name}")
+
+
+def test_losses_of_routers_need_routers_and_no_privacy():
+    config = configs.default()
+    config.train.router_z = 0.1
+    with pytest.raises(FtjaxError, match=r"train\.router_z: 0\.1, but this model has no experts"):
+        tasks.objective(config, Transformer(families.from_hf({"model_type": "llama"})[1]))
+    config.train.router_z, config.privacy.epsilon = 0.0, 1.0
+    model = Transformer(families.from_hf({"model_type": "mixtral", "output_router_logits": True})[1])
+    with pytest.raises(FtjaxError, match=r"train\.balance: 0\.001, but the loss of an example depends on the others"):
+        tasks.objective(config, model)
 
 
 def test_only_the_experts_used_count_as_arithmetic():
