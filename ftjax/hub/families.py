@@ -17,6 +17,8 @@ from ftjax.models.config import Head, ModelConfig, RopeScaling
 
 LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
 
+EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
+
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
     "silu": "silu",
@@ -475,13 +477,26 @@ def module_name(path: str, family: Family, config: ModelConfig) -> str:
 
 
 def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
-    """{path: module name} of every linear map and every table of embeddings, in the order of the family's row.
+    """{path: module name} of every linear map and every table of embeddings, in the order of the family's row, and
+    {path: parameter name} of the experts.
 
-    The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole.
+    The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole. The
+    path of experts is that of their adapters: transformers has gates and what they multiply in one parameter.
     """
     found = {path for path in shapes(config) if not path.startswith("head/")}
-    leaves = ("kernel", "embedding")
-    return {m.path: m.name for m in modules(family, config) if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
+    leaves, own = ("kernel", "embedding"), modules(family, config)
+    names = {m.path: m.name for m in own if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
+    experts = next((m.name.split(".{e}")[0] for m in own if ".{e}" in m.name), "")
+    return names | {f"{EXPERTS}{name}": f"{experts}.{name}" for name in ("gate_up_proj", "down_proj") if experts}
+
+
+def kernel_shape(path: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape (..., out, in) of a linear map, a table of embeddings or experts at a path of `linear_names`."""
+    known, name = shapes(config), path.removeprefix(EXPERTS)
+    if path.startswith(EXPERTS):
+        *lead, rows, columns = known[f"layers/mlp/{'up_proj' if name == 'gate_up_proj' else name}/experts"]
+        return *lead, rows * (1 + (name == "gate_up_proj")), columns
+    return known[f"{path}/kernel"] if f"{path}/kernel" in known else known[f"{path}/embedding"][::-1]
 
 
 def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> dict[str, tuple[list[str], bool]]:

@@ -49,6 +49,7 @@ PARAMETER_AXES = {
     "v_proj/bias": ("kv_heads",),
     "gate_proj/bias": ("hidden",),
     "up_proj/bias": ("hidden",),
+    "gate_up_proj/experts": (None, None, "embed"),  # of adapters: the gate and then the other
     "gate_proj/experts": (None, "hidden", "embed"),
     "up_proj/experts": (None, "hidden", "embed"),
     "down_proj/experts": (None, "embed", "hidden"),

@@ -132,13 +132,17 @@ def map_rows(f, variables: dict, arrays: tuple, rngs: dict | None, *, summed: bo
     if not mesh or _uneven(arrays[0].shape, ROWS, mesh):
         return f(variables, arrays, rngs)
 
-    def place(keys, x):
-        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
-        axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else ()
+    def place(x, axes):
         columns = [EMBED if axis == "embed" else None for axis in axes]
         return PartitionSpec(*() if _uneven(x.shape, columns, mesh) else columns)
 
-    places = jax.tree_util.tree_map_with_path(place, variables)
+    def place_all(keys, x):
+        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
+        axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else ()
+        return x.map(place, axes) if isinstance(x, Quantised) and axes else place(x, axes)
+
+    is_leaf = lambda x: isinstance(x, Quantised)  # noqa: E731
+    places = jax.tree_util.tree_map_with_path(place_all, variables, is_leaf=is_leaf)
     dtypes = jax.tree.map(lambda x: x.dtype, variables)
 
     def whole_again(x, place, dtype):

@@ -19,16 +19,19 @@ from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import map_rows, take_tokens
 from ftjax.models.config import ModelConfig, RopeScaling
 from ftjax.models.layers import (
+    ADAPTERS,
     Embedding,
     Linear,
     Norm,
     dropout,
     neftune,
     project,
+    project_groups,
     rotary_frequencies,
     rotary_tables,
     rotate,
 )
+from ftjax.models.quantised import Quantised
 from ftjax.models.remat import named, rematerialised
 
 ACTIVATIONS = {
@@ -171,17 +174,24 @@ class Experts(nn.Module):
             order = jnp.argsort(chosen)  # pairs of a token and its expert, by expert
             sizes = jnp.zeros(E, jnp.int32).at[chosen].add(1)
 
+            def change(name, rows):
+                found = variables["adapter"].get(name, {}).items()
+                return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
+
             def product(name, rows):
-                kernels = mlp[name]["experts"].astype(self.dtype).swapaxes(1, 2)
-                return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32).astype(self.dtype)
+                return project_groups(rows, mlp[name]["experts"], sizes)
 
             rows = jnp.repeat(tokens, k, axis=0)[order]
-            gate, up = named(product("gate_proj", rows), "gate"), named(product("up_proj", rows), "up")
-            y = product("down_proj", act(gate) * up)
+            gate, up = product("gate_proj", rows), product("up_proj", rows)
+            if "gate_up_proj" in variables["adapter"]:
+                gate, up = (y + dy for y, dy in zip((gate, up), jnp.split(change("gate_up_proj", rows), 2, axis=-1)))
+            rows = act(named(gate, "gate")) * named(up, "up")
+            y = product("down_proj", rows) + change("down_proj", rows)
             y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, k, D)
             return jnp.einsum("nkd,nk->nd", y, weights.reshape(-1, k).astype(y.dtype)).reshape(x.shape)
 
-        y = map_rows(mixed, {"params": params}, (x, weights, chosen), None)
+        adapter = self.get_variable("adapter", "experts", {})
+        y = map_rows(mixed, {"params": params, "adapter": adapter}, (x, weights, chosen), None)
         return dropout(self, named(y, "down"), self.dropout)
 
 
@@ -195,7 +205,8 @@ class Leaf(nn.Module):
     @nn.compact
     def __call__(self):
         """{its name: the parameter}."""
-        return {self.leaf: self.param(self.leaf, self.start, self.shape)}
+        found = self.get_variable("params", self.leaf)
+        return {self.leaf: found if isinstance(found, Quantised) else self.param(self.leaf, self.start, self.shape)}
 
 
 class Block(nn.Module):

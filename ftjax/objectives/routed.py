@@ -85,9 +85,9 @@ class Sums:
         share = whole["weight"] / each  # the caller divides by W
         load = jax.lax.stop_gradient(whole["load"])
         balance = c.experts * jnp.sum(load / each * found["probability"]) * share
-        pairs = found["load"] / c.experts_used * share
+        missing = _tokens(batch) * c.layers * len(seen) * c.experts_used - jnp.sum(found["load"])
         own = {"balance": balance, "router_z": found["z"] * share, "router_entropy": found["entropy"] * share}
-        own |= {"load": pairs, "dropped": _tokens(batch) * c.layers * len(seen) * share - jnp.sum(pairs)}
+        own |= {"load": found["load"] / c.experts_used * share, "dropped": missing / c.experts_used * share}
         return total + self.balance * balance + self.z * own["router_z"], weight, figures | own
 
     def of_whole(self, variables, batch, *, rngs=None) -> dict:

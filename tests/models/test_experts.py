@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -14,15 +15,17 @@ import tiny
 import tiny_models
 
 from ftjax import config as configs
-from ftjax import tasks
+from ftjax import tasks, tree
 from ftjax.errors import FtjaxError
-from ftjax.hub import families
+from ftjax.hub import families, weights
+from ftjax.models import quantised
 from ftjax.models.transformer import Transformer
 from ftjax.training import step
 from ftjax.training.flops import flops_per_token
 from ftjax.training.sharding import make_mesh, parameter_shardings
 from ftjax.training.start import about_experts
 from ftjax.tree import flatten
+from ftjax.tuning import METHODS
 from ftjax.tuning.whole import saved
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -151,11 +154,81 @@ def test_only_the_experts_used_count_as_arithmetic():
 def test_a_run_says_that_experts_are_left_out():
     _, shape = families.from_hf({"model_type": "mixtral"})
     lora = {"layers": {"attn": {"q_proj": {"lora": {"a": 0}}}}}
-    (told,) = about_experts(shape, lora, "none")
+    (told,) = about_experts(shape, lora)
     assert told.startswith("warning: the experts, 97% of the model's parameters, and their routers are not trained")
-    assert "model.quantise=nf4 leaves the experts" in about_experts(shape, lora, "nf4")[1]
-    assert about_experts(shape, {"layers": {"mlp": {"up_proj": {"experts": 0}}}}, "none") == []
-    assert about_experts(families.from_hf({"model_type": "llama"})[1], lora, "nf4") == []
+    assert about_experts(shape, {"layers": {"mlp": {"up_proj": {"experts": 0}}}}) == []
+    assert about_experts(shape, {"layers": {"mlp": {"experts": {"down_proj": {"lora": {"a": 0}}}}}}) == []
+    assert about_experts(families.from_hf({"model_type": "llama"})[1], lora) == []
+
+
+@needs_5
+@pytest.mark.parametrize("quantise", ["none", "int8", "nf4"])
+def test_a_lora_on_experts_made_by_peft_loads_trains_and_merges(quantise):
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    model, _ = check_families.draw("mixtral", 1)
+    pair, ids = tiny.read(model), tiny.documents((20,), 50)[0][None]
+    if quantise != "none":  # the files hold what the quantised base computes
+        small = tree.map_paths(
+            lambda path, x: quantised.quantise(x, kind) if (kind := quantised.kind_of(path, quantise)) != "none" else x,
+            pair.params,
+        )
+        assert isinstance(small["layers"]["mlp"]["up_proj"]["experts"], quantised.Quantised)
+        pair = pair._replace(params=small)
+        with tempfile.TemporaryDirectory() as folder:
+            weights.write_model(Path(folder), quantised.dequantised(small), None, pair.family, pair.model.config)
+            model = type(model).from_pretrained(folder, attn_implementation="eager").eval()
+    some = ["mlp.experts.down_proj", "layers.0.mlp.experts.gate_up_proj", "layers.2.mlp.experts.gate_up_proj"]
+    ranks = {r"layers\.2\.mlp\.experts\.gate_up_proj": 2}
+    peft = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=some, rank_pattern=ranks)
+    ).eval()
+    tiny.torch.manual_seed(0)
+    with tiny.torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * tiny.torch.randn_like(p))
+    theirs = peft(tiny.torch.tensor(ids)).logits
+    tiny.torch.nn.functional.cross_entropy(theirs[0, :-1], tiny.torch.tensor(ids)[0, 1:]).backward()
+    tensors = {name: x.float().numpy() for name, x in get_peft_model_state_dict(peft).items()}
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": ranks, "target_parameters": some}
+    trained, fields = METHODS["lora"].from_peft(config, tensors, pair.params, pair.spec)
+    assert {x for x in fields["targets"] if "experts" in x} == {f"model.{x}" for x in some[1:]} | {
+        f"model.layers.{i}.mlp.experts.down_proj" for i in range(3)
+    }
+    pair = tiny.tuned(pair, method="lora", **fields)
+    method, _, frozen = tiny.start(pair)
+
+    def of(trained):
+        y = pair.model.apply(method.variables(trained, frozen, pair.spec), jnp.asarray(ids))
+        p = jax.nn.log_softmax(y[:, :-1])
+        return -jnp.take_along_axis(p, ids[:, 1:, None], 2).mean(), y
+
+    (_, logits), gradient = tiny.jit(jax.value_and_grad(of, has_aux=True))(trained)
+    np.testing.assert_allclose(logits, theirs.detach().numpy(), atol=1e-4)
+    named = {name.replace(".default", ""): p for name, p in peft.named_parameters() if p.requires_grad}
+    got = method.to_peft(gradient, frozen, pair.spec)[1]
+    assert got.keys() == named.keys() == tensors.keys()
+    for name, g in got.items():
+        np.testing.assert_allclose(g, named[name].grad.numpy(), atol=1e-5, err_msg=name)
+    again = method.to_peft(trained, frozen, pair.spec)[1]
+    assert all(np.array_equal(again[name], x) for name, x in tensors.items())
+    merged = tiny.jit(lambda p: pair.model.apply({"params": p}, ids))(method.merge(trained, frozen, pair.spec))
+    np.testing.assert_allclose(merged, logits, atol=1e-4)
+
+
+def test_what_peft_cannot_do_with_experts_is_refused():
+    family, shape = families.from_hf({"model_type": "olmoe", "num_hidden_layers": 1})
+    base = weights.param_shapes(shape)
+    for fields, words in (
+        ({"method": "dora"}, "dora cannot adapt experts, for which peft has no DoRA"),
+        ({"method": "lora", "init": "pissa"}, "adapters of experts start with BA = 0"),
+        ({"method": "lora", "dropout": 0.1}, "adapters of experts have no dropout"),
+        ({"method": "ia3"}, "matches no linear map"),
+    ):
+        spec = tiny.spec(family, shape, targets=("down_proj",), **fields)
+        with pytest.raises(FtjaxError, match=words):
+            METHODS[spec.tuning.method].init(jax.random.key(0), base, spec)
 
 
 def test_experts_that_are_trained_whole_have_no_adapter_file():
