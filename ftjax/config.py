@@ -527,6 +527,7 @@ FIELDS: dict[str, Field] = {
     # devices, or on a CPU as many as make the run faster; 0: all axes are chosen for the devices
     # and the model, and the reason is printed
     "mesh.fsdp": _axis(),  # devices that share the rows and also the weights, which are gathered for use
+    "mesh.expert": _axis(),  # devices that share the rows and deal the experts of a mixture among themselves
     "mesh.sequence": _axis(),  # devices that share the tokens of a row, for rows too long for one device; weights are
     # split as by fsdp
     "mesh.tensor": _axis(),  # devices that share heads, feed-forward and vocabulary

@@ -163,6 +163,14 @@ DRAWS = {
             experts(rng, "num_experts") | flags(rng, "norm_topk_prob", "attention_bias") | {"moe_intermediate_size": 12}
         ),
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        lambda rng: (
+            experts(rng, "num_experts")
+            | flags(rng, "norm_topk_prob", "qkv_bias")
+            | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+        ),
+    ),
     "olmoe": (
         "olmoe",
         lambda rng: (

@@ -86,7 +86,7 @@ FIELDS = {
     "rope_theta": maybe(number(above=0)),
     "rope_scaling": maybe(mapped()),
     "rope_parameters": maybe(mapped()),
-    "sliding_window": maybe(whole(1)),
+    "sliding_window": maybe(whole()),
     "use_sliding_window": maybe(flag),
     "max_window_layers": whole(),
     "layer_types": maybe(listed(string)),
@@ -350,7 +350,7 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
         window, every = hf["local_attention"] // 2 + 1, hf["global_attn_every_n_layers"]
         sliding = [layer % every > 0 for layer in range(layers)]
     elif "sliding_window" in family.defaults:
-        window = hf["sliding_window"] if hf.get("use_sliding_window", True) else None
+        window = (hf["sliding_window"] if hf.get("use_sliding_window", True) else None) or None
         full = hf.get("max_window_layers", 0)  # number of first layers without a window
         every = hf.get("sliding_window_pattern") or layers + 1  # each such layer has none
         sliding = [window is not None and layer >= full and (layer + 1) % every > 0 for layer in range(layers)]
@@ -530,6 +530,10 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in (("q", q), ("k", kv), ("v", kv))}
     if c.experts:
         del linear["mlp/up_proj"], linear["mlp/down_proj"]
+        if S := c.shared_hidden:
+            sizes = {"gate_proj": (S, D), "up_proj": (S, D), "down_proj": (D, S)}
+            linear |= {f"mlp/shared/{name}": (*size, False) for name, size in sizes.items()}
+            linear["mlp/shared_gate"] = (1, D, False)
     elif c.fused_gate:
         del linear["mlp/up_proj"]
         linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)

@@ -119,6 +119,8 @@ MIXTRAL_LAYER = MOE_LAYER | {
     f"mlp/{name}": f"mlp.experts.{{e}}.{theirs}"
     for name, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 }
+SHARED_LAYER = MOE_LAYER | {"mlp/shared_gate": "mlp.shared_expert_gate"}
+SHARED_LAYER |= {f"mlp/shared/{name}": f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
 FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
 GLM_LAYER = FUSED_LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"}
@@ -314,6 +316,25 @@ DECODERS = (
         constants={"qk_norm": "head"},
         aliases={"num_local_experts": "num_experts"},
         only=EVERY_LAYER | {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+    ),
+    llama_like(
+        "qwen2_moe",
+        decoder_forms("Qwen2Moe"),
+        decoder_modules(SHARED_LAYER),
+        keys=BALANCE
+        | {
+            "hidden": "moe_intermediate_size", "experts": "num_experts", "experts_used": "num_experts_per_tok",
+            "experts_normed": "norm_topk_prob", "shared_hidden": "shared_expert_intermediate_size",
+            "qkv_bias": "qkv_bias",
+        },
+        defaults={
+            "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+            "max_position_embeddings": 32768, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
+            "qkv_bias": True, "router_aux_loss_coef": 0.001, "output_router_logits": False,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        only={"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
     ),
     llama_like(
         "olmoe",

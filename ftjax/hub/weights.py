@@ -494,6 +494,7 @@ def write_model(
     if source:
         hf |= read_json(Path(source) / "config.json")
     form = form_of(family, config.head)
+    hf |= {"model_type": family.model_type}  # the source may be of the family that this one was made from
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
     hf |= rope_to_hf(config, family)

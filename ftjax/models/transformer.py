@@ -6,6 +6,7 @@ size, F hidden, V vocabulary, C labels, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 
@@ -16,7 +17,7 @@ from flax import linen as nn
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
-from ftjax.models.by_device import map_rows, take_tokens
+from ftjax.models.by_device import gather, map_rows, take_tokens
 from ftjax.models.config import ModelConfig, RopeScaling
 from ftjax.models.layers import (
     ADAPTERS,
@@ -134,6 +135,11 @@ class Experts(nn.Module):
     """A mixture of experts (Shazeer et al. 2017), each gated as MLP is: every token goes to its `experts_used`, however
     many tokens an expert gets. E experts, k experts of a token, N tokens of a device.
 
+    Experts that are dealt over the mesh axis `expert` get the tokens of all devices of this axis by an all-gather, and
+    what they compute is summed by a reduce-scatter. An all-to-all of exactly the tokens that an expert needs has no
+    static shape: XLA's CPU has no ragged one, and a padded one must provide for all tokens going to one device, which
+    sends min(k, E / devices) times as much.
+
     If the collection `router` is mutable, it gets sums over the tokens that are no padding, see objectives.routed:
     `load` (E,), the number of tokens of each expert; `probability` (E,), their router probabilities; `z` (), the
     squared normalisers of the router's logits; `entropy` (), of the probabilities, in nats.
@@ -169,10 +175,17 @@ class Experts(nn.Module):
 
         def mixed(variables, arrays, rngs):
             mlp = variables["params"]
-            x, weights, chosen = arrays
-            tokens, chosen = x.reshape(-1, D), chosen.reshape(-1)
-            order = jnp.argsort(chosen)  # pairs of a token and its expert, by expert
-            sizes = jnp.zeros(E, jnp.int32).at[chosen].add(1)
+            tokens, weights, chosen = (x.reshape(-1, x.shape[-1]) for x in arrays)
+            own = mlp["up_proj"]["experts"].shape[0]
+            if own < E:  # the others are on other devices: see the tokens of all of them, and keep what is for its own
+                tokens, weights = (gather(x, "expert", 0, x.dtype) for x in (tokens, weights))
+                chosen = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * own
+                chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+            chosen = chosen.reshape(-1)
+            # Pairs of a token and its expert, by expert. A token has at most `own` experts of this device.
+            order = jnp.argsort(chosen)[: len(tokens) * min(k, own)]
+            sizes = jnp.zeros(own, jnp.int32).at[chosen].add(1, mode="drop")
+            keep = lambda x: jnp.where((chosen[order] < own)[:, None], x, 0) if own < E else x  # noqa: E731
 
             def change(name, rows):
                 found = variables["adapter"].get(name, {}).items()
@@ -181,17 +194,23 @@ class Experts(nn.Module):
             def product(name, rows):
                 return project_groups(rows, mlp[name]["experts"], sizes)
 
-            rows = jnp.repeat(tokens, k, axis=0)[order]
+            rows = keep(jnp.repeat(tokens, k, axis=0)[order])
             gate, up = product("gate_proj", rows), product("up_proj", rows)
             if "gate_up_proj" in variables["adapter"]:
                 gate, up = (y + dy for y, dy in zip((gate, up), jnp.split(change("gate_up_proj", rows), 2, axis=-1)))
             rows = act(named(gate, "gate")) * named(up, "up")
-            y = product("down_proj", rows) + change("down_proj", rows)
-            y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, k, D)
-            return jnp.einsum("nkd,nk->nd", y, weights.reshape(-1, k).astype(y.dtype)).reshape(x.shape)
+            y = keep(product("down_proj", rows) + change("down_proj", rows))
+            y = jnp.zeros((len(chosen), D), y.dtype).at[order].set(y, unique_indices=True).reshape(-1, k, D)
+            y = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype))
+            if own < E:
+                y = jax.lax.psum_scatter(y.astype(jnp.float32), "expert", tiled=True).astype(y.dtype)
+            return y.reshape(arrays[0].shape)
 
         adapter = self.get_variable("adapter", "experts", {})
         y = map_rows(mixed, {"params": params, "adapter": adapter}, (x, weights, chosen), None)
+        if c.shared_hidden:  # weighted by a gate of its own
+            shared = MLP(dataclasses.replace(c, hidden=c.shared_hidden), self.dtype, 0.0, name="shared")(x)
+            y = y + nn.sigmoid(Linear(1, False, self.dtype, c.initializer_range, name="shared_gate")(x)) * shared
         return dropout(self, named(y, "down"), self.dropout)
 
 

@@ -73,8 +73,8 @@ def about_experts(shape, trained: dict) -> list[str]:
     sizes = {path: math.prod(size) for path, size in families.shapes(shape).items()}
     share = sum(size for path, size in sizes.items() if path.endswith("/experts")) / sum(sizes.values())
     return [
-        f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained. LoRA on the "
-        "experts: add gate_up_proj and down_proj to tuning.targets; tuning.method=full or last_layers trains all of them"
+        f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained. Add "
+        "gate_up_proj and down_proj to tuning.targets for LoRA on the experts; full and last_layers train all of them"
     ]
 
 

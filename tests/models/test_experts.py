@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -14,19 +16,21 @@ import pytest
 import tiny
 import tiny_models
 
+from ftjax import cli, tasks, tree
 from ftjax import config as configs
-from ftjax import tasks, tree
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer
+from ftjax.training import program as programs
 from ftjax.training import step
 from ftjax.training.flops import flops_per_token
-from ftjax.training.sharding import make_mesh, parameter_shardings
+from ftjax.training.sharding import abstract_mesh, make_mesh, parameter_shardings, place_batch
 from ftjax.training.start import about_experts
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS
 from ftjax.tuning.whole import saved
+from ftjax.upcycle import upcycle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -42,8 +46,9 @@ def loss(pair, params, ids):
 
 @needs_5
 def test_gradients_are_those_of_torch_and_of_every_mesh():
-    model, _ = check_families.draw("qwen3_moe", 1)
-    pair, ids = tiny.read(model), np.stack(tiny.documents((20,) * 4, 50))
+    model, settings = check_families.draw("qwen3_moe", 3)
+    assert settings["num_experts"] == 8 and settings["num_experts_per_tok"] > 1
+    pair, ids = tiny.read(model), np.stack(tiny.documents((20,) * 8, 50))
     step = tiny.jit(jax.value_and_grad(lambda params, ids: loss(pair, params, ids)))
     value, gradient = step(pair.params, jnp.asarray(ids))
     gradient = flatten(gradient)
@@ -61,13 +66,16 @@ def test_gradients_are_those_of_torch_and_of_every_mesh():
         assert np.abs(g).max() > 1e-3
         np.testing.assert_allclose(gradient[f"layers/mlp/{path}"], g, atol=1e-5, err_msg=path)
 
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(pair.params, parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh))
-        other, gradients = step(placed, jnp.asarray(ids))
-    assert float(other) == pytest.approx(float(value), abs=1e-6)
-    for path, g in flatten(gradients).items():
-        np.testing.assert_allclose(np.asarray(g), gradient[path], atol=1e-5, err_msg=path)
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 8}, {"data": 2, "expert": 4}):
+        mesh = make_mesh(sizes)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(pair.params, parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh))
+            other, gradients = step(placed, jnp.asarray(ids))
+        experts = placed["layers"]["mlp"]["up_proj"]["experts"]
+        assert experts.sharding.shard_shape(experts.shape)[1] == 8 // sizes.get("expert", 1)
+        assert float(other) == pytest.approx(float(value), abs=1e-6)
+        for path, g in flatten(gradients).items():
+            np.testing.assert_allclose(np.asarray(g), gradient[path], atol=1e-5, err_msg=f"{sizes} {path}")
 
 
 def router_losses(pair, config, batch, accumulate=1):
@@ -140,6 +148,51 @@ def test_losses_of_routers_need_routers_and_no_privacy():
     model = Transformer(families.from_hf({"model_type": "mixtral", "output_router_logits": True})[1])
     with pytest.raises(FtjaxError, match=r"train\.balance: 0\.001, but the loss of an example depends on the others"):
         tasks.objective(config, model)
+
+
+def curve(pair, config, sizes):
+    """[(loss, balance loss)] of steps on a mesh of these sizes, and the bytes of experts that a device holds."""
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh):
+        program = programs.build(config, pair.spec, mesh, jnp.float32, 3)
+        base = jax.tree.map(lambda x, at: jax.device_put(np.array(x), at), pair.params, program.base_places)
+        trained, frozen = program.begin(jax.random.key(0), base)
+        held = programs.shard_bytes(
+            programs.placed(program.frozen["layers"]["mlp"], program.frozen_places["layers"]["mlp"])
+        )
+        state, found = program.init_state(trained), []
+        for n in range(3):
+            docs = tiny.documents((20, 13, 9, 5, 17, 20, 6, 8), 50, n)
+            batch = tiny.batch([[doc] for doc in docs], [[1]] * 8, 20)
+            state, report = program.step(state, frozen, place_batch(batch, mesh, 8, slice(0, 8)))
+            found.append([float(report["loss"]), float(report["balance"])])
+    return np.array(found), held
+
+
+@needs_5
+def test_a_run_with_lora_on_experts_has_one_curve_on_every_mesh():
+    model, settings = check_families.draw("mixtral", 1)
+    assert settings["num_local_experts"] == 8
+    config = configs.default()
+    config.tuning.targets = ("all-linear", "gate_up_proj", "down_proj")
+    config.train.update(balance=0.1, batch_size=8)
+    config.optim.lr = 0.02
+    pair = tiny.read(model)
+    pair = pair._replace(spec=pair.spec._replace(tuning=config.tuning))
+    want, whole = curve(pair, config, {"data": 1})
+    assert want[0, 0] - want[-1, 0] > 0.01
+    for sizes in ({"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}, {"expert": 4, "tensor": 2}):
+        found, held = curve(pair, config, sizes)
+        np.testing.assert_allclose(found, want, atol=1e-5, err_msg=str(sizes))
+        assert held < whole / math.prod(sizes.values()) * sizes.get("data", 1) * 1.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_experts_that_cannot_be_dealt_are_refused(kind):
+    family, shape = families.from_hf({"model_type": kind, "num_local_experts": 5})
+    config = configs.default()
+    with pytest.raises(FtjaxError, match=rf"mesh\.expert: 2 devices cannot deal the {shape.experts} experts"):
+        programs.build(config, tiny.spec(family, shape), abstract_mesh({"expert": 2}), jnp.float32, 1)
 
 
 def test_only_the_experts_used_count_as_arithmetic():
@@ -242,3 +295,43 @@ def test_experts_that_are_trained_whole_have_no_adapter_file():
 def test_dense_layers_among_layers_of_experts_are_refused(told):
     with pytest.raises(FtjaxError, match=next(iter(told))):
         families.from_hf({"model_type": "qwen3_moe"} | told)
+
+
+@needs_5
+@pytest.mark.parametrize("name", ["llama, llama3", "qwen3, yarn"])
+def test_an_upcycled_model_has_the_logits_of_the_dense_one(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    dense, _ = check_families.draw(name, 4 if name[0] == "l" else 1)
+    ids = tiny.documents((20,), 50)[0][None]
+    dense.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config |= {"attention_bias": False} | {key: False for key in ("mlp_bias",) if key in config}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    dense = type(dense).from_pretrained(tmp_path / "dense", attn_implementation="eager").eval()
+    arguments = ["upcycle", str(tmp_path / "dense"), "--experts", "5", "--top-k", "3", "--out"]
+    assert cli.main([*arguments, str(tmp_path / "mixed")]) == 0
+    mixed, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mixed", attn_implementation="eager", output_loading_info=True
+    )
+    assert mixed.config.model_type == ("mixtral" if name[0] == "l" else "qwen3_moe") and not any(info.values())
+    want = tiny.torch_logits(dense, ids)
+    np.testing.assert_allclose(tiny.torch_logits(mixed.eval(), ids), want, atol=1e-5 * np.abs(want).max())
+    pair = tiny.read(mixed)
+    np.testing.assert_allclose(pair.model.apply({"params": pair.params}, ids), want, atol=1e-5 * np.abs(want).max())
+    experts = pair.params["layers"]["mlp"]["up_proj"]["experts"]
+    assert experts.shape[1] == 5 and (experts == experts[:, :1]).all()
+    assert cli.main([*arguments, str(tmp_path / "noisy"), "--noise", "0.1"]) == 0
+    family, shape = families.read_config(tmp_path / "noisy")
+    found = weights.read_params(tmp_path / "noisy", family, shape)["layers"]["mlp"]["up_proj"]["experts"]
+    assert float((found - experts).std() / experts.std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_cannot_be_upcycled_is_refused(tmp_path):
+    config = {"model_type": "gpt2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FtjaxError, match="upcycle is for llama, mistral, qwen3 with a head over the vocabulary"):
+        upcycle(tmp_path, tmp_path / "out", 4, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(FtjaxError, match="expected 1 <= top-k <= experts"):
+        upcycle(tmp_path, tmp_path / "out", 2, 4)
