@@ -142,7 +142,7 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
                 raise FtjaxError(f"combine: linear needs adapters of one rank; at {path} they have {ranks}: use cat")
             a = sum(jnp.sign(factor) * jnp.sqrt(jnp.abs(factor)) * a for factor, a, _ in parts)
             b = sum(jnp.sqrt(jnp.abs(factor)) * b for factor, _, b in parts)
-        out |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": jnp.ones_like(leaves[f"{path}/scale"])}
+        out |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": jnp.ones(a.shape[:1] if a.ndim > 2 else ())}
     return unflatten(out)
 
 
