@@ -492,9 +492,11 @@ def write_model(
         dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
     hf = to_hf(family, config)
     if source:
-        hf |= read_json(Path(source) / "config.json")
+        said = read_json(Path(source) / "config.json")
+        if said.get("model_type") != family.model_type:  # it is made from a model of another family
+            said = {key: value for key, value in said.items() if key not in family.only}
+        hf |= said | {"model_type": family.model_type}
     form = form_of(family, config.head)
-    hf |= {"model_type": family.model_type}  # the source may be of the family that this one was made from
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
     hf |= rope_to_hf(config, family)
