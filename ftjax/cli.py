@@ -247,6 +247,14 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("check-model", _check_model, "compare a model directory, layer by layer, with transformers and torch")
     sub.add_argument("model", metavar="DIR", help="directory of a decoder")
 
+    sub = verb("upcycle", _upcycle, "write a dense model as a mixture of experts with the same logits")
+    sub.add_argument("model", metavar="DIR", help="directory of a llama, mistral or qwen3 model")
+    sub.add_argument("--experts", type=int, default=8, metavar="E", help="number of experts, copies of the dense part")
+    sub.add_argument("--top-k", type=int, default=2, metavar="K", help="number of experts of each token")
+    sub.add_argument("--noise", type=float, default=0.0, help="noise on experts as a multiple of their own deviation")
+    sub.add_argument("--seed", type=int, default=0, help="seed of routers and noise")
+    sub.add_argument("--out", required=True, metavar="DIR")
+
     sub = verb("config", _list, "list, search and explain the fields of a config")
     sub.add_argument(
         "name", nargs="?", default="", metavar="GROUP|KEY", help="a group or a field, such as optim or optim.lr"
@@ -549,6 +557,16 @@ def _check_model(args, overrides) -> int:
     from ftjax.check_model import check
 
     return 0 if check(Path(args.model)) else 1
+
+
+def _upcycle(args, overrides) -> None:
+    from pathlib import Path
+
+    from ftjax.hub.resolve import resolve_model
+    from ftjax.upcycle import upcycle
+
+    kind = upcycle(resolve_model(args.model), Path(args.out), args.experts, args.top_k, args.noise, args.seed)
+    print(f"{args.out}: a {kind} model of {args.experts} experts, {args.top_k} for each token")
 
 
 def _list(args, overrides) -> None:

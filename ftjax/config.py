@@ -480,6 +480,11 @@ FIELDS: dict[str, Field] = {
     "train.neftune": number(0.0, 0, also="neftune_noise_alpha noisy_embedding_alpha"),  # alpha of NEFTune: noise on
     # embeddings in training, within alpha / sqrt(tokens x width); 0: off. 5 to 15 improve answers of chat models (Jain
     # et al. 2023, NEFTune)
+    "train.balance": number(None, 0, also="router_aux_loss_coef moe_aux_loss_coeff"),  # weight of the load-balance loss
+    # of a mixture of experts (Fedus et al. 2022); None: router_aux_loss_coef of the model's config.json if its
+    # output_router_logits is true, as in transformers, else 0. With train.accumulate it costs a further forward pass
+    "train.router_z": number(0.0, 0, also="router_z_loss_coef moe_z_loss_coeff"),  # weight of the z-loss, which keeps
+    # the logits of routers small; 0: off. 0.001 is that of Zoph et al. 2022
     "train.cache_features": switch(True),  # compute the states that a head reads only once, and keep them in a file of
     # run_dir while the run lasts, where only the head is trained for more than an epoch
     "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay per step of an exponential moving average of the
@@ -522,6 +527,7 @@ FIELDS: dict[str, Field] = {
     # devices, or on a CPU as many as make the run faster; 0: all axes are chosen for the devices
     # and the model, and the reason is printed
     "mesh.fsdp": _axis(),  # devices that share the rows and also the weights, which are gathered for use
+    "mesh.expert": _axis(),  # devices that share the rows and deal the experts of a mixture among themselves
     "mesh.sequence": _axis(),  # devices that share the tokens of a row, for rows too long for one device; weights are
     # split as by fsdp
     "mesh.tensor": _axis(),  # devices that share heads, feed-forward and vocabulary

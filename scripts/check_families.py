@@ -4,8 +4,8 @@
 
 For each model: logits of rows that are padded on the left, on the right and packed, against each document alone in
 transformers; whether a packed document changes its neighbours; greedy answers token for token; the exported directory
-loaded by transformers; and a LoRA on all linear maps, loaded by peft, with its gradients against PyTorch's, under one
-preset of remat. Needs torch, transformers and peft.
+loaded by transformers; and a LoRA on all linear maps and experts, loaded by peft, with its gradients against PyTorch's,
+under one preset of remat. Needs torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -163,6 +163,14 @@ DRAWS = {
             experts(rng, "num_experts") | flags(rng, "norm_topk_prob", "attention_bias") | {"moe_intermediate_size": 12}
         ),
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        lambda rng: (
+            experts(rng, "num_experts")
+            | flags(rng, "norm_topk_prob", "qkv_bias")
+            | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+        ),
+    ),
     "olmoe": (
         "olmoe",
         lambda rng: (
@@ -272,10 +280,11 @@ def check(name: str, seed: int, answers: bool = True) -> dict[str, float]:
 
 
 def of_lora(pair, theirs, doc, folder: Path, remat: str) -> dict[str, float]:
-    """Differences of logits and of gradients of a LoRA on all linear maps of the blocks."""
+    """Differences of logits and of gradients of a LoRA on all linear maps of the blocks and on experts."""
     from peft import PeftModel
 
-    pair = tiny.tuned(pair, method="lora", rank=2, alpha=4)
+    targets = ("all-linear", *(("gate_up_proj", "down_proj") if pair.model.config.experts else ()))
+    pair = tiny.tuned(pair, method="lora", rank=2, alpha=4, targets=targets)
     method, trained, frozen = tiny.start(pair)
     keys = iter(jax.random.split(jax.random.key(7), 100))
     trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trained)

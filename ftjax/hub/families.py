@@ -17,6 +17,8 @@ from ftjax.models.config import Head, ModelConfig, RopeScaling
 
 LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
 
+EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
+
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
     "silu": "silu",
@@ -84,7 +86,7 @@ FIELDS = {
     "rope_theta": maybe(number(above=0)),
     "rope_scaling": maybe(mapped()),
     "rope_parameters": maybe(mapped()),
-    "sliding_window": maybe(whole(1)),
+    "sliding_window": maybe(whole()),
     "use_sliding_window": maybe(flag),
     "max_window_layers": whole(),
     "layer_types": maybe(listed(string)),
@@ -348,7 +350,7 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
         window, every = hf["local_attention"] // 2 + 1, hf["global_attn_every_n_layers"]
         sliding = [layer % every > 0 for layer in range(layers)]
     elif "sliding_window" in family.defaults:
-        window = hf["sliding_window"] if hf.get("use_sliding_window", True) else None
+        window = (hf["sliding_window"] if hf.get("use_sliding_window", True) else None) or None
         full = hf.get("max_window_layers", 0)  # number of first layers without a window
         every = hf.get("sliding_window_pattern") or layers + 1  # each such layer has none
         sliding = [window is not None and layer >= full and (layer + 1) % every > 0 for layer in range(layers)]
@@ -475,13 +477,26 @@ def module_name(path: str, family: Family, config: ModelConfig) -> str:
 
 
 def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
-    """{path: module name} of every linear map and every table of embeddings, in the order of the family's row.
+    """{path: module name} of every linear map and every table of embeddings, in the order of the family's row, and
+    {path: parameter name} of the experts.
 
-    The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole.
+    The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole. The
+    path of experts is that of their adapters: transformers has gates and what they multiply in one parameter.
     """
     found = {path for path in shapes(config) if not path.startswith("head/")}
-    leaves = ("kernel", "embedding")
-    return {m.path: m.name for m in modules(family, config) if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
+    leaves, own = ("kernel", "embedding"), modules(family, config)
+    names = {m.path: m.name for m in own if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
+    experts = next((m.name.split(".{e}")[0] for m in own if ".{e}" in m.name), "")
+    return names | {f"{EXPERTS}{name}": f"{experts}.{name}" for name in ("gate_up_proj", "down_proj") if experts}
+
+
+def kernel_shape(path: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape (..., out, in) of a linear map, a table of embeddings or experts at a path of `linear_names`."""
+    known, name = shapes(config), path.removeprefix(EXPERTS)
+    if path.startswith(EXPERTS):
+        *lead, rows, columns = known[f"layers/mlp/{'up_proj' if name == 'gate_up_proj' else name}/experts"]
+        return *lead, rows * (1 + (name == "gate_up_proj")), columns
+    return known[f"{path}/kernel"] if f"{path}/kernel" in known else known[f"{path}/embedding"][::-1]
 
 
 def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> dict[str, tuple[list[str], bool]]:
@@ -515,6 +530,10 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in (("q", q), ("k", kv), ("v", kv))}
     if c.experts:
         del linear["mlp/up_proj"], linear["mlp/down_proj"]
+        if S := c.shared_hidden:
+            sizes = {"gate_proj": (S, D), "up_proj": (S, D), "down_proj": (D, S)}
+            linear |= {f"mlp/shared/{name}": (*size, False) for name, size in sizes.items()}
+            linear["mlp/shared_gate"] = (1, D, False)
     elif c.fused_gate:
         del linear["mlp/up_proj"]
         linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)

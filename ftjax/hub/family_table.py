@@ -119,6 +119,8 @@ MIXTRAL_LAYER = MOE_LAYER | {
     f"mlp/{name}": f"mlp.experts.{{e}}.{theirs}"
     for name, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 }
+SHARED_LAYER = MOE_LAYER | {"mlp/shared_gate": "mlp.shared_expert_gate"}
+SHARED_LAYER |= {f"mlp/shared/{name}": f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
 FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
 GLM_LAYER = FUSED_LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"}
@@ -163,6 +165,7 @@ QWEN_DEFAULTS = {
 LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
 LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
 EVERY_LAYER = {"layer_types": (None,)}  # a window, where there is one, is that of all layers
+BALANCE = {"balance": "router_aux_loss_coef", "balanced": "output_router_logits"}
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 
 
@@ -283,10 +286,11 @@ DECODERS = (
         "mixtral",
         decoder_forms("Mixtral"),
         decoder_modules(MIXTRAL_LAYER, "block_sparse_moe"),
-        keys={"experts": "num_local_experts", "experts_used": "num_experts_per_tok"},
+        keys=BALANCE | {"experts": "num_local_experts", "experts_used": "num_experts_per_tok"},
         defaults={
             "num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+            "router_aux_loss_coef": 0.001, "output_router_logits": False,
         },
         constants={"experts_normed": True},
         only=EVERY_LAYER,
@@ -298,6 +302,7 @@ DECODERS = (
         decoder_forms("Qwen3Moe"),
         decoder_modules(MOE_LAYER),
         keys=ATTENTION_BIAS
+        | BALANCE
         | {
             "hidden": "moe_intermediate_size", "experts": "num_experts", "experts_used": "num_experts_per_tok",
             "experts_normed": "norm_topk_prob",
@@ -306,17 +311,37 @@ DECODERS = (
             "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4,
             "moe_intermediate_size": 768, "max_position_embeddings": 32768, "attention_bias": False,
             "use_sliding_window": False, "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8,
-            "norm_topk_prob": False,
+            "norm_topk_prob": False, "router_aux_loss_coef": 0.001, "output_router_logits": False,
         },
         constants={"qk_norm": "head"},
         aliases={"num_local_experts": "num_experts"},
         only=EVERY_LAYER | {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
     ),
     llama_like(
+        "qwen2_moe",
+        decoder_forms("Qwen2Moe"),
+        decoder_modules(SHARED_LAYER),
+        keys=BALANCE
+        | {
+            "hidden": "moe_intermediate_size", "experts": "num_experts", "experts_used": "num_experts_per_tok",
+            "experts_normed": "norm_topk_prob", "shared_hidden": "shared_expert_intermediate_size",
+            "qkv_bias": "qkv_bias",
+        },
+        defaults={
+            "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+            "max_position_embeddings": 32768, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
+            "qkv_bias": True, "router_aux_loss_coef": 0.001, "output_router_logits": False,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        only={"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+    ),
+    llama_like(
         "olmoe",
         decoder_forms("Olmoe", tasks=("causal",)),
         decoder_modules(MOE_LAYER),
         keys=ATTENTION_BIAS
+        | BALANCE
         | {
             "qkv_clip": "clip_qkv", "experts": "num_experts", "experts_used": "num_experts_per_tok",
             "experts_normed": "norm_topk_prob",
@@ -325,6 +350,7 @@ DECODERS = (
             "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
             "intermediate_size": 2048, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": False,
             "clip_qkv": None, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.01, "output_router_logits": False,
         },
         constants={"qk_norm": "all"},
         aliases={"num_local_experts": "num_experts"},

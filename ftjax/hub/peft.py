@@ -34,6 +34,7 @@ FIELDS = {
     "bias": maybe(string),
     "init_lora_weights": maybe(either(flag, string)),
     "target_modules": either(string, NAMES),
+    "target_parameters": NAMES,
     "modules_to_save": NAMES,
     "feedforward_modules": either(string, NAMES),
     "trainable_token_indices": maybe(either(IDS, mapped(IDS))),

@@ -492,7 +492,10 @@ def write_model(
         dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
     hf = to_hf(family, config)
     if source:
-        hf |= read_json(Path(source) / "config.json")
+        said = read_json(Path(source) / "config.json")
+        if said.get("model_type") != family.model_type:  # it is made from a model of another family
+            said = {key: value for key, value in said.items() if key not in family.only}
+        hf |= said | {"model_type": family.model_type}
     form = form_of(family, config.head)
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4

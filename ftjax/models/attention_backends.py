@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from ftjax.errors import FtjaxError
 from ftjax.models.attention import attend_in_row, key_layout
-from ftjax.models.axes import ways
+from ftjax.models.axes import BY_ROWS, by_rows, ways
 from ftjax.models.by_device import by_device
 
 HALF = ("bfloat16", "float16")
@@ -201,13 +201,13 @@ def why_not(case: Case) -> str:
     if case.kernels.name == "xla":
         return ""
     backend, mesh, here = BACKENDS[case.kernels.name], case.mesh, case.kernels.platform
-    by_rows, tensor = mesh.get("data", 1) * mesh.get("fsdp", 1), mesh.get("tensor", 1)
+    parts, tensor = by_rows(mesh), mesh.get("tensor", 1)
     pairs = [
         (here != backend.platform, f"it is for a {backend.platform}, and this is a {here}"),
         (case.prefix, "the tuning method puts keys of its own before every document"),
         (case.dropout, "train.dropout drops part of the softmax"),
         (mesh.get("sequence", 1) > 1, "mesh.sequence splits rows between devices"),
-        (case.rows % by_rows != 0, f"{case.rows} rows do not divide over {by_rows} devices"),
+        (case.rows % parts != 0, f"{case.rows} rows do not divide over {parts} devices"),
         (case.kv_heads % tensor != 0, f"{case.kv_heads} KV heads do not divide over mesh.tensor={tensor}"),
         *backend.lacks(case),
     ]
@@ -277,7 +277,7 @@ def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, p
     if math.prod(sizes.values()) == 1 or mesh.manual_axes:
         return local(q, k, v, segments, window)
     # No compiler splits such kernels: each device runs its own, over its rows and heads.
-    rows = tuple(name for name in ("data", "fsdp") if ways(mesh, name) > 1)
+    rows = tuple(name for name in BY_ROWS if ways(mesh, name) > 1)
     heads = "tensor" if ways(mesh, "tensor") > 1 else None
     places, everywhere = PartitionSpec(rows or None, None, heads), PartitionSpec()
     into = places, places, places, PartitionSpec(rows or None), everywhere

@@ -14,12 +14,14 @@ from jax.sharding import AxisType, PartitionSpec
 from ftjax.models.quantised import Quantised
 
 # Devices along the last axis are nearest to each other: tensor parallelism communicates most.
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+BY_ROWS = ("data", "fsdp", "expert")  # those that split the rows of a batch
 
 # logical axis -> mesh axes that split it
 RULES = {
-    "batch": ("data", "fsdp"),  # rows
+    "batch": BY_ROWS,  # rows
     "tokens": ("sequence",),  # T of activations, and of labels
+    "experts": ("expert",),  # E
     "embed": ("fsdp", "sequence"),  # D of weights; activations keep it whole and are named None there
     "heads": ("tensor",),  # H * d
     "kv_heads": ("tensor",),  # K * d
@@ -34,6 +36,7 @@ PARAMETER_AXES = {
     "type_embed/embedding": (None, "embed"),
     "dense/kernel": (None, "embed"),
     "out/kernel": (None, "embed"),
+    "shared_gate/kernel": (None, "embed"),
     "lm_head/kernel": ("vocab", "embed"),
     "q_proj/kernel": ("heads", "embed"),
     "k_proj/kernel": ("kv_heads", "embed"),
@@ -49,9 +52,10 @@ PARAMETER_AXES = {
     "v_proj/bias": ("kv_heads",),
     "gate_proj/bias": ("hidden",),
     "up_proj/bias": ("hidden",),
-    "gate_proj/experts": (None, "hidden", "embed"),
-    "up_proj/experts": (None, "hidden", "embed"),
-    "down_proj/experts": (None, "embed", "hidden"),
+    "gate_up_proj/experts": ("experts", None, "embed"),  # of adapters: the gate and then the other
+    "gate_proj/experts": ("experts", "hidden", "embed"),
+    "up_proj/experts": ("experts", "hidden", "embed"),
+    "down_proj/experts": ("experts", "embed", "hidden"),
     "router": (None, "embed"),
     "bias": (None,),
     "scale": (None,),
@@ -87,6 +91,11 @@ def spec(axes: tuple[str | None, ...], sizes: tuple[int, ...], mesh) -> Partitio
 def ways(mesh, *names: str) -> int:
     """The number of parts that these mesh axes make together; axes that the mesh does not have count as 1."""
     return math.prod(mesh.shape.get(n, 1) for n in names)
+
+
+def by_rows(sizes) -> int:
+    """The number of parts that rows are split into. sizes: {mesh axis: size}; an axis that is missing counts as 1."""
+    return math.prod(sizes.get(axis, 1) for axis in BY_ROWS)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

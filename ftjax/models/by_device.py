@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ftjax.models.axes import PARAMETER_AXES, split, ways, whole
+from ftjax.models.axes import BY_ROWS, PARAMETER_AXES, split, ways, whole
 from ftjax.models.quantised import Quantised
 
-ALL = ("data", "fsdp", "sequence")  # mesh axes that rows and tokens are split over
-ROWS = PartitionSpec(("data", "fsdp"), "sequence")  # of what is (B, T)
+ALL = (*BY_ROWS, "sequence")  # mesh axes that rows and tokens are split over
+ROWS = PartitionSpec(BY_ROWS, "sequence")  # of what is (B, T)
 EMBED = ("fsdp", "sequence")  # that weights are split over
 
 
@@ -97,7 +97,7 @@ def sum_outer(g: jax.Array, x: jax.Array, product, axes: tuple[str | None, ...] 
 
     def local(g, x):
         total = product(x, g) if dim else product(g, x)  # embed in front, see `gather`
-        total = jax.lax.psum(jax.lax.psum_scatter(total, EMBED, tiled=True), "data")
+        total = jax.lax.psum(jax.lax.psum_scatter(total, EMBED, tiled=True), ("data", "expert"))
         return total.T if dim else total
 
     return by_device(local, mesh, ALL, (ROWS, ROWS), place)(g, x)
@@ -126,24 +126,29 @@ def map_rows(f, variables: dict, arrays: tuple, rngs: dict | None, *, summed: bo
     f returns (B, M, ...), or with `summed` the sums over rows and positions.
 
     The parts of `variables` that f reads are gathered once, however often f uses them, and their gradients are summed
-    once.
+    once. Of experts that are dealt to devices, f gets those of its device.
     """
     mesh = mesh_that_cuts(*ALL)
     if not mesh or _uneven(arrays[0].shape, ROWS, mesh):
         return f(variables, arrays, rngs)
 
-    def place(keys, x):
-        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
-        axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else ()
-        columns = [EMBED if axis == "embed" else None for axis in axes]
-        return PartitionSpec(*() if _uneven(x.shape, columns, mesh) else columns)
+    def place(x, axes):
+        columns = [{"embed": EMBED, "experts": "expert"}.get(axis) for axis in axes]
+        return PartitionSpec(*(c if n % ways(mesh, *_names(c)) == 0 else None for c, n in zip(columns, x.shape)))
 
-    places = jax.tree_util.tree_map_with_path(place, variables)
+    def place_all(keys, x):
+        names = [k.key for k in keys if isinstance(k, jax.tree_util.DictKey)]
+        of_adapter = ("experts",) * (x.ndim == 3)  # A and B of experts
+        axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else of_adapter
+        return x.map(place, axes) if isinstance(x, Quantised) and axes else place(x, axes)
+
+    is_leaf = lambda x: isinstance(x, Quantised)  # noqa: E731
+    places = jax.tree_util.tree_map_with_path(place_all, variables, is_leaf=is_leaf)
     dtypes = jax.tree.map(lambda x: x.dtype, variables)
 
     def whole_again(x, place, dtype):
         for dim, names in enumerate(place):
-            x = gather(x, names, dim, dtype) if names else x
+            x = gather(x, names, dim, dtype) if names == EMBED else x
         return x.astype(dtype)
 
     def local(variables, arrays, rngs):
@@ -159,5 +164,8 @@ def map_rows(f, variables: dict, arrays: tuple, rngs: dict | None, *, summed: bo
 
 def _uneven(shape, places, mesh) -> bool:
     """Whether mesh axes do not divide the sizes that they should split."""
-    names = [(n,) if isinstance(n, str) else n or () for n in places]
-    return any(size % ways(mesh, *n) for size, n in zip(shape, names, strict=False))
+    return any(size % ways(mesh, *_names(n)) for size, n in zip(shape, places, strict=False))
+
+
+def _names(place) -> tuple[str, ...]:
+    return (place,) if isinstance(place, str) else place or ()

@@ -95,6 +95,9 @@ class ModelConfig:
     experts: int = 0  # E; 0: one dense feed-forward part
     experts_used: int = 1  # of each token: those with the greatest router probabilities
     experts_normed: bool = False  # the probabilities of the experts used are divided by their sum
+    shared_hidden: int = 0  # of a dense part beside the experts that every token goes through; 0: there is none
+    balance: float = 0.0  # weight of the load-balance loss in training, see objectives.routed
+    balanced: bool = False  # whether transformers adds this loss
     # Head
     tied: bool = True  # the head is the embedding table
     logit_scale: float = 1.0  # factor of the logits over the vocabulary

@@ -27,6 +27,8 @@ class Adapter(NamedTuple):
     Attributes:
         before: before(x, leaves, rng) -> x (B, T, in), to which the map is then applied.
         after: after(x, y, kernel, bias, leaves, rng) -> y, for y = x kernelᵀ + bias (B, T, out), bias (out,) or None.
+        grouped: grouped(x, leaves, sizes) -> what is added to the products of rows x (N, in) with experts, see
+            `project_groups`. The leaves have an axis of experts in front. None: it cannot change experts.
         lookup: lookup(ids, y, leaves) -> y, for the rows y (B, T, D) of an embedding table at ids (B, T).
         axes: axes(out, in) -> logical axes of the leaves, from those of the kernel. A leaf that is split along an embed
             axis is gathered before use.
@@ -37,6 +39,7 @@ class Adapter(NamedTuple):
 
     before: Callable = lambda x, leaves, rng: x
     after: Callable = lambda x, y, kernel, bias, leaves, rng: y
+    grouped: Callable | None = None
     lookup: Callable = lambda ids, y, leaves: y
     axes: Callable = lambda out, in_: {}
 
@@ -73,6 +76,40 @@ def _project_fwd(x, kernel, axes):
 
 
 project.defvjp(_project_fwd, _project_bwd)
+
+
+@jax.custom_vjp
+def project_groups(x, kernels, sizes):
+    """Each row of x times the kernel of its group, summed in float32, in x's dtype.
+
+    Args:
+        x: (N, in), rows of one group after another.
+        kernels: (groups, out, in), an array or a Quantised.
+        sizes: (groups,) int32, rows of each group. Rows beyond their sum give 0.
+
+    Returns:
+        (N, out).
+    """
+    kernels = kernels.astype(x.dtype).swapaxes(1, 2)
+    return jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _project_groups_bwd(saved, g):
+    # As for `project`: a frozen kernel is dequantised again, and its gradient is removed.
+    x, kernels, sizes = saved
+    dx = jax.lax.ragged_dot(g, kernels.astype(g.dtype), sizes, preferred_element_type=jnp.float32).astype(g.dtype)
+    if x is None:
+        return dx, None, None
+    how = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    dw = jax.lax.ragged_dot_general(g, x, sizes, how, preferred_element_type=jnp.float32)
+    return dx, dw.astype(kernels.dtype), None
+
+
+def _project_groups_fwd(x, kernels, sizes):
+    return project_groups(x, kernels, sizes), (None if isinstance(kernels, Quantised) else x, kernels, sizes)
+
+
+project_groups.defvjp(_project_groups_fwd, _project_groups_bwd)
 
 
 class Linear(nn.Module):

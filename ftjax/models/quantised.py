@@ -226,7 +226,7 @@ def kind_of(path: str, kind: str, tables: bool = False) -> str:
         tables: Whether the embedding table and the head are stored in int8 too, whatever `kind` is: each of their rows
             stands for one token. QLoRA does not quantise them, but they are a sixth of an 8B model's bytes.
     """
-    if path.startswith("layers/") and path.endswith("/kernel"):
+    if path.startswith("layers/") and path.endswith(("/kernel", "/experts")):
         return kind
     return "int8" if tables and kind != "none" and path in TABLES else "none"
 

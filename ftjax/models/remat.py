@@ -64,7 +64,7 @@ def kept_values(shape, names: tuple[str, ...]) -> int:
     """Number of values per token in the tensors of these names of one block. shape: the ModelConfig."""
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"input": shape.width, "q": heads, "k": keys, "v": keys, "attention": heads, "o": shape.width}
-    hidden = shape.hidden * shape.experts_used
+    hidden = shape.hidden * shape.experts_used + shape.shared_hidden
     sizes |= {"gate": hidden * shape.gated, "up": hidden, "down": 0}  # the last one is only added
     return sum(sizes[name] for name in names)
 

@@ -6,6 +6,7 @@ size, F hidden, V vocabulary, C labels, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 
@@ -16,19 +17,22 @@ from flax import linen as nn
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
-from ftjax.models.by_device import map_rows, take_tokens
+from ftjax.models.by_device import gather, map_rows, take_tokens
 from ftjax.models.config import ModelConfig, RopeScaling
 from ftjax.models.layers import (
+    ADAPTERS,
     Embedding,
     Linear,
     Norm,
     dropout,
     neftune,
     project,
+    project_groups,
     rotary_frequencies,
     rotary_tables,
     rotate,
 )
+from ftjax.models.quantised import Quantised
 from ftjax.models.remat import named, rematerialised
 
 ACTIVATIONS = {
@@ -129,44 +133,84 @@ class MLP(nn.Module):
 
 class Experts(nn.Module):
     """A mixture of experts (Shazeer et al. 2017), each gated as MLP is: every token goes to its `experts_used`, however
-    many tokens an expert gets. N tokens of a device, E experts, k experts of a token."""
+    many tokens an expert gets. E experts, k experts of a token, N tokens of a device.
+
+    Experts that are dealt over the mesh axis `expert` get the tokens of all devices of this axis by an all-gather, and
+    what they compute is summed by a reduce-scatter. An all-to-all of exactly the tokens that an expert needs has no
+    static shape: XLA's CPU has no ragged one, and a padded one must provide for all tokens going to one device, which
+    sends min(k, E / devices) times as much.
+
+    If the collection `router` is mutable, it gets sums over the tokens that are no padding, see objectives.routed:
+    `load` (E,), the number of tokens of each expert; `probability` (E,), their router probabilities; `z` (), the
+    squared normalisers of the router's logits; `entropy` (), of the probabilities, in nats.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
 
     @nn.compact
-    def __call__(self, x):
-        """x (B, T, D) -> (B, T, D)."""
+    def __call__(self, x, segments):
+        """x (B, T, D), segments (B, T) int, 0: padding -> (B, T, D)."""
         c, act, start = self.config, ACTIVATIONS[self.config.activation], nn.initializers.normal
         E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
         shapes = {"gate_proj": (E, F, D), "up_proj": (E, F, D), "down_proj": (E, D, F)}
         params = {
             name: Leaf("experts", shape, start(c.initializer_range), name=name)() for name, shape in shapes.items()
         }
-        params["gate"] = Leaf("router", (E, D), start(c.initializer_range), name="gate")()
+        router = Leaf("router", (E, D), start(c.initializer_range), name="gate")()["router"]
+        logits = project(x, router.astype(self.dtype), PARAMETER_AXES["router"]).astype(jnp.float32)
+        p = jax.nn.softmax(logits)
+        weights, chosen = jax.lax.top_k(p, k)  # (B, T, k)
+        if c.experts_normed:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        if self.is_mutable_collection("router"):
+            real = (segments > 0).astype(jnp.float32)
+            counts = jnp.sum(jax.nn.one_hot(chosen, E), axis=2)  # (B, T, E)
+            z, entropy = jax.nn.logsumexp(logits, axis=-1) ** 2, jnp.sum(jax.scipy.special.entr(p), axis=-1)
+            figures = {"load": counts, "probability": p, "z": z, "entropy": entropy}
+            for name, each in figures.items():
+                total = jnp.tensordot(real, each, 2, precision="highest")
+                self.sow("router", name, total, lambda _, new: new, lambda: None)
 
         def mixed(variables, arrays, rngs):
             mlp = variables["params"]
-            tokens = arrays[0].reshape(-1, D)
-            p = jax.nn.softmax(project(tokens, mlp["gate"]["router"].astype(self.dtype)).astype(jnp.float32))
-            weights, chosen = jax.lax.top_k(p, k)  # (N, k)
-            if c.experts_normed:
-                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-            order = jnp.argsort(chosen.reshape(-1))  # pairs of a token and its expert, by expert
-            sizes = jnp.zeros(E, jnp.int32).at[chosen.reshape(-1)].add(1)
+            tokens, weights, chosen = (x.reshape(-1, x.shape[-1]) for x in arrays)
+            own = mlp["up_proj"]["experts"].shape[0]
+            if own < E:  # the others are on other devices: see the tokens of all of them, and keep what is for its own
+                tokens, weights = (gather(x, "expert", 0, x.dtype) for x in (tokens, weights))
+                chosen = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * own
+                chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+            chosen = chosen.reshape(-1)
+            # Pairs of a token and its expert, by expert. A token has at most `own` experts of this device.
+            order = jnp.argsort(chosen)[: len(tokens) * min(k, own)]
+            sizes = jnp.zeros(own, jnp.int32).at[chosen].add(1, mode="drop")
+            keep = lambda x: jnp.where((chosen[order] < own)[:, None], x, 0) if own < E else x  # noqa: E731
+
+            def change(name, rows):
+                found = variables["adapter"].get(name, {}).items()
+                return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
 
             def product(name, rows):
-                kernels = mlp[name]["experts"].astype(self.dtype).swapaxes(1, 2)
-                return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32).astype(self.dtype)
+                return project_groups(rows, mlp[name]["experts"], sizes)
 
-            rows = jnp.repeat(tokens, k, axis=0)[order]
-            gate, up = named(product("gate_proj", rows), "gate"), named(product("up_proj", rows), "up")
-            y = product("down_proj", act(gate) * up)
-            y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, k, D)
-            return jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype)).reshape(arrays[0].shape)
+            rows = keep(jnp.repeat(tokens, k, axis=0)[order])
+            gate, up = product("gate_proj", rows), product("up_proj", rows)
+            if "gate_up_proj" in variables["adapter"]:
+                gate, up = (y + dy for y, dy in zip((gate, up), jnp.split(change("gate_up_proj", rows), 2, axis=-1)))
+            rows = act(named(gate, "gate")) * named(up, "up")
+            y = keep(product("down_proj", rows) + change("down_proj", rows))
+            y = jnp.zeros((len(chosen), D), y.dtype).at[order].set(y, unique_indices=True).reshape(-1, k, D)
+            y = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype))
+            if own < E:
+                y = jax.lax.psum_scatter(y.astype(jnp.float32), "expert", tiled=True).astype(y.dtype)
+            return y.reshape(arrays[0].shape)
 
-        y = map_rows(mixed, {"params": params}, (x,), None)
+        adapter = self.get_variable("adapter", "experts", {})
+        y = map_rows(mixed, {"params": params, "adapter": adapter}, (x, weights, chosen), None)
+        if c.shared_hidden:  # weighted by a gate of its own
+            shared = MLP(dataclasses.replace(c, hidden=c.shared_hidden), self.dtype, 0.0, name="shared")(x)
+            y = y + nn.sigmoid(Linear(1, False, self.dtype, c.initializer_range, name="shared_gate")(x)) * shared
         return dropout(self, named(y, "down"), self.dropout)
 
 
@@ -180,7 +224,8 @@ class Leaf(nn.Module):
     @nn.compact
     def __call__(self):
         """{its name: the parameter}."""
-        return {self.leaf: self.param(self.leaf, self.start, self.shape)}
+        found = self.get_variable("params", self.leaf)
+        return {self.leaf: found if isinstance(found, Quantised) else self.param(self.leaf, self.start, self.shape)}
 
 
 class Block(nn.Module):
@@ -215,7 +260,8 @@ class Block(nn.Module):
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
-        x = add(x, (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")(h), "mlp")
+        mlp = (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")
+        x = add(x, mlp(h, shared["segments"]) if c.experts else mlp(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
 
 
@@ -285,7 +331,7 @@ class Transformer(nn.Module):
         def stack(layers):
             return nn.scan(
                 block,
-                variable_axes={"params": 0, "adapter": 0},
+                variable_axes={"params": 0, "adapter": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=layers,

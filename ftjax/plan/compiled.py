@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ftjax import tasks
 from ftjax.errors import FtjaxError
+from ftjax.models.axes import by_rows
 from ftjax.objectives import causal
 from ftjax.plan import flops
 from ftjax.plan.devices import Devices
@@ -145,7 +146,7 @@ def _spent(started) -> dict:
 def head_bytes(config, spec: Spec, sizes: dict, M: int, platform: str) -> float:
     """Bytes of one chunk's logits on one device, float32; 0 for a head over labels, whose logits are few."""
     V, tensor = spec.model.vocab_size if spec.model.head.labels == 0 else 0, sizes["tensor"]
-    rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"])
+    rows = config.train.batch_size / config.train.accumulate / by_rows(sizes)
     at_once = causal.tokens_at_once(config.model.head_chunk, spec.model.vocab_size, platform)
     held = min(rows * M / sizes["sequence"], max(rows, at_once))
     return 4 * held * (V / tensor if V % tensor == 0 else V)

@@ -40,7 +40,7 @@ def _what(plan) -> list[str]:
     asked, rows, devices = plan["asked"], plan["rows"], plan["devices"]
     parameters = asked["parameters"]
     trained, total = parameters["trained"], parameters["total"]
-    mesh = " x ".join(f"{axis}={n}" for axis, n in asked["mesh"].items())
+    mesh = " x ".join(f"{axis}={n}" for axis, n in asked["mesh"].items() if n > 1 or axis != "expert")
     batch = f"{rows['batch']} rows of {rows['length']:,} tokens"
     batch += f", at most {rows['labels']:,} trained" if rows["from_data"] else " (data.max_length), all trained"
     by = "the TPU compiler"

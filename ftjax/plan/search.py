@@ -19,11 +19,12 @@ from ftjax import config as configs
 from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.models import remat
-from ftjax.models.axes import MESH_AXES
+from ftjax.models.axes import MESH_AXES, by_rows
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
 from ftjax.training import auto_mesh, sharding
 from ftjax.training import program as programs
+from ftjax.tree import flatten
 from ftjax.tuning import Spec
 
 ONE = dict.fromkeys(MESH_AXES, 1)
@@ -60,7 +61,7 @@ def settings(config, spec: Spec, devices: Devices, batches=BATCHES, change: dict
     # A CPU's memory is the host's.
     presets = [name for name in remat.CHOICES if devices.kind != "cpu" or not name.startswith("offload")]
     for sizes, preset in itertools.product(meshes(spec, devices), presets):
-        ways = sizes["data"] * sizes["fsdp"] * config.train.accumulate
+        ways = by_rows(sizes) * config.train.accumulate
         for batch in sorted({max(1, round(config.train.batch_size * n / ways)) * ways for n in batches}):
             cut = {"model.remat": preset} | ({"train.batch_size": batch} if batch != config.train.batch_size else {})
             out.append(Setting((change or {}) | _overrides(sizes) | cut, devices))
@@ -72,12 +73,13 @@ def accumulating(config, spec: Spec, devices: Devices) -> list[Setting]:
     return [
         Setting(_overrides(sizes) | {"model.remat": "full", "train.accumulate": times}, devices)
         for sizes, times in itertools.product(meshes(spec, devices), ACCUMULATE)
-        if config.train.batch_size % (sizes["data"] * sizes["fsdp"] * times) == 0
+        if config.train.batch_size % (by_rows(sizes) * times) == 0
     ]
 
 
 def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
-    """Possible sizes of the mesh's axes: tensor within a host and between heads; and data only, fsdp only, or both."""
+    """Possible sizes of the mesh's axes: tensor within a host and between heads; data only, fsdp only, or
+    both; and experts dealt over the devices of data, or not."""
     out = []
     for tensor in TENSOR_WAYS:
         whole = spec.model.kv_heads % tensor == 0 and spec.model.hidden % tensor == 0
@@ -85,8 +87,9 @@ def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
             continue
         rest = devices.count // tensor
         for fsdp in sorted({rest, min(rest, max(1, devices.device.per_host // tensor)), 1}):
-            if rest % fsdp == 0:
-                out.append(ONE | {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor})
+            for expert in {1, math.gcd(rest // fsdp, max(spec.model.experts, 1))} if rest % fsdp == 0 else ():
+                sizes = {"data": rest // fsdp // expert, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+                out.append(ONE | sizes)
     return out
 
 
@@ -207,18 +210,22 @@ class Search:
     def _sent(self, config, sizes, devices) -> float:
         """Estimate the bytes that a device sends per step.
 
-        Over fsdp and sequence, weights are gathered twice and gradients scattered. Over data, gradients are summed.
+        Over fsdp and sequence, weights are gathered twice and gradients scattered. Over data and expert, gradients are
+        summed, but those of experts over data alone: over expert their tokens are gathered and their results scattered.
         Over tensor, activations are summed four times per layer, or six times if remat does not keep them. Over
         sequence, keys and values are sent.
         """
         with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
         itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
-        data, sequence, tensor = (sizes[a] for a in ("data", "sequence", "tensor"))
+        data, expert, sequence, tensor = (sizes[a] for a in ("data", "expert", "sequence", "tensor"))
         split = sizes["fsdp"] * sequence
         away = lambda n: (n - 1) / n  # noqa: E731
-        weights = programs.count(program.base) * itemsize / tensor * config.train.accumulate
-        gradients = 4 * programs.count(program.trained) / tensor * config.train.accumulate
+        own, trained = _not_experts(program.base), _not_experts(program.trained)
+        of_experts = (programs.count(program.trained) - trained) / expert
+        base = own + (programs.count(program.base) - own) / expert
+        weights = base * itemsize / tensor * config.train.accumulate
+        gradients = 4 * (trained + of_experts) / tensor * config.train.accumulate
         preset = remat.PRESETS.get(config.model.remat)
         again = 2 * (preset is not None and "o" not in preset.keep + preset.offload)
         sums = (4 + again) * self.spec.model.layers
@@ -228,7 +235,10 @@ class Search:
         shape = self.spec.model
         keys = 2 * shape.kv_heads * shape.head_dim / tensor * shape.layers * self.T * _rows(config, sizes) * itemsize
         over_tokens = 3 * keys * (sequence - 1)
-        return over_fsdp + over_tokens + 2 * gradients / split * away(data) + 2 * sums * activations * away(tensor)
+        summed = trained * away(data * expert) + of_experts * away(data)
+        summed *= 8 / tensor * config.train.accumulate / split
+        between_experts = (4 + again) * shape.layers * activations * (expert - 1)
+        return over_fsdp + over_tokens + summed + between_experts + 2 * sums * activations * away(tensor)
 
     def fitting_instead(self, devices: Devices) -> list[dict]:
         """Estimates of settings that would fit, the fastest of each kind first: the same run split otherwise, or, if
@@ -243,7 +253,7 @@ class Search:
         more = []
         for next_size in larger(devices):
             batch = -(-rows // next_size.count) * next_size.count
-            mesh = {"mesh.data": 1, "mesh.fsdp": next_size.count, "mesh.tensor": 1}
+            mesh = {"mesh.data": 1, "mesh.fsdp": next_size.count, "mesh.expert": 1, "mesh.tensor": 1}
             overrides = mesh | {"model.remat": "full", "train.batch_size": batch}
             more = more or self._fitting([Setting(overrides, next_size)])
         return cut[:2] + smaller + more
@@ -256,7 +266,7 @@ class Search:
         """`estimate`, or None for a setting that the method, the mesh or the batch makes impossible."""
         config = changed(self.config, setting.overrides)
         sizes = resolve_mesh(config, setting.devices)
-        if config.train.batch_size % (sizes["data"] * sizes["fsdp"] * config.train.accumulate):
+        if config.train.batch_size % (by_rows(sizes) * config.train.accumulate):
             return None
         try:
             return self.estimate(setting)
@@ -280,9 +290,14 @@ def host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> flo
     return values * itemsize * T * _rows(config, sizes)
 
 
+def _not_experts(tree) -> int:
+    kept = {path: x for path, x in flatten(tree).items() if "/experts" not in path}
+    return programs.count(kept)
+
+
 def _rows(config, sizes) -> float:
     """Rows of a step on one device; a device with a part of a row counts that part."""
-    return config.train.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    return config.train.batch_size / (by_rows(sizes) * sizes["sequence"])
 
 
 def _seconds(row: dict, devices: Devices) -> float:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ftjax import config as configs
 from ftjax import cpus, tasks
-from ftjax.models import remat
+from ftjax.models import axes, remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
 from ftjax.training import program as programs
@@ -155,7 +155,7 @@ def settle(config, spec: Spec, machine: Machine, T: int, dtype) -> str:
     if config.mesh.data != 0:
         return ""
     sizes, reason = choose(config, spec, machine, T, dtype)
-    config.mesh.update(sizes)
+    config.mesh.update({"expert": 1} | sizes)
     return "mesh " + " x ".join(f"{axis}={n}" for axis, n in sizes.items()) + f": {reason}"
 
 
@@ -169,7 +169,7 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     """
     if config.model.remat != "auto":
         return ""
-    rows = config.train.batch_size / config.train.accumulate / (sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    rows = config.train.batch_size / config.train.accumulate / (axes.by_rows(sizes) * sizes["sequence"])
     config.model.remat = "none"
     if machine.platform == "cpu" and _certainly_fits(config, spec.model, machine, rows, T, dtype):
         return ""

@@ -388,9 +388,7 @@ class Training:
         """
         config, program, how = self.job.config, self.program, self.job.config.train.on_bad_step
         for at, report in jax.device_get(self.unread):
-            values: dict[str, float | None] = {
-                name: float(figure) for name, figure in report.items() if name not in COUNTS
-            }
+            values: dict[str, Any] = {name: figure.tolist() for name, figure in report.items() if name not in COUNTS}
             if not report["tokens"]:  # every row of the batch has the weight 0
                 values = dict.fromkeys(values) | {"grad_norm": values["grad_norm"]}
             bad, left_out = bool(report.get("bad", False)), int(report.get("skipped", 0))

@@ -40,6 +40,7 @@ REFUSED = {
     "train.select": ("val_loss", "no checkpoint is selected in a private run"),
     "export.checkpoint": ("last", "the best checkpoint would be chosen on rows without noise"),
     "mesh.fsdp": (1, "single examples' gradients are computed with whole weights; mesh.data shares the rows"),
+    "mesh.expert": (1, "single examples' gradients are computed with whole weights; mesh.data shares the rows"),
     "mesh.sequence": (1, "single examples' gradients are computed from whole rows; mesh.data shares the rows"),
     "mesh.tensor": (1, "single examples' gradients are computed with whole weights; mesh.data shares the rows"),
 }  # fmt: skip

@@ -151,6 +151,11 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
         FtjaxError: If the method changes parameters that model.quantise would quantise.
     """
     method, shape = METHODS[config.tuning.method], spec.model
+    if (ways := mesh.shape.get("expert", 1)) > 1 and (not shape.experts or shape.experts % ways):
+        raise FtjaxError(
+            f"mesh.expert: {ways} devices cannot deal the {shape.experts} experts of this model in equal parts among "
+            "themselves; set it to 1, or to a divisor of the number of experts"
+        )
     dropout, ema = config.train.dropout or 0.0, config.train.ema
     if attention is None:
         concrete = isinstance(mesh, jax.sharding.Mesh)

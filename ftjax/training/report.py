@@ -15,7 +15,7 @@ from ftjax.foreign import listed, mapped, maybe, number, parse_json, read_text, 
 from ftjax.progress import clock, columns, doing
 
 METRICS = "metrics.jsonl"
-ROW = mapped(maybe(number()), step=whole(), rows=listed(string))  # a line of it
+ROW = mapped(maybe(number()), step=whole(), rows=listed(string), load=maybe(listed(number())))  # a line of it
 
 
 class Metrics:
@@ -46,13 +46,13 @@ class Metrics:
         return seals.digest(self.path.read_bytes())
 
     def write(self, step: int, values: dict) -> None:
-        """Write one row. values: {name: number, or None if it is undefined}, and "rows": names of rows of data, which
-        go to the file alone."""
+        """Write one row. values: {name: number, or None if it is undefined}. Lists go to the file alone: "rows", names
+        of rows of data, and "load", shares of experts."""
         with self.path.open("a") as file:
             file.write(as_json({"step": step} | values) + "\n")
         for write, _ in self.sinks:
             for name, value in values.items():
-                if value is not None and name != "rows":
+                if value is not None and not isinstance(value, list):
                     write(name, value, step)
 
     def close(self) -> None:

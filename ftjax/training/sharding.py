@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ftjax.errors import FtjaxError
-from ftjax.models.axes import MESH_AXES, batch_axes, spec, ways
+from ftjax.models.axes import MESH_AXES, batch_axes, by_rows, spec
 from ftjax.models.quantised import Quantised
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, map_paths
@@ -36,7 +36,9 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices, which is enough for shapes and shardings."""
-    return AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return AbstractMesh(
+        tuple(sizes.get(a, 1) for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
 
 
 def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:
@@ -76,7 +78,7 @@ def optimizer_shardings(optimizer, shapes: dict, shardings: dict, mesh):
 
 def row_ways(mesh) -> int:
     """The number of parts that the rows of a batch are split into."""
-    return ways(mesh, "data", "fsdp")
+    return by_rows(mesh.shape)
 
 
 def local_rows(mesh, rows: int) -> slice:

@@ -43,7 +43,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
         check_new_head(new, program.trained, config)
         for line in about_head(job, new):
             say(line)
-    for line in about_experts(spec.model, program.trained, config.model.quantise):
+    for line in about_experts(spec.model, program.trained):
         say(line)
     made_elsewhere = job.initial_adapter.trained(base, spec, program.trained) if job.initial_adapter else None
     with warnings.catch_warnings():
@@ -65,29 +65,17 @@ def first_state(job: Job, program: Program, say) -> tuple:
     return program.init_state(trained), frozen
 
 
-def about_experts(shape, trained: dict, quantise: str) -> list[str]:
-    """Lines that warn of a model's experts, if they are not trained or not quantised.
-
-    Args:
-        shape: The ModelConfig.
-        trained: Tree of the trained parameters.
-        quantise: model.quantise.
-    """
-    if not shape.experts:
+def about_experts(shape, trained: dict) -> list[str]:
+    """A line that warns of a model's experts if they are not trained. trained: tree of the trained parameters."""
+    own = any(path.endswith("/experts") or path.startswith(families.EXPERTS) for path in flatten(trained))
+    if not shape.experts or own:
         return []
     sizes = {path: math.prod(size) for path, size in families.shapes(shape).items()}
     share = sum(size for path, size in sizes.items() if path.endswith("/experts")) / sum(sizes.values())
-    lines = []
-    if not any(path.endswith("/experts") for path in flatten(trained)):
-        lines.append(
-            f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained: adapters "
-            "change linear maps only. tuning.method=full or last_layers trains them"
-        )
-    if quantise != "none":
-        lines.append(
-            f"warning: model.quantise={quantise} leaves the experts, {share:.0%} of the parameters, as they are"
-        )
-    return lines
+    return [
+        f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained. Add "
+        "gate_up_proj and down_proj to tuning.targets for LoRA on the experts; full and last_layers train all of them"
+    ]
 
 
 def about_head(job: Job, new: list[str]) -> list[str]:

@@ -54,7 +54,8 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     """Gradient of the loss, which is summed over the batch and divided once by the number of its trained tokens.
 
     Args:
-        sums: sums(variables, batch, rngs=...) -> (loss sum, weight sum, metric sums), see ftjax.objectives.
+        sums: sums(variables, batch, rngs=...) -> (loss sum, weight sum, metric sums), see ftjax.objectives. It may have
+            a method `of_whole`, see objectives.routed.Sums.
         variables: variables(trained, frozen) -> the Flax variables that the model is applied to.
         trained: Tree of trained parameters.
         frozen: Tree of frozen parameters.
@@ -67,9 +68,13 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
         (gradient tree in float32, weight sum, metric sums).
     """
 
+    more = {}  # what sums of a microbatch must know of the whole batch
+
+    def rngs(key):
+        return {"dropout": key, "noise": jax.random.fold_in(key, 1)}  # one key would draw the same for both
+
     def loss(trained, rows, key):
-        rngs = {"dropout": key, "noise": jax.random.fold_in(key, 1)}  # one key would draw the same for both
-        total, weight, metrics = sums(variables(trained, frozen), rows, rngs=rngs)
+        total, weight, metrics = sums(variables(trained, frozen), rows, rngs=rngs(key), **more)
         return total, (weight, metrics)
 
     def microbatch(rows, key):
@@ -84,6 +89,9 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], rows), key)
         )
+        if hasattr(sums, "of_whole"):
+            of_part = lambda part: sums.of_whole(variables(trained, frozen), part[0], rngs=rngs(part[1]))  # noqa: E731
+            more = {"whole": jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_part, (rows, keys)))}
         add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)  # noqa: E731
         total, _ = jax.lax.scan(add, zeros, (rows, keys))
     gradient, weight, metrics = total

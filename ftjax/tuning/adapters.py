@@ -129,7 +129,7 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
             )
         for path in dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves):
             a, b, scale = (leaves[f"{path}/{leaf}"] for leaf in ("a", "b", "scale"))
-            factor = weight * (scale[:, None, None] if a.ndim == 3 else scale)
+            factor = weight * scale.reshape(scale.shape + (1,) * (a.ndim - scale.ndim))
             found.setdefault(path, []).append((factor, a, b))
     out = {}
     for path, parts in found.items():
@@ -142,7 +142,7 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
                 raise FtjaxError(f"combine: linear needs adapters of one rank; at {path} they have {ranks}: use cat")
             a = sum(jnp.sign(factor) * jnp.sqrt(jnp.abs(factor)) * a for factor, a, _ in parts)
             b = sum(jnp.sqrt(jnp.abs(factor)) * b for factor, _, b in parts)
-        out |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": jnp.ones(a.shape[:-2])}
+        out |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": jnp.ones(a.shape[:1] if a.ndim > 2 else ())}
     return unflatten(out)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import FtjaxError
+from ftjax.hub.families import EXPERTS
 from ftjax.hub.peft import PREFIX
 from ftjax.models.layers import ADAPTERS, Adapter
 from ftjax.models.transformer import parameter_axes
@@ -57,7 +58,7 @@ def init(key, base, spec):
     if INITS[spec.tuning.init].residual:
         plain = ", ".join(name for name, row in INITS.items() if not row.residual)
         raise FtjaxError(f"tuning.init: {spec.tuning.init} changes W, which dora needs unchanged; use one of {plain}")
-    _refuse_embeddings(lora.ranks(spec))
+    _refuse_tables_and_experts(lora.ranks(spec))
     trained, frozen = lora.init(key, base, spec)
     params, trained = flatten(base), flatten(trained)
     for path, (rank, _) in lora.ranks(spec).items():
@@ -124,7 +125,7 @@ def from_peft(adapter_config, tensors, base, spec):
     trained, fields = lora.from_peft(adapter_config | {"use_dora": False}, pairs, base, spec)
     leaves, out = flatten(trained), flatten(trained)
     adapted = set(fields["targets"])
-    _refuse_embeddings({path.split("/lora/")[0] for path in leaves})
+    _refuse_tables_and_experts({path.split("/lora/")[0] for path in leaves})
     for path in [path.removesuffix("/lora/b") for path in leaves if path.endswith("/lora/b")]:
         b = leaves[f"{path}/lora/b"]
         modules = module_names(path, spec.names[path], spec.model.layers)
@@ -144,7 +145,9 @@ def _magnitude(tensors, name, size):
     return tensors[name]
 
 
-def _refuse_embeddings(paths):
+def _refuse_tables_and_experts(paths):
+    if any(path.startswith(EXPERTS) for path in paths):
+        raise FtjaxError("tuning.targets: dora cannot adapt experts, for which peft has no DoRA; lora can")
     if any(path in EMBEDDINGS for path in paths):
         raise FtjaxError("tuning.targets: dora cannot adapt embedding tables; lora can")
 

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.models.layers import ADAPTERS, Adapter, project
+from ftjax.hub.families import EXPERTS, kernel_shape
+from ftjax.models.layers import ADAPTERS, Adapter, project, project_groups
 from ftjax.models.quantised import dequantised
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
-from ftjax.tuning.lora_init import EMBEDDING, INITS, draw
+from ftjax.tuning.lora_init import EMBEDDING, INITS, draw, draw_experts
 from ftjax.tuning.lora_peft import divisor, lora_from_peft, lora_to_peft
 from ftjax.tuning.targets import EMBEDDINGS, by_pattern, check_patterns, module_names, select
 
@@ -47,9 +48,16 @@ def leaf_axes(out, in_):
     return {"a": (None, in_), "b": (out, None)}
 
 
+def grouped(x, leaves, sizes):
+    """s · (x Aᵀ) Bᵀ, with A (E, R, in) and B (E, out, R) of the expert of each row of x (N, in)."""
+    low = project_groups(x, leaves["a"].astype(x.dtype), sizes) * leaves["scale"].astype(x.dtype)
+    return project_groups(low, leaves["b"].astype(x.dtype), sizes)
+
+
 ADAPTERS["lora"] = Adapter(
-    after=lambda x, y, kernel, bias, leaves, rng: y + update(x, leaves, rng), lookup=lookup, axes=leaf_axes
-)
+    after=lambda x, y, kernel, bias, leaves, rng: y + update(x, leaves, rng), grouped=grouped, lookup=lookup,
+    axes=leaf_axes,
+)  # fmt: skip
 ADAPTERS["lora_initial"] = Adapter(
     after=lambda x, y, kernel, bias, leaves, rng: y - update(x, leaves, rng), axes=leaf_axes
 )
@@ -72,6 +80,8 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             rank.append(r if hit else 0)
             scale.append(alpha / divisor(r, tuning.rslora) if hit else 0.0)
         out[path] = np.array(rank), np.array(scale, np.float32)
+    if tuning.dropout and any(path.startswith(EXPERTS) for path in out):
+        raise FtjaxError("tuning.dropout: adapters of experts have no dropout, as in peft; set it to 0")
     for key in ("rank_pattern", "alpha_pattern"):
         check_patterns(tuning[key], adapted, f"tuning.{key}")
     return out
@@ -81,7 +91,12 @@ def init(key, base, spec):
     """Initialise A and B as `tuning.init` says. The initial logits are those of the base model."""
     params, trained, initial = flatten(base), {}, {}
     for path, (rank, scale) in ranks(spec).items():
-        kernel, start = _kernel(params, path), EMBEDDING if path in EMBEDDINGS else INITS[spec.tuning.init]
+        start = EMBEDDING if path in EMBEDDINGS else INITS[spec.tuning.init]
+        if path.startswith(EXPERTS):
+            a, b = draw_experts(key, path, kernel_shape(path, spec.model), rank, scale, start)
+            trained |= {f"{path}/lora/a": a, f"{path}/lora/b": b}
+            continue
+        kernel = _kernel(params, path)
         a, b = draw(key, path, kernel if kernel.ndim == 3 else kernel[None], rank, scale, start)
         pair = (
             {f"{path}/lora/a": a, f"{path}/lora/b": b}
@@ -114,6 +129,14 @@ def merge(trained, frozen, spec):
     params, initial = split(frozen)
     params, adapter, initial = flatten(params), flatten(trained), flatten(initial)
     for path, (_, scale) in ranks(spec).items():
+        if path.startswith(EXPERTS):
+            change = adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"] * scale[:, None, None, None]
+            name = path.removeprefix(EXPERTS)
+            parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+            for part, own in zip(parts, jnp.split(change, len(parts), axis=2), strict=True):
+                kernel = params[f"layers/mlp/{part}/experts"]
+                params[f"layers/mlp/{part}/experts"] = (kernel.astype(jnp.float32) + own).astype(kernel.dtype)
+            continue
         kernel = _kernel(params, path)
         change = adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"]
         if f"{path}/lora_initial/a" in initial:
@@ -147,6 +170,8 @@ def axes(path):
     if module in EMBEDDINGS:
         in_, out = parameter_axes(f"{module}/embedding")
         stack = []
+    elif module.startswith(EXPERTS):
+        *stack, out, in_ = parameter_axes(f"layers/mlp/{module.removeprefix(EXPERTS)}/experts")
     else:
         *stack, out, in_ = parameter_axes(f"{module}/kernel")
     return *stack, *leaf_axes(out, in_)[leaf]

@@ -94,6 +94,20 @@ def _layers(draw, r, key, kernels, scale, layers):
     return jax.lax.map(one, layers)
 
 
+def draw_experts(key, path: str, shape: tuple[int, ...], rank: np.ndarray, scale: np.ndarray, init: Init):
+    """As `draw`, for experts of the shape (L, E, out, in): A (L, E, R, in) and B (L, E, out, R)."""
+    if init.residual:
+        raise FtjaxError("tuning.init: adapters of experts start with BA = 0; use default, gaussian or orthogonal")
+    (L, E, *size), R = shape, int(rank.max())
+    like, key = jax.ShapeDtypeStruct(tuple(size), jnp.float32), jax.random.fold_in(key, zlib.crc32(path.encode()))
+    a, b = jnp.zeros((L, E, R, size[1])), jnp.zeros((L, E, size[0], R))
+    for layer in np.flatnonzero(rank):
+        r, keys = int(rank[layer]), jax.random.split(jax.random.fold_in(key, layer), E)
+        drawn = jax.vmap(functools.partial(init.draw, kernel=like, r=r, scale=float(scale[layer])))(keys)
+        a, b = a.at[layer, :, :r].set(drawn[0]), b.at[layer, :, :, :r].set(drawn[1])
+    return a, b
+
+
 def draw(key, path: str, kernels, rank: np.ndarray, scale: np.ndarray, init: Init):
     """Initial A and B of stacked kernels.
 

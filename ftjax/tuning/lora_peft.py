@@ -2,7 +2,7 @@
 
 L layers, R rank. In our tree adapters of stacked maps are stacked: a (L, R, in), b (L, out, R), with R the largest rank
 of the layers. A layer of smaller rank, or without an adapter (rank 0), has zeros in the rest. For an embedding table
-(V, D), `in` is V and `out` is D.
+(V, D), `in` is V and `out` is D. Adapters of E experts are a (L, E, R, in) and b (L, E, out, R).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.hub.families import shapes
+from ftjax.hub.families import EXPERTS, kernel_shape
 from ftjax.hub.peft import CONFIG, PREFIX
 from ftjax.models.config import ModelConfig
 from ftjax.tree import flatten, unflatten
@@ -24,11 +24,19 @@ from ftjax.tuning.targets import EMBEDDINGS, by_pattern, fan_in_fan_out, module_
 LORA_KEYS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
+    *(
+        "exclude_modules",
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "lora_dropout",
+    ),
     *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 # The initialisations that do not change the base model's weights.
 LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+ORDER = ("gate_up_proj", "down_proj")  # the parameters of experts in the order in which their class has them
 # Ends of the names of A and B: of a map that is multiplied with, and of a table of embeddings.
 SUFFIXES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -57,6 +65,17 @@ def lora_to_peft(
     for path, (rank, scale) in ranks.items():
         suffixes = SUFFIXES[path in EMBEDDINGS]
         a, b = (_stack(leaves[f"{path}/lora/{n}"], path) for n in ("a", "b"))
+        if path.startswith(EXPERTS):
+            outer = ranks.get(f"{EXPERTS}{ORDER[1]}", (np.zeros(len(rank)),))[0] > 0  # wraps what is wrapped already
+            for layer, module in enumerate(module_names(path, names[path], len(rank))):
+                if r := int(rank[layer]):
+                    around, name = module.rsplit(".", 1)
+                    inner = ".base_layer" if name == ORDER[0] and outer[layer] else ""
+                    joined = a[layer, :, :r].reshape(-1, a.shape[-1]), b[layer, :, :, :r].transpose(1, 2, 0)
+                    tensors[f"{PREFIX}{around}{inner}.{suffixes[0]}"] = joined[0]
+                    tensors[f"{PREFIX}{around}{inner}.{suffixes[1]}"] = joined[1].reshape(b.shape[2], -1)
+                    rank_of[module], alpha_of[module] = r, _plain(float(scale[layer]) * divisor(r, rslora))
+            continue
         for layer, module in enumerate(module_names(path, names[path], len(rank))):
             if r := int(rank[layer]):
                 a_rows, b_columns = [a[layer, :r]], [b[layer, :, :r]]
@@ -67,7 +86,8 @@ def lora_to_peft(
                 tensors[f"{PREFIX}{module}.{suffixes[1]}"] = np.concatenate(b_columns, axis=1)
                 rank_of[module] = r * len(a_rows)
                 alpha_of[module] = _plain(float(scale[layer]) * divisor(rank_of[module], rslora))
-    chosen = {path: (rank > 0).tolist() for path, (rank, _) in ranks.items()}
+    chosen = {path: (rank > 0).tolist() for path, (rank, _) in ranks.items() if not path.startswith(EXPERTS)}
+    experts = {path: (rank > 0).tolist() for path, (rank, _) in ranks.items() if path.startswith(EXPERTS)}
     r, rank_pattern = _pattern(rank_of)
     alpha, alpha_pattern = _pattern(alpha_of)
     config = {
@@ -85,6 +105,8 @@ def lora_to_peft(
         "modules_to_save": None,
         "init_lora_weights": True,
     }
+    if experts:
+        config["target_parameters"] = peft_targets(experts, names)
     return config, tensors
 
 
@@ -112,8 +134,8 @@ def lora_from_peft(
         FtjaxError: For variants of LoRA, and for tensors that are not of this model, incomplete or of the wrong shape.
     """
     _refuse_variants(adapter_config)
-    expected = shapes(config)
-    kernels = {p: expected[f"{p}/embedding"][::-1] if p in EMBEDDINGS else expected[f"{p}/kernel"] for p in names}
+    kernels = {path: kernel_shape(path, config) for path in names}
+    wrapped = _of_experts(adapter_config, names, config)
     places = {
         module: (path, layer)
         for path, name in names.items()
@@ -127,6 +149,7 @@ def lora_from_peft(
         if match is None:
             raise FtjaxError(f"adapter tensor {name}: expected MODULE.lora_A.weight or MODULE.lora_B.weight")
         module, suffix = match.groups()
+        module = wrapped.get(module, module)
         if module not in places:
             tied = "; its head is tied: the table of embeddings itself" * (module == "lm_head")
             raise FtjaxError(
@@ -148,15 +171,32 @@ def lora_from_peft(
         rank, scale = np.zeros(len(modules), int), np.zeros(len(modules), np.float32)
         for layer, pair in used.items():
             rank[layer], scale[layer] = _rank_and_scale(adapter_config, modules[layer])
-            _check_pair(pair, modules[layer], SUFFIXES[path in EMBEDDINGS], int(rank[layer]), shape[-2:])
-        R, (out, in_) = rank.max(), shape[-2:]
-        a, b = np.zeros((len(modules), R, in_), np.float32), np.zeros((len(modules), out, R), np.float32)
+            experts = config.experts if path.startswith(EXPERTS) else 1
+            _check_pair(pair, modules[layer], SUFFIXES[path in EMBEDDINGS], experts * int(rank[layer]), shape[-2:])
+        R, (out, in_), lead = rank.max(), shape[-2:], shape[1:-2]
+        a, b = (np.zeros((len(modules), *lead, *size), np.float32) for size in ((R, in_), (out, R)))
         for layer, pair in used.items():
-            a[layer, : rank[layer]], b[layer, :, : rank[layer]] = (pair[s] for s in SUFFIXES[path in EMBEDDINGS])
+            r, (one, two) = rank[layer], (pair[s] for s in SUFFIXES[path in EMBEDDINGS])
+            if path.startswith(EXPERTS):
+                one, two = one.reshape(*lead, r, in_), two.reshape(out, r, *lead).transpose(2, 0, 1)
+            a[layer, ..., :r, :], b[layer, ..., :r] = one, two
         stacked = path.startswith("layers/")
         flat[f"{path}/lora/a"], flat[f"{path}/lora/b"] = (a, b) if stacked else (a[0], b[0])
         ranks[path] = rank, scale
     return unflatten(flat), ranks
+
+
+def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig) -> dict[str, str]:
+    """{name of a module in PEFT's files: the parameter of experts whose adapter it holds}.
+
+    PEFT wraps the module of the experts once for each parameter, in the order of ORDER, and names no parameter.
+    """
+    targets, out = adapter_config.get("target_parameters") or (), {}
+    for layer in range(config.layers if targets and config.experts else 0):
+        parameters = [names[f"{EXPERTS}{name}"].format(l=layer) for name in ORDER]
+        found = [p for p in parameters if any(p == t or p.endswith(f".{t}") for t in targets)]
+        out |= {p.rsplit(".", 1)[0] + ".base_layer" * i: p for i, p in enumerate(reversed(found))}
+    return out
 
 
 def _refuse_variants(config: dict) -> None:

@@ -9,7 +9,7 @@ import re
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import limited
-from ftjax.hub.families import FAMILIES
+from ftjax.hub.families import EXPERTS, FAMILIES
 
 EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are read by index
 
@@ -39,8 +39,10 @@ def select(
     Args:
         names: {path: template of module names}.
         layers: L.
-        targets: Each is `all-linear` (every linear map in the blocks), `re:PATTERN` (must match a whole module name),
-            or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`).
+        targets: Each is `all-linear` (every linear map in the blocks, but no experts, as in PEFT), `re:PATTERN` (must
+            match a whole module name),
+            or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`). Experts are named as PEFT's
+            `target_parameters` are (`mlp.experts.down_proj`).
         key: The field of the config that an error names.
         saved: `tuning.modules_to_save`. Modules that are trained whole get no adapter, as in PEFT.
 
@@ -75,12 +77,15 @@ def select(
 
 
 def without_embeddings(names: dict[str, str]) -> dict[str, str]:
-    """`names` without the embedding tables, which are looked up and not multiplied."""
-    return {path: name for path, name in names.items() if path not in EMBEDDINGS}
+    """`names` without the embedding tables, which are looked up and not multiplied, and without experts."""
+    return {path: name for path, name in names.items() if path not in EMBEDDINGS and not path.startswith(EXPERTS)}
 
 
 def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[str]:
-    """The selected maps as PEFT's `target_modules`: short names if all layers are selected, full names otherwise."""
+    """The selected maps as PEFT's `target_modules`, or experts as its `target_parameters`.
+
+    They are short names if all layers are selected, full names otherwise.
+    """
     targets = set()
     for path, hits in chosen.items():
         modules = module_names(path, names[path], len(hits))
@@ -105,7 +110,7 @@ def _tail(name: str, names) -> str:
 
 def _matches(target: str, module: str, path: str, key: str) -> bool:
     if target == "all-linear":
-        return path.startswith("layers/")
+        return path.startswith("layers/") and not path.startswith(EXPERTS)
     if target.startswith("re:"):
         return _compile(target[3:], key).fullmatch(module) is not None
     return module == target or module.endswith("." + target)

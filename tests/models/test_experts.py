@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,13 +16,21 @@ import pytest
 import tiny
 import tiny_models
 
+from ftjax import cli, tasks, tree
+from ftjax import config as configs
 from ftjax.errors import FtjaxError
-from ftjax.hub import families
+from ftjax.hub import families, weights
+from ftjax.models import quantised
+from ftjax.models.transformer import Transformer
+from ftjax.training import program as programs
+from ftjax.training import step
 from ftjax.training.flops import flops_per_token
-from ftjax.training.sharding import make_mesh, parameter_shardings
+from ftjax.training.sharding import abstract_mesh, make_mesh, parameter_shardings, place_batch
 from ftjax.training.start import about_experts
 from ftjax.tree import flatten
+from ftjax.tuning import METHODS
 from ftjax.tuning.whole import saved
+from ftjax.upcycle import upcycle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -34,8 +46,9 @@ def loss(pair, params, ids):
 
 @needs_5
 def test_gradients_are_those_of_torch_and_of_every_mesh():
-    model, _ = check_families.draw("qwen3_moe", 1)
-    pair, ids = tiny.read(model), np.stack(tiny.documents((20,) * 4, 50))
+    model, settings = check_families.draw("qwen3_moe", 3)
+    assert settings["num_experts"] == 8 and settings["num_experts_per_tok"] > 1
+    pair, ids = tiny.read(model), np.stack(tiny.documents((20,) * 8, 50))
     step = tiny.jit(jax.value_and_grad(lambda params, ids: loss(pair, params, ids)))
     value, gradient = step(pair.params, jnp.asarray(ids))
     gradient = flatten(gradient)
@@ -53,13 +66,133 @@ def test_gradients_are_those_of_torch_and_of_every_mesh():
         assert np.abs(g).max() > 1e-3
         np.testing.assert_allclose(gradient[f"layers/mlp/{path}"], g, atol=1e-5, err_msg=path)
 
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 8}, {"data": 2, "expert": 4}):
+        mesh = make_mesh(sizes)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(pair.params, parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh))
+            other, gradients = step(placed, jnp.asarray(ids))
+        experts = placed["layers"]["mlp"]["up_proj"]["experts"]
+        assert experts.sharding.shard_shape(experts.shape)[1] == 8 // sizes.get("expert", 1)
+        assert float(other) == pytest.approx(float(value), abs=1e-6)
+        for path, g in flatten(gradients).items():
+            np.testing.assert_allclose(np.asarray(g), gradient[path], atol=1e-5, err_msg=f"{sizes} {path}")
+
+
+def router_losses(pair, config, batch, accumulate=1):
+    """(gradient, report sums) of full training with the losses of routers."""
+    sums = tasks.objective(config, pair.model)
+
+    def gradient(params, batch):
+        variables = lambda trained, frozen: {"params": trained}  # noqa: E731
+        return step.gradients(sums, variables, params, {}, batch, jax.random.key(0), accumulate)
+
+    found, weight, figures = tiny.jit(gradient)(pair.params, batch)
+    return flatten(found), {name: np.asarray(x / weight) for name, x in figures.items()}
+
+
+@needs_5
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_losses_of_routers_are_those_of_transformers_however_the_batch_is_cut(name):
+    model, _ = check_families.draw(name, 2)
+    model.config.output_router_logits = True
+    model.router_aux_loss_coef = model.config.router_aux_loss_coef = 0.3
+    pair, docs = tiny.read(model), tiny.documents((20, 13, 9, 5), 50, 3)
+    config = configs.default()
+    assert config.train.balance is None  # as config.json says
+    batch = tiny.batch([[doc] for doc in docs], [[1]] * 4, 20)
+    gradient, figures = router_losses(pair, config, batch)
+
+    ids, mask = tiny.torch.tensor(batch["tokens"]).long(), tiny.torch.tensor(batch["segment_ids"])
+    labels = tiny.torch.where(mask > 0, ids, -100)
+    out = model(ids, attention_mask=mask, labels=labels)
+    out.loss.backward()
+    theirs, shape = dict(model.named_parameters()), pair.model.config
+    assert figures["balance"] == pytest.approx(out.aux_loss.item(), rel=1e-5)
+    assert figures["loss"] + 0.3 * figures["balance"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert (figures["load"].sum(), figures["dropped"]) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    for path, name in (("mlp/gate/router", "mlp.gate.weight"), ("attn/q_proj/kernel", "self_attn.q_proj.weight")):
+        want = np.stack([theirs[f"model.layers.{i}.{name}"].grad.numpy() for i in range(shape.layers)])
+        np.testing.assert_allclose(gradient[f"layers/{path}"], want, atol=1e-5, err_msg=path)
+
+    if name != "mixtral":
+        return
+    # Microbatches, remat, packed rows with other padding, and devices change nothing. The z-loss has no referee but its
+    # formula.
+    config.train.router_z = 0.2
+    want, figures = router_losses(pair, config, batch)
+    z = np.stack([np.logaddexp.reduce(x.detach().numpy().reshape(4, 20, -1), axis=-1) ** 2 for x in out.router_logits])
+    assert figures["router_z"] == pytest.approx(z[:, mask.numpy() > 0].mean(), rel=1e-4)
+    packed = tiny.batch([[docs[0]], [docs[1], docs[2]], [docs[3]], []], [[1], [1, 1], [1], []], 24)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "sequence": 2})
+    remat = pair._replace(model=pair.model.clone(remat="full"))
+    cuts = {"microbatches": (pair, batch, 2), "packed, remat": (remat, packed, 1)}
     with jax.set_mesh(mesh):
-        placed = jax.device_put(pair.params, parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh))
-        other, gradients = step(placed, jnp.asarray(ids))
-    assert float(other) == pytest.approx(float(value), abs=1e-6)
-    for path, g in flatten(gradients).items():
-        np.testing.assert_allclose(np.asarray(g), gradient[path], atol=1e-5, err_msg=path)
+        places = parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh)
+        cuts["devices, packed"] = pair._replace(params=jax.device_put(pair.params, places)), packed, 1
+    for cut, (other, rows, accumulate) in cuts.items():
+        with jax.set_mesh(mesh) if "devices" in cut else contextlib.nullcontext():
+            found, same = router_losses(other, config, rows, accumulate)
+        for path, g in want.items():
+            np.testing.assert_allclose(np.asarray(found[path]), g, atol=1e-5, err_msg=f"{cut} {path}")
+        assert same.keys() == figures.keys()
+        for name, x in figures.items():
+            np.testing.assert_allclose(same[name], x, atol=1e-5, err_msg=f"{cut} {name}")
+
+
+def test_losses_of_routers_need_routers_and_no_privacy():
+    config = configs.default()
+    config.train.router_z = 0.1
+    with pytest.raises(FtjaxError, match=r"train\.router_z: 0\.1, but this model has no experts"):
+        tasks.objective(config, Transformer(families.from_hf({"model_type": "llama"})[1]))
+    config.train.router_z, config.privacy.epsilon = 0.0, 1.0
+    model = Transformer(families.from_hf({"model_type": "mixtral", "output_router_logits": True})[1])
+    with pytest.raises(FtjaxError, match=r"train\.balance: 0\.001, but the loss of an example depends on the others"):
+        tasks.objective(config, model)
+
+
+def curve(pair, config, sizes):
+    """[(loss, balance loss)] of steps on a mesh of these sizes, and the bytes of experts that a device holds."""
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh):
+        program = programs.build(config, pair.spec, mesh, jnp.float32, 3)
+        base = jax.tree.map(lambda x, at: jax.device_put(np.array(x), at), pair.params, program.base_places)
+        trained, frozen = program.begin(jax.random.key(0), base)
+        held = programs.shard_bytes(
+            programs.placed(program.frozen["layers"]["mlp"], program.frozen_places["layers"]["mlp"])
+        )
+        state, found = program.init_state(trained), []
+        for n in range(3):
+            docs = tiny.documents((20, 13, 9, 5, 17, 20, 6, 8), 50, n)
+            batch = tiny.batch([[doc] for doc in docs], [[1]] * 8, 20)
+            state, report = program.step(state, frozen, place_batch(batch, mesh, 8, slice(0, 8)))
+            found.append([float(report["loss"]), float(report["balance"])])
+    return np.array(found), held
+
+
+@needs_5
+def test_a_run_with_lora_on_experts_has_one_curve_on_every_mesh():
+    model, settings = check_families.draw("mixtral", 1)
+    assert settings["num_local_experts"] == 8
+    config = configs.default()
+    config.tuning.targets = ("all-linear", "gate_up_proj", "down_proj")
+    config.train.update(balance=0.1, batch_size=8)
+    config.optim.lr = 0.02
+    pair = tiny.read(model)
+    pair = pair._replace(spec=pair.spec._replace(tuning=config.tuning))
+    want, whole = curve(pair, config, {"data": 1})
+    assert want[0, 0] - want[-1, 0] > 0.01
+    for sizes in ({"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}, {"expert": 4, "tensor": 2}):
+        found, held = curve(pair, config, sizes)
+        np.testing.assert_allclose(found, want, atol=1e-5, err_msg=str(sizes))
+        assert held < whole / math.prod(sizes.values()) * sizes.get("data", 1) * 1.2
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_experts_that_cannot_be_dealt_are_refused(kind):
+    family, shape = families.from_hf({"model_type": kind} | ({"num_local_experts": 5} if kind == "mixtral" else {}))
+    config = configs.default()
+    with pytest.raises(FtjaxError, match=rf"mesh\.expert: 2 devices cannot deal the {shape.experts} experts"):
+        programs.build(config, tiny.spec(family, shape), abstract_mesh({"expert": 2}), jnp.float32, 1)
 
 
 def test_only_the_experts_used_count_as_arithmetic():
@@ -74,11 +207,81 @@ def test_only_the_experts_used_count_as_arithmetic():
 def test_a_run_says_that_experts_are_left_out():
     _, shape = families.from_hf({"model_type": "mixtral"})
     lora = {"layers": {"attn": {"q_proj": {"lora": {"a": 0}}}}}
-    (told,) = about_experts(shape, lora, "none")
+    (told,) = about_experts(shape, lora)
     assert told.startswith("warning: the experts, 97% of the model's parameters, and their routers are not trained")
-    assert "model.quantise=nf4 leaves the experts" in about_experts(shape, lora, "nf4")[1]
-    assert about_experts(shape, {"layers": {"mlp": {"up_proj": {"experts": 0}}}}, "none") == []
-    assert about_experts(families.from_hf({"model_type": "llama"})[1], lora, "nf4") == []
+    assert about_experts(shape, {"layers": {"mlp": {"up_proj": {"experts": 0}}}}) == []
+    assert about_experts(shape, {"layers": {"mlp": {"experts": {"down_proj": {"lora": {"a": 0}}}}}}) == []
+    assert about_experts(families.from_hf({"model_type": "llama"})[1], lora) == []
+
+
+@needs_5
+@pytest.mark.parametrize("quantise", ["none", "int8", "nf4"])
+def test_a_lora_on_experts_made_by_peft_loads_trains_and_merges(quantise):
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    model, _ = check_families.draw("mixtral", 1)
+    pair, ids = tiny.read(model), tiny.documents((20,), 50)[0][None]
+    if quantise != "none":  # the files hold what the quantised base computes
+        small = tree.map_paths(
+            lambda path, x: quantised.quantise(x, kind) if (kind := quantised.kind_of(path, quantise)) != "none" else x,
+            pair.params,
+        )
+        assert isinstance(small["layers"]["mlp"]["up_proj"]["experts"], quantised.Quantised)
+        pair = pair._replace(params=small)
+        with tempfile.TemporaryDirectory() as folder:
+            weights.write_model(Path(folder), quantised.dequantised(small), None, pair.family, pair.model.config)
+            model = type(model).from_pretrained(folder, attn_implementation="eager").eval()
+    some = ["mlp.experts.down_proj", "layers.0.mlp.experts.gate_up_proj", "layers.2.mlp.experts.gate_up_proj"]
+    ranks = {r"layers\.2\.mlp\.experts\.gate_up_proj": 2}
+    peft = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=some, rank_pattern=ranks)
+    ).eval()
+    tiny.torch.manual_seed(0)
+    with tiny.torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * tiny.torch.randn_like(p))
+    theirs = peft(tiny.torch.tensor(ids)).logits
+    tiny.torch.nn.functional.cross_entropy(theirs[0, :-1], tiny.torch.tensor(ids)[0, 1:]).backward()
+    tensors = {name: x.float().numpy() for name, x in get_peft_model_state_dict(peft).items()}
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": ranks, "target_parameters": some}
+    trained, fields = METHODS["lora"].from_peft(config, tensors, pair.params, pair.spec)
+    assert {x for x in fields["targets"] if "experts" in x} == {f"model.{x}" for x in some[1:]} | {
+        f"model.layers.{i}.mlp.experts.down_proj" for i in range(3)
+    }
+    pair = tiny.tuned(pair, method="lora", **fields)
+    method, _, frozen = tiny.start(pair)
+
+    def of(trained):
+        y = pair.model.apply(method.variables(trained, frozen, pair.spec), jnp.asarray(ids))
+        p = jax.nn.log_softmax(y[:, :-1])
+        return -jnp.take_along_axis(p, ids[:, 1:, None], 2).mean(), y
+
+    (_, logits), gradient = tiny.jit(jax.value_and_grad(of, has_aux=True))(trained)
+    np.testing.assert_allclose(logits, theirs.detach().numpy(), atol=1e-4)
+    named = {name.replace(".default", ""): p for name, p in peft.named_parameters() if p.requires_grad}
+    got = method.to_peft(gradient, frozen, pair.spec)[1]
+    assert got.keys() == named.keys() == tensors.keys()
+    for name, g in got.items():
+        np.testing.assert_allclose(g, named[name].grad.numpy(), atol=1e-5, err_msg=name)
+    again = method.to_peft(trained, frozen, pair.spec)[1]
+    assert all(np.array_equal(again[name], x) for name, x in tensors.items())
+    merged = tiny.jit(lambda p: pair.model.apply({"params": p}, ids))(method.merge(trained, frozen, pair.spec))
+    np.testing.assert_allclose(merged, logits, atol=1e-4)
+
+
+def test_what_peft_cannot_do_with_experts_is_refused():
+    family, shape = families.from_hf({"model_type": "olmoe", "num_hidden_layers": 1})
+    base = weights.param_shapes(shape)
+    for fields, words in (
+        ({"method": "dora"}, "dora cannot adapt experts, for which peft has no DoRA"),
+        ({"method": "lora", "init": "pissa"}, "adapters of experts start with BA = 0"),
+        ({"method": "lora", "dropout": 0.1}, "adapters of experts have no dropout"),
+        ({"method": "ia3"}, "matches no linear map"),
+    ):
+        spec = tiny.spec(family, shape, targets=("down_proj",), **fields)
+        with pytest.raises(FtjaxError, match=words):
+            METHODS[spec.tuning.method].init(jax.random.key(0), base, spec)
 
 
 def test_experts_that_are_trained_whole_have_no_adapter_file():
@@ -92,3 +295,44 @@ def test_experts_that_are_trained_whole_have_no_adapter_file():
 def test_dense_layers_among_layers_of_experts_are_refused(told):
     with pytest.raises(FtjaxError, match=next(iter(told))):
         families.from_hf({"model_type": "qwen3_moe"} | told)
+
+
+@needs_5
+@pytest.mark.parametrize("name", ["llama, llama3", "qwen3, yarn"])
+def test_an_upcycled_model_has_the_logits_of_the_dense_one(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    dense, _ = check_families.draw(name, 4 if name[0] == "l" else 1)
+    ids = tiny.documents((20,), 50)[0][None]
+    dense.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config |= {"attention_bias": False} | {key: False for key in ("mlp_bias",) if key in config}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    dense = type(dense).from_pretrained(tmp_path / "dense", attn_implementation="eager").eval()
+    dense.save_pretrained(tmp_path / "dense")
+    arguments = ["upcycle", str(tmp_path / "dense"), "--experts", "5", "--top-k", "3", "--out"]
+    assert cli.main([*arguments, str(tmp_path / "mixed")]) == 0
+    mixed, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mixed", attn_implementation="eager", output_loading_info=True
+    )
+    assert mixed.config.model_type == ("mixtral" if name[0] == "l" else "qwen3_moe") and not any(info.values())
+    want = tiny.torch_logits(dense, ids)
+    np.testing.assert_allclose(tiny.torch_logits(mixed.eval(), ids), want, atol=1e-5 * np.abs(want).max())
+    pair = tiny.read(mixed)
+    np.testing.assert_allclose(pair.model.apply({"params": pair.params}, ids), want, atol=1e-5 * np.abs(want).max())
+    experts = pair.params["layers"]["mlp"]["up_proj"]["experts"]
+    assert experts.shape[1] == 5 and (experts == experts[:, :1]).all()
+    assert cli.main([*arguments, str(tmp_path / "noisy"), "--noise", "0.1"]) == 0
+    family, shape = families.read_config(tmp_path / "noisy")
+    found = weights.read_params(tmp_path / "noisy", family, shape)["layers"]["mlp"]["up_proj"]["experts"]
+    assert float((found - experts).std() / experts.std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_cannot_be_upcycled_is_refused(tmp_path):
+    config = {"model_type": "gpt2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FtjaxError, match="upcycle is for llama, mistral, qwen3 with a head over the vocabulary"):
+        upcycle(tmp_path, tmp_path / "out", 4, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(FtjaxError, match="expected 1 <= top-k <= experts"):
+        upcycle(tmp_path, tmp_path / "out", 2, 4)

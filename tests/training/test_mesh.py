@@ -47,8 +47,9 @@ SIZES = {
     "attention_bias": True,
 }
 
-# Every way to write 8 as a product over the mesh's axes.
-MESHES = [dict(zip(MESH_AXES, n)) for n in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if math.prod(n) == 8]
+# Every way to write 8 as a product over the mesh's axes, without that of experts.
+AXES = tuple(axis for axis in MESH_AXES if axis != "expert")
+MESHES = [dict(zip(AXES, n)) for n in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(n) == 8]
 
 
 def told(mesh):
