@@ -355,7 +355,8 @@ FIELDS: dict[str, Field] = {
     "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
         holds=tasks.known
     ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; policy: answers
-    # that the model writes itself and that earn rewards; classify: one label for a text; multilabel: any number of
+    # that the model writes itself and that earn rewards; gkd: as causal, with a teacher (task.reference) also for
+    # answers that the model writes itself; classify: one label for a text; multilabel: any number of
     # labels for a text; regress: one or more numbers for a text; reward: how good an answer is, learned from pairs of
     # answers; tag: a label for each word, such as named entities; span: where a text holds the answer to a question;
     # masked: hidden tokens of plain text, to adapt an encoder; embed: vectors that are close for texts that belong
@@ -388,9 +389,10 @@ FIELDS: dict[str, Field] = {
     # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; kto: of
     # single answers with a label, or of both answers of a pair; orpo, simpo and cpo need no reference, the others
     # compare with task.reference
-    "task.reference": text(also="ref_model ref_model_name_or_path"),  # preference: the model that a loss compares with:
-    # a directory, hub name or run folder, whose log-probabilities are computed once before the first step; empty: the
-    # base model without its adapter, in the same parameters, at every step
+    "task.reference": text(also="ref_model ref_model_name_or_path teacher_model_name_or_path"),  # a second model: a
+    # directory, hub name, adapter or run folder. causal, gkd: the teacher, see `distil`; empty: none. preference: the
+    # model that a loss compares with; empty: the base model without its adapter, in the same parameters, at every
+    # step. Its values are computed once before the first step, except for gkd
     "task.desirable_weight": number(1.0, 0, also="kto_chosen_weight"),  # kto: weight of desirable answers in the loss
     "task.undesirable_weight": number(1.0, 0, also="kto_rejected_weight"),  # kto: weight of the other answers
     "task.beta": number(0.1, 0, also="pref_beta dpo_beta kl_coef"),  # preference: factor of the log-probabilities; in
@@ -431,8 +433,23 @@ FIELDS: dict[str, Field] = {
     "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; a low temperature gives
     # more weight to the most similar wrong texts
     #
-    # ---- answers that task.kind=policy draws (see also `generate`)
-    "rollout.group": whole(8, 2, also="num_generations"),  # number of answers to each prompt. train.batch_size counts
+    # ---- distillation from the teacher task.reference, see docs/distillation.md
+    "distil.beta": number(0.0, 0, 1),  # the distance to the teacher. 0: forward KL, KL(teacher | student); 1: reverse
+    # KL; between: generalised Jensen-Shannon divergence
+    "distil.temperature": number(1.0, above=0),  # divisor of the logits of both models in this distance
+    "distil.top_k": whole(64, 0),  # number of tokens whose teacher's probabilities are kept for each trained token; all
+    # others count as one. 0: all, which takes the size of the vocabulary times 4 bytes of disk for each trained token
+    "distil.labels": number(0.5, 0, 1),  # share of the loss of the labels in the loss; the rest is the distance. 0: the
+    # distance alone
+    #
+    # ---- answers that task.kind policy or gkd draws (see also `generate`)
+    "rollout.own": number(
+        0.5, 0, 1, also="lmbda"
+    ),  # gkd: share of the steps whose answers the model writes itself; the
+    # others have those of the rows
+    "rollout.group": whole(
+        8, 2, also="num_generations"
+    ),  # policy: number of answers to each prompt. train.batch_size counts
     # answers, and must be a multiple
     "rollout.temperature": number(1.0, above=0),  # temperature of the draws
     "rollout.top_k": whole(0, 0),  # draw from the k most probable tokens only; 0: from all
