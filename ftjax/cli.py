@@ -537,7 +537,7 @@ def _export(args, overrides) -> None:
 def _student(args, overrides) -> None:
     if not all(part.strip().isdigit() for part in args.layers.split(",")):
         raise FtjaxError(f"--layers: expected numbers with commas between them, such as 0,2,4; found {args.layers!r}")
-    from ftjax.hub.student import student
+    from ftjax.hub.derived import student
 
     print(f"student written to {student(args.model, tuple(map(int, args.layers.split(','))), args.out)}")
 

@@ -150,7 +150,8 @@ FIELDS: dict[str, Field] = {
     #
     "stages": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),  # runs
     # one after another, each from the best model of the one before: ({"name": "facts", "data.train": "a.jsonl"}, ...).
-    # A stage sets any field for itself, and "replay": the share of its rows that come from earlier stages
+    # A stage sets any field for itself, and "replay": the share of its rows that come from earlier stages, and
+    # "average": factors of its model in an average with the one before it, of which validation rows choose one
     #
     # ---- the model
     "model.path": text("builtin:stories260K", empty=False, also="model_name_or_path base_model model_id model_name"),
@@ -240,6 +241,8 @@ FIELDS: dict[str, Field] = {
     # ---- the data
     "data.train": text("builtin:commongen/train.jsonl", also="dataset dataset_name dataset_path train_file datasets"),
     # training rows: a file, glob, comma-separated list, directory, `builtin:` name or hub name
+    "data.earlier": several((), Field({}, dict, "a dict")),  # rows of earlier stages, by which optim.ewc weighs the
+    # parameters: entries as in data.mixture. A run of several stages fills it in
     "data.validation": text(also="validation_file eval_dataset eval_file val_file"),  # validation rows, named as in
     # data.train; empty: split off from train by `split`
     "data.test": text(also="test_file test_dataset"),  # test rows, named as in data.train; empty: split off from train
@@ -472,6 +475,10 @@ FIELDS: dict[str, Field] = {
     # the schedule, as a share of the peak
     "optim.weight_decay": number(0.0, 0, also="wd"),  # decoupled weight decay, of matrices only, not of norms and
     # biases
+    "optim.start_l2": number(0.0, 0),  # weight of the squared distance of the trained parameters to those before the
+    # first step in the loss (L2-SP), against forgetting; 0: none
+    "optim.ewc": number(0.0, 0),  # weight of elastic weight consolidation: half the squared distance, each parameter
+    # weighted by the diagonal of the Fisher information of the rows of earlier stages; 0: none
     "optim.b1": number(0.9, 0, below=1, also="adam_beta1 beta1 momentum"),  # decay of the first moment per step; the
     # momentum of sgd too
     "optim.b2": number(0.999, 0, below=1, also="adam_beta2 beta2"),  # decay of the second moment per step
@@ -856,6 +863,7 @@ def copy(config: ConfigDict) -> ConfigDict:
 # Fields of `data` that no source of a mixture has for itself.
 OF_ALL: tuple[str, ...] = (
     "mixture",
+    "earlier",
     "temperature",
     "decontaminate",
     "max_length",
@@ -905,11 +913,17 @@ def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
 
 
 class Stage(NamedTuple):
-    """One of the runs of `stages`. replay: share of its training rows that come from the stages before it."""
+    """One of the runs of `stages`.
+
+    Attributes:
+        replay: Share of its training rows that come from the stages before it.
+        average: Factors by which its model may be averaged with the one before it; (1.0,): it is not.
+    """
 
     name: str
     config: ConfigDict
     replay: float
+    average: tuple[float, ...]
 
 
 def staged(config: ConfigDict) -> list[Stage]:
@@ -926,12 +940,13 @@ def staged(config: ConfigDict) -> list[Stage]:
         replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{said}: replay")
         if replay and not found:
             raise FtjaxError(f"{said}: replay: the first stage has no earlier rows; remove it")
+        average = several((1.0,), number(1.0, 0, 1), holds=bool).check(entry.get("average", (1.0,)), f"{said}: average")
         own = copy(config)
         own.stages, own.run_dir = (), f"{config.run_dir}/{name}"
         for key, value in entry.items():
             if key in ("run_dir", "overwrite", "stages") or (key == "model.path" and found):
                 raise FtjaxError(f"{said}: {key!r} follows from the order of the stages; remove it from this stage")
-            if key not in ("name", "replay"):
+            if key not in ("name", "replay", "average"):
                 _set(own, key, value, f"{said}: {key}")
         try:
             validate(own)
@@ -943,7 +958,7 @@ def staged(config: ConfigDict) -> list[Stage]:
             raise FtjaxError(
                 f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"
             )
-        found.append(Stage(name, own, replay))
+        found.append(Stage(name, own, replay, average))
     names = [stage.name for stage in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise FtjaxError(f'stages: two of them have the name {twice!r}; give each a "name" of its own')
@@ -992,6 +1007,7 @@ def validate(config: ConfigDict) -> None:
              "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
     need("train.on_bad_step", lambda v: v != "rewind" or config.task.updates == 1, "stop or skip if task.updates is "
          "above 1, because the answers of several steps are drawn at once")  # fmt: skip
+    need("optim.ewc", lambda v: v == 0 or config.task.kind == "causal", "0 where task.kind is not causal")
     need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")

@@ -29,7 +29,7 @@ from ftjax.evaluation.pictures import plot_losses
 from ftjax.files import replace_json, write_jsonl
 from ftjax.models.quantised import is_quantised
 from ftjax.progress import counted, doing
-from ftjax.training import export, features, finite, hosts, privacy, provenance, selection, sharding
+from ftjax.training import export, features, finite, fisher, hosts, privacy, provenance, selection, sharding
 from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.flops import PEAKS, flops_per_token
@@ -211,6 +211,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 provenance.note(run_dir / RUN, skipped=skipped)
         elif going_on:
             say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
+
+        if config.optim.ewc and not resumed_from:
+            with doing("weighing the parameters by the rows of earlier stages"):
+                state = fisher.weighed(job, program, state, frozen)
 
         # ---- batches on their way to the devices -------------------------------------------------------------------
         say(description(job, program))

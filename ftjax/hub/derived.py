@@ -1,4 +1,4 @@
-"""A smaller model of some layers of another, as a start for distillation (Sanh et al. 2019, DistilBERT)."""
+"""Models that are made of others without training: some layers of one, or the weighted average of two."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ftjax.files import write_json
 from ftjax.foreign import read_json
 from ftjax.hub import families, resolve, weights
 from ftjax.models.transformer import STACKS
-from ftjax.tree import map_paths
+from ftjax.tree import flatten, map_paths, unflatten
 
 
 def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
-    """Write a model directory with some layers of a model; everything else is the same.
+    """Write a model directory with some layers of a model, as a start for distillation (Sanh et al. 2019, DistilBERT).
 
     Args:
         model: Model directory, hub name, or run folder with a whole model.
@@ -63,3 +63,34 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
     labels = families.label_names(folder) if shape.head.labels else ()
     weights.write_model(Path(out), params, folder, family, smaller, labels=labels, beside=describe)
     return Path(out)
+
+
+def averaged(start: Path, end: Path, factor: float, out: Path) -> Path:
+    """Write the model (1 - factor) · start + factor · end, parameter by parameter (WiSE-FT, Wortsman et al. 2022).
+
+    If `end` is `start` with a merged adapter, this scales the adapter's change by the factor.
+
+    Args:
+        start: Directory of the model before training.
+        end: Directory of the model after training, whose other files are copied.
+        factor: From 0 to 1.
+        out: The directory to write.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FtjaxError: If the two models do not have the same parameters.
+    """
+    models = [families.read_config(folder) for folder in (start, end)]
+    first, last = (flatten(weights.read_params(folder, *m)) for folder, m in zip((start, end), models, strict=True))
+    shapes = [{path: x.shape for path, x in tree.items()} for tree in (first, last)]
+    if shapes[0] != shapes[1]:
+        path = min(shapes[0].items() ^ shapes[1].items())[0]
+        raise FtjaxError(f"average: {start} and {end} differ in the parameter {path}, so they have no average")
+    as_float32 = lambda x: x.astype(np.float32)  # noqa: E731
+    params = {path: (1 - factor) * as_float32(first[path]) + factor * as_float32(x) for path, x in last.items()}
+    family, shape = models[1]
+    labels = families.label_names(end) if shape.head.labels else ()
+    weights.write_model(out, unflatten(params), end, family, shape, labels=labels)
+    return out
