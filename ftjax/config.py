@@ -446,14 +446,10 @@ FIELDS: dict[str, Field] = {
     # distance alone
     #
     # ---- answers that task.kind policy or gkd draws (see also `generate`)
-    "rollout.own": number(
-        0.5, 0, 1, also="lmbda"
-    ),  # gkd: share of the steps whose answers the model writes itself; the
-    # others have those of the rows
-    "rollout.group": whole(
-        8, 2, also="num_generations"
-    ),  # policy: number of answers to each prompt. train.batch_size counts
-    # answers, and must be a multiple
+    "rollout.own": number(0.5, 0, 1, also="lmbda"),  # gkd: share of the steps whose answers the model writes itself;
+    # the other steps have those of the rows
+    "rollout.group": whole(8, 2, also="num_generations"),  # policy: number of answers to each prompt. train.batch_size
+    # counts answers, and must be a multiple
     "rollout.temperature": number(1.0, above=0),  # temperature of the draws
     "rollout.top_k": whole(0, 0),  # draw from the k most probable tokens only; 0: from all
     "rollout.top_p": number(1.0, above=0, most=1),  # draw from the most probable tokens that together reach this
