@@ -1003,7 +1003,7 @@ def validate(config: ConfigDict) -> None:
              "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
     need("train.on_bad_step", lambda v: v != "rewind" or config.task.updates == 1, "stop or skip if task.updates is "
          "above 1, because the answers of several steps are drawn at once")  # fmt: skip
-    need("optim.ewc", lambda v: v == 0 or config.task.kind == "causal", "0 where task.kind is not causal")
+    need("optim.ewc", lambda v: v == 0 or config.task.kind in tasks.ANSWERS, "0 unless task.kind is causal or gkd")
     need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")

@@ -149,14 +149,14 @@ def _entry(stage, weight: float) -> dict:
 def _computes(stage, other, first) -> bool:
     """Whether the model after a stage (None: the base) can be scored on the rows of another one."""
     continues = tasks.find((stage or first).config.task.kind).head == "causal"
-    return (other.config.task.kind == "causal" and continues) or stage is other
+    return (other.config.task.kind in tasks.ANSWERS and continues) or stage is other
 
 
 def _scored(model: Path, other, kept: dict) -> dict:
     """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all."""
     config = configs.copy(other.config)
     config.data.test = config.data.test or config.data.validation
-    generates = config.task.kind == "causal" and config.evaluate.compare
+    generates = config.task.kind in tasks.ANSWERS and config.evaluate.compare
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
     settings |= {"model": fingerprint.weights_digests(model), "rows": _digest(config.data.test)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

@@ -17,6 +17,7 @@ from ftjax.errors import FtjaxError, nearest
 # Names of the files of this package, in the order in which a head is matched with a task.
 FILES = ("causal", "preference", "policy", "gkd", "classify", "multilabel", "regress")
 FILES += ("reward", "tag", "span", "masked", "embed")
+ANSWERS = ("causal", "gkd")  # tasks whose rows hold the answers, which are scored by the loss of their tokens
 TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
 
 # Usual names of the column of text and of the label, tried in order.
