@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.files import write_json
 from ftjax.foreign import read_json
 from ftjax.hub import families, resolve, weights
+from ftjax.hub.resolve import write_json
 from ftjax.models.transformer import STACKS
 from ftjax.tree import flatten, map_paths, unflatten
 
