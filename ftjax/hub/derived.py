@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import families, resolve, weights
-from ftjax.hub.resolve import write_json
 from ftjax.models.transformer import STACKS
 from ftjax.tree import flatten, map_paths, unflatten
 
@@ -39,21 +39,15 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
         )
     params = weights.read_params(folder, family, shape)
     params = map_paths(lambda path, x: x[np.array(kept)] if path.split("/")[0] in STACKS else x, params)
-    each = {
-        name: tuple(getattr(shape, name)[i] for i in kept) for name in ("windows", "rotary") if getattr(shape, name)
-    }
-    if not any(each.get("windows", ())):
-        each["windows"] = ()
-    smaller = dataclasses.replace(shape, layers=len(kept), **each)
+    windows, rotary = (tuple(each[i] for i in kept if each) for each in (shape.windows, shape.rotary))
+    smaller = dataclasses.replace(shape, layers=len(kept), windows=windows if any(windows) else (), rotary=rotary)
 
     def describe(written: Path) -> None:
         hf, name = read_json(written / "config.json"), family.keys["layers"]
-        hf |= {
-            key: len(kept) for key in (name, *(a for a, ours in family.aliases.items() if ours == name)) if key in hf
-        }
+        hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
         if shape.windows or "layer_types" in hf:
             hf |= families.windows_to_hf(smaller, family)
-        write_json(written / "config.json", hf)
+        resolve.write_json(written / "config.json", hf)
         if families.read_config(written)[1] != smaller:
             raise FtjaxError(
                 f"{out}: not written: which layers of a {family.model_type} model have a window or rotary positions "
@@ -88,8 +82,8 @@ def averaged(start: Path, end: Path, factor: float, out: Path) -> Path:
     if shapes[0] != shapes[1]:
         path = min(shapes[0].items() ^ shapes[1].items())[0]
         raise FtjaxError(f"average: {start} and {end} differ in the parameter {path}, so they have no average")
-    as_float32 = lambda x: x.astype(np.float32)  # noqa: E731
-    params = {path: (1 - factor) * as_float32(first[path]) + factor * as_float32(x) for path, x in last.items()}
+    first, last = jax.tree.map(lambda x: x.astype(np.float32), (first, last))
+    params = {path: (1 - factor) * first[path] + factor * x for path, x in last.items()}
     family, shape = models[1]
     labels = families.label_names(end) if shape.head.labels else ()
     weights.write_model(out, unflatten(params), end, family, shape, labels=labels)
