@@ -38,10 +38,8 @@ def setting(tmp_path):
     train, held = write(tmp_path / "rows.jsonl", rows(40, 0)), write(tmp_path / "held.jsonl", rows(10, 1))
 
     def made(name="run", **overrides):
-        c = config(
-            tmp_path, base, task__kind="causal", task__reference=str(teacher), data__max_length="24",
-            generate__max_new_tokens="4", **{"train__steps": "4", **overrides},
-        )  # fmt: skip
+        usual = {"task__kind": "causal", "task__reference": str(teacher), "data__max_length": "24", "train__steps": "4"}
+        c = config(tmp_path, base, generate__max_new_tokens="4", **usual | overrides)
         c.run_dir = str(tmp_path / name)
         c.data.update(train=train, validation=held, test="", split=(1.0, 0.0, 0.0), buckets=1)
         c.train.update(batch_size=8, log_every=1, eval_every=2)
