@@ -240,6 +240,11 @@ def parser() -> argparse.ArgumentParser:
         help="of a whole model; auto: the base model's",
     )
 
+    sub = verb("student", _student, "write a smaller model of some layers of another, to be taught by distillation")
+    sub.add_argument("--model", required=True, metavar="DIR", help="model directory, hub name or run folder")
+    sub.add_argument("--layers", required=True, metavar="N,N,...", help="the layers that are kept, counted from 0")
+    sub.add_argument("--out", required=True, metavar="DIR")
+
     about = "say whether a run, and all that it was made from, is as it was written"
     sub = verb("check", _check, about, epilog=overrides)
     sub.add_argument("run_dir", metavar="RUN", help="run folder")
@@ -543,6 +548,14 @@ def _export(args, overrides) -> None:
     drift = report.get("merge_difference")
     told = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
     print(f"{report['format']} written to {report['path']}{told}")
+
+
+def _student(args, overrides) -> None:
+    if not all(part.strip().isdigit() for part in args.layers.split(",")):
+        raise FtjaxError(f"--layers: expected numbers with commas between them, such as 0,2,4; found {args.layers!r}")
+    from ftjax.hub.derived import student
+
+    print(f"student written to {student(args.model, tuple(map(int, args.layers.split(','))), args.out)}")
 
 
 def _check(args, overrides) -> int:

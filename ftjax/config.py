@@ -150,7 +150,8 @@ FIELDS: dict[str, Field] = {
     #
     "stages": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),  # runs
     # one after another, each from the best model of the one before: ({"name": "facts", "data.train": "a.jsonl"}, ...).
-    # A stage sets any field for itself, and "replay": the share of its rows that come from earlier stages
+    # A stage sets any field for itself, and "replay": the share of its rows that come from earlier stages, and
+    # "average": factors of its model in an average with the one before it, of which validation rows choose one
     #
     # ---- the model
     "model.path": text("builtin:stories260K", empty=False, also="model_name_or_path base_model model_id model_name"),
@@ -240,6 +241,8 @@ FIELDS: dict[str, Field] = {
     # ---- the data
     "data.train": text("builtin:commongen/train.jsonl", also="dataset dataset_name dataset_path train_file datasets"),
     # training rows: a file, glob, comma-separated list, directory, `builtin:` name or hub name
+    "data.earlier": several((), Field({}, dict, "a dict")),  # rows of earlier stages, by which optim.ewc weighs the
+    # parameters: entries as in data.mixture. A run of several stages fills it in
     "data.validation": text(also="validation_file eval_dataset eval_file val_file"),  # validation rows, named as in
     # data.train; empty: split off from train by `split`
     "data.test": text(also="test_file test_dataset"),  # test rows, named as in data.train; empty: split off from train
@@ -355,7 +358,8 @@ FIELDS: dict[str, Field] = {
     "task.kind": choice(*tasks.FILES, also="task_type problem_type")._replace(
         holds=tasks.known
     ),  # causal: the next token of any text; preference: which of two answers to a prompt is better; policy: answers
-    # that the model writes itself and that earn rewards; classify: one label for a text; multilabel: any number of
+    # that the model writes itself and that earn rewards; gkd: as causal, with a teacher (task.reference) also for
+    # answers that the model writes itself; classify: one label for a text; multilabel: any number of
     # labels for a text; regress: one or more numbers for a text; reward: how good an answer is, learned from pairs of
     # answers; tag: a label for each word, such as named entities; span: where a text holds the answer to a question;
     # masked: hidden tokens of plain text, to adapt an encoder; embed: vectors that are close for texts that belong
@@ -388,9 +392,10 @@ FIELDS: dict[str, Field] = {
     # that expects train.label_smoothing of the pairs to be wrong; sigmoid_norm: DPO of mean log-probabilities; kto: of
     # single answers with a label, or of both answers of a pair; orpo, simpo and cpo need no reference, the others
     # compare with task.reference
-    "task.reference": text(also="ref_model ref_model_name_or_path"),  # preference: the model that a loss compares with:
-    # a directory, hub name or run folder, whose log-probabilities are computed once before the first step; empty: the
-    # base model without its adapter, in the same parameters, at every step
+    "task.reference": text(also="ref_model ref_model_name_or_path teacher_model_name_or_path"),  # a second model: a
+    # directory, hub name, adapter or run folder. causal, gkd: the teacher, see `distil`; empty: none. preference: the
+    # model that a loss compares with; empty: the base model without its adapter, in the same parameters, at every
+    # step. Its values are computed once before the first step, except for gkd
     "task.desirable_weight": number(1.0, 0, also="kto_chosen_weight"),  # kto: weight of desirable answers in the loss
     "task.undesirable_weight": number(1.0, 0, also="kto_rejected_weight"),  # kto: weight of the other answers
     "task.beta": number(0.1, 0, also="pref_beta dpo_beta kl_coef"),  # preference: factor of the log-probabilities; in
@@ -431,9 +436,20 @@ FIELDS: dict[str, Field] = {
     "task.temperature": number(0.05, above=0),  # embed: number that cosines are divided by; a low temperature gives
     # more weight to the most similar wrong texts
     #
-    # ---- answers that task.kind=policy draws (see also `generate`)
-    "rollout.group": whole(8, 2, also="num_generations"),  # number of answers to each prompt. train.batch_size counts
-    # answers, and must be a multiple
+    # ---- distillation from the teacher task.reference, see docs/distillation.md
+    "distil.beta": number(0.0, 0, 1),  # the distance to the teacher. 0: forward KL, KL(teacher | student); 1: reverse
+    # KL; between: generalised Jensen-Shannon divergence
+    "distil.temperature": number(1.0, above=0),  # divisor of the logits of both models in this distance
+    "distil.top_k": whole(64, 0),  # number of tokens whose teacher's probabilities are kept for each trained token; all
+    # others count as one. 0: all, which takes the size of the vocabulary times 4 bytes of disk for each trained token
+    "distil.labels": number(0.5, 0, 1),  # share of the loss of the labels in the loss; the rest is the distance. 0: the
+    # distance alone
+    #
+    # ---- answers that task.kind policy or gkd draws (see also `generate`)
+    "rollout.own": number(0.5, 0, 1, also="lmbda"),  # gkd: share of the steps whose answers the model writes itself;
+    # the other steps have those of the rows
+    "rollout.group": whole(8, 2, also="num_generations"),  # policy: number of answers to each prompt. train.batch_size
+    # counts answers, and must be a multiple
     "rollout.temperature": number(1.0, above=0),  # temperature of the draws
     "rollout.top_k": whole(0, 0),  # draw from the k most probable tokens only; 0: from all
     "rollout.top_p": number(1.0, above=0, most=1),  # draw from the most probable tokens that together reach this
@@ -455,6 +471,10 @@ FIELDS: dict[str, Field] = {
     # the schedule, as a share of the peak
     "optim.weight_decay": number(0.0, 0, also="wd"),  # decoupled weight decay, of matrices only, not of norms and
     # biases
+    "optim.start_l2": number(0.0, 0),  # weight of the squared distance of the trained parameters to those before the
+    # first step in the loss (L2-SP), against forgetting; 0: none
+    "optim.ewc": number(0.0, 0),  # weight of elastic weight consolidation: half the squared distance, each parameter
+    # weighted by the diagonal of the Fisher information of the rows of earlier stages; 0: none
     "optim.b1": number(0.9, 0, below=1, also="adam_beta1 beta1 momentum"),  # decay of the first moment per step; the
     # momentum of sgd too
     "optim.b2": number(0.999, 0, below=1, also="adam_beta2 beta2"),  # decay of the second moment per step
@@ -847,6 +867,7 @@ def copy(config: ConfigDict) -> ConfigDict:
 # Fields of `data` that no source of a mixture has for itself.
 OF_ALL: tuple[str, ...] = (
     "mixture",
+    "earlier",
     "temperature",
     "decontaminate",
     "max_length",
@@ -896,11 +917,17 @@ def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
 
 
 class Stage(NamedTuple):
-    """One of the runs of `stages`. replay: share of its training rows that come from the stages before it."""
+    """One of the runs of `stages`.
+
+    Attributes:
+        replay: Share of its training rows that come from the stages before it.
+        average: Factors by which its model may be averaged with the one before it; (1.0,): it is not.
+    """
 
     name: str
     config: ConfigDict
     replay: float
+    average: tuple[float, ...]
 
 
 def staged(config: ConfigDict) -> list[Stage]:
@@ -917,12 +944,13 @@ def staged(config: ConfigDict) -> list[Stage]:
         replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{said}: replay")
         if replay and not found:
             raise FtjaxError(f"{said}: replay: the first stage has no earlier rows; remove it")
+        average = several((1.0,), number(1.0, 0, 1), holds=bool).check(entry.get("average", (1.0,)), f"{said}: average")
         own = copy(config)
         own.stages, own.run_dir = (), f"{config.run_dir}/{name}"
         for key, value in entry.items():
             if key in ("run_dir", "overwrite", "stages") or (key == "model.path" and found):
                 raise FtjaxError(f"{said}: {key!r} follows from the order of the stages; remove it from this stage")
-            if key not in ("name", "replay"):
+            if key not in ("name", "replay", "average"):
                 _set(own, key, value, f"{said}: {key}")
         try:
             validate(own)
@@ -934,7 +962,7 @@ def staged(config: ConfigDict) -> list[Stage]:
             raise FtjaxError(
                 f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"
             )
-        found.append(Stage(name, own, replay))
+        found.append(Stage(name, own, replay, average))
     names = [stage.name for stage in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise FtjaxError(f'stages: two of them have the name {twice!r}; give each a "name" of its own')
@@ -983,6 +1011,7 @@ def validate(config: ConfigDict) -> None:
              "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
     need("train.on_bad_step", lambda v: v != "rewind" or config.task.updates == 1, "stop or skip if task.updates is "
          "above 1, because the answers of several steps are drawn at once")  # fmt: skip
+    need("optim.ewc", lambda v: v == 0 or config.task.kind in tasks.ANSWERS, "0 unless task.kind is causal or gkd")
     need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")

@@ -24,6 +24,7 @@ from ftjax.evaluation.run import evaluate
 from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json
 from ftjax.hub import fingerprint, resolve
+from ftjax.hub.derived import averaged
 from ftjax.progress import doing
 from ftjax.training import loop
 from ftjax.training.loop import Result
@@ -56,11 +57,12 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     stages = configs.staged(config)
     if not stages:
         return loop.train(config, say)
-    for stage in stages[:-1]:
-        if not METHODS[stage.config.tuning.method].merge:
+    for stage in stages:
+        used = stage is not stages[-1] or stage.average != (1.0,)
+        if used and not METHODS[stage.config.tuning.method].merge:
             raise FtjaxError(
                 f"stages: {stage.name}: {stage.config.tuning.method} makes no whole model for the next stage to start "
-                "from; take another method, or make it the last stage"
+                "from, or to be averaged; take another method, or make it the last stage without average"
             )
     run_dir = Path(config.run_dir)
     scores: dict[str, dict] = {BEFORE: {}}
@@ -71,7 +73,10 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     for position, stage in enumerate([None, *stages]):
         if stage:
             say(f"\nstage {position} of {len(stages)}: {stage.name}")
-            result, model = _run(stages[: position - 1], stage, model, say)
+            before = model
+            result, model = _run(stages[: position - 1], stage, before, say)
+            if stage.average != (1.0,):
+                model = _averaged(stages[:position], before, model, run_dir, kept, say)
         name = stage.name if stage else BEFORE
         scored = [other for other in stages if _computes(stage, other, stages[0])]
         scores[name] = {other.name: _scored(model, other, kept) for other in scored}
@@ -90,6 +95,8 @@ def _run(earlier, stage, base: Path, say) -> tuple[Result, Path]:
         config.model.path, config.model.revision = str(base), ""
     if stage.replay:
         config.data.mixture = _mixed(earlier, stage)
+    config.data.earlier = tuple(_entry(one, 1.0) for one in earlier) if config.optim.ewc else ()
+    config.optim.ewc = config.optim.ewc if earlier else 0.0  # the first stage has nothing to forget that is known
     method, folder = config.tuning.method, Path(config.run_dir)
     if METHODS[method].merge:
         whole = "full" if method == "full" else "merged"
@@ -102,28 +109,53 @@ def _run(earlier, stage, base: Path, say) -> tuple[Result, Path]:
         raise
 
 
+def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say) -> Path:
+    """The folder of the average of a stage's model and the one before it. Of several factors it takes the one with the
+    lowest mean loss on the validation rows of the stages so far."""
+    stage, losses = so_far[-1], {}
+    for factor in stage.average:
+        out = averaged(before, model, factor, run_dir / f"{stage.name}-average-{factor:g}")
+        for other in so_far if len(stage.average) > 1 else ():
+            if not other.config.data.validation or not _computes(stage, other, so_far[0]):
+                raise FtjaxError(
+                    f"stages: {stage.name}: average: its factor is chosen by the loss on the validation rows of all "
+                    f"stages so far, which {other.name} does not have; name data.validation there, or give one factor"
+                )
+            config = configs.copy(other.config)
+            config.data.test = config.data.validation
+            losses.setdefault(factor, []).append(_scored(out, other._replace(config=config), kept)["loss"])
+    best = min(stage.average, key=lambda factor: float(np.mean(losses.get(factor, 0.0))))
+    told = ", ".join(f"{factor:g}: {np.mean(found):.4f}" for factor, found in losses.items())
+    say(
+        f"average with the model before {stage.name}: factor {best:g}"
+        + (f"; mean loss by factor {told}" if told else "")
+    )
+    return run_dir / f"{stage.name}-average-{best:g}"
+
+
 def _mixed(earlier, stage) -> tuple[dict, ...]:
     """The rows of a stage and, as a share `replay`, those of the stages before it, as a data.mixture."""
+    return (*(_entry(one, stage.replay / len(earlier)) for one in earlier), _entry(stage, 1 - stage.replay))
 
-    def entry(one, weight: float) -> dict:
-        own = {key.removeprefix("data."): v for key, v in configs.flat(one.config).items() if key.startswith("data.")}
-        own = {key: value for key, value in own.items() if key.split(".")[0] not in configs.OF_ALL}
-        return own | {"name": one.name, "weight": weight}
 
-    return (*(entry(one, stage.replay / len(earlier)) for one in earlier), entry(stage, 1 - stage.replay))
+def _entry(stage, weight: float) -> dict:
+    """The rows of a stage as an entry of data.mixture."""
+    own = {key.removeprefix("data."): v for key, v in configs.flat(stage.config).items() if key.startswith("data.")}
+    own = {key: value for key, value in own.items() if key.split(".")[0] not in configs.OF_ALL}
+    return own | {"name": stage.name, "weight": weight}
 
 
 def _computes(stage, other, first) -> bool:
     """Whether the model after a stage (None: the base) can be scored on the rows of another one."""
     continues = tasks.find((stage or first).config.task.kind).head == "causal"
-    return (other.config.task.kind == "causal" and continues) or stage is other
+    return (other.config.task.kind in tasks.ANSWERS and continues) or stage is other
 
 
 def _scored(model: Path, other, kept: dict) -> dict:
     """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all."""
     config = configs.copy(other.config)
     config.data.test = config.data.test or config.data.validation
-    generates = config.task.kind == "causal" and config.evaluate.compare
+    generates = config.task.kind in tasks.ANSWERS and config.evaluate.compare
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
     settings |= {"model": fingerprint.weights_digests(model), "rows": _digest(config.data.test)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

@@ -132,6 +132,39 @@ def test_a_stopped_run_goes_on_in_its_stage(done, folder, monkeypatch):
         shutil.move(whole, folder / "run")
 
 
+@pytest.mark.slow
+def test_means_against_forgetting_leave_more_of_the_stage_before(done, folder, tmp_path):
+    """EWC, L2 to the start and the average of both models, each against the same stage without replay."""
+    losses = {}
+    for name, changed in {
+        "none": {}, "ewc": {"optim.ewc": 3e3}, "l2": {"optim.start_l2": 10.0}, "average": {"average": (0.25, 1.0)},
+    }.items():  # fmt: skip
+        c = settings(folder, replay=0.0, **changed)
+        c.run_dir = str(tmp_path / name)
+        lines = []
+        result = ftjax.train(c, say=lines.append)
+        losses[name] = result.results["scores"]["back"]["words"]["loss"]
+        if name == "average":
+            assert any("mean loss by factor 0.25: " in line for line in lines)
+            base, tuned, mean = (
+                load_file(tmp_path / name / part / "model.safetensors")
+                for part in ("words/merged", "back/merged", "back-average-0.25")
+            )
+            for key, x in mean.items():
+                np.testing.assert_allclose(x, 0.75 * base[key] + 0.25 * tuned[key], atol=1e-6)
+    assert all(losses[name] < losses["none"] for name in losses if name != "none"), losses
+
+
+def test_ewc_needs_earlier_rows_and_an_average_a_whole_model(folder):
+    c = configs.copy(configs.staged(settings(folder))[0].config)
+    c.optim.ewc = 1.0
+    with pytest.raises(FtjaxError, match="data.earlier: optim.ewc needs rows of earlier stages"):
+        ftjax.train(c, say=lambda line: None)
+    c = settings(folder, average=0.5, **{"tuning.method": "prompt"})
+    with pytest.raises(FtjaxError, match="stages: back: prompt makes no whole model .* to be averaged"):
+        ftjax.train(c, say=lambda line: None)
+
+
 def test_replayed_rows_are_a_share_of_a_stage(folder):
     first, second = configs.staged(settings(folder))
     mixed = configs.copy(second.config)

@@ -72,8 +72,10 @@ def evaluate(
         **task.layout(config, lm.tokenizer),
     )  # fmt: skip
     batches: Batches | Features = plain
-    if task.once(config):
-        batches = Features(plain, "reference", reference(config, lm.tokenizer), (), np.float32)
+    once = task.once(config)
+    if once and task.texts == 2:  # a student is scored without its teacher
+        compute = reference(config.task.reference, config.model.dtype, once, lm.tokenizer)
+        batches = Features(plain, "reference", compute, (), np.float32)
     with cpus.dealt(lm.variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, kind=config.task.kind, **task.always(config))
         report: dict[str, Any] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))

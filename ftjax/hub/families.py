@@ -378,7 +378,8 @@ def _rotary_from_hf(hf: dict, layers: int, where: str) -> tuple[bool, ...]:
     return tuple(map(bool, turned))
 
 
-def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
+def windows_to_hf(config: ModelConfig, family: Family) -> dict:
+    """The fields of config.json that say which layers have a window or rotary positions."""
     windows, window = config.windows or (0,) * config.layers, max(config.windows, default=0) or None
     types = {"layer_types": [LAYER_TYPES[w > 0] for w in windows]} if "layer_types" in family.defaults else {}
     if "local_attention" in family.defaults:
@@ -410,7 +411,7 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
         hf |= names_of_labels([f"LABEL_{i}" for i in range(head.labels)])
     hf |= head_to_hf(form, head)
     hf[family.keys["activation"]] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
-    hf |= _windows_to_hf(config, family)
+    hf |= windows_to_hf(config, family)
     hf |= rope_to_hf(config, family)
     told = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
     said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(told)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models.by_device import map_rows
+from ftjax.objectives.distil import Teacher, divergence
 
 AT_ONCE = {"cpu": 1 << 26}  # platform -> bytes of logits that are held at once; on a CPU they should fit its caches
 AT_ONCE_ELSEWHERE = 1 << 30
@@ -33,7 +34,16 @@ def states(model, variables, batch, *, rngs=None):
     return model.apply(variables, *rows, batch.get("types"), rngs=rngs, method="read")
 
 
-def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, head_chunk: int = 0):
+def sums(
+    model,
+    variables,
+    batch,
+    *,
+    rngs=None,
+    label_smoothing: float = 0.0,
+    head_chunk: int = 0,
+    teacher: Teacher | None = None,
+):
     """Sums over the trained tokens of a batch. The caller divides once, after adding the sums of all batches and
     devices.
 
@@ -45,17 +55,21 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
         variables: The Flax variables that it is applied to.
         batch: tokens, positions, segment_ids (B, T) int; loss_index (B, M) int, the positions of the states that
             predict; labels (B, M) int; weights (B, M) float, 0 if a row has fewer than M; and `states` (B, M, D) if
-            they are known.
+            they are known. With a teacher `reference` (B, M, ...), see `distil.known`; and, if only some labels are
+            answers of rows, `given` (B, M) float, 1 for those and 0 for others.
         rngs: Random keys of dropout and noise; None: no dropout.
         label_smoothing: Share of the target's probability that is spread over all tokens (Szegedy et al. 2016).
         head_chunk: See `tokens_at_once`.
+        teacher: How the distance to a teacher's distribution enters the loss. A batch without `reference` has none, and
+            its loss is that of the labels.
 
     Returns:
-        (loss sum with label smoothing, weight sum, {"loss" without label smoothing, "correct"}); all float32.
+        (loss sum with label smoothing and teacher, weight sum, {"loss" of the labels without both, "correct", and with
+        a teacher "divergence"}); all float32.
     """
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
 
-    def piece_sums(variables, rngs, states, labels, weights):
+    def piece_sums(variables, rngs, states, labels, weights, *known):
         logits = model.apply(variables, states, rngs=rngs, method="logits")
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
@@ -68,13 +82,23 @@ def sums(model, variables, batch, *, rngs=None, label_smoothing: float = 0.0, he
         before = jnp.arange(logits.shape[-1]) < labels[..., None]
         correct = ~jnp.any((logits > of_label) | (before & (logits == of_label)), axis=-1)
         correct &= jnp.isfinite(loss)  # nothing is larger than NaN
-        return jnp.stack([jnp.sum(x * weights) for x in (smooth, loss, correct)])
+        if not known:
+            return jnp.stack([jnp.sum(x * weights) for x in (smooth, loss, correct)])
+        share, reference = known
+        far = divergence(logits, reference, teacher)
+        smooth = share * smooth + (1 - share) * far
+        return jnp.stack([jnp.sum(jnp.where(weights > 0, x, 0) * weights) for x in (smooth, loss, correct, far)])
 
-    weights = batch["weights"].astype(jnp.float32)
+    weights, known = batch["weights"].astype(jnp.float32), ()
+    if teacher and "reference" in batch:
+        share = teacher.labels * batch.get("given", jnp.ones_like(weights))
+        known = share, batch["reference"]
     tokens = tokens_at_once(head_chunk, model.config.vocab_size, model.kernels.platform)
     all_sums = functools.partial(_sum_pieces, piece_sums, tokens)
-    total = map_rows(all_sums, head_variables(variables), (found, batch["labels"], weights), rngs, summed=True)
-    return total[0], jnp.sum(weights), {"loss": total[1], "correct": total[2]}
+    arrays = found, batch["labels"], weights, *known
+    total = map_rows(all_sums, head_variables(variables), arrays, rngs, summed=True)
+    figures = {"loss": total[1], "correct": total[2]} | ({"divergence": total[3]} if known else {})
+    return total[0], jnp.sum(weights), figures
 
 
 def log_probs(
@@ -102,25 +126,37 @@ def log_probs(
     Returns:
         (B, M) float32.
     """
+
+    def piece(logits, labels, *kept):
+        logits, V = logits / temperature, logits.shape[-1]
+        for bits in kept:
+            inside = jnp.unpackbits(bits, axis=-1)[..., :V].astype(bool)
+            inside = jnp.pad(inside, ((0, 0), (0, 0), (0, V - inside.shape[-1])))
+            logits = jnp.where(inside, logits, EXCLUDED)
+        of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return of_label - jax.nn.logsumexp(logits, axis=-1)
+
+    kept = [batch["kept"]] if "kept" in batch else []
+    return of_logits(piece, model, variables, batch, batch["labels"], *kept, rngs=rngs, head_chunk=head_chunk)
+
+
+def of_logits(f, model, variables, batch, *arrays, rngs=None, head_chunk: int = 0):
+    """f(logits (B, m, V), *pieces of `arrays` (B, M, ...)) of the trained tokens of a batch, (B, M, ...).
+
+    The logits of about `head_chunk` tokens are held at once, and computed again in the backward pass; see `log_probs`
+    for the other arguments.
+    """
     found = batch["states"] if "states" in batch else states(model, variables, batch, rngs=rngs)
     tokens = tokens_at_once(head_chunk, model.config.vocab_size, model.kernels.platform)
 
     def of_pieces(variables, arrays, rngs):
         @jax.checkpoint
-        def piece(variables, states, labels, *kept):
-            logits = model.apply(variables, states, rngs=rngs, method="logits") / temperature
-            V = logits.shape[-1]
-            for bits in kept:
-                inside = jnp.unpackbits(bits, axis=-1)[..., :V].astype(bool)
-                inside = jnp.pad(inside, ((0, 0), (0, 0), (0, V - inside.shape[-1])))
-                logits = jnp.where(inside, logits, EXCLUDED)
-            of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-            return of_label - jax.nn.logsumexp(logits, axis=-1)
+        def piece(variables, states, *rest):
+            return f(model.apply(variables, states, rngs=rngs, method="logits"), *rest)
 
         return _over_pieces(lambda carry, part: (carry, piece(variables, *part)), None, arrays, tokens)[1]
 
-    kept = [batch["kept"]] if "kept" in batch else []
-    return map_rows(of_pieces, head_variables(variables), (found, batch["labels"], *kept), rngs)
+    return map_rows(of_pieces, head_variables(variables), (found, *arrays), rngs)
 
 
 def tokens_at_once(head_chunk: int, vocab_size: int, platform: str) -> int:
@@ -141,13 +177,18 @@ def head_variables(variables: dict) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_pieces(f, tokens, variables, arrays, rngs):
-    """The sum of f(variables, rngs, *pieces) (3,) over pieces of about `tokens` tokens of `arrays` (B, M, ...).
+    """The sum of f(variables, rngs, *pieces) (n,) over pieces of about `tokens` tokens of `arrays` (B, M, ...).
 
     Only f's first sum has a gradient. It is computed piece by piece in the forward pass, so that no logits are kept for
     the backward pass or computed twice (Hsu et al. 2024).
     """
     add = lambda total, piece: (total + f(variables, rngs, *piece), None)  # noqa: E731
-    return _over_pieces(add, jnp.zeros(3), arrays, tokens)[0]
+    return _over_pieces(add, _no_sums(arrays), arrays, tokens)[0]
+
+
+def _no_sums(arrays) -> jax.Array:
+    """Sums of nothing, as many as `sums` takes: with a teacher there are more arrays and one sum more."""
+    return jnp.zeros(3 if len(arrays) == 3 else 4)
 
 
 def _sum_pieces_fwd(f, tokens, variables, arrays, rngs):
@@ -169,20 +210,20 @@ def _sum_pieces_fwd(f, tokens, variables, arrays, rngs):
             return f(variables, rngs, states_read, *rest)
 
         value, back = jax.vjp(sums, params, [states] if of_states else [])
-        of_params, of_read = back(jnp.array([1.0, 0.0, 0.0]))
+        of_params, of_read = back(jnp.zeros_like(value).at[0].set(1.0))
         grads = [g + d.astype(jnp.float32) for g, d in zip(grads, of_params, strict=True)]
         return (total + value, grads), of_read
 
-    start = jnp.zeros(3), [jnp.zeros(x.shape, jnp.float32) for x in params]
+    start = _no_sums(arrays), [jnp.zeros(x.shape, jnp.float32) for x in params]
     (total, grads), of_read = _over_pieces(add, start, (states, *labels_and_weights), tokens)
     found = iter([g.astype(x.dtype) for g, x in zip(grads, params, strict=True)])
     of_values = [next(found) if wanted else None for wanted in learned]
-    return total, jax.tree.unflatten(tree, [*of_values, *(of_read or [None])])
+    return total, (jax.tree.unflatten(tree, [*of_values, *(of_read or [None])]), (None,) * len(labels_and_weights))
 
 
 def _sum_pieces_bwd(f, tokens, saved, g):
-    variables, states = jax.tree.map(lambda x: (g[0] * x.astype(jnp.float32)).astype(x.dtype), saved)
-    return variables, (states, None, None), None
+    (variables, states), rest = jax.tree.map(lambda x: (g[0] * x.astype(jnp.float32)).astype(x.dtype), saved)
+    return variables, (states, *rest), None
 
 
 _sum_pieces.defvjp(_sum_pieces_fwd, _sum_pieces_bwd, symbolic_zeros=True)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from ftjax.errors import FtjaxError, nearest
 
 # Names of the files of this package, in the order in which a head is matched with a task.
-FILES = ("causal", "preference", "policy", "classify", "multilabel", "regress")
+FILES = ("causal", "preference", "policy", "gkd", "classify", "multilabel", "regress")
 FILES += ("reward", "tag", "span", "masked", "embed")
+ANSWERS = ("causal", "gkd")  # tasks whose rows hold the answers, which are scored by the loss of their tokens
 TASKS: dict[str, Task] = {}  # the tasks that have been asked for, and those that were registered
 
 # Usual names of the column of text and of the label, tried in order.
@@ -62,8 +63,9 @@ class Task:
         always: always(config) -> options of `sums` in training and evaluation.
         problem: `problem_type` in transformers' config.json, if there is one.
         target: target(number of labels) -> shape and dtype of one target.
-        once: once(config) -> a function (model, variables, batch) -> (B, M), which is computed once for the model of
-            task.reference and is `reference` in every batch; None where there is no such model.
+        once: once(config) -> a function (model, variables, batch) -> (B, M, ...), which is computed once for the model
+            of task.reference and is `reference` in every batch; None where there is no such model.
+        per_token: per_token(config, vocab_size) -> the shape of what `once` computes for a token.
         passes: passes(config) -> number of forward passes of a step beside those that have a gradient.
         whole_rows: Whether the loss reads more of a row than the states at the trained places.
         arrays: Names of further arrays (B, M) float32 that `sums` reads from a batch, for a plan without rows.
@@ -120,6 +122,7 @@ class Task:
     problem: str = ""
     target: Callable = lambda labels: ((), "int32")
     once: Callable = lambda config: None
+    per_token: Callable = lambda config, vocab_size: ()
     passes: Callable = lambda config: 0
     whole_rows: bool = False
     arrays: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ftjax import xla
+from ftjax import tasks, xla
 from ftjax.data import prepare, template
 from ftjax.data.batches import Batches
 from ftjax.data.template import Rendered
@@ -259,11 +259,7 @@ def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[D
     """
     task, mesh = config.task, jax.sharding.get_abstract_mesh()
     lengths = np.array([len(one.ids) for one in drawn])
-    texts = [
-        Example(np.array(prompt + one.ids, np.int32), np.arange(len(prompt) + len(one.ids)) >= len(prompt))
-        for prompt, one in zip(prompts, drawn, strict=True)
-    ]
-    batch, order = _laid_out(texts, data, config, mesh)
+    batch, order = laid_out(answered(prompts, drawn), data, config, mesh)
     there = batch["weights"] > 0
 
     def spread(values: list[np.ndarray]) -> np.ndarray:
@@ -309,10 +305,18 @@ def _log_probs(model, variables, batch, *, temperature: float, head_chunk: int):
     return constrain(found, None, None)
 
 
-def _laid_out(texts: list[Example], data, config, mesh) -> tuple[dict, np.ndarray]:
+def answered(prompts: list[list[int]], drawn: list[Drawn]) -> list[Example]:
+    """Prompts with their answers, of which the answers are trained."""
+    return [
+        Example(np.array(prompt + one.ids, np.int32), np.arange(len(prompt) + len(one.ids)) >= len(prompt))
+        for prompt, one in zip(prompts, drawn, strict=True)
+    ]
+
+
+def laid_out(texts: list[Example], data, config, mesh) -> tuple[dict, np.ndarray]:
     """The batch of all texts, and their order in it. Its sizes are rounded up, so that few shapes are compiled."""
     ways, rows, packing = mesh.shape.get("sequence", 1), config.train.batch_size, config.data.packing
-    T = data.max_length if packing else longest(config, data.train.examples)
+    T = data.max_length if packing else tasks.find(config.task.kind).longest(config, data.train.examples)
     how = {"packing": packing, "buckets": 1, "shuffle": False, "ways": ways}
     if packing:
         parts = sharding.row_ways(mesh) * config.train.accumulate

@@ -1,5 +1,5 @@
 """Values that a run computes once for every trained token and reads in every epoch: the states that a head alone reads
-when nothing else is trained, and the log-probabilities of a reference model.
+when nothing else is trained, and the log-probabilities of a reference model or the distributions of a teacher.
 
 B rows, T tokens, M trained tokens a row at most, D width, N examples, S trained tokens of all examples.
 """
@@ -39,7 +39,8 @@ def usable(config, trained: dict, steps: int, epoch: int) -> bool:
         epoch: Steps of an epoch.
     """
     same = not config.train.dropout and not config.train.neftune
-    same = same and not tasks.find(config.task.kind).whole_rows
+    task = tasks.find(config.task.kind)
+    same = same and not task.whole_rows and not task.once(config)
     head_alone = set(trained) in ({"lm_head"}, {"head"})
     return config.train.cache_features and head_alone and same and steps > epoch and jax.process_count() == 1
 
@@ -73,30 +74,45 @@ def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any
     if usable(config, program.trained, job.steps, len(job.batches)):
         f = functools.partial(states, model, program.variables(trained, frozen))
         return kept("states", f, (model.config.width,), model.dtype), flops_per_token(program.trained)
-    if job.task.once(config):
-        return kept("reference", reference(config, job.tokenizer, mesh), (), np.float32), None
+    if once := job.task.once(config):
+        shape = job.task.per_token(config, model.config.vocab_size)
+        same = model.config.vocab_size if shape else 0
+        compute = reference(config.task.reference, config.model.dtype, once, job.tokenizer, mesh, same)
+        return kept("reference", compute, shape, np.float32), None
     return None, None
 
 
-def reference(config, tokenizer, mesh=None) -> Callable[[dict], Any]:
-    """The function batch -> (B, M) log-probabilities of the reference model of a config.
+def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_size: int = 0) -> Callable[[dict], Any]:
+    """The function batch -> (B, M, ...) values of a reference model, such as log-probabilities.
 
     Args:
-        config: The config, with task.reference.
+        path: The model, as task.reference names it.
+        dtype: See ftjax.load.
+        f: The function (model, variables, batch) -> the values, see Task.once.
         tokenizer: The tokenizer that encoded the rows.
         mesh: The devices, each of which gets the whole reference model; None: the default device.
+        vocab_size: Number of logits of the model that is trained, which the reference must have too; 0: any number.
 
     Raises:
         FtjaxError: If the reference has other tokens, another task or too few positions, or for several processes.
     """
-    path, f = config.task.reference, tasks.find(config.task.kind).once(config)
     if jax.process_count() > 1:
         raise FtjaxError("task.reference: is for runs of one process; leave it empty, or use one process")
-    lm = load(path, dtype=config.model.dtype)
-    if lm.kind != "causal" or lm.tokenizer.get_vocab() != tokenizer.get_vocab():
+    lm = load(path, dtype=dtype)
+    if lm.kind != "causal":
+        raise FtjaxError(f"task.reference: expected a model of task.kind causal; {path} is for {lm.kind}")
+    own, other = tokenizer.get_vocab(), lm.tokenizer.get_vocab()
+    if differing := sorted(own.items() ^ other.items(), key=lambda item: item[1]):
         raise FtjaxError(
-            f"task.reference: expected a model of task.kind causal with the tokens of the model that is trained; "
-            f"{path} is for {lm.kind}, or has other tokens"
+            f"task.reference: {path} has {len(other):,} tokens and the model that is trained has {len(own):,}, and "
+            f"they differ, first in {differing[0][0]!r} with the id {differing[0][1]}. Probabilities are compared "
+            "token by token, so both models need the same vocabulary"
+        )
+    if vocab_size not in (0, found := lm.model.config.vocab_size):
+        raise FtjaxError(
+            f"task.reference: {path} gives logits for {found:,} tokens and the model that is trained for "
+            f"{vocab_size:,}, of which some are padding without a token. A teacher needs the same number: give both "
+            "tables the same rows"
         )
     variables = jax.device_put(lm.variables, NamedSharding(mesh, PartitionSpec())) if mesh else lm.variables
     compiled = xla.jit(functools.partial(f, lm.model))

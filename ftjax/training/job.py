@@ -133,6 +133,11 @@ def prepared(config, say, recorded: int = 0) -> Job:
     configs.validate(config)
     fill_defaults(config)
     privacy.check(config)
+    if config.optim.ewc and not config.data.earlier:
+        raise FtjaxError(
+            'data.earlier: optim.ewc needs rows of earlier stages, such as ({"train": "earlier.jsonl"},); found none. '
+            "A run of several stages fills it in"
+        )
     method = METHODS[config.tuning.method]
 
     folder = base_folder(config)

@@ -23,7 +23,7 @@ from ftjax.evaluation.loss import sums
 from ftjax.evaluation.pictures import plot_losses
 from ftjax.files import replace_json, write_jsonl
 from ftjax.progress import doing
-from ftjax.training import features, finite, hosts, privacy, provenance, selection
+from ftjax.training import features, finite, fisher, hosts, privacy, provenance, selection
 from ftjax.training.checkpoint import FOLDER, Checkpoints
 from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.feed import Feed
@@ -132,6 +132,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         elif begun:
             say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
         resumed_from = standing.step
+
+        if config.optim.ewc and not resumed_from:
+            with doing("weighing the parameters by the rows of earlier stages"):
+                state = fisher.weighed(job, program, state, frozen)
 
         say(description(job, program))
         training = Training(job, program, frozen, checkpoints, standing, say)

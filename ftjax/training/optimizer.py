@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +79,43 @@ def multipliers(
     return multiplier
 
 
+class Anchor(NamedTuple):
+    """State of `anchored`. start: the trained parameters before the first step, float32. importance: see `anchored`;
+    None: 1 for all parameters."""
+
+    start: dict
+    importance: dict | None
+
+
+def anchored(weight: float, importance: bool) -> optax.GradientTransformation:
+    """Add the gradient of weight · Σ importance · (parameter - its start)² to the gradient.
+
+    Without importance this is L2-SP (Li et al. 2018). With the diagonal of the Fisher information of earlier rows as
+    importance, and half the weight, it is EWC (Kirkpatrick et al. 2017). The importance starts as 0; the run sets it
+    before the first step. The terms are part of the gradient norm but not of the reported loss.
+
+    Args:
+        weight: The weight.
+        importance: Whether parameters have an importance each.
+    """
+
+    def init(params):
+        return Anchor(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.zeros_like, params) if importance else None)
+
+    def update(updates, state, params):
+        pull = jax.tree.map(lambda x, start: 2 * weight * (x - start), params, state.start)
+        pull = jax.tree.map(jnp.multiply, pull, state.importance) if importance else pull
+        return jax.tree.map(jnp.add, updates, pull), state
+
+    return optax.GradientTransformation(init, update)
+
+
 def optimizer(
     config, learning_rate: optax.Schedule, multiplier: Callable | None = None
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then the optimizer `config.name` with decoupled weight decay. Updates are -lr · direction.
+    """The pull to the start, global-norm clipping, then the optimizer `config.name` with decoupled weight decay.
+
+    Updates are -lr · direction.
 
     Args:
         config: config.optim.
@@ -101,7 +135,8 @@ def optimizer(
     scale = optax.identity()
     if multiplier:
         scale = optax.stateless(lambda updates, _: map_paths(lambda path, u: u * multiplier(path, u), updates))
-    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(learning_rate), scale)
+    pulls = [anchored(w, fisher) for w, fisher in ((c.start_l2, False), (c.ewc / 2, True)) if w]
+    return optax.chain(*pulls, clip, direction, decay, optax.scale_by_learning_rate(learning_rate), scale)
 
 
 def _muon(c):

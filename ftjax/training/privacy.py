@@ -33,6 +33,8 @@ REFUSED = {
     "task.balanced": (False, "the accountant assumes that all examples are drawn with the same probability"),
     "task.class_weights": ((), "the gradient is of the mean loss of each example, in which its weight cancels"),
     "task.threshold": ("", "the threshold would be chosen on rows without noise"),
+    "task.reference": ("", "a teacher may have been trained on the same rows without privacy"),
+    "optim.ewc": (0.0, "the weights of the parameters are computed from earlier rows without noise"),
     "train.neftune": (0.0, "epsilon is computed from the noise on clipped gradients alone"),
     "train.on_bad_step": ("stop", "the guard would look at losses without noise to decide about an update"),
     "train.spike": (0.0, "the guard would look at losses without noise to decide about an update"),

@@ -237,7 +237,9 @@ def arguments(program: Program, B: int, T: int, M: int, config=None) -> tuple:
     task = tasks.find(config.task.kind if config else "causal")
     state = jax.eval_shape(program.init_state, program.trained)
     shape, dtype = task.target(program.model.config.head.labels)
-    special = {"labels": (shape, dtype), **dict.fromkeys(("weights", "reference", *task.arrays), ((), "float32"))}
+    special = {"labels": (shape, dtype), **dict.fromkeys(("weights", *task.arrays), ((), "float32"))}
+    if config:
+        special["reference"] = (task.per_token(config, program.model.config.vocab_size), "float32")
 
     def array(name, width):
         more, dtype = special.get(name, ((), "int32"))

@@ -49,7 +49,7 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
         FtjaxError: If there are no validation rows, if the task does not have this score, if neither more nor less of
             it is better, or if it cannot be computed on these rows.
     """
-    name, causal = config.train.select, config.task.kind == "causal"
+    name, causal = config.train.select, config.task.kind in tasks.ANSWERS
     if not len(part):
         for key, wanted in (("train.select", name != LOSS), ("train.patience", config.train.patience > 0)):
             if wanted:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 import torch
 import transformers
 
 from ftjax import config as configs
+from ftjax.data.batches import Batches
+from ftjax.data.tokenise import Example
+from ftjax.objectives import causal
+from ftjax.training import fisher
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.tree import flatten
 
@@ -235,3 +243,44 @@ def test_a_method_scales_its_leaves_and_their_decay_with_them():
             tensor.grad = torch.tensor(g)
             adam.step()
         np.testing.assert_allclose(ours[f"layers/mlp/up_proj/lora/{path}"], float(tensor), rtol=1e-5)
+
+
+@pytest.mark.parametrize("by_importance", [False, True])
+def test_the_pull_to_the_start_is_the_gradient_of_its_loss(by_importance):
+    """Against PyTorch: two steps of SGD on a loss with weight · Σ importance · (x - start)²."""
+    rng = np.random.default_rng(0)
+    start, importance, slope = (rng.random((3, 4)).astype(np.float32) for _ in range(3))
+    x = torch.tensor(start, requires_grad=True)
+    theirs = torch.optim.SGD([x], lr=0.1)
+    weight = {"ewc": 1.4} if by_importance else {"start_l2": 0.7}
+    ours = optimizer(optim(name="sgd", b1=0.0, clip_norm=0.0, **weight), lambda step: 0.1)
+    params = {"x": jnp.array(start)}
+    state = ours.init(params)
+    if by_importance:
+        state = (state[0]._replace(importance={"x": jnp.array(importance)}), *state[1:])
+    for _ in range(2):
+        theirs.zero_grad()
+        pull = (torch.tensor(importance) if by_importance else 1.0) * (x - torch.tensor(start)) ** 2
+        ((torch.tensor(slope) * x).sum() + 0.7 * pull.sum()).backward()
+        theirs.step()
+        updates, state = ours.update({"x": jnp.array(slope)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["x"], x.detach(), rtol=1e-6)
+
+
+def test_the_fisher_diagonal_is_the_mean_of_squared_gradients_of_rows():
+    pair = tiny.pair("llama-tied")
+    docs = tiny.documents([5, 9, 7, 6, 8])
+    examples = [Example(doc.astype(np.int32), np.arange(len(doc)) > 2) for doc in docs]
+    batches = Batches(examples, 2, 12, buckets=1, shuffle=False)
+    sums = functools.partial(causal.sums, pair.model)
+    found = flatten(fisher.diagonal(sums, lambda trained, frozen: {"params": trained}, pair.params, {}, batches))
+    model, expected = copy.deepcopy(pair.torch).double(), None
+    for doc in docs:
+        model.zero_grad()
+        tiny.torch_loss(model, [doc], [3])[0].backward()
+        squared = {path: g**2 / len(docs) for path, g in tiny.torch_gradients(pair, model).items()}
+        expected = squared if expected is None else {path: expected[path] + g for path, g in squared.items()}
+    assert found.keys() == expected.keys()
+    for path, x in found.items():
+        np.testing.assert_allclose(x, expected[path], rtol=1e-3, atol=1e-6 * expected[path].max(), err_msg=path)

@@ -1,0 +1,90 @@
+"""Models that are made of others without training: some layers of one, or the weighted average of two."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ftjax.errors import FtjaxError
+from ftjax.foreign import read_json
+from ftjax.hub import families, resolve, weights
+from ftjax.models.transformer import STACKS
+from ftjax.tree import flatten, map_paths, unflatten
+
+
+def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
+    """Write a model directory with some layers of a model, as a start for distillation (Sanh et al. 2019, DistilBERT).
+
+    Args:
+        model: Model directory, hub name, or run folder with a whole model.
+        layers: The layers that are kept, counted from 0, in rising order.
+        out: The directory to write.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FtjaxError: If the model does not have these layers, or if its config.json cannot describe what is left.
+    """
+    folder = resolve.resolve_model(model)
+    family, shape = families.read_config(folder)
+    kept = sorted({*layers})
+    if list(layers) != kept or not kept or kept[0] < 0 or kept[-1] >= shape.layers:
+        raise FtjaxError(
+            f"layers: expected some of the layers 0 to {shape.layers - 1} of {folder}, each once and in rising order; "
+            f"found {', '.join(map(str, layers)) or 'none'}"
+        )
+    params = weights.read_params(folder, family, shape)
+    params = map_paths(lambda path, x: x[np.array(kept)] if path.split("/")[0] in STACKS else x, params)
+    windows, rotary = (tuple(each[i] for i in kept if each) for each in (shape.windows, shape.rotary))
+    smaller = dataclasses.replace(shape, layers=len(kept), windows=windows if any(windows) else (), rotary=rotary)
+
+    def describe(written: Path) -> None:
+        hf, name = read_json(written / "config.json"), family.keys["layers"]
+        hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
+        if shape.windows or "layer_types" in hf:
+            hf |= families.windows_to_hf(smaller, family)
+        resolve.write_json(written / "config.json", hf)
+        if families.read_config(written)[1] != smaller:
+            raise FtjaxError(
+                f"{out}: not written: which layers of a {family.model_type} model have a window or rotary positions "
+                "follows from their number, and the kept layers are another pattern; keep other layers"
+            )
+
+    labels = families.label_names(folder) if shape.head.labels else ()
+    weights.write_model(Path(out), params, folder, family, smaller, labels=labels, beside=describe)
+    return Path(out)
+
+
+def averaged(start: Path, end: Path, factor: float, out: Path) -> Path:
+    """Write the model (1 - factor) · start + factor · end, parameter by parameter (WiSE-FT, Wortsman et al. 2022).
+
+    If `end` is `start` with a merged adapter, this scales the adapter's change by the factor.
+
+    Args:
+        start: Directory of the model before training.
+        end: Directory of the model after training, whose other files are copied.
+        factor: From 0 to 1.
+        out: The directory to write.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FtjaxError: If the two models do not have the same parameters.
+    """
+    models = [families.read_config(folder) for folder in (start, end)]
+    first, last = (flatten(weights.read_params(folder, *m)) for folder, m in zip((start, end), models, strict=True))
+    shapes = [{path: x.shape for path, x in tree.items()} for tree in (first, last)]
+    if shapes[0] != shapes[1]:
+        path = min(shapes[0].items() ^ shapes[1].items())[0]
+        raise FtjaxError(f"average: {start} and {end} differ in the parameter {path}, so they have no average")
+    first, last = jax.tree.map(lambda x: x.astype(np.float32), (first, last))
+    params = {path: (1 - factor) * first[path] + factor * x for path, x in last.items()}
+    family, shape = models[1]
+    labels = families.label_names(end) if shape.head.labels else ()
+    weights.write_model(out, unflatten(params), end, family, shape, labels=labels)
+    return out

@@ -1,0 +1,145 @@
+"""Runs with a teacher, from files to files, on tiny random models and the starter."""
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import transformers
+from tiny_labelled import WORDS, config, make, write
+
+import ftjax
+from ftjax.hub import families
+from ftjax.hub.derived import student
+from ftjax.training import loop
+from ftjax.training.report import read_metrics
+
+quiet = {"say": lambda text: None}
+
+
+def rows(count: int, seed: int) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        prompt = " ".join(rng.choice(["a", "the", "film", "it", "was", "of"], rng.integers(2, 5)))
+        found.append({"prompt": prompt, "completion": " " + " ".join(rng.choice(WORDS["good"], rng.integers(1, 4)))})
+    return found
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """setting(name of the run, **overrides) -> a config of a student of a random model, whose teacher is another."""
+    base = make(tmp_path / "llama", "llama")
+    teacher = make(tmp_path / "teacher", "llama")
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(teacher)
+    train, held = write(tmp_path / "rows.jsonl", rows(40, 0)), write(tmp_path / "held.jsonl", rows(10, 1))
+
+    def made(name="run", **overrides):
+        usual = {"task__kind": "causal", "task__reference": str(teacher), "data__max_length": "24", "train__steps": "4"}
+        c = config(tmp_path, base, generate__max_new_tokens="4", **usual | overrides)
+        c.run_dir = str(tmp_path / name)
+        c.data.update(train=train, validation=held, test="", split=(1.0, 0.0, 0.0), buckets=1)
+        c.train.update(batch_size=8, log_every=1, eval_every=2)
+        return c
+
+    return made
+
+
+def figures(c) -> list[float]:
+    ftjax.train(c, **quiet)
+    found = read_metrics(c.run_dir)
+    return [row[key] for row in found for key in ("loss", "divergence", "grad_norm", "val_loss") if key in row]
+
+
+@pytest.mark.parametrize("kind", ["causal", "gkd"])
+def test_devices_accumulation_and_packing_change_nothing(setting, kind):
+    """gkd writes the answers of half of the steps itself."""
+    more = {"task__kind": kind, "distil__top_k": "4", "distil__beta": "0.5"}
+    known = figures(setting("one", **more))
+    assert len(known) == 4 * 3 + 2
+    cuts = {"eight": {"mesh__data": "4", "mesh__fsdp": "2"}, "accumulated": {"train__accumulate": "4"}}
+    cuts |= {} if kind == "gkd" else {"packed": {"data__packing": "True"}}
+    for name, cut in cuts.items():
+        if name == "packed":  # other batches: only that it trains to the same kind of figures
+            assert np.isfinite(figures(setting(name, **more, **cut))).all()
+        else:
+            np.testing.assert_allclose(figures(setting(name, **more, **cut)), known, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["causal", "gkd"])
+def test_a_resumed_run_has_the_same_bits(setting, kind):
+    whole, stopped = (setting(name, task__kind=kind, train__save_every="2") for name in ("whole", "stopped"))
+    ftjax.train(whole, **quiet)
+    taken, take = [], loop.Profiler.__call__
+
+    def once(self, *arguments):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return take(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Profiler, "__call__", once)
+        with pytest.raises(KeyboardInterrupt):
+            ftjax.train(stopped, **quiet)
+    result = ftjax.train(stopped, **quiet)
+    assert result.resumed_from == 2
+    keys = ("loss", "divergence", "grad_norm", "val_loss")
+    one, other = ([[row.get(k) for k in keys] for row in read_metrics(c.run_dir)] for c in (whole, stopped))
+    assert one == other
+
+
+def test_a_student_comes_nearer_to_its_teacher(setting):
+    """By the distance alone; and the tuned run folder of one student is the teacher of the next."""
+    found = figures(setting("first", distil__labels="0", distil__top_k="0", train__steps="40", tuning__method="full"))
+    c = setting("first")
+    far = [row["divergence"] for row in read_metrics(c.run_dir) if "divergence" in row]
+    assert far[-1] < 0.5 * far[0] and np.isfinite(found).all()
+    second = setting("second", task__reference=str(c.run_dir), tuning__method="head", train__epochs="2")
+    ftjax.train(second, **quiet)  # a head alone reads known states, but not with a teacher
+    assert any("divergence" in row for row in read_metrics(second.run_dir))
+    assert "divergence" not in ftjax.evaluate(second.run_dir, second.data.validation, **quiet)
+
+
+def test_what_cannot_teach_is_refused(setting, tmp_path):
+    with pytest.raises(ftjax.FtjaxError, match="task.reference: task.kind gkd needs a teacher"):
+        ftjax.train(setting(task__kind="gkd", task__reference=""), **quiet)
+    with pytest.raises(
+        ftjax.FtjaxError, match=r"task.reference: .* has 512 tokens and .* has 19, and they differ, first"
+    ):
+        ftjax.train(setting(task__reference="builtin:stories260K"), **quiet)
+    classifier = make(tmp_path / "bert", "bert")
+    with pytest.raises(ftjax.FtjaxError, match="task.reference: expected a model of task.kind causal"):
+        ftjax.train(setting(task__reference=str(classifier)), **quiet)
+    wide = tmp_path / "teacher"
+    model = transformers.AutoModelForCausalLM.from_pretrained(wide)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    model.save_pretrained(wide)
+    with pytest.raises(
+        ftjax.FtjaxError, match="task.reference: .* gives logits for .* A teacher needs the same number"
+    ):
+        ftjax.train(setting(), **quiet)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2-window"])
+def test_a_student_is_the_model_of_its_layers(name, tmp_path):
+    """transformers without the other layers has the logits that transformers reads from the written directory."""
+    kept, model = (0, 2), tiny_models.make(*tiny_models.VARIANTS[name])
+    model.save_pretrained(tmp_path / "whole")
+    out = student(str(tmp_path / "whole"), kept, tmp_path / "small")
+    parts = model.transformer if name == "gpt2" else model.model
+    blocks = "h" if name == "gpt2" else "layers"
+    setattr(parts, blocks, torch.nn.ModuleList([getattr(parts, blocks)[i] for i in kept]))
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    model.config.num_hidden_layers = len(kept)
+    ids = torch.arange(12)[None] + 3
+    small = type(model).from_pretrained(out).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(small(ids).logits, model(ids, use_cache=False).logits, atol=1e-5)
+    assert families.read_config(out)[1].layers == 2
+    with pytest.raises(ftjax.FtjaxError, match="layers: expected some of the layers 0 to 2 of .*; found 2, 3"):
+        student(str(tmp_path / "whole"), (2, 3), tmp_path / "none")
