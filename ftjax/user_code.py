@@ -59,7 +59,7 @@ def load(named: str, key: str) -> Callable:
     return function
 
 
-def failed(named: str, key: str, error: Exception) -> str:
+def failed(named: str, key: str, error: BaseException) -> str:
     """The error message for an error in the user's code: which error, and at which line."""
     file = str(Path(named.rpartition(":")[0]))
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
