@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -155,7 +156,13 @@ CALLS = {
         None, {}, spec("dora", init="pissa")
     ),
     "model.quantise: int8 quantises kernels that must stay frozen, but tuning.method full as set here trains": lambda: (
-        program.build(config(model__quantise="int8", tuning__method="full"), spec("full"), None, jnp.float32, 2)
+        program.build(
+            config(model__quantise="int8", tuning__method="full"),
+            spec("full"),
+            jax.sharding.AbstractMesh((1,), ("data",)),
+            jnp.float32,
+            2,
+        )
     ),
     "compare.curve_of: 'tunde' (did you mean \"tuned\"?) is no trained contender; name some of: tuned": lambda: (
         amounts.with_curves(contenders.parse(c := config(compare__curve=(5,), compare__curve_of=("tunde",))), c)
@@ -333,11 +340,11 @@ def test_a_reference_with_fewer_positions_than_a_text(monkeypatch):
     tokenizer = SimpleNamespace(get_vocab=dict)
     lm = SimpleNamespace(kind="causal", tokenizer=tokenizer, variables={}, max_tokens=4, model=None)
     monkeypatch.setattr(features, "load", lambda *args, **how: lm)
-    c = config(task__kind="preference", task__reference="there")
+    reference = features.reference("there", "float32", None, tokenizer)
     with pytest.raises(
         FtjaxError, match="task.reference: there has 4 positions, and a text has 5 tokens; lower data.max"
     ):
-        features.reference(c, tokenizer)({"positions": np.arange(5)[None]})
+        reference({"positions": np.arange(5)[None]})
 
 
 def test_an_adapter_with_other_tensors_than_the_run_trains():
