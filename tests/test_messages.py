@@ -338,9 +338,10 @@ def test_a_contender_whose_runs_all_fail_names_the_first_reason(monkeypatch):
 
 def test_a_reference_with_fewer_positions_than_a_text(monkeypatch):
     tokenizer = SimpleNamespace(get_vocab=dict)
-    lm = SimpleNamespace(kind="causal", tokenizer=tokenizer, variables={}, max_tokens=4, model=None)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=8))
+    lm = SimpleNamespace(kind="causal", tokenizer=tokenizer, variables={}, max_tokens=4, model=model)
     monkeypatch.setattr(features, "load", lambda *args, **how: lm)
-    reference = features.reference("there", "float32", None, tokenizer)
+    reference = features.reference("there", "float32", print, tokenizer)
     with pytest.raises(
         FtjaxError, match="task.reference: there has 4 positions, and a text has 5 tokens; lower data.max"
     ):
