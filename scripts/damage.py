@@ -73,7 +73,10 @@ def of_state(folder: Path, say) -> tuple[int, str]:
     step = saved.latest()
     record = saved.record(step)
     at = epath.Path(folder / "run" / FOLDER / str(step))
-    tree = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False).restore(at / name) for name in ("trained", "optimizer")}
+    read = ocp.PyTreeCheckpointHandler(use_ocdbt=False).restore
+    with warnings.catch_warnings():  # of Orbax, that it is not told how arrays are sharded
+        warnings.filterwarnings("ignore", "Sharding info not provided")
+        tree = {name: read(at / name) for name in ("trained", "optimizer")}
     saved.close()
     Metrics(folder / "run", settings(folder), step, record.get("metrics", ""), say).close()
     rows = [row for row in read_metrics(folder / "run") if row["step"] <= step]

@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 
 import ftjax
-from ftjax import assets, check_model, cli
+from ftjax import assets, check_model, cli, stages, tasks
 from ftjax import config as configs
 from ftjax.data import augment, masks, spans, tags, template
 from ftjax.data.labelled import Labelled
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import best, classification, labelled, metrics, preferred
-from ftjax.hub import families, peft, pooling, resolve, weights
+from ftjax.hub import derived, families, peft, pooling, resolve, weights
 from ftjax.plan import devices
 from ftjax.tasks import preference, regress
 from ftjax.training import checkpoint, export, features, privacy, profile, program, report, run_folder
@@ -29,6 +29,7 @@ from ftjax.verdict import amounts, contenders, forgetting, measure, search, sett
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import fuzz  # noqa: E402
 import messages  # noqa: E402
 
 BASE = Path(assets.resolve("builtin:stories260K"))
@@ -53,7 +54,7 @@ def read_config(**fields):
     families.from_hf(json.loads((BASE / "config.json").read_text()) | fields)
 
 
-def stages(**second):
+def staged(**second):
     """The stages of a config whose second one has these fields."""
     rows = {"data.train": "a.jsonl", "data.test": "b.jsonl"}
     configs.staged(config(stages=(rows | {"name": "a"}, rows | {"name": "b"} | second)))
@@ -72,7 +73,7 @@ def other_vocabularies():
 
 
 CALLS = {
-    "stages: b: replay: its data is a mixture already; add the earlier rows to data.mixture": lambda: stages(
+    "stages: b: replay: its data is a mixture already; add the earlier rows to data.mixture": lambda: staged(
         replay=0.5, **{"data.mixture": ({"train": "a.jsonl", "weight": 1.0},), "data.train": ""}
     ),
     "data.mixture entry 1: 'workers' applies to all sources and cannot be set for one; set data.workers": lambda: (
@@ -164,6 +165,12 @@ CALLS = {
             2,
         )
     ),
+    "--layers: expected numbers with commas between them, such as 0,2,4; found '0,b'": lambda: cli._student(
+        SimpleNamespace(layers="0,b"), []
+    ),
+    "train.router_z: 0.1, but this model has no experts; set it to 0": lambda: tasks.objective(
+        config(train__router_z=0.1), SimpleNamespace(config=SimpleNamespace(experts=0, balance=0.0, balanced=False))
+    ),
     "compare.curve_of: 'tunde' (did you mean \"tuned\"?) is no trained contender; name some of: tuned": lambda: (
         amounts.with_curves(contenders.parse(c := config(compare__curve=(5,), compare__curve_of=("tunde",))), c)
     ),
@@ -247,7 +254,19 @@ def tags_of_other_words(folder):
     tags.encode(how("tag", names=("O",)), ftjax.load(BASE).tokenizer, rows, ["here"])
 
 
+def other_layers(folder):
+    derived.averaged(BASE, derived.student(BASE, (0, 1), folder / "two"), 0.5, folder / "out")
+
+
+def pattern_by_number(folder):
+    said = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
+    fuzz.write_model(folder / "base", said)
+    derived.student(folder / "base", (2, 3), folder / "two")
+
+
 FILES = {
+    " differ in the parameter layers/attn/k_proj/kernel, so they have no average": other_layers,
+    "two: not written: which layers of a smollm3 model have a window or rotary positions follows": pattern_by_number,
     "model.safetensors: ends before its last tensor; fetch it again": torn_weights,
     "modules.json: vectors by Dense are not supported": unsupported_vectors,
     ".out.partial: this folder has the name that an export needs, but no interrupted export left it": left_by_another,
@@ -346,6 +365,14 @@ def test_a_reference_with_fewer_positions_than_a_text(monkeypatch):
         FtjaxError, match="task.reference: there has 4 positions, and a text has 5 tokens; lower data.max"
     ):
         reference({"positions": np.arange(5)[None]})
+
+
+def test_an_average_of_several_factors_needs_validation_rows(monkeypatch):
+    monkeypatch.setattr(stages, "averaged", lambda *args: Path("out"))
+    first, last = (SimpleNamespace(name=name, average=(0.2, 0.5), config=config()) for name in "ab")
+    told = "stages: b: average: its factor is chosen by the loss on the validation rows of all stages so far, which a "
+    with pytest.raises(FtjaxError, match=told):
+        stages._averaged([first, last], BASE, BASE, Path("run"), {}, print)
 
 
 def test_an_adapter_with_other_tensors_than_the_run_trains():
