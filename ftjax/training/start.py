@@ -71,8 +71,8 @@ def about_experts(shape, trained: dict) -> list[str]:
     trained: tree of the trained parameters.
     """
     shared = (
-        "warning: the dense part beside the experts is not trained: it gets no adapter, because peft takes its names for "
-        "those of experts; full and last_layers train it"
+        "warning: the dense part beside the experts is not trained: it gets no adapter, because peft takes its names "
+        "for those of experts; full and last_layers train it"
     )
     paths = flatten(trained)
     lines = [shared] * (shape.shared_hidden > 0 and not any(path.startswith(families.SHARED) for path in paths))
