@@ -18,6 +18,7 @@ from ftjax.models.config import Head, ModelConfig, RopeScaling
 LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
 
 EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
+SHARED = "layers/mlp/shared/"  # the same of the dense part beside experts
 
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
@@ -482,9 +483,10 @@ def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
     {path: parameter name} of the experts.
 
     The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole. The
-    path of experts is that of their adapters: transformers has gates and what they multiply in one parameter.
+    path of experts is that of their adapters: transformers has gates and what they multiply in one parameter. The
+    dense part beside experts is left out: PEFT takes all names that end in gate_proj, up_proj or down_proj for experts.
     """
-    found = {path for path in shapes(config) if not path.startswith("head/")}
+    found = {path for path in shapes(config) if not path.startswith(("head/", SHARED))}
     leaves, own = ("kernel", "embedding"), modules(family, config)
     names = {m.path: m.name for m in own if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
     experts = next((m.name.split(".{e}")[0] for m in own if ".{e}" in m.name), "")

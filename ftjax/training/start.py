@@ -66,15 +66,25 @@ def first_state(job: Job, program: Program, say) -> tuple:
 
 
 def about_experts(shape, trained: dict) -> list[str]:
-    """A line that warns of a model's experts if they are not trained. trained: tree of the trained parameters."""
-    own = any(path.endswith("/experts") or path.startswith(families.EXPERTS) for path in flatten(trained))
+    """Lines that warn of a model's experts, and of the dense part beside them, if they are not trained.
+
+    trained: tree of the trained parameters.
+    """
+    shared = (
+        "warning: the dense part beside the experts is not trained: it gets no adapter, because peft takes its names "
+        "for those of experts; full and last_layers train it"
+    )
+    paths = flatten(trained)
+    lines = [shared] * (shape.shared_hidden > 0 and not any(path.startswith(families.SHARED) for path in paths))
+    own = any(path.endswith("/experts") or path.startswith(families.EXPERTS) for path in paths)
     if not shape.experts or own:
-        return []
+        return lines
     sizes = {path: math.prod(size) for path, size in families.shapes(shape).items()}
     share = sum(size for path, size in sizes.items() if path.endswith("/experts")) / sum(sizes.values())
     return [
+        *lines,
         f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained. Add "
-        "gate_up_proj and down_proj to tuning.targets for LoRA on the experts; full and last_layers train all of them"
+        "gate_up_proj and down_proj to tuning.targets for LoRA on the experts; full and last_layers train all of them",
     ]
 
 

@@ -212,6 +212,8 @@ def test_a_run_says_that_experts_are_left_out():
     assert about_experts(shape, {"layers": {"mlp": {"up_proj": {"experts": 0}}}}) == []
     assert about_experts(shape, {"layers": {"mlp": {"experts": {"down_proj": {"lora": {"a": 0}}}}}}) == []
     assert about_experts(families.from_hf({"model_type": "llama"})[1], lora) == []
+    told, _ = about_experts(families.from_hf({"model_type": "qwen2_moe"})[1], lora)
+    assert told.startswith("warning: the dense part beside the experts is not trained")
 
 
 @needs_5
