@@ -57,7 +57,13 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     stages = configs.staged(config)
     if not stages:
         return loop.train(config, say)
-    for stage in stages:
+    for position, stage in enumerate(stages):
+        for other in stages[: position + 1] if len(stage.average) > 1 else ():
+            if not other.config.data.validation or not _computes(stage, other, stages[0]):
+                raise FtjaxError(
+                    f"stages: {stage.name}: average: its factor is chosen by the loss on the validation rows of all "
+                    f"stages so far, which {other.name} does not have; name data.validation there, or give one factor"
+                )
         used = stage is not stages[-1] or stage.average != (1.0,)
         if used and not METHODS[stage.config.tuning.method].merge:
             raise FtjaxError(
@@ -116,11 +122,6 @@ def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say)
     for factor in stage.average:
         out = averaged(before, model, factor, run_dir / f"{stage.name}-average-{factor:g}")
         for other in so_far if len(stage.average) > 1 else ():
-            if not other.config.data.validation or not _computes(stage, other, so_far[0]):
-                raise FtjaxError(
-                    f"stages: {stage.name}: average: its factor is chosen by the loss on the validation rows of all "
-                    f"stages so far, which {other.name} does not have; name data.validation there, or give one factor"
-                )
             config = configs.copy(other.config)
             config.data.test = config.data.validation
             losses.setdefault(factor, []).append(_scored(out, other._replace(config=config), kept)["loss"])

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import ftjax
-from ftjax import assets, check_model, cli, stages, tasks
+from ftjax import assets, check_model, cli, tasks
 from ftjax import config as configs
 from ftjax.data import augment, masks, spans, tags, template
 from ftjax.data.labelled import Labelled
@@ -29,7 +29,6 @@ from ftjax.verdict import amounts, contenders, forgetting, measure, search, sett
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import fuzz  # noqa: E402
 import messages  # noqa: E402
 
 BASE = Path(assets.resolve("builtin:stories260K"))
@@ -258,15 +257,8 @@ def other_layers(folder):
     derived.averaged(BASE, derived.student(BASE, (0, 1), folder / "two"), 0.5, folder / "out")
 
 
-def pattern_by_number(folder):
-    said = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
-    fuzz.write_model(folder / "base", said)
-    derived.student(folder / "base", (2, 3), folder / "two")
-
-
 FILES = {
     " differ in the parameter layers/attn/k_proj/kernel, so they have no average": other_layers,
-    "two: not written: which layers of a smollm3 model have a window or rotary positions follows": pattern_by_number,
     "model.safetensors: ends before its last tensor; fetch it again": torn_weights,
     "modules.json: vectors by Dense are not supported": unsupported_vectors,
     ".out.partial: this folder has the name that an export needs, but no interrupted export left it": left_by_another,
@@ -365,14 +357,6 @@ def test_a_reference_with_fewer_positions_than_a_text(monkeypatch):
         FtjaxError, match="task.reference: there has 4 positions, and a text has 5 tokens; lower data.max"
     ):
         reference({"positions": np.arange(5)[None]})
-
-
-def test_an_average_of_several_factors_needs_validation_rows(monkeypatch):
-    monkeypatch.setattr(stages, "averaged", lambda *args: Path("out"))
-    first, last = (SimpleNamespace(name=name, average=(0.2, 0.5), config=config()) for name in "ab")
-    told = "stages: b: average: its factor is chosen by the loss on the validation rows of all stages so far, which a "
-    with pytest.raises(FtjaxError, match=told):
-        stages._averaged([first, last], BASE, BASE, Path("run"), {}, print)
 
 
 def test_an_adapter_with_other_tensors_than_the_run_trains():

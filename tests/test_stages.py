@@ -165,6 +165,12 @@ def test_ewc_needs_earlier_rows_and_an_average_a_whole_model(folder):
         ftjax.train(c, say=lambda line: None)
 
 
+def test_a_factor_is_chosen_on_validation_rows_of_all_stages(folder):
+    c = settings(folder, average=(0.5, 1.0), **{"data.validation": "", "data.test": str(folder / "held_out.jsonl")})
+    with pytest.raises(FtjaxError, match="stages: back: average: its factor is chosen by the loss on the validation"):
+        ftjax.train(c, say=lambda line: None)
+
+
 def test_replayed_rows_are_a_share_of_a_stage(folder):
     first, second = configs.staged(settings(folder))
     mixed = configs.copy(second.config)
