@@ -1,6 +1,5 @@
 """Runs with a teacher, from files to files, on tiny random models and the starter."""
 
-import fuzz
 import numpy as np
 import pytest
 import tiny_models
@@ -144,12 +143,3 @@ def test_a_student_is_the_model_of_its_layers(name, tmp_path):
     assert families.read_config(out)[1].layers == 2
     with pytest.raises(ftjax.FtjaxError, match="layers: expected some of the layers 0 to 2 of .*; found 2, 3"):
         student(str(tmp_path / "whole"), (2, 3), tmp_path / "none")
-
-
-def test_layers_of_a_student_keep_their_positions(tmp_path):
-    """Every fourth layer of SmolLM3 has no rotary positions; config.json says so of the kept layers by name."""
-    said = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
-    fuzz.write_model(tmp_path / "base", said)
-    assert families.read_config(tmp_path / "base")[1].rotary == (True, True, True, False)
-    out = student(str(tmp_path / "base"), (2, 3), tmp_path / "two")
-    assert families.read_config(out)[1].rotary == (True, False)

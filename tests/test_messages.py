@@ -29,6 +29,7 @@ from ftjax.verdict import amounts, contenders, forgetting, measure, search, sett
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import fuzz  # noqa: E402
 import messages  # noqa: E402
 
 BASE = Path(assets.resolve("builtin:stories260K"))
@@ -357,6 +358,18 @@ def test_a_reference_with_fewer_positions_than_a_text(monkeypatch):
         FtjaxError, match="task.reference: there has 4 positions, and a text has 5 tokens; lower data.max"
     ):
         reference({"positions": np.arange(5)[None]})
+
+
+def test_layers_of_a_student_keep_their_positions(tmp_path, monkeypatch):
+    """Every fourth layer of SmolLM3 has no rotary positions; config.json says so of the kept layers one by one."""
+    said = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
+    fuzz.write_model(tmp_path / "base", said)
+    out = derived.student(str(tmp_path / "base"), (2, 3), tmp_path / "two")
+    assert families.read_config(tmp_path / "base")[1].rotary == (True, True, True, False)
+    assert families.read_config(out)[1].rotary == (True, False)
+    monkeypatch.setattr(families, "windows_to_hf", lambda *args: {})
+    with pytest.raises(FtjaxError, match="two: not written: which layers of a smollm3 model have a window or rotary"):
+        derived.student(str(tmp_path / "base"), (2, 3), tmp_path / "two")
 
 
 def test_an_adapter_with_other_tensors_than_the_run_trains():

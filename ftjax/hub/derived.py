@@ -45,9 +45,14 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
     def describe(written: Path) -> None:
         hf, name = read_json(written / "config.json"), family.keys["layers"]
         hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
-        if windows or rotary or "layer_types" in hf:
+        if shape.windows or rotary or "layer_types" in hf:
             hf |= families.windows_to_hf(smaller, family)
         resolve.write_json(written / "config.json", hf)
+        if families.read_config(written)[1] != smaller:
+            raise FtjaxError(
+                f"{out}: not written: which layers of a {family.model_type} model have a window or rotary positions "
+                "follows from their number, and the kept layers are another pattern; keep other layers"
+            )
 
     labels = families.label_names(folder) if shape.head.labels else ()
     weights.write_model(Path(out), params, folder, family, smaller, labels=labels, beside=describe)
