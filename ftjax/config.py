@@ -944,7 +944,9 @@ def staged(config: ConfigDict) -> list[Stage]:
         replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{said}: replay")
         if replay and not found:
             raise FtjaxError(f"{said}: replay: the first stage has no earlier rows; remove it")
-        average = several((1.0,), number(1.0, 0, 1), holds=bool).check(entry.get("average", (1.0,)), f"{said}: average")
+        average = entry.get("average", (1.0,))
+        average = average if isinstance(average, tuple | list) else (average,)
+        average = several((1.0,), number(1.0, 0, 1), holds=bool).check(average, f"{said}: average")
         own = copy(config)
         own.stages, own.run_dir = (), f"{config.run_dir}/{name}"
         for key, value in entry.items():

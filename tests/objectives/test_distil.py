@@ -93,7 +93,7 @@ def test_loss_and_gradients_of_a_student_are_those_of_pytorch(name, chunk):
     assert count == batch["weights"].sum()
     (total / count).backward()
     np.testing.assert_allclose(found, (total / count).item(), rtol=1e-5)
-    np.testing.assert_allclose(far, (distance / count).item(), rtol=1e-5)
+    np.testing.assert_allclose(far, (distance / count).item(), rtol=1e-5, atol=1e-6)  # of distributions that are near
     known = tiny.torch_gradients(pair, student)
     leaves = flatten(gradient)
     for path, x in leaves.items():
