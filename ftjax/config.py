@@ -956,8 +956,11 @@ def staged(config: ConfigDict) -> list[Stage]:
             validate(own)
         except FtjaxError as error:
             raise FtjaxError(f"{said}: {error}") from None
-        if replay and own.data.mixture:
-            raise FtjaxError(f"{said}: replay: its data is a mixture already; add the earlier rows to data.mixture")
+        if replay and (mixed := [one for one in (*(stage.config for stage in found), own) if one.data.mixture]):
+            raise FtjaxError(
+                f"{said}: replay: the rows of stage {Path(mixed[0].run_dir).name} are a mixture; remove `replay`, and "
+                "add the earlier rows to the data.mixture of this stage"
+            )
         if not own.data.test and not own.data.validation:
             raise FtjaxError(
                 f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"

@@ -192,6 +192,35 @@ def test_a_stage_that_cannot_be_is_named(changed, told, folder):
         ftjax.train(settings(folder, **changed))
 
 
+def test_an_epoch_with_replay_is_a_pass_over_the_rows_of_the_stage(folder, monkeypatch):
+    """However many rows the earlier stages have."""
+    few = folder / "few.jsonl"
+    few.write_text("".join((folder / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+    first, second = configs.staged(settings(folder, **{"data.train": str(few), "train.epochs": 2.0}))
+    seen = []
+    monkeypatch.setattr(stages.loop, "train", lambda config, say: seen.append(config))
+    stages._run([first], second, folder, print)
+    assert 0.75 * (64 + 8) * seen[0].train.epochs == pytest.approx(2.0 * 8)
+
+
+def test_rows_of_a_mixture_are_not_replayed(folder):
+    c = settings(folder)
+    c.stages = ({**c.stages[0], "data.mixture": ({"train": str(folder / "train.jsonl")},)}, c.stages[1])
+    with pytest.raises(FtjaxError, match="stages: back: replay: the rows of stage words are a mixture"):
+        configs.staged(c)
+
+
+@pytest.mark.parametrize("name", ["x1.jsonl", "x1.jsonl,x2.jsonl", "x?.jsonl"])
+def test_other_held_out_rows_are_scored_anew(name, tmp_path):
+    data, found = configs.default().data, []
+    data.test = ",".join(str(tmp_path / part) for part in name.split(","))
+    (tmp_path / "x2.jsonl").write_text('{"text": "b"}\n')
+    for text in "abb":
+        (tmp_path / "x1.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        found.append(stages._digest(data))
+    assert found[0] != found[1] == found[2]
+
+
 def test_a_stage_without_a_whole_model_comes_last(folder):
     c = settings(folder)
     c.stages = tuple({**stage, "tuning.method": "prefix"} for stage in c.stages)
