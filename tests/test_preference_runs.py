@@ -38,7 +38,8 @@ def setting(tmp_path):
     base = make(tmp_path / "llama", "llama")
 
     def made(train, **overrides):
-        c = config(tmp_path, base, task__kind="preference", data__max_length="32", train__eval_every="20", **overrides)
+        usual = {"task__kind": "preference", "data__max_length": "32", "train__eval_every": "20"}
+        c = config(tmp_path, base, **usual | overrides)
         c.data.update(train=write(tmp_path / "pairs.jsonl", train), test=write(tmp_path / "held.jsonl", rows(40, 1)))
         c.evaluate.update(samples=2, compare_rows=8)
         return c
@@ -380,11 +381,10 @@ def test_answers_of_a_prompt_are_no_part_of_what_follows_it(setting):
     may begin what follows."""
     asked = [*chat("a", "the"), *chat("film", "")[:1]]
     row = {"prompt": asked, "chosen": chat("", "fine")[1:], "rejected": chat("", "dull")[1:]}
-    known = setting([{"messages": asked + row["chosen"]}], task__kind="causal", data__train_on="last")
+    how = {"task__kind": "causal", "data__template": "plain"}
+    (other,) = examples(setting([{"messages": asked + row["chosen"]}], data__train_on="last", **how))
     for found in (row, row | {side: asked + row[side] for side in ("chosen", "rejected")}):
-        c = setting([found], task__kind="causal", data__template="plain")
-        known.data.template = "plain"
-        (one,), (other,) = examples(c), examples(known)
+        (one,) = examples(setting([found], **how))
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.trained, other.trained)
 

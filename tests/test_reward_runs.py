@@ -180,8 +180,8 @@ def test_a_chat_is_scored_as_it_was_trained(tmp_path):
     base = make(tmp_path / "llama", "llama")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ ('film ' if m.role == 'user' else 'it ') + m.content + ' [SEP] of ' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'it ' }}{% endif %}"
+        "{% for m in messages %}{{ '[MASK] ' + ('film ' if m.role == 'user' else 'it ') + m.content + ' [SEP] of ' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '[MASK] it ' }}{% endif %}"
     )
     tokenizer.save_pretrained(base)
     chats = [{side: chat(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in rows(16, 0)]
