@@ -956,10 +956,11 @@ def staged(config: ConfigDict) -> list[Stage]:
             validate(own)
         except FtjaxError as error:
             raise FtjaxError(f"{said}: {error}") from None
-        if replay and (mixed := [one for one in (*(stage.config for stage in found), own) if one.data.mixture]):
+        read = [*(stage.config for stage in found if replay or own.optim.ewc), *([own] if replay else [])]
+        if mixed := [one for one in read if one.data.mixture]:
             raise FtjaxError(
-                f"{said}: replay: the rows of stage {Path(mixed[0].run_dir).name} are a mixture; remove `replay`, and "
-                "add the earlier rows to the data.mixture of this stage"
+                f"{said}: {'replay' if replay else 'optim.ewc'}: the rows of stage {Path(mixed[0].run_dir).name} are a "
+                "mixture; remove this setting, or make the rows of that stage one file"
             )
         if not own.data.test and not own.data.validation:
             raise FtjaxError(

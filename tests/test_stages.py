@@ -206,10 +206,11 @@ def test_an_epoch_with_replay_is_a_pass_over_the_rows_of_the_stage(folder, monke
     assert 0.75 * (others + own) * seen[0].train.epochs == pytest.approx(2.0 * own)
 
 
-def test_rows_of_a_mixture_are_not_replayed(folder):
-    c = settings(folder)
+@pytest.mark.parametrize("change", [{}, {"replay": 0.0, "optim.ewc": 1.0}])
+def test_rows_of_a_mixture_are_not_read_again(folder, change):
+    c = settings(folder, **change)
     c.stages = ({**c.stages[0], "data.mixture": ({"train": str(folder / "train.jsonl")},)}, c.stages[1])
-    with pytest.raises(FtjaxError, match="stages: back: replay: the rows of stage words are a mixture"):
+    with pytest.raises(FtjaxError, match="stages: back: (replay|optim.ewc): the rows of stage words are a mixture"):
         configs.staged(c)
 
 

@@ -41,5 +41,5 @@ TASK = Task(
     stratified=True,
     trained=lambda config, T: T,
     unnamed=0,
-    takes=("train.label_smoothing",),
+    takes=("train.label_smoothing", "task.reference"),
 )
