@@ -958,8 +958,12 @@ def staged(config: ConfigDict) -> list[Stage]:
             validate(own)
         except FtjaxError as error:
             raise FtjaxError(f"{said}: {error}") from None
-        if replay and own.data.mixture:
-            raise FtjaxError(f"{said}: replay: its data is a mixture already; add the earlier rows to data.mixture")
+        read = [*(stage.config for stage in found if replay or own.optim.ewc), *([own] if replay else [])]
+        if mixed := [one for one in read if one.data.mixture]:
+            raise FtjaxError(
+                f"{said}: {'replay' if replay else 'optim.ewc'}: the rows of stage {Path(mixed[0].run_dir).name} are a "
+                "mixture; remove this setting, or make the rows of that stage one file"
+            )
         if not own.data.test and not own.data.validation:
             raise FtjaxError(
                 f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"

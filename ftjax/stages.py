@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import assets, seals, tasks
 from ftjax import config as configs
+from ftjax import seals, tasks
+from ftjax.data import prepare
+from ftjax.data.read import read_table
+from ftjax.data.store import table_digest
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.pictures import new_axes, saved
 from ftjax.evaluation.run import evaluate
@@ -101,6 +104,9 @@ def _run(earlier, stage, base: Path, say) -> tuple[Result, Path]:
         config.model.path, config.model.revision = str(base), ""
     if stage.replay:
         config.data.mixture = _mixed(earlier, stage)
+        # An epoch of a mixture has as many rows as all its sources; one of a stage is a pass over its own rows.
+        counts = [len(source.tables["train"]) for source in prepare.rows(config)[0]]
+        config.train.epochs *= counts[-1] / (1 - stage.replay) / sum(counts)
     config.data.earlier = tuple(_entry(one, 1.0) for one in earlier) if config.optim.ewc else ()
     config.optim.ewc = config.optim.ewc if earlier else 0.0  # the first stage has nothing to forget that is known
     method, folder = config.tuning.method, Path(config.run_dir)
@@ -158,7 +164,7 @@ def _scored(model: Path, other, kept: dict) -> dict:
     config.data.test = config.data.test or config.data.validation
     generates = config.task.kind in tasks.ANSWERS and config.evaluate.compare
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
-    settings |= {"model": fingerprint.weights_digests(model), "rows": _digest(config.data.test)}
+    settings |= {"model": fingerprint.weights_digests(model), "rows": _digest(config.data)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     if key not in kept or not settings["model"]:
         with doing(f"scoring {model} on the held-out rows of {other.name}"):
@@ -167,13 +173,9 @@ def _scored(model: Path, other, kept: dict) -> dict:
     return kept[key] | {"key": key}
 
 
-def _digest(rows: str) -> str:
-    """Digest of a file, or of all files in a folder; of the name itself for rows that lie elsewhere."""
-    path, total = Path(assets.resolve(rows)).expanduser(), hashlib.sha256(rows.encode())
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            total.update(file.read_bytes())
-    return total.hexdigest()
+def _digest(data) -> str:
+    """Digest of the held-out rows of a `data` group, whatever they are named by."""
+    return table_digest(read_table(data.test, "data.test", header=data.columns))
 
 
 def _kept(file: Path) -> dict[str, dict]:

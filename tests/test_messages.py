@@ -73,7 +73,7 @@ def other_vocabularies():
 
 
 CALLS = {
-    "stages: b: replay: its data is a mixture already; add the earlier rows to data.mixture": lambda: staged(
+    "stages: b: replay: the rows of stage b are a mixture; remove this setting, or make": lambda: staged(
         replay=0.5, **{"data.mixture": ({"train": "a.jsonl", "weight": 1.0},), "data.train": ""}
     ),
     "data.mixture entry 1: 'workers' applies to all sources and cannot be set for one; set data.workers": lambda: (

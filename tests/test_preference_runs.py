@@ -38,7 +38,8 @@ def setting(tmp_path):
     base = make(tmp_path / "llama", "llama")
 
     def made(train, **overrides):
-        c = config(tmp_path, base, task__kind="preference", data__max_length="32", train__eval_every="20", **overrides)
+        usual = {"task__kind": "preference", "data__max_length": "32", "train__eval_every": "20"}
+        c = config(tmp_path, base, **usual | overrides)
         c.data.update(train=write(tmp_path / "pairs.jsonl", train), test=write(tmp_path / "held.jsonl", rows(40, 1)))
         c.evaluate.update(samples=2, compare_rows=8)
         return c
@@ -192,6 +193,15 @@ BAD = {
     "same": ({"prompt": "it was", "chosen": " fine", "rejected": " fine"}, "pairs.jsonl row 4: .* the same answer"),
     "empty": ({"prompt": "it was", "chosen": " fine", "rejected": ""}, "row 4, column 'rejected': the answer is empty"),
     "missing": ({"prompt": "it was", "chosen": " fine", "rejected": None}, "pairs.jsonl row 4: column 'rejected' is"),
+    "ranks": ({"prompt": "it was", "answers": [" fine", " flat"], "scores": None}, "row 4: column 'scores' holds None"),
+    "ends": (
+        {side: [*chat("it", "fine"), *chat(text, "")[:1]] for side, text in (("chosen", "a"), ("rejected", "the"))},
+        "row 4: the conversations .* do not both end in a message of the assistant",
+    ),
+    "twice": (
+        {"prompt": chat("it", "fine"), "chosen": chat("a", "fine"), "rejected": chat("a", "flat")},
+        "row 4: column 'chosen' begins with a message of the user, and not with those of 'prompt'",
+    ),
     "prompts": (
         {"chosen": chat("it", "fine"), "rejected": chat("a film", "flat")}, "row 4: the conversations .* differ"
     ),
@@ -202,9 +212,17 @@ BAD = {
 def test_a_bad_pair_is_named(setting, name):
     bad, message = BAD[name]
     good = rows(20, 0)
-    if name == "prompts":
+    if name in ("prompts", "ends"):
         good = [{k: chat(row["prompt"], row[k]) for k in ("chosen", "rejected")} for row in good]
-    c = setting([*good[:3], bad, *good[3:]], data__template="plain" if name == "prompts" else "")
+    if name == "twice":
+        good = [
+            {"prompt": chat("it", "")[:1]} | {k: chat("", row[k])[1:] for k in ("chosen", "rejected")} for row in good
+        ]
+    if name == "ranks":
+        good = [
+            {"prompt": row["prompt"], "answers": [row["rejected"], row["chosen"]], "scores": [1, 2]} for row in good
+        ]
+    c = setting([*good[:3], bad, *good[3:]], data__template="plain" if name in ("prompts", "ends", "twice") else "")
     with pytest.raises(ftjax.FtjaxError, match=message):
         ftjax.train(c, say=lambda text: None)
 
@@ -217,6 +235,10 @@ def test_a_bad_pair_is_named(setting, name):
         ({"task__loss": "robust", "train__label_smoothing": "0.5"}, "train.label_smoothing: expected less than 0.5"),
         ({"task__loss": "hinge", "train__label_smoothing": "0.1"}, "train.label_smoothing: task.loss=hinge has none"),
         ({"task__loss": "kto", "train__accumulate": "2"}, "train.accumulate: expected 1 for task.loss=kto"),
+        ({"task__loss": "orpo", "task__reference": "x"}, "task.reference: is of task.loss sigmoid, hinge, ipo"),
+        ({"task__margin": "0.5"}, "task.margin: is of task.loss simpo; this one is sigmoid"),
+        ({"task__kind": "causal", "task__loss": "ipo"}, "task.loss: is of task.kind preference; this one is causal"),
+        ({"task__kind": "reward", "train__label_smoothing": "0.1"}, "label_smoothing: is of task.kind causal and"),
         ({"data__form": "prompt"}, "task.kind=preference: rows need the columns chosen and rejected"),
     ],
 )  # fmt: skip
@@ -352,3 +374,24 @@ def test_a_pair_is_previewed_as_the_model_gets_it(setting, tmp_path, capsys):
     for row in rows(3, 0):
         assert f"[[{row['chosen']}" in printed
         assert f"[[{row['rejected']}" in printed
+
+
+def test_answers_of_a_prompt_are_no_part_of_what_follows_it(setting):
+    """Of a pair with messages as its prompt, the answers in the prompt are not trained by any task; a result of a tool
+    may begin what follows."""
+    asked = [*chat("a", "the"), *chat("film", "")[:1]]
+    row = {"prompt": asked, "chosen": chat("", "fine")[1:], "rejected": chat("", "dull")[1:]}
+    how = {"task__kind": "causal", "data__template": "plain"}
+    (other,) = examples(setting([{"messages": asked + row["chosen"]}], data__train_on="last", **how))
+    for found in (row, row | {side: asked + row[side] for side in ("chosen", "rejected")}):
+        (one,) = examples(setting([found], **how))
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.trained, other.trained)
+
+
+@pytest.mark.parametrize("kind, left", [("preference", 2), ("reward", 2), ("causal", 1)])
+def test_pairs_with_different_rejected_answers_are_not_the_same(setting, kind, left):
+    pair = {"prompt": "it was", "chosen": " fine"}
+    c = setting([pair | {"rejected": f" {x}"} for x in ("dull", "flat", "dull")], task__kind=kind)
+    c.data.clean.exact = True
+    assert len(examples(c)) == left

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_preference_runs import rows
+from test_preference_runs import chat, rows
 from tiny_labelled import config, make, write
 
 import ftjax
@@ -168,3 +168,30 @@ def test_a_reward_model_rewards_the_answers_of_a_policy(run, tmp_path):
     found = policy.rewards(c, part, np.arange(6), prompts, new, tokenizer)["reward"]
     known = ftjax.predict(str(folder / "run"), str(tmp_path / "answers.jsonl"), say=lambda text: None)
     np.testing.assert_allclose(found, [row["score"] for row in known], rtol=1e-5, atol=1e-5)
+
+
+def test_a_chat_is_scored_as_it_was_trained(tmp_path):
+    """With all that a template writes behind an answer that has ended, at which the score is read."""
+    from transformers import AutoTokenizer
+
+    from ftjax.data.template import asked
+    from ftjax.data.tokenise import encode_prompts
+
+    base = make(tmp_path / "llama", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[MASK] ' + ('film ' if m.role == 'user' else 'it ') + m.content + ' [SEP] of ' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '[MASK] it ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    chats = [{side: chat(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in rows(16, 0)]
+    c = config(tmp_path, base, task__kind="reward", tuning__method="full", data__max_length="32")
+    c.data.update(train=write(tmp_path / "pairs.jsonl", chats), test="", split=(1.0, 0.0, 0.0), buckets=1)
+    c.train.update(steps=1, eval_every=1)
+    ftjax.train(c, say=lambda text: None)
+    found = ftjax.predict(c.run_dir, str(tmp_path / "pairs.jsonl"), say=lambda text: None)
+    judge = best.reward_model(c.run_dir, tokenizer, "generate.reward")
+    prompts = encode_prompts([asked({"messages": pair["chosen"][:1]}, "row") for pair in chats], tokenizer)
+    new = [tokenizer(pair["chosen"][1]["content"])["input_ids"] for pair in chats]
+    ours = best.scores(judge, [ids.tolist() for ids in prompts], new, 8, 16, "generate.reward")
+    np.testing.assert_allclose(ours, [row["chosen"] for row in found], rtol=1e-5, atol=1e-5)

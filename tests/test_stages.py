@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import ftjax
 from ftjax import config as configs
 from ftjax import stages
+from ftjax.data import prepare
 from ftjax.errors import FtjaxError
 from ftjax.training.report import Progress
 
@@ -196,6 +197,38 @@ def test_replayed_rows_are_a_share_of_a_stage(folder):
 def test_a_stage_that_cannot_be_is_named(changed, told, folder):
     with pytest.raises(FtjaxError, match=told):
         ftjax.train(settings(folder, **changed))
+
+
+def test_an_epoch_with_replay_is_a_pass_over_the_rows_of_the_stage(folder, monkeypatch):
+    """However many rows the earlier stages have."""
+    few = folder / "few.jsonl"
+    few.write_text("".join((folder / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+    first, second = configs.staged(settings(folder, **{"data.train": str(few), "train.epochs": 2.0}))
+    seen = []
+    monkeypatch.setattr(stages.loop, "train", lambda config, say: seen.append(config))
+    stages._run([first], second, folder, print)
+    others, own = (len(source.tables["train"]) for source in prepare.rows(seen[0])[0])
+    assert own <= 8 < others / 4
+    assert 0.75 * (others + own) * seen[0].train.epochs == pytest.approx(2.0 * own)
+
+
+@pytest.mark.parametrize("change", [{}, {"replay": 0.0, "optim.ewc": 1.0}])
+def test_rows_of_a_mixture_are_not_read_again(folder, change):
+    c = settings(folder, **change)
+    c.stages = ({**c.stages[0], "data.mixture": ({"train": str(folder / "train.jsonl")},)}, c.stages[1])
+    with pytest.raises(FtjaxError, match="stages: back: (replay|optim.ewc): the rows of stage words are a mixture"):
+        configs.staged(c)
+
+
+@pytest.mark.parametrize("name", ["x1.jsonl", "x1.jsonl,x2.jsonl", "x?.jsonl"])
+def test_other_held_out_rows_are_scored_anew(name, tmp_path):
+    data, found = configs.default().data, []
+    data.test = ",".join(str(tmp_path / part) for part in name.split(","))
+    (tmp_path / "x2.jsonl").write_text('{"text": "b"}\n')
+    for text in "abb":
+        (tmp_path / "x1.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        found.append(stages._digest(data))
+    assert found[0] != found[1] == found[2]
 
 
 def test_a_stage_without_a_whole_model_comes_last(folder):

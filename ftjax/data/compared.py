@@ -5,6 +5,7 @@ Other columns are ignored: an id, for example, would hide that two rows are the 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
         except FtjaxError:
             form = ""
         if form in ("messages", "sharegpt", "preference", "ranked"):
-            return Sides(lambda row: _turns(row)[0], lambda row: _turns(row)[1], label)
+            return Sides(lambda row: _turns(row)[0], functools.partial(_answers, both=this.texts == 2), label)
         read, said = FIELDS.get(form, ((), ()))
         if form == "template":
             read, said = ([name for _, name in template.parse(text, "data.prompt") if name]
@@ -164,6 +165,12 @@ def _turns(row: dict) -> tuple[str, str]:
     last = answers[-1] if answers else 1
     before = [_shown(turn) for turn, role in zip(turns[:last], roles) if role not in SYSTEM]
     return row_text({"": before}), row_text({"": list(map(_shown, turns[last:]))})
+
+
+def _answers(row: dict, both: bool) -> str:
+    """The text of a row's answer; with `both` that of the chosen and of the rejected one."""
+    chosen = [None, row["rejected"]] if both and row.get("rejected") else [None]
+    return "\n".join(_turns(row | {"chosen": text} if text else row)[1] for text in chosen)
 
 
 def _shown(turn):

@@ -261,10 +261,18 @@ def _preference(row: dict, place: str) -> Rendered:
     if isinstance(chosen, str):
         chosen = [{"role": "assistant", "content": chosen}]
     chosen = _turns({"chosen": [chosen] if isinstance(chosen, dict) else chosen}, "chosen", place)
+    if isinstance(row.get(column), list):
+        asked = _turns(row, column, place)
+        if chosen[: len(asked)] == asked:
+            chosen = chosen[len(asked) :]
+        elif chosen[0]["role"] not in ("assistant", "tool"):
+            raise FtjaxError(
+                f"{place}: column 'chosen' begins with a message of the {chosen[0]['role']}, and not with those of "
+                f"{column!r}; leave the prompt out of one of them"
+            )
+        return Rendered(messages=_untrained(asked) + chosen)
     if chosen[0]["role"] != "assistant":
         return Rendered(messages=chosen)
-    if isinstance(row.get(column), list):
-        return Rendered(messages=_turns(row, column, place) + chosen)
     return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
 
 
@@ -301,7 +309,8 @@ def pairs(form: str, row: dict, place: str, template: str = "") -> list[dict]:
     if form != "ranked":
         return [row]
     answers = next((row[name] for name in RANKED if isinstance(row.get(name), list)), None)
-    column = next((name for name in ("ranks", "scores") if row.get(name) is not None), "")
+    named = [name for name in ("ranks", "scores") if name in row]
+    column = min(named, key=lambda name: row[name] is None, default="")
     if answers is None or len(answers) < 2:
         raise FtjaxError(f"{place}: expected a list of two or more answers in one of the columns {', '.join(RANKED)}")
     figures = row[column] if column else list(range(len(answers)))

@@ -7,12 +7,15 @@ import numpy as np
 from ftjax import cpus
 from ftjax.data.batches import by_example
 from ftjax.data.labelled import last_token
-from ftjax.data.tokenise import Example
+from ftjax.data.template import Rendered
+from ftjax.data.tokenise import Example, encode
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.evaluation.said import logits
+from ftjax.hub.tokenizer import end_token, show
 from ftjax.lm import LM, continuations, continue_tokens
 from ftjax.loading import load
 from ftjax.progress import doing
+from ftjax.training.run_folder import read_record, run_config
 
 
 def continued(lm: LM, variables, ids: list[list[int]], **how) -> list[str]:
@@ -26,7 +29,7 @@ def continued_tokens(
     """Continue prompts that are token ids, and choose the best of several answers to each.
 
     The reward model reads a prompt with an answer, and behind an answer that ended by itself the token with which its
-    own rows end. Of answers with the same score, the first is chosen.
+    own rows end; in a chat, all that its template writes there. Of answers with the same score, the first is chosen.
 
     Args:
         lm: The model and its tokenizer.
@@ -66,7 +69,24 @@ def reward_model(path: str, tokenizer, key: str) -> LM:
         raise FtjaxError(f"{key}: {path} is no reward model; expected a head with one label, see `reward`")
     if judge.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise FtjaxError(f"{key}: {path} has other tokens than the model that answers; both need the same")
+    end = run_config(path).data.end if read_record(path) is not None else ""
+    judge.end_tokens = (end_token(judge.tokenizer, end),)
     return judge
+
+
+def _ends(judge: LM, prompts: list[list[int]]) -> list[list[int]]:
+    """The ids that follow a finished answer to each prompt in the rows that a reward model is trained on."""
+    tokenizer, plain = judge.tokenizer, [judge.end_tokens[-1]]
+    if not tokenizer.chat_template:
+        return [plain] * len(prompts)
+    turns = ({"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."})
+    (chat,) = encode([Rendered(messages=turns)], tokenizer, "last", end=tokenizer.decode(plain))
+    of_chat = chat.ids[np.flatnonzero(chat.trained)[-1] :].tolist()
+    closed, opened = (show(tokenizer, list(turns[:1]), generation=goes_on) for goes_on in (False, True))
+    # Without white space, which some tokenizers add or drop. A template may open an answer by nothing of its own.
+    header = "".join((opened.removeprefix(closed) or opened.partition("Where?")[2]).split())
+    texts = ("".join(text.split()) for text in tokenizer.batch_decode(prompts))
+    return [of_chat if text.endswith(header) else plain for text in texts]
 
 
 def scores(
@@ -85,8 +105,8 @@ def scores(
     Raises:
         FtjaxError: If a text is longer than the model's positions. It is a NotFinite if a score is NaN or infinite.
     """
-    end = [judge.end_tokens[-1]]
-    texts = [p + n + end * (len(n) < max_new_tokens) for p, n in zip(prompts, new, strict=True)]
+    ends = _ends(judge, prompts)
+    texts = [p + n + end * (len(n) < max_new_tokens) for p, n, end in zip(prompts, new, ends, strict=True)]
     longest = max(map(len, texts))
     if longest > judge.max_tokens:
         raise FtjaxError(

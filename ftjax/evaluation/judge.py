@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError
@@ -33,10 +34,11 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     """
     task, examples = config.task, data.train.examples
     drawn, C = {"source": data.train.source, "shares": data.shares}, len(data.labels)
-    for key in ("class_weights", "balanced"):
-        if task[key] and key not in tasks.find(task.kind).takes:
-            kinds = [kind for kind, other in tasks.every().items() if key in other.takes]
-            raise FtjaxError(f"task.{key}: is of task.kind {' and '.join(kinds)}; this one is {task.kind}")
+    values, takes = configs.flat(config), {kind: other.takes for kind, other in tasks.every().items()}
+    for key in sorted(set().union(*takes.values()) - set(takes[task.kind])):
+        if values[key] != configs.FIELDS[key].default:
+            kinds = [kind for kind in takes if key in takes[kind]]
+            raise FtjaxError(f"{key}: is of task.kind {' and '.join(kinds)}; this one is {task.kind}")
     if not task.class_weights and not task.balanced:
         return drawn, None
     classes = examples.truths()

@@ -67,7 +67,7 @@ class Task:
             of task.reference and is `reference` in every batch; None where there is no such model.
         per_token: per_token(config, vocab_size) -> the shape of what `once` computes for a token.
         passes: passes(config) -> number of forward passes of a step beside those that have a gradient.
-        whole_rows: Whether the loss reads more of a row than the states at the trained places.
+        whole_rows: Whether the loss reads more of a row than the states at the trained places, or others in each epoch.
         arrays: Names of further arrays (B, M) float32 that `sums` reads from a batch, for a plan without rows.
         private: Whether one row is one example whose loss depends on no other row, so that training can bound what an
             example changes, see training.privacy.
@@ -112,7 +112,8 @@ class Task:
         judge: The evaluation.said.Judge of its predictions. None: by generated answers.
         judged: The kind of evaluation.labelled that scores them; empty: by the loss alone.
         right: The figure that is the share of right rows, by which comparisons rank contenders; empty: there is none.
-        takes: Which of the fields class_weights and balanced of the config's group `task` apply.
+        takes: Fields of the config that its loss reads. A field that only other tasks take must have its default,
+            because it would do nothing.
     """
 
     head: str

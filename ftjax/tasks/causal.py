@@ -41,4 +41,5 @@ TASK = Task(
     stratified=True,
     trained=lambda config, T: T,
     unnamed=0,
+    takes=("train.label_smoothing", "task.reference"),
 )

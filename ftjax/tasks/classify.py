@@ -66,5 +66,5 @@ TASK = Task(
     judge=by_label.judge(softmax, record, binary, lambda cut: {"threshold": cut[-1]}),
     judged="single_label",
     right="accuracy",
-    takes=("class_weights", "balanced"),
+    takes=("task.class_weights", "task.balanced", "task.focal", "train.label_smoothing"),
 )

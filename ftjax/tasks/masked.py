@@ -35,8 +35,10 @@ TASK = Task(
     columns=Columns(label=()),
     splits=True,
     labels=(),
+    whole_rows=True,  # other tokens are masked in each epoch
     layout=layout,
     trained=lambda config, T: round(T * config.task.mask_rate),
     unnamed=0,
     judge=Judge(loss),
+    takes=("train.label_smoothing",),
 )

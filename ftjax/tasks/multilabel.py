@@ -77,4 +77,5 @@ TASK = Task(
     ),
     judged="multi_label",
     right="subset_accuracy",
+    takes=("task.focal",),
 )

@@ -363,11 +363,8 @@ def check(config, method, spec) -> None:
             f"train.batch_size: {config.train.batch_size} answers cannot be split into groups of "
             f"rollout.group={rollout.group}; expected a multiple"
         )
-    for key in ("spike", "label_smoothing"):  # the loss is around 0, and has no labels
-        if config.train[key]:
-            raise FtjaxError(
-                f"train.{key}: does not apply to task.kind policy; expected 0, found {config.train[key]:g}"
-            )
+    if config.train.spike:  # the loss is around 0
+        raise FtjaxError(f"train.spike: does not apply to task.kind policy; expected 0, found {config.train.spike:g}")
     if task.beta:
         keeps_base(method, spec, "task.beta", "task.beta=0")
 
@@ -396,4 +393,5 @@ TASK = Task(
     arrays=("shares", "advantages", "sampled"),
     trained=lambda config, T: T,
     unnamed=0,
+    takes=("task.rewards",),
 )

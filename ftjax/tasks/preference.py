@@ -9,12 +9,17 @@ from typing import ClassVar
 import numpy as np
 
 from ftjax import tasks
+from ftjax.config import FIELDS
 from ftjax.data import prepare, template
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, encode
 from ftjax.errors import FtjaxError
 from ftjax.objectives import preference
 from ftjax.tasks import Task
+
+# Field of config.task -> the losses that it is for.
+OF_LOSS = {"reference": preference.WITH_REFERENCE, "margin": ("simpo",)}
+OF_LOSS |= dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +162,11 @@ def _check(chosen: Rendered, rejected: Rendered, place: str) -> None:
     else:
         prompts = chosen.messages[:-1], (rejected.messages or ())[:-1]
         answers = chosen.messages[-1], (rejected.messages or ({},))[-1]
+    if chosen.messages is not None and {message.get("role") for message in answers} != {"assistant"}:
+        raise FtjaxError(
+            f"{place}: the conversations in 'chosen' and 'rejected' do not both end in a message of the assistant; end "
+            "them with the two answers that are compared"
+        )
     if prompts[0] != prompts[1]:
         raise FtjaxError(
             f"{place}: the conversations in 'chosen' and 'rejected' differ before their last message; expected two "
@@ -199,6 +209,9 @@ def check(config, method, spec) -> None:
         raise FtjaxError(
             f"train.label_smoothing: task.loss={loss} has none; set it to 0, or use {', '.join(preference.SMOOTHED)}"
         )
+    for name, losses in OF_LOSS.items():
+        if config.task[name] != FIELDS[f"task.{name}"].default and loss not in losses:
+            raise FtjaxError(f"task.{name}: is of task.loss {', '.join(losses)}; this one is {loss}")
     if loss == "kto" and config.train.accumulate > 1:
         raise FtjaxError(
             "train.accumulate: expected 1 for task.loss=kto, whose reference point is a mean over all answers of a "
@@ -274,4 +287,5 @@ TASK = Task(
     layout=lambda config, tokenizer: {"apart": True},
     trained=lambda config, T: T,
     unnamed=0,
+    takes=("train.label_smoothing", "task.loss", "task.nll_weight", *(f"task.{name}" for name in OF_LOSS)),
 )

@@ -18,5 +18,5 @@ TASK = Task(
     trained=lambda config, T: T,
     judge=tagged.JUDGE,
     judged="tags",
-    takes=("class_weights",),
+    takes=("task.class_weights", "task.focal", "train.label_smoothing"),
 )

@@ -48,6 +48,8 @@ FREE += ("data.workers", "data.processes", "data.streaming", "data.cache", "trai
 FREE += ("task.group", "task.threshold", "task.max_answer")  # how predictions are made and judged
 FREE += ("train.cache_features", "train.deterministic")
 FREE += ("model.remat", "model.attention", "model.unroll", "model.head_chunk")
+# Of these, what a task whose batches the model writes (`Task.collect`) is trained by.
+DRAWN = ("generate.max_new_tokens", "generate.stop", "evaluate.words", "evaluate.passage")
 # Fields that name files -> the group of the record whose digests are compared instead of the names.
 NAMES = {
     "weights": ("model.path", "model.revision"),
@@ -198,7 +200,7 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     elif "rows" in old:
         told.append("the rows in its data files are not those that it was started on")
     free = (*FREE, *(key for group in same for key in NAMES.get(group, ())))
-    changed = [key for key in now if now[key] != before[key] and not key.startswith(free)]
+    changed = [key for key in now if now[key] != before[key] and not _is_free(key, free, now)]
     told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed] + told
     if told:
         raise FtjaxError(
@@ -221,13 +223,18 @@ def check_record(config, record: dict, run_dir: Path, step: int) -> None:
     """
     now, then = configs.flat(config), configs.flat(configs.from_dict(record["config"]))
     free = (*FREE, "data.mixture", *(key for keys in NAMES.values() for key in keys))
-    changed = [key for key in now if now[key] != then[key] and not key.startswith(free)]
+    changed = [key for key in now if now[key] != then[key] and not _is_free(key, free, now)]
     if changed or record["step"] != step:
         told = [f"{key} is {then[key]!r} there, and {now[key]!r} in {RUN}" for key in changed]
         raise FtjaxError(
             f"{run_dir / FOLDER / str(step)}: this checkpoint is of another run or step than its folder: "
             f"{'; '.join(told) or record['step']}"
         )
+
+
+def _is_free(key: str, free: tuple[str, ...], config: dict) -> bool:
+    """Whether a field may change when a run is resumed. config: {key: value} of the run."""
+    return key.startswith(free) and not (key in DRAWN and tasks.find(config["task.kind"]).collect)
 
 
 def _unnamed(mixture: tuple) -> list[dict]:

@@ -76,6 +76,7 @@ def test_a_run_has_the_losses_of_one_without_them(tmp_path):
         ({"train.dropout": 0.1}, False),  # states differ from step to step
         ({"train.neftune": 5.0}, False),
         ({"train.ema": 0.9}, True),
+        ({"task.kind": "masked"}, False),  # other tokens are masked in each epoch
     ],
 )
 def test_states_are_kept_where_they_stay_the_same(change, used):

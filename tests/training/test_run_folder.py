@@ -96,6 +96,22 @@ def test_digests_decide_and_not_the_names_of_files(tmp_path, base):
         claim(c, changed, "rows")
 
 
+def test_a_policy_goes_on_with_the_draws_of_its_start(tmp_path, base):
+    """How other tasks answer may change."""
+    c = settings(tmp_path / "run")
+    claim(c, base, "rows")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    c.generate.max_new_tokens = 8
+    assert claim(c, base, "rows")
+    c = settings(tmp_path / "policy")
+    c.task.kind = "policy"
+    claim(c, base, "rows")
+    (tmp_path / "policy" / "metrics.jsonl").write_text("")
+    c.generate.max_new_tokens = 8
+    with pytest.raises(FtjaxError, match="generate.max_new_tokens was 64, is 8"):
+        claim(c, base, "rows")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, base, overwrite):
     c = settings(tmp_path)
