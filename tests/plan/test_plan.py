@@ -18,6 +18,7 @@ import tiny
 import tiny_labelled
 from jax.sharding import NamedSharding, PartitionSpec
 
+import ftjax
 from ftjax import cli
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
@@ -509,3 +510,24 @@ def test_heads_of_other_tasks_are_planned(kind, name, tmp_path):
     assert found["asked"]["fits"] and found["rows"]["labels"] == 8 and found["steps"] == 60
     assert found["asked"]["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert plan(config, "cpu:1", choices=False)["asked"]["parameters"] == found["asked"]["parameters"]
+
+
+@pytest.mark.slow
+def test_drawing_is_counted_where_the_model_writes_its_batches():
+    config = small(**{
+        "task.kind": "policy", "task.rewards": ("length",), "task.updates": 2, "generate.max_new_tokens": 16,
+        "train.steps": 0, "train.epochs": 2.0, "rollout.group": 4, "data.split": (1.0, 0.0, 0.0),
+    })  # fmt: skip
+    found = plan(config, "cpu:1", data=True, choices=False)
+    assert found["steps"] == 2 * 2 * 64 // 4  # four prompts a step, two epochs, two updates of each rollout
+    lm = ftjax.load("builtin:stories260K")
+    ids = jnp.zeros((1, found["rows"]["length"]), jnp.int32)
+    forward = jax.jit(lm.model.apply).lower(lm.variables, ids, ids, ids + 1).compile().cost_analysis()["flops"]
+    # Eight answers a step of a rollout for two; the base and the model before the first update score them too.
+    work = found["drawing"]["arithmetic"] * DEVICES["cpu"].flops
+    assert work == pytest.approx(3 * 8 * forward, rel=0.2)
+    size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
+    assert found["drawing"]["memory"] * DEVICES["cpu"].bandwidth > 16 * size
+    assert "drawing the answers of a step" in report(found, price=2.0)
+    config.task.environment, config.rollout.turns = "calculator.py:Calculator", 3
+    assert plan(config, "cpu:1", choices=False)["drawing"]["memory"] > 2 * found["drawing"]["memory"]
