@@ -257,9 +257,10 @@ class Episode:
 
     def add(self, one: Answer, said: str, reply: str | list, tokenizer) -> None:
         """Add a text of the model and the environment's reply, which is not trained."""
-        if self.talk is None:
-            ids = tokenise.continuation(tokenizer, reply) if reply else []
-        else:
+        ids: list[int] = []
+        if self.talk is None and not self.done:
+            ids = tokenise.continuation(tokenizer, reply)
+        elif not self.done:
             reply = [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
             then = template.asked({"messages": reply}, self.place).messages
             ids = tokenise.reply(self.talk, said, then, tokenizer, self.place, self.recipe.end)
@@ -301,7 +302,7 @@ def episodes(
     failed = lambda error: user_code.failed(named, "task.environment", error)  # noqa: E731
 
     def begun() -> list:
-        make, prompts = environment(named), []
+        make, prompts = environment(config), []
         for n, i in enumerate(rows):
             try:
                 worlds[n] = make()
@@ -365,11 +366,20 @@ def _is_reply(found) -> bool:
     return isinstance(found[1], numbers.Real) and math.isfinite(found[1]) and isinstance(found[2], bool | np.bool_)
 
 
-def environment(named: str):
-    """The class `file.py:Name` of task.environment. Raises FtjaxError if there is none with `reset` and `step`."""
+def environment(config):
+    """The class of task.environment. Raises FtjaxError for one without `reset` and `step`, and for settings that do not
+    apply to episodes."""
+    named = config.task.environment
     found = user_code.loaded(named, "task.environment")
     if not all(callable(getattr(found, name, None)) for name in ("reset", "step")):
         raise FtjaxError(f"task.environment: {named!r} has no methods reset and step; expected a class with both")
+    for key, off in (("task.rewards", ()), ("evaluate.compare", False), ("generate.best_of", 1)):
+        group, _, name = key.partition(".")
+        if config[group][name] != off:
+            raise FtjaxError(
+                f"{key}: does not apply to task.environment, which gives the rewards of whole episodes; expected "
+                f"{off!r}, found {config[group][name]!r}"
+            )
     return found
 
 
@@ -553,14 +563,7 @@ def check(config, method, spec) -> None:
     """See Task.check."""
     task, rollout = config.task, config.rollout
     if task.environment:
-        environment(task.environment)
-        for key, off in (("task.rewards", ()), ("evaluate.compare", False), ("generate.best_of", 1)):
-            group, _, name = key.partition(".")
-            if config[group][name] != off:
-                raise FtjaxError(
-                    f"{key}: does not apply to task.environment, which gives the rewards of whole episodes; expected "
-                    f"{off!r}, found {config[group][name]!r}"
-                )
+        environment(config)
     else:
         check_rewards(task)
     if config.train.batch_size % rollout.group:

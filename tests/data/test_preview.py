@@ -140,12 +140,12 @@ def test_pieces_of_a_text_make_up_the_text(tokenizer):
         (
             {"kind": "preference", "loss": "kto"},
             {"prompt": "Who?", "completion": " Lily.", "label": False},
-            ["2 segments (4 trained)", "undesirable", "Who?[[ Lily.</s>]]"],
+            ["2 segments (6 trained)", "undesirable", "Who?[[ Lily.</s>]]"],
         ),
         (
             {"kind": "reward"},
             {"prompt": "Who?", "chosen": " Lily.", "rejected": " Tim.", "margin": 0.5},
-            ["2 segments (2 trained)", "margin 0.5", "<s> Who? Lily.[[</s>]]<s> Who? Tim.[[</s>]]"],
+            ["2 segments (2 trained)", "margin 0.5", "<s> Who? Lily[[.]]</s><s> Who? Tim[[.]]</s>"],
         ),
         (
             {"kind": "policy"},

@@ -531,3 +531,22 @@ def test_drawing_is_counted_where_the_model_writes_its_batches():
     assert "drawing the answers of a step" in report(found, price=2.0)
     config.task.environment, config.rollout.turns = "calculator.py:Calculator", 3
     assert plan(config, "cpu:1", choices=False)["drawing"]["memory"] > 2 * found["drawing"]["memory"]
+
+
+@pytest.mark.slow
+def test_answers_with_labels_and_rewards_are_planned(tmp_path):
+    rows = [{"prompt": f"Who has {n}?", "chosen": " Lily.", "rejected": " Tim has it."} for n in range(20)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"data.train": str(file), "data.prompt": "", "data.completion": "", "data.split": (1.0, 0.0, 0.0)}
+    found = {}
+    for name, task in (("causal", {}), ("kto", {"kind": "preference", "loss": "kto"}), ("reward", {"kind": "reward"})):
+        config = small(**more, **{f"task.{key}": value for key, value in task.items()})
+        found[name] = plan(config, "cpu:1", data=True, choices=False)
+        assert found[name]["asked"]["fits"] and "drawing" not in found[name]
+    assert found["kto"]["rows"]["length"] > 1.5 * found["causal"]["rows"]["length"]  # two texts a row
+    assert found["reward"]["rows"]["length"] > 1.5 * found["causal"]["rows"]["length"]
+    per_token = {name: one["asked"]["model_flops_per_token"] for name, one in found.items()}
+    assert 1.2 < per_token["kto"] / per_token["causal"] < 1.6  # with a forward pass of the reference
+    executed = {n: x["asked"]["flops"] / x["tokens_per_step"] for n, x in found.items()}
+    assert executed["kto"] > 1.2 * executed["causal"]
