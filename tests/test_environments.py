@@ -1,5 +1,7 @@
 """Episodes of several turns with an environment of the user, on a tiny random model."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import tiny_labelled
 from tiny_labelled import WORDS, make, write
 
 import ftjax
+from ftjax import user_code
 from ftjax.data.prepare import prepare
 from ftjax.lm import stop_tokens
 from ftjax.objectives import policy as objective
@@ -239,3 +242,21 @@ def test_a_stop_string_is_the_token_that_follows_other_text():
     assert stop_tokens(tokenizer, (" ha",)) == (space,)
     with pytest.raises(ftjax.FtjaxError, match="stop: the tokenizer makes 2 tokens of '2='"):
         stop_tokens(tokenizer, ("2=",))
+
+
+def test_the_calculator_works_out_a_solution_of_gsm8k():
+    """The first row of GSM8K's training rows, with the calculator's annotations as they are there."""
+    answer = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    made = user_code.load(f"{Path(__file__).parents[1] / 'configs/grpo_calculator.py'}:Calculator", "task.environment")
+    for end, reward in (("#### 72", 1.0), ("#### 27", 0.0)):
+        world, at = made(), 0
+        assert world.reset({"answer": answer}) is None
+        for turn in ("Natalia sold 48/2 = <<48/2", "24 clips in May.\nNatalia sold 48+24 = <<48+24"):
+            reply, nothing, done = world.step(turn)
+            assert (nothing, done) == (0.0, False)
+            assert f"{turn}={reply}" in answer[at:]
+            at = answer.index(turn) + len(turn)
+        assert world.step(f"72 clips.\n{end}") == ("", reward, True)
+    assert [world.step(f"<<{text}")[0] for text in ("7/2", "8/0", "2**9", "__import__('os')")] == [
+        "3.5>>", "error>>", "error>>", "error>>"
+    ]  # fmt: skip
