@@ -90,12 +90,13 @@ def dpo(folder: Path, turns: int) -> dict:
 
 
 def rollout(turns: int, top_k: int, top_p: float) -> dict:
-    """Seconds of drawing 128 answers with their rewards, and of generating as many."""
+    """Seconds of drawing the answers to 16 prompts with their rewards, and of generating as many."""
     config = configs.default()
     config.data.update(train="builtin:commongen/train.jsonl", prompt="Words: {src}\nSentence:", completion=" {tgt}")
     config.task.update(kind="policy", rewards=("length",), beta=0.0)
     config.generate.update(max_new_tokens=48, batch_size=64)
     config.rollout.update(top_k=top_k, top_p=top_p)
+    config.train.batch_size = 16 * config.rollout.group
     lm = ftjax.load("builtin:stories260K")
     data, examples = prepare(config, lm.tokenizer, lm.max_tokens), np.arange(16)
     prompts = [data.train.examples[int(i)].ids.tolist() for i in np.repeat(examples, config.rollout.group)]

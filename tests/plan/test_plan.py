@@ -548,5 +548,3 @@ def test_answers_with_labels_and_rewards_are_planned(tmp_path):
     assert found["reward"]["rows"]["length"] > 1.5 * found["causal"]["rows"]["length"]
     per_token = {name: one["asked"]["model_flops_per_token"] for name, one in found.items()}
     assert 1.2 < per_token["kto"] / per_token["causal"] < 1.6  # with a forward pass of the reference
-    executed = {n: x["asked"]["flops"] / x["tokens_per_step"] for n, x in found.items()}
-    assert executed["kto"] > 1.2 * executed["causal"]
