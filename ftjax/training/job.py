@@ -255,7 +255,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
 def named_files(config) -> dict[str, str]:
     """{key: name} of the models and functions, beside the base, that decide how a config trains."""
     rewards = {f"task.rewards[{i}]": name for i, name in enumerate(config.task.rewards)}
-    named = {"task.reference": config.task.reference} | rewards
+    named = {f"task.{name}": config.task[name] for name in ("reference", "environment")} | rewards
     return {key: name for key, name in named.items() if name and name not in METRICS}
 
 
