@@ -411,6 +411,9 @@ FIELDS: dict[str, Field] = {
     "task.rewards": several((), WORD, also="reward_funcs reward_functions"),  # policy: what an answer is worth, the
     # weighted sum of these: metrics that `ftjax metrics` lists, or "file.py:name" of your own functions, which are
     # called as those of evaluate.metrics are, or directories of reward models (task.kind reward)
+    "task.environment": text(also="environment_factory env"),  # policy: "file.py:Name" of a class of your own that
+    # answers the model for several turns and gives the rewards, instead of task.rewards; see docs/policy.md. Empty:
+    # one answer to each prompt
     "task.reward_weights": several((), number(1.0)),  # policy: weight of each of task.rewards; empty: 1 each
     "task.updates": whole(1, 1, also="num_iterations ppo_epochs"),  # policy: number of steps that the same answers are
     # used for. A run validates and saves only after the last of them
@@ -454,6 +457,8 @@ FIELDS: dict[str, Field] = {
     "rollout.top_k": whole(0, 0),  # draw from the k most probable tokens only; 0: from all
     "rollout.top_p": number(1.0, above=0, most=1),  # draw from the most probable tokens that together reach this
     # probability; 1: from all
+    "rollout.turns": whole(8, 1, also="max_turns max_tool_calling_iterations"),  # most turns of the model in an episode
+    # of task.environment, each of generate.max_new_tokens tokens at most; data.max_length bounds the whole text
     "rollout.resample": whole(0, 0),  # how often a group is drawn again whose answers all have the same reward, from
     # which nothing can be learnt
     #

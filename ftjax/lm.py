@@ -24,7 +24,7 @@ from ftjax.data.batches import by_example
 from ftjax.data.pairs import encode_texts
 from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
-from ftjax.data.tokenise import Example, encode_prompts
+from ftjax.data.tokenise import Example, continuation, encode_prompts
 from ftjax.decoding import generate
 from ftjax.errors import FtjaxError, NotFinite, nearest
 from ftjax.foreign import read_json
@@ -266,7 +266,7 @@ def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
     """Token ids of stop strings. Raises FtjaxError for a string that is not a single token of this tokenizer."""
     ids: list[int] = []
     for text in stop:
-        pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces = continuation(tokenizer, text)  # it follows other text
         if len(pieces) != 1:
             raise FtjaxError(
                 f"stop: the tokenizer makes {len(pieces)} tokens of {text!r}; expected a text of exactly one token"

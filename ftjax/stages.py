@@ -154,8 +154,8 @@ def _entry(stage, weight: float) -> dict:
 
 def _computes(stage, other, first) -> bool:
     """Whether the model after a stage (None: the base) can be scored on the rows of another one."""
-    continues = tasks.find((stage or first).config.task.kind).head == "causal"
-    return (other.config.task.kind in tasks.ANSWERS and continues) or stage is other
+    continues, kind = tasks.find((stage or first).config.task.kind).head == "causal", other.config.task.kind
+    return (continues and (kind in tasks.ANSWERS or tasks.find(kind).measure is not None)) or stage is other
 
 
 def _scored(model: Path, other, kept: dict) -> dict:
@@ -193,7 +193,8 @@ def _told(stages, scores: dict) -> dict[str, Any]:
     """
     names, forgotten, transferred = [stage.name for stage in stages], {}, {}
     for position, name in enumerate(names):
-        losses = {model: row[name]["loss"] for model, row in scores.items() if "loss" in row.get(name, {})}
+        found = {model: row.get(name, {}) for model, row in scores.items()}
+        losses = {model: x["loss"] for model, x in found.items() if "loss" in x and "answers" not in x}  # nats a token
         since = [losses[model] for model in names[position:] if model in losses]
         prior = names[position - 1] if position else BEFORE
         if len(since) > 1:
@@ -204,8 +205,8 @@ def _told(stages, scores: dict) -> dict[str, Any]:
 
 
 def _main(scores: dict) -> tuple[str, float]:
-    """The score that a table shows: the loss where there is one, else the first."""
-    name = "loss" if "loss" in scores else next(iter(scores))
+    """The score that a table shows: the reward or the loss where there is one, else the first."""
+    name = next((name for name in ("reward", "loss") if name in scores), next(iter(scores)))
     return name, scores[name]
 
 

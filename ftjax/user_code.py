@@ -6,6 +6,7 @@ anyone, and so may every other JSON file; a function that only such a file names
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import traceback
 from collections.abc import Callable, Iterator
@@ -57,6 +58,17 @@ def load(named: str, key: str) -> Callable:
     if not callable(function):
         raise FtjaxError(f"{key}: {file} has no function {name!r}{nearest(name, vars(module))}")
     return function
+
+
+def loaded(named: str, key: str) -> Callable:
+    """As `load`, but a file is run once for each time of its modification."""
+    file = Path(named.rpartition(":")[0])
+    return _loaded(named, key, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@functools.lru_cache
+def _loaded(named: str, key: str, state: int | None) -> Callable:
+    return load(named, key)
 
 
 def failed(named: str, key: str, error: BaseException) -> str:

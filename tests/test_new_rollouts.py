@@ -41,7 +41,7 @@ IMITATE = tasks.Task(
     always=causal.chunk,
     collect=collect,
     updates=lambda config: 2,
-    longest=lambda config, examples: int(examples.length.max()) + LONGEST,
+    longest=lambda config, data: int(data.train.examples.length.max()) + LONGEST,
     measure=measure,
 )
 

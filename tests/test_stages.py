@@ -101,6 +101,16 @@ def test_every_stage_is_scored_after_every_stage(done, folder):
 
 
 @pytest.mark.slow
+def test_a_stage_of_rewards_is_scored_before_it_too(tmp_path, folder, small_mesh):
+    more = {"task.kind": "policy", "task.rewards": ("length",), "rollout.group": 4, "generate.max_new_tokens": 4}
+    c = settings(folder, **more, replay=0.0)
+    c.run_dir, c.train.steps, c.train.eval_every = str(tmp_path / "run"), 2, 2
+    told = ftjax.train(c, say=lambda line: None).results
+    assert all(told["scores"][model]["back"]["answers"] == 16 for model in ("before", "words", "back"))
+    assert stages._main(told["scores"]["words"]["back"])[0] == "reward"
+    assert list(told["forgotten"]) == ["words"] and not told["transferred"]  # rewards are no nats a token
+
+
 def test_a_stopped_run_goes_on_in_its_stage(done, folder, monkeypatch):
     """The same bits as without the stop, and no score is computed twice."""
     whole = folder / "whole"

@@ -71,10 +71,11 @@ def target(data: Data, i: int, example: Example) -> str:
         i: Index of the example.
         example: The example.
     """
-    if example.targets is None or (form := data.train.recipe(i).form) in ("masked", "embed"):
-        return ""
-    if told := getattr(data.train.recipe(i), "told", None):
+    recipe = data.train.recipe(i)
+    if told := getattr(recipe, "told", None):
         return told(example)
+    if example.targets is None or (form := recipe.form) in ("masked", "embed"):
+        return ""
     if form == "multilabel":
         return "labels: " + (", ".join(n for n, there in zip(data.labels, example.targets[0]) if there) or "none")
     if form in ("regress", "span"):

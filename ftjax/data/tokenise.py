@@ -6,6 +6,7 @@ the answer and the token that ends it, and no others. Both are checked on ids, w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -116,12 +117,39 @@ def encode_prompts(
     for i, r in enumerate(rendered):
         if r.messages is not None:
             chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
-            turns = _answers(r.messages)
-            open_ = not turns or goes_on and turns[-1] < len(r.messages) - 1
-            before = r.messages if open_ else r.messages[: turns[-1]]
-            prompts.append(_show(chats[r.template], r, before, True, place(i)))
+            prompts.append(_show(chats[r.template], r, open_messages(r, goes_on), True, place(i)))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
+
+
+def open_messages(row: Rendered, goes_on: bool) -> tuple[dict, ...]:
+    """The messages of a conversation that are its prompt; goes_on: see `encode_prompts`."""
+    turns = _answers(row.messages)
+    open_ = not turns or goes_on and turns[-1] < len(row.messages) - 1
+    return row.messages if open_ else row.messages[: turns[-1]]
+
+
+def reply(row: Rendered, said: str, messages: tuple[dict, ...], tokenizer, place: str, end: str = "") -> list[int]:
+    """The ids of the text between an answer of a conversation and the next answer.
+
+    Args:
+        row: The conversation before the answer.
+        said: The answer.
+        messages: The messages that follow it.
+        tokenizer: The tokenizer, from transformers.
+        place: Names the row in errors.
+        end: See data.end.
+
+    Returns:
+        From the end of the answer on, its end token included, up to what opens the next answer.
+
+    Raises:
+        FtjaxError: If the chat template refuses the messages, or does not show the answer as one text.
+    """
+    chat, before = _chat(row.template, end, tokenizer), row.messages
+    whole = (*before, {"role": "assistant", "content": said}, *messages)
+    shown, mark = _marked_chat(chat, dataclasses.replace(row, messages=whole), len(before), place, generation=True)
+    return continuation(chat.tokenizer, shown.partition(mark)[2])
 
 
 def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "") -> str:
@@ -170,7 +198,7 @@ def _encode_plain(rows: list[Rendered], tokenizer, train_on: str, end: int) -> l
     out = []
     for row, prompt, ids in zip(rows, prompts, joint):
         if ids[: len(prompt)] != prompt:
-            ids = prompt + _continuation(tokenizer, row.completion)
+            ids = prompt + continuation(tokenizer, row.completion)
         if ids[-1:] != [end]:
             ids = [*ids, end]
         out.append((ids, [(0 if train_on == "all" else len(prompt), len(ids))]))
@@ -185,7 +213,7 @@ def _prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
     return prompts
 
 
-def _continuation(tokenizer, text: str) -> list[int]:
+def continuation(tokenizer, text: str) -> list[int]:
     """Ids of a text that follows another text, without the space that some tokenizers put before the first word."""
     before, both = _ids(tokenizer, ["\n", "\n" + text], special=False)
     if both[: len(before)] == before:
@@ -320,11 +348,12 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
     return Turn(k, prompt, stop, loose)
 
 
-def _marked_chat(chat: Chat, row: Rendered, k: int, place: str) -> tuple[str, str]:
+def _marked_chat(chat: Chat, row: Rendered, k: int, place: str, generation: bool = False) -> tuple[str, str]:
     """(the text of a chat with a mark in place of message k's answer, the mark). The mark occurs once in the text."""
     said = repr(row.messages)
     mark = next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
-    text = _show(chat, row, (*row.messages[:k], _marked(row.messages[k], mark), *row.messages[k + 1 :]), False, place)
+    messages = (*row.messages[:k], _marked(row.messages[k], mark), *row.messages[k + 1 :])
+    text = _show(chat, row, messages, generation, place)
     if text.count(mark) != 1:
         often = "more than once" if mark in text else "not at all"
         raise FtjaxError(
@@ -389,7 +418,7 @@ def _place_turns(plan: Plan, chat: Chat, encoded: dict[str, list[int]], end_id: 
     if plan.turns and length(plan.turns[-1].prompt) is None:
         last = plan.turns[-1]  # no other turn has to be located after it, so a token may be split at its first border
         for text in (plan.whole, *(plan.whole[: last.stop + n] for n in range(last.loose + 1))):
-            encoded[text] = encoded[last.prompt] + _continuation(chat.tokenizer, text[len(last.prompt) :])
+            encoded[text] = encoded[last.prompt] + continuation(chat.tokenizer, text[len(last.prompt) :])
         ids = encoded[plan.whole]
     spans = []
     for turn in plan.turns:

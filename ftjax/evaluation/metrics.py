@@ -10,12 +10,10 @@ docstring names further cases. A figure is taken over the rows that have a score
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 
@@ -93,8 +91,7 @@ def find(name: str, key: str = "evaluate.metrics") -> Metric:
     """The row `name` of METRICS, or the user's metric `file.py:function`. Raises FtjaxError, naming the config's `key`,
     for an unknown one."""
     if ":" in name:
-        file = Path(name.rpartition(":")[0])
-        return _users(name, file.stat().st_mtime_ns if file.is_file() else None, key)
+        return _users(name, key)
     if name not in METRICS:
         raise FtjaxError(
             f"{key}: unknown metric {name!r}{nearest(name, METRICS)}; expected one of {', '.join(METRICS)}, "
@@ -103,9 +100,8 @@ def find(name: str, key: str = "evaluate.metrics") -> Metric:
     return METRICS[name]
 
 
-@functools.lru_cache  # a file is run once for each time of modification
-def _users(named: str, state: int | None, key: str) -> Metric:
-    function = user_code.load(named, key)
+def _users(named: str, key: str) -> Metric:
+    function = user_code.loaded(named, key)
 
     def rows(predictions, references, rows, settings):
         scores = []

@@ -154,6 +154,7 @@ def _config(model, config, overrides, data: str | None = None, say=None):
             )
         config.evaluate.metrics = tuple(name for name in config.evaluate.metrics if ":" not in name)
         config.task.rewards = tuple(name for name in config.task.rewards if ":" not in name)
+        config.task.environment = ""
         if data:
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
     config = configs.default() if config is None else configs.copy(config)

@@ -5,6 +5,7 @@ B rows, T tokens, M trained tokens a row at most.
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import time
@@ -106,6 +107,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
             "held": held(program, *arguments),
             "gradients": programs.gradient_bytes(program),
             "head": head_bytes(config, spec, mesh.shape, M, devices.platform),
+            "drawing": drawing(config, spec, program, mesh, T),
         }
         try:
             compiled = program.step.trace(*arguments).lower().compile(QUICK if quick and devices.topology else None)
@@ -131,6 +133,28 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
         "collectives": [c._asdict() for c in hlo.collectives(text)],
     }
     return out | _spent(started)
+
+
+def drawing(config, spec: Spec, program, mesh, T: int) -> dict:
+    """Arithmetic and memory traffic, by formula, of drawing the texts of a step, each as long as it may be, and of
+    scoring them; empty for a task that draws none.
+
+    Every token reads all parameters once for a batch of texts, and the cache of the tokens before it. Parameters that
+    are split over `fsdp` are gathered, so that each device reads them all.
+    """
+    task = tasks.find(config.task.kind)
+    if not task.collect:
+        return {}
+    N, passes = task.draws(config)
+    model, texts = spec.model, config.train.batch_size / task.updates(config)
+    shapes = model, program.base, program.trained, program.frozen, T
+    forward = flops_per_token(*shapes, 1) - flops_per_token(*shapes)
+    size = jnp.dtype(program.model.dtype).itemsize
+    read = (
+        programs.count(program.base) * size / mesh.shape["tensor"] * N * math.ceil(texts / config.generate.batch_size)
+    )
+    cache = texts * N * T * 2 * model.layers * model.kv_heads * model.head_dim * size / mesh.size
+    return {"flops": (1 + passes) * texts * T * forward, "traffic": read + cache, "sent": 0.0}
 
 
 def _spent(started) -> dict:

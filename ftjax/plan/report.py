@@ -89,13 +89,21 @@ def _time(plan, price, from_table, share) -> list[str]:
     time, count = plan["time"], plan["devices"]["count"]
     names = ("arithmetic", "memory", "links", *(("host",) if time["host"] else ()))
     parts = ", ".join(f"{name} {time[name] * 1e3:,.3g} ms" for name in names)
-    seconds = time["seconds"] / share
+    seconds, drawing = time["seconds"] / share, []
+    if draws := plan.get("drawing"):
+        seconds += draws["seconds"] / share
+        drawing = [
+            f"drawing the answers of a step, each as long as it may be: {draws['seconds'] * 1e3:,.3g} ms more, bound "
+            f"by {draws['bound']} (arithmetic {draws['arithmetic'] * 1e3:,.3g} ms, memory {draws['memory'] * 1e3:,.3g} "
+            "ms)"
+        ]
     steps = plan["steps"] or 1000
     hours = seconds * steps / 3600
     told = f"{steps:,} steps" if plan["steps"] else "1,000 steps (train.steps is not set; --data counts them)"
     speed = plan["tokens_per_step"] / seconds
     lines = [
         f"time a step at the devices' peaks: {time['seconds'] * 1e3:,.3g} ms, bound by {time['bound']} ({parts})",
+        *drawing,
         f"at {share:.0%} of that: {seconds:,.3g} s a step, {speed:,.0f} tokens/s, {speed / count:,.0f} a device",
         f"{told}: {hours:,.3g} hours, {hours * count:,.4g} device hours"
         + (f", {hours * count * price:,.4g} US dollars" if price else ""),

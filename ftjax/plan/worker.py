@@ -69,6 +69,8 @@ def work(job: dict) -> dict:
     }
     if asked["fits"]:
         out["time"] = search.roofline(asked, devices)
+        if asked["drawing"]:
+            out["drawing"] = search.roofline(asked["drawing"], devices)
     if not job["choices"]:
         return out
     estimates = search.Search(config, spec, T, M, steps or 1, asked, devices)
@@ -126,13 +128,18 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     tokenizer = tokenizers.load_tokenizer(folder)
     data = prepare(config, tokenizer, longest)
     config.task.labels = data.labels
+    task, packing = tasks.find(config.task.kind), config.data.packing
     batches = Batches(
-        data.train.examples, config.train.batch_size, data.max_length, packing=config.data.packing,
-        buckets=config.data.buckets, seed=config.seed, source=data.train.source, shares=data.shares,
-        ways=config.mesh.sequence, **tasks.find(config.task.kind).layout(config, tokenizer),
+        data.train.examples, config.train.batch_size // task.copies(config), data.max_length,
+        packing=packing and not task.collect, buckets=config.data.buckets, seed=config.seed, source=data.train.source,
+        shares=data.shares, ways=config.mesh.sequence, **task.layout(config, tokenizer),
     )  # fmt: skip
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * task.updates(config))
+    if task.collect:
+        T = -(-(data.max_length if packing else task.longest(config, data)) // config.mesh.sequence)
+        T *= config.mesh.sequence
+        return T, _places(config, T), steps, config.train.batch_size * T
     _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)))
     return T, M, steps, float(np.sum(data.train.examples.length)) / len(batches)
 
 

@@ -104,7 +104,9 @@ class Task:
         copies: copies(config) -> number of rows of a batch that `collect` makes of an example.
         updates: updates(config) -> number of steps that a call of `collect` is for. A run validates and saves only
             after the last of them.
-        longest: longest(config, examples) -> most tokens of a text that `collect` makes of these examples.
+        longest: longest(config, data) -> most tokens of a text that `collect` makes of the rows of data.train.
+        draws: draws(config) -> (most tokens that `collect` draws for a text, number of its further forward passes over
+            the texts), for a plan.
         measure: measure(lm, variables, part, config) -> {"loss", "answers", their number, and further means} on
             held-out rows, in place of `sums`.
 
@@ -147,7 +149,8 @@ class Task:
     collect: Callable | None = None
     copies: Callable = lambda config: 1
     updates: Callable = lambda config: 1
-    longest: Callable = lambda config, examples: int(examples.length.max())
+    longest: Callable = lambda config, data: int(data.train.examples.length.max())
+    draws: Callable = lambda config: (config.generate.max_new_tokens, 0)
     measure: Callable | None = None
     judge: Any = None
     judged: str = ""

@@ -53,9 +53,9 @@ def check(config, method, spec) -> None:
         raise FtjaxError("task.reference: task.kind gkd needs a teacher; name its directory, adapter or run folder")
 
 
-def longest(config, examples) -> int:
+def longest(config, data) -> int:
     """Most tokens of a row, or of a prompt with the student's answer to it."""
-    return int(examples.length.max()) + config.generate.max_new_tokens
+    return int(data.train.examples.length.max()) + config.generate.max_new_tokens
 
 
 TASK = dataclasses.replace(

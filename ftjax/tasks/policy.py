@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
+import numbers
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ftjax import tasks, xla
-from ftjax.data import prepare, template
+from ftjax import tasks, user_code, xla
+from ftjax.data import prepare, template, tokenise
 from ftjax.data.batches import Batches
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, answer_of, encode_prompts
-from ftjax.decoding import Drawn, generate
+from ftjax.decoding import generate
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import best, metrics
 from ftjax.lm import LM, continuations, stop_tokens
@@ -71,13 +73,26 @@ class Prompts(prepare.Recipe):
         """One Example for each row, the ids of its prompt, of which none is trained. See Recipe.encode."""
         prompts = encode_prompts(self.render(rows, places), tokenizer, places.__getitem__, self.end, self.goes_on)
         for ids, place in zip(prompts, places, strict=True):
-            if self.cut and len(ids) + self.max_new_tokens > self.max_length:
-                raise FtjaxError(
-                    f"{place}: its prompt has {len(ids):,} tokens, which leaves no room for "
-                    f"generate.max_new_tokens={self.max_new_tokens:,} within {self.max_length:,} (data.max_length, or "
-                    "the model's positions); lower the one or raise the other, or leave such rows out by data.long=drop"
-                )
+            if self.cut:
+                self.check_room(ids, place)
         return [Example(ids, np.zeros(len(ids), bool), whole=len(ids) + self.max_new_tokens) for ids in prompts]
+
+    def told(self, example: Example) -> str:
+        """What becomes of an example, for people."""
+        return "a prompt: what the model writes after it is trained"
+
+    def check_room(self, ids, place: str) -> None:
+        """Raise FtjaxError if the ids of a prompt leave no room for an answer."""
+        if len(ids) + self.max_new_tokens > self.max_length:
+            raise FtjaxError(
+                f"{place}: its prompt has {len(ids):,} tokens, which leaves no room for "
+                f"generate.max_new_tokens={self.max_new_tokens:,} within {self.max_length:,} (data.max_length, or "
+                "the model's positions); lower the one or raise the other, or leave such rows out by data.long=drop"
+            )
+
+    def given(self, prompt: str | list, place: str) -> Rendered:
+        """A prompt that an environment gives, text or messages, in place of the row's own."""
+        return dataclasses.replace(self, prompt="")._open({"prompt": prompt}, place)
 
 
 def recipe(config, data, columns: list[str], max_length: int, max_positions: int) -> tuple[Prompts, bool]:
@@ -160,8 +175,8 @@ def check_rewards(task) -> None:
     if not task.rewards:
         raise FtjaxError(
             "task.rewards: names no reward; expected metrics that `ftjax metrics` lists, such as number_match, or your "
-            "own functions as file.py:name. Functions that only the config of a run folder names are not run: name "
-            "them in the command"
+            "own functions as file.py:name (or task.environment). Functions that only the config of a run folder names "
+            "are not run: name them in the command"
         )
     for name in task.rewards:
         if not _is_model(name):
@@ -202,6 +217,172 @@ def _reward(name: str, answer: str, row: dict, references: list[str], place: str
     return value
 
 
+# ---------------------------------------------------------------------------------------------- environments
+
+
+class Answer(NamedTuple):
+    """What follows a prompt: K tokens, D of which the model drew, and the distribution that it drew them from.
+
+    Attributes:
+        ids: The K token ids.
+        own: (K,) bool, whether the model drew the token; the others are an environment's.
+        log_probs: (D,) float32, see decoding.Drawn.
+        kept: (D, ceil(V / 8)) or (D, 0) uint8, see decoding.Drawn.
+        ended: Whether an end token ended it; in an environment, whether the environment did.
+        turns: Number of texts of the model.
+    """
+
+    ids: list[int]
+    own: np.ndarray
+    log_probs: np.ndarray
+    kept: np.ndarray
+    ended: bool
+    turns: int = 1
+
+
+@dataclasses.dataclass
+class Episode:
+    """An episode while it goes on. Only the first process has a `world`, an object of the user's class."""
+
+    place: str
+    recipe: Prompts
+    prompt: list[int]
+    talk: Rendered | None  # the conversation up to the next answer; None: plain text
+    world: Any
+    ids: list[int] = dataclasses.field(default_factory=list)  # after the prompt
+    own: list[bool] = dataclasses.field(default_factory=list)
+    drawn: list[Answer] = dataclasses.field(default_factory=list)
+    reward: float = 0.0
+    done: bool = False
+
+    def add(self, one: Answer, said: str, reply: str | list, tokenizer) -> None:
+        """Add a text of the model and the environment's reply, which is not trained."""
+        ids: list[int] = []
+        if self.talk is None and not self.done:
+            ids = tokenise.continuation(tokenizer, reply)
+        elif not self.done:
+            reply = [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
+            then = template.asked({"messages": reply}, self.place).messages
+            ids = tokenise.reply(self.talk, said, then, tokenizer, self.place, self.recipe.end)
+            ids = ids[one.ended and ids[:1] == one.ids[-1:] :]  # the model has ended its answer itself
+            answer = {"role": "assistant", "content": said}
+            self.talk = dataclasses.replace(self.talk, messages=(*self.talk.messages, answer, *then))
+        self.ids += one.ids + ids
+        self.own += [True] * len(one.ids) + [False] * len(ids)
+        self.drawn.append(one)
+
+    def answer(self) -> Answer:
+        """The whole episode, without what follows the model's last token."""
+        K = 1 + max(i for i, own in enumerate(self.own) if own)
+        joined = (np.concatenate(values) for values in zip(*((one.log_probs, one.kept) for one in self.drawn)))
+        return Answer(self.ids[:K], np.array(self.own[:K]), *joined, self.done, len(self.drawn))
+
+
+def episodes(
+    lm, variables, part: prepare.Part, rows: np.ndarray, config, seed: tuple[int, ...], how
+) -> list[tuple[list[int], Answer, float]]:
+    """Play an episode of task.environment from each row.
+
+    Args:
+        lm: The model and its tokenizer.
+        variables: The Flax variables.
+        part: The rows.
+        rows: (R,) index of each episode's example in the part.
+        config: The config.
+        seed: See decoding.generate.
+        how: The group of the config with `temperature`, `top_k` and `top_p`.
+
+    Returns:
+        For each of the R episodes the ids of the prompt, the Answer, and the sum of the environment's rewards.
+
+    Raises:
+        FtjaxError: If the environment fails or returns something else than it should. It names the row and the turn.
+    """
+    named, N, worlds = config.task.environment, config.generate.max_new_tokens, {}
+    failed = lambda error: user_code.failed(named, "task.environment", error)  # noqa: E731
+
+    def begun() -> list:
+        make, prompts = environment(config), []
+        for n, i in enumerate(rows):
+            try:
+                worlds[n] = make()
+                prompts.append(worlds[n].reset(copy.deepcopy(part.row(int(i)))))
+            except user_code.ERRORS as error:
+                raise FtjaxError(f"{part.place(int(i))}, reset: {failed(error)}") from error
+            if prompts[-1] is not None and not isinstance(prompts[-1], str | list):
+                raise FtjaxError(
+                    f"{part.place(int(i))}, reset: task.environment {named!r} returned {prompts[-1]!r}; expected a "
+                    "prompt, as text or a list of messages, or None for the prompt of the row"
+                )
+        return prompts
+
+    def replied(turn: int, going: list[Episode], said: list[str]) -> list:
+        replies = []
+        for one, text in zip(going, said, strict=True):
+            at = f"{one.place}, turn {turn + 1}, text {text!r}"
+            try:
+                found = one.world.step(text)
+            except user_code.ERRORS as error:
+                raise FtjaxError(f"{at}: {failed(error)}") from error
+            if not _is_reply(found):
+                raise FtjaxError(
+                    f"{at}: task.environment {named!r} returned {found!r}; expected three values: the reply, as text "
+                    "or a list of messages, the reward, a finite number, and True or False, whether the episode ends"
+                )
+            replies.append((found[0], float(found[1]), bool(found[2])))
+        return replies
+
+    played = []
+    for n, (i, prompt) in enumerate(zip(map(int, rows), hosts.from_first(begun), strict=True)):
+        place, recipe, shown = part.place(i), part.recipe(i), part.rendered(i)
+        ids = part.examples[i].ids
+        if prompt is not None:
+            shown = recipe.given(prompt, place)
+            (ids,) = encode_prompts([shown], lm.tokenizer, lambda _, place=place: place, recipe.end, True)
+        recipe.check_room(ids, place)
+        talk = None
+        if shown.messages is not None:
+            talk = dataclasses.replace(shown, messages=tokenise.open_messages(shown, True))
+        played.append(Episode(place, recipe, ids.tolist(), talk, worlds.get(n)))
+    for turn in range(config.rollout.turns):
+        most = lambda one: one.recipe.max_length - N - len(one.prompt)  # noqa: E731
+        going = [one for one in played if not one.done and len(one.ids) <= most(one)]
+        if not going:
+            break
+        texts = [one.prompt + one.ids for one in going]
+        new = sample(lm, variables, texts, (*seed, turn), config, how)
+        said = continuations(lm.tokenizer, texts, [one.ids[: len(one.ids) - one.ended] for one in new])
+        replies = hosts.from_first(functools.partial(replied, turn, going, said))
+        for one, drawn, text, (reply, reward, one.done) in zip(going, new, said, replies, strict=True):
+            one.reward += reward
+            one.add(drawn, text, reply, lm.tokenizer)
+    return [(one.prompt, one.answer(), one.reward) for one in played]
+
+
+def _is_reply(found) -> bool:
+    """Whether an environment's step returned (text or messages, finite reward, whether the episode ends)."""
+    if not (isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[0], str | list)):
+        return False
+    return isinstance(found[1], numbers.Real) and math.isfinite(found[1]) and isinstance(found[2], bool | np.bool_)
+
+
+def environment(config):
+    """The class of task.environment. Raises FtjaxError for one without `reset` and `step`, and for settings that do not
+    apply to episodes."""
+    named = config.task.environment
+    found = user_code.loaded(named, "task.environment")
+    if not all(callable(getattr(found, name, None)) for name in ("reset", "step")):
+        raise FtjaxError(f"task.environment: {named!r} has no methods reset and step; expected a class with both")
+    for key, off in (("task.rewards", ()), ("evaluate.compare", False), ("generate.best_of", 1)):
+        group, _, name = key.partition(".")
+        if config[group][name] != off:
+            raise FtjaxError(
+                f"{key}: does not apply to task.environment, which gives the rewards of whole episodes; expected "
+                f"{off!r}, found {config[group][name]!r}"
+            )
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- rollouts
 
 
@@ -212,7 +393,7 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
     are drawn again up to rollout.resample times; those that stay so have the advantage 0, and their rows are noted.
     """
     rollout, rows = config.rollout, np.repeat(examples, config.rollout.group)
-    prompts = [data.train.examples[int(i)].ids.tolist() for i in rows]
+    prompts: list = [data.train.examples[int(i)].ids.tolist() for i in rows]
     drawn: list = [None] * len(rows)
     values: dict[str, np.ndarray] = {}
     flat = np.ones(len(rows), bool)
@@ -220,32 +401,44 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
         (todo,) = np.nonzero(flat)
         if not len(todo):
             break
-        new = sample(lm, variables, [prompts[i] for i in todo], (config.seed, step, DRAWS, attempt), config)
-        for i, one in zip(todo, new, strict=True):
-            drawn[i] = one
-        ids = [one.ids[: len(one.ids) - one.ended] for one in new]
-        found = rewards(config, data.train, rows[todo], [prompts[i] for i in todo], ids, lm.tokenizer)
+        seed = config.seed, step, DRAWS, attempt
+        if config.task.environment:
+            played = episodes(lm, variables, data.train, rows[todo], config, seed, rollout)
+            for i, (prompt, one, _) in zip(todo, played, strict=True):
+                prompts[i], drawn[i] = prompt, one
+            found = {"reward": np.array([reward for _, _, reward in played])}
+        else:
+            asked = [prompts[i] for i in todo]
+            new = sample(lm, variables, asked, seed, config)
+            for i, one in zip(todo, new, strict=True):
+                drawn[i] = one
+            ids = [one.ids[: len(one.ids) - one.ended] for one in new]
+            found = rewards(config, data.train, rows[todo], asked, ids, lm.tokenizer)
         for name, x in found.items():
             values.setdefault(name, np.zeros(len(rows)))[todo] = x
         flat = np.repeat(np.ptp(values["reward"].reshape(-1, rollout.group), axis=1) == 0, rollout.group)
     values |= {"flat": flat, "ended": np.array([one.ended for one in drawn])}
+    if config.task.environment:
+        values["turns"] = np.array([one.turns for one in drawn])
     same = [data.train.place(int(i)) for i in rows[flat][:: rollout.group]]
     batches = updates(lm, variables, data, config, prompts, drawn, values)
     return Collected(batches, {"flat_groups": len(same), "rows": same} if same else {})
 
 
-def sample(lm, variables, prompts: list[list[int]], seed: tuple[int, ...], config) -> list[Drawn]:
-    """An answer to each prompt, drawn as config.rollout says. seed: see decoding.generate."""
-    rollout, how = config.rollout, config.generate
-    ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, how.stop)
-    return generate(
-        lm.model, variables, prompts, max_new_tokens=how.max_new_tokens, temperature=rollout.temperature,
-        top_k=rollout.top_k, top_p=rollout.top_p, end_tokens=ends, seed=seed, batch_size=how.batch_size,
-        vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), scored=True,
+def sample(lm, variables, prompts: list[list[int]], seed: tuple[int, ...], config, how=None) -> list[Answer]:
+    """An answer to each prompt, drawn as `how` says, config.generate, or config.rollout if it is None. seed: see
+    decoding.generate."""
+    limits, how = config.generate, how or config.rollout
+    ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, limits.stop)
+    drawn = generate(
+        lm.model, variables, prompts, max_new_tokens=limits.max_new_tokens, temperature=how.temperature,
+        top_k=how.top_k, top_p=how.top_p, end_tokens=ends, seed=seed, batch_size=limits.batch_size,
+        vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), weights=how.get("weights", "model"), scored=True,
     )  # fmt: skip
+    return [Answer(x.ids, np.ones(len(x.ids), bool), x.log_probs, x.kept, x.ended) for x in drawn]
 
 
-def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[Drawn], figures: dict) -> list[dict]:
+def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[Answer], figures: dict) -> list[dict]:
     """The batches of the updates that follow a rollout, see policy.sums.
 
     Args:
@@ -258,7 +451,7 @@ def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[D
         figures: {name: (R,) numbers} whose means are reported, with the "reward" among them.
     """
     task, mesh = config.task, jax.sharding.get_abstract_mesh()
-    lengths = np.array([len(one.ids) for one in drawn])
+    lengths = np.array([len(one.log_probs) for one in drawn])
     batch, order = laid_out(answered(prompts, drawn), data, config, mesh)
     there = batch["weights"] > 0
 
@@ -276,7 +469,7 @@ def updates(lm, variables, data, config, prompts: list[list[int]], drawn: list[D
 
     each = lambda values: [np.full(K, x, float) for x, K in zip(values, lengths, strict=True)]  # noqa: E731
     batch["weights"] = spread(each(1 / lengths))
-    batch["shares"] = spread(each(policy.shares(lengths, task.policy, config.generate.max_new_tokens)))
+    batch["shares"] = spread(each(policy.shares(lengths, task.policy, most_drawn(config))))
     batch["sampled"] = spread([one.log_probs for one in drawn])
     kept, V = [one.kept for one in drawn], min(lm.model.config.vocab_size, len(lm.tokenizer))
     if not kept[0].shape[1] and V < lm.model.config.vocab_size:
@@ -305,10 +498,10 @@ def _log_probs(model, variables, batch, *, temperature: float, head_chunk: int):
     return constrain(found, None, None)
 
 
-def answered(prompts: list[list[int]], drawn: list[Drawn]) -> list[Example]:
-    """Prompts with their answers, of which the answers are trained."""
+def answered(prompts: list[list[int]], drawn: list[Answer]) -> list[Example]:
+    """Prompts with their answers, of which the tokens that the model drew are trained."""
     return [
-        Example(np.array(prompt + one.ids, np.int32), np.arange(len(prompt) + len(one.ids)) >= len(prompt))
+        Example(np.array(prompt + one.ids, np.int32), np.concatenate([np.zeros(len(prompt), bool), one.own]))
         for prompt, one in zip(prompts, drawn, strict=True)
     ]
 
@@ -316,7 +509,7 @@ def answered(prompts: list[list[int]], drawn: list[Drawn]) -> list[Example]:
 def laid_out(texts: list[Example], data, config, mesh) -> tuple[dict, np.ndarray]:
     """The batch of all texts, and their order in it. Its sizes are rounded up, so that few shapes are compiled."""
     ways, rows, packing = mesh.shape.get("sequence", 1), config.train.batch_size, config.data.packing
-    T = data.max_length if packing else tasks.find(config.task.kind).longest(config, data.train.examples)
+    T = data.max_length if packing else tasks.find(config.task.kind).longest(config, data)
     how = {"packing": packing, "buckets": 1, "shuffle": False, "ways": ways}
     if packing:
         parts = sharding.row_ways(mesh) * config.train.accumulate
@@ -324,7 +517,7 @@ def laid_out(texts: list[Example], data, config, mesh) -> tuple[dict, np.ndarray
     made = Batches(texts, rows, T, **how)
     batch, granule = made[0], math.lcm(8, ways)
     wide = _rounded(batch["tokens"].shape[1], T, granule)
-    narrow = _rounded(batch["labels"].shape[1], T if packing else config.generate.max_new_tokens, granule)
+    narrow = _rounded(batch["labels"].shape[1], T if packing else most_drawn(config), granule)
     for name, x in batch.items():
         width = wide if name in ("tokens", "positions", "segment_ids") else min(narrow, wide)
         batch[name] = np.pad(x, [(0, 0), (0, width - x.shape[1])])
@@ -337,13 +530,25 @@ def _rounded(size: int, most: int, granule: int) -> int:
     return -(-size // step) * step
 
 
-def longest(config, examples) -> int:
-    """Most tokens of a prompt with its answer."""
-    return int(examples.length.max()) + config.generate.max_new_tokens
+def most_drawn(config) -> int:
+    """Most tokens that the model draws after a prompt."""
+    return config.generate.max_new_tokens * (config.rollout.turns if config.task.environment else 1)
+
+
+def longest(config, data) -> int:
+    """Most tokens of a prompt with its answer, or of an episode."""
+    if config.task.environment:
+        return data.max_length
+    return int(data.train.examples.length.max()) + config.generate.max_new_tokens
 
 
 def measure(lm, variables, part, config) -> dict[str, float]:
     """See Task.measure: the mean rewards of answers as config.generate says, and the negative mean as the loss."""
+    if config.task.environment:
+        played = episodes(lm, variables, part, np.arange(len(part)), config, (config.seed,), config.generate)
+        reward = float(np.mean([reward for _, _, reward in played]))
+        turns = float(np.mean([one.turns for _, one, _ in played]))
+        return {"loss": 0.0 - reward, "answers": len(part), "reward": reward, "turns": turns}
     prompts = [part.examples[i].ids.tolist() for i in range(len(part))]
     new = best.continued_tokens(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
     found = rewards(config, part, np.arange(len(part)), prompts, new, lm.tokenizer)
@@ -357,7 +562,10 @@ def measure(lm, variables, part, config) -> dict[str, float]:
 def check(config, method, spec) -> None:
     """See Task.check."""
     task, rollout = config.task, config.rollout
-    check_rewards(task)
+    if task.environment:
+        environment(config)
+    else:
+        check_rewards(task)
     if config.train.batch_size % rollout.group:
         raise FtjaxError(
             f"train.batch_size: {config.train.batch_size} answers cannot be split into groups of "
@@ -386,6 +594,7 @@ TASK = Task(
     check=check,
     recipe=recipe,
     collect=collect,
+    draws=lambda config: (most_drawn(config), bool(config.task.beta) + (config.task.updates > 1)),
     measure=measure,
     copies=lambda config: config.rollout.group,
     updates=lambda config: config.task.updates,

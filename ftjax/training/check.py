@@ -86,7 +86,8 @@ def _rows(config, record: dict, overrides) -> str:
     """How the rows differ. Code that only the run folder names is not run; scores and rewards are not needed here."""
     config = configs.copy(config)
     config.evaluate.metrics, config.train.select = (), LOSS
-    config.task.update(rewards=("exact_match",) if config.task.rewards else (), reward_weights=())
+    rewarded = config.task.rewards or config.task.environment
+    config.task.update(rewards=("exact_match",) if rewarded else (), reward_weights=(), environment="")
     if left := user_code.not_named_by(overrides, config.to_dict()):
         key, function = left[0]
         return f"not compared: code that only a run folder names is not run; to run it, add --config.{key}={function}"

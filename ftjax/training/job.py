@@ -104,7 +104,7 @@ class Job:
     @property
     def longest(self) -> int:
         """Tokens of the longest batch, virtual tokens included."""
-        collected = self.task.longest(self.config, self.data.train.examples) if self.task.collect else 0
+        collected = self.task.longest(self.config, self.data) if self.task.collect else 0
         return max(collected, *(T for _, T, _ in self.batches.shapes())) + self.virtual
 
     @functools.cached_property
@@ -241,7 +241,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     select = selection(config, held_out, judge.check(config, data, tokenizer), chat_tokenizer)
     lengths = sorted({T for _, T, _ in batches.shapes()})
     if task.collect:
-        lengths = [data.max_length if config.data.packing else task.longest(config, data.train.examples)]
+        lengths = [data.max_length if config.data.packing else task.longest(config, data)]
     if chosen := check_attention(config, spec, mesh, dtype, lengths):
         say(chosen)
     start = initial_adapter and initial_adapter.folder
@@ -255,7 +255,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
 def named_files(config) -> dict[str, str]:
     """{key: name} of the models and functions, beside the base, that decide how a config trains."""
     rewards = {f"task.rewards[{i}]": name for i, name in enumerate(config.task.rewards)}
-    named = {"task.reference": config.task.reference} | rewards
+    named = {f"task.{name}": config.task[name] for name in ("reference", "environment")} | rewards
     return {key: name for key, name in named.items() if name and name not in METRICS}
 
 

@@ -1,5 +1,6 @@
 """The preview: what it shows is what stands in the batches' arrays, token for token."""
 
+import json
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from ftjax import config as configs
 from ftjax.assets import resolve
-from ftjax.data import preview
+from ftjax.data import preview, verbs
 from ftjax.data.batches import Batches
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import encode
 
-DATA = SimpleNamespace(train=SimpleNamespace(place=lambda i: f"a<b>.jsonl row {i + 1}"))
+DATA = SimpleNamespace(train=SimpleNamespace(place=lambda i: f"a<b>.jsonl row {i + 1}", recipe=lambda i: None))
 TEXTS = [
     ("Once", " upon a time."),
     ("Größe: ", "🙂 & 日本語"),
@@ -130,3 +132,34 @@ def test_pieces_of_a_text_make_up_the_text(tokenizer):
         whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert len(cut) == len(ids) - 1 and whole.startswith("".join(cut).rstrip("\ufffd"))
     assert len(preview.pieces(np.arange(5).tolist(), tokenizer)) == 5 and preview.pieces([], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    "task, row, shown",
+    [
+        (
+            {"kind": "preference", "loss": "kto"},
+            {"prompt": "Who?", "completion": " Lily.", "label": False},
+            ["2 segments (6 trained)", "undesirable", "Who?[[ Lily.</s>]]"],
+        ),
+        (
+            {"kind": "reward"},
+            {"prompt": "Who?", "chosen": " Lily.", "rejected": " Tim.", "margin": 0.5},
+            ["2 segments (2 trained)", "margin 0.5", "<s> Who? Lily[[.]]</s><s> Who? Tim[[.]]</s>"],
+        ),
+        (
+            {"kind": "policy"},
+            {"prompt": "Who?", "answer": "Lily"},
+            ["1 segment (0 trained)", "a prompt: what the model writes after it is trained", "<s> Who?\n"],
+        ),
+    ],
+)
+def test_what_is_trained_of_answers_rewards_and_prompts(task, row, shown, tmp_path):
+    c = configs.default()
+    c.task.update(task)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    c.data.update(train=str(tmp_path / "rows.jsonl"), split=(1.0, 0.0, 0.0), cache="")
+    said = []
+    verbs.show(c, 1, say=said.append)
+    for text in shown:
+        assert text in "\n".join(said)

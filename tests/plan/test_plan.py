@@ -18,6 +18,7 @@ import tiny
 import tiny_labelled
 from jax.sharding import NamedSharding, PartitionSpec
 
+import ftjax
 from ftjax import cli
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
@@ -509,3 +510,41 @@ def test_heads_of_other_tasks_are_planned(kind, name, tmp_path):
     assert found["asked"]["fits"] and found["rows"]["labels"] == 8 and found["steps"] == 60
     assert found["asked"]["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert plan(config, "cpu:1", choices=False)["asked"]["parameters"] == found["asked"]["parameters"]
+
+
+@pytest.mark.slow
+def test_drawing_is_counted_where_the_model_writes_its_batches():
+    config = small(**{
+        "task.kind": "policy", "task.rewards": ("length",), "task.updates": 2, "generate.max_new_tokens": 16,
+        "train.steps": 0, "train.epochs": 2.0, "rollout.group": 4, "data.split": (1.0, 0.0, 0.0),
+    })  # fmt: skip
+    found = plan(config, "cpu:1", data=True, choices=False)
+    assert found["steps"] == 2 * 2 * 64 // 4  # four prompts a step, two epochs, two updates of each rollout
+    lm = ftjax.load("builtin:stories260K")
+    ids = jnp.zeros((1, found["rows"]["length"]), jnp.int32)
+    forward = flops.count(jax.jit(lm.model.apply), lm.variables, ids, ids, ids + 1)
+    # Eight answers a step of a rollout for two; the base and the model before the first update score them too.
+    work = found["drawing"]["arithmetic"] * DEVICES["cpu"].flops
+    assert work == pytest.approx(3 * 8 * forward, rel=0.2)
+    size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
+    assert found["drawing"]["memory"] * DEVICES["cpu"].bandwidth > 16 * size
+    assert "drawing the answers of a step" in report(found, price=2.0)
+    config.task.environment, config.rollout.turns = "calculator.py:Calculator", 3
+    assert plan(config, "cpu:1", choices=False)["drawing"]["memory"] > 2 * found["drawing"]["memory"]
+
+
+@pytest.mark.slow
+def test_answers_with_labels_and_rewards_are_planned(tmp_path):
+    rows = [{"prompt": f"Who has {n}?", "chosen": " Lily.", "rejected": " Tim has it."} for n in range(20)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"data.train": str(file), "data.prompt": "", "data.completion": "", "data.split": (1.0, 0.0, 0.0)}
+    found = {}
+    for name, task in (("causal", {}), ("kto", {"kind": "preference", "loss": "kto"}), ("reward", {"kind": "reward"})):
+        config = small(**more, **{f"task.{key}": value for key, value in task.items()})
+        found[name] = plan(config, "cpu:1", data=True, choices=False)
+        assert found[name]["asked"]["fits"] and "drawing" not in found[name]
+    assert found["kto"]["rows"]["length"] > 1.5 * found["causal"]["rows"]["length"]  # two texts a row
+    assert found["reward"]["rows"]["length"] > 1.5 * found["causal"]["rows"]["length"]
+    per_token = {name: one["asked"]["model_flops_per_token"] for name, one in found.items()}
+    assert 1.2 < per_token["kto"] / per_token["causal"] < 1.6  # with a forward pass of the reference

@@ -125,6 +125,37 @@ def test_two_processes_leave_out_the_steps_that_one_does_and_go_back_together(tm
     same_tensors(tmp_path / "rewind2" / file, tmp_path / "skip1" / file)
 
 
+WORLD = """
+class World:
+    def reset(self, row):
+        self.turn = 0
+
+    def step(self, text):
+        self.turn += 1
+        return " and then", text.count("e") / 10, self.turn == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [False, True])
+def test_two_processes_draw_and_learn_as_one(environment, tmp_path):
+    """Answers and episodes are drawn by all processes; the first one asks the user's code."""
+    (tmp_path / "user.py").write_text(WORLD + "\n\ndef reward(text, references, row):\n    return text.count('e') / 10")
+    fields = {"task.kind": "policy", "task.updates": 2, "rollout.group": 4, "generate.max_new_tokens": 6}
+    fields |= {"train.batch_size": 16, "rollout.top_k": 20, "data.packing": True, "data.max_length": 64}
+    user = str(tmp_path / "user.py")
+    fields |= {"task.environment": f"{user}:World"} if environment else {"task.rewards": (f"{user}:reward",)}
+    for n in (1, 2):
+        run(n, tmp_path, settings(tmp_path, tmp_path / str(n), **fields))
+    np.testing.assert_allclose(curve(tmp_path / "2"), curve(tmp_path / "1"), rtol=1e-5, atol=1e-6)
+    one, two = ([row for row in read_metrics(tmp_path / str(n)) if "reward" in row] for n in (1, 2))
+    assert [row["reward"] for row in one] == pytest.approx([row["reward"] for row in two], abs=1e-6)
+    assert len({row["reward"] for row in one}) > 2
+    assert max(row["gap"] for row in two) < 1e-5
+    file = "adapter/adapter_model.safetensors"
+    same_tensors(tmp_path / "2" / file, tmp_path / "1" / file)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_process_ends_all(failing, tmp_path, capfd):
