@@ -341,6 +341,8 @@ FIELDS: dict[str, Field] = {
     # the ends of a line
     #
     # ---- synthetic rows
+    "data.canaries": whole(0, 0),  # number of canaries, rows of random words, of which about half are planted in the
+    # training rows, so that `ftjax audit` can measure what the model keeps of them; 0: off
     "data.augment.copies": whole(0, 0),  # number of synthetic rows made of each training row, by ops and function in
     # turn; 0: off
     "data.augment.ops": several(("word_dropout", "word_swap", "char_noise", "case"), WORD),  # operations that make
@@ -1016,6 +1018,7 @@ def validate(config: ConfigDict) -> None:
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     if config.data.mixture:
+        need("data.canaries", lambda v: v == 0, "0 where data.mixture is set")
         for name, data, _ in sources(config):
             whole = copy(config)
             whole.data = data

@@ -19,6 +19,7 @@ from ftjax.data.tokenise import Example
 from ftjax.hub.weights import whole
 
 GRANULE = 8  # M is rounded up to a multiple of it, so that few shapes are compiled
+PARTS = 8  # of a batch of Poisson
 LEAST = 8  # fewest rows a step outside of training, where rows cost little memory
 
 
@@ -248,7 +249,9 @@ class Poisson(Batches):
     """Batches for which every step draws each example independently, with the same probability (Poisson sampling).
 
     The examples of a step depend on the seed and the step alone. Steps have different numbers of examples; all batches
-    have the number of rows that the fullest step needs, so that no example is left out.
+    have the number of rows that the fullest step needs, so that no example is left out. Rows of similar length stand
+    beside each other in each of PARTS parts of a batch, which devices may share, so that a step can compute groups of
+    rows without the padding that none of them needs.
 
     Args:
         examples: The N examples.
@@ -284,7 +287,10 @@ class Poisson(Batches):
         # Independent draws are a binomial number of examples, of which all sets are equally probable.
         count, rng = self._count(step)
         rows = rng.choice(len(self.sizes), count, replace=False)
-        return int(self.bucket[rows].max(initial=0)), np.pad(rows, (0, self.batch_size - count), constant_values=-1)
+        bucket = int(self.bucket[rows].max(initial=0))
+        rows = rows[np.argsort(self.examples.length[self.members[rows]], kind="stable")]
+        rows = np.pad(rows, (self.batch_size - count, 0), constant_values=-1)
+        return bucket, rows.reshape(-1, math.gcd(len(rows), PARTS)).T.ravel()
 
 
 def by_example(

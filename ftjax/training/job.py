@@ -24,7 +24,7 @@ from ftjax.hub import families, fingerprint, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.progress import counted, doing
-from ftjax.training import auto_mesh, export, privacy, sharding
+from ftjax.training import auto_mesh, export, hosts, privacy, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
@@ -75,6 +75,7 @@ class Job:
     eval_every: int
     save_every: int
     selection: Selection
+    secret: str = dataclasses.field(default="", repr=False)  # of a private run, see privacy.secret_of
 
     @property
     def method(self) -> Method:
@@ -218,8 +219,11 @@ def prepared(config, say, recorded: int = 0) -> Job:
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
     whole = lambda steps: -(-steps // updates) * updates  # noqa: E731
     steps = whole(config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
+    secret = ""
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
+        secret = hosts.from_first(lambda: privacy.secret_of(config))
+        layout["seed"] = privacy.number_of(secret, "draws")
         multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
         batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, **layout)
         rows = batches.batch_size
@@ -249,6 +253,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     return Job(
         config, folder, base, own, spec, dtype, tokenizer, chat_tokenizer, ends, initial_adapter, formats, data, mesh,
         batches, validation, rows, eval_rows, steps, eval_every, whole(config.train.save_every) or eval_every, select,
+        secret,
     )  # fmt: skip
 
 

@@ -8,8 +8,12 @@ neighbours if one of them has one example more. N examples, B expected examples 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +23,10 @@ from jax.sharding import PartitionSpec
 
 from ftjax import tasks
 from ftjax.errors import FtjaxError
+from ftjax.files import replacing
 from ftjax.training import step
 
+SECRET = "secret"  # the file of a run folder from which draws and noise follow
 AT_ONCE = 1 << 26  # bytes of single examples' gradients that a device holds at once
 
 # Fields that break the guarantee -> (the value that a private run needs, why).
@@ -57,11 +63,6 @@ def check(config) -> None:
         raise FtjaxError(
             f"privacy.epsilon: task.kind {config.task.kind} cannot be trained privately, because its loss may compare "
             f"examples, or a row may give several examples; {', '.join(able)} can"
-        )
-    if not config.seed:
-        raise FtjaxError(
-            "seed: the noise of private training (privacy.epsilon) follows from the seed, and everyone knows the "
-            "default 0; set it to a random number below 2147483648 and keep it secret"
         )
     for key, (needed, why) in REFUSED.items():
         group, _, field = key.rpartition(".")
@@ -104,6 +105,44 @@ def settle(config, part, steps: int) -> None:
             f"privacy.noise: {privacy.noise:g} gives epsilon {found:.3f} after {steps:,} steps, more than "
             f"privacy.epsilon {privacy.epsilon:g}; leave privacy.noise None, or train fewer steps"
         )
+
+
+def secret_of(config) -> str:
+    """64 hexadecimal digits from which the run's draws and noise follow: the run's own, or newly drawn for a new run.
+
+    Raises FtjaxError if the file of the run does not hold them.
+    """
+    file = Path(config.run_dir) / SECRET
+    if config.overwrite or not file.is_file():
+        return os.urandom(32).hex()
+    found = file.read_text().strip()
+    if not re.fullmatch("[0-9a-f]{64}", found):
+        raise FtjaxError(f"{file}: expected the 64 hexadecimal digits that the run wrote; restore the file")
+    return found
+
+
+def keep_secret(run_dir: Path, secret: str, going_on: bool) -> None:
+    """Write the secret of a new run, readable for its owner only. Raises FtjaxError if a resumed run has lost its."""
+    if going_on and not (run_dir / SECRET).is_file():
+        raise FtjaxError(
+            f"{run_dir / SECRET}: is missing. The run's draws and noise follow from it, so the run cannot go on; "
+            "restore the file, or train again with --config.overwrite=True"
+        )
+    if not going_on:
+        with replacing(run_dir / SECRET) as draft:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secret)
+
+
+def number_of(secret: str, use: str) -> int:
+    """A number of 256 bits that follows from the secret, another one for each use."""
+    return int.from_bytes(hashlib.sha256(f"{use} {secret}".encode()).digest())
+
+
+def key_of(secret: str) -> np.ndarray:
+    """(2,) uint32, the data of the random key of noise and dropout. It is an input of the step, and not a constant of
+    its program, which a cache on disk may hold."""
+    return np.array([number_of(secret, "noise") >> shift & 0xFFFFFFFF for shift in (0, 32)], np.uint32)
 
 
 def _library():
@@ -280,13 +319,28 @@ def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: i
         norm = optax.tree.norm(gradient)
         return gradient, jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30)), aux
 
-    def examples(rows, numbers):
+    def examples(rows, numbers, width=None):
+        rows = jax.tree.map(lambda x: x[:, :, :width], rows) if width else rows
         gradient, scale, aux = jax.vmap(example)(rows, numbers)
         return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1), gradient), *jax.tree.map(lambda x: jnp.sum(x, 0), aux)
+
+    def narrow(rows, numbers):
+        """`examples` without the columns in which the group has padding only; nothing for a group of empty rows."""
+        if "segment_ids" not in rows:
+            return examples(rows, numbers)
+        longest = jnp.max(jnp.sum(rows["segment_ids"] > 0, -1))
+        sizes = widths(rows["segment_ids"].shape[-1])
+        able = [lambda *_: zeros, *(functools.partial(examples, width=width) for width in sizes)]
+        return jax.lax.switch(jnp.searchsorted(jnp.array([0, *sizes]), longest), able, rows, numbers)
 
     rows = jax.tree.map(lambda x: x.reshape(-1, group, 1, *x.shape[1:]), batch)
     numbers = first + jnp.arange(next(iter(batch.values())).shape[0]).reshape(-1, group)
     shapes = jax.eval_shape(examples, jax.tree.map(lambda x: x[0], rows), numbers[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, examples(*part)), None)  # noqa: E731
+    add = lambda total, part: (jax.tree.map(jnp.add, total, narrow(*part)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, (rows, numbers))[0]
+
+
+def widths(T: int) -> list[int]:
+    """The lengths that groups of rows are cut to, ascending, the last being T. Each is compiled once."""
+    return sorted({T, *(-(-T // (8 * part)) * 8 for part in (2, 4, 8) if T >= 8 * part)})

@@ -64,42 +64,6 @@ def _copied(units: Units, training: Sequence[Units], places: dict, n: int) -> Co
     return Copied(len(grams), sum(gram in places for gram in grams), longest, source)
 
 
-# ---------------------------------------------------------------------------------------------- canaries
-
-
-def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: int = 0) -> list[str]:
-    """Texts of a form with random secrets, no two alike, to plant in training rows (Carlini et al. 2019).
-
-    Plant the first few in the training rows, some of them several times, and use the others as texts that might have
-    been planted.
-
-    Args:
-        form: Text in which `{}` stands for the secret.
-        alphabet: Distinct symbols.
-        length: Symbols of a secret.
-        count: Number of texts.
-        seed: Seed of the draw.
-
-    Returns:
-        `count` texts.
-
-    Raises:
-        FtjaxError: If the form does not have exactly one `{}`, if symbols repeat, or if there are fewer secrets than
-            `count`.
-    """
-    space = len(alphabet) ** length
-    if form.count("{}") != 1 or len(set(alphabet)) != len(alphabet) or not 0 < count <= space:
-        raise FtjaxError(
-            f"canaries: expected a form with exactly one {{}}, an alphabet of distinct symbols, and no more canaries "
-            f"than there are secrets; found the form {form!r}, {len(alphabet)} symbols, {count} canaries of {space:,} "
-            "secrets"
-        )
-    rng, drawn = np.random.default_rng(seed), {}
-    while len(drawn) < count:
-        drawn["".join(alphabet[k] for k in rng.integers(len(alphabet), size=length))] = None
-    return [form.replace("{}", secret) for secret in drawn]
-
-
 def exposure(canary: float, others: Sequence[float], space: int | None = None) -> float:
     """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how easily a model reveals the canary.
 

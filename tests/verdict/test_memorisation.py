@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ftjax.errors import FtjaxError
-from ftjax.verdict.memorisation import canaries, copied, exposure
+from ftjax.verdict.memorisation import copied, exposure
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4)
 
@@ -57,19 +57,9 @@ def test_exposure_from_a_sample_goes_beyond_it():
     assert np.mean([exposure(row[0], row[1:]) for row in plain]) == pytest.approx(1 / math.log(2), abs=0.25)
 
 
-def test_canaries_are_distinct_and_repeatable():
-    found = canaries("The code is {}.", "0123456789", 2, 100, seed=1)
-    assert len(set(found)) == 100 and sorted(found) == [f"The code is {i:02}." for i in range(100)]
-    assert found == canaries("The code is {}.", "0123456789", 2, 100, seed=1)
-    assert found != canaries("The code is {}.", "0123456789", 2, 100, seed=2)
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: canaries("code", "01", 3, 2), "expected a form with exactly one {}"),
-        (lambda: canaries("{}", "01", 3, 9), "9 canaries of 8"),
-        (lambda: canaries("{}", "00", 3, 2), "distinct symbols"),
         (lambda: exposure(1.0, []), "at least one other text"),
         (lambda: exposure(1.0, [math.nan]), "finite"),
         (lambda: exposure(1.0, [1, 2], space=2), "2 other texts; expected fewer than the 2 possible secrets"),
