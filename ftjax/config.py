@@ -539,6 +539,9 @@ FIELDS: dict[str, Field] = {
     # fail; it must be below 1 / number of examples
     "privacy.clip": number(1.0, above=0, also="l2_norm_clip max_per_sample_grad_norm per_sample_max_grad_norm"),
     # largest norm of the gradient of one example's mean loss; longer gradients are scaled down to it
+    "privacy.unit": text(),  # column that names the person a row is about: the guarantee then holds for all rows of a
+    # person together, who are drawn and clipped as one, and train.batch_size counts persons; empty: for each row
+    "privacy.unit_rows": whole(1, 1),  # most rows of a person; filled in
     "privacy.accountant": choice("rdp", "pld"),  # how epsilon is computed: rdp: by Rényi divergences, in a moment; pld:
     # by privacy loss distributions, which need less noise for the same epsilon and take seconds
     "privacy.noise": number(None, above=0, also="noise_multiplier"),  # standard deviation of the noise on the sum of

@@ -225,7 +225,8 @@ def prepared(config, say, recorded: int = 0) -> Job:
         secret = hosts.from_first(lambda: privacy.secret_of(config))
         layout["seed"] = privacy.number_of(secret, "draws")
         multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
-        batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, **layout)
+        unit = privacy.units(config.privacy.unit, data.train) if config.privacy.unit else None
+        batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, **layout)
         rows = batches.batch_size
     trained = steps * copies * lengths.sum() / len(batches)
     validations, most = bounds(config, data.validation, trained)

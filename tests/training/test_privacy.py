@@ -18,6 +18,7 @@ import ftjax
 from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data.batches import Poisson
+from ftjax.data.read import read_table
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 from ftjax.models.transformer import Transformer
@@ -214,6 +215,47 @@ def test_batches_draw_each_example_independently():
         batches[steps]
 
 
+def test_the_rows_of_a_person_are_drawn_together_and_clipped_together():
+    rng = np.random.default_rng(2)
+    unit = rng.permutation(np.repeat(np.arange(24), rng.integers(1, 4, 24)))
+    lengths = rng.integers(3, 10, len(unit))
+    examples = [Example(np.arange(n), np.ones(n, bool)) for n in lengths]
+    batches = Poisson(examples, 6, 9, steps=400, multiple=8, unit=unit, seed=1)
+    assert batches.rate == 6 / 24 and batches.batch_size % (8 * 3) == 0
+    counts = np.zeros(24)
+    for step in range(400):
+        persons = np.array([row[0] if len(row) else -1 for row in batches.rows(step)]).reshape(-1, 3)
+        drawn = [sorted(rows[rows >= 0]) for rows in persons if (rows >= 0).any()]
+        assert all(rows == np.flatnonzero(unit == unit[rows[0]]).tolist() for rows in drawn)
+        counts[[unit[rows[0]] for rows in drawn]] += 1
+        assert batches[step]["tokens"].shape[1] >= max([lengths[i] for rows in drawn for i in rows], default=0)
+    assert stats.chi2.sf(((counts - 100) ** 2 / 75).sum(), 24) > 1e-3
+
+    trained, batch = toy(24)
+    batch["weights"][[2, 4, 5]] = 0  # persons of three rows, some of which are padding
+    take = lambda trained, frozen: trained  # noqa: E731
+    found = []
+    for rows in np.arange(24).reshape(8, 3):
+        whole = {name: jnp.asarray(x[rows]) for name, x in batch.items()}
+        pull = -0.5 * (whole["y"] * whole["weights"])[:, None] * whole["x"]  # at w = 0
+        found.append({"w": np.asarray(pull.sum(0) / whole["weights"].sum())})
+
+    def plain(variables, batch, rngs=None):
+        loss = jnp.sum(jax.nn.softplus(-batch["y"] * (batch["x"] @ variables["w"])) * batch["weights"])
+        return loss, jnp.sum(batch["weights"]), {"loss": loss}
+
+    def ours(batch, accumulate=1):
+        how = {"clip": CLIP, "noise": 0.0, "expected": 1, "unit": 3}
+        return privacy.gradients(plain, take, trained, {}, batch, KEY, accumulate, **how)[0]
+
+    want = clipped(found, CLIP)
+    same(ours(batch), want)
+    same(ours(batch, 4), want)
+    mesh = sharding.make_mesh({"data": 4}, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        same(jax.jit(ours)(sharding.place_batch(batch, mesh, 24, slice(0, 24))), want)
+
+
 def test_epsilon_is_that_of_dp_accounting():
     dp = pytest.importorskip("dp_accounting")
     assert privacy.epsilon(1.5, "rdp", 0.04, 2250, 1e-5) == pytest.approx(7.329, abs=1e-3)
@@ -254,12 +296,21 @@ def test_settings_that_break_the_guarantee_are_refused_with_the_reason():
         ({"privacy.noise": 0.3}, "more than privacy.epsilon 2"),
     ],
 )
-def test_numbers_that_give_no_guarantee_are_refused(more, told):
+def test_numbers_that_give_no_guarantee_are_refused(more, told, tmp_path):
     part = type("Part", (list,), {"pieces": ()})(range(200))
     flat = {"privacy.epsilon": 2.0, "train.batch_size": 20, "privacy.delta": 1e-4}
     with pytest.raises(FtjaxError, match=told):
         privacy.settle(configs.from_dict(flat | more), part, 100)
-    piece = type("Piece", (), {"kept": np.array([0, 0, 1])})
+    found = [{"who": "ann"}, {"who": "bob"}, {"who": None}]
+    table = read_table(tiny_labelled.write(tmp_path / "a.jsonl", found), "data.train")
+    piece = type("Piece", (), {"kept": np.array([0, 0, 1]), "table": table})
+    part = type("Part", (), {"pieces": (piece,)})
+    assert privacy.units("who", part).tolist() == [0, 0, 1]
+    for column, kept, message in (("whose", [0], "'whose' is no column"), ("who", [0, 2], "row 3 has None in 'who'")):
+        piece.kept = np.array(kept)
+        with pytest.raises(FtjaxError, match=message):
+            privacy.units(column, part)
+    piece.kept = np.array([0, 0, 1])
     with pytest.raises(FtjaxError, match="several examples each"):
         privacy.settle(configs.from_dict(flat), type("Part", (list,), {"pieces": (piece,)})(range(200)), 100)
 
