@@ -451,8 +451,8 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
             source.notes.extend(_counted("synthetic rows", made))
             source.notes.extend(_counted("synthetic rows given up, for no draw differed from the rows there", failed))
             if count := data.canaries:
-                labels = tasks.find(config.task.kind).columns.label
-                label = data.label or next((name for name in labels if name in table.columns), "")
+                usual = tasks.find(config.task.kind).columns.label
+                label = data.label or next((name for name in usual if name in table.columns), "")
                 source.tables["train"], drawn = canaries.plant(source.tables["train"], count, config.seed, (label,))
                 source.canaries.extend(drawn)
     return sources, gone

@@ -24,7 +24,7 @@ from ftjax.hub import families, fingerprint, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.progress import counted, doing
-from ftjax.training import auto_mesh, export, hosts, privacy, sharding
+from ftjax.training import auto_mesh, export, privacy, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
@@ -222,7 +222,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     secret = ""
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
-        secret = hosts.from_first(lambda: privacy.secret_of(config))
+        secret = privacy.secret_of(config)
         layout["seed"] = privacy.number_of(secret, "draws")
         multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
         unit = privacy.units(config.privacy.unit, data.train) if config.privacy.unit else None

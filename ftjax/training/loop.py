@@ -301,6 +301,7 @@ class Training:
         self.feed = Feed(job, program, self.frozen, batches, start, self.progress, self.write)
         opened.push(hosts.end_together)  # before the open files are closed, which waits for all processes
         profiled = config.log.profile if first else ""
+        self.secret = {"key": privacy.key_of(job.secret)} if job.secret else {}
         self.take_step = Profiler(program.step, profiled, run_dir, start, job.steps, self.say)
         opened.callback(self.take_step.close)
 

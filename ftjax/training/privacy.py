@@ -66,6 +66,11 @@ def check(config) -> None:
             f"privacy.epsilon: task.kind {config.task.kind} cannot be trained privately, because its loss may compare "
             f"examples, or a row may give several examples; {', '.join(able)} can"
         )
+    if jax.process_count() > 1:
+        raise FtjaxError(
+            "privacy.epsilon: private training runs in one process, with any number of its devices; that several "
+            "processes add the noise once has not been tested"
+        )
     for key, (needed, why) in REFUSED.items():
         group, _, field = key.rpartition(".")
         found = functools.reduce(lambda part, name: part[name], group.split("."), config)[field]
@@ -114,6 +119,15 @@ def settle(config, part, steps: int) -> None:
             f"privacy.noise: {privacy.noise:g} gives epsilon {found:.3f} after {steps:,} steps, more than "
             f"privacy.epsilon {privacy.epsilon:g}; leave privacy.noise None, or train fewer steps"
         )
+
+
+def fullest(config, ways: int) -> int:
+    """Rows of a step, without its rows of data: for a private run, those of a step whose number of units is 4 standard
+    deviations above the expected one. ways: number of parts of the mesh that rows are split over."""
+    B, multiple = config.train.batch_size, 8 * ways * config.train.accumulate
+    if not config.privacy.epsilon:
+        return B
+    return math.ceil((B + 4 * math.sqrt(B)) / multiple) * multiple * config.privacy.unit_rows
 
 
 def units(column: str, part) -> np.ndarray:
@@ -329,6 +343,11 @@ def gradients(
     return jax.tree.unflatten(tree, [x / expected for x in noisy]), weight, metrics
 
 
+def most_at_once(size: int, at_once: int = AT_ONCE) -> int:
+    """Number of single gradients of `size` bytes each that a device holds at once, where its rows allow it."""
+    return max(1, at_once // size)
+
+
 def group(rows: int, accumulate: int, trained, at_once: int) -> int:
     """Number of units that a device computes at once: the largest divisor of their number within both limits.
 
@@ -339,7 +358,7 @@ def group(rows: int, accumulate: int, trained, at_once: int) -> int:
         at_once: Most bytes of gradients.
     """
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
-    most = max(1, min(rows // accumulate, at_once // size))
+    most = max(1, min(rows // accumulate, most_at_once(size, at_once)))
     return max(n for n in range(1, most + 1) if rows % n == 0)
 
 

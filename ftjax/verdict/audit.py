@@ -65,9 +65,8 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     if not len(others):
         raise FtjaxError("audit: the run has no held-out rows; name rows of the same source by --data")
     planted = sum(canary["planted"] for canary in found.canaries)
-    members = np.flatnonzero(found.train.pieces[0].kept < len(found.train.pieces[0].table) - planted)
-    if len(found.sources) > 1:
-        members = np.arange(len(found.train))
+    last = found.train.pieces[-1]
+    members = len(found.train) - int((last.kept >= len(last.table) - planted).sum())
     sides = found.train.examples.select(_spread(members, rows)), others.examples.select(_spread(len(others), rows))
 
     scored = functools.partial(scores, config, lm, load(lm.folder) if task.head == "causal" else None)
@@ -75,7 +74,7 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     inside, outside = map(scored, sides)
     tried = {name: (inside[name], outside[name]) for name in inside}
     control = tried.pop("base", None)  # it has seen neither side
-    if found.canaries:
+    if 0 < planted < len(found.canaries):
         with tempfile.TemporaryDirectory() as folder:
             losses = []
             for side in (True, False):
@@ -88,7 +87,7 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     report = {"members": len(sides[0]), "others": len(sides[1])}
     report["attacks"] = {name: attack(*pair, level) for name, pair in tried.items()}
     proven = {"rows": max(least_epsilon(*pair, delta) for name, pair in tried.items() if name != "canaries")}
-    if found.canaries:
+    if "canaries" in tried:
         inside, outside = tried["canaries"]
         bits = [exposure(-x, -outside) for x in inside]
         report["canaries"] = {"planted": len(inside), "others": len(outside), "mean": float(np.mean(bits))}
@@ -227,7 +226,7 @@ def one_run_epsilon(planted: np.ndarray, others: np.ndarray, delta: float) -> fl
         half = m // (2 * part)
         right = int(truths[:half].sum() + (~truths[m - half :]).sum())
         low, high = 0.0, 20.0
-        for _ in range(40 if half else 0):
+        for _ in range(20 if half else 0):
             middle = (low + high) / 2
             rejected = p_value(m, 2 * half, right, middle, delta) < (1 - LEVEL) / 4
             low, high = (middle, high) if rejected else (low, middle)
@@ -252,10 +251,9 @@ def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> f
     return float(min(1.0, chance.sf(right - 1) + 2 * m * delta * short.max(initial=0.0)))
 
 
-def _spread(of, most: int) -> np.ndarray:
-    """At most `most` ascending indices, spread evenly over `of`: indices, or their number."""
-    indices = np.arange(of) if isinstance(of, int) else of
-    return indices[np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(int)]
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most `most` ascending indices, spread evenly over `count`."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int)
 
 
 def text(report: dict) -> str:

@@ -192,13 +192,13 @@ def test_batches_draw_each_example_independently():
     examples = [Example(np.arange(n), np.ones(n, bool)) for n in lengths]
     N, expected, steps = len(examples), 6, 3000
     batches = Poisson(examples, expected, 9, steps=steps, multiple=4, seed=5)
-    counts, sizes, together = np.zeros(N), [], 0
+    counts, sizes, together, parts = np.zeros(N), [], 0, np.gcd(batches.batch_size, 8)
     for step in range(steps):
         members = np.concatenate(batches.rows(step))
         counts[members] += 1
         sizes.append(len(members))
         together += 0 in members and 1 in members
-        for part in np.split(np.array([len(row) and lengths[row[0]] for row in batches.rows(step)]), 4):
+        for part in np.split(np.array([len(row) and lengths[row[0]] for row in batches.rows(step)]), parts):
             assert (np.diff(part) >= 0).all()
     assert batches.batch_size % 4 == 0 and batches.batch_size >= max(sizes) > batches.batch_size - 4
     q = expected / N
@@ -276,9 +276,12 @@ REFUSED = {
 }  # fmt: skip
 
 
-def test_settings_that_break_the_guarantee_are_refused_with_the_reason():
+def test_settings_that_break_the_guarantee_are_refused_with_the_reason(monkeypatch):
     assert REFUSED.keys() >= privacy.REFUSED.keys()
     good = configs.from_dict({"privacy.epsilon": 3.0, "export.checkpoint": "last"})
+    with monkeypatch.context() as patch, pytest.raises(FtjaxError, match="runs in one process"):
+        patch.setattr(jax, "process_count", lambda: 2)
+        privacy.check(good)
     privacy.check(good)
     for key, value in [*REFUSED.items(), *(("task.kind", kind) for kind in ("masked", "span", "preference"))]:
         config = configs.from_dict(configs.flat(good) | {key: value})
@@ -313,6 +316,25 @@ def test_numbers_that_give_no_guarantee_are_refused(more, told, tmp_path):
     piece.kept = np.array([0, 0, 1])
     with pytest.raises(FtjaxError, match="several examples each"):
         privacy.settle(configs.from_dict(flat), type("Part", (list,), {"pieces": (piece,)})(range(200)), 100)
+
+
+def test_what_several_private_runs_have_spent_is_added_up(tmp_path):
+    assert privacy.together(tmp_path) == ""
+    for name, epsilon in (("a", 1.0), ("b", 2.0), ("c/d", None)):
+        (tmp_path / name).mkdir(parents=True)
+        kept = {"privacy": {"epsilon": epsilon, "delta": 1e-5}} if epsilon else {}
+        (tmp_path / name / "run.json").write_text(json.dumps(kept))
+    assert "the 2 private runs in" in privacy.together(tmp_path)
+    assert "epsilon 3.000 at delta 2e-05" in privacy.together(tmp_path)
+
+
+def test_a_plan_reckons_with_the_rows_of_a_full_step():
+    config = configs.from_dict({"train.batch_size": 100, "train.accumulate": 2})
+    assert privacy.fullest(config, 1) == 100
+    config.privacy.epsilon = 1.0
+    assert privacy.fullest(config, 1) == 144 and privacy.fullest(config, 4) == 192
+    config.privacy.unit_rows = 3
+    assert privacy.fullest(config, 1) == 432
 
 
 def test_without_the_accountant_the_error_names_the_extra(monkeypatch):
