@@ -18,7 +18,7 @@ import numpy as np
 from ftjax import tasks, xla
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import given, prepare
-from ftjax.errors import FtjaxError
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.files import replace_json, write_jsonl
 from ftjax.loading import load
 from ftjax.objectives import causal
@@ -116,6 +116,9 @@ def scores(config, lm, base, examples) -> dict[str, np.ndarray]:
     Returns:
         `loss`, the negative mean loss; for texts also `relative`, the same less that of the base, `least`, the mean
         log-probability of the least likely LEAST of the tokens, and `base`, the base's own negative mean loss.
+
+    Raises:
+        NotFinite: If a loss is NaN or infinite.
     """
     task = tasks.find(config.task.kind)
     layout = task.layout(config, lm.tokenizer)
@@ -139,6 +142,8 @@ def scores(config, lm, base, examples) -> dict[str, np.ndarray]:
 
     own = [x.astype(np.float64) for x in logs(lm)]
     found = {"loss": np.array([x.mean() for x in own])}
+    if not np.isfinite(found["loss"]).all():
+        raise NotFinite(f"audit: the loss of a row is NaN or infinite. {WEIGHTS}")
     if base:
         before = np.array([x.mean(dtype=np.float64) for x in logs(base)])
         least = [np.sort(x)[: max(1, round(LEAST * len(x)))].mean() for x in own]

@@ -426,3 +426,16 @@ def test_any_gradient_can_be_given_to_a_step():
         seed=0, gradients=signs,
     )  # fmt: skip
     assert set(np.unique(np.abs(after.trained["w"]))) == {np.float32(0.1)}
+
+
+def test_a_run_keeps_a_guarantee_by_person(tmp_path):
+    base = tiny_labelled.make(tmp_path / "bert", "bert")
+    given = {"privacy__epsilon": 8, "privacy__delta": 1e-3, "privacy__unit": "who", "export__checkpoint": "last"}
+    c = tiny_labelled.config(tmp_path, base, **given, train__steps=2, train__batch_size=8, mesh__data=1)
+    c.data.train = tiny_labelled.write(
+        tmp_path / "train.jsonl", tiny_labelled.rows(200, 0, who=lambda rng: f"p{rng.integers(60)}")
+    )
+    found = ftjax.train(c, say=lambda text: None).privacy
+    assert found["unit"] == "who" and 8 / 60 <= found["rate"] < 8 / 50  # some persons have no training row
+    assert 5 <= json.loads((tmp_path / "run" / "run.json").read_text())["config"]["privacy"]["unit_rows"] < 12
+    assert "removing all examples of one who, for 2 steps" in (tmp_path / "run" / "adapter" / "README.md").read_text()

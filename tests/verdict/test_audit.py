@@ -14,6 +14,7 @@ import ftjax.cli
 from ftjax.data.canaries import plant
 from ftjax.data.read import read_table
 from ftjax.errors import FtjaxError
+from ftjax.training import privacy
 from ftjax.verdict.audit import attack, audit, least_epsilon, one_run_epsilon, p_value
 
 RNG = np.random.default_rng(0)
@@ -81,32 +82,33 @@ def run(folder, base, **more):
     rng = np.random.default_rng(5)
     words = ["a", "the", "film", "it", "was", "of", *(w for group in tiny_labelled.WORDS.values() for w in group)]
     c = tiny_labelled.config(folder, base, **more)
-    texts = [{"text": " ".join(rng.choice(words, 10)), "label": str(rng.choice(["bad", "good"]))} for _ in range(240)]
+    texts = [{"text": " ".join(rng.choice(words, 10)), "label": str(rng.choice(["bad", "good"]))} for _ in range(160)]
     c.data.train, c.data.test = tiny_labelled.write(folder / "rows.jsonl", texts), ""
-    c.data.split, c.data.canaries, c.tuning.method, c.seed = (0.5, 0.5, 0.0), 100, "full", 9
-    c.train.update(steps=80, batch_size=40, eval_every=1000, save_every=80, dropout=0.0)
+    c.data.split, c.data.canaries, c.tuning.method, c.seed = (0.5, 0.5, 0.0), 80, "full", 9
+    c.train.update(steps=250, batch_size=40, eval_every=1000, save_every=250, dropout=0.0)
     c.export.checkpoint = "last"
     ftjax.train(c, say=lambda line: None)
     return c.run_dir
 
 
 def test_the_attack_succeeds_on_a_run_that_memorises(tmp_path, base, capsys):
-    folder = run(tmp_path, base, optim__lr=3e-3)
+    folder = run(tmp_path, base, optim__lr=5e-3)
     assert ftjax.cli.main(["audit", folder]) == 0
     report = json.loads((tmp_path / "run" / "audit.json").read_text())
-    assert report["succeeds"] and report["attacks"]["loss"]["low"] > 0.6 and report["attacks"]["canaries"]["low"] > 0.6
-    assert report["members"] == report["others"] == 120  # the canaries are not among the rows
-    assert report["canaries"]["mean"] > 2 and report["epsilon"]["canaries"] > 0.3
+    assert report["succeeds"] and report["attacks"]["loss"]["low"] > 0.6 and report["attacks"]["canaries"]["low"] > 0.55
+    assert report["members"] == report["others"] == 80  # the canaries are not among the rows
+    assert report["canaries"]["mean"] > 1.7 and report["epsilon"]["canaries"] > 0.2
     assert "The attack tells training rows from others. The run has no guarantee." in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "canaries.jsonl").read_text().splitlines()]
-    assert len(rows) == 100 and sum(row["planted"] for row in rows) == report["canaries"]["planted"]
+    assert len(rows) == 80 and sum(row["planted"] for row in rows) == report["canaries"]["planted"]
     (tmp_path / "rows.jsonl").open("a").write('{"text": "film", "label": "good"}\n')
     with pytest.raises(FtjaxError, match="the rows that .* was trained on have changed"):
         audit(folder)
 
 
-def test_the_attack_falls_to_chance_at_epsilon_2(tmp_path, base):
-    folder = run(tmp_path, base, optim__lr=3e-3, privacy__epsilon=2.0, privacy__delta=1e-3)
+def test_the_attack_falls_to_chance_at_epsilon_2(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(privacy.os, "urandom", lambda count: bytes([7]) * count)  # the same draws each time
+    folder = run(tmp_path, base, optim__lr=5e-3, privacy__epsilon=2.0, privacy__delta=1e-3)
     report = audit(folder, say=lambda line: None)
     assert not report["succeeds"] and all(a["low"] <= 0.5 <= a["high"] for a in report["attacks"].values())
     assert report["epsilon"]["canaries"] < report["epsilon"]["computed"] <= 2
