@@ -44,7 +44,8 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     Returns:
         The report: `attacks` (see `attack`), `canaries` (where some were planted), `epsilon` (`rows` and
         `canaries`: what the attacks prove it to be at least; `computed`: that of the run, or None), `succeeds`,
-        `verdict`, and `base`, the attack on the base, which saw neither side.
+        `verdict`, and for texts `base`, the attack on the base, which saw neither side. If it tells them apart, the
+        sides differ otherwise than by training, and only the canaries count; without any, `succeeds` is None.
 
     Raises:
         FtjaxError: If the run cannot be opened, if its rows have changed, or if there are no others.
@@ -86,7 +87,12 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     level = 1 - (1 - LEVEL) / len(tried)  # so that all intervals hold together
     report = {"members": len(sides[0]), "others": len(sides[1])}
     report["attacks"] = {name: attack(*pair, level) for name, pair in tried.items()}
-    proven = {"rows": max(least_epsilon(*pair, delta) for name, pair in tried.items() if name != "canaries")}
+    proven = {}
+    if control:
+        report["base"] = attack(*control, LEVEL)
+    fair = not control or report["base"]["low"] <= 0.5 <= report["base"]["high"]
+    if fair:
+        proven["rows"] = max(least_epsilon(*pair, delta) for name, pair in tried.items() if name != "canaries")
     if "canaries" in tried:
         inside, outside = tried["canaries"]
         bits = [exposure(-x, -outside) for x in inside]
@@ -95,10 +101,9 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
         proven["canaries"] = one_run_epsilon(inside, outside, delta)
     computed = (kept.get("privacy") or {}).get("epsilon")
     report["epsilon"] = proven | {"computed": computed, "delta": delta}
-    report["succeeds"] = any(a["low"] > 0.5 for a in report["attacks"].values())
-    if control:
-        report["base"] = attack(*control, LEVEL)
-    report["verdict"] = _verdict(report)
+    counted = [a for name, a in report["attacks"].items() if fair or name == "canaries"]
+    report["succeeds"] = any(a["low"] > 0.5 for a in counted) if counted else None
+    report["verdict"] = _verdict(report, fair)
     replace_json(run_dir / FILE, report)
     say(text(report) + f"\nthe report is in {run_dir / FILE}")
     return report
@@ -272,22 +277,24 @@ def text(report: dict) -> str:
             f"{planted['planted']} canaries planted, {planted['others']} not: exposure {planted['mean']:.2f} bits on "
             f"average (1.44 if nothing was memorised), at most {planted['highest']:.2f} of {planted['most']:.2f}"
         )
-    proven = [f"{report['epsilon'][by]:.3f} by {by}" for by in ("rows", "canaries") if by in report["epsilon"]]
+    proven = [f"{report['epsilon'][by]:.3f} by {by}" for by in ("rows", "canaries") if by in report["epsilon"]] or ["0"]
     computed = report["epsilon"]["computed"]
     told = "the run has none" if computed is None else f"computed: {computed:.3f}"
     return "\n".join([*lines, f"epsilon is at least {', '.join(proven)}; {told}", report["verdict"]])
 
 
-def _verdict(report: dict) -> str:
-    said = "The attack tells training rows from others" if report["succeeds"] else (
-        "The attack does no better than chance: 0.5 lies in the interval of every AUC, or above it"
-    )  # fmt: skip
-    base, proven = report.get("base"), report["epsilon"]
-    if base and not base["low"] <= 0.5 <= base["high"]:
-        said += (
-            f". The base, which saw neither side, tells them apart too (AUC {base['auc']:.3f}), so the two sides "
-            "differ otherwise than by training: only `relative` and the canaries count"
-        )
+def _verdict(report: dict, fair: bool) -> str:
+    """The report in words. fair: whether the base, which saw neither side, does not tell members from others."""
+    said = (
+        "The attack tells training rows from others" if report["succeeds"] else "The attack does no better than chance"
+    )
+    if not fair:
+        why = f"the base, which saw neither side, tells them apart too (AUC {report['base']['auc']:.3f})"
+        if report["succeeds"] is None:
+            said = f"No verdict: {why}. Name rows of the same source by --data, or plant canaries (data.canaries)"
+        else:
+            said += f"; only the canaries count, because {why}"
+    proven = report["epsilon"]
     if (computed := proven["computed"]) is None:
         return f"{said}. The run has no guarantee."
     if proven.get("canaries", 0.0) > computed:

@@ -15,7 +15,7 @@ from ftjax.data.canaries import plant
 from ftjax.data.read import read_table
 from ftjax.errors import FtjaxError
 from ftjax.training import privacy
-from ftjax.verdict.audit import attack, audit, least_epsilon, one_run_epsilon, p_value
+from ftjax.verdict.audit import _verdict, attack, audit, least_epsilon, one_run_epsilon, p_value
 
 RNG = np.random.default_rng(0)
 
@@ -70,6 +70,15 @@ def test_canaries_are_rows_of_random_words(tmp_path):
     assert all(len(text) == 3 and words >= set(text) for text in texts) and len({*map(tuple, texts)}) > 150
     assert all(c["row"]["label"] == "x" and c["row"]["messages"][0]["role"] == "user" for c in found)
     assert plant(table, 200, 3, ("label",))[1] == found != plant(table, 200, 4, ("label",))[1]
+
+
+def test_the_canaries_alone_count_where_the_base_tells_the_sides_apart():
+    won, lost = {"low": 0.8, "high": 0.9, "auc": 0.85}, {"low": 0.4, "high": 0.6, "auc": 0.5}
+    report = {"base": won, "epsilon": {"computed": 2.0, "canaries": 0.1}, "succeeds": False}
+    assert "only the canaries count, because the base" in _verdict(report, fair=False)
+    assert _verdict(report | {"succeeds": None}, fair=False).startswith("No verdict: the base")
+    report = {"base": lost, "epsilon": {"computed": 2.0, "canaries": 2.1}, "succeeds": True}
+    assert "The canaries refute the guarantee" in _verdict(report, fair=True)
 
 
 @pytest.fixture(scope="module")
