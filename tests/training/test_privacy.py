@@ -397,6 +397,9 @@ def test_a_run_keeps_its_guarantee_and_resumes_to_the_bit(tmp_path, monkeypatch)
     (tmp_path / "cut" / privacy.SECRET).unlink()
     with pytest.raises(FtjaxError, match="secret: is missing. The run's draws and noise follow from it"):
         ftjax.train(config("cut"), say=lambda text: None)
+    (tmp_path / "cut" / privacy.SECRET).write_text("5")
+    with pytest.raises(FtjaxError, match="expected the 64 hexadecimal digits that the run wrote; restore the file"):
+        ftjax.train(config("cut"), say=lambda text: None)
     (tmp_path / "cut" / privacy.SECRET).write_text(secret)
     again = ftjax.train(config("cut"), say=lambda text: None)
     assert again.resumed_from == 2

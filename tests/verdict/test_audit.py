@@ -11,6 +11,7 @@ from sklearn import metrics
 
 import ftjax
 import ftjax.cli
+from ftjax import config as configs
 from ftjax.data.canaries import plant
 from ftjax.data.read import read_table
 from ftjax.errors import FtjaxError
@@ -79,6 +80,15 @@ def test_the_canaries_alone_count_where_the_base_tells_the_sides_apart():
     assert _verdict(report | {"succeeds": None}, fair=False).startswith("No verdict: the base")
     report = {"base": lost, "epsilon": {"computed": 2.0, "canaries": 2.1}, "succeeds": True}
     assert "The canaries refute the guarantee" in _verdict(report, fair=True)
+
+
+def test_a_task_without_a_loss_of_one_row_is_refused(monkeypatch):
+    c = configs.default()
+    c.task.kind = "embed"
+    monkeypatch.setattr("ftjax.verdict.audit.run_config", lambda folder: c)
+    monkeypatch.setattr("ftjax.verdict.audit.read_record", lambda folder: {})
+    with pytest.raises(FtjaxError, match="task.kind embed has no loss of a single row, by which it could be attacked"):
+        audit("there")
 
 
 @pytest.fixture(scope="module")
