@@ -272,7 +272,8 @@ REFUSED = {
     "data.mixture": ({"train": "a"},), "task.balanced": True, "task.class_weights": ("balanced",),
     "task.threshold": "f1", "train.neftune": 5.0, "train.on_bad_step": "skip", "train.spike": 3.0,
     "train.patience": 2, "train.select": "accuracy", "export.checkpoint": "best", "mesh.fsdp": 2,
-    "mesh.sequence": 2, "mesh.tensor": 2, "task.kind": "embed",
+    "mesh.sequence": 2, "mesh.tensor": 2, "mesh.expert": 2, "task.reference": "there", "optim.ewc": 1.0,
+    "task.kind": "embed",
 }  # fmt: skip
 
 
@@ -434,7 +435,7 @@ def test_any_gradient_can_be_given_to_a_step():
 def test_a_run_keeps_a_guarantee_by_person(tmp_path):
     base = tiny_labelled.make(tmp_path / "bert", "bert")
     given = {"privacy__epsilon": 8, "privacy__delta": 1e-3, "privacy__unit": "who", "export__checkpoint": "last"}
-    c = tiny_labelled.config(tmp_path, base, **given, train__steps=2, train__batch_size=8, mesh__data=1)
+    c = tiny_labelled.config(tmp_path, base, **given, train__steps=2, train__batch_size=8)
     c.data.train = tiny_labelled.write(
         tmp_path / "train.jsonl", tiny_labelled.rows(200, 0, who=lambda rng: f"p{rng.integers(60)}")
     )

@@ -120,7 +120,8 @@ def test_the_attack_succeeds_on_a_run_that_memorises(tmp_path, base, capsys):
     assert "The attack tells training rows from others. The run has no guarantee." in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "canaries.jsonl").read_text().splitlines()]
     assert len(rows) == 80 and sum(row["planted"] for row in rows) == report["canaries"]["planted"]
-    (tmp_path / "rows.jsonl").open("a").write('{"text": "film", "label": "good"}\n')
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows + '{"text": "film", "label": "good"}\n')
     with pytest.raises(FtjaxError, match="the rows that .* was trained on have changed"):
         audit(folder)
 
