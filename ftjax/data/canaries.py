@@ -42,7 +42,7 @@ def plant(table: Table, count: int, seed: int, kept: tuple[str, ...]) -> tuple[T
     if not words:
         raise FtjaxError(f"data.canaries: the columns {', '.join(free)} of {table.files[0]} hold no words to draw from")
     drawn = table.select(rng.integers(len(table), size=count)).edit(
-        lambda rows: [{name: _replaced(row[name], words, rng) for name in free} | _only(row, kept) for row in rows]
+        lambda rows: [row | {name: _replaced(row[name], words, rng) for name in free} for row in rows]
     )
     coins = rng.random(count) < 0.5
     rows = [row for _, rows in drawn.chunks() for row in rows]
@@ -52,10 +52,6 @@ def plant(table: Table, count: int, seed: int, kept: tuple[str, ...]) -> tuple[T
         file=np.concatenate([table.file, mine.file]), number=np.concatenate([table.number, mine.number]),
     )  # fmt: skip
     return joined, [{"planted": bool(coin), "row": row} for coin, row in zip(coins, rows, strict=True)]
-
-
-def _only(row: dict, names: tuple[str, ...]) -> dict:
-    return {name: row[name] for name in names if name in row}
 
 
 def _words(cell) -> list[str]:

@@ -175,7 +175,7 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
         return ""
     states, _, gradient = _states(config, spec, dtype, sizes)
     if config.privacy.epsilon and not config.privacy.unit:  # a step computes groups of this many rows
-        rows = min(rows, privacy.most_at_once(gradient))
+        rows = min(rows, max(1, privacy.AT_ONCE // gradient))
     attention = programs.kernels(config, machine)
     all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
 

@@ -101,10 +101,8 @@ def settle(config, part, steps: int) -> None:
             "not for the row; set data.long to truncate or drop, or privacy.unit to a column that names the row"
         )
     if config.train.batch_size > N:
-        raise FtjaxError(
-            f"train.batch_size: {config.train.batch_size} is more than the {N:,} training "
-            f"{'persons' if privacy.unit else 'examples'}"
-        )
+        of = "persons" if privacy.unit else "examples"
+        raise FtjaxError(f"train.batch_size: {config.train.batch_size} is more than the {N:,} training {of}")
     if privacy.delta * N >= 1:
         raise FtjaxError(
             f"privacy.delta: {privacy.delta:g} is not below 1 / {N:,}, the number of examples or persons: publishing "
@@ -343,11 +341,6 @@ def gradients(
     return jax.tree.unflatten(tree, [x / expected for x in noisy]), weight, metrics
 
 
-def most_at_once(size: int, at_once: int = AT_ONCE) -> int:
-    """Number of single gradients of `size` bytes each that a device holds at once, where its rows allow it."""
-    return max(1, at_once // size)
-
-
 def group(rows: int, accumulate: int, trained, at_once: int) -> int:
     """Number of units that a device computes at once: the largest divisor of their number within both limits.
 
@@ -358,7 +351,7 @@ def group(rows: int, accumulate: int, trained, at_once: int) -> int:
         at_once: Most bytes of gradients.
     """
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
-    most = max(1, min(rows // accumulate, most_at_once(size, at_once)))
+    most = max(1, min(rows // accumulate, at_once // size))
     return max(n for n in range(1, most + 1) if rows % n == 0)
 
 
