@@ -1,7 +1,6 @@
 """Sentiment of film reviews with differential privacy: LoRA and a head on MiniLM, on SST-2, at epsilon 3.
 
-Needs `pip install "ftjax[privacy]"`. Add `--config.seed=` and a secret random number: whoever knows it
-can compute the noise.
+Needs `pip install "ftjax[privacy]"`.
 """
 
 from pathlib import Path

@@ -249,6 +249,13 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("check", _check, about, epilog=overrides)
     sub.add_argument("run_dir", metavar="RUN", help="run folder")
 
+    sub = verb("audit", _audit, "attack a run: can its training rows be told from others, by losses and canaries?")
+    sub.add_argument("run_dir", metavar="RUN", help="run folder")
+    sub.add_argument(
+        "--data", default="", help="rows of the same source that were not trained on; default: the run's held-out rows"
+    )
+    sub.add_argument("--rows", type=int, default=2000, help="most rows of each side")
+
     sub = verb("check-model", _check_model, "compare a model directory, layer by layer, with transformers and torch")
     sub.add_argument("model", metavar="DIR", help="directory of a decoder")
 
@@ -562,6 +569,14 @@ def _check(args, overrides) -> int:
     from ftjax.training.check import check
 
     return 0 if check(args.run_dir, overrides=overrides) else 1
+
+
+def _audit(args, overrides) -> None:
+    from ftjax.verdict.audit import audit
+
+    if args.rows < 2:
+        raise FtjaxError(f"--rows {args.rows}: expected at least 2")
+    audit(args.run_dir, args.data, args.rows)
 
 
 def _check_model(args, overrides) -> int:

@@ -341,6 +341,8 @@ FIELDS: dict[str, Field] = {
     # the ends of a line
     #
     # ---- synthetic rows
+    "data.canaries": whole(0, 0),  # number of canaries, rows of random words, of which about half are planted in the
+    # training rows, so that `ftjax audit` can measure what the model keeps of them; 0: off
     "data.augment.copies": whole(0, 0),  # number of synthetic rows made of each training row, by ops and function in
     # turn; 0: off
     "data.augment.ops": several(("word_dropout", "word_swap", "char_noise", "case"), WORD),  # operations that make
@@ -542,6 +544,9 @@ FIELDS: dict[str, Field] = {
     # fail; it must be below 1 / number of examples
     "privacy.clip": number(1.0, above=0, also="l2_norm_clip max_per_sample_grad_norm per_sample_max_grad_norm"),
     # largest norm of the gradient of one example's mean loss; longer gradients are scaled down to it
+    "privacy.unit": text(),  # column that names the person a row is about: the guarantee then holds for all rows of a
+    # person together, who are drawn and clipped as one, and train.batch_size counts persons; empty: for each row
+    "privacy.unit_rows": whole(1, 1),  # most rows of a person; filled in
     "privacy.accountant": choice("rdp", "pld"),  # how epsilon is computed: rdp: by Rényi divergences, in a moment; pld:
     # by privacy loss distributions, which need less noise for the same epsilon and take seconds
     "privacy.noise": number(None, above=0, also="noise_multiplier"),  # standard deviation of the noise on the sum of
@@ -1027,6 +1032,7 @@ def validate(config: ConfigDict) -> None:
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     if config.data.mixture:
+        need("data.canaries", lambda v: v == 0, "0 where data.mixture is set")
         for name, data, _ in sources(config):
             whole = copy(config)
             whole.data = data

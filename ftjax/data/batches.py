@@ -19,6 +19,7 @@ from ftjax.data.tokenise import Example
 from ftjax.hub.weights import whole
 
 GRANULE = 8  # M is rounded up to a multiple of it, so that few shapes are compiled
+PARTS = 8  # of a batch of Poisson
 LEAST = 8  # fewest rows a step outside of training, where rows cost little memory
 
 
@@ -245,46 +246,62 @@ class Batches:
 
 
 class Poisson(Batches):
-    """Batches for which every step draws each example independently, with the same probability (Poisson sampling).
+    """Batches for which every step draws each unit independently, with the same probability (Poisson sampling).
 
-    The examples of a step depend on the seed and the step alone. Steps have different numbers of examples; all batches
-    have the number of rows that the fullest step needs, so that no example is left out.
+    A unit is an example, or all examples of a person. It has K neighbouring rows, as many as the largest unit fills;
+    those of a smaller one are filled up with empty rows. The units of a step depend on the seed and the step alone.
+    Steps have different numbers of units; all batches have the number of rows that the fullest step needs, so that none
+    is left out. Units of similar length stand beside each other in each of PARTS parts of a batch, which devices may
+    share, so that a step can compute groups of them without the padding that none of them needs.
 
     Args:
         examples: The N examples.
-        batch_size: Expected number of examples of a step; each is drawn with probability batch_size / N.
+        batch_size: Expected number of units of a step; each is drawn with probability batch_size / number of units.
         max_length: Most tokens of a row.
         steps: Number of steps. Later ones cannot be built.
-        multiple: The number of rows is a multiple of it.
+        multiple: The number of rows is a multiple of K times it.
+        unit: (N,) number of each example's unit, from 0; None: each example is a unit.
         options: See Batches.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, max_length: int, *, steps: int, multiple: int, **options
+        self, examples: Sequence[Example], batch_size: int, max_length: int, *, steps: int, multiple: int, unit=None,
+        **options,
     ):  # fmt: skip
         super().__init__(examples, batch_size, max_length, **options)
-        self.expected, self.steps, self.rate = batch_size, steps, batch_size / len(self.sizes)
+        unit = np.arange(len(self.sizes)) if unit is None else unit
+        counts = np.bincount(unit)
+        self.units = np.full((len(counts) + 1, counts.max()), -1)  # (number of units + 1, K) rows; the last has none
+        self.units[np.sort(unit), _ranges(counts)] = np.argsort(unit, kind="stable")
+        self.longest = np.maximum.reduceat(
+            self.examples.length[np.argsort(unit, kind="stable")], np.cumsum(counts) - counts
+        )
+        self.expected, self.steps, self.rate = batch_size, steps, batch_size / len(counts)
         fullest = max(self._count(step)[0] for step in range(steps))
-        self.batch_size = -(-max(1, fullest) // multiple) * multiple
+        self.slots = -(-max(1, fullest) // multiple) * multiple
+        self.batch_size = self.slots * self.units.shape[1]
 
     def __len__(self) -> int:
-        return math.ceil(len(self.sizes) / self.expected)
+        return math.ceil(len(self.longest) / self.expected)
 
     def shapes(self) -> list[tuple[int, int, int]]:
         return sorted((self.batch_size, int(T), int(M)) for T, M in zip(self.widths, self.label_widths, strict=True))
 
     def _count(self, step: int) -> tuple[int, np.random.Generator]:
-        """(number of examples of a step, the generator that then draws them)."""
+        """(number of units of a step, the generator that then draws them)."""
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(step,))))
-        return int(rng.binomial(len(self.sizes), self.rate)), rng
+        return int(rng.binomial(len(self.longest), self.rate)), rng
 
     def _at(self, step: int) -> tuple[int, np.ndarray]:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        # Independent draws are a binomial number of examples, of which all sets are equally probable.
+        # Independent draws are a binomial number of units, of which all sets are equally probable.
         count, rng = self._count(step)
-        rows = rng.choice(len(self.sizes), count, replace=False)
-        return int(self.bucket[rows].max(initial=0)), np.pad(rows, (0, self.batch_size - count), constant_values=-1)
+        drawn = rng.choice(len(self.longest), count, replace=False)
+        drawn = drawn[np.argsort(self.longest[drawn], kind="stable")]
+        bucket = int(np.searchsorted(self.widths, self.longest[drawn].max(initial=0)))
+        drawn = np.pad(drawn, (self.slots - count, 0), constant_values=-1)
+        return bucket, self.units[drawn.reshape(-1, math.gcd(self.slots, PARTS)).T.ravel()].ravel()
 
 
 def by_example(

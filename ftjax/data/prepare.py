@@ -15,7 +15,7 @@ import numpy as np
 
 from ftjax import config as configs
 from ftjax import stops, tasks
-from ftjax.data import chat_templates, labelled, store, template
+from ftjax.data import canaries, chat_templates, labelled, store, template
 from ftjax.data.augment import augment
 from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
@@ -238,6 +238,7 @@ class Data:
         shares: (Z,) each source's share of the examples of an epoch. None: an epoch has every row once.
         gone: Rows that cleaning and decontamination left out.
         notes: What else the user should know about the preparation.
+        canaries: {"planted", "row"} of each canary, see canaries.plant; the planted ones are the last rows of train.
         fingerprint: Digest of the rows of every part.
     """
 
@@ -250,6 +251,7 @@ class Data:
     shares: np.ndarray | None = None
     gone: tuple[Gone, ...] = ()
     notes: tuple[str, ...] = ()
+    canaries: tuple[dict, ...] = ()
     fingerprint: str = ""
 
     def removed(self) -> Iterator[dict]:
@@ -331,7 +333,7 @@ def given(config, source: str, tokenizer, max_positions: int, *, pool: str = "",
     if config.data.long == "drop":
         config.data.long = "truncate"
     table = read_table(source, "data.train", _scratch() if config.data.streaming else None, config.data.columns)
-    chosen = [Source("", config.data, {"test": table}, [], table)]
+    chosen = [Source("", config.data, {"test": table}, [], table, [])]
     return _tokenised(config, chosen, [], tokenizer, max_positions, pool, (), truths, ("test",))
 
 
@@ -386,6 +388,7 @@ def _tokenised(
         shares=_shares(config, counts),
         gone=tuple(gone),
         notes=tuple(f"{source.name}: {note}".removeprefix(": ") for source in chosen for note in source.notes),
+        canaries=tuple(canary for source in chosen for canary in source.canaries),
         fingerprint=store.digest([[piece.digest for piece in done[part].pieces] for part in PARTS]),
     )
 
@@ -401,6 +404,7 @@ class Source(NamedTuple):
     tables: dict[str, Table]
     notes: list[str]  # what the user should know about the preparation
     whole: Table  # all rows of data.train, before any is split off to another part or left out by a limit
+    canaries: list[dict]  # see canaries.plant
 
 
 def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
@@ -446,6 +450,11 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
             source.tables["train"], made, failed = augment(table, source.data, config.seed, folder)
             source.notes.extend(_counted("synthetic rows", made))
             source.notes.extend(_counted("synthetic rows given up, for no draw differed from the rows there", failed))
+            if count := data.canaries:
+                usual = tasks.find(config.task.kind).columns.label
+                label = data.label or next((name for name in usual if name in table.columns), "")
+                source.tables["train"], drawn = canaries.plant(source.tables["train"], count, config.seed, (label,))
+                source.canaries.extend(drawn)
     return sources, gone
 
 
@@ -496,7 +505,7 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
                 tables[part] = cleaned.table
                 notes += _counted(f"cleaning changed rows of {part}", cleaned.changed)
                 notes += [f"{part}: {cleaned.conflict}"] if cleaned.conflict else []
-        sources.append(Source(name, data, tables, notes, tables["train"]))
+        sources.append(Source(name, data, tables, notes, tables["train"], []))
     return sources, gone
 
 

@@ -19,7 +19,7 @@ from ftjax.models.axes import by_rows
 from ftjax.objectives import causal
 from ftjax.plan import flops
 from ftjax.plan.devices import Devices
-from ftjax.training import hlo, sharding
+from ftjax.training import hlo, privacy, sharding
 from ftjax.training import program as programs
 from ftjax.training.flops import flops_per_token
 from ftjax.tuning import Spec
@@ -94,7 +94,8 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
     started = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices), steps)
-        arguments = programs.arguments(program, config.train.batch_size, T, M, config)
+        rows = privacy.fullest(config, sharding.row_ways(mesh))
+        arguments = programs.arguments(program, rows, T, M, config)
         passes = tasks.find(config.task.kind).passes(config)
         trained = programs.count(program.trained)
         out = {

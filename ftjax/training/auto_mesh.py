@@ -20,8 +20,8 @@ from ftjax import cpus, tasks
 from ftjax.models import axes, remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.objectives import causal
+from ftjax.training import privacy, sharding
 from ftjax.training import program as programs
-from ftjax.training import sharding
 from ftjax.training.flops import flops_per_token
 from ftjax.tuning import Spec
 
@@ -109,7 +109,7 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
         (sizes of the mesh's axes, the reason in one sentence).
     """
     shape, rows = spec.model, config.train.batch_size // config.train.accumulate
-    states, many = _states(config, spec, dtype, ONE_DEVICE)
+    states, many, _ = _states(config, spec, dtype, ONE_DEVICE)
     row = _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
     budget = USED * machine.memory - _head_bytes(config, shape, machine)
 
@@ -173,7 +173,9 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     config.model.remat = "none"
     if machine.platform == "cpu" and _certainly_fits(config, spec.model, machine, rows, T, dtype):
         return ""
-    states, _ = _states(config, spec, dtype, sizes)
+    states, _, gradient = _states(config, spec, dtype, sizes)
+    if config.privacy.epsilon and not config.privacy.unit:  # a step computes groups of this many rows
+        rows = min(rows, max(1, privacy.AT_ONCE // gradient))
     attention = programs.kernels(config, machine)
     all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
 
@@ -252,11 +254,11 @@ def shape_of_one(shape, tensor: int):
     )  # fmt: skip
 
 
-def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bool]:
+def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bool, int]:
     """Memory of the state on one device.
 
     Returns (bytes of weights, moments, averages and gradients on a mesh of these sizes, whether most parameters are
-    trained).
+    trained, bytes of the gradients alone).
     """
     mesh = sharding.abstract_mesh(sizes)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -264,7 +266,8 @@ def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bo
         state = programs.placed(jax.eval_shape(program.init_state, program.trained), program.state_places)
     held = programs.shard_bytes((state, programs.placed(program.frozen, program.frozen_places)))
     trained, total = programs.count(program.trained), programs.count((program.trained, program.frozen))
-    return held + programs.gradient_bytes(program), trained > MANY * total
+    gradient = programs.gradient_bytes(program)
+    return held + gradient, trained > MANY * total, gradient
 
 
 def _row_bytes(config, shape, T: int, itemsize: int) -> float:

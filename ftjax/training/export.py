@@ -87,8 +87,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
     report: dict[str, Any] = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
     record = {"config": source.config, "base": kept}
-    if source.privacy:  # whoever knows the seed can compute the noise and take it off again
-        record |= {"config": source.config | {"seed": 0}, "privacy": source.privacy}
+    record |= {"privacy": source.privacy} if source.privacy else {}
     config = configs.from_dict(source.config)
     chat_template = chat_templates.of_run(config, base.tokenizer)
     beside = functools.partial(_beside, source=source, chat_template=chat_template)

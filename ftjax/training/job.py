@@ -75,6 +75,7 @@ class Job:
     eval_every: int
     save_every: int
     selection: Selection
+    secret: str = dataclasses.field(default="", repr=False)  # of a private run, see privacy.secret_of
 
     @property
     def method(self) -> Method:
@@ -218,10 +219,14 @@ def prepared(config, say, recorded: int = 0) -> Job:
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
     whole = lambda steps: -(-steps // updates) * updates  # noqa: E731
     steps = whole(config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
+    secret = ""
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
+        secret = privacy.secret_of(config)
+        layout["seed"] = privacy.number_of(secret, "draws")
         multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
-        batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, **layout)
+        unit = privacy.units(config.privacy.unit, data.train) if config.privacy.unit else None
+        batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, **layout)
         rows = batches.batch_size
     trained = steps * copies * lengths.sum() / len(batches)
     validations, most = bounds(config, data.validation, trained)
@@ -249,6 +254,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     return Job(
         config, folder, base, own, spec, dtype, tokenizer, chat_tokenizer, ends, initial_adapter, formats, data, mesh,
         batches, validation, rows, eval_rows, steps, eval_every, whole(config.train.save_every) or eval_every, select,
+        secret,
     )  # fmt: skip
 
 

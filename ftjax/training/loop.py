@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax import cpus, stops
 from ftjax import progress as signs
+from ftjax.data import canaries
 from ftjax.data.preview import show
 from ftjax.errors import FtjaxError, NotFinite, of_disk
 from ftjax.evaluation.loss import sums
@@ -199,11 +200,15 @@ def entered(job: Job, say, claimed: list, opened: contextlib.ExitStack) -> bool:
     if first:
         opened.enter_context(provenance.recorded(run_dir / RUN))
     hosts.check_shared(run_dir / RUN)
+    if job.secret:
+        privacy.keep_secret(run_dir, job.secret, begun)
     if first and job.tokenizer_folder:
         keep_tokenizer(run_dir, job.tokenizer_folder)
     say(show(job.data, job.tokenizer, packing=job.config.data.packing))
     if job.data.gone and first:
         write_jsonl(run_dir / "removed.jsonl", job.data.removed())
+    if job.data.canaries and first:
+        write_jsonl(run_dir / canaries.FILE, job.data.canaries)
     return begun
 
 
@@ -296,6 +301,7 @@ class Training:
         self.feed = Feed(job, program, self.frozen, batches, start, self.progress, self.write)
         opened.push(hosts.end_together)  # before the open files are closed, which waits for all processes
         profiled = config.log.profile if first else ""
+        self.secret = {"key": privacy.key_of(job.secret)} if job.secret else {}
         self.take_step = Profiler(program.step, profiled, run_dir, start, job.steps, self.say)
         opened.callback(self.take_step.close)
 
@@ -317,7 +323,7 @@ class Training:
                         compiling.enter_context(self.progress.aside("compiling the training step"))
                     if standing.step == begun:  # there is nothing to save yet
                         compiling.enter_context(stops.held(False))
-                    state, report = self.take_step(state, self.frozen, arrays)
+                    state, report = self.take_step(state, self.frozen, arrays | self.secret)
                 shapes.add(arrays["tokens"].shape)
                 step = standing.step = standing.step + 1
                 self.progress.count(tokens)

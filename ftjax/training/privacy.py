@@ -2,14 +2,19 @@
 
 Every step draws each example with the same probability (`data.batches.Poisson`), scales the gradient of each example
 down to a norm of at most `privacy.clip`, and adds normal noise once to the sum. Two sets of training examples are
-neighbours if one of them has one example more. N examples, B expected examples a step, R rows that hold them.
+neighbours if one of them has one example more. With `privacy.unit`, all examples of a person count as one example: a
+unit. N units, B expected units a step, R rows that hold them, K rows of each unit.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +24,11 @@ from jax.sharding import PartitionSpec
 
 from ftjax import tasks
 from ftjax.errors import FtjaxError
+from ftjax.files import replacing
+from ftjax.foreign import read_json
 from ftjax.training import step
 
+SECRET = "secret"  # the file of a run folder from which draws and noise follow
 AT_ONCE = 1 << 26  # bytes of single examples' gradients that a device holds at once
 
 # Fields that break the guarantee -> (the value that a private run needs, why).
@@ -58,10 +66,10 @@ def check(config) -> None:
             f"privacy.epsilon: task.kind {config.task.kind} cannot be trained privately, because its loss may compare "
             f"examples, or a row may give several examples; {', '.join(able)} can"
         )
-    if not config.seed:
+    if jax.process_count() > 1:
         raise FtjaxError(
-            "seed: the noise of private training (privacy.epsilon) follows from the seed, and everyone knows the "
-            "default 0; set it to a random number below 2147483648 and keep it secret"
+            "privacy.epsilon: private training runs in one process, with any number of its devices; that several "
+            "processes add the noise once has not been tested"
         )
     for key, (needed, why) in REFUSED.items():
         group, _, field = key.rpartition(".")
@@ -83,17 +91,22 @@ def settle(config, part, steps: int) -> None:
             delta is not below 1 / N, or if the noise given is too small.
     """
     privacy, N = config.privacy, len(part)
-    if any(len(np.unique(piece.kept)) < len(piece.kept) for piece in part.pieces):
+    privacy.unit_rows = 1
+    if privacy.unit:
+        unit = units(privacy.unit, part)
+        N, privacy.unit_rows = int(unit.max()) + 1, int(np.bincount(unit).max())
+    elif any(len(np.unique(piece.kept)) < len(piece.kept) for piece in part.pieces):
         raise FtjaxError(
             "privacy.epsilon: some rows gave several examples each, and the guarantee would hold for each of them and "
-            "not for the row; set data.long to truncate or drop"
+            "not for the row; set data.long to truncate or drop, or privacy.unit to a column that names the row"
         )
     if config.train.batch_size > N:
-        raise FtjaxError(f"train.batch_size: {config.train.batch_size} is more than the {N:,} training examples")
+        of = "persons" if privacy.unit else "examples"
+        raise FtjaxError(f"train.batch_size: {config.train.batch_size} is more than the {N:,} training {of}")
     if privacy.delta * N >= 1:
         raise FtjaxError(
-            f"privacy.delta: {privacy.delta:g} is not below 1 / {N:,}, the number of examples: publishing one whole "
-            f"example would be allowed. Set it to at most {0.1 / N:.0e}"
+            f"privacy.delta: {privacy.delta:g} is not below 1 / {N:,}, the number of examples or persons: publishing "
+            f"one of them whole would be allowed. Set it to at most {0.1 / N:.0e}"
         )
     how = privacy.accountant, config.train.batch_size / N, steps, privacy.delta
     if privacy.noise is None:
@@ -104,6 +117,81 @@ def settle(config, part, steps: int) -> None:
             f"privacy.noise: {privacy.noise:g} gives epsilon {found:.3f} after {steps:,} steps, more than "
             f"privacy.epsilon {privacy.epsilon:g}; leave privacy.noise None, or train fewer steps"
         )
+
+
+def fullest(config, ways: int) -> int:
+    """Rows of a step, without its rows of data: for a private run, those of a step whose number of units is 4 standard
+    deviations above the expected one. ways: number of parts of the mesh that rows are split over."""
+    B, multiple = config.train.batch_size, 8 * ways * config.train.accumulate
+    if not config.privacy.epsilon:
+        return B
+    return math.ceil((B + 4 * math.sqrt(B)) / multiple) * multiple * config.privacy.unit_rows
+
+
+def units(column: str, part) -> np.ndarray:
+    """(N,) number of the person of each example, from 0.
+
+    Args:
+        column: The column that names the person.
+        part: The training examples, a data.prepare.Part.
+
+    Raises:
+        FtjaxError: If rows lack the column, or if a cell is empty or not a text or whole number.
+    """
+    names: list = []
+    for piece in part.pieces:
+        if column not in piece.table.columns:
+            raise FtjaxError(
+                f"privacy.unit: {column!r} is no column of {piece.table.files[0]}; it has "
+                f"{', '.join(piece.table.columns)}"
+            )
+        cells = list(piece.table.cells(column))
+        for at in np.unique(piece.kept).tolist():
+            if not isinstance(cells[at], str | int) or cells[at] == "":
+                raise FtjaxError(
+                    f"privacy.unit: {piece.table.place(at)} has {cells[at]!r} in {column!r}; expected the name of a "
+                    "person, a text or a whole number"
+                )
+        names += [str(cells[at]) for at in piece.kept.tolist()]
+    return np.unique(names, return_inverse=True)[1]
+
+
+def secret_of(config) -> str:
+    """64 hexadecimal digits from which the run's draws and noise follow: the run's own, or newly drawn for a new run.
+
+    Raises FtjaxError if the file of the run does not hold them.
+    """
+    file = Path(config.run_dir) / SECRET
+    if config.overwrite or not file.is_file():
+        return os.urandom(32).hex()
+    found = file.read_text().strip()
+    if not re.fullmatch("[0-9a-f]{64}", found):
+        raise FtjaxError(f"{file}: expected the 64 hexadecimal digits that the run wrote; restore the file")
+    return found
+
+
+def keep_secret(run_dir: Path, secret: str, going_on: bool) -> None:
+    """Write the secret of a new run, readable for its owner only. Raises FtjaxError if a resumed run has lost its."""
+    if going_on and not (run_dir / SECRET).is_file():
+        raise FtjaxError(
+            f"{run_dir / SECRET}: is missing. The run's draws and noise follow from it, so the run cannot go on; "
+            "restore the file, or train again with --config.overwrite=True"
+        )
+    if not going_on:
+        with replacing(run_dir / SECRET) as draft:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secret)
+
+
+def number_of(secret: str, use: str) -> int:
+    """A number of 256 bits that follows from the secret, another one for each use."""
+    return int.from_bytes(hashlib.sha256(f"{use} {secret}".encode()).digest())
+
+
+def key_of(secret: str) -> np.ndarray:
+    """(2,) uint32, the data of the random key of noise and dropout. It is an input of the step, and not a constant of
+    its program, which a cache on disk may hold."""
+    return np.array([number_of(secret, "noise") >> shift & 0xFFFFFFFF for shift in (0, 32)], np.uint32)
 
 
 def _library():
@@ -161,21 +249,36 @@ def spent(config, rate: float, steps: int) -> dict:
 def record(config, rate: float, steps: int) -> dict:
     """What a checkpoint and a run keep of the guarantee: {"privacy": {...}}, empty if private training is off."""
     found = spent(config, rate, steps)
-    fields = ("delta", "clip", "noise", "accountant")
+    fields = ("delta", "clip", "noise", "accountant", "unit")
     how = {name: config.privacy[name] for name in fields}
     return {"privacy": found | how | {"rate": rate, "steps": steps}} if found else {}
 
 
+def together(folder: Path) -> str:
+    """A sentence that says what all finished private runs below a folder have spent; empty if there are not several."""
+    records = [read_json(path) for path in sorted(folder.rglob("run.json"))]
+    found = [record["privacy"] for record in records if "privacy" in record]
+    if len(found) < 2:
+        return ""
+    epsilon, delta = (sum(kept[name] for kept in found) for name in ("epsilon", "delta"))
+    return (
+        f"privacy: the {len(found)} private runs in {folder} have together spent epsilon {epsilon:.3f} at delta "
+        f"{delta:.2g}, if they read the same rows. Whoever publishes more than one of them, or the one with the best "
+        "score, spends that much, and the scores themselves are measured without noise"
+    )
+
+
 def card(kept: dict, base: str) -> str:
     """The README.md of an exported model. kept: "privacy" of `record`; base: name of the base model."""
+    unit = f"all examples of one {kept['unit']}" if kept.get("unit") else "one training example"
     return f"""---
 base_model: {base}
 ---
 # Trained with differential privacy
 
 The trained parameters are ({kept["epsilon"]:.3f}, {kept["delta"]:g})-differentially private with respect to adding or
-removing one training example, for {kept["steps"]:,} steps of DP-SGD: every example was drawn with probability
-{kept["rate"]:.4g} a step, gradients of single examples were clipped to norm {kept["clip"]:g}, and the noise multiplier
+removing {unit}, for {kept["steps"]:,} steps of DP-SGD: each was drawn with
+probability {kept["rate"]:.4g} a step, its gradient was clipped to norm {kept["clip"]:g}, and the noise multiplier
 was {kept["noise"]:.4f} ({kept["accountant"].upper()} accountant of dp-accounting). The guarantee does not cover the
 base model's own training data, the names of the labels, or figures that were measured on private rows.
 """
@@ -186,24 +289,27 @@ def gradients_of(config) -> Callable:
     if not config.privacy.epsilon:
         return step.gradients
     return functools.partial(
-        gradients, clip=config.privacy.clip, noise=config.privacy.noise or 0.0, expected=config.train.batch_size
-    )
+        gradients, clip=config.privacy.clip, noise=config.privacy.noise or 0.0, expected=config.train.batch_size,
+        unit=config.privacy.unit_rows,
+    )  # fmt: skip
 
 
 def gradients(
-    sums, variables, trained, frozen, batch, key, accumulate: int, *, clip, noise, expected, at_once=AT_ONCE
+    sums, variables, trained, frozen, batch, key, accumulate: int, *, clip, noise, expected, unit=1,
+    at_once=AT_ONCE,
 ):  # fmt: skip
-    """The noisy mean of the clipped gradients of single examples; see step.gradients for the other arguments.
+    """The noisy mean of the clipped gradients of single units; see step.gradients for the other arguments.
 
-    The loss of an example is its mean over the trained tokens. Each device computes several examples of its own at
-    once, one group after another. The noise is drawn once, for the sum over all of them.
+    The loss of a unit is its mean over the trained tokens of its examples. Each device computes several units of its
+    own at once, one group after another. The noise is drawn once, for the sum over all of them.
 
     Args:
         batch: {name: array (R, ...)}; a row is an example, or padding, whose weights are 0.
         accumulate: At most R / accumulate examples are computed at once.
         clip: Largest norm of the gradient of one example.
         noise: Standard deviation of the noise as a multiple of `clip`.
-        expected: B, which the sum is divided by. The true number of examples in the batch would tell who is in it.
+        expected: B, which the sum is divided by. The true number of units in the batch would tell who is in it.
+        unit: K; neighbouring rows of a unit, see data.batches.Poisson.
         at_once: Most bytes of gradients that a device holds at once, unless one is larger.
 
     Returns:
@@ -214,10 +320,10 @@ def gradients(
     rows = next(iter(batch.values())).shape[0] // ways
 
     def local(trained, frozen, batch, key):
-        first = jax.lax.axis_index("data") * rows if ways > 1 else 0
+        first = jax.lax.axis_index("data") * (rows // unit) if ways > 1 else 0
         return clipped_sums(
             sums, variables, trained, frozen, batch, key, clip=clip, first=first,
-            group=group(rows, accumulate, trained, at_once),
+            group=group(rows // unit, accumulate, trained, at_once), unit=unit,
         )  # fmt: skip
 
     total = local
@@ -236,10 +342,10 @@ def gradients(
 
 
 def group(rows: int, accumulate: int, trained, at_once: int) -> int:
-    """Number of examples that a device computes at once: the largest divisor of its rows within both limits.
+    """Number of units that a device computes at once: the largest divisor of their number within both limits.
 
     Args:
-        rows: Rows of the device.
+        rows: Units of the device.
         accumulate: Least number of groups.
         trained: Tree of trained parameters.
         at_once: Most bytes of gradients.
@@ -249,8 +355,8 @@ def group(rows: int, accumulate: int, trained, at_once: int) -> int:
     return max(n for n in range(1, most + 1) if rows % n == 0)
 
 
-def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: int, first=0):
-    """Sums of the clipped gradients of single examples.
+def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: int, unit: int = 1, first=0):
+    """Sums of the clipped gradients of single units.
 
     Args:
         sums: See step.gradients.
@@ -258,10 +364,11 @@ def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: i
         trained: Tree of trained parameters.
         frozen: Tree of frozen parameters.
         batch: {name: array (R, ...)}.
-        key: Random key of dropout; each row has its own.
+        key: Random key of dropout; each unit has its own.
         clip: Largest norm.
-        group: Number of examples that are computed at once, a divisor of R.
-        first: Number of the first row in the whole batch.
+        group: Number of units that are computed at once, a divisor of R / K.
+        unit: K.
+        first: Number of the first unit in the whole batch.
 
     Returns:
         (gradient tree in float32, weight sum, metric sums).
@@ -280,13 +387,28 @@ def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: i
         norm = optax.tree.norm(gradient)
         return gradient, jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30)), aux
 
-    def examples(rows, numbers):
+    def examples(rows, numbers, width=None):
+        rows = jax.tree.map(lambda x: x[:, :, :width], rows) if width else rows
         gradient, scale, aux = jax.vmap(example)(rows, numbers)
         return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1), gradient), *jax.tree.map(lambda x: jnp.sum(x, 0), aux)
 
-    rows = jax.tree.map(lambda x: x.reshape(-1, group, 1, *x.shape[1:]), batch)
-    numbers = first + jnp.arange(next(iter(batch.values())).shape[0]).reshape(-1, group)
+    def narrow(rows, numbers):
+        """`examples` without the columns in which the group has padding only; nothing for a group of empty rows."""
+        if "segment_ids" not in rows:
+            return examples(rows, numbers)
+        longest = jnp.max(jnp.sum(rows["segment_ids"] > 0, -1))
+        sizes = widths(rows["segment_ids"].shape[-1])
+        able = [lambda *_: zeros, *(functools.partial(examples, width=width) for width in sizes)]
+        return jax.lax.switch(jnp.searchsorted(jnp.array([0, *sizes]), longest), able, rows, numbers)
+
+    rows = jax.tree.map(lambda x: x.reshape(-1, group, unit, *x.shape[1:]), batch)
+    numbers = first + jnp.arange(next(iter(batch.values())).shape[0] // unit).reshape(-1, group)
     shapes = jax.eval_shape(examples, jax.tree.map(lambda x: x[0], rows), numbers[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, examples(*part)), None)  # noqa: E731
+    add = lambda total, part: (jax.tree.map(jnp.add, total, narrow(*part)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, (rows, numbers))[0]
+
+
+def widths(T: int) -> list[int]:
+    """The lengths that groups of rows are cut to, ascending, the last being T. Each is compiled once."""
+    return sorted({T, *(-(-T // (8 * part)) * 8 for part in (2, 4, 8) if T >= 8 * part)})

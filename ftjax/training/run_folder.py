@@ -38,6 +38,7 @@ STALE = 120.0  # seconds after which the lock of a silent process on another hos
 # Everything that a run writes into its folder, and into subfolders; exports list their own files.
 WRITTEN = (RUN, START, "before.json", "metrics.jsonl", "loss.png", "results.json", "samples.jsonl", "removed.jsonl")
 WRITTEN += ("predictions.jsonl", "mistakes.jsonl", "confusion.png", "calibration.png", "outcome.json")
+WRITTEN += ("canaries.jsonl", "audit.json", "secret")
 WRITTEN += ("profile.json", "profile.txt", "profile/plugins", f"{TOKENIZER}/*", "tensorboard/events.out.tfevents.*")
 WRITTEN += (f"{FOLDER}/[0-9]*", "wandb/*run-*", "wandb/latest-run", "wandb/debug*.log")
 FOLDERS = ("adapter", "merged", "full")

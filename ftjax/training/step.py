@@ -153,7 +153,7 @@ def train_step(
     Args:
         state: The State.
         frozen: Tree of frozen parameters.
-        batch: {name: array (B, ...)}.
+        batch: {name: array (B, ...)}, and `key` (2,) uint32 if the random numbers follow from it instead of the seed.
         sums: See `gradients`.
         variables: See `gradients`.
         optimizer: The Optax optimizer.
@@ -169,7 +169,9 @@ def train_step(
         "norms", see `norms_by_layer`, which are computed for a bad step only and 0 for others). If "tokens", the sum of
         weights, is 0, then all means are undefined. With a guard also "bad", "skipped" and "in_a_row", see `judged`.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch = dict(batch)
+    key = jax.random.wrap_key_data(batch.pop("key"), impl="threefry2x32") if "key" in batch else jax.random.key(seed)
+    key = jax.random.fold_in(key, state.step)
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
     trained = as_float32(state.trained)
     updates, moments = optimizer.update(gradient, state.optimizer, trained)

@@ -6,7 +6,7 @@ B rows, M scored tokens of a row at most, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,9 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import xla
+from ftjax.data.batches import Batches
+from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 from ftjax.objectives.causal import states
-from ftjax.verdict.choices import Pair, batched, in_chunks
+
+BUCKETS = 8  # number of lengths that rows are padded to; each is compiled once
+CHUNK = 128  # tokens of a row whose logits are in memory at once
+Pair = tuple[list[int], list[int]]  # (given ids, at least one; scored ids)
 
 
 class Divergence(NamedTuple):
@@ -67,3 +72,54 @@ def _kl(p_model, q_model, p_variables, q_variables, batch):
         return jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)  # rounding may give a small negative value
 
     return in_chunks(kl, states(p_model, p_variables, batch), states(q_model, q_variables, batch))
+
+
+def batched(
+    pairs: Sequence[Pair], limit: int, batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, int, int]]]]:
+    """Batches for objectives, sorted by length, whose labels are the scored tokens.
+
+    Args:
+        pairs: (given ids, scored ids) of N texts. If a pair exceeds the limit, tokens at the beginning of its first
+            part are left out.
+        limit: Number of the model's positions.
+        batch_size: Rows per batch.
+
+    Yields:
+        (batch, [(row of the batch, index of the pair, number of scored tokens)]).
+
+    Raises:
+        FtjaxError: If one part of a pair is empty, or if its scored part exceeds the limit.
+    """
+    examples = []
+    for number, (given, scored) in enumerate(pairs, 1):
+        if not len(given) or not 0 < len(scored) <= limit:
+            raise FtjaxError(
+                f"text {number}: {len(given)} context tokens and {len(scored)} tokens to score; expected at least one "
+                f"of each, and at most {limit} (the model's positions) to score"
+            )
+        ids = np.array([*given, *scored][-(limit + 1) :], np.int32)
+        examples.append(Example(ids, np.arange(len(ids)) >= len(ids) - len(scored)))
+    if not examples:
+        return
+    batches = Batches(examples, min(batch_size, len(examples)), limit + 1, buckets=BUCKETS, shuffle=False)
+    for step in range(len(batches)):
+        batch = batches[step]
+        for name in ("tokens", "positions", "segment_ids"):
+            batch[name] = batch[name][:, :limit]  # the last token of the longest rows is scored but not read
+        members = enumerate(batches.rows(step))
+        yield batch, [(row, int(i), int(batches.examples.labels[i])) for row, found in members for i in found]
+
+
+def in_chunks(f: Callable, *arrays):
+    """Apply f, which maps arrays (B, M, ...) to arrays (B, M), to CHUNK of the M places at a time."""
+    B, M = arrays[0].shape[:2]
+    if M <= CHUNK:
+        return f(*arrays)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -M % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, CHUNK, *x.shape[2:]), 1, 0)
+
+    pieces = jax.lax.map(lambda piece: f(*piece), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :M], pieces)

@@ -64,72 +64,22 @@ def _copied(units: Units, training: Sequence[Units], places: dict, n: int) -> Co
     return Copied(len(grams), sum(gram in places for gram in grams), longest, source)
 
 
-# ---------------------------------------------------------------------------------------------- canaries
+def exposure(canary: float, others: Sequence[float]) -> float:
+    """Exposure of a canary in bits, log2(number of canaries) - log2(rank): how easily a model reveals the canary.
 
-
-def canaries(form: str, alphabet: Sequence[str], length: int, count: int, seed: int = 0) -> list[str]:
-    """Texts of a form with random secrets, no two alike, to plant in training rows (Carlini et al. 2019).
-
-    Plant the first few in the training rows, some of them several times, and use the others as texts that might have
-    been planted.
-
-    Args:
-        form: Text in which `{}` stands for the secret.
-        alphabet: Distinct symbols.
-        length: Symbols of a secret.
-        count: Number of texts.
-        seed: Seed of the draw.
-
-    Returns:
-        `count` texts.
-
-    Raises:
-        FtjaxError: If the form does not have exactly one `{}`, if symbols repeat, or if there are fewer secrets than
-            `count`.
-    """
-    space = len(alphabet) ** length
-    if form.count("{}") != 1 or len(set(alphabet)) != len(alphabet) or not 0 < count <= space:
-        raise FtjaxError(
-            f"canaries: expected a form with exactly one {{}}, an alphabet of distinct symbols, and no more canaries "
-            f"than there are secrets; found the form {form!r}, {len(alphabet)} symbols, {count} canaries of {space:,} "
-            "secrets"
-        )
-    rng, drawn = np.random.default_rng(seed), {}
-    while len(drawn) < count:
-        drawn["".join(alphabet[k] for k in rng.integers(len(alphabet), size=length))] = None
-    return [form.replace("{}", secret) for secret in drawn]
-
-
-def exposure(canary: float, others: Sequence[float], space: int | None = None) -> float:
-    """Exposure of a canary in bits, log2(number of secrets) - log2(rank): how easily a model reveals the canary.
-
-    If `others` are all other secrets, the rank is counted, and the canary comes after those that tie with it (Carlini
-    et al. 2019, definition 5). If they are a sample of `space` secrets, a skew-normal distribution fitted to them gives
-    the share of secrets that are as likely (section 4.3 there). The fit also distinguishes canaries that are more
-    likely than the whole sample from each other.
+    It comes after those that tie with it (Carlini et al. 2019, definition 5).
 
     Args:
         canary: Log-perplexity of the canary's text, in nats.
         others: Log-perplexities of texts of the same form that were not planted.
-        space: Number of secrets; None: one more than there are `others`.
 
     Returns:
-        0 to log2(number of secrets). A canary that was not learnt has 1.44 on average.
+        0 to log2(1 + number of others). A canary that was not learnt has 1.44 on average.
 
     Raises:
-        FtjaxError: If `others` is empty, if a log-perplexity is not finite, or if `space` is too small.
+        FtjaxError: If `others` is empty, or if a log-perplexity is not finite.
     """
     others = np.asarray(others, float)
     if not len(others) or not np.isfinite([canary, *others]).all():
         raise FtjaxError("exposure: expected finite log-perplexities, of the canary and of at least one other text")
-    secrets = len(others) + 1 if space is None else space
-    if secrets <= len(others):
-        raise FtjaxError(
-            f"exposure: found {len(others):,} other texts; expected fewer than the {secrets:,} possible secrets"
-        )
-    if secrets == len(others) + 1:
-        return math.log2(secrets) - math.log2(1 + int((others <= canary).sum()))
-    from scipy import stats
-
-    share = stats.skewnorm.cdf(canary, *stats.skewnorm.fit(others))
-    return min(max(-math.log2(share), 0.0) if share > 0 else math.inf, math.log2(secrets))
+    return math.log2(1 + len(others)) - math.log2(1 + int((others <= canary).sum()))

@@ -19,6 +19,7 @@ from ftjax.data import template
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
 from ftjax.files import replace_json, replace_text, write_jsonl
+from ftjax.training import privacy
 from ftjax.training.compiling import use_compilation_cache
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
@@ -105,6 +106,8 @@ def compare(
     replace_text(out / "verdict.md", report.markdown(data))
     replace_text(out / "verdict.html", report.html(data, out))
     say(report.table(data))
+    if spent := privacy.together(folder):
+        say(spent)
     for name in written:
         say(f"  {out / name}")
     return data

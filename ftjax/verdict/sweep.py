@@ -31,7 +31,7 @@ from ftjax.evaluation.metrics import METRICS
 from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_json
 from ftjax.hub import families, resolve, weights
-from ftjax.training import claims, hosts
+from ftjax.training import claims, hosts, privacy
 from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
 from ftjax.verdict import curve, pictures, search
@@ -141,6 +141,8 @@ def sweep(
     replace_json(folder / "sweep.json", [dataclasses.asdict(o) for o in outcomes])
     shown = main_figures(config, outcomes)
     say(table(outcomes, shown))
+    if spent := privacy.together(folder):
+        say(spent)
     if picture := draw(outcomes, shown[0], folder / "sweep.png", say):
         say(f"  picture      {picture}")
     return outcomes

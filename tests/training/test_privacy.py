@@ -18,6 +18,7 @@ import ftjax
 from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data.batches import Poisson
+from ftjax.data.read import read_table
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 from ftjax.models.transformer import Transformer
@@ -109,8 +110,9 @@ def test_clipped_gradients_are_those_of_a_loop(kind, method, tmp_path):
         return jax.grad(loss)(trained)
 
     alone = [flatten(one({name: x[i : i + 1] for name, x in batch.items()})) for i in range(len(DOCS))]
+    group = 1 if kind == "tag" else 3  # with 1, the text of 7 tokens and the empty rows are computed without padding
     ours, weight, _ = jax.jit(
-        lambda batch: privacy.clipped_sums(sums, variables, trained, frozen, batch, KEY, clip=CLIP, group=3)
+        lambda batch: privacy.clipped_sums(sums, variables, trained, frozen, batch, KEY, clip=CLIP, group=group)
     )(batch)
     assert weight == batch["weights"].sum()
     same({path: np.asarray(g) for path, g in flatten(ours).items()}, clipped(alone, CLIP))
@@ -190,12 +192,14 @@ def test_batches_draw_each_example_independently():
     examples = [Example(np.arange(n), np.ones(n, bool)) for n in lengths]
     N, expected, steps = len(examples), 6, 3000
     batches = Poisson(examples, expected, 9, steps=steps, multiple=4, seed=5)
-    counts, sizes, together = np.zeros(N), [], 0
+    counts, sizes, together, parts = np.zeros(N), [], 0, np.gcd(batches.batch_size, 8)
     for step in range(steps):
         members = np.concatenate(batches.rows(step))
         counts[members] += 1
         sizes.append(len(members))
         together += 0 in members and 1 in members
+        for part in np.split(np.array([len(row) and lengths[row[0]] for row in batches.rows(step)]), parts):
+            assert (np.diff(part) >= 0).all()
     assert batches.batch_size % 4 == 0 and batches.batch_size >= max(sizes) > batches.batch_size - 4
     q = expected / N
     edges = np.arange(2, 12)  # numbers of examples; the first stands for all below it, the last for all above it
@@ -209,6 +213,47 @@ def test_batches_draw_each_example_independently():
     assert {batches[step]["tokens"].shape[1] for step in range(50)} <= {T for _, T, _ in batches.shapes()}
     with pytest.raises(IndexError):
         batches[steps]
+
+
+def test_the_rows_of_a_person_are_drawn_together_and_clipped_together():
+    rng = np.random.default_rng(2)
+    unit = rng.permutation(np.repeat(np.arange(24), rng.integers(1, 4, 24)))
+    lengths = rng.integers(3, 10, len(unit))
+    examples = [Example(np.arange(n), np.ones(n, bool)) for n in lengths]
+    batches = Poisson(examples, 6, 9, steps=400, multiple=8, unit=unit, seed=1)
+    assert batches.rate == 6 / 24 and batches.batch_size % (8 * 3) == 0
+    counts = np.zeros(24)
+    for step in range(400):
+        persons = np.array([row[0] if len(row) else -1 for row in batches.rows(step)]).reshape(-1, 3)
+        drawn = [sorted(rows[rows >= 0]) for rows in persons if (rows >= 0).any()]
+        assert all(rows == np.flatnonzero(unit == unit[rows[0]]).tolist() for rows in drawn)
+        counts[[unit[rows[0]] for rows in drawn]] += 1
+        assert batches[step]["tokens"].shape[1] >= max([lengths[i] for rows in drawn for i in rows], default=0)
+    assert stats.chi2.sf(((counts - 100) ** 2 / 75).sum(), 24) > 1e-3
+
+    trained, batch = toy(24)
+    batch["weights"][[2, 4, 5]] = 0  # persons of three rows, some of which are padding
+    take = lambda trained, frozen: trained  # noqa: E731
+    found = []
+    for rows in np.arange(24).reshape(8, 3):
+        whole = {name: jnp.asarray(x[rows]) for name, x in batch.items()}
+        pull = -0.5 * (whole["y"] * whole["weights"])[:, None] * whole["x"]  # at w = 0
+        found.append({"w": np.asarray(pull.sum(0) / whole["weights"].sum())})
+
+    def plain(variables, batch, rngs=None):
+        loss = jnp.sum(jax.nn.softplus(-batch["y"] * (batch["x"] @ variables["w"])) * batch["weights"])
+        return loss, jnp.sum(batch["weights"]), {"loss": loss}
+
+    def ours(batch, accumulate=1):
+        how = {"clip": CLIP, "noise": 0.0, "expected": 1, "unit": 3}
+        return privacy.gradients(plain, take, trained, {}, batch, KEY, accumulate, **how)[0]
+
+    want = clipped(found, CLIP)
+    same(ours(batch), want)
+    same(ours(batch, 4), want)
+    mesh = sharding.make_mesh({"data": 4}, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        same(jax.jit(ours)(sharding.place_batch(batch, mesh, 24, slice(0, 24))), want)
 
 
 def test_epsilon_is_that_of_dp_accounting():
@@ -227,16 +272,17 @@ REFUSED = {
     "data.mixture": ({"train": "a"},), "task.balanced": True, "task.class_weights": ("balanced",),
     "task.threshold": "f1", "train.neftune": 5.0, "train.on_bad_step": "skip", "train.spike": 3.0,
     "train.patience": 2, "train.select": "accuracy", "export.checkpoint": "best", "mesh.fsdp": 2,
-    "mesh.sequence": 2, "mesh.tensor": 2, "task.kind": "embed",
+    "mesh.sequence": 2, "mesh.tensor": 2, "mesh.expert": 2, "task.reference": "there", "optim.ewc": 1.0,
+    "task.kind": "embed",
 }  # fmt: skip
 
 
-def test_settings_that_break_the_guarantee_are_refused_with_the_reason():
+def test_settings_that_break_the_guarantee_are_refused_with_the_reason(monkeypatch):
     assert REFUSED.keys() >= privacy.REFUSED.keys()
     good = configs.from_dict({"privacy.epsilon": 3.0, "export.checkpoint": "last"})
-    with pytest.raises(FtjaxError, match="^seed: the noise of private training"):
+    with monkeypatch.context() as patch, pytest.raises(FtjaxError, match="runs in one process"):
+        patch.setattr(jax, "process_count", lambda: 2)
         privacy.check(good)
-    good.seed = 11
     privacy.check(good)
     for key, value in [*REFUSED.items(), *(("task.kind", kind) for kind in ("masked", "span", "preference"))]:
         config = configs.from_dict(configs.flat(good) | {key: value})
@@ -254,14 +300,42 @@ def test_settings_that_break_the_guarantee_are_refused_with_the_reason():
         ({"privacy.noise": 0.3}, "more than privacy.epsilon 2"),
     ],
 )
-def test_numbers_that_give_no_guarantee_are_refused(more, told):
+def test_numbers_that_give_no_guarantee_are_refused(more, told, tmp_path):
     part = type("Part", (list,), {"pieces": ()})(range(200))
     flat = {"privacy.epsilon": 2.0, "train.batch_size": 20, "privacy.delta": 1e-4}
     with pytest.raises(FtjaxError, match=told):
         privacy.settle(configs.from_dict(flat | more), part, 100)
-    piece = type("Piece", (), {"kept": np.array([0, 0, 1])})
+    found = [{"who": "ann"}, {"who": "bob"}, {"who": None}]
+    table = read_table(tiny_labelled.write(tmp_path / "a.jsonl", found), "data.train")
+    piece = type("Piece", (), {"kept": np.array([0, 0, 1]), "table": table})
+    part = type("Part", (), {"pieces": (piece,)})
+    assert privacy.units("who", part).tolist() == [0, 0, 1]
+    for column, kept, message in (("whose", [0], "'whose' is no column"), ("who", [0, 2], "row 3 has None in 'who'")):
+        piece.kept = np.array(kept)
+        with pytest.raises(FtjaxError, match=message):
+            privacy.units(column, part)
+    piece.kept = np.array([0, 0, 1])
     with pytest.raises(FtjaxError, match="several examples each"):
         privacy.settle(configs.from_dict(flat), type("Part", (list,), {"pieces": (piece,)})(range(200)), 100)
+
+
+def test_what_several_private_runs_have_spent_is_added_up(tmp_path):
+    assert privacy.together(tmp_path) == ""
+    for name, epsilon in (("a", 1.0), ("b", 2.0), ("c/d", None)):
+        (tmp_path / name).mkdir(parents=True)
+        kept = {"privacy": {"epsilon": epsilon, "delta": 1e-5}} if epsilon else {}
+        (tmp_path / name / "run.json").write_text(json.dumps(kept))
+    assert "the 2 private runs in" in privacy.together(tmp_path)
+    assert "epsilon 3.000 at delta 2e-05" in privacy.together(tmp_path)
+
+
+def test_a_plan_reckons_with_the_rows_of_a_full_step():
+    config = configs.from_dict({"train.batch_size": 100, "train.accumulate": 2})
+    assert privacy.fullest(config, 1) == 100
+    config.privacy.epsilon = 1.0
+    assert privacy.fullest(config, 1) == 144 and privacy.fullest(config, 4) == 192
+    config.privacy.unit_rows = 3
+    assert privacy.fullest(config, 1) == 432
 
 
 def test_without_the_accountant_the_error_names_the_extra(monkeypatch):
@@ -274,12 +348,16 @@ def test_a_run_keeps_its_guarantee_and_resumes_to_the_bit(tmp_path, monkeypatch)
     base = tiny_labelled.make(tmp_path / "bert", "bert")
 
     def config(run, **more):
-        given = {"train__steps": 6, "train__log_every": 1, "train__save_every": 2, "train__eval_every": 3, "seed": 7}
+        given = {"train__steps": 6, "train__log_every": 1, "train__save_every": 2, "train__eval_every": 3}
         given |= {"privacy__epsilon": 8, "privacy__delta": 1e-3, "export__checkpoint": "last"}
         c = tiny_labelled.config(tmp_path, base, **given | more)
         c.run_dir = str(tmp_path / run)
         return c
 
+    def urandom(byte):
+        monkeypatch.setattr(privacy.os, "urandom", lambda count: bytes([byte]) * count)
+
+    urandom(5)
     whole = ftjax.train(config("whole"), say=lambda text: None)
     assert 7.9 < whole.privacy["epsilon"] <= 8 and whole.best_step == 6
     spent = [row["epsilon"] for row in read_metrics(tmp_path / "whole") if "loss" in row]
@@ -288,7 +366,10 @@ def test_a_run_keeps_its_guarantee_and_resumes_to_the_bit(tmp_path, monkeypatch)
         assert json.loads((tmp_path / "whole" / name).read_text())["privacy"] == whole.privacy
     card = (tmp_path / "whole" / "adapter" / "README.md").read_text()
     assert f"({whole.privacy['epsilon']:.3f}, 0.001)-differentially private" in card
-    assert json.loads((tmp_path / "whole" / "adapter" / "ftjax.json").read_text())["config"]["seed"] == 0
+    file = tmp_path / "whole" / privacy.SECRET
+    assert file.stat().st_mode & 0o777 == 0o600 and file.read_text() == "05" * 32
+    others = [path for path in (tmp_path / "whole").rglob("*") if path.is_file() and path != file]
+    assert not any(secret in path.read_bytes() for path in others for secret in (b"05" * 32, bytes([5]) * 32))
     ftjax.export(tmp_path / "whole", tmp_path / "out", checkpoint="last")
     assert (tmp_path / "out" / "README.md").read_text() == card
 
@@ -312,8 +393,23 @@ def test_a_run_keeps_its_guarantee_and_resumes_to_the_bit(tmp_path, monkeypatch)
     ):
         with pytest.raises(FtjaxError, match="holds another run"):
             ftjax.train(config("cut", **{key: value}), say=lambda text: None)
+    urandom(6)
+    secret = (tmp_path / "cut" / privacy.SECRET).read_text()
+    (tmp_path / "cut" / privacy.SECRET).unlink()
+    with pytest.raises(FtjaxError, match="secret: is missing. The run's draws and noise follow from it"):
+        ftjax.train(config("cut"), say=lambda text: None)
+    (tmp_path / "cut" / privacy.SECRET).write_text("5")
+    with pytest.raises(FtjaxError, match="expected the 64 hexadecimal digits that the run wrote; restore the file"):
+        ftjax.train(config("cut"), say=lambda text: None)
+    (tmp_path / "cut" / privacy.SECRET).write_text(secret)
     again = ftjax.train(config("cut"), say=lambda text: None)
     assert again.resumed_from == 2
+    ftjax.train(config("other", train__steps=2), say=lambda text: None)
+    found = {
+        (run, step): [x["loss"] for x in read_metrics(tmp_path / run) if "loss" in x][:step]
+        for run, step in (("whole", 6), ("cut", 6), ("other", 2))
+    }
+    assert found["cut", 6] == found["whole", 6] and found["other", 2] != found["whole", 6][:2]
     ours, theirs = ((tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("cut", "whole"))
     assert ours == theirs
 
@@ -334,3 +430,16 @@ def test_any_gradient_can_be_given_to_a_step():
         seed=0, gradients=signs,
     )  # fmt: skip
     assert set(np.unique(np.abs(after.trained["w"]))) == {np.float32(0.1)}
+
+
+def test_a_run_keeps_a_guarantee_by_person(tmp_path):
+    base = tiny_labelled.make(tmp_path / "bert", "bert")
+    given = {"privacy__epsilon": 8, "privacy__delta": 1e-3, "privacy__unit": "who", "export__checkpoint": "last"}
+    c = tiny_labelled.config(tmp_path, base, **given, train__steps=2, train__batch_size=8)
+    c.data.train = tiny_labelled.write(
+        tmp_path / "train.jsonl", tiny_labelled.rows(200, 0, who=lambda rng: f"p{rng.integers(60)}")
+    )
+    found = ftjax.train(c, say=lambda text: None).privacy
+    assert found["unit"] == "who" and 8 / 60 <= found["rate"] < 8 / 50  # some persons have no training row
+    assert 5 <= json.loads((tmp_path / "run" / "run.json").read_text())["config"]["privacy"]["unit_rows"] < 12
+    assert "removing all examples of one who, for 2 steps" in (tmp_path / "run" / "adapter" / "README.md").read_text()

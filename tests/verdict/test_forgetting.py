@@ -9,8 +9,7 @@ from scipy.special import log_softmax
 
 from ftjax.errors import FtjaxError
 from ftjax.loading import load
-from ftjax.verdict import choices
-from ftjax.verdict.choices import windows
+from ftjax.verdict import forgetting
 from ftjax.verdict.forgetting import divergence
 
 
@@ -34,7 +33,7 @@ def by_hand(p, q, given, scored):
 
 
 def test_divergence_is_that_of_the_logits(base, tuned, monkeypatch):
-    monkeypatch.setattr(choices, "CHUNK", 8)  # the last chunk of 22 tokens is filled up
+    monkeypatch.setattr(forgetting, "CHUNK", 8)  # the last chunk of 22 tokens is filled up
     ids = base.tokenizer("Once upon a time, there was a little girl named Lily. She loved to play.")["input_ids"]
     pairs = [(ids[:5], ids[5:]), ([1], ids[1:9]), (ids[:1], ids[1:2])]
     found = divergence(tuned, base, pairs, batch_size=2)
@@ -50,4 +49,13 @@ def test_vocabularies_must_agree(base):
     small = dataclasses.replace(base.model.config, vocab_size=500)
     other = dataclasses.replace(base, model=base.model.clone(config=small))
     with pytest.raises(FtjaxError, match="vocabularies have 512 and 500 tokens"):
-        divergence(base, other, windows([5, 6], 1, 3))
+        divergence(base, other, [([1], [5, 6])])
+
+
+def test_pairs_that_cannot_be_scored_are_named(base):
+    for pairs, message in (
+        ([([1], [5]), ([1], [5] * 600)], "text 2: 1 context tokens and 600 tokens to score"),
+        ([([], [5])], "text 1: 0 context tokens"),
+    ):
+        with pytest.raises(FtjaxError, match=message):
+            divergence(base, base, pairs)

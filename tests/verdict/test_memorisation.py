@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from ftjax.errors import FtjaxError
-from ftjax.verdict.memorisation import canaries, copied, exposure
+from ftjax.verdict.memorisation import copied, exposure
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4)
 
@@ -43,36 +42,18 @@ def test_exposure_is_the_rank_in_bits():
     assert exposure(0.5, others) == 10  # of 1,024 the first
     assert exposure(1.5, others) == 9 and exposure(1, others) == 9  # a tie ranks before it
     assert exposure(2000, others) == 0
-    assert exposure(0.5, others, space=1024) == 10
 
 
-def test_exposure_from_a_sample_goes_beyond_it():
-    rng = np.random.default_rng(0)
-    others = stats.skewnorm.rvs(3, loc=10, scale=2, size=4000, random_state=rng)
-    for canary in (10.0, 9.0, 8.5):
-        true = -math.log2(stats.skewnorm.cdf(canary, 3, loc=10, scale=2))
-        assert exposure(canary, others, space=10**9) == pytest.approx(true, rel=0.15)
-    assert exposure(0.0, others, space=10**9) == pytest.approx(math.log2(10**9))
-    plain = rng.normal(size=(300, 50))  # canaries that were not learnt: 1 / ln 2 bits on average
+def test_canaries_that_were_not_learnt_have_1_44_bits():
+    plain = np.random.default_rng(0).normal(size=(300, 50))
     assert np.mean([exposure(row[0], row[1:]) for row in plain]) == pytest.approx(1 / math.log(2), abs=0.25)
-
-
-def test_canaries_are_distinct_and_repeatable():
-    found = canaries("The code is {}.", "0123456789", 2, 100, seed=1)
-    assert len(set(found)) == 100 and sorted(found) == [f"The code is {i:02}." for i in range(100)]
-    assert found == canaries("The code is {}.", "0123456789", 2, 100, seed=1)
-    assert found != canaries("The code is {}.", "0123456789", 2, 100, seed=2)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: canaries("code", "01", 3, 2), "expected a form with exactly one {}"),
-        (lambda: canaries("{}", "01", 3, 9), "9 canaries of 8"),
-        (lambda: canaries("{}", "00", 3, 2), "distinct symbols"),
         (lambda: exposure(1.0, []), "at least one other text"),
         (lambda: exposure(1.0, [math.nan]), "finite"),
-        (lambda: exposure(1.0, [1, 2], space=2), "2 other texts; expected fewer than the 2 possible secrets"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -1,0 +1,302 @@
+"""`ftjax audit RUN`: how well an attacker tells training rows from others, and what that says of a private run.
+
+N members (rows that were trained on), O others, m canaries.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import tasks, xla
+from ftjax.data.batches import by_example
+from ftjax.data.prepare import given, prepare
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
+from ftjax.files import replace_json, write_jsonl
+from ftjax.loading import load
+from ftjax.objectives import causal
+from ftjax.training.run_folder import read_record, run_config
+from ftjax.verdict.memorisation import exposure
+
+FILE = "audit.json"
+LEVEL = 0.95
+LEAST = 0.2  # share of a text's tokens that min-k% looks at (Shi et al. 2024)
+FALSE = (0.01, 0.001)  # rates of false alarms
+ROWS = 2000
+
+
+def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[str], None] = print) -> dict:
+    """Attack a finished run, and write the report into its folder as audit.json.
+
+    Args:
+        run_dir: The run folder.
+        data: Rows of the same source that were not trained on; empty: the run's validation rows, else its test rows.
+        rows: Most rows of each side.
+        say: Called with each line for a person.
+
+    Returns:
+        The report: `attacks` (see `attack`), `canaries` (where some were planted), `epsilon` (`rows` and
+        `canaries`: what the attacks prove it to be at least; `computed`: that of the run, or None), `succeeds`,
+        `verdict`, and for texts `base`, the attack on the base, which saw neither side. If it tells them apart, the
+        sides differ otherwise than by training, and only the canaries count; without any, `succeeds` is None.
+
+    Raises:
+        FtjaxError: If the run cannot be opened, if its rows have changed, or if there are no others.
+    """
+    run_dir, config, kept = Path(run_dir), run_config(run_dir), read_record(run_dir)
+    task = tasks.find(config.task.kind)
+    if not task.private:
+        raise FtjaxError(
+            f"audit: task.kind {config.task.kind} has no loss of a single row, by which it could be attacked"
+        )
+    lm = load(run_dir, checkpoint=config.export.checkpoint)
+    pool = lm.model.config.head.pool
+    found = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
+    if found.fingerprint != kept["rows"]:
+        raise FtjaxError(f"audit: the rows that {run_dir} was trained on have changed; `ftjax check` says which files")
+    fresh = functools.partial(given, config, tokenizer=lm.tokenizer, max_positions=lm.max_tokens, pool=pool)
+    others = fresh(data).test if data else found.validation if len(found.validation) else found.test
+    if not len(others):
+        raise FtjaxError("audit: the run has no held-out rows; name rows of the same source by --data")
+    planted = sum(canary["planted"] for canary in found.canaries)
+    last = found.train.pieces[-1]
+    members = len(found.train) - int((last.kept >= len(last.table) - planted).sum())
+    sides = found.train.examples.select(_spread(members, rows)), others.examples.select(_spread(len(others), rows))
+
+    scored = functools.partial(scores, config, lm, load(lm.folder) if task.head == "causal" else None)
+    delta = config.privacy.delta if config.privacy.epsilon else 0.0
+    inside, outside = map(scored, sides)
+    tried = {name: (inside[name], outside[name]) for name in inside}
+    control = tried.pop("base", None)  # it has seen neither side
+    if 0 < planted < len(found.canaries):
+        with tempfile.TemporaryDirectory() as folder:
+            losses = []
+            for side in (True, False):
+                write_jsonl(
+                    file := Path(folder) / "rows.jsonl", [c["row"] for c in found.canaries if c["planted"] == side]
+                )
+                losses.append(scored(fresh(str(file)).test.examples)["loss"])
+        tried["canaries"] = tuple(losses)
+    level = 1 - (1 - LEVEL) / len(tried)  # so that all intervals hold together
+    report = {"members": len(sides[0]), "others": len(sides[1])}
+    report["attacks"] = {name: attack(*pair, level) for name, pair in tried.items()}
+    proven = {}
+    if control:
+        report["base"] = attack(*control, LEVEL)
+    fair = not control or report["base"]["low"] <= 0.5 <= report["base"]["high"]
+    if fair:
+        proven["rows"] = max(least_epsilon(*pair, delta) for name, pair in tried.items() if name != "canaries")
+    if "canaries" in tried:
+        inside, outside = tried["canaries"]
+        bits = [exposure(-x, -outside) for x in inside]
+        report["canaries"] = {"planted": len(inside), "others": len(outside), "mean": float(np.mean(bits))}
+        report["canaries"] |= {"highest": max(bits), "most": math.log2(len(outside) + 1)}
+        proven["canaries"] = one_run_epsilon(inside, outside, delta)
+    computed = (kept.get("privacy") or {}).get("epsilon")
+    report["epsilon"] = proven | {"computed": computed, "delta": delta}
+    counted = [a for name, a in report["attacks"].items() if fair or name == "canaries"]
+    report["succeeds"] = any(a["low"] > 0.5 for a in counted) if counted else None
+    report["verdict"] = _verdict(report, fair)
+    replace_json(run_dir / FILE, report)
+    say(text(report) + f"\nthe report is in {run_dir / FILE}")
+    return report
+
+
+def scores(config, lm, base, examples) -> dict[str, np.ndarray]:
+    """Scores of N examples, each higher for an example that the model knows better, in nats.
+
+    Args:
+        config: The run's config.
+        lm: The trained model.
+        base: The model before training; None: not for this task, because its head has no start in common.
+        examples: The examples.
+
+    Returns:
+        `loss`, the negative mean loss; for texts also `relative`, the same less that of the base, `least`, the mean
+        log-probability of the least likely LEAST of the tokens, and `base`, the base's own negative mean loss.
+
+    Raises:
+        NotFinite: If a loss is NaN or infinite.
+    """
+    task = tasks.find(config.task.kind)
+    layout = task.layout(config, lm.tokenizer)
+
+    def logs(lm):
+        @xla.jit
+        def single(variables, batch):
+            if task.head == "causal":
+                return causal.log_probs(lm.model, variables, batch)
+
+            def loss(row):
+                row = jax.tree.map(lambda x: x[None], row)
+                total, weight, _ = task.sums(lm.model, variables, row, **task.always(config))
+                return -total / jnp.maximum(weight, 1)
+
+            return jnp.broadcast_to(jax.vmap(loss)(batch)[:, None], batch["weights"].shape)
+
+        size = config.evaluate.batch_size or config.train.batch_size
+        run = functools.partial(single, lm.variables)
+        return by_example(run, examples, size, int(examples.length.max()), **layout)
+
+    own = [x.astype(np.float64) for x in logs(lm)]
+    found = {"loss": np.array([x.mean() for x in own])}
+    if not np.isfinite(found["loss"]).all():
+        raise NotFinite(f"audit: the loss of a row is NaN or infinite. {WEIGHTS}")
+    if base:
+        before = np.array([x.mean(dtype=np.float64) for x in logs(base)])
+        least = [np.sort(x)[: max(1, round(LEAST * len(x)))].mean() for x in own]
+        found |= {"relative": found["loss"] - before, "least": np.array(least), "base": before}
+    return found
+
+
+def attack(members: np.ndarray, others: np.ndarray, level: float) -> dict[str, float]:
+    """How well a score tells members from others.
+
+    Args:
+        members: (N,) scores, higher for what looks like a member.
+        others: (O,) scores.
+        level: Confidence of the intervals.
+
+    Returns:
+        `auc` (chance: 0.5) with `low` and `high`, by DeLong et al. 1988; for each rate of FALSE the share of members
+        that are found at this rate of false alarms (chance: the same rate), `tpr_0.01`, with `_low` and `_high`
+        (Clopper-Pearson).
+    """
+    from scipy import stats
+
+    N, M = len(members), len(others)
+    ranks = stats.rankdata(np.concatenate([members, others]))
+    above = (ranks[:N] - stats.rankdata(members)) / M  # share of the others below each member
+    below = 1 - (ranks[N:] - stats.rankdata(others)) / N
+    spread = math.sqrt(above.var() / max(N - 1, 1) + below.var() / max(M - 1, 1))
+    half = stats.norm.ppf((1 + level) / 2) * spread
+    auc = float(above.mean())
+    found = {"auc": auc, "low": max(0.0, auc - half), "high": min(1.0, auc + half)}
+    for rate in FALSE:
+        hits = int((members > np.sort(others)[::-1][int(rate * M)]).sum())
+        interval = stats.binomtest(hits, N).proportion_ci(level, method="exact")
+        name = f"tpr_{rate:g}"
+        found |= {name: hits / N, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
+    return found
+
+
+def least_epsilon(members: np.ndarray, others: np.ndarray, delta: float) -> float:
+    """What epsilon is at least if a threshold on a score tells members from others so well (Nasr et al. 2021).
+
+    Half of the rows choose the threshold, the other half gives Clopper-Pearson bounds of both rates. Because one run
+    gives all rows, this is an estimate; `one_run_epsilon` is a bound.
+
+    Args:
+        members: (N,) scores.
+        others: (O,) scores.
+        delta: That of the guarantee.
+    """
+    from scipy import stats
+
+    tail = (1 - LEVEL) / 2
+
+    def bound(members, others, cuts):
+        hits, alarms = ((x > cuts[:, None]).sum(1) for x in (members, others))
+        found = np.where(hits > 0, stats.beta.ppf(tail, np.maximum(hits, 1), len(members) - hits + 1), 0.0)
+        false = np.where(
+            alarms < len(others), stats.beta.ppf(1 - tail, alarms + 1, np.maximum(len(others) - alarms, 1)), 1.0
+        )
+        ratios = (found - delta) / false, (1 - false - delta) / (1 - found)
+        return np.log(np.maximum(np.maximum(*ratios), 1.0))
+
+    if min(len(members), len(others)) < 2:
+        return 0.0
+    cuts = np.quantile(others[::2], np.linspace(0, 1, 101))
+    best = int(np.argmax(bound(members[::2], others[::2], cuts)))
+    return float(bound(members[1::2], others[1::2], cuts[best : best + 1])[0])
+
+
+def one_run_epsilon(planted: np.ndarray, others: np.ndarray, delta: float) -> float:
+    """What epsilon is at least, by the canaries of one run (Steinke, Nasr and Jagielski 2023, theorem 5.2).
+
+    The attacker guesses that the r / 2 canaries of the highest scores were planted, and that the r / 2 of the lowest
+    were not, for an r of m, m / 2, m / 4 and m / 8. The confidence is LEVEL for all of them together.
+
+    Args:
+        planted: Scores of the canaries that were trained on; a coin decided about each.
+        others: Scores of the other canaries.
+        delta: That of the guarantee.
+    """
+    truths = np.repeat([True, False], [len(planted), len(others)])
+    order = np.argsort(-np.concatenate([planted, others]), kind="stable")
+    truths, m, found = truths[order], len(truths), 0.0
+    for part in (1, 2, 4, 8):
+        half = m // (2 * part)
+        right = int(truths[:half].sum() + (~truths[m - half :]).sum())
+        low, high = 0.0, 20.0
+        for _ in range(20 if half else 0):
+            middle = (low + high) / 2
+            rejected = p_value(m, 2 * half, right, middle, delta) < (1 - LEVEL) / 4
+            low, high = (middle, high) if rejected else (low, middle)
+        found = max(found, low)
+    return found
+
+
+def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
+    """Most probability of so many right guesses for a training that is (epsilon, delta)-private; see one_run_epsilon.
+
+    Args:
+        m: Number of canaries.
+        guesses: Number of guesses.
+        right: Number of right ones.
+        epsilon: Of the guarantee that is tested.
+        delta: Of the guarantee that is tested.
+    """
+    from scipy import stats
+
+    chance = stats.binom(guesses, 1 / (1 + math.exp(-epsilon)))
+    short = np.cumsum(chance.pmf(np.arange(right - 1, -1, -1))) / np.arange(1, right + 1)
+    return float(min(1.0, chance.sf(right - 1) + 2 * m * delta * short.max(initial=0.0)))
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most `most` ascending indices, spread evenly over `count`."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int)
+
+
+def text(report: dict) -> str:
+    """The report as text for the terminal."""
+    lines = [f"{report['members']:,} training rows against {report['others']:,} others; chance: AUC 0.5"]
+    for name, a in report["attacks"].items():
+        rates = ", ".join(f"{a[f'tpr_{rate:g}']:.3f} at {rate:.1%}" for rate in FALSE)
+        lines.append(f"  {name:<9} AUC {a['auc']:.3f} ({a['low']:.3f} to {a['high']:.3f}); found: {rates} false alarms")
+    if planted := report.get("canaries"):
+        lines.append(
+            f"{planted['planted']} canaries planted, {planted['others']} not: exposure {planted['mean']:.2f} bits on "
+            f"average (1.44 if nothing was memorised), at most {planted['highest']:.2f} of {planted['most']:.2f}"
+        )
+    proven = [f"{report['epsilon'][by]:.3f} by {by}" for by in ("rows", "canaries") if by in report["epsilon"]] or ["0"]
+    computed = report["epsilon"]["computed"]
+    told = "the run has none" if computed is None else f"computed: {computed:.3f}"
+    return "\n".join([*lines, f"epsilon is at least {', '.join(proven)}; {told}", report["verdict"]])
+
+
+def _verdict(report: dict, fair: bool) -> str:
+    """The report in words. fair: whether the base, which saw neither side, does not tell members from others."""
+    said = (
+        "The attack tells training rows from others" if report["succeeds"] else "The attack does no better than chance"
+    )
+    if not fair:
+        why = f"the base, which saw neither side, tells them apart too (AUC {report['base']['auc']:.3f})"
+        if report["succeeds"] is None:
+            said = f"No verdict: {why}. Name rows of the same source by --data, or plant canaries (data.canaries)"
+        else:
+            said += f"; only the canaries count, because {why}"
+    proven = report["epsilon"]
+    if (computed := proven["computed"]) is None:
+        return f"{said}. The run has no guarantee."
+    if proven.get("canaries", 0.0) > computed:
+        return f"{said}. The canaries refute the guarantee: epsilon is more than computed. Please report it as a fault."
+    return f"{said}. Nothing contradicts the guarantee."
