@@ -245,7 +245,8 @@ def too_long(folder):
 
 
 def too_long_to_score(folder):
-    judge = SimpleNamespace(end_tokens=(1,), max_tokens=3)
+    tokenizer = SimpleNamespace(chat_template=None)
+    judge = SimpleNamespace(end_tokens=(1,), max_tokens=3, tokenizer=tokenizer)
     best.scores(judge, [[1, 2, 3]], [[4]], 1, 1, "generate.reward")
 
 
