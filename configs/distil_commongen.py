@@ -1,7 +1,7 @@
 """Distillation on CommonGen: a student of two of the starter's five layers learns from the model of quickstart_full.py.
 
-Make the student first: `ftjax student --model builtin:stories260K --layers 0,4 --out runs/two_layers`.
-docs/distillation.md has the losses that it reaches, and those of the same student on the labels alone.
+Make the student first: `ftjax student --model builtin:stories260K --layers 0,4 --out runs/two_layers`. What it reaches,
+beside the same student on the labels alone, has not been measured.
 """
 
 from pathlib import Path
