@@ -90,7 +90,7 @@ def test_remat_is_chosen_where_a_mesh_divides_little(tensor):
     parts = {3: (1, 1, 1, 3), 4: (1, 4, 1, 4), 7: (7, 1, 1, 1)}[tensor]
     values = (2 * 301 * 32 / parts[0], 2 * 32 * 32 / parts[1], 2 * 32 * 16 / parts[2], 3 * 32 * 60 / parts[3], 3 * 32)
     # Weights, two moments and gradients are in float32; the optimizer counts its steps.
-    states, _ = auto_mesh._states(config, spec, jnp.dtype("float32"), sizes)
+    states, *_ = auto_mesh._states(config, spec, jnp.dtype("float32"), sizes)
     assert states == pytest.approx(4 * 4 * sum(values), abs=64)
     machine = auto_mesh.Machine(tensor, 2**33, 8, "tpu")
     assert "remat none: about" in auto_mesh.settle_remat(config, spec, machine, sizes, 64, jnp.dtype("float32"))
