@@ -144,7 +144,9 @@ def generate(
     pending = []
     with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
         key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
-        variables, shared, common = _laid_out(model, variables), None, _common(prompts)
+        # The angles of longrope depend on the length of the whole text, which a shared part does not know.
+        common = 0 if model.config.rope_scaling.kind == "longrope" else _common(prompts)
+        variables, shared = _laid_out(model, variables), None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens, *arrays = _arranged([prompts[i] for i in rows], rows, batch_size)
