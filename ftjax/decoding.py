@@ -1,11 +1,16 @@
-"""Generate text with a decoder: batches of prompts go through one compiled program that fills a KV cache and decodes.
+"""Generate text with a decoder, in two programs: `prefill` fills a KV cache with a batch of prompts, and `decode`
+continues all rows by a number of tokens.
 
-B rows, P prompt slots, N new tokens at most, V vocabulary.
+Prompts that are equal are computed once, and so are the tokens with which all prompts begin.
+
+B rows, U different prompts among them, T tokens that are computed at once, P prompt slots, N new tokens at most, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +29,17 @@ from ftjax.objectives.causal import EXCLUDED
 NO_TOKEN = -1  # the token of a row whose logits are not finite
 APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
 STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
+STREAMED = 16  # tokens after which answers are streamed
+SHARED = 64  # least number of common first tokens of all prompts that are computed apart from the rest
+
+
+class Rules(NamedTuple):
+    """How tokens are chosen, see `generate`. `sampling` is (temperature, top_k, top_p)."""
+
+    sampling: tuple[float, int, float]
+    end_tokens: tuple[int, ...]
+    vocab_size: int | None
+    scored: bool
 
 
 class Drawn(NamedTuple):
@@ -58,6 +74,7 @@ def generate(
     vocab_size: int | None = None,
     weights: str = "model",
     scored: bool = False,
+    stream: Callable[[int, list[int]], None] | None = None,
 ) -> list:
     """Continue each prompt until an end token or `max_new_tokens` tokens.
 
@@ -78,6 +95,8 @@ def generate(
             limit.
         weights: `model`: as they are. `bfloat16`: round float32 kernels, so that each token reads half as many bytes.
         scored: Whether to return the log-probabilities of the draws. It needs a temperature above 0.
+        stream: Called with the index of a prompt and the new ids that its answer has so far, for each prompt of a
+            batch, after every STREAMED tokens and at the end.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`, without the end token. An answer of fewer than
@@ -115,33 +134,62 @@ def generate(
                 f"{stretched.original_max_positions} tokens, from which on the model (rope_type longrope) reads all of "
                 "it with other rotary angles; the cache cannot change those. Lower max_new_tokens"
             )
-    answers: list = [[]] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    settings = max_new_tokens, (temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # equal prompts are neighbours
+    rules = Rules((temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored)
     first, *more = seed if isinstance(seed, tuple) else (seed,)
-    pending = []
     if weights == "bfloat16":
         tied = model.config.tied and "lm_head" not in variables["params"]
         variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
+    answers: list = [[]] * len(prompts)
+    pending = []
     with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
         key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
+        # The angles of longrope depend on the length of the whole text, which a shared part does not know.
+        common = 0 if model.config.rope_scaling.kind == "longrope" else _common(prompts)
+        variables, shared = _laid_out(model, variables), None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens, lengths = _left_padded([prompts[i] for i in rows], batch_size)
-            index = np.zeros(len(tokens), np.int32)
-            index[: len(rows)] = rows
-            pending.append((rows, _decode(model, variables, tokens, lengths, index, key, *settings)))
+            tokens, *arrays = _arranged([prompts[i] for i in rows], rows, batch_size)
+            P = tokens.shape[1]
+            T = max(16, 1 << max(len(prompts[rows[-1]]) - common - 1, 0).bit_length())
+            if common < SHARED or 2 * T > P:
+                T = P
+            elif shared is None:
+                shared = share(model, variables, np.roll(_left_padded([prompts[0][:common]], 1), common))
+            stages = [n for n in (STAGE << i for i in range(max_new_tokens.bit_length())) if n < max_new_tokens]
+            stages += [max_new_tokens]
+            given = variables, None if T == P else shared, tokens[:, P - T :], *arrays, key
+            state, n = prefill(model, rules, P - T, stages[0], *given), 1
+            for until in sorted({*stages, *(range(STREAMED, max_new_tokens, STREAMED) if stream else ())}):
+                room = min(stage for stage in stages if stage >= until)
+                if room > state.new.shape[1]:
+                    state = _larger(state, room)
+                state, n = decode(model, rules, variables, state, key, np.int32(n), np.int32(until)), until
+                if stream:
+                    for i, row, count in zip(rows, np.asarray(state.new), np.asarray(state.counts)):
+                        stream(i, _checked(i, row[:count].tolist()))
+                if until < max_new_tokens and np.all(state.done):
+                    break
+            pending.append((rows, (state.new, state.counts, *state.scores)))
     for rows, arrays in pending:
         for i, row, count, *scores in zip(rows, *map(np.asarray, arrays)):
-            answers[i] = row[:count].tolist()
+            answers[i] = _checked(i, row[:count].tolist())
             if scored:
                 K = min(count + 1, max_new_tokens)  # the end token was drawn too
                 answers[i] = Drawn(row[:K].tolist(), bool(count < K), *(x[:K] for x in scores))
-            if NO_TOKEN in row[:count]:
-                raise NotFinite(
-                    f"prompt {i + 1}: the model's logits are NaN or infinite, so no next token can be chosen. {WEIGHTS}"
-                )
     return answers
+
+
+def _checked(i: int, ids: list[int]) -> list[int]:
+    """The ids of prompt i's answer. Raises NotFinite if logits were not finite."""
+    if NO_TOKEN in ids:
+        raise NotFinite(
+            f"prompt {i + 1}: the model's logits are NaN or infinite, so no next token can be chosen. {WEIGHTS}"
+        )
+    return ids
+
+
+# ---------------------------------------------------------------------------------------------- on the host
 
 
 def _rows(prompts: int, batch_size: int) -> int:
@@ -149,100 +197,292 @@ def _rows(prompts: int, batch_size: int) -> int:
     return min(batch_size, 1 << max(prompts - 1, 0).bit_length())
 
 
-def _left_padded(prompts, batch_size):
-    """Prompts as tokens (B, P) and lengths (B,). Both B and P are rounded up to few sizes, because each shape compiles
-    once."""
+def _common(prompts: list[list[int]]) -> int:
+    """Number of tokens with which all prompts begin; 0 if all are equal."""
+    first, last = min(prompts, default=[]), max(prompts, default=[])
+    return next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), len(first)) if first != last else 0
+
+
+def _left_padded(prompts, rows: int) -> np.ndarray:
+    """Prompts as tokens (rows, P). P is rounded up to few sizes, because each shape compiles once."""
     longest = max(map(len, prompts))
     step = max(16, (1 << longest.bit_length()) // 8)
-    P = -(-longest // step) * step
-    B = _rows(len(prompts), batch_size)
-    tokens, lengths = np.zeros((B, P), np.int32), np.zeros(B, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, P - len(prompt) :] = prompt
-        lengths[i] = len(prompt)
-    return tokens, lengths
+    tokens = np.zeros((rows, -(-longest // step) * step), np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[len(row) - len(prompt) :] = prompt
+    return tokens
 
 
-@functools.partial(xla.jit, static_argnums=(0, 6, 7, 8, 9, 10))
-def _decode(model, variables, tokens, lengths, rows, key, *settings):
-    """As `_decode_rows`. If the mesh splits only rows, each device runs a loop of its own."""
-    mesh, f = jax.sharding.get_abstract_mesh(), functools.partial(_decode_rows, model)
-    if mesh.empty or mesh.size == 1 or ways(mesh, "data") < mesh.size or len(tokens) % mesh.size:
-        return f(variables, tokens, lengths, rows, key, *settings)
-    each, all = PartitionSpec("data"), PartitionSpec()
-    local = lambda *arrays: f(*arrays, *settings)  # noqa: E731
-    found = (each,) * (4 if settings[-1] else 2)
-    return by_device(local, mesh, mesh.axis_names, (all, each, each, each, all), found)(
-        variables, tokens, lengths, rows, key
-    )
+def _arranged(prompts, rows: list[int], batch_size: int):
+    """A batch in which each device that gets rows of its own finds their prompts among its own.
+
+    Args:
+        prompts: Ids of the prompts.
+        rows: Their indices in the input.
+        batch_size: Most rows.
+
+    Returns:
+        tokens (U, P), padded on the left; lengths (U,) of the prompts; of (B,), the place of each row's prompt among
+        these, or None if each row has its own; and rows (B,), -1 for rows of padding. U and B are rounded up to few
+        sizes.
+    """
+    mesh, B = jax.sharding.get_abstract_mesh(), _rows(len(prompts), batch_size)
+    parts = 1 if mesh.empty else ways(mesh, "data", "fsdp")
+    if _by_rows(mesh):
+        B = -(-B // parts) * parts
+    own = B // parts if B % parts == 0 else B
+    dealt = [[tuple(prompt) for prompt in prompts[at : at + own]] for at in range(0, B, own)]
+    unlike = [list(dict.fromkeys(part)) for part in dealt]
+    U = min(own, 1 << (max(map(len, unlike)) - 1).bit_length())
+    of = None
+    if U < own:
+        places = [{prompt: j * U + k for k, prompt in enumerate(part)} for j, part in enumerate(unlike)]
+        of = np.array([at[prompt] for at, part in zip(places, dealt, strict=True) for prompt in part], np.int32)
+        of, dealt = np.pad(of, (0, B - len(of))), unlike
+    padded = [prompt for part in dealt for prompt in (*part, *[()] * (U - len(part)))]
+    lengths = np.array(list(map(len, padded)), np.int32)
+    return _left_padded(padded, len(padded)), lengths, of, np.array([*rows, *[-1] * (B - len(rows))], np.int32)
 
 
-def _decode_rows(model, variables, tokens, lengths, rows, key, N, sampling, end_tokens, vocab_size, scored):
-    """Decode one batch.
+# ---------------------------------------------------------------------------------------------- on the devices
+
+
+def _by_rows(mesh) -> bool:
+    """Whether the mesh splits only rows, so that each device runs a program of its own."""
+    return not mesh.empty and mesh.size > 1 and ways(mesh, "data") == mesh.size
+
+
+EACH, ALL = PartitionSpec("data"), PartitionSpec()  # each device has its own rows; or all that there is
+
+
+def _on_each(f, places, out, *arrays):
+    """f(*arrays), which each device computes for its own rows if the mesh splits only rows.
+
+    Args:
+        f: The function.
+        places: PartitionSpecs of the arrays then.
+        out: PartitionSpecs of its result.
+        arrays: Trees of arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return by_device(f, mesh, mesh.axis_names, places, out)(*arrays) if _by_rows(mesh) else f(*arrays)
+
+
+class State(NamedTuple):
+    """Rows that are being answered, with room for M new tokens.
+
+    Attributes:
+        token: (B,) last token of each row.
+        new: (B, M) new tokens.
+        counts: (B,) the number of them that count.
+        done: (B,) whether the answer has ended.
+        lengths: (B,) tokens of the prompt.
+        rows: (B,) index in the input, which the draws depend on.
+        scores: Empty, or with `scored` Drawn's log_probs (B, M) and kept (B, M, ceil(V / 8)).
+        cache: k, v and segments as in `make_cache`, for P + M slots.
+    """
+
+    token: jax.Array
+    new: jax.Array
+    counts: jax.Array
+    done: jax.Array
+    lengths: jax.Array
+    rows: jax.Array
+    scores: tuple[jax.Array, ...]
+    cache: dict
+
+
+def _places(variables) -> State:
+    """PartitionSpecs of a State whose rows are dealt to devices."""
+    kv = EACH if isinstance(variables["params"]["layers"], tuple) else PartitionSpec(None, "data")
+    return State(*[EACH] * 7, {"k": kv, "v": kv, "segments": EACH})
+
+
+def _settled(state: State) -> State:
+    """A state whose cache is split by rows and heads, and of which every process reads all else."""
+    whole = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), state._replace(cache=state.cache["segments"]))
+    split = lambda x: constrain(x, *[None] * (x.ndim - 4), "batch", "kv_heads", None, None)  # noqa: E731
+    kv = {name: jax.tree.map(split, state.cache[name]) for name in ("k", "v")}
+    return whole._replace(cache=kv | {"segments": whole.cache})
+
+
+def _laid_out(model, variables: dict) -> dict:
+    """Variables as the programs read them fastest: see `as_prefix` and `unstacked`.
+
+    Blocks that are small enough, and whole on each device that computes, are taken out of their stacks.
+    """
+    if "prompt" in variables.get("adapter", {}):
+        variables = variables | {"adapter": _virtual(model, variables)}
+    stacks = {kind: {name: x for name, x in tree.items() if name in STACKS} for kind, tree in variables.items()}
+    mesh, size = jax.sharding.get_abstract_mesh(), sum(x.nbytes for x in jax.tree.leaves(stacks))
+    if size > APART or (mesh.size > 1 and not _by_rows(mesh)):
+        return variables
+    blocks = _blocks(model.config, {kind: tree for kind, tree in stacks.items() if tree})
+    others = {kind: {n: x for n, x in tree.items() if n not in STACKS} for kind, tree in variables.items()}
+    return {kind: tree | blocks.get(kind, {}) for kind, tree in others.items()}
+
+
+@functools.partial(xla.jit, static_argnums=0)
+def _virtual(model, variables):
+    return as_prefix(model, variables)["adapter"]
+
+
+@functools.partial(xla.jit, static_argnums=0)
+def _blocks(config, stacks):
+    return unstacked(stacks, config)
+
+
+def _forward(model, variables, tokens, places, cache):
+    """The hidden state of the last token of each row (B, 1, D), and the cache with tokens (B, T) at their places (B, T)
+    added. A place below 0 is padding."""
+    segments = (places >= 0).astype(jnp.int32)
+    x, cache = model.apply(variables, tokens, jnp.maximum(places, 0), segments, cache, method="hidden")
+    return x[:, -1:], cache
+
+
+def _empty(model, variables, rows: int, slots: int) -> dict:
+    apart = isinstance(variables["params"]["layers"], tuple)
+    return make_cache(model.config, rows, slots, model.dtype, apart)
+
+
+@functools.partial(xla.jit, static_argnums=0)
+def share(model, variables, tokens) -> dict:
+    """Keys and values of the first tokens (1, n) of all prompts: k and v of `make_cache`, with n slots. What follows
+    the last token that is shared may be padding."""
+
+    def local(variables, tokens):
+        places = jnp.arange(tokens.shape[1])[None]
+        _, cache = _forward(model, variables, tokens, places, _empty(model, variables, *tokens.shape))
+        return {name: cache[name] for name in ("k", "v")}
+
+    return _on_each(local, (ALL, ALL), ALL, variables, tokens)
+
+
+@functools.partial(xla.jit, static_argnums=(0, 1, 2, 3))
+def prefill(model, rules: Rules, head: int, room: int, variables, shared, tokens, lengths, of, rows, key) -> State:
+    """Fill a cache with the prompts of a batch, and choose the first new token of each row.
 
     Args:
         model: The Flax module.
-        variables: The Flax variables.
-        tokens: (B, P) int, padded on the left.
-        lengths: (B,) tokens of each prompt. A row of length 0 is padding and ends at once.
-        rows: (B,) indices of the prompts in the input.
+        rules: How tokens are chosen.
+        head: Prompt slots, P - T, whose keys and values are taken from `shared`.
+        room: New tokens that the cache has room for.
+        variables: From `_laid_out`.
+        shared: From `share`; None if `head` is 0.
+        tokens: (U, T) the last T slots of the prompts, which are padded on the left.
+        lengths: (U,) tokens of each prompt.
+        of: (B,) index of each row's prompt; None: B is U, and each row has its own.
+        rows: (B,) index of each row in the input; -1: padding, which ends at once.
         key: Random key of the seed.
-        N: Most new tokens.
-        sampling: (temperature, top_k, top_p).
-        end_tokens, vocab_size, scored: See `generate`.
-
-    Returns:
-        (new tokens (B, N), number of them that count (B,)), with `scored` also Drawn's log_probs (B, N) and kept
-        (B, N, ceil(V / 8)).
     """
-    B, P = tokens.shape
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    variables, apart = as_prefix(model, variables), _apart(variables)
-    variables = unstacked(variables, model.config) if apart else variables
 
-    def step(tokens, positions, segments, cache):
-        x, cache = model.apply(variables, tokens, positions, segments, cache, method="hidden")
-        return model.apply(variables, x[:, -1:], method="logits")[:, 0, :vocab_size], cache
+    def local(variables, shared, tokens, lengths, of, rows, key):
+        (U, T), B = tokens.shape, len(rows)
+        places = jnp.arange(head + T) - (head + T - lengths)[:, None]
+        cache = _empty(model, variables, U, head + T + room)
+        if head:
+            cache = _begun(cache, shared, places[:, :head])
+        x, cache = _forward(model, variables, tokens, places[:, head:], cache)
+        logits = model.apply(variables, x, method="logits")[:, 0, : rules.vocab_size]
+        cache = {name: cache[name] for name in ("k", "v", "segments")}
+        if of is not None:
+            repeated = lambda x, axis=0: jnp.take(x, of % U, axis)  # noqa: E731  a device counts its own prompts from 0
+            kv = _kv(lambda _, x: repeated(x, x.ndim - 4), cache)
+            cache, logits, lengths = kv | {"segments": repeated(cache["segments"])}, repeated(logits), repeated(lengths)
+        scores = ()
+        if rules.scored:
+            cut = 0 < rules.sampling[1] < logits.shape[-1] or rules.sampling[2] < 1
+            bits = -(-logits.shape[-1] // 8) if cut else 0
+            scores = jnp.zeros((B, room)), jnp.zeros((B, room, bits), jnp.uint8)
+        zeros = jnp.zeros(B, jnp.int32)
+        state = State(zeros, jnp.zeros((B, room), jnp.int32), zeros, rows < 0, lengths, rows, scores, cache)
+        return _emit(rules, _keys(key, rows), 0, logits, state)
 
-    def emit(n, logits, new, counts, done, *scores):
-        token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, n), *sampling)
-        if scored:
-            logits = truncated(logits, *sampling)
-            of_token = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
-            kept = jnp.packbits(logits > EXCLUDED, axis=-1) if scores[1].size else scores[1][:, 0]
-            scores = tuple(x.at[:, n].set(at_n) for x, at_n in zip(scores, (of_token[:, 0], kept), strict=True))
-        done = done | jnp.isin(token, jnp.array(end_tokens, jnp.int32))
-        return token, new.at[:, n].set(token), counts + ~done, done, *scores
-
-    def body(state):
-        n, token, *found, cache = state
-        logits, cache = step(token[:, None], (lengths + n - 1)[:, None], jnp.ones((B, 1), jnp.int32), cache)
-        return (n + 1, *emit(n, logits, *found), cache)
-
-    places = jnp.arange(P) - (P - lengths)[:, None]
-    stages = [n for n in (STAGE << i for i in range(N.bit_length())) if n < N] + [N]
-    cache = make_cache(model.config, B, P + stages[0], model.dtype, apart)
-    logits, cache = step(tokens, jnp.maximum(places, 0), (places >= 0).astype(jnp.int32), cache)
-    new, counts, scores = jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), ()
-    if scored:
-        cut = 0 < sampling[1] < logits.shape[-1] or sampling[2] < 1
-        scores = jnp.zeros((B, N)), jnp.zeros((B, N, -(-logits.shape[-1] // 8) if cut else 0), jnp.uint8)
-    # (n, the number of tokens chosen so far; last token; new; counts; done; scores; cache)
-    state = (1, *emit(0, logits, new, counts, lengths == 0, *scores), cache)
-    # Attention reads every slot of the cache, so the cache grows with the answers: short ones do not pay for N.
-    for end in stages:
-        larger = make_cache(model.config, B, P + end, model.dtype, apart)
-        cache = jax.tree.map(lambda x, old: jax.lax.dynamic_update_slice(x, old, (0,) * x.ndim), larger, state[-1])
-        state = jax.lax.while_loop(lambda s, end=end: (s[0] < end) & ~jnp.all(s[4]), body, (*state[:-1], cache))
-    return tuple(constrain(x, *[None] * x.ndim) for x in (*state[2:4], *state[5:-1]))
+    places = ALL, ALL, EACH, EACH, EACH, EACH, ALL
+    given = variables, shared, tokens, lengths, of, rows, key
+    return _settled(_on_each(local, places, _places(variables), *given))
 
 
-def _apart(variables) -> bool:
-    """Whether the stacked blocks are small enough to be decoded one by one, and are on one device."""
-    stacks = [tree[name] for tree in variables.values() for name in STACKS if name in tree]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stacks))
-    mesh = jax.sharding.get_abstract_mesh()
-    return size <= APART and (mesh.size <= 1 or bool(mesh.manual_axes))
+def _kv(f, *caches: dict) -> dict:
+    """k and v of f(axis of the slots, array of each cache)."""
+    axes = {"k": -1, "v": -2}
+    return {name: jax.tree.map(functools.partial(f, axis), *(x[name] for x in caches)) for name, axis in axes.items()}
+
+
+def _begun(cache: dict, shared: dict, places) -> dict:
+    """An empty cache with the tokens of `shared` in the first slots of each row, at places (U, n) of the prompt."""
+
+    def taken(axis, old, x):
+        row, rows = x[..., 0, :, :, :], x.ndim - 4
+        new = jax.vmap(lambda at: jnp.take(row, at, axis, mode="clip"), out_axes=rows)(places)
+        return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+
+    segments = cache["segments"].at[:, : places.shape[1]].set(places >= 0)
+    return _kv(taken, cache, shared) | {"segments": segments, "length": jnp.int32(places.shape[1])}
+
+
+@functools.partial(xla.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode(model, rules: Rules, variables, state: State, key, n, until) -> State:
+    """Continue rows from n to `until` new tokens, or until all rows have ended.
+
+    Args:
+        model: The Flax module.
+        rules: How tokens are chosen.
+        variables: From `_laid_out`.
+        state: The rows. Its memory is used for the result.
+        key: Random key of the seed.
+        n: () int, the number of tokens chosen so far, at least 1.
+        until: () int, at most the number that the state has room for.
+    """
+
+    def local(variables, state, key, n, until):
+        keys, P = _keys(key, state.rows), state.cache["segments"].shape[1] - state.new.shape[1]
+
+        def body(carry):
+            n, state = carry
+            cache = state.cache | {"length": P + n - 1}
+            x, cache = _forward(model, variables, state.token[:, None], (state.lengths + n - 1)[:, None], cache)
+            logits = model.apply(variables, x, method="logits")[:, 0, : rules.vocab_size]
+            cache = {name: cache[name] for name in ("k", "v", "segments")}
+            return n + 1, _emit(rules, keys, n, logits, state._replace(cache=cache))
+
+        more = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].done)  # noqa: E731
+        return jax.lax.while_loop(more, body, (n, state))[1]
+
+    places = _places(variables)
+    return _settled(_on_each(local, (ALL, places, ALL, ALL, ALL), places, variables, state, key, n, until))
+
+
+def _keys(key, rows):
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def _emit(rules: Rules, keys, n, logits, state: State) -> State:
+    """The state with new token n of each row, chosen by logits (B, V)."""
+    token, scores = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, n), *rules.sampling), state.scores
+    if rules.scored:
+        logits = truncated(logits, *rules.sampling)
+        of_token = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
+        kept = jnp.packbits(logits > EXCLUDED, axis=-1) if scores[1].size else scores[1][:, 0]
+        scores = tuple(x.at[:, n].set(at_n) for x, at_n in zip(scores, (of_token[:, 0], kept), strict=True))
+    done = state.done | jnp.isin(token, jnp.array(rules.end_tokens, jnp.int32))
+    return state._replace(
+        token=token, new=state.new.at[:, n].set(token), counts=state.counts + ~done, done=done, scores=scores
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _larger(state: State, room: int) -> State:
+    """The state with room for `room` new tokens. Attention reads every slot of a cache, so that a cache that grows with
+    the answers is faster than one that is large from the start."""
+    more = room - state.new.shape[1]
+
+    def padded(axis, x, value=0):
+        return jnp.pad(x, [(0, more * (i == axis % x.ndim)) for i in range(x.ndim)], constant_values=value)
+
+    cache = _kv(padded, state.cache) | {"segments": padded(1, state.cache["segments"], -1)}
+    scores = tuple(padded(1, x) for x in state.scores)
+    return _settled(state._replace(new=padded(1, state.new), scores=scores, cache=cache))
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):

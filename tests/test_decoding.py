@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax import decoding
 from ftjax.decoding import EXCLUDED, choose, generate
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
@@ -146,6 +147,33 @@ def test_rows_on_a_mesh_write_the_same(random_model):
     with jax.set_mesh(mesh):
         variables = jax.device_put(variables, jax.sharding.NamedSharding(mesh, jax.P()))
         assert generate(model, variables, PROMPTS, max_new_tokens=12) == alone
+
+
+def test_what_prompts_share_is_computed_once_and_changes_nothing(tmp_path, monkeypatch):
+    """Equal prompts, and prompts that begin alike, also within a window that is shorter than what they share."""
+    torch.manual_seed(0)
+    config = TINY["mistral"]()
+    config.initializer_range = 0.3
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    decoder, variables = ours(tmp_path)
+    rng = np.random.default_rng(1)
+    head = rng.integers(1, 97, 70).tolist()
+    prompts = [head + rng.integers(1, 97, n).tolist() for n in (3, 14, 3)] + [head]
+    prompts += prompts[1:2] * 4
+    shapes = []  # (U, T) of the tokens that are computed, and the slots that are taken from what is shared
+    filled = decoding.prefill
+    monkeypatch.setattr(
+        decoding, "prefill", lambda *given: (shapes.append((*given[6].shape, given[2])), filled(*given))[1]
+    )
+    streamed: dict[int, list] = {}
+    new = generate(
+        decoder, variables, prompts, max_new_tokens=20, stream=lambda i, ids: streamed.setdefault(i, []).append(ids)
+    )
+    assert shapes == [(4, 16, 80)]  # four prompts are unlike, and 70 of their tokens alike
+    assert new == theirs(model, prompts, 20)
+    assert streamed == {i: [ids[:16], ids] for i, ids in enumerate(new)}
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(random_model):
