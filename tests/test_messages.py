@@ -245,7 +245,7 @@ def too_long(folder):
 
 
 def too_long_to_score(folder):
-    judge = SimpleNamespace(end_tokens=(1,), max_tokens=3)
+    judge = SimpleNamespace(end_tokens=(1,), max_tokens=3, tokenizer=SimpleNamespace(chat_template=None))
     best.scores(judge, [[1, 2, 3]], [[4]], 1, 1, "generate.reward")
 
 
