@@ -270,7 +270,7 @@ def _preference(row: dict, place: str) -> Rendered:
                 f"{place}: column 'chosen' begins with a message of the {chosen[0]['role']}, and not with those of "
                 f"{column!r}; leave the prompt out of one of them"
             )
-        return Rendered(messages=_untrained(asked) + chosen)
+        return Rendered(messages=(_untrained(asked) if column == "prompt" else asked) + chosen)
     if chosen[0]["role"] != "assistant":
         return Rendered(messages=chosen)
     return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
