@@ -171,7 +171,7 @@ def test_ewc_needs_earlier_rows_and_an_average_a_whole_model(folder):
     c.optim.ewc = 1.0
     with pytest.raises(FtjaxError, match="data.earlier: optim.ewc needs rows of earlier stages"):
         ftjax.train(c, say=lambda line: None)
-    c = settings(folder, average=0.5, **{"tuning.method": "prompt"})
+    c = settings(folder, average=(0.5,), **{"tuning.method": "prompt"})
     with pytest.raises(FtjaxError, match="stages: back: prompt makes no whole model .* to be averaged"):
         ftjax.train(c, say=lambda line: None)
 
