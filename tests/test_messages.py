@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import ftjax
-from ftjax import assets, check_model, cli, stages, tasks
+from ftjax import assets, check_model, cli, tasks
 from ftjax import config as configs
 from ftjax.data import augment, masks, spans, tags, template
 from ftjax.data.labelled import Labelled
@@ -245,7 +245,8 @@ def too_long(folder):
 
 
 def too_long_to_score(folder):
-    judge = SimpleNamespace(end_tokens=(1,), max_tokens=3, tokenizer=SimpleNamespace(chat_template=None))
+    tokenizer = SimpleNamespace(chat_template=None)
+    judge = SimpleNamespace(end_tokens=(1,), max_tokens=3, tokenizer=tokenizer)
     best.scores(judge, [[1, 2, 3]], [[4]], 1, 1, "generate.reward")
 
 
@@ -258,15 +259,8 @@ def other_layers(folder):
     derived.averaged(BASE, derived.student(BASE, (0, 1), folder / "two"), 0.5, folder / "out")
 
 
-def pattern_by_number(folder):
-    said = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
-    fuzz.write_model(folder / "base", said)
-    derived.student(folder / "base", (2, 3), folder / "two")
-
-
 FILES = {
     " differ in the parameter layers/attn/k_proj/kernel, so they have no average": other_layers,
-    "two: not written: which layers of a smollm3 model have a window or rotary positions follows": pattern_by_number,
     "model.safetensors: ends before its last tensor; fetch it again": torn_weights,
     "modules.json: vectors by Dense are not supported": unsupported_vectors,
     ".out.partial: this folder has the name that an export needs, but no interrupted export left it": left_by_another,
@@ -367,12 +361,17 @@ def test_a_reference_with_fewer_positions_than_a_text(monkeypatch):
         reference({"positions": np.arange(5)[None]})
 
 
-def test_an_average_of_several_factors_needs_validation_rows(monkeypatch):
-    monkeypatch.setattr(stages, "averaged", lambda *args: Path("out"))
-    first, last = (SimpleNamespace(name=name, average=(0.2, 0.5), config=config()) for name in "ab")
-    told = "stages: b: average: its factor is chosen by the loss on the validation rows of all stages so far, which a "
-    with pytest.raises(FtjaxError, match=told):
-        stages._averaged([first, last], BASE, BASE, Path("run"), {}, print)
+def test_layers_of_a_student_keep_their_positions(tmp_path, monkeypatch):
+    """Every fourth layer of SmolLM3 has no rotary positions; config.json says so of the kept layers one by one."""
+    said = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
+    fuzz.write_model(tmp_path / "base", said)
+    out = derived.student(str(tmp_path / "base"), (2, 3), tmp_path / "two")
+    assert families.read_config(tmp_path / "base")[1].rotary == (True, True, True, False)
+    assert families.read_config(out)[1].rotary == (True, False)
+    read = derived.read_json
+    monkeypatch.setattr(derived, "read_json", lambda file: read(file) | {"rms_norm_eps": 0.5})
+    with pytest.raises(FtjaxError, match="two: not written: which layers of a smollm3 model have a window or rotary"):
+        derived.student(str(tmp_path / "base"), (2, 3), tmp_path / "two")
 
 
 def test_an_adapter_with_other_tensors_than_the_run_trains():
