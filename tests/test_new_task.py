@@ -60,7 +60,7 @@ def ordinal():
 
 
 def test_a_task_that_no_other_file_knows_is_trained_scored_and_predicted(ordinal, tmp_path):
-    c = config(tmp_path, make(tmp_path / "bert", "bert"), task__kind="ordinal")
+    c = config(tmp_path, make(tmp_path / "bert", "bert"), task__kind="ordinal", seed=1)
     result = ftjax.train(c, say=lambda text: None)
     scores = result.results["test"]["metrics"]
     assert scores["accuracy"]["value"] > 0.9
