@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from jax.sharding import AxisType
 
 from ftjax import config as configs
 from ftjax.data.store import Examples
@@ -21,7 +20,7 @@ from ftjax.hub.peft import write_adapter
 from ftjax.objectives import causal, policy
 from ftjax.tasks import policy as task
 from ftjax.training import step
-from ftjax.training.sharding import place_batch
+from ftjax.training.sharding import make_mesh, place_batch
 from ftjax.tuning import METHODS
 
 GROUP, ROWS, LONGEST = 4, 8, 6
@@ -282,8 +281,7 @@ def test_denominators_do_not_depend_on_microbatches_and_devices(models):
             expected[loss] += np.sum(one + kl) / divisor
     known = None
     for accumulate, devices in ((1, 1), (2, 2), (4, 8), (1, 8)):
-        shape, axes = (devices, 1, 1, 1), ("data", "fsdp", "sequence", "tensor")
-        mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * 4, devices=jax.devices()[:devices])
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
         placed = place_batch(shared | own, mesh, 32, slice(0, 32))
         with jax.set_mesh(mesh):
             f = tiny.jit(lambda t, b, k=accumulate: step.gradients(sums, variables, t, frozen, b, jax.random.key(0), k))

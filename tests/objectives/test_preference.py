@@ -10,14 +10,13 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from jax.sharding import AxisType
 
 from ftjax import config as configs
 from ftjax.data.batches import Batches
 from ftjax.data.tokenise import Example
 from ftjax.hub.peft import write_adapter
 from ftjax.objectives import preference
-from ftjax.training.sharding import place_batch
+from ftjax.training.sharding import make_mesh, place_batch
 from ftjax.tuning import METHODS
 
 BETA = 0.3
@@ -169,8 +168,8 @@ def test_denominators_are_of_all_pairs_on_every_mesh(models):
     assert len(found) == 1
     f = tiny.jit(jax.value_and_grad(functools.partial(mean_loss, pair=pair)))
     expected = f(trained, frozen, [found[0]])
-    for shape in ((8, 1, 1, 1), (2, 2, 2, 1)):
-        mesh = jax.make_mesh(shape, ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    for shape in ({"data": 8}, {"data": 2, "fsdp": 2, "sequence": 2}):
+        mesh = make_mesh(shape)
         batch = place_batch(found[0], mesh, 8, slice(0, 8))
         with jax.set_mesh(mesh):
             again = f(trained, frozen, [batch])

@@ -154,17 +154,15 @@ def test_an_answer_is_right_where_both_its_ends_are(tmp_path):
 
 def test_negatives_come_from_all_devices(tmp_path):
     """The loss on a mesh of four devices is that of one."""
-    from jax.sharding import AxisType
 
-    from ftjax.training.sharding import place_batch
+    from ftjax.training.sharding import make_mesh, place_batch
 
     _, _, shape, params = make("bert", "none", tmp_path)
     examples = [paired(ids, np.random.default_rng(0)) for ids in texts() + texts(1)[:2]]
     batch = Batches(examples, 8, 32, shuffle=False, buckets=1, apart=True)[0]
     sums = jax.jit(lambda params, batch: contrast.sums(Transformer(shape), {"params": params}, batch))
     expected = sums(params, jax.tree.map(jnp.asarray, batch))
-    mesh = jax.make_mesh((2, 2, 1, 1), ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 4,
-                         devices=jax.devices()[:4])  # fmt: skip
+    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
     with jax.set_mesh(mesh):
         found = sums(params, place_batch(batch, mesh, 8, slice(0, 8)))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)

@@ -13,7 +13,7 @@ import tiny
 
 import ftjax
 from ftjax import config as configs
-from ftjax.training import loop
+from ftjax.training import sharding
 from ftjax.training import program as programs
 
 COMPILED = []  # one entry for each program that XLA compiled, or read from its cache
@@ -69,7 +69,7 @@ def test_a_thousand_steps_keep_nothing(tmp_path):
     config = settings(tmp_path, **{"mesh.fsdp": 1, "mesh.tensor": 1, "train.steps": 1100})
     programs.fill_defaults(config)
     pair = tiny.tuned(tiny.pair("llama2"), method="lora", rank=4)
-    mesh = loop.sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         program = programs.build(config, pair.spec, mesh, np.dtype("float32"), 1100)
         trained, frozen = program.begin(jax.random.key(0), jax.tree.map(jax.numpy.copy, pair.params))
@@ -80,7 +80,7 @@ def test_a_thousand_steps_keep_nothing(tmp_path):
         ]
         process, alive, memory, compiled = psutil.Process(), [], [], []
         for step in range(1100):
-            batch = loop.sharding.place_batch(batches[step % 2], mesh, 2, slice(0, 2))
+            batch = sharding.place_batch(batches[step % 2], mesh, 2, slice(0, 2))
             state, report = program.step(state, frozen, batch)
             if step % 100 == 99:
                 assert np.isfinite(float(report["loss"]))
