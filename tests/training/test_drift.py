@@ -13,7 +13,7 @@ import tiny
 
 import ftjax
 from ftjax import config as configs
-from ftjax.training import sharding
+from ftjax.training import loop, sharding
 from ftjax.training import program as programs
 
 COMPILED = []  # one entry for each program that XLA compiled, or read from its cache

@@ -291,7 +291,7 @@ def test_mesh_that_does_not_fit_the_devices():
     with pytest.raises(FtjaxError, match="does not multiply to the 8 devices"):
         sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
     mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2})
-    assert mesh.shape == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2}
 
 
 def test_every_parameter_of_every_family_has_a_place():
