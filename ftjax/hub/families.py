@@ -351,7 +351,9 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
         window, every = hf["local_attention"] // 2 + 1, hf["global_attn_every_n_layers"]
         sliding = [layer % every > 0 for layer in range(layers)]
     elif "sliding_window" in family.defaults:
-        window = (hf["sliding_window"] if hf.get("use_sliding_window", True) else None) or None
+        window = hf["sliding_window"] if hf.get("use_sliding_window", True) else None
+        if window == 0:
+            raise FtjaxError(f"{where}: sliding_window = 0; expected 1 or more, or null for no window")
         full = hf.get("max_window_layers", 0)  # number of first layers without a window
         every = hf.get("sliding_window_pattern") or layers + 1  # each such layer has none
         sliding = [window is not None and layer >= full and (layer + 1) % every > 0 for layer in range(layers)]

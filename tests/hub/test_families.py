@@ -213,7 +213,7 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
         ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, ["reorder_and_upcast_attn"]),
         ({"model_type": "gpt2", "scale_attn_weights": False}, ["scale_attn_weights"]),
-        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window = 0"]),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window = 0; expected 1 or more, or null"]),
         ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["chunked"]}, ["expected 1 of full_attention"]),
         ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, ["window is off"]),
     ],
