@@ -161,8 +161,8 @@ def curve(pair, config, sizes):
             programs.placed(program.frozen["layers"]["mlp"], program.frozen_places["layers"]["mlp"])
         )
         state, found = program.init_state(trained), []
-        for n in range(3):
-            docs = tiny.documents((20, 13, 9, 5, 17, 20, 6, 8), 50, n)
+        for _ in range(3):
+            docs = tiny.documents((20, 13, 9, 5, 17, 20, 6, 8), 50)
             batch = tiny.batch([[doc] for doc in docs], [[1]] * 8, 20)
             state, report = program.step(state, frozen, place_batch(batch, mesh, 8, slice(0, 8)))
             found.append([float(report["loss"]), float(report["balance"])])
@@ -176,14 +176,14 @@ def test_a_run_with_lora_on_experts_has_one_curve_on_every_mesh():
     config = configs.default()
     config.tuning.targets = ("all-linear", "gate_up_proj", "down_proj")
     config.train.update(balance=0.1, batch_size=8)
-    config.optim.lr = 0.02
+    config.optim.lr = 0.005
     pair = tiny.read(model)
     pair = pair._replace(spec=pair.spec._replace(tuning=config.tuning))
     want, whole = curve(pair, config, {"data": 1})
     assert want[0, 0] - want[-1, 0] > 0.01
     for sizes in ({"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}, {"expert": 4, "tensor": 2}):
         found, held = curve(pair, config, sizes)
-        np.testing.assert_allclose(found, want, atol=1e-5, err_msg=str(sizes))
+        np.testing.assert_allclose(found, want, rtol=1e-5, err_msg=str(sizes))
         assert held < whole / math.prod(sizes.values()) * sizes.get("data", 1) * 1.2
 
 
@@ -217,6 +217,8 @@ def test_a_run_says_that_experts_are_left_out():
 
 
 @needs_5
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # peft looks at modules alone
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft, of a base in a folder that is gone
 @pytest.mark.parametrize("quantise", ["none", "int8", "nf4"])
 def test_a_lora_on_experts_made_by_peft_loads_trains_and_merges(quantise):
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
