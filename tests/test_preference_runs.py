@@ -292,7 +292,7 @@ def test_a_model_is_not_compared_with_itself(setting, tmp_path):
     with pytest.raises(ftjax.FtjaxError, match="of the files that the config names, task.reference/generation_config"):
         ftjax.train(c, say=lambda text: None)
     c.run_dir, c.task.reference = str(tmp_path / "other"), "builtin:stories260K"
-    with pytest.raises(ftjax.FtjaxError, match="task.reference: expected a model of task.kind causal with the tokens"):
+    with pytest.raises(ftjax.FtjaxError, match="task.reference: builtin:stories260K has 512 tokens and the"):
         ftjax.train(c, **how)
 
 
@@ -330,7 +330,8 @@ def test_twenty_steps_are_those_of_trl(setting, tmp_path, loss):
     c.data.update(test="", split=(1.0, 0.0, 0.0))
     c.run_dir = str(tmp_path / "start")
     c.train.update(batch_size=8, eval_every=1, log_every=1, dropout=0.0)
-    c.task.update(desirable_weight=1.5, undesirable_weight=0.5)
+    if loss == "kto":
+        c.task.update(desirable_weight=1.5, undesirable_weight=0.5)
     c.tuning.dropout = 0.0
     ftjax.train(c, say=lambda text: None)  # a step that changes nothing writes the adapter that both start from
 
