@@ -58,7 +58,7 @@ def test_the_best_checkpoint_has_the_best_mcc_and_an_undefined_one_is_never_it(e
 
     # What is kept as the best is judged so by scikit-learn.
     found = ftjax.predict(str(tmp_path / "whole"), str(tmp_path / "train.jsonl"))
-    labels = {row["text"]: row["label"] for row in tiny_labelled.rows(200, 0)}
+    labels = {row["text"]: row["label"] for row in tiny_labelled.rows(200, 5)}
     data = jobs.prepared(run("again"), quiet).data.validation
     held = {data.rendered(i).prompt for i in range(len(data))}
     pairs = [(labels[row["text"]], row["prediction"]) for row in found if row["text"] in held]
