@@ -191,11 +191,17 @@ def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig
 
     PEFT wraps the module of the experts once for each parameter, in the order of ORDER, and names no parameter.
     """
-    targets, out = adapter_config.get("target_parameters") or (), {}
+    targets, out, used = adapter_config.get("target_parameters") or (), {}, set()
     for layer in range(config.layers if targets and config.experts else 0):
         parameters = [names[f"{EXPERTS}{name}"].format(l=layer) for name in ORDER]
-        found = [p for p in parameters if any(p == t or p.endswith(f".{t}") for t in targets)]
+        found = {p: t for p in parameters for t in targets if p == t or p.endswith(f".{t}")}
+        used |= set(found.values())
         out |= {p.rsplit(".", 1)[0] + ".base_layer" * i: p for i, p in enumerate(reversed(found))}
+    if unknown := [t for t in targets if t not in used]:
+        raise FtjaxError(
+            f"{CONFIG}: target_parameters has {unknown[0]!r}, which names no parameter of this model's experts; the "
+            "adapter is for another model"
+        )
     return out
 
 

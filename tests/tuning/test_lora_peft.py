@@ -182,7 +182,7 @@ def test_bfloat16_adapters_are_read(adapter):
         ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"target_parameters": ["w"]}, "target_parameters"),
+        ({"target_parameters": ["w"]}, "target_parameters has 'w', which names no parameter of this model's experts"),
         ({"use_what_comes_next": {"x": 1}}, "use_what_comes_next"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'; expected 'LORA'"),
