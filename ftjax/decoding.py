@@ -28,7 +28,7 @@ from ftjax.objectives.causal import EXCLUDED
 
 NO_TOKEN = -1  # the token of a row whose logits are not finite
 APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
-STAGE = 64  # new tokens that the cache has room for at first; doubled as answers grow
+STAGE = 64  # new tokens whose slots attention reads at first; doubled as answers grow
 STREAMED = 16  # tokens after which answers are streamed
 SHARED = 64  # least number of common first tokens of all prompts that are computed apart from the rest
 
@@ -146,7 +146,9 @@ def generate(
         key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
         # The angles of longrope depend on the length of the whole text, which a shared part does not know.
         common = 0 if model.config.rope_scaling.kind == "longrope" else _common(prompts)
-        variables, shared = _laid_out(model, variables), None
+        if "prompt" in variables.get("adapter", {}):
+            variables = variables | {"adapter": _virtual(model, variables)}
+        shared = None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens, *arrays = _arranged([prompts[i] for i in rows], rows, batch_size)
@@ -159,12 +161,10 @@ def generate(
             stages = [n for n in (STAGE << i for i in range(max_new_tokens.bit_length())) if n < max_new_tokens]
             stages += [max_new_tokens]
             given = variables, None if T == P else shared, tokens[:, P - T :], *arrays, key
-            state, n = prefill(model, rules, P - T, stages[0], *given), 1
-            for until in sorted({*stages, *(range(STREAMED, max_new_tokens, STREAMED) if stream else ())}):
-                room = min(stage for stage in stages if stage >= until)
-                if room > state.new.shape[1]:
-                    state = _larger(state, room)
-                state, n = decode(model, rules, variables, state, key, np.int32(n), np.int32(until)), until
+            state, n = prefill(model, rules, P - T, (stages[0], max_new_tokens), *given), 1
+            for until in [*(range(STREAMED, max_new_tokens, STREAMED) if stream else ()), max_new_tokens]:
+                if rooms := tuple(room for last, room in zip([0, *stages], stages) if last < until and n < room):
+                    state, n = decode(model, rules, rooms, variables, state, key, np.int32(n), np.int32(until)), until
                 if stream:
                     for i, row, count in zip(rows, np.asarray(state.new), np.asarray(state.counts)):
                         stream(i, _checked(i, row[:count].tolist()))
@@ -294,7 +294,7 @@ class State(NamedTuple):
 
 def _places(variables) -> State:
     """PartitionSpecs of a State whose rows are dealt to devices."""
-    kv = EACH if isinstance(variables["params"]["layers"], tuple) else PartitionSpec(None, "data")
+    kv = EACH if _apart(variables) else PartitionSpec(None, "data")
     return State(*[EACH] * 7, {"k": kv, "v": kv, "segments": EACH})
 
 
@@ -306,30 +306,23 @@ def _settled(state: State) -> State:
     return whole._replace(cache=kv | {"segments": whole.cache})
 
 
-def _laid_out(model, variables: dict) -> dict:
-    """Variables as the programs read them fastest: see `as_prefix` and `unstacked`.
-
-    Blocks that are small enough, and whole on each device that computes, are taken out of their stacks.
-    """
-    if "prompt" in variables.get("adapter", {}):
-        variables = variables | {"adapter": _virtual(model, variables)}
-    stacks = {kind: {name: x for name, x in tree.items() if name in STACKS} for kind, tree in variables.items()}
-    mesh, size = jax.sharding.get_abstract_mesh(), sum(x.nbytes for x in jax.tree.leaves(stacks))
-    if size > APART or (mesh.size > 1 and not _by_rows(mesh)):
-        return variables
-    blocks = _blocks(model.config, {kind: tree for kind, tree in stacks.items() if tree})
-    others = {kind: {n: x for n, x in tree.items() if n not in STACKS} for kind, tree in variables.items()}
-    return {kind: tree | blocks.get(kind, {}) for kind, tree in others.items()}
-
-
 @functools.partial(xla.jit, static_argnums=0)
 def _virtual(model, variables):
     return as_prefix(model, variables)["adapter"]
 
 
-@functools.partial(xla.jit, static_argnums=0)
-def _blocks(config, stacks):
-    return unstacked(stacks, config)
+def _apart(variables) -> bool:
+    """Whether blocks are taken out of their stacks: they are small enough, and whole on each device that computes."""
+    stacks = [tree[name] for tree in variables.values() for name in STACKS if name in tree]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stacks))
+    mesh = jax.sharding.get_abstract_mesh()
+    return size <= APART and (mesh.size <= 1 or _by_rows(mesh))
+
+
+def _laid_out(model, variables) -> dict:
+    """Variables as a program reads them fastest. Inside of each program: a program for this alone takes longer than
+    the copy."""
+    return unstacked(variables, model.config) if _apart(variables) else variables
 
 
 def _forward(model, variables, tokens, places, cache):
@@ -351,6 +344,7 @@ def share(model, variables, tokens) -> dict:
     the last token that is shared may be padding."""
 
     def local(variables, tokens):
+        variables = _laid_out(model, variables)
         places = jnp.arange(tokens.shape[1])[None]
         _, cache = _forward(model, variables, tokens, places, _empty(model, variables, *tokens.shape))
         return {name: cache[name] for name in ("k", "v")}
@@ -359,15 +353,15 @@ def share(model, variables, tokens) -> dict:
 
 
 @functools.partial(xla.jit, static_argnums=(0, 1, 2, 3))
-def prefill(model, rules: Rules, head: int, room: int, variables, shared, tokens, lengths, of, rows, key) -> State:
+def prefill(model, rules: Rules, head: int, rooms, variables, shared, tokens, lengths, of, rows, key) -> State:
     """Fill a cache with the prompts of a batch, and choose the first new token of each row.
 
     Args:
         model: The Flax module.
         rules: How tokens are chosen.
         head: Prompt slots, P - T, whose keys and values are taken from `shared`.
-        room: New tokens that the cache has room for.
-        variables: From `_laid_out`.
+        rooms: New tokens that the prompts are computed with room for, and that the state has room for.
+        variables: The Flax variables, with virtual tokens as a prefix, see `as_prefix`.
         shared: From `share`; None if `head` is 0.
         tokens: (U, T) the last T slots of the prompts, which are padded on the left.
         lengths: (U,) tokens of each prompt.
@@ -378,8 +372,9 @@ def prefill(model, rules: Rules, head: int, room: int, variables, shared, tokens
 
     def local(variables, shared, tokens, lengths, of, rows, key):
         (U, T), B = tokens.shape, len(rows)
+        variables = _laid_out(model, variables)
         places = jnp.arange(head + T) - (head + T - lengths)[:, None]
-        cache = _empty(model, variables, U, head + T + room)
+        cache = _empty(model, variables, U, head + T + rooms[0])
         if head:
             cache = _begun(cache, shared, places[:, :head])
         x, cache = _forward(model, variables, tokens, places[:, head:], cache)
@@ -389,7 +384,7 @@ def prefill(model, rules: Rules, head: int, room: int, variables, shared, tokens
             repeated = lambda x, axis=0: jnp.take(x, of % U, axis)  # noqa: E731  a device counts its own prompts from 0
             kv = _kv(lambda _, x: repeated(x, x.ndim - 4), cache)
             cache, logits, lengths = kv | {"segments": repeated(cache["segments"])}, repeated(logits), repeated(lengths)
-        scores = ()
+        cache, room, scores = _resized(cache, head + T + rooms[1]), rooms[1], ()
         if rules.scored:
             cut = 0 < rules.sampling[1] < logits.shape[-1] or rules.sampling[2] < 1
             bits = -(-logits.shape[-1] // 8) if cut else 0
@@ -409,6 +404,24 @@ def _kv(f, *caches: dict) -> dict:
     return {name: jax.tree.map(functools.partial(f, axis), *(x[name] for x in caches)) for name, axis in axes.items()}
 
 
+def _resized(cache: dict, slots: int) -> dict:
+    """A cache with so many slots: the first ones, or empty ones added behind."""
+
+    def resized(axis, x, value=0):
+        more = slots - x.shape[axis]
+        if more <= 0:
+            return jax.lax.slice_in_dim(x, 0, slots, axis=axis)
+        return jnp.pad(x, [(0, more * (i == axis % x.ndim)) for i in range(x.ndim)], constant_values=value)
+
+    return _kv(resized, cache) | {"segments": resized(1, cache["segments"], -1)}
+
+
+def _written(cache: dict, part: dict) -> dict:
+    """A cache with its first slots replaced by those of `part`."""
+    over = lambda old, x: jax.lax.dynamic_update_slice(old, x, (0,) * old.ndim)  # noqa: E731
+    return jax.tree.map(over, cache, part)
+
+
 def _begun(cache: dict, shared: dict, places) -> dict:
     """An empty cache with the tokens of `shared` in the first slots of each row, at places (U, n) of the prompt."""
 
@@ -421,14 +434,16 @@ def _begun(cache: dict, shared: dict, places) -> dict:
     return _kv(taken, cache, shared) | {"segments": segments, "length": jnp.int32(places.shape[1])}
 
 
-@functools.partial(xla.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode(model, rules: Rules, variables, state: State, key, n, until) -> State:
+@functools.partial(xla.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(model, rules: Rules, rooms: tuple[int, ...], variables, state: State, key, n, until) -> State:
     """Continue rows from n to `until` new tokens, or until all rows have ended.
 
     Args:
         model: The Flax module.
         rules: How tokens are chosen.
-        variables: From `_laid_out`.
+        rooms: Rising numbers of new tokens. Until there are as many, attention reads only their slots of the cache;
+            the last is at least `until`.
+        variables: The Flax variables, with virtual tokens as a prefix.
         state: The rows. Its memory is used for the result.
         key: Random key of the seed.
         n: () int, the number of tokens chosen so far, at least 1.
@@ -436,6 +451,7 @@ def decode(model, rules: Rules, variables, state: State, key, n, until) -> State
     """
 
     def local(variables, state, key, n, until):
+        variables = _laid_out(model, variables)
         keys, P = _keys(key, state.rows), state.cache["segments"].shape[1] - state.new.shape[1]
 
         def body(carry):
@@ -446,8 +462,14 @@ def decode(model, rules: Rules, variables, state: State, key, n, until) -> State
             cache = {name: cache[name] for name in ("k", "v", "segments")}
             return n + 1, _emit(rules, keys, n, logits, state._replace(cache=cache))
 
-        more = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].done)  # noqa: E731
-        return jax.lax.while_loop(more, body, (n, state))[1]
+        whole = state.cache
+        for room in rooms:
+            end = jnp.minimum(until, room)
+            more = lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1].done)  # noqa: E731
+            state = state._replace(cache=_resized(whole, P + room))
+            n, state = jax.lax.while_loop(more, body, (n, state))
+            whole = _written(whole, state.cache)
+        return state._replace(cache=whole)
 
     places = _places(variables)
     return _settled(_on_each(local, (ALL, places, ALL, ALL, ALL), places, variables, state, key, n, until))
@@ -469,20 +491,6 @@ def _emit(rules: Rules, keys, n, logits, state: State) -> State:
     return state._replace(
         token=token, new=state.new.at[:, n].set(token), counts=state.counts + ~done, done=done, scores=scores
     )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _larger(state: State, room: int) -> State:
-    """The state with room for `room` new tokens. Attention reads every slot of a cache, so that a cache that grows with
-    the answers is faster than one that is large from the start."""
-    more = room - state.new.shape[1]
-
-    def padded(axis, x, value=0):
-        return jnp.pad(x, [(0, more * (i == axis % x.ndim)) for i in range(x.ndim)], constant_values=value)
-
-    cache = _kv(padded, state.cache) | {"segments": padded(1, state.cache["segments"], -1)}
-    scores = tuple(padded(1, x) for x in state.scores)
-    return _settled(state._replace(new=padded(1, state.new), scores=scores, cache=cache))
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):
