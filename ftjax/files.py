@@ -13,6 +13,11 @@ from pathlib import Path
 DRAFT = ".part"  # suffix of a file that is being written
 
 
+def cache_home(name: str) -> Path:
+    """The folder of this user for what can be computed again: `name` in ~/.cache/ftjax, or in XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / name
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which replaces the file when the block ends.

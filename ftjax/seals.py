@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+
+from ftjax.files import cache_home, replace_json
+
+LARGE = 1 << 26  # bytes, whose checksum takes 15 ms
+SETTLED = 2_000_000_000  # nanoseconds after which a change of a file changes its times
 
 
 def digest(*parts) -> str:
@@ -39,9 +46,35 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: _checksum(folder / name) for name in names}
 
 
-def changed(folder: Path, kept: dict[str, int]) -> list[str]:
-    """Names of the files in a folder that are missing, or whose checksum differs from the one in `kept`."""
-    return [name for name, crc in kept.items() if not (folder / name).is_file() or _checksum(folder / name) != crc]
+def changed(folder: Path, kept: dict[str, int], again: bool = True) -> list[str]:
+    """Names of the files in a folder that are missing, or whose checksum differs from the one in `kept`.
+
+    Args:
+        folder: The folder.
+        kept: {name: checksum}.
+        again: Whether to read a large file again that was read before and has the same path, inode, size and times.
+    """
+    of = _checksum if again else _known
+    return [name for name, crc in kept.items() if not (folder / name).is_file() or of(folder / name) != crc]
+
+
+def _known(file: Path) -> int:
+    """As `_checksum`, which is read only once of a large file that does not change."""
+    stat = file.stat()
+    if stat.st_size < LARGE:
+        return _checksum(file)
+    place = cache_home("checksums") / f"{digest(str(file.resolve()))}.json"
+    key = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    found = opened(place)
+    if found and found["file"] == key:
+        return found["crc"]
+    crc = _checksum(file)
+    # A file that was just written may be written again without another time.
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED:
+        with contextlib.suppress(OSError):  # without a cache the file is read each time
+            place.parent.mkdir(parents=True, exist_ok=True)
+            replace_json(place, sealed({"file": key, "crc": crc}))
+    return crc
 
 
 def _checksum(file: Path) -> int:

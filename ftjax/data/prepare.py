@@ -26,6 +26,7 @@ from ftjax.data.store import Examples
 from ftjax.data.table import CHUNK, Table
 from ftjax.data.tokenise import Example, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
+from ftjax.files import cache_home
 
 PARTS = ("train", "validation", "test")
 MANY = 20_000  # from this number of rows on, more processes save more time than they take to start
@@ -613,10 +614,9 @@ def _processes(asked: int, rows: int) -> int:
 
 
 def _cache(data) -> store.Cache:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / "data"
     if not data.cache:
         return store.Cache(Path(_scratch()) if data.streaming else None)
-    return store.Cache(home if data.cache == MEANT else Path(data.cache), data.cache_size)
+    return store.Cache(cache_home("data") if data.cache == MEANT else Path(data.cache), data.cache_size)
 
 
 def _shares(config, counts: np.ndarray) -> np.ndarray | None:

@@ -177,8 +177,9 @@ def written(folder: Path) -> dict:
 
 def check_written(folder: Path, names: Collection[str]) -> None:
     """Compare the files of an export with their checksums. Raises FtjaxError if one of these names has changed, and
-    warns of other files that have. A folder that no export wrote has no checksums."""
-    changed = seals.changed(folder, written(folder).get("checksums", {}))
+    warns of other files that have. A folder that no export wrote has no checksums. A large file is read once, and again
+    after its size or times have changed; `ftjax check` reads all."""
+    changed = seals.changed(folder, written(folder).get("checksums", {}), again=False)
     for name in sorted(changed, key=lambda name: name not in names):
         told = (
             f"{Path(folder) / name}: the file has changed since it was written (its checksum in {MARKER} differs); "

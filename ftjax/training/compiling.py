@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
-from pathlib import Path
 
 import jax
+
+from ftjax.files import cache_home
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event, recorded before the program runs
 LONG = 0.5  # seconds of compiling after which there is enough freed memory to return
@@ -17,9 +17,8 @@ LONG = 0.5  # seconds of compiling after which there is enough freed memory to r
 
 def use_compilation_cache() -> None:
     """Keep compiled programs across runs, if JAX can; without a cache a run works the same."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / "xla"
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_home("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

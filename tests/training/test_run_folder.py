@@ -268,6 +268,34 @@ def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path)]) == 2
 
 
+def test_a_large_file_of_an_export_is_read_again_only_after_a_change(tmp_path, monkeypatch):
+    from ftjax import seals
+
+    monkeypatch.setattr(seals, "LARGE", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reads = []
+    read = seals._checksum
+    monkeypatch.setattr(seals, "_checksum", lambda file: (reads.append(file.name), read(file))[1])
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(f"weights {name}".encode())
+    kept = {name: read(tmp_path / name) for name in ("a", "b")}
+    looked = lambda **how: (reads.clear(), seals.changed(tmp_path, kept, **how), sorted(reads))[1:]  # noqa: E731
+    assert [looked(again=False) for _ in range(2)] == [([], ["a", "b"])] * 2  # just written: not believed yet
+    monkeypatch.setattr(seals, "SETTLED", 0)
+    assert [looked(again=False) for _ in range(2)] == [([], ["a", "b"]), ([], [])]
+    assert looked() == ([], ["a", "b"])  # as `ftjax check`
+    (tmp_path / "a").rename(tmp_path / "c")
+    (tmp_path / "b").rename(tmp_path / "a")
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert looked(again=False)[0] == ["a", "b"]  # swapped, with the sizes and times of before
+    for place in (tmp_path / "cache").rglob("*.json"):
+        place.write_text(place.read_text().replace('"crc": ', '"crc": 1'))
+    assert looked(again=False) == (["a", "b"], ["a", "b"])  # a record that was changed is not believed
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file, not a folder")
+    assert looked(again=False) == (["a", "b"], ["a", "b"])
+
+
 def test_a_full_disk_leaves_the_old_picture_and_the_old_export_whole(tmp_path):
     import resource
 
