@@ -291,6 +291,9 @@ def test_a_model_is_not_compared_with_itself(setting, tmp_path):
     (moved / "generation_config.json").write_text("{}")
     with pytest.raises(ftjax.FtjaxError, match="of the files that the config names, task.reference/generation_config"):
         ftjax.train(c, say=lambda text: None)
+    with pytest.raises(ftjax.FtjaxError, match="task.reference/generation_config.*, so that figures would"):
+        ftjax.evaluate(str(tmp_path / "run"), held, **how)
+    ftjax.evaluate(str(tmp_path / "run"), held, overrides=[f"task.reference={c.model.path}"], **how)
     c.run_dir, c.task.reference = str(tmp_path / "other"), "builtin:stories260K"
     with pytest.raises(ftjax.FtjaxError, match="task.reference: builtin:stories260K has 512 tokens and the"):
         ftjax.train(c, **how)

@@ -21,9 +21,11 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge, said
 from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, sums
+from ftjax.hub import fingerprint
 from ftjax.lm import LM
 from ftjax.loading import load
 from ftjax.training.features import Features, reference
+from ftjax.training.job import named_files
 from ftjax.training.run_folder import read_record, run_config
 
 
@@ -159,6 +161,15 @@ def _config(model, config, overrides, data: str | None = None, say=None):
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
     config = configs.default() if config is None else configs.copy(config)
     configs.override(config, overrides)
+    if not isinstance(model, LM) and (record := read_record(model)) and (kept := record["base"].get("others")):
+        used = named_files(config).values()
+        named = {key: name for key, name in named_files(run_config(model)).items() if name in used}
+        kept = {file: digest for file, digest in kept.items() if file.split("/")[0] in named}
+        if told := fingerprint.changes({"others": kept}, {"others": fingerprint.of_named(named)}):
+            raise FtjaxError(
+                f"{model}: {'; '.join(told)}, so that figures would not be those of the training. Put back the files "
+                "of the training, or name others by an override"
+            )
     return config
 
 
