@@ -253,66 +253,46 @@ class Writer:
     def __init__(self, folder: str | Path | None = None, schema: pa.Schema | None = None):
         self.folder = folder
         self.schema = schema or pa.schema([])
-        self.segments: list[_Memory | _File] = []
+        self.held: list[pa.RecordBatch] = []  # without a folder, all batches as they were added
+        self.files: list[_File] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Append the rows of a batch, and widen the types of the data set if they do not fit."""
-        schema = merge(self.schema, batch.schema)
-        if not self.segments or schema != self.schema:
-            if self.segments:
-                self.segments[-1].close()
-            self.schema = schema
-            self._begin()
-        self.segments[-1].write(recode(batch, schema))
-
-    def _begin(self) -> None:
-        self.segments.append(_Memory(self.schema) if self.folder is None else _File(self.schema, self.folder))
+        self.schema = merge(self.schema, batch.schema)
+        if self.folder is None:
+            self.held.append(batch)
+            return
+        if not self.files or self.files[-1].schema != self.schema:
+            self.files.append(_File(self.schema, self.folder))
+        self.files[-1].write(recode(batch, self.schema))
 
     def finish(self) -> datasets.Dataset:
         """The data set of all rows. The writer must not be used afterwards."""
         import datasets
 
-        for number, segment in enumerate(list(self.segments)):
-            segment.close()
-            if segment.schema != self.schema:
-                self._begin()
-                for batch in segment.batches():
-                    self.segments[-1].write(recode(batch, self.schema))
-                self.segments[-1].close()
-                self.segments[number] = self.segments.pop()
-                segment.remove()
-        if not self.segments:
-            return _dataset(pa.Table.from_batches([], self.schema))
-        return datasets.concatenate_datasets([segment.dataset() for segment in self.segments])
+        if not self.files:
+            return _dataset(pa.Table.from_batches([recode(batch, self.schema) for batch in self.held], self.schema))
+        parts = []
+        for file in list(self.files):
+            file.close()
+            if file.schema != self.schema:
+                narrow, file = file, _File(self.schema, self.folder)
+                self.files.append(file)
+                for batch in narrow.batches():
+                    file.write(recode(batch, self.schema))
+                file.close()
+                narrow.remove()
+            parts.append(datasets.Dataset.from_file(file.path))
+        return datasets.concatenate_datasets(parts)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        for segment in self.segments:
-            segment.close()
+        for file in self.files:
+            file.close()
             if kind is not None:
-                segment.remove()
-
-
-class _Memory:
-    def __init__(self, schema: pa.Schema):
-        self.schema, self.held = schema, []
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        self.held.append(batch)
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        return iter(self.held)
-
-    def dataset(self) -> datasets.Dataset:
-        return _dataset(pa.Table.from_batches(self.held, self.schema))
-
-    def close(self) -> None:
-        """Nothing has to be closed."""
-
-    def remove(self) -> None:
-        self.held.clear()
+                file.remove()
 
 
 class _File:
@@ -329,11 +309,6 @@ class _File:
     def batches(self) -> Iterator[pa.RecordBatch]:
         with pa.OSFile(self.path) as source:  # not mapped, because its pages would count as memory of this process
             yield from pa.ipc.open_stream(source)
-
-    def dataset(self) -> datasets.Dataset:
-        import datasets
-
-        return datasets.Dataset.from_file(self.path)
 
     def close(self) -> None:
         if not self.sink.closed:

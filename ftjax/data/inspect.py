@@ -13,7 +13,7 @@ from ftjax import config as configs
 from ftjax.data import prepare
 from ftjax.data.compared import sides
 from ftjax.data.inspect_checks import CHECKS, Check, Hit
-from ftjax.data.inspect_corpus import Corpus, corpus, near
+from ftjax.data.inspect_corpus import corpus, near
 from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan
 from ftjax.data.inspect_scan import sides as prompt_and_answer
 from ftjax.data.read import read_table
@@ -109,13 +109,19 @@ def inspect(config, tokenizer) -> Inspection:
     All sources of a mixture are inspected. Nothing is split, cleaned or left out. If no form fits the columns, checks
     of prompts and answers are skipped. Raises FtjaxError for a file that cannot be read; see read.
     """
+    checks = {name: check.row for name, check in CHECKS.items() if check.row}
     with tempfile.TemporaryDirectory(prefix="ftjax-inspect-") as folder:
-        scans = [scan(one, _row_checks(), FEATURES) for one in _parts(config, tokenizer, Path(folder))]
+        scans = [scan(one, checks, FEATURES) for one in _parts(config, tokenizer, Path(folder))]
         whole = corpus(scans, config.seed)
-        found = [_finding(name, check, hit) for name, check in CHECKS.items() for hit in _hits(name, check, whole)]
+        found = [
+            _finding(name, check, one, hit)
+            for name, check in CHECKS.items()
+            for one in scans
+            for hit in (check.part(one, whole) if check.part else [Hit(one.hits[name])])
+            if hit.notes or hit.subject
+        ]
         group = clusters(whole.alike, len(whole.first))
-        bounds = list(zip(whole.starts, whole.starts[1:]))
-        parts = {one.name: _statistics(one, len(np.unique(group[a:b]))) for one, (a, b) in zip(scans, bounds)}
+        parts = {one.name: _statistics(one, len(np.unique(group[one.start :][: len(one)]))) for one in scans}
     return Inspection(parts, sorted(found, key=lambda f: (SEVERITIES.index(f.severity), -f.count)))
 
 
@@ -131,7 +137,8 @@ def _parts(config, tokenizer, folder: Path) -> list[Scan]:
                 recipe, guessed = _recipe(data, table.columns)
                 name = f"{part} of {source}" if source else part
                 by = sides(data, table.columns, config.task)
-                found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer, sides=by))
+                start = sum(map(len, found))
+                found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer, by, start))
     return found
 
 
@@ -145,21 +152,11 @@ def _recipe(data, columns: list[str]) -> tuple[prepare.Recipe | None, bool]:
         return None, False
 
 
-def _row_checks() -> dict:
-    return {name: check.row for name, check in CHECKS.items() if check.row}
-
-
-def _hits(name: str, check: Check, whole: Corpus) -> list[Hit]:
-    if check.parts:
-        return list(check.parts(whole))
-    return [Hit(one, one.hits[name]) for one in whole.scans if one.hits[name]]
-
-
 # ---------------------------------------------------------------------------------------------- findings
 
 
-def _finding(name: str, check: Check, hit: Hit) -> Finding:
-    one, rows = hit.scan, {}
+def _finding(name: str, check: Check, one: Scan, hit: Hit) -> Finding:
+    rows = {}
     for i in hit.notes:
         rows.setdefault(one.table.files[one.table.file[i]], []).append(int(one.table.number[i]))
     number = len(hit.notes)
@@ -177,7 +174,7 @@ def _finding(name: str, check: Check, hit: Hit) -> Finding:
         message=check.message.format(**said),
         advice=check.advice.format(**said),
         rows=rows,
-        examples=[_example(check, hit, i) for i in _spread(hit.notes)],
+        examples=[_example(check, one, i, hit.notes[i]) for i in _spread(hit.notes)],
     )
 
 
@@ -196,8 +193,8 @@ def _spread(notes: dict[int, str]) -> list[int]:
     return list(dict.fromkeys([*list(first.values())[:EXAMPLES], *list(notes)[:EXAMPLES]]))[:EXAMPLES]
 
 
-def _example(check: Check, hit: Hit, i: int) -> dict[str, str]:
-    one, place = hit.scan, hit.scan.table.place(i)
+def _example(check: Check, one: Scan, i: int, note: str) -> dict[str, str]:
+    place = one.table.place(i)
     text = row_text(one.table.row(i))
     if check.answer:
         text = prompt_and_answer(*one.recipe.render([one.table.row(i)], [place]))[1]
@@ -207,7 +204,7 @@ def _example(check: Check, hit: Hit, i: int) -> dict[str, str]:
         shown = "…" * (at > 0) + _short(shown[at:], EXCERPT)
     elif len(shown) > EXCERPT:
         shown = f"{shown[: EXCERPT // 2]} … {shown[-EXCERPT // 2 :]}"
-    return {"place": place, "note": _visible(hit.notes[i]), "text": _visible(shown)}
+    return {"place": place, "note": _visible(note), "text": _visible(shown)}
 
 
 def _visible(text: str) -> str:

@@ -1,6 +1,6 @@
 """The checks of `inspect`: each is a function and a row of CHECKS.
 
-A row check looks at one row, a set check at all parts.
+A row check looks at one row, a set check at one part, beside the others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ftjax.data import textchecks
 from ftjax.data.inspect_corpus import Corpus
 from ftjax.data.inspect_scan import Scan, View, fold
 from ftjax.data.similar import grams, normalise
+from ftjax.data.split import PARTS
 
 OPTIONAL = 0.2  # a column with a greater share of empty cells is optional
 COMMON = 0.95  # share of the rows that have the common labels, script or ending; other rows are exceptions
@@ -22,15 +23,14 @@ RARE = 0.05  # a label is rare if it has fewer rows than this share of those of 
 
 
 class Hit(NamedTuple):
-    """What a set check found in one part: a note for each row, and the subject of the message."""
+    """What a check found in one part: notes on rows, and the subject of the message. Nothing if both are empty."""
 
-    scan: Scan
-    notes: dict[int, str]  # by index of the row in the part
+    notes: dict[int, str] = {}  # by index of the row in the part
     subject: str = ""
 
 
 class Check(NamedTuple):
-    """A check. Either `row` or `parts` is given.
+    """A check. Either `row` or `part` is given.
 
     `message` and `advice` may contain {rows}, the number of rows with their share, {subject}, and {kinds}, the notes
     with their numbers. `advice` may also contain {near}.
@@ -40,7 +40,7 @@ class Check(NamedTuple):
     message: str
     advice: str
     row: Callable[[View], str | bool | None] | None = None  # a note on the row, or a false value if nothing is found
-    parts: Callable[[Corpus], Iterator[Hit]] | None = None
+    part: Callable[[Scan, Corpus], Iterator[Hit]] | None = None
     where: Callable[[str], int] | None = None  # index in the text around which the excerpt lies; None: both ends
     answer: bool = False  # whether it is about the answer, which is then shown instead of the row
 
@@ -81,157 +81,135 @@ def _repeats(view: View) -> str | None:
 # ---------------------------------------------------------------------------------------------- columns
 
 
-def _empty(corpus: Corpus) -> Iterator[Hit]:
-    for scan in corpus.scans:
-        notes = defaultdict(list)
-        for name, column in scan.columns.items():
-            if 0 < len(column.empty) <= OPTIONAL * len(scan) or (column.empty and name == scan.label):
-                for i in column.empty:
-                    notes[i].append(name)
-        if notes:
-            yield Hit(scan, {i: ", ".join(notes[i]) for i in sorted(notes)})
+def _empty(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    notes = defaultdict(list)
+    for name, column in scan.columns.items():
+        if len(column.empty) <= OPTIONAL * len(scan) or name == scan.label:
+            for i in column.empty:
+                notes[i].append(name)
+    yield Hit({i: ", ".join(notes[i]) for i in sorted(notes)})
 
 
-def _optional(corpus: Corpus) -> Iterator[Hit]:
-    for scan in corpus.scans:
-        for name, column in scan.columns.items():
-            share = len(column.empty) / len(scan)
-            if share > OPTIONAL and name != scan.label:
-                yield Hit(scan, {}, f"{name!r} is empty in {share:.1%} of the rows")
+def _optional(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    for name, column in scan.columns.items():
+        share = len(column.empty) / len(scan)
+        if share > OPTIONAL and name != scan.label:
+            yield Hit(subject=f"{name!r} is empty in {share:.1%} of the rows")
 
 
-def _constant(corpus: Corpus) -> Iterator[Hit]:
-    for scan in corpus.scans:
-        for name, column in scan.columns.items():
-            if len(scan) > 1 and column.distinct == 1:
-                yield Hit(scan, {}, repr(name))
+def _constant(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    for name, column in scan.columns.items():
+        if len(scan) > 1 and column.distinct == 1:
+            yield Hit(subject=repr(name))
 
 
-def _columns(corpus: Corpus) -> Iterator[Hit]:
-    head, *others = corpus.scans
-    for scan in others:
-        if scan.data.train == head.data.train and set(scan.columns) != set(head.columns):
-            subject = f"{scan.name} has {', '.join(scan.columns)}; {head.name} has {', '.join(head.columns)}"
-            yield Hit(scan, {}, subject)
+def _columns(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    head = corpus.scans[0]
+    if scan.data.train == head.data.train and set(scan.columns) != set(head.columns):
+        yield Hit(subject=f"{scan.name} has {', '.join(scan.columns)}; {head.name} has {', '.join(head.columns)}")
 
 
 # ---------------------------------------------------------------------------------------------- the same twice
 
 
-def _duplicates(corpus: Corpus) -> Iterator[Hit]:
-    for part, scan in enumerate(corpus.scans):
-        earliest, start, notes = {}, corpus.starts[part], {}
-        for i, same in enumerate(corpus.firsts(part).tolist()):
-            twin = earliest.setdefault((same, corpus.labels(start + i)), i)
-            if twin != i:
-                notes[i] = f"as {scan.beside(i, twin)}"
-        if notes:
-            yield Hit(scan, notes)
+def _duplicates(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    earliest, notes = {}, {}
+    for i, same in enumerate(corpus.firsts(scan).tolist()):
+        twin = earliest.setdefault((same, scan.folded(i)), i)
+        if twin != i:
+            notes[i] = f"as {scan.beside(i, twin)}"
+    yield Hit(notes)
 
 
-def _near(corpus: Corpus) -> Iterator[Hit]:
-    for part, scan in enumerate(corpus.scans):
-        notes = {j: f"nearly {scan.beside(j, i)}" for i, j in _pairs_within(corpus, part)}
-        if notes:
-            yield Hit(scan, dict(sorted(notes.items())))
+def _near(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    yield Hit(dict(sorted((j, f"nearly {scan.beside(j, i)}") for i, j in _pairs_within(scan, corpus))))
 
 
-def _pairs_within(corpus: Corpus, part: int) -> list[tuple[int, int]]:
-    """(earlier, later) indices of similar rows within one part."""
-    found = corpus.earliest(part)[corpus.pairs]
-    found = np.sort(found[(found >= 0).all(axis=1)] - corpus.starts[part], axis=1)
-    return [(i, j) for i, j in found.tolist()]
+def _pairs_within(scan: Scan, corpus: Corpus) -> list[list[int]]:
+    """[earlier, later] indices of similar rows within one part."""
+    found = corpus.earliest(scan)[corpus.pairs]
+    return np.sort(found[(found >= 0).all(axis=1)], axis=1).tolist()
 
 
-def _overlap(corpus: Corpus) -> Iterator[Hit]:
+def _overlap(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Rows of train with the input text of an evaluation row, and rows of validation with that of a test row.
 
     The texts are equal or similar.
     """
     corpus = corpus.read or corpus
-    order = {"train": 0, "validation": 1, "test": 2}
-    for p, scan in enumerate(corpus.scans):
-        for q, other in enumerate(corpus.scans):
-            if order[scan.part] >= order[other.part]:
-                continue
-            there = corpus.earliest(q)
-            nearly = {}
-            for i, j in corpus.pairs.tolist():
-                for a, b in ((i, j), (j, i)):
-                    if there[b] >= 0:
-                        nearly.setdefault(a, there[b])
-            notes, conflicts = {}, 0
-            for i, same in enumerate(corpus.firsts(p).tolist()):
-                if there[same] >= 0:
-                    notes[i] = f"as {corpus.place(there[same])}"
-                    mine, theirs = corpus.labels(corpus.starts[p] + i), corpus.labels(there[same])
-                    if mine and theirs and mine != theirs:
-                        conflicts += 1
-                        said = _said(other, int(there[same] - corpus.starts[q]))
-                        notes[i] += f", with the label {_said(scan, i)!r} and not {said!r}"
-                elif same in nearly:
-                    notes[i] = f"nearly {corpus.place(nearly[same])}"
-            if notes:
-                yield Hit(scan, notes, other.name + (f" ({conflicts:,} with another label)" if conflicts else ""))
+    for other in corpus.scans:
+        if PARTS.index(scan.part) >= PARTS.index(other.part):
+            continue
+        there = corpus.earliest(other)
+        nearly = {}
+        for i, j in corpus.pairs.tolist():
+            for a, b in ((i, j), (j, i)):
+                if there[b] >= 0:
+                    nearly.setdefault(a, there[b])
+        notes, conflicts = {}, 0
+        for i, same in enumerate(corpus.firsts(scan).tolist()):
+            twin = there[same]
+            if twin >= 0:
+                notes[i] = f"as {other.table.place(twin)}"
+                mine, theirs = scan.folded(i), other.folded(twin)
+                if mine and theirs and mine != theirs:
+                    conflicts += 1
+                    notes[i] += f", with the label {_said(scan, i)!r} and not {_said(other, twin)!r}"
+            elif same in nearly:
+                notes[i] = f"nearly {other.table.place(nearly[same])}"
+        if notes:
+            yield Hit(notes, other.name + (f" ({conflicts:,} with another label)" if conflicts else ""))
 
 
 # ---------------------------------------------------------------------------------------------- labels and answers
 
 
-def _spelling(corpus: Corpus) -> Iterator[Hit]:
+def _spelling(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Labels that differ from a more common label only in their spelling."""
-    for scan in corpus.scans:
-        counts = Counter(text for labels in scan.labels or () for text in labels)
-        usual = {}
-        for text, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-            usual.setdefault(fold(text), text)
-        odd = {text: f"{text!r} for {usual[fold(text)]!r}" for text in counts if text != usual[fold(text)]}
-        notes = {i: "; ".join(odd[text] for text in dict.fromkeys(labels) if text in odd)
-                 for i, labels in enumerate(scan.labels or ()) if odd.keys() & labels}  # fmt: skip
-        if notes:
-            yield Hit(scan, notes)
+    counts = Counter(text for labels in scan.labels or () for text in labels)
+    usual = {}
+    for text, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        usual.setdefault(fold(text), text)
+    odd = {text: f"{text!r} for {usual[fold(text)]!r}" for text in counts if text != usual[fold(text)]}
+    rows = enumerate(dict.fromkeys(labels) for labels in scan.labels or ())
+    yield Hit({i: "; ".join(odd[x] for x in labels if x in odd) for i, labels in rows if odd.keys() & labels})
 
 
-def _rare(corpus: Corpus) -> Iterator[Hit]:
+def _rare(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Rows with rare labels: much rarer than the rarest of the labels that nearly all rows have."""
-    for scan in corpus.scans:
-        if scan.labels is None or any(len(labels) > 1 for labels in scan.labels):  # rows of tags, most of which are O
-            continue
-        folded = [fold(labels[0]) if labels else None for labels in scan.labels]
-        counts = Counter(text for text in folded if text is not None)
-        covered, least = 0, 0
-        for _, count in counts.most_common():
-            if covered < COMMON * counts.total():
-                covered, least = covered + count, count
-        notes = {i: repr(scan.labels[i][0]) for i, text in enumerate(folded)
-                 if text is not None and counts[text] < RARE * least}  # fmt: skip
-        if notes:
-            yield Hit(scan, notes)
+    if scan.labels is None or any(len(labels) > 1 for labels in scan.labels):  # rows of tags, most of which are O
+        return
+    folded = [fold(labels[0]) if labels else None for labels in scan.labels]
+    counts = Counter(text for text in folded if text is not None)
+    covered, least = 0, 0
+    for _, count in counts.most_common():
+        if covered < COMMON * counts.total():
+            covered, least = covered + count, count
+    rare = {text for text, count in counts.items() if count < RARE * least}
+    yield Hit({i: repr(scan.labels[i][0]) for i, text in enumerate(folded) if text in rare})
 
 
-def _conflict(corpus: Corpus) -> Iterator[Hit]:
+def _conflict(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Rows whose text another row has with another label: those in the minority, and of a tie the later ones."""
+    if scan.labels is None:
+        return
     corpus = corpus.read or corpus
-    for part, scan in enumerate(corpus.scans):
-        if scan.labels is None:
-            continue
-        start, groups, notes = corpus.starts[part], defaultdict(list), {}
-        for i, same in enumerate(corpus.firsts(part).tolist()):
-            groups[same].append(i)
-        for rows in groups.values():
-            counts = Counter(corpus.labels(start + i) for i in rows) if len(rows) > 1 else ()
-            if len(counts) > 1:
-                usual = counts.most_common(1)[0][0]  # of equally common labels, the first that occurs
-                kept = next(i for i in rows if corpus.labels(start + i) == usual)
-                notes |= {i: f"{_said(scan, i)}, but {_said(scan, kept)} in {scan.beside(i, kept)}"
-                          for i in rows if corpus.labels(start + i) != usual}  # fmt: skip
-        for i, j in _pairs_within(corpus, part):
-            labels = corpus.labels(start + i), corpus.labels(start + j)
-            # Lists of tags are not compared, because they differ wherever the words do.
-            if labels[0] != labels[1] and len(labels[0]) == len(labels[1]) == 1:
-                notes.setdefault(j, f"{_said(scan, j)}, but {_said(scan, i)} in the similar {scan.beside(j, i)}")
-        if notes:
-            yield Hit(scan, dict(sorted(notes.items())))
+    groups, notes = defaultdict(list), {}
+    for i, same in enumerate(corpus.firsts(scan).tolist()):
+        groups[same].append(i)
+    for rows in groups.values():
+        counts = Counter(map(scan.folded, rows)) if len(rows) > 1 else ()
+        if len(counts) > 1:
+            usual = counts.most_common(1)[0][0]  # of equally common labels, the first that occurs
+            kept = next(i for i in rows if scan.folded(i) == usual)
+            others = (i for i in rows if scan.folded(i) != usual)
+            notes |= {i: f"{_said(scan, i)}, but {_said(scan, kept)} in {scan.beside(i, kept)}" for i in others}
+    for i, j in _pairs_within(scan, corpus):
+        labels = scan.folded(i), scan.folded(j)
+        # Lists of tags are not compared, because they differ wherever the words do.
+        if labels[0] != labels[1] and len(labels[0]) == len(labels[1]) == 1:
+            notes.setdefault(j, f"{_said(scan, j)}, but {_said(scan, i)} in the similar {scan.beside(j, i)}")
+    yield Hit(dict(sorted(notes.items())))
 
 
 def _said(scan: Scan, i: int) -> str:
@@ -239,39 +217,33 @@ def _said(scan: Scan, i: int) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _several(corpus: Corpus) -> Iterator[Hit]:
+def _several(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Prompts with several answers, if rows have no labels. With labels, `_conflict` finds them."""
-    for scan in corpus.scans:
-        if scan.recipe is None or scan.labels is not None:
-            continue
-        first, notes = {}, {}
-        for i, (prompt, answer) in enumerate(zip(scan.prompts, scan.answers)):
-            if prompt:
-                twin, said = first.setdefault(prompt, (i, answer))
-                if said != answer:
-                    notes[i] = f"prompt as {scan.beside(i, twin)}"
-        if notes:
-            yield Hit(scan, notes)
+    first, notes = {}, {}
+    for i, (prompt, answer) in enumerate(zip(scan.prompts, scan.answers)):
+        twin, said = first.setdefault(prompt, (i, answer))
+        if prompt and said != answer:
+            notes[i] = f"prompt as {scan.beside(i, twin)}"
+    if scan.labels is None:
+        yield Hit(notes)
 
 
-def _imbalance(corpus: Corpus) -> Iterator[Hit]:
-    for scan in corpus.scans:
-        counts = Counter(fold(labels[0]) for labels in scan.labels or () if len(labels) == 1)
-        most = counts.most_common()
-        if len(most) > 1 and most[0][1] > 0.9 * counts.total():
-            yield Hit(scan, {}, f"{most[0][0]!r} is the label of {most[0][1] / counts.total():.1%} of the rows")
+def _imbalance(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    counts = Counter(fold(labels[0]) for labels in scan.labels or () if len(labels) == 1)
+    most = counts.most_common()
+    if len(most) > 1 and most[0][1] > 0.9 * counts.total():
+        yield Hit(subject=f"{most[0][0]!r} is the label of {most[0][1] / counts.total():.1%} of the rows")
 
 
-def _minority(feature: str, least: float) -> Callable[[Corpus], Iterator[Hit]]:
+def _minority(feature: str, least: float) -> Callable[[Scan, Corpus], Iterator[Hit]]:
     """A check for rows that differ in a feature from the common value, which at least the share `least` of rows has."""
 
-    def check(corpus: Corpus) -> Iterator[Hit]:
-        for scan in corpus.scans:
-            counts = Counter(filter(None, scan.features[feature]))
-            usual, count = counts.most_common(1)[0] if counts else ("", 0)
+    def check(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+        values = scan.features[feature]
+        counts = Counter(filter(None, values))
+        for usual, count in counts.most_common(1):
             if least * counts.total() <= count < counts.total():
-                notes = {i: value for i, value in enumerate(scan.features[feature]) if value not in ("", usual)}
-                yield Hit(scan, notes, usual)
+                yield Hit({i: value for i, value in enumerate(values) if value not in ("", usual)}, usual)
 
     return check
 
@@ -279,12 +251,9 @@ def _minority(feature: str, least: float) -> Callable[[Corpus], Iterator[Hit]]:
 # ---------------------------------------------------------------------------------------------- the tokenizer
 
 
-def _coverage(corpus: Corpus) -> Iterator[Hit]:
-    for scan in corpus.scans:
-        found = scan.coverage
-        bad = [key for key, (most, _) in COVERED.items() if (found[key] or 0) > most]
-        if bad:
-            yield Hit(scan, {}, ", ".join(COVERED[key][1].format(found[key]) for key in bad))
+def _coverage(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
+    found = scan.coverage
+    yield Hit(subject=", ".join(said.format(found[k]) for k, (most, said) in COVERED.items() if (found[k] or 0) > most))
 
 
 COVERED = {  # (the most that is usual for a tokenizer and text of its kind, the message about a higher value)
@@ -305,37 +274,37 @@ CHECKS: dict[str, Check] = {
     "overlap": Check(
         "error", "rows that are also in {subject}, equal or nearly equal: {rows}",
         'data.decontaminate=("validation", "test") removes them from train; remove them from other parts yourself',
-        parts=_overlap,
+        part=_overlap,
     ),
     "empty": Check(
         "warning", "rows without text in a column: {rows}: {kinds}",
         "fill the cells or remove the rows; an empty answer stops a run",
-        parts=_empty,
+        part=_empty,
     ),
     "duplicates": Check(
         "warning", "rows that repeat an earlier one: {rows}",
         "data.clean.exact=True removes them",
-        parts=_duplicates,
+        part=_duplicates,
     ),
     "near_duplicates": Check(
         "warning", "rows that nearly equal an earlier one: {rows}",
         "data.clean.near={near:g} removes them; data.group_near={near:g} keeps them in one part of the split",
-        parts=_near,
+        part=_near,
     ),
     "label_conflict": Check(
         "warning", "rows with the same or nearly the same text as another row, but another label: {rows}",
         "decide which label is right",
-        parts=_conflict,
+        part=_conflict,
     ),
     "label_spelling": Check(
         "warning", "labels that are spelled differently from most: {rows}: {kinds}",
         "write each label in one way: every spelling is learnt as its own label",
-        parts=_spelling,
+        part=_spelling,
     ),
     "label_rare": Check(
         "warning", "labels that very few rows have: {rows}: {kinds}",
         "correct them, or remove the rows",
-        parts=_rare,
+        part=_rare,
     ),
     "mojibake": Check(
         "warning", "rows with characters that were decoded by the wrong encoding (mojibake): {rows}",
@@ -382,12 +351,12 @@ CHECKS: dict[str, Check] = {
     "white_space": Check(
         "warning", "answers whose white space at the ends differs from most answers ({subject}): {rows}: {kinds}",
         "data.clean.whitespace=True strips it; white space at the ends changes the tokens",
-        parts=_minority("edges", 0.5), answer=True,
+        part=_minority("edges", 0.5), answer=True,
     ),
     "columns": Check(
         "warning", "the parts have different columns: {subject}",
         "use the same column names in both files",
-        parts=_columns,
+        part=_columns,
     ),
     "boilerplate": Check(
         "note", "answers with stock phrases of an assistant, or placeholders instead of an answer: {rows}",
@@ -397,33 +366,33 @@ CHECKS: dict[str, Check] = {
     "format": Check(
         "note", "answers that are not {subject}, as most are: {rows}: {kinds}",
         "decide whether all answers should have one format",
-        parts=_minority("layout", 0.5), answer=True,
+        part=_minority("layout", 0.5), answer=True,
     ),
     "ending": Check(
         "note", "answers that do not end with {subject}, as most do: {rows}: {kinds}",
         "check whether they were cut off",
-        parts=_minority("ending", COMMON), answer=True,
+        part=_minority("ending", COMMON), answer=True,
     ),
     "script": Check(
         "note", "rows in another script than {subject}: {rows}: {kinds}",
         "check whether they belong here",
-        parts=_minority("script", COMMON),
+        part=_minority("script", COMMON),
     ),
     "several_answers": Check(
         "note", "rows with the prompt of an earlier row but another answer: {rows}",
         "if that is intended, data.group with the prompt's columns keeps them in one part of the split",
-        parts=_several,
+        part=_several,
     ),
     "imbalance": Check(
         "note", "very unbalanced labels: {subject}",
         "split by data.stratify, and use a metric that weights classes equally",
-        parts=_imbalance,
+        part=_imbalance,
     ),
-    "optional": Check("note", "column {subject}", "use no template that needs it", parts=_optional),
-    "constant": Check("note", "column {subject} is the same in all rows", "leave it out of prompts", parts=_constant),
+    "optional": Check("note", "column {subject}", "use no template that needs it", part=_optional),
+    "constant": Check("note", "column {subject} is the same in all rows", "leave it out of prompts", part=_constant),
     "coverage": Check(
         "note", "the tokenizer does not suit this text: {subject}",
         "a model made for this language or kind of text needs fewer tokens",
-        parts=_coverage,
+        part=_coverage,
     ),
 }  # fmt: skip

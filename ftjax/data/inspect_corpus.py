@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ftjax.data.compared import Texts, common, nothing, telling
-from ftjax.data.inspect_scan import Scan, fold
+from ftjax.data.inspect_scan import Scan
 from ftjax.data.similar import firsts, near_pairs
 
 NEAR = 0.8  # similarity of near duplicates if data.clean.near is not set
@@ -21,7 +21,6 @@ class Corpus:
 
     Attributes:
         scans: The parts.
-        starts: (parts + 1,) index at which each part begins.
         first: (n,) index of the first row with the same text.
         pairs: (P, 2) pairs i < j of these first rows whose texts are similar.
         alike: All pairs, for `similar.clusters`.
@@ -29,36 +28,20 @@ class Corpus:
     """
 
     scans: list[Scan]
-    starts: np.ndarray
     first: np.ndarray
     pairs: np.ndarray
     alike: np.ndarray
     read: Corpus | None = None
 
-    def firsts(self, part: int) -> np.ndarray:
+    def firsts(self, scan: Scan) -> np.ndarray:
         """`first`, for the rows of one part."""
-        return self.first[self.starts[part] : self.starts[part + 1]]
+        return self.first[scan.start : scan.start + len(scan)]
 
-    def earliest(self, part: int) -> np.ndarray:
-        """(n,): for each index of a text's first row, the first row in this part that has the text; else -1."""
+    def earliest(self, scan: Scan) -> np.ndarray:
+        """(n,): for each index of a text's first row, the first row of this part that has the text; else -1."""
         out = np.full(len(self.first), -1)
-        out[self.firsts(part)[::-1]] = np.arange(self.starts[part], self.starts[part + 1])[::-1]
+        out[self.firsts(scan)[::-1]] = np.arange(len(scan))[::-1]
         return out
-
-    def _at(self, index: int) -> tuple[Scan, int]:
-        """(part, index of the row in it), given the index of the row in the corpus."""
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.scans[part], int(index - self.starts[part])
-
-    def place(self, index: int) -> str:
-        """The place of a row, given its index in the corpus."""
-        scan, at = self._at(index)
-        return scan.table.place(at)
-
-    def labels(self, index: int) -> tuple[str, ...] | None:
-        """The labels of a row in their folded spelling, given its index in the corpus; None if rows have no labels."""
-        scan, at = self._at(index)
-        return None if scan.labels is None else tuple(map(fold, scan.labels[at]))
 
 
 def corpus(scans: list[Scan], seed: int) -> Corpus:
@@ -82,7 +65,7 @@ def _compared(scans: list[Scan], text_of: list[Callable[[dict], str]], seed: int
     alike = near_pairs(texts, near(scans[0].data), seed)
     # `near_pairs` joins each of several equal texts to the first of them. All other pairs are similar texts.
     nearly = first[alike[:, 1]] == alike[:, 1]
-    return Corpus(scans, np.cumsum([0, *map(len, scans)]), first, alike[nearly], alike)
+    return Corpus(scans, first, alike[nearly], alike)
 
 
 class _Texts(Sequence[str]):

@@ -83,6 +83,8 @@ class Scan:
     recipe: Recipe | None  # None: no form fits the columns
     guessed: bool
     tokenizer: object
+    sides: Sides  # what rows are compared by according to the config
+    start: int  # number of rows of the parts before it
     special: tuple[str, ...] = ()  # the tokenizer's special tokens
     unknown: int | None = None  # id of its unknown token, see _unknown
     columns: dict[str, Column] = dataclasses.field(default_factory=dict)
@@ -94,7 +96,6 @@ class Scan:
     answers: array = dataclasses.field(default_factory=lambda: array("Q"))
     sample: list[str] = dataclasses.field(default_factory=list)
     coverage: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    sides: Sides | None = None  # what rows are compared by according to the config
     label: str | None = None
     labels: list[tuple[str, ...]] | None = None  # labels of each row: one, or several if it has a list of tags
 
@@ -113,6 +114,10 @@ class Scan:
         text = [c for c, column in self.columns.items() if column.text and c != self.label]
         said = [c for c in text if self.columns[c].blank or self.columns[c].distinct < len(self)]
         return Sides(columns_text(said or text), label=self.label or "")
+
+    def folded(self, index: int) -> tuple[str, ...] | None:
+        """The labels of a row in their folded spelling; None if rows have no labels."""
+        return None if self.labels is None else tuple(map(fold, self.labels[index]))
 
     def beside(self, index: int, other: int) -> str:
         """The name of another row in a note on a row: `row 3` if it is in the same file, otherwise with its file."""

@@ -15,7 +15,7 @@ import numpy as np
 from ftjax import tasks
 from ftjax.data.table import Table
 from ftjax.data.template import Rendered
-from ftjax.data.tokenise import CHUNK, Example
+from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.tokenizer import pad_token
 
@@ -105,6 +105,10 @@ class Labelled:
                 f"{place}: column {column!r} holds {value!r}; expected a text, see task.text and task.pair"
             )
         return value
+
+    def cells(self, rows: list[dict], places: list[str]) -> list[list[str]]:
+        """The texts of all rows, column by column. Raises FtjaxError as `cell` does."""
+        return [[self.cell(row, column, place) for row, place in zip(rows, places)] for column in self.texts]
 
 
 def _text(how: Labelled, row: dict, place: str) -> str:
@@ -421,23 +425,46 @@ def sequence(how: Labelled, tokenizer, rows: list[dict], places: list[str], targ
         FtjaxError: If a row cannot be used, or if the tokenizer makes no token of it.
     """
     out = []
-    for first in range(0, len(rows), CHUNK):
-        chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
-        texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
-        encoded = tokenizer(*texts, return_attention_mask=False, verbose=False)
-        short = encoded
-        if how.max_length and max(map(len, encoded["input_ids"])) > how.max_length:
-            short = tokenizer(*texts, return_attention_mask=False, truncation=True, max_length=how.max_length)
-        types_of = short.get("token_type_ids") or [[]] * len(chunk)  # some tokenizers give no token types
-        for i, (row, place) in enumerate(zip(chunk, at)):
-            ids, types = np.array(short["input_ids"][i], np.int32), types_of[i]
-            if not len(ids):
-                raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
-            trained = last_token(ids, tokenizer) if how.pool == "last" else np.arange(len(ids)) == 0
-            second = types.index(1) if 1 in types else 0
-            value = target(how, row, place)
-            out.append(Example(ids, trained, value[None], second, None, len(encoded["input_ids"][i])))
+    encoded, lengths = encode_cut(tokenizer, how.cells(rows, places), how.max_length)
+    for i, (row, place) in enumerate(zip(rows, places)):
+        ids = np.array(encoded["input_ids"][i], np.int32)
+        if not len(ids):
+            raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
+        trained = last_token(ids, tokenizer) if how.pool == "last" else np.arange(len(ids)) == 0
+        value = target(how, row, place)
+        out.append(Example(ids, trained, value[None], second_text(encoded, i), whole=lengths[i]))
     return out
+
+
+def encode_cut(tokenizer, texts: list[list[str]], max_length: int) -> tuple:
+    """Encode texts, or pairs of texts, each cut to `max_length` tokens.
+
+    Args:
+        tokenizer: The tokenizer, from transformers.
+        texts: The first text of each row, and the second ones if rows have pairs.
+        max_length: Most tokens of a row, special tokens included; 0: rows are not cut.
+
+    Returns:
+        (the encoding, the number of tokens of each row before it was cut).
+    """
+    plain = {"return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(*texts, **plain)
+    lengths = list(map(len, encoded["input_ids"]))
+    if max_length and max(lengths, default=0) > max_length:
+        encoded = tokenizer(*texts, **plain, truncation=True, max_length=max_length)
+    return encoded, lengths
+
+
+def second_text(encoded, i: int) -> int:
+    """The first token of the second text of row i of an encoding; 0: none, or the tokenizer gives no token types."""
+    types = encoded["token_type_ids"][i] if encoded.get("token_type_ids") else []
+    return types.index(1) if 1 in types else 0
+
+
+def need_offsets(tokenizer, what: str) -> None:
+    """Raise FtjaxError if a tokenizer cannot map tokens to `what`: `words` or `characters`."""
+    if not tokenizer.is_fast:
+        raise FtjaxError(f"task.kind: this tokenizer does not map tokens to {what}; a tokenizer.json is needed")
 
 
 def last_token(ids: np.ndarray, tokenizer) -> np.ndarray:

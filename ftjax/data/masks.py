@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.labelled import Labelled
-from ftjax.data.tokenise import CHUNK, Example
+from ftjax.data.labelled import Labelled, need_offsets
+from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or a random token; others stay (BERT)
@@ -33,31 +33,26 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
         FtjaxError: If the tokenizer cannot map tokens to words, if it makes no token of a text, or if how.max_length
             leaves no room for text.
     """
-    if not tokenizer.is_fast:
-        raise FtjaxError("task.kind: this tokenizer does not map tokens to words; a tokenizer.json is needed")
+    need_offsets(tokenizer, "words")
     out = []
-    for first in range(0, len(rows), CHUNK):
-        chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
-        encoded = tokenizer(
-            [how.cell(row, how.text, place) for row, place in zip(chunk, at)], return_special_tokens_mask=True,
-            return_attention_mask=False, verbose=False,
-        )  # fmt: skip
-        for i, place in enumerate(at):
-            ids = np.array(encoded["input_ids"][i], np.int32)
-            special = np.array(encoded["special_tokens_mask"][i], bool)
-            body = np.flatnonzero(~special)
-            if not len(body):
-                raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
-            word = np.array([-1 if w is None else w for w in encoded.word_ids(i)])
-            a, b = body[0], body[-1] + 1
-            room = how.max_length - (len(ids) - (b - a))
-            if room < 1:
-                raise FtjaxError(f"data.max_length={how.max_length}: leaves no room for text; raise it")
-            for start in range(a, b, room):
-                kept = np.r_[0:a, start : min(start + room, b), b : len(ids)]
-                trained = ~special[kept]
-                if trained.any():
-                    out.append(Example(ids[kept], trained, word[kept][trained].astype(np.int32), row=first + i))
+    (texts,) = how.cells(rows, places)
+    encoded = tokenizer(texts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+    for i, place in enumerate(places):
+        ids = np.array(encoded["input_ids"][i], np.int32)
+        special = np.array(encoded["special_tokens_mask"][i], bool)
+        body = np.flatnonzero(~special)
+        if not len(body):
+            raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
+        word = np.array([-1 if w is None else w for w in encoded.word_ids(i)])
+        a, b = body[0], body[-1] + 1
+        room = how.max_length - (len(ids) - (b - a))
+        if room < 1:
+            raise FtjaxError(f"data.max_length={how.max_length}: leaves no room for text; raise it")
+        for start in range(a, b, room):
+            kept = np.r_[0:a, start : min(start + room, b), b : len(ids)]
+            trained = ~special[kept]
+            if trained.any():
+                out.append(Example(ids[kept], trained, word[kept][trained].astype(np.int32), row=i))
     return out
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ftjax.data.labelled import Labelled
-from ftjax.data.tokenise import CHUNK, Example
+from ftjax.data.labelled import Labelled, encode_cut
+from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 
 
@@ -29,23 +29,15 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
         FtjaxError: If a text is missing, or if the tokenizer makes no token of it.
     """
     out = []
-    for first in range(0, len(rows), CHUNK):
-        chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
-        sides, wholes = [], []
-        for column in how.texts:
-            texts = [how.cell(row, column, place) for row, place in zip(chunk, at)]
-            found, whole = encode_texts(tokenizer, texts, how.max_length)
-            sides.append(found)
-            wholes.append(whole)
-        for i, place in enumerate(at):
-            mine = [side[i] for side in sides]
-            if not all(map(len, mine)):
-                raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
-            ids = np.concatenate(mine)
-            trained = np.zeros(len(ids), bool)
-            trained[np.cumsum([0, *map(len, mine[:-1])])] = True
-            second = len(mine[0]) if len(mine) > 1 else 0
-            out.append(Example(ids, trained, np.zeros(len(mine), np.int32), second, whole=sum(w[i] for w in wholes)))
+    sides, wholes = zip(*(encode_texts(tokenizer, texts, how.max_length) for texts in how.cells(rows, places)))
+    for *texts, whole, place in zip(*sides, map(sum, zip(*wholes)), places, strict=True):
+        if not all(map(len, texts)):
+            raise FtjaxError(f"{place}: the tokenizer makes no token of this text")
+        ids = np.concatenate(texts)
+        trained = np.zeros(len(ids), bool)
+        trained[np.cumsum([0, *map(len, texts[:-1])])] = True
+        second = len(texts[0]) if len(texts) > 1 else 0
+        out.append(Example(ids, trained, np.zeros(len(texts), np.int32), second, whole=whole))
     return out
 
 
@@ -60,8 +52,5 @@ def encode_texts(tokenizer, texts: list[str], max_length: int) -> tuple[list[np.
     Returns:
         (ids (T,) int32 of each text, its number of tokens before it was cut).
     """
-    plain = {"return_attention_mask": False, "verbose": False}
-    encoded = short = tokenizer(texts, **plain)["input_ids"]
-    if max_length and max(map(len, encoded), default=0) > max_length:
-        short = tokenizer(texts, **plain, truncation=True, max_length=max_length)["input_ids"]
-    return [np.array(ids, np.int32) for ids in short], [len(ids) for ids in encoded]
+    encoded, lengths = encode_cut(tokenizer, [texts], max_length)
+    return [np.array(ids, np.int32) for ids in encoded["input_ids"]], lengths

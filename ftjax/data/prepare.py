@@ -582,10 +582,10 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max
         key = store.digest(store.code(), chat_templates.TEMPLATES, read_by, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)
         encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
-        fitted = store.fit(encoded, max_length, data.long, table.place)
-        pieces.append(Piece(table, content, fitted.kept, how))
-        examples.append(fitted.examples)
-        source.append(np.full(len(fitted.kept), index, np.int32))
+        kept, long, lost = store.fit(encoded, max_length, data.long, table.place)
+        pieces.append(Piece(table, content, kept.row, how))
+        examples.append(kept)
+        source.append(np.full(len(kept), index, np.int32))
         reports[name] = Report(
             source=getattr(own, part) or own.train,
             form=getattr(how, "shown", how.form),
@@ -594,11 +594,11 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max
             quantiles=tuple(np.quantile(encoded.whole, (0.05, 0.5, 0.95, 1), method="nearest").tolist()),
             max_length=max_length,
             policy=data.long,
-            long=fitted.long,
-            lost=fitted.lost,
-            dropped=len(table) - len(np.unique(fitted.kept)),
-            tokens=int(fitted.examples.length.sum()),
-            trained=int(fitted.examples.labels.sum()),
+            long=long,
+            lost=lost,
+            dropped=len(table) - len(np.unique(kept.row)),
+            tokens=int(kept.length.sum()),
+            trained=int(kept.labels.sum()),
         )
     if not pieces:
         return Part()

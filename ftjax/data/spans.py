@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.labelled import Labelled
-from ftjax.data.tokenise import CHUNK, Example
+from ftjax.data.labelled import Labelled, need_offsets, second_text
+from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 
 
@@ -43,38 +43,32 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
         FtjaxError: If a question leaves no more room than how.stride for the text, if the tokenizer cannot map tokens
             to characters, or if it makes no token of a text.
     """
-    if not tokenizer.is_fast:
-        raise FtjaxError("task.kind: this tokenizer does not map tokens to characters; a tokenizer.json is needed")
+    need_offsets(tokenizer, "characters")
     out = []
-    for first in range(0, len(rows), CHUNK):
-        chunk, at = rows[first : first + CHUNK], places[first : first + CHUNK]
-        texts = [[how.cell(row, column, place) for row, place in zip(chunk, at)] for column in how.texts]
-        encoded = tokenizer(*texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        types_of = encoded.get("token_type_ids") or [[]] * len(chunk)  # some tokenizers give no token types
-        for i, place in enumerate(at):
-            mine = encoded["input_ids"][i], types_of[i], encoded["offset_mapping"][i]
-            ids, types, offsets = (np.array(x) for x in mine)
-            text = np.array([side == 1 for side in encoded.sequence_ids(i)])
-            if not text.any():
-                raise FtjaxError(f"{place}: the tokenizer makes no token of column {how.pair!r}")
-            offsets = np.where(text[:, None], offsets, -1)
-            second = int(np.argmax(types == 1)) if (types == 1).any() else 0
-            a, b = np.flatnonzero(text)[[0, -1]] + (0, 1)
-            room = how.max_length - (len(ids) - (b - a))
-            if room <= how.stride and room < b - a:
-                raise FtjaxError(
-                    f"{place}: the question leaves {max(room, 0)} of data.max_length={how.max_length} tokens for a "
-                    f"window of the text, which must be more than task.stride={how.stride}; raise data.max_length or "
-                    "lower task.stride"
-                )
-            start = a
-            while True:
-                end = min(start + room, b)
-                kept = np.r_[0:a, start:end, b : len(ids)]
-                out.append(Window(ids[kept].astype(np.int32), second, offsets[kept], first + i))
-                if end == b:
-                    break
-                start = end - how.stride
+    texts = how.cells(rows, places)
+    encoded = tokenizer(*texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    for i, place in enumerate(places):
+        ids, offsets = np.array(encoded["input_ids"][i], np.int32), np.array(encoded["offset_mapping"][i])
+        text = np.array([side == 1 for side in encoded.sequence_ids(i)])
+        if not text.any():
+            raise FtjaxError(f"{place}: the tokenizer makes no token of column {how.pair!r}")
+        offsets = np.where(text[:, None], offsets, -1)
+        a, b = np.flatnonzero(text)[[0, -1]] + (0, 1)
+        room = how.max_length - (len(ids) - (b - a))
+        if room <= how.stride and room < b - a:
+            raise FtjaxError(
+                f"{place}: the question leaves {max(room, 0)} of data.max_length={how.max_length} tokens for a "
+                f"window of the text, which must be more than task.stride={how.stride}; raise data.max_length or "
+                "lower task.stride"
+            )
+        start = a
+        while True:
+            end = min(start + room, b)
+            kept = np.r_[0:a, start:end, b : len(ids)]
+            out.append(Window(ids[kept], second_text(encoded, i), offsets[kept], i))
+            if end == b:
+                break
+            start = end - how.stride
     return out
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,64 +29,67 @@ from ftjax.errors import FtjaxError
 from ftjax.seals import digest
 
 META, IDS, TRAINED, LENGTHS, TARGETS = "meta.json", "ids.int32", "trained.bool", "lengths.int32", "targets"
+STORED = ("length", "labels", "second", "row", "whole")  # the columns of LENGTHS
+EACH = ("start", "first", *STORED)  # arrays of Examples with a number for each example
 _encoder: Callable | None = None  # the encoder of a worker process, see _install
 DRAFTS_LIVE = 86_400  # seconds; an older draft belongs to a run that was killed
 
 
+@dataclasses.dataclass(eq=False)
 class Examples(Sequence[Example]):
     """N examples laid out in flat arrays. Indexing gives an Example whose arrays are views.
 
-    Args:
+    Attributes:
         ids: (S,) int32.
         trained: (S,) bool.
         start: (N,) where each example begins in `ids`.
         length: (N,) tokens of each example.
         labels: (N,) trained tokens of each example.
+        first: (N,) where the targets of each example begin in `targets`.
+        second: (N,) see Example.
+        row: (N,) index of the table's row that each example was made of.
+        whole: (N,) tokens of each example before it was cut.
         targets: (n, ...) for labelled rows, see Example. None: a trained token is its own label.
-        first: (N,) where the targets of each example begin in `targets`; None without targets.
-        second: (N,) see Example; None: all 0.
-        row: (N,) index of the table's row that each example was made of; None: 0 to N - 1.
-        whole: (N,) see Example; None: `length`.
     """
 
-    def __init__(
-        self,
-        ids: np.ndarray,
-        trained: np.ndarray,
-        start: np.ndarray,
-        length: np.ndarray,
-        labels: np.ndarray,
-        *,
-        targets: np.ndarray | None = None,
-        first: np.ndarray | None = None,
-        second: np.ndarray | None = None,
-        row: np.ndarray | None = None,
-        whole: np.ndarray | None = None,
-    ):
-        self.ids, self.trained, self.start, self.length, self.labels = ids, trained, start, length, labels
-        self.targets, self.first = targets, first
-        self.second = np.zeros(len(start), np.int64) if second is None else second
-        self.row = np.arange(len(start)) if row is None else row
-        self.whole = length if whole is None else whole
+    ids: np.ndarray
+    trained: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    labels: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    row: np.ndarray
+    whole: np.ndarray
+    targets: np.ndarray | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
         """A list of Example laid out flat. If it is an Examples already, it is returned as it is."""
         if isinstance(examples, cls):
             return examples
-        length = np.array([len(e.ids) for e in examples], np.int64)
-        flat = [np.concatenate([e[k] for e in examples]) if len(examples) else np.zeros(0) for k in (0, 1)]
-        labels = np.array([int(e.trained.sum()) for e in examples], np.int64)
-        targets = None
-        if len(examples) and examples[0].targets is not None:
-            targets = np.concatenate([e.targets for e in examples])
-        return cls(
-            flat[0].astype(np.int32), flat[1].astype(bool), _starts(length), length, labels, targets=targets,
-            first=None if targets is None else _starts(labels),
-            second=np.array([e.second for e in examples], np.int64),
-            row=np.array([i if e.row is None else e.row for i, e in enumerate(examples)], np.int64),
-            whole=np.array([e.whole or len(e.ids) for e in examples], np.int64),
-        )  # fmt: skip
+        counts = [
+            (len(e.ids), np.count_nonzero(e.trained), e.second, i if e.row is None else e.row, e.whole or len(e.ids))
+            for i, e in enumerate(examples)
+        ]
+        ids = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)], dtype=np.int32)
+        trained = np.concatenate([np.zeros(0, bool), *(e.trained for e in examples)])
+        labelled = len(examples) and examples[0].targets is not None
+        targets = np.concatenate([e.targets for e in examples]) if labelled else None
+        return cls.in_order(ids, trained, np.array(counts, np.int64).reshape(-1, len(STORED)), targets)
+
+    @classmethod
+    def in_order(cls, ids: np.ndarray, trained: np.ndarray, counts: np.ndarray, targets: np.ndarray | None) -> Examples:
+        """The examples whose arrays stand one after another.
+
+        Args:
+            ids: (S,) int32.
+            trained: (S,) bool.
+            counts: (N, columns STORED) int64.
+            targets: (n, ...), or None.
+        """
+        each = dict(zip(STORED, counts.T, strict=True))
+        return cls(ids, trained, _starts(each["length"]), first=_starts(each["labels"]), targets=targets, **each)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -94,19 +98,17 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         at = slice(self.start[index], self.start[index] + self.length[index])
-        if self.targets is None:
-            return Example(self.ids[at], self.trained[at], second=int(self.second[index]))
         mine = slice(self.first[index], self.first[index] + self.labels[index])
+        targets = None if self.targets is None else self.targets[mine]
         others = (int(x[index]) for x in (self.second, self.row, self.whole))
-        return Example(self.ids[at], self.trained[at], self.targets[mine], *others)
+        return Example(self.ids[at], self.trained[at], targets, *others)
 
     def first_texts(self) -> Examples:
         """The examples cut to their first text, which of a preference is the prompt with the chosen answer."""
-        cut = self.select(np.arange(len(self)))
-        cut.length, cut.second = np.where(self.second > 0, self.second, self.length), np.zeros_like(self.second)
-        cut.labels = np.array([np.count_nonzero(self.trained[a : a + n]) for a, n in zip(self.start, cut.length)])
-        cut.targets = cut.first = None  # the tokens of the answer are its labels
-        return cut
+        length = np.where(self.second > 0, self.second, self.length)
+        labels = np.array([np.count_nonzero(self.trained[a : a + n]) for a, n in zip(self.start, length)])
+        # Without targets, the tokens of the answer are its labels.
+        return dataclasses.replace(self, length=length, labels=labels, second=np.zeros_like(length), targets=None)
 
     def truths(self) -> np.ndarray:
         """(n, ...) the targets of all examples, one after another."""
@@ -120,11 +122,7 @@ class Examples(Sequence[Example]):
 
     def select(self, indices: np.ndarray) -> Examples:
         """The examples at these indices, in this order."""
-        return Examples(
-            self.ids, self.trained, self.start[indices], self.length[indices], self.labels[indices],
-            targets=self.targets, first=None if self.first is None else self.first[indices],
-            second=self.second[indices], row=self.row[indices], whole=self.whole[indices],
-        )  # fmt: skip
+        return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in EACH})
 
 
 class Fitted(NamedTuple):
@@ -132,13 +130,11 @@ class Fitted(NamedTuple):
 
     Attributes:
         examples: The examples that are kept.
-        kept: Index of the table's row of each of them.
         long: Number of examples longer than max_length.
         lost: Trained tokens of those that were cut or dropped.
     """
 
     examples: Examples
-    kept: np.ndarray
     long: int
     lost: int
 
@@ -166,7 +162,7 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
         )
     if long == "drop":
         kept = np.flatnonzero(examples.whole <= max_length)
-        return Fitted(examples.select(kept), examples.row[kept], len(over), before)
+        return Fitted(examples.select(kept), len(over), before)
     length, labels = np.minimum(examples.length, max_length), examples.labels.copy()
     for i in over.tolist():
         labels[i] = np.count_nonzero(examples.trained[examples.start[i] : examples.start[i] + length[i]])
@@ -175,9 +171,8 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
                 f"{place(int(examples.row[i]))}: cut to data.max_length={max_length}, no trained token is left "
                 '(the answer starts later); raise data.max_length, or remove the row (in training, by data.long="drop")'
             )
-    cut = examples.select(np.arange(len(examples)))
-    cut.length, cut.labels = length, labels
-    return Fitted(cut, cut.row, len(over), before - int(labels[over].sum()))
+    cut = dataclasses.replace(examples, length=length, labels=labels)
+    return Fitted(cut, len(over), before - int(labels[over].sum()))
 
 
 class Chain:
@@ -216,27 +211,17 @@ def join(parts: Sequence[Examples]) -> Examples:
     """The examples of several, one after another. Arrays that are mapped from files stay mapped."""
     if len(parts) == 1:
         return parts[0]
-
-    def shifted(starts, flat):
-        return np.concatenate([s + at for s, at in zip(starts, _starts(np.array([len(x) for x in flat])))])
-
-    ids, targets = [p.ids for p in parts], [p.targets for p in parts]
-    labelled = targets[0] is not None
-    return Examples(
-        Chain(ids),
-        Chain([p.trained for p in parts]),
-        shifted([p.start for p in parts], ids),
-        np.concatenate([p.length for p in parts]),
-        np.concatenate([p.labels for p in parts]),
-        targets=Chain(targets) if labelled else None,
-        first=shifted([p.first for p in parts], targets) if labelled else None,
-        second=np.concatenate([p.second for p in parts]),
-        row=np.concatenate([p.row for p in parts]),
-        whole=np.concatenate([p.whole for p in parts]),
-    )
+    each = {name: np.concatenate([getattr(p, name) for p in parts]) for name in EACH}
+    of = np.repeat(np.arange(len(parts)), list(map(len, parts)))  # (N,) the part of each example
+    each["start"] += _starts([len(p.ids) for p in parts])[of]
+    targets = None
+    if parts[0].targets is not None:
+        each["first"] += _starts([len(p.targets) for p in parts])[of]
+        targets = Chain([p.targets for p in parts])
+    return Examples(Chain([p.ids for p in parts]), Chain([p.trained for p in parts]), targets=targets, **each)
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
+def _starts(lengths: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64)
 
 
@@ -400,8 +385,7 @@ def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
             flat = Examples.of(chunk)
             ids.write(flat.ids.tobytes())
             trained.write(flat.trained.tobytes())
-            columns = (flat.length, flat.labels, flat.second, flat.row, flat.whole)
-            lengths.write(np.stack(columns, 1).astype(np.int32).tobytes())
+            lengths.write(np.stack([getattr(flat, name) for name in STORED], 1).astype(np.int32).tobytes())
             if flat.targets is not None:
                 kind = (str(flat.targets.dtype), flat.targets.shape[1:])
                 targets.write(flat.targets.tobytes())
@@ -431,15 +415,13 @@ def _whole(entry: Path) -> dict | None:
 def _open(entry: Path, meta: dict) -> Examples:
     if not meta["tokens"]:
         return Examples.of([])
-    length, labels, second, row, whole = np.fromfile(entry / LENGTHS, np.int32).reshape(-1, 5).astype(np.int64).T
-    targets = first = None
+    counts = np.fromfile(entry / LENGTHS, np.int32).reshape(-1, len(STORED)).astype(np.int64)
+    targets = None
     if meta["targets"]:
         dtype, shape = meta["targets"]
-        targets, first = np.fromfile(entry / TARGETS, dtype).reshape(-1, *shape), _starts(labels)
+        targets = np.fromfile(entry / TARGETS, dtype).reshape(-1, *shape)
     ids, trained = np.memmap(entry / IDS, np.int32, mode="r"), np.memmap(entry / TRAINED, bool, mode="r")
-    return Examples(
-        ids, trained, _starts(length), length, labels, targets=targets, first=first, second=second, row=row, whole=whole
-    )
+    return Examples.in_order(ids, trained, counts, targets)
 
 
 def _evict(cache: Cache, spared: Path) -> None:

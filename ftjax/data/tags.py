@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.labelled import Labelled, label_id
-from ftjax.data.tokenise import CHUNK, Example
+from ftjax.data.labelled import Labelled, label_id, need_offsets
+from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 
 TAG = re.compile(r"O|[BIESLU]-.+")
@@ -46,18 +46,15 @@ def in_words(tokenizer, rows: list[list[str]], max_length: int, place=str) -> li
     Raises:
         FtjaxError: If the tokenizer cannot map tokens to characters, or if it makes no token of a row.
     """
-    if not tokenizer.is_fast:
-        raise FtjaxError("task.kind: this tokenizer does not map tokens to characters; a tokenizer.json is needed")
+    need_offsets(tokenizer, "characters")
     out = []
-    for first in range(0, len(rows), CHUNK):
-        chunk = rows[first : first + CHUNK]
-        texts = [" ".join(words) for words in chunk]
-        encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        for i, (words, ids, offsets) in enumerate(zip(chunk, encoded["input_ids"], encoded["offset_mapping"])):
-            if not ids:
-                raise FtjaxError(f"{place(first + i)}: the tokenizer makes no token of these words")
-            ids, word = np.array(ids, np.int32), _word_of(words, np.array(offsets).reshape(-1, 2))
-            out.append(_cut(ids, word, max_length))
+    texts = [" ".join(words) for words in rows]
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    for i, (words, ids, offsets) in enumerate(zip(rows, encoded["input_ids"], encoded["offset_mapping"])):
+        if not ids:
+            raise FtjaxError(f"{place(i)}: the tokenizer makes no token of these words")
+        ids, word = np.array(ids, np.int32), _word_of(words, np.array(offsets).reshape(-1, 2))
+        out.append(_cut(ids, word, max_length))
     return out
 
 
