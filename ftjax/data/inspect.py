@@ -134,22 +134,12 @@ def _parts(config, tokenizer, folder: Path) -> list[Scan]:
             if getattr(data, part):
                 where = {"header": data.columns} | ({"folder": folder} if data.streaming else {})
                 table = read_table(getattr(data, part), f"data.{part}", **where)
-                recipe, guessed = _recipe(data, table.columns)
+                recipe, guessed = prepare.recipe_if_any(data, table.columns)
                 name = f"{part} of {source}" if source else part
                 by = sides(data, table.columns, config.task)
                 start = sum(map(len, found))
                 found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer, by, start))
     return found
-
-
-def _recipe(data, columns: list[str]) -> tuple[prepare.Recipe | None, bool]:
-    """The recipe for these columns, and whether its form was guessed. None if no form fits and none is set."""
-    try:
-        return prepare.recipe(data, columns)
-    except FtjaxError:
-        if data.form != "auto" or data.prompt or data.completion:
-            raise
-        return None, False
 
 
 # ---------------------------------------------------------------------------------------------- findings

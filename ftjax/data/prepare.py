@@ -87,6 +87,16 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     return Recipe(form, *fields), guessed and form != "template"
 
 
+def recipe_if_any(data, columns: list[str]) -> tuple[Recipe | None, bool]:
+    """As `recipe`, but (None, False) if no form is set and none fits the columns."""
+    try:
+        return recipe(data, columns)
+    except FtjaxError:
+        if data.form != "auto" or data.prompt or data.completion:
+            raise
+        return None, False
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Counts of the rows and tokens of one source in one part."""
@@ -526,11 +536,8 @@ def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]
     """
     if tasks.find(config.task.kind).encode:
         return labelled.recipe(config, data, table, (), "", 0).sides
-    try:
-        how, _ = recipe(data, table.columns)
-    except FtjaxError:
-        if data.form != "auto" or data.prompt or data.completion:
-            raise
+    how, _ = recipe_if_any(data, table.columns)
+    if how is None:
         return None
 
     def answer(row: dict, place: str) -> tuple[str, str]:

@@ -79,11 +79,11 @@ def read_table(
         raise FtjaxError(f"{key} is empty: name a file, a directory or a hub data set.")
     if _is_hub_name(source):
         rows = _load_hub(source, key)
-        names, parts = [source], [_hub_batches(source, rows)]
-        if (
-            columns.is_plain(rows.data.schema) and len(rows) and not _class_names(rows.features.arrow_schema)
-        ):  # `datasets` already maps it from its own cache
+        schema = rows.features.arrow_schema
+        if columns.is_plain(schema) and len(rows) and not _class_names(schema):  # `datasets` maps it from its own cache
             return Table(rows, (source,), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1))
+        tables = rows.with_format("arrow").iter(CHUNK)
+        names, parts = [source], [_adopted(source, schema, (b for table in tables for b in table.to_batches()))]
     else:
         try:
             names = _files(source, key)
@@ -167,32 +167,31 @@ def _batches(name: str, key: str, header: tuple[str, ...] = ()) -> Iterator[pyar
         raise FtjaxError(
             f"{key}: {name}: unknown extension; rename or convert the file to one that ftjax reads: {_list(READERS)}"
         )
-    try:
+    with _readable(name, f"{key}: "):
         if suffix == ".parquet":
             yield from _parquet(name)
         else:
             with open(name, "rb") as handle:
-                text = _Text(name, handle)
-                more = {"header": list(header)} if header and suffix in (".csv", ".tsv") else {}
-                yield from _gather(READERS[suffix](text, **more), text)
-    except OSError as e:
-        raise FtjaxError(f"{key}: {_unreadable(name, e)}") from e
+                text = _Text(name, handle, header)
+                yield from _gather(READERS[suffix](text), text)
 
 
 def numbered(name: str | Path) -> Iterator[tuple[int, dict]]:
     """(number of its first line, row) for each row of a text file. Raises FtjaxError as `read_table` does."""
+    with _readable(name), open(name, "rb") as handle:
+        text = _Text(str(name), handle)
+        for row in READERS[Path(name).suffix.lower()](text):
+            yield text.begins or text.line, row
+
+
+@contextlib.contextmanager
+def _readable(name: str | Path, key: str = "") -> Iterator[None]:
+    """Raise FtjaxError where the system cannot read a file."""
     try:
-        with open(name, "rb") as handle:
-            text = _Text(str(name), handle)
-            for row in READERS[Path(name).suffix.lower()](text):
-                yield text.begins or text.line, row
+        yield
     except OSError as e:
-        raise FtjaxError(_unreadable(name, e)) from e
-
-
-def _unreadable(name: str | Path, error: OSError) -> str:
-    reason = os.strerror(error.errno) if error.errno else error
-    return f"{name} cannot be read: {reason}; check the file and its permissions"
+        reason = os.strerror(e.errno) if e.errno else e
+        raise FtjaxError(f"{key}{name} cannot be read: {reason}; check the file and its permissions") from e
 
 
 def _gather(rows: Iterable[dict], text: _Text) -> Iterator[pyarrow.RecordBatch]:
@@ -231,6 +230,7 @@ class _Text:
     """A text file that is read once, by lines or by size.
 
     Attributes:
+        header: Names of the columns of a table whose file does not name them; else empty.
         line: Number of the last line that was read.
         size: Bytes read so far.
         begins: Line at which the last row begins; 0 if every row is one line.
@@ -239,8 +239,8 @@ class _Text:
         FtjaxError: If the file is not UTF-8 text.
     """
 
-    def __init__(self, name: str, handle):
-        self.name, self.handle, self.line, self.size = name, handle, 0, 0
+    def __init__(self, name: str, handle, header: tuple[str, ...] = ()):
+        self.name, self.handle, self.header, self.line, self.size = name, handle, header, 0, 0
         self.begins = 0
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.is_utf8 = False  # whether a character that is not ASCII was read
@@ -516,19 +516,18 @@ CSV_FAULTS = {  # part of the csv module's message -> our message; {line} is the
 }
 
 
-def _csv(
-    text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL, header: list[str] | None = None
-) -> Iterator[dict]:
+def _csv(text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # a setting of the process; by default the module refuses cells above 128 kB
     reader = csv.reader(text.lines(), delimiter=separator, quoting=quoting, strict=True)
     advice = "mend the row" if quoting == csv.QUOTE_NONE else "mend it, or put a cell with a comma in double quotes"
-    after, named = 1, header
+    header = named = list(text.header)
+    after = 1
     try:
         for cells in reader:
             line, after = after, reader.line_num + 1  # a row may span several lines; errors name the first
-            if not cells or len(cells) == 1 and not cells[0].strip() and (header is None or len(header) > 1):
+            if not cells or len(cells) == 1 and not cells[0].strip() and len(header) != 1:
                 continue
-            if header is None:
+            if not header:
                 header = _header(cells, separator, text, line)
             elif cells == named:
                 raise text.error(
@@ -560,8 +559,8 @@ def _header(cells: list[str], separator: str, text: _Text, line: int) -> list[st
     return names
 
 
-def _tsv(text: _Text, header: list[str] | None = None) -> Iterator[dict]:
-    return _csv(text, "\t", csv.QUOTE_NONE, header)
+def _tsv(text: _Text) -> Iterator[dict]:
+    return _csv(text, "\t", csv.QUOTE_NONE)
 
 
 def _plain_text(text: _Text) -> Iterator[dict]:
@@ -607,16 +606,8 @@ def _parquet(name: str) -> Iterator[pyarrow.RecordBatch]:
 
     try:
         with pyarrow.parquet.ParquetFile(name, pre_buffer=False) as file:
-            _check_types(name, file.schema_arrow)
-            yield from _adopted(name, _row_groups(file), _class_names(file.schema_arrow))
-    except (
-        OSError,
-        pyarrow.ArrowException,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as e:
+            yield from _adopted(name, file.schema_arrow, _row_groups(file))
+    except (OSError, pyarrow.ArrowException, ValueError, LookupError, AttributeError, TypeError) as e:
         if isinstance(e, FtjaxError) or isinstance(e, OSError) and e.errno:
             raise
         raise FtjaxError(f"{name}: not a readable Parquet file: {e}; copy it or write it again") from e
@@ -630,13 +621,6 @@ def _row_groups(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBat
         yield from file.iter_batches(max(1, min(CHUNK, rows)), row_groups=[number])
 
 
-def _hub_batches(name: str, rows: datasets.Dataset) -> Iterator[pyarrow.RecordBatch]:
-    _check_types(name, rows.data.schema)
-    tables = rows.with_format("arrow").iter(CHUNK)
-    batches = (batch for table in tables for batch in table.to_batches())
-    return _adopted(name, batches, _class_names(rows.features.arrow_schema))
-
-
 def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
     """{column: names of its classes} for columns of ClassLabels or lists of them, from the metadata of `datasets`."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -646,9 +630,17 @@ def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
 
 
 def _adopted(
-    name: str, batches: Iterable[pyarrow.RecordBatch], classes: dict[str, list[str]]
+    name: str, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]
 ) -> Iterator[pyarrow.RecordBatch]:
-    done = 0
+    """The batches of another program with types of `columns.plain`, and names in place of the numbers of classes."""
+    if len(set(schema.names)) < len(schema.names):
+        raise FtjaxError(f"{name}: a column is named twice: {_list(schema.names)}; rename one")
+    for field in schema:
+        try:
+            columns.plain(field.type)
+        except TypeError as e:
+            raise FtjaxError(f"{name}: column {field.name!r} {e}; convert it to text or leave it out") from e
+    done, classes = 0, _class_names(schema)
 
     def place(index: int) -> str:
         return f"{name} row {done + index + 1}"
@@ -660,16 +652,6 @@ def _adopted(
             batch = batch.set_column(at, column, columns.class_names(batch.column(at), names))
         yield batch
         done += batch.num_rows
-
-
-def _check_types(name: str, schema: pyarrow.Schema) -> None:
-    if len(set(schema.names)) < len(schema.names):
-        raise FtjaxError(f"{name}: a column is named twice: {_list(schema.names)}; rename one")
-    for field in schema:
-        try:
-            columns.plain(field.type)
-        except TypeError as e:
-            raise FtjaxError(f"{name}: column {field.name!r} {e}; convert it to text or leave it out") from e
 
 
 def _load_hub(source: str, key: str) -> datasets.Dataset:
