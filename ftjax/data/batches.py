@@ -5,7 +5,6 @@ B rows of a batch, T tokens, M trained positions, N examples, R rows that the ex
 
 from __future__ import annotations
 
-import collections
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -351,25 +350,9 @@ def loader(
     """
     import grain
 
-    class Source:
-        def __len__(self):
-            return steps
-
-        def __getitem__(self, i):
-            return batches.get(start_step + int(i), row_slice)
-
+    built = grain.MapDataset.range(start_step, start_step + steps).map(lambda step: batches.get(step, row_slice))
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
-    return iter(grain.MapDataset.source(Source()).to_iter_dataset(options))
-
-
-def ahead(items: Iterator, n: int) -> Iterator:
-    """Yield the items of an iterator, but read it `n` items ahead."""
-    drawn = collections.deque()
-    for item in items:
-        drawn.append(item)
-        if len(drawn) > n:
-            yield drawn.popleft()
-    yield from drawn
+    return iter(built.to_iter_dataset(options))
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.config import compile_patterns
 from ftjax.data.compared import Sides, Texts
-from ftjax.data.similar import ROLES, firsts, near_pairs, row_text
+from ftjax.data.similar import ROLES, first_equal, firsts, near_pairs, row_text
 from ftjax.data.table import Table
 from ftjax.data.textchecks import mask, mojibake, personal, without_control
 from ftjax.errors import FtjaxError, nearest
@@ -113,15 +113,12 @@ def clean(
             None, or no row is left.
     """
     need_columns(settings.columns, table.columns, "data.clean.columns")
+    rules = [rule for rule in RULES if rule.on(settings)]
     edits, filters, duplicates = (
-        {
-            rule.name: functools.partial(rule.apply, settings)
-            for rule in RULES
-            if rule.kind == kind and rule.on(settings)
-        }
+        {rule.name: functools.partial(rule.apply, settings) for rule in rules if rule.kind == kind}
         for kind in ("edit", "filter", "duplicates")
     )
-    asked = [rule.name for rule in RULES if rule.name in filters and rule.answers]
+    asked = [rule.name for rule in rules if rule.answers]
     if asked and answers is None:
         raise FtjaxError(
             f"data.clean.{asked[0]} needs the answer of each row, and no known form fits the columns "
@@ -136,7 +133,7 @@ def clean(
         rest = edited.select(left)
         labels = by.labels(rest)
         conflict = conflict or conflicts(rest, by, labels)
-        for i, (first, why) in find(Texts(rest, by.whole), labels).items():
+        for i, (first, why) in find(Texts((rest, by.whole)), labels).items():
             at = int(left[i])
             removed[at] = Removed(at, table.place(at), name, why, table.place(int(left[first])))
     if removed and len(removed) == len(table):
@@ -159,7 +156,7 @@ def conflicts(table: Table, by: Sides, labels: list[str]) -> str:
     """
     if not any(labels):
         return ""
-    first = firsts(Texts(table, by.read))
+    first = firsts(Texts((table, by.read)))
     odd = [i for i in np.flatnonzero(first != np.arange(len(first))).tolist() if labels[i] != labels[first[i]]]
     shown = [
         f"{table.place(i)} ({labels[i][:40]!r}) and {table.place(int(first[i]))} ({labels[first[i]][:40]!r})"
@@ -316,12 +313,8 @@ def _patterns(texts: tuple[str, ...]) -> list[re.Pattern]:
 
 
 def _exact(settings, texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:
-    earliest, gone = {}, {}
-    for i, first in enumerate(firsts(texts).tolist()):
-        twin = earliest.setdefault((first, labels[i]), i)
-        if twin != i:
-            gone[i] = (twin, "the same text")
-    return gone
+    twins = first_equal(zip(firsts(texts).tolist(), labels, strict=True))
+    return {i: (twin, "the same text") for i, twin in enumerate(twins) if twin != i}
 
 
 def _near(settings, texts: Texts, labels: list[str]) -> dict[int, tuple[int, str]]:

@@ -102,9 +102,7 @@ def recode(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         return batch
 
     def column(field: pa.Field) -> pa.Array:
-        if field.name not in batch.schema.names:
-            return pa.nulls(batch.num_rows, field.type)
-        array = batch.column(field.name)
+        array = batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows)
         return array if array.type == field.type else encode(decode(array), field.type)
 
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
@@ -113,24 +111,25 @@ def recode(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 # ---------------------------------------------------------------------------------------------- columns of others
 
 
-def plain(kind: pa.DataType) -> pa.DataType:
+def plain(kind: pa.DataType, of_json: pa.DataType = JSON) -> pa.DataType:
     """The type by which a type of another program is replaced. Raises TypeError for bytes, durations and unions.
 
-    Numbers become 64 bits wide; dates, times and decimals become text; maps become lists of `key` and `value`.
+    Numbers become 64 bits wide; dates, times and decimals become text; maps become lists of `key` and `value`. of_json:
+    the type in place of JSON.
     """
     t = pa.types
     if isinstance(kind, pa.JsonType):
-        return JSON
+        return of_json
     if isinstance(kind, pa.BaseExtensionType):
-        return plain(kind.storage_type)
+        return plain(kind.storage_type, of_json)
     if t.is_dictionary(kind):
-        return plain(kind.value_type)
+        return plain(kind.value_type, of_json)
     if t.is_map(kind):
-        return pa.list_(pa.struct([("key", plain(kind.key_type)), ("value", plain(kind.item_type))]))
+        return pa.list_(pa.struct([("key", plain(kind.key_type, of_json)), ("value", plain(kind.item_type, of_json))]))
     if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
-        return pa.list_(plain(kind.value_type))
+        return pa.list_(plain(kind.value_type, of_json))
     if t.is_struct(kind):
-        return pa.struct([(field.name, plain(field.type)) for field in kind])
+        return pa.struct([(field.name, plain(field.type, of_json)) for field in kind])
     for tests, to in _PLAIN:
         if any(test(kind) for test in tests):
             return to
@@ -199,7 +198,7 @@ def _adopt(column: pa.Array) -> pa.Array:
     kind = plain(column.type)
     if column.type != kind:
         column = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
-        column = column.cast(_storage(kind))
+        column = column.cast(plain(column.type, pa.string()))
     column.validate(full=True)
     numbers = pa.types.is_floating(kind) and pc.all(pc.is_finite(column)).as_py() is not False
     if numbers or _is_plain(kind):
@@ -208,17 +207,8 @@ def _adopt(column: pa.Array) -> pa.Array:
     return encode(cells, infer(cells))
 
 
-def _storage(kind: pa.DataType) -> pa.DataType:
-    """The type with text in place of JSON."""
-    if pa.types.is_list(kind):
-        return pa.list_(_storage(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _storage(field.type)) for field in kind])
-    return pa.string() if kind == JSON else kind
-
-
 def _own(cell, kind: pa.DataType | None, within: bool = False):
-    """A cell of the type `_storage(kind)` as ours. Raises ValueError for an infinity and for invalid JSON.
+    """A cell of the type `kind` as ours; JSON is still text. Raises ValueError for an infinity and for invalid JSON.
 
     kind: None if the cell has no Arrow type of its own, because it is part of JSON; within: whether it is part of an
     object.

@@ -5,7 +5,9 @@ Other columns are ignored: an id, for example, would hide that two rows are the 
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -61,20 +63,26 @@ class Sides(NamedTuple):
 
 
 class Texts(Sequence[str]):
-    """A text for every row of a table, computed chunk by chunk or by index, and never held in memory as a whole."""
+    """A text for every row of some tables, computed chunk by chunk or by index, and never held in memory as a whole.
 
-    def __init__(self, table: Table, text: Callable[[dict], str]):
-        self.table, self.text = table, text
+    Args:
+        parts: (table, function row -> its text), one table after another.
+    """
+
+    def __init__(self, *parts: tuple[Table, Callable[[dict], str]]):
+        self.parts = parts
+        self.ends = list(itertools.accumulate(len(table) for table, _ in parts))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> str:
-        return self.text(self.table.row(index))
+        part = bisect.bisect_right(self.ends, index)
+        table, text = self.parts[part]
+        return text(table.row(index - self.ends[part] + len(table)))
 
     def __iter__(self) -> Iterator[str]:
-        for _, rows in self.table.chunks():
-            yield from map(self.text, rows)
+        return (text(row) for table, text in self.parts for _, rows in table.chunks() for row in rows)
 
 
 def sides(data, columns: Sequence[str], task=None) -> Sides:

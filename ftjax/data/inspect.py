@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
-from ftjax import config as configs
 from ftjax.data import prepare
 from ftjax.data.compared import sides
 from ftjax.data.inspect_checks import CHECKS, Check, Hit
 from ftjax.data.inspect_corpus import corpus, near
 from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan
 from ftjax.data.inspect_scan import sides as prompt_and_answer
-from ftjax.data.read import read_table
 from ftjax.data.similar import clusters, normalise, row_text, units
-from ftjax.data.textchecks import mask
-from ftjax.errors import FtjaxError
+from ftjax.data.textchecks import mask, short
 
 SEVERITIES = ("error", "warning", "note")
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -111,7 +107,7 @@ def inspect(config, tokenizer) -> Inspection:
     """
     checks = {name: check.row for name, check in CHECKS.items() if check.row}
     with tempfile.TemporaryDirectory(prefix="ftjax-inspect-") as folder:
-        scans = [scan(one, checks, FEATURES) for one in _parts(config, tokenizer, Path(folder))]
+        scans = [scan(one, checks, FEATURES) for one in _parts(config, tokenizer, folder)]
         whole = corpus(scans, config.seed)
         found = [
             _finding(name, check, one, hit)
@@ -125,20 +121,14 @@ def inspect(config, tokenizer) -> Inspection:
     return Inspection(parts, sorted(found, key=lambda f: (SEVERITIES.index(f.severity), -f.count)))
 
 
-def _parts(config, tokenizer, folder: Path) -> list[Scan]:
+def _parts(config, tokenizer, folder: str) -> list[Scan]:
     found = []
-    for source, data, _ in configs.sources(config):
-        if not data.train:
-            raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
-        for part in prepare.PARTS:
-            if getattr(data, part):
-                where = {"header": data.columns} | ({"folder": folder} if data.streaming else {})
-                table = read_table(getattr(data, part), f"data.{part}", **where)
-                recipe, guessed = prepare.recipe_if_any(data, table.columns)
-                name = f"{part} of {source}" if source else part
-                by = sides(data, table.columns, config.task)
-                start = sum(map(len, found))
-                found.append(Scan(name, part, getattr(data, part), data, table, recipe, guessed, tokenizer, by, start))
+    for source, data, tables in prepare.read_sources(config, folder if config.data.streaming else None):
+        for part, table in tables.items():
+            recipe, guessed = prepare.recipe_if_any(data, table.columns)
+            name = f"{part} of {source}" if source else part
+            by, start = sides(data, table.columns, config.task), sum(map(len, found))
+            found.append(Scan(name, part, data[part], data, table, recipe, guessed, tokenizer, by, start))
     return found
 
 
@@ -171,7 +161,7 @@ def _finding(name: str, check: Check, one: Scan, hit: Hit) -> Finding:
 def _kinds(notes: dict[int, str], most: int = 4) -> str:
     """The notes by their number of rows, such as `email (30); phone (2)`."""
     counts = Counter(notes.values()).most_common()
-    said = [f"{_short(note, 120)} ({count:,})" for note, count in counts[:most]]
+    said = [f"{short(note, 120)} ({count:,})" for note, count in counts[:most]]
     return "; ".join(said + [f"{len(counts) - most:,} more"] * (len(counts) > most))
 
 
@@ -191,7 +181,7 @@ def _example(check: Check, one: Scan, i: int, note: str) -> dict[str, str]:
     shown = mask(text)
     if check.where is not None:
         at = max(0, len(mask(text[: check.where(text)])) - EXCERPT // 2)
-        shown = "…" * (at > 0) + _short(shown[at:], EXCERPT)
+        shown = "…" * (at > 0) + short(shown[at:], EXCERPT)
     elif len(shown) > EXCERPT:
         shown = f"{shown[: EXCERPT // 2]} … {shown[-EXCERPT // 2 :]}"
     return {"place": place, "note": _visible(note), "text": _visible(shown)}
@@ -200,10 +190,6 @@ def _example(check: Check, one: Scan, i: int, note: str) -> dict[str, str]:
 def _visible(text: str) -> str:
     """The text with control characters, which a terminal would obey, and invisible characters escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # ---------------------------------------------------------------------------------------------- figures

@@ -14,7 +14,7 @@ import numpy as np
 from ftjax.data import textchecks
 from ftjax.data.inspect_corpus import Corpus
 from ftjax.data.inspect_scan import Scan, View, fold
-from ftjax.data.similar import grams, normalise
+from ftjax.data.similar import first_equal, grams, normalise
 from ftjax.data.split import PARTS
 
 OPTIONAL = 0.2  # a column with a greater share of empty cells is optional
@@ -113,12 +113,8 @@ def _columns(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
 
 
 def _duplicates(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
-    earliest, notes = {}, {}
-    for i, same in enumerate(corpus.firsts(scan).tolist()):
-        twin = earliest.setdefault((same, scan.folded(i)), i)
-        if twin != i:
-            notes[i] = f"as {scan.beside(i, twin)}"
-    yield Hit(notes)
+    twins = first_equal((same, scan.folded(i)) for i, same in enumerate(corpus.firsts(scan).tolist()))
+    yield Hit({i: f"as {scan.beside(i, twin)}" for i, twin in enumerate(twins) if twin != i})
 
 
 def _near(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
@@ -213,19 +209,15 @@ def _conflict(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
 
 
 def _said(scan: Scan, i: int) -> str:
-    text = " ".join(scan.labels[i]) or "nothing"
-    return text if len(text) <= 40 else text[:37] + "..."
+    return textchecks.short(" ".join(scan.labels[i]) or "nothing", 40)
 
 
 def _several(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Prompts with several answers, if rows have no labels. With labels, `_conflict` finds them."""
-    first, notes = {}, {}
-    for i, (prompt, answer) in enumerate(zip(scan.prompts, scan.answers)):
-        twin, said = first.setdefault(prompt, (i, answer))
-        if prompt and said != answer:
-            notes[i] = f"prompt as {scan.beside(i, twin)}"
     if scan.labels is None:
-        yield Hit(notes)
+        twins, said = enumerate(first_equal(scan.prompts)), scan.answers
+        others = ((i, twin) for i, twin in twins if scan.prompts[i] and said[i] != said[twin])
+        yield Hit({i: f"prompt as {scan.beside(i, twin)}" for i, twin in others})
 
 
 def _imbalance(scan: Scan, corpus: Corpus) -> Iterator[Hit]:

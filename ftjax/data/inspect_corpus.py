@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -58,7 +57,7 @@ def corpus(scans: list[Scan], seed: int) -> Corpus:
 
 
 def _compared(scans: list[Scan], text_of: list[Callable[[dict], str]], seed: int) -> Corpus:
-    texts = _Texts([Texts(scan.table, text) for scan, text in zip(scans, text_of, strict=True)])
+    texts = Texts(*((scan.table, text) for scan, text in zip(scans, text_of, strict=True)))
     if not scans[0].data.streaming:
         texts = list(texts)
     first = firsts(texts)
@@ -66,23 +65,6 @@ def _compared(scans: list[Scan], text_of: list[Callable[[dict], str]], seed: int
     # `near_pairs` joins each of several equal texts to the first of them. All other pairs are similar texts.
     nearly = first[alike[:, 1]] == alike[:, 1]
     return Corpus(scans, first, alike[nearly], alike)
-
-
-class _Texts(Sequence[str]):
-    """The texts of all parts, one after another."""
-
-    def __init__(self, parts: list[Texts]):
-        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __iter__(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self.parts)
-
-    def __getitem__(self, index: int) -> str:
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[part][index - int(self.starts[part])]
 
 
 def near(data) -> float:

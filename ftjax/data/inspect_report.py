@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 
 from ftjax.data.inspect import QUANTILES, SEVERITIES, Inspection, Lengths, Statistics
+from ftjax.data.textchecks import short
 from ftjax.pages import page
 
 WIDTH = 100  # columns of the terminal
@@ -48,7 +49,7 @@ def table(inspection: Inspection) -> str:
         for example in finding.examples[:1]:
             row = example["place"].rpartition(" row ")[2]
             shown = " ".join(f"row {row}, {example['note']}: {example['text']}".split())
-            lines += _wrap(shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…", "  | ", "  | ")
+            lines += _wrap(short(shown, SHOWN), "  | ", "  | ")
     return "\n".join(lines)
 
 
@@ -90,7 +91,7 @@ def _sentences(part: Statistics) -> list[str]:
     if part.label is not None:
         how = " (guessed)" if part.label_guessed else ""
         total = max(sum(part.labels.values()), 1)
-        shown = [f"{_quote(text)} {n:,} ({n / total:.1%})" for text, n in list(part.labels.items())[:LABELS]]
+        shown = [f"{repr(short(text, 40))} {n:,} ({n / total:.1%})" for text, n in list(part.labels.items())[:LABELS]]
         more = len(part.labels) - len(shown)
         out.append(f"label {part.label!r}{how}: {', '.join(shown)}" + (f" and {more:,} more" if more else ""))
     words = "" if part.tokens_per_word is None else f"{part.tokens_per_word:.2f} tokens a word, "
@@ -102,10 +103,6 @@ def _sentences(part: Statistics) -> list[str]:
 
 def _share(share: float) -> str:
     return "below 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:39] + "…")
 
 
 def _all_lengths(part: Statistics) -> list[tuple[str, Lengths]]:
@@ -140,5 +137,5 @@ def _part(name: str, part: Statistics) -> dict:
         "lengths": [[what, *(f"{v:,}" for v in x.quantiles), f"{x.mean:,.1f}"] for what, x in lengths],
         "histograms": [(what, x) for what, x in lengths if len(x.counts) > 1],
         "label": part.label,
-        "labels": [(_quote(text), n) for text, n in list(part.labels.items())[:LABELS]],
+        "labels": [(repr(short(text, 40)), n) for text, n in list(part.labels.items())[:LABELS]],
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data import similar, textchecks
+from ftjax.data import textchecks
 from ftjax.data.compared import Sides, Texts, columns_text
 from ftjax.data.prepare import Recipe
 from ftjax.data.similar import normalise, row_text
@@ -34,7 +34,7 @@ class Column:
         types: Types of the cells, see _type.
         empty: Indices of the rows without text or number.
         chars: Number of characters of each cell.
-        digests: Digest of each cell.
+        hashes: Hash of each cell.
         values: Number of rows of each value; None if there are too many values.
         text: Whether any cell holds text.
         blank: Whether any text contains white space, and so is not just a name or a number.
@@ -43,7 +43,7 @@ class Column:
     types: set[str] = dataclasses.field(default_factory=set)
     empty: array = dataclasses.field(default_factory=lambda: array("q"))
     chars: array = dataclasses.field(default_factory=lambda: array("i"))
-    digests: array = dataclasses.field(default_factory=lambda: array("Q"))
+    hashes: array = dataclasses.field(default_factory=lambda: array("q"))
     values: Counter | None = dataclasses.field(default_factory=Counter)
     text: bool = False
     blank: bool = False
@@ -56,7 +56,7 @@ class Column:
     @property
     def distinct(self) -> int:
         """Number of distinct cells."""
-        return len(np.unique(np.frombuffer(self.digests, np.uint64)))
+        return len(np.unique(np.frombuffer(self.hashes, np.int64)))
 
 
 class View(NamedTuple):
@@ -92,8 +92,8 @@ class Scan:
     scripts: Counter = dataclasses.field(default_factory=Counter)
     features: dict[str, list[str]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     hits: dict[str, dict[int, str]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
-    prompts: array = dataclasses.field(default_factory=lambda: array("Q"))  # digests of the prompts, if a form fits
-    answers: array = dataclasses.field(default_factory=lambda: array("Q"))
+    prompts: array = dataclasses.field(default_factory=lambda: array("q"))  # hashes of the prompts, if a form fits
+    answers: array = dataclasses.field(default_factory=lambda: array("q"))
     sample: list[str] = dataclasses.field(default_factory=list)
     coverage: dict[str, float | None] = dataclasses.field(default_factory=dict)
     label: str | None = None
@@ -147,7 +147,7 @@ def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]], fea
     if scan.label is not None:
         scan.labels = [label_values(row[scan.label]) for _, rows in scan.table.chunks() for row in rows]
     some = scan.table.select(np.arange(0, len(scan), max(1, len(scan) // SAMPLE_ROWS)))
-    scan.sample = list(Texts(some, scan.by.whole))
+    scan.sample = list(Texts((some, scan.by.whole)))
     scan.coverage = _coverage(scan)
     return scan
 
@@ -168,46 +168,27 @@ def fold(label: str) -> str:
         return text
 
 
-def digest(text: str) -> int:
-    """A digest of a text, 64 bits."""
-    return int.from_bytes(similar.digest(text)[:8], "big")
-
-
 # ---------------------------------------------------------------------------------------------- rows
 
 
 def _views(scan: Scan, rows: list[dict], start: int) -> Iterator[View]:
     texts = {name: [_cell(scan, column, name, row[name], start + i) for i, row in enumerate(rows)]
              for name, column in scan.columns.items()}  # fmt: skip
-    whole = [row_text(row) for row in rows]
-    scripts = [_script(scan, text) for text in whole]
     if scan.recipe is None:
-        text_columns = [name for name, column in scan.columns.items() if column.text]
-        ids = {name: _ids(scan.tokenizer, texts[name]) for name in text_columns}
-        for name in text_columns:
-            scan.tokens[name].extend(map(len, ids[name]))
-        for i, text in enumerate(whole):
-            yield View(text, "", "", "", [t for name in text_columns for t in ids[name][i]], scripts[i], scan)
-        return
-    places = [scan.table.place(start + i) for i in range(len(rows))]
-    for text, script, (rendered, example, error) in zip(whole, scripts, _encoded(scan, rows, places)):
-        if error:
-            scan.prompts.append(0)
-            scan.answers.append(0)
-            yield View(text, "", "", error, (), script, scan)
-            continue
-        prompt, answer = sides(rendered)
-        scan.tokens["row"].append(len(example.ids))
-        scan.tokens["trained"].append(int(example.trained.sum()))
-        scan.prompts.append(digest(prompt) if prompt else 0)
-        scan.answers.append(digest(answer))
-        yield View(text, prompt, answer, "", example.ids, script, scan)
-
-
-def _script(scan: Scan, text: str) -> str:
-    found = textchecks.scripts(text)
-    scan.scripts.update(found)
-    return found.most_common(1)[0][0] if found else ""
+        ids = {name: _ids(scan.tokenizer, texts[name]) for name, column in scan.columns.items() if column.text}
+        for name, cells in ids.items():
+            scan.tokens[name].extend(map(len, cells))
+        seen = [("", "", "", [t for cells in ids.values() for t in cells[i]]) for i in range(len(rows))]
+    else:
+        seen = _encoded(scan, rows, [scan.table.place(start + i) for i in range(len(rows))])
+        scan.prompts.extend(hash(prompt) if prompt else 0 for prompt, *_ in seen)
+        scan.answers.extend(hash(answer) for _, answer, *_ in seen)
+    for row, (prompt, answer, error, ids) in zip(rows, seen, strict=True):
+        text = row_text(row)
+        found = textchecks.scripts(text)
+        scan.scripts.update(found)
+        script = max(found, key=found.get, default="")
+        yield View(text, prompt, answer, error, ids, script, scan)
 
 
 def sides(rendered: Rendered) -> tuple[str, str]:
@@ -220,16 +201,18 @@ def sides(rendered: Rendered) -> tuple[str, str]:
 
 
 def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:
-    """(rendered, example, error) of each row. Rows that fail are found by halving, as one stops its whole chunk."""
+    """(prompt, answer, error, ids) of each row. Rows that fail are found by halving, as one stops its whole chunk."""
     try:
         rendered = scan.recipe.render(rows, places)
         examples = scan.recipe.encode(scan.tokenizer, rows, places)
-        return [(r, e, "") for r, e in zip(rendered, examples)]
     except FtjaxError as error:
         if len(rows) == 1:
-            return [(None, None, str(error).removeprefix(f"{places[0]}: "))]
-    half = len(rows) // 2
-    return _encoded(scan, rows[:half], places[:half]) + _encoded(scan, rows[half:], places[half:])
+            return [("", "", str(error).removeprefix(f"{places[0]}: "), ())]
+        half = len(rows) // 2
+        return _encoded(scan, rows[:half], places[:half]) + _encoded(scan, rows[half:], places[half:])
+    scan.tokens["row"].extend(len(e.ids) for e in examples)
+    scan.tokens["trained"].extend(int(e.trained.sum()) for e in examples)
+    return [(*sides(r), "", e.ids) for r, e in zip(rendered, examples, strict=True)]
 
 
 def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
@@ -242,7 +225,7 @@ def _cell(scan: Scan, column: Column, name: str, cell, index: int) -> str:
     elif _is_empty(cell):
         column.empty.append(index)
     column.chars.append(len(text))
-    column.digests.append(digest(text if isinstance(cell, str) else repr(cell)))
+    column.hashes.append(hash(text if isinstance(cell, str) else repr(cell)))
     if column.values is not None:
         column.values.update(label_values(cell) if isinstance(cell, str | int | list) else ())
         named = name == scan.data.label

@@ -21,14 +21,13 @@ from ftjax.data.batches import Batches
 from ftjax.data.clean import Removed, clean, records
 from ftjax.data.compared import sides
 from ftjax.data.read import read_table
-from ftjax.data.split import absent, decontaminate, limit, shots, split
+from ftjax.data.split import PARTS, absent, decontaminate, limit, shots, split
 from ftjax.data.store import Examples
-from ftjax.data.table import CHUNK, Table
+from ftjax.data.table import Table
 from ftjax.data.tokenise import Example, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 from ftjax.files import cache_home
 
-PARTS = ("train", "validation", "test")
 MANY = 20_000  # from this number of rows on, more processes save more time than they take to start
 MEANT = "auto"  # the value of data.cache that means the user's cache folder
 
@@ -197,10 +196,9 @@ class Part:
 
     def _chunks(self) -> Iterator[tuple[Piece, list[template.Rendered], list[dict], list[str]]]:
         for piece in self.pieces:
-            for start in range(0, len(piece.kept), CHUNK):
-                chunk = piece.table.select(piece.kept[start : start + CHUNK])
-                places = [chunk.place(i) for i in range(len(chunk))]
-                rows = [row for _, rows in chunk.chunks() for row in rows]
+            table = piece.table.select(piece.kept)
+            for start, rows in table.chunks():
+                places = [table.place(i) for i in range(start, start + len(rows))]
                 yield piece, piece.recipe.render(rows, places), rows, places
 
     def select(self, indices: np.ndarray) -> Part:
@@ -501,23 +499,30 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
         FtjaxError: If data.train is empty, or if rows cannot be read or cleaned.
     """
     sources, gone = [], []
-    for name, data, _ in configs.sources(config):
-        if not data.train:
-            raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
-        tables, notes = {}, []
-        for part in PARTS:
-            if not getattr(data, part):
-                continue
-            tables[part] = read_table(getattr(data, part), f"data.{part}", folder, data.columns)
+    for name, data, tables in read_sources(config, folder):
+        notes = []
+        for part, table in tables.items():
             if part in data.clean.parts:
-                by = sides(data, tables[part].columns, config.task)
-                cleaned = clean(tables[part], data.clean, answers(config, data, tables[part]), folder, by)
-                gone += [Gone(tables[part], cleaned.removed)] if cleaned.removed else []
+                by = sides(data, table.columns, config.task)
+                cleaned = clean(table, data.clean, answers(config, data, table), folder, by)
+                gone += [Gone(table, cleaned.removed)] if cleaned.removed else []
                 tables[part] = cleaned.table
                 notes += _counted(f"cleaning changed rows of {part}", cleaned.changed)
                 notes += [f"{part}: {cleaned.conflict}"] if cleaned.conflict else []
         sources.append(Source(name, data, tables, notes, tables["train"], []))
     return sources, gone
+
+
+def read_sources(config, folder: str | None = None) -> Iterator[tuple[str, object, dict[str, Table]]]:
+    """(name, `data` group, rows of each part that has a file) of each source.
+
+    Raises FtjaxError if data.train is empty or rows cannot be read. folder: see `read_and_clean`.
+    """
+    for name, data, _ in configs.sources(config):
+        if not data.train:
+            raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
+        files = {part: getattr(data, part) for part in PARTS if getattr(data, part)}
+        yield name, data, {k: read_table(file, f"data.{k}", folder, data.columns) for k, file in files.items()}
 
 
 def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]] | None:

@@ -12,7 +12,7 @@ import hashlib
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -125,12 +125,14 @@ def firsts(texts: Iterable[str]) -> np.ndarray:
 
     An empty text has its own index.
     """
-    seen: dict[bytes, int] = {}
-    out = []
-    for i, text in enumerate(texts):
-        normalised = normalise(text)
-        out.append(seen.setdefault(digest(normalised), i) if normalised else i)
-    return np.array(out, np.int64)
+    normalised = enumerate(map(normalise, texts))
+    return np.array(first_equal(digest(text) if text else i for i, text in normalised), np.int64)
+
+
+def first_equal(keys: Iterable[Hashable]) -> list[int]:
+    """For each key, the index of the first key that is equal to it."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
 def near_pairs(texts: Sequence[str], threshold: float, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ftjax.data.clean import Removed, need_columns
 from ftjax.data.compared import Texts, common, sides, telling
-from ftjax.data.similar import clusters, grams, near_pairs, normalise, shingles, without
+from ftjax.data.similar import clusters, first_equal, grams, near_pairs, normalise, shingles, without
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 
@@ -211,15 +211,14 @@ def _deal(sizes: np.ndarray, shares: np.ndarray) -> np.ndarray:
 def _groups(table: Table, data, seed: int, task) -> np.ndarray:
     """(N,) index of the first row of each row's group."""
     need_columns(data.group, table.columns, "data.group")
-    pairs = [np.empty((0, 2), np.int64)]
+    pairs, rows = [np.empty((0, 2), np.int64)], np.arange(len(table))
     for column in data.group:
-        first: dict[str, int] = {}
-        cells = enumerate(table.cells(column))
-        pairs.append(np.array([(first.setdefault(_key(c), i), i) for i, c in cells if c is not None], np.int64))
+        first = first_equal(i if cell is None else _key(cell) for i, cell in enumerate(table.cells(column)))
+        pairs.append(np.stack([first, rows], axis=1))
     if data.group_near:
         by = sides(data, table.columns, task)
-        pairs.append(near_pairs(Texts(table, telling(by, common(table, by))), data.group_near, seed))
-    return clusters(np.concatenate([p.reshape(-1, 2) for p in pairs]), len(table))
+        pairs.append(near_pairs(Texts((table, telling(by, common(table, by)))), data.group_near, seed))
+    return clusters(np.concatenate(pairs), len(table))
 
 
 def _by_group(group: np.ndarray, value: np.ndarray, order: np.ndarray, shares: dict[int, float], data) -> np.ndarray:
@@ -277,14 +276,11 @@ def decontaminate(
         (indices of the rows of train that do not overlap, the other rows with the reason).
     """
     evaluation = _Evaluation(train, others, data, task)
-    mine, removed, i = evaluation.mine, [], 0
-    labels = mine.labels(train)
-    for _, rows in train.chunks():
-        for row in rows:
-            found = evaluation.overlap(row, labels[i])
-            if found:
+    labels, removed = evaluation.mine.labels(train), []
+    for start, rows in train.chunks():
+        for i, row in enumerate(rows, start):
+            if found := evaluation.overlap(row, labels[i]):
                 removed.append(Removed(i, train.place(i), "decontaminate", *found))
-            i += 1
     return np.setdiff1d(np.arange(len(train)), [r.index for r in removed]), removed
 
 
@@ -298,10 +294,10 @@ class _Evaluation:
         theirs = [(table, sides(data, table.columns, task)) for _, table in others]
         self.rows = [(name, table, j) for name, table in others for j in range(len(table))]
         self.labels = [label for table, by in theirs for label in by.labels(table)]
-        sets = [[normalise(text) for text in Texts(table, by.whole)] for table, by in theirs]
-        self.template = _template(Texts(train, self.mine.whole), sets)
-        reads = (normalise(text) for table, by in theirs for text in Texts(table, telling(by, prompts)))
-        self.shingles = [shingles(self._own(text)) for text in reads]
+        sets = [[normalise(text) for text in Texts((table, by.whole))] for table, by in theirs]
+        self.template = _template(Texts((train, self.mine.whole)), sets)
+        reads = Texts(*((table, telling(by, prompts)) for table, by in theirs))
+        self.shingles = [shingles(self._own(normalise(text))) for text in reads]
         self.of_gram: dict[str, int] = {}
         self.of_shingle: dict[str, list[int]] = {}
         for e, text in enumerate(itertools.chain.from_iterable(sets)):

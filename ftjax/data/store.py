@@ -315,14 +315,18 @@ def _encoded(table: Table, encode, processes: int) -> Iterator[list[Example]]:
         return
     with _pool(processes, encode) as pool:
         # Each process has a few chunks waiting. Results are read in order, so that the first bad row gives the error.
-        waiting = collections.deque()
-        for start, *task in tasks:
-            waiting.append((start, pool.submit(_encode, *task)))
-            if len(waiting) == 4 * processes:
-                start, found = waiting.popleft()
-                yield numbered(start, found.result())
-        for start, found in waiting:
+        for start, found in ahead(((start, pool.submit(_encode, *task)) for start, *task in tasks), 4 * processes):
             yield numbered(start, found.result())
+
+
+def ahead(items: Iterator, n: int) -> Iterator:
+    """Yield the items of an iterator, but read it `n` items ahead."""
+    drawn = collections.deque()
+    for item in items:
+        drawn.append(item)
+        if len(drawn) > n:
+            yield drawn.popleft()
+    yield from drawn
 
 
 def _install(encode) -> None:

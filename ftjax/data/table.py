@@ -64,14 +64,13 @@ class Table:
 
     def cells(self, column: str) -> Iterator:
         """The cells of one column, in order."""
-        rows = self.rows.select_columns(column).with_format("arrow")
-        for start in range(0, len(self), CHUNK):
-            yield from columns.decode(rows[start : start + CHUNK].column(0))
+        for rows in self.rows.select_columns(column).with_format("arrow").iter(CHUNK):
+            yield from columns.decode(rows.column(0))
 
     def batches(self) -> Iterator[pyarrow.RecordBatch]:
         """All rows in order, as Arrow batches."""
-        for start in range(0, len(self), CHUNK):
-            yield from self._arrow(start, min(start + CHUNK, len(self))).to_batches()
+        for rows in self.rows.with_format("arrow").iter(CHUNK):
+            yield from rows.to_batches()
 
     def _arrow(self, start: int, stop: int) -> pyarrow.Table:
         return self.rows.with_format("arrow")[start:stop]

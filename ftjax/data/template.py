@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os.path
@@ -117,8 +118,9 @@ def renderer(
             "data.prompt and data.completion to the question and the answer"
         )
     if template:
-        bare = {"instruction": _asked_alpaca if template == "alpaca" else _asked, "question": _bare_question}
-        bare |= {"ballot": lambda row, place: _first_pair("ballot", row, place, template)}
+        between = ALPACA_INPUT if template == "alpaca" else "\n\n"
+        bare = {"instruction": functools.partial(_asked, between=between), "question": _bare_question}
+        bare["ballot"] = functools.partial(_first_pair, form="ballot", template=template)
         render = bare.get(form, render)
 
     def whole(row: dict, place: str) -> Rendered:
@@ -209,13 +211,9 @@ def _instruction(row: dict, place: str) -> Rendered:
     return Rendered(template.format(instruction=instruction, input=given), output)
 
 
-def _asked(row: dict, place: str, between: str = "\n\n") -> Rendered:
+def _asked(row: dict, place: str, between: str) -> Rendered:
     instruction, given, output = _task(row, place)
     return Rendered(instruction + (between + given if given else ""), output)
-
-
-def _asked_alpaca(row: dict, place: str) -> Rendered:
-    return _asked(row, place, ALPACA_INPUT)
 
 
 def _task(row: dict, place: str) -> tuple[str, str, str]:
@@ -228,12 +226,8 @@ def _task(row: dict, place: str) -> tuple[str, str, str]:
     return field(row, "instruction", place), given, _answer(field(row, "output", place), place)
 
 
-def _messages(row: dict, place: str) -> Rendered:
-    return Rendered(messages=_turns(row, "messages", place))
-
-
-def _sharegpt(row: dict, place: str) -> Rendered:
-    return Rendered(messages=_turns(row, "conversations", place))
+def _messages(row: dict, place: str, column: str = "messages") -> Rendered:
+    return Rendered(messages=_turns(row, column, place))
 
 
 def _preference(row: dict, place: str) -> Rendered:
@@ -325,7 +319,7 @@ def pairs(form: str, row: dict, place: str, template: str = "") -> list[dict]:
     return [row | {"chosen": answers[i], "rejected": answers[j]} for i, j in found]
 
 
-def _first_pair(form: str, row: dict, place: str, template: str = "") -> Rendered:
+def _first_pair(row: dict, place: str, form: str, template: str = "") -> Rendered:
     return _preference(pairs(form, row, place, template)[0], place)
 
 
@@ -353,10 +347,10 @@ FORMS = {
     "question": _question,
     "instruction": _instruction,
     "messages": _messages,
-    "sharegpt": _sharegpt,
+    "sharegpt": functools.partial(_messages, column="conversations"),
     "preference": _preference,
-    "ranked": lambda row, place: _first_pair("ranked", row, place),
-    "ballot": lambda row, place: _first_pair("ballot", row, place),
+    "ranked": functools.partial(_first_pair, form="ranked"),
+    "ballot": functools.partial(_first_pair, form="ballot"),
 }
 PAIRED = ("preference", "ranked", "ballot")  # forms that say which of two answers is better
 RANKED = ("responses", "completions", "answers")  # columns with a list of answers, the best first or with ranks

@@ -59,10 +59,6 @@ KEY = re.compile(
 ENTROPY = 3.5  # bits a character from which a value with such a name looks random; English words have about 3
 
 
-def _all(match: re.Match) -> Span | None:
-    return match.span()
-
-
 def _phone(match: re.Match) -> Span | None:
     """The span of the number alone, if it has 7 to 15 digits (ITU-T E.164)."""
     digits = sum(c.isdigit() for c in match["number"] or match[0])
@@ -90,7 +86,7 @@ def _key(match: re.Match) -> Span | None:
 
 PERSONAL: dict[str, tuple[re.Pattern, Callable[[re.Match], Span | None]]] = {  # of overlapping matches the first counts
     "key": (KEY, _key),
-    "email": (EMAIL, _all),
+    "email": (EMAIL, re.Match.span),
     "card": (CARD, _card),
     "phone": (PHONE, _phone),
 }
@@ -113,6 +109,11 @@ def mask(text: str) -> str:
     for kind, start, end in personal(text):
         out, at = f"{out}{text[at:start]}[{kind.upper()}]", end
     return out + text[at:]
+
+
+def short(text: str, most: int) -> str:
+    """The text, cut to `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def entropy(text: str) -> float:

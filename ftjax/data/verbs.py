@@ -48,8 +48,7 @@ def clean(config, out: str, say: Callable = print) -> None:
         out: Folder to write to, which must be new or empty.
         say: Prints a text.
     """
-    folder = _empty(out)
-    _write(folder, *read_and_clean(config), say)
+    _write(out, lambda: read_and_clean(config), say)
 
 
 def split(config, out: str, say: Callable = print) -> None:
@@ -60,8 +59,7 @@ def split(config, out: str, say: Callable = print) -> None:
         out: Folder to write to, which must be new or empty.
         say: Prints a text.
     """
-    folder = _empty(out)
-    _write(folder, *rows(config, augmented=False), say)
+    _write(out, lambda: rows(config, augmented=False), say)
 
 
 def augment(config, out: str, say: Callable = print) -> None:
@@ -72,8 +70,7 @@ def augment(config, out: str, say: Callable = print) -> None:
         out: Folder to write to, which must be new or empty.
         say: Prints a text.
     """
-    folder = _empty(out)
-    _write(folder, *rows(config), say)
+    _write(out, lambda: rows(config), say)
 
 
 def show(config, count: int = 3, ids: bool = False, html: str | None = None, say: Callable = print) -> None:
@@ -134,8 +131,10 @@ def _empty(out: str) -> Path:
     return folder
 
 
-def _write(out: Path, sources: list[Source], gone: list[Gone], say: Callable) -> None:
+def _write(out: str, make: Callable[[], tuple[list[Source], list[Gone]]], say: Callable) -> None:
     """Write `[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl if any row was left out."""
+    out = _empty(out)
+    sources, gone = make()
     for source in sources:
         folder = out / source.name
         folder.mkdir(exist_ok=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data.batches import ahead, loader
+from ftjax.data.batches import loader
+from ftjax.data.store import ahead
 from ftjax.training import sharding
 from ftjax.training.job import Job
 from ftjax.training.program import Program
