@@ -253,6 +253,8 @@ class Writer:
             self.held.append(batch)
             return
         if not self.files or self.files[-1].schema != self.schema:
+            for file in self.files:
+                file.close()
             self.files.append(_File(self.schema, self.folder))
         self.files[-1].write(recode(batch, self.schema))
 

@@ -106,7 +106,7 @@ class Examples(Sequence[Example]):
     def first_texts(self) -> Examples:
         """The examples cut to their first text, which of a preference is the prompt with the chosen answer."""
         length = np.where(self.second > 0, self.second, self.length)
-        labels = np.array([np.count_nonzero(self.trained[a : a + n]) for a, n in zip(self.start, length)])
+        labels = np.array([np.count_nonzero(self.trained[a : a + n]) for a, n in zip(self.start, length)], np.int64)
         # Without targets, the tokens of the answer are its labels.
         return dataclasses.replace(self, length=length, labels=labels, second=np.zeros_like(length), targets=None)
 
