@@ -12,7 +12,7 @@ from ftjax.data import prepare
 from ftjax.data.compared import sides
 from ftjax.data.inspect_checks import CHECKS, Check, Hit
 from ftjax.data.inspect_corpus import corpus, near
-from ftjax.data.inspect_scan import FEATURES, SAMPLE_WORDS, Scan, scan
+from ftjax.data.inspect_scan import SAMPLE_WORDS, Scan, scan
 from ftjax.data.inspect_scan import sides as prompt_and_answer
 from ftjax.data.similar import clusters, normalise, row_text, units
 from ftjax.data.textchecks import mask, short
@@ -107,7 +107,7 @@ def inspect(config, tokenizer) -> Inspection:
     """
     checks = {name: check.row for name, check in CHECKS.items() if check.row}
     with tempfile.TemporaryDirectory(prefix="ftjax-inspect-") as folder:
-        scans = [scan(one, checks, FEATURES) for one in _parts(config, tokenizer, folder)]
+        scans = [scan(one, checks) for one in _parts(config, tokenizer, folder)]
         whole = corpus(scans, config.seed)
         found = [
             _finding(name, check, one, hit)

@@ -91,7 +91,7 @@ def _sentences(part: Statistics) -> list[str]:
     if part.label is not None:
         how = " (guessed)" if part.label_guessed else ""
         total = max(sum(part.labels.values()), 1)
-        shown = [f"{repr(short(text, 40))} {n:,} ({n / total:.1%})" for text, n in list(part.labels.items())[:LABELS]]
+        shown = [f"{text} {n:,} ({n / total:.1%})" for text, n in _labels(part)]
         more = len(part.labels) - len(shown)
         out.append(f"label {part.label!r}{how}: {', '.join(shown)}" + (f" and {more:,} more" if more else ""))
     words = "" if part.tokens_per_word is None else f"{part.tokens_per_word:.2f} tokens a word, "
@@ -99,6 +99,11 @@ def _sentences(part: Statistics) -> list[str]:
     out.append("scripts: " + (", ".join(f"{s} {_share(v)}" for s, v in list(part.scripts.items())[:6]) or "no letters"))
     grams = ", ".join(f"{n}-grams {v:.2f}" for n, v in part.distinct_ngrams.items())
     return [*out, f"distinct by all, of the words of a sample: {grams}"]
+
+
+def _labels(part: Statistics) -> list[tuple[str, int]]:
+    """(label as it is shown, number of rows) of the first labels."""
+    return [(repr(short(text, 40)), n) for text, n in list(part.labels.items())[:LABELS]]
 
 
 def _share(share: float) -> str:
@@ -123,19 +128,7 @@ def html(inspection: Inspection) -> str:
         findings=inspection.findings,
         listed=LISTED,
         quantiles=list(map(_percent, QUANTILES)),
-        parts=[_part(name, part) for name, part in inspection.parts.items()],
+        parts=[(name, part, _sentences(part), _all_lengths(part)) for name, part in inspection.parts.items()],
+        share=_share,
+        labels=_labels,
     )
-
-
-def _part(name: str, part: Statistics) -> dict:
-    lengths = _all_lengths(part)
-    return {
-        "name": name,
-        "source": part.source,
-        "sentences": [s for s in _sentences(part) if not s.startswith("column ")],
-        "columns": [[n, c["type"], f"{c['distinct']:,}", _share(c["empty"])] for n, c in part.columns.items()],
-        "lengths": [[what, *(f"{v:,}" for v in x.quantiles), f"{x.mean:,.1f}"] for what, x in lengths],
-        "histograms": [(what, x) for what, x in lengths if len(x.counts) > 1],
-        "label": part.label,
-        "labels": [(repr(short(text, 40)), n) for text, n in list(part.labels.items())[:LABELS]],
-    }

@@ -125,13 +125,12 @@ class Scan:
         return f"row {table.number[other]}" if table.file[index] == table.file[other] else table.place(other)
 
 
-def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]], features: dict[str, Callable]) -> Scan:
+def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]]) -> Scan:
     """Fill in a Scan by a pass over its rows.
 
     Args:
         scan: The part. It is changed in place and returned.
         checks: {name: check(view) -> a note on the row, or a false value if nothing is found}.
-        features: {name: feature(view) -> a few words about the row}.
     """
     scan.special, scan.unknown = tuple(scan.tokenizer.all_special_tokens), _unknown(scan.tokenizer)
     scan.columns = {name: Column() for name in scan.table.columns}
@@ -141,11 +140,11 @@ def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]], fea
                 note = check(view)
                 if note:
                     scan.hits[name][i] = note
-            for name, feature in features.items():
+            for name, feature in FEATURES.items():
                 scan.features[name].append(feature(view))
     scan.label = _label(scan)
     if scan.label is not None:
-        scan.labels = [label_values(row[scan.label]) for _, rows in scan.table.chunks() for row in rows]
+        scan.labels = list(map(label_values, scan.table.cells(scan.label)))
     some = scan.table.select(np.arange(0, len(scan), max(1, len(scan) // SAMPLE_ROWS)))
     scan.sample = list(Texts((some, scan.by.whole)))
     scan.coverage = _coverage(scan)

@@ -35,6 +35,7 @@ def show(data: Data, tokenizer, colour: bool | None = None, packing: bool = Fals
     """
     marks = _marks(colour)
     lines = [f"{'':10} {'rows':>9} {'tokens':>12} {'trained':>8} {'length 5%':>10} {'50%':>6} {'95%':>6} {'max':>6}"]
+    notes = []
     for part in PARTS:
         reports = getattr(data, part).reports
         for source, r in reports.items():
@@ -43,24 +44,16 @@ def show(data: Data, tokenizer, colour: bool | None = None, packing: bool = Fals
             lines.append(
                 f"{name:10} {r.rows - r.dropped:9,} {r.tokens:12,} {r.trained / max(r.tokens, 1):8.1%} {lengths}"
             )
+            notes += [f"{name}: {line}" for line in _sentences(r)]
         if not reports:
             lines.append(f"{part:10} {0:9,}")
-    for part in PARTS:
-        for source, r in getattr(data, part).reports.items():
-            lines += [f"{part} {source}".strip() + f": {line}" for line in _sentences(r)]
-    lines += mixture(data)
-    lines += [*data.notes, *([left_out(data.gone)] if data.gone else [])]
+    lines += [*notes, *mixture(data), *data.notes, *([left_out(data.gone)] if data.gone else [])]
     kind = "packing efficiency" if packing else "share of tokens that are no padding"
     shares = ", ".join(f"{part} {getattr(data, part).efficiency:.1%}" for part in PARTS if len(getattr(data, part)))
     lines.append(f"{kind}: {shares}")
-    lines += [f"one row of train, what is trained {_said(marks)}:"]
-    return "\n".join(
-        [
-            *lines,
-            mark(data.train.examples[0], tokenizer, *marks),
-            *filter(None, [target(data, 0, data.train.examples[0])]),
-        ]
-    )
+    first = data.train.examples[0]
+    lines += [f"one row of train, what is trained {_said(marks)}:", mark(first, tokenizer, *marks)]
+    return "\n".join([*lines, *filter(None, [target(data, 0, first)])])
 
 
 def target(data: Data, i: int, example: Example) -> str:

@@ -61,14 +61,9 @@ def windows(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> li
                 f"window of the text, which must be more than task.stride={how.stride}; raise data.max_length or "
                 "lower task.stride"
             )
-        start = a
-        while True:
-            end = min(start + room, b)
-            kept = np.r_[0:a, start:end, b : len(ids)]
+        for start in range(a, max(b - how.stride, a + 1), max(room - how.stride, 1)):
+            kept = np.r_[0:a, start : min(start + room, b), b : len(ids)]
             out.append(Window(ids[kept], second_text(encoded, i), offsets[kept], i))
-            if end == b:
-                break
-            start = end - how.stride
     return out
 
 

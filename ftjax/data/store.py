@@ -358,14 +358,7 @@ def _pool(processes: int, encode):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _install, (encode,))
     try:
-        pool.submit(int)  # the first task starts all workers
-    finally:
-        main.__dict__.update(hidden)
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-    try:
-        yield pool
+        yield pool  # which starts a worker where a task finds none idle
     except BrokenProcessPool:
         raise FtjaxError(
             "a process that tokenised rows was killed, perhaps because memory ran out; set data.processes=1, or end "
@@ -373,6 +366,10 @@ def _pool(processes: int, encode):
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        main.__dict__.update(hidden)
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:

@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -110,6 +112,26 @@ def test_several_processes_give_the_same_rows_and_the_same_first_error(table, st
     late = functools.partial(Recipe.encode, recipe(form="instruction"), starter)
     with pytest.raises(FtjaxError, match="rows.jsonl row 1: column 'instruction' does not exist"):
         tokenised(table, late, "", Cache(None), processes=2)
+
+
+SCRIPT = """print("runs")
+import functools, sys
+from transformers import AutoTokenizer
+from ftjax.assets import resolve
+from ftjax.data.prepare import Recipe
+from ftjax.data.read import read_table
+from ftjax.data.store import Cache, tokenised
+encode = functools.partial(Recipe.encode, Recipe("prompt", "", "", "", "", "assistant", ""),
+                           AutoTokenizer.from_pretrained(resolve("builtin:stories260K")))
+print(len(tokenised(read_table(sys.argv[1]), encode, "", Cache(None), processes=2)), __file__ == sys.argv[0])
+"""
+
+
+def test_the_processes_do_not_run_a_script_again(table, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), table.files[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("runs\n2500 True\n", 0), done.stderr[-2000:]
 
 
 def killed(rows, places):
