@@ -139,8 +139,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 state = fisher.weighed(job, program, state, frozen)
 
         say(description(job, program))
-        training = Training(job, program, frozen, checkpoints, standing, say)
-        training.open(state, known, opened)
+        training = training_of(job, program, state.trained, frozen, checkpoints, standing, known, say, opened)
         state = training.run(state)
         checkpoints.wait()
 
@@ -257,9 +256,68 @@ class Standing:
         return found | ({"skipped": [*self.skipped]} if self.skipped else {})
 
 
+def training_of(
+    job: Job, program: Program, trained: dict, frozen: dict, checkpoints: Checkpoints, standing: Standing, known: str,
+    say: Callable[[str], None], opened: contextlib.ExitStack,
+) -> Training:  # fmt: skip
+    """Open the feed of batches, the metrics and the line on the screen.
+
+    Args:
+        job: The run.
+        program: Its compiled functions.
+        trained: Tree of trained parameters.
+        frozen: Tree of frozen parameters.
+        checkpoints: Of the run folder.
+        standing: How far the run is.
+        known: Digest of the metrics up to there, see Metrics.
+        say: Called with lines for a person.
+        opened: Closed at the end of the run.
+    """
+    config, start, first = job.config, standing.step, jax.process_index() == 0
+    run_dir, batches, validation = Path(config.run_dir), job.batches, job.validation
+    sizes = program.base, program.trained, program.frozen
+    flops = flops_per_token(job.spec.model, *sizes, job.longest, job.task.passes(config))
+    keep, own = features.keeper(job, program, trained, frozen)
+    if keep:
+        with doing("computing what is the same in every epoch"):
+            batches, flops = keep(batches), own or flops
+            validation = {name: keep(held_out) for name, held_out in job.validation.items()}
+    peak = PEAKS.get(jax.devices()[0].device_kind)
+    progress = Progress(job.steps, start, flops, peak * job.mesh.size if peak else None)
+    opened.callback(progress.end)  # an error has a line of its own
+    metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, start, known, say))) if first else None
+    feed = Feed(job, program, frozen, batches, start, progress, metrics.write if metrics else lambda step, values: None)
+    opened.push(hosts.end_together)  # before the open files are closed, which waits for all processes
+    take_step = Profiler(program.step, config.log.profile if first else "", run_dir, start, job.steps, say)
+    opened.callback(take_step.close)
+    training = Training(
+        job, program, frozen, checkpoints, standing, say, validation, feed, progress, metrics, take_step,
+        {"key": privacy.key_of(job.secret)} if job.secret else {},
+    )  # fmt: skip
+    checkpoints.pinned = standing.good if training.rewinds else 0
+    return training
+
+
 @dataclasses.dataclass
 class Training:
-    """The steps of a run: what they need, and what is open while they are taken."""
+    """The steps of a run: what they need, and what is open while they are taken.
+
+    Attributes:
+        job: The run.
+        program: Its compiled functions.
+        frozen: Tree of frozen parameters.
+        checkpoints: Of the run folder.
+        standing: How far the run is.
+        say: Called with lines for a person.
+        validation: {source: batches of its validation rows}.
+        feed: The batches of the next steps.
+        progress: The line on the screen.
+        metrics: metrics.jsonl; None in a process that does not write.
+        take_step: The training step.
+        secret: What it gets beside each batch: the key of a private run's noise.
+        loss: The last loss that was read.
+        unread: (step, report) of steps whose numbers are still on the devices.
+    """
 
     job: Job
     program: Program
@@ -267,43 +325,24 @@ class Training:
     checkpoints: Checkpoints
     standing: Standing
     say: Callable[[str], None]
-    loss: float | None = None  # the last one that was read
-    unread: list[tuple[int, Any]] = dataclasses.field(default_factory=list)  # (step, report), still on the devices
+    validation: dict
+    feed: Feed
+    progress: Progress
+    metrics: Metrics | None
+    take_step: Profiler
+    secret: dict
+    loss: float | None = None
+    unread: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
 
-    def open(self, state, known: str, opened: contextlib.ExitStack) -> None:
-        """Open the feed of batches, the metrics and the line on the screen.
+    @property
+    def rewinds(self) -> bool:
+        """Whether a bad step sends the run back to its last checkpoint."""
+        return self.job.config.train.on_bad_step == "rewind"
 
-        Args:
-            state: The State to go on from.
-            known: Digest of the metrics up to there, see Metrics.
-            opened: Closed at the end of the run.
-        """
-        job, program, config, start = self.job, self.program, self.job.config, self.standing.step
-        first = jax.process_index() == 0
-        batches, self.validation = job.batches, job.validation
-        self.rate_of_rows = getattr(batches, "rate", 0.0)  # probability with which a private step draws an example
-        self.rewinds = config.train.on_bad_step == "rewind"
-        self.checkpoints.pinned = self.standing.good if self.rewinds else 0
-        sizes, passes = (program.base, program.trained, program.frozen), job.task.passes(config)
-        flops = flops_per_token(job.spec.model, *sizes, job.longest, passes)
-        keep, own = features.keeper(job, program, state.trained, self.frozen)
-        if keep:
-            with doing("computing what is the same in every epoch"):
-                batches, flops = keep(batches), own or flops
-                self.validation = {name: keep(held_out) for name, held_out in job.validation.items()}
-        peak = PEAKS.get(jax.devices()[0].device_kind)
-        self.progress = Progress(job.steps, start, flops, peak * job.mesh.size if peak else None)
-        opened.callback(self.progress.end)  # an error has a line of its own
-        run_dir = Path(config.run_dir)
-        self.metrics = Metrics(run_dir, config, start, known, self.say) if first else None
-        if self.metrics:
-            opened.enter_context(contextlib.closing(self.metrics))
-        self.feed = Feed(job, program, self.frozen, batches, start, self.progress, self.write)
-        opened.push(hosts.end_together)  # before the open files are closed, which waits for all processes
-        profiled = config.log.profile if first else ""
-        self.secret = {"key": privacy.key_of(job.secret)} if job.secret else {}
-        self.take_step = Profiler(program.step, profiled, run_dir, start, job.steps, self.say)
-        opened.callback(self.take_step.close)
+    @property
+    def rate_of_rows(self) -> float:
+        """Probability with which a private step draws an example."""
+        return getattr(self.job.batches, "rate", 0.0)
 
     def run(self, state):
         """Take the steps that are left, unless train.patience ends them earlier. Returns the last State.
@@ -375,11 +414,6 @@ class Training:
     def out_of_patience(self) -> bool:
         """Whether as many validations as train.patience allows were no better than one before them."""
         return 0 < self.job.config.train.patience <= self.standing.stale
-
-    def write(self, step: int, values: dict) -> None:
-        """Write a row of metrics.jsonl, in the process that writes."""
-        if self.metrics:
-            self.metrics.write(step, values)
 
     def note(self, step: int, values: dict) -> None:
         """Write a row of metrics.jsonl and show it."""
