@@ -66,222 +66,141 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=_version())
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name, run, help, **text):
-        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False, **text)
+    def verb(name, run, help):
+        """Start a verb. Returns the function that adds an argument to it: its name, help, default and metavar. The
+        default gives the type: False is a switch, and a list is of texts, as the argument may be repeated."""
+        epilog = "any field of the config can be set: --config.optim.lr=3e-4; `ftjax config` lists them all"
+        sub = verbs.add_parser(
+            name, help=help, description=help, allow_abbrev=False, epilog=epilog if name in CONFIGURED else None
+        )
         sub.set_defaults(run=run)
-        return sub
 
-    overrides = "any field of the config can be set: --config.optim.lr=3e-4; `ftjax config` lists them all"
-    sub = verb(
-        "train", _train, "fine-tune a model as a config says, or resume a run that was stopped", epilog=overrides
-    )
-    sub.add_argument(
-        "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
-    )
-    sub.add_argument(
-        "--profile", metavar="steps=FIRST:LAST",
-        help="trace these steps, both ends included, and report where their time goes; as --config.log.profile",
-    )  # fmt: skip
+        def add(argument, help=None, default=None, metavar=None, **how):
+            kinds = {bool: {"action": "store_true"}, list: {"action": "append"}, int: {"type": int}}
+            how |= kinds.get(type(default), {"type": float} if isinstance(default, float) else {})
+            sub.add_argument(argument, help=help, default=default, **how, **({"metavar": metavar} if metavar else {}))
 
-    sub = verb("sweep", _sweep, "train with every combination of some settings, with several seeds", epilog=overrides)
-    sub.add_argument(
-        "--config", required=True, metavar="FILE", help="a Python file with get_config(); its run_dir holds all runs"
-    )
-    sub.add_argument(
-        "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values of one field; may be repeated"
-    )
-    sub.add_argument("--seeds", type=int, default=1, help="runs of each combination, with seeds from the config's on")
-    sub.add_argument(
-        "--random",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draw N combinations at random; --grid may then be a range, KEY=LOW..HIGH:log",
-    )
-    sub.add_argument(
-        "--optuna",
-        type=int,
-        default=0,
-        metavar="N",
-        help="N combinations that Optuna proposes, from the same lists and ranges",
-    )
-    sub.add_argument(
-        "--halving",
-        action="store_true",
-        help="run all combinations briefly, the best third by validation loss longer, and so on",
-    )
-    sub.add_argument(
-        "--stale", type=float, default=600.0, metavar="SECONDS",
-        help="take over a run of another process that has given no sign of life for so long",
-    )  # fmt: skip
+        return add
 
-    sub = verb(
-        "compare", _compare, "compare prompts, tuned and other models on the same rows: which is better, at what cost",
-        epilog=overrides,
-    )  # fmt: skip
-    sub.add_argument(
-        "--config", required=True, metavar="FILE", help="a Python file with get_config(); its run_dir holds all runs"
-    )
-    sub.add_argument("--out", metavar="DIR", help="folder of the report; default: the config's run_dir")
+    config, model = "a Python file with get_config()", "model directory, hub name, PEFT adapter directory or run folder"
+    of_run, of_all = f"{config}, or a run's run.json", f"{config}; its run_dir holds all runs"
+    adapter = "a PEFT adapter for --model, which is a base model then; repeat to use several in turn"
 
-    sub = verb(
-        "plan",
-        _plan,
-        "report what a run will need: memory, time, money, and which other settings would fit",
-        epilog=overrides,
-    )
-    sub.add_argument(
-        "--config", required=True, metavar="FILE", help="a Python file with get_config(), or a run's run.json"
-    )
-    sub.add_argument(
-        "--devices", default="cpu:1", help="such as v6e-8, v5p-16, v5p:4x8x8, h200x8, cpu:8; default: cpu:1"
-    )
-    sub.add_argument(
-        "--data", action="store_true", help="read the rows, to know the number of steps and the lengths of rows"
-    )
-    sub.add_argument(
-        "--memory", type=float, metavar="GIB", help="memory of a device that a program may use; default: by a table"
-    )
-    sub.add_argument(
-        "--price", type=float, metavar="DOLLARS", help="price of a device hour; default: by a table, for TPUs"
-    )
-    sub.add_argument("--share", type=float, default=0.5, help="share of the devices' peaks that the run will reach")
-    sub.add_argument(
-        "--seconds",
-        type=float,
-        default=60.0,
-        help="time for compiling other settings; those that are left are estimated",
-    )
-    sub.add_argument("--exact", action="store_true", help="let the TPU compiler use its full time")
-    sub.add_argument("--json", metavar="FILE", help="write the plan there too")
+    add = verb("train", _train, "fine-tune a model as a config says, or resume a run that was stopped")
+    add("--config", of_run, metavar="FILE", required=True)
+    traced = "trace these steps, both ends included, and report where their time goes; as --config.log.profile"
+    add("--profile", traced, metavar="steps=FIRST:LAST")
 
-    sub = verb("data", _data, "look at rows; clean, split or augment them as training would", epilog=overrides)
-    sub.add_argument("step", choices=DATA_VERBS, help="; ".join(f"{name}: {text}" for name, text in DATA_VERBS.items()))
-    sub.add_argument("--config", metavar="FILE", help="a Python file with get_config(), or a run's run.json")
-    sub.add_argument("--data", help="rows, instead of the config's data.train; no other part is read then")
-    sub.add_argument("--model", help="model whose tokenizer counts tokens, instead of the config's model.path")
-    sub.add_argument("--out", help="inspect, clean, split, augment: a new folder; preview: an HTML file")
-    sub.add_argument("--rows", type=int, default=3, help="preview: number of batch rows shown")
-    sub.add_argument("--ids", action="store_true", help="preview: show token ids too")
+    add = verb("sweep", _sweep, "train with every combination of some settings, with several seeds")
+    add("--config", of_all, metavar="FILE", required=True)
+    add("--grid", "values of one field; may be repeated", [], "KEY=VALUE,...")
+    add("--seeds", "runs of each combination, with seeds from the config's on", 1)
+    add("--random", "draw N combinations at random; --grid may then be a range, KEY=LOW..HIGH:log", 0, "N")
+    add("--optuna", "N combinations that Optuna proposes, from the same lists and ranges", 0, "N")
+    add("--halving", "run all combinations briefly, the best third by validation loss longer, and so on", False)
+    silent = "take over a run of another process that has given no sign of life for so long"
+    add("--stale", silent, 600.0, "SECONDS")
 
-    sub = verb(
-        "evaluate",
-        _evaluate,
-        "report loss and perplexity per trained token, and scores of generated answers or of labels",
-        epilog=overrides,
-    )
-    sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
-    _add_adapter(sub)
-    sub.add_argument("--data", help="rows, as data.train takes them; default: the test part of the run's own data")
-    sub.add_argument(
-        "--config",
-        metavar="FILE",
-        help="config that says how to read the rows; default: the run's own, or the defaults",
-    )
-    sub.add_argument(
-        "--generate", action="store_true", help="also answer every prompt and score the answers by evaluate.metrics"
-    )
-    sub.add_argument("--out", metavar="FILE", help="write the scores as JSON")
+    about = "compare prompts, tuned and other models on the same rows: which is better, at what cost"
+    add = verb("compare", _compare, about)
+    add("--config", of_all, metavar="FILE", required=True)
+    add("--out", "folder of the report; default: the config's run_dir", metavar="DIR")
 
-    sub = verb("predict", _predict, "predict labels, tags of words, answers or vectors of rows", epilog=overrides)
-    sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
-    sub.add_argument("--data", required=True, help="rows, as data.train takes them; they need no labels")
-    sub.add_argument(
-        "--out", metavar="FILE", help="write JSON lines there instead of to the terminal; vectors also as .npy"
-    )
+    about = "report what a run will need: memory, time, money, and which other settings would fit"
+    add = verb("plan", _plan, about)
+    add("--config", of_run, metavar="FILE", required=True)
+    add("--devices", "such as v6e-8, v5p-16, v5p:4x8x8, h200x8, cpu:8; default: cpu:1", "cpu:1")
+    add("--data", "read the rows, to know the number of steps and the lengths of rows", False)
+    add("--memory", "memory of a device that a program may use; default: by a table", metavar="GIB", type=float)
+    add("--price", "price of a device hour; default: by a table, for TPUs", metavar="DOLLARS", type=float)
+    add("--share", "share of the devices' peaks that the run will reach", 0.5)
+    add("--seconds", "time for compiling other settings; those that are left are estimated", 60.0)
+    add("--exact", "let the TPU compiler use its full time", False)
+    add("--json", "write the plan there too", metavar="FILE")
 
-    sub = verb("generate", _generate, "continue prompts")
-    sub.add_argument("--model", required=True, help="model directory, hub name, PEFT adapter directory or run folder")
-    _add_adapter(sub)
-    sub.add_argument("--prompt", action="append", default=[], help="a prompt, with \\n for a line end; may be repeated")
-    sub.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="rows with a column `prompt`, with `messages`, or with the columns of --template",
-    )
-    sub.add_argument(
-        "--template",
-        help='template of the prompt over the columns of --prompts, such as "Words: {src}"; default: the run\'s',
-    )
-    sub.add_argument(
-        "--chat", action="store_true", help="render each prompt by the chat template, as the message of a user"
-    )
-    sub.add_argument("--out", metavar="FILE", help="write JSON lines there instead of text to the terminal")
-    sub.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer")
-    sub.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: greedy")
-    sub.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
-    sub.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from tokens that together have this probability; 1: from all"
-    )
-    sub.add_argument(
-        "--stop", action="append", default=[], help="a string that is one token and ends an answer; may be repeated"
-    )
-    sub.add_argument("--best-of", type=int, default=1, metavar="N", help="sample N answers, of which --reward chooses")
-    sub.add_argument("--reward", default="", metavar="DIR", help="reward model: run folder or model directory")
-    sub.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    sub.add_argument("--batch-size", type=int, default=32, help="number of prompts answered at once")
-    sub.add_argument(
-        "--weights", default="model", help="model: weights as they are; bfloat16: rounded, which a CPU reads faster"
-    )
+    add = verb("data", _data, "look at rows; clean, split or augment them as training would")
+    add("step", "; ".join(f"{name}: {text}" for name, text in DATA_VERBS.items()), choices=DATA_VERBS)
+    add("--config", of_run, metavar="FILE")
+    add("--data", "rows, instead of the config's data.train; no other part is read then")
+    add("--model", "model whose tokenizer counts tokens, instead of the config's model.path")
+    add("--out", "inspect, clean, split, augment: a new folder; preview: an HTML file")
+    add("--rows", "preview: number of batch rows shown", 3)
+    add("--ids", "preview: show token ids too", False)
 
-    sub = verb("export", _export, "write what a run trained as files that PyTorch loads")
-    sub.add_argument("--run", required=True, dest="run_dir", metavar="DIR", help="run folder")
-    sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument(
-        "--format",
-        default="auto",
-        help="adapter (PEFT), merged or full (a whole model); auto: the adapter if there is one",
-    )
-    sub.add_argument("--checkpoint", default="best", choices=("best", "last"))
-    sub.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of a whole model; auto: the base model's",
-    )
+    about = "report loss and perplexity per trained token, and scores of generated answers or of labels"
+    add = verb("evaluate", _evaluate, about)
+    add("--model", model, required=True)
+    add("--adapter", adapter, [], "[NAME=]DIR")
+    add("--data", "rows, as data.train takes them; default: the test part of the run's own data")
+    of_rows = "config that says how to read the rows; default: the run's own, or the defaults"
+    add("--config", of_rows, metavar="FILE")
+    add("--generate", "also answer every prompt and score the answers by evaluate.metrics", False)
+    add("--out", "write the scores as JSON", metavar="FILE")
 
-    sub = verb("student", _student, "write a smaller model of some layers of another, to be taught by distillation")
-    sub.add_argument("--model", required=True, metavar="DIR", help="model directory, hub name or run folder")
-    sub.add_argument("--layers", required=True, metavar="N,N,...", help="the layers that are kept, counted from 0")
-    sub.add_argument("--out", required=True, metavar="DIR")
+    add = verb("predict", _predict, "predict labels, tags of words, answers or vectors of rows")
+    add("--model", model, required=True)
+    add("--data", "rows, as data.train takes them; they need no labels", required=True)
+    add("--out", "write JSON lines there instead of to the terminal; vectors also as .npy", metavar="FILE")
 
-    about = "say whether a run, and all that it was made from, is as it was written"
-    sub = verb("check", _check, about, epilog=overrides)
-    sub.add_argument("run_dir", metavar="RUN", help="run folder")
+    add = verb("generate", _generate, "continue prompts")
+    add("--model", model, required=True)
+    add("--adapter", adapter, [], "[NAME=]DIR")
+    add("--prompt", "a prompt, with \\n for a line end; may be repeated", [])
+    of_prompts = "rows with a column `prompt`, with `messages`, or with the columns of --template"
+    add("--prompts", of_prompts, metavar="FILE")
+    template = 'template of the prompt over the columns of --prompts, such as "Words: {src}"; default: the run\'s'
+    add("--template", template)
+    add("--chat", "render each prompt by the chat template, as the message of a user", False)
+    add("--out", "write JSON lines there instead of text to the terminal", metavar="FILE")
+    add("--max-new-tokens", "most tokens of an answer", 64)
+    add("--temperature", "of sampling; 0: greedy", 0.0)
+    add("--top-k", "sample from the k most probable tokens; 0: from all", 0)
+    add("--top-p", "sample from tokens that together have this probability; 1: from all", 1.0)
+    add("--stop", "a string that is one token and ends an answer; may be repeated", [])
+    add("--best-of", "sample N answers, of which --reward chooses", 1, "N")
+    add("--reward", "reward model: run folder or model directory", "", "DIR")
+    add("--seed", "seed of sampling", 0)
+    add("--batch-size", "number of prompts answered at once", 32)
+    add("--weights", "model: weights as they are; bfloat16: rounded, which a CPU reads faster", "model")
 
-    sub = verb("audit", _audit, "attack a run: can its training rows be told from others, by losses and canaries?")
-    sub.add_argument("run_dir", metavar="RUN", help="run folder")
-    sub.add_argument(
-        "--data", default="", help="rows of the same source that were not trained on; default: the run's held-out rows"
-    )
-    sub.add_argument("--rows", type=int, default=2000, help="most rows of each side")
+    add = verb("export", _export, "write what a run trained as files that PyTorch loads")
+    add("--run", "run folder", metavar="DIR", required=True, dest="run_dir")
+    add("--out", metavar="DIR", required=True)
+    add("--format", "adapter (PEFT), merged or full (a whole model); auto: the adapter if there is one", "auto")
+    add("--checkpoint", None, "best", choices=("best", "last"))
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", "of a whole model; auto: the base model's", "auto", choices=dtypes)
 
-    sub = verb("check-model", _check_model, "compare a model directory, layer by layer, with transformers and torch")
-    sub.add_argument("model", metavar="DIR", help="directory of a decoder")
+    add = verb("student", _student, "write a smaller model of some layers of another, to be taught by distillation")
+    add("--model", "model directory, hub name or run folder", metavar="DIR", required=True)
+    add("--layers", "the layers that are kept, counted from 0", metavar="N,N,...", required=True)
+    add("--out", metavar="DIR", required=True)
 
-    sub = verb("upcycle", _upcycle, "write a dense model as a mixture of experts with the same logits")
-    sub.add_argument("model", metavar="DIR", help="directory of a llama, mistral or qwen3 model")
-    sub.add_argument("--experts", type=int, default=8, metavar="E", help="number of experts, copies of the dense part")
-    sub.add_argument("--top-k", type=int, default=2, metavar="K", help="number of experts of each token")
-    sub.add_argument("--noise", type=float, default=0.0, help="noise on experts as a multiple of their own deviation")
-    sub.add_argument("--seed", type=int, default=0, help="seed of routers and noise")
-    sub.add_argument("--out", required=True, metavar="DIR")
+    add = verb("check", _check, "say whether a run, and all that it was made from, is as it was written")
+    add("run_dir", "run folder", metavar="RUN")
 
-    sub = verb("config", _list, "list, search and explain the fields of a config")
-    sub.add_argument(
-        "name", nargs="?", default="", metavar="GROUP|KEY", help="a group or a field, such as optim or optim.lr"
-    )
-    sub.add_argument("--search", default="", metavar="WORDS", help="only fields whose description has these words")
+    add = verb("audit", _audit, "attack a run: can its training rows be told from others, by losses and canaries?")
+    add("run_dir", "run folder", metavar="RUN")
+    add("--data", "rows of the same source that were not trained on; default: the run's held-out rows", "")
+    add("--rows", "most rows of each side", 2000)
+
+    about = "compare a model directory, layer by layer, with transformers and torch"
+    verb("check-model", _check_model, about)("model", "directory of a decoder", metavar="DIR")
+
+    add = verb("upcycle", _upcycle, "write a dense model as a mixture of experts with the same logits")
+    add("model", "directory of a llama, mistral or qwen3 model", metavar="DIR")
+    add("--experts", "number of experts, copies of the dense part", 8, "E")
+    add("--top-k", "number of experts of each token", 2, "K")
+    add("--noise", "noise on experts as a multiple of their own deviation", 0.0)
+    add("--seed", "seed of routers and noise", 0)
+    add("--out", metavar="DIR", required=True)
+
+    add = verb("config", _list, "list, search and explain the fields of a config")
+    add("name", "a group or a field, such as optim or optim.lr", "", "GROUP|KEY", nargs="?")
+    add("--search", "only fields whose description has these words", "", "WORDS")
     for name, text in LISTS.items():
         verb(name, _list, text)
     return top
-
-
-def _add_adapter(sub) -> None:
-    sub.add_argument(
-        "--adapter", action="append", default=[], metavar="[NAME=]DIR",
-        help="a PEFT adapter for --model, which is a base model then; repeat to use several in turn",
-    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
