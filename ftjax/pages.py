@@ -21,7 +21,7 @@ def _templates():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"grouped": "{:,.0f}".format, "md": escape_markdown}
+    found.filters |= {"grouped": "{:,.0f}".format, "md": escape_markdown, "num": format}
     return found
 
 
