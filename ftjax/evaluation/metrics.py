@@ -10,6 +10,7 @@ docstring names further cases. A figure is taken over the rows that have a score
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 import re
 from collections.abc import Callable, Iterable
@@ -30,9 +31,9 @@ class Metric:
     """A metric of generated answers.
 
     Attributes:
-        rows: rows(predictions, references, rows, settings) -> one score per prediction, the best over its references.
-            Predictions are N texts, references N lists of texts, rows N rows of the data set (for metrics that need a
-            column) and settings config.evaluate.
+        row: row(prediction, references, row, settings) -> the score of a text, the best over its references, which are
+            a list of texts. `row` is the row of the data set, for metrics that need a column, and settings is
+            config.evaluate.
         corpus: corpus(predictions, references) -> the figure; None: the mean of the rows' scores.
         higher: Whether more is better; None: neither.
         best: The best possible score; None: no such bound.
@@ -41,7 +42,7 @@ class Metric:
         compares: Whether it reads the references.
     """
 
-    rows: Callable[..., list[float | None]]
+    row: Callable[..., float | None]
     corpus: Callable[..., float | None] | None = None
     higher: bool | None = True
     best: float | None = 1.0
@@ -65,7 +66,7 @@ def score(
         (figure, N scores), None if undefined.
 
     Raises:
-        FtjaxError: If the metric is unknown, or if N is 0.
+        FtjaxError: If the metric is unknown, if N is 0, or if a row has no score for a reason that the user can mend.
     """
     metric = find(name)
     if not predictions:
@@ -75,10 +76,16 @@ def score(
     asked = [i for i, texts in enumerate(references) if texts or not metric.compares]
     if not asked:
         return None, [None] * len(predictions)
-    chosen = [[values[i] for i in asked] for values in (predictions, references, rows)]
-    found = dict(zip(asked, metric.rows(*chosen, settings), strict=True))
-    figure = metric.corpus(*chosen[:2]) if metric.corpus else mean(found.values())
-    return figure, [found.get(i) for i in range(len(predictions))]
+    found: list[float | None] = [None] * len(predictions)
+    for i in asked:
+        try:
+            found[i] = metric.row(predictions[i], references[i], rows[i], settings)
+        except FtjaxError as error:
+            raise FtjaxError(f"prediction {i + 1}: {error}") from error
+    figure = (
+        metric.corpus(*([x[i] for i in asked] for x in (predictions, references))) if metric.corpus else mean(found)
+    )
+    return figure, found
 
 
 def mean(scores: Iterable[float | None]) -> float | None:
@@ -103,25 +110,39 @@ def find(name: str, key: str = "evaluate.metrics") -> Metric:
 def _users(named: str, key: str) -> Metric:
     function = user_code.loaded(named, key)
 
-    def rows(predictions, references, rows, settings):
-        scores = []
-        for number, given in enumerate(zip(predictions, references, rows, strict=True), 1):
-            try:
-                value = function(*given)
-            except user_code.ERRORS as error:  # the message names the row
-                raise FtjaxError(f"prediction {number}: {user_code.failed(named, key, error)}") from error
-            if value is not None and not (isinstance(value, numbers.Real | np.bool_) and abs(value) <= LARGEST):
-                raise FtjaxError(
-                    f"prediction {number}: {key} {named!r} returned {value!r}; expected a finite number, or None where "
-                    "there is no score"
-                )
-            scores.append(None if value is None else float(value))
-        return scores
+    def score_of(prediction, references, row, settings):
+        try:
+            value = function(prediction, references, row)
+        except user_code.ERRORS as error:  # the message names the row
+            raise FtjaxError(user_code.failed(named, key, error)) from error
+        if value is not None and not (isinstance(value, numbers.Real | np.bool_) and abs(value) <= LARGEST):
+            raise FtjaxError(
+                f"{key} {named!r} returned {value!r}; expected a finite number, or None where there is no score"
+            )
+        return None if value is None else float(value)
 
-    return Metric(rows, higher=getattr(function, "higher", True), best=None, worst=None, compares=False)
+    return Metric(score_of, higher=getattr(function, "higher", True), best=None, worst=None, compares=False)
 
 
-def rouge(kind: str) -> Callable[..., list[float]]:
+@functools.cache
+def _stem():
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer().stem
+
+
+@functools.cache
+def _rouge_scorer(kind: str):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    class Words:
+        def tokenize(self, text):
+            return [_stem()(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
+
+    return RougeScorer([kind], tokenizer=Words())
+
+
+def rouge(kind: str) -> Metric:
     """F1 of the units that a prediction shares with its best reference (Lin 2004), by `rouge-score` with its stemmer; 0
     to 1.
 
@@ -130,39 +151,28 @@ def rouge(kind: str) -> Callable[..., list[float]]:
 
     kind: `rouge1` for words, `rouge2` for pairs of words, `rougeL` for the longest common subsequence of words.
     """
-
-    def rows(predictions, references, rows, settings):
-        from nltk.stem.porter import PorterStemmer
-        from rouge_score.rouge_scorer import RougeScorer
-
-        stem = PorterStemmer().stem
-
-        class Words:
-            def tokenize(self, text):
-                return [stem(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
-
-        scorer = RougeScorer([kind], tokenizer=Words())
-        return [scorer.score_multi(r, p)[kind].fmeasure for p, r in zip(predictions, references, strict=True)]
-
-    return rows
+    return Metric(
+        lambda prediction, references, *_: _rouge_scorer(kind).score_multi(references, prediction)[kind].fmeasure
+    )
 
 
-def exact_match(predictions, references, rows, settings) -> list[float]:
+def exact_match(prediction, references, *_) -> float:
     """1 if the prediction equals one of its references, where a run of white space counts as one space; else 0."""
 
     def plain(text):
         return " ".join(composed(text).split())
 
-    return [float(plain(p) in map(plain, r)) for p, r in zip(predictions, references, strict=True)]
+    return float(plain(prediction) in map(plain, references))
 
 
-def token_f1(predictions, references, rows, settings) -> list[float]:
+def token_f1(prediction, references, *_) -> float:
     """F1 of the shared words by SQuAD v1.1's rule, see ftjax.evaluation.squad; 0 to 1.
 
     An answer that equals its reference scores 1, even if the rule drops all of its words (`The`, `+`).
     """
-    shared = squad.answer_rows(references, predictions)["f1"]
-    return np.maximum(shared, exact_match(predictions, references, rows, settings)).tolist()
+    own = squad.words(prediction)
+    shared = [squad.f1(own, squad.words(text)) for text in references]
+    return max(*shared, exact_match(prediction, references))
 
 
 # A number with its sign, a dollar, commas between digits and a fraction; a hyphen after a digit is no sign (`3-5`).
@@ -184,21 +194,18 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(found[0].replace(",", "").replace("$", "")) if found else None
 
 
-def number_match(predictions, references, rows, settings) -> list[float]:
+def number_match(prediction, references, *_) -> float:
     """1 if the final number equals that of a reference by value (`18.00` is `18`), else 0. See final_number.
 
     Raises FtjaxError if a reference has no number.
     """
-    scores = []
-    for i, (prediction, texts) in enumerate(zip(predictions, references, strict=True), 1):
-        right = [final_number(text) for text in texts]
-        if None in right:
-            raise FtjaxError(
-                f"number_match: the reference {texts[right.index(None)]!r} of prediction {i} contains no number; "
-                "correct the row, or use another metric"
-            )
-        scores.append(float(final_number(prediction) in right))
-    return scores
+    right = [final_number(text) for text in references]
+    if None in right:
+        raise FtjaxError(
+            f"number_match: the reference {references[right.index(None)]!r} contains no number; correct the row, or "
+            "use another metric"
+        )
+    return float(final_number(prediction) in right)
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -218,48 +225,43 @@ def distinct(n: int) -> Metric:
         return len(set(grams)) / len(grams) if grams else None
 
     return Metric(
-        lambda predictions, references, rows, settings: [share(_grams(p, n)) for p in predictions],
-        lambda predictions, references: share([gram for p in predictions for gram in _grams(p, n)]),
+        lambda prediction, *_: share(_grams(prediction, n)),
+        lambda predictions, _: share([gram for p in predictions for gram in _grams(p, n)]),
         compares=False,
     )
 
 
-def length(predictions, references, rows, settings) -> list[float]:
+def length(prediction, *_) -> float:
     """Number of words: runs without white space, and single characters of scripts without spaces."""
-    return [float(len(spaced(p).split())) for p in predictions]
+    return float(len(spaced(prediction).split()))
 
 
-def coverage(predictions, references, rows, settings) -> list[float]:
+def coverage(prediction, references, row, settings) -> float:
     """Share of the distinct given words that the prediction uses, compared by their English stems (Porter 1980); 0 to
     1.
 
     The given words are in the column `evaluate.words`, as text or a list of texts. Raises FtjaxError if it has none.
     """
-    from nltk.stem.porter import PorterStemmer
-
-    stemmer, column = PorterStemmer(), settings.words
 
     def stems(text):
-        return {stemmer.stem(word) for word in words(text)}
+        return {_stem()(word) for word in words(text)}
 
-    scores = []
-    for prediction, row in zip(predictions, rows, strict=True):
-        if not column or column not in row:
-            raise FtjaxError(
-                f"evaluate.words: the metric coverage needs the column with the words to use; found {column!r}"
-                f"{nearest(column, row)}, the columns are {', '.join(row)}"
-            )
-        cell = row[column]
-        given = stems(cell if isinstance(cell, str) else " ".join(map(str, cell or ())))
-        if not given:
-            raise FtjaxError(
-                f"evaluate.words: the column {column!r} contains no word in the row {row}; correct or remove the row"
-            )
-        scores.append(len(given & stems(prediction)) / len(given))
-    return scores
+    column = settings.words
+    if not column or column not in row:
+        raise FtjaxError(
+            f"evaluate.words: the metric coverage needs the column with the words to use; found {column!r}"
+            f"{nearest(column, row)}, the columns are {', '.join(row)}"
+        )
+    cell = row[column]
+    given = stems(cell if isinstance(cell, str) else " ".join(map(str, cell or ())))
+    if not given:
+        raise FtjaxError(
+            f"evaluate.words: the column {column!r} contains no word in the row {row}; correct or remove the row"
+        )
+    return len(given & stems(prediction)) / len(given)
 
 
-def unsupported(predictions, references, rows, settings) -> list[float]:
+def unsupported(prediction, references, row, settings) -> float | None:
     """Share of the sentences with content that the passage does not support, see ftjax.evaluation.support; 0 to 1.
 
     The passage is the column `evaluate.passage`. If none is named, it is the reference that supports most. An answer
@@ -267,17 +269,14 @@ def unsupported(predictions, references, rows, settings) -> list[float]:
     """
     from ftjax.evaluation.support import unsupported_rate
 
-    column, scores = settings.passage, []
-    for prediction, texts, row in zip(predictions, references, rows, strict=True):
-        if column and not isinstance(row.get(column), str):
-            raise FtjaxError(
-                f"evaluate.passage: the metric unsupported needs text in the column {column!r}{nearest(column, row)}; "
-                f"the columns are {', '.join(row)}"
-            )
-        passages = [row[column]] if column else texts
-        rates = [unsupported_rate(prediction, passage) for passage in passages]
-        scores.append(None if None in rates else min(rates, default=None))
-    return scores
+    column = settings.passage
+    if column and not isinstance(row.get(column), str):
+        raise FtjaxError(
+            f"evaluate.passage: the metric unsupported needs text in the column {column!r}{nearest(column, row)}; "
+            f"the columns are {', '.join(row)}"
+        )
+    rates = [unsupported_rate(prediction, passage) for passage in ([row[column]] if column else references)]
+    return None if None in rates else min(rates, default=None)
 
 
 def _sacrebleu():
@@ -288,13 +287,11 @@ def _sacrebleu():
     return sacrebleu
 
 
-def bleu_rows(predictions, references, rows, settings) -> list[float]:
+def bleu_row(prediction, references, *_) -> float:
     """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100. Words are as in `bleu_corpus`."""
     bleu = _sacrebleu().BLEU(effective_order=True)
-    return [
-        min(100.0, bleu.sentence_score(spaced(p), [spaced(text) for text in r]).score)  # rounding may exceed 100
-        for p, r in zip(predictions, references, strict=True)
-    ]
+    score = bleu.sentence_score(spaced(prediction), [spaced(text) for text in references]).score
+    return min(100.0, score)  # rounding may exceed 100
 
 
 def bleu_corpus(predictions, references) -> float | None:
@@ -321,24 +318,18 @@ def lowered(metric: Metric) -> Metric:
     """A metric with a corpus figure, applied to all texts in lower case."""
 
     def low(texts):
-        return [text.lower() for text in texts]
+        return [text.lower() if isinstance(text, str) else low(text) for text in texts]
 
-    def rows(predictions, references, rows, settings):
-        return metric.rows(low(predictions), [low(texts) for texts in references], rows, settings)
-
-    def corpus(predictions, references):
-        return metric.corpus(low(predictions), [low(texts) for texts in references])
-
-    return dataclasses.replace(metric, rows=rows, corpus=corpus)
+    return dataclasses.replace(
+        metric,
+        row=lambda prediction, references, *rest: metric.row(*low([prediction, references]), *rest),
+        corpus=lambda *texts: metric.corpus(*low(texts)),
+    )
 
 
-def chrf_rows(predictions, references, rows, settings) -> list[float]:
+def chrf_row(prediction, references, *_) -> float:
     """Sentence chrF with `sacrebleu`'s defaults, of text in composed form (NFC); 0 to 100."""
-    chrf = _sacrebleu().CHRF()
-    return [
-        chrf.sentence_score(composed(p), [composed(text) for text in r]).score
-        for p, r in zip(predictions, references, strict=True)
-    ]
+    return _sacrebleu().CHRF().sentence_score(composed(prediction), [composed(text) for text in references]).score
 
 
 def chrf_corpus(predictions, references) -> float:
@@ -350,12 +341,12 @@ def chrf_corpus(predictions, references) -> float:
 METRICS = {
     "exact_match": Metric(exact_match),
     "token_f1": Metric(token_f1),
-    "rouge_1": Metric(rouge("rouge1")),
-    "rouge_2": Metric(rouge("rouge2")),
-    "rouge_l": Metric(rouge("rougeL")),
-    "bleu": Metric(bleu_rows, bleu_corpus, best=100.0),
-    "bleu_lower": lowered(Metric(bleu_rows, bleu_corpus, best=100.0)),  # the E2E challenge's convention
-    "chrf": Metric(chrf_rows, chrf_corpus, best=100.0),
+    "rouge_1": rouge("rouge1"),
+    "rouge_2": rouge("rouge2"),
+    "rouge_l": rouge("rougeL"),
+    "bleu": Metric(bleu_row, bleu_corpus, best=100.0),
+    "bleu_lower": lowered(Metric(bleu_row, bleu_corpus, best=100.0)),  # the E2E challenge's convention
+    "chrf": Metric(chrf_row, chrf_corpus, best=100.0),
     "coverage": Metric(coverage, compares=False),
     "number_match": Metric(number_match),
     "distinct_1": distinct(1),

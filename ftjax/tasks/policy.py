@@ -207,9 +207,9 @@ def _reward(name: str, answer: str, row: dict, references: list[str], place: str
     if metric.compares and not any(text.strip() for text in references):
         raise FtjaxError(f"{place}: has no answer, with which the reward {name} of task.rewards compares")
     try:
-        (value,) = metric.rows([answer], [references], [row], config.evaluate)
+        value = metric.row(answer, references, row, config.evaluate)
     except FtjaxError as error:
-        raise FtjaxError(f"{place}, answer {answer!r}: {str(error).removeprefix('prediction 1: ')}") from error
+        raise FtjaxError(f"{place}, answer {answer!r}: {error}") from error
     if value is None:
         raise FtjaxError(
             f"{place}, answer {answer!r}: task.rewards {name!r} returned None; expected a finite number for each answer"

@@ -8,6 +8,8 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
+
 from ftjax.evaluation.tables import grid
 from ftjax.pages import page
 from ftjax.verdict.decision import NO, YES, amount, chance, gap, named, paid, seconds, short, sig, span
@@ -69,43 +71,51 @@ def spread(rows: list, n: int) -> list:
 Table = tuple[list[str], list[list[str]]]  # (titles, rows of cells as text)
 
 
+def _table(rows: list[dict[str, str]]) -> Table:
+    """The table of rows {title: cell}, all with the same titles, without columns of which all cells are empty."""
+    titles = [title for title in rows[0] if any(row[title] for row in rows)]
+    return titles, [[row[title] for title in titles] for row in rows]
+
+
 def scores(data: dict) -> Table:
     """The table of figures and verdicts, with one row per contender."""
-    metric = data["metric"]
-    others = [name for name in data["contenders"][0]["figures"] if name != metric]
-    titles = ["contender", "seeds", f"{metric} {'↑' if data['higher'] else '↓'}", f"beside {data['base']}", "p"]
-    titles += ["verdict", "rows won, tied", *others]
-    lines = []
+    metric, rows = data["metric"], []
     for entry in data["contenders"]:
-        v, wins = entry["verdict"], entry["wins"]
-        beside = ["", "", "the others are compared with it", ""]
-        if v:
-            beside = [gap(v), chance(v["p"]), v["text"], f"{wins['win']['value']:.0%}, {wins['tie']['value']:.0%}"]
-        figures = [span(entry["figures"][name]) for name in (metric, *others)]
-        lines.append([entry["name"], str(entry["seeds"]), figures[0], *beside, *figures[1:]])
-    return titles, lines
+        v, wins, figures = entry["verdict"], entry["wins"], {n: span(x) for n, x in entry["figures"].items()}
+        rows.append({
+            "contender": entry["name"], "seeds": str(entry["seeds"]),
+            f"{metric} {'↑' if data['higher'] else '↓'}": figures.pop(metric),
+            f"beside {data['base']}": gap(v) if v else "", "p": chance(v["p"]) if v else "",
+            "verdict": v["text"] if v else "the others are compared with it",
+            "rows won, tied": f"{wins['win']['value']:.0%}, {wins['tie']['value']:.0%}" if v else "",
+        } | figures)  # fmt: skip
+    return _table(rows)
 
 
 def costs(data: dict) -> Table:
     """The table of costs, with one row per contender."""
-    titles = ["contender", "trained parameters", "training", "with validation and compiling", "training costs"]
-    titles += ["training FLOPs", "training energy", "prompt tokens", "ms a request", "FLOPs a request"]
-    titles += ["energy a request", "1,000 requests cost", "fixed a month", f"a month of {data['requests']:,} requests"]
-    titles += ["cheaper, training included"]
-    lines = []
+    rows = []
     for entry in data["contenders"]:
         c, p = entry["cost"], entry["price"]
         dollars, unit = p["unit"] == "dollars", p["unit"]
-        line = [entry["name"], f"{c['trained']:,}" if c["trained"] else ""]
-        line += [_if(c["train_seconds"], seconds), _if(c["run_seconds"], seconds)]
-        line += [_if(dollars and c["trained"] and p["training"], amount)]
-        line += [_if(c["train_flops"], short), _if(c["train_joules"], _joules)]
-        line += [_if(c["prompt_tokens"], sig), _if(1000 * c["request_seconds"], sig), _if(c["request_flops"], short)]
-        line += [_if(c["request_joules"], _joules)]
-        line += [_if(dollars and 1000 * p["request"], amount, unit)]
-        line += [_if(p["standing"], amount, unit), _if(p["month"], amount, unit)]
-        lines.append([*line, paid(entry)])
-    return _filled(titles, lines)
+        rows.append({
+            "contender": entry["name"],
+            "trained parameters": f"{c['trained']:,}" if c["trained"] else "",
+            "training": _if(c["train_seconds"], seconds),
+            "with validation and compiling": _if(c["run_seconds"], seconds),
+            "training costs": _if(dollars and c["trained"] and p["training"], amount),
+            "training FLOPs": _if(c["train_flops"], short),
+            "training energy": _if(c["train_joules"], _joules),
+            "prompt tokens": _if(c["prompt_tokens"], sig),
+            "ms a request": _if(1000 * c["request_seconds"], sig),
+            "FLOPs a request": _if(c["request_flops"], short),
+            "energy a request": _if(c["request_joules"], _joules),
+            "1,000 requests cost": _if(dollars and 1000 * p["request"], amount, unit),
+            "fixed a month": _if(p["standing"], amount, unit),
+            f"a month of {data['requests']:,} requests": _if(p["month"], amount, unit),
+            "cheaper, training included": paid(entry),
+        })  # fmt: skip
+    return _table(rows)
 
 
 def _if(x: float | None, how, *args) -> str:
@@ -119,33 +129,34 @@ def _joules(x: float) -> str:
 
 def changes(data: dict) -> Table:
     """The table of other changes beside the task, with one row per contender."""
-    refused = list(data["contenders"][0]["refused"])
-    titles = ["contender", "loss on general text", "KL from the base", "copied from training"]
-    titles += ["unsupported by its passages"]
-    lines = []
+    rows = []
     for entry in data["contenders"]:
-        loss, kl, copied = entry["forgetting"], entry["divergence"], entry["copied"]
-        line = [entry["name"], f"{sum(loss) / len(loss):.2f}" if loss else "", "" if kl is None else sig(kl)]
-        line += ["" if share is None else f"{share:.1%}" for share in (copied, entry["unsupported"])]
-        lines.append([*line, *(f"{entry['refused'][name]:.0%}" for name in refused if name in entry["refused"])])
-    return _filled([*titles, *(f"refused, {name}" for name in refused)], lines)
+        loss, kl = entry["forgetting"], entry["divergence"]
+        copied, unsupported = ("" if entry[key] is None else f"{entry[key]:.1%}" for key in ("copied", "unsupported"))
+        rows.append({
+            "contender": entry["name"],
+            "loss on general text": f"{sum(loss) / len(loss):.2f}" if loss else "",
+            "KL from the base": "" if kl is None else sig(kl),
+            "copied from training": copied,
+            "unsupported by its passages": unsupported,
+        } | {f"refused, {name}": f"{share:.0%}" for name, share in entry["refused"].items()})  # fmt: skip
+    return _table(rows)
 
 
 def learning(data: dict) -> Table:
     """The table of means over runs and their standard deviations, with one row per amount of rows."""
-    titles = ["rows", *(one["name"] for one in data["curves"])]
-    by = [{point["amount"]: point["values"] for point in one["points"]} for one in data["curves"]]
-    every = sorted({n for points in by for n in points})
-    return titles, [[f"{n:,}", *(_runs(points.get(n, [])) for points in by)] for n in every]
+    by = {c["name"]: {point["amount"]: point["values"] for point in c["points"]} for c in data["curves"]}
+    every = sorted({n for points in by.values() for n in points})
+    return _table([
+        {"rows": f"{n:,}"} | {name: mean_text(points.get(n, []), 3) for name, points in by.items()} for n in every
+    ])  # fmt: skip
 
 
-def _runs(values: list[float]) -> str:
+def mean_text(values: list[float], digits: int) -> str:
+    """The mean of some runs' values with so many digits, and their standard deviation; empty without a value."""
     if not values:
         return ""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3g}"
-    return f"{mean:.3g} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.2g}"
+    return f"{np.mean(values):.{digits}g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
 
 
 def laws(data: dict) -> list[str]:
@@ -168,12 +179,6 @@ LAW = (
     "many runs would reach: beside a measured one, and of twice the rows, on these very held-out rows, else on others "
     "of the kind."
 )
-
-
-def _filled(titles: list[str], lines: list[list[str]]) -> Table:
-    """The table without columns of which all cells are empty."""
-    kept = [k for k in range(len(titles)) if any(line[k] for line in lines)]
-    return [titles[k] for k in kept], [[line[k] for k in kept] for line in lines]
 
 
 PARTS = ("why", "cost", "risk")  # of a decision

@@ -34,7 +34,7 @@ from ftjax.hub import families, resolve, weights
 from ftjax.training import claims, hosts, privacy
 from ftjax.training.loop import train
 from ftjax.training.run_folder import FREE
-from ftjax.verdict import curve, pictures, search
+from ftjax.verdict import curve, pictures, report, search
 from ftjax.verdict.energy import metered
 from ftjax.verdict.rows import contents, fix_rows
 
@@ -447,16 +447,10 @@ def table(outcomes: list[Outcome], shown: Sequence[str]) -> str:
         ended = [o for o in runs if not o.failed]
         failed += [o for o in runs if o.failed]
         seconds = f"{np.mean([o.seconds for o in ended]):.0f}" if ended else ""
-        cells = [_spread(values(runs, name)) for name in shown]
+        cells = [report.mean_text(values(runs, name), 4) or "none" for name in shown]
         lines.append([*(f"{value}" for _, value in settings), f"{len(ended)}", *cells, seconds])
     said = [f"failed: {Path(o.run_dir).name}: {o.failed}" for o in failed]
     return "\n".join([grid_text(head, lines) + "mean ± standard deviation over seeds", *said])
-
-
-def _spread(found: list[float]) -> str:
-    if not found:
-        return "none"
-    return f"{np.mean(found):.4g}" + (f" ± {np.std(found, ddof=1):.2g}" if len(found) > 1 else "")
 
 
 def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | None:

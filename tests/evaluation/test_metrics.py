@@ -308,7 +308,7 @@ def test_the_table_calls_no_length_better():
 
 
 def test_a_reference_without_a_number_is_named():
-    with pytest.raises(FtjaxError, match="number_match: the reference 'ten' of prediction 2 contains no number"):
+    with pytest.raises(FtjaxError, match="prediction 2: number_match: the reference 'ten' contains no number"):
         score("number_match", ["1", "2"], [["1"], ["3", "ten"]], [{}] * 2, SETTINGS)
     assert set(METRICS) >= {"token_f1", "chrf", "number_match"}
 
