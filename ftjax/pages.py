@@ -30,6 +30,11 @@ def page(name: str, **values) -> str:
     return _templates().get_template(name).render(values) + "\n"
 
 
+def macros(name: str, **values):
+    """The macros of a template as functions that return text, with the given values as names that they may use."""
+    return _templates().get_template(name).make_module(values)
+
+
 def escape_markdown(text: str) -> str:
     """The text in one line, escaped so that Markdown shows it as it is."""
     for mark in "\\`*_[]<>|#":

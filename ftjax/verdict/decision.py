@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from ftjax.pages import macros
 from ftjax.verdict.contenders import MAJORITY, Contender
 from ftjax.verdict.statistics import rounded
 
@@ -152,14 +153,22 @@ RISKS = {  # check of ftjax.verdict.findings -> what it means; the most serious 
 FAR = 100  # if more rows than this multiple are needed, no number is given
 
 
+def sentences():
+    """The macros of `assets/pages/sentences.jinja`."""
+    return macros(
+        "sentences.jinja", sig=sig, span=span, gap=gap, seconds=seconds, amount=amount, named=named, rounded=rounded,
+        risks=RISKS, far=FAR, infinite=math.inf,
+    )  # fmt: skip
+
+
 def decide(data: dict) -> dict[str, str]:
     """Decide whether to fine-tune, from a verdict as plain data.
 
     Returns:
         {"fine_tune": YES, NO or OPEN, "why", "cost", "risk"}, the last three with a sentence or two each.
     """
-    entries = {entry["name"]: entry for entry in data["contenders"]}
-    sign = 1 if data["higher"] else -1
+    entries, say = {entry["name"]: entry for entry in data["contenders"]}, sentences()
+    sign, other = 1 if data["higher"] else -1, entries.get(data["untrained"])
     trained = [entry for entry in entries.values() if entry["against_untrained"]]
     order = ("better", "cannot tell", "worse")
     best = max(
@@ -167,70 +176,26 @@ def decide(data: dict) -> dict[str, str]:
         key=lambda e: (-order.index(e["against_untrained"]["says"]), sign * e["figures"][data["metric"]]["value"]),
         default=None,
     )
-    answer, why = _why(best, entries, data)
+    fine_tune, why = OPEN, nobody(data) or ("" if best else say.untried(data))
+    if not why:
+        says = best["against_untrained"]["says"]
+        leaked = says == "better" and _leaked(best, data)
+        fine_tune = OPEN if leaked else {"better": YES, "worse": NO}.get(says, OPEN)
+        why = say.why(best, other, data, leaked)
     cost = "Nothing was trained, so there is no cost."
     if best:
-        cost = _cost(best, entries.get(data["untrained"]), pays=answer == YES)
-    return {"fine_tune": answer, "why": why, "cost": cost, "risk": _risk(best, data)}
+        alike = other and other["kind"] != MAJORITY and other["price"]["unit"] == best["price"]["unit"]
+        cost = say.cost(best, other if alike else None, paid(best) if fine_tune == YES else "")
+    return {"fine_tune": fine_tune, "why": why, "cost": cost, "risk": _risk(best, data)}
 
 
 def nobody(data: dict) -> str:
     """A paragraph for a comparison in which every contender has the worst score on every row; empty for any other."""
-    metric, worst = data["metric"], data["worst"]
-    figures = [entry["figures"][metric] for entry in data["contenders"]]
+    worst, figures = data["worst"], [entry["figures"][data["metric"]] for entry in data["contenders"]]
     if worst is None or any(figure["value"] != worst for figure in figures):
         return ""
-    far = max((abs(figure[end] - worst), figure[end]) for figure in figures for end in ("low", "high"))
-    beyond = "above" if data["higher"] else "below"
-    return (
-        f"No contender got anything right on {data['rows']:,} rows: every {metric}{_plain(data)} is {worst:g}. That "
-        f"rules out, at {data['level']:.0%}, a true {metric} {beyond} {sig(far[1])} of any of them, and a gain by "
-        f"training of more than {sig(far[0])}; anything smaller cannot be seen. Read the samples: a larger model, "
-        "longer training or answers, or a metric that gives credit for parts may show more."
-    )
-
-
-def _plain(data: dict) -> str:
-    """A short description of the metric, in brackets."""
-    return f" ({data['metrics'][data['metric']].partition(';')[0]})"
-
-
-def _why(best: dict | None, entries: dict, data: dict) -> tuple[str, str]:
-    metric, other = data["metric"], data["untrained"]
-    if text := nobody(data):
-        return OPEN, text
-    if not best:
-        lacking = "was trained" if other else "is without training"
-        return OPEN, f"None of the contenders {lacking}, so that there is nothing to compare training with."
-    verdict, name = best["against_untrained"], best["name"]
-    what = "Trained on your rows, the model" if best["kind"] == "tuned" else name
-    scores = (
-        f"{what} scores {span(best['figures'][metric])} in {metric}"
-        f"{_plain(data)}, on {data['rows']:,} rows kept apart from training; the best without "
-        f"training scores {span(entries[other]['figures'][metric])}"
-    )
-    who = f" {name}: {best['is']}. {other}: {entries[other]['is']}."
-    if verdict["says"] == "better" and _leaked(best, data):
-        return (
-            OPEN,
-            f"{scores}. But some of these rows were also training rows, so the model may only remember them.{who}",
-        )
-    if verdict["says"] == "cannot tell":
-        needed, more = verdict["needed"], " More seeds may show it."
-        if math.isfinite(needed):
-            far = needed > FAR * data["rows"]
-            more = (
-                " To show such a small difference takes far more rows."
-                if far
-                else f" About {rounded(needed):,} rows would show it."
-            )
-        more = more if verdict["difference"] else ""
-        return OPEN, f"{scores}. The difference, {gap(verdict)}, may be chance.{more}{who}"
-    way = "larger" if verdict["says"] == "better" else "a change for the worse, and larger"
-    return (
-        YES if verdict["says"] == "better" else NO,
-        f"{scores}. The difference, {gap(verdict)}, is {way} than chance explains.{who}",
-    )
+    gain, value = max((abs(figure[end] - worst), figure[end]) for figure in figures for end in ("low", "high"))
+    return sentences().nothing_right(data, value, gain)
 
 
 def _leaked(best: dict, data: dict) -> bool:
@@ -255,38 +220,10 @@ def paid(entry: dict) -> str:
     return named(out) if out else ""
 
 
-def _cost(best: dict, other: dict | None, pays: bool) -> str:
-    cost, price = best["cost"], best["price"]
-    out = []
-    if best["kind"] == "tuned":
-        dollars = f" and {amount(price['training'])}" if price["unit"] == "dollars" else ""
-        out.append(f"Training took {seconds(cost['run_seconds'])}{dollars}")
-    beside = other if other and other["kind"] != MAJORITY and other["price"]["unit"] == price["unit"] else None
-    if price["unit"] == "dollars":
-        text = f"1,000 requests cost {amount(1000 * price['request'])}"
-        text += f" ({amount(1000 * beside['price']['request'])} by {beside['name']})" if beside else ""
-        out.append(
-            text + (f", and hosting and storage {amount(price['standing'])} a month" * (price["standing"] >= 0.01))
-        )
-    elif cost["request_seconds"]:
-        text = f"a request takes {sig(1000 * cost['request_seconds'])} ms here"
-        out.append(
-            text + (f" ({sig(1000 * beside['cost']['request_seconds'])} ms by {beside['name']})" if beside else "")
-        )
-    text = "; ".join(out)
-    if pays and (after := paid(best)):
-        text += f"; the cost of training included, it becomes cheaper {after}"
-    text = text[:1].upper() + text[1:]
-    return f"{text}." + ("" if price["unit"] == "dollars" else " No price is set, so the cost in dollars is unknown.")
-
-
 def _risk(best: dict | None, data: dict) -> str:
     mine = [f for f in data["findings"] if not best or best["name"] in f["contender"] or f["check"] == "failed runs"]
     mine.sort(key=lambda f: list(RISKS).index(f["check"]) if f["check"] in RISKS else len(RISKS))
     if not mine:
         return f"The checks ({', '.join(RISKS)}) found nothing." if best else "Nothing was trained."
-    first = mine[0]
-    of = "" if best and first["contender"] == best["name"] else f" ({first['contender']})"
-    others = list(dict.fromkeys(f["check"] for f in mine[1:] if f["check"] != first["check"]))
-    more = f" See also the findings on {named(others)}." if others else ""
-    return f"{RISKS.get(first['check'], first['check'])}{of}: {first['seen']}.{more}"
+    others = dict.fromkeys(f["check"] for f in mine if f["check"] != mine[0]["check"])
+    return sentences().risk(best, mine[0], list(others))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ftjax.evaluation.tables import grid
 from ftjax.pages import page
-from ftjax.verdict.decision import NO, YES, amount, chance, gap, named, paid, seconds, short, sig, span
+from ftjax.verdict.decision import NO, YES, amount, chance, gap, paid, seconds, sentences, short, sig, span
 
 COPIED = 8  # words of an n-gram that counts as copied
 SCORES = "scores.png"  # the picture next to the decision
@@ -22,12 +22,7 @@ SCORES = "scores.png"  # the picture next to the decision
 
 def question(data: dict) -> str:
     """The question of the comparison, in a sentence."""
-    others = [entry["name"] for entry in data["contenders"] if entry["name"] != data["base"]]
-    asked = f"which of {named(others)} has" if len(others) > 1 else f"does {named(others)} have"
-    return (
-        f"On {data['rows']:,} held-out rows of {data['data']}, {asked} a better {data['metric']} than {data['base']}, "
-        f"and at what cost? The model is {data['model']}."
-    )
+    return sentences().question(data, [e["name"] for e in data["contenders"] if e["name"] != data["base"]])
 
 
 def answer(data: dict) -> str:
@@ -38,26 +33,15 @@ def answer(data: dict) -> str:
 
 def detail(data: dict) -> str:
     """Further results, in a paragraph."""
-    metric, entries = data["metric"], {entry["name"]: entry for entry in data["contenders"]}
-    sign = 1 if data["higher"] else -1
-    highest = max(sign * entry["figures"][metric]["value"] for entry in entries.values())
-    best = [name for name, entry in entries.items() if sign * entry["figures"][metric]["value"] == highest]
-    if len(best) == 1:
-        out = [f"{best[0]} scores best: {metric} {span(entries[best[0]]['figures'][metric])}."]
-    else:
-        out = [f"{named(best)} score the same: {metric} {span(entries[best[0]]['figures'][metric])}."]
+    sign, figures = 1 if data["higher"] else -1, {e["name"]: e["figures"][data["metric"]] for e in data["contenders"]}
+    value = {name: sign * figure["value"] for name, figure in figures.items()}
+    best = [entry for entry in data["contenders"] if value[entry["name"]] == max(value.values())]
     groups = {"better": [], "worse": [], "cannot tell": []}
-    for name, entry in entries.items():
+    for entry in data["contenders"]:
         if entry["verdict"]:
-            groups[entry["verdict"]["says"]].append(name)
-    told = [f"{says}: {named(names)}" for says, names in groups.items() if names]
-    asked = f", corrected for {len(entries) - 1} comparisons" if len(entries) > 2 else ""
-    out.append(f"Beside {data['base']}{asked}: {'; '.join(told)}.")
-    curves = {one["name"]: one for one in data.get("curves", ()) if one["law"]}
-    if curves:
-        name = max(curves, key=lambda name: sign * entries[name]["figures"][metric]["value"])
-        out.append(f"With more rows for {name}: {curves[name]['says']}.")
-    return " ".join(out)
+            groups[entry["verdict"]["says"]].append(entry["name"])
+    curves = [one for one in data.get("curves", ()) if one["law"]]
+    return sentences().detail(data, best, groups, max(curves, key=lambda one: value[one["name"]], default=None))
 
 
 def spread(rows: list, n: int) -> list:
@@ -161,17 +145,7 @@ def mean_text(values: list[float], digits: int) -> str:
 
 def laws(data: dict) -> list[str]:
     """A text for each learning curve: its law, and whether the prediction from the smaller amounts was right."""
-    out = []
-    for one in data["curves"]:
-        text = f"{one['name']}: {one['says']}."
-        if check := one["check"]:
-            text += (
-                f" Of {check['amount']:,} rows the law of the smaller amounts says {span(check)}; measured is "
-                f"{check['measured']:.3g}, which lies {'within' if check['inside'] else 'OUTSIDE'}."
-            )
-        text += "".join(f" With {p['amount']:,} rows: {span(p)}." for p in one["predicted"])
-        out.append(text + "".join(f" Failed: {failed}." for failed in one["failed"]))
-    return out
+    return [sentences().law(one) for one in data["curves"]]
 
 
 LAW = (
