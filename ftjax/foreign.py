@@ -26,34 +26,28 @@ SIZE = 2**31 - 1  # the largest size of an array's axis
 Kind = Callable[[object], str | None]
 
 
-def _of_type(kind: type, expected: str) -> Kind:
-    return lambda value: None if isinstance(value, kind) else expected
+def _that(good: Callable[[object], bool], expected: str) -> Kind:
+    return lambda value: None if good(value) else expected
 
 
-string, flag = _of_type(str, "a text"), _of_type(bool, "true or false")
-anything: Kind = lambda value: None  # noqa: E731
+string, flag = _that(lambda x: isinstance(x, str), "a text"), _that(lambda x: isinstance(x, bool), "true or false")
+null, anything = _that(lambda x: x is None, "null"), _that(lambda x: True, "")
 
 
 def whole(least: int = 0, most: int = SIZE) -> Kind:
     """A whole number in a range, both ends included."""
-
-    def problem(value):
-        good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        return None if good else f"a whole number from {least} to {most:,}"
-
-    return problem
+    good = lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most  # noqa: E731
+    return _that(good, f"a whole number from {least} to {most:,}")
 
 
-def number(least: float | None = None, above: float | None = None) -> Kind:
-    """A finite number that float32 holds, at least `least` or greater than `above`."""
+def number(least: float = -math.inf, above: float = -math.inf) -> Kind:
+    """A finite number that float32 holds, at least `least` and greater than `above`."""
+    bound = f" above {above:g}" if above > -math.inf else f" at least {least:g}" if least > -math.inf else ""
 
-    def problem(value):
-        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
-        good = good and math.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
-        bound = f" above {above:g}" if above is not None else f" at least {least:g}" if least is not None else ""
-        return None if good else f"a finite number{bound}"
+    def good(x):
+        return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 3e38 and x > above and x >= least
 
-    return problem
+    return _that(good, f"a finite number{bound}")
 
 
 def either(*kinds: Kind) -> Kind:
@@ -64,9 +58,6 @@ def either(*kinds: Kind) -> Kind:
         return " or ".join(found) if all(found) else None
 
     return problem
-
-
-null = _of_type(type(None), "null")
 
 
 def maybe(kind: Kind) -> Kind:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import classification, entities, preferred, regression, retrieval, squad
-from ftjax.evaluation.resample import Reduce, difference, intervals
+from ftjax.evaluation.resample import Reduce, intervals
 from ftjax.evaluation.tables import grid
 
 LOWER = ("log_loss", "calibration_error", "mse", "mae", "mean_rank")  # figures where less is better
@@ -172,25 +172,6 @@ def worst(kind: str, labels, predictions, n: int = 20, *, losses=None, **setting
         raise FtjaxError(f"losses: expected a number for each of {len(rows['loss'])} rows; found {found}")
     order = np.argsort(-loss, kind="stable")
     return order[rows["wrong"][order]][:n].tolist()
-
-
-def paired(kind: str, labels, a, b, *, draws: int = 1000, seed: int = 0, level: float = 0.95, **settings) -> dict:
-    """The figures of predictions `a` less those of predictions `b` on the same rows, with paired intervals.
-
-    Args:
-        kind, labels, settings: See `report`.
-        a, b: Predictions of the same N rows.
-        draws: Number of resamples.
-        seed: Seed of the resamples.
-        level: Level of the intervals.
-
-    Returns:
-        {name: {"value", "low", "high"}}.
-    """
-    this, rows, _ = _rows(kind, labels, a, None, settings)
-    _, others, _ = _rows(kind, labels, b, None, settings)
-    figures = intervals(len(rows["loss"]), difference(this.metrics(rows), this.metrics(others)), draws, seed, level)
-    return {name: _noted(entry, "undefined for one of the two", None) for name, entry in figures.items()}
 
 
 def _rows(kind, labels, predictions, names, settings):

@@ -1,4 +1,4 @@
-"""Confidence intervals of any figure of N rows, and of the paired difference of two systems on the same rows.
+"""Confidence intervals of any figure of N rows.
 
 B resamples at a time, N rows, K categories, S statistics per row. A resample is described by how often it holds each
 row: `counts` (B, N) float64, whose rows each sum to N. A figure is a function of counts, a `Reduce`. If all counts are
@@ -186,17 +186,6 @@ def of_sums(statistics: np.ndarray, reduce: Reduce) -> Reduce:
     """A figure of sums over rows. statistics: (N, S), those of each row; reduce: sums (B, S) -> {name: (B,)}."""
     statistics = np.asarray(statistics, float)
     return lambda counts: reduce(counts @ statistics)
-
-
-def difference(a: Reduce, b: Reduce) -> Reduce:
-    """The figures of system a less those of system b on the same N rows. Each resample holds the same rows for both
-    (paired)."""
-
-    def reduce(counts):
-        left, right = a(counts), b(counts)
-        return {name: left[name] - right[name] for name in left}
-
-    return reduce
 
 
 def totals(K: int, codes: np.ndarray, rows: np.ndarray, n: int, weights: np.ndarray | float = 1.0):

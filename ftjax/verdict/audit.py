@@ -22,6 +22,7 @@ from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.files import replace_json, write_jsonl
 from ftjax.loading import load
 from ftjax.objectives import causal
+from ftjax.pages import macros
 from ftjax.training.run_folder import read_record, run_config
 from ftjax.verdict.memorisation import exposure
 
@@ -268,35 +269,9 @@ def _spread(count: int, most: int) -> np.ndarray:
 
 def text(report: dict) -> str:
     """The report as text for the terminal."""
-    lines = [f"{report['members']:,} training rows against {report['others']:,} others; chance: AUC 0.5"]
-    for name, a in report["attacks"].items():
-        rates = ", ".join(f"{a[f'tpr_{rate:g}']:.3f} at {rate:.1%}" for rate in FALSE)
-        lines.append(f"  {name:<9} AUC {a['auc']:.3f} ({a['low']:.3f} to {a['high']:.3f}); found: {rates} false alarms")
-    if planted := report.get("canaries"):
-        lines.append(
-            f"{planted['planted']} canaries planted, {planted['others']} not: exposure {planted['mean']:.2f} bits on "
-            f"average (1.44 if nothing was memorised), at most {planted['highest']:.2f} of {planted['most']:.2f}"
-        )
-    proven = [f"{report['epsilon'][by]:.3f} by {by}" for by in ("rows", "canaries") if by in report["epsilon"]] or ["0"]
-    computed = report["epsilon"]["computed"]
-    told = "the run has none" if computed is None else f"computed: {computed:.3f}"
-    return "\n".join([*lines, f"epsilon is at least {', '.join(proven)}; {told}", report["verdict"]])
+    return macros("audit.jinja").text(report, FALSE)
 
 
 def _verdict(report: dict, fair: bool) -> str:
     """The report in words. fair: whether the base, which saw neither side, does not tell members from others."""
-    said = (
-        "The attack tells training rows from others" if report["succeeds"] else "The attack does no better than chance"
-    )
-    if not fair:
-        why = f"the base, which saw neither side, tells them apart too (AUC {report['base']['auc']:.3f})"
-        if report["succeeds"] is None:
-            said = f"No verdict: {why}. Name rows of the same source by --data, or plant canaries (data.canaries)"
-        else:
-            said += f"; only the canaries count, because {why}"
-    proven = report["epsilon"]
-    if (computed := proven["computed"]) is None:
-        return f"{said}. The run has no guarantee."
-    if proven.get("canaries", 0.0) > computed:
-        return f"{said}. The canaries refute the guarantee: epsilon is more than computed. Please report it as a fault."
-    return f"{said}. Nothing contradicts the guarantee."
+    return macros("audit.jinja").verdict(report, fair)

@@ -6,22 +6,20 @@ B rows, M scored tokens of a row at most, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ftjax import xla
-from ftjax.data.batches import Batches
+from ftjax.data.batches import by_example
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
-from ftjax.objectives.causal import states
+from ftjax.objectives import causal, distil
 
-BUCKETS = 8  # number of lengths that rows are padded to; each is compiled once
-CHUNK = 128  # tokens of a row whose logits are in memory at once
 Pair = tuple[list[int], list[int]]  # (given ids, at least one; scored ids)
+REVERSE = distil.Teacher(beta=1.0)  # the divergence of the first model from the second, which is its reference
 
 
 class Divergence(NamedTuple):
@@ -31,7 +29,7 @@ class Divergence(NamedTuple):
     tokens: np.ndarray
 
 
-def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
+def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16, head_chunk: int = 0) -> Divergence:
     """KL(p || q) of the next-token distributions of two LMs, at each scored token.
 
     It is exact over the vocabulary, not the estimate log p - log q of the given tokens. If p is the tuned model and the
@@ -40,58 +38,24 @@ def divergence(p, q, pairs: Sequence[Pair], batch_size: int = 16) -> Divergence:
 
     Args:
         p, q: LMs with vocabularies of the same size.
-        pairs: (given ids, scored ids) of N rows. They are cut to the positions of the model that has fewer.
+        pairs: (given ids, scored ids) of N rows. If a pair exceeds the positions of the model that has fewer, tokens at
+            the beginning of its first part are left out.
         batch_size: Rows per batch.
+        head_chunk: See ftjax.objectives.causal.tokens_at_once.
 
     Returns:
         The Divergence.
 
     Raises:
-        FtjaxError: If the vocabularies differ in size, or if a pair cannot be scored.
+        FtjaxError: If the vocabularies differ in size, if one part of a pair is empty, or if its scored part is longer
+            than the positions.
     """
     sizes = [lm.model.config.vocab_size for lm in (p, q)]
     if sizes[0] != sizes[1]:
         raise FtjaxError(
             f"divergence: the two models' vocabularies have {sizes[0]} and {sizes[1]} tokens; expected equal sizes"
         )
-    kl, tokens = np.zeros(len(pairs)), np.zeros(len(pairs), int)
-    for batch, rows in batched(pairs, min(p.max_tokens, q.max_tokens), batch_size):
-        told = np.asarray(_kl(p.model, q.model, p.variables, q.variables, batch))
-        for row, i, n in rows:
-            kl[i], tokens[i] = told[row, :n].sum(dtype=np.float64), n
-    return Divergence(kl, tokens)
-
-
-@functools.partial(xla.jit, static_argnums=(0, 1))
-def _kl(p_model, q_model, p_variables, q_variables, batch):
-    """(B, M) float32, at least 0."""
-
-    def kl(p_states, q_states):
-        p = jax.nn.log_softmax(p_model.apply(p_variables, p_states, method="logits"), axis=-1)
-        q = jax.nn.log_softmax(q_model.apply(q_variables, q_states, method="logits"), axis=-1)
-        return jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0)  # rounding may give a small negative value
-
-    return in_chunks(kl, states(p_model, p_variables, batch), states(q_model, q_variables, batch))
-
-
-def batched(
-    pairs: Sequence[Pair], limit: int, batch_size: int
-) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, int, int]]]]:
-    """Batches for objectives, sorted by length, whose labels are the scored tokens.
-
-    Args:
-        pairs: (given ids, scored ids) of N texts. If a pair exceeds the limit, tokens at the beginning of its first
-            part are left out.
-        limit: Number of the model's positions.
-        batch_size: Rows per batch.
-
-    Yields:
-        (batch, [(row of the batch, index of the pair, number of scored tokens)]).
-
-    Raises:
-        FtjaxError: If one part of a pair is empty, or if its scored part exceeds the limit.
-    """
-    examples = []
+    limit, examples = min(p.max_tokens, q.max_tokens), []
     for number, (given, scored) in enumerate(pairs, 1):
         if not len(given) or not 0 < len(scored) <= limit:
             raise FtjaxError(
@@ -100,26 +64,23 @@ def batched(
             )
         ids = np.array([*given, *scored][-(limit + 1) :], np.int32)
         examples.append(Example(ids, np.arange(len(ids)) >= len(ids) - len(scored)))
-    if not examples:
-        return
-    batches = Batches(examples, min(batch_size, len(examples)), limit + 1, buckets=BUCKETS, shuffle=False)
-    for step in range(len(batches)):
-        batch = batches[step]
-        for name in ("tokens", "positions", "segment_ids"):
-            batch[name] = batch[name][:, :limit]  # the last token of the longest rows is scored but not read
-        members = enumerate(batches.rows(step))
-        yield batch, [(row, int(i), int(batches.examples.labels[i])) for row, found in members for i in found]
+
+    def kl(batch):
+        # The last token of the longest rows is scored but not read.
+        read = {name: batch[name][:, :limit] for name in ("tokens", "positions", "segment_ids")}
+        return _kl(p.model, q.model, p.variables, q.variables, batch | read, head_chunk=head_chunk)
+
+    found = by_example(kl, examples, batch_size, limit + 1) if examples else []
+    return Divergence(np.array([x.sum(dtype=np.float64) for x in found]), np.array([len(x) for x in found], int))
 
 
-def in_chunks(f: Callable, *arrays):
-    """Apply f, which maps arrays (B, M, ...) to arrays (B, M), to CHUNK of the M places at a time."""
-    B, M = arrays[0].shape[:2]
-    if M <= CHUNK:
-        return f(*arrays)
+@functools.partial(xla.jit, static_argnums=(0, 1), static_argnames="head_chunk")
+def _kl(p_model, q_model, p_variables, q_variables, batch, head_chunk):
+    """(B, M) float32, at least 0."""
 
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, -M % CHUNK)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, CHUNK, *x.shape[2:]), 1, 0)
+    def kl(logits, states):
+        reference = distil.known(q_model.apply(q_variables, states, method="logits"), REVERSE)
+        return jnp.maximum(distil.divergence(logits, reference, REVERSE), 0)  # rounding may make it negative
 
-    pieces = jax.lax.map(lambda piece: f(*piece), tuple(map(cut, arrays)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :M], pieces)
+    states = causal.states(q_model, q_variables, batch)
+    return causal.of_logits(kl, p_model, p_variables, batch, states, head_chunk=head_chunk)

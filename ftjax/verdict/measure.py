@@ -299,7 +299,8 @@ def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
     asked = [q.rendered for q in setting.questions[:most]]
     prompts = encode_prompts(asked, lm.tokenizer, end=setting.config.data.end)
     told = lm.tokenizer(texts[:most], add_special_tokens=False)["input_ids"]
-    found = divergence(lm, setting.base, [(p.tolist(), ids) for p, ids in zip(prompts, told) if ids])
+    pairs = [(p.tolist(), ids) for p, ids in zip(prompts, told) if ids]
+    found = divergence(lm, setting.base, pairs, head_chunk=setting.config.model.head_chunk)
     return float(found.kl.sum() / found.tokens.sum()) if found.tokens.sum() else None
 
 

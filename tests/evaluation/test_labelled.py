@@ -133,16 +133,6 @@ def test_the_worst_mistakes():
         labelled.worst("single_label", labels, p, losses=[np.nan] * 6)
 
 
-def test_two_systems_on_the_same_rows():
-    labels, p, _ = example("single_label", 400)
-    worse = np.roll(p, 1, axis=1)
-    worse[:360] = p[:360]
-    found = labelled.paired("single_label", labels, p, worse, draws=200)
-    assert found["accuracy"]["low"] > 0 and found["log_loss"]["high"] < 0
-    accuracy = [(x.argmax(1) == labels).mean() for x in (p, worse)]
-    assert found["accuracy"]["value"] == pytest.approx(accuracy[0] - accuracy[1])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_tells_every_figure(kind, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")

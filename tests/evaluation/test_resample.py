@@ -101,22 +101,6 @@ def test_averages_over_classes_have_intervals_of_shares(recalls):
     assert held >= 37  # of 40
 
 
-def test_a_difference_is_paired_by_row():
-    rng = np.random.default_rng(0)
-    hard = rng.random(500)
-    a = hard < 0.80
-    b = a & (rng.random(500) < 0.97)  # as a, but for 3 % of its right rows
-    means_a, means_b = means(accuracy=a), means(accuracy=b)
-    both = resample.intervals(500, resample.difference(means_a, means_b))["accuracy"]
-    assert both["value"] == pytest.approx(a.mean() - b.mean())
-    assert both["low"] > 0  # though the intervals of the two overlap widely
-    apart = [resample.intervals(500, m)["accuracy"] for m in (means_a, means_b)]
-    assert apart[1]["high"] > apart[0]["low"]
-    drawn = resample.bootstrap(500, resample.difference(means_a, means_b), draws=7, seed=5)["accuracy"]
-    by_hand = [(c * (a.astype(int) - b)).sum() / 500 for c in np.concatenate(list(resample.resamples(500, 7, 5)))]
-    assert drawn == pytest.approx(by_hand)
-
-
 def test_what_is_undefined_is_none_and_said():
     def reduce(counts):  # the mean of row 0 and the rest, undefined without row 0; and never defined
         return {"some": np.where(counts[:, 0] > 0, counts[:, 1], np.nan), "none": np.full(len(counts), np.nan)}

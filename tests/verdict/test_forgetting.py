@@ -9,7 +9,6 @@ from scipy.special import log_softmax
 
 from ftjax.errors import FtjaxError
 from ftjax.loading import load
-from ftjax.verdict import forgetting
 from ftjax.verdict.forgetting import divergence
 
 
@@ -32,11 +31,10 @@ def by_hand(p, q, given, scored):
     return (np.exp(logs[0]) * (logs[0] - logs[1])).sum()
 
 
-def test_divergence_is_that_of_the_logits(base, tuned, monkeypatch):
-    monkeypatch.setattr(forgetting, "CHUNK", 8)  # the last chunk of 22 tokens is filled up
+def test_divergence_is_that_of_the_logits(base, tuned):
     ids = base.tokenizer("Once upon a time, there was a little girl named Lily. She loved to play.")["input_ids"]
     pairs = [(ids[:5], ids[5:]), ([1], ids[1:9]), (ids[:1], ids[1:2])]
-    found = divergence(tuned, base, pairs, batch_size=2)
+    found = divergence(tuned, base, pairs, batch_size=2, head_chunk=8)  # the last chunk of 22 tokens is filled up
     assert found.kl == pytest.approx([by_hand(tuned, base, *pair) for pair in pairs], rel=1e-3)
     assert found.tokens.tolist() == [len(ids) - 5, 8, 1] and found.tokens[0] > 16
     back = divergence(base, tuned, pairs, batch_size=2)
