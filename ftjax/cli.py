@@ -9,8 +9,9 @@ import glob
 import os
 import signal
 import sys
+from pathlib import Path
 
-from ftjax import stops
+from ftjax import __version__, stops
 from ftjax.errors import FtjaxError, nearest, of_disk
 
 EPILOG = """examples:
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("--version", action="version", version=_version())
+    top.add_argument("--version", action="version", version=f"ftjax {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name, run, help):
@@ -286,12 +287,6 @@ def _unknown(top, verb: str, unknown: list[str], rest: list[str]) -> str:
     return f"unknown argument {name}{near}"
 
 
-def _version() -> str:
-    from ftjax import __version__
-
-    return f"ftjax {__version__}"
-
-
 def _tune_malloc() -> None:
     """On a CPU with glibc, start again with an allocator that keeps its pages: a quarter of a small step is page
     faults.
@@ -307,23 +302,26 @@ def _tune_malloc() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "ftjax", *sys.argv[1:]])
 
 
-def _train(args, overrides) -> None:
+def _config(args, overrides, default=None):
+    """The config that --config names, with what the command line sets; `default` if it names none."""
     from ftjax import config
 
+    return config.load(args.config, overrides) if args.config else default
+
+
+def _train(args, overrides) -> None:
     if args.profile is not None:
         overrides = [*overrides, f"log.profile={args.profile.removeprefix('steps=')}"]
-    settings = config.load(args.config, overrides)
+    settings = _config(args, overrides)
     from ftjax.stages import train
 
     train(settings)
 
 
 def _sweep(args, overrides) -> None:
-    from ftjax import config
-
     if not 0 < args.stale < float("inf"):
         raise FtjaxError(f"--stale: expected a number of seconds above 0; found {args.stale}")
-    settings = config.load(args.config, overrides)
+    settings = _config(args, overrides)
     from ftjax.verdict.sweep import sweep
 
     how = {name: getattr(args, name) for name in ("random", "optuna", "halving", "stale")}
@@ -331,9 +329,7 @@ def _sweep(args, overrides) -> None:
 
 
 def _compare(args, overrides) -> None:
-    from ftjax import config
-
-    settings = config.load(args.config, overrides)
+    settings = _config(args, overrides)
     from ftjax.verdict.run import compare
 
     compare(settings, args.out)
@@ -343,10 +339,9 @@ def _plan(args, overrides) -> int:
     from ftjax.plan.run import check_numbers, plan
 
     check_numbers(**{name: getattr(args, name) for name in ("share", "seconds", "memory", "price")})
-    from ftjax import config
     from ftjax.plan.report import report
 
-    settings, memory = config.load(args.config, overrides), args.memory and args.memory * 2**30
+    settings, memory = _config(args, overrides), args.memory and args.memory * 2**30
     found = plan(settings, args.devices, data=args.data, memory=memory, seconds=args.seconds, exact=args.exact)
     print(report(found, args.price, args.share))
     if args.json:
@@ -363,7 +358,7 @@ def _data(args, overrides) -> None:
         raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for the files it writes")
     from ftjax import config
 
-    settings = config.load(args.config, overrides) if args.config else config.default()
+    settings = _config(args, overrides, config.default())
     if args.model:
         settings.model.path = args.model
     if args.data:
@@ -378,22 +373,20 @@ def _data(args, overrides) -> None:
 
 
 def _evaluate(args, overrides) -> None:
-    from ftjax import config
-
-    settings = config.load(args.config, overrides) if args.config else None
-    from ftjax.evaluation.run import evaluate, figures
+    settings = _config(args, overrides)
+    from ftjax.evaluation.run import evaluate
+    from ftjax.evaluation.said import text
 
     reports = {}
     for name, model in _models(args):
         reports[name] = evaluate(model, args.data, settings, overrides=overrides, generate=args.generate)
-        print((f"{name}:\n" if len(args.adapter) > 1 else "") + figures(reports[name]))
+        print((f"{name}:\n" if len(args.adapter) > 1 else "") + text(reports[name]))
     if args.out:
         _write_json(args.out, reports if len(reports) > 1 else reports[name])
 
 
 def _predict(args, overrides) -> None:
     import functools
-    from pathlib import Path
 
     from ftjax.evaluation.run import predict
     from ftjax.files import as_json
@@ -432,8 +425,6 @@ def _generate(args, overrides) -> None:
         )  # fmt: skip
         rows += [row | ({"adapter": name} if name else {}) for row in found]
     if args.out:
-        from pathlib import Path
-
         from ftjax.files import write_jsonl
 
         write_jsonl(Path(args.out), rows)
@@ -499,16 +490,12 @@ def _audit(args, overrides) -> None:
 
 
 def _check_model(args, overrides) -> int:
-    from pathlib import Path
-
     from ftjax.check_model import check
 
     return 0 if check(Path(args.model)) else 1
 
 
 def _upcycle(args, overrides) -> None:
-    from pathlib import Path
-
     from ftjax.hub.resolve import resolve_model
     from ftjax.upcycle import upcycle
 
@@ -527,8 +514,6 @@ def _list(args, overrides) -> None:
 
 
 def _write_json(path: str, value: dict) -> None:
-    from pathlib import Path
-
     from ftjax.files import replace_json
 
     replace_json(Path(path), value)

@@ -105,9 +105,8 @@ def models() -> str:
 def metrics() -> str:
     """The metrics of generated answers, for `evaluate.metrics`."""
     from ftjax.evaluation.metrics import METRICS
-    from ftjax.verdict.decision import metric_is
 
-    return _table({name: metric_is(name, metric.higher) for name, metric in METRICS.items()})
+    return _table({name: metric.described for name, metric in METRICS.items()})
 
 
 def _width() -> int:

@@ -1,4 +1,4 @@
-"""Reports as HTML and Markdown pages, from the Jinja templates in FOLDER. A page needs no other file."""
+"""Reports as HTML, Markdown and text, from the Jinja templates in FOLDER. A page of HTML needs no other file."""
 
 from __future__ import annotations
 

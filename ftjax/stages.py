@@ -220,12 +220,10 @@ def _table(stages, scores: dict) -> str:
 
 
 def _sentences(told: dict) -> str:
-    lines = []
-    for name, lost in told["forgotten"].items():
-        lines.append(f"{name}: {lost:.3f} nats per token forgotten by the last model")
-    for name, moved in told["transferred"].items():
-        lines.append(f"{name}: earlier stages changed its loss by {moved:+.3f} before it was trained")
-    return "\n".join(lines)
+    forgotten = [f"{name}: {x:.3f} nats per token forgotten by the last model" for name, x in told["forgotten"].items()]
+    changed = "earlier stages changed its loss by {:+.3f} before it was trained"
+    moved = [f"{name}: {changed.format(x)}" for name, x in told["transferred"].items()]
+    return "\n".join(forgotten + moved)
 
 
 def _picture(stages, scores: dict, path: Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ftjax.data.prepare import Part
-from ftjax.evaluation.classification import best_thresholds
+from ftjax.evaluation.classification import best_threshold
 from ftjax.evaluation.said import Asked, Judge, at_places, logits
 
 
@@ -47,7 +47,8 @@ def judge(
 
     def thresholds(part: Part, said: np.ndarray, metric: str) -> list[float]:
         chances, truths = binary(predictions(said), targets(part))
-        return [float(found["threshold"]) for found in best_thresholds(truths, chances, metric)]
+        each = zip(truths.T, chances.T, strict=True)
+        return [best_threshold(truth, chance, metric)["threshold"] for truth, chance in each]
 
     return Judge(
         say, sides, lines, shown, known=("label",), blank=blank, thresholds=thresholds if binary else None,

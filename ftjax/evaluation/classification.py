@@ -408,13 +408,3 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
     best = np.flatnonzero(figures == np.nanmax(figures))
     k = best[np.argmin(abs(cuts[best].astype(float) - 0.5))]
     return {"threshold": float(cuts[k]), "value": float(figures[k])}
-
-
-def best_thresholds(labels, scores, metric: str = "f1") -> list[dict]:
-    """`best_threshold` of each of C classes separately. labels, scores: (N, C)."""
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    if labels.ndim != 2 or labels.shape != scores.shape:
-        raise FtjaxError(
-            f"thresholds: expected labels and scores (rows, classes); found {labels.shape}, {scores.shape}"
-        )
-    return [best_threshold(label, score, metric) for label, score in zip(labels.T, scores.T, strict=True)]

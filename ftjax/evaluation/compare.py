@@ -180,12 +180,16 @@ def table(before: dict, after: dict, seconds: float) -> str:
 
 def side_by_side(before: dict, after: dict, n: int) -> str:
     """`n` prompts at even distances among the samples, each with a reference and both answers, as text."""
-    pairs, lines = list(zip(before["samples"], after["samples"], strict=True)), []
-    for i in range(min(n, len(pairs))):
-        old, new = pairs[i * len(pairs) // min(n, len(pairs))]
-        lines.append([old["prompt"], old["references"][0], old["prediction"], new["prediction"]])
+    pairs = spread(list(zip(before["samples"], after["samples"], strict=True)), n)
+    lines = [[old["prompt"], old["references"][0], old["prediction"], new["prediction"]] for old, new in pairs]
     head = [(title, 0) for title in ("prompt", "a reference", "before", "after")]
     return grid(head, lines, parted=True).rstrip("\n")
+
+
+def spread(rows: list, n: int) -> list:
+    """n rows at even distances, or all rows if there are fewer."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float, made_by: dict) -> dict:

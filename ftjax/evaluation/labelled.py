@@ -153,24 +153,19 @@ def report(
     return out
 
 
-def worst(kind: str, labels, predictions, n: int = 20, *, losses=None, **settings) -> list[int]:
+def worst(kind: str, labels, predictions, n: int = 20, **settings) -> list[int]:
     """Indices, from 0, of the wrong rows with the highest loss, highest first. Of equal ones the earlier row comes
-    first.
+    first. The `*_rows` function of the kind documents the loss, and what counts as wrong.
 
     Args:
         kind, labels, predictions, settings: See `report`.
         n: Most rows.
-        losses: (N,) losses; None: those of the kind. Its `*_rows` function documents them, and what counts as wrong.
 
     Raises:
-        FtjaxError: As `report`, and if there is not one loss for each row.
+        FtjaxError: As `report`.
     """
     _, rows, _ = _rows(kind, labels, predictions, None, settings)
-    loss = rows["loss"] if losses is None else np.asarray(losses, float)
-    if loss.shape != rows["loss"].shape or np.isnan(loss).any():
-        found = f"{loss.shape}{' with NaN' if np.isnan(loss).any() else ''}"
-        raise FtjaxError(f"losses: expected a number for each of {len(rows['loss'])} rows; found {found}")
-    order = np.argsort(-loss, kind="stable")
+    order = np.argsort(-rows["loss"], kind="stable")
     return order[rows["wrong"][order]][:n].tolist()
 
 
@@ -237,7 +232,7 @@ def _members(groups, N) -> dict[str, np.ndarray]:
 def table(report: dict) -> str:
     """A report as text: figures with their intervals, then classes or entity types, then groups."""
     percent = f"{100 * report['level']:g} % interval"
-    lines = [_line(*item) for item in report["metrics"].items()]
+    lines = [[_arrow(n), _figure(e["value"], 4), _range(e, 4), e.get("note", "")] for n, e in report["metrics"].items()]
     columns = 4 if any(note for *_, note in lines) else 3
     head = [("", 0), ("value", 1), (percent, 1), ("note", 0)]
     parts = [grid(head[:columns], [line[:columns] for line in lines])]
@@ -275,10 +270,6 @@ def _figure(x: float | None, digits: int) -> str:
 
 def _range(entry: dict, digits: int) -> str:
     return "" if entry["low"] is None else " to ".join(_figure(entry[end], digits) for end in ("low", "high"))
-
-
-def _line(name: str, entry: dict) -> list[str]:
-    return [_arrow(name), _figure(entry["value"], 4), _range(entry, 4), entry.get("note", "")]
 
 
 def _short(entry: dict) -> str:

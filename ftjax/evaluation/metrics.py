@@ -21,8 +21,9 @@ import numpy as np
 from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import squad
-from ftjax.evaluation.words import composed, spaced, words
+from ftjax.evaluation.words import composed, grams, spaced, stem, words
 
+IN_COMMON = "that answer and right answer have in common, from 0 to"
 LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -40,6 +41,7 @@ class Metric:
         worst: The score of a row without one if every row must have one, as in a comparison; None: there is no such
             number.
         compares: Whether it reads the references.
+        description: For a reader who knows no metric.
     """
 
     row: Callable[..., float | None]
@@ -48,6 +50,12 @@ class Metric:
     best: float | None = 1.0
     worst: float | None = 0.0
     compares: bool = True
+    description: str = "by your own function"
+
+    @property
+    def described(self) -> str:
+        """The description, and whether more or less is better."""
+        return self.description + ("" if self.higher is None else f"; {'more' if self.higher else 'less'} is better")
 
 
 def score(
@@ -125,34 +133,29 @@ def _users(named: str, key: str) -> Metric:
 
 
 @functools.cache
-def _stem():
-    from nltk.stem.porter import PorterStemmer
-
-    return PorterStemmer().stem
-
-
-@functools.cache
 def _rouge_scorer(kind: str):
     from rouge_score.rouge_scorer import RougeScorer
 
     class Words:
         def tokenize(self, text):
-            return [_stem()(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
+            return [stem(word) if len(word) > 3 and word.isascii() else word for word in words(text)]
 
     return RougeScorer([kind], tokenizer=Words())
 
 
-def rouge(kind: str) -> Metric:
+def rouge(kind: str, what: str) -> Metric:
     """F1 of the units that a prediction shares with its best reference (Lin 2004), by `rouge-score` with its stemmer; 0
     to 1.
 
     For ASCII text the scores are those of rouge-score. Its own tokenizer deletes all other letters, so words are split
     by ftjax.evaluation.words instead. Only words in ASCII are stemmed, because the stemmer is for English.
 
-    kind: `rouge1` for words, `rouge2` for pairs of words, `rougeL` for the longest common subsequence of words.
+    kind: `rouge1` for words, `rouge2` for pairs of words, `rougeL` for the longest common subsequence of words. what:
+    their name in the description.
     """
     return Metric(
-        lambda prediction, references, *_: _rouge_scorer(kind).score_multi(references, prediction)[kind].fmeasure
+        lambda prediction, references, *_: _rouge_scorer(kind).score_multi(references, prediction)[kind].fmeasure,
+        description=f"{what} {IN_COMMON} 1",
     )
 
 
@@ -208,27 +211,22 @@ def number_match(prediction, references, *_) -> float:
     return float(final_number(prediction) in right)
 
 
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    split = spaced(text).lower().split()
-    return list(zip(*(split[i:] for i in range(n))))
-
-
-def distinct(n: int) -> Metric:
+def distinct(n: int, what: str) -> Metric:
     """Number of distinct n-grams of words divided by that of all n-grams (Li et al. 2016); 0 to 1.
 
     The score is that of one answer, and the figure that of all answers together. Words are separated by white space and
     in lower case. A character of a script without spaces is a word. Text without an n-gram has no score. The figure
     falls as the amount of text grows, so compare contenders on the same prompts.
+
+    n: Words of an n-gram. what: the name of these n-grams in the description.
     """
 
-    def share(grams):
-        return len(set(grams)) / len(grams) if grams else None
+    def share(predictions, _=None):
+        found = [gram for text in predictions for gram in grams(spaced(text).lower().split(), n)]
+        return len(set(found)) / len(found) if found else None
 
-    return Metric(
-        lambda prediction, *_: share(_grams(prediction, n)),
-        lambda predictions, _: share([gram for p in predictions for gram in _grams(p, n)]),
-        compares=False,
-    )
+    description = f"share of an answer's {what} that do not occur earlier in it"
+    return Metric(lambda prediction, *_: share([prediction]), share, compares=False, description=description)
 
 
 def length(prediction, *_) -> float:
@@ -244,7 +242,7 @@ def coverage(prediction, references, row, settings) -> float:
     """
 
     def stems(text):
-        return {_stem()(word) for word in words(text)}
+        return {stem(word) for word in words(text)}
 
     column = settings.words
     if not column or column not in row:
@@ -324,6 +322,7 @@ def lowered(metric: Metric) -> Metric:
         metric,
         row=lambda prediction, references, *rest: metric.row(*low([prediction, references]), *rest),
         corpus=lambda *texts: metric.corpus(*low(texts)),
+        description=metric.description.replace(", from", ", in lower case, from"),
     )
 
 
@@ -338,19 +337,23 @@ def chrf_corpus(predictions, references) -> float:
     return _sacrebleu().CHRF().corpus_score([composed(p) for p in predictions], _streams(references)).score
 
 
+BLEU = Metric(bleu_row, bleu_corpus, best=100.0, description=f"runs of words {IN_COMMON} 100")
+UNSUPPORTED = "share of an answer's sentences that the passage does not support, by words in common"
 METRICS = {
-    "exact_match": Metric(exact_match),
-    "token_f1": Metric(token_f1),
-    "rouge_1": rouge("rouge1"),
-    "rouge_2": rouge("rouge2"),
-    "rouge_l": rouge("rougeL"),
-    "bleu": Metric(bleu_row, bleu_corpus, best=100.0),
-    "bleu_lower": lowered(Metric(bleu_row, bleu_corpus, best=100.0)),  # the E2E challenge's convention
-    "chrf": Metric(chrf_row, chrf_corpus, best=100.0),
-    "coverage": Metric(coverage, compares=False),
-    "number_match": Metric(number_match),
-    "distinct_1": distinct(1),
-    "distinct_2": distinct(2),
-    "unsupported": Metric(unsupported, higher=False, best=0.0, worst=1.0, compares=False),
-    "length": Metric(length, higher=None, best=None, compares=False),
+    "exact_match": Metric(exact_match, description="share of answers that equal a right one"),
+    "token_f1": Metric(token_f1, description=f"words {IN_COMMON} 1"),
+    "rouge_1": rouge("rouge1", "words"),
+    "rouge_2": rouge("rouge2", "pairs of words"),
+    "rouge_l": rouge("rougeL", "words in the same order"),
+    "bleu": BLEU,
+    "bleu_lower": lowered(BLEU),  # the E2E challenge's convention
+    "chrf": Metric(chrf_row, chrf_corpus, best=100.0, description=f"runs of characters {IN_COMMON} 100"),
+    "coverage": Metric(
+        coverage, compares=False, description="share of the required words that an answer uses, from 0 to 1"
+    ),
+    "number_match": Metric(number_match, description="share of answers whose last number is the right one"),
+    "distinct_1": distinct(1, "words"),
+    "distinct_2": distinct(2, "pairs of words"),
+    "unsupported": Metric(unsupported, higher=False, best=0.0, worst=1.0, compares=False, description=UNSUPPORTED),
+    "length": Metric(length, higher=None, best=None, compares=False, description="number of words in an answer"),
 }

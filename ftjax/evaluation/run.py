@@ -18,7 +18,7 @@ from ftjax.data.preview import too_long
 from ftjax.data.template import Rendered, asked, fill, parse
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import compare, judge, said
+from ftjax.evaluation import compare, judge
 from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.hub import fingerprint
@@ -171,11 +171,6 @@ def _config(model, config, overrides, data: str | None = None, say=None):
                 "of the training, or name others by an override"
             )
     return config
-
-
-def figures(report: dict) -> str:
-    """The report of `evaluate` as text for the terminal."""
-    return said.text(report)
 
 
 def answer(

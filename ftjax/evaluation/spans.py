@@ -67,9 +67,8 @@ def say(asked: Asked) -> list[dict]:
         rows.
     """
     part, task = asked.part, asked.config.task
-    said = at_places(logits, asked, whole_rows=True)
-    out = []
-    for members in by_row(part):
+    said, out = at_places(logits, asked, whole_rows=True), blank(asked)
+    for record, members in zip(out, by_row(part), strict=True):
         how, row, place = part.recipe(members[0]), part.row(members[0]), part.place(members[0])
         text = row[how.pair]
         found, none = [], np.inf
@@ -84,9 +83,7 @@ def say(asked: Asked) -> list[dict]:
         for answer in texts:
             distinct.setdefault(answer["text"], answer)
         first, *others = distinct.values()
-        known = {"answers": [answer for _, answer in spans.answers(how, row, place)]} if how.label else {}
-        record = {"row": place, "question": row[how.text]} | known
-        out.append(record | {"prediction": first["text"], "score": first["score"], "others": others[:BEST]})
+        record |= {"prediction": first["text"], "score": first["score"], "others": others[:BEST]}
     return out
 
 
@@ -95,9 +92,8 @@ def blank(asked: Asked) -> list[dict]:
     out = []
     for members in by_row(asked.part):
         how, row, place = (f(members[0]) for f in (asked.part.recipe, asked.part.row, asked.part.place))
-        out.append(
-            {"row": place, "answers": [answer for _, answer in spans.answers(how, row, place)], "prediction": ""}
-        )
+        known = {"answers": [answer for _, answer in spans.answers(how, row, place)]} if how.label else {}
+        out.append({"row": place, "question": row[how.text]} | known | {"prediction": ""})
     return out
 
 

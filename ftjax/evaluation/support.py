@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import regex
 
-from ftjax.evaluation.words import spaced
+from ftjax.evaluation.words import spaced, stem
 
 # Chinese and Japanese have no space after the end of a sentence.
 SENTENCE = re.compile(r"(?<=[.!?।؟])[\"'”’)]*\s+|(?<=[。！？])[”’」』）]*(?!$)|\n+")
@@ -32,7 +32,7 @@ class Claim(NamedTuple):
     """A sentence of an answer, compared with a passage."""
 
     text: str
-    share: float  # of its content n-grams that the passage has
+    share: float  # of its content that the passage has
     numbers: tuple[str, ...]  # numbers that the passage does not have
 
     @property
@@ -40,42 +40,25 @@ class Claim(NamedTuple):
         return self.share >= LEAST and not self.numbers
 
 
-def claims(answer: str, passage: str, n: int = 1) -> list[Claim]:
+def claims(answer: str, passage: str) -> list[Claim]:
     """The sentences of an answer that have content, each with the share of its content that occurs in the passage.
 
-    Content is n-grams of the stems (Porter 1980) of words that are not in EMPTY. A sentence with fewer than n such
-    words is one n-gram. A number that the passage lacks makes the whole claim unsupported.
-
-    Args:
-        answer: The answer.
-        passage: The passage.
-        n: Words of an n-gram.
+    Content is the stems (Porter 1980) of words that are not in EMPTY. A number that the passage lacks makes the whole
+    claim unsupported.
     """
-    from nltk.stem.porter import PorterStemmer
-
-    stem = PorterStemmer().stem
 
     def content(text: str) -> list[str]:
         return [stem(word.replace(",", "")) for word in WORD.findall(spaced(text).lower()) if word not in EMPTY]
 
-    words = content(passage)
-    there = {size: set(_grams(words, size)) for size in range(1, n + 1)}
-    out = []
+    there, out = set(content(passage)), []
     for sentence in SENTENCE.split(answer):
-        own = content(sentence)
-        if own:
-            grams = _grams(own, min(n, len(own)))
-            numbers = tuple(w for w in dict.fromkeys(own) if w[0].isdigit() and (w,) not in there[1])
-            out.append(Claim(sentence, sum(g in there[len(g)] for g in grams) / len(grams), numbers))
+        if own := content(sentence):
+            numbers = tuple(w for w in dict.fromkeys(own) if w[0].isdigit() and w not in there)
+            out.append(Claim(sentence, sum(w in there for w in own) / len(own), numbers))
     return out
 
 
-def unsupported_rate(answer: str, passage: str, n: int = 1) -> float | None:
-    """Share of an answer's claims that the passage does not support; None for an answer without a claim. n: see
-    `claims`."""
-    found = claims(answer, passage, n)
+def unsupported_rate(answer: str, passage: str) -> float | None:
+    """Share of an answer's claims that the passage does not support; None for an answer without a claim."""
+    found = claims(answer, passage)
     return sum(not claim.supported for claim in found) / len(found) if found else None
-
-
-def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
-    return list(zip(*(words[i:] for i in range(n))))

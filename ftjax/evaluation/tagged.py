@@ -18,17 +18,13 @@ def say(asked: Asked) -> list[dict]:
     A word has the tag that is predicted at its first token. A word without a token, such as one that was cut off, gets
     O.
     """
-    part, names, out = asked.part, asked.data.labels, []
+    part, out = asked.part, blank(asked)
     for i, said in enumerate(at_places(logits, asked)):
-        how, row, place = part.recipe(i), part.row(i), part.place(i)
-        words = tags.cell(row, how.text, place)
-        predicted = [OUTSIDE] * len(words)
-        (found,) = tags.in_words(asked.tokenizer, [words], how.max_length)
+        how, record = part.recipe(i), out[i]
+        (found,) = tags.in_words(asked.tokenizer, [record["words"]], how.max_length)
         carriers, first = (tags.carriers(found.word, which) for which in (how.subwords, "first"))
         for word, tag in zip(found.word[first], said.argmax(-1)[first[carriers]], strict=True):
-            predicted[word] = names[tag]
-        known = {"tags": [names[label_id(how, x, place)] for x in row[how.label]]} if how.label else {}
-        out.append({"row": place, "words": words} | known | {"predicted": predicted})
+            record["predicted"][word] = asked.data.labels[tag]
     return out
 
 
@@ -38,8 +34,8 @@ def blank(asked: Asked) -> list[dict]:
     for i in range(len(part)):
         how, row, place = part.recipe(i), part.row(i), part.place(i)
         words = tags.cell(row, how.text, place)
-        known = [names[label_id(how, x, place)] for x in row[how.label]]
-        out.append({"row": place, "words": words, "tags": known, "predicted": [OUTSIDE] * len(words)})
+        known = {"tags": [names[label_id(how, x, place)] for x in row[how.label]]} if how.label else {}
+        out.append({"row": place, "words": words} | known | {"predicted": [OUTSIDE] * len(words)})
     return out
 
 

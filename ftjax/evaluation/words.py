@@ -8,7 +8,9 @@ or digit.
 
 from __future__ import annotations
 
+import functools
 import unicodedata
+from collections.abc import Sequence
 
 import regex
 
@@ -51,3 +53,21 @@ def spaced(text: str) -> str:
 def without_punctuation(text: str) -> str:
     """The text without ASCII's punctuation and symbols, and without the punctuation of scripts other than Latin."""
     return PUNCTUATION.sub("", text)
+
+
+@functools.lru_cache(maxsize=100_000)
+def stem(word: str) -> str:
+    """The stem of an English word in lower case (Porter 1980)."""
+    return _stemmer().stem(word)
+
+
+@functools.cache
+def _stemmer():
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
+
+
+def grams(units: Sequence, n: int) -> list[tuple]:
+    """The n-grams of words, or of other units."""
+    return list(zip(*(units[i:] for i in range(n))))

@@ -109,6 +109,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
             "gradients": programs.gradient_bytes(program),
             "head": head_bytes(config, spec, mesh.shape, M, devices.platform),
             "drawing": drawing(config, spec, program, mesh, T),
+            "sent": 0.0,
         }
         try:
             compiled = program.step.trace(*arguments).lower().compile(QUICK if quick and devices.topology else None)
@@ -122,6 +123,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
             out["temporaries"] = total - sum(out["held"].values())
             return out | _spent(started)
     analysis, text = compiled.memory_analysis(), compiled.as_text()
+    collectives = [c._asdict() for c in hlo.collectives(text)]
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     total = analysis.argument_size_in_bytes + new + analysis.temp_size_in_bytes
     out |= {
@@ -131,7 +133,8 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
         "temporaries": analysis.temp_size_in_bytes,
         "arguments": analysis.argument_size_in_bytes,
         "traffic": hlo.memory_bytes(text),
-        "collectives": [c._asdict() for c in hlo.collectives(text)],
+        "collectives": collectives,
+        "sent": sum(c["bytes"] for c in collectives),
     }
     return out | _spent(started)
 

@@ -129,18 +129,11 @@ class Search:
         total = sum(held.values()) + self.scale * self._temporaries(config, sizes, devices)
         row_flops = self._flops(config, devices)
         again = row_flops / self.asked_flops  # what is computed again is read and written again
-        return {
-            "overrides": setting.overrides,
-            "devices": devices.name,
-            "mesh": sizes,
-            "remat": config.model.remat,
-            "batch": config.train.batch_size,
-            "accumulate": config.train.accumulate,
+        return described(config, self.spec, setting.overrides, sizes, devices, self.T) | {
             "total": total,
             "fits": total <= devices.device.memory,
             "flops": row_flops * config.train.batch_size,
             "traffic": STATE_PASSES * sum(held.values()) + again * self.row_traffic * _rows(config, sizes),
-            "host": host_bytes(config, self.spec, sizes, devices, self.T),
             "sent": self._sent(config, sizes, devices),
             "compiled": False,
         }
@@ -281,7 +274,16 @@ def resolve_mesh(config, devices: Devices) -> dict[str, int]:
     return {axis: devices.count // known if n == -1 else n for axis, n in sizes.items()}
 
 
-def host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> float:
+def described(config, spec: Spec, overrides: dict, sizes: dict, devices: Devices, T: int) -> dict:
+    """What is known of a setting without compiling it, see `Search.estimate`."""
+    return {
+        "overrides": overrides, "devices": devices.name, "mesh": sizes, "remat": config.model.remat,
+        "batch": config.train.batch_size, "accumulate": config.train.accumulate,
+        "host": _host_bytes(config, spec, sizes, devices, T),
+    }  # fmt: skip
+
+
+def _host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> float:
     """Bytes that a device sends to its host's memory in a step, and reads back, for tensors that remat keeps there; 0
     on a CPU, whose memory is the host's."""
     preset = remat.PRESETS.get(config.model.remat, remat.Preset())

@@ -8,21 +8,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+from ftjax import config as configs
+from ftjax import tasks
+from ftjax.data.batches import GRANULE, Batches
+from ftjax.data.prepare import prepare
 from ftjax.errors import FtjaxError
+from ftjax.hub import families, resolve
+from ftjax.hub import tokenizer as tokenizers
+from ftjax.plan import compiled, search
+from ftjax.plan.devices import parse
+from ftjax.training import auto_mesh, sharding
+from ftjax.training import program as programs
+from ftjax.tuning import METHODS, Spec
 
 
 def work(job: dict) -> dict:
     """The result of ftjax.plan.run.plan, for its arguments in `job`."""
     started = time.perf_counter()
-    from ftjax import config as configs
-    from ftjax import tasks
-    from ftjax.hub import families, resolve
-    from ftjax.plan import compiled, search
-    from ftjax.plan.devices import parse
-    from ftjax.training import auto_mesh, sharding
-    from ftjax.training import program as programs
-    from ftjax.tuning import METHODS, Spec
-
     config, devices = configs.from_dict(job["config"]), parse(job["devices"])
     if job["memory"]:
         devices = devices._replace(device=devices.device._replace(memory=job["memory"]))
@@ -32,8 +36,7 @@ def work(job: dict) -> dict:
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
     device, offloads = devices.device, devices.platform != "cpu"
-    memory = math.inf if device.memory is None else device.memory
-    machine = auto_mesh.Machine(devices.count, memory, device.per_host, devices.platform, offloads=offloads)
+    machine = auto_mesh.Machine(devices.count, device.memory, device.per_host, devices.platform, offloads=offloads)
     T = min(config.data.max_length, longest)
     chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
     mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))
@@ -53,10 +56,7 @@ def work(job: dict) -> dict:
     chosen.append(programs.check_attention(config, spec, mesh, dtype, [T]))
 
     asked = compiled.compile_step(config, spec, devices, T, M, steps or 1, job["quick"])
-    asked |= {"overrides": {}, "devices": devices.name, "compiled": True, "batch": config.train.batch_size}
-    asked |= {"remat": config.model.remat, "accumulate": config.train.accumulate}
-    asked["sent"] = sum(c["bytes"] for c in asked.get("collectives", ()))
-    asked["host"] = search.host_bytes(config, spec, sizes, devices, T)
+    asked |= search.described(config, spec, {}, sizes, devices, T) | {"compiled": True}
     out = {
         "devices": {"name": devices.name, "count": devices.count, **devices.device._asdict()},
         "method": config.tuning.method,
@@ -90,17 +90,12 @@ def work(job: dict) -> dict:
 
 def _places(config, T: int) -> int:
     """Number of trained positions in a row of T tokens, if nothing is known of the rows."""
-    from ftjax import tasks
-    from ftjax.data.batches import GRANULE
-
     places = T if config.data.packing else tasks.find(config.task.kind).trained(config, T)
     return T if places == T else max(GRANULE, -(-places // GRANULE) * GRANULE)
 
 
 def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) -> None:
     """Compile the first settings, one after another, as long as there is time for one more. Changes `rows` in place."""
-    from ftjax.plan import compiled, search
-
     last = 0.0
     for row in rows:
         if row["compiled"]:
@@ -109,7 +104,6 @@ def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) 
             return
         new = search.changed(config, row["overrides"])
         found = compiled.compile_step(new, spec._replace(tuning=new.tuning), devices, T, M, steps or 1, quick)
-        found["sent"] = sum(c["bytes"] for c in found.get("collectives", ()))
         row |= {key: found[key] for key in ("total", "fits", "traffic", "sent", "flops") if key in found}
         row["compiled"] = True
         last = found["compile_seconds"]
@@ -118,13 +112,6 @@ def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) 
 def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     """(T, M) of the largest batch, the steps of the run, and tokens of a step that are not padding, from the run's
     rows."""
-    import numpy as np
-
-    from ftjax import tasks
-    from ftjax.data.batches import Batches
-    from ftjax.data.prepare import prepare
-    from ftjax.hub import tokenizer as tokenizers
-
     tokenizer = tokenizers.load_tokenizer(folder)
     data = prepare(config, tokenizer, longest)
     config.task.labels = data.labels

@@ -19,6 +19,7 @@ from ftjax import tasks, xla
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import given, prepare
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
+from ftjax.evaluation.resample import share_interval
 from ftjax.files import replace_json, write_jsonl
 from ftjax.loading import load
 from ftjax.objectives import causal
@@ -182,9 +183,9 @@ def attack(members: np.ndarray, others: np.ndarray, level: float) -> dict[str, f
     found = {"auc": auc, "low": max(0.0, auc - half), "high": min(1.0, auc + half)}
     for rate in FALSE:
         hits = int((members > np.sort(others)[::-1][int(rate * M)]).sum())
-        interval = stats.binomtest(hits, N).proportion_ci(level, method="exact")
+        low, high = map(float, share_interval(hits / N, N, level))
         name = f"tpr_{rate:g}"
-        found |= {name: hits / N, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
+        found |= {name: hits / N, f"{name}_low": low, f"{name}_high": high}
     return found
 
 
@@ -199,16 +200,11 @@ def least_epsilon(members: np.ndarray, others: np.ndarray, delta: float) -> floa
         others: (O,) scores.
         delta: That of the guarantee.
     """
-    from scipy import stats
-
-    tail = (1 - LEVEL) / 2
 
     def bound(members, others, cuts):
-        hits, alarms = ((x > cuts[:, None]).sum(1) for x in (members, others))
-        found = np.where(hits > 0, stats.beta.ppf(tail, np.maximum(hits, 1), len(members) - hits + 1), 0.0)
-        false = np.where(
-            alarms < len(others), stats.beta.ppf(1 - tail, alarms + 1, np.maximum(len(others) - alarms, 1)), 1.0
-        )
+        hits, alarms = ((x > cuts[:, None]).mean(1) for x in (members, others))
+        found = share_interval(hits, len(members), LEVEL)[0]
+        false = share_interval(alarms, len(others), LEVEL)[1]
         ratios = (found - delta) / false, (1 - false - delta) / (1 - found)
         return np.log(np.maximum(np.maximum(*ratios), 1.0))
 

@@ -17,6 +17,7 @@ from ftjax.data.similar import row_text
 from ftjax.data.template import Rendered, question
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
+from ftjax.evaluation.words import stem
 
 
 class Prompting(NamedTuple):
@@ -40,21 +41,9 @@ PROMPTS = {
 # ---------------------------------------------------------------------------------------------- what is near
 
 
-@functools.lru_cache(maxsize=100_000)
-def _stem(word: str) -> str:
-    return _stemmer().stem(word)
-
-
-@functools.cache
-def _stemmer():
-    from nltk.stem.porter import PorterStemmer
-
-    return PorterStemmer()
-
-
 def stems(text: str) -> list[str]:
     """The English stems (Porter 1980) of a text's words, in lower case."""
-    return [_stem(word) for word in re.findall(r"[^\W_]+", text.lower())]
+    return [stem(word) for word in re.findall(r"[^\W_]+", text.lower())]
 
 
 class Index:

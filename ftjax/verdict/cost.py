@@ -15,7 +15,7 @@ from ftjax.hub import families, resolve, weights
 from ftjax.training import features
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.flops import flops_per_token
-from ftjax.training.program import with_task
+from ftjax.training.program import count, with_task
 from ftjax.tuning import METHODS, Spec
 from ftjax.verdict.energy import metered
 
@@ -67,11 +67,6 @@ def training(config, labels: int, examples, steps: int) -> tuple[int, float]:
         places = float(np.mean(examples.labels))
         return count(trained), len(examples.length) * row + steps * size * places * features.flops_per_token(trained)
     return count(trained), steps * size * row
-
-
-def count(shapes) -> int:
-    """Number of elements in a tree of arrays or shapes."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 def run_seconds(run_dir: str | Path) -> float:

@@ -42,7 +42,6 @@ class Curve:
     """The posterior of a learning curve, from `fit`. Arrays (M,) are draws of it, each as likely as any other."""
 
     amounts: np.ndarray  # (K,) ascending
-    means: np.ndarray  # (K,) means of the figure over runs
     runs: int  # of the point with the fewest runs
     spread: np.ndarray  # (K,) standard deviation from run to run
     noise: float  # standard deviation of a figure from the sampling of rows
@@ -78,16 +77,16 @@ class Curve:
         other = 0.0 if same_rows else math.sqrt(2) * self.noise
         return _range(np.clip(self.measured(n) + other * self.normal[2], *self.bounds))
 
-    def gain(self, times: float = 2) -> Range:
-        """The figure that would be measured at `times` the largest amount, less the law's figure at the largest
+    def gain(self) -> Range:
+        """The figure that would be measured at twice the largest amount, less the law's figure at the largest
         amount."""
         n = self.amounts[-1]
-        return _range(self.measured(times * n) - self.law(n))
+        return _range(self.measured(2 * n) - self.law(n))
 
-    def sentence(self, what: str = "the data", times: float = 2) -> str:
-        """A sentence on what `times` as much would bring. what: name of the amounts."""
-        found, name = self.gain(times), {2: "twice", 3: "three times"}.get(times, f"{times:g} times")
-        return f"{name} {what} would bring about {found.value:+.2g} ({found.low:+.2g} to {found.high:+.2g})"
+    def sentence(self, what: str = "the data") -> str:
+        """A sentence on what twice as much would bring. what: name of the amounts."""
+        found = self.gain()
+        return f"twice {what} would bring about {found.value:+.2g} ({found.low:+.2g} to {found.high:+.2g})"
 
 
 def fit(
@@ -168,7 +167,7 @@ def fit(
     cell = chosen // EACH
     ends = (bound if bounded else -sign * math.inf, sign * math.inf if worst is None else worst)
     return Curve(
-        amounts, np.array([v.mean() for v in values]), int(runs.min()), spread, float(noise), sign, bound,
+        amounts, int(runs.min()), spread, float(noise), sign, bound,
         first.ravel()[chosen], last.ravel()[chosen], c[cell], n0[cell], tau[cell], rng.standard_normal((3, DRAWS)),
         (min(ends), max(ends)),
     )  # fmt: skip
@@ -214,7 +213,9 @@ def report(
     except FtjaxError as error:
         return out | {"says": f"{error}"}
     end = max(4 * law.amounts[-1], *at, 0)
-    out["law"] = [{"amount": float(n)} | _law(law, n) for n in np.geomspace(law.amounts[0], end, 60)]
+    out["law"] = [
+        {"amount": float(n), **_range(law.measured(n))._asdict()} for n in np.geomspace(law.amounts[0], end, 60)
+    ]
     out["predicted"] = [{"amount": n, **law.predict(n)._asdict()} for n in at]
     return out | {"says": law.sentence(what)}
 
@@ -222,10 +223,6 @@ def report(
 def drawn(points: Mapping[float, Sequence[float]]) -> dict:
     """A figure over amounts without a law, in the form that `report` returns to a picture."""
     return {"points": [{"amount": n, "values": points[n]} for n in sorted(points)], "law": [], "check": None}
-
-
-def _law(law: Curve, n: float) -> dict:
-    return _range(law.measured(n))._asdict()
 
 
 def _share(n, amounts: np.ndarray, c: np.ndarray, n0: np.ndarray) -> np.ndarray:

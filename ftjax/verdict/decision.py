@@ -91,24 +91,6 @@ TUNING = {  # tuning.method -> what it trains
     "norms": "only the scales of the model's normalisation layers",
     "pattern": "only some of the model's weights, by their names",
 }
-METRICS = {
-    "accuracy": "share of rows that get the right label",
-    "subset_accuracy": "share of rows that get exactly the right labels",
-    "exact_match": "share of answers that equal a right one",
-    "number_match": "share of answers whose last number is the right one",
-    "token_f1": "words that answer and right answer have in common, from 0 to 1",
-    "rouge_1": "words that answer and right answer have in common, from 0 to 1",
-    "rouge_2": "pairs of words that answer and right answer have in common, from 0 to 1",
-    "rouge_l": "words in the same order that answer and right answer have in common, from 0 to 1",
-    "bleu": "runs of words that answer and right answer have in common, from 0 to 100",
-    "bleu_lower": "runs of words that answer and right answer have in common, in lower case, from 0 to 100",
-    "chrf": "runs of characters that answer and right answer have in common, from 0 to 100",
-    "coverage": "share of the required words that an answer uses, from 0 to 1",
-    "unsupported": "share of an answer's sentences that the passage does not support, by words in common",
-    "distinct_1": "share of an answer's words that do not occur earlier in it",
-    "distinct_2": "share of an answer's pairs of words that do not occur earlier in it",
-    "length": "number of words in an answer",
-}
 
 
 def contender_is(contender: Contender, config) -> str:
@@ -128,12 +110,6 @@ def contender_is(contender: Contender, config) -> str:
         out += f"; {contender.shots} solved example{'s stand' if many else ' stands'} before each question"
         out += ", those most like it" if how.near else ""
     return out + ("; passages of your documents stand before each question" if how.passages else "")
-
-
-def metric_is(name: str, higher: bool | None) -> str:
-    """A description of a metric, and whether more or less is better."""
-    way = "" if higher is None else f"; {'more' if higher else 'less'} is better"
-    return METRICS.get(name, "by your own function") + way
 
 
 # ---------------------------------------------------------------------------------------------- the answer

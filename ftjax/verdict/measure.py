@@ -28,6 +28,7 @@ from ftjax.evaluation.support import unsupported_rate
 from ftjax.lm import LM
 from ftjax.loading import load
 from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.program import count
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import RUN, run_config
 from ftjax.verdict import cost
@@ -320,7 +321,7 @@ def _cost(runs: list[Run], lm: LM, setting: Setting, spent: list[dict]) -> cost.
         fields |= {"train_tokens": float(np.mean(tokens)), "run_seconds": float(np.mean(whole))}
         fields["train_seconds"] = float(np.mean(taken))
         fields["train_joules"] = _mean([run_joules(run.path) for run in runs])
-    return cost.Cost(cost.count(lm.params), **fields)
+    return cost.Cost(count(lm.params), **fields)
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -72,13 +72,7 @@ class Vote(NamedTuple):
 
 
 def write_ballots(
-    path: str | Path,
-    key: str | Path,
-    prompts: Sequence[str],
-    answers: dict[str, Sequence[str]],
-    *,
-    pairs: Sequence[tuple[str, str]] | None = None,
-    seed: int = 0,
+    path: str | Path, key: str | Path, prompts: Sequence[str], answers: dict[str, Sequence[str]], *, seed: int = 0
 ) -> int:
     """Write a file for blind rating, and a separate key that says whose answer is on which side.
 
@@ -87,16 +81,15 @@ def write_ballots(
             with a key of RATINGS.
         key: The .jsonl file of the key.
         prompts: N prompts.
-        answers: {contender: N answers}.
-        pairs: Pairs of contenders; None: all.
+        answers: {contender: N answers}. Each pair of contenders is rated.
         seed: Seed that draws sides and order. A ballot's id reveals neither.
 
     Returns:
         The number of ballots.
 
     Raises:
-        FtjaxError: If the numbers of answers and prompts differ, if a pair names an unknown contender, if the file has
-            another suffix, or if there is nothing to rate.
+        FtjaxError: If the numbers of answers and prompts differ, if the file has another suffix, or if there is nothing
+            to rate.
     """
     path, key = Path(path), Path(key)
     if path.suffix not in WRITERS:
@@ -106,12 +99,7 @@ def write_ballots(
             raise FtjaxError(
                 f"ballots: {name!r} has {len(texts)} answers; expected one for each of {len(prompts)} prompts"
             )
-    pairs = list(itertools.combinations(answers, 2)) if pairs is None else [tuple(pair) for pair in pairs]
-    for name in itertools.chain(*pairs):
-        if name not in answers:
-            raise FtjaxError(
-                f"ballots: unknown contender {name!r}{nearest(name, answers)}; expected one of {', '.join(answers)}"
-            )
+    pairs = list(itertools.combinations(answers, 2))
     if not pairs or not prompts:
         raise FtjaxError(
             f"ballots: nothing to rate: found {len(prompts)} prompts and {len(pairs)} pairs of contenders; expected at "

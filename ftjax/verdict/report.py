@@ -44,12 +44,6 @@ def detail(data: dict) -> str:
     return sentences().detail(data, best, groups, max(curves, key=lambda one: value[one["name"]], default=None))
 
 
-def spread(rows: list, n: int) -> list:
-    """n rows at even distances, or all rows if there are fewer."""
-    n = min(n, len(rows))
-    return [rows[i * len(rows) // n] for i in range(n)]
-
-
 # ---------------------------------------------------------------------------------------------- tables
 
 Table = tuple[list[str], list[list[str]]]  # (titles, rows of cells as text)

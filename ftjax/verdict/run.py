@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import ftjax
@@ -18,6 +19,7 @@ from ftjax import tasks
 from ftjax.data import template
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import metrics
+from ftjax.evaluation.compare import spread
 from ftjax.files import replace_json, replace_text, write_jsonl
 from ftjax.training import privacy
 from ftjax.training.compiling import use_compilation_cache
@@ -25,7 +27,7 @@ from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import parse
 from ftjax.verdict.cost import break_even, load, price
-from ftjax.verdict.decision import contender_is, decide, metric_is
+from ftjax.verdict.decision import contender_is, decide
 from ftjax.verdict.energy import Meter
 from ftjax.verdict.findings import Case, findings
 from ftjax.verdict.measure import Measured, measure
@@ -96,12 +98,12 @@ def compare(
     write_jsonl(out / "answers.jsonl", answers)
     written = ["verdict.html", "verdict.md", "verdict.json", "answers.jsonl"]
     if config.compare.ballots:
-        asked_of = report.spread(answers, config.compare.ballots)
+        asked_of = spread(answers, config.compare.ballots)
         said = {name: [row["answers"][name]["text"] for row in asked_of] for name in measured}
         prompts = [row["prompt"] for row in asked_of]
         write_ballots(out / "ballots.csv", out / "ballots_key.jsonl", prompts, said, seed=config.seed)
         written += ["ballots.csv", "ballots_key.jsonl"]
-    data["samples"] = report.spread(answers, config.evaluate.samples)
+    data["samples"] = spread(answers, config.evaluate.samples)
     replace_json(out / "verdict.json", data)
     replace_text(out / "verdict.md", report.markdown(data))
     replace_text(out / "verdict.html", report.html(data, out))
@@ -129,48 +131,56 @@ def _tried(name: str, lost: dict[str, str], say, run):
 
 
 def _metric(config) -> tuple[str, dict]:
-    """(the metric that the verdict is about, its direction and bounds as arguments of curve.fit). The metric is added
-    to evaluate.metrics."""
-    if figure := tasks.find(config.task.kind).right:
-        return figure, {"higher": True, "worst": 0.0}
-    name = config.compare.metric or next(iter(config.evaluate.metrics), "")
+    """(the metric that the verdict is about, its direction and bounds as arguments of curve.fit). A metric of answers
+    is added to evaluate.metrics."""
+    of_labels = tasks.find(config.task.kind).right
+    name = of_labels or config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric and evaluate.metrics are both empty; name the metric of the verdict")
-    metric = metrics.find(name)
+    metric = metric_of(name)
     if metric.higher is None:
         raise FtjaxError(
             f"compare.metric: {name} has no better direction (neither more nor less is better); name another metric"
         )
-    config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
-    for other in config.evaluate.metrics:
-        metrics.find(other)
+    if not of_labels:
+        config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
+        for other in config.evaluate.metrics:
+            metrics.find(other)
     worst = bounds(name)[not metric.higher] if bounds(name) else None
     return name, {"higher": metric.higher, "best": metric.best, "worst": worst, "bounded": metric.best is not None}
 
 
-def bounds(metric: str) -> statistics.Bounds:
+def metric_of(name: str) -> metrics.Metric:
+    """The metric of a name, also the figure of a task with labels: a share, of which more is better."""
+    if of := next((task for task in tasks.every().values() if task.right == name), None):
+        description = f"share of rows that get {'exactly the right labels' if of.several else 'the right label'}"
+        return metrics.Metric(lambda *_: None, description=description)
+    return metrics.find(name)
+
+
+def bounds(name: str) -> statistics.Bounds:
     """The lowest and the highest score of a row by a metric; None if it has no bounds."""
-    best = 1.0 if _of_labels(metric) else metrics.find(metric).best
+    best = metric_of(name).best
     return None if best is None else (0.0, best or 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
 
 
-def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: bool) -> Case:
-    """The comparison with a verdict on every contender against the first.
+def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: bool, base: str = "") -> Case:
+    """The comparison with a verdict on every contender against the base.
 
     Args:
         found: The setting.
-        measured: {name: Measured}, the base first.
+        measured: {name: Measured}.
         metric: The metric that the verdict is about.
         higher: Whether more of it is better.
+        base: The contender that the others are compared with; empty: the first.
 
     Returns:
         The Case.
     """
-    base = next(iter(measured))
-    scores = {name: m.scores[metric] for name, m in measured.items()}
+    base, scores = base or next(iter(measured)), {name: m.scores[metric] for name, m in measured.items()}
     how = {"higher": higher, "seed": found.config.seed, "bounds": bounds(metric)}
     return Case(found, measured, base, statistics.verdicts(scores, base, **how))
 
@@ -191,18 +201,23 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     n = measured[case.base].scores[metric].shape[-1]
     kinds = {name: m.contender.kind for name, m in measured.items()}
     entries = []
-    untrained = _best([name for name, kind in kinds.items() if kind in UNTRAINED], measured, metric, higher)
-    against = _against(untrained, kinds, measured, metric, higher, config.seed) if untrained else {}
+    sign, against = 1 if higher else -1, {}
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    ready = [name for name, kind in kinds.items() if kind in UNTRAINED]
+    untrained = max(ready, key=lambda name: sign * measured[name].scores[metric].mean(), default="")
+    if untrained:  # chosen on these rows, which favours it: a contender that still beats it is better all the more
+        others = {name: m for name, m in measured.items() if name == untrained or name not in ready}
+        against = judged(case.setting, others, metric, higher, untrained).verdicts
     prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
     for name, m in measured.items():
         figures = {key: _interval(key, x) for key, x in m.scores.items()}
         entry = {
             "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
-            "figures": figures, "verdict": _verdict(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
+            "figures": figures, "verdict": _plain(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
             "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
             "checkpoints": [passed._asdict() for passed in m.way],
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
-            "unsupported": m.unsupported, "against_untrained": _verdict(against.get(name)), "divergence": m.divergence,
+            "unsupported": m.unsupported, "against_untrained": _plain(against.get(name)), "divergence": m.divergence,
             "is": contender_is(m.contender, config),
             "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
         }  # fmt: skip
@@ -214,39 +229,15 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     data = {
         "metric": metric, "higher": higher, "rows": n, "level": statistics.LEVEL, "base": case.base,
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
-        "data": config.data.test or config.data.train, "device": _device(), "energy": bool(Meter().counters),
+        "data": config.data.test or config.data.train, "device": device, "energy": bool(Meter().counters),
         "contenders": entries, "curves": curves, "requests": config.compare.requests,
         "worst": None if bounds(metric) is None else bounds(metric)[not higher],
         "reach": None if bounds(metric) is None else bounds(metric)[1],
-        "metrics": {name: metric_is(name, _higher(name)) for name in entries[0]["figures"]},
+        "metrics": {name: metric_of(name).described for name in entries[0]["figures"]},
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
     data |= {"question": report.question(data), "decision": decide(data)}
     return data | {"answer": report.answer(data), "detail": report.detail(data)}
-
-
-def _of_labels(metric: str) -> bool:
-    return any(task.right == metric for task in tasks.every().values())
-
-
-def _higher(metric: str) -> bool | None:
-    return _of_labels(metric) or metrics.find(metric).higher
-
-
-def _best(names: list[str], measured, metric, higher) -> str:
-    sign = 1 if higher else -1
-    return max(names, key=lambda name: sign * measured[name].scores[metric].mean(), default="")
-
-
-def _against(untrained: str, kinds, measured, metric, higher, seed) -> dict[str, statistics.Verdict]:
-    """Verdicts on trained contenders against the best untrained one. The latter was chosen on these rows, which favours
-    it: a contender that still beats it is better all the more."""
-    names = [untrained, *(name for name, kind in kinds.items() if kind not in UNTRAINED)]
-    if len(names) < 2:
-        return {}
-    return statistics.verdicts(
-        {n: measured[n].scores[metric] for n in names}, untrained, higher=higher, seed=seed, bounds=bounds(metric)
-    )
 
 
 def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
@@ -255,15 +246,8 @@ def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
     return {"value": float(scores.mean()), "low": float(low), "high": float(high)}
 
 
-def _verdict(verdict: statistics.Verdict | None) -> dict | None:
-    if verdict is None:
-        return None
-    c = verdict.comparison
-    return {
-        "says": verdict.says, "text": verdict.text, "difference": float(c.difference), "low": float(c.low),
-        "high": float(c.high), "p": float(verdict.p), "smallest": float(verdict.smallest),
-        "needed": float(verdict.needed),
-    }  # fmt: skip
+def _plain(verdict: statistics.Verdict | None) -> dict | None:
+    return verdict and verdict._asdict()
 
 
 def _wins(measured: Measured, base: Measured, metric: str, higher: bool) -> dict | None:
@@ -280,15 +264,7 @@ def _copied(measured: Measured, found: Setting) -> float | None:
     if not found.questions or measured.contender.kind != "tuned":
         return None
     training = [template.reference(rendered).split() for rendered, _ in found.data.train.each()]
-    told = copied([answer.split() for answer in measured.answers], training, report.COPIED)
-    grams = sum(c.grams for c in told)
-    return sum(c.seen for c in told) / grams if grams else None
-
-
-def _device() -> str:
-    import jax
-
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return copied([answer.split() for answer in measured.answers], training, report.COPIED)
 
 
 def _answers(found: Setting, measured: dict[str, Measured], metric: str):

@@ -345,7 +345,9 @@ class Verdict(NamedTuple):
 
     says: str  # better | worse | cannot tell
     text: str  # cell of a report's row
-    comparison: Comparison  # contender - base
+    difference: float  # contender - base
+    low: float
+    high: float
     p: float  # adjusted by Holm over all contenders
     smallest: float  # difference that would have been detected with probability POWER
     needed: float  # rows that would detect the difference found; inf: no number of rows would
@@ -396,7 +398,7 @@ def verdicts(
     adjusted = holm([c.p for c in found])
     strict = (1 - level) / max(1, len(others))
     return {
-        name: _verdict(c, float(p), bool((c.difference > 0) == higher), 1 - level, strict)
+        name: _verdict(c, p, bool((c.difference > 0) == higher), 1 - level, strict)
         for name, c, p in zip(others, found, adjusted)
     }
 
@@ -404,23 +406,21 @@ def verdicts(
 def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> Verdict:
     smallest, needed, n = float(c.smallest(strict)), float(c.needed(strict)), c.spread.n
     if p < alpha:
-        says = "better" if up else "worse"
-        return Verdict(says, says, c, p, smallest, needed)
-    if needed <= n:  # the test and Student's t may disagree slightly
-        needed = float(n + 1)
-    seeds = f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
-    if not c.informative:
-        most = max(float(c.high), -float(c.low))
-        text = f"cannot tell with {n:,} rows{seeds}: all rows score the same; only a difference above {most:.2g} is"
-        return Verdict("cannot tell", f"{text} ruled out", c, p, smallest, needed)
-    text = f"cannot tell with {n:,} rows{seeds}"
-    if math.isfinite(needed):
-        text += f"; about {rounded(needed):,} rows would do"
-    elif c.difference == 0:
-        text += "; there is no difference to be seen"
+        says = text = "better" if up else "worse"
     else:
-        text += "; more seeds are needed, no number of rows would do"
-    return Verdict("cannot tell", text, c, p, smallest, needed)
+        needed = max(needed, float(n + 1))  # the test and Student's t may disagree slightly
+        says, text = "cannot tell", f"cannot tell with {n:,} rows"
+        text += f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
+        if not c.informative:
+            most = max(float(c.high), -float(c.low))
+            text += f": all rows score the same; only a difference above {most:.2g} is ruled out"
+        elif math.isfinite(needed):
+            text += f"; about {rounded(needed):,} rows would do"
+        elif c.difference == 0:
+            text += "; there is no difference to be seen"
+        else:
+            text += "; more seeds are needed, no number of rows would do"
+    return Verdict(says, text, *map(float, (c.difference, c.low, c.high, p)), smallest, needed)
 
 
 def _seeds(own: int, base: int) -> str:

@@ -31,8 +31,10 @@ from ftjax.evaluation.metrics import METRICS
 from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_json
 from ftjax.hub import families, resolve, weights
+from ftjax.progress import counted
 from ftjax.training import claims, hosts, privacy
 from ftjax.training.loop import train
+from ftjax.training.program import count
 from ftjax.training.run_folder import FREE
 from ftjax.verdict import curve, pictures, report, search
 from ftjax.verdict.energy import metered
@@ -228,13 +230,13 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
                         say(f"{Path(c.run_dir).name} is being run by {claims.owner(path)}")
                     told.add(number)
                     continue
-                went, done[number] = True, None if c.overwrite else _ended(c)
+                went, done[number] = True, _ended(c)
                 if done[number] is None:
                     say(f"---- run {number + 1} of {len(jobs)}: {Path(c.run_dir).name}")
                     done[number] = _run(settings, c, say)
         if not went:
             time.sleep(claims.WAIT)
-            done = [o or (None if c.overwrite else _ended(c)) for o, (_, c) in zip(done, jobs, strict=True)]
+            done = [o or _ended(c) for o, (_, c) in zip(done, jobs, strict=True)]
     return done
 
 
@@ -248,8 +250,8 @@ def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]
         budget = whole / search.THIRD**left
         budget = max(1, round(budget)) if key == "train.steps" else float(f"{budget:.3g}")
         rung = len(sizes) - left
-        say(f"---- rung {rung} of {len(sizes)}: {_points(size)}, {key}={budget}" + (", trained from the start, "
-            "because the schedule depends on the length" if rung > 1 else ""))  # fmt: skip
+        again = ", trained from the start, because the schedule depends on the length" if rung > 1 else ""
+        say(f"---- rung {rung} of {len(sizes)}: {counted(size, 'point')}, {key}={budget}{again}")
         found = run(plan(points, budget=(f"{key}={budget}",)))
         outcomes += found
         if left:
@@ -257,10 +259,6 @@ def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]
             best = np.argsort(losses, kind="stable")[: sizes[rung]]
             points = [points[i] for i in sorted(best)]
     return outcomes
-
-
-def _points(n: int) -> str:
-    return f"{n} point{'s' * (n != 1)}"
 
 
 def _by_point(outcomes: list[Outcome], points: int) -> list[list[Outcome]]:
@@ -514,4 +512,4 @@ def _parameters(path: str) -> int:
     """Number of parameters of the model in a directory."""
     folder = resolve.resolve(path)
     _, shape = families.read_config(folder)
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(weights.param_shapes(shape, np.float32)))
+    return count(weights.param_shapes(shape))

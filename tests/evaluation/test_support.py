@@ -38,11 +38,9 @@ def test_claims_of_other_scripts_are_told_apart(passage, true, false):
     assert [claim.supported for claim in found] == [True, False]
 
 
-def test_longer_ngrams_ask_for_the_order_of_words():
+def test_the_order_of_words_does_not_count():
     shuffled = "England conquered William."
-    assert claims(shuffled, PASSAGE)[0].share == 1 and claims(shuffled, PASSAGE, n=2)[0].share == 0
-    assert claims("Duke William conquered.", PASSAGE, n=2)[0].share == 1
-    assert claims("William.", PASSAGE, n=2)[0].share == 1  # shorter than n: all of it
+    assert claims(shuffled, PASSAGE)[0].share == 1
 
 
 def test_sentences_of_a_real_passage_are_supported_by_it_and_not_by_another(shared):

@@ -90,11 +90,6 @@ def test_ballots_are_blind_and_read_back(tmp_path, suffix):
     assert sorted(vote.row for vote in votes if vote.second == "full") == list(range(40))
 
 
-def test_pairs_may_be_chosen(tmp_path):
-    n = write_ballots(tmp_path / "a.csv", tmp_path / "k.jsonl", PROMPTS, ANSWERS, pairs=[("base", "full")])
-    assert n == 40 and "lora" not in (tmp_path / "k.jsonl").read_text()
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -134,7 +129,6 @@ def test_lines_of_csv_are_counted_as_an_editor_does_and_half_a_file_may_be_read(
     "how, message",
     [
         ({"answers": {"base": ["x"]}}, "'base' has 1 answers; expected one for each of 40 prompts"),
-        ({"pairs": [("base", "lore")]}, "unknown contender 'lore' .did you mean \"lora\""),
         ({"path": "a.txt"}, "expected a file that ends in .jsonl or .csv"),
         ({"answers": {"base": ANSWERS["base"]}}, "40 prompts and 0 pairs"),
     ],
