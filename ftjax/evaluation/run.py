@@ -131,7 +131,7 @@ def predict(
 
     Returns:
         A dict for each row, in order: {"row", "text", "prediction", "probabilities"} for labels of texts; see `say` or
-        `lines` in ftjax.evaluation's modules tagged, spans and vectors for the other tasks.
+        `lines` in ftjax.tasks' modules tag, span and embed for the other tasks.
 
     Raises:
         FtjaxError: If the model's task is `causal`, or if the rows or the config cannot be used.
