@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
-from ftjax.evaluation.resample import Reduce, divide, totals
+from ftjax.evaluation.resample import Reduce, Share, divide, share, totals
 
 BINS = 15  # bins of the calibration error, as in Guo et al. 2017
 UNDEFINED = {  # why a figure is None
@@ -34,37 +34,23 @@ UNDEFINED |= {f"{name}_macro": UNDEFINED["f1_micro"] for name in ("precision", "
 # Figures of a tally
 
 
-def precision_recall_f1(right, predicted, labelled) -> dict[str, np.ndarray]:
+def shares(right, predicted, labelled) -> dict[str, Share]:
     """Precision, recall and F1 of each class, (..., C) each."""
-    return {
-        "precision": divide(right, predicted),
-        "recall": divide(right, labelled),
-        "f1": divide(2 * right, predicted + labelled),
-    }
+    trials = predicted, labelled, (predicted + labelled) / 2
+    return dict(zip(("precision", "recall", "f1"), (share(right, n) for n in trials), strict=True))
 
 
-def trials(right, predicted, labelled) -> dict[str, np.ndarray]:
-    """Number of trials of which each figure of `precision_recall_f1` is a share, for its interval: (..., C) each."""
-    return {"precision": predicted, "recall": labelled, "f1": (predicted + labelled) / 2}
+def micro(right, predicted, labelled) -> dict[str, Share]:
+    """Precision, recall and F1 of all classes together, (...) each."""
+    found = shares(right.sum(-1), predicted.sum(-1), labelled.sum(-1))
+    return {f"{name}_micro": x for name, x in found.items()}
 
 
-def macro_trials(right, predicted, labelled) -> dict[str, float]:
-    """Number of trials of which each figure of `macro` is a share, from a tally (C,).
+def macro(right, predicted, labelled, absent: bool = False) -> dict[str, Share]:
+    """Mean precision, recall and F1 over the classes with labels or predictions, (...) each.
 
     The mean of C shares of n_c trials each varies like one share of C^2 / sum(1 / n_c) trials. Classes without trials
-    do not vary, so they are left out.
-    """
-    found = {name: n[n > 0] for name, n in trials(right, predicted, labelled).items()}
-    return {f"{name}_macro": float(len(n) ** 2 / (1 / n).sum()) for name, n in found.items() if len(n)}
-
-
-def micro(right, predicted, labelled) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of all classes together, (...) each."""
-    return precision_recall_f1(right.sum(-1), predicted.sum(-1), labelled.sum(-1))
-
-
-def macro(right, predicted, labelled, absent: bool = False) -> dict[str, np.ndarray]:
-    """Mean precision, recall and F1 over the classes with labels or predictions, (...) each.
+    do not vary, so they are left out of the number.
 
     Args:
         right, predicted, labelled: A tally.
@@ -73,8 +59,11 @@ def macro(right, predicted, labelled, absent: bool = False) -> dict[str, np.ndar
     classes = (predicted + labelled > 0).sum(-1)
     if absent:
         classes = np.where(classes > 0, right.shape[-1], 0)
-    each = precision_recall_f1(right, predicted, labelled)
-    return {name: divide(np.nan_to_num(x).sum(-1), classes) for name, x in each.items()}
+    found = {}
+    for name, (x, n) in shares(right, predicted, labelled).items():
+        trials = divide((n > 0).sum(-1) ** 2, np.nan_to_num(divide(1, n)).sum(-1))
+        found[f"{name}_macro"] = Share(divide(np.nan_to_num(x).sum(-1), classes), trials)
+    return found
 
 
 def accuracy(right, predicted, labelled) -> np.ndarray:
@@ -159,27 +148,18 @@ def single_metrics(rows) -> Reduce:
 
     def reduce(counts):
         t, n = tally(counts), counts.sum(1)
-        out = {"accuracy": accuracy(*t), "balanced_accuracy": balanced_accuracy(*t)}
+        means = macro(*t)
+        out = {"accuracy": Share(accuracy(*t), n)}
+        out["balanced_accuracy"] = Share(balanced_accuracy(*t), means["recall_macro"].trials)
         if binary:
-            out |= {name: x[:, 1] for name, x in precision_recall_f1(*t).items()}
-        out |= {f"{name}_macro": x for name, x in macro(*t).items()}
-        out |= {f"{name}_micro": x for name, x in micro(*t).items()}
+            out |= shares(*(x[:, 1] for x in t))
+        out |= means | micro(*t)
         out |= {"mcc": mcc(*t), "roc_auc" if binary else "roc_auc_macro": _mean([curve(counts) for curve in curves])}
         out["log_loss"] = counts @ rows["loss"] / n
         out["calibration_error"] = abs(counts @ gaps_of_bins).sum(1) / n
         return out
 
     return reduce
-
-
-def single_trials(rows) -> dict[str, float]:
-    """Number of trials of which a figure of `single_metrics` is a share, for the figures that are shares."""
-    n, C = rows["probabilities"].shape
-    tally = [x[0] for x in single_tally(rows)(np.ones((1, n)))]
-    found = {name: n for name in ("accuracy", "precision_micro", "recall_micro", "f1_micro")} | macro_trials(*tally)
-    if C == 2:
-        found |= {name: x[1] for name, x in trials(*tally).items()}
-    return found | {"balanced_accuracy": found["recall_macro"]}
 
 
 def _confidence_bins(rows):
@@ -262,20 +242,10 @@ def multi_metrics(rows) -> Reduce:
 
     def reduce(counts):
         t, n = tally(counts), counts.sum(1)
-        out = {"subset_accuracy": counts @ ~rows["wrong"] / n}
-        out |= {f"{name}_micro": x for name, x in micro(*t).items()}
-        out |= {f"{name}_macro": x for name, x in macro(*t, absent=True).items()}
+        out = {"subset_accuracy": share(counts @ ~rows["wrong"], n)} | micro(*t) | macro(*t, absent=True)
         return out | {"roc_auc_macro": _mean([curve(counts) for curve in curves])}
 
     return reduce
-
-
-def multi_trials(rows) -> dict[str, float]:
-    """As `single_trials`, for `multi_metrics`."""
-    n = len(rows["loss"])
-    tally = [x[0] for x in multi_tally(rows)(np.ones((1, n)))]
-    found = {f"{name}_micro": x for name, x in trials(*(x.sum() for x in tally)).items()}
-    return {"subset_accuracy": n} | found | macro_trials(*tally)
 
 
 # For both
@@ -352,7 +322,7 @@ def _refuse(bad, found, wanted: str) -> None:
 # Thresholds
 
 THRESHOLD_METRICS = {  # functions of a tally of two classes, (K, 2)
-    "f1": lambda *tally: precision_recall_f1(*tally)["f1"][:, 1],
+    "f1": lambda *tally: shares(*tally)["f1"].value[:, 1],
     "mcc": mcc,
     "balanced_accuracy": balanced_accuracy,
     "accuracy": accuracy,

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.classification import micro, trials
-from ftjax.evaluation.resample import Reduce, divide
+from ftjax.evaluation.classification import shares
+from ftjax.evaluation.resample import Reduce, share
 
 SAME = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
 UNDEFINED = {  # why a figure is None
@@ -134,12 +134,7 @@ def tag_metrics(rows) -> Reduce:
     tally = tag_tally(rows)
 
     def reduce(counts):
-        accuracy = divide(counts @ rows["right"], counts @ rows["tokens"])
-        return micro(*tally(counts)) | {"token_accuracy": accuracy}
+        found = shares(*(x.sum(-1) for x in tally(counts)))
+        return found | {"token_accuracy": share(counts @ rows["right"], counts @ rows["tokens"])}
 
     return reduce
-
-
-def tag_trials(rows) -> dict[str, float]:
-    """Number of trials, entities or tokens, of which a figure of `tag_metrics` is a share."""
-    return trials(*rows["tally"].sum((0, 2))) | {"token_accuracy": rows["tokens"].sum()}

@@ -30,7 +30,6 @@ class Kind:
         metrics: metrics(rows) -> the figures, a Reduce, in the order of the report.
         undefined: {name of a figure: why it is None}.
         main: The figures that a table by group shows.
-        trials: trials(rows) -> {name of a figure: number of trials of which it is a share}, see resample.intervals.
         tally: tally(rows) -> the tally of the classes, see ftjax.evaluation.classification; None without classes.
         absent: Whether macro averages include classes that occur nowhere.
     """
@@ -39,7 +38,6 @@ class Kind:
     metrics: Callable[[dict], Reduce]
     undefined: dict[str, str]
     main: tuple[str, ...]
-    trials: Callable[[dict], dict] = lambda rows: {}
     tally: Callable | None = None
     absent: bool = False
 
@@ -50,7 +48,6 @@ KINDS = {
         classification.single_metrics,
         classification.UNDEFINED,
         ("accuracy", "f1_macro", "mcc"),
-        classification.single_trials,
         classification.single_tally,
     ),
     "multi_label": Kind(
@@ -58,7 +55,6 @@ KINDS = {
         classification.multi_metrics,
         classification.UNDEFINED,
         ("subset_accuracy", "f1_micro", "f1_macro"),
-        classification.multi_trials,
         classification.multi_tally,
         absent=True,
     ),
@@ -66,24 +62,13 @@ KINDS = {
         regression.regression_rows, regression.regression_metrics, regression.UNDEFINED, ("pearson", "spearman", "mse")
     ),
     "tags": Kind(
-        entities.tag_rows,
-        entities.tag_metrics,
-        entities.UNDEFINED,
-        ("precision", "recall", "f1"),
-        entities.tag_trials,
-        entities.tag_tally,
+        entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1"), entities.tag_tally
     ),
-    "answers": Kind(
-        squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1"), squad.answer_trials
-    ),
+    "answers": Kind(squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1")),
     "retrieval": Kind(
-        retrieval.rank_rows,
-        retrieval.rank_metrics,
-        retrieval.UNDEFINED,
-        ("mrr", "recall_at_1", "recall_at_10"),
-        retrieval.rank_trials,
+        retrieval.rank_rows, retrieval.rank_metrics, retrieval.UNDEFINED, ("mrr", "recall_at_1", "recall_at_10")
     ),
-    "pairs": Kind(preferred.pair_rows, preferred.pair_metrics, {}, ("accuracy", "margin"), preferred.pair_trials),
+    "pairs": Kind(preferred.pair_rows, preferred.pair_metrics, {}, ("accuracy", "margin")),
 }
 
 
@@ -188,7 +173,7 @@ def _rows(kind, labels, predictions, names, settings):
 
 def _metrics(kind: Kind, rows, how) -> dict[str, dict]:
     N = len(rows["loss"])
-    figures = intervals(N, kind.metrics(rows), trials=kind.trials(rows), **how)
+    figures = intervals(N, kind.metrics(rows), **how)
     said = {}
     if kind.tally and "probabilities" in rows:
         tally = tuple(x[0] for x in kind.tally(rows)(np.ones((1, N))))
@@ -206,8 +191,7 @@ def _each(kind: Kind, rows, classes, how) -> dict[str, dict]:
     """Figures of each class or entity type."""
     N, tally = len(rows["loss"]), kind.tally(rows)
     whole = [x[0] for x in tally(np.ones((1, N)))]
-    trials = classification.trials(*whole)
-    figures = intervals(N, lambda counts: classification.precision_recall_f1(*tally(counts)), trials=trials, **how)
+    figures = intervals(N, lambda counts: classification.shares(*tally(counts)), **how)
     _, predicted, labelled = (x.astype(int).tolist() for x in whole)
     return {
         name: {metric: _noted(entries[c], kind.undefined[metric], None) for metric, entries in figures.items()}

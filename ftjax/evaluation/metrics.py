@@ -161,11 +161,11 @@ def rouge(kind: str, what: str) -> Metric:
 
 def exact_match(prediction, references, *_) -> float:
     """1 if the prediction equals one of its references, where a run of white space counts as one space; else 0."""
+    return float(_plain(prediction) in map(_plain, references))
 
-    def plain(text):
-        return " ".join(composed(text).split())
 
-    return float(plain(prediction) in map(plain, references))
+def _plain(text: str) -> str:
+    return " ".join(composed(text).split())
 
 
 def token_f1(prediction, references, *_) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.resample import Reduce
+from ftjax.evaluation.resample import Reduce, share
 
 
 def pair_rows(labels, predictions) -> dict[str, np.ndarray]:
@@ -26,10 +26,10 @@ def pair_rows(labels, predictions) -> dict[str, np.ndarray]:
 
 def pair_metrics(rows) -> Reduce:
     """Share of pairs whose better answer has the greater score, mean difference of the scores, and mean loss."""
-    columns = {"accuracy": 1 - 1.0 * rows["wrong"], "margin": rows["margin"], "log_loss": rows["loss"]}
-    return lambda counts: {name: counts @ column / counts.sum(1) for name, column in columns.items()}
 
+    def reduce(counts):
+        n = counts.sum(1)
+        accuracy = share(counts @ ~rows["wrong"], n)
+        return {"accuracy": accuracy, "margin": counts @ rows["margin"] / n, "log_loss": counts @ rows["loss"] / n}
 
-def pair_trials(rows) -> dict[str, float]:
-    """Number of pairs of which the accuracy is the share."""
-    return {"accuracy": len(rows["wrong"])}
+    return reduce

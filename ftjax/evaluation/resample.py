@@ -13,13 +13,23 @@ bootstrap interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from ftjax.errors import FtjaxError
 
-Reduce = Callable[[np.ndarray], dict[str, np.ndarray]]  # counts (B, N) -> name: (B,) or (B, K), NaN where undefined
+
+class Share(NamedTuple):
+    """A figure from 0 to 1 that is a share of successes, or a mean, of a number of trials. Both are (B,) or (B, K)."""
+
+    value: np.ndarray
+    trials: np.ndarray
+
+
+# counts (B, N) -> name: (B,) or (B, K), NaN where undefined
+Reduce = Callable[[np.ndarray], dict[str, np.ndarray | Share]]
 
 BLOCK = 1 << 18  # counts in memory at once: 2 MiB, which fit in a cache
 
@@ -35,7 +45,12 @@ def resamples(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
 
 def values(n: int, reduce: Reduce) -> dict[str, np.ndarray]:
     """{name: scalar or (K,)} of the figures of the n rows themselves."""
-    return {name: value[0] for name, value in reduce(np.ones((1, n))).items()}
+    return {name: value_of(figure)[0] for name, figure in reduce(np.ones((1, n))).items()}
+
+
+def value_of(figure: np.ndarray | Share) -> np.ndarray:
+    """The figure without its number of trials."""
+    return figure.value if isinstance(figure, Share) else figure
 
 
 def bootstrap(n: int, reduce: Reduce, draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
@@ -56,23 +71,17 @@ def bootstrap(n: int, reduce: Reduce, draws: int = 1000, seed: int = 0) -> dict[
     if n < 1 or draws < 1:
         raise FtjaxError(f"the bootstrap needs at least one row and one resample; found {n} rows and {draws} resamples")
     blocks = [reduce(counts) for counts in resamples(n, draws, seed)]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return {name: np.concatenate([value_of(block[name]) for block in blocks]) for name in blocks[0]}
 
 
-def intervals(
-    n: int,
-    reduce: Reduce,
-    draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-    trials: Mapping[str, np.ndarray | float] | None = None,
-) -> dict[str, dict]:
+def intervals(n: int, reduce: Reduce, draws: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, dict]:
     """Every figure of n rows with its confidence interval.
 
-    An interval without `trials` has the percentiles of the resamples at a level that is `expanded`. It follows the bias
-    of a figure that resampling shifts, such as a calibration error. Resamples in which a figure is undefined are left
-    out, and "note" says how many. If all resamples agree, they say nothing about the spread: "low" and "high" are None
-    and "note" says so.
+    The interval of a Share is `share_interval` with its number of trials, or with fewer if the resamples vary more than
+    independent trials would (Korn & Graubard 1998). That of another figure has the percentiles of the resamples at a
+    level that is `expanded`. It follows the bias of a figure that resampling shifts, such as a calibration error.
+    Resamples in which a figure is undefined are left out, and "note" says how many. If all resamples agree, they say
+    nothing about the spread: "low" and "high" are None and "note" says so.
 
     Args:
         n: Number of rows.
@@ -80,9 +89,6 @@ def intervals(
         draws: Number of resamples; 0: only the figures, without intervals.
         seed: Seed of the resamples.
         level: Level of the intervals, between 0 and 1.
-        trials: {name: number of trials, () or (K,)} of figures from 0 to 1 that are a share of successes or a mean.
-            Such an interval is `share_interval` with this number of trials, or with fewer if the resamples vary more
-            than independent trials would (Korn & Graubard 1998).
 
     Returns:
         {name: {"value", "low", "high"}}, with a list of these for a figure (K,). "value" is None if a figure is
@@ -93,28 +99,26 @@ def intervals(
     """
     if not 0 < level < 1:
         raise FtjaxError(f"expected a confidence level between 0 and 1; found {level}")
-    whole, trials = values(n, reduce), trials or {}
-    nothing = {name: np.zeros((0, *np.shape(value))) for name, value in whole.items()}
-    drawn = bootstrap(n, reduce, draws, seed) if draws else nothing
-    tail = expanded(n, level)
+    whole, tail = reduce(np.ones((1, n))), expanded(n, level)
+    drawn = bootstrap(n, reduce, draws, seed) if draws else {name: value_of(x)[:0] for name, x in whole.items()}
 
-    def entry(name, value, draws, k=()):
-        size = np.asarray(trials[name], float)[k] if name in trials else None
-        return _interval(float(value), draws, tail, level, size)
+    def entry(figure, draws, k=()):
+        trials = float(figure.trials[0][k]) if isinstance(figure, Share) else math.nan
+        return _interval(float(value_of(figure)[0][k]), draws, tail, level, trials)
 
     return {
-        name: entry(name, value, drawn[name])
-        if np.ndim(value) == 0
-        else [entry(name, v, drawn[name][:, k], k if np.ndim(trials.get(name)) else ()) for k, v in enumerate(value)]
-        for name, value in whole.items()
+        name: entry(x, drawn[name])
+        if value_of(x).ndim == 1
+        else [entry(x, drawn[name][:, k], k) for k in range(value_of(x).shape[1])]
+        for name, x in whole.items()
     }
 
 
-def _interval(value: float, drawn: np.ndarray, tail: float, level: float, trials: float | None) -> dict:
+def _interval(value: float, drawn: np.ndarray, tail: float, level: float, trials: float) -> dict:
     there = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(there):
         return {"value": None if np.isnan(value) else value, "low": None, "high": None}
-    if trials:
+    if trials > 0:
         variance = there.var()
         if variance > 0 and 0 < value < 1:
             trials = min(trials, value * (1 - value) / variance)
@@ -209,3 +213,8 @@ def divide(numerator, denominator) -> np.ndarray:
     """numerator / denominator; NaN where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), denominator)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def share(numerator, trials) -> Share:
+    """The Share numerator / trials."""
+    return Share(divide(numerator, trials), trials)

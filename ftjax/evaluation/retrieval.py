@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation.resample import Reduce
+from ftjax.evaluation.resample import Reduce, share
 
 AT_ONCE = 1024  # texts compared with all partners at once
 FEWEST = {"mrr": 1, "recall_at_1": 1, "recall_at_10": 10, "mean_rank": 1}  # rows up to which a figure is constant
@@ -48,13 +48,10 @@ def rank_metrics(rows) -> Reduce:
     rank = rows["rank"]
     columns = {"mrr": 1 / rank, "recall_at_1": rank <= 1, "recall_at_10": rank <= 10, "mean_rank": rank}
 
-    def reduce(counts):
-        found = {name: counts @ column.astype(float) / counts.sum(1) for name, column in columns.items()}
-        return {name: x if len(rank) > FEWEST[name] else np.full(len(x), np.nan) for name, x in found.items()}
+    def figure(name, column, counts):
+        if len(rank) <= FEWEST[name]:
+            return np.full(len(counts), np.nan)
+        found = share(counts @ column.astype(float), counts.sum(1))
+        return found.value if name == "mean_rank" else found
 
-    return reduce
-
-
-def rank_trials(rows) -> dict[str, float]:
-    """Number of pairs of which a figure of `rank_metrics` from 0 to 1 is the share or the mean."""
-    return {name: len(rows["rank"]) for name in ("mrr", "recall_at_1", "recall_at_10")}
+    return lambda counts: {name: figure(name, column, counts) for name, column in columns.items()}

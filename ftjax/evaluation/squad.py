@@ -18,7 +18,7 @@ from collections import Counter
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.resample import Reduce, divide
+from ftjax.evaluation.resample import Reduce, share
 from ftjax.evaluation.words import composed, spaced, without_punctuation
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -92,20 +92,12 @@ def answer_metrics(rows) -> Reduce:
 
     def reduce(counts):
         n = counts.sum(1)
-        out = {name: counts @ column / n for name, column in columns.items()}
+        out = {name: share(counts @ column, n) for name, column in columns.items()}
         if "has_answer" in rows:
             has, without = rows["has_answer"], ~rows["has_answer"]
             for name, column in columns.items():
-                out[f"{name}_has_answer"] = divide(counts @ (column * has), counts @ has)
-            out["no_answer"] = divide(counts @ (rows["exact_match"] * without), counts @ without)
+                out[f"{name}_has_answer"] = share(counts @ (column * has), counts @ has)
+            out["no_answer"] = share(counts @ (rows["exact_match"] * without), counts @ without)
         return out
 
     return reduce
-
-
-def answer_trials(rows) -> dict[str, float]:
-    """Number of questions of which a figure of `answer_metrics` is the share or the mean."""
-    n = len(rows["f1"])
-    has = rows.get("has_answer", np.ones(n, bool)).sum()
-    found = {"exact_match": n, "f1": n, "no_answer": n - has}
-    return found | {f"{name}_has_answer": has for name in ("exact_match", "f1")}

@@ -121,9 +121,8 @@ def _described(entry, config, said: str) -> Contender:
     how = entry.get("prompt", "zero-shot")
     if how not in PROMPTS:
         raise FtjaxError(f"{said}: unknown prompt {how!r}{nearest(how, PROMPTS)}; expected one of {', '.join(PROMPTS)}")
-    shots, source = entry.get("shots", config.compare.shots), entry.get("model", "")
-    if not isinstance(shots, int) or shots < 0:
-        raise FtjaxError(f"{said}: shots: expected a number of examples, 0 or more; found {shots!r}")
+    shots = configs.FIELDS["compare.shots"].check(entry.get("shots", config.compare.shots), f"{said}: shots")
+    source = entry.get("model", "")
     settings = {key: value for key, value in entry.items() if key not in KEYS}
     trained = [key for key in settings if not key.startswith(ANSWERING)]
     if source and trained:

@@ -68,7 +68,7 @@ def test_one_class_a_row_is_as_scikit_learn_says(case):
     each = [x[0] for x in ours.single_tally(rows)(np.ones((1, N)))]
     triple = sk.precision_recall_fscore_support(y, predicted, labels=range(C), zero_division=np.nan)
     for name, x in zip(("precision", "recall", "f1"), triple):
-        assert ours.precision_recall_f1(*each)[name] == pytest.approx(x, nan_ok=True)
+        assert ours.shares(*each)[name].value == pytest.approx(x, nan_ok=True)
     assert ours.confusion(rows) == sk.confusion_matrix(y, predicted, labels=range(C)).tolist()
     assert error == pytest.approx(calibration_error(y, p), **NEAR)
 

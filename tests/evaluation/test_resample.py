@@ -5,7 +5,7 @@ import pytest
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import classification, resample
-from ftjax.evaluation.classification import precision_recall_f1
+from ftjax.evaluation.classification import shares
 
 
 def means(**statistics):
@@ -52,7 +52,9 @@ def test_shares_have_the_exact_interval_of_scipy(hits, n):
     right = np.arange(n) < hits
     assert resample.share_interval(hits / n, n) == pytest.approx((theirs.low, theirs.high))
     assert resample.mean_interval(right) == pytest.approx((theirs.low, theirs.high))
-    ours = resample.intervals(n, means(share=right), trials={"share": n}, seed=1)["share"]
+    ours = resample.intervals(
+        n, lambda counts: {"share": resample.share(counts @ right, n * np.ones(len(counts)))}, seed=1
+    )["share"]
     # Resamples tell the variance of the share to a few percent.
     assert ours["low"] == pytest.approx(theirs.low, abs=0.02) and ours["high"] == pytest.approx(theirs.high, abs=0.02)
     assert 0 <= ours["low"] < ours["high"] <= 1 and "note" not in ours
@@ -76,7 +78,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         rows = np.stack([label & predicted, predicted, label, label == predicted], axis=1)
 
         def reduce(sums):
-            return {"accuracy": sums[:, 3] / 250, "f1": precision_recall_f1(*sums[:, :3].T)["f1"]}
+            return {"accuracy": sums[:, 3] / 250, "f1": shares(*sums[:, :3].T)["f1"].value}
 
         for name, entry in resample.intervals(250, resample.of_sums(rows, reduce), draws=300, seed=trial).items():
             held[name] += entry["low"] <= truth[name] <= entry["high"]
@@ -93,8 +95,7 @@ def test_averages_over_classes_have_intervals_of_shares(recalls):
         chances = np.full((n, C), 0.1 / (C - 1))
         chances[np.arange(n), np.where(right, label, (label + 1) % C)] = 0.9
         rows = classification.single_rows(label, chances)
-        trials = classification.single_trials(rows)
-        found = resample.intervals(n, classification.single_metrics(rows), draws=200, trials=trials)
+        found = resample.intervals(n, classification.single_metrics(rows), draws=200)
         for entry in (found["balanced_accuracy"], found["recall_macro"]):
             assert 0 <= entry["low"] < entry["high"] <= 1
         held += found["balanced_accuracy"]["low"] <= np.mean(recalls) <= found["balanced_accuracy"]["high"]
