@@ -11,7 +11,8 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
-from ftjax.models.transformer import Transformer
+from ftjax.models.config import with_layers
+from ftjax.models.transformer import Transformer, keep_layers
 
 TOKENS = 64  # of the row that is compared
 BOUND = 1e-3  # of a difference, relative to the largest value, that float32 explains
@@ -51,10 +52,8 @@ def check(folder: Path) -> bool:
 
     def after(n: int) -> float:
         """The difference of the states after n blocks."""
-        fewer = dataclasses.replace(
-            shape, layers=n, final_norm=False, windows=shape.windows[:n], rotary=shape.rotary[:n]
-        )
-        lower = params | {"layers": jax.tree.map(lambda x: x[:n], params["layers"])}
+        fewer = dataclasses.replace(with_layers(shape, range(n)), final_norm=False)
+        lower = keep_layers(params, shape, range(n))
         lower.pop("final_norm", None)
         states = jax.jit(lambda p: Transformer(fewer).apply({"params": p}, jnp.asarray(ids), method="hidden"))(lower)
         return differs(states, theirs.hidden_states[n])

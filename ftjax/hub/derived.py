@@ -11,8 +11,9 @@ import numpy as np
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import families, resolve, weights
-from ftjax.models.transformer import STACKS
-from ftjax.tree import flatten, map_paths, unflatten
+from ftjax.models.config import with_layers
+from ftjax.models.transformer import keep_layers
+from ftjax.tree import flatten, unflatten
 
 
 def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
@@ -38,14 +39,14 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
             f"found {', '.join(map(str, layers)) or 'none'}"
         )
     params = weights.read_params(folder, family, shape)
-    params = map_paths(lambda path, x: x[np.array(kept)] if path.split("/")[0] in STACKS else x, params)
-    windows, rotary = (tuple(each[i] for i in kept if each) for each in (shape.windows, shape.rotary))
-    smaller = dataclasses.replace(shape, layers=len(kept), windows=windows if any(windows) else (), rotary=rotary)
+    params, smaller = keep_layers(params, shape, kept), with_layers(shape, kept)
+    if not any(smaller.windows):
+        smaller = dataclasses.replace(smaller, windows=())
 
     def describe(written: Path) -> None:
         hf, name = read_json(written / "config.json"), family.keys["layers"]
         hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
-        if shape.windows or rotary or "layer_types" in hf:
+        if shape.windows or smaller.rotary or "layer_types" in hf:
             hf |= families.windows_to_hf(smaller, family)
         resolve.write_json(written / "config.json", hf)
         if families.read_config(written)[1] != smaller:

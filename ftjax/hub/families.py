@@ -13,7 +13,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, maybe, number, read_json, string, whole
 from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
-from ftjax.models.config import Head, ModelConfig, RopeScaling
+from ftjax.models.config import Head, ModelConfig, RopeScaling, layers_with
 
 LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
 
@@ -507,13 +507,14 @@ def kernel_shape(path: str, config: ModelConfig) -> tuple[int, ...]:
 def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> dict[str, tuple[list[str], bool]]:
     """{path of a parameter: (names of its tensors, whether they are stored as (in, out))}.
 
-    A stacked parameter has one name for each layer. The name is empty if the layer does not have the module. files:
+    A stacked parameter has one name for each of its layers, see `layers_with`. The name is empty if a norm has a row
+    for a layer that does not have it. files:
     names in the files of a model, where each expert of a layer has one, and which in some families are not those of the
     model's class.
     """
     names, expected = {}, shapes(config)
     for module in modules(family, config):
-        layers = range(config.layers) if module.path.startswith("layers/") else (0,)
+        layers = layers_with(config, module.path) if module.path.startswith("layers/") else (0,)
         for leaf, suffix in LEAVES.items():
             if (path := f"{module.path}/{leaf}") in expected:
                 name = module.file if files and module.file else module.name.replace(".{e}", "")
@@ -525,9 +526,10 @@ def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> di
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of every parameter. Those of the blocks are stacked along a leading layer axis."""
+    """{path: shape} of every parameter. Those of the blocks are stacked along a leading axis of the layers that have
+    them."""
     c = config
-    D, F, L, q, kv = c.width, c.hidden, c.layers, c.heads * c.head_dim, c.kv_heads * c.head_dim
+    D, F, q, kv = c.width, c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
     linear = {"attn/o_proj": (D, q, c.out_bias), "mlp/up_proj": (F, D, c.mlp_bias), "mlp/down_proj": (D, F, c.mlp_bias)}
     if c.fused_qkv:
         linear["attn/c_attn"] = (q + 2 * kv, D, c.qkv_bias)
@@ -566,19 +568,20 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if c.head.task in ("causal", "masked") and not c.tied:
         out["lm_head/kernel"] = (c.vocab_size, D)
     out |= _head_shapes(c)
+    block = {}
     for name, size in norms.items():
-        out[f"layers/{name}/scale"] = (L, size)
+        block[f"layers/{name}/scale"] = (size,)
         if c.norm == "layer" and c.norm_bias:
-            out[f"layers/{name}/bias"] = (L, size)
+            block[f"layers/{name}/bias"] = (size,)
     for name, (rows, columns, bias) in linear.items():
-        out[f"layers/{name}/kernel"] = (L, rows, columns)
+        block[f"layers/{name}/kernel"] = (rows, columns)
         if bias:
-            out[f"layers/{name}/bias"] = (L, rows)
+            block[f"layers/{name}/bias"] = (rows,)
     if c.experts:
-        out["layers/mlp/gate/router"] = (L, c.experts, D)
+        block["layers/mlp/gate/router"] = (c.experts, D)
         for name, shape in (("gate_proj", (F, D)), ("up_proj", (F, D)), ("down_proj", (D, F))):
-            out[f"layers/mlp/{name}/experts"] = (L, c.experts, *shape)
-    return out
+            block[f"layers/mlp/{name}/experts"] = (c.experts, *shape)
+    return out | {path: (L, *shape) for path, shape in block.items() if (L := len(layers_with(c, path)))}
 
 
 def _head_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ B batch, T tokens, D width, H heads, K KV heads, d head size, F hidden, V vocabu
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +105,51 @@ class ModelConfig:
     logit_cap: float | None = None  # such logits y become cap · tanh(y / cap)
     initializer_range: float = 0.02  # standard deviation of newly initialised kernels
     head: Head = Head()
+    # Kinds of layers
+    parts: tuple[tuple[str, str], ...] = ()  # of each layer: the names of its two sublayers; empty: PARTS in all
+
+
+PARTS = ("attn", "mlp")  # the sublayers of a block, where all layers are of one kind
+BY_LAYER = ("windows", "rotary", "parts")  # fields of ModelConfig that are empty or have an entry for each layer
+
+
+def layers_with(config: ModelConfig, path: str) -> tuple[int, ...]:
+    """The layers that a stacked parameter or adapter has a row for, in order: those whose block has its sublayer.
+
+    Args:
+        config: The ModelConfig.
+        path: A path below the blocks, such as `layers/attn/q_proj`, or the name of a sublayer.
+    """
+    name = path.removeprefix("top_").removeprefix("layers/").split("/")[0]
+    parts = config.parts or (PARTS,) * config.layers
+    known = {part for pair in (PARTS, *parts) for part in pair}  # norms are no sublayers: every block has them
+    return tuple(layer for layer, own in enumerate(parts) if name in own or name not in known)
+
+
+def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
+    """The shape of a model that has only these of the layers."""
+    kept = {name: tuple(getattr(config, name)[i] for i in layers if getattr(config, name)) for name in BY_LAYER}
+    return dataclasses.replace(config, layers=len(layers), **kept)
+
+
+@functools.cache
+def runs(kinds: tuple) -> tuple[tuple[int, int, int], ...]:
+    """Cut a list of layers into runs, each a pattern that is repeated, so that the fewest blocks are compiled.
+
+    Args:
+        kinds: The kind of each layer.
+
+    Returns:
+        (first layer, length of the pattern, number of its repetitions) of each run.
+    """
+    best: list[tuple[int, tuple]] = [(0, ())]  # of the first layers: (blocks to compile, runs)
+    for end in range(1, len(kinds) + 1):
+        found = []
+        for period in range(1, end + 1):
+            start = end - period
+            while start >= 0 and kinds[start : start + period] == kinds[end - period : end]:
+                blocks, before = best[start]
+                found.append((blocks + period, (*before, (start, period, (end - start) // period))))
+                start -= period
+        best.append(min(found, key=lambda x: (x[0], len(x[1]))))
+    return best[-1][1]

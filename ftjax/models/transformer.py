@@ -12,13 +12,14 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import gather, map_rows, take_tokens
-from ftjax.models.config import ModelConfig, RopeScaling
+from ftjax.models.config import PARTS, ModelConfig, RopeScaling, layers_with, runs
 from ftjax.models.layers import (
     ADAPTERS,
     Embedding,
@@ -45,6 +46,7 @@ ACTIVATIONS = {
 
 STACKS = ("layers", "top_layers")  # subtrees with the parameters of blocks, on a leading layer axis
 BEHIND = ("final_norm", "lm_head", "head")  # subtrees with the parameters after the blocks
+CACHED = {"attn": ("k", "v")}  # sublayer -> its arrays in a cache, a row for each layer that has it
 
 
 class Attention(nn.Module):
@@ -99,7 +101,7 @@ class Attention(nn.Module):
             y = attend_rows(q, k, v, shared["segments"], **how, kernels=self.kernels, shape=c, rate=self.dropout)
         else:
             offset = cache["length"]
-            cache, k, v = remember(cache, *key_layout(k, v), layer["index"])
+            cache, k, v = remember(cache, *key_layout(k, v), layer["row"])
             how |= {"offset": offset, "causal": c.causal, "cap": c.score_cap}
             y = attend(q, k, v, shared["segments"], cache["segments"], **how)
         y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
@@ -229,17 +231,19 @@ class Leaf(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: attention and a feed-forward part, each with norms where ModelConfig.norms has them."""
+    """A transformer block: two sublayers, the names of which are its `parts`, each with norms where ModelConfig.norms
+    has them."""
 
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
     kernels: Kernels
+    parts: tuple[str, str] = PARTS
 
     @nn.compact
     def __call__(self, carry, layer, shared):
-        """carry: x (B, T, D) and the cache. layer: its `window`, `index`, `prefix`. shared: values that all layers
-        use."""
+        """carry: x (B, T, D) and the cache. layer: its `window`, `index`, `prefix`, and `row`, the number of layers
+        before it with the same first sublayer. shared: values that all layers use."""
         x, cache = carry
         x, c = named(x, "input"), self.config
 
@@ -256,13 +260,88 @@ class Block(nn.Module):
         h = norm("attn_norm", x, "input", "both")
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        y, cache = Attention(c, self.dtype, self.dropout, self.kernels, name="attn")(h, layer, shared, cache)
+        y, cache = Attention(c, self.dtype, self.dropout, self.kernels, name=self.parts[0])(h, layer, shared, cache)
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
-        mlp = (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name="mlp")
+        mlp = (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name=self.parts[1])
         x = add(x, mlp(h, shared["segments"]) if c.experts else mlp(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
+
+
+class Blocks(nn.Module):
+    """Blocks of several kinds. Each stack of parameters has a row for each layer whose block has them.
+
+    The layers are scanned run by run, see `config.runs`: each step of a scan computes one repetition of the pattern.
+
+    Attributes:
+        config: The ModelConfig of the whole model.
+        first: The first layer.
+        last: The layer after the last.
+        block: The class of the blocks, which may be rematerialised.
+        unroll: Repetitions per scan iteration; 0: all.
+        fields: The other fields of Block.
+    """
+
+    config: ModelConfig
+    first: int
+    last: int
+    block: type[nn.Module]
+    unroll: int
+    fields: tuple
+
+    @nn.compact
+    def __call__(self, carry, layer, shared):
+        """As of Block, with the layers of this stack in the leaves of `layer`."""
+        sown: dict[str, list] = {}
+        for run in runs(self.config.parts[self.first : self.last]):
+            carry, found = self.scan(carry, layer, shared, *run)
+            for part, tree in found.items():
+                sown.setdefault(part, []).append(tree)
+        for part, trees in sown.items():
+            self.put_variable("router", part, jax.tree.map(lambda *x: jnp.concatenate(x), *trees))
+        return carry, None
+
+    def scan(self, carry, layer, shared, start, period, repeats):
+        """The layers of one run, see `config.runs`. Returns the carry, and the collection `router` of these layers."""
+        c, begin = self.config, self.first + start
+        mutable = ["router"] if self.is_mutable_collection("router") else []
+        # Layers of the pattern that have a sublayer, counted from the first of the pattern.
+        having = lambda part: [i for i in range(period) if begin + i in layers_with(c, part)]  # noqa: E731
+
+        def repeated(x, at, each):
+            return x[at : at + each * repeats].reshape(repeats, each, *x.shape[1:])
+
+        def of_run(part, tree):
+            at, each = sum(self.first <= i < begin for i in layers_with(c, part)), len(having(part))
+            return jax.tree.map(lambda x: repeated(x, at, each), tree)
+
+        def of_block(i, part, tree):
+            return jax.tree.map(operator.itemgetter(having(part).index(i)), tree)
+
+        def body(carry, xs):
+            trees, layers, keys = xs
+            found: dict[str, list] = {}
+            for i in range(period):
+                own = {
+                    kind: {part: of_block(i, part, tree) for part, tree in parts.items() if i in having(part)}
+                    for kind, parts in trees.items()
+                }
+                rngs = {} if keys is None else {"dropout": keys[i]}
+                block = self.block(c, *self.fields, c.parts[begin + i], parent=None)
+                of_layer = jax.tree.map(operator.itemgetter(i), layers)
+                (carry, _), sown = block.apply(own, carry, of_layer, shared, rngs=rngs, mutable=mutable)
+                for part, tree in sown.get("router", {}).items():
+                    found.setdefault(part, []).append(tree)
+            return carry, {part: jax.tree.map(lambda *x: jnp.stack(x), *trees) for part, trees in found.items()}
+
+        stacks = {
+            kind: {part: of_run(part, tree) for part, tree in parts.items()} for kind, parts in self.variables.items()
+        }
+        layers = jax.tree.map(lambda x: repeated(x, start, period), layer)
+        keys = jax.random.split(self.make_rng("dropout"), (repeats, period)) if self.has_rng("dropout") else None
+        carry, found = jax.lax.scan(body, carry, (stacks, layers, keys), unroll=self.unroll or repeats)
+        return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
 class Classifier(nn.Module):
@@ -328,21 +407,24 @@ class Transformer(nn.Module):
             self.embed_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
         block = rematerialised(Block, self.remat)
 
-        def stack(layers):
+        def stack(first, last):
+            fields = self.dtype, self.dropout, self.kernels
+            if c.parts:
+                return Blocks(c, first, last, block, self.unroll, fields)
             return nn.scan(
                 block,
                 variable_axes={"params": 0, "adapter": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
-                length=layers,
-                unroll=self.unroll or layers,
-            )(c, self.dtype, self.dropout, self.kernels)
+                length=last - first,
+                unroll=self.unroll or last - first,
+            )(c, *fields)
 
         top = jax.tree.leaves(self.get_variable("params", "top_layers", {}))
-        self.lower = c.layers - (top[0].shape[0] if top else 0)  # blocks in `layers`
-        self.layers = stack(self.lower)
+        self.lower = c.layers - max((x.shape[0] for x in top), default=0)  # blocks in `layers`
+        self.layers = stack(0, self.lower)
         if top:
-            self.top_layers = stack(c.layers - self.lower)
+            self.top_layers = stack(self.lower, c.layers)
         if c.final_norm:
             self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
         self.tied = c.tied and not self.has_variable("params", "lm_head")
@@ -436,6 +518,7 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         x = constrain(dropout(self, x, self.dropout), "batch", "tokens", None)
         layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
+        layer["row"] = jnp.array(cached_rows(c), jnp.int32)
         if c.rotary:
             layer["rotary"] = jnp.array(c.rotary)
         if prefix is not None:
@@ -458,15 +541,18 @@ class Transformer(nn.Module):
 
     def apart(self, x, cache, layer, shared):
         """The blocks one after another, with variables and a cache as `unstacked` and `make_cache` return them."""
-        block, written = Block(self.config, self.dtype, self.dropout, self.kernels, parent=None), []
-        for i in range(self.config.layers):
+        c, written = self.config, {name: list(x) for name, x in cache.items() if isinstance(x, tuple)}
+        for i, row in enumerate(cached_rows(c)):
+            parts = c.parts[i] if c.parts else PARTS
+            block = Block(c, self.dtype, self.dropout, self.kernels, parts, parent=None)
             own = {kind: tree["layers"][i] for kind, tree in self.variables.items() if "layers" in tree}
-            kept = cache | {name: cache[name][i] for name in ("k", "v")}
+            kept = cache | {name: written[name][row] for name in CACHED[parts[0]]}
             of_layer = jax.tree.map(operator.itemgetter(i), layer)
             (x, kept), _ = block.apply(own, (x, kept), of_layer, shared)
-            written.append(kept)
-        both = {name: tuple(kept[name] for kept in written) for name in ("k", "v")}
-        return x, cache | both | {"length": cache["length"] + x.shape[1]}
+            for name in CACHED[parts[0]]:
+                written[name][row] = kept[name]
+        kept = {name: tuple(arrays) for name, arrays in written.items()}
+        return x, cache | kept | {"length": cache["length"] + x.shape[1]}
 
     def logits(self, x):
         """States (B, T, D) -> float32 logits (B, T, V), or (B, T, C) of a head over labels; without a head, x
@@ -492,10 +578,10 @@ def _scaled(x, factor: float):
 def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, apart: bool = False) -> dict:
     """An empty KV cache for `batch` rows of up to `slots` tokens.
 
-    It holds k (L, B, K, d, S) and v (L, B, K, S, d) in attention's layout (`apart`: tuples with one array per layer),
-    segments (B, S), and length (), the number of slots in use.
+    It holds k (L, B, K, d, S) and v (L, B, K, S, d) of the layers with attention, in its layout (`apart`: tuples with
+    one array per layer), segments (B, S), and length (), the number of slots in use.
     """
-    L, lead, S, d = config.layers, (batch, config.kv_heads), slots, config.head_dim
+    L, lead, S, d = len(layers_with(config, "attn")), (batch, config.kv_heads), slots, config.head_dim
 
     def empty(*tail):
         return (
@@ -524,9 +610,14 @@ def max_tokens(config: ModelConfig, variables: dict) -> int:
     return config.max_positions - virtual_tokens(variables)
 
 
+def cached_rows(config: ModelConfig) -> list[int]:
+    """Of each layer, its index among those with the same first sublayer: its row in the arrays of a cache."""
+    return [layers_with(config, parts[0]).index(i) for i, parts in enumerate(config.parts or (PARTS,) * config.layers)]
+
+
 def remember(cache: dict, k, v, index):
-    """Add k (B, K, d, T) and v (B, K, T, d) of layer `index` to the cache. Returns the cache, and all keys and values
-    of that layer."""
+    """Add k (B, K, d, T) and v (B, K, T, d) to row `index` of the cache. Returns the cache, and all keys and values of
+    that row."""
     start, stacked = cache["length"], cache["k"].ndim == 5
 
     def written(old, new, *places):
@@ -551,11 +642,35 @@ def unstacked(variables: dict, config: ModelConfig) -> dict:
         stacks = [tree[name] for name in STACKS if name in tree]
         if not stacks:
             return tree
-        sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
-        blocks = (jax.tree.map(operator.itemgetter(i), stack) for stack, n in zip(stacks, sizes) for i in range(n))
+        blocks = [{} for _ in range(config.layers)]
+        for part in dict.fromkeys(part for stack in stacks for part in stack):
+            rows = (
+                jax.tree.map(operator.itemgetter(i), stack[part])
+                for stack in stacks
+                for i in range(jax.tree.leaves(stack[part])[0].shape[0])
+            )
+            for layer, row in zip(layers_with(config, part), rows, strict=True):
+                blocks[layer][part] = row
         return {name: x for name, x in tree.items() if name not in STACKS} | {"layers": tuple(blocks)}
 
     return {kind: split(tree) for kind, tree in variables.items()}
+
+
+def keep_layers(params: dict, config: ModelConfig, layers) -> dict:
+    """Parameters with only some of the layers, see `config.with_layers`.
+
+    Args:
+        params: The parameters, in one stack.
+        config: Their ModelConfig.
+        layers: The layers that are kept, in rising order.
+    """
+
+    def cut(part, tree):
+        rows = np.array([row for row, layer in enumerate(layers_with(config, part)) if layer in layers])
+        return jax.tree.map(lambda x: x[rows], tree) if len(rows) else None
+
+    kept = {part: cut(part, tree) for part, tree in params["layers"].items()}
+    return params | {"layers": {part: tree for part, tree in kept.items() if tree is not None}}
 
 
 def as_prefix(model: Transformer, variables: dict) -> dict:

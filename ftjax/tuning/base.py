@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax.hub.families import Family
 from ftjax.hub.peft import PREFIX
-from ftjax.models.config import ModelConfig
+from ftjax.models.config import ModelConfig, layers_with
 from ftjax.models.transformer import parameter_axes
 from ftjax.tuning.whole import with_whole
 
@@ -56,7 +56,7 @@ class Method:
     axes: Callable[[str], tuple] = parameter_axes
     frozen_axes: Callable[[str], tuple] = parameter_axes  # the same of a frozen leaf
     lr_scale: Callable[[str, Any], float] = lambda path, optim: 1.0
-    layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.arange(spec.model.layers)
+    layer_ids: Callable[[str, Spec], Any] = lambda path, spec: np.array(layers_with(spec.model, path))
     start: Callable[[dict], dict] = lambda frozen: {}  # the part of `frozen` that was computed from the base. A run
     # stores it, because another dtype or device would compute other values
     causal_only: bool = False  # whether it needs a model in which no token sees later ones

@@ -113,7 +113,7 @@ def to_peft(trained, frozen, spec):
     leaves = flatten(trained)
     for path, (rank, _) in lora.ranks(spec).items():
         magnitude = np.asarray(leaves[f"{path}/lora/magnitude"], np.float32).reshape(len(rank), -1)
-        for module, r, row in zip(module_names(path, spec.names[path], len(rank)), rank, magnitude, strict=True):
+        for module, r, row in zip(module_names(path, spec.names[path], spec.model), rank, magnitude, strict=True):
             if r:
                 tensors[f"{PREFIX}{module}{SUFFIX}"] = row
     return adapter_config | {"use_dora": True}, tensors
@@ -128,7 +128,7 @@ def from_peft(adapter_config, tensors, base, spec):
     _refuse_tables_and_experts({path.split("/lora/")[0] for path in leaves})
     for path in [path.removesuffix("/lora/b") for path in leaves if path.endswith("/lora/b")]:
         b = leaves[f"{path}/lora/b"]
-        modules = module_names(path, spec.names[path], spec.model.layers)
+        modules = module_names(path, spec.names[path], spec.model)
         magnitude = np.zeros((len(modules), b.shape[-2]), np.float32)
         for layer, module in enumerate(modules):
             if module in adapted:

@@ -52,14 +52,14 @@ ADAPTERS["ia3"] = Adapter(before, after)
 
 def scaled(spec: Spec) -> dict[str, list[bool]]:
     """{`PATH/ia3/input` or `PATH/ia3/output`: for each layer, whether it is scaled}."""
-    names, layers = without_embeddings(spec.names), spec.model.layers
-    usual = tuple(m for path in TARGETS if path in names for m in module_names(path, names[path], layers))
-    chosen = select(names, layers, tuple(spec.tuning.targets) or usual, saved=tuple(spec.tuning.modules_to_save))
+    names, model = without_embeddings(spec.names), spec.model
+    usual = tuple(m for path in TARGETS if path in names for m in module_names(path, names[path], model))
+    chosen = select(names, model, tuple(spec.tuning.targets) or usual, saved=tuple(spec.tuning.modules_to_save))
     feedforward = tuple(spec.tuning.feedforward)
     if feedforward == NONE:
         inputs = {}
     elif feedforward:
-        inputs = select({path: names[path] for path in chosen}, layers, feedforward, "tuning.feedforward")
+        inputs = select({path: names[path] for path in chosen}, model, feedforward, "tuning.feedforward")
     else:
         inputs = {path: hits for path, hits in chosen.items() if TARGETS.get(path) == "input"}
     out = {}
@@ -123,17 +123,17 @@ def to_peft(trained, frozen, spec):
     for leaf, hits in scaled(spec).items():
         path, _, side = leaf.rsplit("/", 2)
         vectors = np.asarray(leaves[leaf], np.float32).reshape(len(hits), -1)
-        for module, hit, vector in zip(module_names(path, spec.names[path], len(hits)), hits, vectors, strict=True):
+        for module, hit, vector in zip(module_names(path, spec.names[path], spec.model), hits, vectors, strict=True):
             if hit:
                 tensors[f"{PREFIX}{module}.ia3_l"] = vector[None] if side == "input" else vector[:, None]
         chosen[path] = [a or b for a, b in zip(chosen.get(path, hits), hits, strict=True)]
         if side == "input":
             inputs[path] = hits
-    feedforward = peft_targets(inputs, spec.names)
+    feedforward = peft_targets(inputs, spec.names, spec.model)
     config = {
         "peft_type": "IA3",
         # PEFT needs modules whose input is scaled under the same names in both lists.
-        "target_modules": sorted({*peft_targets(chosen, spec.names), *feedforward}),
+        "target_modules": sorted({*peft_targets(chosen, spec.names, spec.model), *feedforward}),
         "feedforward_modules": feedforward,
         "fan_in_fan_out": fan_in_fan_out(chosen, spec.names),
         "modules_to_save": None,
@@ -147,8 +147,8 @@ def from_peft(adapter_config, tensors, base, spec):
     for key, value in adapter_config.items():
         if key not in KEYS and value:
             raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of IA3 that ftjax does not support")
-    names, expected, layers = without_embeddings(spec.names), shapes(spec.model), spec.model.layers
-    places = {m: (path, i) for path, name in names.items() for i, m in enumerate(module_names(path, name, layers))}
+    names, expected, model = without_embeddings(spec.names), shapes(spec.model), spec.model
+    places = {m: (path, i) for path, name in names.items() for i, m in enumerate(module_names(path, name, model))}
     found, sides = {}, {"input": [], "output": []}
     for name, x in tensors.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.ia3_l", name)
@@ -162,7 +162,7 @@ def from_peft(adapter_config, tensors, base, spec):
         side = {(1, in_): "input", (out, 1): "output"}.get(x.shape)
         if side is None:
             raise FtjaxError(f"adapter tensor {name} has shape {x.shape}, expected {(out, 1)} or {(1, in_)}")
-        count = layers if path.startswith("layers/") else 1
+        count = len(module_names(path, names[path], model))
         rows = found.setdefault(f"{path}/ia3/{side}", np.ones((count, x.size), np.float32))
         rows[layer] = np.asarray(x, np.float32).reshape(-1)
         sides[side].append(module)

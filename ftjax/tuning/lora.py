@@ -65,13 +65,13 @@ ADAPTERS["lora_initial"] = Adapter(
 
 def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{path of each target: (ranks, int; scales, float32)}, each (L,), or (1,) if the map is not stacked."""
-    tuning, layers = spec.tuning, spec.model.layers
+    tuning, model = spec.tuning, spec.model
     out, adapted = {}, []
     targets = tuple(tuning.targets) or ("all-linear",)
-    chosen = select(spec.names, layers, targets, saved=tuple(tuning.modules_to_save))
+    chosen = select(spec.names, model, targets, saved=tuple(tuning.modules_to_save))
     for path, hits in chosen.items():
         rank, scale = [], []
-        for module, hit in zip(module_names(path, spec.names[path], layers), hits, strict=True):
+        for module, hit in zip(module_names(path, spec.names[path], model), hits, strict=True):
             r = by_pattern(tuning.rank_pattern, module, tuning.rank, "tuning.rank_pattern")
             alpha = by_pattern(tuning.alpha_pattern, module, tuning.alpha, "tuning.alpha_pattern")
             if r < 1:
@@ -186,7 +186,7 @@ def to_peft(trained, frozen, spec):
     """PEFT's LORA. If an initial adapter is subtracted, the rank is doubled, so that the adapter fits the unchanged
     base."""
     initial = {path.replace("/lora_initial/", "/lora/"): x for path, x in flatten(split(frozen)[1]).items()}
-    return lora_to_peft(trained, ranks(spec), spec.names, spec.tuning.rslora, unflatten(initial))
+    return lora_to_peft(trained, ranks(spec), spec.names, spec.model, spec.tuning.rslora, unflatten(initial))
 
 
 def from_peft(adapter_config, tensors, base, spec):
@@ -195,7 +195,7 @@ def from_peft(adapter_config, tensors, base, spec):
     rslora = bool(adapter_config.get("use_rslora"))
     rank_of, alpha_of = {}, {}
     for path, (rank, scale) in found.items():
-        modules = module_names(path, spec.names[path], spec.model.layers)
+        modules = module_names(path, spec.names[path], spec.model)
         used = [(module, int(r), float(s)) for module, r, s in zip(modules, rank, scale, strict=True) if r]
         rank_of |= {module: r for module, r, _ in used}
         alpha_of |= {module: divisor(r, rslora) * s for module, r, s in used}

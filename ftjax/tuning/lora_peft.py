@@ -45,6 +45,7 @@ def lora_to_peft(
     adapter: dict,
     ranks: dict[str, tuple[np.ndarray, np.ndarray]],
     names: dict[str, str],
+    shape: ModelConfig,
     rslora: bool = False,
     initial: dict | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
@@ -55,6 +56,7 @@ def lora_to_peft(
         ranks: {path of each adapted map: (ranks, int, 0 without an adapter; scales)}, (L,) each, or (1,) if not
             stacked.
         names: {path: module name}, see `families.linear_names`.
+        shape: The ModelConfig.
         rslora: Write scales as alpha / sqrt(rank).
         initial: A tree like `adapter` that is subtracted: BA - B₀A₀ is one adapter of twice the rank.
 
@@ -67,7 +69,7 @@ def lora_to_peft(
         a, b = (_stack(leaves[f"{path}/lora/{n}"], path) for n in ("a", "b"))
         if path.startswith(EXPERTS):
             outer = ranks.get(f"{EXPERTS}{ORDER[1]}", (np.zeros(len(rank)),))[0] > 0  # wraps what is wrapped already
-            for layer, module in enumerate(module_names(path, names[path], len(rank))):
+            for layer, module in enumerate(module_names(path, names[path], shape)):
                 if r := int(rank[layer]):
                     around, name = module.rsplit(".", 1)
                     inner = ".base_layer" if name == ORDER[0] and outer[layer] else ""
@@ -76,7 +78,7 @@ def lora_to_peft(
                     tensors[f"{PREFIX}{around}{inner}.{suffixes[1]}"] = joined[1].reshape(b.shape[2], -1)
                     rank_of[module], alpha_of[module] = r, _plain(float(scale[layer]) * divisor(r, rslora))
             continue
-        for layer, module in enumerate(module_names(path, names[path], len(rank))):
+        for layer, module in enumerate(module_names(path, names[path], shape)):
             if r := int(rank[layer]):
                 a_rows, b_columns = [a[layer, :r]], [b[layer, :, :r]]
                 if f"{path}/lora/a" in start:
@@ -96,7 +98,7 @@ def lora_to_peft(
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": peft_targets(chosen, names),
+        "target_modules": peft_targets(chosen, names, shape),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out(chosen, names),
@@ -106,7 +108,7 @@ def lora_to_peft(
         "init_lora_weights": True,
     }
     if experts:
-        config["target_parameters"] = peft_targets(experts, names)
+        config["target_parameters"] = peft_targets(experts, names, shape)
     return config, tensors
 
 
@@ -139,7 +141,7 @@ def lora_from_peft(
     places = {
         module: (path, layer)
         for path, name in names.items()
-        for layer, module in enumerate(module_names(path, name, config.layers))
+        for layer, module in enumerate(module_names(path, name, config))
     }
     pairs = {}
     for name, x in tensors.items():
@@ -164,7 +166,7 @@ def lora_from_peft(
 
     flat, ranks = {}, {}
     for path, shape in kernels.items():
-        modules = module_names(path, names[path], config.layers)
+        modules = module_names(path, names[path], config)
         used = {layer: pairs[module] for layer, module in enumerate(modules) if module in pairs}
         if not used:
             continue

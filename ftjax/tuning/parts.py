@@ -20,6 +20,7 @@ import numpy as np
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.hub.peft import PREFIX
+from ftjax.models.config import layers_with
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
@@ -71,7 +72,7 @@ def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern]:
 
 
 def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
-    """{path: for each of its layers whether it is trained}, (L,) bool, or (1,) if not stacked, for paths with any
+    """{path: for each layer that has it whether it is trained there}, bool, (1,) if not stacked, for paths with any
     trained layer.
 
     The head of a tied model counts as a parameter of its own, and becomes one when it is trained; patterns must name
@@ -81,7 +82,7 @@ def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
     names = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
     found = {}
     for path, (tensors, _) in names.items():
-        layers = range(len(tensors)) if path.startswith("layers/") else (None,)
+        layers = layers_with(spec.model, path) if path.startswith("layers/") else (None,)
         always = has_labels(spec) and path.startswith("head/")
         hits = [always or rule(path, name, layer, spec) for name, layer in zip(tensors, layers, strict=True)]
         if any(hits):
@@ -108,15 +109,32 @@ def lower_layers(parts: dict[str, np.ndarray], spec) -> int:
     """Number of lowest blocks that form a stack of their own because nothing in or before them is trained; 0: one
     stack."""
     before = [path for path in parts if not path.startswith(("layers/", *BEHIND))]
-    lowest = [int(np.argmax(hits)) for path, hits in parts.items() if path.startswith("layers/")]
-    return 0 if before else min(lowest, default=0)
+    lowest = [layer_ids_of(path, hits, spec)[0] for path, hits in parts.items() if path.startswith("layers/")]
+    return 0 if before else int(min(lowest, default=0))
 
 
-def placed(path: str, hits: np.ndarray, lower: int) -> tuple[str, np.ndarray]:
-    """The path and layers of a parameter's upper part, which is all of it if there is one stack."""
+def layer_ids_of(path: str, hits: np.ndarray, spec) -> np.ndarray:
+    """The layers in which a stacked parameter is trained."""
+    return np.array(layers_with(spec.model, path))[hits]
+
+
+def rows_below(path: str, lower: int, spec) -> int:
+    """Number of rows of a stacked parameter that belong to the `lower` lowest blocks."""
+    return sum(layer < lower for layer in layers_with(spec.model, path))
+
+
+def placed(path: str, hits: np.ndarray, lower: int, spec) -> tuple[str, np.ndarray]:
+    """The path and rows of a parameter's upper part, which is all of it if there is one stack.
+
+    Args:
+        path: The parameter's path.
+        hits: As `chosen` returns it.
+        lower: As `lower_layers` returns it.
+        spec: The Spec.
+    """
     if not (lower and path.startswith("layers/")):
         return path, hits
-    return f"top_{path}", hits[lower:]
+    return f"top_{path}", hits[rows_below(path, lower, spec) :]
 
 
 def init(key, base, spec, rule):
@@ -128,9 +146,10 @@ def init(key, base, spec, rule):
     params, below = flatten(base), {}
     if lower:
         stack = {path: leaf for path, leaf in params.items() if path.startswith("layers/")}
-        below = {path: leaf[:lower] for path, leaf in stack.items()}
-        params = {p: x for p, x in params.items() if p not in stack} | {f"top_{p}": x[lower:] for p, x in stack.items()}
-    trained, frozen = take(params, dict(placed(path, hits, lower) for path, hits in parts.items()))
+        below = {path: leaf[: rows_below(path, lower, spec)] for path, leaf in stack.items()}
+        params = {p: x for p, x in params.items() if p not in stack}
+        params |= {f"top_{p}": x[rows_below(p, lower, spec) :] for p, x in stack.items()}
+    trained, frozen = take(params, dict(placed(path, hits, lower, spec) for path, hits in parts.items()))
     return unflatten(trained), unflatten(below | frozen)
 
 
@@ -138,7 +157,7 @@ def variables(trained, frozen, spec, rule):
     """A model's parameters, in two stacks where the lower blocks are frozen."""
     parts = chosen(rule, spec)
     lower = lower_layers(parts, spec)
-    placed_parts = dict(placed(path, hits, lower) for path, hits in parts.items())
+    placed_parts = dict(placed(path, hits, lower, spec) for path, hits in parts.items())
     return {"params": unflatten(put(flatten(frozen), flatten(trained), placed_parts))}
 
 
@@ -153,7 +172,8 @@ def merge(trained, frozen, spec, rule):
 
 def layer_ids(path, spec, rule):
     """The layers that a trained leaf holds, in its order."""
-    return np.flatnonzero(chosen(rule, spec)[path.removeprefix("top_")])
+    own = path.removeprefix("top_")
+    return layer_ids_of(own, chosen(rule, spec)[own], spec)
 
 
 def to_peft(trained, frozen, spec, rule):
@@ -163,7 +183,7 @@ def to_peft(trained, frozen, spec, rule):
     """
     parts, leaves = chosen(rule, spec), flatten(trained)
     lower = lower_layers(parts, spec)
-    rows = {path: leaves[placed(path, hits, lower)[0]] for path, hits in parts.items()}
+    rows = {path: leaves[placed(path, hits, lower, spec)[0]] for path, hits in parts.items()}
     return saved(*_no_lora(spec), parts, rows, spec)
 
 

@@ -1,6 +1,6 @@
 """The linear maps that an adapter is applied to, by names and patterns with the same meaning as in PEFT.
 
-An embedding table counts as a linear map of one-hot ids: (D, V), the transpose of the parameter. L layers.
+An embedding table counts as a linear map of one-hot ids: (D, V), the transpose of the parameter.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import re
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import limited
 from ftjax.hub.families import EXPERTS, FAMILIES
+from ftjax.models.config import ModelConfig, layers_with
 
 EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are read by index
 
 
-def module_names(path: str, template: str, layers: int) -> list[str]:
-    """Hugging Face module names of one of our linear maps: one for each layer if it is stacked, else one."""
-    return [template.format(l=i) for i in range(layers)] if path.startswith("layers/") else [template]
+def module_names(path: str, template: str, config: ModelConfig) -> list[str]:
+    """Hugging Face module names of one of our linear maps: one for each layer that has it if it is stacked, else one.
+
+    Args:
+        path: The map's path.
+        template: Its name, with `{l}` for the layer.
+        config: The model's shape.
+    """
+    return [template.format(l=i) for i in layers_with(config, path)] if path.startswith("layers/") else [template]
 
 
 def saves(entry: str, tensor: str) -> bool:
@@ -31,14 +38,14 @@ def saves(entry: str, tensor: str) -> bool:
 
 
 def select(
-    names: dict[str, str], layers: int, targets: tuple[str, ...], key: str = "tuning.targets",
+    names: dict[str, str], config: ModelConfig, targets: tuple[str, ...], key: str = "tuning.targets",
     saved: tuple[str, ...] = (),
 ) -> dict[str, list[bool]]:  # fmt: skip
     """Select the maps that an adapter is applied to.
 
     Args:
         names: {path: template of module names}.
-        layers: L.
+        config: The model's shape.
         targets: Each is `all-linear` (every linear map in the blocks, but no experts, as in PEFT), `re:PATTERN` (must
             match a whole module name),
             or a name that equals a module's or its last parts (`q_proj`, `mlp.c_proj`). Experts are named as PEFT's
@@ -54,7 +61,7 @@ def select(
     """
     chosen, used = {}, set()
     for path, template in names.items():
-        modules = module_names(path, template, layers)
+        modules = module_names(path, template, config)
         hits = [[t for t in targets if _matches(t, module, path, key)] for module in modules]
         used.update(t for hit in hits for t in hit)
         whole = [any(saves(entry, f"{module}.weight") for entry in saved) for module in modules]
@@ -81,14 +88,19 @@ def without_embeddings(names: dict[str, str]) -> dict[str, str]:
     return {path: name for path, name in names.items() if path not in EMBEDDINGS and not path.startswith(EXPERTS)}
 
 
-def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str]) -> list[str]:
+def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str], config: ModelConfig) -> list[str]:
     """The selected maps as PEFT's `target_modules`, or experts as its `target_parameters`.
 
     They are short names if all layers are selected, full names otherwise.
+
+    Args:
+        chosen: As `select` returns it.
+        names: {path: template of module names}.
+        config: The model's shape.
     """
     targets = set()
     for path, hits in chosen.items():
-        modules = module_names(path, names[path], len(hits))
+        modules = module_names(path, names[path], config)
         tail = _tail(names[path], names.values())
         short = all(hits) and "{l}" not in tail  # the layer's number may be the only difference between two names
         targets |= {tail} if short else {m for m, h in zip(modules, hits) if h}

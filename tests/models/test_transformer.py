@@ -6,6 +6,7 @@ B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -17,8 +18,9 @@ import torch
 from flax import linen as nn
 
 from ftjax.models import attention, layers
+from ftjax.models.config import layers_with, runs
 from ftjax.models.transformer import Transformer, make_cache, unstacked
-from ftjax.tree import flatten
+from ftjax.tree import flatten, unflatten
 
 T = 20  # more than the windows of the tiny models, fewer than their positions
 LENGTHS = (20, 13, 1)
@@ -260,6 +262,54 @@ def test_parameters_in_two_stacks_are_the_same_model(name):
             np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-6)
         blocks, all_blocks = (unstacked({"params": p}, pair.model.config) for p in (split, pair.params))
         jax.tree.map(np.testing.assert_array_equal, blocks, all_blocks)
+
+
+@pytest.mark.parametrize("kinds", ["aabaab", "abbbaa"])
+def test_blocks_of_several_kinds_are_one_model(kinds):
+    """The kinds differ in the name of a sublayer alone, so the model is that of one kind, gradients included."""
+    pair = tiny.pair("qwen2-window")
+    twice = pair.params | {"layers": jax.tree.map(lambda x: jnp.concatenate([x, x[::-1]]), pair.params["layers"])}
+    shape = dataclasses.replace(pair.model.config, layers=6, windows=pair.model.config.windows * 2)
+    plain = pair.model.clone(config=shape)
+    mixed = plain.clone(
+        config=dataclasses.replace(shape, parts=tuple(("attn", {"a": "mlp", "b": "b"}[k]) for k in kinds))
+    )
+    at = {name: np.array([i for i, k in enumerate(kinds) if k == name]) for name in "ab"}
+
+    def of_kinds(layers):
+        rest = {name: x for name, x in layers.items() if name != "mlp"}
+        return rest | {
+            part: jax.tree.map(lambda x, k=k: x[at[k]], layers["mlp"]) for part, k in (("mlp", "a"), ("b", "b"))
+        }
+
+    params = twice | {"layers": of_kinds(twice["layers"])}
+    value, want = loss_and_gradient(plain, twice)
+    for model in (mixed, mixed.clone(remat="full", unroll=0)):
+        same, got = loss_and_gradient(model, params)
+        assert same == pytest.approx(value, rel=1e-6)
+        for path, g in flatten(unflatten(want) | {"layers": of_kinds(unflatten(want)["layers"])}).items():
+            np.testing.assert_allclose(got[path], g, rtol=0, atol=1e-5, err_msg=path)
+
+    def split(part, tree, lower):
+        n = sum(layer < lower for layer in layers_with(mixed.config, part))
+        return jax.tree.map(lambda x: x[:n], tree), jax.tree.map(lambda x: x[n:], tree)
+
+    halves = {part: split(part, tree, 2) for part, tree in params["layers"].items()}
+    names = {"layers": 0, "top_layers": 1}
+    stacks = params | {name: {part: tree[i] for part, tree in halves.items()} for name, i in names.items()}
+    assert loss_and_gradient(mixed, stacks)[0] == pytest.approx(value, rel=1e-6)
+
+    ids = jnp.asarray(np.stack(tiny.documents((12, 12))))
+    cache = make_cache(shape, 2, 16, apart=True)
+    logits, _ = mixed.apply(unstacked({"params": stacks}, mixed.config), ids, cache=cache)
+    np.testing.assert_allclose(logits, tiny.jit(plain.apply)({"params": twice}, ids), rtol=0, atol=1e-5)
+
+
+def test_runs_compile_the_fewest_blocks():
+    assert runs(tuple("aaab" * 8)) == ((0, 4, 8),)
+    assert runs(tuple("baaaaa")) == ((0, 1, 1), (1, 1, 5))
+    assert runs(tuple("aaabaab")) == ((0, 1, 1), (1, 3, 2))
+    assert runs(tuple("abc")) == ((0, 3, 1),)
 
 
 def test_a_head_beside_tied_embeddings_is_the_head():

@@ -15,7 +15,7 @@ from ftjax.tuning.targets import select
 
 
 def targets(spec):
-    return select(spec.names, spec.model.layers, tuple(spec.tuning.targets) or ("all-linear",))
+    return select(spec.names, spec.model, tuple(spec.tuning.targets) or ("all-linear",))
 
 
 def projections(path, kernel, spec):

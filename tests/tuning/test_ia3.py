@@ -39,7 +39,7 @@ def test_targets_and_sides_are_those_of_peft(case):
         path, _, side = leaf.rsplit("/", 2)
         size = leaves[leaf].shape[-1]
         shape = (1, size) if side == "input" else (size, 1)
-        modules = module_names(path, pair.spec.names[path], pair.model.config.layers)
+        modules = module_names(path, pair.spec.names[path], pair.model.config)
         ours |= {module: shape for module, hit in zip(modules, hits, strict=True) if hit}
     assert ours == theirs and ours
 

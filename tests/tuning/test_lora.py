@@ -53,7 +53,7 @@ def adapted(pair):
     """Module name -> (rank, scale), as we have it."""
     out = {}
     for path, (rank, scale) in lora.ranks(pair.spec).items():
-        modules = module_names(path, pair.spec.names[path], pair.model.config.layers)
+        modules = module_names(path, pair.spec.names[path], pair.model.config)
         out |= {module: (int(r), float(s)) for module, r, s in zip(modules, rank, scale, strict=True) if r}
     return out
 

@@ -93,7 +93,7 @@ def test_there_and_back(adapter, tmp_path, name):
     adapter_config, tensors = read_adapter(folder)
     tree, ranks = lora_from_peft(adapter_config, tensors, names, config, params)
     assert {str(x.dtype) for x in flatten(tree).values()} == {"float32"}
-    again, back = lora_to_peft(tree, ranks, names)
+    again, back = lora_to_peft(tree, ranks, names, config)
     assert back.keys() == {tensor for tensor in tensors if ".lora_" in tensor}
     for tensor in back:
         np.testing.assert_array_equal(back[tensor], tensors[tensor])
@@ -132,7 +132,7 @@ def test_written_config_says_all_that_readers_need(adapter, tmp_path):
     (base / "tokenizer.json").write_text("{ }")
     (base / "chat_template.jinja").write_text("t")
     names, config, _ = names_of(base)
-    said, tensors = lora_to_peft(*lora_from_peft(*read_adapter(folder), names, config), names)
+    said, tensors = lora_to_peft(*lora_from_peft(*read_adapter(folder), names, config), names, config)
     write_adapter(tmp_path / "out", tensors, said, base, "openai-community/gpt2")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (
