@@ -62,6 +62,16 @@ def experts(rng, key: str) -> dict:
     return sizes(rng, multiple=True) | {key: int(rng.choice([4, 5, 8])), "num_experts_per_tok": used}
 
 
+def gpt_oss(rng) -> dict:
+    shape = experts(rng, "num_local_experts") | flags(rng, "attention_bias") | {"head_dim": int(rng.choice([4, 6]))}
+    shape |= {
+        "sliding_window": int(rng.choice([4, 7])),
+        "layer_types": types(rng),
+        "swiglu_limit": uniform(rng, 0.3, 2),
+    }
+    return shape | {"rope_parameters": scaling(rng, "yarn") | {"truncate": bool(rng.integers(2))}}
+
+
 def types(rng) -> list[str]:
     return [TYPES[i] for i in rng.permutation([0, 1, int(rng.integers(2))])]
 
@@ -179,6 +189,7 @@ DRAWS = {
             | {"clip_qkv": [None, 0.5][rng.integers(2)]}
         ),
     ),
+    "gpt_oss": ("gpt_oss", gpt_oss),
     "gemma2": ("gemma2", lambda rng: gemma(rng, attn_logit_softcapping=uniform(rng, 1, 3))),
     "gemma3_text": (
         "gemma3_text",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import TRANSFORMERS_5
 
 from ftjax import decoding
 from ftjax.decoding import EXCLUDED, choose, generate
@@ -28,6 +29,12 @@ TINY = {
         **SMALL, num_key_value_heads=2, sliding_window=7, max_position_embeddings=256, tie_word_embeddings=False
     ),
 }
+GPT_OSS = SMALL | dict(num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+GPT_OSS |= dict(sliding_window=7, max_position_embeddings=256)
+
+
+def needs_5(name):
+    return pytest.param(name, marks=pytest.mark.skipif(not TRANSFORMERS_5, reason="its defaults are version 5's"))
 
 
 def ours(folder):
@@ -149,10 +156,11 @@ def test_rows_on_a_mesh_write_the_same(random_model):
         assert generate(model, variables, PROMPTS, max_new_tokens=12) == alone
 
 
-def test_what_prompts_share_is_computed_once_and_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mistral", needs_5("gpt_oss")])
+def test_what_prompts_share_is_computed_once_and_changes_nothing(name, tmp_path, monkeypatch):
     """Equal prompts, and prompts that begin alike, also within a window that is shorter than what they share."""
     torch.manual_seed(0)
-    config = TINY["mistral"]()
+    config = TINY[name]() if name in TINY else transformers.GptOssConfig(**GPT_OSS)
     config.initializer_range = 0.3
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None

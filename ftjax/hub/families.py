@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, maybe, number, read_json, string, whole
@@ -15,7 +16,9 @@ from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
 from ftjax.models.config import Head, ModelConfig, RopeScaling, layers_with
 
-LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), "weight") | {"bias": "bias"}
+# leaf of a module -> the end of its tensor's name, for modules and for Module.bare
+LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), (".weight", ""))
+LEAVES |= {"bias": (".bias", "_bias"), "biases": ("", "_bias"), "sinks": (".sinks", "")}
 
 EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
 SHARED = "layers/mlp/shared/"  # the same of the dense part beside experts
@@ -76,6 +79,7 @@ KINDS = {
     "str": string,
     "float | None": maybe(number(above=0)),
 }
+MXFP4 = "mxfp4"  # quant_method of parameters that are stored as NAME_blocks and NAME_scales
 MOST_LAYERS = 10_000  # a limit, because the names of the tensors of a billion layers would fill the memory
 # Fields of config.json that are read here by name, in addition to those of a family's row.
 FIELDS = {
@@ -99,6 +103,7 @@ FIELDS = {
     "sliding_window_pattern": maybe(whole(1)),
     "no_rope_layers": maybe(listed(whole(0, 1))),
     "no_rope_layer_interval": whole(1),
+    "quantization_config": maybe(mapped()),
     "decoder_sparse_step": whole(1),
     "mlp_only_layers": maybe(listed(whole())),
     "partial_rotary_factor": maybe(number(above=0)),
@@ -142,6 +147,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
         raise FtjaxError(f"{where}: unknown model_type {kind!r}{nearest(kind, FAMILIES)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
+    if (hf.get("quantization_config") or {}).get("quant_method") == MXFP4 and any(m.bare for m in family.modules):
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}  # read as what it stands for
     read = {*family.keys.values(), *family.defaults}
     unread = {key: (None, False, 0, 1, [], "none") for key in ARITHMETIC - read}
     for key, allowed in (unread | ANY_FAMILY | family.only).items():
@@ -263,7 +270,7 @@ def _kinds(family: Family) -> dict[str, Kind]:
 def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
     # Version 4 has `rope_theta` at the top level and the rest in `rope_scaling`, version 5 all in `rope_parameters`, or
     # there in a part for each type of layers.
-    parts = hf.get("rope_parameters") or {}
+    parts = hf.get("rope_parameters") or ({} if hf.get("rope_scaling") else family.rope)
     top = {"rope_theta": hf.get(family.theta_keys[0]), "partial_rotary_factor": hf.get("partial_rotary_factor")}
     if not family.local_theta:
         return _one_rope((top, hf.get("rope_scaling"), parts), hf, family, values, where)
@@ -491,7 +498,7 @@ def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
     found = {path for path in shapes(config) if not path.startswith(("head/", SHARED))}
     leaves, own = ("kernel", "embedding"), modules(family, config)
     names = {m.path: m.name for m in own if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
-    experts = next((m.name.split(".{e}")[0] for m in own if ".{e}" in m.name), "")
+    experts = next((m.name.replace(".{e}", "").rsplit(".", 1)[0] for m in own if f"{m.path}/experts" in found), "")
     return names | {f"{EXPERTS}{name}": f"{experts}.{name}" for name in ("gate_up_proj", "down_proj") if experts}
 
 
@@ -499,29 +506,45 @@ def kernel_shape(path: str, config: ModelConfig) -> tuple[int, ...]:
     """The shape (..., out, in) of a linear map, a table of embeddings or experts at a path of `linear_names`."""
     known, name = shapes(config), path.removeprefix(EXPERTS)
     if path.startswith(EXPERTS):
-        *lead, rows, columns = known[f"layers/mlp/{'up_proj' if name == 'gate_up_proj' else name}/experts"]
-        return *lead, rows * (1 + (name == "gate_up_proj")), columns
+        if (own := f"layers/mlp/{name}/experts") in known:
+            return known[own]
+        *lead, rows, columns = known["layers/mlp/up_proj/experts"]
+        return *lead, 2 * rows, columns
     return known[f"{path}/kernel"] if f"{path}/kernel" in known else known[f"{path}/embedding"][::-1]
 
 
-def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> dict[str, tuple[list[str], bool]]:
-    """{path of a parameter: (names of its tensors, whether they are stored as (in, out))}.
+class Tensors(NamedTuple):
+    """The tensors of one parameter, and how they lie in files.
 
-    A stacked parameter has one name for each of its layers, see `layers_with`. The name is empty if a norm has a row
-    for a layer that does not have it. files:
-    names in the files of a model, where each expert of a layer has one, and which in some families are not those of the
-    model's class.
+    Attributes:
+        names: One for each index of the parameter's first `stacked` axes, which are layers and experts. It is empty if
+            a norm has a row for a layer that does not have it.
+        transposed: Whether they are stored as (..., in, out).
+        stacked: 0, 1 or 2.
+    """
+
+    names: list[str]
+    transposed: bool
+    stacked: int
+
+
+def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> dict[str, Tensors]:
+    """{path of a parameter: its Tensors}.
+
+    files: names in the files of a model, where in most families each expert of a layer has one, and which in some
+    families are not those of the model's class.
     """
     names, expected = {}, shapes(config)
     for module in modules(family, config):
         layers = layers_with(config, module.path) if module.path.startswith("layers/") else (0,)
-        for leaf, suffix in LEAVES.items():
+        for leaf, suffixes in LEAVES.items():
             if (path := f"{module.path}/{leaf}") in expected:
                 name = module.file if files and module.file else module.name.replace(".{e}", "")
                 each = [(layer, e) for layer in layers for e in range(config.experts if "{e}" in name else 1)]
-                found = [f"{name.format(l=layer, e=e)}.{suffix}" for layer, e in each]
+                found = [name.format(l=layer, e=e) + suffixes[module.bare] for layer, e in each]
                 stored = [""] * module.first + found[module.first :]
-                names[path] = (stored, module.transposed and leaf == "kernel")
+                transposed = module.transposed and leaf in ("kernel", "experts")
+                names[path] = Tensors(stored, transposed, ("{l}" in name) + ("{e}" in name))
     return names
 
 
@@ -577,10 +600,17 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         block[f"layers/{name}/kernel"] = (rows, columns)
         if bias:
             block[f"layers/{name}/bias"] = (rows,)
+    if c.sinks:
+        block["layers/attn/sinks"] = (c.heads,)
     if c.experts:
         block["layers/mlp/gate/router"] = (c.experts, D)
-        for name, shape in (("gate_proj", (F, D)), ("up_proj", (F, D)), ("down_proj", (D, F))):
+        each = {"gate_up_proj": (2 * F, D)} if c.fused_gate else {"gate_proj": (F, D), "up_proj": (F, D)}
+        for name, shape in (each | {"down_proj": (D, F)}).items():
             block[f"layers/mlp/{name}/experts"] = (c.experts, *shape)
+            if c.mlp_bias:
+                block[f"layers/mlp/{name}/biases"] = (c.experts, shape[0])
+        if c.mlp_bias:
+            block["layers/mlp/gate/bias"] = (c.experts,)
     return out | {path: (L, *shape) for path, shape in block.items() if (L := len(layers_with(c, path)))}
 
 

@@ -22,6 +22,7 @@ class Module(NamedTuple):
     name: str
     transposed: bool = False  # stored (in, out), as GPT-2's Conv1D does, not (out, in)
     first: int = 0  # the lowest layer that has it
+    bare: bool = False  # no module but a parameter of one, stored under its own name, with a bias NAME_bias
     file: str = ""  # its name in files, where that is another or has an {e}, which transformers' own names have not
 
 
@@ -62,6 +63,7 @@ class Family:
     theta_keys: tuple[str, str] = ("rope_theta", "local_rope_theta")  # keys of both at the top level of config.json
     rotary_share: float | None = None  # default of partial_rotary_factor; None: the family has no such key
     rope_types: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of rope_type
+    rope: dict = dataclasses.field(default_factory=dict)  # rope_parameters of a config.json that has none
 
 
 ALL_TASKS = ("causal", "sequence", "token", "span")
@@ -124,6 +126,12 @@ SHARED_LAYER |= {f"mlp/shared/{name}": f"mlp.shared_expert.{name}" for name in (
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
 FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
 GLM_LAYER = FUSED_LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"}
+GPT_OSS_LAYER = {path: name for path, name in LLAMA_LAYER.items() if not path.startswith("mlp/")}
+GPT_OSS_LAYER |= {"attn": "self_attn", "mlp/gate": "mlp.router"}  # the first for its sinks
+GPT_OSS_EXPERTS = tuple(
+    Module(f"layers/mlp/{name}", f"model.layers.{{l}}.mlp.experts.{name}", transposed=True, bare=True)
+    for name in ("gate_up_proj", "down_proj")
+)
 STARCODER_LAYER = LLAMA_LAYER | {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
 
 
@@ -356,6 +364,32 @@ DECODERS = (
         aliases={"num_local_experts": "num_experts"},
     ),
     llama_like(
+        "gpt_oss",
+        decoder_forms("GptOss", tasks=("causal", "sequence", "token")),
+        (*decoder_modules(GPT_OSS_LAYER), *GPT_OSS_EXPERTS),
+        keys=ATTENTION_BIAS
+        | BALANCE
+        | {
+            "experts": "num_local_experts", "experts_used": "num_experts_per_tok", "gate_limit": "swiglu_limit",
+            "gate_slope": "swiglu_alpha",
+        },
+        defaults={
+            "vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "attention_bias": True, "num_local_experts": 128, "num_experts_per_tok": 4,
+            "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "router_aux_loss_coef": 0.001, "output_router_logits": False,
+            "sliding_window": 128, "sliding_window_pattern": 2, "layer_types": None,
+        },
+        constants={"sinks": True, "mlp_bias": True, "fused_gate": "neighbours", "experts_normed": True},
+        only={"hidden_act": ("silu",), "sliding_window_pattern": (2,)},
+        aliases={"num_experts": "num_local_experts"},
+        theta=150000.0,
+        rope={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    llama_like(
         "gemma2",
         decoder_forms("Gemma2", tasks=("causal", "sequence", "token")),
         decoder_modules(GEMMA_LAYER),
@@ -414,7 +448,7 @@ DECODERS = (
             "original_max_position_embeddings": 4096, "partial_rotary_factor": None, "rms_norm_eps": 1e-5,
             "sliding_window": None,
         },
-        constants={"fused_qkv": "parts", "fused_gate": True},
+        constants={"fused_qkv": "parts", "fused_gate": "parts"},
         only=EVERY_LAYER,
         rotary_share=1.0,
         rope_types={"su": "longrope", "yarn": "longrope"},
@@ -484,7 +518,7 @@ DECODERS = (
             "intermediate_size": 13696, "max_position_embeddings": 131072, "partial_rotary_factor": None,
             "rms_norm_eps": 1.5625e-07, "attention_bias": True,
         },
-        constants={"norms": "both", "fused_gate": True, "rotary_pairs": "neighbours"},
+        constants={"norms": "both", "fused_gate": "parts", "rotary_pairs": "neighbours"},
         rotary_share=0.5,
     ),
     Family(
@@ -737,7 +771,7 @@ ENCODERS = (
             "initializer_range": 0.02, "local_attention": 128, "global_attn_every_n_layers": 3, "layer_types": None,
         },
         constants={
-            "norm": "layer", "gated": True, "fused_gate": True, "fused_qkv": "parts", "causal": False,
+            "norm": "layer", "gated": True, "fused_gate": "parts", "fused_qkv": "parts", "causal": False,
             "first_norm": False, "embed_norm": True, "positions": "rotary",
         },
         only={"is_causal": (False,), "is_decoder": (False,)},

@@ -1,6 +1,6 @@
 """Model directories <-> parameters: safetensors are read slice by slice into any sharding, and written in shards.
 
-L layers. Parameters of the blocks are stacked along a leading layer axis, see ftjax.hub.families.
+L layers, E experts. Parameters of the blocks are stacked along a leading layer axis, see ftjax.hub.families.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ftjax.errors import FtjaxError
 from ftjax.foreign import mapped, read_json
 from ftjax.hub import pooling
 from ftjax.hub.families import (
+    Tensors,
     form_of,
     head_to_hf,
     is_buffer,
@@ -54,6 +55,12 @@ LARGE = 1 << 24  # bytes above which several threads read one tensor
 ALIGNED = 64  # bytes; on a CPU, JAX does not copy a host array that begins at a multiple of it
 
 
+# Microscaling FP4 (Open Compute Project 2023): blocks of 32 values, two in a byte, the first in the low bits, and a
+# power of two for each block, stored as the exponent plus 127.
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+BLOCK = 32
+
+
 class Stored(NamedTuple):
     """A tensor in a file."""
 
@@ -62,6 +69,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # safetensors' name of it
     offset: int  # bytes of the file before the tensor
+    scales: Stored | None = None  # of MXFP4: then this is the tensor of the blocks, (..., out, in / 32, 16)
 
 
 def param_shapes(config: ModelConfig, dtype=jnp.float32) -> dict:
@@ -121,8 +129,9 @@ def stored_dtype(folder: Path) -> str:
     """The dtype of most parameters of a model directory, such as `bfloat16`."""
     sizes = Counter()
     for tensor in stored_tensors(folder).values():
-        sizes[tensor.dtype] += math.prod(tensor.shape)
-    return DTYPES.get(sizes.most_common(1)[0][0], "float32")
+        sizes[DTYPES.get(tensor.dtype)] += math.prod(tensor.shape)
+    del sizes[None]  # MXFP4 stands for numbers in the dtype of the others
+    return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
 def read_params(
@@ -162,13 +171,15 @@ def read_params(
     """
     located = _locate(Path(folder), family, config, new_head is not None)
     if jax.process_count() == 1:  # several processes read only their parts of the files
-        files = {tensor.file for tensors, _ in located.values() for tensor in tensors if tensor}
+        found = [tensor for tensors in located.values() for tensor in tensors.found if tensor]
+        files = {part.file for tensor in found for part in (tensor, tensor.scales) if part}
         check_written(folder, ["config.json", *(file.relative_to(Path(folder)).as_posix() for file in files)])
     shardings = flatten(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes(config).items():
-        (tensors, transposed), stack = located[path], shape[: _stacked(path)]
-        dtypes = {DTYPES[t.dtype] for t in tensors if t} or {"float32"}
+        tensors, transposed, depth = located[path]
+        stack = shape[:depth]
+        dtypes = {DTYPES.get(t.dtype, "bfloat16") for t in tensors if t} or {"float32"}
         target = np.dtype(dtype(path) if dtype else jnp.result_type(*dtypes))
         sharding = shardings[path] if shardings else None
         if not tensors:
@@ -200,10 +211,10 @@ def check_finite(folder: Path, params: dict, family: Family, config: ModelConfig
         return
     names = tensor_names(family, config, files=True)
     path = next(path for path in names if bad[0].startswith(path))  # a quantised kernel consists of several leaves
-    stored, x = names[path][0], leaves.get(bad[0])
+    stored, x = names[path].names, leaves.get(bad[0])
     layer = 0
     if len(stored) > 1 and x is not None:
-        layer = int(jnp.argmin(jnp.isfinite(x).all(axis=range(_stacked(path), x.ndim))))
+        layer = int(jnp.argmin(jnp.isfinite(x).all(axis=range(names[path].stacked, x.ndim))))
     raise FtjaxError(
         f"{folder}: {len(bad)} of the model's parameters hold values that are NaN or infinite, tensor {stored[layer]} "
         "the first. The files are damaged, or a value overflowed when they were converted to float16: get them again, "
@@ -226,7 +237,7 @@ def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
         FtjaxError: If other tensors are missing or do not fit.
     """
     located = _locate(Path(folder), family, config, True)
-    return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, (tensors, _) in located.items() if not tensors))
+    return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, tensors in located.items() if not tensors.found))
 
 
 def _fresh(path: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Array) -> jax.Array:
@@ -269,14 +280,14 @@ def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _stacked(path: str) -> int:
-    """Number of leading axes along which a parameter has tensors of their own in files: of layers, and of experts."""
-    return path.startswith("layers/") + path.endswith("/experts")
+def _swapped(axes: tuple, transposed: bool) -> tuple:
+    """One entry for each axis, those of the last two axes exchanged if the tensor is stored transposed."""
+    return (*axes[:-2], axes[-1], axes[-2]) if transposed else tuple(axes)
 
 
 def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray:
     """The part of one parameter within `bounds`, which are (start, stop) for each axis. stacked: the sizes of the axes
-    that `_stacked` counts."""
+    along which the parameter has tensors of their own."""
     out = _buffer([stop - start for start, stop in bounds], dtype, given_away)
     if not bounds:
         _fill(out, tensors[0], bounds, transposed)
@@ -328,17 +339,32 @@ def _buffer(shape, dtype, given_away: bool) -> np.ndarray:
 
 def _fill(out: np.ndarray, tensor: Stored, bounds, transposed: bool) -> None:
     """Read the part of a tensor within `bounds` into `out`; they are (start, stop) for each axis of `out`."""
-    index = tuple(slice(*b) for b in (bounds[::-1] if transposed else bounds))
-    whole = all(b == (0, n) for b, n in zip(bounds[1:], tensor.shape[1:]))
     if out.size == 0:
         return
+    if tensor.scales:
+        _fill_mxfp4(out, tensor, bounds)
+        return
+    index = tuple(slice(*b) for b in _swapped(bounds, transposed))
+    whole = all(b == (0, n) for b, n in zip(bounds[1:], tensor.shape[1:]))
     if whole and not transposed and out.dtype == DTYPES[tensor.dtype] and out.flags.c_contiguous:
         first = bounds[0][0] * math.prod(tensor.shape[1:]) if bounds else 0
         _read_into(out.reshape(-1).view(np.uint8), tensor.file, tensor.offset + first * out.itemsize)
         return
     # Mapped for this part only, because the pages of an open mapping count as memory of this process.
     mapped = np.memmap(tensor.file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
-    out[...] = mapped[index].T if transposed else mapped[index]
+    out[...] = mapped[index].swapaxes(-1, -2) if transposed else mapped[index]
+
+
+def _fill_mxfp4(out: np.ndarray, tensor: Stored, bounds) -> None:
+    """Read the part of a parameter (E, out, in) in MXFP4 within `bounds` into `out`, one expert at a time."""
+    blocks, scales = (np.memmap(t.file, np.uint8, "r", t.offset, t.shape) for t in (tensor, tensor.scales))
+    rows, (start, stop) = slice(*bounds[1]), bounds[2]
+    groups = slice(start // BLOCK, -(-stop // BLOCK))
+    for place, expert in zip(out, range(*bounds[0]), strict=True):
+        codes = blocks[expert, rows, groups]
+        values = FP4[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*codes.shape[:2], BLOCK)
+        values = np.ldexp(values, scales[expert, rows, groups, None].astype(np.int32) - 127)
+        place[...] = values.reshape(len(codes), -1)[:, start % BLOCK :][:, : stop - start]
 
 
 def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
@@ -369,26 +395,43 @@ def _plain(name: str, family: Family) -> str:
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
-def _locate(
-    folder: Path, family: Family, config: ModelConfig, new_head: bool = False
-) -> dict[str, tuple[list[Stored | None], bool]]:
-    """{path: (its stored tensors, one for each layer, whether they are transposed)}; all names and shapes are checked.
+class Located(NamedTuple):
+    """The stored tensors of one parameter; see `families.Tensors`."""
 
-    None in place of a tensor: the layer does not have the module. new_head: modules of the head may be missing, and its
-    last linear map may have another number of labels; these have no tensors.
+    found: list[Stored | None]  # None: the layer does not have the module
+    transposed: bool
+    stacked: int
+
+
+def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = False) -> dict[str, Located]:
+    """{path: Located}; all names and shapes are checked.
+
+    new_head: modules of the head may be missing, and its last linear map may have another number of labels; these have
+    no tensors.
     """
     stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
     expected, problems, out = shapes(config), [], {}
     used = set()
-    for path, (names, transposed) in tensor_names(family, config, files=True).items():
-        shape = expected[path][_stacked(path) :]
-        shape = shape[::-1] if transposed else shape
+    for path, (names, transposed, stacked) in tensor_names(family, config, files=True).items():
+        whole_shape = expected[path][stacked:]
+        shape = _swapped(whole_shape, transposed)
         found = []
         for name in names:
             if not name:
                 found.append(None)
                 continue
-            tensor = stored.get(_plain(name, family))
+            tensor, scales = stored.get(_plain(name, family)), stored.get(_plain(f"{name}_scales", family))
+            if tensor is None and scales and path.endswith("/experts"):
+                tensor = stored.get(_plain(f"{name}_blocks", family))
+                *lead, last = whole_shape
+                sizes = (*lead, last // BLOCK, BLOCK // 2)
+                if last % BLOCK or tensor is None or (tensor.shape, scales.shape) != (sizes, sizes[:-1]):
+                    there = "missing" if tensor is None else f"{tensor.shape} with scales {scales.shape}"
+                    problems.append(f"tensor {name}_blocks is {there}, expected {sizes} with scales {sizes[:-1]}")
+                    continue
+                used |= {tensor, scales}
+                found.append(tensor._replace(scales=scales))
+                continue
             others = tensor is not None and tensor.shape != shape and tensor.shape[1:] == shape[1:]
             if new_head and (path.startswith("head/out/") and others or path.startswith("head/") and tensor is None):
                 used.add(tensor)
@@ -405,11 +448,11 @@ def _locate(
                     f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(DTYPES)} "
                     "(quantised weights are not read)"
                 )
-        out[path] = (found, transposed)
+        out[path] = Located(found, transposed, stacked)
     head = stored.get("lm_head.weight")
     if config.tied and config.head.task == "causal" and head is not None and not problems:
         used.add(head)
-        if not _equal(head, out["embed/embedding"][0][0]):
+        if not _equal(head, out["embed/embedding"].found[0]):
             problems.append(
                 f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
                 "one; set it to false in config.json"
@@ -499,6 +542,7 @@ def write_model(
     form = form_of(family, config.head)
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
+    hf.pop("quantization_config", None)  # all tensors are written in `dtype`
     hf |= rope_to_hf(config, family)
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
@@ -513,7 +557,7 @@ def write_model(
         hf["pad_token_id"] = pad_token(tokenizer)
     kept = _kept(source, family, config) if source else {}
     leaves |= {f"kept/{name}": x for name, x in kept.items()}
-    names = tensor_names(family, config, files=True) | {f"kept/{name}": ([name], False) for name in kept}
+    names = tensor_names(family, config, files=True) | {f"kept/{name}": Tensors([name], False, 0) for name in kept}
     pieces = _pieces(leaves, names, dtype)
     if jax.process_index():  # the first process writes; the others take part in gathering arrays of several hosts
         for piece in pieces:
@@ -569,8 +613,8 @@ class _Piece(NamedTuple):
 def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
     """All tensors in the order in which a model uses them, so that a shard has whole layers."""
     pieces = []
-    for path, (stored, transposed) in names.items():
-        indices = np.ndindex(leaves[path].shape[: _stacked(path)])
+    for path, (stored, transposed, stacked) in names.items():
+        indices = np.ndindex(leaves[path].shape[:stacked])
         size = leaves[path].size // len(stored) * np.dtype(dtype).itemsize
         pieces += [_Piece(name, path, i, transposed, size) for name, i in zip(stored, indices, strict=True) if name]
     depth = max((piece.index[0] for piece in pieces if piece.index), default=0) + 1
@@ -610,7 +654,7 @@ def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
         value = _on_host(leaf, piece.index).astype(dtype, copy=False)
     if not np.isfinite(value).all():
         raise FtjaxError(f"tensor {piece.name} holds values not finite, or too large for {dtype}; nothing is written")
-    return np.ascontiguousarray(value.T if piece.transposed else value)
+    return np.ascontiguousarray(value.swapaxes(-1, -2) if piece.transposed else value)
 
 
 def whole(x) -> np.ndarray:

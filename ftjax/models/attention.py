@@ -23,7 +23,7 @@ MASKED = -1e30  # finite: a row of padding, which sees nothing, must not become 
 
 def attend(
     q, k, v, q_segments, k_segments, *, offset=0, window=0, prefix=None, positions=None, causal=True, cap=None,
-    rate=0.0, key=None,
+    sinks=None, rate=0.0, key=None,
 ):  # fmt: skip
     """Softmax attention within segments: `softmax(q kᵀ / sqrt(d)) v`, with the softmax in float32.
 
@@ -39,6 +39,7 @@ def attend(
         positions: (B, T) positions of the queries, from n on; needed with a prefix.
         causal: Whether a query sees only itself and the keys before it.
         cap: Scores s become cap · tanh(s / cap) before the softmax; None: they stay.
+        sinks: (H,) a further score of each head, which takes part in the softmax and has no value; None: there is none.
         rate: Share of the softmax that is dropped; the rest is scaled up.
         key: Random key of dropout; None: no dropout.
 
@@ -46,7 +47,7 @@ def attend(
         (B, T, H, d) in q's dtype.
     """
     T, S = q.shape[1], v.shape[2]
-    how = {"window": window, "prefix": prefix, "causal": causal, "cap": cap, "rate": rate}
+    how = {"window": window, "prefix": prefix, "causal": causal, "cap": cap, "sinks": sinks, "rate": rate}
     pieces = min(T // PIECE, PIECES) if causal and T == S and isinstance(offset, int) and not offset else 1
     if pieces <= 1:
         return _attend(q, k, v, q_segments, k_segments, offset=offset, positions=positions, key=key, **how)
@@ -62,7 +63,7 @@ def attend(
     return jnp.concatenate(out, axis=1)
 
 
-def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, positions, causal, cap, rate, key):
+def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, positions, causal, cap, sinks, rate, key):
     """`attend` with all queries and all keys at once."""
     B, T, H, d = q.shape
     K, S = v.shape[1], v.shape[2]
@@ -84,7 +85,9 @@ def _attend(q, k, v, q_segments, k_segments, *, offset, window, prefix, position
     kept = None
     if key is not None and rate:
         kept = jax.random.bernoulli(key, 1.0 - rate, (*q.shape[:3], k.shape[3])).astype(q.dtype) / (1.0 - rate)
-    out = _softmax_product(q, k, v, seen, kept, d**-0.5, cap)
+    if sinks is not None:
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, G, 1), T, axis=1)  # of each row of the folded queries
+    out = _softmax_product(q, k, v, seen, kept, sinks, d**-0.5, cap)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
 
 
@@ -107,28 +110,28 @@ _starts.defvjp(lambda x, ends, axis: (_starts(x, ends, axis), None), _starts_bwd
 
 
 def attend_in_row(
-    q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, cap=None, rate=0.0, key=None
+    q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, cap=None, sinks=None, rate=0.0, key=None
 ):
     """`attend` among the tokens of the same rows, segments (B, T). If the mesh splits rows between devices, each device
     has its own queries, and gathers keys and values."""
     mesh, T = mesh_that_cuts("sequence"), q.shape[1]
     if not mesh or T % ways(mesh, "sequence"):
         how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal, "cap": cap}
-        return attend(q, k, v, segments, segments, **how, rate=rate, key=key)
+        return attend(q, k, v, segments, segments, **how, sinks=sinks, rate=rate, key=key)
 
-    def local(q, k, v, segments, window, prefix, positions, key):
+    def local(q, k, v, segments, window, prefix, positions, sinks, key):
         keys, values = gather(k, "sequence", 3, k.dtype), gather(v, "sequence", 2, v.dtype)
         owners = jax.lax.all_gather(segments, "sequence", axis=1, tiled=True)
         own = jax.lax.axis_index("sequence")
         how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal}
-        how |= {"cap": cap, "rate": rate}
+        how |= {"cap": cap, "sinks": sinks, "rate": rate}
         key = None if key is None else jax.random.fold_in(key, own)
         return attend(q, keys, values, segments, owners, offset=own * q.shape[1], **how, key=key)
 
     tokens, everywhere = PartitionSpec(None, "sequence"), PartitionSpec()
     keys, values = PartitionSpec(None, None, None, "sequence"), PartitionSpec(None, None, "sequence")
-    places = tokens, keys, values, tokens, everywhere, everywhere, tokens, everywhere
-    arrays = q, k, v, segments, window, wide(prefix), positions, key
+    places = tokens, keys, values, tokens, everywhere, everywhere, tokens, everywhere, everywhere
+    arrays = q, k, v, segments, window, wide(prefix), positions, wide(sinks), key
     return by_device(local, mesh, ("sequence",), places, tokens)(*arrays)
 
 
@@ -152,30 +155,37 @@ def _scores(q, k, scale, cap):
     return cap * bound, scale * (1 - bound * bound)
 
 
-def _exponentials(q, k, seen, scale, cap):
-    """The undivided softmax (B, K, G*T, S) in float32, and its divisor (B, K, G*T, 1)."""
+def _exponentials(q, k, seen, sinks, scale, cap):
+    """The undivided softmax (B, K, G*T, S) in float32, its divisor (B, K, G*T, 1), and the sinks' part of this
+    divisor."""
     B, K, GT, _ = q.shape
     T, S = seen.shape[1:]
     scores = _scores(q, k, scale, cap)[0].reshape(B, K, GT // T, T, S)
     scores = jnp.where(seen[:, None, None], scores, MASKED).reshape(B, K, GT, S)
-    e = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    return e, jnp.sum(e, axis=-1, keepdims=True)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is None:
+        e = jnp.exp(scores - top)
+        return e, jnp.sum(e, axis=-1, keepdims=True), None
+    top = jnp.maximum(top, sinks)
+    e, sunk = jnp.exp(scores - top), jnp.exp(sinks - top)
+    return e, jnp.sum(e, axis=-1, keepdims=True) + sunk, sunk
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _softmax_product(q, k, v, seen, kept, scale, cap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _softmax_product(q, k, v, seen, kept, sinks, scale, cap):
     """q (B, K, G*T, d), k (B, K, d, S), v (B, K, S, d), seen (B, T, S) bool -> (B, K, G*T, d).
 
-    kept (B, K, G*T, S): factors of the softmax, those of dropout; None: all 1."""
-    return _softmax_product_fwd(q, k, v, seen, kept, scale, cap)[0]
+    kept (B, K, G*T, S): factors of the softmax, those of dropout; None: all 1. sinks (K, G*T, 1) float32: see `attend`.
+    """
+    return _softmax_product_fwd(q, k, v, seen, kept, sinks, scale, cap)[0]
 
 
-def _softmax_product_fwd(q, k, v, seen, kept, scale, cap):
-    e, total = _exponentials(q, k, seen, scale, cap)
+def _softmax_product_fwd(q, k, v, seen, kept, sinks, scale, cap):
+    e, total, sunk = _exponentials(q, k, seen, sinks, scale, cap)
     e = e.astype(q.dtype)
     # Named here, the output is also the residual of the backward pass, so that a preset which keeps it keeps it once.
     out = named((_dot(_times(e, kept), v, (3, 2)) / total).astype(q.dtype), "attention")
-    return out, (q, k, v, e, total, kept, out)
+    return out, (q, k, v, e, total, sunk, kept, out)
 
 
 def _times(x, kept):
@@ -185,14 +195,15 @@ def _times(x, kept):
 def _softmax_product_bwd(scale, cap, saved, g):
     # Written out so that every product contracts in place: XLA's own transposes cost a CPU a quarter of the step.
     # Arrays as long as the keys are not transposed, nor divided: the division is done on the smaller (..., d) arrays.
-    q, k, v, e, total, kept, out = saved
+    q, k, v, e, total, sunk, kept, out = saved
     share = g.astype(jnp.float32) / total
     dv = fenced(_dot(share.astype(g.dtype), _times(e, kept), (2, 2))).swapaxes(2, 3).astype(v.dtype)
     dp = _times(_dot(g, v, (3, 3)), kept)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     slope = scale if cap is None else _scores(q, k, scale, cap)[1]
     ds = (e.astype(jnp.float32) * ((dp - inner) * (slope / total))).astype(q.dtype)
-    return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None, None
+    dsinks = None if sunk is None else -jnp.sum(inner * sunk / total, axis=0)
+    return _dot(ds, k, (3, 3)).astype(q.dtype), _dot(q, ds, (2, 2)).astype(k.dtype), dv, None, None, dsinks
 
 
 _softmax_product.defvjp(_softmax_product_fwd, _softmax_product_bwd)

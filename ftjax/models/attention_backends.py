@@ -51,6 +51,7 @@ class Case(NamedTuple):
     head_dim: int  # d
     causal: bool
     cap: float | None  # see `attend`
+    sinks: bool  # see `attend`
     windows: tuple[int, ...]  # all that its layers have; 0: none
     prefix: bool  # further keys come before every document
     dropout: bool  # part of the softmax is dropped
@@ -206,6 +207,7 @@ def why_not(case: Case) -> str:
         (here != backend.platform, f"it is for a {backend.platform}, and this is a {here}"),
         (case.prefix, "the tuning method puts keys of its own before every document"),
         (case.dropout, "train.dropout drops part of the softmax"),
+        (case.sinks, "the model has attention sinks, which are part of each softmax"),
         (mesh.get("sequence", 1) > 1, "mesh.sequence splits rows between devices"),
         (case.rows % parts != 0, f"{case.rows} rows do not divide over {parts} devices"),
         (case.kv_heads % tensor != 0, f"{case.kv_heads} KV heads do not divide over mesh.tensor={tensor}"),
@@ -219,7 +221,7 @@ def case_of(kernels: Kernels, shape, dtype, rows: int, length: int, prefix: bool
     windows = tuple(sorted({w if w < length else 0 for w in shape.windows or (0,)}))  # a wide window masks nothing
     return Case(
         kernels, jnp.dtype(dtype).name, rows, length, shape.heads, shape.kv_heads, shape.head_dim, shape.causal,
-        shape.score_cap, windows, prefix, dropout, dict(mesh),
+        shape.score_cap, shape.sinks, windows, prefix, dropout, dict(mesh),
     )  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def settle(name: str, cases: list[Case]) -> str:
     return f"attention {which}: {wanted} cannot serve: {said[0]}"
 
 
-def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, positions, rate, key):
+def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, positions, sinks, rate, key):
     """Attention among the tokens of rows, by the model's kernel, or by XLA if the kernel cannot compute it.
 
     Args:
@@ -251,6 +253,7 @@ def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, p
         window: The window of this layer, traced, one of shape.windows.
         prefix: See `attend`.
         positions: (B, T) int.
+        sinks: See `attend`.
         rate: See `attend`.
         key: See `attend`.
     """
@@ -260,7 +263,7 @@ def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, p
     case = case_of(kernels, shape, q.dtype, B, T, prefix is not None, bool(rate) and key is not None, sizes)
     if kernels.name == "xla" or why_not(case):
         how = {"window": window, "prefix": prefix, "positions": positions, "causal": shape.causal}
-        how["cap"] = shape.score_cap
+        how |= {"cap": shape.score_cap, "sinks": sinks}
         return attend_in_row(q, *key_layout(k, v), segments, **how, rate=rate, key=key)
 
     def kernel(window):

@@ -56,9 +56,12 @@ PARAMETER_AXES = {
     "gate_proj/experts": ("experts", "hidden", "embed"),
     "up_proj/experts": ("experts", "hidden", "embed"),
     "down_proj/experts": ("experts", "embed", "hidden"),
+    "gate_up_proj/biases": ("experts", None),
+    "down_proj/biases": ("experts", None),
     "router": (None, "embed"),
     "bias": (None,),
     "scale": (None,),
+    "sinks": ("heads",),
 }
 
 # An array of a batch -> its logical axes; others are split by rows alone. Every device knows all places that are read.

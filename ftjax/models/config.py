@@ -76,6 +76,7 @@ class ModelConfig:
     qkv_clip: float | None = None  # bound of |q|, |k| and |v|
     score_scale: float | None = None  # factor of q kᵀ; None: d^-0.5
     score_cap: float | None = None  # scores s become cap · tanh(s / cap)
+    sinks: bool = False  # each head has a learned score more in its softmax, without a value
     causal: bool = True  # a token sees itself and those before it; else all of its segment
     windows: tuple[int, ...] = ()  # of each layer: tokens seen on a side, itself included; 0: all; empty: all 0
     # Positions
@@ -91,8 +92,10 @@ class ModelConfig:
     # Feed-forward
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     gated: bool = True  # act(gate(x)) * up(x) instead of act(up(x))
-    fused_gate: bool = False  # one projection gate_up_proj for both, the gate first
-    mlp_bias: bool = False
+    fused_gate: str = ""  # one projection gate_up_proj: `parts`, the gate first | `neighbours`, the outputs alternate
+    gate_limit: float | None = None  # gates of gpt-oss with this bound, see `transformer.gated`
+    gate_slope: float = 1.0  # factor in the sigmoid of such gates
+    mlp_bias: bool = False  # of the projections; of the router too where there are experts
     experts: int = 0  # E; 0: one dense feed-forward part
     experts_used: int = 1  # of each token: those with the greatest router probabilities
     experts_normed: bool = False  # the probabilities of the experts used are divided by their sum

@@ -96,6 +96,7 @@ class Attention(nn.Module):
         if c.score_scale is not None:  # kernels divide by sqrt(d)
             q = (q.astype(jnp.float32) * (c.score_scale * d**0.5)).astype(q.dtype)
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
+        how["sinks"] = self.param("sinks", nn.initializers.normal(c.initializer_range), (H,)) if c.sinks else None
         if cache is None:
             how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
             y = attend_rows(q, k, v, shared["segments"], **how, kernels=self.kernels, shape=c, rate=self.dropout)
@@ -108,6 +109,19 @@ class Attention(nn.Module):
         return dropout(self, y, self.dropout), cache
 
 
+def halves(c: ModelConfig, x):
+    """The outputs x (..., 2 F) of a gate_up_proj as gate and up, (..., F) each."""
+    return (x[..., ::2], x[..., 1::2]) if c.fused_gate == "neighbours" else jnp.split(x, 2, axis=-1)
+
+
+def gated(c: ModelConfig, gate, up):
+    """act(gate) * up; with a limit, (up + 1) * gate * sigmoid(slope * gate) of bounded values, as in gpt-oss."""
+    if c.gate_limit is None:
+        return ACTIVATIONS[c.activation](gate) * up
+    gate, up = jnp.minimum(gate, c.gate_limit), jnp.clip(up, -c.gate_limit, c.gate_limit)
+    return (up + 1) * gate * nn.sigmoid(c.gate_slope * gate)
+
+
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020), or down(act(up(x)))."""
 
@@ -118,18 +132,18 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x (B, T, D) -> (B, T, D)."""
-        c, act = self.config, ACTIVATIONS[self.config.activation]
+        c = self.config
 
         def linear(name, features):
             return Linear(features, c.mlp_bias, self.dtype, c.initializer_range, name=name)
 
         if c.fused_gate:
-            gate, up = jnp.split(linear("gate_up_proj", 2 * c.hidden)(x), 2, axis=-1)
+            gate, up = halves(c, linear("gate_up_proj", 2 * c.hidden)(x))
         else:
             up = linear("up_proj", c.hidden)(x)
             gate = linear("gate_proj", c.hidden)(x) if c.gated else None
         up, gate = named(up, "up"), named(gate, "gate") if c.gated else None
-        h = act(gate) * up if c.gated else act(up)
+        h = gated(c, gate, up) if c.gated else ACTIVATIONS[c.activation](up)
         return dropout(self, named(linear("down_proj", c.width)(h), "down"), self.dropout)
 
 
@@ -154,14 +168,15 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x, segments):
         """x (B, T, D), segments (B, T) int, 0: padding -> (B, T, D)."""
-        c, act, start = self.config, ACTIVATIONS[self.config.activation], nn.initializers.normal
+        c, start = self.config, nn.initializers.normal(self.config.initializer_range)
         E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
-        shapes = {"gate_proj": (E, F, D), "up_proj": (E, F, D), "down_proj": (E, D, F)}
-        params = {
-            name: Leaf("experts", shape, start(c.initializer_range), name=name)() for name, shape in shapes.items()
-        }
-        router = Leaf("router", (E, D), start(c.initializer_range), name="gate")()["router"]
-        logits = project(x, router.astype(self.dtype), PARAMETER_AXES["router"]).astype(jnp.float32)
+        shapes = {"gate_up_proj": (E, 2 * F, D)} if c.fused_gate else {"gate_proj": (E, F, D), "up_proj": (E, F, D)}
+        shapes["down_proj"] = (E, D, F)
+        bias, biases = ("bias", "biases") if c.mlp_bias else ("", "")
+        params = {name: Leaf("experts", shape, start, biases, name=name)() for name, shape in shapes.items()}
+        gate = Leaf("router", (E, D), start, bias, name="gate")()
+        logits = project(x, gate["router"].astype(self.dtype), PARAMETER_AXES["router"])
+        logits = (logits + gate["bias"].astype(self.dtype) if bias else logits).astype(jnp.float32)
         p = jax.nn.softmax(logits)
         weights, chosen = jax.lax.top_k(p, k)  # (B, T, k)
         if c.experts_normed:
@@ -178,7 +193,7 @@ class Experts(nn.Module):
         def mixed(variables, arrays, rngs):
             mlp = variables["params"]
             tokens, weights, chosen = (x.reshape(-1, x.shape[-1]) for x in arrays)
-            own = mlp["up_proj"]["experts"].shape[0]
+            own = mlp["down_proj"]["experts"].shape[0]
             if own < E:  # the others are on other devices: see the tokens of all of them, and keep what is for its own
                 tokens, weights = (gather(x, "expert", 0, x.dtype) for x in (tokens, weights))
                 chosen = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * own
@@ -194,13 +209,19 @@ class Experts(nn.Module):
                 return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
 
             def product(name, rows):
-                return project_groups(rows, mlp[name]["experts"], sizes)
+                y = project_groups(rows, mlp[name]["experts"], sizes)
+                if not biases:
+                    return y
+                return y + jnp.take(mlp[name][biases].astype(y.dtype), chosen[order], axis=0, mode="clip")
 
             rows = keep(jnp.repeat(tokens, k, axis=0)[order])
-            gate, up = product("gate_proj", rows), product("up_proj", rows)
+            if c.fused_gate:
+                gate, up = halves(c, product("gate_up_proj", rows))
+            else:
+                gate, up = product("gate_proj", rows), product("up_proj", rows)
             if "gate_up_proj" in variables["adapter"]:
-                gate, up = (y + dy for y, dy in zip((gate, up), jnp.split(change("gate_up_proj", rows), 2, axis=-1)))
-            rows = act(named(gate, "gate")) * named(up, "up")
+                gate, up = (y + dy for y, dy in zip((gate, up), halves(c, change("gate_up_proj", rows))))
+            rows = gated(c, named(gate, "gate"), named(up, "up"))
             y = keep(product("down_proj", rows) + change("down_proj", rows))
             y = jnp.zeros((len(chosen), D), y.dtype).at[order].set(y, unique_indices=True).reshape(-1, k, D)
             y = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype))
@@ -217,17 +238,19 @@ class Experts(nn.Module):
 
 
 class Leaf(nn.Module):
-    """One parameter in a scope of its own."""
+    """One parameter in a scope of its own, with its bias if that has a name."""
 
     leaf: str
     shape: tuple[int, ...]
     start: nn.initializers.Initializer
+    bias: str = ""
 
     @nn.compact
     def __call__(self):
-        """{its name: the parameter}."""
+        """{name: parameter}."""
         found = self.get_variable("params", self.leaf)
-        return {self.leaf: found if isinstance(found, Quantised) else self.param(self.leaf, self.start, self.shape)}
+        out = {self.leaf: found if isinstance(found, Quantised) else self.param(self.leaf, self.start, self.shape)}
+        return out | ({self.bias: self.param(self.bias, nn.initializers.zeros, self.shape[:-1])} if self.bias else {})
 
 
 class Block(nn.Module):

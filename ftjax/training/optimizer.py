@@ -43,8 +43,9 @@ def decayed(params) -> dict:
 
 
 def is_matrix(path: str, leaf) -> bool:
-    """Whether a leaf is a matrix, or a stack of them on a leading layer axis."""
-    return leaf.ndim - (path.split("/", 1)[0] in STACKS) > 1
+    """Whether a leaf is a matrix, or a stack of them on leading axes of layers and experts. The biases of experts are
+    vectors, although one for each expert makes a matrix of them."""
+    return leaf.ndim - (path.split("/", 1)[0] in STACKS) > 1 and not path.endswith(("/bias", "/biases"))
 
 
 def multipliers(

@@ -63,7 +63,7 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
     wanted = families.with_head(family, shape, head, 1, base)
     new = tuple(f"{module}/" for module in (*weights.head_is_new(base, family, wanted), "head/out"))
     names = {
-        path: f"{method.peft_prefix}{stored[0]}" for path, (stored, _) in families.tensor_names(family, wanted).items()
+        path: f"{method.peft_prefix}{stored.names[0]}" for path, stored in families.tensor_names(family, wanted).items()
     }
     for path, name in names.items():
         if path.startswith(new) and name not in tensors:

@@ -132,7 +132,7 @@ def merge(trained, frozen, spec):
         if path.startswith(EXPERTS):
             change = adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"] * scale[:, None, None, None]
             name = path.removeprefix(EXPERTS)
-            parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+            parts = (name,) if f"layers/mlp/{name}/experts" in params else ("gate_proj", "up_proj")
             for part, own in zip(parts, jnp.split(change, len(parts), axis=2), strict=True):
                 kernel = params[f"layers/mlp/{part}/experts"]
                 params[f"layers/mlp/{part}/experts"] = (kernel.astype(jnp.float32) + own).astype(kernel.dtype)

@@ -45,7 +45,7 @@ def first_layer(spec) -> int:
 
 def is_bias(path, name, layer, spec):
     """Every bias, those of norms among them (Ben Zaken et al. 2022, BitFit)."""
-    return path.endswith("/bias")
+    return path.endswith(("/bias", "/biases"))
 
 
 def is_norm(path, name, layer, spec):
@@ -81,7 +81,7 @@ def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
     tied = spec.model.tied and rule is matches and not any("lm_head" in p for p in spec.tuning.pattern)
     names = families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=tied))
     found = {}
-    for path, (tensors, _) in names.items():
+    for path, (tensors, *_) in names.items():
         layers = layers_with(spec.model, path) if path.startswith("layers/") else (None,)
         always = has_labels(spec) and path.startswith("head/")
         hits = [always or rule(path, name, layer, spec) for name, layer in zip(tensors, layers, strict=True)]
@@ -95,7 +95,7 @@ def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:
 def _nothing(rule: Callable, names: dict) -> str:
     if rule is is_bias:
         return "tuning.method: bitfit trains biases, and this model has none; try `norms`, `ia3` or `lora`"
-    some = [tensors[-1] for tensors, _ in names.values()]
+    some = [tensors[-1] for tensors, *_ in names.values()]
     return (
         f"tuning.pattern: no parameter is matched; a pattern must match a whole name such as {some[0]}, {some[1]} or "
         f"{list(names)[1]}"

@@ -39,7 +39,7 @@ def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[di
     """
     rest, tables, rows, saved = dict(tensors), {}, {}, {}
     asked = adapter_config.get("trainable_token_indices")
-    for path, (names, _) in stored(spec).items():
+    for path, (names, *_) in stored(spec).items():
         if path not in (EMBED, HEAD):
             continue
         module = f"{PREFIX}{names[0].removesuffix('.weight')}"
@@ -112,8 +112,8 @@ def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, s
     for path, shape in families.shapes(spec.model).items():
         if params[path].shape != shape:
             raise FtjaxError(
-                f"the adapter was trained with a vocabulary of {size}, but its files lack {stored(spec)[path][0][0]} "
-                f"at this size: expected {shape}, and the base has {params[path].shape}. Merge the adapter where it "
-                "was trained, with peft's merge_and_unload, and use that model"
+                f"the adapter was trained with a vocabulary of {size}, but its files lack "
+                f"{stored(spec)[path].names[0]} at this size: expected {shape}, and the base has {params[path].shape}. "
+                "Merge the adapter where it was trained, with peft's merge_and_unload, and use that model"
             )
     return adapter_config, rest, unflatten(params), spec

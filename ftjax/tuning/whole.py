@@ -30,7 +30,7 @@ def has_labels(spec) -> bool:
     return spec.model.head.labels > 0
 
 
-def stored(spec) -> dict[str, tuple[list[str], bool]]:
+def stored(spec) -> dict[str, families.Tensors]:
     """As `families.tensor_names`, with the head of a tied model as a parameter of its own."""
     return families.tensor_names(spec.family, dataclasses.replace(spec.model, tied=False))
 
@@ -56,7 +56,7 @@ def chosen(spec) -> dict[str, np.ndarray]:
         return {}
     adapted, found, used = with_pooler(spec).names, {}, set()
     tensors = stored(spec)
-    for path, (names, _) in tensors.items():
+    for path, (names, *_) in tensors.items():
         by = [[entry for entry in entries if saves(entry, name)] for name in names]
         used.update(*by)
         head = has_labels(spec) and path.startswith("head/") and path.rsplit("/", 1)[0] not in adapted
@@ -64,7 +64,7 @@ def chosen(spec) -> dict[str, np.ndarray]:
             found[path] = np.array(hits)
     for entry in entries:
         if entry not in used:
-            tails = sorted({name.split(".")[-2] for names, _ in tensors.values() for name in names if name})
+            tails = sorted({name.split(".")[-2] for names, *_ in tensors.values() for name in names if name})
             raise FtjaxError(
                 f"tuning.modules_to_save: {entry!r} matches no module of this model{nearest(entry, tails)}; it has "
                 f"{', '.join(tails)}; `bias` takes all biases"
@@ -171,10 +171,13 @@ def saved(
         adapter_config and tensors, the tensors in float32 with the layout of the model's files.
     """
     whole, names = {}, stored(spec)
-    if any(path.endswith(("/experts", "/router")) for path in parts):
-        raise FtjaxError("PEFT's files have no form for experts that are trained whole; export the merged model")
+    if any(path.endswith(("/experts", "/biases", "/router", "/sinks")) for path in parts):
+        raise FtjaxError(
+            "PEFT's files have no form for experts, routers and attention sinks that are trained whole; export the "
+            "merged model"
+        )
     for path, hits in parts.items():
-        tensor_names, transposed = names[path]
+        tensor_names, transposed, _ = names[path]
         rows = np.asarray(leaves[path], np.float32)
         for row, layer in enumerate(np.flatnonzero(hits)):
             x = rows[row] if path.startswith("layers/") else rows
@@ -214,7 +217,7 @@ def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec, start: s
     With `bias="all"`, and after the vocabulary was resized, PEFT writes a saved module twice, and also the base's copy.
     Raises FtjaxError if the two differ, or if a tensor of a module in `modules_to_save` is missing.
     """
-    known = {name: path for path, (names, _) in stored(spec).items() for name in names if name}
+    known = {name: path for path, (names, *_) in stored(spec).items() for name in names if name}
     mine, rest = {}, {}
     for name, x in tensors.items():
         once = re.sub(r"\.(modules_to_save(\.default)?|original_module)\.", ".", name)
@@ -257,7 +260,7 @@ def _read(mine: dict[str, np.ndarray], base: dict, spec, start: str) -> dict[str
     shapes, names, own = families.shapes(dataclasses.replace(spec.model, tied=False)), stored(spec), flatten(base)
     out = {}
     for path, hits in chosen(spec).items():
-        (tensor_names, transposed), rows = names[path], []
+        (tensor_names, transposed, _), rows = names[path], []
         stacked = path.startswith("layers/")
         shape = shapes[path][1:] if stacked else shapes[path]
         for layer in np.flatnonzero(hits):

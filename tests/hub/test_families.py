@@ -107,6 +107,7 @@ def model(kind, *sizes, **more):
             model("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, norm_topk_prob=True),
             30_532_122_624,  # Qwen3-30B-A3B
         ),
+        (model("gpt_oss", 2880, 2880, 24, 64, 8, 201088, num_local_experts=32), 20_914_757_184),  # gpt-oss-20b
         (model("gemma2", 3584, 14336, 42, 16, 8, 256000), 9_241_705_984),  # Gemma 2 9B
         (model("smollm3", 2048, 11008, 36, 16, 4, 128256), 3_075_098_624),  # SmolLM3 3B
         (
@@ -138,6 +139,15 @@ L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_
 def test_rotary_of_both_versions(said, theta, scaling):
     _, config = from_hf({"model_type": "llama"} | said)
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize("said", [{}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_theta": 1e4}])
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="the defaults are those of Transformers 5")
+def test_the_rotary_of_gpt_oss_without_rope_parameters_is_that_of_transformers(said):
+    theirs = transformers_config("gpt_oss", said).rope_parameters
+    _, ours = from_hf({"model_type": "gpt_oss"} | said)
+    assert ours.rope_theta == theirs["rope_theta"] and ours.rope_scaling.kind == theirs["rope_type"]
+    assert ours.rope_scaling.factor == theirs["factor"] and ours.rope_scaling.truncate == theirs.get("truncate", True)
 
 
 def test_rotary_is_written_for_both_versions():
@@ -205,6 +215,10 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "llama", "architectures": ["YiForCausalLM"]}, ["'YiForCausalLM'", "LlamaForCausalLM"]),
         ({"model_type": "llama", "logits_scaling": 8.0}, ["logits_scaling = 8.0", "changes the logits of a llama"]),
         ({"model_type": "qwen2", "num_experts": 60}, ["num_experts = 60"]),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config"]),
+        ({"model_type": "gpt_oss", "quantization_config": 4}, ["quantization_config = 4"]),
+        ({"model_type": "gpt_oss", "hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping = 50.0"]),
         ({"model_type": "glm4", "partial_rotary_factor": 1.5}, ["192 dimensions would turn of heads of 128"]),

@@ -427,7 +427,7 @@ def test_host_memory_stays_below_what_devices_hold_and_a_few_tensors(tmp_path):
     family, config = read_config(tmp_path)
     random = np.random.default_rng(0)
     weight_map = {}
-    for path, (names, _) in weights.tensor_names(family, config).items():
+    for path, (names, *_) in weights.tensor_names(family, config).items():
         shape = shapes(config)[path][path.startswith("layers/") :]
         tensors = {name: random.standard_normal(shape, np.float32) for name in names}
         file = path.replace("/", "-") + ".safetensors"

@@ -264,6 +264,8 @@ def case(name="splash", platform="tpu", capability="", packed=True, **changes):
         (case("splash", "cpu"), "it is for a tpu, and this is a cpu"),
         (case(prefix=True), "the tuning method puts keys"),
         (case(dropout=True), "train.dropout"),
+        (case(sinks=True), "attention sinks"),
+        (case("cudnn", "gpu", "9.0", sinks=True), "attention sinks"),
         (case(mesh={"sequence": 2}), "mesh.sequence"),
         (case(rows=3), "3 rows do not divide over 2"),
         (case(kv_heads=1), "1 KV heads do not divide over mesh.tensor=2"),

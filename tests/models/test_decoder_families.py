@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import check_families  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="the configs are those of Transformers 5")
-ANSWERS = ("gemma2", "cohere2", "gpt_neox")  # decoding adds little to what the others show, and takes long to compile
+# Decoding adds little to what the others show, and takes long to compile.
+ANSWERS = ("gemma2", "cohere2", "gpt_neox")
 
 
 @pytest.mark.parametrize("name", check_families.DRAWS)

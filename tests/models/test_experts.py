@@ -139,6 +139,116 @@ def test_losses_of_routers_are_those_of_transformers_however_the_batch_is_cut(na
             np.testing.assert_allclose(same[name], x, atol=1e-5, err_msg=f"{cut} {name}")
 
 
+@needs_5
+def test_every_gradient_of_gpt_oss_is_that_of_torch_on_every_mesh():
+    """Also those of sinks and of the biases of routers and experts, which only full training has."""
+    model, settings = check_families.draw("gpt_oss", 3)
+    assert settings["num_local_experts"] == 8 and settings["num_experts_per_tok"] > 1
+    pair, ids = tiny.read(model), np.stack(tiny.documents((20,) * 8, 50))
+    remat = pair._replace(model=pair.model.clone(remat="products"))
+    step = tiny.jit(jax.value_and_grad(lambda params, ids: loss(remat, params, ids)))
+    value, gradient = step(pair.params, jnp.asarray(ids))
+    gradient = flatten(gradient)
+    tokens = tiny.torch.tensor(ids)
+    logits = model(tokens).logits[:, :-1]
+    tiny.torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    theirs, shape, names = dict(model.named_parameters()), pair.model.config, set()
+    for path, (tensors, transposed, _) in families.tensor_names(pair.family, shape).items():
+        want = np.stack([theirs[name].grad.numpy() for name in tensors])
+        want = want.swapaxes(-1, -2) if transposed else want
+        assert np.abs(want).max() > 1e-4, path
+        got = gradient[path] if path.startswith("layers/") else gradient[path][None]
+        np.testing.assert_allclose(got, want, atol=1e-5, err_msg=path)
+        names |= set(tensors)
+    assert names == theirs.keys() - ({"lm_head.weight"} if shape.tied else set())
+
+    for sizes in ({"data": 2, "sequence": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}):
+        mesh = make_mesh(sizes)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(pair.params, parameter_shardings(jax.eval_shape(lambda: pair.params), shape, mesh))
+            other, gradients = step(placed, jnp.asarray(ids))
+        biases = placed["layers"]["mlp"]["down_proj"]["biases"]
+        assert biases.sharding.shard_shape(biases.shape)[1] == 8 // sizes.get("expert", 1)
+        assert float(other) == pytest.approx(float(value), abs=1e-6)
+        for path, g in flatten(gradients).items():
+            np.testing.assert_allclose(np.asarray(g), gradient[path], atol=1e-5, err_msg=f"{sizes} {path}")
+
+
+@pytest.fixture
+def mxfp4(tmp_path):
+    """A gpt-oss directory as OpenAI publishes them: bfloat16, its experts in random MXFP4."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch = tiny.torch
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2}
+    config = GptOssConfig(**sizes, **heads, vocab_size=50, max_position_embeddings=64, sliding_window=6)
+    GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 125, (experts, rows, columns // 32), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    said = json.loads((tmp_path / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    return tmp_path, tensors
+
+
+@needs_5
+def test_mxfp4_is_read_as_transformers_reads_it_and_written_as_bfloat16(mxfp4, tmp_path):
+    from transformers import GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder, tensors = mxfp4
+    family, shape = families.read_config(folder)
+    assert weights.stored_dtype(folder) == "bfloat16"
+    params = weights.read_params(folder, family, shape)
+    for name, rows in (("gate_up_proj", 64), ("down_proj", 64)):
+        found = params["layers"]["mlp"][name]["experts"]
+        assert found.dtype == jnp.bfloat16 and found.shape[2] == rows
+        for layer in range(2):
+            start = f"model.layers.{layer}.mlp.experts.{name}"
+            want = convert_moe_packed_tensors(tensors[f"{start}_blocks"], tensors[f"{start}_scales"])
+            assert np.array_equal(np.asarray(found[layer], np.float32), want.float().numpy().swapaxes(1, 2))
+    mesh = make_mesh({"fsdp": 4, "expert": 2})  # a device reads 16 columns of blocks of 32
+    with jax.set_mesh(mesh):
+        places = parameter_shardings(jax.eval_shape(lambda: params), shape, mesh)
+        split = weights.read_params(folder, family, shape, places)
+    for path, x in flatten(split).items():
+        assert np.array_equal(np.asarray(x), np.asarray(flatten(params)[path])), path
+
+    ids = tiny.documents((20,), 50)[0][None]
+    whole = weights.read_params(folder, family, shape, dtype=lambda path: np.dtype(np.float32))
+    with tiny.torch.no_grad():
+        theirs = GptOssForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    want = tiny.torch_logits(theirs, ids)
+    np.testing.assert_allclose(Transformer(shape).apply({"params": whole}, ids), want, atol=1e-4)
+    weights.write_model(tmp_path / "out", params, folder, family, shape)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in said and said["dtype"] == "bfloat16"
+    again, info = GptOssForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    np.testing.assert_allclose(tiny.torch_logits(again.float().eval(), ids), want, atol=1e-5)
+
+
+@needs_5
+def test_mxfp4_of_another_size_is_refused(mxfp4):
+    from safetensors.torch import save_file
+
+    folder, tensors = mxfp4
+    name = "model.layers.1.mlp.experts.down_proj_blocks"
+    tensors[name] = tensors[name][..., :8].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FtjaxError, match=r"down_proj_blocks is \(4, 64, 1, 8\) with scales \(4, 64, 1\), expected"):
+        weights.read_params(folder, *families.read_config(folder))
+
+
 def test_losses_of_routers_need_routers_and_no_privacy():
     config = configs.default()
     config.train.router_z = 0.1
@@ -202,6 +312,15 @@ def test_only_the_experts_used_count_as_arithmetic():
     assert total == 46_702_792_704  # Mixtral-8x7B
     used = flops_per_token(shape, params, params, {}, 0) / 6
     assert used == 12_879_925_248 - 32000 * 4096 - 65 * 4096  # published active parameters, less embeddings and norms
+
+
+def test_gpt_oss_20b_has_its_published_parameters():
+    sizes = {"num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4}
+    _, shape = families.from_hf({"model_type": "gpt_oss"} | sizes)
+    params = {path: jax.ShapeDtypeStruct(size, jnp.bfloat16) for path, size in families.shapes(shape).items()}
+    assert round(sum(x.size for x in params.values()) / 1e9, 2) == 20.91
+    used = flops_per_token(shape, params, params, {}, 0) / 6  # without the embeddings, which OpenAI does not count
+    assert round(used / 1e9, 1) == 3.6
 
 
 def test_a_run_says_that_experts_are_left_out():
@@ -290,9 +409,9 @@ def test_what_peft_cannot_do_with_experts_is_refused():
 
 def test_experts_that_are_trained_whole_have_no_adapter_file():
     family, shape = families.from_hf({"model_type": "olmoe"})
-    parts = {"layers/mlp/up_proj/experts": np.ones(16, bool)}
-    with pytest.raises(FtjaxError, match="export the merged model"):
-        saved({}, {}, parts, {}, tiny.spec(family, shape))
+    for path in ("mlp/up_proj/experts", "mlp/up_proj/biases", "mlp/gate/router", "attn/sinks"):
+        with pytest.raises(FtjaxError, match="export the merged model"):
+            saved({}, {}, {f"layers/{path}": np.ones(16, bool)}, {}, tiny.spec(family, shape))
 
 
 @pytest.mark.parametrize("told", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])

@@ -187,6 +187,20 @@ def test_weight_decay_spares_norms_and_biases(name):
         np.testing.assert_allclose(x, kept * flatten(params)[path], rtol=1e-5, err_msg=path)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_biases_of_experts_are_vectors(name):
+    """One for each layer and expert: no weight decay, and Adam's direction."""
+    params = {"layers": {"mlp": {"up_proj": {"biases": jnp.ones((2, 4, 6)), "experts": jnp.ones((2, 4, 6, 5))}}}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved = flatten(run(optimizer(optim(name=name, weight_decay=0.5), lambda step: 0.1), params, [zeros])[0])
+    np.testing.assert_allclose(moved["layers/mlp/up_proj/biases"], 1)
+    np.testing.assert_allclose(moved["layers/mlp/up_proj/experts"], 0.95)
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    moved = flatten(run(optimizer(optim(name=name), lambda step: 0.1), params, [gradient])[0])
+    np.testing.assert_allclose(np.abs(moved["layers/mlp/up_proj/biases"] - 1), 0.1, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_every_optimizer_moves_every_parameter(name, method):

@@ -79,7 +79,7 @@ def by_tensor(pair, params) -> dict[str, np.ndarray]:
 
     leaves, out = flatten(params), {}
     shape = dataclasses.replace(pair.model.config, tied="lm_head/kernel" not in leaves)
-    for path, (names, transposed) in families.tensor_names(pair.family, shape).items():
+    for path, (names, transposed, _) in families.tensor_names(pair.family, shape).items():
         layers = np.asarray(leaves[path]) if path.startswith("layers/") else [np.asarray(leaves[path])]
         out |= {name: x.T if transposed else x for name, x in zip(names, layers, strict=True)}
     return out
