@@ -114,6 +114,15 @@ def gemma(rng, **more) -> dict:
     return shape | flags(rng, "attention_bias") | more
 
 
+def gemma3(rng) -> dict:
+    """A model that reads images too, whose text part is a gemma3_text."""
+    vision = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied = {"tie_word_embeddings": bool(rng.integers(2))}
+    text = gemma(rng, **of_types(rng, str(rng.choice(["default", "linear"])))) | tied
+    tokens = {"image_token_index": V, "boi_token_index": V + 1, "eoi_token_index": V + 2, "mm_tokens_per_image": 4}
+    return tokens | tied | {"text_config": text, "vision_config": vision | {"image_size": 8, "patch_size": 4}}
+
+
 def of_types(rng, kind) -> dict:
     """Rotary parameters of layers with and without windows."""
     return {"rope_parameters": {TYPES[0]: scaling(rng, kind), TYPES[1]: scaling(rng, "default")}}
@@ -195,6 +204,7 @@ DRAWS = {
         "gemma3_text",
         lambda rng: gemma(rng, **of_types(rng, str(rng.choice(["default", "linear"])))),
     ),
+    "gemma3": ("gemma3", gemma3),
     "olmo2": ("olmo2", lambda rng: sizes(rng) | flags(rng, "attention_bias")),
     "olmo3": (
         "olmo3",
@@ -280,9 +290,13 @@ def check(name: str, seed: int, answers: bool = True) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")  # a wrong name is only a warning to peft
         out = Path(folder)
-        weights.write_model(out / "model", pair.params, None, pair.family, pair.model.config)
+        if pair.family.text:  # the other parts come from there
+            model.save_pretrained(out / "source")
+        source = out / "source" if pair.family.text else None
+        weights.write_model(out / "model", pair.params, source, pair.family, pair.model.config)
+        pad = {} if source else {"pad_token_id": 0}
         theirs, info = AutoModelForCausalLM.from_pretrained(
-            out / "model", attn_implementation="eager", pad_token_id=0, output_loading_info=True
+            out / "model", attn_implementation="eager", output_loading_info=True, **pad
         )
         assert not any(info.values()), info
         found["export"] = np.abs(tiny.torch_logits(theirs.eval(), docs[0][None]) - alone[0]).max()

@@ -56,6 +56,7 @@ ROLES = {  # names of roles in ShareGPT and in data sets that follow it -> names
     "function_response": "tool",
 }
 PROMPT_COLUMN = "prompt_template"  # column with a row's own template, which takes precedence over data.prompt
+IMAGES = ("image", "images", "pixel_values")  # columns of rows that are not text alone
 THINKING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, which transformers treats as one
 
 
@@ -124,6 +125,8 @@ def renderer(
         render = bare.get(form, render)
 
     def whole(row: dict, place: str) -> Rendered:
+        if form != "template":
+            _refuse_images(row, place)
         rendered = render(row, place)
         if rendered.messages is None and template:
             rendered = Rendered(messages=_asked_and_answered(rendered.prompt, rendered.completion))
@@ -155,9 +158,18 @@ def asked(row: dict, place: str, template: str = "", system: str = "") -> Render
     Raises:
         FtjaxError: If the row has none of these columns, or malformed messages.
     """
+    _refuse_images(row, place)
     column = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
     messages = _turns(row, column, place) if column else ({"role": "user", "content": field(row, "prompt", place)},)
     return _conversation(messages, row, place, template, system)
+
+
+def _refuse_images(row: dict, place: str) -> None:
+    if found := next((name for name in IMAGES if row.get(name) not in (None, "", [])), None):
+        raise FtjaxError(
+            f"{place}: column {found!r} holds an image, and only text can be trained; remove the row, or the column if "
+            "the text makes sense without it"
+        )
 
 
 def reference(rendered: Rendered) -> str:

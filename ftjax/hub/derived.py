@@ -44,11 +44,12 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
         smaller = dataclasses.replace(smaller, windows=())
 
     def describe(written: Path) -> None:
-        hf, name = read_json(written / "config.json"), family.keys["layers"]
+        whole, name = read_json(written / "config.json"), family.keys["layers"]
+        hf = families.text_part(whole, family)
         hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
         if shape.windows or smaller.rotary or "layer_types" in hf:
             hf |= families.windows_to_hf(smaller, family)
-        resolve.write_json(written / "config.json", hf)
+        resolve.write_json(written / "config.json", families.with_text_part(whole, family, hf))
         if families.read_config(written)[1] != smaller:
             raise FtjaxError(
                 f"{out}: not written: which layers of a {family.model_type} model have a window or rotary positions "

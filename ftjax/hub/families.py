@@ -104,6 +104,7 @@ FIELDS = {
     "no_rope_layers": maybe(listed(whole(0, 1))),
     "no_rope_layer_interval": whole(1),
     "quantization_config": maybe(mapped()),
+    "text_config": maybe(mapped()),
     "decoder_sparse_step": whole(1),
     "mlp_only_layers": maybe(listed(whole())),
     "partial_rotary_factor": maybe(number(above=0)),
@@ -146,6 +147,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     if kind not in FAMILIES:
         raise FtjaxError(f"{where}: unknown model_type {kind!r}{nearest(kind, FAMILIES)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
+    hf = text_part(hf, family, where)
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     if (hf.get("quantization_config") or {}).get("quant_method") == MXFP4 and any(m.bare for m in family.modules):
         hf = {key: value for key, value in hf.items() if key != "quantization_config"}  # read as what it stands for
@@ -187,6 +189,30 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     if values["positions"] == "rotary":
         values |= _rope_from_hf(hf, family, values, where)
     return family, ModelConfig(**values, head=_head_from_hf(hf, family, where))
+
+
+TEXT = "text_config"
+WHOLE = ("architectures", "quantization_config", "tie_word_embeddings")  # keys that are said of the whole model
+
+
+def text_part(hf: dict, family: Family, where: str = "config.json") -> dict:
+    """What a config.json says of the text model; see Family.text."""
+    if not family.text:
+        return hf
+    text = hf.get(TEXT) or {}
+    if (kind := text.get("model_type", family.text)) != family.text:
+        raise FtjaxError(f"{where}: {TEXT}: model_type = {kind!r}; the text part of this family is a {family.text}")
+    return text | {key: hf[key] for key in WHOLE if key in hf}
+
+
+def with_text_part(hf: dict, family: Family, text: dict) -> dict:
+    """A config.json of which the text model is described by `text`, the inverse of `text_part`."""
+    if not family.text:
+        return text
+    whole = {key: text[key] for key in (*WHOLE, "dtype", "torch_dtype") if key in text}
+    inner = {key: value for key, value in text.items() if key not in ("architectures", "quantization_config")}
+    hf = {key: value for key, value in hf.items() if key not in WHOLE}
+    return hf | whole | {"model_type": family.model_type, TEXT: inner | {"model_type": family.text}}
 
 
 def _head_from_hf(hf: dict, family: Family, where: str) -> Head:
@@ -424,6 +450,7 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
     hf |= windows_to_hf(config, family)
     hf |= rope_to_hf(config, family)
     told = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
+    hf = with_text_part({}, family, hf)
     said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(told)
     lost = [f"{field} = {meant[field]!r}" for field in meant if said[field] != meant[field]]
     if lost:

@@ -54,6 +54,10 @@ class Family:
     # Fields of ModelConfig that are the same in the whole family, or a function of {field: value} of the others.
     constants: dict[str, object]
     only: dict[str, tuple]  # key that changes the logits -> the values that Transformer can compute
+    # model_type of the text_config in config.json, if the model has other parts too, such as those that read images.
+    # Empty: all of config.json describes the text model.
+    text: str = ""
+    prefixes: tuple[str, ...] = ()  # other prefixes that files may have instead
     buffers: str = r"$^"  # regular expression of names of stored tensors that are not read
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other spellings of keys
     # Field of ModelConfig -> how its value is computed from that of its key, and back.
@@ -221,6 +225,25 @@ OLMO_DEFAULTS = {
     "vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False,
 }  # fmt: skip
 OLMO_CONSTANTS = {"norms": "output", "qk_norm": "all"}
+
+
+def with_other_parts(model_type: str, text: Family, architecture: str, parts: tuple[str, ...]) -> Family:
+    """The row of a model that reads images or sound too, and of which the text part is computed here.
+
+    Args:
+        model_type: Its model_type.
+        text: The row of its text part.
+        architecture: The class of the whole model.
+        parts: Names of its other modules, within `model.`.
+    """
+    prefix = "model.language_model."
+    modules = tuple(m._replace(name=prefix + m.name.removeprefix(text.prefix)) for m in text.modules)
+    form = dataclasses.replace(text.forms["causal"], architecture=architecture, kept=parts)
+    return dataclasses.replace(
+        text, model_type=model_type, forms={"causal": form}, modules=modules, prefix=prefix, text=text.model_type,
+        prefixes=("language_model.model.", "language_model.", "model."),
+    )  # fmt: skip
+
 
 DECODERS = (
     Family(
@@ -783,3 +806,9 @@ ENCODERS = (
 )  # fmt: skip
 
 FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS)}
+OTHER_PARTS = (
+    with_other_parts(
+        "gemma3", FAMILIES["gemma3_text"], "Gemma3ForConditionalGeneration", ("vision_tower", "multi_modal_projector")
+    ),
+)
+FAMILIES |= {family.model_type: family for family in OTHER_PARTS}

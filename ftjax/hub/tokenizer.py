@@ -51,6 +51,8 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates",  # a folder
+    "preprocessor_config.json",  # of images and sound, for models that read them too
+    "processor_config.json",
 )
 
 

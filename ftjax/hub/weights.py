@@ -40,7 +40,9 @@ from ftjax.hub.families import (
     rope_to_hf,
     shapes,
     tensor_names,
+    text_part,
     to_hf,
+    with_text_part,
 )
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import check_written, is_plain_name, new_folder, write_json
@@ -50,6 +52,7 @@ from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+KEPT = "kept/"  # before the paths of tensors that exports copy
 READERS = min(8, os.cpu_count() or 1)  # threads that read at the same time
 LARGE = 1 << 24  # bytes above which several threads read one tensor
 ALIGNED = 64  # bytes; on a CPU, JAX does not copy a host array that begins at a multiple of it
@@ -388,7 +391,7 @@ def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
 
 def _plain(name: str, family: Family) -> str:
     """A tensor's name without the prefix that files may leave out, in the newer of two spellings."""
-    for prefix in (family.prefix, *(form.prefix for form in family.forms.values())):
+    for prefix in (family.prefix, *family.prefixes, *(form.prefix for form in family.forms.values())):
         if prefix and name.startswith(prefix):
             name = name.removeprefix(prefix)
             break
@@ -457,7 +460,7 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
                 f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
                 "one; set it to false in config.json"
             )
-    others = tuple(_plain(name, family) for name in other_heads(family, config))
+    others = tuple(_plain(name, family) for name in (*other_heads(family, config), *_beside(family, config)))
     for name, tensor in stored.items():
         told_elsewhere = is_buffer(tensor.name, family) or name.startswith(others)
         if tensor not in used and not told_elsewhere:
@@ -533,12 +536,15 @@ def write_model(
         raise FtjaxError(f"{out}: these parameters are not a whole {family.model_type} model: {told}")
     if dtype is None:
         dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
-    hf = to_hf(family, config)
+    hf = text_part(to_hf(family, config), family)
+    whole_hf = read_json(Path(source) / "config.json") if source else {}
     if source:
-        said = read_json(Path(source) / "config.json")
+        said = whole_hf
         if said.get("model_type") != family.model_type:  # it is made from a model of another family
             said = {key: value for key, value in said.items() if key not in family.only}
-        hf |= said | {"model_type": family.model_type}
+        hf |= text_part(said, family) | {"model_type": family.model_type}
+    elif family.text:
+        raise FtjaxError(f"{out}: the other parts of a {family.model_type} model can only be copied from a directory")
     form = form_of(family, config.head)
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
@@ -549,6 +555,7 @@ def write_model(
         hf |= {"problem_type": problem} if problem else {}
     if key := form.keys.get("pool"):  # a run may have chosen another than the source's
         hf[key] = head_to_hf(form, config.head)[key]
+    hf = with_text_part(whole_hf, family, hf)
     tokenizer_folder = tokenizer_folder or source
     tokenizer = None
     if tokenizer_folder and config.head.pool == "last" and has_tokenizer(tokenizer_folder):
@@ -556,8 +563,11 @@ def write_model(
         tokenizer = load_tokenizer(tokenizer_folder, source)
         hf["pad_token_id"] = pad_token(tokenizer)
     kept = _kept(source, family, config) if source else {}
-    leaves |= {f"kept/{name}": x for name, x in kept.items()}
-    names = tensor_names(family, config, files=True) | {f"kept/{name}": Tensors([name], False, 0) for name in kept}
+    leaves |= {f"{KEPT}{name}": x for name, x in kept.items()}
+    names = tensor_names(family, config, files=True) | {f"{KEPT}{name}": Tensors([name], False, 0) for name in kept}
+    if family.text:  # as they are spelled there
+        theirs = {_plain(name, family): name for name in stored_tensors(source)}
+        names = {p: t._replace(names=[theirs.get(_plain(n, family), n) for n in t.names]) for p, t in names.items()}
     pieces = _pieces(leaves, names, dtype)
     if jax.process_index():  # the first process writes; the others take part in gathering arrays of several hosts
         for piece in pieces:
@@ -579,16 +589,19 @@ def write_model(
         beside(folder)
 
 
+def _beside(family: Family, config: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of names of tensors of modules of Form.kept, which are not computed here."""
+    return tuple(f"{name}." for name in form_of(family, config.head).kept)
+
+
 def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The tensors of a directory that belong to modules of Form.kept, which are not computed here."""
-    form = form_of(family, config.head)
-    starts = tuple(f"{name}." for name in form.kept)
-    found = {_plain(name, family): tensor for name, tensor in stored_tensors(source).items()} if starts else {}
-    return {
-        f"{form.prefix or ''}{name}": _slice(tensor, [(0, n) for n in tensor.shape], False)
-        for name, tensor in found.items()
-        if name.startswith(starts)
-    }
+    """The tensors of these modules in a directory, as they are there."""
+    start, starts, kept = form_of(family, config.head).prefix or "", _beside(family, config), {}
+    for name, tensor in stored_tensors(source).items() if starts else ():
+        if (plain := _plain(name, family)).startswith(starts):
+            with safe_open(tensor.file, "numpy") as file:
+                kept[f"{start}{plain}"] = file.get_tensor(tensor.name)
+    return kept
 
 
 def _generation_config(source, hf: dict, end_tokens) -> dict:
@@ -615,7 +628,9 @@ def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
     pieces = []
     for path, (stored, transposed, stacked) in names.items():
         indices = np.ndindex(leaves[path].shape[:stacked])
-        size = leaves[path].size // len(stored) * np.dtype(dtype).itemsize
+        size = (
+            leaves[path].size // len(stored) * np.dtype(leaves[path].dtype if path.startswith(KEPT) else dtype).itemsize
+        )
         pieces += [_Piece(name, path, i, transposed, size) for name, i in zip(stored, indices, strict=True) if name]
     depth = max((piece.index[0] for piece in pieces if piece.index), default=0) + 1
     after = ("final_norm", "lm_head", "head")
@@ -650,6 +665,8 @@ def _write_beside(folder: Path, pieces: list[_Piece], leaves: dict, dtype: str) 
 
 def _value(piece: _Piece, leaves: dict, dtype: str) -> np.ndarray:
     leaf = leaves[piece.path]
+    if piece.path.startswith(KEPT):
+        return leaf
     with np.errstate(over="ignore"):  # an overflow raises below
         value = _on_host(leaf, piece.index).astype(dtype, copy=False)
     if not np.isfinite(value).all():

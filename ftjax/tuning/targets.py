@@ -91,7 +91,8 @@ def without_embeddings(names: dict[str, str]) -> dict[str, str]:
 def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str], config: ModelConfig) -> list[str]:
     """The selected maps as PEFT's `target_modules`, or experts as its `target_parameters`.
 
-    They are short names if all layers are selected, full names otherwise.
+    They are short names if all layers are selected, full names otherwise. They are full names too if the model has
+    other parts, in which PEFT would find modules that end alike.
 
     Args:
         chosen: As `select` returns it.
@@ -99,10 +100,12 @@ def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str], config: M
         config: The model's shape.
     """
     targets = set()
+    alone = not any(f.text and name.startswith(f.prefix) for f in FAMILIES.values() for name in names.values())
     for path, hits in chosen.items():
         modules = module_names(path, names[path], config)
         tail = _tail(names[path], names.values())
-        short = all(hits) and "{l}" not in tail  # the layer's number may be the only difference between two names
+        # The layer's number may be the only difference between two names.
+        short = alone and all(hits) and "{l}" not in tail
         targets |= {tail} if short else {m for m, h in zip(modules, hits) if h}
     return sorted(targets)
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from ftjax.data.read import read
-from ftjax.data.template import GUESS, Rendered, guess, question, reference, renderer
+from ftjax.data.template import GUESS, Rendered, asked, guess, question, reference, renderer
 from ftjax.errors import FtjaxError
 
 
@@ -251,6 +251,17 @@ def test_content_in_parts():
     for part, told in (({"type": "image", "text": None}, "image"), ({"type": "text"}, "a part without text")):
         with pytest.raises(FtjaxError, match=f"row 1: message 1: `content` contains {told}; only text is supported"):
             renderer("messages")({"messages": [turn("user", [part]), *said("", "a")[1:]]}, "row 1")
+
+
+def test_a_row_with_an_image_is_refused():
+    row = {"messages": list(said("What is in the picture?", "A cat.")), "images": ["cat.png"]}
+    with pytest.raises(FtjaxError, match="row 1: column 'images' holds an image, and only text can be trained"):
+        renderer("messages")(row, "row 1")
+    with pytest.raises(FtjaxError, match="column 'image' holds an image"):
+        asked({"prompt": "What is it?", "image": {"bytes": "x"}}, "row 1")
+    assert renderer("messages")(row | {"images": []}, "row 1").messages == said("What is in the picture?", "A cat.")
+    chosen = renderer("template", "{question}", "{answer}")({"question": "a", "answer": "b", "image": "c.png"}, "row 1")
+    assert chosen == Rendered("a", "b")
 
 
 @pytest.mark.parametrize("none", ["", " ", None, {}, "{}"])

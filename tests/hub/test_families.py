@@ -25,7 +25,7 @@ def transformers_config(kind, settings):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_missing_keys_mean_what_transformers_assumes(kind):
     family, ours = from_hf({"model_type": kind})
-    theirs = transformers_config(kind, {})
+    theirs = transformers_config(kind, {}).get_text_config()
     for field, key in family.keys.items():
         value = getattr(theirs, key, None)
         if key in ("head_dim", "num_key_value_heads", "num_attention_heads", "n_inner"):  # computed from others
@@ -118,6 +118,24 @@ def model(kind, *sizes, **more):
 )
 def test_public_models_have_their_published_number_of_parameters(hf, count):
     assert sum(math.prod(shape) for shape in shapes(from_hf(hf)[1]).values()) == count
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="the defaults are those of Transformers 5")
+def test_the_text_part_of_gemma3_27b_has_its_published_number_of_parameters():
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = dict(zip(["hidden_size", "intermediate_size", "num_hidden_layers"], (5376, 21504, 62), strict=True))
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    vision |= {"image_size": 896, "patch_size": 14, "vision_use_head": False}
+    hf = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    whole = sum(p.numel() for p in model.parameters())
+    other = sum(p.numel() for n, p in model.named_parameters() if "language_model" not in n and "lm_head" not in n)
+    assert whole == 27_432_406_640
+    assert sum(math.prod(shape) for shape in shapes(from_hf(hf)[1]).values()) == whole - other
 
 
 SCALED = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
@@ -217,6 +235,13 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "qwen2", "num_experts": 60}, ["num_experts = 60"]),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
         ({"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config"]),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma"}},
+            ["text_config", "'gemma'; the text part of this family is a gemma3_text"],
+        ),
+        ({"model_type": "gemma3", "text_config": [1]}, ["text_config = [1]"]),
+        ({"model_type": "gemma3", "text_config": {"hidden_act": "x", "hidden_size": "1"}}, ["hidden_size = '1'"]),
+        ({"model_type": "gemma3", "quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"model_type": "gpt_oss", "quantization_config": 4}, ["quantization_config = 4"]),
         ({"model_type": "gpt_oss", "hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),

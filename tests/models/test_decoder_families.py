@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny_models import TRANSFORMERS_5, VARIANTS, make
 
 from ftjax import check_model
-from ftjax.hub import weights
+from ftjax.errors import FtjaxError
+from ftjax.hub import families, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -29,6 +34,51 @@ def test_a_random_model_is_that_of_transformers_and_peft(name):
     found = check_families.check(name, seed=0, answers=name in ANSWERS)
     assert found.pop("leak") == 0 and found.pop("answers", 0) == 0
     assert all(x < 1e-4 for x in found.values()), found
+
+
+def test_the_other_parts_of_a_model_stay_as_they_are_in_its_files(tmp_path):
+    from safetensors.numpy import load_file, save_file
+    from transformers import Gemma3ForConditionalGeneration
+
+    model, _ = check_families.draw("gemma3", 0)
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "preprocessor_config.json").write_text("{}")
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # with the names of the class instead
+    spelled = {re.sub("^language_model.model", "model.language_model", name): x for name, x in stored.items()}
+    spelled = {re.sub("^(vision_tower|multi_modal)", r"model.\1", name): x for name, x in spelled.items()}
+    assert not stored.keys() & spelled.keys() - {"lm_head.weight"}
+    save_file(spelled, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    for name, source in (("a", stored), ("b", spelled)):
+        family, shape = families.read_config(tmp_path / name)
+        params = weights.read_params(tmp_path / name, family, shape)
+        params = jax.tree.map(lambda x: x + 1, params)
+        weights.write_model(tmp_path / "out", params, tmp_path / name, family, shape, dtype="bfloat16")
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert written.keys() == source.keys()
+        for tensor, x in source.items():
+            if re.search("vision_tower|multi_modal", tensor):
+                assert written[tensor].dtype == x.dtype and np.array_equal(written[tensor], x), tensor
+            else:
+                assert written[tensor].dtype == "bfloat16" and not np.array_equal(written[tensor], x), tensor
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("a", "out"))
+    assert (
+        before["vision_config"] == after["vision_config"] and before["image_token_index"] == after["image_token_index"]
+    )
+    same = {key: after["text_config"][key] for key in before["text_config"]}
+    assert same | {"dtype": "float32"} == before["text_config"] | {"dtype": "float32"}
+    theirs, info = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert np.array_equal(
+        theirs.model.vision_tower.post_layernorm.weight.float().detach().numpy(),
+        stored["vision_tower.post_layernorm.weight"].astype("bfloat16").astype(np.float32),
+    )
+    with pytest.raises(FtjaxError, match="the other parts of a gemma3 model can only be copied from a directory"):
+        weights.write_model(tmp_path / "none", params, None, family, shape)
+    stored["vision_tower.more"] = stored.pop("language_model.model.norm.weight")
+    save_file(stored, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FtjaxError, match="language_model.norm.weight .* is missing"):
+        weights.read_params(tmp_path / "a", family, shape)
 
 
 def test_check_model_names_the_block_where_a_model_parts_from_transformers(tmp_path, capsys, monkeypatch):
