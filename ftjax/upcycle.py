@@ -59,7 +59,8 @@ def upcycle(folder: Path, out: Path, experts: int, used: int, noise: float = 0.0
     router = rng.standard_normal((shape.layers, experts, shape.width), np.float32)
     params["layers/mlp/gate/router"] = (shape.initializer_range * router).astype(kernel.dtype)
     mixed = dataclasses.replace(
-        shape, experts=experts, experts_used=used, experts_normed=True, balance=into.defaults["router_aux_loss_coef"]
-    )
+        shape, experts=experts, experts_used=used, experts_normed=True, balance=into.defaults["router_aux_loss_coef"],
+        dense_hidden=shape.hidden if "dense_hidden" in into.keys else 0,
+    )  # fmt: skip
     weights.write_model(out, unflatten(params), folder, into, mixed)
     return into.model_type

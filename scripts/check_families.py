@@ -118,7 +118,7 @@ def gemma3(rng) -> dict:
     """A model that reads images too, whose text part is a gemma3_text."""
     vision = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     tied = {"tie_word_embeddings": bool(rng.integers(2))}
-    text = gemma(rng, **of_types(rng, str(rng.choice(["default", "linear"])))) | tied
+    text = gemma(rng, **of_types(rng, str(rng.choice(["default", "linear"]))), final_logit_softcapping=None) | tied
     tokens = {"image_token_index": V, "boi_token_index": V + 1, "eoi_token_index": V + 2, "mm_tokens_per_image": 4}
     return tokens | tied | {"text_config": text, "vision_config": vision | {"image_size": 8, "patch_size": 4}}
 
@@ -188,6 +188,20 @@ DRAWS = {
             experts(rng, "num_experts")
             | flags(rng, "norm_topk_prob", "qkv_bias")
             | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+        ),
+    ),
+    "qwen3_moe, dense layers": (
+        "qwen3_moe",
+        lambda rng: (
+            experts(rng, "num_experts") | {"moe_intermediate_size": 12, "mlp_only_layers": [int(rng.integers(3))]}
+        ),
+    ),
+    "qwen2_moe, dense layers": (
+        "qwen2_moe",
+        lambda rng: (
+            experts(rng, "num_experts")
+            | flags(rng, "norm_topk_prob", "qkv_bias")
+            | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}
         ),
     ),
     "olmoe": (

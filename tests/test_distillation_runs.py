@@ -124,10 +124,14 @@ def test_what_cannot_teach_is_refused(setting, tmp_path):
         ftjax.train(setting(), **quiet)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2-window"])
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [2]}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2-window", "qwen3_moe"])
 def test_a_student_is_the_model_of_its_layers(name, tmp_path):
     """transformers without the other layers has the logits that transformers reads from the written directory."""
-    kept, model = (0, 2), tiny_models.make(*tiny_models.VARIANTS[name])
+    more = {"qwen3_moe": ("qwen3_moe", tiny_models.SIZES | MIXED)}
+    kept, model = (0, 2), tiny_models.make(*(tiny_models.VARIANTS | more)[name])
     model.save_pretrained(tmp_path / "whole")
     out = student(str(tmp_path / "whole"), kept, tmp_path / "small")
     parts = model.transformer if name == "gpt2" else model.model

@@ -11,7 +11,7 @@ import numpy as np
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import families, resolve, weights
-from ftjax.models.config import with_layers
+from ftjax.models.config import PARTS, with_layers
 from ftjax.models.transformer import keep_layers
 from ftjax.tree import flatten, unflatten
 
@@ -42,13 +42,15 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
     params, smaller = keep_layers(params, shape, kept), with_layers(shape, kept)
     if not any(smaller.windows):
         smaller = dataclasses.replace(smaller, windows=())
+    if {*smaller.parts} == {PARTS}:
+        smaller = dataclasses.replace(smaller, parts=())
 
     def describe(written: Path) -> None:
         whole, name = read_json(written / "config.json"), family.keys["layers"]
         hf = families.text_part(whole, family)
         hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
-        if shape.windows or smaller.rotary or "layer_types" in hf:
-            hf |= families.windows_to_hf(smaller, family)
+        if shape.windows or smaller.rotary or shape.parts or "layer_types" in hf:
+            hf |= families.layers_to_hf(smaller, family)
         resolve.write_json(written / "config.json", families.with_text_part(whole, family, hf))
         if families.read_config(written)[1] != smaller:
             raise FtjaxError(

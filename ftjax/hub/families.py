@@ -21,7 +21,7 @@ LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), ("
 LEAVES |= {"bias": (".bias", "_bias"), "biases": ("", "_bias"), "sinks": (".sinks", "")}
 
 EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
-SHARED = "layers/mlp/shared/"  # the same of the dense part beside experts
+DENSE = ("layers/mlp/shared/", "layers/dense/")  # of dense feed-forward parts in mixtures of experts
 
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
 ACTIVATIONS = {
@@ -186,6 +186,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
         values[field] = value(values) if callable(value) else value
     if "no_rope_layers" in family.defaults:
         values["rotary"] = _rotary_from_hf(hf, values["layers"], where)
+    if "mlp_only_layers" in family.defaults:
+        values["parts"] = _dense_from_hf(hf, values["layers"], where)
     if values["positions"] == "rotary":
         values |= _rope_from_hf(hf, family, values, where)
     return family, ModelConfig(**values, head=_head_from_hf(hf, family, where))
@@ -414,8 +416,25 @@ def _rotary_from_hf(hf: dict, layers: int, where: str) -> tuple[bool, ...]:
     return tuple(map(bool, turned))
 
 
-def windows_to_hf(config: ModelConfig, family: Family) -> dict:
-    """The fields of config.json that say which layers have a window or rotary positions."""
+def _dense_from_hf(hf: dict, layers: int, where: str) -> tuple[tuple[str, str], ...]:
+    """The sublayers of each layer of a mixture; empty if all layers have experts."""
+    only, every = hf["mlp_only_layers"] or (), hf["decoder_sparse_step"]
+    routed = [layer not in only and (layer + 1) % every == 0 for layer in range(layers)]
+    if not any(routed):
+        raise FtjaxError(f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+    return () if all(routed) else tuple(("attn", "mlp" if own else "dense") for own in routed)
+
+
+def layers_to_hf(config: ModelConfig, family: Family) -> dict:
+    """The fields of config.json that say which layers have a window, rotary positions or experts."""
+    hf = _windows_to_hf(config, family)
+    if "mlp_only_layers" in family.defaults:
+        dense = [layer for layer, parts in enumerate(config.parts) if "dense" in parts]
+        hf |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    return hf
+
+
+def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
     windows, window = config.windows or (0,) * config.layers, max(config.windows, default=0) or None
     types = {"layer_types": [LAYER_TYPES[w > 0] for w in windows]} if "layer_types" in family.defaults else {}
     if "local_attention" in family.defaults:
@@ -447,7 +466,7 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
         hf |= names_of_labels([f"LABEL_{i}" for i in range(head.labels)])
     hf |= head_to_hf(form, head)
     hf[family.keys["activation"]] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
-    hf |= windows_to_hf(config, family)
+    hf |= layers_to_hf(config, family)
     hf |= rope_to_hf(config, family)
     told = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
     hf = with_text_part({}, family, hf)
@@ -519,10 +538,10 @@ def linear_names(family: Family, config: ModelConfig) -> dict[str, str]:
     {path: parameter name} of the experts.
 
     The linear maps of a head over labels are not included. They are trained as a whole, see ftjax.tuning.whole. The
-    path of experts is that of their adapters: transformers has gates and what they multiply in one parameter. The
-    dense part beside experts is left out: PEFT takes all names that end in gate_proj, up_proj or down_proj for experts.
+    path of experts is that of their adapters: transformers has gates and what they multiply in one parameter. Dense
+    parts of mixtures are left out: PEFT takes all names that end in gate_proj, up_proj or down_proj for experts.
     """
-    found = {path for path in shapes(config) if not path.startswith(("head/", SHARED))}
+    found = {path for path in shapes(config) if not path.startswith(("head/", *DENSE))}
     leaves, own = ("kernel", "embedding"), modules(family, config)
     names = {m.path: m.name for m in own if any(f"{m.path}/{leaf}" in found for leaf in leaves)}
     experts = next((m.name.replace(".{e}", "").rsplit(".", 1)[0] for m in own if f"{m.path}/experts" in found), "")
@@ -591,6 +610,13 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             sizes = {"gate_proj": (S, D), "up_proj": (S, D), "down_proj": (D, S)}
             linear |= {f"mlp/shared/{name}": (*size, False) for name, size in sizes.items()}
             linear["mlp/shared_gate"] = (1, D, False)
+        if any("dense" in parts for parts in c.parts):
+            S = c.dense_hidden
+            linear |= {
+                "dense/gate_proj": (S, D, False),
+                "dense/up_proj": (S, D, False),
+                "dense/down_proj": (D, S, False),
+            }
     elif c.fused_gate:
         del linear["mlp/up_proj"]
         linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)

@@ -125,7 +125,8 @@ MIXTRAL_LAYER = MOE_LAYER | {
     f"mlp/{name}": f"mlp.experts.{{e}}.{theirs}"
     for name, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 }
-SHARED_LAYER = MOE_LAYER | {"mlp/shared_gate": "mlp.shared_expert_gate"}
+DENSE = {f"dense/{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+SHARED_LAYER = MOE_LAYER | DENSE | {"mlp/shared_gate": "mlp.shared_expert_gate"}
 SHARED_LAYER |= {f"mlp/shared/{name}": f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
 FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
@@ -227,7 +228,9 @@ OLMO_DEFAULTS = {
 OLMO_CONSTANTS = {"norms": "output", "qk_norm": "all"}
 
 
-def with_other_parts(model_type: str, text: Family, architecture: str, parts: tuple[str, ...]) -> Family:
+def with_other_parts(
+    model_type: str, text: Family, architecture: str, parts: tuple[str, ...], only: dict[str, tuple]
+) -> Family:
     """The row of a model that reads images or sound too, and of which the text part is computed here.
 
     Args:
@@ -235,13 +238,14 @@ def with_other_parts(model_type: str, text: Family, architecture: str, parts: tu
         text: The row of its text part.
         architecture: The class of the whole model.
         parts: Names of its other modules, within `model.`.
+        only: As Family.only, beside those of the text part.
     """
     prefix = "model.language_model."
     modules = tuple(m._replace(name=prefix + m.name.removeprefix(text.prefix)) for m in text.modules)
     form = dataclasses.replace(text.forms["causal"], architecture=architecture, kept=parts)
     return dataclasses.replace(
         text, model_type=model_type, forms={"causal": form}, modules=modules, prefix=prefix, text=text.model_type,
-        prefixes=("language_model.model.", "language_model.", "model."),
+        prefixes=("language_model.model.", "language_model.", "model."), only=text.only | only,
     )  # fmt: skip
 
 
@@ -331,22 +335,23 @@ DECODERS = (
     llama_like(
         "qwen3_moe",
         decoder_forms("Qwen3Moe"),
-        decoder_modules(MOE_LAYER),
+        decoder_modules(MOE_LAYER | DENSE),
         keys=ATTENTION_BIAS
         | BALANCE
         | {
-            "hidden": "moe_intermediate_size", "experts": "num_experts", "experts_used": "num_experts_per_tok",
-            "experts_normed": "norm_topk_prob",
+            "hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size", "experts": "num_experts",
+            "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob",
         },
         defaults={
             "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4,
-            "moe_intermediate_size": 768, "max_position_embeddings": 32768, "attention_bias": False,
+            "moe_intermediate_size": 768, "intermediate_size": 6144, "mlp_only_layers": None, "decoder_sparse_step": 1,
+            "max_position_embeddings": 32768, "attention_bias": False,
             "use_sliding_window": False, "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8,
             "norm_topk_prob": False, "router_aux_loss_coef": 0.001, "output_router_logits": False,
         },
         constants={"qk_norm": "head"},
         aliases={"num_local_experts": "num_experts"},
-        only=EVERY_LAYER | {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+        only=EVERY_LAYER,
     ),
     llama_like(
         "qwen2_moe",
@@ -354,18 +359,19 @@ DECODERS = (
         decoder_modules(SHARED_LAYER),
         keys=BALANCE
         | {
-            "hidden": "moe_intermediate_size", "experts": "num_experts", "experts_used": "num_experts_per_tok",
-            "experts_normed": "norm_topk_prob", "shared_hidden": "shared_expert_intermediate_size",
-            "qkv_bias": "qkv_bias",
+            "hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size", "experts": "num_experts",
+            "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob",
+            "shared_hidden": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias",
         },
         defaults={
             "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "num_key_value_heads": 16, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+            "num_key_value_heads": 16, "moe_intermediate_size": 1408, "intermediate_size": 5632,
+            "mlp_only_layers": None, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 5632,
             "max_position_embeddings": 32768, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
             "qkv_bias": True, "router_aux_loss_coef": 0.001, "output_router_logits": False,
         },
         aliases={"num_local_experts": "num_experts"},
-        only={"use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+        only={"use_sliding_window": (False,)},
     ),
     llama_like(
         "olmoe",
@@ -808,7 +814,11 @@ ENCODERS = (
 FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS)}
 OTHER_PARTS = (
     with_other_parts(
-        "gemma3", FAMILIES["gemma3_text"], "Gemma3ForConditionalGeneration", ("vision_tower", "multi_modal_projector")
+        "gemma3",
+        FAMILIES["gemma3_text"],
+        "Gemma3ForConditionalGeneration",
+        ("vision_tower", "multi_modal_projector"),
+        {"final_logit_softcapping": (None,)},  # this class does not bound its logits
     ),
 )
 FAMILIES |= {family.model_type: family for family in OTHER_PARTS}

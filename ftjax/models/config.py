@@ -99,6 +99,7 @@ class ModelConfig:
     experts: int = 0  # E; 0: one dense feed-forward part
     experts_used: int = 1  # of each token: those with the greatest router probabilities
     experts_normed: bool = False  # the probabilities of the experts used are divided by their sum
+    dense_hidden: int = 0  # F of the sublayer `dense`, which layers without experts have among layers with experts
     shared_hidden: int = 0  # of a dense part beside the experts that every token goes through; 0: there is none
     balance: float = 0.0  # weight of the load-balance loss in training, see objectives.routed
     balanced: bool = False  # whether transformers adds this loss

@@ -13,6 +13,8 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from ftjax.models.config import layers_with
+
 HOST = "pinned_host"  # memory of the host that devices read and write by themselves
 
 # Tensors of a block that have a name: each is given where it is computed, by `checkpoint_name`.
@@ -60,11 +62,12 @@ def rematerialised(block: type[nn.Module], preset: str) -> type[nn.Module]:
     return nn.remat(block, prevent_cse=False, policy=policy(PRESETS[preset]))
 
 
-def kept_values(shape, names: tuple[str, ...]) -> int:
-    """Number of values per token in the tensors of these names of one block. shape: the ModelConfig."""
+def kept_values(shape, names: tuple[str, ...]) -> float:
+    """Number of values per token in the tensors of these names of one block, on average. shape: the ModelConfig."""
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {"input": shape.width, "q": heads, "k": keys, "v": keys, "attention": heads, "o": shape.width}
-    hidden = shape.hidden * shape.experts_used + shape.shared_hidden
+    routed = len(layers_with(shape, "mlp")) / shape.layers
+    hidden = routed * (shape.hidden * shape.experts_used + shape.shared_hidden) + (1 - routed) * shape.dense_hidden
     sizes |= {"gate": hidden * shape.gated, "up": hidden, "down": 0}  # the last one is only added
     return sum(sizes[name] for name in names)
 

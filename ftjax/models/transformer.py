@@ -287,8 +287,11 @@ class Block(nn.Module):
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
-        mlp = (Experts if c.experts else MLP)(c, self.dtype, self.dropout, name=self.parts[1])
-        x = add(x, mlp(h, shared["segments"]) if c.experts else mlp(h), "mlp")
+        name = self.parts[1]
+        routed = c.experts > 0 and name != "dense"
+        shape = dataclasses.replace(c, hidden=c.dense_hidden) if name == "dense" else c
+        mlp = (Experts if routed else MLP)(shape, self.dtype, self.dropout, name=name)
+        x = add(x, mlp(h, shared["segments"]) if routed else mlp(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
 
 

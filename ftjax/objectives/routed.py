@@ -1,6 +1,6 @@
 """What the routers of a mixture of experts do in a batch: two losses on them, and figures.
 
-L layers, E experts, k experts of a token, N tokens that are no padding, W weight sum of the batch.
+L layers with experts, E experts, k experts of a token, N tokens that are no padding, W weight sum of the batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ftjax.models.config import layers_with
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,11 +83,12 @@ class Sums:
         found, c = jax.tree.map(lambda *x: sum(x), *seen), self.model.config
         if whole is None:
             whole = {"load": found["load"], "tokens": _tokens(batch), "weight": weight}
-        each = c.layers * len(seen) * jnp.maximum(whole["tokens"], 1)  # L N
+        layers = len(layers_with(c, "mlp")) * len(seen)
+        each = layers * jnp.maximum(whole["tokens"], 1)  # L N
         share = whole["weight"] / each  # the caller divides by W
         load = jax.lax.stop_gradient(whole["load"])
         balance = c.experts * jnp.sum(load / each * found["probability"]) * share
-        missing = _tokens(batch) * c.layers * len(seen) * c.experts_used - jnp.sum(found["load"])
+        missing = _tokens(batch) * layers * c.experts_used - jnp.sum(found["load"])
         own = {"balance": balance, "router_z": found["z"] * share, "router_entropy": found["entropy"] * share}
         own |= {"load": found["load"] / c.experts_used * share, "dropped": missing / c.experts_used * share}
         return total + self.balance * balance + self.z * own["router_z"], weight, figures | own

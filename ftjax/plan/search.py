@@ -20,6 +20,7 @@ from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES, by_rows
+from ftjax.models.config import layers_with
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
 from ftjax.training import auto_mesh, sharding
@@ -230,7 +231,7 @@ class Search:
         over_tokens = 3 * keys * (sequence - 1)
         summed = trained * away(data * expert) + of_experts * away(data)
         summed *= 8 / tensor * config.train.accumulate / split
-        between_experts = (4 + again) * shape.layers * activations * (expert - 1)
+        between_experts = (4 + again) * len(layers_with(shape, "mlp")) * activations * (expert - 1)
         return over_fsdp + over_tokens + summed + between_experts + 2 * sums * activations * away(tensor)
 
     def fitting_instead(self, devices: Devices) -> list[dict]:

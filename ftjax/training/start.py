@@ -66,16 +66,16 @@ def first_state(job: Job, program: Program, say) -> tuple:
 
 
 def about_experts(shape, trained: dict) -> list[str]:
-    """Lines that warn of a model's experts, and of the dense part beside them, if they are not trained.
+    """Lines that warn of a model's experts, and of dense parts that have no adapters, if they are not trained.
 
     trained: tree of the trained parameters.
     """
     shared = (
-        "warning: the dense part beside the experts is not trained: it gets no adapter, because peft takes its names "
-        "for those of experts; full and last_layers train it"
+        "warning: the dense feed-forward parts beside the experts, or in layers without experts, are not trained: they "
+        "get no adapter, because peft takes their names for those of experts; full and last_layers train them"
     )
-    paths = flatten(trained)
-    lines = [shared] * (shape.shared_hidden > 0 and not any(path.startswith(families.SHARED) for path in paths))
+    paths, there = flatten(trained), any(path.startswith(families.DENSE) for path in families.shapes(shape))
+    lines = [shared] * (there and not any(path.removeprefix("top_").startswith(families.DENSE) for path in paths))
     own = any(path.endswith("/experts") or path.startswith(families.EXPERTS) for path in paths)
     if not shape.experts or own:
         return lines

@@ -16,7 +16,7 @@ import numpy as np
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub.families import EXPERTS, kernel_shape
 from ftjax.hub.peft import CONFIG, PREFIX
-from ftjax.models.config import ModelConfig
+from ftjax.models.config import ModelConfig, layers_with
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import EMBEDDINGS, by_pattern, fan_in_fan_out, module_names, peft_targets
 
@@ -194,7 +194,7 @@ def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig
     PEFT wraps the module of the experts once for each parameter, in the order of ORDER, and names no parameter.
     """
     targets, out, used = adapter_config.get("target_parameters") or (), {}, set()
-    for layer in range(config.layers if targets and config.experts else 0):
+    for layer in layers_with(config, EXPERTS) if targets and config.experts else ():
         parameters = [names[f"{EXPERTS}{name}"].format(l=layer) for name in ORDER]
         found = {p: t for p in parameters for t in targets if p == t or p.endswith(f".{t}")}
         used |= set(found.values())

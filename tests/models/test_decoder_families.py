@@ -18,7 +18,7 @@ from tiny_models import TRANSFORMERS_5, VARIANTS, make
 
 from ftjax import check_model
 from ftjax.errors import FtjaxError
-from ftjax.hub import families, weights
+from ftjax.hub import derived, families, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -73,6 +73,10 @@ def test_the_other_parts_of_a_model_stay_as_they_are_in_its_files(tmp_path):
         theirs.model.vision_tower.post_layernorm.weight.float().detach().numpy(),
         stored["vision_tower.post_layernorm.weight"].astype("bfloat16").astype(np.float32),
     )
+    derived.student(str(tmp_path / "b"), (0, 2), tmp_path / "small")
+    assert families.read_config(tmp_path / "small")[1].layers == 2
+    _, info = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info.values()), info
     with pytest.raises(FtjaxError, match="the other parts of a gemma3 model can only be copied from a directory"):
         weights.write_model(tmp_path / "none", params, None, family, shape)
     stored["vision_tower.more"] = stored.pop("language_model.model.norm.weight")

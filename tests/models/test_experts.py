@@ -91,7 +91,7 @@ def router_losses(pair, config, batch, accumulate=1):
 
 
 @needs_5
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe, dense layers", "gpt_oss"])
 def test_losses_of_routers_are_those_of_transformers_however_the_batch_is_cut(name):
     model, _ = check_families.draw(name, 2)
     model.config.output_router_logits = True
@@ -110,8 +110,9 @@ def test_losses_of_routers_are_those_of_transformers_however_the_batch_is_cut(na
     assert figures["balance"] == pytest.approx(out.aux_loss.item(), rel=1e-5)
     assert figures["loss"] + 0.3 * figures["balance"] == pytest.approx(out.loss.item(), rel=1e-5)
     assert (figures["load"].sum(), figures["dropped"]) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
-    for path, name in (("mlp/gate/router", "mlp.gate.weight"), ("attn/q_proj/kernel", "self_attn.q_proj.weight")):
-        want = np.stack([theirs[f"model.layers.{i}.{name}"].grad.numpy() for i in range(shape.layers)])
+    for path in ("mlp/gate/router", "attn/q_proj/kernel"):
+        names = families.tensor_names(pair.family, shape)[f"layers/{path}"].names
+        want = np.stack([theirs[name].grad.numpy() for name in names])
         np.testing.assert_allclose(gradient[f"layers/{path}"], want, atol=1e-5, err_msg=path)
 
     if name != "mixtral":
@@ -332,7 +333,10 @@ def test_a_run_says_that_experts_are_left_out():
     assert about_experts(shape, {"layers": {"mlp": {"experts": {"down_proj": {"lora": {"a": 0}}}}}}) == []
     assert about_experts(families.from_hf({"model_type": "llama"})[1], lora) == []
     told, _ = about_experts(families.from_hf({"model_type": "qwen2_moe"})[1], lora)
-    assert told.startswith("warning: the dense part beside the experts is not trained")
+    assert told.startswith("warning: the dense feed-forward parts beside the experts, or in layers without experts")
+    mixed = families.from_hf({"model_type": "qwen3_moe", "mlp_only_layers": [3]})[1]
+    assert about_experts(mixed, lora)[0] == told
+    assert about_experts(mixed, {"top_layers": {"dense": {"up_proj": {"kernel": 0}}, "mlp": lora["layers"]}})[1:] == []
 
 
 @needs_5
@@ -412,12 +416,6 @@ def test_experts_that_are_trained_whole_have_no_adapter_file():
     for path in ("mlp/up_proj/experts", "mlp/up_proj/biases", "mlp/gate/router", "attn/sinks"):
         with pytest.raises(FtjaxError, match="export the merged model"):
             saved({}, {}, {f"layers/{path}": np.ones(16, bool)}, {}, tiny.spec(family, shape))
-
-
-@pytest.mark.parametrize("told", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
-def test_dense_layers_among_layers_of_experts_are_refused(told):
-    with pytest.raises(FtjaxError, match=next(iter(told))):
-        families.from_hf({"model_type": "qwen3_moe"} | told)
 
 
 @needs_5
