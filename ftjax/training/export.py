@@ -21,26 +21,29 @@ from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.training import privacy
 from ftjax.training.run_folder import Trained, open_run
-from ftjax.tree import map_paths, not_finite
+from ftjax.tree import flatten, map_paths, not_finite
 from ftjax.tuning import METHODS
+from ftjax.tuning.whole import without_form
 
 # Task of a head without a task_type in PEFT -> what adapter_config.json has instead of CAUSAL_LM.
 TASK_TYPES = {"none": {"task_type": "FEATURE_EXTRACTION"}, "masked": {"task_type": None}}
 
 
-def resolve_format(method: str, format: str, form: families.Form | None = None) -> str:
-    """The format that `auto` stands for: `adapter` if PEFT has this method, else `full`. Other names are checked.
+def resolve_format(method: str, format: str, form: families.Form | None = None, trained=()) -> str:
+    """The format that `auto` stands for: `adapter` if PEFT has a form for what is trained, else `full`. Other names are
+    checked.
 
     Args:
         method: A tuning method.
         format: auto, adapter, merged or full.
         form: The model's head type; adapters need a matching PEFT class.
+        trained: Paths of the trained parameters.
 
     Raises:
         FtjaxError: If the method cannot be written in this format.
     """
     row = METHODS[method]
-    adapts = row.to_peft and not (form and form.beside)
+    adapts = row.to_peft and not (form and form.beside) and not without_form(trained)
     if format == "auto":
         format = "adapter" if adapts else "full"
     able = [f for f, f_able in (("adapter", adapts), ("merged", row.merge), ("full", row.merge)) if f_able]
@@ -49,8 +52,9 @@ def resolve_format(method: str, format: str, form: families.Form | None = None) 
             f"export format {format!r}: no plain model has the logits of {method}; set export.formats to ('adapter',)"
         )
     if format not in able:
+        why = f"; PEFT has no form for the trained {lost[0]}" if (lost := without_form(trained)) else ""
         raise FtjaxError(
-            f"export format {format!r}: {method} can be written as {' or '.join(able)}{nearest(format, able)}"
+            f"export format {format!r}: {method} can be written as {' or '.join(able)}{nearest(format, able)}{why}"
         )
     return format
 
@@ -83,7 +87,8 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         raise FtjaxError(
             f"{out}: not written: {bad[0]} of the checkpoint holds values that are NaN or infinite; export another one"
         )
-    format = resolve_format(source.method, format, families.form_of(source.spec.family, source.spec.model.head))
+    form = families.form_of(source.spec.family, source.spec.model.head)
+    format = resolve_format(source.method, format, form, flatten(source.trained))
     report: dict[str, Any] = {"format": format, "path": str(out)}
     kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
     record = {"config": source.config, "base": kept}

@@ -20,7 +20,7 @@ from ftjax.data.prepare import Data, Part, prepare
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.metrics import METRICS, find
-from ftjax.hub import families, fingerprint, resolve
+from ftjax.hub import families, fingerprint, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.progress import counted, doing
@@ -28,6 +28,7 @@ from ftjax.training import auto_mesh, export, privacy, sharding
 from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
+from ftjax.tree import flatten
 from ftjax.tuning import METHODS, Method, Spec
 from ftjax.tuning.adapters import Start
 
@@ -165,7 +166,11 @@ def prepared(config, say, recorded: int = 0) -> Job:
         initial_adapter.fill(spec)
     head = with_task(config, family, shape, folder, 1).head
     form = families.form_of(family, head)
-    formats = tuple(export.resolve_format(config.tuning.method, f, form) for f in config.export.formats)
+    trained = {}
+    if shape.experts:  # PEFT has no form for some parameters of such models
+        start = functools.partial(method.init, jax.random.key(0), spec=spec)
+        trained = flatten(jax.eval_shape(start, weights.param_shapes(shape))[0])
+    formats = tuple(export.resolve_format(config.tuning.method, f, form, trained) for f in config.export.formats)
     for format in formats:
         resolve.check_out(Path(config.run_dir) / format)
 

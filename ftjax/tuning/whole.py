@@ -72,6 +72,11 @@ def chosen(spec) -> dict[str, np.ndarray]:
     return found
 
 
+def without_form(paths) -> list[str]:
+    """Those of the paths of trained parameters for which PEFT's files have no form."""
+    return [path for path in paths if path.endswith(("/experts", "/biases", "/router", "/sinks"))]
+
+
 def take(params: dict, parts: dict[str, np.ndarray]) -> tuple[dict, dict]:
     """Split flat parameters into those that are trained and the others.
 
@@ -171,7 +176,7 @@ def saved(
         adapter_config and tensors, the tensors in float32 with the layout of the model's files.
     """
     whole, names = {}, stored(spec)
-    if any(path.endswith(("/experts", "/biases", "/router", "/sinks")) for path in parts):
+    if without_form(parts):
         raise FtjaxError(
             "PEFT's files have no form for experts, routers and attention sinks that are trained whole; export the "
             "merged model"

@@ -25,6 +25,7 @@ from ftjax.models.transformer import Transformer
 from ftjax.training import program as programs
 from ftjax.training import step
 from ftjax.training.flops import flops_per_token
+from ftjax.training.job import prepared
 from ftjax.training.sharding import abstract_mesh, make_mesh, parameter_shardings, place_batch
 from ftjax.training.start import about_experts
 from ftjax.tree import flatten
@@ -416,6 +417,18 @@ def test_experts_that_are_trained_whole_have_no_adapter_file():
     for path in ("mlp/up_proj/experts", "mlp/up_proj/biases", "mlp/gate/router", "attn/sinks"):
         with pytest.raises(FtjaxError, match="export the merged model"):
             saved({}, {}, {f"layers/{path}": np.ones(16, bool)}, {}, tiny.spec(family, shape))
+
+
+def test_a_run_that_trains_experts_whole_is_exported_as_a_model(tmp_path):
+    assert cli.main(["upcycle", "builtin:stories260K", "--experts", "2", "--top-k", "1", "--out", str(tmp_path)]) == 0
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"Row {i} is here."}) + "\n" for i in range(20)))
+    config = configs.default()
+    config.model.path, config.data.train = str(tmp_path), str(tmp_path / "rows.jsonl")
+    config.tuning.method, config.run_dir = "last_layers", str(tmp_path / "run")
+    assert prepared(config, print).formats == ("full",)
+    config.export.formats = ("adapter",)
+    with pytest.raises(FtjaxError, match=r"last_layers can be written as merged or full; PEFT has no form for the tra"):
+        prepared(config, print)
 
 
 @needs_5
