@@ -204,6 +204,9 @@ def text_part(hf: dict, family: Family, where: str = "config.json") -> dict:
     text = hf.get(TEXT) or {}
     if (kind := text.get("model_type", family.text)) != family.text:
         raise FtjaxError(f"{where}: {TEXT}: model_type = {kind!r}; the text part of this family is a {family.text}")
+    tied = hf.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
+    if text.get("tie_word_embeddings", tied) != tied:
+        raise FtjaxError(f"{where}: tie_word_embeddings is {tied} of the model, but not in {TEXT}; make them equal")
     return text | {key: hf[key] for key in WHOLE if key in hf}
 
 

@@ -244,6 +244,10 @@ def test_gpt2_answers_to_the_names_of_others():
             ["final_logit_softcapping = 30.0"],
         ),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 30}, ["leave no layer with experts"]),
+        (
+            {"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}},
+            ["but not in text_config; make them"],
+        ),
         ({"model_type": "gemma3", "text_config": [1]}, ["text_config = [1]"]),
         ({"model_type": "gemma3", "text_config": {"hidden_act": "x", "hidden_size": "1"}}, ["hidden_size = '1'"]),
         ({"model_type": "gemma3", "quantization_config": {"bits": 4}}, ["quantization_config"]),
