@@ -267,7 +267,8 @@ FIELDS: dict[str, Field] = {
     # `test`: the run's own parts
     "data.mixture": several((), Field({}, dict, "a dict", lambda entry: all(isinstance(key, str) for key in entry))),
     # sources that are trained together: ({"name": "a", "train": "a.jsonl", "weight": 0.7}, ...). Each may set any other
-    # field of `data` for itself, such as "prompt" or "clean.near"; the other fields are those of `data`
+    # field of `data` for itself, such as "prompt" or "clean.near"; the other fields are those of `data`. It may set
+    # "loss_weight" too, a factor of its loss, and "evaluate.metrics", "evaluate.words" and "evaluate.passage"
     "data.temperature": number(1.0, above=0),  # temperature of a mixture without weights: shares are proportional to
     # rows ** (1 / temperature); 1: to the number of rows
     "data.limit": whole(0, 0, also="max_train_samples max_samples"),  # number of training rows used, after shuffling
@@ -293,6 +294,9 @@ FIELDS: dict[str, Field] = {
     "data.prompt": text(also="prompt_template"),  # template of the prompt over columns, such as "Words:
     # {src}\nSentence:"; sets form to template
     "data.completion": text(),  # template of the completion over columns, such as " {tgt}"
+    "data.labels": several((), NAME),  # names of the labels of rows whose answer is a label, in the order of their ids:
+    # data.completion writes the name for an id in the column data.label, and the most probable name is the model's
+    # answer. Empty: answers are texts
     "data.date": Field("2024-07-26", str, "a day as YYYY-MM-DD", _is_date),  # current day for chat templates that
     # show one, such as Llama 3.2's. It is fixed, so that a config gives the same tokens on any day
     "data.end": text(also="eos_token"),  # token that ends an answer without a chat template; empty: the
@@ -530,7 +534,8 @@ FIELDS: dict[str, Field] = {
     "train.select": text(
         "val_loss", empty=False, also="metric_for_best_model"
     ),  # score that the best checkpoint is chosen by, on validation rows: val_loss, or a score of the task, such as
-    # mcc, f1_macro or pearson; causal: accuracy, or a metric of generated answers, such as rouge_l
+    # mcc, f1_macro or pearson; causal: accuracy, or a metric of generated answers, such as rouge_l; of a mixture also
+    # val_mean_loss or val_worst_loss, the mean and the greatest loss of its sources
     "train.patience": whole(0, 0, also="early_stopping_patience"),  # number of validations without a better
     # `train.select` after which training stops; 0: never
     "train.save_every": whole(0, 0, also="save_steps save_interval"),  # steps between checkpoints, beside each best
@@ -889,18 +894,40 @@ OF_ALL: tuple[str, ...] = (
 OF_ALL += ("processes", "date", "streaming", "cache", "cache_size")
 
 
-def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
-    """The sources of training rows: (name, its own `data` group, weight) of `data` itself, or of each entry of
-    `data.mixture`.
+OF_ENTRY: tuple[str, ...] = ("name", "weight", "loss_weight", "task.kind")  # keys of an entry that are no fields
+# Fields outside of `data` that a source of a mixture may set for itself.
+OWN: tuple[str, ...] = ("evaluate.metrics", "evaluate.words", "evaluate.passage")
+
+
+class Source(NamedTuple):
+    """A source of training rows.
+
+    Attributes:
+        name: Its name; empty without a mixture.
+        data: Its own `data` group.
+        weight: Its share of an epoch's rows, not normalised; None: by its number of rows.
+        loss_weight: Factor of its loss.
+        config: The whole config with its own fields, except that `config.data.mixture` is empty.
+    """
+
+    name: str
+    data: ConfigDict
+    weight: float | None
+    loss_weight: float
+    config: ConfigDict
+
+
+def sources(config: ConfigDict) -> list[Source]:
+    """The sources of training rows: `data` itself, or the entries of `data.mixture`.
 
     An entry of a mixture sets the fields that differ from `data`, those of its inner groups by dotted keys such as
-    "clean.near". Validation and test files are its own; if it names none, they are split off its rows. Raises
-    FtjaxError that names the entry and the key.
+    "clean.near", and those of OWN by their whole keys. Validation and test files are its own; if it names none, they
+    are split off its rows. Raises FtjaxError that names the entry and the key.
     """
     data = config.data
     if not data.mixture:
-        return [("", data, None)]
-    found = []
+        return [Source("", data, None, 1.0, config)]
+    found: list[Source] = []
     for position, entry in enumerate(data.mixture, 1):
         said = f"data.mixture entry {position}"
         if not isinstance(entry, dict) or not isinstance(entry.get("train"), str):
@@ -908,21 +935,34 @@ def sources(config: ConfigDict) -> list[tuple[str, ConfigDict, float | None]]:
         whole = copy(config)
         whole.data.update(train="", validation="", test="", mixture=())
         for key, value in entry.items():
-            if key in ("name", "weight"):
+            if key in OF_ENTRY:
+                continue
+            if key in OWN:
+                _set(whole, key, value, f"{said}: {key}")
                 continue
             if key.split(".")[0] not in data:
-                raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, 'name', 'weight'])}")
+                raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, *OF_ENTRY, *OWN])}")
             if key in OF_ALL:
                 raise FtjaxError(f"{said}: {key!r} applies to all sources and cannot be set for one; set data.{key}")
             _set(whole, f"data.{key}", value, f"{said}: {key}")
         weight = number(None, above=0).check(entry.get("weight"), f"{said}: weight")
-        found.append((str(entry.get("name") or Path(entry["train"]).stem), whole.data, weight))
-    names = [name for name, _, _ in found]
+        factor = number(1.0, above=0).check(entry.get("loss_weight", 1.0), f"{said}: loss_weight")
+        name = str(entry.get("name") or Path(entry["train"]).stem)
+        found.append(Source(name, whole.data, weight, factor, whole))
+    names = [source.name for source in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise FtjaxError(f'data.mixture: two sources have the name {twice!r}; give each a "name" of its own')
-    if len({weight is None for _, _, weight in found}) > 1:
+    if len({source.weight is None for source in found}) > 1:
         raise FtjaxError("data.mixture: give every source a weight, or none of them")
+    kinds = {name: entry.get("task.kind", config.task.kind) for name, entry in zip(names, data.mixture)}
+    if set(kinds.values()) != {config.task.kind}:
+        listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise FtjaxError(
+            f"data.mixture: the sources have several task kinds ({listed}), and the model has one head, that of "
+            f"task.kind {config.task.kind}. Write labels as text beside sources of texts (task.kind causal, with "
+            "data.labels and data.completion), or train heads of several kinds in runs of their own"
+        )
     return found
 
 
@@ -1027,16 +1067,17 @@ def validate(config: ConfigDict) -> None:
              "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
     need("train.on_bad_step", lambda v: v != "rewind" or config.task.updates == 1, "stop or skip if task.updates is "
          "above 1, because the answers of several steps are drawn at once")  # fmt: skip
+    need("data.labels", lambda v: not v or config.task.kind in tasks.ANSWERS, "none where task.kind is not causal or "
+         "gkd; task.labels names the labels of a head")  # fmt: skip
+    need("data.labels", lambda v: len(set(v)) == len(v) != 1, "two or more names that differ, or none")
     need("optim.ewc", lambda v: v == 0 or config.task.kind in tasks.ANSWERS, "0 unless task.kind is causal or gkd")
     need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
     by_text = config.tuning.prompt_init == "text"
     need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
     if config.data.mixture:
         need("data.canaries", lambda v: v == 0, "0 where data.mixture is set")
-        for name, data, _ in sources(config):
-            whole = copy(config)
-            whole.data = data
+        for source in sources(config):
             try:
-                validate(whole)
+                validate(source.config)
             except FtjaxError as error:
-                raise FtjaxError(f"data.mixture: {name}: {error}") from None
+                raise FtjaxError(f"data.mixture: {source.name}: {error}") from None

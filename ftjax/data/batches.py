@@ -42,6 +42,7 @@ class Batches:
             share. A source goes through its rows in an order shuffled by (seed, source, pass) and then starts the next
             pass, so that over all epochs none of its rows occurs more than once more often than another. With packing,
             a row holds examples of one source only.
+        factors: (N,) float32, factor of an example's weights; None: all are 1.
         ways: Number of parts into which each row is split. T and M are multiples of it, T even if max_length is not.
         class_weights: (C,) weight of a label by its class; None: all weights are 1.
         masking: See ftjax.data.masks. The trained tokens are then those that may be masked. The masks depend on (seed,
@@ -64,6 +65,7 @@ class Batches:
         shuffle: bool = True,
         source: np.ndarray | None = None,
         shares: Sequence[float] | None = None,
+        factors: np.ndarray | None = None,
         ways: int = 1,
         class_weights: np.ndarray | None = None,
         masking: Masking | None = None,
@@ -74,7 +76,7 @@ class Batches:
         if not N:
             raise ValueError("no examples")
         self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
-        self.class_weights, self.masking, self.apart = class_weights, masking, apart
+        self.class_weights, self.masking, self.apart, self.factors = class_weights, masking, apart, factors
         self.paired = not apart and bool(examples.second.any())
         if examples.length.max() > max_length:
             raise ValueError(f"an example has {examples.length.max()} tokens, more than max_length={max_length}")
@@ -164,7 +166,8 @@ class Batches:
             - `labels` (B, M) int32, the token at t + 1 of the same segment. For examples with targets: (B, M, ...),
               their targets, predicted from the state at t. With masking: the original tokens, some of which are
               replaced in `tokens`.
-            - `weights` (B, M) float32: 1, or the label's class weight; 0 for the padding of M.
+            - `weights` (B, M) float32: 1, or the label's class weight, times the factor of its example; 0 for the
+              padding of M.
             - `types` (B, T) int32, only if Example.second is not 0 for some example and `apart` is not set: 1 for
               tokens of a second text.
         """
@@ -212,6 +215,8 @@ class Batches:
         batch["loss_index"][row_of, nth] = column - back
         batch["labels"][row_of, nth] = values
         batch["weights"][row_of, nth] = 1 if self.class_weights is None else self.class_weights[values]
+        if self.factors is not None:
+            batch["weights"][row_of, nth] *= self.factors[np.repeat(example, length)[label]]
         return batch
 
     def _masked(self, epoch: int, example, start, tokens, trained) -> tuple[np.ndarray, np.ndarray]:

@@ -132,7 +132,7 @@ def of_run(config, tokenizer) -> str:
 
     Empty if it does not, or if the sources of a mixture have several. Raises FtjaxError as `resolve` does.
     """
-    named = {(data.template, data.end) for _, data, _ in configs.sources(config)}
+    named = {(data.template, data.end) for _, data, *_ in configs.sources(config)}
     text = resolve(*named.pop(), tokenizer) if len(named) == 1 else ""
     own = dated(tokenizer, config.data.date).chat_template
     return own if not text and isinstance(own, str) and own.startswith(DATED) else text
@@ -144,7 +144,7 @@ def ends_of_run(config, tokenizer) -> list[int]:
     Raises FtjaxError as `resolve` does.
     """
     ids = []
-    for _, data, _ in configs.sources(config):
+    for _, data, *_ in configs.sources(config):
         ids += turn_end(tokenizer, resolve(data.template, data.end, tokenizer) or None)
         ids += [end_token(tokenizer, data.end)] if data.end else []
     return ids

@@ -36,7 +36,8 @@ MEANT = "auto"  # the value of data.cache that means the user's cache folder
 class Recipe:
     """How the rows of one source become tokens. With the tokenizer, it determines ids and trained tokens.
 
-    The fields are those of the same name in the config's group `data`. `form` is a key of template.FORMS or `template`.
+    The fields are those of the same name in the config's group `data`. `form` is a key of template.FORMS or `template`,
+    and `labelled` the column whose cells `labels` are the names of.
     """
 
     form: str
@@ -46,11 +47,39 @@ class Recipe:
     system: str
     train_on: str
     end: str
+    labels: tuple[str, ...]
+    labelled: str
 
     def render(self, rows: list[dict], places: list[str]) -> list[template.Rendered]:
         """The rows as text. Raises FtjaxError, which names the place of the row, if a row cannot be used."""
         render = template.renderer(self.form, self.prompt, self.completion, self.template, self.system)
+        if self.labels:
+            rows = [self._named(row, place) for row, place in zip(rows, places, strict=True)]
         return [render(row, place) for row, place in zip(rows, places, strict=True)]
+
+    def _named(self, row: dict, place: str) -> dict:
+        """A row with the name of its label. Raises FtjaxError if its label is neither a name nor the id of one."""
+        label = labelled.label_name(row.get(self.labelled)) or ""
+        if label not in self.labels:
+            if not (label.isdecimal() and int(label) < len(self.labels)):
+                raise FtjaxError(
+                    f"{place}: column {self.labelled!r} holds {row.get(self.labelled)!r:.80}; expected one of "
+                    f"data.labels ({', '.join(self.labels)}) or the id of one, counted from 0"
+                )
+            label = self.labels[int(label)]
+        return row | {self.labelled: label}
+
+    def choices(self, tokenizer, row: dict, place: str) -> list[tuple[str, Example]]:
+        """(answer as text, the row with this answer as tokens, of which only the answer is trained) for each label.
+
+        Args:
+            tokenizer: The tokenizer, from transformers.
+            row: The row. Its own label is not used.
+            place: Name of the row in errors.
+        """
+        rows, places = [row | {self.labelled: label} for label in self.labels], [place] * len(self.labels)
+        how = dataclasses.replace(self, train_on="assistant")
+        return list(zip(map(template.reference, how.render(rows, places)), how.encode(tokenizer, rows, places)))
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
         """The rows as tokens.
@@ -72,8 +101,8 @@ class Recipe:
 def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     """The recipe of a `data` group for rows with these columns, and whether its form was guessed from the columns.
 
-    Raises FtjaxError if no known form fits the columns, or if data.form is set together with data.prompt or
-    data.completion.
+    Raises FtjaxError if no known form fits the columns, if data.form is set together with data.prompt or
+    data.completion, or if data.labels is set and the label is no part of the answer alone.
     """
     if (data.prompt or data.completion) and data.form not in ("auto", "template"):
         raise FtjaxError(
@@ -83,7 +112,14 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     guessed = data.form == "auto"
     form = template.guess(columns, data.prompt, data.completion) if guessed else data.form
     fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
-    return Recipe(form, *fields), guessed and form != "template"
+    label = (data.label or next((name for name in tasks.LABELS if name in columns), "")) if data.labels else ""
+    named = [f"{{{label}}}" in text for text in (data.prompt, data.completion)]
+    if data.labels and (form != "template" or label not in columns or named != [False, True]):
+        raise FtjaxError(
+            f"data.labels: expected data.completion, and not data.prompt, to name the column of the label, such as "
+            f'" {{label}}"; data.label is {label or "empty"!r}, and the columns are {", ".join(columns)}'
+        )
+    return Recipe(form, *fields, tuple(data.labels), label), guessed and form != "template"
 
 
 def recipe_if_any(data, columns: list[str]) -> tuple[Recipe | None, bool]:
@@ -633,7 +669,7 @@ def _cache(data) -> store.Cache:
 
 def _shares(config, counts: np.ndarray) -> np.ndarray | None:
     """(Z,) each source's share of the examples of an epoch; None if an epoch has every row once."""
-    weights = [weight for _, _, weight in configs.sources(config)]
+    weights = [source.weight for source in configs.sources(config)]
     if weights[0] is None and config.data.temperature == 1:
         return None
     raw = np.array(weights, float) if weights[0] is not None else counts ** (1 / config.data.temperature)

@@ -7,13 +7,16 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
+
 import ftjax
-from ftjax import assets, cpus, tasks
+from ftjax import assets, cpus, tasks, xla
+from ftjax import config as configs
 from ftjax.data import store
-from ftjax.data.batches import Batches
-from ftjax.data.prepare import fingerprint
-from ftjax.data.tokenise import answer_of
-from ftjax.errors import FtjaxError
+from ftjax.data.batches import Batches, by_example
+from ftjax.data.prepare import Part, fingerprint
+from ftjax.data.tokenise import Example, answer_of
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
@@ -21,8 +24,23 @@ from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json, write_jsonl
 from ftjax.hub.fingerprint import of_named
 from ftjax.models.transformer import max_tokens
+from ftjax.objectives.causal import log_probs
+from ftjax.progress import doing
 
 LOWER = ("perplexity", "forgetting_loss")  # figures where less is better, besides those of METRICS
+OF = " of "  # between a figure and the source of a mixture that it is of
+TASKS = ("mean", "worst")  # figures over all sources
+
+
+def figure_of(name: str) -> str:
+    """The name of a figure without the source that it is of."""
+    return name.partition(OF)[0]
+
+
+def is_higher(name: str) -> bool | None:
+    """Whether more of a figure of `measure` is better; None: neither."""
+    name = figure_of(name)
+    return True if name in TASKS else False if name in LOWER else find(name).higher
 
 
 def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
@@ -41,7 +59,10 @@ def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
     """
     unused = ("compare", "rows", "samples")  # they only affect training or the display
     ev = {key: value for key, value in config.evaluate.to_dict().items() if key not in unused}
-    named = [name.rpartition(":")[0] for name in config.evaluate.metrics if ":" in name]
+    sources = configs.sources(config)
+    if config.data.mixture:
+        ev["sources"] = [(one.name, [configs.flat(one.config)[key] for key in configs.OWN]) for one in sources]
+    named = [name.rpartition(":")[0] for one in sources for name in one.config.evaluate.metrics if ":" in name]
     named += [assets.resolve(config.evaluate.forgetting)] if config.evaluate.forgetting else []
     rows = [(p.digest, p.kept.tolist(), dataclasses.asdict(p.recipe)) for p in part.pieces]
     files = {name: store.digest(Path(name).read_bytes()) for name in named}
@@ -65,8 +86,8 @@ def measure(lm, variables, data, config) -> dict:
 
     Returns:
         `perplexity` per trained token over all rows (for preferences, over the chosen answers; not for tasks whose rows
-        have no answers), the scores and
-        `samples` of `answers` and, if `evaluate.forgetting` is set, `forgetting_loss` on it in nats per token.
+        have no answers), the scores and `samples` of `by_source` and, if `evaluate.forgetting` is set,
+        `forgetting_loss` on it in nats per token. Of a mixture also `perplexity of SOURCE`.
 
     Raises:
         FtjaxError: If the part has no rows.
@@ -78,14 +99,15 @@ def measure(lm, variables, data, config) -> dict:
             f"evaluate.compare_on: the part {name} has no rows; set data.{name}, or its share in data.split"
         )
     rows = ev.batch_size or config.train.batch_size or 16
-    examples = part.examples.first_texts()
-    batches = Batches(examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
     with cpus.dealt(variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
         result = {}
-        if not tasks.find(config.task.kind).collect:
-            result["perplexity"] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]
-        scores, samples = answers(lm, variables, part, config)
+        apart = {f"perplexity{OF}{one.name}": of for one, of in by_name(part, config)} if config.data.mixture else {}
+        for name, of in {"perplexity": part, **apart}.items() if not tasks.find(config.task.kind).collect else ():
+            examples = of.examples.first_texts()
+            batches = Batches(examples, rows, data.max_length, buckets=config.data.buckets, shuffle=False)
+            result[name] = evaluate_loss(loss, (batches[i] for i in range(len(batches))))["perplexity"]
+        scores, samples = by_source(lm, variables, part, config)
         result |= scores
         if ev.forgetting:
             documents = read_documents(assets.resolve(ev.forgetting))
@@ -95,9 +117,89 @@ def measure(lm, variables, data, config) -> dict:
     return result | {"samples": samples}
 
 
+def by_name(part, config) -> list[tuple[configs.Source, Part]]:
+    """(source, its examples) of each source of a config that has any in a part."""
+    found = [(one, np.flatnonzero(part.source == i)) for i, one in enumerate(configs.sources(config))]
+    return [(one, part.select(indices)) for one, indices in found if len(indices)]
+
+
+def by_source(lm, variables, part, config) -> tuple[dict[str, float | None], list[dict]]:
+    """As `answers`, for a part with the examples of one or several sources, each scored by its own metrics.
+
+    Args:
+        lm: An LM, for its model, tokenizer and end tokens.
+        variables: The Flax variables.
+        part: The rows, a Part of ftjax.data.prepare.
+        config: The config.
+
+    Returns:
+        The result of `answers`. Of a mixture, figures are called `METRIC of SOURCE`, and there are two more, `mean of
+        tasks` and `worst of tasks`: the mean and the least of the first metric of each source, as a share of the way
+        from its worst to its best value. They are None if a metric has no such bounds or a score is undefined.
+    """
+    if not config.data.mixture:
+        return answers(lm, variables, part, config)
+    figures, samples, shares = {}, [], []
+    for source, of in by_name(part, config):
+        if not (named := source.config.evaluate.metrics):
+            continue
+        found, own = answers(lm, variables, of, source.config)
+        figures |= {f"{name}{OF}{source.name}": value for name, value in found.items()}
+        samples += [sample | {"source": source.name} for sample in own]
+        first, value = find(named[0]), found[named[0]]
+        bounded = None not in (value, first.best, first.worst)
+        shares.append((value - first.worst) / (first.best - first.worst) if bounded else None)
+    whole = [np.mean(shares), min(shares)] if shares and None not in shares else [None, None]
+    told = {f"{name}{OF}tasks": None if x is None else float(x) for name, x in zip(TASKS, whole)}
+    return figures | (told if len(shares) > 1 else {}), samples
+
+
+def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], config) -> list[str]:
+    """The most probable of data.labels as the answer to each prompt: the label whose tokens, with the token that ends
+    the answer, have the greatest log-probability. Of equal ones it is the first.
+
+    Args:
+        lm: An LM, for its model and tokenizer.
+        variables: The Flax variables.
+        part: The rows, a Part of ftjax.data.prepare.
+        rows: (N,) index in the part of a row of each prompt.
+        prompts: Ids of the N prompts.
+        config: The config.
+
+    Raises:
+        FtjaxError: If a prompt with an answer has more tokens than the model has positions.
+    """
+    examples, texts, limit, at_once = [], [], max_tokens(lm.model.config, variables), config.generate.batch_size
+    for i, prompt in zip(rows, prompts, strict=True):
+        answers = part.recipe(i).choices(lm.tokenizer, part.row(i), part.place(i))
+        texts.append([text for text, _ in answers])
+        for _, (ids, trained, *_) in answers:
+            whole = np.append(np.int32(prompt), ids[trained.argmax() :])
+            examples.append(Example(whole, np.arange(len(whole)) >= len(prompt)))
+            if len(whole) > limit:
+                raise FtjaxError(
+                    f"{part.place(i)}: the prompt with an answer of data.labels has {len(whole):,} tokens, and the "
+                    f"model {limit:,} positions; shorten the prompt, or remove the row"
+                )
+    longest = max(len(example.ids) for example in examples)
+    with (
+        doing(f"ranking the labels of {len(prompts):,} prompts"),
+        cpus.dealt(variables, at_once, lm.model.config.width) as variables,
+    ):
+        found = by_example(functools.partial(_log_probs, lm.model, variables), examples, at_once, longest)
+    summed = np.array([x.sum() for x in found])
+    if not np.isfinite(summed).all():
+        raise NotFinite(f"data.labels: the log-probability of an answer is NaN or infinite. {WEIGHTS}")
+    starts = np.cumsum([0, *map(len, texts)])
+    return [names[int(summed[a : a + len(names)].argmax())] for names, a in zip(texts, starts)]
+
+
+_log_probs = xla.jit(log_probs, static_argnums=0)
+
+
 def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
-    """Answer each of the first `evaluate.compare_rows` distinct prompts of a part once, by `config.generate`, and score
-    it.
+    """Answer each of the first `evaluate.compare_rows` distinct prompts of a part once, by `config.generate` or, where
+    data.labels is set, by `ranked`, and score it.
 
     Args:
         lm: An LM, for its model, tokenizer and end tokens.
@@ -120,13 +222,19 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     groups = dict(list(groups.items())[: config.evaluate.compare_rows or None])
     prompts = [list(ids) for ids in groups]
     references = [[part.reference(i, lm.tokenizer) for i in rows] for rows in groups.values()]
-    asked = [part.row(rows[0]) for rows in groups.values()]
-    return answered(lm, variables, prompts, references, asked, config)
+    first = [rows[0] for rows in groups.values()]
+    choose = [n for n, i in enumerate(first) if getattr(part.recipe(i), "labels", ())]
+    said = {}
+    if choose:
+        found = ranked(lm, variables, part, [first[n] for n in choose], [prompts[n] for n in choose], config)
+        said = dict(zip(choose, found, strict=True))
+    return answered(lm, variables, prompts, references, [part.row(i) for i in first], config, said=said)
 
 
 def answered(
-    lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = ""
-) -> tuple[dict[str, float], list[dict]]:
+    lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = "",
+    said: dict[int, str] | None = None,
+) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """As `answers`, for prompts that are already encoded.
 
     Args:
@@ -137,9 +245,13 @@ def answered(
         asked: The row of each prompt.
         config: The config.
         until: Text that ends an answer. It is removed with all that follows it; empty: none.
+        said: {index of a prompt: its answer} where it is known.
     """
-    texts = continued(lm, variables, prompts, seed=config.seed, **config.generate.to_dict())
-    predictions = [answer_of(text.split(until)[0] if until else text) for text in texts]
+    known = said or {}
+    others = [prompt for n, prompt in enumerate(prompts) if n not in known]
+    texts = continued(lm, variables, others, seed=config.seed, **config.generate.to_dict()) if others else []
+    new = (answer_of(text.split(until)[0] if until else text) for text in texts)
+    predictions = [known[n] if n in known else next(new) for n in range(len(prompts))]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [
         {"prompt": p, "references": r, "prediction": t, "scores": {}}
@@ -167,7 +279,7 @@ def table(before: dict, after: dict, seconds: float) -> str:
     lines = []
     for name, old in _figures(before).items():
         new = after[name]
-        higher = False if name in LOWER else find(name).higher
+        higher = is_higher(name)
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
         cells = ["undefined" if value is None else f"{value:.4g}" for value in (old, new)]
         if None not in (old, new):
@@ -210,6 +322,7 @@ def write_results(run_dir: str | Path, before: dict, after: dict, seconds: float
         row = {"prompt": old["prompt"], "references": old["references"]}
         row |= {"before": old["prediction"], "after": new["prediction"]}
         row |= {"scores": {"before": old["scores"], "after": new["scores"]}}
+        row |= {"source": old["source"]} if "source" in old else {}
         lines.append(row)
     write_jsonl(Path(run_dir) / "samples.jsonl", lines)
     replace_json(Path(run_dir) / "results.json", results)

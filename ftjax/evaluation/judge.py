@@ -27,7 +27,7 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     """How to draw examples and weight classes, as config.task says.
 
     Returns:
-        ({"source", "shares"} for Batches, the weight (C,) of each class or None).
+        ({"source", "shares", "factors"} for Batches, the weight (C,) of each class or None).
 
     Raises:
         FtjaxError: If the task cannot use a setting, or if there is not one weight for each label.
@@ -39,6 +39,15 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
         if values[key] != configs.FIELDS[key].default:
             kinds = [kind for kind in takes if key in takes[kind]]
             raise FtjaxError(f"{key}: is of task.kind {' and '.join(kinds)}; this one is {task.kind}")
+    factors = np.array([source.loss_weight for source in configs.sources(config)], np.float32)
+    if (factors != 1).any():
+        able = [kind for kind, other in tasks.every().items() if other.private]
+        if task.kind not in able:
+            raise FtjaxError(
+                f"data.mixture: loss_weight is for task.kind {', '.join(able)}, whose loss is a sum over rows; this "
+                f"one is {task.kind}. Set the weight of a source instead"
+            )
+        drawn["factors"] = factors[data.train.source]
     if not task.class_weights and not task.balanced:
         return drawn, None
     classes = examples.truths()
@@ -46,7 +55,7 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     if task.balanced:
         if data.shares is not None:
             raise FtjaxError("task.balanced: a mixture already has shares of its own; set one or the other")
-        drawn = {"source": classes, "shares": (counts > 0).astype(float)[counts > 0] if counts.all() else None}
+        drawn |= {"source": classes, "shares": (counts > 0).astype(float)[counts > 0] if counts.all() else None}
         if drawn["shares"] is None:
             lacking = ", ".join(data.labels[c] for c in np.flatnonzero(counts == 0))
             raise FtjaxError(f"task.balanced: train has no row of {lacking}")

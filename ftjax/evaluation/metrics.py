@@ -164,6 +164,19 @@ def exact_match(prediction, references, *_) -> float:
     return float(_plain(prediction) in map(_plain, references))
 
 
+def f1_macro(predictions, references) -> float:
+    """The mean over the distinct references of the F1 of answers that equal them (scikit-learn); 0 to 1.
+
+    The reference of a prompt with several is the one that was answered, or the first. Texts are compared as in
+    `exact_match`.
+    """
+    from sklearn.metrics import f1_score
+
+    plain = [_plain(p) for p in predictions]
+    right = [p if p in (texts := list(map(_plain, r))) else texts[0] for p, r in zip(plain, references, strict=True)]
+    return float(f1_score(right, plain, labels=sorted(set(right)), average="macro", zero_division=0))
+
+
 def _plain(text: str) -> str:
     return " ".join(composed(text).split())
 
@@ -341,6 +354,11 @@ BLEU = Metric(bleu_row, bleu_corpus, best=100.0, description=f"runs of words {IN
 UNSUPPORTED = "share of an answer's sentences that the passage does not support, by words in common"
 METRICS = {
     "exact_match": Metric(exact_match, description="share of answers that equal a right one"),
+    "f1_macro": Metric(
+        exact_match,
+        f1_macro,
+        description="how well each of the right answers is found and told from the others, on average, from 0 to 1",
+    ),
     "token_f1": Metric(token_f1, description=f"words {IN_COMMON} 1"),
     "rouge_1": rouge("rouge1", "words"),
     "rouge_2": rouge("rouge2", "pairs of words"),

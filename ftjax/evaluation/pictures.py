@@ -75,8 +75,8 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
 
 
 def plot_losses(history: list[dict], path: str | Path) -> Path:
-    """Draw the losses in rows of metrics.jsonl, {"step", "loss"} and {"step", "val_loss"}, into a PNG file. Returns its
-    path.
+    """Draw the losses in rows of metrics.jsonl, {"step", "loss"} and {"step", "val_loss"}, and `val_loss/NAME` of the
+    sources of a mixture, into a PNG file. Returns its path.
 
     The training loss is faint as logged, and bold as a running mean over about a twentieth of the run. The lowest
     validation loss is marked. A loss that is not finite leaves a gap in its line.
@@ -90,6 +90,8 @@ def plot_losses(history: list[dict], path: str | Path) -> Path:
     steps, losses = _series(history, "val_loss")
     if len(steps):
         axes.plot(steps, losses, "o-", color="#cc6633", linewidth=1.5, markersize=4, label="validation")
+    for name in dict.fromkeys(key for row in history for key in row if key.startswith("val_loss/")):
+        axes.plot(*_series(history, name), ".--", linewidth=1, label=f"validation of {_shortened(name[9:])}")
     if np.isfinite(losses).any():
         best = int(np.nanargmin(losses))
         label = f"best validation: {losses[best]:.4f} at step {steps[best]:,}"

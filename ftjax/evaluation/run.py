@@ -85,7 +85,7 @@ def evaluate(
         del report["perplexity"]
         report["pairs"] = report.pop("tokens")
     if generate:
-        scores, samples = compare.answers(lm, lm.variables, prepared.test.desirable(), config)
+        scores, samples = compare.by_source(lm, lm.variables, prepared.test.desirable(), config)
         report |= scores | {"samples": samples}
     return report
 
@@ -154,7 +154,12 @@ def _config(model, config, overrides, data: str | None = None, say=None):
                 f"{model} names functions that are not run, because your command does not name them: "
                 f"{user_code.told(left)}"
             )
-        config.evaluate.metrics = tuple(name for name in config.evaluate.metrics if ":" not in name)
+        without = lambda names: tuple(name for name in names if ":" not in name)  # noqa: E731
+        config.evaluate.metrics = without(config.evaluate.metrics)
+        config.data.mixture = tuple(
+            {key: without(value) if key == "evaluate.metrics" else value for key, value in entry.items()}
+            for entry in config.data.mixture
+        )
         config.task.rewards = tuple(name for name in config.task.rewards if ":" not in name)
         config.task.environment = ""
         if data:

@@ -99,7 +99,7 @@ def recipe(config, data, columns: list[str], max_length: int, max_positions: int
     """See Task.recipe."""
     if _answerless(data, columns):
         fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
-        found, guessed = prepare.Recipe(OPEN, *fields), False
+        found, guessed = prepare.Recipe(OPEN, *fields, (), ""), False
     else:
         found, guessed = prepare.recipe(data, columns)
     if found.form == "text":

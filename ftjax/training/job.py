@@ -246,8 +246,9 @@ def prepared(config, say, recorded: int = 0) -> Job:
     for index, name in enumerate(data.sources):
         if len(examples := held_out.of_source(index)):
             validation[name] = batch(examples, eval_rows, shuffle=False)
-    for name in config.evaluate.metrics:
-        check_metric(config, name)
+    for source in configs.sources(config):
+        for name in source.config.evaluate.metrics:
+            check_metric(config, name)
     select = selection(config, held_out, judge.check(config, data, tokenizer), chat_tokenizer)
     lengths = sorted({T for _, T, _ in batches.shapes()})
     if task.collect:

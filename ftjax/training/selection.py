@@ -14,6 +14,7 @@ from ftjax.evaluation.metrics import METRICS, find, score
 from ftjax.evaluation.said import Asked
 
 LOSS = "val_loss"
+OF_SOURCES = ("val_mean_loss", "val_worst_loss")  # over the sources of a mixture
 OF_TOKENS = ("accuracy",)  # figures that the validation loss brings along, where a task has no others
 MOST_ANSWERS = 500  # validation rows that may be answered at each validation
 
@@ -57,15 +58,16 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
                     f"{key} needs validation rows, and there are none; set data.validation, or its share in data.split"
                 )
     of_tokens = () if tasks.find(config.task.kind).measure else OF_TOKENS
-    known = (LOSS, *(figures or of_tokens), *(METRICS if causal else ()))
+    losses = (LOSS, *(OF_SOURCES if config.data.mixture else ()))
+    known = (*losses, *(figures or of_tokens), *(METRICS if causal else ()))
     if name not in known and not (causal and ":" in name):
         more = ", and your own as file.py:function" if causal else ""
         raise FtjaxError(
             f"train.select: {name!r} is no score of task.kind {config.task.kind}{nearest(name, known)}; its scores are "
             f"{', '.join(known)}{more}"
         )
-    if not causal or name in (LOSS, *OF_TOKENS):
-        return Selection(name, name != LOSS and name not in LOWER, part)
+    if not causal or name in (*losses, *OF_TOKENS):
+        return Selection(name, name not in losses and name not in LOWER, part)
     metric = find(name)
     if metric.higher is None:
         raise FtjaxError(
@@ -90,10 +92,10 @@ def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, fl
         job: The run's Job.
         model: The Flax module.
         variables: The Flax variables that it is applied to.
-        losses: "val_loss" and "accuracy" of the same validation.
+        losses: The figures of the same validation, see start.validate.
     """
     config = job.config
-    if chosen.name == LOSS or not tasks.find(config.task.kind).judged and chosen.name in OF_TOKENS:
+    if chosen.name in (LOSS, *OF_SOURCES) or not tasks.find(config.task.kind).judged and chosen.name in OF_TOKENS:
         return losses[chosen.name]
     if job.generates:
         alone = configs.copy(config)

@@ -18,7 +18,7 @@ from ftjax.files import replace_json
 from ftjax.hub import families, weights
 from ftjax.models.quantised import dequantised
 from ftjax.progress import doing
-from ftjax.training import hosts, sharding
+from ftjax.training import hosts, selection, sharding
 from ftjax.training.job import Job
 from ftjax.training.program import Program, check_new_head
 from ftjax.training.run_folder import keep_start
@@ -162,8 +162,9 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
         validation: {source: batches}, which may carry hidden states, see ftjax.training.features.
 
     Returns:
-        `val_loss`, `accuracy` where the task has one, and the task's further means as `val_NAME` over all sources, and
-        `val_loss/NAME` of each source if there are several.
+        `val_loss`, `accuracy` where the task has one, and the task's further means as `val_NAME` over all sources. If
+        there are several sources, also `val_loss/NAME` and `val_accuracy/NAME` of each, and the mean and the greatest
+        of these losses as `val_mean_loss` and `val_worst_loss`.
     """
     local = sharding.local_rows(job.mesh, job.eval_rows)
     kind = job.config.task.kind
@@ -176,7 +177,11 @@ def validate(job: Job, program: Program, variables: dict, validation: dict) -> d
         feed = loader(held_out, 0, len(held_out), job.config.data.workers, local)
         found[name] = evaluate_loss(loss, (sharding.place_batch(b, job.mesh, job.eval_rows, local) for b in feed))
     tokens = sum(f["tokens"] for f in found.values())
-    each = {f"val_loss/{name}": f["loss"] for name, f in found.items()} if len(job.data.sources) > 1 else {}
+    each = {}
+    if len(job.data.sources) > 1:
+        each = {f"val_{key}/{name}": f[key] for name, f in found.items() for key in ("loss", "accuracy") if key in f}
+        losses = [f["loss"] for f in found.values()]
+        each |= dict(zip(selection.OF_SOURCES, (sum(losses) / len(losses), max(losses))))
     names = next(iter(found.values())).keys() - {"tokens", "perplexity"}
     mean = {name: sum(f[name] * f["tokens"] for f in found.values()) / tokens for name in sorted(names)}
     accuracy, loss = mean.pop("accuracy"), mean.pop("loss")

@@ -38,7 +38,8 @@ def table(tmp_path):
 
 
 def recipe(**changed):
-    fields = dict(form="prompt", prompt="", completion="", template="", system="", train_on="assistant", end="")
+    fields = dict.fromkeys(("prompt", "completion", "template", "system", "end", "labelled"), "")
+    fields |= {"form": "prompt", "train_on": "assistant", "labels": ()}
     return Recipe(**(fields | changed))
 
 

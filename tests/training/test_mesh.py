@@ -108,6 +108,7 @@ def batches():
         batch = tiny.batch(rows, [[len(doc) // 3 for doc in row] for row in rows], T)
         for name in ("loss_index", "labels", "weights"):
             batch[name] = np.pad(batch[name], [(0, 0), (0, T - batch[name].shape[1])])
+        batch["weights"] *= rng.choice(np.float32((1, 3)), (B, 1))  # the weight of a loss may differ by task
         yield batch
 
 
