@@ -313,7 +313,8 @@ FIELDS: dict[str, Field] = {
     "data.streaming": switch(False),  # pass rows through files on disk, chunk by chunk: for sets larger than memory
     "data.processes": whole(0, 0, also="dataset_num_proc num_proc preprocessing_num_workers"),  # number of processes
     # that render and tokenise; 0: by the number of rows and cores
-    "data.cache": text("auto", also="cache_dir"),  # folder of tokenised rows; auto: ~/.cache/ftjax/data; empty: none
+    "data.cache": text("auto", also="cache_dir"),  # folder of tokenised rows, and of what task.reference computes of
+    # them; auto: ~/.cache/ftjax/data; empty: none
     "data.cache_size": whole(20_000_000_000, 0, 2**63 - 1),  # most bytes of `cache`; the least recently used files are
     # deleted first
     #

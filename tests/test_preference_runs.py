@@ -299,20 +299,22 @@ def test_a_model_is_not_compared_with_itself(setting, tmp_path):
         ftjax.train(c, **how)
 
 
-def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting):
+def test_a_pair_that_is_too_long_is_cut_in_both_texts_or_left_out(setting, tmp_path):
     from ftjax.data.prepare import prepare
     from ftjax.hub.tokenizer import load_tokenizer
 
     long = {"prompt": "it was a film", "chosen": " fine" * 30, "rejected": " dull" * 3}
     other = {"prompt": "it was a film", "chosen": " fine" * 3, "rejected": " dull" * 30}
-    for policy, kept in (("truncate", [(24, 8), (8, 24)]), ("drop", [])):
-        c = setting([long, other, *rows(10, 0)], data__long=policy)
+    # Of 35 trained tokens of such a pair, 24 are left: 20 and an answer of 4, its end included.
+    cut = "truncate", [(24, 8), (8, 24)], 22
+    for policy, kept, lost in (cut, cut, ("drop", [], 70)):  # the second one reads its tokens from the cache
+        c = setting([long, other, *rows(10, 0)], data__long=policy, data__cache=str(tmp_path / "cache"))
         c.data.update(test="", split=(1.0, 0.0, 0.0))
         part = prepare(c, load_tokenizer(c.model.path), 64).train
         found = [e for e in part.examples if len(e.ids) > 20]
         assert [(e.second, len(e.ids) - e.second) for e in found] == kept
         assert all(e.trained[: e.second].any() and e.trained[e.second :].any() for e in found)
-        assert sum(report.long for report in part.reports.values()) == 2
+        assert [(report.long, report.lost) for report in part.reports.values()] == [(2, lost)]
     c = setting([{"prompt": "it " * 40, "chosen": " fine", "rejected": " dull"}], data__long="truncate")
     c.data.update(test="", split=(1.0, 0.0, 0.0))
     with pytest.raises(ftjax.FtjaxError, match="row 1: of its .* tokens only 32 are kept"):

@@ -397,7 +397,7 @@ def _tokenised(
     task = tasks.find(config.task.kind)
     # The positions of each text begin at 0.
     max_length = _max_length(config.data.max_length, task.texts * max_positions)
-    cache = _cache(config.data)
+    cache = cache_of(config.data)
     tokenizer = chat_templates.dated(tokenizer, config.data.date)
     read_by = fingerprint(tokenizer)
     names, labels_as = task.labels or (), config.task.labels_as
@@ -661,7 +661,8 @@ def _processes(asked: int, rows: int) -> int:
     return asked or max(1, min(os.cpu_count() or 1, rows // (MANY // 2)))
 
 
-def _cache(data) -> store.Cache:
+def cache_of(data) -> store.Cache:
+    """Where a run keeps what later runs can use, by its `data` group."""
     if not data.cache:
         return store.Cache(Path(_scratch()) if data.streaming else None)
     return store.Cache(cache_home("data") if data.cache == MEANT else Path(data.cache), data.cache_size)

@@ -29,7 +29,7 @@ from ftjax.errors import FtjaxError
 from ftjax.seals import digest
 
 META, IDS, TRAINED, LENGTHS, TARGETS = "meta.json", "ids.int32", "trained.bool", "lengths.int32", "targets"
-STORED = ("length", "labels", "second", "row", "whole")  # the columns of LENGTHS
+STORED = ("length", "labels", "second", "row", "whole", "lost")  # the columns of LENGTHS
 EACH = ("start", "first", *STORED)  # arrays of Examples with a number for each example
 _encoder: Callable | None = None  # the encoder of a worker process, see _install
 DRAFTS_LIVE = 86_400  # seconds; an older draft belongs to a run that was killed
@@ -49,6 +49,7 @@ class Examples(Sequence[Example]):
         second: (N,) see Example.
         row: (N,) index of the table's row that each example was made of.
         whole: (N,) tokens of each example before it was cut.
+        lost: (N,) see Example.
         targets: (n, ...) for labelled rows, see Example. None: a trained token is its own label.
     """
 
@@ -61,6 +62,7 @@ class Examples(Sequence[Example]):
     second: np.ndarray
     row: np.ndarray
     whole: np.ndarray
+    lost: np.ndarray
     targets: np.ndarray | None = None
 
     @classmethod
@@ -69,7 +71,14 @@ class Examples(Sequence[Example]):
         if isinstance(examples, cls):
             return examples
         counts = [
-            (len(e.ids), np.count_nonzero(e.trained), e.second, i if e.row is None else e.row, e.whole or len(e.ids))
+            (
+                n := len(e.ids),
+                np.count_nonzero(e.trained),
+                e.second,
+                i if e.row is None else e.row,
+                e.whole or n,
+                e.lost,
+            )
             for i, e in enumerate(examples)
         ]
         ids = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)], dtype=np.int32)
@@ -100,7 +109,7 @@ class Examples(Sequence[Example]):
         at = slice(self.start[index], self.start[index] + self.length[index])
         mine = slice(self.first[index], self.first[index] + self.labels[index])
         targets = None if self.targets is None else self.targets[mine]
-        others = (int(x[index]) for x in (self.second, self.row, self.whole))
+        others = (int(x[index]) for x in (self.second, self.row, self.whole, self.lost))
         return Example(self.ids[at], self.trained[at], targets, *others)
 
     def first_texts(self) -> Examples:
@@ -154,7 +163,7 @@ def fit(examples: Sequence[Example], max_length: int, long: str, place: Place = 
     """
     examples = Examples.of(examples)
     over = np.flatnonzero(examples.whole > max_length)
-    before = int(examples.labels[over].sum())
+    before = int(examples.labels[over].sum() + examples.lost[over].sum())
     if long == "raise" and len(over):
         raise FtjaxError(
             f"{place(int(examples.row[over[0]]))}: {examples.whole[over[0]]} tokens, more than "
@@ -253,25 +262,41 @@ def tokenised(
     """
     if cache.folder is None:
         return Examples.of([e for chunk in _encoded(table, encode, processes) for e in chunk])
+    with kept(cache, key, "tokens", lambda draft: _write(draft, _encoded(table, encode, processes))) as (entry, meta):
+        return _open(entry, meta)
+
+
+@contextlib.contextmanager
+def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict]) -> Iterator[tuple[Path, dict]]:
+    """The folder of a cache entry and its record, for a block that opens its files. If there is no such entry, or its
+    files are not byte for byte as they were written, it is written first.
+
+    Args:
+        cache: Where the entry is stored.
+        key: Digest of everything that the entry depends on, see `digest`.
+        what: What the entry holds, for a warning.
+        write: write(folder) writes the files, and returns what else the record should hold.
+    """
     entry = cache.folder / key
     meta = _whole(entry)
     if meta is None:
         if entry.exists():
-            warnings.warn(f"{entry}: these cached tokens are damaged; the rows are tokenised again", stacklevel=2)
+            warnings.warn(f"{entry}: these cached {what} are damaged; they are computed again", stacklevel=4)
         cache.folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache.folder))
         try:
-            meta = _write(draft, _encoded(table, encode, processes))
+            meta = write(draft)
+            meta |= {"checksums": seals.checksums(draft, sorted(file.name for file in draft.iterdir()))}
+            (draft / META).write_text(json.dumps(seals.sealed(meta)))
             _publish(draft, entry)
         except OSError as error:
             error.filename = error.filename or str(cache.folder)  # the error of a full disk names no file
             raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    examples = _open(entry, meta)
+    yield entry, meta
     os.utime(entry)
     _evict(cache, entry)
-    return examples
 
 
 @functools.cache
@@ -373,7 +398,7 @@ def _pool(processes: int, encode):
 
 
 def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
-    """Write the files of a cache entry and, as the last one, its record. Returns the record."""
+    """Write the files of a cache entry with tokens. Returns what its record holds of them."""
     rows = tokens = 0
     kind = None  # dtype and shape of a target
     with (
@@ -391,10 +416,7 @@ def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
                 kind = (str(flat.targets.dtype), flat.targets.shape[1:])
                 targets.write(flat.targets.tobytes())
             rows, tokens = rows + len(flat), tokens + len(flat.ids)
-    sums = seals.checksums(folder, (IDS, TRAINED, LENGTHS, TARGETS))
-    meta = {"rows": rows, "tokens": tokens, "targets": kind, "checksums": sums}
-    (folder / META).write_text(json.dumps(seals.sealed(meta)))
-    return meta
+    return {"rows": rows, "tokens": tokens, "targets": kind}
 
 
 def _publish(draft: Path, entry: Path) -> None:

@@ -23,12 +23,12 @@ class Words(NamedTuple):
     Attributes:
         ids: (T,) int32, special tokens included.
         word: (T,) index of each token's word; -1: none.
-        whole: Number of tokens before the row was cut.
+        before: As `word`, of the row before it was cut.
     """
 
     ids: np.ndarray
     word: np.ndarray
-    whole: int
+    before: np.ndarray
 
 
 def in_words(tokenizer, rows: list[list[str]], max_length: int, place=str) -> list[Words]:
@@ -77,14 +77,14 @@ def _word_of(words: list[str], offsets: np.ndarray) -> np.ndarray:
 def _cut(ids: np.ndarray, word: np.ndarray, max_length: int) -> Words:
     whole, said = len(ids), np.flatnonzero(word >= 0)
     if not max_length or whole <= max_length or not len(said):
-        return Words(ids, word, whole)
+        return Words(ids, word, word)
     a, b = said[0], said[-1] + 1  # special tokens are before a and from b on
     room = max(max_length - (whole - (b - a)), 1)
     keep = room
     while keep and word[a + keep] == word[a + keep - 1]:
         keep -= 1
     kept = np.r_[0 : a + (keep or room), b:whole]
-    return Words(ids[kept], word[kept], whole)
+    return Words(ids[kept], word[kept], word)
 
 
 def carriers(word: np.ndarray, subwords: str) -> np.ndarray:
@@ -137,7 +137,9 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
             raise FtjaxError(f"{place}: the tokenizer makes no token of these words")
         begun = carriers(found.word, "first")[trained]
         tag = tags[found.word[trained]]
-        out.append(Example(found.ids, trained, np.where(begun, tag, inside[tag]).astype(np.int32), whole=found.whole))
+        targets = np.where(begun, tag, inside[tag]).astype(np.int32)
+        lost = np.count_nonzero(carriers(found.before, how.subwords)) - len(targets)
+        out.append(Example(found.ids, trained, targets, whole=len(found.before), lost=lost))
     return out
 
 

@@ -40,6 +40,7 @@ class Example(NamedTuple):
         row: Index of the row, among those that were encoded together, that this example was made of. None: the row at
             the example's own index.
         whole: Number of tokens before the row was cut; None: it was not cut.
+        lost: Number of trained tokens that were cut off.
     """
 
     ids: np.ndarray
@@ -48,6 +49,7 @@ class Example(NamedTuple):
     second: int = 0
     row: int | None = None
     whole: int | None = None
+    lost: int = 0
 
 
 def row_number(index: int) -> str:

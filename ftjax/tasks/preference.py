@@ -70,6 +70,7 @@ class Pairs(prepare.Recipe):
     def join(self, a: Example, b: Example, place: str) -> Example:
         """Two texts as one Example. Raises FtjaxError if no trained token of one of them is left within max_length."""
         whole, lengths = len(a.ids) + len(b.ids), (len(a.ids), len(b.ids))
+        before = np.count_nonzero(a.trained) + np.count_nonzero(b.trained)
         if max(lengths) > self.max_positions:  # such a pair is too long, whatever data.max_length is
             whole = max(whole, self.max_length + 1)
         if self.cut and whole > self.max_length:
@@ -82,7 +83,7 @@ class Pairs(prepare.Recipe):
                     "with them no token of one of its answers; raise data.max_length, or set data.long=drop"
                 )
         ids, trained = (np.concatenate(both) for both in ((a.ids, b.ids), (a.trained, b.trained)))
-        return Example(ids, trained, None, len(a.ids), whole=whole)
+        return Example(ids, trained, None, len(a.ids), whole=whole, lost=before - np.count_nonzero(trained))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,19 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+import ftjax
 from ftjax import tasks, xla
+from ftjax.data import store
 from ftjax.data.batches import Batches
+from ftjax.data.prepare import cache_of
 from ftjax.errors import FtjaxError
+from ftjax.hub import fingerprint
 from ftjax.loading import load
 from ftjax.objectives import causal
+from ftjax.seals import digest
 from ftjax.training import sharding
+
+VALUES = "values"  # file of a cache entry
 
 states = xla.jit(causal.states, static_argnums=0)
 
@@ -62,13 +69,14 @@ def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any
     """
     config, mesh, model = job.config, job.mesh, program.model
 
-    def kept(name, f, shape, dtype):
+    def kept(name, f, shape, dtype, **stored):
         def compute(batch):
             rows = len(batch["tokens"])
             return f(sharding.place_batch(batch, mesh, rows, slice(0, rows)))
 
+        folder = Path(config.run_dir)
         return functools.partial(
-            Features, name=name, compute=compute, shape=shape, dtype=dtype, folder=Path(config.run_dir)
+            Features, name=name, compute=compute, shape=shape, dtype=dtype, folder=folder, **stored
         )
 
     if usable(config, program.trained, job.steps, len(job.batches)):
@@ -78,8 +86,18 @@ def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any
         shape = job.task.per_token(config, model.config.vocab_size)
         same = model.config.vocab_size if shape else 0
         compute = reference(config.task.reference, config.model.dtype, once, job.tokenizer, mesh, same)
-        return kept("reference", compute, shape, np.float32), None
+        stored = {"cache": cache_of(config.data), "key": known_by(config, mesh)}
+        return kept("reference", compute, shape, np.float32, **stored), None
     return None, None
+
+
+def known_by(config, mesh) -> str:
+    """Digest of all that the values of a reference model depend on besides the rows: its files, the settings, the code,
+    and the devices, because others compute other last digits."""
+    code = [file.read_bytes() for file in sorted(Path(ftjax.__file__).parent.rglob("*.py"))]
+    settings = [config.task.to_dict(), config.distil.to_dict(), config.model.dtype, config.model.head_chunk]
+    devices = [jax.__version__, jax.devices()[0].device_kind, dict(mesh.shape)]
+    return digest(fingerprint.of_named({"task.reference": config.task.reference}), settings, devices, *code)
 
 
 def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_size: int = 0) -> Callable[[dict], Any]:
@@ -131,7 +149,10 @@ def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_si
 class Features:
     """The batches of a Batches with one more array (B, M, ...), which the objective uses instead of computing it."""
 
-    def __init__(self, batches: Batches, name: str, compute: Callable, shape: tuple[int, ...], dtype, folder=None):
+    def __init__(
+        self, batches: Batches, name: str, compute: Callable, shape: tuple[int, ...], dtype, folder=None,
+        cache: store.Cache | None = None, key: str = "",
+    ):  # fmt: skip
         """Compute the values of all trained tokens.
 
         Args:
@@ -140,21 +161,39 @@ class Features:
             compute: compute(batch) -> the values (B, M, *shape).
             shape: Shape of the values of a token.
             dtype: Their dtype.
-            folder: Folder of the file with the values (S, *shape); None: that for temporary files. The file has no
-                name, so it vanishes with the process.
+            folder: Folder of the file with the values (S, *shape), without a cache; None: that for temporary files. The
+                file has no name, so it vanishes with the process.
+            cache: Where the values are kept for later runs.
+            key: Digest of all that they depend on besides the batches' rows.
         """
         examples = batches.examples
         self.batches, self.name, self.labels = batches, name, examples.labels
         self.start = np.cumsum(self.labels) - self.labels
-        with tempfile.TemporaryFile(dir=folder) as file:  # the map stays when it is closed
-            self.values = np.memmap(file, np.dtype(dtype), "w+", shape=(int(self.labels.sum()), *shape))
         # Padded by length and in order: no packing, in which rows of the last batch would be compiled anew.
         plain = Batches(examples, batches.batch_size, int(examples.length.max()), shuffle=False, apart=batches.apart)
-        for step in range(len(plain)):
-            for found, members in zip(np.asarray(compute(plain[step])), plain.rows(step), strict=True):
-                for example in members:
-                    count = self.labels[example]
-                    self.values[self.start[example] :][:count] = found[:count]
+        array = functools.partial(np.memmap, dtype=np.dtype(dtype), shape=(int(self.labels.sum()), *shape))
+
+        def computed(file) -> np.ndarray:
+            values = array(file, mode="w+")
+            for step in range(len(plain)):
+                for found, members in zip(np.asarray(compute(plain[step])), plain.rows(step), strict=True):
+                    for example in members:
+                        count = self.labels[example]
+                        values[self.start[example] :][:count] = found[:count]
+            return values
+
+        def write(draft: Path) -> dict:
+            computed(draft / VALUES).flush()
+            return {}
+
+        if cache is None or cache.folder is None:
+            with tempfile.TemporaryFile(dir=folder) as file:  # the map stays when it is closed
+                self.values = computed(file)
+            return
+        rows = [digest(e.ids.tobytes(), e.trained.tobytes(), e.second) for e in examples]
+        key = digest(key, rows, name, batches.batch_size, batches.apart)
+        with store.kept(cache, key, "values of a reference model", write) as (entry, _):
+            self.values = array(entry / VALUES, mode="r")
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -55,9 +55,9 @@ def test_a_cut_leaves_whole_words_between_the_special_tokens(sentences):
     tokenizer = wordpiece([" ".join(w) for w in words], 400)
     for most in (6, 17):
         whole, short = tags.in_words(tokenizer, words, 0), tags.in_words(tokenizer, words, most)
-        assert sum(len(s.ids) < w.whole for s, w in zip(short, whole)) > 200
+        assert sum(len(s.ids) < len(w.before) for s, w in zip(short, whole)) > 200
         for s, w in zip(short, whole, strict=True):
-            assert s.whole == len(w.ids) and len(s.ids) <= most
+            assert s.before.tolist() == w.word.tolist() and len(s.ids) <= most
             assert (s.ids[0], s.ids[-1]) == (w.ids[0], w.ids[-1])
             kept = s.word[s.word >= 0]
             n = len(kept)
@@ -77,6 +77,12 @@ def test_the_first_token_of_a_word_carries_its_tag_or_all_do(tokenizer):
     np.testing.assert_array_equal(np.flatnonzero(first.trained), [list(found.word).index(i) for i in range(len(WORDS))])
     (every,) = how(subwords="all").encode(tokenizer, [row], ["row 1"])
     np.testing.assert_array_equal(every.trained, found.word >= 0)
+    for whole, subwords in ((first, "first"), (every, "all")):
+        (short,) = how(subwords=subwords, max_length=7).encode(tokenizer, [row], ["row 1"])
+        assert short.lost == len(whole.targets) - len(short.targets) > 2 and (whole.lost, whole.whole) == (
+            0,
+            short.whole,
+        )
     for word, name in enumerate(TAGS):
         mine = [NAMES[t] for t in every.targets[found.word[found.word >= 0] == word]]
         inside = "I-person" if name == "B-person" else name  # there is no I-place
