@@ -311,6 +311,8 @@ FIELDS: dict[str, Field] = {
     "data.workers": whole(2, 1, also="dataloader_num_workers num_workers"),  # number of threads that build batches
     # ahead of the device
     "data.streaming": switch(False),  # pass rows through files on disk, chunk by chunk: for sets larger than memory
+    "data.domain_report": text(),  # general text, named as in data.train, that `ftjax data inspect` compares the
+    # training rows with: tokens a word, coverage of the vocabulary, new words; empty: none
     "data.processes": whole(0, 0, also="dataset_num_proc num_proc preprocessing_num_workers"),  # number of processes
     # that render and tokenise; 0: by the number of rows and cores
     "data.cache": text("auto", also="cache_dir"),  # folder of tokenised rows, and of what task.reference computes of
@@ -884,6 +886,7 @@ def copy(config: ConfigDict) -> ConfigDict:
 OF_ALL: tuple[str, ...] = (
     "mixture",
     "earlier",
+    "domain_report",
     "temperature",
     "decontaminate",
     "max_length",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ftjax import tasks
-from ftjax.data import chat_templates, preview
+from ftjax.data import chat_templates, domain, preview
 from ftjax.data.batches import Batches
 from ftjax.data.clean import records
 from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
@@ -21,7 +21,8 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
 
     Args:
         config: The whole config.
-        out: Folder for inspect.html and inspect.json; None: they are not written.
+        out: Folder for inspect.html, inspect.json and, with data.domain_report, domain.json; None: they are not
+            written.
         say: Prints a text.
 
     Raises:
@@ -34,6 +35,11 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
     folder = _empty(out) if out else None
     found = inspecting.inspect(config, tokenizer)
     say(inspect_report.table(found))
+    if config.data.domain_report:
+        of_domain = domain.report(config, tokenizer)
+        say(f"\ncompared with {config.data.domain_report}\n{domain.shown(of_domain)}")
+        if folder:
+            replace_json(folder / "domain.json", of_domain)
     if folder:
         replace_json(folder / "inspect.json", inspect_report.to_json(found))
         replace_text(folder / "inspect.html", inspect_report.html(found))

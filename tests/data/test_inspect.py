@@ -7,8 +7,12 @@ import random
 from html.parser import HTMLParser
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ftjax import assets
 from ftjax import config as configs
+from ftjax.data import domain, verbs
 from ftjax.data.inspect import inspect
 from ftjax.data.inspect_checks import CHECKS
 from ftjax.data.inspect_report import WIDTH, table, to_json
@@ -523,3 +527,38 @@ def test_every_check_is_tested_here():
 def test_nothing_found_is_said(gpt2, tmp_path):
     clean = run(tmp_path, gpt2, {"train": TALK})
     assert clean.findings == [] and "Nothing was found" in table(clean) and "Nothing was found" in page(clean)
+
+
+def test_a_domain_is_compared_with_general_text(tmp_path, capsys):
+    """Counted by hand, with a tokenizer of four whole words."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "dog": 2, "cell": 3, "ran": 4}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    tokenizer.save_pretrained(tmp_path / "words")
+    (tmp_path / "general.txt").write_text("The dog ran.\nthe dog\n")
+    (tmp_path / "domain.jsonl").write_text('{"text": "the cell ran"}\n{"text": "cell, mitochondria"}\n')
+    config = configs.default()
+    config.model.path = str(tmp_path / "words")
+    config.data.update(train=str(tmp_path / "domain.jsonl"), domain_report=str(tmp_path / "general.txt"))
+    verbs.inspect(config, str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out/domain.json").read_text())
+    # General: the words the, dog, ran, the, dog and the tokens [UNK] dog ran [UNK] the dog; all words are whole tokens.
+    assert found["general text"] == {
+        "words": 5, "distinct_words": 3, "tokens_per_word": 6 / 5, "words_of_one_token": 1.0, "vocabulary_used": 4 / 5,
+        "unknown_tokens": 2 / 6, "known_words": 1.0, "known_distinct_words": 1.0, "new_words": [],
+    }  # fmt: skip
+    # Domain: the, cell, ran, cell, mitochondria and the tokens the cell ran cell [UNK] [UNK].
+    assert found["train"] == {
+        "words": 5, "distinct_words": 4, "tokens_per_word": 6 / 5, "words_of_one_token": 4 / 5,
+        "vocabulary_used": 4 / 5, "unknown_tokens": 2 / 6, "known_words": pytest.approx(2 / 5),
+        "known_distinct_words": 2 / 4,
+        "new_words": [["cell", 2], ["mitochondria", 1]],
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "new words of train: cell (2), mitochondria (1)" in shown and "known distinct words" in shown
+    pieces = AutoTokenizer.from_pretrained(assets.resolve("builtin:stories260K"))
+    config.data.domain_report = "builtin:tinystories/stories.txt"
+    found = domain.report(config, pieces)["train"]
+    assert found["words_of_one_token"] == 1 / 5  # "the"; the others are pieces
+    texts = "the cell ran", "cell, mitochondria"
+    assert found["tokens_per_word"] == sum(len(pieces.tokenize(text)) for text in texts) / 5

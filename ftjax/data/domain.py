@@ -1,0 +1,86 @@
+"""How the rows of a domain differ from general text: what the tokenizer makes of both, and which words are new."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ftjax import config as configs
+from ftjax.data.compared import Texts, sides
+from ftjax.data.read import read_table
+from ftjax.data.similar import normalise, units
+from ftjax.data.tokenise import continuation
+
+NEW = 10  # of the most frequent new words that are listed
+GENERAL = "general text"
+SHOWN = {
+    "words": "{:,}",
+    "distinct_words": "{:,}",
+    "tokens_per_word": "{:.2f}",
+    "words_of_one_token": "{:.1%}",
+    "vocabulary_used": "{:.1%}",
+    "unknown_tokens": "{:.1%}",
+    "known_words": "{:.1%}",
+    "known_distinct_words": "{:.1%}",
+}
+
+
+def report(config, tokenizer) -> dict[str, dict]:
+    """Compare the training rows of each source with the general text of data.domain_report.
+
+    Words are in lower case and without punctuation; in scripts without blanks each character is a word.
+
+    Args:
+        config: The whole config.
+        tokenizer: The tokenizer, from transformers.
+
+    Returns:
+        {GENERAL or the name of the source: its figures}: `words` and `distinct_words`, their numbers;
+        `tokens_per_word`; `words_of_one_token`, the share of the words that are a single token, and not the unknown
+        one; `vocabulary_used`, the share of the tokenizer's tokens that occur; `unknown_tokens`, their share of all
+        tokens; `known_words` and `known_distinct_words`, the shares of the words that occur in the general text;
+        `new_words`, the most frequent others with their counts.
+
+    Raises:
+        FtjaxError: If rows cannot be read.
+    """
+    found: dict[str, dict] = {}
+    known: Counter[str] = Counter()
+    general = configs.copy(config)
+    general.data.update(train=config.data.domain_report, mixture=(), columns=())
+    for name, data, *_ in (*configs.sources(general), *configs.sources(config)):
+        table = read_table(data.train, "data.train" if known else "data.domain_report", None, data.columns)
+        counts, figures = _counted(Texts(table, sides(data, table.columns, config.task).whole), tokenizer)
+        known = known or counts
+        new = Counter({word: n for word, n in counts.items() if word not in known})
+        figures |= {"known_words": 1 - new.total() / max(counts.total(), 1)}
+        figures |= {"known_distinct_words": 1 - len(new) / max(len(counts), 1), "new_words": new.most_common(NEW)}
+        found[(name or "train") if found else GENERAL] = figures
+    return found
+
+
+def _counted(texts: Iterable[str], tokenizer) -> tuple[Counter[str], dict]:
+    words: Counter[str] = Counter()
+    tokens: Counter[int] = Counter()
+    for text in texts:
+        words.update(units(normalise(text))[0])
+        tokens.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    total, unknown = max(words.total(), 1), tokenizer.unk_token_id
+    alone = {word for word in words if len(ids := continuation(tokenizer, f" {word}")) == 1 and ids != [unknown]}
+    return words, {
+        "words": words.total(),
+        "distinct_words": len(words),
+        "tokens_per_word": tokens.total() / total,
+        "words_of_one_token": sum(words[word] for word in alone) / total,
+        "vocabulary_used": len(tokens) / len(tokenizer),
+        "unknown_tokens": tokens[unknown] / max(tokens.total(), 1),
+    }
+
+
+def shown(found: dict[str, dict]) -> str:
+    """The result of `report` as lines for the terminal."""
+    lines = [f"{'':<22}" + "".join(f"{name[:18]:>20}" for name in found)]
+    for key, form in SHOWN.items():
+        lines.append(f"{key.replace('_', ' '):<22}" + "".join(f"{form.format(x[key]):>20}" for x in found.values()))
+    new = {name: ", ".join(f"{word} ({n:,})" for word, n in x["new_words"]) for name, x in found.items()}
+    return "\n".join([*lines, *(f"new words of {name}: {listed}" for name, listed in new.items() if listed)])
