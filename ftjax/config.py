@@ -941,14 +941,11 @@ def sources(config: ConfigDict) -> list[Source]:
         for key, value in entry.items():
             if key in OF_ENTRY:
                 continue
-            if key in OWN:
-                _set(whole, key, value, f"{said}: {key}")
-                continue
-            if key.split(".")[0] not in data:
+            if key not in OWN and key.split(".")[0] not in data:
                 raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, *OF_ENTRY, *OWN])}")
             if key in OF_ALL:
                 raise FtjaxError(f"{said}: {key!r} applies to all sources and cannot be set for one; set data.{key}")
-            _set(whole, f"data.{key}", value, f"{said}: {key}")
+            _set(whole, key if key in OWN else f"data.{key}", value, f"{said}: {key}")
         weight = number(None, above=0).check(entry.get("weight"), f"{said}: weight")
         factor = number(1.0, above=0).check(entry.get("loss_weight", 1.0), f"{said}: loss_weight")
         name = str(entry.get("name") or Path(entry["train"]).stem)

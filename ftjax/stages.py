@@ -147,9 +147,10 @@ def _mixed(earlier, stage) -> tuple[dict, ...]:
 
 def _entry(stage, weight: float) -> dict:
     """The rows of a stage as an entry of data.mixture."""
-    own = {key.removeprefix("data."): v for key, v in configs.flat(stage.config).items() if key.startswith("data.")}
+    fields = configs.flat(stage.config)
+    own = {key.removeprefix("data."): value for key, value in fields.items() if key.startswith("data.")}
     own = {key: value for key, value in own.items() if key.split(".")[0] not in configs.OF_ALL}
-    return own | {"name": stage.name, "weight": weight}
+    return own | {key: fields[key] for key in configs.OWN} | {"name": stage.name, "weight": weight}
 
 
 def _computes(stage, other, first) -> bool:

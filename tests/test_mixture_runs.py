@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -144,13 +145,20 @@ def test_every_task_is_scored_by_its_own_metrics(setting, tmp_path):
     assert any("names functions that are not run" in line for line in said)
     assert f"{code} of films" not in report
     assert {name: report[name] for name in scores[:3]} == {name: after[name] for name in scores[:3]}
+    # Rows that the command names are of no source.
+    shown = ("prompt={text} it was", "completion= {label}", "labels=('dull', 'fine')")
+    overrides = [*(f"data.{field}" for field in shown), "evaluate.metrics=exact_match"]
+    report = ftjax.evaluate(
+        c.run_dir, str(tmp_path / "films_test.jsonl"), overrides=overrides, generate=True, say=said.append
+    )
+    assert report["exact_match"] == after["exact_match of films"] and "coverage of told" not in report
 
 
 def test_a_source_without_metrics_is_in_no_mean_and_an_unbounded_one_makes_it_undefined(setting, monkeypatch):
     from ftjax.evaluation import compare
 
     c = setting()
-    part = prepared(c, print).data.test
+    part = (job := prepared(c, print)).data.test
     monkeypatch.setattr(compare, "answers", lambda lm, variables, part, config: (
         {name: 0.5 for name in config.evaluate.metrics}, []))  # fmt: skip
     told, films = c.data.mixture
@@ -160,6 +168,14 @@ def test_a_source_without_metrics_is_in_no_mean_and_an_unbounded_one_makes_it_un
         found, _ = compare.by_source(None, {}, part, c)
         means.append(found.get("mean of tasks", "none"))
     assert means == [0.5, (0.5 / 100 + 0.5) / 2, None, "none"]
+    monkeypatch.setattr(compare, "max_tokens", lambda *shape: 4)
+    i = int(np.flatnonzero(part.source)[0])
+    prompt = list(part.prompts(job.tokenizer))[i].tolist()
+    lm = SimpleNamespace(tokenizer=job.tokenizer, model=SimpleNamespace(config=None))
+    with pytest.raises(
+        FtjaxError, match="films_test.jsonl row 1: the prompt with an answer of data.labels has .* tokens"
+    ):
+        compare.ranked(lm, {}, part, [i], [prompt], c)
     assert compare.is_higher("mean of tasks") and not compare.is_higher("unsupported of a of b")
     assert compare.is_higher("length of a") is None
 

@@ -183,12 +183,13 @@ def test_a_factor_is_chosen_on_validation_rows_of_all_stages(folder):
 
 
 def test_replayed_rows_are_a_share_of_a_stage(folder):
-    first, second = configs.staged(settings(folder))
+    first, second = configs.staged(settings(folder, **{"evaluate.metrics": ("length",)}))
     mixed = configs.copy(second.config)
     mixed.data.mixture = stages._mixed([first], second)
     found = configs.sources(mixed)
-    assert [(name, weight) for name, _, weight in found] == [("words", 0.25), ("back", 0.75)]
-    assert [data.prompt for _, data, _ in found] == [WORDS["data.prompt"], BACK["data.prompt"]]
+    assert [(one.name, one.weight) for one in found] == [("words", 0.25), ("back", 0.75)]
+    assert [one.data.prompt for one in found] == [WORDS["data.prompt"], BACK["data.prompt"]]
+    assert [one.config.evaluate.metrics for one in found] == [("rouge_l",), ("length",)]  # each by its own
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,10 @@ from ftjax.data.compared import Texts, sides
 from ftjax.data.read import read_table
 from ftjax.data.similar import normalise, units
 from ftjax.data.tokenise import continuation
+from ftjax.errors import FtjaxError
 
 NEW = 10  # of the most frequent new words that are listed
 GENERAL = "general text"
-SHOWN = {
-    "words": "{:,}",
-    "distinct_words": "{:,}",
-    "tokens_per_word": "{:.2f}",
-    "words_of_one_token": "{:.1%}",
-    "vocabulary_used": "{:.1%}",
-    "unknown_tokens": "{:.1%}",
-    "known_words": "{:.1%}",
-    "known_distinct_words": "{:.1%}",
-}
 
 
 def report(config, tokenizer) -> dict[str, dict]:
@@ -42,16 +33,18 @@ def report(config, tokenizer) -> dict[str, dict]:
         `new_words`, the most frequent others with their counts.
 
     Raises:
-        FtjaxError: If rows cannot be read.
+        FtjaxError: If rows cannot be read, or if the general text holds no word.
     """
     found: dict[str, dict] = {}
     known: Counter[str] = Counter()
-    general = configs.copy(config)
-    general.data.update(train=config.data.domain_report, mixture=(), columns=())
-    for name, data, *_ in (*configs.sources(general), *configs.sources(config)):
+    general = configs.default()  # its columns are not those of the domain, and no template is for them
+    general.data.train = config.data.domain_report
+    for name, data, _, _, own in (*configs.sources(general), *configs.sources(config)):
         table = read_table(data.train, "data.train" if known else "data.domain_report", None, data.columns)
-        counts, figures = _counted(Texts(table, sides(data, table.columns, config.task).whole), tokenizer)
+        counts, figures = _counted(Texts(table, sides(data, table.columns, own.task).whole), tokenizer)
         known = known or counts
+        if not known:
+            raise FtjaxError(f"data.domain_report: {data.train} holds no word; name rows with text")
         new = Counter({word: n for word, n in counts.items() if word not in known})
         figures |= {"known_words": 1 - new.total() / max(counts.total(), 1)}
         figures |= {"known_distinct_words": 1 - len(new) / max(len(counts), 1), "new_words": new.most_common(NEW)}
@@ -68,19 +61,18 @@ def _counted(texts: Iterable[str], tokenizer) -> tuple[Counter[str], dict]:
     total, unknown = max(words.total(), 1), tokenizer.unk_token_id
     alone = {word for word in words if len(ids := continuation(tokenizer, f" {word}")) == 1 and ids != [unknown]}
     return words, {
-        "words": words.total(),
-        "distinct_words": len(words),
-        "tokens_per_word": tokens.total() / total,
+        "words": words.total(), "distinct_words": len(words), "tokens_per_word": tokens.total() / total,
         "words_of_one_token": sum(words[word] for word in alone) / total,
-        "vocabulary_used": len(tokens) / len(tokenizer),
-        "unknown_tokens": tokens[unknown] / max(tokens.total(), 1),
-    }
+        "vocabulary_used": len(tokens) / len(tokenizer), "unknown_tokens": tokens[unknown] / max(tokens.total(), 1),
+    }  # fmt: skip
 
 
 def shown(found: dict[str, dict]) -> str:
     """The result of `report` as lines for the terminal."""
+    forms = {"words": ",", "distinct_words": ",", "tokens_per_word": ".2f"}
     lines = [f"{'':<22}" + "".join(f"{name[:18]:>20}" for name in found)]
-    for key, form in SHOWN.items():
-        lines.append(f"{key.replace('_', ' '):<22}" + "".join(f"{form.format(x[key]):>20}" for x in found.values()))
+    for key in [key for key in found[GENERAL] if key != "new_words"]:
+        cells = (f"{figures[key]:{forms.get(key, '.1%')}}" for figures in found.values())
+        lines.append(f"{key.replace('_', ' '):<22}" + "".join(f"{cell:>20}" for cell in cells))
     new = {name: ", ".join(f"{word} ({n:,})" for word, n in x["new_words"]) for name, x in found.items()}
     return "\n".join([*lines, *(f"new words of {name}: {listed}" for name, listed in new.items() if listed)])

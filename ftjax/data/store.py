@@ -267,7 +267,7 @@ def tokenised(
 
 
 @contextlib.contextmanager
-def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict]) -> Iterator[tuple[Path, dict]]:
+def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict | None]) -> Iterator[tuple[Path, dict]]:
     """The folder of a cache entry and its record, for a block that opens its files. If there is no such entry, or its
     files are not byte for byte as they were written, it is written first.
 
@@ -275,7 +275,7 @@ def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict]) -> It
         cache: Where the entry is stored.
         key: Digest of everything that the entry depends on, see `digest`.
         what: What the entry holds, for a warning.
-        write: write(folder) writes the files, and returns what else the record should hold.
+        write: write(folder) writes the files, and returns what else the record should hold, if anything.
     """
     entry = cache.folder / key
     meta = _whole(entry)
@@ -285,7 +285,7 @@ def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict]) -> It
         cache.folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache.folder))
         try:
-            meta = write(draft)
+            meta = write(draft) or {}
             meta |= {"checksums": seals.checksums(draft, sorted(file.name for file in draft.iterdir()))}
             (draft / META).write_text(json.dumps(seals.sealed(meta)))
             _publish(draft, entry)

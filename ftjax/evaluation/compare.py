@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -29,18 +31,13 @@ from ftjax.progress import doing
 
 LOWER = ("perplexity", "forgetting_loss")  # figures where less is better, besides those of METRICS
 OF = " of "  # between a figure and the source of a mixture that it is of
-TASKS = ("mean", "worst")  # figures over all sources
-
-
-def figure_of(name: str) -> str:
-    """The name of a figure without the source that it is of."""
-    return name.partition(OF)[0]
+TASKS = ("mean of tasks", "worst of tasks")  # figures over all sources
 
 
 def is_higher(name: str) -> bool | None:
     """Whether more of a figure of `measure` is better; None: neither."""
-    name = figure_of(name)
-    return True if name in TASKS else False if name in LOWER else find(name).higher
+    of = name.partition(OF)[0]
+    return name in TASKS or (False if of in LOWER else find(of).higher)
 
 
 def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
@@ -147,11 +144,11 @@ def by_source(lm, variables, part, config) -> tuple[dict[str, float | None], lis
         figures |= {f"{name}{OF}{source.name}": value for name, value in found.items()}
         samples += [sample | {"source": source.name} for sample in own]
         first, value = find(named[0]), found[named[0]]
-        bounded = None not in (value, first.best, first.worst)
-        shares.append((value - first.worst) / (first.best - first.worst) if bounded else None)
-    whole = [np.mean(shares), min(shares)] if shares and None not in shares else [None, None]
-    told = {f"{name}{OF}tasks": None if x is None else float(x) for name, x in zip(TASKS, whole)}
-    return figures | (told if len(shares) > 1 else {}), samples
+        worst, best = first.worst, first.best
+        shares.append(None if None in (value, best, worst) else (value - worst) / (best - worst))
+    if len(shares) > 1:
+        figures |= dict(zip(TASKS, [None] * 2 if None in shares else [float(np.mean(shares)), min(shares)]))
+    return figures, samples
 
 
 def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], config) -> list[str]:
@@ -181,11 +178,11 @@ def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], confi
                     f"{part.place(i)}: the prompt with an answer of data.labels has {len(whole):,} tokens, and the "
                     f"model {limit:,} positions; shorten the prompt, or remove the row"
                 )
+    if not examples:
+        return []
     longest = max(len(example.ids) for example in examples)
-    with (
-        doing(f"ranking the labels of {len(prompts):,} prompts"),
-        cpus.dealt(variables, at_once, lm.model.config.width) as variables,
-    ):
+    width, what = lm.model.config.width, f"ranking the labels of {len(prompts):,} prompts"
+    with doing(what), cpus.dealt(variables, at_once, width) as variables:
         found = by_example(functools.partial(_log_probs, lm.model, variables), examples, at_once, longest)
     summed = np.array([x.sum() for x in found])
     if not np.isfinite(summed).all():
@@ -224,16 +221,14 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     references = [[part.reference(i, lm.tokenizer) for i in rows] for rows in groups.values()]
     first = [rows[0] for rows in groups.values()]
     choose = [n for n, i in enumerate(first) if getattr(part.recipe(i), "labels", ())]
-    said = {}
-    if choose:
-        found = ranked(lm, variables, part, [first[n] for n in choose], [prompts[n] for n in choose], config)
-        said = dict(zip(choose, found, strict=True))
-    return answered(lm, variables, prompts, references, [part.row(i) for i in first], config, said=said)
+    found = ranked(lm, variables, part, [first[n] for n in choose], [prompts[n] for n in choose], config)
+    asked, said = [part.row(i) for i in first], dict(zip(choose, found, strict=True))
+    return answered(lm, variables, prompts, references, asked, config, said=said)
 
 
 def answered(
     lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = "",
-    said: dict[int, str] | None = None,
+    said: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """As `answers`, for prompts that are already encoded.
 
@@ -247,11 +242,10 @@ def answered(
         until: Text that ends an answer. It is removed with all that follows it; empty: none.
         said: {index of a prompt: its answer} where it is known.
     """
-    known = said or {}
-    others = [prompt for n, prompt in enumerate(prompts) if n not in known]
+    others = [prompt for n, prompt in enumerate(prompts) if n not in said]
     texts = continued(lm, variables, others, seed=config.seed, **config.generate.to_dict()) if others else []
     new = (answer_of(text.split(until)[0] if until else text) for text in texts)
-    predictions = [known[n] if n in known else next(new) for n in range(len(prompts))]
+    predictions = [said[n] if n in said else next(new) for n in range(len(prompts))]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [
         {"prompt": p, "references": r, "prediction": t, "scores": {}}

@@ -100,6 +100,7 @@ def _rows(lm: LM, data: str | None, config, say, truths: bool = True) -> Data:
             config.data.max_length = 2 * lm.pooling.max_length or config.data.max_length
     pool = lm.model.config.head.pool
     if data:
+        config.data.mixture = ()  # the rows are of none of its sources
         if not truths:
             config.data.label = ""
         prepared = given(config, data, lm.tokenizer, lm.max_tokens, truths=truths, pool=pool)

@@ -182,16 +182,13 @@ class Features:
                         values[self.start[example] :][:count] = found[:count]
             return values
 
-        def write(draft: Path) -> dict:
-            computed(draft / VALUES).flush()
-            return {}
-
         if cache is None or cache.folder is None:
             with tempfile.TemporaryFile(dir=folder) as file:  # the map stays when it is closed
                 self.values = computed(file)
             return
         rows = [digest(e.ids.tobytes(), e.trained.tobytes(), e.second) for e in examples]
         key = digest(key, rows, name, batches.batch_size, batches.apart)
+        write = lambda draft: computed(draft / VALUES).flush()  # noqa: E731
         with store.kept(cache, key, "values of a reference model", write) as (entry, _):
             self.values = array(entry / VALUES, mode="r")
 

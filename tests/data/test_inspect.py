@@ -19,6 +19,7 @@ from ftjax.data.inspect_report import WIDTH, table, to_json
 from ftjax.data.inspect_report import html as page
 from ftjax.data.prepare import read_and_clean
 from ftjax.data.similar import normalise, row_text
+from ftjax.errors import FtjaxError
 from ftjax.hub.tokenizer import load_tokenizer
 
 
@@ -536,9 +537,12 @@ def test_a_domain_is_compared_with_general_text(tmp_path, capsys):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     tokenizer.save_pretrained(tmp_path / "words")
     (tmp_path / "general.txt").write_text("The dog ran.\nthe dog\n")
-    (tmp_path / "domain.jsonl").write_text('{"text": "the cell ran"}\n{"text": "cell, mitochondria"}\n')
+    (tmp_path / "domain.jsonl").write_text(
+        '{"body": "the cell", "end": "ran"}\n{"body": "cell,", "end": "mitochondria"}\n'
+    )
     config = configs.default()
     config.model.path = str(tmp_path / "words")
+    config.data.update(prompt="{body}", completion=" {end}")
     config.data.update(train=str(tmp_path / "domain.jsonl"), domain_report=str(tmp_path / "general.txt"))
     verbs.inspect(config, str(tmp_path / "out"))
     found = json.loads((tmp_path / "out/domain.json").read_text())
@@ -560,5 +564,9 @@ def test_a_domain_is_compared_with_general_text(tmp_path, capsys):
     config.data.domain_report = "builtin:tinystories/stories.txt"
     found = domain.report(config, pieces)["train"]
     assert found["words_of_one_token"] == 1 / 5  # "the"; the others are pieces
-    texts = "the cell ran", "cell, mitochondria"
+    texts = "the cell\nran", "cell,\nmitochondria"
     assert found["tokens_per_word"] == sum(len(pieces.tokenize(text)) for text in texts) / 5
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    config.data.domain_report = str(tmp_path / "empty.jsonl")
+    with pytest.raises(FtjaxError, match="data.domain_report: .*empty.jsonl holds no word"):
+        domain.report(config, pieces)
