@@ -41,7 +41,7 @@ def report(config, tokenizer) -> dict[str, dict]:
     general.data.train = config.data.domain_report
     for name, data, _, _, own in (*configs.sources(general), *configs.sources(config)):
         table = read_table(data.train, "data.train" if known else "data.domain_report", None, data.columns)
-        counts, figures = _counted(Texts(table, sides(data, table.columns, own.task).whole), tokenizer)
+        counts, figures = _counted(Texts((table, sides(data, table.columns, own.task).whole)), tokenizer)
         known = known or counts
         if not known:
             raise FtjaxError(f"data.domain_report: {data.train} holds no word; name rows with text")

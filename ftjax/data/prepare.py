@@ -554,7 +554,7 @@ def read_sources(config, folder: str | None = None) -> Iterator[tuple[str, objec
 
     Raises FtjaxError if data.train is empty or rows cannot be read. folder: see `read_and_clean`.
     """
-    for name, data, _ in configs.sources(config):
+    for name, data, *_ in configs.sources(config):
         if not data.train:
             raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
         files = {part: getattr(data, part) for part in PARTS if getattr(data, part)}
