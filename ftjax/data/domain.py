@@ -12,7 +12,6 @@ from ftjax.data.similar import normalise, units
 from ftjax.data.tokenise import continuation
 from ftjax.errors import FtjaxError
 
-NEW = 10  # of the most frequent new words that are listed
 GENERAL = "general text"
 
 
@@ -46,8 +45,8 @@ def report(config, tokenizer) -> dict[str, dict]:
         if not known:
             raise FtjaxError(f"data.domain_report: {data.train} holds no word; name rows with text")
         new = Counter({word: n for word, n in counts.items() if word not in known})
-        figures |= {"known_words": 1 - new.total() / max(counts.total(), 1)}
-        figures |= {"known_distinct_words": 1 - len(new) / max(len(counts), 1), "new_words": new.most_common(NEW)}
+        shares = 1 - new.total() / max(counts.total(), 1), 1 - len(new) / max(len(counts), 1)
+        figures |= dict(zip(("known_words", "known_distinct_words"), shares)) | {"new_words": new.most_common(10)}
         found[(name or "train") if found else GENERAL] = figures
     return found
 

@@ -71,15 +71,8 @@ class Examples(Sequence[Example]):
         if isinstance(examples, cls):
             return examples
         counts = [
-            (
-                n := len(e.ids),
-                np.count_nonzero(e.trained),
-                e.second,
-                i if e.row is None else e.row,
-                e.whole or n,
-                e.lost,
-            )
-            for i, e in enumerate(examples)
+            (n, e.trained.sum(), e.second, i if e.row is None else e.row, e.whole or n, e.lost)
+            for i, (e, n) in enumerate((e, len(e.ids)) for e in examples)
         ]
         ids = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)], dtype=np.int32)
         trained = np.concatenate([np.zeros(0, bool), *(e.trained for e in examples)])

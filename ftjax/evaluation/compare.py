@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -116,8 +114,8 @@ def measure(lm, variables, data, config) -> dict:
 
 def by_name(part, config) -> list[tuple[configs.Source, Part]]:
     """(source, its examples) of each source of a config that has any in a part."""
-    found = [(one, np.flatnonzero(part.source == i)) for i, one in enumerate(configs.sources(config))]
-    return [(one, part.select(indices)) for one, indices in found if len(indices)]
+    of = [(one, part.select(np.flatnonzero(part.source == i))) for i, one in enumerate(configs.sources(config))]
+    return [(one, own) for one, own in of if len(own)]
 
 
 def by_source(lm, variables, part, config) -> tuple[dict[str, float | None], list[dict]]:
@@ -228,7 +226,7 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
 
 def answered(
     lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = "",
-    said: Mapping[int, str] = MappingProxyType({}),
+    said: dict[int, str] | None = None,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """As `answers`, for prompts that are already encoded.
 
@@ -242,6 +240,7 @@ def answered(
         until: Text that ends an answer. It is removed with all that follows it; empty: none.
         said: {index of a prompt: its answer} where it is known.
     """
+    said = said or {}
     others = [prompt for n, prompt in enumerate(prompts) if n not in said]
     texts = continued(lm, variables, others, seed=config.seed, **config.generate.to_dict()) if others else []
     new = (answer_of(text.split(until)[0] if until else text) for text in texts)

@@ -156,11 +156,8 @@ def _config(model, config, overrides, data: str | None = None, say=None):
                 f"{user_code.told(left)}"
             )
         without = lambda names: tuple(name for name in names if ":" not in name)  # noqa: E731
-        config.evaluate.metrics = without(config.evaluate.metrics)
-        config.data.mixture = tuple(
-            {key: without(value) if key == "evaluate.metrics" else value for key, value in entry.items()}
-            for entry in config.data.mixture
-        )
+        config.evaluate.metrics, key = without(config.evaluate.metrics), "evaluate.metrics"
+        config.data.mixture = [one | ({key: without(one[key])} if key in one else {}) for one in config.data.mixture]
         config.task.rewards = tuple(name for name in config.task.rewards if ":" not in name)
         config.task.environment = ""
         if data:

@@ -74,9 +74,8 @@ def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any
             rows = len(batch["tokens"])
             return f(sharding.place_batch(batch, mesh, rows, slice(0, rows)))
 
-        folder = Path(config.run_dir)
         return functools.partial(
-            Features, name=name, compute=compute, shape=shape, dtype=dtype, folder=folder, **stored
+            Features, name=name, compute=compute, shape=shape, dtype=dtype, folder=Path(config.run_dir), **stored
         )
 
     if usable(config, program.trained, job.steps, len(job.batches)):
@@ -86,8 +85,8 @@ def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any
         shape = job.task.per_token(config, model.config.vocab_size)
         same = model.config.vocab_size if shape else 0
         compute = reference(config.task.reference, config.model.dtype, once, job.tokenizer, mesh, same)
-        stored = {"cache": cache_of(config.data), "key": known_by(config, mesh)}
-        return kept("reference", compute, shape, np.float32, **stored), None
+        cache, key = cache_of(config.data), known_by(config, mesh)
+        return kept("reference", compute, shape, np.float32, cache=cache, key=key), None
     return None, None
 
 
