@@ -30,6 +30,7 @@ NO_TOKEN = -1  # the token of a row whose logits are not finite
 APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
 STAGE = 64  # new tokens whose slots attention reads at first; doubled as answers grow
 STREAMED = 16  # tokens after which answers are streamed
+SLOTS = {"k": -1, "v": -2}  # arrays of a cache with an axis of slots
 SHARED = 64  # least number of common first tokens of all prompts that are computed apart from the rest
 
 
@@ -157,11 +158,12 @@ def generate(
             if common < SHARED or 2 * T > P:
                 T = P
             elif shared is None:
-                shared = share(model, variables, np.roll(_left_padded([prompts[0][:common]], 1), common))
+                shared = share(model, variables, _left_padded([prompts[0][:common]], 1), np.int32(common))
             stages = [n for n in (STAGE << i for i in range(max_new_tokens.bit_length())) if n < max_new_tokens]
             stages += [max_new_tokens]
             given = variables, None if T == P else shared, tokens[:, P - T :], *arrays, key
-            state, n = prefill(model, rules, P - T, (stages[0], max_new_tokens), *given), 1
+            head = shared["segments"].shape[1] if T < P and "state" in shared else P - T
+            state, n = prefill(model, rules, head, (stages[0], max_new_tokens), *given), 1
             for until in [*(range(STREAMED, max_new_tokens, STREAMED) if stream else ()), max_new_tokens]:
                 if rooms := tuple(room for last, room in zip([0, *stages], stages) if last < until and n < room):
                     state, n = decode(model, rules, rooms, variables, state, key, np.int32(n), np.int32(until)), until
@@ -279,7 +281,7 @@ class State(NamedTuple):
         lengths: (B,) tokens of the prompt.
         rows: (B,) index in the input, which the draws depend on.
         scores: Empty, or with `scored` Drawn's log_probs (B, M) and kept (B, M, ceil(V / 8)).
-        cache: k, v and segments as in `make_cache`, for P + M slots.
+        cache: As in `make_cache`, for P + M slots, without the length.
     """
 
     token: jax.Array
@@ -292,18 +294,21 @@ class State(NamedTuple):
     cache: dict
 
 
-def _places(variables) -> State:
+def _places(model, variables) -> State:
     """PartitionSpecs of a State whose rows are dealt to devices."""
-    kv = EACH if _apart(variables) else PartitionSpec(None, "data")
-    return State(*[EACH] * 7, {"k": kv, "v": kv, "segments": EACH})
+    layers = EACH if _apart(variables) else PartitionSpec(None, "data")
+    names = jax.eval_shape(lambda: make_cache(model.config, 1, 1)).keys() - {"segments", "length"}
+    return State(*[EACH] * 7, {"segments": EACH} | dict.fromkeys(names, layers))
 
 
 def _settled(state: State) -> State:
     """A state whose cache is split by rows and heads, and of which every process reads all else."""
     whole = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), state._replace(cache=state.cache["segments"]))
-    split = lambda x: constrain(x, *[None] * (x.ndim - 4), "batch", "kv_heads", None, None)  # noqa: E731
-    kv = {name: jax.tree.map(split, state.cache[name]) for name in ("k", "v")}
-    return whole._replace(cache=kv | {"segments": whole.cache})
+
+    def split(name, x):
+        return constrain(x, *[None] * (x.ndim - 4), "batch", "kv_heads" if name in SLOTS else None, None, None)
+
+    return whole._replace(cache=_layers(split, state.cache) | {"segments": whole.cache})
 
 
 @functools.partial(xla.jit, static_argnums=0)
@@ -339,17 +344,15 @@ def _empty(model, variables, rows: int, slots: int) -> dict:
 
 
 @functools.partial(xla.jit, static_argnums=0)
-def share(model, variables, tokens) -> dict:
-    """Keys and values of the first tokens (1, n) of all prompts: k and v of `make_cache`, with n slots. What follows
-    the last token that is shared may be padding."""
+def share(model, variables, tokens, count) -> dict:
+    """The cache of the first `count` tokens of all prompts, which are padded on the left: tokens (1, n)."""
 
-    def local(variables, tokens):
+    def local(variables, tokens, count):
         variables = _laid_out(model, variables)
-        places = jnp.arange(tokens.shape[1])[None]
-        _, cache = _forward(model, variables, tokens, places, _empty(model, variables, *tokens.shape))
-        return {name: cache[name] for name in ("k", "v")}
+        places = jnp.arange(tokens.shape[1])[None] - (tokens.shape[1] - count)
+        return _forward(model, variables, tokens, places, _empty(model, variables, *tokens.shape))[1]
 
-    return _on_each(local, (ALL, ALL), ALL, variables, tokens)
+    return _on_each(local, (ALL, ALL, ALL), ALL, variables, tokens, count)
 
 
 @functools.partial(xla.jit, static_argnums=(0, 1, 2, 3))
@@ -359,7 +362,8 @@ def prefill(model, rules: Rules, head: int, rooms, variables, shared, tokens, le
     Args:
         model: The Flax module.
         rules: How tokens are chosen.
-        head: Prompt slots, P - T, whose keys and values are taken from `shared`.
+        head: Prompt slots whose keys and values are taken from `shared`: P - T, or all its slots if it has states,
+            which are known after its last token alone.
         rooms: New tokens that the prompts are computed with room for, and that the state has room for.
         variables: The Flax variables, with virtual tokens as a prefix, see `as_prefix`.
         shared: From `share`; None if `head` is 0.
@@ -373,17 +377,22 @@ def prefill(model, rules: Rules, head: int, rooms, variables, shared, tokens, le
     def local(variables, shared, tokens, lengths, of, rows, key):
         (U, T), B = tokens.shape, len(rows)
         variables = _laid_out(model, variables)
-        places = jnp.arange(head + T) - (head + T - lengths)[:, None]
+        slots = jnp.arange(head + T)
+        places = slots - (head + T - lengths)[:, None]
         cache = _empty(model, variables, U, head + T + rooms[0])
         if head:
-            cache = _begun(cache, shared, places[:, :head])
+            count, n = jnp.sum(shared["segments"] > 0), shared["segments"].shape[1]
+            if "state" in shared:  # all rows begin with the whole of it, and padding comes behind it
+                places = jnp.where(slots < head, slots - (n - count), jnp.where(places < count, -1, places))
+            cache = _begun(cache, shared, places[:, :head], n - count)
         x, cache = _forward(model, variables, tokens, places[:, head:], cache)
         logits = model.apply(variables, x, method="logits")[:, 0, : rules.vocab_size]
-        cache = {name: cache[name] for name in ("k", "v", "segments")}
+        del cache["length"]
         if of is not None:
             repeated = lambda x, axis=0: jnp.take(x, of % U, axis)  # noqa: E731  a device counts its own prompts from 0
-            kv = _kv(lambda _, x: repeated(x, x.ndim - 4), cache)
-            cache, logits, lengths = kv | {"segments": repeated(cache["segments"])}, repeated(logits), repeated(lengths)
+            layers = _layers(lambda _, x: repeated(x, x.ndim - 4), cache)
+            cache = layers | {"segments": repeated(cache["segments"])}
+            logits, lengths = repeated(logits), repeated(lengths)
         cache, room, scores = _resized(cache, head + T + rooms[1]), rooms[1], ()
         if rules.scored:
             cut = 0 < rules.sampling[1] < logits.shape[-1] or rules.sampling[2] < 1
@@ -395,13 +404,13 @@ def prefill(model, rules: Rules, head: int, rooms, variables, shared, tokens, le
 
     places = ALL, ALL, EACH, EACH, EACH, EACH, ALL
     given = variables, shared, tokens, lengths, of, rows, key
-    return _settled(_on_each(local, places, _places(variables), *given))
+    return _settled(_on_each(local, places, _places(model, variables), *given))
 
 
-def _kv(f, *caches: dict) -> dict:
-    """k and v of f(axis of the slots, array of each cache)."""
-    axes = {"k": -1, "v": -2}
-    return {name: jax.tree.map(functools.partial(f, axis), *(x[name] for x in caches)) for name, axis in axes.items()}
+def _layers(f, *caches: dict) -> dict:
+    """f(name, array of each cache) of the arrays of layers, whose rows are their fourth axis from the end."""
+    names = sorted(caches[0].keys() - {"segments", "length"})
+    return {name: jax.tree.map(functools.partial(f, name), *(x[name] for x in caches)) for name in names}
 
 
 def _resized(cache: dict, slots: int) -> dict:
@@ -413,7 +422,8 @@ def _resized(cache: dict, slots: int) -> dict:
             return jax.lax.slice_in_dim(x, 0, slots, axis=axis)
         return jnp.pad(x, [(0, more * (i == axis % x.ndim)) for i in range(x.ndim)], constant_values=value)
 
-    return _kv(resized, cache) | {"segments": resized(1, cache["segments"], -1)}
+    layers = _layers(lambda name, x: resized(SLOTS[name], x) if name in SLOTS else x, cache)
+    return layers | {"segments": resized(1, cache["segments"], -1)}
 
 
 def _written(cache: dict, part: dict) -> dict:
@@ -422,16 +432,19 @@ def _written(cache: dict, part: dict) -> dict:
     return jax.tree.map(over, cache, part)
 
 
-def _begun(cache: dict, shared: dict, places) -> dict:
-    """An empty cache with the tokens of `shared` in the first slots of each row, at places (U, n) of the prompt."""
+def _begun(cache: dict, shared: dict, places, padding) -> dict:
+    """An empty cache with the tokens of `shared`, which come behind its `padding`, in the first slots of each row, at
+    places (U, n) of the prompt."""
 
-    def taken(axis, old, x):
+    def taken(name, old, x):
+        if name not in SLOTS:
+            return jnp.broadcast_to(x, old.shape)
         row, rows = x[..., 0, :, :, :], x.ndim - 4
-        new = jax.vmap(lambda at: jnp.take(row, at, axis, mode="clip"), out_axes=rows)(places)
+        new = jax.vmap(lambda at: jnp.take(row, at, SLOTS[name], mode="clip"), out_axes=rows)(places + padding)
         return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
 
     segments = cache["segments"].at[:, : places.shape[1]].set(places >= 0)
-    return _kv(taken, cache, shared) | {"segments": segments, "length": jnp.int32(places.shape[1])}
+    return _layers(taken, cache, shared) | {"segments": segments, "length": jnp.int32(places.shape[1])}
 
 
 @functools.partial(xla.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -459,7 +472,7 @@ def decode(model, rules: Rules, rooms: tuple[int, ...], variables, state: State,
             cache = state.cache | {"length": P + n - 1}
             x, cache = _forward(model, variables, state.token[:, None], (state.lengths + n - 1)[:, None], cache)
             logits = model.apply(variables, x, method="logits")[:, 0, : rules.vocab_size]
-            cache = {name: cache[name] for name in ("k", "v", "segments")}
+            del cache["length"]
             return n + 1, _emit(rules, keys, n, logits, state._replace(cache=cache))
 
         whole = state.cache
@@ -471,7 +484,7 @@ def decode(model, rules: Rules, rooms: tuple[int, ...], variables, state: State,
             whole = _written(whole, state.cache)
         return state._replace(cache=whole)
 
-    places = _places(variables)
+    places = _places(model, variables)
     return _settled(_on_each(local, (ALL, places, ALL, ALL, ALL), places, variables, state, key, n, until))
 
 

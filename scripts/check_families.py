@@ -167,6 +167,21 @@ def glm4(rng) -> dict:
     return shape | {"rope_parameters": scaling(rng, "default") | {"partial_rotary_factor": share}}
 
 
+def hybrid(rng) -> dict:
+    shape, heads = sizes(rng, even=4) | flags(rng, "attention_bias"), int(rng.choice([1, 2]))
+    linear = [["linear_attention", "full_attention"][i] for i in rng.permutation([0, 0, 1])]
+    shape |= {
+        "layer_types": linear,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads * int(rng.choice([1, 3])),
+    }
+    shape |= {"linear_key_head_dim": int(rng.choice([4, 6])), "linear_value_head_dim": int(rng.choice([4, 7]))}
+    shape |= {"linear_conv_kernel_dim": int(rng.choice([2, 4]))}
+    return shape | {
+        "rope_parameters": scaling(rng, "default") | {"partial_rotary_factor": float(rng.choice([0.25, 0.5]))}
+    }
+
+
 # name -> (model_type, rng -> what config.json says)
 DRAWS = {
     **{
@@ -236,6 +251,7 @@ DRAWS = {
     "gpt_neox": ("gpt_neox", neox),
     "starcoder2": ("starcoder2", lambda rng: sizes(rng) | flags(rng, "use_bias") | {"sliding_window": 6}),
     "glm4": ("glm4", glm4),
+    "qwen3_5_text": ("qwen3_5_text", hybrid),
 }
 
 

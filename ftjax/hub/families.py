@@ -19,6 +19,7 @@ from ftjax.models.config import Head, ModelConfig, RopeScaling, layers_with
 # leaf of a module -> the end of its tensor's name, for modules and for Module.bare
 LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), (".weight", ""))
 LEAVES |= {"bias": (".bias", "_bias"), "biases": ("", "_bias"), "sinks": (".sinks", "")}
+LEAVES |= {"conv": (".conv1d.weight", ""), "A_log": (".A_log", ""), "dt_bias": (".dt_bias", "")}
 
 EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
 DENSE = ("layers/mlp/shared/", "layers/dense/")  # of dense feed-forward parts in mixtures of experts
@@ -53,7 +54,9 @@ ROPE = {
 }
 ROPE_NAMES = {ORIGINAL: "original_max_positions"}  # key -> field of RopeScaling, where they differ
 ROPE_KEYS = tuple(dict.fromkeys(key for keys in ROPE.values() for part in keys for key in part))
+PLACES = ("mrope_section", "mrope_interleaved")  # of images; the three positions of a token of text are equal
 LAYER_TYPES = ("full_attention", "sliding_attention")
+HYBRID_TYPES = ("full_attention", "linear_attention")
 
 ANY_FAMILY = {
     "quantization_config": (None,),
@@ -182,6 +185,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     if heads % values["kv_heads"]:
         raise FtjaxError(f"{where}: num_key_value_heads = {values['kv_heads']} does not divide the {heads} heads")
     values["windows"] = _windows_from_hf(hf, family, where)
+    if "full_attention_interval" in family.defaults:
+        values["parts"] = _parts_from_hf(hf, values, where)
     for field, value in family.constants.items():
         values[field] = value(values) if callable(value) else value
     if "no_rope_layers" in family.defaults:
@@ -327,7 +332,7 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
         check_fields(part or {}, ROPE_FIELDS, f"{where}: rotary embedding")
         for key, value in (part or {}).items():
             key = "rope_type" if key == "type" else key
-            if value is not None and rope.setdefault(key, value) != value:
+            if value is not None and key not in PLACES and rope.setdefault(key, value) != value:
                 raise FtjaxError(f"{where}: {key} of the rotary embedding is given twice: {rope[key]!r} and {value!r}")
     kind = rope.pop("rope_type", "default")
     kind = family.rope_types.get(kind, kind)
@@ -410,6 +415,21 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
     return tuple(window if s else 0 for s in sliding) if any(sliding) else ()
 
 
+def _parts_from_hf(hf: dict, values: dict, where: str) -> tuple[tuple[str, str], ...]:
+    """The sublayers of each layer of a family in which some have the delta rule in place of attention."""
+    every, layers = hf["full_attention_interval"], values["layers"]
+    types = hf.get("layer_types") or [HYBRID_TYPES[(layer + 1) % every > 0] for layer in range(layers)]
+    if len(types) != layers or set(types) - set(HYBRID_TYPES):
+        known = ", ".join(HYBRID_TYPES)
+        raise FtjaxError(f"{where}: layer_types: expected {layers} of {known}; found {types!r:.200}")
+    if values["delta_value_heads"] % values["delta_key_heads"]:
+        raise FtjaxError(
+            f"{where}: linear_num_key_heads = {values['delta_key_heads']} does not divide the "
+            f"{values['delta_value_heads']} heads of linear_num_value_heads"
+        )
+    return tuple(("delta" if kind == HYBRID_TYPES[1] else "attn", "mlp") for kind in types)
+
+
 def _rotary_from_hf(hf: dict, layers: int, where: str) -> tuple[bool, ...]:
     """Of each layer whether it has rotary embeddings: 1 in `no_rope_layers`, in spite of the name."""
     every = hf["no_rope_layer_interval"]
@@ -440,6 +460,8 @@ def layers_to_hf(config: ModelConfig, family: Family) -> dict:
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict:
     windows, window = config.windows or (0,) * config.layers, max(config.windows, default=0) or None
     types = {"layer_types": [LAYER_TYPES[w > 0] for w in windows]} if "layer_types" in family.defaults else {}
+    if "full_attention_interval" in family.defaults:
+        return {"layer_types": [HYBRID_TYPES["delta" in parts] for parts in config.parts]}
     if "local_attention" in family.defaults:
         full = next((i for i, w in enumerate(windows) if i and not w), 3)
         return {"local_attention": 2 * ((window or 65) - 1), "global_attn_every_n_layers": full} | types
@@ -606,7 +628,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if c.fused_qkv:
         linear["attn/c_attn"] = (q + 2 * kv, D, c.qkv_bias)
     else:
-        linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in (("q", q), ("k", kv), ("v", kv))}
+        sizes = {"q": q * (1 + c.attn_gate), "k": kv, "v": kv}
+        linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in sizes.items()}
     if c.experts:
         del linear["mlp/up_proj"], linear["mlp/down_proj"]
         if S := c.shared_hidden:
@@ -648,6 +671,14 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         out["lm_head/kernel"] = (c.vocab_size, D)
     out |= _head_shapes(c)
     block = {}
+    if H := c.delta_value_heads:
+        values, channels = H * c.delta_value_dim, H * c.delta_value_dim + 2 * c.delta_key_heads * c.delta_key_dim
+        sizes = {"in_proj_qkv": channels, "in_proj_z": values, "in_proj_b": H, "in_proj_a": H}
+        linear |= {f"delta/{name}": (size, D, False) for name, size in sizes.items()}
+        linear["delta/out_proj"] = (D, values, False)
+        block["layers/delta/norm/scale"] = (c.delta_value_dim,)
+        block |= {"layers/delta/conv": (channels, 1, c.delta_width), "layers/delta/A_log": (H,)}
+        block["layers/delta/dt_bias"] = (H,)
     for name, size in norms.items():
         block[f"layers/{name}/scale"] = (size,)
         if c.norm == "layer" and c.norm_bias:

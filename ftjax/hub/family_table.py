@@ -119,6 +119,8 @@ LLAMA_LAYER = {
 }
 OUT_NORMS = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
 OLMO_LAYER = {path: name for path, name in LLAMA_LAYER.items() if path not in ("attn_norm", "mlp_norm")} | OUT_NORMS
+DELTA = ("norm", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+DELTA_LAYER = LLAMA_LAYER | {"delta": "linear_attn"} | {f"delta/{name}": f"linear_attn.{name}" for name in DELTA}
 EXPERTS = {f"mlp/{name}": f"mlp.experts.{{e}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 MOE_LAYER = LLAMA_LAYER | {"mlp/gate": "mlp.gate"} | EXPERTS
 MIXTRAL_LAYER = MOE_LAYER | {
@@ -316,6 +318,29 @@ DECODERS = (
         keys=ATTENTION_BIAS,
         defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
         constants={"qk_norm": "head"},
+    ),
+    llama_like(
+        "qwen3_5_text",
+        {
+            **decoder_forms("Qwen3_5", tasks=("causal",)),
+            **decoder_forms("Qwen3_5Text", tasks=("sequence",)),
+        },
+        decoder_modules(DELTA_LAYER),
+        keys=ATTENTION_BIAS
+        | {
+            "delta_key_heads": "linear_num_key_heads", "delta_value_heads": "linear_num_value_heads",
+            "delta_key_dim": "linear_key_head_dim", "delta_value_dim": "linear_value_head_dim",
+            "delta_width": "linear_conv_kernel_dim",
+        },
+        defaults={
+            "vocab_size": 248320, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
+            "intermediate_size": 12288, "max_position_embeddings": 32768, "attention_bias": False,
+            "partial_rotary_factor": None, "layer_types": None, "full_attention_interval": 4,
+            "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        },
+        constants={"norm": "rms_plus_one", "qk_norm": "head", "attn_gate": True},
+        rotary_share=0.25,
     ),
     llama_like(
         "mixtral",

@@ -43,6 +43,11 @@ PARAMETER_AXES = {
     "v_proj/kernel": ("kv_heads", "embed"),
     "c_attn/kernel": (None, "embed"),  # q, k and v lie one after another: cutting across them would tear heads apart
     "o_proj/kernel": ("embed", "heads"),
+    **{f"in_proj_{name}/kernel": (None, "embed") for name in ("qkv", "z", "a", "b")},  # of the delta rule: as c_attn
+    "out_proj/kernel": ("embed", None),
+    "conv": (None, None, None),
+    "A_log": (None,),
+    "dt_bias": (None,),
     "gate_proj/kernel": ("hidden", "embed"),
     "up_proj/kernel": ("hidden", "embed"),
     "gate_up_proj/kernel": (None, "embed"),  # as c_attn

@@ -73,6 +73,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     qk_norm: str = ""  # RMS norm of q and k before rotary: `head`, over each head | `all`, over all heads together
+    attn_gate: bool = False  # outputs of heads are multiplied by the sigmoid of gates, which q_proj gives behind each q
     qkv_clip: float | None = None  # bound of |q|, |k| and |v|
     score_scale: float | None = None  # factor of q kᵀ; None: d^-0.5
     score_cap: float | None = None  # scores s become cap · tanh(s / cap)
@@ -109,6 +110,12 @@ class ModelConfig:
     logit_cap: float | None = None  # such logits y become cap · tanh(y / cap)
     initializer_range: float = 0.02  # standard deviation of newly initialised kernels
     head: Head = Head()
+    # The gated delta rule, the sublayer `delta`
+    delta_key_heads: int = 0  # those of queries and keys, a divisor of the next
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0  # size of each
+    delta_value_dim: int = 0
+    delta_width: int = 4  # tokens of the convolution before it
     # Kinds of layers
     parts: tuple[tuple[str, str], ...] = ()  # of each layer: the names of its two sublayers; empty: PARTS in all
 
@@ -126,8 +133,7 @@ def layers_with(config: ModelConfig, path: str) -> tuple[int, ...]:
     """
     name = path.removeprefix("top_").removeprefix("layers/").split("/")[0]
     parts = config.parts or (PARTS,) * config.layers
-    known = {part for pair in (PARTS, *parts) for part in pair}  # norms are no sublayers: every block has them
-    return tuple(layer for layer, own in enumerate(parts) if name in own or name not in known)
+    return tuple(layer for layer, own in enumerate(parts) if name in own or name.endswith("norm"))  # all have norms
 
 
 def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:

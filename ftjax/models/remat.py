@@ -23,13 +23,15 @@ NAMES = {
     "q": "(B, T, H d) outputs of the products, bias and adapters included",
     "k": "(B, T, K d)",
     "v": "(B, T, K d)",
+    "mixed": "(B, T, C) of layers with the delta rule: queries, keys and values before the convolution",
+    "z": "(B, T, H e) their gates",
     "attention": "(B, T, H d) what attention gives, and what its kernel keeps to go backward: (B, H, T)",
     "o": "(B, T, D)",
     "gate": "(B, T, F)",
     "up": "(B, T, F)",
     "down": "(B, T, D)",
 }
-ATTENTION = ("q", "k", "v", "attention")
+ATTENTION = ("q", "k", "v", "mixed", "z", "attention")
 PRODUCTS = (*ATTENTION, "o", "gate", "up", "down")
 # Attention kernels whose residuals have no names: they are kept if `attention` is.
 KERNELS = ("dot_product_attention_fwd_wrapper",)
@@ -65,7 +67,12 @@ def rematerialised(block: type[nn.Module], preset: str) -> type[nn.Module]:
 def kept_values(shape, names: tuple[str, ...]) -> float:
     """Number of values per token in the tensors of these names of one block, on average. shape: the ModelConfig."""
     heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {"input": shape.width, "q": heads, "k": keys, "v": keys, "attention": heads, "o": shape.width}
+    values, of_delta = shape.delta_value_heads * shape.delta_value_dim, len(layers_with(shape, "delta")) / shape.layers
+    mixed, of_attention = 2 * shape.delta_key_heads * shape.delta_key_dim + values, 1 - of_delta
+    sizes = {"q": heads * (1 + shape.attn_gate), "k": keys, "v": keys, "attention": heads}
+    sizes = {name: size * of_attention for name, size in sizes.items()} | {"input": shape.width, "o": shape.width}
+    sizes |= {"mixed": mixed * of_delta, "z": values * of_delta}
+    sizes["attention"] += values * of_delta
     routed = len(layers_with(shape, "mlp")) / shape.layers
     hidden = routed * (shape.hidden * shape.experts_used + shape.shared_hidden) + (1 - routed) * shape.dense_hidden
     sizes |= {"gate": hidden * shape.gated, "up": hidden, "down": 0}  # the last one is only added

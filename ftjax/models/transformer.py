@@ -20,6 +20,7 @@ from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import gather, map_rows, take_tokens
 from ftjax.models.config import PARTS, ModelConfig, RopeScaling, layers_with, runs
+from ftjax.models.delta import Delta
 from ftjax.models.layers import (
     ADAPTERS,
     Embedding,
@@ -46,7 +47,10 @@ ACTIVATIONS = {
 
 STACKS = ("layers", "top_layers")  # subtrees with the parameters of blocks, on a leading layer axis
 BEHIND = ("final_norm", "lm_head", "head")  # subtrees with the parameters after the blocks
-CACHED = {"attn": ("k", "v")}  # sublayer -> its arrays in a cache, a row for each layer that has it
+CACHED = {
+    "attn": ("k", "v"),
+    "delta": ("state", "conv"),
+}  # sublayer -> its arrays in a cache, a row for each layer that has it
 
 
 class Attention(nn.Module):
@@ -73,10 +77,12 @@ class Attention(nn.Module):
         elif c.fused_qkv:
             q, k, v = jnp.split(linear("c_attn", (H + 2 * K) * d, c.qkv_bias)(x), (H * d, (H + K) * d), axis=-1)
         else:
-            q = linear("q_proj", H * d, c.qkv_bias)(x)
+            q = linear("q_proj", (1 + c.attn_gate) * H * d, c.qkv_bias)(x)
             k = linear("k_proj", K * d, c.qkv_bias)(x)
             v = linear("v_proj", K * d, c.qkv_bias)(x)
         q, k, v = named(q, "q"), named(k, "k"), named(v, "v")
+        if c.attn_gate:
+            q, gates = (each.reshape(B, T, H * d) for each in jnp.split(q.reshape(B, T, H, 2 * d), 2, axis=-1))
         if c.qk_norm == "all":
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if c.qkv_clip:
@@ -105,7 +111,10 @@ class Attention(nn.Module):
             cache, k, v = remember(cache, *key_layout(k, v), layer["row"])
             how |= {"offset": offset, "causal": c.causal, "cap": c.score_cap}
             y = attend(q, k, v, shared["segments"], cache["segments"], **how)
-        y = named(linear("o_proj", c.width, c.out_bias)(y.reshape(B, T, H * d)), "o")
+        y = y.reshape(B, T, H * d)
+        if c.attn_gate:
+            y = y * nn.sigmoid(gates)
+        y = named(linear("o_proj", c.width, c.out_bias)(y), "o")
         return dropout(self, y, self.dropout), cache
 
 
@@ -283,7 +292,12 @@ class Block(nn.Module):
         h = norm("attn_norm", x, "input", "both")
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        y, cache = Attention(c, self.dtype, self.dropout, self.kernels, name=self.parts[0])(h, layer, shared, cache)
+        name = self.parts[0]
+        if name == "delta":
+            mixer = Delta(c, self.dtype, self.dropout, name=name)
+        else:
+            mixer = Attention(c, self.dtype, self.dropout, self.kernels, name=name)
+        y, cache = mixer(h, layer, shared, cache)
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
@@ -604,23 +618,28 @@ def _scaled(x, factor: float):
 def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, apart: bool = False) -> dict:
     """An empty KV cache for `batch` rows of up to `slots` tokens.
 
-    It holds k (L, B, K, d, S) and v (L, B, K, S, d) of the layers with attention, in its layout (`apart`: tuples with
-    one array per layer), segments (B, S), and length (), the number of slots in use.
+    It holds k (L, B, K, d, S) and v (L, B, K, S, d) of the L layers with attention, in its layout (`apart`: tuples with
+    one array per layer), segments (B, S), and length (), the number of slots in use. Of layers with the delta rule it
+    holds state (L, B, H, d, e) float32 and conv (L, B, 1, W - 1, C), see `models.delta`.
     """
-    L, lead, S, d = len(layers_with(config, "attn")), (batch, config.kv_heads), slots, config.head_dim
+    c, S = config, slots
 
-    def empty(*tail):
-        return (
-            tuple(jnp.zeros((*lead, *tail), dtype) for _ in range(L)) if apart else jnp.zeros((L, *lead, *tail), dtype)
-        )
+    def empty(part, *shape, dtype=dtype):
+        layers = len(layers_with(c, part))
+        return tuple(jnp.zeros(shape, dtype) for _ in range(layers)) if apart else jnp.zeros((layers, *shape), dtype)
 
-    # Segment -1: no token sees a slot that was not written.
-    return {
-        "k": empty(d, S),
-        "v": empty(S, d),
+    cache = {
+        "k": empty("attn", batch, c.kv_heads, c.head_dim, S),
+        "v": empty("attn", batch, c.kv_heads, S, c.head_dim),
+        # Segment -1: no token sees a slot that was not written.
         "segments": jnp.full((batch, slots), -1, jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }
+    if c.delta_value_heads:
+        H, d, e = c.delta_value_heads, c.delta_key_dim, c.delta_value_dim
+        cache["state"] = empty("delta", batch, H, d, e, dtype=jnp.float32)
+        cache["conv"] = empty("delta", batch, 1, c.delta_width - 1, 2 * c.delta_key_heads * d + H * e)
+    return cache
 
 
 def virtual_tokens(variables: dict) -> int:

@@ -44,8 +44,8 @@ def decayed(params) -> dict:
 
 def is_matrix(path: str, leaf) -> bool:
     """Whether a leaf is a matrix, or a stack of them on leading axes of layers and experts. The biases of experts are
-    vectors, although one for each expert makes a matrix of them."""
-    return leaf.ndim - (path.split("/", 1)[0] in STACKS) > 1 and not path.endswith(("/bias", "/biases"))
+    vectors, although one for each expert makes a matrix of them, and so are short filters of channels."""
+    return leaf.ndim - (path.split("/", 1)[0] in STACKS) > 1 and not path.endswith(("/bias", "/biases", "/conv"))
 
 
 def multipliers(
