@@ -169,17 +169,13 @@ def glm4(rng) -> dict:
 
 def hybrid(rng) -> dict:
     shape, heads = sizes(rng, even=4) | flags(rng, "attention_bias"), int(rng.choice([1, 2]))
-    linear = [["linear_attention", "full_attention"][i] for i in rng.permutation([0, 0, 1])]
-    shape |= {
-        "layer_types": linear,
-        "linear_num_key_heads": heads,
-        "linear_num_value_heads": heads * int(rng.choice([1, 3])),
-    }
-    shape |= {"linear_key_head_dim": int(rng.choice([4, 6])), "linear_value_head_dim": int(rng.choice([4, 7]))}
-    shape |= {"linear_conv_kernel_dim": int(rng.choice([2, 4]))}
-    return shape | {
-        "rope_parameters": scaling(rng, "default") | {"partial_rotary_factor": float(rng.choice([0.25, 0.5]))}
-    }
+    kinds = [("linear_attention", "full_attention")[i] for i in rng.permutation([0, 0, 1])]
+    shape |= {"layer_types": kinds, "linear_conv_kernel_dim": int(rng.choice([2, 4])), "linear_num_key_heads": heads}
+    shape |= {"linear_num_value_heads": heads * int(rng.choice([1, 3])), "linear_key_head_dim": int(rng.choice([4, 6]))}
+    # A norm of the first token's output, which may be close to 0, would enlarge rounding errors without this epsilon.
+    shape |= {"linear_value_head_dim": int(rng.choice([4, 7])), "rms_norm_eps": float(rng.choice([1e-3, 1e-2]))}
+    rope = scaling(rng, "default") | {"partial_rotary_factor": float(rng.choice([0.25, 0.5]))}
+    return shape | {"rope_parameters": rope}
 
 
 # name -> (model_type, rng -> what config.json says)
