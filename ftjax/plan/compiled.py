@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import by_rows
+from ftjax.models.config import layers_with
 from ftjax.objectives import causal
 from ftjax.plan import flops
 from ftjax.plan.devices import Devices
@@ -143,8 +144,8 @@ def drawing(config, spec: Spec, program, mesh, T: int) -> dict:
     """Arithmetic and memory traffic, by formula, of drawing the texts of a step, each as long as it may be, and of
     scoring them; empty for a task that draws none.
 
-    Every token reads all parameters once for a batch of texts, and the cache of the tokens before it. Parameters that
-    are split over `fsdp` are gathered, so that each device reads them all.
+    Every token reads all parameters once for a batch of texts, and the cache of the tokens before it or their state.
+    Parameters that are split over `fsdp` are gathered, so that each device reads them all.
     """
     task = tasks.find(config.task.kind)
     if not task.collect:
@@ -157,7 +158,9 @@ def drawing(config, spec: Spec, program, mesh, T: int) -> dict:
     read = (
         programs.count(program.base) * size / mesh.shape["tensor"] * N * math.ceil(texts / config.generate.batch_size)
     )
-    cache = texts * N * T * 2 * model.layers * model.kv_heads * model.head_dim * size / mesh.size
+    keys = 2 * T * model.kv_heads * model.head_dim * size * len(layers_with(model, "attn"))
+    states = model.delta_value_heads * model.delta_key_dim * model.delta_value_dim * len(layers_with(model, "delta"))
+    cache = texts * N * (keys + 8 * states) / mesh.size  # a state of float32 is read and written
     return {"flops": (1 + passes) * texts * T * forward, "traffic": read + cache, "sent": 0.0}
 
 

@@ -32,6 +32,8 @@ def _equation(equation) -> float:
         (contract, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contract)
+    if name == "triangular_solve":
+        return equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1]
     if name == "cond":
         return max(_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
     inner = [j.jaxpr if isinstance(j, core.ClosedJaxpr) else j for j in core.jaxprs_in_params(equation.params)]

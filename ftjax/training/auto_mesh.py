@@ -19,6 +19,7 @@ from ftjax import config as configs
 from ftjax import cpus, tasks
 from ftjax.models import axes, remat
 from ftjax.models.axes import MESH_AXES
+from ftjax.models.config import layers_with
 from ftjax.objectives import causal
 from ftjax.training import privacy, sharding
 from ftjax.training import program as programs
@@ -116,11 +117,12 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
     by_rows = math.gcd(machine.count, rows)
     shared = machine.count // by_rows
     whole = math.gcd(math.gcd(shape.kv_heads, shape.hidden), machine.per_host)  # ways that tensor may cut
-    tensor, reasons = math.gcd(shared, whole), []
+    recurrent = bool(layers_with(shape, "delta"))  # its rows stay whole; what tensor does not divide does so too
+    tensor, reasons = shared if recurrent else math.gcd(shared, whole), []
     sequence = shared // tensor
     if shared > 1:
         reasons.append(f"{rows} rows divide over {by_rows} of {machine.count} devices")
-    while row / (tensor * sequence) > budget / 2 and by_rows % 2 == 0:
+    while row / (tensor * sequence) > budget / 2 and by_rows % 2 == 0 and not recurrent:
         by_rows, sequence = by_rows // 2, sequence * 2
         reasons = [f"a row of {T:,} tokens takes about {row / GIB:.3g} GiB"]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.hub.families import EXPERTS
-from ftjax.models.config import ModelConfig
+from ftjax.models.config import ModelConfig, layers_with
+from ftjax.models.delta import CHUNK
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten
 
@@ -28,13 +29,22 @@ PEAKS = {
 }
 
 
+def delta_flops(config: ModelConfig, length: int) -> float:
+    """Forward FLOPs of the gated delta rule of one layer for one token of a row of `length`, without its linear maps:
+    products of its chunks with each other, the triangular system, the state, and the convolution."""
+    c, H, d, e = min(CHUNK, length), config.delta_value_heads, config.delta_key_dim, config.delta_value_dim
+    channels = 2 * config.delta_key_heads * d + H * e
+    return H * (c * (4 * d + 2 * e + d + e) + 6 * d * e) + 2 * config.delta_width * channels
+
+
 def flops_per_token(
     config: ModelConfig, base: dict, trained: dict, frozen: dict, length: int, passes: int = 0
 ) -> float:
     """FLOPs of forward and backward for one token of a row of `length`.
 
     Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +
-    6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers below the
+    6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers with the delta
+    rule have the products of its chunks instead of T H d, see `delta_flops`. Layers below the
     lowest trained one have no backward pass if they are stored apart, see ftjax.tuning.parts. A head over labels is
     counted as if it read every token. base, trained, frozen: trees of shapes. passes: number of further forward passes
     of the base, such as that of a reference.
@@ -59,6 +69,12 @@ def flops_per_token(
     if all(path.startswith(BEHIND) for path in paths):
         passed = 0
     into_head = 0 if all(path.startswith("lm_head") for path in paths) else head
-    attention = (2 * L * (1 + passes) + 4 * passed) * length * config.heads * config.head_dim
+    attention = 0.0
+    for part, forward in (
+        ("attn", 2 * length * config.heads * config.head_dim),
+        ("delta", delta_flops(config, length)),
+    ):
+        layers = layers_with(config, part)
+        attention += (len(layers) * (1 + passes) + 2 * sum(i >= L - passed for i in layers)) * forward
     forward = (blocks + head) * (1 + passes) + adapters
     return 2 * (forward + blocks * passed // L + into_head + 2 * adapters + own) + attention

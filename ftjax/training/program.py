@@ -20,6 +20,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.models import attention_backends, remat
+from ftjax.models.config import layers_with
 from ftjax.models.quantised import is_quantised, quantised_size
 from ftjax.models.transformer import Transformer
 from ftjax.training import privacy, sharding
@@ -148,13 +149,19 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
         attention: The model's Kernels, for a mesh without devices; None: by the devices, or XLA's without devices.
 
     Raises:
-        FtjaxError: If the method changes parameters that model.quantise would quantise.
+        FtjaxError: If the method changes parameters that model.quantise would quantise, or if the mesh cannot split
+            the model.
     """
     method, shape = METHODS[config.tuning.method], spec.model
     if (ways := mesh.shape.get("expert", 1)) > 1 and (not shape.experts or shape.experts % ways):
         raise FtjaxError(
             f"mesh.expert: {ways} devices cannot deal the {shape.experts} experts of this model in equal parts among "
             "themselves; set it to 1, or to a divisor of the number of experts"
+        )
+    if (ways := mesh.shape.get("sequence", 1)) > 1 and layers_with(shape, "delta"):
+        raise FtjaxError(
+            f"mesh.sequence: {ways} devices cannot share the tokens of a row, because layers with the delta rule need "
+            "the state before them; set it to 1, and split rows (data, fsdp) or heads (tensor)"
         )
     dropout, ema = config.train.dropout or 0.0, config.train.ema
     if attention is None:

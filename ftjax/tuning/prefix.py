@@ -87,7 +87,7 @@ def from_peft(adapter_config, tensors, base, spec):
     model = spec.model
     if adapter_config.get("num_transformer_submodules") not in (1, None):
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
-    flat = prompt.read_tensor(tensors, model.layers * 2 * model.kv_heads * model.head_dim)
+    flat = prompt.read_tensor(tensors, model.layers * 2 * model.kv_heads * model.head_dim, model)
     fields = {"virtual_tokens": len(flat), "prefix_projection": False, "prompt_init": "random"}
     return {"prefix": from_flat(flat, model)}, fields
 

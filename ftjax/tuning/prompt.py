@@ -11,7 +11,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.peft import CONFIG
-from ftjax.models.config import ModelConfig
+from ftjax.models.config import ModelConfig, layers_with
 from ftjax.models.quantised import read_rows
 from ftjax.tuning.base import Method, register
 
@@ -20,7 +20,8 @@ PREFIX = "base_model."  # before the names of the base's parameters, such as a h
 
 
 def virtual_tokens(spec) -> int:
-    """n. Raises FtjaxError where they leave no positions to tokens."""
+    """n. Raises FtjaxError where they leave no positions to tokens, and where layers have the delta rule."""
+    check_attention(spec.model)
     n, positions = spec.tuning.virtual_tokens, spec.model.max_positions
     if n > positions - 2:
         raise FtjaxError(
@@ -28,6 +29,15 @@ def virtual_tokens(spec) -> int:
             f"least 2; set at most {positions - 2}"
         )
     return n
+
+
+def check_attention(shape) -> None:
+    """Raise FtjaxError if layers have no attention, and so no keys and values that virtual tokens could be."""
+    if len(layers_with(shape, "attn")) < shape.layers:
+        raise FtjaxError(
+            "tuning.method: prompt, ptuning and prefix put virtual tokens before every document as keys and values of "
+            "attention, but this model has layers with the delta rule, which have none; use lora"
+        )
 
 
 def first_tokens(key, spec):
@@ -79,8 +89,10 @@ def to_peft(trained, frozen, spec):
     return config, {TENSOR: prompt}
 
 
-def read_tensor(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
-    """The single tensor (n, width) of a soft prompt, float32. Raises FtjaxError for other tensors or another width."""
+def read_tensor(tensors: dict[str, np.ndarray], width: int, shape) -> np.ndarray:
+    """The single tensor (n, width) of a soft prompt, float32, for a model of a shape. Raises FtjaxError for other
+    tensors or another width, and where layers have the delta rule."""
+    check_attention(shape)
     if other := sorted(tensors.keys() - {TENSOR}):
         raise FtjaxError(f"adapter tensor {other[0]}: a soft prompt has the tensor {TENSOR} alone")
     if TENSOR not in tensors:
@@ -95,7 +107,7 @@ def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT PROMPT_TUNING, or a P_TUNING, whose files hold the prompt that its encoder computed."""
     if adapter_config.get("num_transformer_submodules") not in (1, None):
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
-    prompt = read_tensor(tensors, spec.model.width)
+    prompt = read_tensor(tensors, spec.model.width, spec.model)
     return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 
 

@@ -74,7 +74,8 @@ def chosen(spec) -> dict[str, np.ndarray]:
 
 def without_form(paths) -> list[str]:
     """Those of the paths of trained parameters for which PEFT's files have no form."""
-    return [path for path in paths if path.endswith(("/experts", "/biases", "/router", "/sinks"))]
+    ends = "/experts", "/biases", "/router", "/sinks", "/A_log", "/dt_bias"
+    return [path for path in paths if path.endswith(ends)]
 
 
 def take(params: dict, parts: dict[str, np.ndarray]) -> tuple[dict, dict]:
@@ -178,8 +179,8 @@ def saved(
     whole, names = {}, stored(spec)
     if without_form(parts):
         raise FtjaxError(
-            "PEFT's files have no form for experts, routers and attention sinks that are trained whole; export the "
-            "merged model"
+            "PEFT's files have no form for experts, routers, attention sinks and rates of the delta rule that are "
+            "trained whole; export the merged model"
         )
     for path, hits in parts.items():
         tensor_names, transposed, _ = names[path]
