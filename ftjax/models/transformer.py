@@ -292,12 +292,8 @@ class Block(nn.Module):
         h = norm("attn_norm", x, "input", "both")
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        name = self.parts[0]
-        if name == "delta":
-            mixer = Delta(c, self.dtype, self.dropout, name=name)
-        else:
-            mixer = Attention(c, self.dtype, self.dropout, self.kernels, name=name)
-        y, cache = mixer(h, layer, shared, cache)
+        mixer = Delta if self.parts[0] == "delta" else functools.partial(Attention, kernels=self.kernels)
+        y, cache = mixer(c, self.dtype, self.dropout, name=self.parts[0])(h, layer, shared, cache)
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")

@@ -44,10 +44,10 @@ def flops_per_token(
 
     Forward 2 N + 2 L T H d. Backward 2 N + 4 L T H d for the gradients of activations, and 2 N_trained. Together 6 N +
     6 L T H d for full training, and 4 N + 6 N_trained + 6 L T H d for adapters on frozen kernels. Layers with the delta
-    rule have the products of its chunks instead of T H d, see `delta_flops`. Layers below the
-    lowest trained one have no backward pass if they are stored apart, see ftjax.tuning.parts. A head over labels is
-    counted as if it read every token. base, trained, frozen: trees of shapes. passes: number of further forward passes
-    of the base, such as that of a reference.
+    rule have the products of its chunks instead of T H d, see `delta_flops`. Layers below the lowest trained one have
+    no backward pass if they are stored apart, see ftjax.tuning.parts. A head over labels is counted as if it read every
+    token. base, trained, frozen: trees of shapes. passes: number of further forward passes of the base, such as that of
+    a reference.
     """
 
     def matmul(tree, *ends):
