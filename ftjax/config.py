@@ -209,6 +209,8 @@ FIELDS: dict[str, Field] = {
     "tuning.modules_to_save": several((), WORD, also="lora_modules_to_save additional_target"),  # lora, dora, ia3:
     # modules that are trained whole beside the adapter, by names as PEFT matches them, such as lm_head, embed_tokens or
     # norm; `bias`: all biases
+    "tuning.token_ids": several((), whole(0, 0)),  # ids of the tokens whose rows are trained beside LoRA or DoRA: those
+    # of data.add_tokens, and rows that pad the vocabulary; a run fills them in
     "tuning.rslora": switch(False, also="use_rslora"),  # scale by alpha / sqrt(rank), so that updates do not shrink
     # with the rank
     "tuning.init": choice("default", "gaussian", "orthogonal", "pissa", "olora", also="init_lora_weights pissa_init"),
@@ -301,6 +303,11 @@ FIELDS: dict[str, Field] = {
     # show one, such as Llama 3.2's. It is fixed, so that a config gives the same tokens on any day
     "data.end": text(also="eos_token"),  # token that ends an answer without a chat template; empty: the
     # tokenizer's end-of-text token
+    "data.add_tokens": several((), WORD, also="new_tokens add_special_tokens additional_special_tokens tokens_to_add"),
+    # texts that become one token each, such as <|user|>: no other token is made of their letters, and answers show
+    # them. Rows that the tables of embeddings lack are added, and those of these tokens are trained beside LoRA or DoRA
+    "data.pad_vocabulary_to": whole(0, 0, also="pad_to_multiple_of resize_token_embeddings_to_32x"),  # the tables of
+    # embeddings get as many rows as the next multiple of this number; 0: they are not padded
     "data.train_on": choice("assistant", "last", "all", also="train_on_inputs"),  # which tokens of a conversation are
     # trained: every answer, the last answer, or every token
     "data.max_length": whole(512, 1, also="max_seq_length max_seq_len sequence_len cutoff_len max_len block_size"),
@@ -894,6 +901,8 @@ OF_ALL: tuple[str, ...] = (
     "packing",
     "buckets",
     "workers",
+    "add_tokens",
+    "pad_vocabulary_to",
 )
 OF_ALL += ("processes", "date", "streaming", "cache", "cache_size")
 

@@ -309,6 +309,7 @@ def open_base(
         tokenizers.check_vocab(tokenizer, shape.vocab_size)
     ends: Sequence[int] = ()
     if config is not None:
+        shape = families.with_rows(shape, config.tuning.token_ids)
         ends, tokenizer = chat_templates.ends_of_run(config, tokenizer), chat_templates.installed(config, tokenizer)
     compute = compute_dtype(dtype)
     kept = (configs.default() if config is None else config).model
@@ -323,8 +324,9 @@ def open_base(
         kind = tasks.kind_of(shape.head.task, problem, shape.head.labels)
     key = jax.random.key(0 if config is None else config.seed)
     params = weights.read_params(
-        folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None
-    )
+        folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None,
+        new_rows=None if config is None else config.seed,
+    )  # fmt: skip
     weights.check_finite(folder, params, family, shape)
     ends = tokenizers.end_tokens(folder, tokenizer, ends)
     of_texts = None

@@ -110,7 +110,7 @@ def _tokenizer(config):
     from ftjax.hub import tokenizer as tokenizers
 
     folder = resolve.resolve_model(config.model.path, config.model.revision)
-    tokenizer = chat_templates.dated(tokenizers.load_tokenizer(folder), config.data.date)
+    tokenizer = chat_templates.dated(tokenizers.of_run(config, folder)[0], config.data.date)
     model = (Path(folder) / "config.json").is_file()
     return tokenizer, families.read_config(folder)[1].max_positions if model else UNBOUNDED
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), ("
 LEAVES |= {"bias": (".bias", "_bias"), "biases": ("", "_bias"), "sinks": (".sinks", "")}
 LEAVES |= {"conv": (".conv1d.weight", ""), "A_log": (".A_log", ""), "dt_bias": (".dt_bias", "")}
 
+TABLES = ("embed/embedding", "lm_head/kernel")  # parameters with a row for each token; a tied model has the first alone
 EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
 DENSE = ("layers/mlp/shared/", "layers/dense/")  # of dense feed-forward parts in mixtures of experts
 
@@ -284,6 +286,11 @@ def with_head(
             )
         head = dataclasses.replace(form.head if form else head, pool=wanted, labels=labels)
     return dataclasses.replace(config, head=head)
+
+
+def with_rows(config: ModelConfig, ids: Sequence[int]) -> ModelConfig:
+    """The shape of a model whose tables of embeddings have a row for each of these token ids too."""
+    return dataclasses.replace(config, vocab_size=max([config.vocab_size - 1, *ids]) + 1)
 
 
 def form_of(family: Family, head: Head) -> Form:

@@ -16,6 +16,7 @@ from ftjax.hub.resolve import check_written, new_folder, write_json
 from ftjax.hub.tokenizer import copy_tokenizer
 
 PREFIX = "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"  # after a module's name: the rows of trainable_token_indices
 CONFIG, WEIGHTS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
 # Fields of adapter_config.json that the files of ftjax.tuning read.
 NAMES = maybe(listed(string))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -158,9 +160,84 @@ def _is_plain(folder: Path, model_folder: Path) -> bool:
     return settings.get("tokenizer_class") in PLAIN and "auto_map" not in settings and model == "llama"
 
 
-def check_vocab(tokenizer, vocab_size: int) -> None:
-    """Raise FtjaxError if the tokenizer has ids (from 0) beyond the `vocab_size` rows of the embedding."""
-    vocab = tokenizer.get_vocab()
+def extended(tokenizer, folder: Path, tokens: tuple[str, ...]) -> Path:
+    """A copy of a directory's tokenizer files with further tokens, in a folder that vanishes with this process.
+
+    As with `tokenizer.add_tokens` of transformers, the tokens are found before a text is split, wherever they stand in
+    it. They are not special, so that decoding keeps them. A token that was added to the tokenizer before is left as it
+    is.
+
+    Args:
+        tokenizer: The tokenizer in the directory, from transformers.
+        folder: The directory.
+        tokens: Texts of the tokens.
+
+    Raises:
+        FtjaxError: For a token that is given twice or that is an ordinary token of the vocabulary, and for a tokenizer
+            that is not of the package tokenizers.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocab, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    if backend is None:
+        raise FtjaxError(
+            f"data.add_tokens: {folder}: tokens can only be added to a tokenizer that has a tokenizer.json"
+        )
+    for token in tokens:
+        if tokens.count(token) > 1:
+            raise FtjaxError(f"data.add_tokens: {token!r} is given twice; name each token once")
+        if token in vocab and token not in added:
+            raise FtjaxError(
+                f"data.add_tokens: {token!r} is an ordinary token of this tokenizer, with the id {vocab[token]}. As an "
+                "added token it would be cut out of longer words too; leave it out, or choose another text"
+            )
+    out = Path(tempfile.mkdtemp(prefix="ftjax-tokenizer-"))
+    atexit.register(shutil.rmtree, out, ignore_errors=True)
+    copy_tokenizer(folder, out)
+    file, settings = out / "tokenizer.json", out / "tokenizer_config.json"
+    if not file.is_file():
+        backend.save(str(file))
+    # Only the lists of added tokens are changed: files that these versions write as a whole, older ones may not read.
+    own = Tokenizer.from_file(str(file))
+    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    own.add_tokens([AddedToken(token, **rules) for token in tokens])
+    new = {own.token_to_id(token): {"content": token, **rules} for token in tokens if token not in added}
+    content = read_json(file)
+    entries = [{"id": i, **entry} for i, entry in new.items()]
+    replace_json(file, content | {"added_tokens": [*(content.get("added_tokens") or ()), *entries]})
+    if "added_tokens_decoder" in (there := read_json(settings) if settings.is_file() else {}):
+        entries = there["added_tokens_decoder"] | {str(i): entry for i, entry in new.items()}
+        replace_json(settings, there | {"added_tokens_decoder": entries})
+    return out
+
+
+def of_run(config, folder: Path, model_folder: Path | None = None):
+    """The tokenizer of a run.
+
+    Args:
+        config: The run's config.
+        folder: The directory of the tokenizer.
+        model_folder: The directory of its model; None: `folder`.
+
+    Returns:
+        (The tokenizer with data.add_tokens, the directory of its files, which is not `folder` if tokens were added).
+
+    Raises:
+        FtjaxError: As `load_tokenizer` and `extended`.
+    """
+    tokenizer = load_tokenizer(folder, model_folder)
+    if not config.data.add_tokens:
+        return tokenizer, Path(folder)
+    out = extended(tokenizer, folder, tuple(config.data.add_tokens))
+    return load_tokenizer(out, model_folder or folder), out
+
+
+def check_vocab(tokenizer, vocab_size: int, new: Iterable[int] = ()) -> None:
+    """Raise FtjaxError if the tokenizer has ids (from 0) beyond the `vocab_size` rows of the embedding that are not
+    among `new`, the ids that get rows."""
+    new = set(new)
+    vocab = {token: i for token, i in tokenizer.get_vocab().items() if i not in new}
     token = max(vocab, key=vocab.get)
     if vocab[token] >= vocab_size:
         raise FtjaxError(

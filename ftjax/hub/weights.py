@@ -31,12 +31,14 @@ from ftjax.errors import FtjaxError
 from ftjax.foreign import mapped, read_json
 from ftjax.hub import pooling
 from ftjax.hub.families import (
+    TABLES,
     Tensors,
     form_of,
     head_to_hf,
     is_buffer,
     names_of_labels,
     other_heads,
+    read_config,
     rope_to_hf,
     shapes,
     tensor_names,
@@ -55,6 +57,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 KEPT = "kept/"  # before the paths of tensors that exports copy
 READERS = min(8, os.cpu_count() or 1)  # threads that read at the same time
 LARGE = 1 << 24  # bytes above which several threads read one tensor
+BLOCK = 4096  # rows of a table that are read at a time
 ALIGNED = 64  # bytes; on a CPU, JAX does not copy a host array that begins at a multiple of it
 
 
@@ -146,6 +149,7 @@ def read_params(
     quantise: Callable[[str], Callable[[jax.Array], Any] | None] = lambda path: None,
     new_head: jax.Array | None = None,
     given_away: bool = False,
+    new_rows: int | None = None,
 ) -> dict:
     """Read the parameters of a model directory as a tree of jax arrays.
 
@@ -164,6 +168,8 @@ def read_params(
             files have it for another number of labels. None: the files must have all modules.
         given_away: Whether the arrays will be donated. Otherwise JAX uses the memory that was read into without a copy
             if the device is a CPU, and such memory cannot be donated.
+        new_rows: Seed of the rows for tokens which the files lack, where `config` has a larger vocabulary than they
+            have. None: the files must have all rows.
 
     Returns:
         The nested dict of parameters.
@@ -172,7 +178,8 @@ def read_params(
         FtjaxError: If a tensor is missing, is not expected, has the wrong shape or is not floating point, or if a file
             of an export has changed since it was written.
     """
-    located = _locate(Path(folder), family, config, new_head is not None)
+    stored = config if new_rows is None else _as_stored(folder, config)
+    located = _locate(Path(folder), family, stored, new_head is not None)
     if jax.process_count() == 1:  # several processes read only their parts of the files
         found = [tensor for tensors in located.values() for tensor in tensors.found if tensor]
         files = {part.file for tensor in found for part in (tensor, tensor.scales) if part}
@@ -196,6 +203,10 @@ def read_params(
             params[path] = jax.block_until_ready(_quantised(load, shape, sharding, small))
             continue
         load = functools.partial(_load, tensors, transposed, stack, target, given_away)
+        if path in TABLES and shape[0] > stored.vocab_size:
+            seed = [new_rows, zlib.crc32(path.encode())]
+            new = _new_rows(load, stored.vocab_size, shape, seed).astype(target)
+            load = functools.partial(_with_rows, load, new, given_away, stored.vocab_size)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
 
@@ -239,7 +250,7 @@ def head_is_new(folder: Path, family: Family, config: ModelConfig) -> list[str]:
     Raises:
         FtjaxError: If other tensors are missing or do not fit.
     """
-    located = _locate(Path(folder), family, config, True)
+    located = _locate(Path(folder), family, _as_stored(folder, config), True)
     return list(dict.fromkeys(path.rsplit("/", 1)[0] for path, tensors in located.items() if not tensors.found))
 
 
@@ -248,6 +259,45 @@ def _fresh(path: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Arra
     if path.endswith("/kernel"):
         return config.initializer_range * jax.random.normal(key, shape)
     return jnp.full(shape, 1.0 if path.endswith("/scale") else 0.0)
+
+
+def _as_stored(folder: Path, config: ModelConfig) -> ModelConfig:
+    """`config` with the vocabulary of a directory's files, which may lack rows of new tokens."""
+    return dataclasses.replace(config, vocab_size=read_config(folder)[1].vocab_size)
+
+
+def _new_rows(load: Callable, count: int, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
+    """Rows of new tokens: the mean of a table's rows, with normal noise of 1e-9 times their covariance.
+
+    This is the distribution of `resize_token_embeddings` in transformers (Hewitt 2021, "Initializing New Word
+    Embeddings"), drawn without the root of a matrix.
+
+    Args:
+        load: Function from bounds to a part of the table in the files.
+        count: Number of rows in the files.
+        shape: Shape of the whole table, (V, D).
+        seed: Seed of the noise.
+
+    Returns:
+        (V - count, D) float32.
+    """
+    (V, D), rng = shape, np.random.default_rng(seed)
+    blocks = [(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK)]
+    part = lambda block: load((block, (0, D))).astype(np.float32)  # noqa: E731
+    mean = sum(part(block).sum(0, dtype=np.float64) for block in blocks) / count
+    noise = sum(rng.standard_normal((V - count, b - a)) @ (part((a, b)) - mean) for a, b in blocks)
+    return (mean + (1e-9 / count) ** 0.5 * noise).astype(np.float32)
+
+
+def _with_rows(load: Callable, new: np.ndarray, given_away: bool, count: int, bounds) -> np.ndarray:
+    """The part within `bounds` of a table whose first `count` rows are in the files, and `new` the others."""
+    (start, stop), columns = bounds
+    cut = min(max(count, start), stop)
+    out = _buffer([stop - start, columns[1] - columns[0]], new.dtype, given_away)
+    if cut > start:
+        out[: cut - start] = load(((start, cut), columns))
+    out[cut - start :] = new[cut - count : stop - count, slice(*columns)]
+    return out
 
 
 def _cut(x: np.ndarray, bounds) -> np.ndarray:
@@ -474,12 +524,12 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
     return out
 
 
-def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    """Whether two tensors (V, D) are equal; `rows` rows are compared at a time."""
+def _equal(a: Stored, b: Stored) -> bool:
+    """Whether two tensors (V, D) are equal."""
     return a.shape == b.shape and all(
         np.array_equal(_slice(a, bounds, False), _slice(b, bounds, False))
-        for start in range(0, a.shape[0], rows)
-        for bounds in [((start, min(start + rows, a.shape[0])), (0, a.shape[1]))]
+        for start in range(0, a.shape[0], BLOCK)
+        for bounds in [((start, min(start + BLOCK, a.shape[0])), (0, a.shape[1]))]
     )
 
 
@@ -553,6 +603,7 @@ def write_model(
     if config.head.labels:
         hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
+    hf[family.keys["vocab_size"]] = config.vocab_size  # a run may have added rows
     if key := form.keys.get("pool"):  # a run may have chosen another than the source's
         hf[key] = head_to_hf(form, config.head)[key]
     hf = with_text_part(whole_hf, family, hf)

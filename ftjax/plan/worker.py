@@ -33,6 +33,9 @@ def work(job: dict) -> dict:
     programs.fill_defaults(config)
     folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
+    programs.check_method(config, family, shape)
+    if config.data.add_tokens or config.data.pad_vocabulary_to:
+        shape = programs.with_tokens(config, shape, tokenizers.of_run(config, folder)[0])
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
     device, offloads = devices.device, devices.platform != "cpu"
@@ -112,7 +115,7 @@ def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) 
 def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     """(T, M) of the largest batch, the steps of the run, and tokens of a step that are not padding, from the run's
     rows."""
-    tokenizer = tokenizers.load_tokenizer(folder)
+    tokenizer, _ = tokenizers.of_run(config, folder)
     data = prepare(config, tokenizer, longest)
     config.task.labels = data.labels
     task, packing = tasks.find(config.task.kind), config.data.packing

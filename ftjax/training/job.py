@@ -25,7 +25,15 @@ from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype
 from ftjax.progress import counted, doing
 from ftjax.training import auto_mesh, export, privacy, sharding
-from ftjax.training.program import check_attention, check_method, check_remat, check_rows, fill_defaults, with_task
+from ftjax.training.program import (
+    check_attention,
+    check_method,
+    check_remat,
+    check_rows,
+    fill_defaults,
+    with_task,
+    with_tokens,
+)
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
 from ftjax.tree import flatten
@@ -147,8 +155,14 @@ def prepared(config, say, recorded: int = 0) -> Job:
     check_method(config, family, shape)
     initial_adapter = Start(config.tuning) if config.tuning.init_from else None
     own = initial_adapter.folder if initial_adapter and tokenizers.has_tokenizer(initial_adapter.folder) else None
-    tokenizer = tokenizers.load_tokenizer(own or folder, folder)
-    tokenizers.check_vocab(tokenizer, shape.vocab_size)
+    tokenizer, read = tokenizers.of_run(config, own or folder, folder)
+    own = None if read == folder else read
+    files, shape = shape.vocab_size, with_tokens(config, shape, tokenizer)
+    if ids := config.tuning.token_ids:
+        say(
+            f"new tokens: {len(ids)} rows of a table of embeddings are trained, {shape.vocab_size - files} of them "
+            f"new; for PEFT, resize the base first: base.resize_token_embeddings({shape.vocab_size})"
+        )
     brought = tokenizers.chat_template(initial_adapter.folder) if initial_adapter and not own else ""
     if brought not in ("", tokenizer.chat_template):
         raise FtjaxError(

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ftjax import tasks, xla
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
+from ftjax.hub.tokenizer import check_vocab
 from ftjax.lm import quantiser
 from ftjax.models import attention_backends, remat
 from ftjax.models.config import layers_with
@@ -91,11 +92,52 @@ def check_method(config, family, shape) -> None:
         raise FtjaxError(
             f"tuning.modules_to_save: {name} cannot train modules beside what it trains itself; lora, dora and ia3 can"
         )
+    if new := [key for key in ("add_tokens", "pad_vocabulary_to") if config.data[key]]:
+        if not METHODS[name].of_parameters and METHODS[name].peft_type != "LORA":
+            raise FtjaxError(
+                f"data.{new[0]}: PEFT has no form for rows of new tokens beside {name}; set tuning.method to lora, "
+                "dora or full"
+            )
+        if tasks.find(config.task.kind).head == "masked":
+            raise FtjaxError(
+                f"data.{new[0]}: a head for task.kind masked has a bias for each token, for which PEFT has no form; "
+                "leave it out"
+            )
+        if config.tuning.init_from:
+            raise FtjaxError(
+                f"data.{new[0]}: a run that starts from an adapter (tuning.init_from) cannot add rows to its base; "
+                "leave it out, or merge the adapter into its base and start from that model"
+            )
+        if config.model.quantise != "none" and config.model.quantise_tables:
+            raise FtjaxError(
+                f"data.{new[0]}: rows of a quantised table cannot be trained; set model.quantise_tables to False"
+            )
     if METHODS[config.tuning.method].causal_only and not shape.causal:
         raise FtjaxError(
             f"tuning.method: {config.tuning.method} puts virtual tokens before a row, which needs a causal model; "
             f"in a {family.model_type} model every token sees all others. Use lora"
         )
+
+
+def with_tokens(config, shape, tokenizer):
+    """The model's shape with a row for each token of data.add_tokens, padded as data.pad_vocabulary_to says.
+
+    Sets config.tuning.token_ids.
+
+    Args:
+        config: The run's config.
+        shape: The ModelConfig of the model's files.
+        tokenizer: The tokenizer with the tokens.
+
+    Raises:
+        FtjaxError: If the tokenizer has other tokens beyond the rows of the files.
+    """
+    rows, ids = shape.vocab_size, tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
+    check_vocab(tokenizer, rows, ids)
+    needed, multiple = max([rows - 1, *ids]) + 1, config.data.pad_vocabulary_to or 1
+    padded = -(-needed // multiple) * multiple
+    config.tuning.token_ids = tuple(sorted({*ids, *range(rows, padded)}))
+    return families.with_rows(shape, config.tuning.token_ids)
 
 
 def check_new_head(new: list[str], trained: dict, config) -> None:
@@ -189,6 +231,12 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
             f"{config.tuning.method} as set here trains or changes some; set model.quantise to none"
             + ", or model.quantise_tables to False"
             * config.model.quantise_tables
+        )
+    left = [path for path in families.TABLES if path in flatten(frozen) and path not in flatten(trained)]
+    if config.tuning.token_ids and left:
+        raise FtjaxError(
+            f"data.add_tokens: tuning.method {config.tuning.method} as set here would not train the rows of new tokens "
+            f"in {' and '.join(left)}; set it to lora, dora or full"
         )
     trained_places = sharding.parameter_shardings(trained, shape, mesh, method.axes)
     frozen_places = sharding.parameter_shardings(frozen, shape, mesh, method.frozen_axes)

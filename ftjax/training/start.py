@@ -36,6 +36,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
         base = weights.read_params(
             job.folder, spec.family, spec.model, program.base_places, lambda path: program.read_dtype,
             quantise=program.quantise, new_head=None if job.generates else jax.random.key(config.seed), given_away=True,
+            new_rows=config.seed,
         )  # fmt: skip
         weights.check_finite(job.folder, base, spec.family, spec.model)
     if not job.generates:
@@ -57,6 +58,8 @@ def first_state(job: Job, program: Program, say) -> tuple:
         trained = jax.device_put(made_elsewhere, program.trained_places)
     fixed = frozen if job.generates and "lm_head" not in trained else {}
     for token, alike in indistinct_ends(fixed, job.data.train.examples).items():
+        if token in config.tuning.token_ids:
+            continue  # its row is trained
         say(
             f"warning: answers end with {job.tokenizer.convert_ids_to_tokens(token)!r}, whose row of the frozen head "
             f"is that of {alike} other tokens: it was never pretrained, and cannot be learned now. Set data.end to a "

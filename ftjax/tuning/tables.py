@@ -13,13 +13,14 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
-from ftjax.hub.peft import CONFIG, PREFIX
+from ftjax.hub.families import TABLES
+from ftjax.hub.peft import CONFIG, PREFIX, ROWS
 from ftjax.models.quantised import dequantised
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import saves
 from ftjax.tuning.whole import stored
 
-EMBED, HEAD = "embed/embedding", "lm_head/kernel"
+EMBED, HEAD = TABLES
 
 
 def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[dict, dict, dict, dict]:
@@ -54,7 +55,7 @@ def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[di
             # A copy of the base's own table, beside a LoRA on it, is compared with the base, see lora_peft.
             if name in rest and (inner != "base_layer" or resized(name)):
                 tables[path] = rest.pop(name)
-        delta = rest.pop(f"{module}.token_adapter.trainable_tokens_delta", None)
+        delta = rest.pop(f"{module}.{ROWS}", None)
         if delta is not None:
             by_name = asked if isinstance(asked, dict) else {names[0].split(".")[-2]: asked or ()}
             ids = next((ids for entry, ids in by_name.items() if saves(entry, names[0])), ())
@@ -96,8 +97,7 @@ def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, s
         # If the adapter saves a whole module, its table replaces the base's.
         new[path] = jnp.asarray(tables.get(path, like if path in rows else saved.get(path)), like.dtype)
         if path in rows:
-            ids, delta = rows[path]
-            new[path] = new[path].at[jnp.array(ids)].set(jnp.asarray(delta, like.dtype))
+            new[path] = _with_rows(new[path], *rows[path])
     known = new.keys() - (saved.keys() - tables.keys())
     if spec.model.tied:
         if {EMBED, HEAD} <= known and not np.array_equal(new[EMBED], new[HEAD]):
@@ -107,7 +107,7 @@ def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, s
         else:  # of the other one PEFT has saved nothing
             new = {}
     params |= new
-    size = max(x.shape[0] for x in (*tables.values(), *saved.values(), params[EMBED]))
+    size = max(x.shape[0] for x in (*tables.values(), *saved.values(), *new.values(), params[EMBED]))
     spec = spec._replace(model=dataclasses.replace(spec.model, vocab_size=size))
     for path, shape in families.shapes(spec.model).items():
         if params[path].shape != shape:
@@ -117,3 +117,17 @@ def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, s
                 "Merge the adapter where it was trained, with peft's merge_and_unload, and use that model"
             )
     return adapter_config, rest, unflatten(params), spec
+
+
+def _with_rows(table, ids: list[int], rows: np.ndarray):
+    """A table (V, D) with other rows (n, D) for some token ids, which may be new. Raises FtjaxError if rows between the
+    table and them would be left without values."""
+    beyond = sorted({i for i in ids if i >= len(table)})
+    if beyond != list(range(len(table), len(table) + len(beyond))):
+        raise FtjaxError(
+            f"{CONFIG}: trainable_token_indices names the token {beyond[-1]}, but the base has {len(table)} rows, and "
+            "the adapter does not have all rows from there on. Merge the adapter where it was trained, with peft's "
+            "merge_and_unload, and use that model"
+        )
+    table = jnp.pad(table, ((0, len(beyond)), (0, 0)))
+    return table.at[jnp.array(ids)].set(jnp.asarray(rows, table.dtype))

@@ -15,14 +15,14 @@ import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families
-from ftjax.hub.peft import CONFIG, PREFIX
+from ftjax.hub.families import TABLES
+from ftjax.hub.peft import CONFIG, PREFIX, ROWS
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import saves
 
 PEFT_TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}  # task of a head -> PEFT's
 POOLER = "head/dense"  # the one map of a head over labels that PEFT may adapt instead of training it whole
-TABLES = {"embed/embedding", "lm_head/kernel"}  # one parameter in a tied model, two once either is trained whole
 
 
 def has_labels(spec) -> bool:
@@ -47,12 +47,14 @@ def with_pooler(spec, adapted: bool = False):
 
 
 def chosen(spec) -> dict[str, np.ndarray]:
-    """{path of each parameter that is trained whole: in which layers}, (L,) bool, or (1,) if not stacked.
+    """{path of each parameter that is trained whole: in which layers}, (L,) bool, or (1,) if not stacked; and of each
+    table of embeddings with rows of `tuning.token_ids`: which rows, (V,) bool.
 
-    Raises FtjaxError for a name in `tuning.modules_to_save` that matches no module of the model.
+    Raises FtjaxError for a name in `tuning.modules_to_save` that matches no module of the model, and if one of two
+    tables would be trained whole and rows of the other.
     """
-    entries = tuple(spec.tuning.modules_to_save)
-    if not (entries or has_labels(spec)):
+    entries, ids = tuple(spec.tuning.modules_to_save), list(spec.tuning.token_ids)
+    if not (entries or ids or has_labels(spec)):
         return {}
     adapted, found, used = with_pooler(spec).names, {}, set()
     tensors = stored(spec)
@@ -69,6 +71,13 @@ def chosen(spec) -> dict[str, np.ndarray]:
                 f"tuning.modules_to_save: {entry!r} matches no module of this model{nearest(entry, tails)}; it has "
                 f"{', '.join(tails)}; `bias` takes all biases"
             )
+    tables = [path for path in TABLES if path in tensors]
+    if ids and not found.keys() >= {*tables}:
+        if found.keys() & {*tables}:
+            names = " and ".join(tensors[path][0][0].removesuffix(".weight") for path in tables)
+            raise FtjaxError(f"tuning.modules_to_save: rows of new tokens need both of {names} there, or none")
+        rows = np.isin(np.arange(spec.model.vocab_size), ids)
+        found |= dict.fromkeys(tables[:1] if spec.model.tied else tables, rows)
     return found
 
 
@@ -76,6 +85,11 @@ def without_form(paths) -> list[str]:
     """Those of the paths of trained parameters for which PEFT's files have no form."""
     ends = "/experts", "/biases", "/router", "/sinks", "/A_log", "/dt_bias"
     return [path for path in paths if path.endswith(ends)]
+
+
+def of_rows(path: str, hits: np.ndarray) -> bool:
+    """Whether single rows of a table are trained, and not the whole table."""
+    return path in TABLES and len(hits) > 1
 
 
 def take(params: dict, parts: dict[str, np.ndarray]) -> tuple[dict, dict]:
@@ -109,7 +123,11 @@ def with_whole(method: Any) -> Any:
     def init(key, base, spec):
         parts = chosen(spec)
         trained, frozen = method.init(key, base, with_pooler(spec))
-        if spec.model.tied and TABLES & parts.keys() and "lm_head" not in frozen:
+        tables = {path for path in TABLES if path in parts}
+        rows = [path for path in tables if of_rows(path, parts[path])]
+        if adapted := [path for path in rows if path.split("/")[0] in trained]:
+            raise FtjaxError(f"tuning.targets: {adapted[0]} has rows of new tokens, and cannot have an adapter as well")
+        if spec.model.tied and tables and not rows and "lm_head" not in frozen:
             # As in PEFT, which copies the module: the table that is not trained does not change.
             frozen = frozen | {"lm_head": {"kernel": frozen["embed"]["embedding"]}}
         whole, frozen = take(flatten(frozen), parts)
@@ -182,9 +200,15 @@ def saved(
             "PEFT's files have no form for experts, routers, attention sinks and rates of the delta rule that are "
             "trained whole; export the merged model"
         )
+    tokens = {}
     for path, hits in parts.items():
         tensor_names, transposed, _ = names[path]
         rows = np.asarray(leaves[path], np.float32)
+        if of_rows(path, hits):
+            module = tensor_names[0].removesuffix(".weight")
+            tokens[module.rsplit(".", 1)[-1]] = np.flatnonzero(hits).tolist()
+            tensors = tensors | {f"{start}{module}.{ROWS}": rows}
+            continue
         for row, layer in enumerate(np.flatnonzero(hits)):
             x = rows[row] if path.startswith("layers/") else rows
             if tensor_names[layer]:
@@ -201,6 +225,7 @@ def saved(
     head = _head_modules(parts, spec)
     others = {name for name in modules if not any(f"{name}.".startswith(f"{module}.") for module in head)}
     config = config | {"modules_to_save": sorted(others | head) or None}
+    config = config | ({"trainable_token_indices": tokens} if tokens else {})
     return config | ({"task_type": PEFT_TASKS[spec.model.head.task]} if has_labels(spec) else {}), tensors
 
 

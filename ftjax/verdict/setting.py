@@ -109,7 +109,7 @@ def _labelled_data(config) -> tuple[Data, tuple]:
     family, shape = families.read_config(folder)
     known = families.label_names(folder) if shape.head.task == tasks.find(config.task.kind).head else ()
     pool = with_task(config, family, shape, folder, 1).head.pool
-    tokenizer = tokenizers.load_tokenizer(folder)
+    tokenizer, _ = tokenizers.of_run(config, folder)
     data = prepare(config, tokenizer, shape.max_positions, pool=pool, known=known)
     return data, read_by(tokenizer, data.labels, shape.max_positions, pool)
 
