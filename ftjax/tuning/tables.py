@@ -58,7 +58,8 @@ def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[di
         delta = rest.pop(f"{module}.{ROWS}", None)
         if delta is not None:
             by_name = asked if isinstance(asked, dict) else {names[0].split(".")[-2]: asked or ()}
-            ids = next((ids for entry, ids in by_name.items() if saves(entry, names[0])), ())
+            tied = rows[EMBED][0] if path == HEAD and EMBED in rows and spec.model.tied else ()  # PEFT names them once
+            ids = next((ids for entry, ids in by_name.items() if saves(entry, names[0])), tied)
             if len(ids) != len(delta):
                 raise FtjaxError(
                     f"{CONFIG}: trainable_token_indices names {len(ids)} tokens of {names[0]}, but the adapter has "
