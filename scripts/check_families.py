@@ -248,6 +248,11 @@ DRAWS = {
     "starcoder2": ("starcoder2", lambda rng: sizes(rng) | flags(rng, "use_bias") | {"sliding_window": 6}),
     "glm4": ("glm4", glm4),
     "qwen3_5_text": ("qwen3_5_text", hybrid),
+    "ernie4_5": ("ernie4_5", lambda rng: sizes(rng) | flags(rng, "use_bias")),
+    "seed_oss": (
+        "seed_oss",
+        lambda rng: sizes(rng) | flags(rng, "attention_bias", "attention_out_bias", "mlp_bias"),
+    ),
 }
 
 

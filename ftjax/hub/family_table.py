@@ -575,6 +575,28 @@ DECODERS = (
         constants={"norms": "both", "fused_gate": "parts", "rotary_pairs": "neighbours"},
         rotary_share=0.5,
     ),
+    llama_like(
+        "ernie4_5",
+        decoder_forms("Ernie4_5", tasks=("causal",)),
+        keys={"qkv_bias": "use_bias", "out_bias": "use_bias", "mlp_bias": "use_bias"},
+        defaults={
+            "vocab_size": 103424, "hidden_size": 1024, "num_hidden_layers": 18, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 3072, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "use_bias": False,
+        },
+        constants={"rotary_pairs": "neighbours"},
+        theta=500000.0,
+    ),
+    llama_like(
+        "seed_oss",
+        decoder_forms("SeedOss", span="transformer."),
+        keys={"qkv_bias": "attention_bias", "out_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
+        defaults={
+            "vocab_size": 155136, "num_hidden_layers": 64, "num_attention_heads": 80, "num_key_value_heads": 8,
+            "head_dim": 128, "intermediate_size": 27648, "max_position_embeddings": 524288, "attention_bias": True,
+            "attention_out_bias": False, "mlp_bias": False,
+        },
+    ),
     Family(
         model_type="gpt_neox",
         forms=decoder_forms("GPTNeoX", tagger="classifier", file="embed_out"),

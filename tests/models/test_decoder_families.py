@@ -18,7 +18,7 @@ from tiny_models import TRANSFORMERS_5, VARIANTS, make
 
 from ftjax import check_model
 from ftjax.errors import FtjaxError
-from ftjax.hub import derived, families, weights
+from ftjax.hub import derived, families, family_table, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -83,6 +83,28 @@ def test_the_other_parts_of_a_model_stay_as_they_are_in_its_files(tmp_path):
     save_file(stored, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     with pytest.raises(FtjaxError, match="language_model.norm.weight .* is missing"):
         weights.read_params(tmp_path / "a", family, shape)
+
+
+def test_a_family_is_added_by_a_row_of_the_table(monkeypatch):
+    """Helium of Kyutai, which is not in the table: LLaMA with neighbouring rotary dimensions."""
+
+    def draw(rng):
+        shape = check_families.sizes(rng, multiple=True)
+        return shape | {"head_dim": shape["hidden_size"] // shape["num_attention_heads"]}
+
+    monkeypatch.setitem(check_families.DRAWS, "helium", ("helium", draw))
+    with pytest.raises(FtjaxError, match="unknown model_type 'helium'"):
+        check_families.check("helium", seed=0, answers=False)
+    row = family_table.llama_like(
+        "helium",
+        family_table.decoder_forms("Helium", tasks=("causal", "sequence", "token")),
+        defaults={"vocab_size": 48000, "hidden_size": 2560, "head_dim": 128, "rms_norm_eps": 1e-8},
+        constants={"rotary_pairs": "neighbours"},
+        theta=100000.0,
+    )
+    monkeypatch.setitem(family_table.FAMILIES, "helium", row)
+    found = check_families.check("helium", seed=0, answers=False)
+    assert found["leak"] == 0 and all(x < 1e-4 for x in found.values()), found
 
 
 def test_check_model_names_the_block_where_a_model_parts_from_transformers(tmp_path, capsys, monkeypatch):

@@ -184,7 +184,8 @@ def config(tmp_path_factory):
     config.update_from_flattened_dict({
         "run_dir": str(folder / "a"), "data.train": str(folder / "rows.jsonl"), "data.add_tokens": TOKENS,
         "data.end": "<|end|>",
-        "data.max_length": 32, "data.buckets": 1, "train.steps": 4, "train.batch_size": 4, "train.eval_every": 2, "train.keep": 2,
+        "data.max_length": 32, "data.buckets": 1, "train.steps": 4, "train.batch_size": 4, "train.eval_every": 2,
+        "train.keep": 2,
         "tuning.rank": 2, "evaluate.compare": False, "export.formats": ("adapter", "merged"), "log.tensorboard": False,
     })  # fmt: skip
     return config
