@@ -204,8 +204,9 @@ def read_params(
             continue
         load = functools.partial(_load, tensors, transposed, stack, target, given_away)
         if path in TABLES and shape[0] > stored.vocab_size:
+            exact = functools.partial(_load, tensors, transposed, stack, np.dtype(np.float32), False)
             seed = [new_rows, zlib.crc32(path.encode())]
-            new = _new_rows(load, stored.vocab_size, shape, seed).astype(target)
+            new = _new_rows(exact, stored.vocab_size, shape, seed).astype(target)
             load = functools.partial(_with_rows, load, new, given_away, stored.vocab_size)
         params[path] = jax.block_until_ready(_place(load, shape, sharding))
     return unflatten(params)
@@ -273,7 +274,7 @@ def _new_rows(load: Callable, count: int, shape: tuple[int, ...], seed: list[int
     Embeddings"), drawn without the root of a matrix.
 
     Args:
-        load: Function from bounds to a part of the table in the files.
+        load: Function from bounds to a part of the table in the files, float32.
         count: Number of rows in the files.
         shape: Shape of the whole table, (V, D).
         seed: Seed of the noise.
@@ -283,9 +284,8 @@ def _new_rows(load: Callable, count: int, shape: tuple[int, ...], seed: list[int
     """
     (V, D), rng = shape, np.random.default_rng(seed)
     blocks = [(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK)]
-    part = lambda block: load((block, (0, D))).astype(np.float32)  # noqa: E731
-    mean = sum(part(block).sum(0, dtype=np.float64) for block in blocks) / count
-    noise = sum(rng.standard_normal((V - count, b - a)) @ (part((a, b)) - mean) for a, b in blocks)
+    mean = sum(load((block, (0, D))).sum(0, dtype=np.float64) for block in blocks) / count
+    noise = sum(rng.standard_normal((V - count, b - a)) @ (load(((a, b), (0, D))) - mean) for a, b in blocks)
     return (mean + (1e-9 / count) ** 0.5 * noise).astype(np.float32)
 
 
