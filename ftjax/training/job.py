@@ -37,7 +37,7 @@ from ftjax.training.program import (
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
 from ftjax.tree import flatten
-from ftjax.tuning import METHODS, Method, Spec
+from ftjax.tuning import METHODS, Method, Spec, ignored
 from ftjax.tuning.adapters import Start
 
 VALIDATIONS = 10  # number of validations of a run, unless the config sets an interval
@@ -149,6 +149,8 @@ def prepared(config, say, recorded: int = 0) -> Job:
             "A run of several stages fills it in"
         )
     method = METHODS[config.tuning.method]
+    if unread := ignored(config.tuning):
+        say(f"no effect with tuning.method={config.tuning.method}: {', '.join(unread)}")
 
     folder = base_folder(config)
     family, shape = families.read_config(folder)

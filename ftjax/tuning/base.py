@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ftjax import config as configs
 from ftjax.hub.families import Family
 from ftjax.hub.peft import PREFIX
 from ftjax.models.config import ModelConfig, layers_with
@@ -42,6 +43,7 @@ class Method:
         axes: axes(path) -> logical axes of a trained leaf, see ftjax.models.axes.
         lr_scale: lr_scale(path, config.optim) -> factor of the learning rate of the trained leaf at `path`.
         layer_ids: layer_ids(path, spec) -> the layers (n,) that a stacked trained leaf holds.
+        takes: The fields of config.tuning, without `tuning.`, that the method reads; None: unknown.
     """
 
     init: Callable
@@ -61,6 +63,7 @@ class Method:
     # stores it, because another dtype or device would compute other values
     causal_only: bool = False  # whether it needs a model in which no token sees later ones
     of_parameters: bool = False  # whether it trains only the model's own parameters, see whole.py
+    takes: tuple[str, ...] | None = None
     lr: float = 2e-4  # default peak learning rate
     batch_size: int = 16  # default rows a step
 
@@ -71,6 +74,14 @@ METHODS: dict[str, Method] = {}
 def register(name: str, method: Method) -> None:
     """Add a method to METHODS under the name of `tuning.method`."""
     METHODS[name] = method if method.of_parameters else with_whole(method)
+
+
+def ignored(tuning) -> list[str]:
+    """Fields of config.tuning that are not at their defaults and that only other methods read."""
+    takes = METHODS[tuning.method].takes
+    others = {key for method in METHODS.values() for key in method.takes or ()} - set(takes or ())
+    usual = configs.default().tuning
+    return [f"tuning.{key}" for key in sorted(others) if takes is not None and tuning[key] != usual[key]]
 
 
 def of_peft(adapter_config: dict) -> Method | None:

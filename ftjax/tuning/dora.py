@@ -164,6 +164,7 @@ register(
         peft_variant=lambda adapter_config: bool(adapter_config.get("use_dora")),
         axes=axes,
         lr_scale=lr_scale,
+        takes=lora.TAKES,
         lr=2e-4,  # of the authors' runs on LLaMA-7B and Llama-2-7B (NVlabs/DoRA, commonsense_reasoning)
         batch_size=16,  # the same
     ),

@@ -27,6 +27,7 @@ register(
         variables=variables,
         merge=merge,
         of_parameters=True,
+        takes=(),
         lr=2e-5,  # what Llama-2, Tulu and Alpaca used for full supervised fine-tuning of billions of parameters
         batch_size=64,  # full training wants the larger batch: its gradient noise acts on every weight
     ),

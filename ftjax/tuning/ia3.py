@@ -183,6 +183,7 @@ register(
         from_peft=from_peft,
         peft_type="IA3",
         axes=axes,
+        takes=("targets", "feedforward", "modules_to_save"),
         lr=3e-3,  # the paper's, its recipe T-Few: 1,000 steps of 8 rows
         batch_size=8,  # the same
     ),

@@ -209,6 +209,7 @@ def from_peft(adapter_config, tensors, base, spec):
     return trained, fields
 
 
+TAKES = ("rank", "alpha", "dropout", "targets", "modules_to_save", "rslora", "init", "rank_pattern", "alpha_pattern")
 register(
     "lora",
     Method(
@@ -222,6 +223,7 @@ register(
         frozen_axes=axes,
         start=lambda frozen: split(frozen)[1],
         lr_scale=lr_scale,
+        takes=TAKES,
         lr=2e-4,  # QLoRA's for 7B to 13B, and ten times full training's, as LoRA wants (Schulman et al. 2025)
         batch_size=16,  # small batches: LoRA loses to full training as batches grow (same source)
     ),

@@ -206,17 +206,17 @@ def _no_lora(spec) -> tuple[dict, dict[str, np.ndarray]]:
     return config, {f"{PREFIX}{module}.{leaf}": x for leaf, x in zeros.items()}
 
 
-def method(rule: Callable, lr: float, exports: bool = True, **fields) -> Method:
-    """A row of METHODS that trains what `rule` names; exports: whether PEFT can carry it."""
+def method(rule: Callable, lr: float, exports: bool = True, takes: tuple[str, ...] = (), **fields) -> Method:
+    """A row of METHODS that trains what `rule` names; exports: whether PEFT can carry it; takes: see Method."""
     bound = {f.__name__: functools.partial(f, rule=rule) for f in (init, variables, merge, layer_ids)}
     form = functools.partial(to_peft, rule=rule) if exports else None
-    return Method(**bound, to_peft=form, lr=lr, of_parameters=True, **fields)
+    return Method(**bound, to_peft=form, lr=lr, of_parameters=True, takes=takes, **fields)
 
 
 # Learning rates: of a few tried on CommonGen, the starter model of 260,000 parameters learned best with 1e-3 in its
 # last layers, 5e-3 in its norms and 1e-3 in its head; wider models want less for matrices (Yang et al. 2022, muP).
-register("last_layers", method(in_last_layers, 3e-4))
+register("last_layers", method(in_last_layers, 3e-4, takes=("layers", "layers_with")))
 register("bitfit", method(is_bias, 1e-3))  # what its authors' run_glue.py takes by default, with AdamW
 register("norms", method(is_norm, 2e-3))
 register("head", method(is_head, 1e-3))
-register("pattern", method(matches, 3e-4, exports=False))
+register("pattern", method(matches, 3e-4, exports=False, takes=("pattern",)))

@@ -104,6 +104,7 @@ register(
         peft_prefix=prompt.PREFIX,
         axes=axes,
         virtual_tokens=prompt.virtual_tokens,
+        takes=(*prompt.TAKES, "prefix_projection", "encoder_hidden"),
         lr=5e-3,  # PEFT's comparison, started from the keys and values of 50 real tokens: 40.0 %
     ),
 )

@@ -111,6 +111,7 @@ def from_peft(adapter_config, tensors, base, spec):
     return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 
 
+TAKES = ("virtual_tokens", "prompt_init", "prompt_text")
 register(
     "prompt",
     Method(
@@ -123,6 +124,7 @@ register(
         peft_prefix=PREFIX,
         axes=axes,
         virtual_tokens=virtual_tokens,
+        takes=TAKES,
         # Between the 1e-3 of PEFT's comparison (Llama-3.2-3B, GSM8K: 34.3 % with vocabulary initialisation, 5.7 % with
         # its defaults), with which the starter model hardly learns CommonGen, and the 3e-2 of PEFT's examples.
         lr=1e-2,

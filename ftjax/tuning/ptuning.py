@@ -66,6 +66,7 @@ register(
         peft_prefix=prompt.PREFIX,
         axes=encoder_axes,
         virtual_tokens=prompt.virtual_tokens,
+        takes=("virtual_tokens", "encoder", "encoder_hidden"),
         lr=1e-3,  # the best of PEFT's comparison, with dense layers and 50 tokens: 36.7 %
     ),
 )

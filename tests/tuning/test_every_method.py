@@ -21,7 +21,7 @@ from ftjax.objectives import causal
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import compile_step, init_state
 from ftjax.tree import flatten
-from ftjax.tuning import METHODS
+from ftjax.tuning import METHODS, ignored
 
 OWN = {name: row for name, row in METHODS.items() if name != "vera"}  # which a test registers
 TUNING = {"rank": 4, "virtual_tokens": 3, "layers": 2, "pattern": (r".*attn\.c_proj\..*",)}
@@ -124,3 +124,20 @@ def test_the_table_of_methods_is_true():
         assert float(re.match(r" ([\d.e-]+):", rate)[1]) == row.lr, name
         assert bool(form.strip()) == (row.to_peft is not None), name
         assert (merges.strip() == "no") == (row.merge is None), name
+
+
+def test_settings_that_a_method_does_not_read_are_named():
+    """Every field of the group belongs to the methods that name it, or to all of them."""
+    of_all = {"method", "init_from", "prompt_ids", "token_ids"}
+    assert {key for row in OWN.values() for key in row.takes} == set(configs.default().tuning) - of_all
+    c = configs.default()
+    configs.override(c, ["tuning.rank=4", "tuning.virtual_tokens=3", "tuning.layers=2"])
+    named = {}
+    for name in OWN:
+        c.tuning.method = name
+        named[name] = [key.removeprefix("tuning.") for key in ignored(c.tuning)]
+    assert named["lora"] == named["dora"] == ["layers", "virtual_tokens"]
+    assert named["prompt"] == named["prefix"] == named["ptuning"] == ["layers", "rank"]
+    assert named["last_layers"] == ["rank", "virtual_tokens"]
+    assert named["full"] == named["bitfit"] == named["ia3"] == ["layers", "rank", "virtual_tokens"]
+    assert ignored(configs.default().tuning) == []
