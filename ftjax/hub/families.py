@@ -339,7 +339,9 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
         check_fields(part or {}, ROPE_FIELDS, f"{where}: rotary embedding")
         for key, value in (part or {}).items():
             key = "rope_type" if key == "type" else key
-            if value is not None and key not in PLACES and rope.setdefault(key, value) != value:
+            if key in PLACES and "full_attention_interval" in family.defaults:
+                continue
+            if value is not None and rope.setdefault(key, value) != value:
                 raise FtjaxError(f"{where}: {key} of the rotary embedding is given twice: {rope[key]!r} and {value!r}")
     kind = rope.pop("rope_type", "default")
     kind = family.rope_types.get(kind, kind)

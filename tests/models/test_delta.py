@@ -164,7 +164,7 @@ def test_gradients_are_those_of_torch_and_of_a_mesh(hybrid):
     logits = model(tokens).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     theirs, seen = dict(model.named_parameters()), 0
-    for path, (names, _) in families.tensor_names(hybrid.family, hybrid.model.config).items():
+    for path, (names, *_) in families.tensor_names(hybrid.family, hybrid.model.config).items():
         if path.startswith("layers/"):
             want = np.stack([theirs[name].grad.numpy() for name in names])
             np.testing.assert_allclose(gradient[path], want, atol=1e-4 * max(np.abs(want).max(), 0.1), err_msg=path)
