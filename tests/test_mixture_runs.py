@@ -197,6 +197,10 @@ def test_what_sources_cannot_have_for_themselves_is_refused(setting, tmp_path):
     refused("data.labels: expected two or more names that differ", {"labels": ("dull", "dull")})
     refused("expected data.completion, and not data.prompt, to name the column", {"completion": " {text}"})
     refused("expected data.completion, and not data.prompt, to name the column", {"prompt": "{text} {label}"})
+    c = setting(train__select="val_mean_loss")
+    c.data.mixture = c.data.mixture[:1]
+    with pytest.raises(FtjaxError, match="train.select: 'val_mean_loss' is no score of task.kind causal"):
+        prepared(c, print)
     beyond = write(tmp_path / "beyond.jsonl", [{"text": "a film", "label": 2}])
     refused("beyond.jsonl row 1: column 'label' holds 2; expected one of data.labels", {"train": beyond})
     kto = {"task__kind": "preference", "task__loss": "kto"}

@@ -57,8 +57,9 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
                 raise FtjaxError(
                     f"{key} needs validation rows, and there are none; set data.validation, or its share in data.split"
                 )
-    of_tokens = () if tasks.find(config.task.kind).measure else OF_TOKENS
-    losses = (LOSS, *(OF_SOURCES if config.data.mixture else ()))
+    measured = tasks.find(config.task.kind).measure
+    of_tokens = () if measured else OF_TOKENS
+    losses = (LOSS, *(OF_SOURCES if len(config.data.mixture) > 1 and not measured else ()))
     known = (*losses, *(figures or of_tokens), *(METRICS if causal else ()))
     if name not in known and not (causal and ":" in name):
         more = ", and your own as file.py:function" if causal else ""
