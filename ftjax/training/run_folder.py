@@ -239,9 +239,11 @@ def _is_free(key: str, free: tuple[str, ...], config: dict) -> bool:
 
 
 def _unnamed(mixture: tuple) -> list[dict]:
-    """The entries of data.mixture without the names of their files."""
+    """The entries of data.mixture without the names of their files, and without what may change when a run is
+    resumed."""
     named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in mixture]
-    return [{k: v for k, v in entry.items() if k not in ("train", "validation", "test")} for entry in named]
+    free = ("train", "validation", "test", *configs.OWN)
+    return [{k: v for k, v in entry.items() if k not in free} for entry in named]
 
 
 def keep_tokenizer(run_dir: Path, folder: Path) -> None:
