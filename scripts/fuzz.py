@@ -112,7 +112,7 @@ def make_encoder(folder: Path) -> None:
     family, shape = families.from_hf(said)
     expected, rng = families.shapes(shape), np.random.default_rng(0)
     tensors = {}
-    for path, (names, _) in families.tensor_names(family, shape, files=True).items():
+    for path, (names, *_) in families.tensor_names(family, shape, files=True).items():
         size = expected[path][1:] if path.startswith("layers/") else expected[path]
         tensors |= {name: rng.normal(size=size).astype(np.float32) for name in names}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -136,7 +136,7 @@ def write_model(folder: Path, said: dict) -> None:
     family, shape = families.from_hf(tiny | said)
     expected, rng = families.shapes(shape), np.random.default_rng(0)
     tensors = {}
-    for path, (names, _) in families.tensor_names(family, shape, files=True).items():
+    for path, (names, *_) in families.tensor_names(family, shape, files=True).items():
         apart = path.startswith("layers/") + ("{e}" not in path and path.endswith("/experts"))
         tensors |= {name: rng.normal(size=expected[path][apart:]).astype(np.float32) for name in names}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

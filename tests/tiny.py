@@ -142,7 +142,7 @@ def torch_gradients(pair: Pair, torch_model) -> dict[str, np.ndarray]:
     """The gradients that a torch model holds after `backward`, by our paths and laid out as our parameters are."""
     named = dict(torch_model.named_parameters())
     out = {}
-    for path, (names, transposed) in families.tensor_names(pair.family, pair.model.config).items():
+    for path, (names, transposed, _) in families.tensor_names(pair.family, pair.model.config).items():
         layers = [named[name].grad.numpy() for name in names]
         layers = [x.T if transposed else x for x in layers]
         out[path] = np.stack(layers) if path.startswith("layers/") else layers[0]

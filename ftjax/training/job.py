@@ -6,8 +6,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -139,6 +140,37 @@ def prepared(config, say, recorded: int = 0) -> Job:
     Raises:
         FtjaxError: For anything in the config, the model's files or the rows that cannot be used.
     """
+    config = checked(config, say)
+    base = opened(config, say)
+    data, spec = rows_of(config, base)
+    mesh = devices(config, spec, data, base.dtype, say, recorded)
+    steps = scheduled(config, data, mesh, base.tokenizer)
+    held_out, eval_every = validated(config, data, steps, say)
+    validation = {}
+    for index, name in enumerate(data.sources):
+        if len(examples := held_out.of_source(index)):
+            validation[name] = steps.batch(examples, steps.eval_rows, shuffle=False)
+    for source in configs.sources(config):
+        for name in source.config.evaluate.metrics:
+            check_metric(config, name)
+    select = selection(config, held_out, judge.check(config, data, base.tokenizer), base.chat_tokenizer)
+    task = tasks.find(config.task.kind)
+    lengths = sorted({T for _, T, _ in steps.batches.shapes()})
+    if task.collect:
+        lengths = [data.max_length if config.data.packing else task.longest(config, data)]
+    if chosen := check_attention(config, spec, mesh, base.dtype, lengths):
+        say(chosen)
+    start = base.initial_adapter and base.initial_adapter.folder
+    record = fingerprint.record(base.folder, config.model.path, base.own, start, named_files(config))
+    return Job(
+        config, base.folder, record, base.own, spec, base.dtype, base.tokenizer, base.chat_tokenizer, base.ends,
+        base.initial_adapter, base.formats, data, mesh, steps.batches, validation, steps.rows, steps.eval_rows,
+        steps.steps, eval_every, steps.whole(config.train.save_every) or eval_every, select, steps.secret,
+    )  # fmt: skip
+
+
+def checked(config, say):
+    """A copy of a config, with the defaults of its task and method filled in."""
     config = configs.copy(config)
     configs.validate(config)
     fill_defaults(config)
@@ -148,11 +180,39 @@ def prepared(config, say, recorded: int = 0) -> Job:
             'data.earlier: optim.ewc needs rows of earlier stages, such as ({"train": "earlier.jsonl"},); found none. '
             "A run of several stages fills it in"
         )
-    method = METHODS[config.tuning.method]
     if unread := ignored(config.tuning):
         say(f"no effect with tuning.method={config.tuning.method}: {', '.join(unread)}")
+    return config
 
-    folder = base_folder(config)
+
+class Base(NamedTuple):
+    """The files of the model that a run starts from, checked.
+
+    Attributes:
+        folder: Its directory.
+        own: Directory of the tokenizer if that is another one.
+        tokenizer, chat_tokenizer, ends, initial_adapter, formats, dtype: See Job.
+        spec: The model without the head of the task.
+        pool: Which states the task's head reads.
+        known: Names of labels that the model's config gives.
+    """
+
+    folder: Path
+    own: Path | None
+    tokenizer: Any
+    chat_tokenizer: Any
+    ends: tuple[int, ...]
+    initial_adapter: Start | None
+    formats: tuple[str, ...]
+    dtype: Any
+    spec: Spec
+    pool: str
+    known: tuple[str, ...]
+
+
+def opened(config, say) -> Base:
+    """Check the model's files, the initial adapter and the formats of the export. The config gets what they decide."""
+    method, folder = METHODS[config.tuning.method], base_folder(config)
     family, shape = families.read_config(folder)
     check_method(config, family, shape)
     initial_adapter = Start(config.tuning) if config.tuning.init_from else None
@@ -175,7 +235,6 @@ def prepared(config, say, recorded: int = 0) -> Job:
     ends = tokenizers.end_tokens(folder, chat_tokenizer, chat_templates.ends_of_run(config, tokenizer))
     if config.tuning.prompt_init == "text":
         config.tuning.prompt_ids = tuple(tokenizer(config.tuning.prompt_text)["input_ids"])
-    dtype = compute_dtype(config.model.dtype)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     if initial_adapter:
         fingerprint.check_adapter(initial_adapter.folder, folder)
@@ -189,26 +248,44 @@ def prepared(config, say, recorded: int = 0) -> Job:
     formats = tuple(export.resolve_format(config.tuning.method, f, form, trained) for f in config.export.formats)
     for format in formats:
         resolve.check_out(Path(config.run_dir) / format)
-
     known = families.label_names(folder) if shape.head.task == head.task else ()
-    longest = shape.max_positions - method.virtual_tokens(spec)
+    return Base(
+        folder, own, tokenizer, chat_tokenizer, ends, initial_adapter, formats, compute_dtype(config.model.dtype),
+        spec, head.pool, known,
+    )  # fmt: skip
+
+
+def rows_of(config, base: Base) -> tuple[Data, Spec]:
+    """Read and encode the rows. Returns them and the model with the head for their labels; the config records how they
+    were read, so that rows that are given later are read by the same columns and labels and not by what is guessed."""
+    task, shape, family = tasks.find(config.task.kind), base.spec.model, base.spec.family
+    longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(base.spec)
     with doing("reading and tokenising rows"):
-        data = prepare(config, tokenizer, longest, pool=head.pool, known=known)
-    # How rows were read is recorded, so that rows that are given later are read by the same columns and labels and not
-    # by what is guessed of theirs.
-    if data.labels and not (config.task.labels or known) and config.task.labels_as == "auto":
+        data = prepare(config, base.tokenizer, longest, pool=base.pool, known=base.known)
+    if data.labels and not (config.task.labels or base.known) and config.task.labels_as == "auto":
         config.task.labels_as = "names"
     config.task.labels = data.labels
-    if tasks.find(config.task.kind).encode:
+    if task.encode:
         read = {(piece.recipe.text, piece.recipe.pair, piece.recipe.label) for piece in data.train.pieces}
         if len(read) == 1:  # sources of a mixture may differ
             ((config.task.text, config.task.pair, config.data.label),) = read
-    shape = with_task(config, family, shape, folder, len(data.labels))
-    tasks.find(config.task.kind).check(config, method, spec)
-    spec = spec._replace(model=shape, names=families.linear_names(family, shape))
+    shape = with_task(config, family, shape, base.folder, len(data.labels))
+    task.check(config, METHODS[config.tuning.method], base.spec)
+    return data, base.spec._replace(model=shape, names=families.linear_names(family, shape))
 
-    lengths = data.train.examples.length
-    T = data.max_length if config.data.packing else float(lengths.mean())
+
+def devices(config, spec: Spec, data: Data, dtype, say, recorded: int):
+    """The mesh of a run. The config gets its sizes and the settings of the program that depend on them.
+
+    Args:
+        config: Of the run.
+        spec: The model with its head.
+        data: The rows.
+        dtype: Of computation.
+        say: Called with each line for a person.
+        recorded: Number of devices with which the run began; 0 for a new run.
+    """
+    T = data.max_length if config.data.packing else float(data.train.examples.length.mean())
     count = auto_mesh.cpu_devices(config, spec, T, dtype, recorded)
     machine = auto_mesh.here(count)
     if chosen := auto_mesh.settle(config, spec, machine, data.max_length, dtype):
@@ -227,9 +304,41 @@ def prepared(config, say, recorded: int = 0) -> Job:
     if chosen := auto_mesh.settle_remat(config, spec, machine, mesh.shape, data.max_length, dtype):
         say(chosen)
     check_remat(config, mesh.devices.flat[0])
-    rows, ways = config.train.batch_size, sharding.row_ways(mesh)
+    return mesh
+
+
+class Steps(NamedTuple):
+    """The steps of a run and their batches.
+
+    Attributes:
+        batches: Of the training rows.
+        rows: Rows of a training batch.
+        eval_rows: Rows of a validation batch.
+        steps: Number of steps.
+        updates: Steps for one collected batch: a run validates and saves at multiples of it.
+        batch: batch(examples, rows, ...) -> Batches in the same layout.
+        secret: Of a private run, see privacy.secret_of.
+        tokens: Tokens of all steps.
+    """
+
+    batches: Batches
+    rows: int
+    eval_rows: int
+    steps: int
+    updates: int
+    batch: Callable[..., Batches]
+    secret: str
+    tokens: float
+
+    def whole(self, steps: int) -> int:
+        """A number of steps, rounded up to a multiple of `updates`."""
+        return -(-steps // self.updates) * self.updates
+
+
+def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
+    """How many steps a run takes, and the batches of its rows. For a private run, the config gets its noise."""
+    rows, ways, task = config.train.batch_size, sharding.row_ways(mesh), tasks.find(config.task.kind)
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
-    task = tasks.find(config.task.kind)
     layout = dict(
         max_length=data.max_length, packing=config.data.packing and not task.collect, buckets=config.data.buckets,
         seed=config.seed, ways=mesh.shape["sequence"], **task.layout(config, tokenizer),
@@ -238,8 +347,8 @@ def prepared(config, say, recorded: int = 0) -> Job:
     drawn, weights_of_classes = judge.by_class(config, data)
     copies, updates = task.copies(config), task.updates(config)
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
-    whole = lambda steps: -(-steps // updates) * updates  # noqa: E731
-    steps = whole(config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
+    asked = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates)
+    steps = -(-asked // updates) * updates
     secret = ""
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
@@ -249,35 +358,21 @@ def prepared(config, say, recorded: int = 0) -> Job:
         unit = privacy.units(config.privacy.unit, data.train) if config.privacy.unit else None
         batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, **layout)
         rows = batches.batch_size
-    trained = steps * copies * lengths.sum() / len(batches)
-    validations, most = bounds(config, data.validation, trained)
+    tokens = steps * copies * data.train.examples.length.sum() / len(batches)
+    return Steps(batches, rows, eval_rows, steps, updates, batch, secret, tokens)
+
+
+def validated(config, data: Data, steps: Steps, say) -> tuple[Part, int]:
+    """The validation rows that a run uses, and the number of steps between validations."""
+    validations, most = bounds(config, data.validation, steps.tokens)
     held_out = chosen_rows(config, data, most)
-    eval_every = whole(config.train.eval_every or max(1, steps // validations))
+    eval_every = steps.whole(config.train.eval_every or max(1, steps.steps // validations))
     if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
         say(
             f"validation: {len(held_out):,} of {len(data.validation):,} rows every {counted(eval_every, 'step')}, so "
             "that it takes about a fifth of the training at most; train.eval_every or evaluate.rows set it otherwise"
         )
-    validation = {}
-    for index, name in enumerate(data.sources):
-        if len(examples := held_out.of_source(index)):
-            validation[name] = batch(examples, eval_rows, shuffle=False)
-    for source in configs.sources(config):
-        for name in source.config.evaluate.metrics:
-            check_metric(config, name)
-    select = selection(config, held_out, judge.check(config, data, tokenizer), chat_tokenizer)
-    lengths = sorted({T for _, T, _ in batches.shapes()})
-    if task.collect:
-        lengths = [data.max_length if config.data.packing else task.longest(config, data)]
-    if chosen := check_attention(config, spec, mesh, dtype, lengths):
-        say(chosen)
-    start = initial_adapter and initial_adapter.folder
-    base = fingerprint.record(folder, config.model.path, own, start, named_files(config))
-    return Job(
-        config, folder, base, own, spec, dtype, tokenizer, chat_tokenizer, ends, initial_adapter, formats, data, mesh,
-        batches, validation, rows, eval_rows, steps, eval_every, whole(config.train.save_every) or eval_every, select,
-        secret,
-    )  # fmt: skip
+    return held_out, eval_every
 
 
 def named_files(config) -> dict[str, str]:

@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_torchs(name, case, tmp_path):
     np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
     named = dict(model.named_parameters())
     leaves = flatten(gradient)
-    for path, (stored, _) in tensor_names(family, shape).items():
+    for path, (stored, *_) in tensor_names(family, shape).items():
         for layer, tensor in enumerate(stored):
             if tensor:
                 ours = leaves[path][layer] if path.startswith("layers/") else leaves[path]

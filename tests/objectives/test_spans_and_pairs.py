@@ -131,7 +131,7 @@ def test_losses_and_gradients_are_torchs_on_padded_and_on_packed_rows(kind, tmp_
         np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
         assert plain == found
         leaves = flatten(gradient)
-        for path, (stored, _) in tensor_names(family, shape).items():
+        for path, (stored, *_) in tensor_names(family, shape).items():
             for layer, name in enumerate(stored):
                 ours = leaves[path][layer] if path.startswith("layers/") else leaves[path]
                 name = name if name in named else name.removeprefix(family.prefix)
