@@ -200,9 +200,9 @@ def _rows(prompts: int, batch_size: int) -> int:
 
 
 def _common(prompts: list[list[int]]) -> int:
-    """Number of tokens with which all prompts begin; 0 if all are equal."""
+    """Number of tokens with which all prompts begin, and which none of them ends with; 0 if all are equal."""
     first, last = min(prompts, default=[]), max(prompts, default=[])
-    return next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), len(first)) if first != last else 0
+    return next((n for n, (a, b) in enumerate(zip(first[:-1], last)) if a != b), len(first) - 1) if first != last else 0
 
 
 def _left_padded(prompts, rows: int) -> np.ndarray:

@@ -115,13 +115,13 @@ def hybrid():
 @needs_5
 @pytest.mark.parametrize("common", [0, 70])
 def test_answers_to_prompts_of_several_lengths_are_those_of_transformers(common, monkeypatch):
-    """Padded on the left, with equal prompts, and with a beginning that is computed once."""
+    """Padded on the left, with equal prompts, and with a beginning that is computed once and is a prompt itself."""
     settings = check_families.DRAWS["qwen3_5_text"][1](np.random.default_rng(1)) | {"max_position_embeddings": 128}
     monkeypatch.setitem(check_families.DRAWS, "longer", ("qwen3_5_text", lambda rng: settings))
     model, _ = check_families.draw("longer", 1)
     pair = tiny.read(model)
     start, *docs = tiny.documents((common, 3, 11, 1, 7), 50, 5)
-    prompts = [[*start.tolist(), *doc.tolist()] for doc in (*docs, docs[1])]
+    prompts = [[*start.tolist(), *doc.tolist()] for doc in (*docs, docs[1])] + [start.tolist()] * bool(common)
     calls = []
     share = decoding.share
     monkeypatch.setattr(decoding, "share", lambda *x: calls.append(x) or share(*x))
