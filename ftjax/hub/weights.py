@@ -64,7 +64,7 @@ ALIGNED = 64  # bytes; on a CPU, JAX does not copy a host array that begins at a
 # Microscaling FP4 (Open Compute Project 2023): blocks of 32 values, two in a byte, the first in the low bits, and a
 # power of two for each block, stored as the exponent plus 127.
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-BLOCK = 32
+GROUP = 32
 
 
 class Stored(NamedTuple):
@@ -412,12 +412,12 @@ def _fill_mxfp4(out: np.ndarray, tensor: Stored, bounds) -> None:
     """Read the part of a parameter (E, out, in) in MXFP4 within `bounds` into `out`, one expert at a time."""
     blocks, scales = (np.memmap(t.file, np.uint8, "r", t.offset, t.shape) for t in (tensor, tensor.scales))
     rows, (start, stop) = slice(*bounds[1]), bounds[2]
-    groups = slice(start // BLOCK, -(-stop // BLOCK))
+    groups = slice(start // GROUP, -(-stop // GROUP))
     for place, expert in zip(out, range(*bounds[0]), strict=True):
         codes = blocks[expert, rows, groups]
-        values = FP4[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*codes.shape[:2], BLOCK)
+        values = FP4[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*codes.shape[:2], GROUP)
         values = np.ldexp(values, scales[expert, rows, groups, None].astype(np.int32) - 127)
-        place[...] = values.reshape(len(codes), -1)[:, start % BLOCK :][:, : stop - start]
+        place[...] = values.reshape(len(codes), -1)[:, start % GROUP :][:, : stop - start]
 
 
 def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
@@ -477,10 +477,13 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
             if tensor is None and scales and path.endswith("/experts"):
                 tensor = stored.get(_plain(f"{name}_blocks", family))
                 *lead, last = whole_shape
-                sizes = (*lead, last // BLOCK, BLOCK // 2)
-                if last % BLOCK or tensor is None or (tensor.shape, scales.shape) != (sizes, sizes[:-1]):
-                    there = "missing" if tensor is None else f"{tensor.shape} with scales {scales.shape}"
-                    problems.append(f"tensor {name}_blocks is {there}, expected {sizes} with scales {sizes[:-1]}")
+                sizes = (*lead, last // GROUP, GROUP // 2)
+                there = (
+                    f"{tensor.dtype} {tensor.shape} with scales {scales.dtype} {scales.shape}" if tensor else "missing"
+                )
+                wanted = f"U8 {sizes} with scales U8 {sizes[:-1]}"
+                if last % GROUP or there != wanted:
+                    problems.append(f"tensor {name}_blocks is {there}, expected {wanted}")
                     continue
                 used |= {tensor, scales}
                 found.append(tensor._replace(scales=scales))

@@ -240,15 +240,18 @@ def test_mxfp4_is_read_as_transformers_reads_it_and_written_as_bfloat16(mxfp4, t
 
 
 @needs_5
-def test_mxfp4_of_another_size_is_refused(mxfp4):
+def test_mxfp4_of_another_size_or_type_is_refused(mxfp4):
     from safetensors.torch import save_file
 
     folder, tensors = mxfp4
     name = "model.layers.1.mlp.experts.down_proj_blocks"
-    tensors[name] = tensors[name][..., :8].contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FtjaxError, match=r"down_proj_blocks is \(4, 64, 1, 8\) with scales \(4, 64, 1\), expected"):
-        weights.read_params(folder, *families.read_config(folder))
+    for other, told in (
+        (tensors[name][..., :8].contiguous(), r"U8 \(4, 64, 1, 8\)"),
+        (tensors[name].to(tiny.torch.int32), r"I32 \(4, 64, 1, 16\)"),
+    ):
+        save_file(tensors | {name: other}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(FtjaxError, match=rf"down_proj_blocks is {told} with scales U8 \(4, 64, 1\), expected U8"):
+            weights.read_params(folder, *families.read_config(folder))
 
 
 def test_losses_of_routers_need_routers_and_no_privacy():
