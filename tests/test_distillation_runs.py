@@ -1,5 +1,6 @@
 """Runs with a teacher, from files to files, on tiny random models and the starter."""
 
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_labelled import WORDS, config, make, write
 
 import ftjax
+from ftjax.evaluation.run import answer
 from ftjax.hub import families
 from ftjax.hub.derived import student
 from ftjax.training import features, loop
@@ -147,6 +149,9 @@ def test_a_student_comes_nearer_to_its_teacher(setting):
     ftjax.train(second, **quiet)  # a head alone reads known states, but not with a teacher
     assert any("divergence" in row for row in read_metrics(second.run_dir))
     assert "divergence" not in ftjax.evaluate(second.run_dir, second.data.validation, **quiet)
+    shutil.rmtree(c.run_dir)  # neither figures nor answers of a student need its teacher
+    ftjax.evaluate(second.run_dir, second.data.validation, **quiet)
+    assert len(answer(second.run_dir, ["it was"], max_new_tokens=2)) == 1
 
 
 def test_what_cannot_teach_is_refused(setting, tmp_path):

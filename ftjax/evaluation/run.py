@@ -61,6 +61,8 @@ def evaluate(
         FtjaxError: If the model, the rows or the config cannot be used.
     """
     config = _config(model, config, overrides, data, say)
+    if not isinstance(model, LM):
+        _check_others(model, config)
     lm = model if isinstance(model, LM) else load(model)
     prepared = _rows(lm, data, config, say)
     if lm.kind != "causal":
@@ -164,16 +166,24 @@ def _config(model, config, overrides, data: str | None = None, say=None):
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
     config = configs.default() if config is None else configs.copy(config)
     configs.override(config, overrides)
-    if not isinstance(model, LM) and (record := read_record(model)) and (kept := record["base"].get("others")):
-        used = named_files(config).values()
-        named = {key: name for key, name in named_files(run_config(model)).items() if name in used}
-        kept = {file: digest for file, digest in kept.items() if file.split("/")[0] in named}
-        if told := fingerprint.changes({"others": kept}, {"others": fingerprint.of_named(named)}):
-            raise FtjaxError(
-                f"{model}: {'; '.join(told)}, so that figures would not be those of the training. Put back the files "
-                "of the training, or name others by an override"
-            )
     return config
+
+
+def _check_others(model, config) -> None:
+    """Raise FtjaxError if a reference or reward model that an evaluation of a run reads has changed since its
+    training."""
+    task, record = tasks.find(config.task.kind), read_record(model)
+    kept = record["base"].get("others") if record and (task.measure or task.texts == 2) else None
+    if not kept:
+        return
+    used = named_files(config).values()
+    named = {key: name for key, name in named_files(run_config(model)).items() if name in used}
+    kept = {file: digest for file, digest in kept.items() if file.split("/")[0] in named}
+    if told := fingerprint.changes({"others": kept}, {"others": fingerprint.of_named(named)}):
+        raise FtjaxError(
+            f"{model}: {'; '.join(told)}, so that figures would not be those of the training. Put back the files "
+            "of the training, or name others by an override"
+        )
 
 
 def answer(
