@@ -87,7 +87,12 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
             if stage.average != (1.0,):
                 model = _averaged(stages[:position], before, model, run_dir, kept, say)
         name = stage.name if stage else BEFORE
-        scored = [other for other in stages if _computes(stage, other, stages[0])]
+        known = {token for one in stages[:position] for token in one.config.data.add_tokens}
+        scored = [
+            other
+            for other in stages
+            if _computes(stage, other, stages[0]) and known.issuperset(other.config.data.add_tokens)
+        ]
         scores[name] = {other.name: _scored(model, other, kept) for other in scored}
         told = seals.sealed(_told(stages, scores))
         replace_json(run_dir / RESULTS, told)

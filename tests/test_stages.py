@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -240,6 +241,19 @@ def test_other_held_out_rows_are_scored_anew(name, tmp_path):
         (tmp_path / "x1.jsonl").write_text(json.dumps({"text": text}) + "\n")
         found.append(stages._digest(data))
     assert found[0] != found[1] == found[2]
+
+
+def test_a_model_is_scored_on_the_rows_whose_tokens_it_has(folder, tmp_path, monkeypatch):
+    """A model without them would read other tokens, and have no token that ends an answer."""
+    c = settings(folder, **{"data.add_tokens": ("<|end|>",), "data.end": "<|end|>"})
+    c.run_dir = str(tmp_path / "run")
+    result = dataclasses.make_dataclass("Result", ["results", "files"])(None, {})
+    monkeypatch.setattr(stages, "_run", lambda *_: (result, tmp_path))
+    monkeypatch.setattr(stages, "_scored", lambda *_: {"loss": 1.0, "key": ""})
+    told = ftjax.train(c, say=lambda line: None).results["scores"]
+    assert {model: list(row) for model, row in told.items()} == {
+        "before": ["words"], "words": ["words"], "back": ["words", "back"],
+    }  # fmt: skip
 
 
 def test_a_stage_without_a_whole_model_comes_last(folder):
