@@ -203,6 +203,11 @@ def extended(tokenizer, folder: Path, tokens: tuple[str, ...]) -> Path:
     rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     own.add_tokens([AddedToken(token, **rules) for token in tokens])
     new = {own.token_to_id(token): {"content": token, **rules} for token in tokens if token not in added}
+    if taken := new.keys() & vocab.values():
+        raise FtjaxError(
+            f"data.add_tokens: {folder}: the ids of this vocabulary have gaps, so that {new[min(taken)]['content']!r} "
+            f"would get the id {min(taken)} of another token; fill the gaps in tokenizer.json first"
+        )
     content = read_json(file)
     entries = [{"id": i, **entry} for i, entry in new.items()]
     replace_json(file, content | {"added_tokens": [*(content.get("added_tokens") or ()), *entries]})

@@ -244,6 +244,7 @@ def keeps_base(method, spec, user: str, otherwise: str) -> None:
         )
         if changes
     ]
+    changed += ["data.add_tokens"] * bool(tuning.token_ids)
     if changed:
         raise FtjaxError(
             f"{changed[0]}: changes parameters of the base model, which {user} compares with; use an adapter that "

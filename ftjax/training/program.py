@@ -130,8 +130,11 @@ def with_tokens(config, shape, tokenizer):
         tokenizer: The tokenizer with the tokens.
 
     Raises:
-        FtjaxError: If the tokenizer has other tokens beyond the rows of the files.
+        FtjaxError: If the tokenizer has other tokens beyond the rows of the files, or if the config has
+            tuning.token_ids of its own.
     """
+    if config.tuning.token_ids and not (config.data.add_tokens or config.data.pad_vocabulary_to):
+        raise FtjaxError("tuning.token_ids: a run fills it in; leave it out, and name the tokens in data.add_tokens")
     rows, ids = shape.vocab_size, tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
     check_vocab(tokenizer, rows, ids)
     needed, multiple = max([rows - 1, *ids]) + 1, config.data.pad_vocabulary_to or 1

@@ -56,7 +56,8 @@ def first_state(job: Job, program: Program, say) -> tuple:
     if job.initial_adapter:
         made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
         trained = jax.device_put(made_elsewhere, program.trained_places)
-    fixed = frozen if job.generates and "lm_head" not in trained else {}
+    rest = "lm_head" not in trained or config.tuning.token_ids  # of a head of which rows are trained, the others
+    fixed = frozen if job.generates and rest else {}
     for token, alike in indistinct_ends(fixed, job.data.train.examples).items():
         if token in config.tuning.token_ids:
             continue  # its row is trained

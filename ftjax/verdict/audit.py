@@ -21,6 +21,7 @@ from ftjax.data.prepare import given, prepare
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.evaluation.resample import share_interval
 from ftjax.files import replace_json, write_jsonl
+from ftjax.lm import open_base
 from ftjax.loading import load
 from ftjax.objectives import causal
 from ftjax.pages import macros
@@ -72,7 +73,10 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     members = len(found.train) - int((last.kept >= len(last.table) - planted).sum())
     sides = found.train.examples.select(_spread(members, rows)), others.examples.select(_spread(len(others), rows))
 
-    scored = functools.partial(scores, config, lm, load(lm.folder) if task.head == "causal" else None)
+    base = None
+    if task.head == "causal":  # with the rows of tokens that the run added, as they were before the first step
+        base, _ = open_base(lm.folder, "auto", config, tokenizer_folder=lm.tokenizer_folder)
+    scored = functools.partial(scores, config, lm, base)
     delta = config.privacy.delta if config.privacy.epsilon else 0.0
     inside, outside = map(scored, sides)
     tried = {name: (inside[name], outside[name]) for name in inside}

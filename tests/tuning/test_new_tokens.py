@@ -20,7 +20,7 @@ import tiny
 import torch
 
 import ftjax
-from ftjax import assets
+from ftjax import assets, tasks
 from ftjax import config as configs
 from ftjax.data.verbs import show
 from ftjax.errors import FtjaxError
@@ -34,6 +34,7 @@ from ftjax.training import program as programs
 from ftjax.training.job import prepared
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS, adapters
+from ftjax.verdict.audit import audit
 
 BASE = Path(assets.resolve("builtin:stories260K"))
 IDS = (7, 50, 51, 52)  # the first has a row in the files
@@ -157,6 +158,9 @@ def test_new_rows_have_the_distribution_of_transformers(folder):
             np.testing.assert_allclose(rows.mean(0), theirs[:50].mean(0), rtol=0, atol=1e-6)
             found = np.cov(rows.T) / 1e-9
             assert np.linalg.norm(found - spread) < 0.12 * np.linalg.norm(spread)
+    cuts = []
+    weights._new_rows(lambda at: cuts.append(at) or np.zeros([b - a for a, b in at]), 5000, (5001, 2), [0])
+    assert len(cuts) == 4  # a table is read twice, thousands of rows at a time
     again = read(folder / "llama2", 53, new_rows=3, dtype="bfloat16")[2]["embed"]["embedding"]
     np.testing.assert_array_equal(again, pair.params["embed"]["embedding"].astype("bfloat16"))
     other = read(folder / "llama2", 53, new_rows=4)[2]["embed"]["embedding"]
@@ -227,6 +231,8 @@ def test_a_run_with_new_tokens(config):
     np.testing.assert_array_equal(rows[:512], ftjax.load(BASE).params["embed"]["embedding"])
     report = evaluate(str(run), config.data.train, None, generate=False, say=lambda line: None)
     assert np.isfinite(report["loss"])
+    attacked = audit(run, config.data.train, say=lambda line: None)  # the base has rows for these tokens too
+    assert {a["auc"] for a in (attacked["base"], *attacked["attacks"].values())} == {0.5}
 
     shutil.rmtree(run / "checkpoints" / "4")
     ftjax.train(config, say=said.append)
@@ -264,6 +270,12 @@ def test_padding_previews_and_plans(config, capsys):
             "data.add_tokens: '▁the' is an ordinary token of this tokenizer, with the id",
         ),
         ({"data__add_tokens": ("",)}, "data.add_tokens, entry 1: expected a text that is not empty"),
+        ({"data__add_tokens": (), "tuning__token_ids": (5,)}, "tuning.token_ids: a run fills it in; leave it out, and"),
+        ({"task__kind": "preference"}, "data.add_tokens: changes parameters of the base model, which task.loss="),
+        (
+            {"task__kind": "policy", "task__beta": 0.1, "task__rewards": ("length",), "rollout__group": 4},
+            "data.add_tokens: changes parameters of the base model, which task.",
+        ),
         (
             {"tuning__method": "ia3"},
             "data.add_tokens: PEFT has no form for rows of new tokens beside ia3; set tuning.met",
@@ -301,6 +313,7 @@ def test_what_makes_no_sense_is_refused(config, fields, message):
         programs.check_method(new, family, shape)
         shape = programs.with_tokens(new, shape, tokenizers.of_run(new, BASE)[0])
         spec = tiny.spec(family, shape)._replace(tuning=new.tuning)
+        tasks.find(new.task.kind).check(new, METHODS[new.tuning.method], spec)
         programs.build(new, spec, programs.sharding.make_mesh(new.mesh), np.dtype("float32"), 2)
 
 
@@ -345,6 +358,11 @@ def test_tokenizers_of_other_files(config, tmp_path):
     _, out = tokenizers.of_run(config, tmp_path)
     kept = json.loads((out / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert {i: entry["content"] for i, entry in kept.items()} == {"2": "</s>", "512": TOKENS[0], "513": TOKENS[1]}
+    gaps = json.loads((BASE / "tokenizer.json").read_text())
+    gaps["model"]["vocab"]["Z"] = 513  # not 511 or less, though there are 512 entries
+    (tmp_path / "tokenizer.json").write_text(json.dumps(gaps))
+    with pytest.raises(FtjaxError, match=r"have gaps, so that '<\|end\|>' would get the id 513 of another token"):
+        tokenizers.of_run(config, tmp_path)
     slow = SimpleNamespace(get_vocab=dict, get_added_vocab=dict)
     with pytest.raises(FtjaxError, match="there: tokens can only be added to a tokenizer that has a tokenizer.json"):
         tokenizers.extended(slow, Path("there"), TOKENS)
