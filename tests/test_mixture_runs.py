@@ -154,7 +154,7 @@ def test_every_task_is_scored_by_its_own_metrics(setting, tmp_path):
     assert report["exact_match"] == after["exact_match of films"] and "coverage of told" not in report
 
 
-def test_a_source_without_metrics_is_in_no_mean_and_an_unbounded_one_makes_it_undefined(setting, monkeypatch):
+def test_a_source_without_metrics_is_in_no_mean_and_an_unbounded_one_makes_it_undefined(setting, tmp_path, monkeypatch):
     from ftjax.evaluation import compare
 
     c = setting()
@@ -178,6 +178,9 @@ def test_a_source_without_metrics_is_in_no_mean_and_an_unbounded_one_makes_it_un
         compare.ranked(lm, {}, part, [i], [prompt], c)
     assert compare.is_higher("mean of tasks") and not compare.is_higher("unsupported of a of b")
     assert compare.is_higher("length of a") is None
+    code = tmp_path / "one of ours.py"
+    code.write_text("def wrong(prediction, references, row):\n    return 1.0\n\n\nwrong.higher = False\n")
+    assert compare.is_higher(f"{code}:wrong") is compare.is_higher(f"{code}:wrong of a: b of c") is False
 
 
 def test_what_sources_cannot_have_for_themselves_is_refused(setting, tmp_path):
@@ -203,6 +206,16 @@ def test_what_sources_cannot_have_for_themselves_is_refused(setting, tmp_path):
         prepared(c, print)
     beyond = write(tmp_path / "beyond.jsonl", [{"text": "a film", "label": 2}])
     refused("beyond.jsonl row 1: column 'label' holds 2; expected one of data.labels", {"train": beyond})
+    refused("expected data.completion, and not data.prompt, to name the column", {"completion": " {text} {{label}}"})
+    # Ids 0 and 1 beside names 1 and 2: a 1 would be read as the first name.
+    refused("holds 0; expected one of data.labels .1, 2. or, where no name is a number, the id", {"labels": ("1", "2")})
+    refused("holds [01]; expected one of data.labels .-1.5, 2.0. or, where no", {"labels": ("-1.5", "2.0")})
+    c = setting()
+    c.data.mixture = c.data.mixture[0], c.data.mixture[1] | {"labels": ("1", "0"), "prompt": "{text} {{label}}"}
+    part = prepared(c, print).data.test
+    i = int(np.flatnonzero(part.source)[0])
+    assert part.rendered(i).prompt == f"{part.row(i)['text']} {{label}}"
+    assert part.rendered(i).completion == f" {part.row(i)['label']}"
     kto = {"task__kind": "preference", "task__loss": "kto"}
     c = setting(**kto)
     films = c.data.mixture[1] | {"labels": (), "label": "label"}

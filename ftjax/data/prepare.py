@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,10 +62,13 @@ class Recipe:
         """A row with the name of its label. Raises FtjaxError if its label is neither a name nor the id of one."""
         label = labelled.label_name(row.get(self.labelled)) or ""
         if label not in self.labels:
-            if not (label.isdecimal() and int(label) < len(self.labels)):
+            # If names are numbers, 1 may be the first name or the second id, so that only names are read.
+            by_id = not any(re.fullmatch(r"[-+]?[\d.]+", name) for name in self.labels)
+            if not (by_id and label.isdecimal() and int(label) < len(self.labels)):
                 raise FtjaxError(
                     f"{place}: column {self.labelled!r} holds {row.get(self.labelled)!r:.80}; expected one of "
-                    f"data.labels ({', '.join(self.labels)}) or the id of one, counted from 0"
+                    f"data.labels ({', '.join(self.labels)}) or, where no name is a number, the id of one, counted "
+                    "from 0"
                 )
             label = self.labels[int(label)]
         return row | {self.labelled: label}
@@ -113,7 +117,8 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     form = template.guess(columns, data.prompt, data.completion) if guessed else data.form
     fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
     label = (data.label or next((name for name in tasks.LABELS if name in columns), "")) if data.labels else ""
-    named = [f"{{{label}}}" in text for text in (data.prompt, data.completion)]
+    parsed = [template.parse(data[key], f"data.{key}") for key in ("prompt", "completion")]
+    named = [any(name == label for _, name in parts) for parts in parsed]
     if data.labels and (form != "template" or label not in columns or named != [False, True]):
         raise FtjaxError(
             f"data.labels: expected data.completion, and not data.prompt, to name the column of the label, such as "

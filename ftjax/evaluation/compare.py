@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ TASKS = ("mean of tasks", "worst of tasks")  # figures over all sources
 
 def is_higher(name: str) -> bool | None:
     """Whether more of a figure of `measure` is better; None: neither."""
-    of = name.partition(OF)[0]
+    of = re.match(r".*?\.py:\w+|\w*", name)[0]  # the path of a user's own metric may contain OF too
     return name in TASKS or (False if of in LOWER else find(of).higher)
 
 
