@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import peft
 import pytest
 import tiny_models
 import torch
@@ -137,6 +138,13 @@ def test_what_a_teacher_computes_is_kept_and_believed_only_if_it_is_unchanged(se
     save_file({name: 0.5 * x for name, x in weights.items()}, tmp_path / "teacher/model.safetensors", {"format": "pt"})
     found, computed = values()
     assert computed and not np.array_equal(found, known)
+    # An adapter of another program has no record of its base.
+    taught = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    peft.get_peft_model(taught, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    lora = {"task__reference": str(tmp_path / "lora")}
+    assert values(**lora)[1] and not values(**lora)[1]
+    save_file(weights, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+    assert values(**lora)[1]
 
 
 def test_a_student_comes_nearer_to_its_teacher(setting):

@@ -7,6 +7,8 @@ B rows, T tokens, M trained tokens a row at most, D width, N examples, S trained
 from __future__ import annotations
 
 import functools
+import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,8 @@ from ftjax.data import store
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import cache_of
 from ftjax.errors import FtjaxError
-from ftjax.hub import fingerprint
+from ftjax.foreign import read_json
+from ftjax.hub import fingerprint, peft, resolve
 from ftjax.loading import load
 from ftjax.objectives import causal
 from ftjax.seals import digest
@@ -96,7 +99,12 @@ def known_by(config, mesh) -> str:
     code = [file.read_bytes() for file in sorted(Path(ftjax.__file__).parent.rglob("*.py"))]
     settings = [config.task.to_dict(), config.distil.to_dict(), config.model.dtype, config.model.head_chunk]
     devices = [jax.__version__, jax.devices()[0].device_kind, dict(mesh.shape)]
-    return digest(fingerprint.of_named({"task.reference": config.task.reference}), settings, devices, *code)
+    named = {"task.reference": config.task.reference}
+    folder = resolve.resolve(config.task.reference)
+    if (folder / peft.CONFIG).is_file() and not fingerprint.of_adapter(folder):  # else `load` has checked the base
+        own = read_json(folder / peft.CONFIG, **peft.FIELDS)
+        named["its base"] = str(resolve.resolve(own["base_model_name_or_path"], own.get("revision") or ""))
+    return digest(fingerprint.of_named(named), settings, devices, *code)
 
 
 def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_size: int = 0) -> Callable[[dict], Any]:
@@ -170,9 +178,12 @@ class Features:
         self.start = np.cumsum(self.labels) - self.labels
         # Padded by length and in order: no packing, in which rows of the last batch would be compiled anew.
         plain = Batches(examples, batches.batch_size, int(examples.length.max()), shuffle=False, apart=batches.apart)
-        array = functools.partial(np.memmap, dtype=np.dtype(dtype), shape=(int(self.labels.sum()), *shape))
+        shape, dtype = (int(self.labels.sum()), *shape), np.dtype(dtype)
+        array = functools.partial(np.memmap, dtype=dtype, shape=shape)
 
-        def computed(file) -> np.ndarray:
+        def computed(file) -> np.memmap:
+            if hasattr(os, "posix_fallocate"):  # where the disk is full, a write to the map would kill the process
+                os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
             values = array(file, mode="w+")
             for step in range(len(plain)):
                 for found, members in zip(np.asarray(compute(plain[step])), plain.rows(step), strict=True):
@@ -187,7 +198,11 @@ class Features:
             return
         rows = [digest(e.ids.tobytes(), e.trained.tobytes(), e.second) for e in examples]
         key = digest(key, rows, name, batches.batch_size, batches.apart)
-        write = lambda draft: computed(draft / VALUES).flush()  # noqa: E731
+
+        def write(draft: Path) -> None:
+            with (draft / VALUES).open("w+b") as file:
+                computed(file).flush()
+
         with store.kept(cache, key, "values of a reference model", write) as (entry, _):
             self.values = array(entry / VALUES, mode="r")
 

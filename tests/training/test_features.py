@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import tiny
 import ftjax
 from ftjax import config as configs
 from ftjax.data.batches import Batches
+from ftjax.data.store import Cache
 from ftjax.data.tokenise import Example
 from ftjax.objectives import causal
 from ftjax.training import features, sharding
@@ -38,6 +42,26 @@ def test_states_are_those_that_the_trained_tokens_are_predicted_from(packing, tm
         assert counted == weight > 0 and not states[batch["weights"] == 0].any()
         np.testing.assert_allclose(ours, total, rtol=1e-5)
         np.testing.assert_array_equal(kept.get(step, slice(1, 3))["states"], states[1:3])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_disk_is_claimed_before_anything_is_computed(stored, tmp_path, monkeypatch):
+    """A page of a map for which the disk has no room ends the process; the claim is an error of the system."""
+    examples = [Example(np.arange(1, 9), np.arange(8) > 0)] * 8
+    batches, claimed, truth = Batches(examples, 8, 8, shuffle=False), [], os.posix_fallocate
+    how = {"cache": Cache(tmp_path), "key": "k"} if stored else {"folder": tmp_path}
+    monkeypatch.setattr(os, "posix_fallocate", lambda *call: claimed.append(call[1:]) or truth(*call))
+    with pytest.raises(ZeroDivisionError):
+        features.Features(batches, "reference", lambda batch: 1 / 0, (5,), np.float32, **how)
+    assert claimed == [(0, 8 * 7 * 5 * 4)]
+
+    def full(*call):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        features.Features(batches, "reference", lambda batch: 1 / 0, (5,), np.float32, **how)
+    assert not list(tmp_path.iterdir())
 
 
 def run(run_dir, cached):
