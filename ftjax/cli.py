@@ -189,9 +189,10 @@ def parser() -> argparse.ArgumentParser:
     verb("check-model", _check_model, about)("model", "directory of a decoder", metavar="DIR")
 
     add = verb("upcycle", _upcycle, "write a dense model as a mixture of experts with the same logits")
-    add("model", "directory of a llama, mistral or qwen3 model", metavar="DIR")
+    add("model", "directory of a llama, mistral or qwen3 model, or of a mixture of tokens", metavar="DIR")
     add("--experts", "number of experts, copies of the dense part", 8, "E")
     add("--top-k", "number of experts of each token", 2, "K")
+    add("--mixture-of-tokens", "write a mixture of tokens instead, in groups of G rows; it needs no top-k", 0, "G")
     add("--noise", "noise on experts as a multiple of their own deviation", 0.0)
     add("--seed", "seed of routers and noise", 0)
     add("--out", metavar="DIR", required=True)
@@ -499,8 +500,10 @@ def _upcycle(args, overrides) -> None:
     from ftjax.hub.resolve import resolve_model
     from ftjax.upcycle import upcycle
 
-    kind = upcycle(resolve_model(args.model), Path(args.out), args.experts, args.top_k, args.noise, args.seed)
-    print(f"{args.out}: a {kind} model of {args.experts} experts, {args.top_k} for each token")
+    group, used = args.mixture_of_tokens, 1 if args.mixture_of_tokens else args.top_k
+    kind = upcycle(resolve_model(args.model), Path(args.out), args.experts, used, args.noise, args.seed, group)
+    each = f"which mix groups of {group} rows" if group else f"{used} for each token"
+    print(f"{args.out}: a {kind} model of {args.experts} experts, {each}")
 
 
 def _list(args, overrides) -> None:

@@ -526,6 +526,10 @@ FIELDS: dict[str, Field] = {
     # output_router_logits is true, as in transformers, else 0. With train.accumulate it costs a further forward pass
     "train.router_z": number(0.0, 0, also="router_z_loss_coef moe_z_loss_coeff"),  # weight of the z-loss, which keeps
     # the logits of routers small; 0: off. 0.001 is that of Zoph et al. 2022
+    "train.mixing_temperature": several(
+        (1.0, 1.0), number(1.0, 0.001, 1000), "a tuple of two numbers from 0.001 to 1,000", lambda ends: len(ends) == 2
+    ),  # temperature of a mixture of tokens at the first and at the last step of training, by equal factors between
+    # them; towards 0 each expert takes one token of a group
     "train.cache_features": switch(True),  # compute the states that a head reads only once, and keep them in a file of
     # run_dir while the run lasts, where only the head is trained for more than an epoch
     "train.ema": number(0.0, 0, below=1, also="ema_decay"),  # decay per step of an exponential moving average of the

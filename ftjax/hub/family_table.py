@@ -357,6 +357,17 @@ DECODERS = (
         aliases={"num_experts": "num_local_experts"},
         theta=1e6,
     ),
+    llama_like(  # of ftjax alone, written by ftjax upcycle
+        "ftjax_mixture_of_tokens",
+        decoder_forms("FtjaxMixtureOfTokens", tasks=("causal",)),
+        decoder_modules(MOE_LAYER),
+        keys=ATTENTION_BIAS | {"experts": "num_experts", "mixing": "mixing_group_size", "qk_norm": "qk_norm"},
+        defaults={
+            "num_experts": 8, "mixing_group_size": 8, "qk_norm": "", "attention_bias": False, "sliding_window": None,
+            "use_sliding_window": True,
+        },
+        only=EVERY_LAYER | {"qk_norm": ("", "head")},
+    ),
     llama_like(
         "qwen3_moe",
         decoder_forms("Qwen3Moe"),

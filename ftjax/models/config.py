@@ -100,6 +100,7 @@ class ModelConfig:
     experts: int = 0  # E; 0: one dense feed-forward part
     experts_used: int = 1  # of each token: those with the greatest router probabilities
     experts_normed: bool = False  # the probabilities of the experts used are divided by their sum
+    mixing: int = 0  # a mixture of tokens: rows whose tokens are mixed in training; 0: each token goes to its experts
     dense_hidden: int = 0  # F of the sublayer `dense`, which layers without experts have among layers with experts
     shared_hidden: int = 0  # of a dense part beside the experts that every token goes through; 0: there is none
     balance: float = 0.0  # weight of the load-balance loss in training, see objectives.routed
@@ -134,6 +135,11 @@ def layers_with(config: ModelConfig, path: str) -> tuple[int, ...]:
     name = path.removeprefix("top_").removeprefix("layers/").split("/")[0]
     parts = config.parts or (PARTS,) * config.layers
     return tuple(layer for layer, own in enumerate(parts) if name in own or name.endswith("norm"))  # all have norms
+
+
+def experts_per_token(config: ModelConfig) -> float:
+    """Number of experts that a token pays for in training. The rows of a group share the cost of a mixture."""
+    return config.experts / config.mixing if config.mixing else config.experts_used
 
 
 def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:

@@ -160,6 +160,12 @@ class Experts(nn.Module):
     """A mixture of experts (Shazeer et al. 2017), each gated as MLP is: every token goes to its `experts_used`, however
     many tokens an expert gets. E experts, k experts of a token, N tokens of a device.
 
+    A mixture of tokens (Antoniak et al. 2023) if ModelConfig.mixing is g > 0. In training, the tokens at position t of
+    g successive rows are a group. Expert e gives token i of the group the weight w_ei, the softmax over the group of
+    the router's logits divided by the temperature. It computes y_e = expert_e(sum_i w_ei x_i), and token i gets sum_e
+    w_ei y_e. Elsewhere each token is a group of its own: its weights are 1, and it gets sum_e expert_e(x). Padding is
+    in no group, and gets 0.
+
     Experts that are dealt over the mesh axis `expert` get the tokens of all devices of this axis by an all-gather, and
     what they compute is summed by a reduce-scatter. An all-to-all of exactly the tokens that an expert needs has no
     static shape: XLA's CPU has no ragged one, and a padded one must provide for all tokens going to one device, which
@@ -175,8 +181,8 @@ class Experts(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x, segments):
-        """x (B, T, D), segments (B, T) int, 0: padding -> (B, T, D)."""
+    def __call__(self, x, segments, temperature=None):
+        """x (B, T, D), segments (B, T) int, 0: padding -> (B, T, D). temperature: () if rows are mixed, else None."""
         c, start = self.config, nn.initializers.normal(self.config.initializer_range)
         E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
         shapes = {"gate_up_proj": (E, 2 * F, D)} if c.fused_gate else {"gate_proj": (E, F, D), "up_proj": (E, F, D)}
@@ -186,6 +192,47 @@ class Experts(nn.Module):
         gate = Leaf("router", (E, D), start, bias, name="gate")()
         logits = project(x, gate["router"].astype(self.dtype), PARAMETER_AXES["router"])
         logits = (logits + gate["bias"].astype(self.dtype) if bias else logits).astype(jnp.float32)
+
+        def feed(variables, rows, sizes, expert):
+            """rows (N, D) through their experts; sizes (E,): rows of each; expert (N,): that of each row."""
+            mlp = variables["params"]
+
+            def change(name, rows):
+                found = variables["adapter"].get(name, {}).items()
+                return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
+
+            def product(name, rows):
+                y = project_groups(rows, mlp[name]["experts"], sizes)
+                if not biases:
+                    return y
+                return y + jnp.take(mlp[name][biases].astype(y.dtype), expert, axis=0, mode="clip")
+
+            if c.fused_gate:
+                gate, up = halves(c, product("gate_up_proj", rows))
+            else:
+                gate, up = product("gate_proj", rows), product("up_proj", rows)
+            if "gate_up_proj" in variables["adapter"]:
+                gate, up = (y + dy for y, dy in zip((gate, up), halves(c, change("gate_up_proj", rows))))
+            rows = gated(c, named(gate, "gate"), named(up, "up"))
+            return product("down_proj", rows) + change("down_proj", rows)
+
+        variables = {"params": params, "adapter": self.get_variable("adapter", "experts", {})}
+        if c.mixing:
+            g, divisor = (1, 1.0) if temperature is None else (c.mixing, temperature)
+
+            def by_group(variables, arrays, rngs):
+                x, logits, real = (each.reshape(-1, g, *each.shape[1:]) for each in arrays)
+                logits = jnp.where(real, logits, jnp.finfo(logits.dtype).min)  # finite, so that gradients are
+                weights = jnp.where(real, jax.nn.softmax(logits, axis=1), 0).astype(x.dtype)
+                rows = jnp.einsum("ngte,ngtd->entd", weights, x)
+                sizes = jnp.full(E, rows[0, ..., 0].size, jnp.int32)
+                expert = jnp.repeat(jnp.arange(E), rows[0, ..., 0].size)
+                y = feed(variables, rows.reshape(-1, D), sizes, expert).reshape(rows.shape)
+                return jnp.einsum("ngte,entd->ngtd", weights, y).reshape(arrays[0].shape)
+
+            y = map_rows(by_group, variables, (x, logits / divisor, (segments > 0)[..., None]), None)
+            return dropout(self, named(y, "down"), self.dropout)
+
         p = jax.nn.softmax(logits)
         weights, chosen = jax.lax.top_k(p, k)  # (B, T, k)
         if c.experts_normed:
@@ -200,9 +247,8 @@ class Experts(nn.Module):
                 self.sow("router", name, total, lambda _, new: new, lambda: None)
 
         def mixed(variables, arrays, rngs):
-            mlp = variables["params"]
             tokens, weights, chosen = (x.reshape(-1, x.shape[-1]) for x in arrays)
-            own = mlp["down_proj"]["experts"].shape[0]
+            own = variables["params"]["down_proj"]["experts"].shape[0]
             if own < E:  # the others are on other devices: see the tokens of all of them, and keep what is for its own
                 tokens, weights = (gather(x, "expert", 0, x.dtype) for x in (tokens, weights))
                 chosen = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * own
@@ -212,34 +258,14 @@ class Experts(nn.Module):
             order = jnp.argsort(chosen)[: len(tokens) * min(k, own)]
             sizes = jnp.zeros(own, jnp.int32).at[chosen].add(1, mode="drop")
             keep = lambda x: jnp.where((chosen[order] < own)[:, None], x, 0) if own < E else x  # noqa: E731
-
-            def change(name, rows):
-                found = variables["adapter"].get(name, {}).items()
-                return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
-
-            def product(name, rows):
-                y = project_groups(rows, mlp[name]["experts"], sizes)
-                if not biases:
-                    return y
-                return y + jnp.take(mlp[name][biases].astype(y.dtype), chosen[order], axis=0, mode="clip")
-
-            rows = keep(jnp.repeat(tokens, k, axis=0)[order])
-            if c.fused_gate:
-                gate, up = halves(c, product("gate_up_proj", rows))
-            else:
-                gate, up = product("gate_proj", rows), product("up_proj", rows)
-            if "gate_up_proj" in variables["adapter"]:
-                gate, up = (y + dy for y, dy in zip((gate, up), halves(c, change("gate_up_proj", rows))))
-            rows = gated(c, named(gate, "gate"), named(up, "up"))
-            y = keep(product("down_proj", rows) + change("down_proj", rows))
+            y = keep(feed(variables, keep(jnp.repeat(tokens, k, axis=0)[order]), sizes, chosen[order]))
             y = jnp.zeros((len(chosen), D), y.dtype).at[order].set(y, unique_indices=True).reshape(-1, k, D)
             y = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype))
             if own < E:
                 y = jax.lax.psum_scatter(y.astype(jnp.float32), "expert", tiled=True).astype(y.dtype)
             return y.reshape(arrays[0].shape)
 
-        adapter = self.get_variable("adapter", "experts", {})
-        y = map_rows(mixed, {"params": params, "adapter": adapter}, (x, weights, chosen), None)
+        y = map_rows(mixed, variables, (x, weights, chosen), None)
         if c.shared_hidden:  # weighted by a gate of its own
             shared = MLP(dataclasses.replace(c, hidden=c.shared_hidden), self.dtype, 0.0, name="shared")(x)
             y = y + nn.sigmoid(Linear(1, False, self.dtype, c.initializer_range, name="shared_gate")(x)) * shared
@@ -301,7 +327,7 @@ class Block(nn.Module):
         routed = c.experts > 0 and name != "dense"
         shape = dataclasses.replace(c, hidden=c.dense_hidden) if name == "dense" else c
         mlp = (Experts if routed else MLP)(shape, self.dtype, self.dropout, name=name)
-        x = add(x, mlp(h, shared["segments"]) if routed else mlp(h), "mlp")
+        x = add(x, mlp(h, shared["segments"], shared.get("temperature")) if routed else mlp(h), "mlp")
         return (constrain(x, "batch", "tokens", None), cache), None
 
 
@@ -542,6 +568,8 @@ class Transformer(nn.Module):
         c, T = self.config, x.shape[1]
         shared = {"segments": segment_ids, "positions": positions}
         x = _scaled(x, c.input_scale)
+        if cache is None and self.has_variable("mixing", "temperature"):
+            shared["temperature"] = self.get_variable("mixing", "temperature")
         if c.types:
             x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
         if c.positions == "learned":

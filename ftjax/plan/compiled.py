@@ -91,7 +91,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
         FtjaxError: For a mesh or batch that is impossible.
     """
     mesh = sharding.make_mesh(config.mesh, device_list(devices))
-    programs.check_rows(config, mesh)
+    programs.check_rows(config, mesh, spec.model)
     started = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices), steps)

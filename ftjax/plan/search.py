@@ -74,21 +74,21 @@ def accumulating(config, spec: Spec, devices: Devices) -> list[Setting]:
     return [
         Setting(_overrides(sizes) | {"model.remat": "full", "train.accumulate": times}, devices)
         for sizes, times in itertools.product(meshes(spec, devices), ACCUMULATE)
-        if config.train.batch_size % (by_rows(sizes) * times) == 0
+        if config.train.batch_size % (by_rows(sizes) * times * max(spec.model.mixing, 1)) == 0
     ]
 
 
 def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
     """Possible sizes of the mesh's axes: tensor within a host and between heads; data only, fsdp only, or
     both; and experts dealt over the devices of data, or not."""
-    out = []
+    out, dealt = [], 1 if spec.model.mixing else max(spec.model.experts, 1)
     for tensor in TENSOR_WAYS:
         whole = spec.model.kv_heads % tensor == 0 and spec.model.hidden % tensor == 0
         if devices.count % tensor or tensor > devices.device.per_host or not whole:
             continue
         rest = devices.count // tensor
         for fsdp in sorted({rest, min(rest, max(1, devices.device.per_host // tensor)), 1}):
-            for expert in {1, math.gcd(rest // fsdp, max(spec.model.experts, 1))} if rest % fsdp == 0 else ():
+            for expert in {1, math.gcd(rest // fsdp, dealt)} if rest % fsdp == 0 else ():
                 sizes = {"data": rest // fsdp // expert, "fsdp": fsdp, "expert": expert, "tensor": tensor}
                 out.append(ONE | sizes)
     return out

@@ -190,16 +190,17 @@ def every() -> dict[str, Task]:
 def objective(config, model) -> Callable:
     """The sums of a config's task as training computes them: a function (variables, batch, rngs=...).
 
-    Raises FtjaxError for losses of routers in a model without experts, or in private training.
+    Raises FtjaxError for losses of routers in a model without experts, in a mixture of tokens, or in private training.
     """
     task, train, shape = find(config.task.kind), config.train, model.config
     options = {**task.always(config), **task.options(config)}
     balance = shape.balance if train.balance is None and shape.balanced else train.balance or 0.0
     for key, weight in (("balance", balance), ("router_z", train.router_z)):
-        if weight and (not shape.experts or config.privacy.epsilon):
+        if weight and (not shape.experts or shape.mixing or config.privacy.epsilon):
             why = "the loss of an example depends on the others" if shape.experts else "this model has no experts"
+            why = "every expert of a mixture of tokens has the same load" if shape.mixing else why
             raise FtjaxError(f"train.{key}: {weight:g}, but {why}; set it to 0")
-    if not shape.experts or config.privacy.epsilon:
+    if not shape.experts or shape.mixing or config.privacy.epsilon:
         return functools.partial(task.sums, model, **options)
     from ftjax.objectives.routed import Sums
 

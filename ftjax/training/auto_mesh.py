@@ -74,7 +74,12 @@ def cpu_devices(config, spec: Spec, T: float, dtype, recorded: int = 0) -> int:
     passes = tasks.find(config.task.kind).passes(config)
     flops = rows * T * flops_per_token(spec.model, program.base, program.trained, program.frozen, T, passes)
     repeated = MEETING + UPDATE * programs.count(program.trained)
-    return cpus.count(rows, spec.model.width, flops / CORE[jnp.dtype(dtype).itemsize], repeated)
+    return cpus.count(_parts(rows, spec.model), spec.model.width, flops / CORE[jnp.dtype(dtype).itemsize], repeated)
+
+
+def _parts(rows: int, shape) -> int:
+    """Number of parts that rows can be cut into. The groups of a mixture of tokens stay whole."""
+    return max(rows // max(shape.mixing, 1), 1)
 
 
 def here(devices: int = 0) -> Machine:
@@ -114,7 +119,7 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
     row = _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
     budget = USED * machine.memory - _head_bytes(config, shape, machine)
 
-    by_rows = math.gcd(machine.count, rows)
+    by_rows = math.gcd(machine.count, _parts(rows, shape))
     shared = machine.count // by_rows
     whole = math.gcd(math.gcd(shape.kv_heads, shape.hidden), machine.per_host)  # ways that tensor may cut
     recurrent = bool(layers_with(shape, "delta"))  # its rows stay whole; what tensor does not divide does so too

@@ -81,7 +81,7 @@ def keeper(job, program, trained: dict, frozen: dict) -> tuple[Callable[..., Any
             Features, name=name, compute=compute, shape=shape, dtype=dtype, folder=Path(config.run_dir), **stored
         )
 
-    if usable(config, program.trained, job.steps, len(job.batches)):
+    if usable(config, program.trained, job.steps, len(job.batches)) and not job.spec.model.mixing:
         f = functools.partial(states, model, program.variables(trained, frozen))
         return kept("states", f, (model.config.width,), model.dtype), flops_per_token(program.trained)
     if once := job.task.once(config):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import tasks, xla
+from ftjax.config import FIELDS
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.hub.tokenizer import check_vocab
@@ -65,14 +66,37 @@ def fill_defaults(config) -> None:
         config.train.batch_size = METHODS[name].batch_size
 
 
-def check_rows(config, mesh) -> None:
-    """Raise FtjaxError if the batch does not divide into microbatches over the mesh."""
-    rows, ways = config.train.batch_size, sharding.row_ways(mesh)
-    if rows % (ways * config.train.accumulate):
+def check_rows(config, mesh, shape) -> None:
+    """Raise FtjaxError if the batch does not divide into microbatches over the mesh, or into groups of a mixture of
+    tokens within them. shape: the ModelConfig."""
+    rows, ways, group = config.train.batch_size, sharding.row_ways(mesh), max(shape.mixing, 1)
+    if rows % (needed := ways * config.train.accumulate * group):
+        groups = f", in groups of {group} rows" * (group > 1)
         raise FtjaxError(
             f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} "
-            f"parts of the mesh; a multiple of {ways * config.train.accumulate} can"
+            f"parts of the mesh{groups}; a multiple of {needed} can"
         )
+
+
+def check_mixing(config, shape) -> None:
+    """Raise FtjaxError for what a mixture of tokens cannot be trained with. shape: the ModelConfig."""
+    if not shape.mixing:
+        if config.train.mixing_temperature != FIELDS["train.mixing_temperature"].default:
+            raise FtjaxError("train.mixing_temperature: this model is no mixture of tokens; leave it out")
+        return
+    for key, fits, why in (
+        ("task.kind", config.task.kind == "causal", "other tasks compare or label single rows; set it to causal"),
+        ("data.packing", not config.data.packing, "packed rows have other documents at a position; set it to False"),
+        ("privacy.epsilon", not config.privacy.epsilon, "the loss of an example depends on the others; set it to 0"),
+        ("mesh.expert", config.mesh.expert == 1, "every device computes all experts of its own groups; set it to 1"),
+        ("tuning.method", METHODS[config.tuning.method].of_parameters, "PEFT has no such model; set it to full"),
+    ):
+        if not fits:
+            group, name = key.split(".")
+            raise FtjaxError(
+                f"{key}: {config[group][name]} is not for a mixture of tokens, which mixes {shape.mixing} rows of a "
+                f"batch: {why}"
+            )
 
 
 def check_remat(config, device) -> None:
@@ -86,8 +110,10 @@ def check_remat(config, device) -> None:
 
 
 def check_method(config, family, shape) -> None:
-    """Raise FtjaxError if the tuning method does not suit the model, or if it cannot train modules beside it."""
+    """Raise FtjaxError if the tuning method does not suit the model, if it cannot train modules beside it, or for what
+    a mixture of tokens cannot be trained with."""
     name = config.tuning.method
+    check_mixing(config, shape)
     if config.tuning.modules_to_save and METHODS[name].peft_type not in ("LORA", "IA3"):
         raise FtjaxError(
             f"tuning.modules_to_save: {name} cannot train modules beside what it trains itself; lora, dora and ia3 can"
@@ -246,6 +272,8 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     variables = functools.partial(method.variables, spec=spec)
 
     rate = schedule(config.optim, steps, config.optim.lr)
+    first, last = config.train.mixing_temperature
+    temperature = lambda step: first * (last / first) ** (step / max(steps - 1, 1))  # noqa: E731
     layer_ids = functools.partial(method.layer_ids, spec=spec)
     optim = optimizer(config.optim, rate, multipliers(config.optim, shape.layers, method.lr_scale, layer_ids))
     moments = sharding.optimizer_shardings(optim, trained, trained_places, mesh)
@@ -257,7 +285,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
     step = compile_step(
         state_places, options, sums=tasks.objective(config, model), variables=variables, optimizer=optim,
         seed=config.seed, accumulate=config.train.accumulate, ema=ema, spike=spike,
-        gradients=privacy.gradients_of(config),
+        gradients=privacy.gradients_of(config), temperature=temperature if shape.mixing else None,
     )  # fmt: skip
     return Program(
         model=model, mesh=mesh, base=base, trained=trained, frozen=frozen,

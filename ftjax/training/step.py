@@ -143,7 +143,7 @@ def judged(guard: dict, bad, loss, weight, spike: float) -> tuple[jax.Array, dic
 
 def train_step(
     state: State, frozen, batch, *, sums, variables, optimizer, seed: int, accumulate=1, ema=0.0, spike=0.0,
-    gradients=gradients,
+    gradients=gradients, temperature=None,
 ):  # fmt: skip
     """One update.
 
@@ -163,6 +163,8 @@ def train_step(
             does.
         spike: See `judged`.
         gradients: A function with the arguments and results of `gradients`, which computes the gradient.
+        temperature: step -> temperature of a mixture of tokens, whose rows are mixed in training alone; None: there is
+            nothing to mix.
 
     Returns:
         (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars, and
@@ -172,6 +174,10 @@ def train_step(
     batch = dict(batch)
     key = jax.random.wrap_key_data(batch.pop("key"), impl="threefry2x32") if "key" in batch else jax.random.key(seed)
     key = jax.random.fold_in(key, state.step)
+    mixing = {"mixing": {"temperature": temperature(state.step)}} if temperature else {}
+    if mixing:
+        unmixed = variables
+        variables = lambda trained, frozen: unmixed(trained, frozen) | mixing  # noqa: E731
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
     trained = as_float32(state.trained)
     updates, moments = optimizer.update(gradient, state.optimizer, trained)
@@ -186,6 +192,7 @@ def train_step(
         **{NAMES.get(name, name): total / divisor(weight) for name, total in metrics.items()},
         "grad_norm": optax.tree.norm(gradient),
         "tokens": weight,
+        **mixing.get("mixing", {}),
     }
     after = State(state.step + 1, trained, moments, average)
     bad = ~(jnp.isfinite(report["loss"]) & jnp.isfinite(report["grad_norm"]))

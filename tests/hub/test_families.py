@@ -22,7 +22,7 @@ def transformers_config(kind, settings):
     return AutoConfig.for_model(kind, **settings)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if not kind.startswith("ftjax_")])
 def test_missing_keys_mean_what_transformers_assumes(kind):
     family, ours = from_hf({"model_type": kind})
     theirs = transformers_config(kind, {}).get_text_config()
