@@ -198,7 +198,8 @@ def objective(config, model) -> Callable:
     for key, weight in (("balance", balance), ("router_z", train.router_z)):
         if weight and (not shape.experts or shape.mixing or config.privacy.epsilon):
             why = "the loss of an example depends on the others" if shape.experts else "this model has no experts"
-            why = "every expert of a mixture of tokens has the same load" if shape.mixing else why
+            if shape.experts and shape.mixing:
+                why = "every expert of a mixture of tokens has the same load"
             raise FtjaxError(f"train.{key}: {weight:g}, but {why}; set it to 0")
     if not shape.experts or shape.mixing or config.privacy.epsilon:
         return functools.partial(task.sums, model, **options)
