@@ -291,7 +291,7 @@ def devices(config, spec: Spec, data: Data, dtype, say, recorded: int):
     if chosen := auto_mesh.settle(config, spec, machine, data.max_length, dtype):
         say(chosen)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:count] if count < jax.device_count() else None)
-    check_rows(config, mesh, shape)
+    check_rows(config, mesh, spec.model)
     if cpus.offered() and mesh.size > 1:
         say(f"{mesh.size} CPU devices on {cpus.cores()} cores share the rows; mesh.data=1 takes one device")
     if recorded not in (0, mesh.size):
