@@ -97,7 +97,7 @@ def ours(folder: Path, case: Case, packed: bool, seconds: float, changed: Sequen
     dtype, here, T = compute_dtype(config.model.dtype), auto_mesh.here(), case.length
     auto_mesh.settle(config, spec, here, T, dtype)
     mesh = sharding.make_mesh(config.mesh)
-    program.check_rows(config, mesh)
+    program.check_rows(config, mesh, shape)
     auto_mesh.settle_unroll(config, mesh.devices.flat[0])
     auto_mesh.settle_remat(config, spec, here, mesh.shape, T, dtype)
     attention = program.check_attention(config, spec, mesh, dtype, [T])
