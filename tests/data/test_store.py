@@ -122,7 +122,7 @@ from ftjax.assets import resolve
 from ftjax.data.prepare import Recipe
 from ftjax.data.read import read_table
 from ftjax.data.store import Cache, tokenised
-encode = functools.partial(Recipe.encode, Recipe("prompt", "", "", "", "", "assistant", ""),
+encode = functools.partial(Recipe.encode, Recipe("prompt", "", "", "", "", "assistant", "", (), ""),
                            AutoTokenizer.from_pretrained(resolve("builtin:stories260K")))
 print(len(tokenised(read_table(sys.argv[1]), encode, "", Cache(None), processes=2)), __file__ == sys.argv[0])
 """

@@ -29,7 +29,7 @@ def test_kills_in_every_stage_end_in_the_same_bytes():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: int(n) for name, n in (part.split() for part in done.stdout.splitlines()[-1].split(", "))}
-    assert len([name for name in found if name.startswith("in-")]) > 2  # verbs that were killed
+    assert len([name for name in found if name.startswith("in-")]) > 1  # verbs that were killed
     assert found["killed"] > 3 and found["same"] >= 1 and found["killed"] + found.get("finished", 0) == 12
 
 

@@ -232,7 +232,8 @@ def test_a_run_with_new_tokens(config):
     report = evaluate(str(run), config.data.train, None, generate=False, say=lambda line: None)
     assert np.isfinite(report["loss"])
     attacked = audit(run, config.data.train, say=lambda line: None)  # the base has rows for these tokens too
-    assert {a["auc"] for a in (attacked["base"], *attacked["attacks"].values())} == {0.5}
+    for attack in (attacked["base"], *attacked["attacks"].values()):
+        assert attack["auc"] == pytest.approx(0.5, abs=0.05)
 
     shutil.rmtree(run / "checkpoints" / "4")
     ftjax.train(config, say=said.append)
