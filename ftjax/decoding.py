@@ -356,7 +356,9 @@ def share(model, variables, tokens, count) -> dict:
 
 
 @functools.partial(xla.jit, static_argnums=(0, 1, 2, 3))
-def prefill(model, rules: Rules, head: int, rooms, variables, shared, tokens, lengths, of, rows, key) -> State:
+def prefill(
+    model, rules: Rules, head: int, rooms: tuple[int, int], variables, shared, tokens, lengths, of, rows, key
+) -> State:
     """Fill a cache with the prompts of a batch, and choose the first new token of each row.
 
     Args:

@@ -161,11 +161,12 @@ def prepared(config, say, recorded: int = 0) -> Job:
     if chosen := check_attention(config, spec, mesh, base.dtype, lengths):
         say(chosen)
     start = base.initial_adapter and base.initial_adapter.folder
-    record = fingerprint.record(base.folder, config.model.path, base.own, start, named_files(config))
+    record = fingerprint.record(base.folder, config.model.path, base.tokenizer_folder, start, named_files(config))
     return Job(
-        config, base.folder, record, base.own, spec, base.dtype, base.tokenizer, base.chat_tokenizer, base.ends,
-        base.initial_adapter, base.formats, data, mesh, steps.batches, validation, steps.rows, steps.eval_rows,
-        steps.steps, eval_every, steps.whole(config.train.save_every) or eval_every, select, steps.secret,
+        config, base.folder, record, base.tokenizer_folder, spec, base.dtype, base.tokenizer, base.chat_tokenizer,
+        base.ends, base.initial_adapter, base.formats, data, mesh, steps.batches, validation, steps.rows,
+        steps.eval_rows, steps.steps, eval_every, whole(config, config.train.save_every) or eval_every, select,
+        steps.secret,
     )  # fmt: skip
 
 
@@ -190,15 +191,14 @@ class Base(NamedTuple):
 
     Attributes:
         folder: Its directory.
-        own: Directory of the tokenizer if that is another one.
-        tokenizer, chat_tokenizer, ends, initial_adapter, formats, dtype: See Job.
+        tokenizer_folder, tokenizer, chat_tokenizer, ends, initial_adapter, formats, dtype: See Job.
         spec: The model without the head of the task.
         pool: Which states the task's head reads.
-        known: Names of labels that the model's config gives.
+        label_names: Those that the model's config gives.
     """
 
     folder: Path
-    own: Path | None
+    tokenizer_folder: Path | None
     tokenizer: Any
     chat_tokenizer: Any
     ends: tuple[int, ...]
@@ -207,7 +207,7 @@ class Base(NamedTuple):
     dtype: Any
     spec: Spec
     pool: str
-    known: tuple[str, ...]
+    label_names: tuple[str, ...]
 
 
 def opened(config, say) -> Base:
@@ -261,8 +261,8 @@ def rows_of(config, base: Base) -> tuple[Data, Spec]:
     task, shape, family = tasks.find(config.task.kind), base.spec.model, base.spec.family
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(base.spec)
     with doing("reading and tokenising rows"):
-        data = prepare(config, base.tokenizer, longest, pool=base.pool, known=base.known)
-    if data.labels and not (config.task.labels or base.known) and config.task.labels_as == "auto":
+        data = prepare(config, base.tokenizer, longest, pool=base.pool, known=base.label_names)
+    if data.labels and not (config.task.labels or base.label_names) and config.task.labels_as == "auto":
         config.task.labels_as = "names"
     config.task.labels = data.labels
     if task.encode:
@@ -315,7 +315,6 @@ class Steps(NamedTuple):
         rows: Rows of a training batch.
         eval_rows: Rows of a validation batch.
         steps: Number of steps.
-        updates: Steps for one collected batch: a run validates and saves at multiples of it.
         batch: batch(examples, rows, ...) -> Batches in the same layout.
         secret: Of a private run, see privacy.secret_of.
         tokens: Tokens of all steps.
@@ -325,14 +324,16 @@ class Steps(NamedTuple):
     rows: int
     eval_rows: int
     steps: int
-    updates: int
     batch: Callable[..., Batches]
     secret: str
     tokens: float
 
-    def whole(self, steps: int) -> int:
-        """A number of steps, rounded up to a multiple of `updates`."""
-        return -(-steps // self.updates) * self.updates
+
+def whole(config, steps: int) -> int:
+    """A number of steps, rounded up to a multiple of those for one collected batch, at which a run validates and
+    saves."""
+    updates = tasks.find(config.task.kind).updates(config)
+    return -(-steps // updates) * updates
 
 
 def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
@@ -347,8 +348,7 @@ def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
     drawn, weights_of_classes = judge.by_class(config, data)
     copies, updates = task.copies(config), task.updates(config)
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
-    asked = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates)
-    steps = -(-asked // updates) * updates
+    steps = whole(config, config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
     secret = ""
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
@@ -359,14 +359,14 @@ def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
         batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, **layout)
         rows = batches.batch_size
     tokens = steps * copies * data.train.examples.length.sum() / len(batches)
-    return Steps(batches, rows, eval_rows, steps, updates, batch, secret, tokens)
+    return Steps(batches, rows, eval_rows, steps, batch, secret, tokens)
 
 
 def validated(config, data: Data, steps: Steps, say) -> tuple[Part, int]:
     """The validation rows that a run uses, and the number of steps between validations."""
     validations, most = bounds(config, data.validation, steps.tokens)
     held_out = chosen_rows(config, data, most)
-    eval_every = steps.whole(config.train.eval_every or max(1, steps.steps // validations))
+    eval_every = whole(config, config.train.eval_every or max(1, steps.steps // validations))
     if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
         say(
             f"validation: {len(held_out):,} of {len(data.validation):,} rows every {counted(eval_every, 'step')}, so "

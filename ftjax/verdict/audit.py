@@ -153,12 +153,12 @@ def scores(config, lm, base, examples) -> dict[str, np.ndarray]:
 
     own = [x.astype(np.float64) for x in logs(lm)]
     found = {"loss": np.array([x.mean() for x in own])}
-    if not np.isfinite(found["loss"]).all():
-        raise NotFinite(f"audit: the loss of a row is NaN or infinite. {WEIGHTS}")
     if base:
         before = np.array([x.mean(dtype=np.float64) for x in logs(base)])
         least = [np.sort(x)[: max(1, round(LEAST * len(x)))].mean() for x in own]
         found |= {"relative": found["loss"] - before, "least": np.array(least), "base": before}
+    if not all(np.isfinite(score).all() for score in found.values()):
+        raise NotFinite(f"audit: the loss of a row is NaN or infinite. {WEIGHTS}")
     return found
 
 
