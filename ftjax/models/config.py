@@ -142,6 +142,13 @@ def experts_per_token(config: ModelConfig) -> float:
     return config.experts / config.mixing if config.mixing else config.experts_used
 
 
+def hidden_per_token(config: ModelConfig) -> float:
+    """Hidden values of the feed-forward parts that a token goes through in a layer, on average over the layers."""
+    routed = len(layers_with(config, "mlp")) / config.layers
+    of_experts = config.hidden * experts_per_token(config) + config.shared_hidden
+    return routed * of_experts + (1 - routed) * config.dense_hidden
+
+
 def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
     """The shape of a model that has only these of the layers."""
     kept = {name: tuple(getattr(config, name)[i] for i in layers if getattr(config, name)) for name in BY_LAYER}

@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.config import experts_per_token, layers_with
+from ftjax.models.config import hidden_per_token, layers_with
 
 HOST = "pinned_host"  # memory of the host that devices read and write by themselves
 
@@ -73,9 +73,7 @@ def kept_values(shape, names: tuple[str, ...]) -> float:
     sizes = {name: size * of_attention for name, size in sizes.items()} | {"input": shape.width, "o": shape.width}
     sizes |= {"mixed": mixed * of_delta, "z": values * of_delta}
     sizes["attention"] += values * of_delta
-    routed = len(layers_with(shape, "mlp")) / shape.layers
-    hidden = routed * (shape.hidden * experts_per_token(shape) + shape.shared_hidden)
-    hidden += (1 - routed) * shape.dense_hidden
+    hidden = hidden_per_token(shape)
     sizes |= {"gate": hidden * shape.gated, "up": hidden, "down": 0}  # the last one is only added
     return sum(sizes[name] for name in names)
 

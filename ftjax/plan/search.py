@@ -166,7 +166,7 @@ class Search:
             gradients = programs.gradient_bytes(program)
         dtype = compiled.compute_dtype(config.model.dtype, devices)
         saved, one_layer = (
-            self._residuals(preset, sizes["tensor"], config.tuning.method, str(dtype))
+            self._residuals(preset, sizes["tensor"], sizes.get("expert", 1), config.tuning.method, str(dtype))
             for preset in (config.model.remat, "none")
         )
         rows, layers = _rows(config, sizes) / config.train.accumulate, self.spec.model.layers
@@ -177,11 +177,11 @@ class Search:
         return twice * gradients + rows * (saved + one_layer / layers) + head + gathered
 
     @functools.cache  # noqa: B019  one search lives as long as the process
-    def _residuals(self, preset: str, tensor: int, method: str, dtype: str) -> float:
-        """Bytes that the backward pass of the blocks keeps of one row, on one of `tensor` devices that share it."""
+    def _residuals(self, preset: str, tensor: int, expert: int, method: str, dtype: str) -> float:
+        """Bytes that the backward pass of the blocks keeps of one row, on a device of a mesh with these axes."""
         config = changed(self.config, {"tuning.method": method, "model.quantise": "none"})
-        spec = self.spec._replace(tuning=config.tuning)
-        return auto_mesh.saved_row_bytes(config, spec, preset, self.T, dtype, tensor, self.kernels)
+        spec, sizes = self.spec._replace(tuning=config.tuning), {"tensor": tensor, "expert": expert}
+        return auto_mesh.saved_row_bytes(config, spec, preset, self.T, dtype, sizes, self.kernels)
 
     def _flops(self, config, devices) -> float:
         """FLOPs of a step for each of its rows."""
@@ -289,7 +289,7 @@ def _host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> fl
     on a CPU, whose memory is the host's."""
     preset = remat.PRESETS.get(config.model.remat, remat.Preset())
     itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize * (devices.kind != "cpu")
-    values = remat.kept_values(auto_mesh.shape_of_one(spec.model, sizes["tensor"]), preset.offload) * spec.model.layers
+    values = remat.kept_values(auto_mesh.shape_of_one(spec.model, sizes), preset.offload) * spec.model.layers
     return values * itemsize * T * _rows(config, sizes)
 
 

@@ -19,7 +19,7 @@ from ftjax import config as configs
 from ftjax import cpus, tasks
 from ftjax.models import axes, remat
 from ftjax.models.axes import MESH_AXES
-from ftjax.models.config import layers_with
+from ftjax.models.config import hidden_per_token, layers_with
 from ftjax.objectives import causal
 from ftjax.training import privacy, sharding
 from ftjax.training import program as programs
@@ -184,14 +184,14 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     if config.privacy.epsilon and not config.privacy.unit:  # a step computes groups of this many rows
         rows = min(rows, max(1, privacy.AT_ONCE // gradient))
     attention = programs.kernels(config, machine)
-    all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes["tensor"], attention)
+    all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes, attention)
 
     head = _head_bytes(config, spec.model, machine)
 
     def needed(preset):
         saved = all_of_it
         if preset != "none":
-            saved = saved_row_bytes(config, spec, preset, T, dtype, sizes["tensor"], attention)
+            saved = saved_row_bytes(config, spec, preset, T, dtype, sizes, attention)
         return states + rows * (saved + all_of_it / spec.model.layers) + head  # one layer is at work
 
     tried, budget = {}, USED * machine.memory
@@ -222,19 +222,20 @@ def settle_unroll(config, device) -> str:
 
 def _certainly_fits(config, shape, machine: Machine, rows: float, T: int, dtype) -> bool:
     """Whether a run without remat fits many times over, so that nothing has to be traced to know it."""
-    parameters = shape.layers * shape.width * (4 * shape.width + 3 * shape.hidden) + 2 * shape.vocab_size * shape.width
+    hidden = shape.hidden * max(shape.experts, 1) + shape.shared_hidden
+    parameters = shape.layers * shape.width * (4 * shape.width + 3 * hidden) + 2 * shape.vocab_size * shape.width
     activations = rows * _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
     return 20 * parameters + 4 * activations + _head_bytes(config, shape, machine) < machine.memory / 4
 
 
-def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int, attention) -> float:
-    """Bytes that are kept for the backward pass of the blocks, for one row on one of `tensor` devices that share it.
+def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, sizes: dict[str, int], attention) -> float:
+    """Bytes that a device of a mesh of these sizes keeps for the backward pass of the blocks, for one of its rows.
 
     They are read from the program itself, which is traced with the remat `preset` and these Kernels of attention.
     """
     config = configs.copy(config)
     config.model.update(remat=preset, quantise="none")
-    spec = spec._replace(model=shape_of_one(spec.model, tensor), tuning=config.tuning)
+    spec = spec._replace(model=shape_of_one(spec.model, sizes), tuning=config.tuning)
     program = programs.build(config, spec, sharding.abstract_mesh(ONE_DEVICE), jnp.dtype(dtype), 1, attention)
     ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
@@ -247,17 +248,20 @@ def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, tensor: int,
     return sum(size for shape, size in kept if shape not in parameters)
 
 
-def shape_of_one(shape, tensor: int):
-    """The part of a model that one of `tensor` devices sharing a row computes, as the ModelConfig of a smaller model.
+def shape_of_one(shape, sizes: dict[str, int]):
+    """The part of a model that one device of a mesh of these sizes computes of its rows, as a ModelConfig.
 
     What `tensor` does not divide stays whole, as in `models.axes.spec`. Attention is assumed to be cut between KV heads
-    as far as these divide. If `tensor` is larger, the compiler may cut further, and this is an upper estimate.
+    as far as these divide. If `tensor` is larger, the compiler may cut further, and this is an upper estimate. The
+    devices of `expert` have room for the tokens of one another: each token may choose the experts of one device alone.
     """
+    tensor, expert = sizes["tensor"], sizes.get("expert", 1)
     groups = math.gcd(shape.kv_heads, tensor)
     part = lambda size: size // tensor if size % tensor == 0 else size  # noqa: E731
+    used = expert * min(shape.experts_used, shape.experts // expert) if expert > 1 else shape.experts_used
     return dataclasses.replace(
         shape, heads=shape.heads // groups, kv_heads=shape.kv_heads // groups, hidden=part(shape.hidden),
-        vocab_size=part(shape.vocab_size),
+        vocab_size=part(shape.vocab_size), experts_used=used,
     )  # fmt: skip
 
 
@@ -279,7 +283,7 @@ def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bo
 
 def _row_bytes(config, shape, T: int, itemsize: int) -> float:
     """Approximate bytes of one row's activations: what is kept for the backward pass, and one layer at work."""
-    products = itemsize * (8 * shape.width + 4 * shape.hidden)  # a token of a layer
+    products = itemsize * (8 * shape.width + 4 * hidden_per_token(shape))  # a token of a layer
     at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32
     kept = products + itemsize * shape.heads * T
     if config.model.remat != "none":  # auto makes do with what the mesh leaves

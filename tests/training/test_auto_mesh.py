@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import ftjax
 from ftjax import config as configs
 from ftjax.hub import families
+from ftjax.models import remat
 from ftjax.models.config import ModelConfig
 from ftjax.plan.devices import parse
 from ftjax.training import auto_mesh
@@ -75,8 +77,17 @@ ODD = ModelConfig(
 )
 def test_what_one_of_several_devices_computes_of_a_row(tensor, heads, kv_heads, hidden, vocab):
     """Attention is cut between its two KV heads at most; what a number of devices does not divide stays whole."""
-    part = auto_mesh.shape_of_one(ODD, tensor)
+    part = auto_mesh.shape_of_one(ODD, {"tensor": tensor})
     assert (part.heads, part.kv_heads, part.hidden, part.vocab_size) == (heads, kv_heads, hidden, vocab)
+
+
+@pytest.mark.parametrize("expert, pairs", [(1, 2), (2, 4), (4, 8), (8, 8)])
+def test_a_device_has_room_for_all_that_may_choose_its_experts(expert, pairs):
+    """Of 8 experts a token has 2. A device holds E / n experts, and a token of each of the n devices has at most as
+    many of them; so its feed-forward part keeps values for n * min(2, E / n) pairs for each token of its own."""
+    shape = dataclasses.replace(ODD, experts=8, experts_used=2)
+    part = auto_mesh.shape_of_one(shape, {"tensor": 1, "expert": expert})
+    assert remat.kept_values(part, ("up",)) == pairs * ODD.hidden
 
 
 @pytest.mark.parametrize("tensor", [3, 4, 7])
