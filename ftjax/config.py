@@ -138,6 +138,9 @@ def _axis() -> Field:
 WORD = text(empty=False)
 NAME = Field("", str, "a text")  # of a column or label of the rows, which may be anything
 COUNT = whole(1, 1)
+REMAT = ("auto", "none", "products", "attention", "offload_products", "full", "offload")
+FORMS = ("auto", "text", "prompt", "question", "instruction", "messages", "sharegpt", "preference", "ranked", "ballot")
+FORMS += ("template",)
 
 # In a comment, `None` means: derived later, and the derived value is written to the run folder.
 FIELDS: dict[str, Field] = {
@@ -171,16 +174,8 @@ FIELDS: dict[str, Field] = {
     # int8. They are a sixth of an 8B model's bytes, and QLoRA leaves them unquantised
     "model.double_quantise": switch(True, also="bnb_4bit_use_double_quant double_quantization"),  # nf4: store the
     # scales in 8 bits too, as QLoRA does; False: in float32
-    "model.remat": choice(
-        "auto",
-        "none",
-        "products",
-        "attention",
-        "offload_products",
-        "full",
-        "offload",
-        also="gradient_checkpointing activation_checkpointing",
-    ),  # what the backward pass recomputes. full: a whole block, which saves memory and takes about a third more time;
+    "model.remat": choice(*REMAT, also="gradient_checkpointing activation_checkpointing"),
+    # what the backward pass recomputes. full: a whole block, which saves memory and takes about a third more time;
     # attention: all but q, k, v and the attention output; products: all but the outputs of matrix products; offload and
     # offload_products: keep a block's input, or the products, in the host's memory; auto: the fastest that fits
     "model.attention": choice(
@@ -276,20 +271,8 @@ FIELDS: dict[str, Field] = {
     "data.limit": whole(0, 0, also="max_train_samples max_samples"),  # number of training rows used, after shuffling
     # with the seed; 0: all
     "data.shots": whole(0, 0),  # classify: number of training rows used of each label, drawn by the seed; 0: all
-    "data.form": choice(
-        "auto",
-        "text",
-        "prompt",
-        "question",
-        "instruction",
-        "messages",
-        "sharegpt",
-        "preference",
-        "ranked",
-        "ballot",
-        "template",
-        also="dataset_format formatting",
-    ),  # form of the rows; auto: recognised by their columns
+    "data.form": choice(*FORMS, also="dataset_format formatting"),  # form of the rows; auto: recognised by their
+    # columns
     "data.template": text(also="chat_template"),  # chat template of all rows: tokenizer | alpaca | chatml | llama-3 |
     # mistral | gemma | phi | plain; empty: the tokenizer's for messages, none for other rows
     "data.system": text(also="default_system system_prompt"),  # system message of conversations that have none
@@ -341,10 +324,8 @@ FIELDS: dict[str, Field] = {
     # word 3-grams); 0: off
     "data.clean.columns": several((), WORD),  # columns by which duplicates are found; empty: the prompt and the answer,
     # i.e. all text that the model reads or is trained to write
-    "data.clean.empty": switch(
-        False
-    ),  # drop rows that training would refuse because of an empty answer, a missing cell
-    # or a missing label; if the form is unknown, rows without any text in `columns`
+    "data.clean.empty": switch(False),  # drop rows that training would refuse because of an empty answer, a missing
+    # cell or a missing label; if the form is unknown, rows without any text in `columns`
     "data.clean.min_chars": whole(0, 0),  # drop rows with an answer of fewer characters
     "data.clean.max_chars": whole(0, 0),  # drop rows with more characters in all; 0: off
     "data.clean.max_ratio": number(0.0, 0),  # drop rows whose answer is more than this many times longer than the
@@ -545,10 +526,9 @@ FIELDS: dict[str, Field] = {
     "train.log_every": whole(10, 1, also="logging_steps log_interval"),  # steps between lines of metrics.jsonl
     "train.eval_every": whole(0, 0, also="eval_steps eval_interval"),  # steps between validations; 0: ten times a run,
     # or fewer, see evaluate.rows
-    "train.select": text(
-        "val_loss", empty=False, also="metric_for_best_model"
-    ),  # score that the best checkpoint is chosen by, on validation rows: val_loss, or a score of the task, such as
-    # mcc, f1_macro or pearson; causal: accuracy, or a metric of generated answers, such as rouge_l; of a mixture also
+    "train.select": text("val_loss", empty=False, also="metric_for_best_model"),
+    # score that the best checkpoint is chosen by, on validation rows: val_loss, or a score of the task, such as mcc,
+    # f1_macro or pearson; causal: accuracy, or a metric of generated answers, such as rouge_l; of a mixture also
     # val_mean_loss or val_worst_loss, the mean and the greatest loss of its sources
     "train.patience": whole(0, 0, also="early_stopping_patience"),  # number of validations without a better
     # `train.select` after which training stops; 0: never
@@ -749,7 +729,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 def recorded(path: str | Path) -> ConfigDict:
     """The config in a .json file that a run wrote. Its functions (`file.py:function`) must not be run unless the user
     names them too."""
-    return from_dict(_json(Path(path)), f"{path}: ")
+    content = parse_json(read_text(Path(path)), path)
+    content = content.get("config", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise FtjaxError(f"{path}: expected the fields of a config as a JSON object; found {_shown(content)}")
+    return from_dict(content, f"{path}: ")
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> None:
@@ -769,14 +753,6 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> None:
             f"{config.tuning.method} here; optim.lr=None takes this method's default",
             file=sys.stderr,
         )
-
-
-def _json(path: Path) -> dict:
-    content = parse_json(read_text(path), path)
-    content = content.get("config", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict):
-        raise FtjaxError(f"{path}: expected the fields of a config as a JSON object; found {_shown(content)}")
-    return content
 
 
 def _python(path: Path) -> ConfigDict:
@@ -894,23 +870,9 @@ def copy(config: ConfigDict) -> ConfigDict:
 
 
 # Fields of `data` that no source of a mixture has for itself.
-OF_ALL: tuple[str, ...] = (
-    "mixture",
-    "earlier",
-    "domain_report",
-    "temperature",
-    "decontaminate",
-    "max_length",
-    "long",
-    "packing",
-    "buckets",
-    "workers",
-    "add_tokens",
-    "pad_vocabulary_to",
-)
-OF_ALL += ("processes", "date", "streaming", "cache", "cache_size")
-
-
+OF_ALL: tuple[str, ...] = ("mixture", "earlier", "domain_report", "temperature", "decontaminate", "max_length", "long")
+OF_ALL += ("packing", "buckets", "workers", "processes", "streaming", "cache", "cache_size", "date")
+OF_ALL += ("add_tokens", "pad_vocabulary_to")
 OF_ENTRY: tuple[str, ...] = ("name", "weight", "loss_weight", "task.kind")  # keys of an entry that are no fields
 # Fields outside of `data` that a source of a mixture may set for itself.
 OWN: tuple[str, ...] = ("evaluate.metrics", "evaluate.words", "evaluate.passage")
@@ -963,10 +925,7 @@ def sources(config: ConfigDict) -> list[Source]:
         factor = number(1.0, above=0).check(entry.get("loss_weight", 1.0), f"{said}: loss_weight")
         name = str(entry.get("name") or Path(entry["train"]).stem)
         found.append(Source(name, whole.data, weight, factor, whole))
-    names = [source.name for source in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise FtjaxError(f'data.mixture: two sources have the name {twice!r}; give each a "name" of its own')
+    names = _distinct([source.name for source in found], "data.mixture: two sources")
     if len({source.weight is None for source in found}) > 1:
         raise FtjaxError("data.mixture: give every source a weight, or none of them")
     kinds = {name: entry.get("task.kind", config.task.kind) for name, entry in zip(names, data.mixture)}
@@ -1033,10 +992,15 @@ def staged(config: ConfigDict) -> list[Stage]:
                 f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"
             )
         found.append(Stage(name, own, replay, average))
-    names = [stage.name for stage in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise FtjaxError(f'stages: two of them have the name {twice!r}; give each a "name" of its own')
+    _distinct([stage.name for stage in found], "stages: two of them")
     return found
+
+
+def _distinct(names: list[str], said: str) -> list[str]:
+    """The names. Raises FtjaxError, which starts with `said`, if two of them are equal."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FtjaxError(f'{said} have the name {twice!r}; give each a "name" of its own')
+    return names
 
 
 def _tuples(value):
@@ -1069,27 +1033,28 @@ def validate(config: ConfigDict) -> None:
             raise FtjaxError(f"{key}: the config lacks this field; start from ftjax.config.default()")
         _field(key, key).check(values[key], key)
 
-    def need(key, holds, expected):
-        if not holds(values[key]):
-            raise FtjaxError(f"{key}: expected {expected}; found {_shown(values[key])}")
-
     compile_patterns(values["data.clean.drop"], "data.clean.drop")
-    if config.task.kind != "classify":
-        need("data.shots", lambda v: v == 0, "0 where task.kind is not classify; data.limit is for rows of any kind")
-    if config.task.kind == "embed":
-        need("train.accumulate", lambda v: v == 1, "1: each text is compared with all others of its batch, and "
-             "microbatches would hide them; model.remat=full saves memory instead")  # fmt: skip
-    need("train.on_bad_step", lambda v: v != "rewind" or config.task.updates == 1, "stop or skip if task.updates is "
-         "above 1, because the answers of several steps are drawn at once")  # fmt: skip
-    need("data.labels", lambda v: not v or config.task.kind in tasks.ANSWERS, "none where task.kind is not causal or "
-         "gkd; task.labels names the labels of a head")  # fmt: skip
-    need("data.labels", lambda v: len(set(v)) == len(v) != 1, "two or more names that differ, or none")
-    need("optim.ewc", lambda v: v == 0 or config.task.kind in tasks.ANSWERS, "0 unless task.kind is causal or gkd")
-    need("train.spike", lambda v: v == 0 or v > 1, "0 or a number above 1, a multiple of the median loss")
-    by_text = config.tuning.prompt_init == "text"
-    need("tuning.prompt_text", lambda v: bool(v) == by_text, "a text where tuning.prompt_init is text, else none")
+    kind, labels, spike = config.task.kind, config.data.labels, config.train.spike
+    for key, fits, expected in (
+        ("data.shots", kind == "classify" or not config.data.shots,
+         "0 where task.kind is not classify; data.limit is for rows of any kind"),
+        ("train.accumulate", kind != "embed" or config.train.accumulate == 1,
+         "1: each text is compared with all others of its batch, and microbatches would hide them; model.remat=full "
+         "saves memory instead"),
+        ("train.on_bad_step", config.train.on_bad_step != "rewind" or config.task.updates == 1,
+         "stop or skip if task.updates is above 1, because the answers of several steps are drawn at once"),
+        ("data.labels", kind in tasks.ANSWERS or not labels,
+         "none where task.kind is not causal or gkd; task.labels names the labels of a head"),
+        ("data.labels", len(set(labels)) == len(labels) != 1, "two or more names that differ, or none"),
+        ("optim.ewc", kind in tasks.ANSWERS or not config.optim.ewc, "0 unless task.kind is causal or gkd"),
+        ("train.spike", spike == 0 or spike > 1, "0 or a number above 1, a multiple of the median loss"),
+        ("tuning.prompt_text", bool(config.tuning.prompt_text) == (config.tuning.prompt_init == "text"),
+         "a text where tuning.prompt_init is text, else none"),
+        ("data.canaries", not (config.data.mixture and config.data.canaries), "0 where data.mixture is set"),
+    ):  # fmt: skip
+        if not fits:
+            raise FtjaxError(f"{key}: expected {expected}; found {_shown(values[key])}")
     if config.data.mixture:
-        need("data.canaries", lambda v: v == 0, "0 where data.mixture is set")
         for source in sources(config):
             try:
                 validate(source.config)

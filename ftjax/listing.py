@@ -16,6 +16,7 @@ import tokenize
 from ftjax import config, progress
 from ftjax.errors import FtjaxError, nearest
 
+INDENT = " " * 4
 WIDEST = 100  # characters; longer lines are hard to read, however wide a terminal is
 
 
@@ -140,12 +141,9 @@ def _in_full(key: str, text: str) -> str:
     parts = [text, f"Expected: {field.expected}{none}."]
     if field.also:
         parts.append(f"In other projects: {', '.join(field.also.split())}.")
-    first = textwrap.wrap(f"{key} = {field.default!r}", _width(), subsequent_indent="    ")
-    return "\n".join(first + [line for part in parts for line in _indented(part)])
-
-
-def _indented(text: str) -> list[str]:
-    return textwrap.wrap(text, _width(), initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    first = textwrap.fill(f"{key} = {field.default!r}", _width(), subsequent_indent=INDENT)
+    how = {"initial_indent": INDENT, "subsequent_indent": INDENT, "break_on_hyphens": False}
+    return "\n".join([first, *(textwrap.fill(part, _width(), **how) for part in parts)])
 
 
 def _searched(key: str, text: str) -> str:
