@@ -28,6 +28,23 @@ def chunk(config) -> dict:
     return {"head_chunk": config.model.head_chunk}
 
 
+def totals(weights, loss, correct, plain=None):
+    """What the sums of an objective return.
+
+    Args:
+        weights: Weight of each position or pair, of any shape.
+        loss: Its loss, in the same shape.
+        correct: Whether it is correct.
+        plain: The loss that is reported, such as that without smoothing; None: `loss`.
+
+    Returns:
+        (loss sum, weight sum, {"loss", "correct"}); all float32.
+    """
+    weights = weights.astype(jnp.float32)
+    total, told, right = (jnp.sum(x * weights) for x in (loss, loss if plain is None else plain, correct))
+    return total, jnp.sum(weights), {"loss": told, "correct": right}
+
+
 def states(model, variables, batch, *, rngs=None):
     """Hidden states (B, M, D) from which the trained tokens of a batch are predicted; see `sums`."""
     rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "loss_index"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ftjax.objectives.causal import states
+from ftjax.objectives.causal import states, totals
 
 
 def options(config) -> dict:
@@ -47,7 +47,7 @@ def one_class(model, variables, batch, *, rngs=None, label_smoothing: float = 0.
         is_label = batch["labels"][..., None] == jnp.arange(scores.shape[-1])
         loss = loss * jnp.exp(focal * jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, scores), axis=-1))
     correct = (jnp.argmax(scores, axis=-1) == batch["labels"]) & jnp.isfinite(right)
-    return _sums(batch, loss, -right, correct)
+    return totals(batch["weights"], loss, correct, -right)
 
 
 def many_classes(model, variables, batch, *, rngs=None, focal: float = 0.0):
@@ -58,17 +58,11 @@ def many_classes(model, variables, batch, *, rngs=None, focal: float = 0.0):
     plain = -jax.nn.log_sigmoid(signed)
     # As an exponential: a power below 1 of a sigmoid that underflows to 0 has no gradient.
     loss = plain * jnp.exp(focal * jax.nn.log_sigmoid(-signed)) if focal else plain
-    return _sums(batch, jnp.mean(loss, -1), jnp.mean(plain, -1), jnp.all(signed > 0, axis=-1))
+    return totals(batch["weights"], jnp.mean(loss, -1), jnp.all(signed > 0, axis=-1), jnp.mean(plain, -1))
 
 
 def numbers(model, variables, batch, *, rngs=None):
     """Squared error, averaged over labels (B, M, C) float. No position counts as correct."""
     found = logits(model, variables, batch, rngs=rngs)
     loss = jnp.mean((found - batch["labels"]) ** 2, axis=-1)
-    return _sums(batch, loss, loss, jnp.zeros_like(loss))
-
-
-def _sums(batch, loss, plain, correct):
-    weights = batch["weights"].astype(jnp.float32)
-    total, told, right = (jnp.sum(x * weights) for x in (loss, plain, correct))
-    return total, jnp.sum(weights), {"loss": told, "correct": right}
+    return totals(batch["weights"], loss, jnp.zeros_like(loss))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ftjax import xla
 from ftjax.models.config import Head
-from ftjax.objectives.causal import states
+from ftjax.objectives.causal import states, totals
 
 POOLS = {"auto": "mean", "mean": "mean", "cls": "first"}  # config.task.pool -> ModelConfig.head.pool
 
@@ -50,12 +50,11 @@ def sums(model, variables, batch, *, pool: str = "mean", temperature: float = 0.
     """
     x = embeddings(model, variables, batch, pool=pool, rngs=rngs)
     first, second = x.reshape(-1, 2, x.shape[-1]).swapaxes(0, 1)  # (P, D)
-    weights = batch["weights"].astype(jnp.float32).reshape(-1, 2)[:, 0]
+    weights = batch["weights"].reshape(-1, 2)[:, 0]
     cosines = jnp.einsum("pd,qd->pq", first, second, precision="highest")
     scores = jnp.where(weights > 0, cosines / temperature, -jnp.inf)
     own = jnp.diagonal(cosines) / temperature
     # A row without a pair would have no score of its own, and a gradient of NaN.
     loss = jnp.where(weights > 0, jax.nn.logsumexp(scores, axis=1) - own, 0.0)
     correct = (jnp.argmax(scores, axis=1) == jnp.arange(len(own))) & jnp.isfinite(loss)
-    total = jnp.sum(loss * weights)
-    return total, jnp.sum(weights), {"loss": total, "correct": jnp.sum(correct * weights)}
+    return totals(weights, loss, correct)

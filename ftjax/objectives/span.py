@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ftjax.objectives.causal import totals
+
 
 def logits(model, variables, batch, *, rngs=None):
     """Logits of the beginning and the end of an answer at each token: (B, T, 2) float32; see `sums`."""
@@ -38,6 +40,4 @@ def sums(model, variables, batch, *, rngs=None):
     right = jnp.take_along_axis(found, at, axis=1)  # (B, M, 2)
     loss = jnp.mean(jax.nn.logsumexp(scores, axis=2) - right, axis=-1)
     correct = jnp.all(jnp.argmax(scores, axis=2) == at, axis=-1) & jnp.isfinite(loss)
-    weights = batch["weights"].astype(jnp.float32)
-    total = jnp.sum(loss * weights)
-    return total, jnp.sum(weights), {"loss": total, "correct": jnp.sum(correct * weights)}
+    return totals(batch["weights"], loss, correct)
