@@ -7,13 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ftjax import config as configs
 from ftjax import tasks, xla
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import prepare
-from ftjax.training.optimizer import Anchor
-from ftjax.training.step import as_float32
+from ftjax.training.step import as_float32, summed
 
 ROWS = 512  # of the earlier rows that are used, spread over all of them
 
@@ -33,12 +33,12 @@ def diagonal(sums, variables, trained, frozen, batches):
     """
 
     def added(total, trained, frozen, batch):
-        def one(total, row):
+        def squared(row):
             row = jax.tree.map(lambda x: x[None], row)
             gradient = as_float32(jax.grad(lambda t: sums(variables(t, frozen), row)[0])(trained))
-            return jax.tree.map(lambda t, g: t + g * g, total, gradient), None
+            return jax.tree.map(jnp.square, gradient)
 
-        return jax.lax.scan(one, total, batch)[0]
+        return summed(squared, total, batch)
 
     total, added = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained), xla.jit(added)
     for step in range(len(batches)):
@@ -64,6 +64,5 @@ def weighed(job, program, state, frozen):
     sums = functools.partial(task.sums, program.model, **task.always(config))
     found = diagonal(sums, program.variables, state.trained, frozen, batches)
     found = jax.device_put(found, program.trained_places)
-    is_anchor = lambda x: isinstance(x, Anchor)  # noqa: E731
-    put = lambda x: x._replace(importance=found) if is_anchor(x) and x.importance is not None else x  # noqa: E731
-    return state._replace(optimizer=jax.tree.map(put, state.optimizer, is_leaf=is_anchor))
+    # An Anchor without importance is that of optim.start_l2.
+    return state._replace(optimizer=optax.tree.set(state.optimizer, lambda path, x: x is not None, importance=found))

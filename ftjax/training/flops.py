@@ -59,22 +59,16 @@ def flops_per_token(
     blocks = matmul(base, "kernel", "router") + used * matmul(base, "experts") - (0 if config.tied else head)
     of_experts = {path: x for path, x in paths.items() if path.startswith(EXPERTS)}
     adapters = matmul(trained, "lora/a", "lora/b") - (1 - used) * matmul(of_experts, "lora/a", "lora/b")
-    own = (
-        matmul(trained, "kernel", "router")
-        + used * matmul(trained, "experts")
-        + (head if config.tied and "embed/embedding" in paths else 0)
-    )
+    own = matmul(trained, "kernel", "router") + used * matmul(trained, "experts")
+    own += head if config.tied and "embed/embedding" in paths else 0
     top = [x.shape[0] for path, x in (flatten(frozen) | paths).items() if path.startswith("top_layers/")]
-    passed = max(top, default=L)  # layers that gradients go through
-    if all(path.startswith(BEHIND) for path in paths):
-        passed = 0
+    # Layers that gradients go through.
+    passed = 0 if all(path.startswith(BEHIND) for path in paths) else max(top, default=L)
     into_head = 0 if all(path.startswith("lm_head") for path in paths) else head
     attention = 0.0
-    for part, forward in (
-        ("attn", 2 * length * config.heads * config.head_dim),
-        ("delta", delta_flops(config, length)),
-    ):
+    of_layer = {"attn": 2 * length * config.heads * config.head_dim, "delta": delta_flops(config, length)}
+    for part, once in of_layer.items():
         layers = layers_with(config, part)
-        attention += (len(layers) * (1 + passes) + 2 * sum(i >= L - passed for i in layers)) * forward
+        attention += (len(layers) * (1 + passes) + 2 * sum(i >= L - passed for i in layers)) * once
     forward = (blocks + head) * (1 + passes) + adapters
     return 2 * (forward + blocks * passed // L + into_head + 2 * adapters + own) + attention

@@ -22,13 +22,15 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from ftjax import tasks
+from ftjax import config as configs
+from ftjax import pages, tasks
 from ftjax.errors import FtjaxError
 from ftjax.files import replacing
 from ftjax.foreign import read_json
 from ftjax.training import step
 
 SECRET = "secret"  # the file of a run folder from which draws and noise follow
+LEAST = 0.2  # least noise that is tried: without noise there is no finite epsilon
 AT_ONCE = 1 << 26  # bytes of single examples' gradients that a device holds at once
 
 # Fields that break the guarantee -> (the value that a private run needs, why).
@@ -71,11 +73,12 @@ def check(config) -> None:
             "privacy.epsilon: private training runs in one process, with any number of its devices; that several "
             "processes add the noise once has not been tested"
         )
+    values = configs.flat(config)
     for key, (needed, why) in REFUSED.items():
-        group, _, field = key.rpartition(".")
-        found = functools.reduce(lambda part, name: part[name], group.split("."), config)[field]
-        if found != needed:
-            raise FtjaxError(f"{key}: private training (privacy.epsilon) needs {needed!r}, found {found!r}: {why}")
+        if values[key] != needed:
+            raise FtjaxError(
+                f"{key}: private training (privacy.epsilon) needs {needed!r}, found {values[key]!r}: {why}"
+            )
 
 
 def settle(config, part, steps: int) -> None:
@@ -226,15 +229,15 @@ def epsilon(noise: float, accountant: str, rate: float, steps: int, delta: float
 
 
 def calibrated(target: float, accountant: str, rate: float, steps: int, delta: float) -> float:
-    """The least noise with which the steps keep to epsilon `target`, to 1e-4; at least 0.2. See `epsilon`."""
+    """The least noise with which the steps keep to epsilon `target`, to 1e-4; at least LEAST. See `epsilon`."""
     dp, accountants = _library()
-    event = lambda noise: dp.SelfComposedDpEvent(  # noqa: E731
-        dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps
-    )
-    # Without noise there is no finite epsilon, which the search could not use.
-    bracket = dp.LowerEndpointAndGuess(0.2, 1.0)
-    if epsilon(0.2, accountant, rate, steps, delta) < target:
-        return 0.2
+    if epsilon(LEAST, accountant, rate, steps, delta) < target:
+        return LEAST
+
+    def event(noise: float):
+        return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps)
+
+    bracket = dp.LowerEndpointAndGuess(LEAST, 1.0)
     return float(dp.calibrate_dp_mechanism(accountants[accountant], event, target, delta, bracket, tol=1e-4))
 
 
@@ -248,10 +251,10 @@ def spent(config, rate: float, steps: int) -> dict:
 
 def record(config, rate: float, steps: int) -> dict:
     """What a checkpoint and a run keep of the guarantee: {"privacy": {...}}, empty if private training is off."""
-    found = spent(config, rate, steps)
-    fields = ("delta", "clip", "noise", "accountant", "unit")
-    how = {name: config.privacy[name] for name in fields}
-    return {"privacy": found | how | {"rate": rate, "steps": steps}} if found else {}
+    if not (found := spent(config, rate, steps)):
+        return {}
+    how = {name: config.privacy[name] for name in ("delta", "clip", "noise", "accountant", "unit")}
+    return {"privacy": found | how | {"rate": rate, "steps": steps}}
 
 
 def together(folder: Path) -> str:
@@ -270,18 +273,7 @@ def together(folder: Path) -> str:
 
 def card(kept: dict, base: str) -> str:
     """The README.md of an exported model. kept: "privacy" of `record`; base: name of the base model."""
-    unit = f"all examples of one {kept['unit']}" if kept.get("unit") else "one training example"
-    return f"""---
-base_model: {base}
----
-# Trained with differential privacy
-
-The trained parameters are ({kept["epsilon"]:.3f}, {kept["delta"]:g})-differentially private with respect to adding or
-removing {unit}, for {kept["steps"]:,} steps of DP-SGD: each was drawn with
-probability {kept["rate"]:.4g} a step, its gradient was clipped to norm {kept["clip"]:g}, and the noise multiplier
-was {kept["noise"]:.4f} ({kept["accountant"].upper()} accountant of dp-accounting). The guarantee does not cover the
-base model's own training data, the names of the labels, or figures that were measured on private rows.
-"""
+    return pages.page("privacy.md", **{"unit": ""} | kept, base=base)
 
 
 def gradients_of(config) -> Callable:
@@ -375,8 +367,7 @@ def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: i
     """
 
     def example(row, number):
-        own = jax.random.fold_in(key, number)
-        rngs = {"dropout": own, "noise": jax.random.fold_in(own, 1)}
+        rngs = step.rngs(jax.random.fold_in(key, number))
 
         def loss(trained):
             total, weight, metrics = sums(variables(trained, frozen), row, rngs=rngs)
@@ -403,10 +394,8 @@ def clipped_sums(sums, variables, trained, frozen, batch, key, *, clip, group: i
 
     rows = jax.tree.map(lambda x: x.reshape(-1, group, unit, *x.shape[1:]), batch)
     numbers = first + jnp.arange(next(iter(batch.values())).shape[0] // unit).reshape(-1, group)
-    shapes = jax.eval_shape(examples, jax.tree.map(lambda x: x[0], rows), numbers[0])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, narrow(*part)), None)  # noqa: E731
-    return jax.lax.scan(add, zeros, (rows, numbers))[0]
+    zeros = step.zeros_of(examples, rows, numbers)
+    return step.summed(narrow, zeros, rows, numbers)
 
 
 def widths(T: int) -> list[int]:

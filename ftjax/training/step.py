@@ -70,9 +70,6 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
 
     more = {}  # what sums of a microbatch must know of the whole batch
 
-    def rngs(key):
-        return {"dropout": key, "noise": jax.random.fold_in(key, 1)}  # one key would draw the same for both
-
     def loss(trained, rows, key):
         total, weight, metrics = sums(variables(trained, frozen), rows, rngs=rngs(key), **more)
         return total, (weight, metrics)
@@ -86,16 +83,29 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
     else:
         rows = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, accumulate)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], rows), key)
-        )
         if hasattr(sums, "of_whole"):
             of_part = lambda part: sums.of_whole(variables(trained, frozen), part[0], rngs=rngs(part[1]))  # noqa: E731
             more = {"whole": jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_part, (rows, keys)))}
-        add = lambda total, part: (jax.tree.map(jnp.add, total, microbatch(*part)), None)  # noqa: E731
-        total, _ = jax.lax.scan(add, zeros, (rows, keys))
+        total = summed(microbatch, zeros_of(microbatch, rows, keys), rows, keys)
     gradient, weight, metrics = total
     return jax.tree.map(lambda g: g / divisor(weight), gradient), weight, metrics
+
+
+def rngs(key) -> dict:
+    """The random keys of a forward pass. One key would draw the same numbers for both."""
+    return {"dropout": key, "noise": jax.random.fold_in(key, 1)}
+
+
+def zeros_of(f, *arrays):
+    """Zeros in the shapes of f(*parts), where the parts lie on the leading axis of `arrays`, trees of arrays."""
+    shapes = jax.eval_shape(f, *jax.tree.map(lambda x: x[0], arrays))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def summed(f, start, *arrays):
+    """`start` plus the sum of f(*parts) over the parts on the leading axis of `arrays`, computed one after another."""
+    add = lambda total, parts: (jax.tree.map(jnp.add, total, f(*parts)), None)  # noqa: E731
+    return jax.lax.scan(add, start, arrays)[0]
 
 
 def divisor(weight):
