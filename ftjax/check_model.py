@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from pathlib import Path
 
@@ -50,25 +51,23 @@ def check(folder: Path) -> bool:
         theirs = theirs.numpy()
         return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
-    def after(n: int) -> float:
-        """The difference of the states after n blocks."""
+    def part(n: int) -> bool:
+        """Whether the states after n blocks differ."""
         fewer = dataclasses.replace(with_layers(shape, range(n)), final_norm=False)
         lower = keep_layers(params, shape, range(n))
         lower.pop("final_norm", None)
         states = jax.jit(lambda p: Transformer(fewer).apply({"params": p}, jnp.asarray(ids), method="hidden"))(lower)
-        return differs(states, theirs.hidden_states[n])
+        error = differs(states, theirs.hidden_states[n])
+        print(f"states after {n} of {shape.layers} blocks: {error:.1e}")
+        return error > BOUND
 
     logits = jax.jit(lambda p: Transformer(shape).apply({"params": p}, jnp.asarray(ids)))(params)
     found = differs(logits, theirs.logits)
     print(f"logits of {ids.size} tokens: they differ from transformers' by {found:.1e} of their largest value")
     if found <= BOUND:
         return True
-    same, apart = 0, shape.layers  # numbers of blocks after which the states are the same, and after which they differ
-    while apart - same > 1:
-        n = (same + apart) // 2
-        error = after(n)
-        print(f"states after {n} of {shape.layers} blocks: {error:.1e}")
-        same, apart = (n, apart) if error <= BOUND else (same, n)
-    before = " or the embeddings before it" * (apart == 1) + " or the norm and head after it" * (apart == shape.layers)
-    print(f"they part in block {apart - 1} (from 0){before}")
+    block = bisect.bisect_left(range(1, shape.layers), True, key=part)  # the last one if all states are the same
+    beside = " or the embeddings before it" * (block == 0)
+    beside += " or the norm and head after it" * (block == shape.layers - 1)
+    print(f"they part in block {block} (from 0){beside}")
     return False

@@ -117,24 +117,7 @@ def generate(
     ):
         if not good:
             raise FtjaxError(f"generate.{name}: expected {wanted}; found {value}")
-    limit, virtual = max_tokens(model.config, variables), virtual_tokens(variables)
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise FtjaxError(f"prompt {number} has no tokens; expected at least one, such as the model's BOS")
-        if len(prompt) + max_new_tokens > limit:
-            raise FtjaxError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
-                f"model's {limit} positions. Shorten the prompt or lower max_new_tokens"
-            )
-        stretched = model.config.rope_scaling
-        if stretched.kind == "longrope" and len(prompt) <= stretched.original_max_positions - virtual < (
-            len(prompt) + max_new_tokens
-        ):
-            raise FtjaxError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} the text may pass "
-                f"{stretched.original_max_positions} tokens, from which on the model (rope_type longrope) reads all of "
-                "it with other rotary angles; the cache cannot change those. Lower max_new_tokens"
-            )
+    _check_lengths(model.config, variables, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # equal prompts are neighbours
     rules = Rules((temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored)
     first, *more = seed if isinstance(seed, tuple) else (seed,)
@@ -192,6 +175,26 @@ def _checked(i: int, ids: list[int]) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------- on the host
+
+
+def _check_lengths(shape, variables, prompts: list[list[int]], new: int) -> None:
+    """Raise FtjaxError for a prompt without tokens, or one that `new` tokens cannot follow. shape: the ModelConfig."""
+    limit, stretched = max_tokens(shape, variables), shape.rope_scaling
+    turn = stretched.original_max_positions - virtual_tokens(variables)  # of longrope: the angles change behind it
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise FtjaxError(f"prompt {number} has no tokens; expected at least one, such as the model's BOS")
+        said = f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={new}"
+        if len(prompt) + new > limit:
+            raise FtjaxError(
+                f"{said} that exceeds the model's {limit} positions. Shorten the prompt or lower max_new_tokens"
+            )
+        if stretched.kind == "longrope" and len(prompt) <= turn < len(prompt) + new:
+            raise FtjaxError(
+                f"{said} the text may pass {stretched.original_max_positions} tokens, from which on the model "
+                "(rope_type longrope) reads all of it with other rotary angles; the cache cannot change those. Lower "
+                "max_new_tokens"
+            )
 
 
 def _rows(prompts: int, batch_size: int) -> int:

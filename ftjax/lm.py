@@ -218,12 +218,8 @@ class LM:
             for n, p in enumerate(prompts, 1)
         ]
         ids = [i.tolist() for i in encode_prompts(rows, self.tokenizer, lambda n: f"prompt {n + 1}", goes_on=True)]
-        return continue_ids(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
-
-
-def continue_ids(lm: LM, variables, ids: list[list[int]], *, stop: tuple[str, ...] = (), **sampling) -> list[str]:
-    """As `continue_tokens`, but return the new text of each prompt."""
-    return continuations(lm.tokenizer, ids, continue_tokens(lm, variables, ids, stop=stop, **sampling))
+        new = continue_tokens(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+        return continuations(self.tokenizer, ids, new)
 
 
 def continue_tokens(

@@ -11,7 +11,6 @@ from ftjax.hub import fingerprint, peft, pooling, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.training.run_folder import open_run, read_record
-from ftjax.tuning import METHODS
 from ftjax.tuning import adapters as peft_adapters
 
 
@@ -58,8 +57,8 @@ def load(
             f"{path}: adapters need a base model, and this one has an adapter already; name its base instead"
         )
     if run:
-        source, _ = open_run(path, dtype, checkpoint, quantise)
-        return source.base.applied(METHODS[source.method].variables(source.trained, source.frozen, source.spec))
+        source = open_run(path, dtype, checkpoint, quantise)
+        return source.base.applied(source.method.variables(source.trained, source.frozen, source.spec))
     if whole:
         return _load_adapter(folder, dtype, quantise)
     lm, spec = open_base(folder, dtype, quantise=quantise)

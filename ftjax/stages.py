@@ -170,18 +170,14 @@ def _scored(model: Path, other, kept: dict) -> dict:
     config.data.test = config.data.test or config.data.validation
     generates = config.task.kind in tasks.ANSWERS and config.evaluate.compare
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
-    settings |= {"model": fingerprint.weights_digests(model), "rows": _digest(config.data)}
+    held_out = read_table(config.data.test, "data.test", header=config.data.columns)
+    settings |= {"model": fingerprint.weights_digests(model), "rows": table_digest(held_out)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     if key not in kept or not settings["model"]:
         with doing(f"scoring {model} on the held-out rows of {other.name}"):
             report = evaluate(str(model), None, config, generate=generates, say=lambda line: None)
         kept[key] = {name: value for name, value in report.items() if isinstance(value, int | float)}
     return kept[key] | {"key": key}
-
-
-def _digest(data) -> str:
-    """Digest of the held-out rows of a `data` group, whatever they are named by."""
-    return table_digest(read_table(data.test, "data.test", header=data.columns))
 
 
 def _kept(file: Path) -> dict[str, dict]:

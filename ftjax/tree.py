@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict) -> dict:
     """{"a": {"b": x}} -> {"a/b": x}, in the tree's order."""
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else key
-        flat |= flatten(value, path) if isinstance(value, dict) else {path: value}
-    return flat
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def unflatten(flat: dict) -> dict:
     """{"a/b": x} -> {"a": {"b": x}}."""
-    tree = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def map_paths(f, tree: dict) -> dict:

@@ -8,6 +8,7 @@ traffic. Each has a reason for the user.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from typing import NamedTuple
@@ -183,16 +184,14 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
     states, _, gradient = _states(config, spec, dtype, sizes)
     if config.privacy.epsilon and not config.privacy.unit:  # a step computes groups of this many rows
         rows = min(rows, max(1, privacy.AT_ONCE // gradient))
-    attention = programs.kernels(config, machine)
-    all_of_it = saved_row_bytes(config, spec, "none", T, dtype, sizes, attention)
+    head, attention = _head_bytes(config, spec.model, machine), programs.kernels(config, machine)
 
-    head = _head_bytes(config, spec.model, machine)
+    @functools.cache
+    def saved(preset):
+        return saved_row_bytes(config, spec, preset, T, dtype, sizes, attention)
 
     def needed(preset):
-        saved = all_of_it
-        if preset != "none":
-            saved = saved_row_bytes(config, spec, preset, T, dtype, sizes, attention)
-        return states + rows * (saved + all_of_it / spec.model.layers) + head  # one layer is at work
+        return states + rows * (saved(preset) + saved("none") / spec.model.layers) + head  # one layer is at work
 
     tried, budget = {}, USED * machine.memory
     order = [name for name in remat.CHOICES if not name.startswith("offload")] + ["offload"] * machine.offloads

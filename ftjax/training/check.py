@@ -13,7 +13,7 @@ from ftjax.foreign import read_json, string
 from ftjax.hub import fingerprint, peft, resolve
 from ftjax.training import checkpoint
 from ftjax.training.job import named_files, prepared
-from ftjax.training.report import METRICS, read_metrics
+from ftjax.training.report import METRICS_FILE, read_metrics
 from ftjax.training.run_folder import FOLDERS, RUN, START, TOKENIZER, read_record, read_start, run_config
 from ftjax.training.selection import LOSS
 
@@ -59,13 +59,13 @@ def _items(run_dir: Path, config, record: dict, overrides) -> Iterator[tuple[str
             yield said, lambda group=group: _changed(kept, group, run_dir, config, own, initial)
     if "rows" in record:
         yield "the rows", lambda: _rows(config, record, overrides)
-    folders = [path for path in (run_dir / checkpoint.FOLDER).glob("*") if path.name.isdigit()]
-    for path in sorted(folders, key=lambda path: int(path.name)):
-        yield f"{checkpoint.FOLDER}/{path.name}", lambda path=path: checkpoint.damage(path, reading=False)
+    names = [f"{checkpoint.FOLDER}/{step}" for step in checkpoint.steps_in(run_dir)]
+    for name in names:
+        yield name, lambda name=name: checkpoint.damage(run_dir / name, reading=False)
     if (run_dir / START).is_file():
         yield START, lambda: read_start(run_dir / START) and None
-    if (run_dir / METRICS).is_file():
-        yield METRICS, lambda: _metrics(run_dir, max(folders, key=lambda path: int(path.name), default=None))
+    if (run_dir / METRICS_FILE).is_file():
+        yield METRICS_FILE, lambda: _metrics(run_dir, run_dir / names[-1] if names else None)
     for name in FOLDERS:
         if (run_dir / name / resolve.MARKER).is_file():
             yield name, lambda name=name: _export(run_dir / name)

@@ -30,7 +30,8 @@ FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit to it last; it is not read here
 DAMAGED = "damaged"  # suffix of the folder of a damaged checkpoint
-METRICS = {"rank": number(), "val_loss": number(), "step": whole()}
+STORED = ("trained", "optimizer", "ema", "guard")  # fields of a State; its step is in the record of the run
+RANKED = {"rank": number(), "val_loss": number(), "step": whole()}
 
 
 class Checkpoints:
@@ -55,16 +56,16 @@ class Checkpoints:
         # A reader does not need the optimizer state, the largest part of a checkpoint.
         told = self._damaged() if read_only else hosts.from_first(self._damaged)
         self.damaged = {int(step): what for step, what in told.items()}
-        whole = self.steps()
-        if self.damaged and not whole:
+        intact = self.steps()
+        if self.damaged and not intact:
             raise FtjaxError(
                 f"{self.folder}: holds no whole checkpoint: {'; '.join(self.damaged.values())}. Put the files back, or "
                 "start the run anew with --config.overwrite=True"
             )
         for step, what in self.damaged.items():
-            lost = f"; {step - whole[-1]:,} steps are lost" if step > whole[-1] else ""
+            lost = f"; {step - intact[-1]:,} steps are lost" if step > intact[-1] else ""
             kept = "" if read_only else f". It stays as {self._aside(step).name}"
-            self.say(f"{self.folder}: {what}. The latest whole checkpoint is that of step {whole[-1]:,}{lost}{kept}")
+            self.say(f"{self.folder}: {what}. The latest whole checkpoint is that of step {intact[-1]:,}{lost}{kept}")
         if not read_only:
             self._open(keep)
 
@@ -78,16 +79,12 @@ class Checkpoints:
         self.damaged = {}
         hosts.from_first(lambda: None)
         policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=_rank,  # sorted ascending, the last are kept
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        # Sorted ascending by the metric, of which the last are kept.
+        best = policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
         pinned = types.SimpleNamespace(should_preserve=lambda all, context: [x.step == self.pinned for x in all])
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={name: self._arrays_handler() for name in ("trained", "optimizer", "ema", "guard")}
-            | {"run": ocp.JsonCheckpointHandler()},
+            item_handlers={name: self._arrays_handler() for name in STORED} | {"run": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_rank,  # without it Orbax stores no metrics for the policy
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best, pinned]),
@@ -113,13 +110,10 @@ class Checkpoints:
         sums = seals.checksums(draft, _files(draft))
         replace_json(draft / CHECKSUMS, seals.sealed({"step": self.saving, "checksums": sums}))
 
-    def _damaged(self) -> dict[str, str]:
+    def _damaged(self) -> dict[int, str]:
         """{step of a damaged checkpoint: what is wrong with it}."""
-        steps = {path.name: path for path in self.folder.glob("*") if path.name.isdigit()}
-        found = {step: damage(path, self.read_only) for step, path in sorted(steps.items(), key=lambda x: int(x[0]))}
-        return {
-            step: f"the checkpoint of step {int(step):,} is damaged: {what}" for step, what in found.items() if what
-        }
+        found = {step: damage(self.folder / str(step), self.read_only) for step in steps_in(self.folder.parent)}
+        return {n: f"the checkpoint of step {n:,} is damaged: {what}" for n, what in found.items() if what}
 
     def _aside(self, step: int) -> Path:
         """An unused name for the folder of a damaged checkpoint."""
@@ -183,13 +177,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all undamaged checkpoints, ascending."""
-        there = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
-        return sorted(step for step in there if step not in self.damaged)
+        return [step for step in steps_in(self.folder.parent) if step not in self.damaged]
 
     def best(self) -> int | None:
         """Step of the best checkpoint by validation; the latest if none has a rank; None without checkpoints."""
         files = {step: self.folder / str(step) / "metrics" / "metrics" for step in self.steps()}
-        ranked = [(_rank(read_json(file, **METRICS)), step) for step, file in files.items() if file.is_file()]
+        ranked = [(_rank(read_json(file, **RANKED)), step) for step, file in files.items() if file.is_file()]
         return max(ranked)[1] if ranked else self.latest()
 
     def record(self, step: int) -> dict:
@@ -251,6 +244,11 @@ class Checkpoints:
             self.folder.rmdir()
 
 
+def steps_in(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, damaged ones included, ascending."""
+    return sorted(int(path.name) for path in (run_dir / FOLDER).glob("*") if path.name.isdigit())
+
+
 def reason(error: Exception) -> str:
     """The message of a library's error, in one line."""
     return " ".join((str(error) or type(error).__name__).split())[:300]
@@ -267,15 +265,15 @@ def damage(folder: Path, reading: bool) -> str:
 
     reading: whether the caller only reads. The optimizer state is then not checked.
     """
-    record, optimizer = seals.opened(folder / CHECKSUMS), "" if not reading else "optimizer/"
+    record = seals.opened(folder / CHECKSUMS)
     if record is None:
-        missing = [name for name in ("trained", "optimizer", "run") if not (folder / name).is_dir()]
-        if (folder / CHECKSUMS).exists() or missing:
-            return f"{CHECKSUMS} is not as it was written" if not missing else f"{missing[0]} is missing"
-        return ""  # written by an earlier version
+        if missing := [name for name in ("trained", "optimizer", "run") if not (folder / name).is_dir()]:
+            return f"{missing[0]} is missing"
+        there = (folder / CHECKSUMS).exists()  # an earlier version wrote none
+        return f"{CHECKSUMS} is not as it was written" if there else ""
     if record["step"] != int(folder.name):
         return f"its folder is {folder.name}, and its files are of step {record['step']:,}"
-    sums = {name: crc for name, crc in record["checksums"].items() if not (optimizer and name.startswith(optimizer))}
+    sums = {n: crc for n, crc in record["checksums"].items() if not (reading and n.startswith("optimizer/"))}
     if changed := seals.changed(folder, sums):
         more = f", and {len(changed) - 1} more files are" if len(changed) > 1 else " is"
         return f"{changed[0]}{more} missing or not as written"
@@ -290,5 +288,5 @@ def _rank(metrics: dict) -> tuple[float, int]:
 
 
 def _arrays(state) -> list[str]:
-    """Names of the fields of a State that a checkpoint holds."""
-    return ["trained", "optimizer"] + [name for name in ("ema", "guard") if getattr(state, name) is not None]
+    """Names of the fields of a State that a checkpoint of it holds."""
+    return [name for name in STORED if getattr(state, name) is not None]

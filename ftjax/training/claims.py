@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -44,10 +45,9 @@ def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
 
 def owner(path: Path) -> str:
     """A description of the process that holds a claim, for a person."""
-    try:
+    said = {}
+    with contextlib.suppress(FileNotFoundError):
         said = _said(path)
-    except FileNotFoundError:
-        said = {}
     if "pid" not in said:
         return "nobody"
     since = f", since {said['since']}" if "since" in said else ""
@@ -94,23 +94,18 @@ def _left(path: Path, stale: float) -> bool:
 def _said(path: Path) -> dict:
     """The content of a claim. For a claim that is being written, was cut short by a kill or is invalid, {"host":
     ""}."""
-    try:
+    with contextlib.suppress(FtjaxError):
         said = parse_json(path.read_bytes(), path)
         if isinstance(said, dict) and {"host", "pid"} <= said.keys():
             check_fields(said, CLAIM, path)
             return said
-    except FtjaxError:
-        pass
     return {"host": ""}
 
 
 def _now(path: Path) -> float:
     """The time by the clock of the file system, which may differ from this machine's."""
-    probe = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.now")
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink()
-    return now
+    with tempfile.TemporaryFile(prefix=f"{path.name}.", dir=path.parent) as probe:
+        return os.fstat(probe.fileno()).st_mtime
 
 
 def _runs(pid: int, started: str | None) -> bool:

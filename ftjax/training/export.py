@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data import chat_templates
 from ftjax.errors import FtjaxError, nearest
@@ -59,7 +58,7 @@ def resolve_format(method: str, format: str, form: families.Form | None = None, 
     return format
 
 
-def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto", shard_size: float = 5e9) -> dict:
+def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto") -> dict:
     """Write `source` to the folder `out`, whole or not at all, with the tokenizer and chat template of the run.
 
     If there are several processes, all of them must call this function; the first one writes.
@@ -69,7 +68,6 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         out: The directory to write.
         format: `adapter`, `merged` or `full` (both a whole model), or `auto`.
         dtype: Type of a whole model's tensors; `auto`: the base model's.
-        shard_size: Most bytes of a safetensors file.
 
     Returns:
         As `export`. The merge difference includes rounding to the stored dtype.
@@ -78,7 +76,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
         FtjaxError: If `out` is the folder of the base model, if a trained value is NaN or infinite, or if the method
             cannot be written in this format.
     """
-    row, base, out = METHODS[source.method], source.base, Path(out)
+    config, base, out = source.config, source.base, Path(out)
     if out.resolve() == base.folder.resolve():
         raise FtjaxError(
             f"{out}: is the folder of the base model, which an export must not replace; choose another folder"
@@ -88,61 +86,50 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto",
             f"{out}: not written: {bad[0]} of the checkpoint holds values that are NaN or infinite; export another one"
         )
     form = families.form_of(source.spec.family, source.spec.model.head)
-    format = resolve_format(source.method, format, form, flatten(source.trained))
+    format = resolve_format(config.tuning.method, format, form, flatten(source.trained))
     report: dict[str, Any] = {"format": format, "path": str(out)}
-    kept = source.record | {"relative": os.path.relpath(source.record["path"], out)} if source.record else {}
-    record = {"config": source.config, "base": kept}
-    record |= {"privacy": source.privacy} if source.privacy else {}
-    config = configs.from_dict(source.config)
-    chat_template = chat_templates.of_run(config, base.tokenizer)
-    beside = functools.partial(_beside, source=source, chat_template=chat_template)
+    kept = dict(source.base_record)
+    if kept:
+        kept["relative"] = os.path.relpath(kept["path"], out)
+    record = {"config": config.to_dict(), "base": kept} | ({"privacy": source.privacy} if source.privacy else {})
+    shared = {
+        "record": record, "labels": config.task.labels, "problem": tasks.find(config.task.kind).problem,
+        "beside": functools.partial(_beside, source=source),
+    }  # fmt: skip
     if format == "adapter":
         # Arrays on several hosts are gathered, except those of the base, which no adapter holds.
         params = families.shapes(source.spec.model)
         frozen = map_paths(lambda path, x: x if path in params else weights.whole(x), source.frozen)
         trained = jax.tree.map(weights.whole, source.trained)
         if jax.process_index() == 0:
-            adapter_config, tensors = row.to_peft(trained, frozen, source.spec)
+            adapter_config, tensors = source.method.to_peft(trained, frozen, source.spec)
             adapter_config |= TASK_TYPES.get(source.spec.model.head.task, {})
             adapter_config |= {"revision": kept["revision"]} if kept.get("revision") else {}
-            labels = tuple(source.config["task"]["labels"])
-            peft.write_adapter(
-                out, tensors, adapter_config, base.tokenizer_folder or base.folder, source.base_name, record=record,
-                labels=labels, problem=tasks.find(source.config["task"]["kind"]).problem, beside=beside,
-            )  # fmt: skip
+            own = base.tokenizer_folder or base.folder
+            peft.write_adapter(out, tensors, adapter_config, own, source.base_name, **shared)
         return report
-    params = dequantised(row.merge(source.trained, source.frozen, source.spec))
+    params = dequantised(source.method.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
     if source.frozen:
         report["merge_difference"] = _merge_difference(source, params, dtype)
+    ends = (*base.end_tokens, *chat_templates.ends_of_run(config, base.tokenizer))
     weights.write_model(
-        out,
-        params,
-        base.folder,
-        source.spec.family,
-        source.spec.model,
-        labels=tuple(source.config["task"]["labels"]),
-        problem=tasks.find(source.config["task"]["kind"]).problem,
-        max_length=source.config["data"]["max_length"],
-        dtype=dtype,
-        shard_size=shard_size,
-        end_tokens=(*base.end_tokens, *chat_templates.ends_of_run(config, base.tokenizer)),
-        tokenizer_folder=base.tokenizer_folder,
-        record=record,
-        beside=beside,
-    )
+        out, params, base.folder, source.spec.family, source.spec.model, max_length=config.data.max_length,
+        dtype=dtype, shard_size=config.export.shard_size, end_tokens=ends, tokenizer_folder=base.tokenizer_folder,
+        **shared,
+    )  # fmt: skip
     return report
 
 
-def _beside(out: Path, source: Trained, chat_template: str) -> None:
+def _beside(out: Path, source: Trained) -> None:
     """Write the files beside the weights: the chat template, how vectors of texts are made, and the privacy."""
+    config, shape = source.config, source.spec.model
     if source.privacy:
         (out / "README.md").write_text(privacy.card(source.privacy, source.base_name))
-    if chat_template:
+    if chat_template := chat_templates.of_run(config, source.base.tokenizer):
         tokenizers.write_chat_template(out, chat_template)
-    if source.config["task"]["kind"] == "embed":
-        shape = source.spec.model
-        pooling.write(out, run_pooling(configs.from_dict(source.config), shape.max_positions), shape.width)
+    if config.task.kind == "embed":
+        pooling.write(out, run_pooling(config, shape.max_positions), shape.width)
 
 
 def _merge_difference(source: Trained, params: dict, dtype: str) -> float:
@@ -153,7 +140,7 @@ def _merge_difference(source: Trained, params: dict, dtype: str) -> float:
     @jax.jit
     def difference(params, trained, frozen):
         stored = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
-        adapted = METHODS[source.method].variables(trained, frozen, source.spec)
+        adapted = source.method.variables(trained, frozen, source.spec)
         apply = source.base.model.apply
         return jnp.max(jnp.abs(apply({"params": stored}, tokens) - apply(adapted, tokens)))
 
@@ -181,5 +168,4 @@ def export(
             files that no export wrote.
     """
     resolve.check_out(out)
-    source, config = open_run(run, checkpoint=checkpoint)
-    return write(source, out, format, dtype=dtype, shard_size=config.export.shard_size)
+    return write(open_run(run, checkpoint=checkpoint), out, format, dtype=dtype)

@@ -5,7 +5,7 @@ In a run of one process every function here does nothing, or the obvious thing.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import glob
 import json
 import os
@@ -13,17 +13,14 @@ import signal
 import sys
 import traceback
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 
 from ftjax import stops
 from ftjax.errors import FtjaxError
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLES = ("FTJAX_COORDINATOR", "FTJAX_PROCESSES", "FTJAX_PROCESS")
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and all others end
@@ -159,28 +156,22 @@ def preempted(step: int) -> bool:
     return reached
 
 
-def together(f: F) -> F:
-    """Decorate a function that every process calls: an error in one process ends all of them."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block, or as a decorator a function, that every process enters: an error in one process ends all of them.
 
-    @functools.wraps(f)
-    def run(*args, **kwargs):
-        try:
-            return f(*args, **kwargs)
-        except BaseException:
-            end_together(*sys.exc_info())
-            raise
-
-    return cast(F, run)
-
-
-def end_together(kind, error, trace) -> None:
-    """End this process at once if it has an error that the other processes do not have, so that they stop waiting.
-
-    If every process failed, each raises its error. To be called while an error is being raised, with the arguments of
-    `__exit__`.
+    If every process failed, each raises its error. If only this one did, it exits at once, so that the others stop
+    waiting.
     """
-    if error is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return
+    try:
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            _end_if_alone(error)
+        raise
+
+
+def _end_if_alone(error: BaseException) -> None:
     from orbax.checkpoint import multihost
 
     try:

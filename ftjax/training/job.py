@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,44 +48,82 @@ SHARE = 0.2  # of the training's arithmetic for validations, unless the config s
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A run that can be started.
+class Base:
+    """The files of the model that a run starts from, checked.
 
     Attributes:
-        config: The config with defaults, labels and mesh filled in.
+        folder: Directory of the model.
+        tokenizer_folder: That of the tokenizer, where it is another one.
         tokenizer: The tokenizer in the model's directory.
         chat_tokenizer: The tokenizer with the chat template that the rows were rendered by.
         ends: Ids of the tokens that end an answer.
         initial_adapter: The adapter that training starts from, or None.
         formats: Formats of the export.
-        validation: {source: its validation batches}.
-        rows: Rows of a training batch.
-        eval_rows: Rows of a validation batch.
-        selection: The score that the best checkpoint is chosen by.
+        dtype: Dtype of computation.
+        spec: The model and its tuning; without the head of the task, until the rows are read.
+        pool: Which states the task's head reads.
+        label_names: Those that the model's config gives.
     """
 
-    config: Any
-    folder: Path  # of the model
-    base: dict  # its record, see fingerprint.record
-    tokenizer_folder: Path | None  # where that is not `folder`
-    spec: Spec
-    dtype: Any  # of computation
+    folder: Path
+    tokenizer_folder: Path | None
     tokenizer: Any
     chat_tokenizer: Any
     ends: tuple[int, ...]
     initial_adapter: Start | None
     formats: tuple[str, ...]
-    data: Data
-    mesh: Any
+    dtype: Any
+    spec: Spec
+    pool: str
+    label_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of a run and their batches.
+
+    Attributes:
+        batches: Of the training rows.
+        rows: Rows of a training batch.
+        eval_rows: Rows of a validation batch.
+        steps: Number of steps.
+        batch: batch(examples, rows, ...) -> Batches in the same layout.
+        secret: Of a private run, see privacy.secret_of.
+        tokens: Tokens of all steps.
+    """
+
     batches: Batches
-    validation: dict[str, Batches]
     rows: int
     eval_rows: int
     steps: int
+    batch: Callable[..., Batches]
+    secret: str = dataclasses.field(repr=False)
+    tokens: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Base, Steps):
+    """A run that can be started.
+
+    Attributes:
+        config: The config with defaults, labels and mesh filled in.
+        base_record: The record of the model's files, see fingerprint.record.
+        data: The rows.
+        mesh: The devices.
+        validation: {source: its validation batches}.
+        eval_every: Steps between validations.
+        save_every: Steps between checkpoints.
+        selection: The score that the best checkpoint is chosen by.
+    """
+
+    config: Any
+    base_record: dict
+    data: Data
+    mesh: Any
+    validation: dict[str, Batches]
     eval_every: int
     save_every: int
     selection: Selection
-    secret: str = dataclasses.field(default="", repr=False)  # of a private run, see privacy.secret_of
 
     @property
     def method(self) -> Method:
@@ -142,8 +180,8 @@ def prepared(config, say, recorded: int = 0) -> Job:
     """
     config = checked(config, say)
     base = opened(config, say)
-    data, spec = rows_of(config, base)
-    mesh = devices(config, spec, data, base.dtype, say, recorded)
+    data, base = rows_of(config, base)
+    mesh = devices(config, base.spec, data, base.dtype, say, recorded)
     steps = scheduled(config, data, mesh, base.tokenizer)
     held_out, eval_every = validated(config, data, steps, say)
     validation = {}
@@ -158,15 +196,14 @@ def prepared(config, say, recorded: int = 0) -> Job:
     lengths = sorted({T for _, T, _ in steps.batches.shapes()})
     if task.collect:
         lengths = [data.max_length if config.data.packing else task.longest(config, data)]
-    if chosen := check_attention(config, spec, mesh, base.dtype, lengths):
+    if chosen := check_attention(config, base.spec, mesh, base.dtype, lengths):
         say(chosen)
     start = base.initial_adapter and base.initial_adapter.folder
     record = fingerprint.record(base.folder, config.model.path, base.tokenizer_folder, start, named_files(config))
     return Job(
-        config, base.folder, record, base.tokenizer_folder, spec, base.dtype, base.tokenizer, base.chat_tokenizer,
-        base.ends, base.initial_adapter, base.formats, data, mesh, steps.batches, validation, steps.rows,
-        steps.eval_rows, steps.steps, eval_every, whole(config, config.train.save_every) or eval_every, select,
-        steps.secret,
+        **vars(base), **vars(steps), config=config, base_record=record, data=data, mesh=mesh,
+        validation=validation, eval_every=eval_every,
+        save_every=rounded_up(config, config.train.save_every) or eval_every, selection=select,
     )  # fmt: skip
 
 
@@ -184,30 +221,6 @@ def checked(config, say):
     if unread := ignored(config.tuning):
         say(f"no effect with tuning.method={config.tuning.method}: {', '.join(unread)}")
     return config
-
-
-class Base(NamedTuple):
-    """The files of the model that a run starts from, checked.
-
-    Attributes:
-        folder: Its directory.
-        tokenizer_folder, tokenizer, chat_tokenizer, ends, initial_adapter, formats, dtype: See Job.
-        spec: The model without the head of the task.
-        pool: Which states the task's head reads.
-        label_names: Those that the model's config gives.
-    """
-
-    folder: Path
-    tokenizer_folder: Path | None
-    tokenizer: Any
-    chat_tokenizer: Any
-    ends: tuple[int, ...]
-    initial_adapter: Start | None
-    formats: tuple[str, ...]
-    dtype: Any
-    spec: Spec
-    pool: str
-    label_names: tuple[str, ...]
 
 
 def opened(config, say) -> Base:
@@ -255,9 +268,12 @@ def opened(config, say) -> Base:
     )  # fmt: skip
 
 
-def rows_of(config, base: Base) -> tuple[Data, Spec]:
-    """Read and encode the rows. Returns them and the model with the head for their labels; the config records how they
-    were read, so that rows that are given later are read by the same columns and labels and not by what is guessed."""
+def rows_of(config, base: Base) -> tuple[Data, Base]:
+    """Read and encode the rows. Returns them, and the Base whose spec has the head for their labels.
+
+    The config records how they were read, so that rows that are given later are read by the same columns and labels
+    and not by what is guessed.
+    """
     task, shape, family = tasks.find(config.task.kind), base.spec.model, base.spec.family
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(base.spec)
     with doing("reading and tokenising rows"):
@@ -271,7 +287,8 @@ def rows_of(config, base: Base) -> tuple[Data, Spec]:
             ((config.task.text, config.task.pair, config.data.label),) = read
     shape = with_task(config, family, shape, base.folder, len(data.labels))
     task.check(config, METHODS[config.tuning.method], base.spec)
-    return data, base.spec._replace(model=shape, names=families.linear_names(family, shape))
+    spec = base.spec._replace(model=shape, names=families.linear_names(family, shape))
+    return data, dataclasses.replace(base, spec=spec)
 
 
 def devices(config, spec: Spec, data: Data, dtype, say, recorded: int):
@@ -307,29 +324,7 @@ def devices(config, spec: Spec, data: Data, dtype, say, recorded: int):
     return mesh
 
 
-class Steps(NamedTuple):
-    """The steps of a run and their batches.
-
-    Attributes:
-        batches: Of the training rows.
-        rows: Rows of a training batch.
-        eval_rows: Rows of a validation batch.
-        steps: Number of steps.
-        batch: batch(examples, rows, ...) -> Batches in the same layout.
-        secret: Of a private run, see privacy.secret_of.
-        tokens: Tokens of all steps.
-    """
-
-    batches: Batches
-    rows: int
-    eval_rows: int
-    steps: int
-    batch: Callable[..., Batches]
-    secret: str
-    tokens: float
-
-
-def whole(config, steps: int) -> int:
+def rounded_up(config, steps: int) -> int:
     """A number of steps, rounded up to a multiple of those for one collected batch, at which a run validates and
     saves."""
     updates = tasks.find(config.task.kind).updates(config)
@@ -348,7 +343,7 @@ def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
     drawn, weights_of_classes = judge.by_class(config, data)
     copies, updates = task.copies(config), task.updates(config)
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
-    steps = whole(config, config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
+    steps = rounded_up(config, config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
     secret = ""
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
@@ -366,7 +361,7 @@ def validated(config, data: Data, steps: Steps, say) -> tuple[Part, int]:
     """The validation rows that a run uses, and the number of steps between validations."""
     validations, most = bounds(config, data.validation, steps.tokens)
     held_out = chosen_rows(config, data, most)
-    eval_every = whole(config, config.train.eval_every or max(1, steps.steps // validations))
+    eval_every = rounded_up(config, config.train.eval_every or max(1, steps.steps // validations))
     if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
         say(
             f"validation: {len(held_out):,} of {len(data.validation):,} rows every {counted(eval_every, 'step')}, so "

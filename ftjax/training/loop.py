@@ -25,7 +25,7 @@ from ftjax.evaluation.pictures import plot_losses
 from ftjax.files import replace_json, write_jsonl
 from ftjax.progress import doing
 from ftjax.training import features, finite, fisher, hosts, privacy, provenance, selection
-from ftjax.training.checkpoint import FOLDER, Checkpoints
+from ftjax.training.checkpoint import Checkpoints, steps_in
 from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.feed import Feed
 from ftjax.training.flops import PEAKS, flops_per_token
@@ -36,13 +36,13 @@ from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
 from ftjax.training.run_folder import RUN, check_record, claim, keep_tokenizer, locked, recorded_devices
 from ftjax.training.start import first_state, untuned, validate
-from ftjax.training.step import COUNTS
+from ftjax.training.step import COUNTS, State
 from ftjax.tree import not_finite
 
 UNREAD = 100  # most steps whose losses are still on the devices
 
 
-@hosts.together
+@hosts.together()
 def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     """Train as `config` says, or resume the run in the folder `config.run_dir`.
 
@@ -83,13 +83,11 @@ def saved_so_far(run_dir: Path | None = None, steps: int = 0) -> str:
     """A sentence that says what a stopped run has saved on disk; run_dir: None before the folder was claimed."""
     if run_dir is None:
         return "stopped before the run began; nothing was written"
-    kept = [int(path.name) for path in (run_dir / FOLDER).glob("*") if path.name.isdigit()]
+    kept = steps_in(run_dir)
     if not kept:
         return f"stopped; {run_dir} holds no checkpoint yet, and the same command starts at step 0"
-    if max(kept) < steps:
-        return (
-            f"stopped; the last checkpoint is that of step {max(kept):,} of {steps:,}, where the same command goes on"
-        )
+    if kept[-1] < steps:
+        return f"stopped; the last checkpoint is that of step {kept[-1]:,} of {steps:,}, where the same command goes on"
     return f"stopped; all {steps:,} steps are trained and saved, and the same command does what is left after them"
 
 
@@ -122,14 +120,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         if latest := checkpoints.latest():
             abstract = placed(state, program.state_places)
             del state  # before the checkpoint's state, which is as large, is read
-            state = checkpoints.state(latest, abstract)
-            record = checkpoints.record(latest)
-            check_record(config, record, run_dir, latest)
-            known = record.get("metrics", "")
-            standing.restore(record, latest, checkpoints.steps())
-            say(f"{run_dir}: going on after step {standing.step} of {job.steps}")
-            if first and standing.skipped:
-                provenance.note(run_dir / RUN, skipped=standing.skipped)
+            state, known = resumed(job, checkpoints, latest, abstract, standing, say)
         elif begun:
             say(f"{run_dir}: the run was stopped before its first checkpoint; starting at step 0")
         resumed_from = standing.step
@@ -139,7 +130,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
                 state = fisher.weighed(job, program, state, frozen)
 
         say(description(job, program))
-        training = training_of(job, program, state.trained, frozen, checkpoints, standing, known, say, opened)
+        training = Training(job, program, state.trained, frozen, checkpoints, standing, known, say, opened)
         state = training.run(state)
         checkpoints.wait()
 
@@ -194,7 +185,7 @@ def entered(job: Job, say, claimed: list, opened: contextlib.ExitStack) -> bool:
     run_dir, first = Path(job.config.run_dir), jax.process_index() == 0
     if first:
         opened.enter_context(locked(run_dir))
-    begun = hosts.from_first(lambda: claim(job.config, job.base, job.data.fingerprint, job.mesh.size))
+    begun = hosts.from_first(lambda: claim(job.config, job.base_record, job.data.fingerprint, job.mesh.size))
     claimed += run_dir, job.steps
     if first:
         opened.enter_context(provenance.recorded(run_dir / RUN))
@@ -209,6 +200,29 @@ def entered(job: Job, say, claimed: list, opened: contextlib.ExitStack) -> bool:
     if job.data.canaries and first:
         write_jsonl(run_dir / canaries.FILE, job.data.canaries)
     return begun
+
+
+def resumed(job: Job, checkpoints: Checkpoints, step: int, abstract, standing: Standing, say) -> tuple[State, str]:
+    """Go on from a checkpoint.
+
+    Args:
+        job: The run.
+        checkpoints: Of the run folder.
+        step: Step of the checkpoint.
+        abstract: A State of jax.ShapeDtypeStruct with shardings.
+        standing: Gets how far the run is.
+        say: Called with lines for a person.
+
+    Returns:
+        (the State of the checkpoint, the digest of the metrics up to there; empty where it is not known).
+    """
+    state, record, run_dir = checkpoints.state(step, abstract), checkpoints.record(step), Path(job.config.run_dir)
+    check_record(job.config, record, run_dir, step)
+    standing.restore(record, step, checkpoints.steps())
+    say(f"{run_dir}: going on after step {standing.step} of {job.steps}")
+    if jax.process_index() == 0 and standing.skipped:
+        provenance.note(run_dir / RUN, skipped=standing.skipped)
+    return state, record.get("metrics", "")
 
 
 @dataclasses.dataclass
@@ -256,59 +270,12 @@ class Standing:
         return found | ({"skipped": [*self.skipped]} if self.skipped else {})
 
 
-def training_of(
-    job: Job, program: Program, trained: dict, frozen: dict, checkpoints: Checkpoints, standing: Standing, known: str,
-    say: Callable[[str], None], opened: contextlib.ExitStack,
-) -> Training:  # fmt: skip
-    """Open the feed of batches, the metrics and the line on the screen.
-
-    Args:
-        job: The run.
-        program: Its compiled functions.
-        trained: Tree of trained parameters.
-        frozen: Tree of frozen parameters.
-        checkpoints: Of the run folder.
-        standing: How far the run is.
-        known: Digest of the metrics up to there, see Metrics.
-        say: Called with lines for a person.
-        opened: Closed at the end of the run.
-    """
-    config, start, first = job.config, standing.step, jax.process_index() == 0
-    run_dir, batches, validation = Path(config.run_dir), job.batches, job.validation
-    sizes = program.base, program.trained, program.frozen
-    flops = flops_per_token(job.spec.model, *sizes, job.longest, job.task.passes(config))
-    keep, own = features.keeper(job, program, trained, frozen)
-    if keep:
-        with doing("computing what is the same in every epoch"):
-            batches, flops = keep(batches), own or flops
-            validation = {name: keep(held_out) for name, held_out in job.validation.items()}
-    peak = PEAKS.get(jax.devices()[0].device_kind)
-    progress = Progress(job.steps, start, flops, peak * job.mesh.size if peak else None)
-    opened.callback(progress.end)  # an error has a line of its own
-    metrics = opened.enter_context(contextlib.closing(Metrics(run_dir, config, start, known, say))) if first else None
-    feed = Feed(job, program, frozen, batches, start, progress, metrics.write if metrics else lambda step, values: None)
-    opened.push(hosts.end_together)  # before the open files are closed, which waits for all processes
-    take_step = Profiler(program.step, config.log.profile if first else "", run_dir, start, job.steps, say)
-    opened.callback(take_step.close)
-    training = Training(
-        job, program, frozen, checkpoints, standing, say, validation, feed, progress, metrics, take_step,
-        {"key": privacy.key_of(job.secret)} if job.secret else {},
-    )  # fmt: skip
-    checkpoints.pinned = standing.good if training.rewinds else 0
-    return training
-
-
-@dataclasses.dataclass
 class Training:
     """The steps of a run: what they need, and what is open while they are taken.
 
     Attributes:
-        job: The run.
-        program: Its compiled functions.
-        frozen: Tree of frozen parameters.
         checkpoints: Of the run folder.
         standing: How far the run is.
-        say: Called with lines for a person.
         validation: {source: batches of its validation rows}.
         feed: The batches of the next steps.
         progress: The line on the screen.
@@ -319,20 +286,49 @@ class Training:
         unread: (step, report) of steps whose numbers are still on the devices.
     """
 
-    job: Job
-    program: Program
-    frozen: dict
-    checkpoints: Checkpoints
-    standing: Standing
-    say: Callable[[str], None]
-    validation: dict
-    feed: Feed
-    progress: Progress
-    metrics: Metrics | None
-    take_step: Profiler
-    secret: dict
-    loss: float | None = None
-    unread: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    def __init__(
+        self, job: Job, program: Program, trained: dict, frozen: dict, checkpoints: Checkpoints, standing: Standing,
+        known: str, say: Callable[[str], None], opened: contextlib.ExitStack,
+    ):  # fmt: skip
+        """Open the feed of batches, the metrics and the line on the screen.
+
+        Args:
+            job: The run.
+            program: Its compiled functions.
+            trained: Tree of trained parameters.
+            frozen: Tree of frozen parameters.
+            checkpoints: Of the run folder.
+            standing: How far the run is.
+            known: Digest of the metrics up to there, see Metrics.
+            say: Called with lines for a person.
+            opened: Closed at the end of the run.
+        """
+        self.job, self.program, self.frozen, self.say = job, program, frozen, say
+        self.checkpoints, self.standing, self.validation = checkpoints, standing, job.validation
+        self.loss: float | None = None
+        self.unread: list[tuple[int, Any]] = []
+        config, start, first = job.config, standing.step, jax.process_index() == 0
+        run_dir, batches = Path(config.run_dir), job.batches
+        sizes = program.base, program.trained, program.frozen
+        flops = flops_per_token(job.spec.model, *sizes, job.longest, job.task.passes(config))
+        keep, own = features.keeper(job, program, trained, frozen)
+        if keep:
+            with doing("computing what is the same in every epoch"):
+                batches, flops = keep(batches), own or flops
+                self.validation = {name: keep(held_out) for name, held_out in job.validation.items()}
+        peak = PEAKS.get(jax.devices()[0].device_kind)
+        self.progress = Progress(job.steps, start, flops, peak * job.mesh.size if peak else None)
+        opened.callback(self.progress.end)  # an error has a line of its own
+        self.metrics = Metrics(run_dir, config, start, known, say) if first else None
+        if self.metrics:
+            opened.callback(self.metrics.close)
+        note = self.metrics.write if self.metrics else lambda step, values: None
+        self.feed = Feed(job, program, frozen, batches, start, self.progress, note)
+        opened.enter_context(hosts.together())  # left before the open files are closed, which waits for all processes
+        self.take_step = Profiler(program.step, config.log.profile if first else "", run_dir, start, job.steps, say)
+        opened.callback(self.take_step.close)
+        self.secret = {"key": privacy.key_of(job.secret)} if job.secret else {}
+        checkpoints.pinned = standing.good if self.rewinds else 0
 
     @property
     def rewinds(self) -> bool:

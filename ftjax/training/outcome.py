@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,11 @@ import jax
 
 from ftjax import tasks
 from ftjax.evaluation import compare, judge
-from ftjax.models.quantised import is_quantised
 from ftjax.progress import counted, doing
 from ftjax.training import export, hosts, selection
 from ftjax.training.job import Job
-from ftjax.training.program import Program
-from ftjax.training.run_folder import Trained, base_name
+from ftjax.training.program import Program, count
+from ftjax.training.run_folder import Trained
 from ftjax.tuning import METHODS
 
 
@@ -64,8 +62,8 @@ class Result:
 
 def description(job: Job, program: Program) -> str:
     """One line that says what is about to be trained."""
-    trained, total = _count(program.trained), _count(program.base)
-    share = trained / _count((program.trained, program.frozen))
+    trained, total = count(program.trained), count(program.base)
+    share = trained / count((program.trained, program.frozen))
     sizes = [f"{axis}={n}" for axis, n in job.mesh.shape.items() if n > 1]
     return (
         f"training {trained:,} of {total:,} parameters ({share:.2%}), {job.config.tuning.method}, "
@@ -90,14 +88,11 @@ def exported(job: Job, program: Program, trained: dict, frozen: dict, say, guara
         {format: folder}.
     """
     config, files = job.config, {}
-    source = Trained(
-        config.tuning.method, trained, frozen, job.spec, job.lm(program.model), base_name(config, job.folder),
-        config.to_dict(), job.base, guarantee,
-    )  # fmt: skip
+    source = Trained(trained, frozen, job.spec, job.lm(program.model), config, job.base_record, guarantee)
     for format in dict.fromkeys(job.formats):
         out = Path(config.run_dir) / format
         with doing(f"writing {out}"):
-            written = export.write(source, out, format, dtype=config.export.dtype, shard_size=config.export.shard_size)
+            written = export.write(source, out, format, dtype=config.export.dtype)
         files[format] = written["path"]
         if "merge_difference" in written:
             say(f"merged model: its logits differ from the adapted one's by at most {written['merge_difference']:.1e}")
@@ -155,17 +150,11 @@ def summary(result: Result, config, chat: bool) -> str:
         )
     lines += [f"  {name:<12} {path}" for name, path in result.files.items()]
     run = shlex.quote(str(result.run_dir))
-    says = [f"  ftjax predict --model {run} --data FILE"] if tasks.find(config.task.kind).judged else []
-    if tasks.find(config.task.kind).head == "causal":
-        says = [f"  ftjax generate --model {run}{' --chat' * chat} --prompt '...'"]
-    lines += [
-        "next:",
-        *says,
-        f"  ftjax evaluate --model {run} --data FILE",
-        f"  ftjax export --run {run} --out DIR --format {whole}",
-    ]
+    task = tasks.find(config.task.kind)
+    lines += ["next:"]
+    if task.head == "causal":
+        lines += [f"  ftjax generate --model {run}{' --chat' * chat} --prompt '...'"]
+    elif task.judged:
+        lines += [f"  ftjax predict --model {run} --data FILE"]
+    lines += [f"  ftjax evaluate --model {run} --data FILE", f"  ftjax export --run {run} --out DIR --format {whole}"]
     return "\n".join(lines)
-
-
-def _count(shapes) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))

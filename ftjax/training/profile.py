@@ -117,7 +117,7 @@ class Profiler:
         self.step, self.run_dir, self.done, self.say = step, run_dir, done, say
         self.first, self.last = map(int, asked.split(":")) if asked else (0, -1)
         self.open = contextlib.ExitStack()
-        self.shapes, self.traced, self.compiled = {}, {}, []
+        self.shapes, self.traced, self.compiled = {}, [], []
         if asked and self.first <= done:
             say(f"log.profile: the run goes on after step {done:,}, so that no step before is in the profile")
         elif asked and self.last > steps:
@@ -135,8 +135,8 @@ class Profiler:
             self._start()
         if self._remember(batch):
             self.compiled.append(self.done)
-        shapes = jax.tree.map(_shape, (state, frozen, batch))
-        self.traced[self.done] = self.shapes[_key(batch)] = shapes
+        self.traced.append(self.done)
+        self.shapes[_key(batch)] = jax.tree.map(_shape, (state, frozen, batch))
         with jax.profiler.StepTraceAnnotation("train", step_num=self.done):
             out = self.step(state, frozen, batch)
         if self.done == self.last:
@@ -175,7 +175,7 @@ class Profiler:
         self.close()
         files = sorted((self.run_dir / FOLDER).rglob("*.xplane.pb"))
         texts = [self.step.lower(*s).compile().as_text() for s in self.shapes.values() if s]
-        found = summary(files[-1], texts, list(self.traced), jax.default_backend()) | {"compiled_in": self.compiled}
+        found = summary(files[-1], texts, self.traced, jax.default_backend()) | {"compiled_in": self.compiled}
         if self.last > self.done:
             found["missing"] = f"steps {self.done + 1} to {self.last}: the run ended before"
         replace_json(self.run_dir / JSON, found)

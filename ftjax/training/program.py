@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ftjax import config as configs
 from ftjax import tasks, xla
-from ftjax.config import FIELDS
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
 from ftjax.hub.tokenizer import check_vocab
@@ -81,9 +81,10 @@ def check_rows(config, mesh, shape) -> None:
 def check_mixing(config, shape) -> None:
     """Raise FtjaxError for what a mixture of tokens cannot be trained with. shape: the ModelConfig."""
     if not shape.mixing:
-        if config.train.mixing_temperature != FIELDS["train.mixing_temperature"].default:
+        if config.train.mixing_temperature != configs.FIELDS["train.mixing_temperature"].default:
             raise FtjaxError("train.mixing_temperature: this model is no mixture of tokens; leave it out")
         return
+    values = configs.flat(config)
     for key, fits, why in (
         ("task.kind", config.task.kind == "causal", "other tasks compare or label single rows; set it to causal"),
         ("data.packing", not config.data.packing, "packed rows have other documents at a position; set it to False"),
@@ -92,9 +93,8 @@ def check_mixing(config, shape) -> None:
         ("tuning.method", METHODS[config.tuning.method].of_parameters, "PEFT has no such model; set it to full"),
     ):
         if not fits:
-            group, name = key.split(".")
             raise FtjaxError(
-                f"{key}: {config[group][name]} is not for a mixture of tokens, which mixes {shape.mixing} rows of a "
+                f"{key}: {values[key]} is not for a mixture of tokens, which mixes {shape.mixing} rows of a "
                 f"batch: {why}"
             )
 
@@ -118,30 +118,24 @@ def check_method(config, family, shape) -> None:
         raise FtjaxError(
             f"tuning.modules_to_save: {name} cannot train modules beside what it trains itself; lora, dora and ia3 can"
         )
-    if new := [key for key in ("add_tokens", "pad_vocabulary_to") if config.data[key]]:
-        if not METHODS[name].of_parameters and METHODS[name].peft_type != "LORA":
-            raise FtjaxError(
-                f"data.{new[0]}: PEFT has no form for rows of new tokens beside {name}; set tuning.method to lora, "
-                "dora or full"
-            )
-        if tasks.find(config.task.kind).head == "masked":
-            raise FtjaxError(
-                f"data.{new[0]}: a head for task.kind masked has a bias for each token, for which PEFT has no form; "
-                "leave it out"
-            )
-        if config.tuning.init_from:
-            raise FtjaxError(
-                f"data.{new[0]}: a run that starts from an adapter (tuning.init_from) cannot add rows to its base; "
-                "leave it out, or merge the adapter into its base and start from that model"
-            )
-        if config.model.quantise != "none" and config.model.quantise_tables:
-            raise FtjaxError(
-                f"data.{new[0]}: rows of a quantised table cannot be trained; set model.quantise_tables to False"
-            )
-    if METHODS[config.tuning.method].causal_only and not shape.causal:
+    new = next((key for key in ("add_tokens", "pad_vocabulary_to") if config.data[key]), None)
+    for wrong, why in (
+        (not METHODS[name].of_parameters and METHODS[name].peft_type != "LORA",
+         f"PEFT has no form for rows of new tokens beside {name}; set tuning.method to lora, dora or full"),
+        (tasks.find(config.task.kind).head == "masked",
+         "a head for task.kind masked has a bias for each token, for which PEFT has no form; leave it out"),
+        (config.tuning.init_from,
+         "a run that starts from an adapter (tuning.init_from) cannot add rows to its base; leave it out, or merge the "
+         "adapter into its base and start from that model"),
+        (config.model.quantise != "none" and config.model.quantise_tables,
+         "rows of a quantised table cannot be trained; set model.quantise_tables to False"),
+    ):  # fmt: skip
+        if new and wrong:
+            raise FtjaxError(f"data.{new}: {why}")
+    if METHODS[name].causal_only and not shape.causal:
         raise FtjaxError(
-            f"tuning.method: {config.tuning.method} puts virtual tokens before a row, which needs a causal model; "
-            f"in a {family.model_type} model every token sees all others. Use lora"
+            f"tuning.method: {name} puts virtual tokens before a row, which needs a causal model; in a "
+            f"{family.model_type} model every token sees all others. Use lora"
         )
 
 

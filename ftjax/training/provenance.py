@@ -73,24 +73,19 @@ def start() -> dict:
 @contextlib.contextmanager
 def recorded(file: Path) -> Iterator[None]:
     """Write how this process ended into the last entry of `starts` in run.json: "finished", "stopped", or its error."""
+    ended = "finished"
     try:
         yield
-    except KeyboardInterrupt:
-        _end(file, "stopped")
-        raise
     except BaseException as error:
-        _end(file, without_secrets(f"{type(error).__name__}: {error}"))
+        stopped = isinstance(error, KeyboardInterrupt)
+        ended = "stopped" if stopped else without_secrets(f"{type(error).__name__}: {error}")
         raise
-    _end(file, "finished")
+    finally:
+        with contextlib.suppress(OSError):  # a full disk; the error itself is what the user must see
+            *before, this = json.loads(file.read_text(encoding="utf-8"))["starts"]
+            note(file, starts=[*before, this | {"ended": ended}])
 
 
 def note(file: Path, **entries) -> None:
     """Set entries of run.json."""
     replace_json(file, json.loads(file.read_text(encoding="utf-8")) | entries)
-
-
-def _end(file: Path, how: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk; the error itself is what the user must see
-        record = json.loads(file.read_text(encoding="utf-8"))
-        record["starts"][-1]["ended"] = how
-        replace_json(file, record)

@@ -14,7 +14,7 @@ from ftjax.files import as_json, replace_text
 from ftjax.foreign import listed, mapped, maybe, number, parse_json, read_text, string, whole
 from ftjax.progress import clock, columns, doing
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 ROW = mapped(maybe(number()), step=whole(), rows=listed(string), load=maybe(listed(number())))  # a line of it
 
 
@@ -24,7 +24,7 @@ class Metrics:
     def __init__(self, run_dir: Path, config, start_step: int, known: str = "", say=print):
         """known: what `digest` was at start_step, empty where that is not known; say: called with a line for a person
         where the rows up to there are others."""
-        self.path = run_dir / METRICS
+        self.path = run_dir / METRICS_FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
         replace_text(self.path, "".join(as_json(row) + "\n" for row in kept))
         if known and self.digest() != known:
@@ -76,7 +76,7 @@ def _tensorboard():
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
     """The rows of a run's metrics.jsonl, in order. An incomplete last line, left by a kill, is ignored."""
-    path = Path(run_dir) / METRICS
+    path = Path(run_dir) / METRICS_FILE
     if not path.exists():
         return []
     lines = read_text(path).split("\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -25,9 +26,9 @@ from ftjax.hub import fingerprint, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.training import claims, hosts, provenance
-from ftjax.training.checkpoint import FOLDER, Checkpoints
+from ftjax.training.checkpoint import FOLDER, Checkpoints, steps_in
 from ftjax.tree import flatten, map_paths
-from ftjax.tuning import METHODS, Spec
+from ftjax.tuning import METHODS, Method, Spec
 
 RUN = "run.json"  # the resolved config and the record of the base; a folder with this file is a run folder
 START = "start.safetensors"  # values that the method computed from the base before the first step, see Method.start
@@ -169,11 +170,7 @@ def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
 def _stillborn(run_dir: Path) -> bool:
     """Whether the folder's run ended before its first step, for instance by an error in its config, so that there is
     nothing to keep."""
-    return not (run_dir / "metrics.jsonl").is_file() and not _has_checkpoints(run_dir)
-
-
-def _has_checkpoints(run_dir: Path) -> bool:
-    return any(path.name.isdigit() for path in run_dir.glob(f"{FOLDER}/*"))
+    return not (run_dir / "metrics.jsonl").is_file() and not steps_in(run_dir)
 
 
 def _clear(run_dir: Path) -> None:
@@ -200,8 +197,7 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
         now["data.mixture"], before["data.mixture"] = (_unnamed(flat["data.mixture"]) for flat in (now, before))
     elif "rows" in old:
         told.append("the rows in its data files are not those that it was started on")
-    free = (*FREE, *(key for group in same for key in NAMES.get(group, ())))
-    changed = [key for key in now if now[key] != before[key] and not _is_free(key, free, now)]
+    changed = _changed(before, now, *(key for group in same for key in NAMES.get(group, ())))
     told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed] + told
     if told:
         raise FtjaxError(
@@ -223,8 +219,7 @@ def check_record(config, record: dict, run_dir: Path, step: int) -> None:
         FtjaxError: If the checkpoint is of another run or another step.
     """
     now, then = configs.flat(config), configs.flat(configs.from_dict(record["config"]))
-    free = (*FREE, "data.mixture", *(key for keys in NAMES.values() for key in keys))
-    changed = [key for key in now if now[key] != then[key] and not _is_free(key, free, now)]
+    changed = _changed(then, now, "data.mixture", *(key for keys in NAMES.values() for key in keys))
     if changed or record["step"] != step:
         told = [f"{key} is {then[key]!r} there, and {now[key]!r} in {RUN}" for key in changed]
         raise FtjaxError(
@@ -233,9 +228,12 @@ def check_record(config, record: dict, run_dir: Path, step: int) -> None:
         )
 
 
-def _is_free(key: str, free: tuple[str, ...], config: dict) -> bool:
-    """Whether a field may change when a run is resumed. config: {key: value} of the run."""
-    return key.startswith(free) and not (key in DRAWN and tasks.find(config["task.kind"]).collect)
+def _changed(before: dict, now: dict, *free: str) -> list[str]:
+    """The keys of two flat configs whose values differ although they may not: they are neither in FREE nor in `free`,
+    or the task is trained by them."""
+    trained_by = DRAWN if tasks.find(now["task.kind"]).collect else ()
+    fixed = [key for key in now if key in trained_by or not key.startswith((*FREE, *free))]
+    return [key for key in fixed if now[key] != before[key]]
 
 
 def _unnamed(mixture: tuple) -> list[dict]:
@@ -309,7 +307,7 @@ def keep_start(method, frozen: dict, run_dir: Path) -> dict:
     wanted = flatten(method.start(frozen))
     if not wanted:
         return frozen
-    if not hosts.from_first(lambda: (run_dir / START).is_file() or _has_checkpoints(run_dir)):
+    if not hosts.from_first(lambda: (run_dir / START).is_file() or bool(steps_in(run_dir))):
         arrays = {path: weights.whole(x) for path, x in wanted.items()}
         if jax.process_index() == 0:
             with replacing(run_dir / START) as draft:
@@ -323,34 +321,38 @@ class Trained:
     """All that an export reads: the trained parameters, the frozen ones, and the base model.
 
     Attributes:
-        method: The tuning method.
         trained: Tree of trained parameters.
         frozen: Tree of frozen parameters.
         spec: The model and its tuning.
         base: The LM before training. Full training has donated its parameters.
-        base_name: Name of the base in files for other programs.
-        config: The run's resolved config, as a dict.
-        record: Record of the base's files, see fingerprint.record.
+        config: The run's resolved config.
+        base_record: Record of the base's files, see fingerprint.record.
         privacy: "privacy" of privacy.record; None without private training.
     """
 
-    method: str
     trained: dict
     frozen: dict
     spec: Spec
     base: LM
-    base_name: str
-    config: dict
-    record: dict = dataclasses.field(default_factory=dict)
+    config: ConfigDict
+    base_record: dict = dataclasses.field(default_factory=dict)
     privacy: dict | None = None
 
+    @property
+    def method(self) -> Method:
+        """The row of METHODS."""
+        return METHODS[self.config.tuning.method]
 
-def base_name(config, folder: Path) -> str:
-    """Name of the base in files for other programs: as in the config, except for names that only ftjax can resolve."""
-    return str(folder) if config.model.path.startswith(assets.PREFIX) else config.model.path
+    @property
+    def base_name(self) -> str:
+        """Name of the base in files for other programs: as in the config, unless only ftjax can resolve that name."""
+        path = self.config.model.path
+        return str(self.base.folder) if path.startswith(assets.PREFIX) else path
 
 
-def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "best", quantise: str = ""):
+def open_run(
+    run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "best", quantise: str = ""
+) -> Trained:  # fmt: skip
     """Open the trained model of a run, on the default device.
 
     Args:
@@ -358,9 +360,6 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
         dtype: See ftjax.load.
         checkpoint: `best`, `last`, or a step that the run kept.
         quantise: See ftjax.load.
-
-    Returns:
-        (Trained, the run's config).
 
     Raises:
         FtjaxError: If there is no run, or no such checkpoint.
@@ -396,8 +395,4 @@ def open_run(run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes)
     trained = saved.trained(step, abstract, ema=config.train.ema > 0)
     saved.close()
-    name = base_name(config, lm.folder)
-    source = Trained(
-        config.tuning.method, trained, frozen, spec, lm, name, config.to_dict(), kept, record.get("privacy")
-    )  # fmt: skip
-    return source, config
+    return Trained(trained, frozen, spec, lm, config, kept, record.get("privacy"))

@@ -15,6 +15,8 @@ from ftjax.models.quantised import Quantised
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, map_paths
 
+TYPES = (AxisType.Auto,) * len(MESH_AXES)
+
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     """A mesh with MESH_AXES over all devices. An axis of -1 takes the devices that the others leave.
@@ -31,14 +33,12 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
         raise FtjaxError(f"mesh: {told} does not multiply to the {len(devices)} devices here; set one axis to -1")
     # An axis of 8 on a slice of 4 x 4 takes half of one side.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=TYPES)
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     """A mesh without devices, which is enough for shapes and shardings."""
-    return AbstractMesh(
-        tuple(sizes.get(a, 1) for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, axis_types=TYPES)
 
 
 def parameter_shardings(shapes: dict, config, mesh, axes=parameter_axes) -> dict:

@@ -138,21 +138,20 @@ def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dic
     file = Path(job.config.run_dir) / "before.json"
     again = "the model before training is measured again"
     kept, there = hosts.from_first(lambda: [seals.opened(file), file.exists()])
-    if there and not kept:
-        say(f"{file}: is damaged, or an earlier version wrote it; {again}")
-    kept = kept or {}
-    if kept and (changed := [key for key, value in job.settings.items() if kept["settings"].get(key) != value]):
+    if kept:
+        changed = [key for key, value in job.settings.items() if kept["settings"].get(key) != value]
+        if not changed:
+            return kept["measured"]
         say(f"{file}: was measured with another {', '.join(changed)}; {again}")
-        kept = {}
-    before = kept.get("measured")
-    if before is None:
-        variables = program.variables(trained, frozen)
-        # Untrained virtual tokens change the logits, so the model without them is measured.
-        variables = {"params": variables["params"]} if job.virtual else variables
-        with doing("answering with the model as it is, before training"):
-            before = compare.measure(job.lm(program.model), variables, job.data, job.config)
-        if jax.process_index() == 0:
-            replace_json(file, seals.sealed({"settings": job.settings, "measured": before}))
+    elif there:
+        say(f"{file}: is damaged, or an earlier version wrote it; {again}")
+    variables = program.variables(trained, frozen)
+    # Untrained virtual tokens change the logits, so the model without them is measured.
+    variables = {"params": variables["params"]} if job.virtual else variables
+    with doing("answering with the model as it is, before training"):
+        before = compare.measure(job.lm(program.model), variables, job.data, job.config)
+    if jax.process_index() == 0:
+        replace_json(file, seals.sealed({"settings": job.settings, "measured": before}))
     return before
 
 

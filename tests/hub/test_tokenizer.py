@@ -128,7 +128,7 @@ def test_an_export_carries_the_runs_template(tmp_path, method, format):
     config.tuning.method, config.data.template, config.data.end = method, "plain", "<unk>"
     spec = spec._replace(tuning=config.tuning)
     trained, frozen = METHODS[method].init(jax.random.key(0), lm.params, spec)
-    run = Trained(method, trained, frozen, spec, lm, str(lm.folder), config.to_dict())
+    run = Trained(trained, frozen, spec, lm, config)
     export.write(run, tmp_path / "out", format)
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "<s>User:\nHi\n\nAssistant:\nYo.<unk>"
@@ -192,7 +192,7 @@ def test_what_answers_are_trained_to_end_with_ends_them(shared, name, tmp_path):
         assert trained in lm.end_tokens
         config.tuning.method = "full"
         trained_params, frozen = METHODS["full"].init(jax.random.key(0), lm.params, spec._replace(tuning=config.tuning))
-        run = Trained("full", trained_params, frozen, spec, lm, str(lm.folder), config.to_dict())
+        run = Trained(trained_params, frozen, spec, lm, config)
         export.write(run, tmp_path / "out", "full")
         assert trained in json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     config.data.mixture = ({"train": "a.jsonl", "end": "!"}, {"train": "b.jsonl"})

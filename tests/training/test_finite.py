@@ -55,7 +55,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_as_the_best(tmp_path
         ftjax.train(settings(tmp_path / "run"), say=quiet)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
     assert np.isfinite(ftjax.load(tmp_path / "run").logits([[1, 403, 407]])).all()
-    source, _ = open_run(tmp_path / "run")
+    source = open_run(tmp_path / "run")
     source.trained = jax.tree.map(lambda x: x * np.inf, source.trained)
     with pytest.raises(FtjaxError, match="not written: .* of the checkpoint holds values that are NaN or infinite"):
         export.write(source, tmp_path / "out", "adapter")

@@ -83,7 +83,7 @@ def test_a_start_that_was_drawn_from_the_base_is_kept(made):
     np.testing.assert_allclose(logits(made / "run"), trained, atol=1e-4)
     np.testing.assert_allclose(logits(made / "run/adapter"), trained, atol=1e-4)
     stored = load_file(made / "run/start.safetensors")
-    frozen = flatten(open_run(made / "run", "float32")[0].frozen)
+    frozen = flatten(open_run(made / "run", "float32").frozen)
     assert stored and all(np.array_equal(frozen[path], x) for path, x in stored.items())
 
 
