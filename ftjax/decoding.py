@@ -431,10 +431,9 @@ def _resized(cache: dict, slots: int) -> dict:
     return layers | {"segments": resized(1, cache["segments"], -1)}
 
 
-def _written(cache: dict, part: dict) -> dict:
-    """A cache with its first slots replaced by those of `part`."""
-    over = lambda old, x: jax.lax.dynamic_update_slice(old, x, (0,) * old.ndim)  # noqa: E731
-    return jax.tree.map(over, cache, part)
+def _over(x, part):
+    """An array of a cache with its first slots replaced by those of `part`."""
+    return jax.lax.dynamic_update_slice(x, part, (0,) * x.ndim)
 
 
 def _begun(cache: dict, shared: dict, places, padding) -> dict:
@@ -446,7 +445,7 @@ def _begun(cache: dict, shared: dict, places, padding) -> dict:
             return jnp.broadcast_to(x, old.shape)
         row, rows = x[..., 0, :, :, :], x.ndim - 4
         new = jax.vmap(lambda at: jnp.take(row, at, SLOTS[name], mode="clip"), out_axes=rows)(places + padding)
-        return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+        return _over(old, new)
 
     segments = cache["segments"].at[:, : places.shape[1]].set(places >= 0)
     return _layers(taken, cache, shared) | {"segments": segments, "length": jnp.int32(places.shape[1])}
@@ -486,7 +485,7 @@ def decode(model, rules: Rules, rooms: tuple[int, ...], variables, state: State,
             more = lambda carry, end=end: (carry[0] < end) & ~jnp.all(carry[1].done)  # noqa: E731
             state = state._replace(cache=_resized(whole, P + room))
             n, state = jax.lax.while_loop(more, body, (n, state))
-            whole = _written(whole, state.cache)
+            whole = jax.tree.map(_over, whole, state.cache)
         return state._replace(cache=whole)
 
     places = _places(model, variables)

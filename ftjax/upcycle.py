@@ -66,13 +66,13 @@ def upcycle(folder: Path, out: Path, experts: int, used: int, noise: float = 0.0
     name = TOKENS if group else ("qwen3_moe" if shape.qk_norm else "mixtral") if tokens else INTO[family.model_type]
     into, rng = families.FAMILIES[name], np.random.default_rng(seed)
     params = flatten(weights.read_params(folder, family, shape))
-    for name in ("gate_proj", "up_proj", "down_proj") if not tokens else ():
-        kernel = np.asarray(params.pop(f"layers/mlp/{name}/kernel"))
+    for part in ("gate_proj", "up_proj", "down_proj") if not tokens else ():
+        kernel = np.asarray(params.pop(f"layers/mlp/{part}/kernel"))
         copies = np.broadcast_to(kernel[:, None], (shape.layers, experts, *kernel.shape[1:]))
         if noise:
             draws = rng.standard_normal(copies.shape, np.float32)
             copies = (copies + noise * kernel.astype(np.float32).std() * draws).astype(kernel.dtype)
-        params[f"layers/mlp/{name}/experts"] = copies
+        params[f"layers/mlp/{part}/experts"] = copies
     if not tokens:
         router = rng.standard_normal((shape.layers, experts, shape.width), np.float32)
         params["layers/mlp/gate/router"] = (shape.initializer_range * router).astype(kernel.dtype)

@@ -147,13 +147,12 @@ def preempted(step: int) -> bool:
 
     To be called at every step. All processes learn of it in time to stop after the same step.
     """
-    if jax.process_count() == 1:
-        return bool(stops.heard)
-    from jax.experimental.multihost_utils import reached_preemption_sync_point
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-    if reached := reached_preemption_sync_point(step):
-        stops.heard.append(signal.SIGTERM)
-    return reached
+        if reached_preemption_sync_point(step):
+            stops.heard.append(signal.SIGTERM)
+    return bool(stops.heard)
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         kept = best_step if config.export.checkpoint == "best" else standing.step
         trained = state.averaged
         if kept != standing.step:
-            abstract = placed(jax.eval_shape(lambda x: x, trained), program.trained_places)
+            abstract = placed(trained, program.trained_places)
             trained = checkpoints.trained(kept, abstract, ema=config.train.ema > 0)
         files = {"metrics": str(run_dir / "metrics.jsonl"), "checkpoints": str(run_dir / "checkpoints")}
         files |= training.take_step.finish(state)
@@ -147,13 +147,13 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         guarantee = privacy.record(config, training.rate_of_rows, kept)
         files |= exported(job, program, trained, frozen, say, guarantee.get("privacy"))
         variables = program.variables(trained, frozen)
-        results, told = judged(job, program, variables, before, lambda: standing.seconds, say)
+        results, written = judged(job, program, variables, before, lambda: standing.seconds, say)
         if first and guarantee:
             provenance.note(run_dir / RUN, **guarantee)
-            if "results" in told:
-                replace_json(Path(told["results"]), (results or {}) | guarantee)
+            if "results" in written:
+                replace_json(Path(written["results"]), (results or {}) | guarantee)
 
-    files |= told
+    files |= written
     if job.data.gone:
         files["left out"] = str(run_dir / "removed.jsonl")
     history = read_metrics(run_dir)
@@ -368,7 +368,7 @@ class Training:
                     self.unread.append((step, report))
                 due = step % train.log_every == 0 or len(self.unread) >= UNREAD
                 validated = self.validation and (step % job.eval_every == 0 or step == job.steps)
-                preempted = (hosts.preempted(step) or bool(stops.heard)) and step % job.updates == 0
+                preempted = hosts.preempted(step) and step % job.updates == 0
                 saved = step % job.save_every == 0 or step == job.steps
                 whole = validated or saved or preempted  # a state is kept only after its loss is known to be finite
                 if (whole or job.task.collect and step % job.updates == 0) and not bad_at:

@@ -312,14 +312,13 @@ def count(shapes) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
 
 
-def arguments(program: Program, B: int, T: int, M: int, config=None) -> tuple:
-    """(state, frozen, batch) of a step as shapes with shardings. config: the whole config; None: for causal models."""
-    task = tasks.find(config.task.kind if config else "causal")
+def arguments(program: Program, B: int, T: int, M: int, config) -> tuple:
+    """(state, frozen, batch) of a step as shapes with shardings."""
+    task = tasks.find(config.task.kind)
     state = jax.eval_shape(program.init_state, program.trained)
     shape, dtype = task.target(program.model.config.head.labels)
     special = {"labels": (shape, dtype), **dict.fromkeys(("weights", *task.arrays), ((), "float32"))}
-    if config:
-        special["reference"] = (task.per_token(config, program.model.config.vocab_size), "float32")
+    special["reference"] = (task.per_token(config, program.model.config.vocab_size), "float32")
 
     def array(name, width):
         more, dtype = special.get(name, ((), "int32"))
@@ -327,7 +326,7 @@ def arguments(program: Program, B: int, T: int, M: int, config=None) -> tuple:
         return jax.ShapeDtypeStruct((B, width, *more), jnp.dtype(dtype), sharding=places)
 
     widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
-    widths |= {"reference": M} if config and task.once(config) else {}
+    widths |= {"reference": M} if task.once(config) else {}
     widths |= dict.fromkeys(task.arrays, M)
     batch = {name: array(name, width) for name, width in widths.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch

@@ -311,7 +311,7 @@ def test_flops_are_those_of_the_unrolled_program(method, remat):
         spec = tiny.spec(families.FAMILIES["llama"], LLAMA, method=method)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         program = programs.build(config, spec, mesh, jnp.dtype("float32"), 2)
-        return program.step, programs.arguments(program, 4, 256, 256)
+        return program.step, programs.arguments(program, 4, 256, 256, config)
 
     (step, arguments), (scanned, shapes) = built(0), built(1)
     # XLA must not merge what remat computes twice.

@@ -238,7 +238,7 @@ def test_arguments_of_a_device_are_the_total_over_the_shards(mesh):
         with jax.sharding.use_abstract_mesh(abstract):
             spec = tiny.spec(families.FAMILIES["llama"], shape, method="full")
             program = programs.build(config, spec, abstract, jnp.dtype("float32"), STEPS)
-            state, _, batch = programs.arguments(program, B, 64, 64)
+            state, _, batch = programs.arguments(program, B, 64, 64, config)
             return programs.shard_bytes(state), programs.shard_bytes(batch)
 
     state, batch = held({})
