@@ -202,6 +202,13 @@ class Part:
         piece, at = self._at(i)
         return piece.table.row(at)
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """(N,) number of each example's row, from 0. Examples of one row stand one after another and share a number."""
+        piece = np.repeat(np.arange(len(self.pieces)), [len(piece.kept) for piece in self.pieces])
+        row = np.concatenate([np.zeros(0, int), *(piece.kept for piece in self.pieces)])
+        return np.cumsum((np.diff(piece, prepend=0) != 0) | (np.diff(row, prepend=row[:1]) != 0))
+
     def origin(self, i: int) -> tuple[int, int]:
         """(index of the piece, index of the row in its table) of an example. Several examples may share a row."""
         for n, piece in enumerate(self.pieces):
@@ -345,16 +352,19 @@ def prepare(
 
     Raises:
         FtjaxError: If a row or a setting cannot be used, see read, clean, split, template and tokenise; if
-            data.max_length was set to more than `max_positions`; if `parts` includes train and no row is left for it.
+            data.max_length was set to more than `max_positions`; if `parts` includes train and a source has no row left
+            for it.
     """
     chosen, gone = rows(config, augmented="train" in parts)
     data = _tokenised(config, chosen, gone, tokenizer, max_positions, pool, known, True, parts)
-    if "train" in parts and not len(data.train):
-        named = ", ".join(source.data.train for source in chosen)
-        raise FtjaxError(
-            f"{named}: data.long={config.data.long!r} dropped all rows, so none is left to train on; raise "
-            "data.max_length"
-        )
+    for index, source in enumerate(chosen if "train" in parts else ()):
+        if not (data.train.source == index).any():
+            by, todo = f"data.long={config.data.long!r}", "raise data.max_length"
+            if not len(source.tables["train"]):
+                by, todo = "cleaning and data.decontaminate", "relax their settings"
+            if len(chosen) > 1:
+                todo += f", or remove {source.name} from data.mixture"
+            raise FtjaxError(f"{source.data.train}: {by} dropped all rows, so none is left to train on; {todo}")
     return data
 
 

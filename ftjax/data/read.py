@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # of sets on the hub
 NESTING = 100  # greatest depth of lists and objects in a row
 PIECE = 1 << 20  # bytes of a JSON array that are read at once
 
@@ -62,7 +63,8 @@ def read_table(
         source: A file, a glob, a comma-separated list of these, a directory, `builtin:NAME`, or a hub data set
             `owner/name[:config][:split]` (`owner/name:train` means the split). Of a directory, the files named after
             the split in `key` are read (train*, validation* or valid*, val*, dev*, test*), or all files if none is
-            named after a split. Files of one source need the same columns; their types may differ.
+            named after a split. If it holds folders alone, as data sets of the hub do, these are the files in `data`
+            and in folders named after a split. Files of one source need the same columns; their types may differ.
         key: Key of the config, for errors and for the split.
         folder: Directory for data sets larger than memory. Rows are written chunk by chunk to new Arrow files there and
             mapped from them; the caller deletes the files. None: rows are held in memory. The table and the errors are
@@ -145,17 +147,27 @@ def _files(source: str, key: str) -> list[str]:
 
 
 def _files_of_folder(folder: Path, key: str) -> list[str]:
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS)
+    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    of_sets = [p for p in inside if p.name.lower() in ("data", *(name for names in SPLITS.values() for name in names))]
+    files = _readers(folder) or [p for one in of_sets for p in _readers(one)]
     if not files:
-        raise FtjaxError(f"{key}: {folder} has no file that ftjax reads; expected one of {_list(READERS)}")
+        others = f", or the name of one of its folders ({_list(p.name for p in inside)})" if inside else ""
+        raise FtjaxError(f"{key}: {folder} has no file that ftjax reads; expected one of {_list(READERS)}{others}")
     split = key.rpartition(".")[2]
-    named = {s: [p for p in files if p.stem.lower().startswith(names)] for s, names in SPLITS.items()}
+    name = lambda p: (p.stem if p.parent.name.lower() == "data" or p.parent == folder else p.parent.name).lower()  # noqa: E731
+    named = {s: [p for p in files if name(p).startswith(names)] for s, names in SPLITS.items()}
     if any(named.values()):
         files = named.get(split) or []
         if not files:
             there = _list(p.name for group in named.values() for p in group)
             raise FtjaxError(f"{key}: {folder} has {there} but no file for {split}; name the file")
     return [str(p) for p in files]
+
+
+def _readers(folder: Path) -> list[Path]:
+    """The files of a folder that hold rows, in order."""
+    able = (p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS and p.name not in DESCRIPTIONS)
+    return sorted(able)
 
 
 # ---------------------------------------------------------------------------------------------- reading one file

@@ -120,6 +120,7 @@ def encode_prompts(
         if r.messages is not None:
             chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
             prompts.append(_show(chats[r.template], r, open_messages(r, goes_on), True, place(i)))
+            _need_all(chats[r.template], r, open_messages(r, goes_on), prompts[-1], place(i))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
 
@@ -278,9 +279,37 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
             "remove it"
         )
     whole = _show(chat, row, row.messages, False, place)
+    _need_all(chat, row, row.messages, whole, place)
     if found[-1:] == [len(row.messages) - 1]:
         whole = _behind_its_prompt(chat, row, whole, place)
     return Plan(whole, [_turn(chat, row, k, whole, place) for k in found], row.messages, everything, place)
+
+
+def _need_all(chat: Chat, row: Rendered, messages: Sequence[dict], text: str, place: str) -> None:
+    """Raise FtjaxError if the template leaves out tools, or a message of a role other than user and assistant.
+
+    Many templates show nothing of a role that they do not know. `text` is the rendered text of the messages.
+    """
+    names = [name for name in chat_templates.able(chat.tokenizer) if name not in ("tokenizer", row.template)]
+    others = f"set data.template to one of {', '.join(names)}"
+    if row.tools and text in (_show(chat, dataclasses.replace(row, tools=()), messages, g, place) for g in (0, 1)):
+        raise FtjaxError(f"{place}: the chat template does not show the tools of this row; remove them, or {others}")
+    rare = [k for k, m in enumerate(messages) if m["role"] not in ("user", "assistant") and m["content"].strip()]
+    if not rare:
+        return
+    mark, marked = _unused(row), list(messages)
+    for k in rare:
+        marked[k] = messages[k] | {"content": f"{mark}{k}x"}
+    try:
+        shown = _show(chat, row, marked, False, place).casefold()
+    except FtjaxError:  # it reads these texts, as JSON for instance
+        return
+    for k in rare:
+        if f"{mark}{k}x" not in shown:
+            raise FtjaxError(
+                f"{place}: the chat template leaves out message {k + 1}, whose role is {messages[k]['role']!r}; write "
+                f"it with a role that the template shows, remove it, or {others}"
+            )
 
 
 def _behind_its_prompt(chat: Chat, row: Rendered, whole: str, place: str) -> str:
@@ -352,8 +381,7 @@ def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
 
 def _marked_chat(chat: Chat, row: Rendered, k: int, place: str, generation: bool = False) -> tuple[str, str]:
     """(the text of a chat with a mark in place of message k's answer, the mark). The mark occurs once in the text."""
-    said = repr(row.messages)
-    mark = next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
+    mark = _unused(row)
     messages = (*row.messages[:k], _marked(row.messages[k], mark), *row.messages[k + 1 :])
     text = _show(chat, row, messages, generation, place)
     if text.count(mark) != 1:
@@ -362,6 +390,12 @@ def _marked_chat(chat: Chat, row: Rendered, k: int, place: str, generation: bool
             f"{place}: the chat template shows the text or call of message {k + 1} {often}; {_advice(chat, row, k)}"
         )
     return text, mark
+
+
+def _unused(row: Rendered) -> str:
+    """A text that occurs nowhere in the messages of a row."""
+    said = repr(row.messages)
+    return next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
 
 
 def _advice(chat: Chat, row: Rendered, k: int) -> str:

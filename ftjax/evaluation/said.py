@@ -123,12 +123,8 @@ def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> 
 
 def by_row(part: Part) -> list[list[int]]:
     """The examples of each row, in order, for rows that are split into several examples."""
-    found = []
-    for i in range(len(part)):
-        if not found or part.origin(found[-1][0]) != part.origin(i):
-            found.append([])
-        found[-1].append(i)
-    return found
+    borders = np.flatnonzero(np.diff(part.numbers)) + 1
+    return [members.tolist() for members in np.split(np.arange(len(part)), borders)]
 
 
 def groups(asked: Asked) -> list[str] | None:

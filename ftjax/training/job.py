@@ -40,6 +40,7 @@ from ftjax.training.selection import Selection, selection
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS, Method, Spec, ignored
 from ftjax.tuning.adapters import Start
+from ftjax.tuning.whole import without_form
 
 VALIDATIONS = 10  # number of validations of a run, unless the config sets an interval
 FEWEST = 4  # least number of them before rows are left out, so that the best of several can be chosen
@@ -255,7 +256,7 @@ def opened(config, say) -> Base:
     head = with_task(config, family, shape, folder, 1).head
     form = families.form_of(family, head)
     trained = {}
-    if shape.experts:  # PEFT has no form for some parameters of such models
+    if without_form(families.shapes(shape)):
         start = functools.partial(method.init, jax.random.key(0), spec=spec)
         trained = flatten(jax.eval_shape(start, weights.param_shapes(shape))[0])
     formats = tuple(export.resolve_format(config.tuning.method, f, form, trained) for f in config.export.formats)
@@ -363,8 +364,9 @@ def validated(config, data: Data, steps: Steps, say) -> tuple[Part, int]:
     held_out = chosen_rows(config, data, most)
     eval_every = rounded_up(config, config.train.eval_every or max(1, steps.steps // validations))
     if len(held_out) < len(data.validation) and most or validations < VALIDATIONS:
+        used, there = (int(part.numbers[-1]) + 1 for part in (held_out, data.validation))
         say(
-            f"validation: {len(held_out):,} of {len(data.validation):,} rows every {counted(eval_every, 'step')}, so "
+            f"validation: {used:,} of {there:,} rows every {counted(eval_every, 'step')}, so "
             "that it takes about a fifth of the training at most; train.eval_every or evaluate.rows set it otherwise"
         )
     return held_out, eval_every
@@ -391,19 +393,25 @@ def bounds(config, held_out: Part, trained: float) -> tuple[int, int]:
     """
     if config.train.eval_every or config.evaluate.rows or not len(held_out):
         return VALIDATIONS, 0
-    once = float(held_out.examples.length.sum()) / 3
+    once, count = float(held_out.examples.length.sum()) / 3, int(held_out.numbers[-1]) + 1
     validations = min(VALIDATIONS, max(FEWEST, int(SHARE * trained / once)))
-    rows = int(len(held_out) * SHARE * trained / (validations * once))
-    return validations, 0 if rows >= len(held_out) else max(LEAST_ROWS, rows)
+    rows = int(count * SHARE * trained / (validations * once))
+    return validations, 0 if rows >= count else max(LEAST_ROWS, rows)
 
 
 def chosen_rows(config, data: Data, most: int) -> Part:
-    """The validation rows that a run uses: the first `evaluate.rows` of each source, or `most` rows spread over all."""
+    """The validation rows that a run uses: the first `evaluate.rows` of each source, or `most` rows spread over all.
+
+    A row that is split into several examples is used with all of them, so that it can be scored.
+    """
     part = data.validation
-    if 0 < most < len(part):
-        return part.select(np.linspace(0, len(part) - 1, most).astype(int))
-    first = [np.flatnonzero(part.source == i)[: config.evaluate.rows or None] for i in range(len(data.sources))]
-    return part.select(np.sort(np.concatenate(first)))
+    if not len(part):
+        return part
+    number = part.numbers
+    if 0 < most <= number[-1]:
+        return part.select(np.flatnonzero(np.isin(number, np.linspace(0, number[-1], most).astype(int))))
+    first = np.array([number[part.source == i].min(initial=len(part)) for i in range(len(data.sources))])
+    return part.select(np.flatnonzero(number - first[part.source] < (config.evaluate.rows or len(part))))
 
 
 def check_metric(config, name: str) -> None:

@@ -219,6 +219,8 @@ def resumed(job: Job, checkpoints: Checkpoints, step: int, abstract, standing: S
     state, record, run_dir = checkpoints.state(step, abstract), checkpoints.record(step), Path(job.config.run_dir)
     check_record(job.config, record, run_dir, step)
     standing.restore(record, step, checkpoints.steps())
+    if job.validation and not standing.ended(job):
+        selection.check_same(job.config, configs.flat(configs.from_dict(record["config"])), str(run_dir))
     say(f"{run_dir}: going on after step {standing.step} of {job.steps}")
     if jax.process_index() == 0 and standing.skipped:
         provenance.note(run_dir / RUN, skipped=standing.skipped)
@@ -253,6 +255,10 @@ class Standing:
     def seconds(self) -> float:
         """Of all starts so far."""
         return self.spent + time.perf_counter() - self.started
+
+    def ended(self, job: Job) -> bool:
+        """Whether all steps are taken, or train.patience ended the run: so many validations were not better."""
+        return self.step >= job.steps or 0 < job.config.train.patience <= self.stale
 
     def restore(self, record: dict, step: int, whole: list[int]) -> None:
         """Take what a checkpoint recorded. step: of the checkpoint; whole: steps of all undamaged ones."""
@@ -351,7 +357,7 @@ class Training:
         alone, begun = jax.process_count() == 1, standing.step
         due, shapes = False, set()  # due: whether to read the numbers at the next step
         with stops.held(alone):
-            while standing.step < job.steps and not self.out_of_patience:
+            while not standing.ended(job):
                 arrays, tokens = self.feed.next(state)
                 with contextlib.ExitStack() as compiling:
                     if arrays["tokens"].shape not in shapes:
@@ -390,7 +396,7 @@ class Training:
                 if saved and not bad_at:  # not when a signal stops the run, so that a resumed run goes back as far
                     standing.good = standing.step
                     self.checkpoints.pinned = standing.good if self.rewinds else 0
-                if saved or preempted or self.out_of_patience:
+                if saved or preempted or standing.ended(job):
                     self.save(state, rank)
                 if preempted and standing.step < job.steps:
                     self.checkpoints.wait()
@@ -405,11 +411,6 @@ class Training:
         if self.validation and standing.best is None and not job.config.privacy.epsilon:
             self.say(f"warning: {name} was undefined at every validation, so that the last step counts as the best")
         return state
-
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether as many validations as train.patience allows were no better than one before them."""
-        return 0 < self.job.config.train.patience <= self.standing.stale
 
     def note(self, step: int, values: dict) -> None:
         """Write a row of metrics.jsonl and show it."""

@@ -16,6 +16,7 @@ from ftjax.evaluation.said import Asked
 LOSS = "val_loss"
 OF_SOURCES = ("val_mean_loss", "val_worst_loss")  # over the sources of a mixture
 OF_TOKENS = ("accuracy",)  # figures that the validation loss brings along, where a task has no others
+SPEED = "batch_size"  # field of config.generate that changes no answer
 MOST_ANSWERS = 500  # validation rows that may be answered at each validation
 
 
@@ -83,6 +84,32 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
     rows = [part.row(i) for i in range(len(part))]
     score(name, [""] * len(rows), [[part.reference(i, tokenizer)] for i in range(len(rows))], rows, config.evaluate)
     return Selection(name, metric.higher, part)
+
+
+def check_same(config, before: dict, said: str) -> None:
+    """Check that a run which goes on measures its score as before, so that its checkpoints can be compared.
+
+    Args:
+        config: The config with which the run goes on.
+        before: The fields {key: value} with which its last checkpoint was scored.
+        said: Name of the run in errors.
+
+    Raises:
+        FtjaxError: If a field that the score depends on has changed.
+    """
+    name, task = config.train.select, tasks.find(config.task.kind)
+    of_loss = name in (LOSS, *OF_SOURCES) or not task.judged and name in OF_TOKENS
+    keys = ("evaluate.rows",)
+    if task.measure or not (of_loss or task.judged):  # answers are generated
+        keys += ("evaluate.words", "evaluate.passage", *(f"generate.{key}" for key in config.generate if key != SPEED))
+    if task.judged and not of_loss:
+        keys += ("task.threshold", "task.max_answer")
+    now = configs.flat(config)
+    if changed := [f"{key} was {before[key]!r}, is {now[key]!r}" for key in keys if now[key] != before[key]]:
+        raise FtjaxError(
+            f"{said}: {'; '.join(changed)}, so that {name} (train.select) of later steps could not be compared with "
+            "that of earlier ones. Put the value back until the run has ended"
+        )
 
 
 def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, float]) -> float | None:

@@ -17,6 +17,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families
 from ftjax.hub.families import TABLES
 from ftjax.hub.peft import CONFIG, PREFIX, ROWS
+from ftjax.models.config import layers_with
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import saves
@@ -161,7 +162,7 @@ def with_whole(method: Any) -> Any:
 
     def layer_ids(path, spec):
         parts = chosen(spec)
-        return np.flatnonzero(parts[path]) if path in parts else method.layer_ids(path, spec)
+        return np.array(layers_with(spec.model, path))[parts[path]] if path in parts else method.layer_ids(path, spec)
 
     return dataclasses.replace(
         method,

@@ -5,6 +5,7 @@ The second, for Qwen3's own template, is a slow rule on characters. The third, s
 text of each message that occurs nowhere else, under templates that end their turns in all the ways that real ones do.
 """
 
+import copy
 import functools
 import re
 import sys
@@ -255,6 +256,41 @@ def test_tools(shared, name, trained):
     assert trained_text(example, tokenizer) == trained
     assert '"description": "Adds."' in tokenizer.decode(prompt)
     assert example.ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+BARE = (  # a template that knows two roles, as many do, and no tools
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+    "\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FIRST = {"role": "developer", "content": "d"}
+ASKED = ({"role": "user", "content": "Add d."}, {"role": "assistant", "content": "Done."})
+
+
+@pytest.mark.parametrize(
+    "template, messages, tools, left_out",
+    [
+        ("", (FIRST, *ASKED), (), "message 1, whose role is 'developer'"),
+        ("", (*ASKED, {"role": "critic", "content": "d"}, *ASKED), (), "message 3, whose role is 'critic'"),
+        (BARE, (*ASKED, {"role": "system", "content": "d"}, *ASKED), (), "message 3, whose role is 'system'"),
+        (BARE, ASKED, TOOLS, "does not show the tools"),
+        ("", (*ASKED, {"role": "system", "content": "d"}, *ASKED), (), ""),
+        ("", WITH_TOOLS, TOOLS, ""),
+        ("", (FIRST | {"content": " "}, *ASKED), (), ""),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(shared, template, messages, tools, left_out):
+    tokenizer = copy.copy(qwen3())
+    tokenizer.chat_template = template or tokenizer.chat_template
+    marked = [m | {"content": f"mark{k}"} for k, m in enumerate(messages) if m["content"].strip()]
+    referee = tokenizer.apply_chat_template(marked, tools=list(tools) or None, tokenize=False)
+    assert all(m["content"] in referee for m in marked) == (not left_out or bool(tools))
+    row = Rendered(messages=messages, tools=tools)
+    for made in (encode, encode_prompts):
+        if not left_out:
+            assert len(made([row], tokenizer)) == 1
+        else:
+            with pytest.raises(FtjaxError, match=f"row 1: the chat template .*{left_out}"):
+                made([row], tokenizer)
 
 
 def test_chatml_with_tools_is_what_qwen3_prompts_with(shared):

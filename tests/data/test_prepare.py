@@ -142,6 +142,14 @@ def test_refusals_name_file_and_row_also_after_a_split(write, starter):
         run(settings(good, form="text", completion="{completion}"), starter)
     with pytest.raises(FtjaxError, match="dropped all rows"):
         run(settings(good, long="drop", max_length=2), starter)
+    # One source of a mixture, with weights or without; and rows that are all in the held-out ones.
+    wordy = write("wordy.jsonl", [{"prompt": "x" * 90, "completion": "y"}] * 9)
+    for weight in ({"weight": 1.0}, {}):
+        mixed = tuple({"train": one, "split": (1.0, 0.0, 0.0)} | weight for one in (good, wordy))
+        with pytest.raises(FtjaxError, match="wordy.jsonl: .*dropped all rows.* or remove wordy from data.mixture"):
+            run(settings("", mixture=mixed, long="drop", max_length=60), starter)
+    with pytest.raises(FtjaxError, match="a.jsonl: cleaning and data.decontaminate dropped all rows"):
+        run(settings(good, validation=good, split=(1.0, 0.0, 0.0), decontaminate=("validation",)), starter)
 
 
 def test_preview_shows_figures_and_marks_what_is_trained(write, starter, monkeypatch):

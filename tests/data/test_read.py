@@ -111,6 +111,33 @@ def test_lists_globs_and_folders(tmp_path):
     assert [read_table(",".join(names)).place(i) for i in (0, 1)] == [f"{name} row 1" for name in names]
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train": ["data/train-0.jsonl", "data/train-1.jsonl"], "validation": ["data/validation-0.jsonl"]},
+        {"train": ["train/b.jsonl", "train/a.jsonl"], "validation": ["dev/rows.jsonl"]},
+    ],
+)
+def test_a_folder_laid_out_as_on_the_hub(files, tmp_path):
+    import datasets
+
+    for names in files.values():
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+            _write(tmp_path / name, [{"n": name}])
+    for split, names in files.items():
+        theirs = datasets.load_dataset(str(tmp_path), split=split, cache_dir=str(tmp_path / ".cache"))["n"]
+        assert read(str(tmp_path), f"data.{split}")["n"] == list(theirs) == sorted(names)
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    assert read(str(tmp_path), "data.train")["n"] == sorted(files["train"])
+    (tmp_path / "main").mkdir()
+    with pytest.raises(FtjaxError, match="no file for test"):
+        read(str(tmp_path), "data.test")
+    (tmp_path / "none" / "main").mkdir(parents=True)
+    with pytest.raises(FtjaxError, match=r"no file that ftjax reads; .* name of one of its folders \(main\)"):
+        read(str(tmp_path / "none"))
+
+
 def test_builtin_and_real_files(shared):
     assert read("builtin:commongen/test.jsonl").column_names == ["src", "tgt"]
     assert len(read(str(shared / "data/gsm8k"))) == 7473

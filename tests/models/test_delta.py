@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_labelled
 import tiny_models
 import torch
 
@@ -21,6 +23,7 @@ from ftjax.hub import families, weights
 from ftjax.models import delta, quantised
 from ftjax.models.config import layers_with
 from ftjax.plan import flops
+from ftjax.training import job
 from ftjax.training import program as programs
 from ftjax.training.flops import delta_flops
 from ftjax.training.sharding import abstract_mesh, make_mesh, parameter_shardings
@@ -217,6 +220,28 @@ def test_the_last_layers_alone_are_one_model_with_the_others(hybrid):
             at = method.layer_ids(path, pair.spec)
             own = layers_with(hybrid.model.config, path)
             assert list(at) == [layer for layer in own if layer >= 3 - layers]
+
+
+@needs_5
+def test_layers_of_modules_that_are_trained_whole(hybrid):
+    """Layer-wise decay goes by the layer in a tensor's name, which is not its row."""
+    pair = tiny.tuned(hybrid, targets=("q_proj",), modules_to_save=("out_proj", "up_proj", "k_proj"))
+    method, trained, _ = tiny.start(pair)
+    names = families.tensor_names(pair.family, pair.model.config)
+    whole = [path for path in flatten(trained) if path in names]
+    assert {path.split("/")[1] for path in whole} == {"attn", "delta", "mlp"}
+    for path in whole:
+        want = [int(re.search(r"layers\.(\d+)\.", name)[1]) for name in names[path].names]
+        assert list(method.layer_ids(path, pair.spec)) == want
+
+
+@needs_5
+@pytest.mark.parametrize("method, format", [("last_layers", "full"), ("lora", "adapter"), ("norms", "adapter")])
+def test_what_peft_has_no_form_for_is_written_as_a_model(hybrid, method, format, tmp_path):
+    tiny_labelled.make(tmp_path, "llama")
+    hybrid.torch.save_pretrained(tmp_path)
+    config = configs.from_dict({"model.path": str(tmp_path), "run_dir": str(tmp_path / "run"), "tuning.method": method})
+    assert job.opened(job.checked(config, str), str).formats == (format,)
 
 
 @needs_5

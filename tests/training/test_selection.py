@@ -16,7 +16,7 @@ from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation.said import Asked
 from ftjax.lm import open_base
 from ftjax.training import job as jobs
-from ftjax.training import selection
+from ftjax.training import loop, selection
 from ftjax.training.report import Metrics, read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -129,6 +129,21 @@ def test_every_kind_of_task_selects_by_its_own_figures(kind, rows, name, higher,
     assert job.selection.rank(2.0) == (2.0 if higher else -2.0) and job.selection.rank(None) is None
 
 
+@pytest.mark.parametrize("rows, most", [(3, 0), (0, 3)])
+def test_a_row_of_several_windows_is_validated_with_all_of_them(rows, most, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "bounds", lambda config, held_out, trained: (1, most))
+    settings = {"train__select": "f1", "data__max_length": 14, "task__stride": 4, "evaluate__rows": rows}
+    job = jobs.prepared(labelled(tmp_path, encoder, "span", asked(60, 0), **settings), quiet)
+    whole, part = job.data.validation, job.selection.part
+    number = [whole.place(i) for i in range(len(whole))]
+    distinct = list(dict.fromkeys(number))
+    used = distinct[:3] if rows else [distinct[0], distinct[(len(distinct) - 1) // 2], distinct[-1]]
+    assert [part.place(i) for i in range(len(part))] == [place for place in number if place in used]
+    assert len(part) > 3 == len(used)
+    lm, _ = open_base(encoder, config=job.config, task=("span", job.config.task.labels))
+    assert selection.measure(job.selection, job, lm.model, lm.variables, {}) is not None
+
+
 def refused(config, match):
     with pytest.raises(FtjaxError, match=match):
         jobs.prepared(config, quiet)
@@ -194,6 +209,50 @@ def test_a_metric_of_generated_answers_selects_too(tmp_path):
         ftjax.train(causal(tmp_path, train__select="rouge_2"), say=quiet)
 
 
+@pytest.mark.parametrize(
+    "kind, select, free, bound",
+    [
+        ("causal", "val_loss", ("generate.top_k", "evaluate.words", "evaluate.batch_size"), ("evaluate.rows",)),
+        ("causal", "rouge_1", ("generate.batch_size",), ("generate.top_k", "evaluate.words", "evaluate.rows")),
+        ("policy", "val_loss", ("task.threshold",), ("generate.max_new_tokens",)),
+        ("classify", "accuracy", ("generate.top_k", "task.group"), ("task.threshold",)),
+        ("span", "val_loss", ("task.max_answer",), ()),
+        ("span", "f1", (), ("task.max_answer",)),
+    ],
+)
+def test_what_a_score_depends_on(kind, select, free, bound):
+    changed = {"evaluate.words": "src", "task.group": "src", "task.threshold": "mcc"}
+    c = configs.from_dict({"task.kind": kind, "train.select": select})
+    before = configs.flat(c)
+    for key in (*free, *bound):
+        now = configs.from_dict(before | {key: changed.get(key, 5)})
+        if key in free:
+            selection.check_same(now, before, "run")
+        else:
+            with pytest.raises(FtjaxError, match=f"run: {key} was .*, is .*Put the value back until the run has ended"):
+                selection.check_same(now, before, "run")
+
+
+def test_scores_that_are_measured_otherwise_are_not_compared(encoder, tmp_path, monkeypatch):
+    """A run that goes on after step 2 of 4 keeps the best of all its validations."""
+
+    def run(**settings):
+        more = {"train__steps": 4, "train__eval_every": 2, "export__formats": "()"}
+        return tiny_labelled.config(tmp_path, encoder, **more | settings)
+
+    def save_and_stop(self, state, rank, save=loop.Training.save):
+        save(self, state, rank)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(loop.Training, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt, match="step 2 of 4"):
+            ftjax.train(run(), say=quiet)
+    with pytest.raises(FtjaxError, match="evaluate.rows was 0, is 4"):
+        ftjax.train(run(evaluate__rows=4), say=quiet)
+    assert ftjax.train(run(), say=quiet).resumed_from == 2
+
+
 def test_what_a_metric_asks_for_is_known_before_the_first_step(tmp_path):
     refused(causal(tmp_path, train__select="coverage"), "evaluate.words: the metric coverage needs the column")
     refused(causal(tmp_path, train__select="number_match"), "number_match: the reference .* contains no number")
@@ -212,6 +271,8 @@ def test_validation_takes_a_fifth_of_the_training_at_most(steps, held, validatio
     class Held:
         class examples:
             length = np.full(held, 10)
+
+        numbers = np.arange(held)
 
         def __len__(self):
             return held
