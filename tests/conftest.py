@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import forks as processes
 import haste
 import hypothesis
 import pytest
@@ -63,6 +64,14 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs the real data of ../shared, which is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts commands and programs of ftjax as processes of their own that need not import anything."""
+    server = processes.Forks(os.environ | {"PYTHONPATH": str(ROOT), "FTJAX_MALLOC": "0", "XLA_FLAGS": haste.FLAGS})
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,10 @@
 """Every command and every Python block of README and docs runs, in the order in which a reader meets them."""
 
-import os
 import re
 import shlex
 from pathlib import Path
 
-import haste
 import pytest
-from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,18 +50,15 @@ def test_links_and_pictures_lead_somewhere():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_documentation_runs(tmp_path):
+def test_documentation_runs(tmp_path, forks):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT), "FTJAX_MALLOC": "0", "XLA_FLAGS": haste.FLAGS, "XDG_CACHE_HOME": str(tmp_path),
-    }  # fmt: skip
-    ran, seen, forks = 0, set(), Forks(env)
+    ran, seen, env = 0, set(), {"XDG_CACHE_HOME": str(tmp_path)}
     for page in PAGES:
         for language, file, body in blocks(page.read_text()):
             if file:
                 (tmp_path / file).write_text(body)
             if language == "python":
-                status, said = forks.run(tmp_path, program=body)
+                status, said = forks.run(tmp_path, program=body, env=env)
                 assert status == 0, f"{page.name}: {body}\n{said}"
                 ran += 1
             for arguments in commands(body) if language == "bash" else ():
@@ -73,8 +67,7 @@ def test_documentation_runs(tmp_path):
                 if tuple(arguments) in seen:
                     continue
                 seen.add(tuple(arguments))
-                status, said = forks.run(tmp_path, arguments)
+                status, said = forks.run(tmp_path, arguments, env=env)
                 assert status == 0, f"{page.name}: ftjax {shlex.join(arguments)}\n{said}"
                 ran += 1
-    forks.close()
     assert ran >= 6

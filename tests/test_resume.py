@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -43,20 +41,13 @@ def get_config():
 """
 
 
-def command(config: Path, run_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "ftjax", "train", "--config", str(config), f"--config.run_dir={run_dir}"]
-
-
-def environment(tmp_path) -> dict:
+@pytest.fixture
+def train(config, forks, tmp_path):
+    """train(run_dir) starts the run there; what it says goes to tmp_path / "said"."""
     # One device is enough, and one cache of compiled programs makes every start but the first short.
-    flags = {"XLA_FLAGS": "", "FTJAX_MALLOC": "0", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return os.environ | flags
-
-
-def run(config, run_dir, tmp_path) -> str:
-    done = subprocess.run(command(config, run_dir), cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    env = {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    arguments = ["train", "--config", str(config)]
+    return lambda run_dir: forks.start(ROOT, tmp_path / "said", [*arguments, f"--config.run_dir={run_dir}"], env=env)
 
 
 def losses(run_dir) -> list[dict]:
@@ -73,34 +64,29 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_ends_in_the_same_bits(config, tmp_path):
+def test_killed_three_times_it_ends_in_the_same_bits(train, tmp_path):
     from safetensors.numpy import load_file
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(config, whole, tmp_path)
+    assert train(whole).wait() == 0, (tmp_path / "said").read_text()
     chance = random.Random(20)
     codes = []
     for target, sent in zip(sorted(chance.sample(range(1, 55), 3)), (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        process = subprocess.Popen(
-            command(config, killed),
-            cwd=ROOT,
-            env=environment(tmp_path),
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = train(killed)
         # A random moment behind a random step: in a step, a validation or the writing of a checkpoint.
         while process.poll() is None and max([0] + [row["step"] for row in read_metrics(killed)]) < target:
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         if process.poll() is None:
-            os.killpg(process.pid, sent)
+            os.kill(process.pid, sent)
         codes.append(process.wait())
         if sent == signal.SIGTERM:  # it saves the step that it was in
             kept = [int(path.name) for path in (killed / "checkpoints").iterdir() if path.name.isdigit()]
             assert max(kept) >= read_metrics(killed)[-1]["step"]
     assert codes == [-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGKILL]
-    said = run(config, killed, tmp_path)
-    assert "going on after step" in said
+    (tmp_path / "said").unlink()
+    code, said = train(killed).wait(), (tmp_path / "said").read_text()
+    assert code == 0 and "going on after step" in said, said
     assert losses(killed) == losses(whole)
     ours, theirs = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (killed, whole))
     assert ours.keys() == theirs.keys()

@@ -48,18 +48,31 @@ def settings(folder: Path, run_dir: Path, **fields) -> dict:
     return c.to_dict()
 
 
-def run(processes: int, folder: Path, config: dict, **asked) -> list[dict]:
-    """What each of so many processes came to."""
-    out = folder / f"{processes}-{len(list(folder.iterdir()))}"
-    (folder / "settings.json").write_text(json.dumps({"config": config} | asked))
-    command = [sys.executable, str(Path(__file__).with_name("process.py")), str(folder / "settings.json"), str(out)]
+PROCESS = Path(__file__).with_name("process.py")
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """What the launcher tells each of so many processes."""
     port = local_processes.free_port()
     told = [local_processes.environment(i, processes, port, [], DEVICES // processes) for i in range(processes)]
-    told = [t | {"XLA_FLAGS": f"{t['XLA_FLAGS']} {haste.FLAGS}"} for t in told]
-    if processes == 1:
-        told = [{"XLA_FLAGS": told[0]["XLA_FLAGS"]}]
-    assert local_processes.run(command, told, grace=60) == asked.get("code", 0)
-    return [json.loads(Path(f"{out}.{i}").read_text()) for i in range(processes)] if "code" not in asked else []
+    return [t | {"XLA_FLAGS": f"{t['XLA_FLAGS']} {haste.FLAGS}"} for t in told]
+
+
+@pytest.fixture
+def run(forks, tmp_path):
+    """run(processes, config, **asked): what each of so many processes came to, see process.py."""
+
+    def run(processes: int, config: dict, **asked) -> list[dict]:
+        out = tmp_path / f"{processes}-{len(list(tmp_path.iterdir()))}"
+        (tmp_path / "settings.json").write_text(json.dumps({"config": config} | asked))
+        told = environments(processes) if processes > 1 else [{"XLA_FLAGS": environments(1)[0]["XLA_FLAGS"]}]
+        arguments, program = [str(tmp_path / "settings.json"), str(out)], PROCESS.read_text()
+        said = [out.with_suffix(f".said.{i}") for i in range(processes)]
+        children = [forks.start(ROOT, text, arguments, program, env) for text, env in zip(said, told, strict=True)]
+        assert not any([child.wait() for child in children]), "".join(text.read_text() for text in said)
+        return [json.loads(Path(f"{out}.{i}").read_text()) for i in range(processes)]
+
+    return run
 
 
 def curve(run_dir) -> np.ndarray:
@@ -73,10 +86,10 @@ def curve(run_dir) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one(tmp_path):
+def test_four_processes_train_as_one(run, tmp_path):
     rows = {}
     for n in (1, 4):
-        found = run(n, tmp_path, settings(tmp_path, tmp_path / str(n), **{"export.formats": ("adapter", "merged")}))
+        found = run(n, settings(tmp_path, tmp_path / str(n), **{"export.formats": ("adapter", "merged")}))
         rows[n] = [sorted({tuple(span) for span in one["rows"]}) for one in found]
         assert found[0]["said"] and not any(one["said"] for one in found[1:])
     # Of four processes two hold the halves of the same weights, and so read the same rows.
@@ -90,16 +103,16 @@ def test_four_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_from_two_processes_to_one_and_back(tmp_path):
+def test_resume_from_two_processes_to_one_and_back(run, tmp_path):
     """Full training, answers before and after among it, in three parts against one."""
     fields = {"tuning.method": "full", "optim.lr": 1e-3, "evaluate.compare": True, "generate.max_new_tokens": 8}
     fields |= {"export.formats": ("full",), "data.packing": True}
-    (whole,) = run(1, tmp_path, settings(tmp_path, tmp_path / "whole", **fields))
+    (whole,) = run(1, settings(tmp_path, tmp_path / "whole", **fields))
     config = settings(tmp_path, tmp_path / "parts", **fields)
     for processes, stop_at in ((2, 2), (1, 5)):
-        found = run(processes, tmp_path, config, stop_at=stop_at)
+        found = run(processes, config, stop_at=stop_at)
         assert all(one["preempted"] for one in found)
-    last = run(2, tmp_path, config)
+    last = run(2, config)
     assert [one["resumed_from"] for one in last] == [5, 5]
     np.testing.assert_allclose(curve(tmp_path / "parts"), curve(tmp_path / "whole"), rtol=1e-5)
     same_tensors(tmp_path / "parts" / "full" / "model.safetensors", tmp_path / "whole" / "full" / "model.safetensors")
@@ -111,12 +124,12 @@ def test_resume_from_two_processes_to_one_and_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_the_steps_that_one_does_and_go_back_together(tmp_path):
+def test_two_processes_leave_out_the_steps_that_one_does_and_go_back_together(run, tmp_path):
     fields = {"train.spike": 1.001, "train.save_every": 1, "export.formats": ("adapter",), "train.eval_every": 8}
     found = {}
     for how, n in (("skip", 1), ("rewind", 2)):
         run_dir = tmp_path / f"{how}{n}"
-        run(n, tmp_path, settings(tmp_path, run_dir, **fields | {"train.on_bad_step": how}))
+        run(n, settings(tmp_path, run_dir, **fields | {"train.on_bad_step": how}))
         found[how, n] = json.loads((run_dir / "run.json").read_text())["skipped"]
     steps = lambda entries: [(entry["step"], entry["rows"]) for entry in entries]  # noqa: E731
     assert found["skip", 1] and steps(found["skip", 1]) == steps(found["rewind", 2])
@@ -138,7 +151,7 @@ class World:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [False, True])
-def test_two_processes_draw_and_learn_as_one(environment, tmp_path):
+def test_two_processes_draw_and_learn_as_one(environment, run, tmp_path):
     """Answers and episodes are drawn by all processes; the first one asks the user's code."""
     (tmp_path / "user.py").write_text(WORLD + "\n\ndef reward(text, references, row):\n    return text.count('e') / 10")
     fields = {"task.kind": "policy", "task.updates": 2, "rollout.group": 4, "generate.max_new_tokens": 6}
@@ -146,7 +159,7 @@ def test_two_processes_draw_and_learn_as_one(environment, tmp_path):
     user = str(tmp_path / "user.py")
     fields |= {"task.environment": f"{user}:World"} if environment else {"task.rewards": (f"{user}:reward",)}
     for n in (1, 2):
-        run(n, tmp_path, settings(tmp_path, tmp_path / str(n), **fields))
+        run(n, settings(tmp_path, tmp_path / str(n), **fields))
     np.testing.assert_allclose(curve(tmp_path / "2"), curve(tmp_path / "1"), rtol=1e-5, atol=1e-6)
     one, two = ([row for row in read_metrics(tmp_path / str(n)) if "reward" in row] for n in (1, 2))
     assert [row["reward"] for row in one] == pytest.approx([row["reward"] for row in two], abs=1e-6)
@@ -160,7 +173,10 @@ def test_two_processes_draw_and_learn_as_one(environment, tmp_path):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_process_ends_all(failing, tmp_path, capfd):
     config = settings(tmp_path, tmp_path / "run", **{"train.save_every": 1})
-    run(2, tmp_path, config, fail_at=3, failing=failing, code=2)
+    asked = {"config": config, "fail_at": 3, "failing": failing}
+    (tmp_path / "settings.json").write_text(json.dumps(asked))
+    command = [sys.executable, str(PROCESS), str(tmp_path / "settings.json"), str(tmp_path / "out")]
+    assert local_processes.run(command, environments(2), grace=60) == 2
     said = capfd.readouterr().out
     assert f"[{failing}] ftjax: this process alone cannot go on\n" in said
     assert f"[{failing}] ftjax: process {failing} ends, and with it all others\n" in said
