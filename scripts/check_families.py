@@ -26,6 +26,7 @@ import tiny  # noqa: E402
 
 from ftjax.decoding import generate  # noqa: E402
 from ftjax.hub import weights  # noqa: E402
+from ftjax.hub.family_table import FAMILIES  # noqa: E402
 from ftjax.hub.peft import write_adapter  # noqa: E402
 from ftjax.models.transformer import Transformer  # noqa: E402
 from ftjax.tree import flatten  # noqa: E402
@@ -178,6 +179,19 @@ def hybrid(rng) -> dict:
     return shape | {"rope_parameters": rope}
 
 
+def qwen3_5(rng) -> dict:
+    """A model that reads images too, whose text part is a qwen3_5_text."""
+    text = hybrid(rng)
+    # Sections of the positions of images, which are equal in texts.
+    text["rope_parameters"] |= {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": text["hidden_size"], "num_position_embeddings": 16}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = {name: V + i for i, name in enumerate(names)}
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    return tokens | tied | {"text_config": text, "vision_config": vision}
+
+
 # name -> (model_type, rng -> what config.json says)
 DRAWS = {
     **{
@@ -248,6 +262,7 @@ DRAWS = {
     "starcoder2": ("starcoder2", lambda rng: sizes(rng) | flags(rng, "use_bias") | {"sliding_window": 6}),
     "glm4": ("glm4", glm4),
     "qwen3_5_text": ("qwen3_5_text", hybrid),
+    "qwen3_5": ("qwen3_5", qwen3_5),
     "ernie4_5": ("ernie4_5", lambda rng: sizes(rng) | flags(rng, "use_bias")),
     "seed_oss": (
         "seed_oss",
@@ -256,17 +271,25 @@ DRAWS = {
 }
 
 
+def auto(model_type: str):
+    """The class of transformers that finds the class of a whole model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    row = FAMILIES.get(model_type)
+    return AutoModelForImageTextToText if row and row.text else AutoModelForCausalLM
+
+
 def draw(name: str, seed: int):
     """(a random model of transformers, its settings)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     kind, settings = DRAWS[name]
     settings = settings(np.random.default_rng(seed))
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings)
     # Only this implementation computes all that a config may say, such as bounded scores.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = auto(kind).from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -294,8 +317,6 @@ def rows(docs, packed) -> tuple[np.ndarray, ...]:
 
 def check(name: str, seed: int, answers: bool = True) -> dict[str, float]:
     """The figures of one model: largest differences, and for `answers` the number of tokens that differ."""
-    from transformers import AutoModelForCausalLM
-
     model, _ = draw(name, seed)
     pair, found = tiny.read(model), {}
     docs, packed = tiny.documents((20, 13, 5), V, seed), tiny.documents((9, 6, 5), V, seed + 1)
@@ -326,7 +347,7 @@ def check(name: str, seed: int, answers: bool = True) -> dict[str, float]:
         source = out / "source" if pair.family.text else None
         weights.write_model(out / "model", pair.params, source, pair.family, pair.model.config)
         pad = {} if source else {"pad_token_id": 0}
-        theirs, info = AutoModelForCausalLM.from_pretrained(
+        theirs, info = auto(pair.family.model_type).from_pretrained(
             out / "model", attn_implementation="eager", output_loading_info=True, **pad
         )
         assert not any(info.values()), info

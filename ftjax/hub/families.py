@@ -550,6 +550,7 @@ def other_heads(family: Family, config: ModelConfig) -> tuple[str, ...]:
     """Prefixes of names of tensors that only models with other heads have."""
     mine = {module.name for module in modules(family, config)}
     known = {module.name for form in family.forms.values() for module in form.modules}
+    known |= {name for form in family.forms.values() for name in form.kept}
     return tuple(f"{name}." for name in known - mine)
 
 

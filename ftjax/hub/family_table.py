@@ -80,6 +80,7 @@ def decoder_forms(
     span: str = "",
     tasks: tuple[str, ...] = ALL_TASKS,
     file: str = "",
+    kept: tuple[str, ...] = (),
 ) -> dict[str, Form]:
     """The forms of a decoder.
 
@@ -90,9 +91,10 @@ def decoder_forms(
         span: Form.prefix of its model for answers in a text; empty: None.
         tasks: The tasks for which transformers has a class.
         file: Module.file of the head over the vocabulary.
+        kept: Form.kept of its causal model.
     """
     forms = {
-        "causal": Form(f"{name}{head}", Head(), (Module("lm_head", "lm_head", file=file),)),
+        "causal": Form(f"{name}{head}", Head(), (Module("lm_head", "lm_head", file=file),), kept=kept),
         "sequence": Form(
             f"{name}ForSequenceClassification",
             Head("sequence", pool="last", bias=False),
@@ -239,12 +241,12 @@ def with_other_parts(
         model_type: Its model_type.
         text: The row of its text part.
         architecture: The class of the whole model.
-        parts: Names of its other modules, within `model.`.
+        parts: Names of its other modules, without `model.` where they lie within it.
         only: As Family.only, beside those of the text part.
     """
     prefix = "model.language_model."
     modules = tuple(m._replace(name=prefix + m.name.removeprefix(text.prefix)) for m in text.modules)
-    form = dataclasses.replace(text.forms["causal"], architecture=architecture, kept=parts)
+    form = dataclasses.replace(text.forms["causal"], architecture=architecture, kept=text.forms["causal"].kept + parts)
     return dataclasses.replace(
         text, model_type=model_type, forms={"causal": form}, modules=modules, prefix=prefix, text=text.model_type,
         prefixes=("language_model.model.", "language_model.", "model."), only=text.only | only,
@@ -322,7 +324,8 @@ DECODERS = (
     llama_like(
         "qwen3_5_text",
         {
-            **decoder_forms("Qwen3_5", tasks=("causal",)),
+            # Files have a head that predicts several tokens, which transformers does not compute.
+            **decoder_forms("Qwen3_5", tasks=("causal",), kept=("mtp",)),
             **decoder_forms("Qwen3_5Text", tasks=("sequence",)),
         },
         decoder_modules(DELTA_LAYER),
@@ -878,5 +881,6 @@ OTHER_PARTS = (
         ("vision_tower", "multi_modal_projector"),
         {"final_logit_softcapping": (None,)},  # this class does not bound its logits
     ),
+    with_other_parts("qwen3_5", FAMILIES["qwen3_5_text"], "Qwen3_5ForConditionalGeneration", ("visual",), {}),
 )
 FAMILIES |= {family.model_type: family for family in OTHER_PARTS}

@@ -85,6 +85,31 @@ def test_the_other_parts_of_a_model_stay_as_they_are_in_its_files(tmp_path):
         weights.read_params(tmp_path / "a", family, shape)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_text"])
+def test_parts_beside_the_model_stay_as_they_are_in_its_files(name, tmp_path):
+    """Published files of Qwen 3.5 have a head `mtp`, which transformers does not load, beside `model` and `lm_head`."""
+    from safetensors.numpy import load_file, save_file
+
+    model, _ = check_families.draw(name, 0)
+    model.save_pretrained(tmp_path / "a")
+    more = {"mtp.fc.weight": np.ones((3, 5), np.float16), "mtp.layers.0.input_layernorm.weight": np.ones(7, np.float32)}
+    stored = load_file(tmp_path / "a" / "model.safetensors") | more
+    save_file(stored, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    family, shape = families.read_config(tmp_path / "a")
+    params = jax.tree.map(lambda x: x + 1, weights.read_params(tmp_path / "a", family, shape))
+    weights.write_model(tmp_path / "out", params, tmp_path / "a", family, shape, dtype="bfloat16")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == stored.keys()
+    for tensor, x in stored.items():
+        same = written[tensor].dtype == x.dtype and np.array_equal(written[tensor], x)
+        assert same == tensor.startswith(("mtp.", "model.visual.")), tensor
+    _, info = check_families.auto(name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    if "sequence" in family.forms:  # models for other tasks begin from these files too
+        labelled = families.with_head(family, shape, "sequence", 2, tmp_path / "a")
+        assert weights.head_is_new(tmp_path / "a", family, labelled) == ["head/out"]
+
+
 def test_a_family_is_added_by_a_row_of_the_table(monkeypatch):
     """Helium of Kyutai, which is not in the table: LLaMA with neighbouring rotary dimensions."""
 
