@@ -307,21 +307,18 @@ def open_base(
     if config is not None:
         shape = families.with_rows(shape, config.tuning.token_ids)
         ends, tokenizer = chat_templates.ends_of_run(config, tokenizer), chat_templates.installed(config, tokenizer)
-    compute = compute_dtype(dtype)
-    kept = (configs.default() if config is None else config).model
-    small = quantiser(quantise or kept.quantise, kept, compute)
+    compute, settings = compute_dtype(dtype), configs.default() if config is None else config
+    small = quantiser(quantise or settings.model.quantise, settings.model, compute)
     labels = families.label_names(folder) if shape.head.labels else ()
     if task:
         kind, labels = task
-        pool = "auto" if config is None else config.task.pool
-        shape = families.with_head(family, shape, tasks.find(kind).head, len(labels), folder, pool)
+        shape = families.with_head(family, shape, tasks.find(kind).head, len(labels), folder, settings.task.pool)
     else:
         problem = read_json(folder / "config.json").get("problem_type") or ""
         kind = tasks.kind_of(shape.head.task, problem, shape.head.labels)
-    key = jax.random.key(0 if config is None else config.seed)
     params = weights.read_params(
-        folder, family, shape, dtype=lambda path: compute, quantise=small, new_head=key if task else None,
-        new_rows=None if config is None else config.seed,
+        folder, family, shape, dtype=lambda path: compute, quantise=small,
+        new_head=jax.random.key(settings.seed) if task else None, new_rows=None if config is None else config.seed,
     )  # fmt: skip
     weights.check_finite(folder, params, family, shape)
     ends = tokenizers.end_tokens(folder, tokenizer, ends)

@@ -305,15 +305,13 @@ def _of_arrays(arrays: dict) -> str:
 def keep_start(method, frozen: dict, run_dir: Path) -> dict:
     """As `with_start`, but store the values if the run has none yet. If there are several processes, all must call."""
     wanted = flatten(method.start(frozen))
-    if not wanted:
-        return frozen
-    if not hosts.from_first(lambda: (run_dir / START).is_file() or bool(steps_in(run_dir))):
-        arrays = {path: weights.whole(x) for path, x in wanted.items()}
-        if jax.process_index() == 0:
-            with replacing(run_dir / START) as draft:
-                save_file(arrays, draft, {"digest": _of_arrays(arrays)})
-        return frozen
-    return with_start(method, frozen, run_dir)
+    if not wanted or hosts.from_first(lambda: (run_dir / START).is_file() or bool(steps_in(run_dir))):
+        return with_start(method, frozen, run_dir)
+    arrays = {path: weights.whole(x) for path, x in wanted.items()}
+    if jax.process_index() == 0:
+        with replacing(run_dir / START) as draft:
+            save_file(arrays, draft, {"digest": _of_arrays(arrays)})
+    return frozen
 
 
 @dataclasses.dataclass
