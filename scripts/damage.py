@@ -343,6 +343,7 @@ def commands(folder: Path) -> list[list[str]]:
 def killed(count: int, seed: int, say=print) -> Counter:
     """How often each outcome came of so many kills."""
     import grain  # noqa: F401  what the commands import, so that a fork begins at once
+    import matplotlib.backends.backend_agg  # noqa: F401
     import orbax.checkpoint  # noqa: F401
     import transformers  # noqa: F401
 
@@ -351,7 +352,7 @@ def killed(count: int, seed: int, say=print) -> Counter:
 
     found, rng = Counter(), random.Random(f"kills {seed}")
     with tempfile.TemporaryDirectory() as work:
-        os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0", "XLA_FLAGS": ""}
+        os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0"}
         said, moments, names = Path(work) / "said", {}, iter(range(count + 2))
 
         def finish(todo: list[list[str]]) -> None:

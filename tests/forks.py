@@ -78,6 +78,9 @@ def serve() -> None:
     import grain  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
     import orbax.checkpoint  # noqa: F401
+    import rouge_score.rouge_scorer  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import sklearn.metrics  # noqa: F401
     import transformers
 
     import ftjax.cli
@@ -88,6 +91,7 @@ def serve() -> None:
 
     report._tensorboard()
     transformers.AutoTokenizer.from_pretrained  # noqa: B018  # its module is imported when it is looked up
+    gc.set_threshold(ftjax.cli.COLLECTED)  # as the command line does
     gc.freeze()  # what is not looked through by a fork is not copied for it
     for line in sys.stdin:
         asked = json.loads(line)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import haste
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.models.config import ModelConfig
 from ftjax.plan import compiled, flops, search, worker
+from ftjax.plan import run as planning
 from ftjax.plan.devices import DEVICES, larger, parse
 from ftjax.plan.report import report
 from ftjax.plan.run import environment, plan
@@ -32,6 +34,19 @@ from ftjax.training import hlo, loop, sharding
 from ftjax.training import program as programs
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def forked(forks, monkeypatch):
+    """What plans need not import anything, and compiles with the flags of the tests."""
+
+    def run(command, *, env, **_):
+        told = {"XLA_FLAGS": f"{env['XLA_FLAGS']} {haste.FLAGS}"}
+        body = "import sys; from ftjax.plan import worker; sys.exit(worker.main())"
+        status, said = forks.run(Path.cwd(), [command[-1]], program=body, env=told)
+        return subprocess.CompletedProcess(command, status, stderr=said)
+
+    monkeypatch.setattr(planning.subprocess, "run", run)
 
 
 def small(**fields):
@@ -332,7 +347,7 @@ def test_flops_are_those_of_the_unrolled_program(method, remat):
     ],
     ids=["full", "lora"],
 )
-def test_memory_is_that_of_the_program_that_train_compiles(tmp_path, monkeypatch, fields):
+def test_memory_is_that_of_the_program_that_train_compiles(forked, tmp_path, monkeypatch, fields):
     ran = []
 
     def spy(build, *args):
@@ -500,7 +515,7 @@ def test_tpu_compiler_without_a_tpu(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, name", [("classify", "SequenceClassification"), ("masked", "MaskedLM")])
-def test_heads_of_other_tasks_are_planned(kind, name, tmp_path):
+def test_heads_of_other_tasks_are_planned(forked, kind, name, tmp_path):
     import transformers
 
     base = tiny_labelled.make(tmp_path / "base", "bert")
@@ -513,7 +528,7 @@ def test_heads_of_other_tasks_are_planned(kind, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_drawing_is_counted_where_the_model_writes_its_batches():
+def test_drawing_is_counted_where_the_model_writes_its_batches(forked):
     config = small(**{
         "task.kind": "policy", "task.rewards": ("length",), "task.updates": 2, "generate.max_new_tokens": 16,
         "train.steps": 0, "train.epochs": 2.0, "rollout.group": 4, "data.split": (1.0, 0.0, 0.0),
@@ -535,7 +550,7 @@ def test_drawing_is_counted_where_the_model_writes_its_batches():
 
 
 @pytest.mark.slow
-def test_answers_with_labels_and_rewards_are_planned(tmp_path):
+def test_answers_with_labels_and_rewards_are_planned(forked, tmp_path):
     rows = [{"prompt": f"Who has {n}?", "chosen": " Lily.", "rejected": " Tim has it."} for n in range(20)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

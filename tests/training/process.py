@@ -8,11 +8,16 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+
 import ftjax
 from ftjax import config
 from ftjax.data.batches import Batches
 from ftjax.errors import FtjaxError
 from ftjax.training import hosts
+
+# A later start of the same run finds all of its programs.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 asked = json.loads(Path(sys.argv[1]).read_text())
 process = os.environ.get("FTJAX_PROCESS", "0")
