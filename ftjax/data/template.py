@@ -136,6 +136,12 @@ def renderer(
                     f"{place}: no assistant message has text or a tool call, so there is nothing to train on; add an "
                     "answer or remove the row"
                 )
+            for number, message in enumerate(rendered.messages, 1):
+                if message["role"] == "assistant" and message.get("train", True) and not _says(message):
+                    raise FtjaxError(
+                        f"{place}: message {number} is an empty answer, and training it would teach the model to say "
+                        'nothing; fill it, mark it with "train": false, or remove the row (data.clean.empty=True)'
+                    )
             return _conversation(rendered.messages, row, place, template, system)
         if system:
             raise FtjaxError(
@@ -388,6 +394,10 @@ SAID["ranked"] = "the best answer is trained, the others are not used"
 
 def _answers_with(message: dict) -> bool:
     return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _says(message: dict) -> bool:
+    return _answers_with(message) or any(message.get(key) for key in THINKING)
 
 
 def _asked_and_answered(prompt: str, completion: str) -> tuple[dict, ...]:

@@ -24,6 +24,7 @@ SHAREGPT = [
     {"from": "bot", "value": "a2"},
 ]
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": None}]
+EMPTY = {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -371,6 +372,8 @@ def test_templates_hold_plain_columns_only(template):
         ("messages", {"messages": [{"content": "x"}]}, r"f.csv row 3: message 1 should be an object with `role`"),
         ("messages", {"messages": [{"role": "user", "content": 3}]}, r"row 3: message 1: `content` should be text"),
         ("messages", {"messages": CHAT[:1]}, r"f.csv row 3: no assistant message has text"),
+        ("messages", {"messages": [*CHAT, CHAT[0], EMPTY]}, r"f.csv row 3: message 4 is an empty answer"),
+        ("messages", {"messages": [CHAT[0], EMPTY, *CHAT]}, r"f.csv row 3: message 2 is an empty answer"),
         ("messages", {"messages": [CHAT[0] | {"train": "no"}]}, r"row 3: message 1: `train` should be true or false"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"message 1: `content` should be text, found"),
         ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: expected JSON: Expecting"),
@@ -396,6 +399,12 @@ def test_templates_hold_plain_columns_only(template):
 def test_bad_rows(form, row, message):
     with pytest.raises(FtjaxError, match=message):
         renderer(form)(row, "f.csv row 3")
+
+
+@pytest.mark.parametrize("more", [{"train": False}, {"reasoning_content": "Hm."}, {"tool_calls": [{"name": "f"}]}])
+def test_an_empty_message_that_says_nothing_wrong(more):
+    rendered = renderer("messages")({"messages": [CHAT[0], EMPTY | more, *CHAT]}, "row 1")
+    assert [message["content"] for message in rendered.messages][1] == ""
 
 
 def test_bad_settings():
