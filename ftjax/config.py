@@ -390,9 +390,10 @@ FIELDS: dict[str, Field] = {
     # single answers with a label, or of both answers of a pair; orpo, simpo and cpo need no reference, the others
     # compare with task.reference
     "task.reference": text(also="ref_model ref_model_name_or_path teacher_model_name_or_path"),  # a second model: a
-    # directory, hub name, adapter or run folder. causal, gkd: the teacher, see `distil`; empty: none. preference: the
-    # model that a loss compares with; empty: the base model without its adapter, in the same parameters, at every
-    # step. Its values are computed once before the first step, except for gkd
+    # directory, hub name, adapter or run folder. causal, gkd, and encoders with distil.hidden: the teacher, see
+    # `distil`; empty: none. preference: the model that a loss compares with; empty: the base model without its adapter,
+    # in the same parameters, at every step. Its values are computed once before the first step, but those of gkd and
+    # hidden states at every step
     "task.desirable_weight": number(1.0, 0, also="kto_chosen_weight"),  # kto: weight of desirable answers in the loss
     "task.undesirable_weight": number(1.0, 0, also="kto_rejected_weight"),  # kto: weight of the other answers
     "task.beta": number(0.1, 0, also="pref_beta dpo_beta kl_coef"),  # preference: factor of the log-probabilities; in
@@ -444,6 +445,13 @@ FIELDS: dict[str, Field] = {
     # others count as one. 0: all, which takes the size of the vocabulary times 4 bytes of disk for each trained token
     "distil.labels": number(0.5, 0, 1),  # share of the loss of the labels in the loss; the rest is the distance. 0: the
     # distance alone
+    "distil.hidden": number(0.0, 0),  # encoders: weight of the distance of the student's hidden states from the
+    # teacher's in the loss; 0: none
+    "distil.layers": several(
+        (), several((), whole(0, 0), "a pair (layer of the student, layer of the teacher)", lambda p: len(p) == 2)
+    ),  # pairs of layers whose states are compared, 0: the embeddings, n: the n-th block. Empty: all of the student,
+    # each with the teacher's layer at the same share of its depth
+    "distil.width": whole(0, 0),  # width of the teacher's hidden states; a run fills it in
     #
     # ---- answers that task.kind policy or gkd draws (see also `generate`)
     "rollout.own": number(0.5, 0, 1, also="lmbda"),  # gkd: share of the steps whose answers the model writes itself;
@@ -1034,7 +1042,7 @@ def validate(config: ConfigDict) -> None:
         _field(key, key).check(values[key], key)
 
     compile_patterns(values["data.clean.drop"], "data.clean.drop")
-    kind, labels, spike = config.task.kind, config.data.labels, config.train.spike
+    kind, labels, spike, distil = config.task.kind, config.data.labels, config.train.spike, config.distil
     for key, fits, expected in (
         ("data.shots", kind == "classify" or not config.data.shots,
          "0 where task.kind is not classify; data.limit is for rows of any kind"),
@@ -1047,6 +1055,8 @@ def validate(config: ConfigDict) -> None:
          "none where task.kind is not causal or gkd; task.labels names the labels of a head"),
         ("data.labels", len(set(labels)) == len(labels) != 1, "two or more names that differ, or none"),
         ("optim.ewc", kind in tasks.ANSWERS or not config.optim.ewc, "0 unless task.kind is causal or gkd"),
+        ("distil.hidden", not distil.hidden or config.task.reference, "0 without a teacher in task.reference"),
+        ("distil.layers", distil.hidden or not distil.layers, "none where distil.hidden is 0"),
         ("train.spike", spike == 0 or spike > 1, "0 or a number above 1, a multiple of the median loss"),
         ("tuning.prompt_text", bool(config.tuning.prompt_text) == (config.tuning.prompt_init == "text"),
          "a text where tuning.prompt_init is text, else none"),

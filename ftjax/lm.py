@@ -330,6 +330,30 @@ def open_base(
     return lm, Spec(shape, families.linear_names(family, shape), configs.default().tuning, family)
 
 
+def with_tokens(config, shape, tokenizer):
+    """The model's shape with a row for each token of data.add_tokens, padded as data.pad_vocabulary_to says.
+
+    Sets config.tuning.token_ids.
+
+    Args:
+        config: The run's config.
+        shape: The ModelConfig of the model's files.
+        tokenizer: The tokenizer with the tokens.
+
+    Raises:
+        FtjaxError: If the tokenizer has other tokens beyond the rows of the files, or if the config has
+            tuning.token_ids of its own.
+    """
+    if config.tuning.token_ids and not (config.data.add_tokens or config.data.pad_vocabulary_to):
+        raise FtjaxError("tuning.token_ids: a run fills it in; leave it out, and name the tokens in data.add_tokens")
+    rows, ids = shape.vocab_size, tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
+    tokenizers.check_vocab(tokenizer, rows, ids)
+    needed, multiple = max([rows - 1, *ids]) + 1, config.data.pad_vocabulary_to or 1
+    padded = -(-needed // multiple) * multiple
+    config.tuning.token_ids = tuple(sorted({*ids, *range(rows, padded)}))
+    return families.with_rows(shape, config.tuning.token_ids)
+
+
 def run_pooling(config, max_positions: int) -> Pooling:
     """How a run of task.kind embed makes vectors of texts. A row of its batches holds two texts."""
     pool = "mean" if config.task.pool == "auto" else config.task.pool

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ftjax import cpus
 from ftjax.errors import FtjaxError
-from ftjax.hub import fingerprint, peft, pooling, resolve
+from ftjax.foreign import read_json
+from ftjax.hub import families, fingerprint, peft, pooling, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
-from ftjax.training.run_folder import open_run, read_record
+from ftjax.models.config import ModelConfig
+from ftjax.training.run_folder import base_of_run, open_run, read_record, run_config
 from ftjax.tuning import adapters as peft_adapters
 
 
@@ -76,16 +78,29 @@ def load(
     return dataclasses.replace(lm, adapters=beside)
 
 
-def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
-    adapter = peft_adapters.read(folder)
-    _, adapter_config, _ = adapter
+def shape_of(path: str | Path) -> ModelConfig:
+    """The ModelConfig of the base of the model that `load` opens. No weights are read. Raises FtjaxError as `load`."""
+    if read_record(path) is not None:
+        folder, _ = base_of_run(Path(path), run_config(path))
+    else:
+        folder = resolve.resolve(str(path))
+        folder = _base_of_adapter(folder) if (folder / peft.CONFIG).is_file() else folder
+    return families.read_config(folder)[1]
+
+
+def _base_of_adapter(folder: Path) -> Path:
+    adapter_config = read_json(folder / peft.CONFIG, **peft.FIELDS)
     base = adapter_config.get("base_model_name_or_path")
     if not base:
         raise FtjaxError(
             f"{folder / peft.CONFIG}: base_model_name_or_path is missing; it names the base model of the adapter"
         )
     kept, key = fingerprint.of_adapter(folder), f"base_model_name_or_path in {folder / peft.CONFIG}"
-    base = fingerprint.find(kept, folder, base, adapter_config.get("revision") or "", key)
+    return fingerprint.find(kept, folder, base, adapter_config.get("revision") or "", key)
+
+
+def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
+    adapter, base = peft_adapters.read(folder), _base_of_adapter(folder)
     task = peft_adapters.task(folder, adapter, base)
     own = folder if tokenizers.has_tokenizer(folder) else None
     lm, spec = open_base(base, dtype, quantise=quantise, task=task, tokenizer_folder=own)

@@ -1,6 +1,7 @@
 """Runs with a teacher, from files to files, on tiny random models and the starter."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,7 @@ import ftjax
 from ftjax.evaluation.run import answer
 from ftjax.hub import families
 from ftjax.hub.derived import student
-from ftjax.training import features, loop
+from ftjax.training import features, loop, run_folder, sharding
 from ftjax.training.job import prepared
 from ftjax.training.report import read_metrics
 
@@ -180,6 +181,113 @@ def test_what_cannot_teach_is_refused(setting, tmp_path):
         ftjax.FtjaxError, match="task.reference: .* gives logits for .* A teacher needs the same number"
     ):
         ftjax.train(setting(), **quiet)
+
+
+@pytest.fixture
+def encoders(tmp_path):
+    """encoders(name of the run, **overrides) -> a config of an encoder whose teacher is wider and deeper."""
+    base = make(tmp_path / "bert", "bert")
+    shutil.copytree(base, tmp_path / "wide")
+    torch.manual_seed(1)
+    wide = transformers.AutoConfig.from_pretrained(base, hidden_size=48, num_hidden_layers=4)
+    transformers.AutoModelForMaskedLM.from_config(wide).save_pretrained(tmp_path / "wide")
+
+    def made(name="run", **overrides):
+        usual = {"task__reference": str(tmp_path / "wide"), "distil__hidden": "0.5", "train__steps": "4"}
+        usual |= {"train__log_every": "1", "train__eval_every": "2", "data__buckets": "1", "train__batch_size": "16"}
+        c = config(tmp_path, base, **usual | overrides)
+        c.run_dir = str(tmp_path / name)
+        return c
+
+    return made
+
+
+def curve(c) -> list[float]:
+    ftjax.train(c, **quiet)
+    keys = ("loss", "hidden", "grad_norm", "val_loss")
+    return [row[key] for row in read_metrics(c.run_dir) for key in keys if key in row]
+
+
+CUTS = {"two": {"mesh__data": "2"}, "eight": {"mesh__data": "4", "mesh__fsdp": "2"}}
+CUTS |= {n: {"train__accumulate": n} for n in "24"}
+
+
+@pytest.mark.parametrize(
+    "kind, method, cuts", [("classify", "lora", "4"), ("masked", "full", CUTS), ("embed", "full", ["eight"])]
+)
+def test_hidden_states_are_learnt_alike_on_devices_and_in_microbatches(encoders, kind, method, cuts, monkeypatch):
+    more = {"task__kind": kind, "tuning__method": method, "train__steps": "2"}
+    more |= {"task__pair": "label"} if kind == "embed" else {}
+    known, make_mesh = curve(encoders("one", **more)), sharding.make_mesh
+    assert len(known) == 2 * 3 + 1
+    for name in cuts:
+        two = lambda config, devices=None: make_mesh(config, jax.devices()[:2])  # noqa: E731
+        monkeypatch.setattr(sharding, "make_mesh", two if name == "two" else make_mesh)
+        np.testing.assert_allclose(curve(encoders(name, **more, **CUTS[name])), known, rtol=1e-5, err_msg=name)
+
+
+def test_the_maps_of_hidden_states_are_resumed_and_not_exported(encoders, tmp_path):
+    usual = {"tuning__method": "full", "train__save_every": "2", "train__ema": "0.5"}
+    whole, stopped = (encoders(name, **usual) for name in ("whole", "stopped"))
+    known, taken, take = curve(whole), [], loop.Profiler.__call__
+
+    def once(self, *arguments):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return take(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Profiler, "__call__", once)
+        with pytest.raises(KeyboardInterrupt):
+            ftjax.train(stopped, **quiet)
+    assert curve(stopped) == known
+    kept = [load_file(Path(c.run_dir) / "full/model.safetensors") for c in (whole, stopped)]
+    assert kept[0].keys() == kept[1].keys() and not any("distil" in name for name in kept[0])
+    assert all(np.array_equal(x, kept[1][name]) for name, x in kept[0].items())
+    opened = [run_folder.open_run(c.run_dir, checkpoint="last")[0] for c in (whole, stopped)]
+    assert "distil" not in opened[0].trained
+    shutil.rmtree(tmp_path / "wide")  # nobody needs the teacher any more
+    found = ftjax.evaluate(whole.run_dir, whole.data.test, **quiet)
+    assert found == ftjax.evaluate(stopped.run_dir, whole.data.test, **quiet)
+
+
+def test_an_encoder_comes_nearer_to_the_states_of_its_teacher(encoders, tmp_path):
+    """Of one layer; the loss of the labels is reported without the distance. The teacher may be a run folder."""
+    more = {"distil__layers": "((2, 4),)", "distil__hidden": "10", "train__steps": "40", "tuning__method": "full"}
+    curve(encoders("first", **more))
+    far = [row["hidden"] for row in read_metrics(tmp_path / "first") if "hidden" in row]
+    assert far[-1] < 0.6 * far[0] and len(far) == 40
+    same = {"task__reference": str(tmp_path / "first"), "model__path": str(tmp_path / "first/full")}
+    curve(encoders("second", **same))  # the same model: the adapter starts as no change
+    rows = [row for row in read_metrics(tmp_path / "second") if "hidden" in row]
+    assert rows[0]["hidden"] < 1e-9 < rows[-1]["hidden"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"task__reference": ""}, "distil.hidden: expected 0 without a teacher in task.reference"),
+        ({"distil__hidden": "0"}, "task.reference: is of task.kind"),
+        ({"task__kind": "causal", "model__path": "builtin:stories260K"}, "distil.hidden: model.path is a decoder"),
+        ({"task__reference": "builtin:stories260K"}, "distil.hidden: task.reference is a decoder"),
+        ({"distil__layers": "((3, 4),)"}, r"the pair \(3, 4\) is of layers that are not there: .* 0 to 2, .* 0 to 4"),
+        ({"distil__layers": "((1,),)"}, "distil.layers, entry 1: expected a pair"),
+        ({"tuning__method": "head"}, "tuning.method head as set here trains nothing that the hidden states depend on"),
+        ({"privacy__epsilon": "3", "export__checkpoint": "last"}, "task.reference: private training"),
+    ],
+)
+def test_hidden_states_that_cannot_be_compared(change, told, encoders):
+    with pytest.raises(ftjax.FtjaxError, match=told):
+        ftjax.train(encoders(**change), **quiet)
+
+
+def test_a_teacher_of_hidden_states_has_the_same_tokens(encoders, tmp_path):
+    other = make(tmp_path / "other", "bert")
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"film"', '"movie"'))
+    with pytest.raises(ftjax.FtjaxError, match="task.reference: .* they differ, first in"):
+        ftjax.train(encoders(task__reference=str(other)), **quiet)
 
 
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [2]}

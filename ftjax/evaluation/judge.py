@@ -35,7 +35,8 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     task, examples = config.task, data.train.examples
     drawn, C = {"source": data.train.source, "shares": data.shares}, len(data.labels)
     values, takes = configs.flat(config), {kind: other.takes for kind, other in tasks.every().items()}
-    for key in sorted(set().union(*takes.values()) - set(takes[task.kind])):
+    taken = {*takes[task.kind], *["task.reference"] * (config.distil.hidden > 0)}
+    for key in sorted(set().union(*takes.values()) - taken):
         if values[key] != configs.FIELDS[key].default:
             kinds = [kind for kind in takes if key in takes[kind]]
             raise FtjaxError(f"{key}: is of task.kind {' and '.join(kinds)}; this one is {task.kind}")

@@ -36,6 +36,7 @@ PARAMETER_AXES = {
     "type_embed/embedding": (None, "embed"),
     "dense/kernel": (None, "embed"),
     "out/kernel": (None, "embed"),
+    "distil/kernel": (None, None, None),
     "shared_gate/kernel": (None, "embed"),
     "lm_head/kernel": ("vocab", "embed"),
     "q_proj/kernel": ("heads", "embed"),

@@ -46,7 +46,8 @@ ACTIVATIONS = {
 }
 
 STACKS = ("layers", "top_layers")  # subtrees with the parameters of blocks, on a leading layer axis
-BEHIND = ("final_norm", "lm_head", "head")  # subtrees with the parameters after the blocks
+MAPS = "distil"  # subtree of maps from the states of a student to those of its teacher, see objectives.hidden
+BEHIND = ("final_norm", "lm_head", "head", MAPS)  # subtrees with the parameters after the blocks
 CACHED = {
     "attn": ("k", "v"),
     "delta": ("state", "conv"),
@@ -328,6 +329,7 @@ class Block(nn.Module):
         shape = dataclasses.replace(c, hidden=c.dense_hidden) if name == "dense" else c
         mlp = (Experts if routed else MLP)(shape, self.dtype, self.dropout, name=name)
         x = add(x, mlp(h, shared["segments"], shared.get("temperature")) if routed else mlp(h), "mlp")
+        self.sow("intermediates", "state", x)
         return (constrain(x, "batch", "tokens", None), cache), None
 
 
@@ -475,7 +477,7 @@ class Transformer(nn.Module):
                 return Blocks(c, first, last, block, self.unroll, fields)
             return nn.scan(
                 block,
-                variable_axes={"params": 0, "adapter": 0, "router": 0},
+                variable_axes={"params": 0, "adapter": 0, "router": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=last - first,
@@ -581,6 +583,7 @@ class Transformer(nn.Module):
         if c.embed_norm:
             x = self.embed_norm(x)
         x = constrain(dropout(self, x, self.dropout), "batch", "tokens", None)
+        self.sow("intermediates", "embedded", x)
         layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
         layer["row"] = jnp.array(cached_rows(c), jnp.int32)
         if c.rotary:

@@ -17,26 +17,26 @@ from ftjax.models.config import layers_with
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Watched:
-    """A model that keeps what its routers do when it is applied to `variables`: {figure: its sum over layers}."""
+    """A model that appends the collection `kept` to `seen` when it is applied to `variables`."""
 
     model: Any
     variables: dict
     seen: list[dict]
+    kept: str
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
     def clone(self, **fields):
         """As flax.linen.Module.clone."""
-        return Watched(self.model.clone(**fields), self.variables, self.seen)
+        return dataclasses.replace(self, model=self.model.clone(**fields))
 
     def apply(self, variables, *arguments, **how):
         """As flax.linen.Module.apply. Heads are applied to a part of the variables, and references to others."""
         if variables is not self.variables or how.get("method") == "logits":
             return self.model.apply(variables, *arguments, **how)
-        y, found = self.model.apply(variables, *arguments, mutable=["router"], **how)
-        stacks = [stack["mlp"] for stack in found["router"].values()]
-        self.seen.append({name: sum(jnp.sum(stack[name], axis=0) for stack in stacks) for name in stacks[0]})
+        y, found = self.model.apply(variables, *arguments, mutable=[self.kept], **how)
+        self.seen.append(found[self.kept])
         return y
 
 
@@ -77,18 +77,19 @@ class Sums:
             such pairs that no expert computed.
         """
         seen: list[dict] = []
-        total, weight, figures = self.sums(Watched(self.model, variables, seen), variables, batch, rngs=rngs)
+        watched = Watched(self.model, variables, seen, "router")
+        total, weight, figures = self.sums(watched, variables, batch, rngs=rngs)
         if not seen:  # the states are known, and no router is trained
             return total, weight, figures
-        found, c = jax.tree.map(lambda *x: sum(x), *seen), self.model.config
+        found, c = _over_layers(seen), self.model.config
         if whole is None:
-            whole = {"load": found["load"], "tokens": _tokens(batch), "weight": weight}
+            whole = {"load": found["load"], "tokens": real_tokens(batch), "weight": weight}
         layers = len(layers_with(c, "mlp")) * len(seen)
         each = layers * jnp.maximum(whole["tokens"], 1)  # L N
         share = whole["weight"] / each  # the caller divides by W
         load = jax.lax.stop_gradient(whole["load"])
         balance = c.experts * jnp.sum(load / each * found["probability"]) * share
-        missing = _tokens(batch) * layers * c.experts_used - jnp.sum(found["load"])
+        missing = real_tokens(batch) * layers * c.experts_used - jnp.sum(found["load"])
         own = {"balance": balance, "router_z": found["z"] * share, "router_entropy": found["entropy"] * share}
         own |= {"load": found["load"] / c.experts_used * share, "dropped": missing / c.experts_used * share}
         return total + self.balance * balance + self.z * own["router_z"], weight, figures | own
@@ -97,10 +98,17 @@ class Sums:
         """What each microbatch must know of the whole batch, whose sum over the microbatches it is. Only the
         load-balance loss needs a pass through the model for it."""
         seen: list[dict] = []
-        _, weight, _ = self.sums(Watched(self.model, variables, seen), variables, batch, rngs=rngs)
-        load = sum(found["load"] for found in seen) if self.balance and seen else 0.0
-        return {"load": load, "tokens": _tokens(batch), "weight": weight}
+        _, weight, _ = self.sums(Watched(self.model, variables, seen, "router"), variables, batch, rngs=rngs)
+        load = _over_layers(seen)["load"] if self.balance and seen else 0.0
+        return {"load": load, "tokens": real_tokens(batch), "weight": weight}
 
 
-def _tokens(batch):
+def _over_layers(seen: list[dict]) -> dict:
+    """{figure: its sum over layers} of all passes through a model."""
+    stacks = [stack["mlp"] for found in seen for stack in found.values()]
+    return {name: sum(jnp.sum(stack[name], axis=0) for stack in stacks) for name in stacks[0]}
+
+
+def real_tokens(batch):
+    """Number of tokens of a batch that are no padding, float32."""
     return jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)

@@ -17,6 +17,7 @@ from ftjax.data.prepare import prepare
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, resolve
 from ftjax.hub import tokenizer as tokenizers
+from ftjax.lm import with_tokens
 from ftjax.plan import compiled, search
 from ftjax.plan.devices import parse
 from ftjax.training import auto_mesh, sharding
@@ -34,8 +35,9 @@ def work(job: dict) -> dict:
     folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     programs.check_method(config, family, shape)
+    programs.with_teacher(config, shape)
     if config.data.add_tokens or config.data.pad_vocabulary_to:
-        shape = programs.with_tokens(config, shape, tokenizers.of_run(config, folder)[0])
+        shape = with_tokens(config, shape, tokenizers.of_run(config, folder)[0])
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
     device, offloads = devices.device, devices.platform != "cpu"

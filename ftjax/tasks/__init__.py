@@ -201,6 +201,11 @@ def objective(config, model) -> Callable:
             if shape.experts and shape.mixing:
                 why = "every expert of a mixture of tokens has the same load"
             raise FtjaxError(f"train.{key}: {weight:g}, but {why}; set it to 0")
+    if config.distil.hidden:
+        from ftjax.objectives import hidden
+
+        layers = tuple(student for student, _ in config.distil.layers)
+        return hidden.Sums(functools.partial(task.sums, **options), model, config.distil.hidden, layers)
     if not shape.experts or shape.mixing or config.privacy.epsilon:
         return functools.partial(task.sums, model, **options)
     from ftjax.objectives.routed import Sums

@@ -1,5 +1,6 @@
-"""Values that a run computes once for every trained token and reads in every epoch: the states that a head alone reads
-when nothing else is trained, and the log-probabilities of a reference model or the distributions of a teacher.
+"""What a run computes beside its steps: values that every epoch reads (the states that a head alone reads when nothing
+else is trained, and the log-probabilities of a reference model or the distributions of a teacher), and the hidden
+states of a teacher for each batch.
 
 B rows, T tokens, M trained tokens a row at most, D width, N examples, S trained tokens of all examples.
 """
@@ -26,8 +27,9 @@ from ftjax.data.prepare import cache_of
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import fingerprint, peft, resolve
+from ftjax.lm import LM
 from ftjax.loading import load
-from ftjax.objectives import causal
+from ftjax.objectives import causal, hidden
 from ftjax.seals import digest
 from ftjax.training import sharding
 
@@ -107,6 +109,59 @@ def known_by(config, mesh) -> str:
     return digest(fingerprint.of_named(named), settings, devices, *code)
 
 
+def opened(path: str, dtype: str, tokenizer, causal: bool = True) -> LM:
+    """The model of task.reference.
+
+    Args:
+        path: Its name there.
+        dtype: See ftjax.load.
+        tokenizer: The tokenizer that encoded the rows.
+        causal: Whether it must continue texts; else it must be an encoder.
+
+    Raises:
+        FtjaxError: If the reference has other tokens or another task, or for several processes.
+    """
+    if jax.process_count() > 1:
+        raise FtjaxError("task.reference: is for runs of one process; leave it empty, or use one process")
+    lm = load(path, dtype=dtype)
+    if lm.kind != "causal" if causal else lm.model.config.causal:
+        raise FtjaxError(
+            f"task.reference: expected {'a model of task.kind causal' if causal else 'an encoder'}; {path} is for "
+            f"{lm.kind}"
+        )
+    own, other = tokenizer.get_vocab(), lm.tokenizer.get_vocab()
+    if differing := sorted(own.items() ^ other.items(), key=lambda item: item[1]):
+        raise FtjaxError(
+            f"task.reference: {path} has {len(other):,} tokens and the model that is trained has {len(own):,}, and "
+            f"they differ, first in {differing[0][0]!r} with the id {differing[0][1]}. Both are compared token by "
+            "token, so they need the same vocabulary"
+        )
+    return lm
+
+
+def taught(job) -> Callable[[dict], dict]:
+    """The function that adds `reference`, the hidden states of a run's teacher, to a batch on the devices. Without such
+    a teacher it returns the batch. job: the run's Job. Raises FtjaxError if the teacher cannot be used."""
+    config = job.config
+    if not config.distil.hidden:
+        return lambda batch: batch
+    lm = opened(config.task.reference, config.model.dtype, job.tokenizer, causal=False)
+    if job.longest > lm.max_tokens:
+        raise too_long(config.task.reference, lm, job.longest)
+    variables = jax.device_put(lm.variables, NamedSharding(job.mesh, PartitionSpec()))
+    layers = tuple(layer for _, layer in config.distil.layers)
+    compiled = xla.jit(functools.partial(hidden.states, lm.model, layers=layers))
+    return lambda batch: batch | {"reference": compiled(variables, batch)}
+
+
+def too_long(path: str, lm: LM, longest: int) -> FtjaxError:
+    """The error for a text of `longest` tokens, which the model of task.reference has no positions for."""
+    return FtjaxError(
+        f"task.reference: {path} has {lm.max_tokens:,} positions, and a text has {longest:,} tokens; lower "
+        "data.max_length"
+    )
+
+
 def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_size: int = 0) -> Callable[[dict], Any]:
     """The function batch -> (B, M, ...) values of a reference model, such as log-probabilities.
 
@@ -119,20 +174,9 @@ def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_si
         vocab_size: Number of logits of the model that is trained, which the reference must have too; 0: any number.
 
     Raises:
-        FtjaxError: If the reference has other tokens, another task or too few positions, or for several processes.
+        FtjaxError: See `opened`; and if the reference has logits for another number of tokens, or too few positions.
     """
-    if jax.process_count() > 1:
-        raise FtjaxError("task.reference: is for runs of one process; leave it empty, or use one process")
-    lm = load(path, dtype=dtype)
-    if lm.kind != "causal":
-        raise FtjaxError(f"task.reference: expected a model of task.kind causal; {path} is for {lm.kind}")
-    own, other = tokenizer.get_vocab(), lm.tokenizer.get_vocab()
-    if differing := sorted(own.items() ^ other.items(), key=lambda item: item[1]):
-        raise FtjaxError(
-            f"task.reference: {path} has {len(other):,} tokens and the model that is trained has {len(own):,}, and "
-            f"they differ, first in {differing[0][0]!r} with the id {differing[0][1]}. Probabilities are compared "
-            "token by token, so both models need the same vocabulary"
-        )
+    lm = opened(path, dtype, tokenizer)
     if vocab_size not in (0, found := lm.model.config.vocab_size):
         raise FtjaxError(
             f"task.reference: {path} gives logits for {found:,} tokens and the model that is trained for "
@@ -144,10 +188,7 @@ def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_si
 
     def compute(batch):
         if (longest := int(batch["positions"].max()) + 1) > lm.max_tokens:
-            raise FtjaxError(
-                f"task.reference: {path} has {lm.max_tokens:,} positions, and a text has {longest:,} tokens; lower "
-                "data.max_length"
-            )
+            raise too_long(path, lm, longest)
         return compiled(variables, batch)
 
     return compute

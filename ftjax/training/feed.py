@@ -27,7 +27,7 @@ class Feed:
 
     def __init__(
         self, job: Job, program: Program, frozen: dict, batches, after: int, progress: Progress,
-        note: Callable[[int, dict], Any],
+        note: Callable[[int, dict], Any], taught: Callable[[dict], dict] = lambda batch: batch,
     ):  # fmt: skip
         """Prepare the batches of the steps after the step `after`.
 
@@ -39,9 +39,10 @@ class Feed:
             after: Number of steps that are done.
             progress: The line on the screen, which does not count the time of `Task.collect`.
             note: note(step, values) records what `Task.collect` found.
+            taught: See features.taught.
         """
         self.job, self.program, self.frozen, self.batches = job, program, frozen, batches
-        self.progress, self.note = progress, note
+        self.progress, self.note, self.taught = progress, note, taught
         self.local = sharding.local_rows(job.mesh, job.rows)
         self.made: collections.deque = collections.deque()  # collected batches of the next steps
         self.go_on(after)
@@ -63,9 +64,9 @@ class Feed:
 
     def next(self, state) -> tuple[dict, int]:
         """The batch of the next step on the devices, and its number of tokens. state: the State before the step."""
-        found = self._collected(state) if self.job.task.collect else next(self.ahead)
-        self.step, self.last = self.step + 1, found[0]
-        return found
+        self.last, tokens = self._collected(state) if self.job.task.collect else next(self.ahead)
+        self.step += 1
+        return self.taught(self.last), tokens
 
     def get(self, step: int) -> dict:
         """The batch of a step again; of collected ones there is only the last."""

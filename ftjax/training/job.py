@@ -23,7 +23,7 @@ from ftjax.evaluation import compare, judge
 from ftjax.evaluation.metrics import METRICS, find
 from ftjax.hub import families, fingerprint, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
-from ftjax.lm import LM, compute_dtype
+from ftjax.lm import LM, compute_dtype, with_tokens
 from ftjax.progress import counted, doing
 from ftjax.training import auto_mesh, export, privacy, sharding
 from ftjax.training.program import (
@@ -33,7 +33,7 @@ from ftjax.training.program import (
     check_rows,
     fill_defaults,
     with_task,
-    with_tokens,
+    with_teacher,
 )
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
@@ -229,6 +229,7 @@ def opened(config, say) -> Base:
     method, folder = METHODS[config.tuning.method], base_folder(config)
     family, shape = families.read_config(folder)
     check_method(config, family, shape)
+    with_teacher(config, shape)
     initial_adapter = Start(config.tuning) if config.tuning.init_from else None
     own = initial_adapter.folder if initial_adapter and tokenizers.has_tokenizer(initial_adapter.folder) else None
     tokenizer, read = tokenizers.of_run(config, own or folder, folder)

@@ -329,7 +329,7 @@ class Training:
         if self.metrics:
             opened.callback(self.metrics.close)
         note = self.metrics.write if self.metrics else lambda step, values: None
-        self.feed = Feed(job, program, frozen, batches, start, self.progress, note)
+        self.feed = Feed(job, program, frozen, batches, start, self.progress, note, features.taught(job))
         opened.enter_context(hosts.together())  # left before the open files are closed, which waits for all processes
         self.take_step = Profiler(program.step, config.log.profile if first else "", run_dir, start, job.steps, say)
         opened.callback(self.take_step.close)

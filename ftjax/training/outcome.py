@@ -12,6 +12,7 @@ import jax
 
 from ftjax import tasks
 from ftjax.evaluation import compare, judge
+from ftjax.objectives import hidden
 from ftjax.progress import counted, doing
 from ftjax.training import export, hosts, selection
 from ftjax.training.job import Job
@@ -88,7 +89,8 @@ def exported(job: Job, program: Program, trained: dict, frozen: dict, say, guara
         {format: folder}.
     """
     config, files = job.config, {}
-    source = Trained(trained, frozen, job.spec, job.lm(program.model), config, job.base_record, guarantee)
+    own, _ = hidden.divided(trained)
+    source = Trained(own, frozen, job.spec, job.lm(program.model), config, job.base_record, guarantee)
     for format in dict.fromkeys(job.formats):
         out = Path(config.run_dir) / format
         with doing(f"writing {out}"):

@@ -19,12 +19,13 @@ from ftjax import config as configs
 from ftjax import tasks, xla
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families, weights
-from ftjax.hub.tokenizer import check_vocab
 from ftjax.lm import quantiser
+from ftjax.loading import shape_of
 from ftjax.models import attention_backends, remat
 from ftjax.models.config import layers_with
 from ftjax.models.quantised import is_quantised, quantised_size
-from ftjax.models.transformer import Transformer
+from ftjax.models.transformer import BEHIND, Transformer
+from ftjax.objectives import hidden
 from ftjax.training import privacy, sharding
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import State, compile_step, init_state
@@ -139,28 +140,33 @@ def check_method(config, family, shape) -> None:
         )
 
 
-def with_tokens(config, shape, tokenizer):
-    """The model's shape with a row for each token of data.add_tokens, padded as data.pad_vocabulary_to says.
-
-    Sets config.tuning.token_ids.
+def with_teacher(config, shape) -> None:
+    """Set config.distil.width and, if there are none, config.distil.layers, if the run compares hidden states.
 
     Args:
         config: The run's config.
-        shape: The ModelConfig of the model's files.
-        tokenizer: The tokenizer with the tokens.
+        shape: The ModelConfig of the student.
 
     Raises:
-        FtjaxError: If the tokenizer has other tokens beyond the rows of the files, or if the config has
-            tuning.token_ids of its own.
+        FtjaxError: If the student or its teacher is no encoder, or for layers that they do not have.
     """
-    if config.tuning.token_ids and not (config.data.add_tokens or config.data.pad_vocabulary_to):
-        raise FtjaxError("tuning.token_ids: a run fills it in; leave it out, and name the tokens in data.add_tokens")
-    rows, ids = shape.vocab_size, tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
-    check_vocab(tokenizer, rows, ids)
-    needed, multiple = max([rows - 1, *ids]) + 1, config.data.pad_vocabulary_to or 1
-    padded = -(-needed // multiple) * multiple
-    config.tuning.token_ids = tuple(sorted({*ids, *range(rows, padded)}))
-    return families.with_rows(shape, config.tuning.token_ids)
+    distil, path = config.distil, config.task.reference
+    if not distil.hidden:
+        return
+    teacher = shape_of(path)
+    for key, one in (("model.path", shape), ("task.reference", teacher)):
+        if one.causal:
+            raise FtjaxError(
+                f"distil.hidden: {key} is a decoder, and hidden states of encoders are compared. A decoder learns from "
+                "its teacher's distributions, with task.kind causal and distil.hidden=0"
+            )
+    every = ((i, round(i * teacher.layers / shape.layers)) for i in range(shape.layers + 1))
+    distil.width, distil.layers = teacher.width, distil.layers or tuple(every)
+    if wrong := [pair for pair in distil.layers if pair[0] > shape.layers or pair[1] > teacher.layers]:
+        raise FtjaxError(
+            f"distil.layers: the pair {wrong[0]} is of layers that are not there: the student has the layers 0 to "
+            f"{shape.layers}, and {path} has 0 to {teacher.layers}"
+        )
 
 
 def check_new_head(new: list[str], trained: dict, config) -> None:
@@ -241,6 +247,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
 
     def begin(key, base):
         trained, frozen = method.init(key, base, spec)
+        trained = trained | hidden.maps(key, config.distil, shape.width)
         return jax.tree.map(lambda x: x.astype(trained_dtype), trained), frozen
 
     trained, frozen = jax.eval_shape(begin, jax.random.key(0), kept)
@@ -255,6 +262,11 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
             + ", or model.quantise_tables to False"
             * config.model.quantise_tables
         )
+    if config.distil.hidden and all(path.startswith(BEHIND) for path in flatten(trained)):
+        raise FtjaxError(
+            f"distil.hidden: tuning.method {config.tuning.method} as set here trains nothing that the hidden states "
+            "depend on; take another method, or set it to 0"
+        )
     left = [path for path in families.TABLES if path in flatten(frozen) and path not in flatten(trained)]
     if config.tuning.token_ids and left:
         raise FtjaxError(
@@ -263,7 +275,10 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
         )
     trained_places = sharding.parameter_shardings(trained, shape, mesh, method.axes)
     frozen_places = sharding.parameter_shardings(frozen, shape, mesh, method.frozen_axes)
-    variables = functools.partial(method.variables, spec=spec)
+
+    def variables(trained, frozen):
+        own, maps = hidden.divided(trained)
+        return method.variables(own, frozen, spec) | maps
 
     rate = schedule(config.optim, steps, config.optim.lr)
     first, last = config.train.mixing_temperature
@@ -318,7 +333,10 @@ def arguments(program: Program, B: int, T: int, M: int, config) -> tuple:
     state = jax.eval_shape(program.init_state, program.trained)
     shape, dtype = task.target(program.model.config.head.labels)
     special = {"labels": (shape, dtype), **dict.fromkeys(("weights", *task.arrays), ((), "float32"))}
-    special["reference"] = (task.per_token(config, program.model.config.vocab_size), "float32")
+    width, distil = (T if config.distil.hidden else M), config.distil
+    known = task.per_token(config, program.model.config.vocab_size)
+    known = (len(distil.layers), distil.width) if distil.hidden else known
+    special["reference"] = (known, "float32")
 
     def array(name, width):
         more, dtype = special.get(name, ((), "int32"))
@@ -326,7 +344,7 @@ def arguments(program: Program, B: int, T: int, M: int, config) -> tuple:
         return jax.ShapeDtypeStruct((B, width, *more), jnp.dtype(dtype), sharding=places)
 
     widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
-    widths |= {"reference": M} if task.once(config) else {}
+    widths |= {"reference": width} if distil.hidden or task.once(config) else {}
     widths |= dict.fromkeys(task.arrays, M)
     batch = {name: array(name, width) for name, width in widths.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch

@@ -25,6 +25,7 @@ from ftjax.foreign import check_fields, listed, mapped, read_json, read_tensors,
 from ftjax.hub import fingerprint, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
+from ftjax.objectives import hidden
 from ftjax.training import claims, hosts, provenance
 from ftjax.training.checkpoint import FOLDER, Checkpoints, steps_in
 from ftjax.tree import flatten, map_paths
@@ -348,6 +349,16 @@ class Trained:
         return str(self.base.folder) if path.startswith(assets.PREFIX) else path
 
 
+def base_of_run(run_dir: Path, config) -> tuple[Path, Path | None]:
+    """(the directory of a run's base, that of its tokenizer if the run folder has one). config: of the run.
+
+    Raises FtjaxError if the base is not found, or has changed.
+    """
+    own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
+    kept, key = read_record(run_dir)["base"], f"config.model.path in {run_dir / RUN}"
+    return fingerprint.find(kept, run_dir, config.model.path, config.model.revision, key, own), own
+
+
 def open_run(
     run_dir: str | Path, dtype: str = "auto", checkpoint: str | int = "best", quantise: str = ""
 ) -> Trained:  # fmt: skip
@@ -366,9 +377,7 @@ def open_run(
     kept = read_record(run_dir)["base"]
     method = METHODS[config.tuning.method]
     task = (config.task.kind, config.task.labels) if tasks.find(config.task.kind).head != "causal" else None
-    own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
-    key = f"config.model.path in {run_dir / RUN}"
-    folder = fingerprint.find(kept, run_dir, config.model.path, config.model.revision, key, own)
+    folder, own = base_of_run(run_dir, config)
     if kept and not kept["revision"] and folder != Path(assets.resolve(config.model.path)).expanduser():
         config.model.path = str(folder)  # it was moved
     kept |= {"path": os.path.abspath(folder)} if kept else {}
@@ -386,11 +395,13 @@ def open_run(
     record = saved.record(step)
     check_record(config, record, run_dir, step)
     # As at the start of the run: frozen values that are not the base's come from its seed or its file.
-    shapes, frozen = method.init(jax.random.key(config.seed), lm.params, spec)
+    key = jax.random.key(config.seed)
+    shapes, frozen = method.init(key, lm.params, spec)
+    shapes |= hidden.maps(key, config.distil, spec.model.width)
     frozen = with_start(method, frozen, run_dir)
     stored = jnp.dtype("float32" if config.train.ema else config.model.trained_dtype)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes)
-    trained = saved.trained(step, abstract, ema=config.train.ema > 0)
+    trained, _ = hidden.divided(saved.trained(step, abstract, ema=config.train.ema > 0))
     saved.close()
     return Trained(trained, frozen, spec, lm, config, kept, record.get("privacy"))

@@ -17,6 +17,7 @@ from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_json
 from ftjax.hub import families, weights
 from ftjax.models.quantised import dequantised
+from ftjax.objectives import hidden
 from ftjax.progress import doing
 from ftjax.training import hosts, selection, sharding
 from ftjax.training.job import Job
@@ -46,16 +47,18 @@ def first_state(job: Job, program: Program, say) -> tuple:
             say(line)
     for line in about_experts(spec.model, program.trained):
         say(line)
-    made_elsewhere = job.initial_adapter.trained(base, spec, program.trained) if job.initial_adapter else None
+    start, (expected, _) = job.initial_adapter, hidden.divided(program.trained)
+    made_elsewhere = start.trained(base, spec, expected) if start else None
     with warnings.catch_warnings():
         # Kernels of a stack that is split in two are donated in one shape and returned in others.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         trained, frozen = program.begin(jax.random.key(config.seed), base)
     frozen = keep_start(job.method, frozen, Path(config.run_dir))
     del base  # donated: its frozen parameters are in `frozen` now, the others in `trained`
-    if job.initial_adapter:
-        made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, program.trained)
-        trained = jax.device_put(made_elsewhere, program.trained_places)
+    if start:
+        places, _ = hidden.divided(program.trained_places)
+        made_elsewhere = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), made_elsewhere, expected)
+        trained = trained | jax.device_put(made_elsewhere, places)
     rest = "lm_head" not in trained or config.tuning.token_ids  # of a head of which rows are trained, the others
     fixed = frozen if job.generates and rest else {}
     for token, alike in indistinct_ends(fixed, job.data.train.examples).items():

@@ -1,6 +1,7 @@
 """Losses of labelled rows, and their gradients, against torch's on the same model and rows."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from tiny_encoders import make
 
-from ftjax.models.transformer import Transformer
-from ftjax.objectives import classify
+from ftjax.hub.families import read_config
+from ftjax.hub.weights import read_params
+from ftjax.models.transformer import MAPS, Transformer
+from ftjax.objectives import classify, hidden
 from ftjax.tree import flatten
 
 B, T, C = 6, 10, 3
@@ -70,8 +73,6 @@ def cases():
 def test_loss_and_gradients_are_torchs(name, case, tmp_path):
     import torch
 
-    from ftjax.hub.families import tensor_names
-
     model, family, shape, params = make(name, "sequence", tmp_path)
     sums, options, targets, weights, theirs = cases()[case]
     rows = batch(targets, weights)
@@ -85,13 +86,73 @@ def test_loss_and_gradients_are_torchs(name, case, tmp_path):
 
     found, gradient = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
-    named = dict(model.named_parameters())
-    leaves = flatten(gradient)
+    same_gradients(gradient, model, family, shape, atol=2e-6)
+
+
+def same_gradients(gradient, model, family, shape, **tolerance):
+    """Ours are those that a torch model holds after `backward`."""
+    from ftjax.hub.families import tensor_names
+
+    named, leaves = dict(model.named_parameters()), flatten(gradient)
     for path, (stored, *_) in tensor_names(family, shape).items():
         for layer, tensor in enumerate(stored):
-            if tensor:
+            if tensor and named[tensor].grad is not None:
                 ours = leaves[path][layer] if path.startswith("layers/") else leaves[path]
-                np.testing.assert_allclose(ours, named[tensor].grad, atol=2e-6, err_msg=tensor)
+                np.testing.assert_allclose(ours, named[tensor].grad, err_msg=tensor, **tolerance)
+
+
+@pytest.mark.parametrize("name, wide", [("bert", True), ("distilbert", False), ("modernbert", True)])
+def test_the_distance_of_hidden_states_is_torchs(name, wide, tmp_path):
+    """Of all layers of a student and a deeper teacher, which may be wider; with its maps, and the loss of labels."""
+    import torch
+    import transformers
+    from torch.nn import functional as F
+
+    model, family, shape, params = make(name, "sequence", tmp_path / "student")
+    settings = model.config.to_dict()
+    settings |= {"layer_types": None, "num_hidden_layers": 6, "n_layers": 6} | ({"hidden_size": 32} if wide else {})
+    torch.manual_seed(1)
+    teacher = transformers.AutoModel.from_config(type(model.config)(**settings)).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    _, other = read_config(tmp_path / "teacher")
+    lm = Transformer(other), {"params": read_params(tmp_path / "teacher", _, other)}
+    rows, last = batch(np.arange(B) % C), shape.layers
+    pairs = [(i, i * 6 // last) for i in range(last + 1 - shape.final_norm)]  # transformers has the last one normed
+    rows["reference"] = jax.jit(functools.partial(hidden.states, lm[0], layers=tuple(t for _, t in pairs)))(lm[1], rows)
+    config = SimpleNamespace(hidden=0.7, layers=pairs, width=other.width)
+    maps = hidden.maps(jax.random.key(0), config, shape.width)
+    assert bool(maps) == wide
+    sums = functools.partial(classify.one_class, label_smoothing=0.1)
+    f = hidden.Sums(sums, Transformer(shape), 0.7, tuple(s for s, _ in pairs))
+
+    def loss(trained):
+        own, maps = hidden.divided(trained)
+        total, weight, figures = f({"params": own} | maps, rows)
+        return total / weight, figures["hidden"] / weight
+
+    (found, far), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params | maps)
+    how = {"attention_mask": torch.tensor(rows["segment_ids"]), "output_hidden_states": True}
+    ids, there = torch.tensor(rows["tokens"]).long(), how["attention_mask"] > 0
+    out, known = model(ids, **how), teacher(ids, **how).hidden_states
+    kernel = torch.tensor(np.asarray(maps[MAPS]["kernel"]), requires_grad=True) if wide else [None] * len(pairs)
+    each = [
+        F.mse_loss(out.hidden_states[s][there] @ W if wide else out.hidden_states[s][there], known[t][there].detach())
+        for W, (s, t) in zip(kernel, pairs)
+    ]
+    expected = F.cross_entropy(out.logits, torch.tensor(rows["labels"][:, 0]).long(), label_smoothing=0.1)
+    expected = expected + 0.7 * sum(each)
+    expected.backward()
+    np.testing.assert_allclose(far, sum(each).item(), rtol=1e-5)
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    own, found = hidden.divided(gradient)
+    same_gradients(own, model, family, shape, rtol=1e-4, atol=1e-5)
+    if wide:
+        np.testing.assert_allclose(found[MAPS]["kernel"], kernel.grad, rtol=1e-4, atol=1e-6)
+    parts = [{name: x[i::2] for name, x in rows.items()} for i in range(2)]
+    variables = {"params": params} | maps
+    whole = jax.tree.map(lambda *x: sum(x), *[f.of_whole(variables, part) for part in parts])
+    cut = [f(variables, part, whole=whole) for part in parts]
+    np.testing.assert_allclose(sum(total for total, *_ in cut) / whole["weight"], expected.item(), rtol=1e-5)
 
 
 def test_metrics_are_plain_and_count_what_is_right(tmp_path):

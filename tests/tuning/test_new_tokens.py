@@ -28,6 +28,7 @@ from ftjax.evaluation.run import evaluate
 from ftjax.hub import families, weights
 from ftjax.hub import peft as peft_files
 from ftjax.hub import tokenizer as tokenizers
+from ftjax.lm import with_tokens
 from ftjax.models.transformer import Transformer
 from ftjax.plan.run import plan
 from ftjax.training import program as programs
@@ -312,7 +313,7 @@ def test_what_makes_no_sense_is_refused(config, fields, message):
         programs.fill_defaults(new)
         family, shape = families.read_config(BASE)
         programs.check_method(new, family, shape)
-        shape = programs.with_tokens(new, shape, tokenizers.of_run(new, BASE)[0])
+        shape = with_tokens(new, shape, tokenizers.of_run(new, BASE)[0])
         spec = tiny.spec(family, shape)._replace(tuning=new.tuning)
         tasks.find(new.task.kind).check(new, METHODS[new.tuning.method], spec)
         programs.build(new, spec, programs.sharding.make_mesh(new.mesh), np.dtype("float32"), 2)
@@ -325,7 +326,7 @@ def test_whole_tables_hold_the_new_rows_too(config, method):
     new = changed(config, tuning__method=method, tuning__modules_to_save=saved)
     programs.fill_defaults(new)
     family, shape = families.read_config(BASE)
-    shape = programs.with_tokens(new, shape, tokenizers.of_run(new, BASE)[0])
+    shape = with_tokens(new, shape, tokenizers.of_run(new, BASE)[0])
     spec = tiny.spec(family, shape)._replace(tuning=new.tuning)
     program = programs.build(new, spec, programs.sharding.make_mesh(new.mesh), np.dtype("float32"), 2)
     assert program.trained["embed"]["embedding"].shape == (514, 64)
@@ -337,7 +338,7 @@ def test_a_tokenizer_with_more_tokens_than_the_table(config):
     with pytest.raises(
         FtjaxError, match="the tokenizer is larger than the embedding: token .* has id 511, the embedding"
     ):
-        programs.with_tokens(config, dataclasses.replace(shape, vocab_size=500), tokenizers.of_run(config, BASE)[0])
+        with_tokens(config, dataclasses.replace(shape, vocab_size=500), tokenizers.of_run(config, BASE)[0])
 
 
 def test_tokenizers_of_other_files(config, tmp_path):
