@@ -7,6 +7,7 @@ After each stage the held-out rows of every stage are scored, as far as its mode
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from ftjax.files import replace_json
 from ftjax.hub import fingerprint, resolve
 from ftjax.hub.derived import averaged
 from ftjax.progress import doing
-from ftjax.training import loop
+from ftjax.training import hosts, loop
 from ftjax.training.loop import Result
 from ftjax.tuning import METHODS
 
@@ -38,12 +39,13 @@ BEFORE = "before"  # the row of the base model
 DIGITS = 3  # of a score in the table
 
 
+@hosts.together()
 def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     """Train as `config` says: one run, or its stages one after another, each in a folder of its own in `run_dir`.
 
     The same call again resumes the stage that was stopped and leaves out those that are done. After each stage the
     held-out rows of all stages are scored; a score is computed again only if the model, the rows or the settings that
-    it belongs to have changed.
+    it belongs to have changed. Of several processes the first scores for all, on its own devices.
 
     Args:
         config: See ftjax.training.loop.train.
@@ -73,6 +75,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
                 f"stages: {stage.name}: {stage.config.tuning.method} makes no whole model for the next stage to start "
                 "from, or to be averaged; take another method, or make it the last stage without average"
             )
+    first = hosts.start()
+    say = say if first else (lambda line: None)
     run_dir = Path(config.run_dir)
     scores: dict[str, dict] = {BEFORE: {}}
     start = resolve.resolve_model(stages[0].config.model.path, stages[0].config.model.revision)
@@ -85,7 +89,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
             before = model
             result, model = _run(stages[: position - 1], stage, before, say)
             if stage.average != (1.0,):
-                model = _averaged(stages[:position], before, model, run_dir, kept, say)
+                made = functools.partial(_averaged, stages[:position], before, model, run_dir, kept, say)
+                model = Path(hosts.from_first(made))
         name = stage.name if stage else BEFORE
         known = {token for one in stages[:position] for token in one.config.data.add_tokens}
         scored = [
@@ -93,12 +98,13 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
             for other in stages
             if _computes(stage, other, stages[0]) and known.issuperset(other.config.data.add_tokens)
         ]
-        scores[name] = {other.name: _scored(model, other, kept) for other in scored}
+        scores[name] = hosts.from_first(functools.partial(_all_scored, model, scored, kept))
         told = seals.sealed(_told(stages, scores))
-        replace_json(run_dir / RESULTS, told)
+        if first:
+            replace_json(run_dir / RESULTS, told)
     say("\n" + _table(stages, told["scores"]) + _sentences(told))
-    picture = _picture(stages, told["scores"], run_dir / PICTURE)
-    files = result.files | {"stages": str(run_dir / RESULTS), "stages picture": str(picture)}
+    picture = hosts.from_first(lambda: str(_picture(stages, told["scores"], run_dir / PICTURE)))
+    files = result.files | {"stages": str(run_dir / RESULTS), "stages picture": picture}
     return dataclasses.replace(result, results=told, files=files)
 
 
@@ -126,7 +132,7 @@ def _run(earlier, stage, base: Path, say) -> tuple[Result, Path]:
         raise
 
 
-def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say) -> Path:
+def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say) -> str:
     """The folder of the average of a stage's model and the one before it. Of several factors it takes the one with the
     lowest mean loss on the validation rows of the stages so far."""
     stage, losses = so_far[-1], {}
@@ -142,7 +148,7 @@ def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say)
         f"average with the model before {stage.name}: factor {best:g}"
         + (f"; mean loss by factor {told}" if told else "")
     )
-    return run_dir / f"{stage.name}-average-{best:g}"
+    return str(run_dir / f"{stage.name}-average-{best:g}")
 
 
 def _mixed(earlier, stage) -> tuple[dict, ...]:
@@ -162,6 +168,10 @@ def _computes(stage, other, first) -> bool:
     """Whether the model after a stage (None: the base) can be scored on the rows of another one."""
     continues, kind = tasks.find((stage or first).config.task.kind).head == "causal", other.config.task.kind
     return (continues and (kind in tasks.ANSWERS or tasks.find(kind).measure is not None)) or stage is other
+
+
+def _all_scored(model: Path, stages, kept: dict) -> dict[str, dict]:
+    return {stage.name: _scored(model, stage, kept) for stage in stages}
 
 
 def _scored(model: Path, other, kept: dict) -> dict:

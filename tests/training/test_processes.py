@@ -124,6 +124,30 @@ def test_resume_from_two_processes_to_one_and_back(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_run_stages_as_one(run, tmp_path):
+    """With replay and an average whose factor is chosen: the same scores of all stages after each, the same model."""
+    told = {}
+    for n in (1, 2):
+        config = settings(tmp_path, tmp_path / str(n), **{"train.steps": 2, "train.eval_every": 2, "optim.lr": 1e-3})
+        rows = {f"data.{part}": config["data"][part] for part in ("train", "validation")}
+        turned = {"data.prompt": "{completion}", "data.completion": " {prompt}"}
+        average = {"replay": 0.5, "average": (0.5, 1.0)}
+        config["stages"] = [{"name": "one", **rows}, {"name": "two", **rows, **turned, **average}]
+        found = run(n, tmp_path, config)
+        told[n] = json.loads((tmp_path / str(n) / "stages.json").read_text())
+        assert [one["results"] for one in found] == [told[n]] * n
+        assert found[0]["said"] and not any(one["said"] for one in found[1:])
+    assert list(told[1]["scores"]) == ["before", "one", "two"]
+    for model, scores in told[1]["scores"].items():
+        for stage, known in scores.items():
+            assert known["loss"] == pytest.approx(told[2]["scores"][model][stage]["loss"], rel=1e-6), (model, stage)
+    for stage in ("one", "two"):
+        np.testing.assert_allclose(curve(tmp_path / "2" / stage), curve(tmp_path / "1" / stage), rtol=1e-5)
+    (file,) = (path.relative_to(tmp_path / "1") for path in (tmp_path / "1").glob("two-average-0.5/*.safetensors"))
+    same_tensors(tmp_path / "2" / file, tmp_path / "1" / file)
+
+
+@pytest.mark.slow
 def test_two_processes_leave_out_the_steps_that_one_does_and_go_back_together(run, tmp_path):
     fields = {"train.spike": 1.001, "train.save_every": 1, "export.formats": ("adapter",), "train.eval_every": 8}
     found = {}
