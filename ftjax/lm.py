@@ -289,7 +289,9 @@ def open_base(
     Args:
         folder: The model directory.
         dtype: See ftjax.load.
-        config: Config of a run, whose chat template and end token replace the directory's; None: no run.
+        config: Config of a run, whose chat template and end token replace the directory's; None: no run. With a
+            `tokenizer_folder` it is the resolved one of a run with tokens of its own; else the model gets the tokens of
+            data.add_tokens, with rows as they are before training.
         quantise: See ftjax.load; empty: as `config` says.
         task: (task.kind, names of labels), for which the model gets a head instead of its own; the head is initialised
             by the seed where the directory has none. None: the directory's own head.
@@ -300,12 +302,19 @@ def open_base(
     """
     folder = Path(folder)
     family, shape = families.read_config(folder)
-    tokenizer = tokenizers.load_tokenizer(tokenizer_folder or folder, folder)
+    grows = config is not None and (config.data.add_tokens or config.data.pad_vocabulary_to)
+    if grows and tokenizer_folder is None:
+        config = configs.copy(config)
+        tokenizer, read = tokenizers.of_run(config, folder)
+        shape = with_tokens(config, shape, tokenizer)
+        tokenizer_folder = None if read == folder else read
+    else:
+        tokenizer = tokenizers.load_tokenizer(tokenizer_folder or folder, folder)
+        shape = shape if config is None else families.with_rows(shape, config.tuning.token_ids)
     if tokenizer_folder is None:  # a tokenizer from elsewhere may belong to a larger table
         tokenizers.check_vocab(tokenizer, shape.vocab_size)
     ends: Sequence[int] = ()
     if config is not None:
-        shape = families.with_rows(shape, config.tuning.token_ids)
         ends, tokenizer = chat_templates.ends_of_run(config, tokenizer), chat_templates.installed(config, tokenizer)
     compute, settings = compute_dtype(dtype), configs.default() if config is None else config
     small = quantiser(quantise or settings.model.quantise, settings.model, compute)

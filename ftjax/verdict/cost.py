@@ -56,7 +56,7 @@ def training(config, labels: int, examples, steps: int) -> tuple[int, float]:
     """
     folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
-    shape = with_task(config, family, shape, folder, labels)
+    shape = families.with_rows(with_task(config, family, shape, folder, labels), config.tuning.token_ids)
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
     method, base = METHODS[config.tuning.method], weights.param_shapes(shape, np.float32)
     trained, frozen = jax.eval_shape(lambda key, base: method.init(key, base, spec), jax.random.key(0), base)

@@ -14,7 +14,7 @@ from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.loss import read_documents
-from ftjax.hub import families, resolve
+from ftjax.hub import families, peft, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
 from ftjax.loading import load
@@ -136,12 +136,17 @@ def open_model(source: str, config) -> LM:
     """
     if not source:
         return open_base(resolve.resolve_model(config.model.path, config.model.revision), config.model.dtype, config)[0]
-    lm = load(source, dtype=config.model.dtype)
+    run = (Path(source) / RUN).is_file()
+    whole = not run and not ((folder := resolve.resolve(source)) / peft.CONFIG).is_file()
+    if whole:  # it gets the tokens of data.add_tokens too
+        lm, _ = open_base(folder, config.model.dtype, config, quantise="none")
+    else:
+        lm = load(source, dtype=config.model.dtype)
     if lm.kind != config.task.kind:
         raise FtjaxError(
             f"{source} is a model for the task {lm.kind}, and task.kind is {config.task.kind}; expected the same task"
         )
-    if (Path(source) / RUN).is_file():
+    if run or whole:
         return lm
     tokenizer = chat_templates.installed(config, lm.tokenizer)
     ends = tokenizers.end_tokens(lm.folder, tokenizer, chat_templates.ends_of_run(config, lm.tokenizer))

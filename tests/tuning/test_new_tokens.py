@@ -319,6 +319,32 @@ def test_what_makes_no_sense_is_refused(config, fields, message):
         programs.build(new, spec, programs.sharding.make_mesh(new.mesh), np.dtype("float32"), 2)
 
 
+def test_a_comparison_gives_the_base_the_new_tokens_too(config, tmp_path):
+    """With their rows as they are before training: answers end with one, and both models are comparable."""
+    asked = [{"prompt": f"<|user|>A {w}?<|end|>", "completion": f" The {w}.<|end|>"} for w in ("dog", "cat")]
+    rows = tmp_path / "test.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "text.txt").write_text("Once upon a time there was a girl.\n")
+    new = changed(
+        config, run_dir=str(tmp_path / "run"), data__validation=str(rows), data__test=str(rows), train__steps=2,
+        evaluate__metrics=("exact_match",), evaluate__forgetting=str(tmp_path / "text.txt"), compare__seeds=1,
+        data__pad_vocabulary_to=8, generate__max_new_tokens=2, log__compilation_cache=False,
+    )  # fmt: skip
+    own = {"name": "named", "model": "builtin:stories260K"}
+    new.compare.contenders = ("zero-shot", {"name": "tuned", "tuning.method": "lora"}, own)
+    found = {entry["name"]: entry for entry in ftjax.compare(new, say=lambda line: None)["contenders"]}
+    base, tuned, named = found["zero-shot"], found["tuned"], found["named"]
+    assert named["figures"] == base["figures"] and named["forgetting"] == base["forgetting"]
+    assert len(base["forgetting"]) == len(tuned["forgetting"]) == 1 and tuned["divergence"] > 0
+    lm = ftjax.load(tmp_path / "run/tuned/seed=0")
+    assert lm.model.config.vocab_size == 520
+    shapes = flatten(run_folder.open_run(tmp_path / "run/tuned/seed=0")[0].trained)
+    assert tuned["cost"]["trained"] == sum(x.size for x in shapes.values())
+    assert base["cost"]["prompt_tokens"] == tuned["cost"]["prompt_tokens"] == np.mean(
+        [len(lm.tokenizer(row["prompt"])["input_ids"]) for row in asked]
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_whole_tables_hold_the_new_rows_too(config, method):
     """Full training, and both tables in modules_to_save: then no single rows are trained beside them."""
