@@ -970,6 +970,8 @@ def staged(config: ConfigDict) -> list[Stage]:
     for position, entry in enumerate(config.stages, 1):
         name = str(entry.get("name", f"stage-{position}"))
         said = f"stages: {name}"
+        if name in ("before", "stages.json", "stages.png"):
+            raise FtjaxError(f"{said}: is a name that a run of stages uses itself; take another one")
         if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise FtjaxError(f"{said}: expected a name that can be a folder's: letters, digits, '.', '_' and '-'")
         replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{said}: replay")

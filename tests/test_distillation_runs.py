@@ -78,10 +78,8 @@ def test_devices_accumulation_and_packing_change_nothing(setting, kind):
             np.testing.assert_allclose(figures(setting(name, **more, **cut)), known, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["causal", "gkd"])
-def test_a_resumed_run_has_the_same_bits(setting, kind):
-    whole, stopped = (setting(name, task__kind=kind, train__save_every="2") for name in ("whole", "stopped"))
-    ftjax.train(whole, **quiet)
+def stop(c) -> None:
+    """Start a run that is interrupted in its fourth step."""
     taken, take = [], loop.Profiler.__call__
 
     def once(self, *arguments):
@@ -93,7 +91,14 @@ def test_a_resumed_run_has_the_same_bits(setting, kind):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop.Profiler, "__call__", once)
         with pytest.raises(KeyboardInterrupt):
-            ftjax.train(stopped, **quiet)
+            ftjax.train(c, **quiet)
+
+
+@pytest.mark.parametrize("kind", ["causal", "gkd"])
+def test_a_resumed_run_has_the_same_bits(setting, kind):
+    whole, stopped = (setting(name, task__kind=kind, train__save_every="2") for name in ("whole", "stopped"))
+    ftjax.train(whole, **quiet)
+    stop(stopped)
     result = ftjax.train(stopped, **quiet)
     assert result.resumed_from == 2
     keys = ("loss", "divergence", "grad_norm", "val_loss")
@@ -229,23 +234,13 @@ def test_hidden_states_are_learnt_alike_on_devices_and_in_microbatches(encoders,
 def test_the_maps_of_hidden_states_are_resumed_and_not_exported(encoders, tmp_path):
     usual = {"tuning__method": "full", "train__save_every": "2", "train__ema": "0.5"}
     whole, stopped = (encoders(name, **usual) for name in ("whole", "stopped"))
-    known, taken, take = curve(whole), [], loop.Profiler.__call__
-
-    def once(self, *arguments):
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        taken.append(1)
-        return take(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop.Profiler, "__call__", once)
-        with pytest.raises(KeyboardInterrupt):
-            ftjax.train(stopped, **quiet)
+    known = curve(whole)
+    stop(stopped)
     assert curve(stopped) == known
     kept = [load_file(Path(c.run_dir) / "full/model.safetensors") for c in (whole, stopped)]
     assert kept[0].keys() == kept[1].keys() and not any("distil" in name for name in kept[0])
     assert all(np.array_equal(x, kept[1][name]) for name, x in kept[0].items())
-    opened = [run_folder.open_run(c.run_dir, checkpoint="last")[0] for c in (whole, stopped)]
+    opened = [run_folder.open_run(c.run_dir, checkpoint="last") for c in (whole, stopped)]
     assert "distil" not in opened[0].trained
     shutil.rmtree(tmp_path / "wide")  # nobody needs the teacher any more
     found = ftjax.evaluate(whole.run_dir, whole.data.test, **quiet)

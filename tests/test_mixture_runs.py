@@ -15,9 +15,14 @@ from tiny_labelled import WORDS, make, write
 import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.evaluation import run as answering
+from ftjax.lm import LM
 from ftjax.training import sharding
 from ftjax.training.job import prepared
 from ftjax.training.report import read_metrics
+from ftjax.verdict import contenders, cost, measure
+from ftjax.verdict import setting as verdict
+from ftjax.verdict.baselines import PROMPTS
 
 quiet = {"say": lambda text: None}
 FACTOR = 3.0
@@ -183,6 +188,54 @@ def test_a_source_without_metrics_is_in_no_mean_and_an_unbounded_one_makes_it_un
     assert compare.is_higher(f"{code}:wrong") is compare.is_higher(f"{code}:wrong of a: b of c") is False
 
 
+def test_a_comparison_ranks_the_labels_that_an_evaluation_does(setting, tmp_path):
+    """And the time of a request is that of ranking, although nothing is generated."""
+    c = setting()
+    _, one = c.data.mixture
+    c.data.mixture = ()
+    c.data.update({key: one[key] for key in ("train", "validation", "test", "prompt", "completion", "labels")})
+    c.evaluate.metrics = ("exact_match",)
+    found = verdict.setting(c, tmp_path)
+    few = contenders.Contender("few-shot", "prompt", PROMPTS["few-shot"], 2)
+    answers = {}
+    for contender in (contenders.Contender("zero-shot", "prompt"), few):
+        scores, answers[contender.name], spent, _ = measure.answer(contender, found, found.base, 0)
+        assert set(answers[contender.name]) <= {"dull", "fine"} and spent["request_seconds"] > 0
+        tokens = spent["prompt_tokens"] + spent["answer_tokens"]
+        assert spent["request_flops"] == pytest.approx(2 * cost.forward_flops(found.base, tokens))
+    known = ftjax.evaluate(found.base, c.data.test, c, generate=True, **quiet)
+    assert answers["zero-shot"] == [sample["prediction"] for sample in known["samples"]]
+    assert (scores["exact_match"] == [a in q.references for a, q in zip(answers["few-shot"], found.questions)]).all()
+
+
+def test_a_prompt_for_a_mixture_is_written_as_all_its_sources_have_it(setting, tmp_path):
+    c, file = setting(), write(tmp_path / "asked.jsonl", [{"src": "warm", "text": "warm"}])
+    told, other = c.data.mixture
+    (tmp_path / "run").mkdir()
+
+    def rendered(**how):
+        said = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(answering, "_config", lambda *args: c)
+            patched.setattr(
+                answering, "encode_prompts", lambda rows, *args, **how: said.extend(rows) or [np.zeros(1)] * len(rows)
+            )
+            patched.setattr(answering, "continued", lambda lm, variables, ids, **how: [""] * len(ids))
+            answering.answer(LM(None, {}, {}, SimpleNamespace(batch_decode=list), tmp_path, ()), **how)
+        return said
+
+    with pytest.raises(FtjaxError, match="several values of data.prompt .told: '{src}'; films: '{text} it was'.; name"):
+        rendered(file=file)
+    assert [row.prompt for row in rendered(prompts=["it"], file=file, template="A {text}:")] == ["it", "A warm:"]
+    c.data.mixture = told, other | {"prompt": "{src}"}
+    assert rendered(file=file)[0].prompt == "warm"
+    c.data.mixture = told | {"template": "chatml"}, other | {"template": "chatml"}
+    assert rendered(prompts=["it"])[0].messages == ({"role": "user", "content": "it"},)
+    c.data.mixture = told | {"template": "chatml"}, other | {"template": "alpaca"}
+    with pytest.raises(FtjaxError, match="several values of data.template .told: 'chatml'; films: 'alpaca'.; answer"):
+        rendered(prompts=["it"], chat=True)
+
+
 def test_what_sources_cannot_have_for_themselves_is_refused(setting, tmp_path):
     def refused(said, changed, **overrides):
         c = setting(**overrides)
@@ -198,6 +251,9 @@ def test_what_sources_cannot_have_for_themselves_is_refused(setting, tmp_path):
     refused("evaluate.rows: no such key", {"evaluate.rows": 4})
     refused("evaluate.metrics: unknown metric 'coverge'", {"evaluate.metrics": ("coverge",)})
     refused("data.labels: expected two or more names that differ", {"labels": ("dull", "dull")})
+    own = [row | {"prompt_template": "{text}: {label}, it was"} for row in tiny_labelled.rows(4, 0)]
+    shown = {"train": write(tmp_path / "shown.jsonl", own), "labels": ("bad", "good")}
+    refused("shown.jsonl row 1: prompt_template names 'label', the column of data.labels", shown)
     refused("expected data.completion, and not data.prompt, to name the column", {"completion": " {text}"})
     refused("expected data.completion, and not data.prompt, to name the column", {"prompt": "{text} {label}"})
     c = setting(train__select="val_mean_loss")

@@ -198,6 +198,7 @@ def test_replayed_rows_are_a_share_of_a_stage(folder):
     [
         ({"name": "words"}, "two of them have the name 'words'"),
         ({"name": "a/b"}, "a name that can be a folder's"),
+        ({"name": "before"}, "stages: before: is a name that a run of stages uses itself"),
         ({"replay": 1.0}, "stages: back: replay: expected a number at least 0 and below 1"),
         ({"data.trian": "x"}, "stages: back: data.trian: no such key"),
         ({"model.path": "x"}, "'model.path' follows from the order of the stages"),

@@ -38,7 +38,13 @@ def report(config, tokenizer) -> dict[str, dict]:
     known: Counter[str] = Counter()
     general = configs.default()  # its columns are not those of the domain, and no template is for them
     general.data.train = config.data.domain_report
-    for name, data, _, _, own in (*configs.sources(general), *configs.sources(config)):
+    sources = configs.sources(config)
+    if GENERAL in (source.name for source in sources):
+        raise FtjaxError(
+            f"data.domain_report: {GENERAL!r} is the name of what the sources are compared with; give the "
+            "source of data.mixture another name"
+        )
+    for name, data, _, _, own in (*configs.sources(general), *sources):
         table = read_table(data.train, "data.train" if known else "data.domain_report", None, data.columns)
         counts, figures = _counted(Texts((table, sides(data, table.columns, own.task).whole)), tokenizer)
         known = known or counts

@@ -71,6 +71,12 @@ class Recipe:
                     "from 0"
                 )
             label = self.labels[int(label)]
+        own = template.parse(row.get(template.PROMPT_COLUMN) or "", f"{place}: {template.PROMPT_COLUMN}")
+        if any(name == self.labelled for _, name in own):
+            raise FtjaxError(
+                f"{place}: {template.PROMPT_COLUMN} names {self.labelled!r}, the column of data.labels, so that the "
+                "prompt would hold the answer; remove it from the template"
+            )
         return row | {self.labelled: label}
 
     def choices(self, tokenizer, row: dict, place: str) -> list[tuple[str, Example]]:

@@ -150,9 +150,9 @@ def by_source(lm, variables, part, config) -> tuple[dict[str, float | None], lis
     return figures, samples
 
 
-def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], config) -> list[str]:
-    """The most probable of data.labels as the answer to each prompt: the label whose tokens, with the token that ends
-    the answer, have the greatest log-probability. Of equal ones it is the first.
+def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], config) -> dict[int, str]:
+    """{index of a prompt: its answer} of the prompts of rows with data.labels. The answer is the label whose tokens,
+    with the token that ends the answer, have the greatest log-probability; of equal ones the first.
 
     Args:
         lm: An LM, for its model and tokenizer.
@@ -165,10 +165,13 @@ def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], confi
     Raises:
         FtjaxError: If a prompt with an answer has more tokens than the model has positions.
     """
-    examples, texts, limit, at_once = [], [], max_tokens(lm.model.config, variables), config.generate.batch_size
-    for i, prompt in zip(rows, prompts, strict=True):
+    examples, limit, at_once = [], max_tokens(lm.model.config, variables), config.generate.batch_size
+    texts: dict[int, list[str]] = {}
+    for n, (i, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        if not getattr(part.recipe(i), "labels", ()):
+            continue
         answers = part.recipe(i).choices(lm.tokenizer, part.row(i), part.place(i))
-        texts.append([text for text, _ in answers])
+        texts[n] = [text for text, _ in answers]
         for _, (ids, trained, *_) in answers:
             whole = np.append(np.int32(prompt), ids[trained.argmax() :])
             examples.append(Example(whole, np.arange(len(whole)) >= len(prompt)))
@@ -178,16 +181,16 @@ def ranked(lm, variables, part, rows: list[int], prompts: list[list[int]], confi
                     f"model {limit:,} positions; shorten the prompt, or remove the row"
                 )
     if not examples:
-        return []
+        return {}
     longest = max(len(example.ids) for example in examples)
-    width, what = lm.model.config.width, f"ranking the labels of {len(prompts):,} prompts"
+    width, what = lm.model.config.width, f"ranking the labels of {len(texts):,} prompts"
     with doing(what), cpus.dealt(variables, at_once, width) as variables:
         found = by_example(functools.partial(_log_probs, lm.model, variables), examples, at_once, longest)
     summed = np.array([x.sum() for x in found])
     if not np.isfinite(summed).all():
         raise NotFinite(f"data.labels: the log-probability of an answer is NaN or infinite. {WEIGHTS}")
-    starts = np.cumsum([0, *map(len, texts)])
-    return [names[int(summed[a : a + len(names)].argmax())] for names, a in zip(texts, starts)]
+    starts = np.cumsum([0, *map(len, texts.values())])
+    return {n: names[int(summed[a : a + len(names)].argmax())] for (n, names), a in zip(texts.items(), starts)}
 
 
 _log_probs = xla.jit(log_probs, static_argnums=0)
@@ -219,9 +222,7 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     prompts = [list(ids) for ids in groups]
     references = [[part.reference(i, lm.tokenizer) for i in rows] for rows in groups.values()]
     first = [rows[0] for rows in groups.values()]
-    choose = [n for n, i in enumerate(first) if getattr(part.recipe(i), "labels", ())]
-    found = ranked(lm, variables, part, [first[n] for n in choose], [prompts[n] for n in choose], config)
-    asked, said = [part.row(i) for i in first], dict(zip(choose, found, strict=True))
+    asked, said = [part.row(i) for i in first], ranked(lm, variables, part, first, prompts, config)
     return answered(lm, variables, prompts, references, asked, config, said=said)
 
 

@@ -173,7 +173,7 @@ def _check_others(model, config) -> None:
     """Raise FtjaxError if a reference or reward model that an evaluation of a run reads has changed since its
     training."""
     task, record = tasks.find(config.task.kind), read_record(model)
-    kept = record["base"].get("others") if record and (task.measure or task.texts == 2) else None
+    kept = record["base"].get("others") if record and (task.measure or task.texts == 2 and task.once(config)) else None
     if not kept:
         return
     used = named_files(config).values()
@@ -184,6 +184,19 @@ def _check_others(model, config) -> None:
             f"{model}: {'; '.join(told)}, so that figures would not be those of the training. Put back the files "
             "of the training, or name others by an override"
         )
+
+
+def _shared(config) -> tuple[ConfigDict, dict[str, dict[str, str]]]:
+    """The `data` group of a config, with what all its sources have in common where a source may have its own prompt,
+    template, system message or end; and {field: {source: value}} of those fields in which they differ, which are empty
+    in the group."""
+    data, differing, sources = configs.copy(config).data, {}, configs.sources(config)
+    for field in ("prompt", "template", "system", "end"):
+        values = {source.name: source.data[field] for source in sources}
+        same = len(set(values.values())) == 1
+        differing |= {} if same else {field: values}
+        data[field] = next(iter(values.values())) if same else ""
+    return data, differing
 
 
 def answer(
@@ -216,10 +229,20 @@ def answer(
     """
     config = _config(model, None, ())
     lm = model if isinstance(model, LM) else load(model)
-    data = config.data
+    data, differing = _shared(config)
+
+    def same(*fields: str) -> None:
+        for name in fields:
+            if name in differing:
+                told = "; ".join(f"{source}: {value!r}" for source, value in differing[name].items())
+                advice = "; name one by --template" if name == "prompt" else "; answer with LM.generate in Python"
+                raise FtjaxError(
+                    f"generate: the sources of this run have several values of data.{name} ({told}){advice}"
+                )
 
     def prompt(text: str, place: str = "--prompt") -> Rendered:
         if chat or data.template:
+            same("template", "system")
             return asked({"prompt": text}, place, data.template, data.system)
         return Rendered(prompt=text)
 
@@ -229,8 +252,10 @@ def answer(
         places = [f"{file} row {i}" for i in range(1, len(rows) + 1)]
         before = template or data.prompt
         if not before and {"messages", "conversations"} & set(rows.column_names):
+            same("template", "system")
             rendered += [asked(row, place, data.template, data.system) for row, place in zip(rows, places)]
         else:
+            same(*["prompt"] * (not template))
             only = rows.column_names == ["text"]
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
             rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]

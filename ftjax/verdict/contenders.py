@@ -11,6 +11,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.verdict.baselines import PROMPTS, Prompting
 
 MAJORITY = "majority"
+WRITTEN = ("rows", "verdict.html", "verdict.md", "verdict.json", "answers.jsonl", "ballots.csv", "ballots_key.jsonl")
 ANSWERING = "generate."  # keys of settings that no training needs
 
 
@@ -85,6 +86,8 @@ def parse(config) -> list[Contender]:
     twice = next((c.name for c in found if folders.count(c.folder) > 1), None)
     if twice:
         raise FtjaxError(f'compare.contenders: two contenders have the name {twice!r}; give each a "name" of its own')
+    if taken := next((c.name for c in found if c.folder in WRITTEN), None):
+        raise FtjaxError(f"compare.contenders: a comparison writes {taken!r} itself; give the contender another name")
     if len(found) < 2:
         raise FtjaxError(f"compare.contenders: expected two or more contenders; found {len(found)}")
     return found

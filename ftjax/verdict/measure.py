@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,10 +205,19 @@ def _answered(contender: Contender, setting: Setting, lm: LM, seed: int):
     )  # fmt: skip
     until = comp.between if contender.how.shots and rows[0].messages is None else ""
     references, asked_of = [q.references for q in setting.questions], [q.row for q in setting.questions]
-    _, samples = compare.answered(lm, lm.variables, prompts.ids, references, asked_of, config, until)
+    part, at = getattr(setting.data, config.evaluate.compare_on), [q.at for q in setting.questions]
+
+    def chosen(few: Sequence[int]) -> dict[int, str]:
+        """The answers to some prompts that are chosen among labels, by their place in `few`."""
+        ids = [prompts.ids[n] for n in few]
+        return compare.ranked(lm, lm.variables, part, [at[n] for n in few], ids, config)
+
+    known = chosen(range(len(at)))
+    _, samples = compare.answered(lm, lm.variables, prompts.ids, references, asked_of, config, until, known)
     scores = {n: _counted(n, [s["scores"][n] for s in samples]) for n in config.evaluate.metrics}
     texts = [s["prediction"] for s in samples]
-    return scores, texts, cost.request(lm, prompts.ids, texts, config), prompts.shortened
+    tried = float(np.mean([len(part.recipe(i).labels) or 1 for i in at]))
+    return scores, texts, cost.request(lm, prompts.ids, texts, config, chosen, tried), prompts.shortened
 
 
 def _counted(name: str, scores: list[float | None]) -> np.ndarray:

@@ -125,9 +125,8 @@ def learning(data: dict) -> Table:
     """The table of means over runs and their standard deviations, with one row per amount of rows."""
     by = {c["name"]: {point["amount"]: point["values"] for point in c["points"]} for c in data["curves"]}
     every = sorted({n for points in by.values() for n in points})
-    return _table([
-        {"rows": f"{n:,}"} | {name: mean_text(points.get(n, []), 3) for name, points in by.items()} for n in every
-    ])  # fmt: skip
+    lines = [[f"{n:,}", *(mean_text(points.get(n, []), 3) for points in by.values())] for n in every]
+    return ["rows", *by], lines
 
 
 def mean_text(values: list[float], digits: int) -> str:

@@ -24,11 +24,12 @@ from ftjax.verdict.baselines import Library
 
 
 class Question(NamedTuple):
-    """A question, and the answers of all rows that ask it."""
+    """A question, and the answers of all rows that ask it; `row` is the first of them, at index `at` of the part."""
 
     rendered: Rendered
     references: list[str]
     row: dict
+    at: int
 
 
 def questions(part, tokenizer, end: str = "", most: int = 0) -> list[Question]:
@@ -43,11 +44,11 @@ def questions(part, tokenizer, end: str = "", most: int = 0) -> list[Question]:
         FtjaxError: If a row of plain text has no prompt.
     """
     found: dict[str, Question] = {}
-    for rendered, row in part.each():
+    for at, (rendered, row) in enumerate(part.each()):
         key = json.dumps([rendered.prompt, _before_answer(rendered), rendered.tools, rendered.template])
         if rendered.messages is None and not rendered.prompt:
             raise FtjaxError("compare: rows of plain text have no question; set data.prompt and data.completion")
-        question = found.setdefault(key, Question(rendered, [], row))
+        question = found.setdefault(key, Question(rendered, [], row, at))
         question.references.append(reference(rendered, tokenizer, end=end))
     return list(found.values())[: most or None]
 

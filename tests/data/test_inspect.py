@@ -566,6 +566,10 @@ def test_a_domain_is_compared_with_general_text(tmp_path, capsys):
     assert found["words_of_one_token"] == 1 / 5  # "the"; the others are pieces
     texts = "the cell\nran", "cell,\nmitochondria"
     assert found["tokens_per_word"] == sum(len(pieces.tokenize(text)) for text in texts) / 5
+    clash = configs.copy(config)
+    clash.data.mixture = ({"name": "general text", "train": config.data.train},)
+    with pytest.raises(FtjaxError, match="'general text' is the name of what the sources are compared with"):
+        domain.report(clash, pieces)
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     config.data.domain_report = str(tmp_path / "empty.jsonl")
     with pytest.raises(FtjaxError, match="data.domain_report: .*empty.jsonl holds no word"):

@@ -133,7 +133,7 @@ def test_two_processes_run_stages_as_one(run, tmp_path):
         turned = {"data.prompt": "{completion}", "data.completion": " {prompt}"}
         average = {"replay": 0.5, "average": (0.5, 1.0)}
         config["stages"] = [{"name": "one", **rows}, {"name": "two", **rows, **turned, **average}]
-        found = run(n, tmp_path, config)
+        found = run(n, config)
         told[n] = json.loads((tmp_path / str(n) / "stages.json").read_text())
         assert [one["results"] for one in found] == [told[n]] * n
         assert found[0]["said"] and not any(one["said"] for one in found[1:])

@@ -32,6 +32,7 @@ from ftjax.lm import with_tokens
 from ftjax.models.transformer import Transformer
 from ftjax.plan.run import plan
 from ftjax.training import program as programs
+from ftjax.training import run_folder
 from ftjax.training.job import prepared
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS, adapters
@@ -338,7 +339,7 @@ def test_a_comparison_gives_the_base_the_new_tokens_too(config, tmp_path):
     assert len(base["forgetting"]) == len(tuned["forgetting"]) == 1 and tuned["divergence"] > 0
     lm = ftjax.load(tmp_path / "run/tuned/seed=0")
     assert lm.model.config.vocab_size == 520
-    shapes = flatten(run_folder.open_run(tmp_path / "run/tuned/seed=0")[0].trained)
+    shapes = flatten(run_folder.open_run(tmp_path / "run/tuned/seed=0").trained)
     assert tuned["cost"]["trained"] == sum(x.size for x in shapes.values())
     assert base["cost"]["prompt_tokens"] == tuned["cost"]["prompt_tokens"] == np.mean(
         [len(lm.tokenizer(row["prompt"])["input_ids"]) for row in asked]

@@ -188,6 +188,7 @@ def test_runs_are_not_run_again_and_a_template_that_differs_is_named(verdict, fo
             "is not trained, so it cannot set tuning.rank",
         ),
         (("zero-shot", "majority"), "majority needs a task with labels"),
+        (("zero-shot", {"name": "rows", "tuning.rank": 3}), "a comparison writes 'rows' itself"),
     ],
 )
 def test_contenders_that_cannot_be_are_named_before_anything_runs(folder, entries, told):
@@ -196,6 +197,11 @@ def test_contenders_that_cannot_be_are_named_before_anything_runs(folder, entrie
     with pytest.raises(FtjaxError) as error:
         contenders.parse(c)
     assert told in str(error.value) and "compare.contenders" in str(error.value)
+
+
+def test_a_contender_has_a_column_of_its_own_in_the_table_of_amounts():
+    curve = {"name": "rows", "points": [{"amount": 500, "values": [0.25]}]}
+    assert report.learning({"curves": [curve]}) == (["rows", "rows"], [["500", "0.25"]])
 
 
 def test_a_metric_without_a_better_end_is_refused(folder):
