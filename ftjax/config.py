@@ -139,8 +139,8 @@ WORD = text(empty=False)
 NAME = Field("", str, "a text")  # of a column or label of the rows, which may be anything
 COUNT = whole(1, 1)
 REMAT = ("auto", "none", "products", "attention", "offload_products", "full", "offload")
-FORMS = ("auto", "text", "prompt", "question", "instruction", "messages", "sharegpt", "preference", "ranked", "ballot")
-FORMS += ("template",)
+FORMS: tuple[str, ...] = ("auto", "text", "prompt", "question", "instruction", "messages", "sharegpt", "preference")
+FORMS += ("ranked", "ballot", "template")
 
 # In a comment, `None` means: derived later, and the derived value is written to the run folder.
 FIELDS: dict[str, Field] = {

@@ -142,8 +142,8 @@ def _in_full(key: str, text: str) -> str:
     if field.also:
         parts.append(f"In other projects: {', '.join(field.also.split())}.")
     first = textwrap.fill(f"{key} = {field.default!r}", _width(), subsequent_indent=INDENT)
-    how = {"initial_indent": INDENT, "subsequent_indent": INDENT, "break_on_hyphens": False}
-    return "\n".join([first, *(textwrap.fill(part, _width(), **how) for part in parts)])
+    below = textwrap.TextWrapper(_width(), initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False)
+    return "\n".join([first, *map(below.fill, parts)])
 
 
 def _searched(key: str, text: str) -> str:

@@ -119,20 +119,26 @@ def check_method(config, family, shape) -> None:
         raise FtjaxError(
             f"tuning.modules_to_save: {name} cannot train modules beside what it trains itself; lora, dora and ia3 can"
         )
-    new = next((key for key in ("add_tokens", "pad_vocabulary_to") if config.data[key]), None)
-    for wrong, why in (
-        (not METHODS[name].of_parameters and METHODS[name].peft_type != "LORA",
-         f"PEFT has no form for rows of new tokens beside {name}; set tuning.method to lora, dora or full"),
-        (tasks.find(config.task.kind).head == "masked",
-         "a head for task.kind masked has a bias for each token, for which PEFT has no form; leave it out"),
-        (config.tuning.init_from,
-         "a run that starts from an adapter (tuning.init_from) cannot add rows to its base; leave it out, or merge the "
-         "adapter into its base and start from that model"),
-        (config.model.quantise != "none" and config.model.quantise_tables,
-         "rows of a quantised table cannot be trained; set model.quantise_tables to False"),
-    ):  # fmt: skip
-        if new and wrong:
-            raise FtjaxError(f"data.{new}: {why}")
+    if new := [key for key in ("add_tokens", "pad_vocabulary_to") if config.data[key]]:
+        if not METHODS[name].of_parameters and METHODS[name].peft_type != "LORA":
+            raise FtjaxError(
+                f"data.{new[0]}: PEFT has no form for rows of new tokens beside {name}; set tuning.method to lora, "
+                "dora or full"
+            )
+        if tasks.find(config.task.kind).head == "masked":
+            raise FtjaxError(
+                f"data.{new[0]}: a head for task.kind masked has a bias for each token, for which PEFT has no form; "
+                "leave it out"
+            )
+        if config.tuning.init_from:
+            raise FtjaxError(
+                f"data.{new[0]}: a run that starts from an adapter (tuning.init_from) cannot add rows to its base; "
+                "leave it out, or merge the adapter into its base and start from that model"
+            )
+        if config.model.quantise != "none" and config.model.quantise_tables:
+            raise FtjaxError(
+                f"data.{new[0]}: rows of a quantised table cannot be trained; set model.quantise_tables to False"
+            )
     if METHODS[name].causal_only and not shape.causal:
         raise FtjaxError(
             f"tuning.method: {name} puts virtual tokens before a row, which needs a causal model; in a "

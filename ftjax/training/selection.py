@@ -97,12 +97,11 @@ def check_same(config, before: dict, said: str) -> None:
     Raises:
         FtjaxError: If a field that the score depends on has changed.
     """
-    name, task = config.train.select, tasks.find(config.task.kind)
-    of_loss = name in (LOSS, *OF_SOURCES) or not task.judged and name in OF_TOKENS
-    keys = ("evaluate.rows",)
-    if task.measure or not (of_loss or task.judged):  # answers are generated
+    name, task, keys = config.train.select, tasks.find(config.task.kind), ("evaluate.rows",)
+    with_loss = comes_with_loss(name, task)
+    if task.measure or not (with_loss or task.judged):  # answers are generated
         keys += ("evaluate.words", "evaluate.passage", *(f"generate.{key}" for key in config.generate if key != SPEED))
-    if task.judged and not of_loss:
+    if task.judged and not with_loss:
         keys += ("task.threshold", "task.max_answer")
     now = configs.flat(config)
     if changed := [f"{key} was {before[key]!r}, is {now[key]!r}" for key in keys if now[key] != before[key]]:
@@ -110,6 +109,11 @@ def check_same(config, before: dict, said: str) -> None:
             f"{said}: {'; '.join(changed)}, so that {name} (train.select) of later steps could not be compared with "
             "that of earlier ones. Put the value back until the run has ended"
         )
+
+
+def comes_with_loss(name: str, task: tasks.Task) -> bool:
+    """Whether a score is among the figures of a validation's loss, so that nothing else has to be measured for it."""
+    return name in (LOSS, *OF_SOURCES) or not task.judged and name in OF_TOKENS
 
 
 def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, float]) -> float | None:
@@ -123,14 +127,13 @@ def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, fl
         losses: The figures of the same validation, see start.validate.
     """
     config = job.config
-    if chosen.name in (LOSS, *OF_SOURCES) or not tasks.find(config.task.kind).judged and chosen.name in OF_TOKENS:
+    if comes_with_loss(chosen.name, job.task):
         return losses[chosen.name]
     if job.generates:
         alone = configs.copy(config)
         alone.evaluate.update(metrics=(chosen.name,), compare_rows=0)
         return compare.answers(job.lm(model), variables, chosen.part, alone)[0][chosen.name]
     asked = Asked(model, variables, job.tokenizer, job.data, chosen.part, config)
-    this = tasks.find(config.task.kind).judge
-    said = this.say(asked)
+    said = job.task.judge.say(asked)
     cut = judge.thresholds_of(config, chosen.part, said) if config.task.threshold else None
-    return this.report(asked, said, cut, draws=0)["metrics"][chosen.name]["value"]
+    return job.task.judge.report(asked, said, cut, draws=0)["metrics"][chosen.name]["value"]
