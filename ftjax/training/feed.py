@@ -45,6 +45,7 @@ class Feed:
         self.progress, self.note, self.taught = progress, note, taught
         self.local = sharding.local_rows(job.mesh, job.rows)
         self.made: collections.deque = collections.deque()  # collected batches of the next steps
+        self.last: dict = {}  # the batch of the last step
         self.go_on(after)
 
     def go_on(self, after: int) -> None:
