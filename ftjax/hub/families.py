@@ -1,7 +1,4 @@
-"""config.json and names of tensors <-> ModelConfig and paths of parameters, by the table of families.
-
-D width, H heads, K KV heads, d head size, F hidden, V vocabulary, P positions, L layers.
-"""
+"""config.json and names of tensors <-> ModelConfig and paths of parameters, by the table of families."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, mayb
 from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
 from ftjax.models.config import Head, ModelConfig, RopeScaling, layers_with
+from ftjax.models.transformer import shapes
 
 # leaf of a module -> the end of its tensor's name, for modules and for Module.bare
 LEAVES = dict.fromkeys(("kernel", "scale", "embedding", "router", "experts"), (".weight", ""))
 LEAVES |= {"bias": (".bias", "_bias"), "biases": ("", "_bias"), "sinks": (".sinks", "")}
 LEAVES |= {"conv": (".conv1d.weight", ""), "A_log": (".A_log", ""), "dt_bias": (".dt_bias", "")}
 
-TABLES = ("embed/embedding", "lm_head/kernel")  # parameters with a row for each token; a tied model has the first alone
 EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
 DENSE = ("layers/mlp/shared/", "layers/dense/")  # of dense feed-forward parts in mixtures of experts
 
@@ -627,103 +624,6 @@ def tensor_names(family: Family, config: ModelConfig, files: bool = False) -> di
                 transposed = module.transposed and leaf in ("kernel", "experts")
                 names[path] = Tensors(stored, transposed, ("{l}" in name) + ("{e}" in name))
     return names
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of every parameter. Those of the blocks are stacked along a leading axis of the layers that have
-    them."""
-    c = config
-    D, F, q, kv = c.width, c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    linear = {"attn/o_proj": (D, q, c.out_bias), "mlp/up_proj": (F, D, c.mlp_bias), "mlp/down_proj": (D, F, c.mlp_bias)}
-    if c.fused_qkv:
-        linear["attn/c_attn"] = (q + 2 * kv, D, c.qkv_bias)
-    else:
-        sizes = {"q": q * (1 + c.attn_gate), "k": kv, "v": kv}
-        linear |= {f"attn/{n}_proj": (size, D, c.qkv_bias) for n, size in sizes.items()}
-    if c.experts:
-        del linear["mlp/up_proj"], linear["mlp/down_proj"]
-        if S := c.shared_hidden:
-            sizes = {"gate_proj": (S, D), "up_proj": (S, D), "down_proj": (D, S)}
-            linear |= {f"mlp/shared/{name}": (*size, False) for name, size in sizes.items()}
-            linear["mlp/shared_gate"] = (1, D, False)
-        if any("dense" in parts for parts in c.parts):
-            S = c.dense_hidden
-            linear |= {
-                "dense/gate_proj": (S, D, False),
-                "dense/up_proj": (S, D, False),
-                "dense/down_proj": (D, S, False),
-            }
-    elif c.fused_gate:
-        del linear["mlp/up_proj"]
-        linear["mlp/gate_up_proj"] = (2 * F, D, c.mlp_bias)
-    elif c.gated:
-        linear["mlp/gate_proj"] = (F, D, c.mlp_bias)
-    sublayers = ("attn",) if c.one_norm else ("attn", "mlp")
-    norms = {f"{name}_norm": D for name in sublayers if c.norms != "output"}
-    norms |= {f"{name}_out_norm": D for name in sublayers if c.norms in ("output", "both")}
-    if c.qk_norm:
-        sizes = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (q, kv)
-        norms |= dict(zip(("attn/q_norm", "attn/k_norm"), sizes))
-
-    out = {"embed/embedding": (c.vocab_size, D)}
-    if c.positions == "learned":
-        out["pos_embed/embedding"] = (c.position_offset + c.max_positions, D)
-    if c.types:
-        out["type_embed/embedding"] = (c.types, D)
-    single = [name for name, there in (("embed_norm", c.embed_norm), ("final_norm", c.final_norm)) if there]
-    if c.head.norm:
-        single.append("head/norm")
-    for name in single:
-        out[f"{name}/scale"] = (D,)
-        if c.norm == "layer" and c.norm_bias:
-            out[f"{name}/bias"] = (D,)
-    if c.head.task in ("causal", "masked") and not c.tied:
-        out["lm_head/kernel"] = (c.vocab_size, D)
-    out |= _head_shapes(c)
-    block = {}
-    if H := c.delta_value_heads:
-        values, channels = H * c.delta_value_dim, H * c.delta_value_dim + 2 * c.delta_key_heads * c.delta_key_dim
-        sizes = {"in_proj_qkv": channels, "in_proj_z": values, "in_proj_b": H, "in_proj_a": H}
-        linear |= {f"delta/{name}": (size, D, False) for name, size in sizes.items()}
-        linear["delta/out_proj"] = (D, values, False)
-        block["layers/delta/norm/scale"] = (c.delta_value_dim,)
-        block |= {"layers/delta/conv": (channels, 1, c.delta_width), "layers/delta/A_log": (H,)}
-        block["layers/delta/dt_bias"] = (H,)
-    for name, size in norms.items():
-        block[f"layers/{name}/scale"] = (size,)
-        if c.norm == "layer" and c.norm_bias:
-            block[f"layers/{name}/bias"] = (size,)
-    for name, (rows, columns, bias) in linear.items():
-        block[f"layers/{name}/kernel"] = (rows, columns)
-        if bias:
-            block[f"layers/{name}/bias"] = (rows,)
-    if c.sinks:
-        block["layers/attn/sinks"] = (c.heads,)
-    if c.experts:
-        block["layers/mlp/gate/router"] = (c.experts, D)
-        each = {"gate_up_proj": (2 * F, D)} if c.fused_gate else {"gate_proj": (F, D), "up_proj": (F, D)}
-        for name, shape in (each | {"down_proj": (D, F)}).items():
-            block[f"layers/mlp/{name}/experts"] = (c.experts, *shape)
-            if c.mlp_bias:
-                block[f"layers/mlp/{name}/biases"] = (c.experts, shape[0])
-        if c.mlp_bias:
-            block["layers/mlp/gate/bias"] = (c.experts,)
-    return out | {path: (L, *shape) for path, shape in block.items() if (L := len(layers_with(c, path)))}
-
-
-def _head_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    head, D, out = c.head, c.width, {}
-    if head.activation:
-        out["head/dense/kernel"] = (D, D)
-        if head.dense_bias:
-            out["head/dense/bias"] = (D,)
-    if head.labels:
-        out["head/out/kernel"] = (head.labels, D)
-        if head.bias:
-            out["head/out/bias"] = (head.labels,)
-    elif head.task == "masked" and head.bias:
-        out["head/bias"] = (c.vocab_size,)
-    return out
 
 
 def is_buffer(name: str, family: Family) -> bool:

@@ -164,12 +164,12 @@ def decoder_modules(layer: dict[str, str] = LLAMA_LAYER, moe: str = "mlp") -> tu
     )
 
 
-LLAMA_KEYS = {
+COMMON_KEYS = {
     "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden": "intermediate_size",
-    "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps", "activation": "hidden_act",
-    "tied": "tie_word_embeddings", "initializer_range": "initializer_range",
+    "hidden": "intermediate_size", "max_positions": "max_position_embeddings", "norm_eps": "layer_norm_eps",
+    "activation": "hidden_act", "tied": "tie_word_embeddings", "initializer_range": "initializer_range",
 }  # fmt: skip
+LLAMA_KEYS = COMMON_KEYS | {"kv_heads": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps"}
 LLAMA_DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": None, "head_dim": None, "intermediate_size": 11008, "max_position_embeddings": 2048,
@@ -183,6 +183,10 @@ LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
 LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
 EVERY_LAYER = {"layer_types": (None,)}  # a window, where there is one, is that of all layers
 BALANCE = {"balance": "router_aux_loss_coef", "balanced": "output_router_logits"}
+ROUTED = BALANCE | {
+    "experts": "num_experts", "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob",
+}  # fmt: skip
+SPARSE = ROUTED | {"hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size"}
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 
 
@@ -375,12 +379,7 @@ DECODERS = (
         "qwen3_moe",
         decoder_forms("Qwen3Moe"),
         decoder_modules(MOE_LAYER | DENSE),
-        keys=ATTENTION_BIAS
-        | BALANCE
-        | {
-            "hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size", "experts": "num_experts",
-            "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob",
-        },
+        keys=ATTENTION_BIAS | SPARSE,
         defaults={
             "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4,
             "moe_intermediate_size": 768, "intermediate_size": 6144, "mlp_only_layers": None, "decoder_sparse_step": 1,
@@ -396,12 +395,7 @@ DECODERS = (
         "qwen2_moe",
         decoder_forms("Qwen2Moe"),
         decoder_modules(SHARED_LAYER),
-        keys=BALANCE
-        | {
-            "hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size", "experts": "num_experts",
-            "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob",
-            "shared_hidden": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias",
-        },
+        keys=SPARSE | {"shared_hidden": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias"},
         defaults={
             "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
             "num_key_value_heads": 16, "moe_intermediate_size": 1408, "intermediate_size": 5632,
@@ -416,12 +410,7 @@ DECODERS = (
         "olmoe",
         decoder_forms("Olmoe", tasks=("causal",)),
         decoder_modules(MOE_LAYER),
-        keys=ATTENTION_BIAS
-        | BALANCE
-        | {
-            "qkv_clip": "clip_qkv", "experts": "num_experts", "experts_used": "num_experts_per_tok",
-            "experts_normed": "norm_topk_prob",
-        },
+        keys=ATTENTION_BIAS | ROUTED | {"qkv_clip": "clip_qkv"},
         defaults={
             "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
             "intermediate_size": 2048, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": False,
@@ -626,8 +615,7 @@ DECODERS = (
         ),
         prefix="gpt_neox.",
         keys={
-            **{field: key for field, key in LLAMA_KEYS.items() if field not in ("kv_heads", "head_dim")},
-            **ATTENTION_BIAS, "norm_eps": "layer_norm_eps", "parallel": "use_parallel_residual",
+            **COMMON_KEYS, **ATTENTION_BIAS, "parallel": "use_parallel_residual",
         },
         defaults={
             "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
@@ -649,12 +637,7 @@ BERT_DEFAULTS = {
     "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
     "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "initializer_range": 0.02,
 }  # fmt: skip
-BERT_KEYS = {
-    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "hidden": "intermediate_size", "max_positions": "max_position_embeddings", "types": "type_vocab_size",
-    "norm_eps": "layer_norm_eps", "activation": "hidden_act", "tied": "tie_word_embeddings",
-    "initializer_range": "initializer_range",
-}  # fmt: skip
+BERT_KEYS = COMMON_KEYS | {"types": "type_vocab_size"}
 BERT_CONSTANTS = {
     "norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "causal": False,
     "norms": "sum", "final_norm": False, "embed_norm": True, "positions": "learned",
@@ -681,31 +664,45 @@ def bert_modules(base: str) -> tuple[Module, ...]:
     )
 
 
-def encoder_forms(name: str, activation: str = "", **tasks: tuple[Head, tuple[Module, ...]]) -> dict[str, Form]:
+MEAN_HEAD = (Module("head/dense", "2_Dense.linear"), Module("head/out", "3_Dense.linear"))
+CLASSIFIER, ANSWERS = (Module("head/out", "classifier"),), (Module("head/out", "qa_outputs"),)
+
+
+def encoder_forms(
+    name: str, masked: tuple[str, str, str], pooler: tuple[str, str, str], activation: str = ""
+) -> dict[str, Form]:
     """The forms of an encoder: the bare encoder, and one with each of its heads.
 
     Args:
         name: Prefix of the names of its classes.
+        masked: Names of the masked head's dense layer, of its norm, and of the module with its bias.
+        pooler: Activation of the dense layer of the head over labels, the layer's name, and the name of the last map.
         activation: Key of config.json for the activation of the masked head; empty: there is none.
-        tasks: {task: (head, modules of the head)}.
     """
-    names = {
-        "masked": "ForMaskedLM",
-        "sequence": "ForSequenceClassification",
-        "token": "ForTokenClassification",
-        "span": "ForQuestionAnswering",
-    }
-    keys = {"masked": {"activation": activation}} if activation else {}
-    forms = {t: Form(f"{name}{names[t]}", head, mods, keys=keys.get(t, {})) for t, (head, mods) in tasks.items()}
+    dense, norm, bias = masked
+    over_words = Module("head/dense", dense), Module("head/norm", norm), Module("head", bias)
+    nonlinear, pooled, out = pooler
+    over_labels = Module("head/dense", pooled), Module("head/out", out)
     bare = Form(f"{name}Model", Head("none"), prefix="", kept=("pooler.dense",))
-    of_means = dataclasses.replace(
-        bare, head=Head("sequence", pool="mean", activation="tanh"), modules=MEAN_HEAD, beside=True
-    )
-    return {"none": bare} | forms | {"sequence/mean": of_means}
+    return {
+        "none": bare,
+        "masked": Form(
+            f"{name}ForMaskedLM",
+            Head("masked", activation="gelu", norm=True),
+            over_words,
+            keys={"activation": activation} if activation else {},
+        ),
+        "sequence": Form(
+            f"{name}ForSequenceClassification", Head("sequence", pool="first", activation=nonlinear), over_labels
+        ),
+        "token": Form(f"{name}ForTokenClassification", Head("token"), CLASSIFIER),
+        "span": Form(f"{name}ForQuestionAnswering", Head("span"), ANSWERS),
+        "sequence/mean": dataclasses.replace(
+            bare, head=Head("sequence", pool="mean", activation="tanh"), modules=MEAN_HEAD, beside=True
+        ),
+    }
 
 
-MEAN_HEAD = (Module("head/dense", "2_Dense.linear"), Module("head/out", "3_Dense.linear"))
-CLASSIFIER, ANSWERS = (Module("head/out", "classifier"),), (Module("head/out", "qa_outputs"),)
 MODERNBERT_HEAD = (Module("head/dense", "head.dense"), Module("head/norm", "head.norm"))
 MODERNBERT_HEAD_KEYS = {"activation": "classifier_activation", "dense_bias": "classifier_bias"}
 
@@ -732,21 +729,9 @@ ENCODERS = (
         model_type="bert",
         forms=encoder_forms(
             "Bert",
+            ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+            ("tanh", "bert.pooler.dense", "classifier"),
             "hidden_act",
-            masked=(
-                Head("masked", activation="gelu", norm=True),
-                (
-                    Module("head/dense", "cls.predictions.transform.dense"),
-                    Module("head/norm", "cls.predictions.transform.LayerNorm"),
-                    Module("head", "cls.predictions"),
-                ),
-            ),
-            sequence=(
-                Head("sequence", pool="first", activation="tanh"),
-                (Module("head/dense", "bert.pooler.dense"), *CLASSIFIER),
-            ),
-            token=(Head("token"), CLASSIFIER),
-            span=(Head("span"), ANSWERS),
         ),
         modules=bert_modules("bert"),
         prefix="bert.",
@@ -760,20 +745,8 @@ ENCODERS = (
         model_type="roberta",
         forms=encoder_forms(
             "Roberta",
-            masked=(
-                Head("masked", activation="gelu", norm=True),
-                (
-                    Module("head/dense", "lm_head.dense"),
-                    Module("head/norm", "lm_head.layer_norm"),
-                    Module("head", "lm_head"),
-                ),
-            ),
-            sequence=(
-                Head("sequence", pool="first", activation="tanh"),
-                (Module("head/dense", "classifier.dense"), Module("head/out", "classifier.out_proj")),
-            ),
-            token=(Head("token"), CLASSIFIER),
-            span=(Head("span"), ANSWERS),
+            ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+            ("tanh", "classifier.dense", "classifier.out_proj"),
         ),
         modules=bert_modules("roberta"),
         prefix="roberta.",
@@ -787,21 +760,9 @@ ENCODERS = (
         model_type="distilbert",
         forms=encoder_forms(
             "DistilBert",
+            ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+            ("relu", "pre_classifier", "classifier"),
             "activation",
-            masked=(
-                Head("masked", activation="gelu", norm=True),
-                (
-                    Module("head/dense", "vocab_transform"),
-                    Module("head/norm", "vocab_layer_norm"),
-                    Module("head", "vocab_projector"),
-                ),
-            ),
-            sequence=(
-                Head("sequence", pool="first", activation="relu"),
-                (Module("head/dense", "pre_classifier"), *CLASSIFIER),
-            ),
-            token=(Head("token"), CLASSIFIER),
-            span=(Head("span"), ANSWERS),
         ),
         modules=(
             Module("embed", "distilbert.embeddings.word_embeddings"),
@@ -848,11 +809,8 @@ ENCODERS = (
         ),
         prefix="model.",
         keys={
-            "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-            "heads": "num_attention_heads", "hidden": "intermediate_size", "max_positions": "max_position_embeddings",
-            "norm_eps": "norm_eps", "norm_bias": "norm_bias", "qkv_bias": "attention_bias",
-            "out_bias": "attention_bias", "mlp_bias": "mlp_bias", "activation": "hidden_activation",
-            "tied": "tie_word_embeddings", "initializer_range": "initializer_range",
+            **COMMON_KEYS, **ATTENTION_BIAS, "norm_eps": "norm_eps", "norm_bias": "norm_bias", "mlp_bias": "mlp_bias",
+            "activation": "hidden_activation",
         },
         defaults={
             "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,

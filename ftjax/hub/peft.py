@@ -43,6 +43,32 @@ FIELDS = {
 }
 
 
+# Keys of an adapter_config.json that change nothing that an adapter of modules computes.
+KNOWN = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out", "runtime_config"),
+}
+
+
+def refuse_variants(adapter_config: dict, known: set[str], method: str) -> None:
+    """Raise FtjaxError for keys that are set and that are neither in KNOWN nor in `known`: they describe a variant.
+
+    Args:
+        adapter_config: The content of adapter_config.json.
+        known: Keys of the method itself.
+        method: PEFT's name of the method.
+    """
+    for key, value in adapter_config.items():
+        if key not in KNOWN | known and value and (key, value) != ("bias", "none"):
+            raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of {method} that ftjax does not support")
+
+
+def refuse_encoder_decoder(adapter_config: dict) -> None:
+    """Raise FtjaxError for a soft prompt of a model with an encoder and a decoder."""
+    if adapter_config.get("num_transformer_submodules") not in (1, None):
+        raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
+
+
 def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """The adapter_config.json of a PEFT adapter directory, and {name: tensor} as stored.
 

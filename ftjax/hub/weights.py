@@ -29,27 +29,12 @@ from safetensors.numpy import save_file
 
 from ftjax.errors import FtjaxError
 from ftjax.foreign import mapped, read_json
-from ftjax.hub import pooling
-from ftjax.hub.families import (
-    TABLES,
-    Tensors,
-    form_of,
-    head_to_hf,
-    is_buffer,
-    names_of_labels,
-    other_heads,
-    read_config,
-    rope_to_hf,
-    shapes,
-    tensor_names,
-    text_part,
-    to_hf,
-    with_text_part,
-)
+from ftjax.hub import families, pooling
+from ftjax.hub.families import Tensors, shapes, tensor_names
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import check_written, is_plain_name, new_folder, write_json
 from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
-from ftjax.models.config import ModelConfig
+from ftjax.models.config import TABLES, ModelConfig
 from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -264,7 +249,7 @@ def _fresh(path: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Arra
 
 def _as_stored(folder: Path, config: ModelConfig) -> ModelConfig:
     """`config` with the vocabulary of a directory's files, which may lack rows of new tokens."""
-    return dataclasses.replace(config, vocab_size=read_config(folder)[1].vocab_size)
+    return dataclasses.replace(config, vocab_size=families.read_config(folder)[1].vocab_size)
 
 
 def _new_rows(load: Callable, count: int, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
@@ -310,15 +295,15 @@ def _quantised(load: Callable, shape: tuple[int, ...], sharding, quantise: Calla
         return quantise(_place(load, shape, sharding))
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+    def of_layer(layer, bounds):
+        return load(((layer, layer + 1), *bounds))[0]
+
     layers = []
     for layer in range(shape[0]):
-        place = functools.partial(_one, load, layer)
-        layers.append(jax.block_until_ready(quantise(_place(place, shape[1:], sharding))))
+        kernel = _place(functools.partial(of_layer, layer), shape[1:], sharding)
+        layers.append(jax.block_until_ready(quantise(kernel)))
     return jax.jit(lambda *layers: jax.tree.map(lambda *x: jnp.stack(x), *layers))(*layers)
-
-
-def _one(load: Callable, layer: int, bounds) -> np.ndarray:
-    return load(((layer, layer + 1), *bounds))[0]
 
 
 def _place(load: Callable, shape: tuple[int, ...], sharding) -> jax.Array:
@@ -342,9 +327,6 @@ def _load(tensors, transposed, stacked, dtype, given_away, bounds) -> np.ndarray
     """The part of one parameter within `bounds`, which are (start, stop) for each axis. stacked: the sizes of the axes
     along which the parameter has tensors of their own."""
     out = _buffer([stop - start for start, stop in bounds], dtype, given_away)
-    if not bounds:
-        _fill(out, tensors[0], bounds, transposed)
-        return out
     (first, last), rest = bounds[0], bounds[1:]
     if not stacked:
         cuts = np.linspace(0, last - first, READERS + 1 if out.nbytes > LARGE else 2).astype(int).tolist()
@@ -400,7 +382,7 @@ def _fill(out: np.ndarray, tensor: Stored, bounds, transposed: bool) -> None:
     index = tuple(slice(*b) for b in _swapped(bounds, transposed))
     whole = all(b == (0, n) for b, n in zip(bounds[1:], tensor.shape[1:]))
     if whole and not transposed and out.dtype == DTYPES[tensor.dtype] and out.flags.c_contiguous:
-        first = bounds[0][0] * math.prod(tensor.shape[1:]) if bounds else 0
+        first = bounds[0][0] * math.prod(tensor.shape[1:])
         _read_into(out.reshape(-1).view(np.uint8), tensor.file, tensor.offset + first * out.itemsize)
         return
     # Mapped for this part only, because the pages of an open mapping count as memory of this process.
@@ -430,13 +412,6 @@ def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
             if not read:
                 raise FtjaxError(f"{file}: ends before its last tensor; fetch it again")
             done += read
-
-
-def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
-    """The part of a tensor within `bounds`, as a new array."""
-    out = np.empty([stop - start for start, stop in bounds], DTYPES[tensor.dtype])
-    _fill(out, tensor, bounds, transposed)
-    return out
 
 
 def _plain(name: str, family: Family) -> str:
@@ -513,9 +488,9 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
                 f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
                 "one; set it to false in config.json"
             )
-    others = tuple(_plain(name, family) for name in (*other_heads(family, config), *_beside(family, config)))
+    others = tuple(_plain(name, family) for name in (*families.other_heads(family, config), *_beside(family, config)))
     for name, tensor in stored.items():
-        told_elsewhere = is_buffer(tensor.name, family) or name.startswith(others)
+        told_elsewhere = families.is_buffer(tensor.name, family) or name.startswith(others)
         if tensor not in used and not told_elsewhere:
             problems.append(f"{tensor.file.name}: tensor {tensor.name} {tensor.shape} is not expected")
     if problems:
@@ -529,11 +504,9 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
 
 def _equal(a: Stored, b: Stored) -> bool:
     """Whether two tensors (V, D) are equal."""
-    return a.shape == b.shape and all(
-        np.array_equal(_slice(a, bounds, False), _slice(b, bounds, False))
-        for start in range(0, a.shape[0], BLOCK)
-        for bounds in [((start, min(start + BLOCK, a.shape[0])), (0, a.shape[1]))]
-    )
+    whole = [np.memmap(x.file, DTYPES[x.dtype], "r", x.offset, x.shape) for x in (a, b)]
+    blocks = [slice(start, start + BLOCK) for start in range(0, a.shape[0], BLOCK)]
+    return a.shape == b.shape and all(np.array_equal(*(x[block] for x in whole)) for block in blocks)
 
 
 def write_model(
@@ -589,27 +562,27 @@ def write_model(
         raise FtjaxError(f"{out}: these parameters are not a whole {family.model_type} model: {told}")
     if dtype is None:
         dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
-    hf = text_part(to_hf(family, config), family)
+    hf = families.text_part(families.to_hf(family, config), family)
     whole_hf = read_json(Path(source) / "config.json") if source else {}
     if source:
         said = whole_hf
         if said.get("model_type") != family.model_type:  # it is made from a model of another family
             said = {key: value for key, value in said.items() if key not in family.only}
-        hf |= text_part(said, family) | {"model_type": family.model_type}
+        hf |= families.text_part(said, family) | {"model_type": family.model_type}
     elif family.text:
         raise FtjaxError(f"{out}: the other parts of a {family.model_type} model can only be copied from a directory")
-    form = form_of(family, config.head)
+    form = families.form_of(family, config.head)
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
     hf.pop("quantization_config", None)  # all tensors are written in `dtype`
-    hf |= rope_to_hf(config, family)
+    hf |= families.rope_to_hf(config, family)
     if config.head.labels:
-        hf |= names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
+        hf |= families.names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
     hf[family.keys["vocab_size"]] = config.vocab_size  # a run may have added rows
     if key := form.keys.get("pool"):  # a run may have chosen another than the source's
-        hf[key] = head_to_hf(form, config.head)[key]
-    hf = with_text_part(whole_hf, family, hf)
+        hf[key] = families.head_to_hf(form, config.head)[key]
+    hf = families.with_text_part(whole_hf, family, hf)
     tokenizer_folder = tokenizer_folder or source
     tokenizer = None
     if tokenizer_folder and config.head.pool == "last" and has_tokenizer(tokenizer_folder):
@@ -645,12 +618,12 @@ def write_model(
 
 def _beside(family: Family, config: ModelConfig) -> tuple[str, ...]:
     """Prefixes of names of tensors of modules of Form.kept, which are not computed here."""
-    return tuple(f"{name}." for name in form_of(family, config.head).kept)
+    return tuple(f"{name}." for name in families.form_of(family, config.head).kept)
 
 
 def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors of these modules in a directory, as they are there."""
-    start, starts, kept = form_of(family, config.head).prefix or "", _beside(family, config), {}
+    start, starts, kept = families.form_of(family, config.head).prefix or "", _beside(family, config), {}
     for name, tensor in stored_tensors(source).items() if starts else ():
         if (plain := _plain(name, family)).startswith(starts):
             with safe_open(tensor.file, "numpy") as file:

@@ -109,24 +109,21 @@ def _starts_bwd(ends, axis, _, gradients):
 _starts.defvjp(lambda x, ends, axis: (_starts(x, ends, axis), None), _starts_bwd)
 
 
-def attend_in_row(
-    q, k, v, segments, *, window=0, prefix=None, positions=None, causal=True, cap=None, sinks=None, rate=0.0, key=None
-):
+def attend_in_row(q, k, v, segments, *, window=0, prefix=None, positions=None, sinks=None, key=None, **how):
     """`attend` among the tokens of the same rows, segments (B, T). If the mesh splits rows between devices, each device
-    has its own queries, and gathers keys and values."""
+    has its own queries, and gathers keys and values. how: `causal`, `cap` and `rate` of `attend`."""
     mesh, T = mesh_that_cuts("sequence"), q.shape[1]
     if not mesh or T % ways(mesh, "sequence"):
-        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal, "cap": cap}
-        return attend(q, k, v, segments, segments, **how, sinks=sinks, rate=rate, key=key)
+        arrays = {"window": window, "prefix": prefix, "positions": positions, "sinks": sinks, "key": key}
+        return attend(q, k, v, segments, segments, **arrays, **how)
 
     def local(q, k, v, segments, window, prefix, positions, sinks, key):
         keys, values = gather(k, "sequence", 3, k.dtype), gather(v, "sequence", 2, v.dtype)
         owners = jax.lax.all_gather(segments, "sequence", axis=1, tiled=True)
         own = jax.lax.axis_index("sequence")
-        how = {"window": window, "prefix": prefix, "positions": positions, "causal": causal}
-        how |= {"cap": cap, "sinks": sinks, "rate": rate}
-        key = None if key is None else jax.random.fold_in(key, own)
-        return attend(q, keys, values, segments, owners, offset=own * q.shape[1], **how, key=key)
+        arrays = {"window": window, "prefix": prefix, "positions": positions, "sinks": sinks}
+        arrays["key"] = None if key is None else jax.random.fold_in(key, own)
+        return attend(q, keys, values, segments, owners, offset=own * q.shape[1], **arrays, **how)
 
     tokens, everywhere = PartitionSpec(None, "sequence"), PartitionSpec()
     keys, values = PartitionSpec(None, None, None, "sequence"), PartitionSpec(None, None, "sequence")

@@ -240,7 +240,7 @@ def settle(name: str, cases: list[Case]) -> str:
     return f"attention {which}: {wanted} cannot serve: {said[0]}"
 
 
-def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, positions, sinks, rate, key):
+def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, rate, key, **how):
     """Attention among the tokens of rows, by the model's kernel, or by XLA if the kernel cannot compute it.
 
     Args:
@@ -251,20 +251,16 @@ def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, p
         kernels: The model's Kernels.
         shape: The ModelConfig.
         window: The window of this layer, traced, one of shape.windows.
-        prefix: See `attend`.
-        positions: (B, T) int.
-        sinks: See `attend`.
-        rate: See `attend`.
-        key: See `attend`.
+        prefix, rate, key: See `attend`.
+        how: `positions` and `sinks` of `attend`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
     B, T = q.shape[:2]
     case = case_of(kernels, shape, q.dtype, B, T, prefix is not None, bool(rate) and key is not None, sizes)
     if kernels.name == "xla" or why_not(case):
-        how = {"window": window, "prefix": prefix, "positions": positions, "causal": shape.causal}
-        how |= {"cap": shape.score_cap, "sinks": sinks}
-        return attend_in_row(q, *key_layout(k, v), segments, **how, rate=rate, key=key)
+        how |= {"window": window, "prefix": prefix, "rate": rate, "key": key}
+        return attend_in_row(q, *key_layout(k, v), segments, causal=shape.causal, cap=shape.score_cap, **how)
 
     def kernel(window):
         how = {"window": window, "causal": shape.causal, "cap": shape.score_cap, "packed": kernels.packed}

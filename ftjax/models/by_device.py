@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ftjax.models.axes import BY_ROWS, PARAMETER_AXES, split, ways, whole
-from ftjax.models.quantised import Quantised
+from ftjax.models.quantised import Quantised, is_quantised
 
 ALL = (*BY_ROWS, "sequence")  # mesh axes that rows and tokens are split over
 ROWS = PartitionSpec(BY_ROWS, "sequence")  # of what is (B, T)
@@ -142,8 +142,7 @@ def map_rows(f, variables: dict, arrays: tuple, rngs: dict | None, *, summed: bo
         axes = PARAMETER_AXES.get("/".join(names[-2:]), ()) if names[0] == "params" else of_adapter
         return x.map(place, axes) if isinstance(x, Quantised) and axes else place(x, axes)
 
-    is_leaf = lambda x: isinstance(x, Quantised)  # noqa: E731
-    places = jax.tree_util.tree_map_with_path(place_all, variables, is_leaf=is_leaf)
+    places = jax.tree_util.tree_map_with_path(place_all, variables, is_leaf=is_quantised)
     dtypes = jax.tree.map(lambda x: x.dtype, variables)
 
     def whole_again(x, place, dtype):

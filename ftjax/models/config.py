@@ -121,6 +121,7 @@ class ModelConfig:
     parts: tuple[tuple[str, str], ...] = ()  # of each layer: the names of its two sublayers; empty: PARTS in all
 
 
+TABLES = ("embed/embedding", "lm_head/kernel")  # parameters with a row for each token; a tied model has the first alone
 PARTS = ("attn", "mlp")  # the sublayers of a block, where all layers are of one kind
 BY_LAYER = ("windows", "rotary", "parts")  # fields of ModelConfig that are empty or have an entry for each layer
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.models.config import TABLES
 from ftjax.tree import map_paths
 
 # QLoRA's appendix E: quantiles of the normal distribution, each half scaled to end at 1, and zero itself.
@@ -212,9 +213,6 @@ def _quantise_scales(scale) -> Scales:
     codes = jnp.searchsorted(jnp.asarray((values[1:] + values[:-1]) / 2), x / jnp.maximum(largest, TINY))
     codes = codes.astype(jnp.uint8).reshape(*stack, -1)[..., : out * n].reshape(scale.shape)
     return Scales(codes, largest[..., 0], mean)
-
-
-TABLES = ("embed/embedding", "lm_head/kernel")
 
 
 def kind_of(path: str, kind: str, tables: bool = False) -> str:

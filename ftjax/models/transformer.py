@@ -36,6 +36,7 @@ from ftjax.models.layers import (
 )
 from ftjax.models.quantised import Quantised
 from ftjax.models.remat import named, rematerialised
+from ftjax.tree import flatten
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -542,9 +543,19 @@ class Transformer(nn.Module):
             positions = positions + prefix["v"].shape[-2]
         x = neftune(self, _scaled(self.embed(tokens), self.config.embed_scale), self.neftune, segment_ids)
         x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix, types)
-        if self.config.final_norm:
-            x = self.final_norm(x)
+        x = self.leave(x)
         return x if cache is None else (x, new_cache)
+
+    def leave(self, x):
+        """States after the blocks (B, T, D), with the last norm if there is one."""
+        return self.final_norm(x) if self.config.final_norm else x
+
+    def around_blocks(self, tokens):
+        """All modules but the blocks, which get what they are applied to, see `shapes`."""
+        places = jnp.zeros_like(tokens)
+        x, shared = self.enter(self.embed(tokens), places, places)
+        self.logits(self.leave(x))
+        return x, shared
 
     def prefix(self):
         """Keys k (L, K, d, n) and values v (L, K, n, d) of the virtual tokens, which every token sees; None without
@@ -568,21 +579,9 @@ class Transformer(nn.Module):
         """Embeddings x (B, T, D) -> states before the last norm (B, T, D), and the cache with their keys and values
         added."""
         c, T = self.config, x.shape[1]
-        shared = {"segments": segment_ids, "positions": positions}
-        x = _scaled(x, c.input_scale)
+        x, shared = self.enter(x, positions, segment_ids, types)
         if cache is None and self.has_variable("mixing", "temperature"):
             shared["temperature"] = self.get_variable("mixing", "temperature")
-        if c.types:
-            x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
-        if c.positions == "learned":
-            x = x + self.pos_embed(positions + c.position_offset)
-        else:
-            shared["rotary"] = self.rotary(positions, segment_ids, c.rope_theta, c.rope_scaling)
-        if c.local_theta:
-            shared["local"] = self.rotary(positions, segment_ids, c.local_theta, RopeScaling())
-        if c.embed_norm:
-            x = self.embed_norm(x)
-        x = constrain(dropout(self, x, self.dropout), "batch", "tokens", None)
         self.sow("intermediates", "embedded", x)
         layer = {"window": jnp.array(c.windows or (0,) * c.layers, jnp.int32), "index": jnp.arange(c.layers)}
         layer["row"] = jnp.array(cached_rows(c), jnp.int32)
@@ -599,6 +598,23 @@ class Transformer(nn.Module):
         if self.lower < c.layers:
             (x, cache), _ = self.top_layers((x, cache), jax.tree.map(lambda a: a[self.lower :], layer), shared)
         return x, None if cache is None else cache | {"length": cache["length"] + T}
+
+    def enter(self, x, positions, segment_ids, types=None):
+        """Embeddings x (B, T, D) -> what enters the blocks (B, T, D), and the values that all layers use."""
+        c = self.config
+        shared = {"segments": segment_ids, "positions": positions}
+        x = _scaled(x, c.input_scale)
+        if c.types:
+            x = x + self.type_embed(jnp.zeros_like(positions) if types is None else types)
+        if c.positions == "learned":
+            x = x + self.pos_embed(positions + c.position_offset)
+        else:
+            shared["rotary"] = self.rotary(positions, segment_ids, c.rope_theta, c.rope_scaling)
+        if c.local_theta:
+            shared["local"] = self.rotary(positions, segment_ids, c.local_theta, RopeScaling())
+        if c.embed_norm:
+            x = self.embed_norm(x)
+        return constrain(dropout(self, x, self.dropout), "batch", "tokens", None), shared
 
     def rotary(self, positions, segment_ids, theta, scaling):
         """See `rotary_tables`."""
@@ -752,6 +768,25 @@ def as_prefix(model: Transformer, variables: dict) -> dict:
         return variables
     others = {name: leaf for name, leaf in variables["adapter"].items() if name != "prompt"}
     return variables | {"adapter": others | {"prefix": model.apply(variables, method="prefix")}}
+
+
+@functools.cache
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every parameter, as the modules declare them. Those of the blocks are stacked along a leading
+    axis of the layers that have them."""
+
+    def declared():
+        model, key = Transformer(config), jax.random.key(0)
+        (x, shared), found = model.init_with_output(key, jnp.zeros((1, 1), jnp.int32), method="around_blocks")
+        layer, sublayers = {"window": 0, "index": 0, "row": 0, "rotary": True}, {}
+        for parts in dict.fromkeys(config.parts or (PARTS,)):
+            block = Block(config, model.dtype, model.dropout, model.kernels, parts)
+            sublayers |= block.init(key, (x, None), layer, shared)["params"]
+        return found["params"] | {"layers": sublayers}
+
+    found = {path: x.shape for path, x in flatten(jax.eval_shape(declared)).items()}
+    stacked = {path: len(layers_with(config, path)) for path in found if path.startswith("layers/")}
+    return {path: (stacked[path], *shape) if path in stacked else shape for path, shape in found.items()}
 
 
 def parameter_axes(path: str) -> tuple[str | None, ...]:

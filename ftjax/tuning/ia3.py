@@ -6,19 +6,17 @@ vectors of a stacked map are stacked too. In layers that are not targets they ha
 
 from __future__ import annotations
 
-import re
-
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError
 from ftjax.hub.families import shapes
-from ftjax.hub.peft import CONFIG, PREFIX
+from ftjax.hub.peft import PREFIX, refuse_variants
 from ftjax.models.layers import ADAPTERS, Adapter
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, Spec, register
-from ftjax.tuning.targets import fan_in_fan_out, module_names, peft_targets, select, without_embeddings
+from ftjax.tuning.targets import by_module, fan_in_fan_out, module_names, peft_targets, select, without_embeddings
 
 # Path of a map -> what of it is scaled, where `tuning.targets` names nothing: keys, values and hidden layers, as in the
 # paper; GPT-2's one map for queries, keys and values is scaled as a whole, as PEFT does it.
@@ -29,12 +27,7 @@ TARGETS = {
     "layers/mlp/down_proj": "input",
 }
 NONE = ("none",)  # tuning.feedforward: no target's input is scaled
-# Known keys of an IA3 adapter_config.json: any other key that is set describes a variant of IA3.
-KEYS = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"),
-    *("init_ia3_weights", "runtime_config"),
-}
+KEYS = {"feedforward_modules", "init_ia3_weights"}  # of an IA3 adapter_config.json
 
 
 def before(x, leaves, rng):
@@ -99,12 +92,10 @@ def merge(trained, frozen, spec):
     params = flatten(frozen)
     for leaf, scale in _effective(trained, spec).items():
         path = leaf.rsplit("/", 2)[0]
-        kernel = params[f"{path}/kernel"]
-        if leaf.endswith("input"):
-            params[f"{path}/kernel"] = (kernel.astype(jnp.float32) * scale[..., None, :]).astype(kernel.dtype)
-            continue
-        params[f"{path}/kernel"] = (kernel.astype(jnp.float32) * scale[..., None]).astype(kernel.dtype)
-        if f"{path}/bias" in params:
+        kernel, of_input = params[f"{path}/kernel"], leaf.endswith("input")
+        factors = scale[..., None, :] if of_input else scale[..., None]
+        params[f"{path}/kernel"] = (kernel.astype(jnp.float32) * factors).astype(kernel.dtype)
+        if f"{path}/bias" in params and not of_input:
             bias = params[f"{path}/bias"]
             params[f"{path}/bias"] = (bias * scale).astype(bias.dtype)
     return unflatten(params)
@@ -144,20 +135,10 @@ def to_peft(trained, frozen, spec):
 
 def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT IA3. The shape of a vector says which side of its module is scaled."""
-    for key, value in adapter_config.items():
-        if key not in KEYS and value:
-            raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of IA3 that ftjax does not support")
+    refuse_variants(adapter_config, KEYS, "IA3")
     names, expected, model = without_embeddings(spec.names), shapes(spec.model), spec.model
-    places = {m: (path, i) for path, name in names.items() for i, m in enumerate(module_names(path, name, model))}
     found, sides = {}, {"input": [], "output": []}
-    for name, x in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.ia3_l", name)
-        if match is None:
-            raise FtjaxError(f"adapter tensor {name}: expected {PREFIX}MODULE.ia3_l")
-        module = match[1]
-        if module not in places:
-            raise FtjaxError(f"adapter tensor {name}: this model has no linear map {module!r}{nearest(module, places)}")
-        path, layer = places[module]
+    for name, module, _, path, layer, x in by_module(tensors, ("ia3_l",), names, model):
         out, in_ = expected[f"{path}/kernel"][-2:]
         side = {(1, in_): "input", (out, 1): "output"}.get(x.shape)
         if side is None:

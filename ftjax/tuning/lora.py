@@ -94,18 +94,13 @@ def init(key, base, spec):
         start = EMBEDDING if path in EMBEDDINGS else INITS[spec.tuning.init]
         if path.startswith(EXPERTS):
             a, b = draw_experts(key, path, kernel_shape(path, spec.model), rank, scale, start)
-            trained |= {f"{path}/lora/a": a, f"{path}/lora/b": b}
-            continue
-        kernel = _kernel(params, path)
-        a, b = draw(key, path, kernel if kernel.ndim == 3 else kernel[None], rank, scale, start)
-        pair = (
-            {f"{path}/lora/a": a, f"{path}/lora/b": b}
-            if kernel.ndim == 3
-            else {f"{path}/lora/a": a[0], f"{path}/lora/b": b[0]}
-        )
-        trained |= pair
+        else:
+            kernel = _kernel(params, path)
+            a, b = draw(key, path, kernel if kernel.ndim == 3 else kernel[None], rank, scale, start)
+            a, b = (a, b) if kernel.ndim == 3 else (a[0], b[0])
+        trained |= {f"{path}/lora/a": a, f"{path}/lora/b": b}
         if start.residual:
-            initial |= {leaf.replace("/lora/", "/lora_initial/"): x for leaf, x in pair.items()}
+            initial |= {f"{path}/lora_initial/a": a, f"{path}/lora_initial/b": b}
     return unflatten(trained), unflatten(params | initial) if initial else base
 
 

@@ -13,32 +13,26 @@ from collections import Counter
 
 import numpy as np
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError
 from ftjax.hub.families import EXPERTS, kernel_shape
-from ftjax.hub.peft import CONFIG, PREFIX
+from ftjax.hub.peft import CONFIG, PREFIX, refuse_variants
 from ftjax.models.config import ModelConfig, layers_with
 from ftjax.tree import flatten, unflatten
-from ftjax.tuning.targets import EMBEDDINGS, by_pattern, fan_in_fan_out, module_names, peft_targets
+from ftjax.tuning.targets import EMBEDDINGS, OfModule, by_module, by_pattern, fan_in_fan_out, module_names, peft_targets
 
-# Known keys of a LoRA adapter_config.json: any other key that is set describes a variant of LoRA.
+# Keys of a LoRA adapter_config.json that need no variant of LoRA.
 LORA_KEYS = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *(
-        "exclude_modules",
-        "target_parameters",
-        "layers_to_transform",
-        "layers_pattern",
-        "fan_in_fan_out",
-        "lora_dropout",
-    ),
-    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "lora_dropout"),
+    *("layers_to_transform", "layers_pattern", "init_lora_weights", "eva_config", "megatron_core"),
+    *("qalora_group_size", "ensure_weight_tying"),
 }
 # The initialisations that do not change the base model's weights.
 LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 ORDER = ("gate_up_proj", "down_proj")  # the parameters of experts in the order in which their class has them
 # Ends of the names of A and B: of a map that is multiplied with, and of a table of embeddings.
 SUFFIXES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+COPY = "base_layer.weight"  # of a copy of the base's own weight beside an adapter
+ENDS = (*SUFFIXES[0], *SUFFIXES[1], COPY)
 
 
 def lora_to_peft(
@@ -64,52 +58,66 @@ def lora_to_peft(
         (adapter_config, {name in PEFT's files: tensor, float32}).
     """
     leaves, start, tensors, rank_of, alpha_of = flatten(adapter), flatten(initial or {}), {}, {}, {}
+    # PEFT wraps the parameters of experts in the order of ORDER: the first has the second's wrapper around its own.
+    outer = ranks.get(f"{EXPERTS}{ORDER[1]}", (np.zeros(shape.layers),))[0]
     for path, (rank, scale) in ranks.items():
-        suffixes = SUFFIXES[path in EMBEDDINGS]
-        a, b = (_stack(leaves[f"{path}/lora/{n}"], path) for n in ("a", "b"))
-        if path.startswith(EXPERTS):
-            outer = ranks.get(f"{EXPERTS}{ORDER[1]}", (np.zeros(len(rank)),))[0] > 0  # wraps what is wrapped already
-            for layer, module in enumerate(module_names(path, names[path], shape)):
-                if r := int(rank[layer]):
-                    around, name = module.rsplit(".", 1)
-                    inner = ".base_layer" if name == ORDER[0] and outer[layer] else ""
-                    joined = a[layer, :, :r].reshape(-1, a.shape[-1]), b[layer, :, :, :r].transpose(1, 2, 0)
-                    tensors[f"{PREFIX}{around}{inner}.{suffixes[0]}"] = joined[0]
-                    tensors[f"{PREFIX}{around}{inner}.{suffixes[1]}"] = joined[1].reshape(b.shape[2], -1)
-                    rank_of[module], alpha_of[module] = r, _plain(float(scale[layer]) * divisor(r, rslora))
-            continue
+        first, second = SUFFIXES[path in EMBEDDINGS]
+        a, b = (_stack(leaves[f"{path}/lora/{n}"], path) for n in "ab")
+        if f"{path}/lora/a" in start:
+            a0, b0 = (_stack(start[f"{path}/lora/{n}"], path) for n in "ab")
         for layer, module in enumerate(module_names(path, names[path], shape)):
-            if r := int(rank[layer]):
-                a_rows, b_columns = [a[layer, :r]], [b[layer, :, :r]]
-                if f"{path}/lora/a" in start:
-                    a_rows += [_stack(start[f"{path}/lora/a"], path)[layer, :r]]
-                    b_columns += [-_stack(start[f"{path}/lora/b"], path)[layer, :, :r]]
-                tensors[f"{PREFIX}{module}.{suffixes[0]}"] = np.concatenate(a_rows)
-                tensors[f"{PREFIX}{module}.{suffixes[1]}"] = np.concatenate(b_columns, axis=1)
-                rank_of[module] = r * len(a_rows)
-                alpha_of[module] = _plain(float(scale[layer]) * divisor(rank_of[module], rslora))
-    chosen = {path: (rank > 0).tolist() for path, (rank, _) in ranks.items() if not path.startswith(EXPERTS)}
-    experts = {path: (rank > 0).tolist() for path, (rank, _) in ranks.items() if path.startswith(EXPERTS)}
+            r, wrapper = int(rank[layer]), module
+            if not r:
+                continue
+            rows, columns = a[layer, ..., :r, :], b[layer, ..., :r]
+            if path.startswith(EXPERTS):
+                wrapper, name = module.rsplit(".", 1)
+                if name == ORDER[0] and outer[layer]:
+                    wrapper += ".base_layer"
+                rows, columns = rows.reshape(-1, a.shape[-1]), columns.transpose(1, 2, 0).reshape(b.shape[-2], -1)
+            if f"{path}/lora/a" in start:
+                rows = np.concatenate([rows, a0[layer, :r]])
+                columns = np.concatenate([columns, -b0[layer, :, :r]], axis=1)
+                r = 2 * r
+            tensors |= {f"{PREFIX}{wrapper}.{first}": rows, f"{PREFIX}{wrapper}.{second}": columns}
+            rank_of[module] = r
+            alpha_of[module] = _plain(float(scale[layer]) * divisor(r, rslora))
     r, rank_pattern = _pattern(rank_of)
     alpha, alpha_pattern = _pattern(alpha_of)
-    config = {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": peft_targets(chosen, names, shape),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out(chosen, names),
-        "use_dora": False,
-        "use_rslora": rslora,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-    }
+    experts, maps = {}, {}
+    for path, (rank, _) in ranks.items():
+        (experts if path.startswith(EXPERTS) else maps)[path] = (rank > 0).tolist()
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    config = lora_config(r, alpha, peft_targets(maps, names, shape), **patterns)
+    config |= {"fan_in_fan_out": fan_in_fan_out(maps, names), "use_rslora": rslora}
     if experts:
         config["target_parameters"] = peft_targets(experts, names, shape)
     return config, tensors
+
+
+def lora_config(rank: float, alpha: float, modules: list[str], **patterns: dict) -> dict:
+    """The fields of an adapter_config.json for a plain LoRA.
+
+    Args:
+        rank: Rank of most modules.
+        alpha: Their alpha.
+        modules: `target_modules`.
+        patterns: `rank_pattern` and `alpha_pattern`, for modules that differ.
+    """
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        **patterns,
+        "target_modules": modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
 
 
 def lora_from_peft(
@@ -138,29 +146,12 @@ def lora_from_peft(
     _refuse_variants(adapter_config)
     kernels = {path: kernel_shape(path, config) for path in names}
     wrapped = _of_experts(adapter_config, names, config)
-    places = {
-        module: (path, layer)
-        for path, name in names.items()
-        for layer, module in enumerate(module_names(path, name, config))
-    }
-    pairs = {}
-    for name, x in tensors.items():
-        if not name.startswith(PREFIX):
-            raise FtjaxError(f"adapter tensor {name}: expected the prefix {PREFIX!r}; PEFT would ignore it")
-        match = re.fullmatch(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)", name[len(PREFIX) :])
-        if match is None:
-            raise FtjaxError(f"adapter tensor {name}: expected MODULE.lora_A.weight or MODULE.lora_B.weight")
-        module, suffix = match.groups()
-        module = wrapped.get(module, module)
-        if module not in places:
-            tied = "; its head is tied: the table of embeddings itself" * (module == "lm_head")
-            raise FtjaxError(
-                f"adapter tensor {name}: this model has no linear map {module!r}{tied or nearest(module, places)}"
-            )
-        if suffix == "base_layer.weight":
-            _check_copy(name, x, places[module], base)
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for tensor in by_module(tensors, ENDS, names, config, wrapped):
+        if tensor.end == COPY:
+            _check_copy(tensor, base)
         else:
-            pairs.setdefault(module, {})[suffix] = np.asarray(x, np.float32)
+            pairs.setdefault(tensor.module, {})[tensor.end] = np.asarray(tensor.value, np.float32)
     if not pairs:
         raise FtjaxError("the adapter has no LoRA tensors")
 
@@ -210,9 +201,7 @@ def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig
 def _refuse_variants(config: dict) -> None:
     if config.get("peft_type") != "LORA":
         raise FtjaxError(f"{CONFIG}: peft_type = {config.get('peft_type')!r}; expected 'LORA'")
-    for key, value in config.items():
-        if key not in LORA_KEYS and value and not (key == "bias" and value == "none"):
-            raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of LoRA that ftjax does not support")
+    refuse_variants(config, LORA_KEYS, "LoRA")
     if (init := config.get("init_lora_weights")) not in LORA_INITS:
         raise FtjaxError(
             f"{CONFIG}: init_lora_weights = {init!r} changes the base model's weights too, which is not supported; "
@@ -249,15 +238,16 @@ def _check_pair(pair: dict, module: str, suffixes: tuple[str, str], rank: int, k
             raise FtjaxError(f"adapter tensor {name} has shape {pair[suffix].shape}, expected {shape}")
 
 
-def _check_copy(name: str, x: np.ndarray, place: tuple[str, int], base: dict | None) -> None:
-    path, layer = place
+def _check_copy(copy: OfModule, base: dict | None) -> None:
     leaves = flatten(base or {})
-    kernel = next((leaves[p] for p in (f"{path}/kernel", f"{path}/embedding") if p in leaves), None)
+    kernel = next((leaves[p] for p in (f"{copy.path}/kernel", f"{copy.path}/embedding") if p in leaves), None)
     if kernel is None:
-        raise FtjaxError(f"adapter tensor {name}: a copy of the base's weight, which needs the base to compare with")
-    kernel = np.asarray(kernel[layer] if path.startswith("layers/") else kernel)
-    if not np.array_equal(kernel, x.astype(kernel.dtype)):
-        raise FtjaxError(f"adapter tensor {name} differs from the base's own weight: it was made for another base")
+        raise FtjaxError(
+            f"adapter tensor {copy.name}: a copy of the base's weight, which needs the base to compare with"
+        )
+    kernel = np.asarray(kernel[copy.layer] if copy.path.startswith("layers/") else kernel)
+    if not np.array_equal(kernel, copy.value.astype(kernel.dtype)):
+        raise FtjaxError(f"adapter tensor {copy.name} differs from the base's own weight: it was made for another base")
 
 
 def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:

@@ -24,6 +24,7 @@ from ftjax.models.config import layers_with
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
+from ftjax.tuning.lora_peft import lora_config
 from ftjax.tuning.whole import has_labels, put, saved, take
 
 # ---- which parameters: (path, tensor name, layer or None, spec) -> whether it is trained --------------------------
@@ -189,21 +190,8 @@ def to_peft(trained, frozen, spec, rule):
 
 def _no_lora(spec) -> tuple[dict, dict[str, np.ndarray]]:
     module, (V, D) = families.module_name("embed", spec.family, spec.model), (spec.model.vocab_size, spec.model.width)
-    config = {
-        "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 1,
-        "target_modules": [module],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_dora": False,
-        "use_rslora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-    }
     zeros = {"lora_embedding_A": np.zeros((1, V), np.float32), "lora_embedding_B": np.zeros((D, 1), np.float32)}
-    return config, {f"{PREFIX}{module}.{leaf}": x for leaf, x in zeros.items()}
+    return lora_config(1, 1, [module]), {f"{PREFIX}{module}.{leaf}": x for leaf, x in zeros.items()}
 
 
 def method(rule: Callable, lr: float, exports: bool = True, takes: tuple[str, ...] = (), **fields) -> Method:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.peft import CONFIG
+from ftjax.hub.peft import refuse_encoder_decoder
 from ftjax.models.config import ModelConfig, layers_with
 from ftjax.models.quantised import read_rows
 from ftjax.tuning.base import Method, register
@@ -105,8 +105,7 @@ def read_tensor(tensors: dict[str, np.ndarray], width: int, shape) -> np.ndarray
 
 def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT PROMPT_TUNING, or a P_TUNING, whose files hold the prompt that its encoder computed."""
-    if adapter_config.get("num_transformer_submodules") not in (1, None):
-        raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
+    refuse_encoder_decoder(adapter_config)
     prompt = read_tensor(tensors, spec.model.width, spec.model)
     return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 

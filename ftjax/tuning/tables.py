@@ -13,8 +13,8 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
-from ftjax.hub.families import TABLES
 from ftjax.hub.peft import CONFIG, PREFIX, ROWS
+from ftjax.models.config import TABLES
 from ftjax.models.quantised import dequantised
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import saves

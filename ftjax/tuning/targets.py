@@ -6,10 +6,16 @@ An embedding table counts as a linear map of one-hot ids: (D, V), the transpose 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import limited
 from ftjax.hub.families import EXPERTS, FAMILIES
+from ftjax.hub.peft import PREFIX
 from ftjax.models.config import ModelConfig, layers_with
 
 EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are read by index
@@ -24,6 +30,51 @@ def module_names(path: str, template: str, config: ModelConfig) -> list[str]:
         config: The model's shape.
     """
     return [template.format(l=i) for i in layers_with(config, path)] if path.startswith("layers/") else [template]
+
+
+class OfModule(NamedTuple):
+    """A tensor of an adapter in PEFT's files, and where its module is in the model."""
+
+    name: str  # in the files
+    module: str
+    end: str  # what follows the module in the name
+    path: str  # of the map
+    layer: int  # index among the layers that have the map; 0 if it is not stacked
+    value: np.ndarray
+
+
+def by_module(
+    tensors: dict[str, np.ndarray], ends: tuple[str, ...], names: dict[str, str], config: ModelConfig,
+    wrapped: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[OfModule]:  # fmt: skip
+    """Find the modules of an adapter's tensors.
+
+    Args:
+        tensors: {name in PEFT's files: tensor}.
+        ends: What may follow a module in a name; the first two are those that an error names.
+        names: {path: template of module names}.
+        config: The model's shape.
+        wrapped: {name of a module in the files: the parameter in it that has the adapter}, for experts.
+
+    Raises:
+        FtjaxError: For a tensor with another name, and for one of a module that the model does not have.
+    """
+    places = {m: (path, i) for path, name in names.items() for i, m in enumerate(module_names(path, name, config))}
+    for name, x in tensors.items():
+        if not name.startswith(PREFIX):
+            raise FtjaxError(f"adapter tensor {name}: expected the prefix {PREFIX!r}; PEFT would ignore it")
+        end = next((end for end in ends if name.endswith(f".{end}")), None)
+        if end is None:
+            expected = " or ".join(f"MODULE.{end}" for end in ends[:2])
+            raise FtjaxError(f"adapter tensor {name}: expected {expected}")
+        module = name.removeprefix(PREFIX).removesuffix(f".{end}")
+        module = wrapped.get(module, module)
+        if module not in places:
+            tied = "; its head is tied: the table of embeddings itself" * (module == "lm_head")
+            raise FtjaxError(
+                f"adapter tensor {name}: this model has no linear map {module!r}{tied or nearest(module, places)}"
+            )
+        yield OfModule(name, module, end, *places[module], x)
 
 
 def saves(entry: str, tensor: str) -> bool:

@@ -15,9 +15,8 @@ import numpy as np
 
 from ftjax.errors import FtjaxError, nearest
 from ftjax.hub import families
-from ftjax.hub.families import TABLES
 from ftjax.hub.peft import CONFIG, PREFIX, ROWS
-from ftjax.models.config import layers_with
+from ftjax.models.config import TABLES, layers_with
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import saves
