@@ -206,6 +206,7 @@ def text_part(hf: dict, family: Family, where: str = "config.json") -> dict:
     if not family.text:
         return hf
     text = hf.get(TEXT) or {}
+    check_fields(text, FIELDS, f"{where}: {TEXT}")
     if (kind := text.get("model_type", family.text)) != family.text:
         raise FtjaxError(f"{where}: {TEXT}: model_type = {kind!r}; the text part of this family is a {family.text}")
     tied = hf.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
@@ -302,6 +303,7 @@ def _kinds(family: Family) -> dict[str, Kind]:
         types = {field.name: field.type for field in dataclasses.fields(fields)}
         for field, key in keys.items():
             kind = whole(1, MOST_LAYERS) if field == "layers" else KINDS[types[field]]
+            kind = number(above=0) if field in family.converted else kind  # all of them are inverted
             optional = field == "kv_heads" or key in family.defaults and family.defaults[key] is None
             out[key] = maybe(kind) if optional else kind
     return out
@@ -412,22 +414,23 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
     else:
         return ()
     if types is not None:
-        if len(types) != layers or any(t not in LAYER_TYPES for t in types):
-            known = ", ".join(LAYER_TYPES)
-            raise FtjaxError(f"{where}: layer_types: expected {layers} of {known}; found {types!r:.200}")
+        _check_layer_types(types, layers, LAYER_TYPES, where)
         sliding = [t == "sliding_attention" for t in types]
         if any(sliding) and window is None:
             raise FtjaxError(f"{where}: layer_types has sliding_attention, but sliding_window is off")
     return tuple(window if s else 0 for s in sliding) if any(sliding) else ()
 
 
+def _check_layer_types(types: list[str], layers: int, known: tuple[str, ...], where: str) -> None:
+    if len(types) != layers or set(types) - set(known):
+        raise FtjaxError(f"{where}: layer_types: expected {layers} of {', '.join(known)}; found {types!r:.200}")
+
+
 def _parts_from_hf(hf: dict, values: dict, where: str) -> tuple[tuple[str, str], ...]:
     """The sublayers of each layer of a family in which some have the delta rule in place of attention."""
     every, layers = hf["full_attention_interval"], values["layers"]
     types = hf.get("layer_types") or [HYBRID_TYPES[(layer + 1) % every > 0] for layer in range(layers)]
-    if len(types) != layers or set(types) - set(HYBRID_TYPES):
-        known = ", ".join(HYBRID_TYPES)
-        raise FtjaxError(f"{where}: layer_types: expected {layers} of {known}; found {types!r:.200}")
+    _check_layer_types(types, layers, HYBRID_TYPES, where)
     if values["delta_value_heads"] % values["delta_key_heads"]:
         raise FtjaxError(
             f"{where}: linear_num_key_heads = {values['delta_key_heads']} does not divide the "

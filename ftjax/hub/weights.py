@@ -181,15 +181,14 @@ def read_params(
             made = _fresh(path, shape, config, jax.random.fold_in(new_head, zlib.crc32(path.encode())))
             params[path] = _place(functools.partial(_cut, np.asarray(made, target)), shape, sharding)
             continue
+        load = functools.partial(_load, tensors, transposed, stack, target, given_away)
+        exact = functools.partial(_load, tensors, transposed, stack, np.dtype(np.float32), False)
         # Wait for each parameter: transfers in flight would keep the host's copies of several parameters alive.
         if small := quantise(path):
             # Quantise from float32 whatever the dtype of the run, so that the base is the same wherever it is loaded.
-            load = functools.partial(_load, tensors, transposed, stack, np.dtype(np.float32), False)
-            params[path] = jax.block_until_ready(_quantised(load, shape, sharding, small))
+            params[path] = jax.block_until_ready(_quantised(exact, shape, sharding, small))
             continue
-        load = functools.partial(_load, tensors, transposed, stack, target, given_away)
         if path in TABLES and shape[0] > stored.vocab_size:
-            exact = functools.partial(_load, tensors, transposed, stack, np.dtype(np.float32), False)
             seed = [new_rows, zlib.crc32(path.encode())]
             new = _new_rows(exact, stored.vocab_size, shape, seed).astype(target)
             load = functools.partial(_with_rows, load, new, given_away, stored.vocab_size)
@@ -562,39 +561,16 @@ def write_model(
         raise FtjaxError(f"{out}: these parameters are not a whole {family.model_type} model: {told}")
     if dtype is None:
         dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
-    hf = families.text_part(families.to_hf(family, config), family)
-    whole_hf = read_json(Path(source) / "config.json") if source else {}
-    if source:
-        said = whole_hf
-        if said.get("model_type") != family.model_type:  # it is made from a model of another family
-            said = {key: value for key, value in said.items() if key not in family.only}
-        hf |= families.text_part(said, family) | {"model_type": family.model_type}
-    elif family.text:
+    if family.text and not source:
         raise FtjaxError(f"{out}: the other parts of a {family.model_type} model can only be copied from a directory")
-    form = families.form_of(family, config.head)
-    hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
-    hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
-    hf.pop("quantization_config", None)  # all tensors are written in `dtype`
-    hf |= families.rope_to_hf(config, family)
-    if config.head.labels:
-        hf |= families.names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
-        hf |= {"problem_type": problem} if problem else {}
-    hf[family.keys["vocab_size"]] = config.vocab_size  # a run may have added rows
-    if key := form.keys.get("pool"):  # a run may have chosen another than the source's
-        hf[key] = families.head_to_hf(form, config.head)[key]
-    hf = families.with_text_part(whole_hf, family, hf)
+    form, hf = families.form_of(family, config.head), _described(source, family, config, dtype, labels, problem)
     tokenizer_folder = tokenizer_folder or source
     tokenizer = None
     if tokenizer_folder and config.head.pool == "last" and has_tokenizer(tokenizer_folder):
         # transformers finds the last token of a text by the id of the padding token, see data.labelled.sequence.
         tokenizer = load_tokenizer(tokenizer_folder, source)
         hf["pad_token_id"] = pad_token(tokenizer)
-    kept = _kept(source, family, config) if source else {}
-    leaves |= {f"{KEPT}{name}": x for name, x in kept.items()}
-    names = tensor_names(family, config, files=True) | {f"{KEPT}{name}": Tensors([name], False, 0) for name in kept}
-    if family.text:  # as they are spelled there
-        theirs = {_plain(name, family): name for name in stored_tensors(source)}
-        names = {p: t._replace(names=[theirs.get(_plain(n, family), n) for n in t.names]) for p, t in names.items()}
+    leaves, names = _named(leaves, source, family, config)
     pieces = _pieces(leaves, names, dtype)
     if jax.process_index():  # the first process writes; the others take part in gathering arrays of several hosts
         for piece in pieces:
@@ -614,6 +590,44 @@ def write_model(
         if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             write_settings(folder, pad_token=tokenizer.eos_token)
         beside(folder)
+
+
+def _described(source, family: Family, config: ModelConfig, dtype: str, labels: tuple[str, ...], problem: str) -> dict:
+    """The config.json of a model that is written, with what the source's says of other things than its shape.
+
+    Args:
+        source, family, config, labels, problem: See `write_model`.
+        dtype: Dtype of the tensors.
+    """
+    form, hf = families.form_of(family, config.head), families.text_part(families.to_hf(family, config), family)
+    of_source = read_json(Path(source) / "config.json") if source else {}
+    if source:
+        kept = of_source
+        if kept.get("model_type") != family.model_type:  # it is made from a model of another family
+            kept = {key: value for key, value in kept.items() if key not in family.only}
+        hf |= families.text_part(kept, family) | {"model_type": family.model_type}
+    hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
+    hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4
+    hf.pop("quantization_config", None)  # all tensors are written in `dtype`
+    hf |= families.rope_to_hf(config, family)
+    if config.head.labels:
+        hf |= families.names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
+        hf |= {"problem_type": problem} if problem else {}
+    hf[family.keys["vocab_size"]] = config.vocab_size  # a run may have added rows
+    if key := form.keys.get("pool"):  # a run may have chosen another than the source's
+        hf[key] = families.head_to_hf(form, config.head)[key]
+    return families.with_text_part(of_source, family, hf)
+
+
+def _named(leaves: dict, source, family: Family, config: ModelConfig) -> tuple[dict, dict[str, Tensors]]:
+    """{path: parameter} and {path: Tensors} of a model that is written, with the tensors of the source that are not
+    computed here."""
+    kept = _kept(source, family, config) if source else {}
+    names = tensor_names(family, config, files=True) | {f"{KEPT}{name}": Tensors([name], False, 0) for name in kept}
+    if family.text:  # as they are spelled there
+        theirs = {_plain(name, family): name for name in stored_tensors(source)}
+        names = {p: t._replace(names=[theirs.get(_plain(n, family), n) for n in t.names]) for p, t in names.items()}
+    return leaves | {f"{KEPT}{name}": x for name, x in kept.items()}, names
 
 
 def _beside(family: Family, config: ModelConfig) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ class Experts(nn.Module):
     def __call__(self, x, segments, temperature=None):
         """x (B, T, D), segments (B, T) int, 0: padding -> (B, T, D). temperature: () if rows are mixed, else None."""
         c, start = self.config, nn.initializers.normal(self.config.initializer_range)
-        E, k, D, F = c.experts, c.experts_used, c.width, c.hidden
+        E, D, F = c.experts, c.width, c.hidden
         shapes = {"gate_up_proj": (E, 2 * F, D)} if c.fused_gate else {"gate_proj": (E, F, D), "up_proj": (E, F, D)}
         shapes["down_proj"] = (E, D, F)
         bias, biases = ("bias", "biases") if c.mlp_bias else ("", "")
@@ -194,84 +194,110 @@ class Experts(nn.Module):
         gate = Leaf("router", (E, D), start, bias, name="gate")()
         logits = project(x, gate["router"].astype(self.dtype), PARAMETER_AXES["router"])
         logits = (logits + gate["bias"].astype(self.dtype) if bias else logits).astype(jnp.float32)
-
-        def feed(variables, rows, sizes, expert):
-            """rows (N, D) through their experts; sizes (E,): rows of each; expert (N,): that of each row."""
-            mlp = variables["params"]
-
-            def change(name, rows):
-                found = variables["adapter"].get(name, {}).items()
-                return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
-
-            def product(name, rows):
-                y = project_groups(rows, mlp[name]["experts"], sizes)
-                if not biases:
-                    return y
-                return y + jnp.take(mlp[name][biases].astype(y.dtype), expert, axis=0, mode="clip")
-
-            if c.fused_gate:
-                gate, up = halves(c, product("gate_up_proj", rows))
-            else:
-                gate, up = product("gate_proj", rows), product("up_proj", rows)
-            if "gate_up_proj" in variables["adapter"]:
-                gate, up = (y + dy for y, dy in zip((gate, up), halves(c, change("gate_up_proj", rows))))
-            rows = gated(c, named(gate, "gate"), named(up, "up"))
-            return product("down_proj", rows) + change("down_proj", rows)
-
         variables = {"params": params, "adapter": self.get_variable("adapter", "experts", {})}
         if c.mixing:
-            g, divisor = (1, 1.0) if temperature is None else (c.mixing, temperature)
-
-            def by_group(variables, arrays, rngs):
-                x, logits, real = (each.reshape(-1, g, *each.shape[1:]) for each in arrays)
-                logits = jnp.where(real, logits, jnp.finfo(logits.dtype).min)  # finite, so that gradients are
-                weights = jnp.where(real, jax.nn.softmax(logits, axis=1), 0).astype(x.dtype)
-                rows = jnp.einsum("ngte,ngtd->entd", weights, x)
-                sizes = jnp.full(E, rows[0, ..., 0].size, jnp.int32)
-                expert = jnp.repeat(jnp.arange(E), rows[0, ..., 0].size)
-                y = feed(variables, rows.reshape(-1, D), sizes, expert).reshape(rows.shape)
-                return jnp.einsum("ngte,entd->ngtd", weights, y).reshape(arrays[0].shape)
-
-            y = map_rows(by_group, variables, (x, logits / divisor, (segments > 0)[..., None]), None)
-            return dropout(self, named(y, "down"), self.dropout)
-
-        p = jax.nn.softmax(logits)
-        weights, chosen = jax.lax.top_k(p, k)  # (B, T, k)
-        if c.experts_normed:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        if self.is_mutable_collection("router"):
-            real = (segments > 0).astype(jnp.float32)
-            counts = jnp.sum(jax.nn.one_hot(chosen, E), axis=2)  # (B, T, E)
-            z, entropy = jax.nn.logsumexp(logits, axis=-1) ** 2, jnp.sum(jax.scipy.special.entr(p), axis=-1)
-            figures = {"load": counts, "probability": p, "z": z, "entropy": entropy}
-            for name, each in figures.items():
-                total = jnp.tensordot(real, each, 2, precision="highest")
-                self.sow("router", name, total, lambda _, new: new, lambda: None)
-
-        def mixed(variables, arrays, rngs):
-            tokens, weights, chosen = (x.reshape(-1, x.shape[-1]) for x in arrays)
-            own = variables["params"]["down_proj"]["experts"].shape[0]
-            if own < E:  # the others are on other devices: see the tokens of all of them, and keep what is for its own
-                tokens, weights = (gather(x, "expert", 0, x.dtype) for x in (tokens, weights))
-                chosen = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * own
-                chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
-            chosen = chosen.reshape(-1)
-            # Pairs of a token and its expert, by expert. A token has at most `own` experts of this device.
-            order = jnp.argsort(chosen)[: len(tokens) * min(k, own)]
-            sizes = jnp.zeros(own, jnp.int32).at[chosen].add(1, mode="drop")
-            keep = lambda x: jnp.where((chosen[order] < own)[:, None], x, 0) if own < E else x  # noqa: E731
-            y = keep(feed(variables, keep(jnp.repeat(tokens, k, axis=0)[order]), sizes, chosen[order]))
-            y = jnp.zeros((len(chosen), D), y.dtype).at[order].set(y, unique_indices=True).reshape(-1, k, D)
-            y = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype))
-            if own < E:
-                y = jax.lax.psum_scatter(y.astype(jnp.float32), "expert", tiled=True).astype(y.dtype)
-            return y.reshape(arrays[0].shape)
-
-        y = map_rows(mixed, variables, (x, weights, chosen), None)
+            y = mixed(c, variables, x, logits, segments, temperature)
+        else:
+            p = jax.nn.softmax(logits)
+            weights, chosen = jax.lax.top_k(p, c.experts_used)  # (B, T, k)
+            if c.experts_normed:
+                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            if self.is_mutable_collection("router"):
+                self.count(logits, p, chosen, segments)
+            y = routed(c, variables, x, weights, chosen)
         if c.shared_hidden:  # weighted by a gate of its own
             shared = MLP(dataclasses.replace(c, hidden=c.shared_hidden), self.dtype, 0.0, name="shared")(x)
             y = y + nn.sigmoid(Linear(1, False, self.dtype, c.initializer_range, name="shared_gate")(x)) * shared
         return dropout(self, named(y, "down"), self.dropout)
+
+    def count(self, logits, p, chosen, segments):
+        """Put the sums over the tokens that are no padding into the collection `router`."""
+        real = (segments > 0).astype(jnp.float32)
+        counts = jnp.sum(jax.nn.one_hot(chosen, self.config.experts), axis=2)  # (B, T, E)
+        z, entropy = jax.nn.logsumexp(logits, axis=-1) ** 2, jnp.sum(jax.scipy.special.entr(p), axis=-1)
+        for name, each in {"load": counts, "probability": p, "z": z, "entropy": entropy}.items():
+            total = jnp.tensordot(real, each, 2, precision="highest")
+            self.sow("router", name, total, lambda _, new: new, lambda: None)
+
+
+def feed(c: ModelConfig, variables, rows, sizes, expert):
+    """Rows through their experts.
+
+    Args:
+        c: The ModelConfig.
+        variables: {"params": {name: leaves of a projection}, "adapter": {name: its adapters}}.
+        rows: (N, D), those of one expert after another.
+        sizes: (E,), number of rows of each expert.
+        expert: (N,), that of each row.
+
+    Returns:
+        (N, D).
+    """
+    mlp, adapters = variables["params"], variables["adapter"]
+
+    def change(name, rows):
+        found = adapters.get(name, {}).items()
+        return sum((ADAPTERS[kind].grouped(rows, leaves, sizes) for kind, leaves in found), 0)
+
+    def product(name, rows):
+        y = project_groups(rows, mlp[name]["experts"], sizes)
+        if not c.mlp_bias:
+            return y
+        return y + jnp.take(mlp[name]["biases"].astype(y.dtype), expert, axis=0, mode="clip")
+
+    if c.fused_gate:
+        gate, up = halves(c, product("gate_up_proj", rows))
+    else:
+        gate, up = product("gate_proj", rows), product("up_proj", rows)
+    if "gate_up_proj" in adapters:
+        gate, up = (y + dy for y, dy in zip((gate, up), halves(c, change("gate_up_proj", rows))))
+    rows = gated(c, named(gate, "gate"), named(up, "up"))
+    return product("down_proj", rows) + change("down_proj", rows)
+
+
+def mixed(c: ModelConfig, variables, x, logits, segments, temperature):
+    """A mixture of tokens, see Experts: x (B, T, D), logits (B, T, E), segments (B, T) -> (B, T, D). temperature: None
+    if each token is a group of its own."""
+    g, divisor = (1, 1.0) if temperature is None else (c.mixing, temperature)
+
+    def by_group(variables, arrays, rngs):
+        x, logits, real = (each.reshape(-1, g, *each.shape[1:]) for each in arrays)
+        logits = jnp.where(real, logits, jnp.finfo(logits.dtype).min)  # finite, so that gradients are
+        weights = jnp.where(real, jax.nn.softmax(logits, axis=1), 0).astype(x.dtype)
+        rows = jnp.einsum("ngte,ngtd->entd", weights, x)
+        sizes = jnp.full(c.experts, rows[0, ..., 0].size, jnp.int32)
+        expert = jnp.repeat(jnp.arange(c.experts), rows[0, ..., 0].size)
+        y = feed(c, variables, rows.reshape(-1, c.width), sizes, expert).reshape(rows.shape)
+        return jnp.einsum("ngte,entd->ngtd", weights, y).reshape(arrays[0].shape)
+
+    return map_rows(by_group, variables, (x, logits / divisor, (segments > 0)[..., None]), None)
+
+
+def routed(c: ModelConfig, variables, x, weights, chosen):
+    """Each token through the experts that are chosen for it: x (B, T, D), their weights and indices (B, T, k) -> (B, T,
+    D)."""
+    k = c.experts_used
+
+    def of_device(variables, arrays, rngs):
+        tokens, weights, chosen = (x.reshape(-1, x.shape[-1]) for x in arrays)
+        own = variables["params"]["down_proj"]["experts"].shape[0]
+        if own < c.experts:  # the others are on other devices: see the tokens of all, and keep what is for its own
+            tokens, weights = (gather(x, "expert", 0, x.dtype) for x in (tokens, weights))
+            chosen = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * own
+            chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+        chosen = chosen.reshape(-1)
+        # Pairs of a token and its expert, by expert. A token has at most `own` experts of this device.
+        order = jnp.argsort(chosen)[: len(tokens) * min(k, own)]
+        sizes = jnp.zeros(own, jnp.int32).at[chosen].add(1, mode="drop")
+        keep = lambda x: jnp.where((chosen[order] < own)[:, None], x, 0) if own < c.experts else x  # noqa: E731
+        y = keep(feed(c, variables, keep(jnp.repeat(tokens, k, axis=0)[order]), sizes, chosen[order]))
+        y = jnp.zeros((len(chosen), c.width), y.dtype).at[order].set(y, unique_indices=True).reshape(-1, k, c.width)
+        y = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype))
+        if own < c.experts:
+            y = jax.lax.psum_scatter(y.astype(jnp.float32), "expert", tiled=True).astype(y.dtype)
+        return y.reshape(arrays[0].shape)
+
+    return map_rows(of_device, variables, (x, weights, chosen), None)
 
 
 class Leaf(nn.Module):

@@ -53,17 +53,12 @@ def check(config, method, spec) -> None:
         raise FtjaxError("task.reference: task.kind gkd needs a teacher; name its directory, adapter or run folder")
 
 
-def longest(config, data) -> int:
-    """Most tokens of a row, or of a prompt with the student's answer to it."""
-    return int(data.train.examples.length.max()) + config.generate.max_new_tokens
-
-
 TASK = dataclasses.replace(
     causal.TASK,
     private=False,
     once=lambda config: None,
     check=check,
     collect=collect,
-    longest=longest,
+    longest=policy.longest,
     arrays=("given", "reference"),
 )

@@ -124,18 +124,14 @@ def rows_below(path: str, lower: int, spec) -> int:
     return sum(layer < lower for layer in layers_with(spec.model, path))
 
 
-def placed(path: str, hits: np.ndarray, lower: int, spec) -> tuple[str, np.ndarray]:
-    """The path and rows of a parameter's upper part, which is all of it if there is one stack.
-
-    Args:
-        path: The parameter's path.
-        hits: As `chosen` returns it.
-        lower: As `lower_layers` returns it.
-        spec: The Spec.
-    """
-    if not (lower and path.startswith("layers/")):
-        return path, hits
-    return f"top_{path}", hits[rows_below(path, lower, spec) :]
+def upper(parts: dict[str, np.ndarray], spec) -> dict[str, np.ndarray]:
+    """`parts` by the paths of the upper stack, with its rows alone; `parts` itself if there is one stack."""
+    lower = lower_layers(parts, spec)
+    if not lower:
+        return parts
+    stacked = {path: hits for path, hits in parts.items() if path.startswith("layers/")}
+    rows = {f"top_{path}": hits[rows_below(path, lower, spec) :] for path, hits in stacked.items()}
+    return {path: hits for path, hits in parts.items() if path not in stacked} | rows
 
 
 def init(key, base, spec, rule):
@@ -150,16 +146,13 @@ def init(key, base, spec, rule):
         below = {path: leaf[: rows_below(path, lower, spec)] for path, leaf in stack.items()}
         params = {p: x for p, x in params.items() if p not in stack}
         params |= {f"top_{p}": x[rows_below(p, lower, spec) :] for p, x in stack.items()}
-    trained, frozen = take(params, dict(placed(path, hits, lower, spec) for path, hits in parts.items()))
+    trained, frozen = take(params, upper(parts, spec))
     return unflatten(trained), unflatten(below | frozen)
 
 
 def variables(trained, frozen, spec, rule):
     """A model's parameters, in two stacks where the lower blocks are frozen."""
-    parts = chosen(rule, spec)
-    lower = lower_layers(parts, spec)
-    placed_parts = dict(placed(path, hits, lower, spec) for path, hits in parts.items())
-    return {"params": unflatten(put(flatten(frozen), flatten(trained), placed_parts))}
+    return {"params": unflatten(put(flatten(frozen), flatten(trained), upper(chosen(rule, spec), spec)))}
 
 
 def merge(trained, frozen, spec, rule):
@@ -182,10 +175,8 @@ def to_peft(trained, frozen, spec, rule):
 
     PEFT's LORA must adapt some module, so the embedding table gets a LoRA of rank 1 that is all zeros.
     """
-    parts, leaves = chosen(rule, spec), flatten(trained)
-    lower = lower_layers(parts, spec)
-    rows = {path: leaves[placed(path, hits, lower, spec)[0]] for path, hits in parts.items()}
-    return saved(*_no_lora(spec), parts, rows, spec)
+    rows = {path.removeprefix("top_"): x for path, x in flatten(trained).items()}
+    return saved(*_no_lora(spec), chosen(rule, spec), rows, spec)
 
 
 def _no_lora(spec) -> tuple[dict, dict[str, np.ndarray]]:
