@@ -164,12 +164,12 @@ def decoder_modules(layer: dict[str, str] = LLAMA_LAYER, moe: str = "mlp") -> tu
     )
 
 
-COMMON_KEYS = {
+LLAMA_KEYS = {
     "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "hidden": "intermediate_size", "max_positions": "max_position_embeddings", "norm_eps": "layer_norm_eps",
-    "activation": "hidden_act", "tied": "tie_word_embeddings", "initializer_range": "initializer_range",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden": "intermediate_size",
+    "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps", "activation": "hidden_act",
+    "tied": "tie_word_embeddings", "initializer_range": "initializer_range",
 }  # fmt: skip
-LLAMA_KEYS = COMMON_KEYS | {"kv_heads": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps"}
 LLAMA_DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": None, "head_dim": None, "intermediate_size": 11008, "max_position_embeddings": 2048,
@@ -183,10 +183,8 @@ LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
 LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
 EVERY_LAYER = {"layer_types": (None,)}  # a window, where there is one, is that of all layers
 BALANCE = {"balance": "router_aux_loss_coef", "balanced": "output_router_logits"}
-ROUTED = BALANCE | {
-    "experts": "num_experts", "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob",
-}  # fmt: skip
-SPARSE = ROUTED | {"hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size"}
+ROUTED = {"experts": "num_experts", "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob"}
+SPARSE = BALANCE | {"hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size"} | ROUTED
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 
 
@@ -410,7 +408,7 @@ DECODERS = (
         "olmoe",
         decoder_forms("Olmoe", tasks=("causal",)),
         decoder_modules(MOE_LAYER),
-        keys=ATTENTION_BIAS | ROUTED | {"qkv_clip": "clip_qkv"},
+        keys=ATTENTION_BIAS | BALANCE | {"qkv_clip": "clip_qkv"} | ROUTED,
         defaults={
             "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
             "intermediate_size": 2048, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": False,
@@ -615,7 +613,8 @@ DECODERS = (
         ),
         prefix="gpt_neox.",
         keys={
-            **COMMON_KEYS, **ATTENTION_BIAS, "parallel": "use_parallel_residual",
+            **{field: key for field, key in LLAMA_KEYS.items() if field not in ("kv_heads", "head_dim")},
+            **ATTENTION_BIAS, "norm_eps": "layer_norm_eps", "parallel": "use_parallel_residual",
         },
         defaults={
             "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
@@ -637,7 +636,12 @@ BERT_DEFAULTS = {
     "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
     "layer_norm_eps": 1e-12, "tie_word_embeddings": True, "initializer_range": 0.02,
 }  # fmt: skip
-BERT_KEYS = COMMON_KEYS | {"types": "type_vocab_size"}
+BERT_KEYS = {
+    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "hidden": "intermediate_size", "max_positions": "max_position_embeddings", "types": "type_vocab_size",
+    "norm_eps": "layer_norm_eps", "activation": "hidden_act", "tied": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}  # fmt: skip
 BERT_CONSTANTS = {
     "norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "causal": False,
     "norms": "sum", "final_norm": False, "embed_norm": True, "positions": "learned",
@@ -809,8 +813,11 @@ ENCODERS = (
         ),
         prefix="model.",
         keys={
-            **COMMON_KEYS, **ATTENTION_BIAS, "norm_eps": "norm_eps", "norm_bias": "norm_bias", "mlp_bias": "mlp_bias",
-            "activation": "hidden_activation",
+            "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+            "heads": "num_attention_heads", "hidden": "intermediate_size", "max_positions": "max_position_embeddings",
+            "norm_eps": "norm_eps", "norm_bias": "norm_bias", "qkv_bias": "attention_bias",
+            "out_bias": "attention_bias", "mlp_bias": "mlp_bias", "activation": "hidden_activation",
+            "tied": "tie_word_embeddings", "initializer_range": "initializer_range",
         },
         defaults={
             "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,

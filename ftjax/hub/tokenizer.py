@@ -73,12 +73,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy tokenizer files and chat templates as they are: what one transformers saves, another may refuse to load."""
-    for name in FILES:
-        file = Path(source) / name
-        if file.is_dir():
-            shutil.copytree(file, out / name)
-        elif file.exists():
-            shutil.copyfile(file, out / name)
+    for name, file in files(source).items():
+        (Path(out) / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, Path(out) / name)
 
 
 def load_tokenizer(folder: Path, model_folder: Path | None = None):

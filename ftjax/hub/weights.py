@@ -413,6 +413,13 @@ def _read_into(out: np.ndarray, file: Path, offset: int) -> None:
             done += read
 
 
+def _slice(tensor: Stored, bounds, transposed) -> np.ndarray:
+    """The part of a tensor within `bounds`, as a new array."""
+    out = np.empty([stop - start for start, stop in bounds], DTYPES[tensor.dtype])
+    _fill(out, tensor, bounds, transposed)
+    return out
+
+
 def _plain(name: str, family: Family) -> str:
     """A tensor's name without the prefix that files may leave out, in the newer of two spellings."""
     for prefix in (family.prefix, *family.prefixes, *(form.prefix for form in family.forms.values())):
@@ -503,9 +510,11 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
 
 def _equal(a: Stored, b: Stored) -> bool:
     """Whether two tensors (V, D) are equal."""
-    whole = [np.memmap(x.file, DTYPES[x.dtype], "r", x.offset, x.shape) for x in (a, b)]
-    blocks = [slice(start, start + BLOCK) for start in range(0, a.shape[0], BLOCK)]
-    return a.shape == b.shape and all(np.array_equal(*(x[block] for x in whole)) for block in blocks)
+    return a.shape == b.shape and all(
+        np.array_equal(_slice(a, bounds, False), _slice(b, bounds, False))
+        for start in range(0, a.shape[0], BLOCK)
+        for bounds in [((start, min(start + BLOCK, a.shape[0])), (0, a.shape[1]))]
+    )
 
 
 def write_model(

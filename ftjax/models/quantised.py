@@ -138,17 +138,13 @@ class Quantised:
         return dataclasses.replace(self, codes=f(self.codes, axes), scale=scale)
 
 
-def _int8_values(codes):
-    return codes.astype(jnp.float32)
-
-
 def _nf4_values(codes):
     """(..., in / 2) uint8 -> (..., in) float32 values of the code book."""
     pairs = codes[..., None] >> jnp.array([4, 0], jnp.uint8) & 15  # shifted, not interleaved: no copy
     return jnp.take(jnp.asarray(NF4), pairs.reshape(*codes.shape[:-1], -1), mode="clip")
 
 
-VALUES = {"int8": _int8_values, "nf4": _nf4_values}
+VALUES = {"int8": lambda codes: codes.astype(jnp.float32), "nf4": _nf4_values}
 
 
 def quantise(kernel, kind: str, double: bool = False, dtype=None) -> Quantised:

@@ -235,15 +235,9 @@ def keeps_base(method, spec, user: str, otherwise: str) -> None:
         otherwise: What else can be done, for the message.
     """
     tuning = spec.tuning
-    changed = [
-        f"tuning.{name}={tuning[name]!r}"
-        for name, changes in (
-            ("method", method.of_parameters),
-            ("init", tuning.init in ("pissa", "olora")),
-            ("modules_to_save", bool(tuning.modules_to_save)),
-        )
-        if changes
-    ]
+    changing = {"method": method.of_parameters, "init": tuning.init in ("pissa", "olora")}
+    changing["modules_to_save"] = bool(tuning.modules_to_save)
+    changed = [f"tuning.{name}={tuning[name]!r}" for name, changes in changing.items() if changes]
     changed += ["data.add_tokens"] * bool(tuning.token_ids)
     if changed:
         raise FtjaxError(

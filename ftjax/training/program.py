@@ -22,7 +22,7 @@ from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.loading import shape_of
 from ftjax.models import attention_backends, remat
-from ftjax.models.config import layers_with
+from ftjax.models.config import TABLES, layers_with
 from ftjax.models.quantised import is_quantised, quantised_size
 from ftjax.models.transformer import BEHIND, Transformer
 from ftjax.objectives import hidden
@@ -273,7 +273,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
             f"distil.hidden: tuning.method {config.tuning.method} as set here trains nothing that the hidden states "
             "depend on; take another method, or set it to 0"
         )
-    left = [path for path in families.TABLES if path in flatten(frozen) and path not in flatten(trained)]
+    left = [path for path in TABLES if path in flatten(frozen) and path not in flatten(trained)]
     if config.tuning.token_ids and left:
         raise FtjaxError(
             f"data.add_tokens: tuning.method {config.tuning.method} as set here would not train the rows of new tokens "

@@ -107,7 +107,7 @@ def init(key, base, spec):
 def variables(trained, frozen, spec):
     """The base's parameters, and A, B, scale and dropout rate in the `adapter` collection."""
     params, initial = split(frozen)
-    adapter = flatten(trained) | flatten(initial)
+    adapter = flatten(trained) | initial
     for path, (_, scale) in ranks(spec).items():
         per_layer = jnp.asarray(scale if path.startswith("layers/") else scale[0])
         adapter[f"{path}/lora/scale"] = per_layer
@@ -115,14 +115,13 @@ def variables(trained, frozen, spec):
             adapter[f"{path}/lora_initial/scale"] = per_layer
         if spec.tuning.dropout:
             adapter[f"{path}/lora/dropout"] = jnp.full_like(per_layer, spec.tuning.dropout)
-    return {"params": params, "adapter": unflatten(adapter)}
+    return {"params": unflatten(params), "adapter": unflatten(adapter)}
 
 
 def merge(trained, frozen, spec):
     """W + s B A, added in float32 and stored in W's dtype. If the table of a tied head changes, the head gets the old
     table as its own."""
-    params, initial = split(frozen)
-    params, adapter, initial = flatten(params), flatten(trained), flatten(initial)
+    (params, initial), adapter = split(frozen), flatten(trained)
     for path, (_, scale) in ranks(spec).items():
         if path.startswith(EXPERTS):
             change = adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"] * scale[:, None, None, None]
@@ -146,10 +145,10 @@ def merge(trained, frozen, spec):
 
 
 def split(frozen):
-    """Split `frozen` into the base's parameters and the tree of initial adapters."""
+    """Split `frozen` into the base's parameters and the initial adapters, {path: array} each."""
     flat = flatten(frozen)
     initial = {path: x for path, x in flat.items() if "/lora_initial/" in path}
-    return unflatten({path: x for path, x in flat.items() if path not in initial}), unflatten(initial)
+    return {path: x for path, x in flat.items() if path not in initial}, initial
 
 
 def _kernel(params, path):
@@ -180,8 +179,7 @@ def lr_scale(path, optim):
 def to_peft(trained, frozen, spec):
     """PEFT's LORA. If an initial adapter is subtracted, the rank is doubled, so that the adapter fits the unchanged
     base."""
-    initial = {path.replace("/lora_initial/", "/lora/"): x for path, x in flatten(split(frozen)[1]).items()}
-    return lora_to_peft(trained, ranks(spec), spec.names, spec.model, spec.tuning.rslora, unflatten(initial))
+    return lora_to_peft(trained, ranks(spec), spec.names, spec.model, spec.tuning.rslora, split(frozen)[1])
 
 
 def from_peft(adapter_config, tensors, base, spec):
@@ -216,7 +214,7 @@ register(
         peft_type="LORA",
         axes=axes,
         frozen_axes=axes,
-        start=lambda frozen: split(frozen)[1],
+        start=lambda frozen: unflatten(split(frozen)[1]),
         lr_scale=lr_scale,
         takes=TAKES,
         lr=2e-4,  # QLoRA's for 7B to 13B, and ten times full training's, as LoRA wants (Schulman et al. 2025)

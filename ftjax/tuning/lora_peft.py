@@ -52,19 +52,19 @@ def lora_to_peft(
         names: {path: module name}, see `families.linear_names`.
         shape: The ModelConfig.
         rslora: Write scales as alpha / sqrt(rank).
-        initial: A tree like `adapter` that is subtracted: BA - B₀A₀ is one adapter of twice the rank.
+        initial: {path: array} of initial adapters that are subtracted: BA - B₀A₀ is one adapter of twice the rank.
 
     Returns:
         (adapter_config, {name in PEFT's files: tensor, float32}).
     """
-    leaves, start, tensors, rank_of, alpha_of = flatten(adapter), flatten(initial or {}), {}, {}, {}
+    leaves, start, tensors, rank_of, alpha_of = flatten(adapter), initial or {}, {}, {}, {}
     # PEFT wraps the parameters of experts in the order of ORDER: the first has the second's wrapper around its own.
     outer = ranks.get(f"{EXPERTS}{ORDER[1]}", (np.zeros(shape.layers),))[0]
     for path, (rank, scale) in ranks.items():
         first, second = SUFFIXES[path in EMBEDDINGS]
         a, b = (_stack(leaves[f"{path}/lora/{n}"], path) for n in "ab")
-        if f"{path}/lora/a" in start:
-            a0, b0 = (_stack(start[f"{path}/lora/{n}"], path) for n in "ab")
+        if subtracted := f"{path}/lora_initial/a" in start:
+            a0, b0 = (_stack(start[f"{path}/lora_initial/{n}"], path) for n in "ab")
         for layer, module in enumerate(module_names(path, names[path], shape)):
             r, wrapper = int(rank[layer]), module
             if not r:
@@ -75,7 +75,7 @@ def lora_to_peft(
                 if name == ORDER[0] and outer[layer]:
                     wrapper += ".base_layer"
                 rows, columns = rows.reshape(-1, a.shape[-1]), columns.transpose(1, 2, 0).reshape(b.shape[-2], -1)
-            if f"{path}/lora/a" in start:
+            if subtracted:
                 rows = np.concatenate([rows, a0[layer, :r]])
                 columns = np.concatenate([columns, -b0[layer, :, :r]], axis=1)
                 r = 2 * r

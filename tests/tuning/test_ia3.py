@@ -86,7 +86,7 @@ K = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
         (
             {},
             lambda t: {n.removeprefix("base_model."): x for n, x in t.items()},
-            "expected base_model.model.MODULE.ia3_l",
+            "expected the prefix .base_model.model.",
         ),
         ({}, lambda t: {}, "no IA3 tensors"),
     ],
