@@ -69,6 +69,24 @@ def refuse_encoder_decoder(adapter_config: dict) -> None:
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
 
 
+def checked(x: np.ndarray | None, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of an adapter.
+
+    Args:
+        x: The tensor; None: the file does not have it.
+        name: Its name in the file.
+        shape: The shape that it must have.
+
+    Raises:
+        FtjaxError: If it is missing or has another shape.
+    """
+    if x is None:
+        raise FtjaxError(f"adapter tensor {name} is missing")
+    if x.shape != shape:
+        raise FtjaxError(f"adapter tensor {name} has shape {x.shape}, expected {shape}")
+    return x
+
+
 def read_adapter(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """The adapter_config.json of a PEFT adapter directory, and {name: tensor} as stored.
 

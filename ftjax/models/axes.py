@@ -29,29 +29,25 @@ RULES = {
     "vocab": ("tensor",),  # V
 }
 
+# Maps whose outputs lie one after another, such as q, k and v: cutting across them would tear heads apart.
+JOINED = ("c_attn", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "gate_up_proj")
 # The end of a parameter's path -> its logical axes. Stacked parameters have a layer axis before these.
 PARAMETER_AXES = {
     "embed/embedding": ("vocab", "embed"),
-    "pos_embed/embedding": (None, "embed"),
-    "type_embed/embedding": (None, "embed"),
-    "dense/kernel": (None, "embed"),
-    "out/kernel": (None, "embed"),
+    **dict.fromkeys(("pos_embed/embedding", "type_embed/embedding"), (None, "embed")),
+    **{f"{name}/kernel": (None, "embed") for name in ("dense", "out", "shared_gate", *JOINED)},
     "distil/kernel": (None, None, None),
-    "shared_gate/kernel": (None, "embed"),
     "lm_head/kernel": ("vocab", "embed"),
     "q_proj/kernel": ("heads", "embed"),
     "k_proj/kernel": ("kv_heads", "embed"),
     "v_proj/kernel": ("kv_heads", "embed"),
-    "c_attn/kernel": (None, "embed"),  # q, k and v lie one after another: cutting across them would tear heads apart
     "o_proj/kernel": ("embed", "heads"),
-    **{f"in_proj_{name}/kernel": (None, "embed") for name in ("qkv", "z", "a", "b")},  # of the delta rule: as c_attn
     "out_proj/kernel": ("embed", None),
     "conv": (None, None, None),
     "A_log": (None,),
     "dt_bias": (None,),
     "gate_proj/kernel": ("hidden", "embed"),
     "up_proj/kernel": ("hidden", "embed"),
-    "gate_up_proj/kernel": (None, "embed"),  # as c_attn
     "down_proj/kernel": ("embed", "hidden"),
     "q_proj/bias": ("heads",),
     "k_proj/bias": ("kv_heads",),

@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import EXPERTS
-from ftjax.hub.peft import PREFIX
+from ftjax.hub.peft import PREFIX, checked
 from ftjax.models.layers import ADAPTERS, Adapter
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
@@ -123,26 +123,19 @@ def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT LORA with `use_dora`. Raises FtjaxError if a module's magnitudes are missing or of another length."""
     pairs = {name: x for name, x in tensors.items() if not name.endswith(SUFFIX)}
     trained, fields = lora.from_peft(adapter_config | {"use_dora": False}, pairs, base, spec)
-    leaves, out = flatten(trained), flatten(trained)
-    adapted = set(fields["targets"])
-    _refuse_tables_and_experts({path.split("/lora/")[0] for path in leaves})
-    for path in [path.removesuffix("/lora/b") for path in leaves if path.endswith("/lora/b")]:
+    leaves, adapted = flatten(trained), set(fields["targets"])
+    paths = [path.removesuffix("/lora/b") for path in leaves if path.endswith("/lora/b")]
+    _refuse_tables_and_experts(paths)
+    for path in paths:
         b = leaves[f"{path}/lora/b"]
         modules = module_names(path, spec.names[path], spec.model)
         magnitude = np.zeros((len(modules), b.shape[-2]), np.float32)
         for layer, module in enumerate(modules):
             if module in adapted:
-                magnitude[layer] = _magnitude(tensors, f"{PREFIX}{module}{SUFFIX}", b.shape[-2])
-        out[f"{path}/lora/magnitude"] = magnitude if b.ndim == 3 else magnitude[0]
-    return unflatten(out), fields
-
-
-def _magnitude(tensors, name, size):
-    if name not in tensors:
-        raise FtjaxError(f"adapter tensor {name} is missing")
-    if tensors[name].shape != (size,):
-        raise FtjaxError(f"adapter tensor {name} has shape {tensors[name].shape}, expected {(size,)}")
-    return tensors[name]
+                name = f"{PREFIX}{module}{SUFFIX}"
+                magnitude[layer] = checked(tensors.get(name), name, magnitude.shape[1:])
+        leaves[f"{path}/lora/magnitude"] = magnitude if b.ndim == 3 else magnitude[0]
+    return unflatten(leaves), fields
 
 
 def _refuse_tables_and_experts(paths):

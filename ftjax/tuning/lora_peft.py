@@ -15,7 +15,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import EXPERTS, kernel_shape
-from ftjax.hub.peft import CONFIG, PREFIX, refuse_variants
+from ftjax.hub.peft import CONFIG, PREFIX, checked, refuse_variants
 from ftjax.models.config import ModelConfig, layers_with
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import EMBEDDINGS, OfModule, by_module, by_pattern, fan_in_fan_out, module_names, peft_targets
@@ -144,7 +144,6 @@ def lora_from_peft(
         FtjaxError: For variants of LoRA, and for tensors that are not of this model, incomplete or of the wrong shape.
     """
     _refuse_variants(adapter_config)
-    kernels = {path: kernel_shape(path, config) for path in names}
     wrapped = _of_experts(adapter_config, names, config)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for tensor in by_module(tensors, ENDS, names, config, wrapped):
@@ -156,22 +155,25 @@ def lora_from_peft(
         raise FtjaxError("the adapter has no LoRA tensors")
 
     flat, ranks = {}, {}
-    for path, shape in kernels.items():
-        modules = module_names(path, names[path], config)
+    for path, name in names.items():
+        modules, suffixes = module_names(path, name, config), SUFFIXES[path in EMBEDDINGS]
         used = {layer: pairs[module] for layer, module in enumerate(modules) if module in pairs}
         if not used:
             continue
+        *lead, out, in_ = kernel_shape(path, config)
+        experts = tuple(lead[1:]) if path.startswith(EXPERTS) else ()
         rank, scale = np.zeros(len(modules), int), np.zeros(len(modules), np.float32)
         for layer, pair in used.items():
             rank[layer], scale[layer] = _rank_and_scale(adapter_config, modules[layer])
-            experts = config.experts if path.startswith(EXPERTS) else 1
-            _check_pair(pair, modules[layer], SUFFIXES[path in EMBEDDINGS], experts * int(rank[layer]), shape[-2:])
-        R, (out, in_), lead = rank.max(), shape[-2:], shape[1:-2]
-        a, b = (np.zeros((len(modules), *lead, *size), np.float32) for size in ((R, in_), (out, R)))
+            rows = math.prod(experts) * int(rank[layer])
+            for suffix, shape in zip(suffixes, ((rows, in_), (out, rows)), strict=True):
+                checked(pair.get(suffix), f"{PREFIX}{modules[layer]}.{suffix}", shape)
+        a = np.zeros((len(modules), *experts, rank.max(), in_), np.float32)
+        b = np.zeros((len(modules), *experts, out, rank.max()), np.float32)
         for layer, pair in used.items():
-            r, (one, two) = rank[layer], (pair[s] for s in SUFFIXES[path in EMBEDDINGS])
-            if path.startswith(EXPERTS):
-                one, two = one.reshape(*lead, r, in_), two.reshape(out, r, *lead).transpose(2, 0, 1)
+            r, (one, two) = rank[layer], (pair[suffix] for suffix in suffixes)
+            if experts:
+                one, two = one.reshape(*experts, r, in_), two.reshape(out, r, *experts).transpose(2, 0, 1)
             a[layer, ..., :r, :], b[layer, ..., :r] = one, two
         stacked = path.startswith("layers/")
         flat[f"{path}/lora/a"], flat[f"{path}/lora/b"] = (a, b) if stacked else (a[0], b[0])
@@ -227,15 +229,6 @@ def divisor(rank: int, rslora: bool) -> float:
 def _stack(x, path: str) -> np.ndarray:
     x = np.asarray(x, np.float32)
     return x if path.startswith("layers/") else x[None]
-
-
-def _check_pair(pair: dict, module: str, suffixes: tuple[str, str], rank: int, kernel: tuple[int, int]) -> None:
-    for suffix, shape in zip(suffixes, ((rank, kernel[1]), (kernel[0], rank)), strict=True):
-        name = f"{PREFIX}{module}.{suffix}"
-        if suffix not in pair:
-            raise FtjaxError(f"adapter tensor {name} is missing")
-        if pair[suffix].shape != shape:
-            raise FtjaxError(f"adapter tensor {name} has shape {pair[suffix].shape}, expected {shape}")
 
 
 def _check_copy(copy: OfModule, base: dict | None) -> None:
