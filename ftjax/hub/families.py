@@ -108,6 +108,7 @@ FIELDS = {
     "quantization_config": maybe(mapped()),
     "text_config": maybe(mapped()),
     "decoder_sparse_step": whole(1),
+    "full_attention_interval": whole(1),
     "mlp_only_layers": maybe(listed(whole())),
     "partial_rotary_factor": maybe(number(above=0)),
 }

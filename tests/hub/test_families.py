@@ -252,6 +252,7 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "gemma3", "text_config": {"architectures": 1}}, ["text_config: architectures = 1"]),
         ({"model_type": "gemma3", "text_config": {"id2label": 1}}, ["text_config: id2label = 1"]),
         ({"model_type": "gemma2", "query_pre_attn_scalar": None}, ["query_pre_attn_scalar = None", "above 0"]),
+        ({"model_type": "qwen3_5_text", "full_attention_interval": 0}, ["full_attention_interval = 0"]),
         ({"model_type": "granite", "logits_scaling": 0}, ["logits_scaling = 0", "above 0"]),
         ({"model_type": "gemma3", "text_config": {"hidden_act": "x", "hidden_size": "1"}}, ["hidden_size = '1'"]),
         ({"model_type": "gemma3", "quantization_config": {"bits": 4}}, ["quantization_config"]),
