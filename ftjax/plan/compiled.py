@@ -98,10 +98,9 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
         rows = privacy.fullest(config, sharding.row_ways(mesh))
         arguments = programs.arguments(program, rows, T, M, config)
         passes = tasks.find(config.task.kind).passes(config)
-        trained = programs.count(program.trained)
         out = {
             "mesh": {axis: int(n) for axis, n in mesh.shape.items()},
-            "parameters": {"trained": trained, "total": trained + programs.count(program.frozen)},
+            "parameters": {"trained": programs.count(program.trained), "total": programs.total(program)},
             "model_flops_per_token": flops_per_token(
                 spec.model, program.base, program.trained, program.frozen, T, passes
             ),

@@ -16,7 +16,7 @@ from ftjax.objectives import hidden
 from ftjax.progress import counted, doing
 from ftjax.training import export, hosts, selection
 from ftjax.training.job import Job
-from ftjax.training.program import Program, count
+from ftjax.training.program import Program, count, total
 from ftjax.training.run_folder import Trained
 from ftjax.tuning import METHODS
 
@@ -63,11 +63,10 @@ class Result:
 
 def description(job: Job, program: Program) -> str:
     """One line that says what is about to be trained."""
-    trained, total = count(program.trained), count(program.base)
-    share = trained / count((program.trained, program.frozen))
+    trained, whole = count(program.trained), total(program)
     sizes = [f"{axis}={n}" for axis, n in job.mesh.shape.items() if n > 1]
     return (
-        f"training {trained:,} of {total:,} parameters ({share:.2%}), {job.config.tuning.method}, "
+        f"training {trained:,} of {whole:,} parameters ({trained / whole:.2%}), {job.config.tuning.method}, "
         f"{counted(job.steps, 'step')} of {counted(job.rows, 'row')}, {counted(len(job.batches), 'step')} an epoch, "
         f"learning rate {job.config.optim.lr:g}, "
         f"{'mesh ' + ' x '.join(sizes) if sizes else 'one'} {jax.devices()[0].device_kind}"

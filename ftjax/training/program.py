@@ -333,6 +333,14 @@ def count(shapes) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes, is_leaf=is_quantised))
 
 
+def total(program: Program) -> int:
+    """Number of values of the model that is trained, adapters included. Trained rows of a stack, which have places in
+    the frozen stack too, count once."""
+    frozen = flatten(program.frozen)
+    twice = [x for path, x in flatten(program.trained).items() if path in frozen]
+    return count((program.trained, program.frozen)) - count(twice)
+
+
 def arguments(program: Program, B: int, T: int, M: int, config) -> tuple:
     """(state, frozen, batch) of a step as shapes with shardings."""
     task = tasks.find(config.task.kind)

@@ -21,8 +21,11 @@ from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
 from ftjax.hub import peft as peft_files
 from ftjax.objectives import causal
+from ftjax.training import program as programs
+from ftjax.training.auto_mesh import ONE_DEVICE
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.optimizer import multipliers, optimizer, schedule
+from ftjax.training.sharding import abstract_mesh
 from ftjax.training.step import compile_step, init_state
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS, of_peft
@@ -235,6 +238,22 @@ def test_packing_padding_and_cache_give_what_plain_rows_give(name):
         np.testing.assert_allclose(packed[r, start : start + len(doc)], row[: len(doc)], rtol=0, atol=1e-5)
         greedy = np.asarray(row).argmax(-1)[: len(doc) - 1]
         assert len(answer) == 4 and greedy[-4:].tolist() == answer
+
+
+@pytest.mark.parametrize("method", ["full", "last_layers", "norms", "lora"])
+def test_the_count_of_parameters_is_that_of_torch_and_peft(method):
+    pair, config = tiny.pair("llama-tied"), configs.default()
+    config.tuning.update(method=method, rank=4)
+    programs.fill_defaults(config)
+    spec, mesh = tiny.spec(pair.family, pair.model.config, method=method, rank=4), abstract_mesh(ONE_DEVICE)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = programs.build(config, spec, mesh, jnp.float32, 1)
+    found = programs.count(program.trained), programs.total(program)
+    if method == "lora":
+        theirs = peft.get_peft_model(copy.deepcopy(pair.torch), peft.LoraConfig(r=4, target_modules="all-linear"))
+        assert found == theirs.get_nb_trainable_parameters()
+    else:
+        assert found[0] <= found[1] == pair.torch.num_parameters()
 
 
 class Killed(Exception):
