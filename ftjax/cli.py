@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", "rows, as data.train takes them; they need no labels", required=True)
     add("--out", "write JSON lines there instead of to the terminal; vectors also as .npy", metavar="FILE")
 
-    add = verb("generate", _generate, "continue prompts")
+    add = verb("generate", _generate, "continue prompts; the answer to a single one appears while it is made")
     add("--model", model, required=True)
     add("--adapter", adapter, [], "[NAME=]DIR")
     add("--prompt", "a prompt, with \\n for a line end; may be repeated", [])
@@ -412,33 +412,35 @@ def _predict(args, overrides) -> None:
 def _generate(args, overrides) -> None:
     if not args.prompt and not args.prompts:
         raise FtjaxError("generate: expected --prompt TEXT or --prompts FILE")
-    from ftjax.evaluation.run import answer
+    from ftjax.evaluation.run import answer, stream_answer
 
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
-    names = ("temperature", "top_k", "top_p", "seed", "batch_size", "weights", "best_of", "reward")
-    _check_numbers(args, {n: n if n == "seed" else f"generate.{n}" for n in ("max_new_tokens", *names)})
-    sampling = {name: getattr(args, name) for name in names}
+    names = ["max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "weights"]
+    chosen = ["best_of", "reward"]
+    _check_numbers(args, {n: n if n == "seed" else f"generate.{n}" for n in names + chosen})
+    how = {name: getattr(args, name) for name in names} | {"chat": args.chat, "stop": tuple(args.stop)}
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    streamed = len(prompts) == 1 and not (args.prompts or args.out or args.reward or args.best_of > 1)
+    how |= {} if streamed else {"template": args.template} | {name: getattr(args, name) for name in chosen}
     rows = []
     for name, model in _models(args):
-        found = answer(
-            model, prompts, args.prompts, template=args.template, chat=args.chat, max_new_tokens=args.max_new_tokens,
-            stop=tuple(args.stop), **sampling,
-        )  # fmt: skip
-        rows += [row | ({"adapter": name} if name else {}) for row in found]
+        title = f"{name}:\n" if len(args.adapter) > 1 else ""
+        if streamed:
+            prompt, pieces = stream_answer(model, *prompts, **how)
+            print(title + prompt, end=bold)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(plain)
+            continue
+        for row in answer(model, prompts, args.prompts, **how):
+            rows.append(row | ({"adapter": name} if name else {}))
+            if not args.out:
+                print(f"{title}{row['prompt']}{bold}{row['completion']}{plain}")
     if args.out:
         from ftjax.files import write_jsonl
 
         write_jsonl(Path(args.out), rows)
         print(f"{len(rows)} answers in {args.out}")
-        return
-    for row in rows:
-        if len(args.adapter) > 1:
-            print(f"{row['adapter']}:")
-        print(
-            f"{row['prompt']}\033[1m{row['completion']}\033[0m"
-            if sys.stdout.isatty()
-            else row["prompt"] + row["completion"]
-        )
 
 
 def _models(args):

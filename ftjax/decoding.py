@@ -10,7 +10,8 @@ vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from ftjax.objectives.causal import EXCLUDED
 NO_TOKEN = -1  # the token of a row whose logits are not finite
 APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
 STAGE = 64  # new tokens whose slots attention reads at first; doubled as answers grow
-STREAMED = 16  # tokens after which answers are streamed
+TICK = 0.05  # seconds between two pieces of an answer that is streamed, about
 SLOTS = {"k": -1, "v": -2}  # arrays of a cache with an axis of slots
 SHARED = 64  # least number of common first tokens of all prompts that are computed apart from the rest
 
@@ -75,8 +76,8 @@ def generate(
     vocab_size: int | None = None,
     weights: str = "model",
     scored: bool = False,
-    stream: Callable[[int, list[int]], None] | None = None,
-) -> list:
+    stream: bool = False,
+) -> list | Iterator[tuple[int, list[int]]]:
     """Continue each prompt until an end token or `max_new_tokens` tokens.
 
     A draw depends only on (seed, index in `prompts`, index in the answer), not on `batch_size`.
@@ -96,12 +97,13 @@ def generate(
             limit.
         weights: `model`: as they are. `bfloat16`: round float32 kernels, so that each token reads half as many bytes.
         scored: Whether to return the log-probabilities of the draws. It needs a temperature above 0.
-        stream: Called with the index of a prompt and the new ids that its answer has so far, for each prompt of a
-            batch, after every STREAMED tokens and at the end.
+        stream: Whether to return an iterator over the answers as they grow. It computes on one device.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`, without the end token. An answer of fewer than
-        `max_new_tokens` tokens ended by itself. With `scored`: a Drawn for each prompt.
+        `max_new_tokens` tokens ended by itself. With `scored`: a Drawn for each prompt. With `stream`: an iterator over
+        (index of a prompt, the new ids that its answer has so far), for all prompts of a batch after their first token,
+        after about every TICK seconds, and when the batch is finished.
 
     Raises:
         FtjaxError: If a setting is out of range, if a prompt is empty, or if a prompt and its answer exceed the model's
@@ -125,44 +127,61 @@ def generate(
         tied = model.config.tied and "lm_head" not in variables["params"]
         variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
     answers: list = [[]] * len(prompts)
-    pending = []
+    key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
+    given = model, rules, prompts, order, key, max_new_tokens, batch_size
+    if stream:
+        return _streamed(_batches(variables, *given, streamed=True))
     with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
-        key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
-        # The angles of longrope depend on the length of the whole text, which a shared part does not know.
-        common = 0 if model.config.rope_scaling.kind == "longrope" else _common(prompts)
-        if "prompt" in variables.get("adapter", {}):
-            variables = variables | {"adapter": _virtual(model, variables)}
-        shared = None
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            tokens, *arrays = _arranged([prompts[i] for i in rows], rows, batch_size)
-            P = tokens.shape[1]
-            T = max(16, 1 << max(len(prompts[rows[-1]]) - common - 1, 0).bit_length())
-            if common < SHARED or 2 * T > P:
-                T = P
-            elif shared is None:
-                shared = share(model, variables, _left_padded([prompts[0][:common]], 1), np.int32(common))
-            stages = [n for n in (STAGE << i for i in range(max_new_tokens.bit_length())) if n < max_new_tokens]
-            stages += [max_new_tokens]
-            given = variables, None if T == P else shared, tokens[:, P - T :], *arrays, key
-            head = shared["segments"].shape[1] if T < P and "state" in shared else P - T
-            state, n = prefill(model, rules, head, (stages[0], max_new_tokens), *given), 1
-            for until in [*(range(STREAMED, max_new_tokens, STREAMED) if stream else ()), max_new_tokens]:
-                if rooms := tuple(room for last, room in zip([0, *stages], stages) if last < until and n < room):
-                    state, n = decode(model, rules, rooms, variables, state, key, np.int32(n), np.int32(until)), until
-                if stream:
-                    for i, row, count in zip(rows, np.asarray(state.new), np.asarray(state.counts)):
-                        stream(i, _checked(i, row[:count].tolist()))
-                if until < max_new_tokens and np.all(state.done):
-                    break
-            pending.append((rows, (state.new, state.counts, *state.scores)))
-    for rows, arrays in pending:
+        states = [(rows, (x.new, x.counts, *x.scores)) for rows, x in _batches(variables, *given)]
+    answers: list = [[]] * len(prompts)
+    for rows, arrays in states:
         for i, row, count, *scores in zip(rows, *map(np.asarray, arrays)):
             answers[i] = _checked(i, row[:count].tolist())
             if scored:
                 K = min(count + 1, max_new_tokens)  # the end token was drawn too
                 answers[i] = Drawn(row[:K].tolist(), bool(count < K), *(x[:K] for x in scores))
     return answers
+
+
+def _streamed(states) -> Iterator[tuple[int, list[int]]]:
+    for rows, state in states:
+        for i, row, count in zip(rows, np.asarray(state.new), np.asarray(state.counts)):
+            yield i, _checked(i, row[:count].tolist())
+
+
+def _batches(
+    variables, model, rules: Rules, prompts, order: list[int], key, max_new_tokens: int, batch_size: int, streamed=False
+) -> Iterator[tuple[list[int], State]]:
+    """The indices of the prompts of each batch with their State when it is finished; if `streamed`, also before."""
+    # The angles of longrope depend on the length of the whole text, which a shared part does not know.
+    common = 0 if model.config.rope_scaling.kind == "longrope" else _common(prompts)
+    if "prompt" in variables.get("adapter", {}):
+        variables = variables | {"adapter": _virtual(model, variables)}
+    stages = [n for n in (STAGE << i for i in range(max_new_tokens.bit_length())) if n < max_new_tokens]
+    stages += [max_new_tokens]
+    shared, step = None, 1
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens, *arrays = _arranged([prompts[i] for i in rows], rows, batch_size)
+        P = tokens.shape[1]
+        T = max(16, 1 << max(len(prompts[rows[-1]]) - common - 1, 0).bit_length())
+        if common < SHARED or 2 * T > P:
+            T = P
+        elif shared is None:
+            shared = share(model, variables, _left_padded([prompts[0][:common]], 1), np.int32(common))
+        given = variables, None if T == P else shared, tokens[:, P - T :], *arrays, key
+        head = shared["segments"].shape[1] if T < P and "state" in shared else P - T
+        state, n = prefill(model, rules, head, (stages[0], max_new_tokens), *given), 1
+        while streamed and n < max_new_tokens and not np.all(state.done):
+            yield rows, state
+            room, begin = next(room for room in stages if n < room), time.perf_counter()
+            until = min(n + step, room)  # so that each stage compiles once
+            state, n = decode(model, rules, (room,), variables, state, key, np.int32(n), np.int32(until)), until
+            jax.block_until_ready(state.done)
+            step = 2 * step if time.perf_counter() - begin < TICK else max(1, step // 2)
+        if n < max_new_tokens and not streamed:
+            state = decode(model, rules, tuple(stages), variables, state, key, np.int32(n), np.int32(max_new_tokens))
+        yield rows, state
 
 
 def _checked(i: int, ids: list[int]) -> list[int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from ftjax.objectives import contrast
 from ftjax.progress import doing
 from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # the token of a byte, where a tokenizer of sentencepiece has no other one
 
 
 @dataclasses.dataclass
@@ -210,16 +213,40 @@ class LM:
                 task is not `causal`.
         """
         messages = isinstance(prompts, list) and prompts and isinstance(prompts[0], dict) and "role" in prompts[0]
-        prompts = [prompts] if messages or isinstance(prompts, str | dict) else prompts
+        ids = self._encoded([prompts] if messages or isinstance(prompts, str | dict) else prompts)
+        new = continue_tokens(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+        return continuations(self.tokenizer, ids, new)
+
+    def stream(
+        self, prompt: list | str | dict, *, max_new_tokens: int = 64, stop: tuple[str, ...] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """Continue one prompt, and hand out the new text while it is made.
+
+        Args:
+            prompt: A text, or a conversation: a list of messages or a dict, as in `generate`.
+            max_new_tokens: Most tokens of the answer.
+            stop: As in `generate`.
+            sampling: As in `generate`.
+
+        Returns:
+            An iterator over pieces of the new text, none of which is empty or ends within a character. Joined, they are
+            the text that `generate` returns.
+
+        Raises:
+            FtjaxError: As `generate` does.
+        """
+        (ids,) = self._encoded([prompt])
+        return stream_ids(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+
+    def _encoded(self, prompts: list) -> list[list[int]]:
+        """Token ids of prompts, each a text, a list of messages or a dict."""
         rows = [
             Rendered(prompt=p)
             if isinstance(p, str)
             else asked(p if isinstance(p, dict) else {"messages": p}, f"prompt {n}")
             for n, p in enumerate(prompts, 1)
         ]
-        ids = [i.tolist() for i in encode_prompts(rows, self.tokenizer, lambda n: f"prompt {n + 1}", goes_on=True)]
-        new = continue_tokens(self, self.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
-        return continuations(self.tokenizer, ids, new)
+        return [i.tolist() for i in encode_prompts(rows, self.tokenizer, lambda n: f"prompt {n + 1}", goes_on=True)]
 
 
 def continue_tokens(
@@ -240,14 +267,45 @@ def continue_tokens(
     Raises:
         FtjaxError: If the model's task is not `causal`.
     """
+    with doing(f"answering {len(ids):,} prompts"):
+        return list(generate(lm.model, variables, ids, **_tokens(lm, stop), **sampling))
+
+
+def stream_ids(lm: LM, variables, ids: list[int], *, stop: tuple[str, ...] = (), **sampling) -> Iterator[str]:
+    """As `continue_tokens` after one prompt, but return an iterator over pieces of the new text, see LM.stream."""
+    answers = generate(lm.model, variables, [ids], **_tokens(lm, stop), stream=True, **sampling)
+    return _pieces(lm.tokenizer, ids, (new for _, new in answers))
+
+
+def _tokens(lm: LM, stop: tuple[str, ...]) -> dict:
+    """The tokens that end an answer and those that it may have. Raises FtjaxError if the model cannot continue text."""
     if lm.kind != "causal":
         raise FtjaxError(
             f"generate: this model is for task.kind {lm.kind}, and cannot continue text; use `ftjax predict`"
         )
     ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, stop)
-    drawn = min(lm.model.config.vocab_size, len(lm.tokenizer))  # a padded table has rows without a token
-    with doing(f"answering {len(ids):,} prompts"):
-        return generate(lm.model, variables, ids, end_tokens=ends, vocab_size=drawn, **sampling)
+    # A padded table has rows without a token.
+    return {"end_tokens": ends, "vocab_size": min(lm.model.config.vocab_size, len(lm.tokenizer))}
+
+
+def _pieces(tokenizer, prompt: list[int], answers: Iterator[list[int]]) -> Iterator[str]:
+    """The text of an answer in pieces that no later token changes; `answers`: the ids that it has so far, rising."""
+    hidden = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    by_words = " ." not in tokenizer.decode(tokenizer("a .", add_special_tokens=False)["input_ids"])
+    shown, new = 0, []
+    for new in answers:
+        n = len(new)
+        # A run of single bytes is decoded as a whole: one byte too many makes all of its characters unreadable.
+        while n and (new[n - 1] in hidden or BYTE.fullmatch(tokenizer.convert_ids_to_tokens(new[n - 1]))):
+            n -= 1
+        text = continuations(tokenizer, [prompt], [new[:n]])[0].rstrip("\ufffd")  # an unfinished character
+        if by_words:  # this tokenizer removes spaces before the punctuation that follows them
+            text = text[: max(text.rfind(" "), 0)]
+        if text[shown:]:
+            yield text[shown:]
+            shown = len(text)
+    if rest := continuations(tokenizer, [prompt], [new])[0][shown:]:
+        yield rest
 
 
 def continuations(tokenizer, prompts: list[list[int]], new: list[list[int]]) -> list[str]:

@@ -160,6 +160,19 @@ def test_generate_writes_json_lines_in_order(tmp_path):
     assert all(a["completion"].strip() for a in answers)
 
 
+def test_one_prompt_is_answered_piece_by_piece_and_with_the_same_text(tmp_path, capsys, monkeypatch):
+    asked = ["generate", "--model", "builtin:stories260K", "--prompt", "One day,\\nTi", "--max-new-tokens", "40"]
+    out = tmp_path / "out.jsonl"
+    assert cli.main([*asked, "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    capsys.readouterr()
+    written = []
+    monkeypatch.setattr(sys.stdout, "write", lambda text, write=sys.stdout.write: written.append(text) or write(text))
+    assert cli.main(asked) == 0
+    assert capsys.readouterr().out == row["prompt"] + row["completion"] + "\n"
+    assert len([text for text in written if text]) > 5
+
+
 def test_evaluate_reports_the_loss_of_rows(tmp_path):
     rows, out = tmp_path / "rows.txt", tmp_path / "report.json"
     rows.write_text("One day, Tom went to the park.\nLily saw a big, red ball.\n")

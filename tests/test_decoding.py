@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import TRANSFORMERS_5
+from tiny_words import wordpiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ftjax import decoding
+from ftjax import decoding, load
+from ftjax import lm as lm_module
 from ftjax.decoding import EXCLUDED, choose, generate
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
+from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import is_quantised, rounded
 from ftjax.models.transformer import Transformer
@@ -175,13 +179,77 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing(name, tmp_path,
     monkeypatch.setattr(
         decoding, "prefill", lambda *given: (shapes.append((*given[6].shape, given[2])), filled(*given))[1]
     )
-    streamed: dict[int, list] = {}
-    new = generate(
-        decoder, variables, prompts, max_new_tokens=20, stream=lambda i, ids: streamed.setdefault(i, []).append(ids)
-    )
+    new = generate(decoder, variables, prompts, max_new_tokens=20)
     assert shapes == [(4, 16, 80)]  # four prompts are unlike, and 70 of their tokens alike
     assert new == theirs(model, prompts, 20)
-    assert streamed == {i: [ids[:16], ids] for i, ids in enumerate(new)}
+    streamed: dict[int, list] = {}
+    for i, ids in generate(decoder, variables, prompts, max_new_tokens=20, batch_size=5, stream=True):
+        streamed.setdefault(i, []).append(ids)
+    for i, ids in enumerate(new):
+        assert streamed[i][0] == ids[:1] and streamed[i][-1] == ids
+        assert all(one == ids[: len(one)] for one in streamed[i])
+
+
+TEXTS = (
+    "Hi 😀👩‍👧 thére, 中文 €5 . It 's  a 'quoted ' word , is n't it ?",
+    "\n 😀 ",
+    "😀😀",
+)
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/qwen3", "models/stories260K", "wordpiece"])
+def test_pieces_of_an_answer_are_its_text_whatever_its_tokens_are(shared, name):
+    """Token by token and by several, with special tokens and lone bytes within the text, and with parts of
+    characters at its end; transformers decodes the whole."""
+    tokenizer = wordpiece(list(TEXTS)) if name == "wordpiece" else load_tokenizer(shared / name)
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special][-1]
+    rng, many = np.random.default_rng(0), 0
+    for text in TEXTS:
+        prompt = tokenizer("Once upon a ti", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answers = [ids[:n] for n in range(1, len(ids) + 1)]
+        answers += [np.insert(ids, rng.integers(len(ids) + 1, size=3), special).tolist() for _ in range(4)]
+        answers += [np.insert(ids, rng.integers(len(ids) + 1), ids[rng.integers(len(ids))]).tolist() for _ in range(4)]
+        before = len(tokenizer.decode(prompt, skip_special_tokens=True))
+        for answer in answers:
+            whole = tokenizer.decode(prompt + answer, skip_special_tokens=True)[before:]
+            for step in (1, 3):
+                grown = [answer[:n] for n in range(1, len(answer), step)] + [answer]
+                pieces = list(lm_module._pieces(tokenizer, prompt, iter(grown)))
+                assert "".join(pieces) == whole and "" not in pieces
+                many = max(many, len(pieces))
+    assert many > 10
+
+
+def test_spaces_that_a_tokenizer_removes_later_are_not_shown_before():
+    words = ["a", " ", ".", "'", "s", "n", "'t", "ve"]
+    inner = Tokenizer(models.Unigram([(word, -1.0) for word in ("[UNK]", *words)], unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=True)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        answer = rng.integers(1, 9, 12).tolist()
+        grown = [answer[:n] for n in range(1, 13)]
+        pieces = list(lm_module._pieces(tokenizer, [1], iter(grown)))
+        assert "".join(pieces) == tokenizer.decode([1, *answer])[1:]
+
+
+def test_a_stream_begins_before_the_second_token_is_computed(monkeypatch):
+    lm, calls = load("builtin:stories260K"), []
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda *given: calls.append(given[-2:]) or decode(*given))
+    for how in ({}, {"stop": (".",), "temperature": 1.0, "seed": 3}):
+        how |= {"max_new_tokens": 70}
+        (whole,) = lm.generate("Once upon a ti", **how)
+        calls.clear()
+        stream = lm.stream("Once upon a ti", **how)
+        pieces = [next(stream)]
+        assert not calls
+        pieces += stream
+        assert "".join(pieces) == whole and len(pieces) >= len(calls) > 2
+    with pytest.raises(FtjaxError, match="max_new_tokens: expected 1 or more"):
+        lm.stream("Once", max_new_tokens=0)
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(random_model):

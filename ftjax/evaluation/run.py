@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from ftjax.evaluation import compare, judge
 from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.hub import fingerprint
-from ftjax.lm import LM
+from ftjax.lm import LM, stream_ids
 from ftjax.loading import load
+from ftjax.progress import doing
 from ftjax.training.features import Features, reference
 from ftjax.training.job import named_files
 from ftjax.training.run_folder import read_record, run_config
@@ -227,6 +229,35 @@ def answer(
     Returns:
         {"prompt", "completion"} for each of `prompts`, and then for each row of `file`.
     """
+    lm, ids, shown = _asked(model, prompts, file, template, chat)
+    texts = continued(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
+    return [{"prompt": p, "completion": c} for p, c in zip(shown, texts, strict=True)]
+
+
+def stream_answer(
+    model: str | LM, prompt: str, *, chat: bool = False, max_new_tokens: int = 64, **sampling: Any
+) -> tuple[str, Iterator[str]]:
+    """Answer one prompt, and hand out the answer while it is made.
+
+    Args:
+        model: As in `answer`.
+        prompt: A text.
+        chat: As in `answer`.
+        max_new_tokens: Most tokens of the answer.
+        sampling: `stop`, see LM.generate; the others see ftjax.decoding.generate.
+
+    Returns:
+        `prompt` and the pieces of `completion` of `answer`. The first piece is computed already.
+    """
+    lm, (ids,), (shown,) = _asked(model, [prompt], None, None, chat)
+    pieces = stream_ids(lm, lm.variables, ids, max_new_tokens=max_new_tokens, **sampling)
+    with doing("answering 1 prompt"):
+        first = next(pieces, "")
+    return shown, itertools.chain([first], pieces)
+
+
+def _asked(model, prompts: Sequence[str], file: str | None, template: str | None, chat: bool):
+    """The model, the token ids of all prompts and their texts as the model reads them; see `answer`."""
     config = _config(model, None, ())
     lm = model if isinstance(model, LM) else load(model)
     data, differing = _shared(config)
@@ -260,8 +291,8 @@ def answer(
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
             rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
-    texts = continued(lm, lm.variables, ids, max_new_tokens=max_new_tokens, stop=stop, **sampling)
-    shown = [
-        r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)
-    ]
-    return [{"prompt": p, "completion": c} for p, c in zip(shown, texts, strict=True)]
+    return (
+        lm,
+        ids,
+        [r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)],
+    )
