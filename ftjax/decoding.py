@@ -122,13 +122,11 @@ def generate(
     _check_lengths(model.config, variables, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # equal prompts are neighbours
     rules = Rules((temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored)
-    first, *more = seed if isinstance(seed, tuple) else (seed,)
     if weights == "bfloat16":
         tied = model.config.tied and "lm_head" not in variables["params"]
         variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
     answers: list = [[]] * len(prompts)
-    key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
-    given = model, rules, prompts, order, key, max_new_tokens, batch_size
+    given = model, rules, prompts, order, seed, max_new_tokens, batch_size
     if stream:
         return _streamed(_batches(variables, *given, streamed=True))
     with cpus.dealt(variables, _rows(len(prompts), batch_size), model.config.width, cpus.CACHED) as variables:
@@ -150,9 +148,19 @@ def _streamed(states) -> Iterator[tuple[int, list[int]]]:
 
 
 def _batches(
-    variables, model, rules: Rules, prompts, order: list[int], key, max_new_tokens: int, batch_size: int, streamed=False
+    variables,
+    model,
+    rules: Rules,
+    prompts,
+    order: list[int],
+    seed,
+    max_new_tokens: int,
+    batch_size: int,
+    streamed=False,
 ) -> Iterator[tuple[list[int], State]]:
     """The indices of the prompts of each batch with their State when it is finished; if `streamed`, also before."""
+    first, *more = seed if isinstance(seed, tuple) else (seed,)
+    key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
     # The angles of longrope depend on the length of the whole text, which a shared part does not know.
     common = 0 if model.config.rope_scaling.kind == "longrope" else _common(prompts)
     if "prompt" in variables.get("adapter", {}):
