@@ -25,6 +25,7 @@ measure lean bench_torch.py --turns "$turns" --lean --only 40m-lora-float32 40m-
 measure generate bench_generate.py --turns "$turns"
 measure generate_rounded bench_generate.py --turns "$turns" --weights bfloat16
 measure generate_bfloat16 bench_generate.py --turns "$turns" --dtype bfloat16
+measure preference bench_preference.py
 measure load bench_load.py
 measure start bench_start.py
 measure lengths bench_lengths.py --methods lora --unroll 1 --turns "$turns" --picture docs/lengths.png

@@ -86,7 +86,7 @@ def dpo(folder: Path, turns: int) -> dict:
         sides["reference"] = lambda: forward(base, batch)
         spent = least(sides, turns)
     parts = spent["causal"] + spent["reference"]
-    return spent | {"ratio": round(spent["preference"] / parts, 3)}
+    return spent | {"ratio": round(spent["preference"] / parts, 3), "must": 1.15}
 
 
 def rollout(turns: int, top_k: int, top_p: float) -> dict:
@@ -106,7 +106,7 @@ def rollout(turns: int, top_k: int, top_p: float) -> dict:
         "rollout": lambda: policy.collect(lm, lm.variables, data, config, 0, examples) and None,
     }
     spent = least(sides, turns)
-    return spent | {"ratio": round(spent["rollout"] / spent["generate"], 3)}
+    return spent | {"ratio": round(spent["rollout"] / spent["generate"], 3), "must": 1.3}
 
 
 def rows(turns: int):

@@ -1,11 +1,17 @@
 """Episodes of several turns with an environment of the user, on a tiny random model."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import haste
 import jax
 import numpy as np
 import pytest
 import tiny_labelled
+from safetensors.numpy import load_file
 from tiny_labelled import WORDS, make, write
 
 import ftjax
@@ -215,6 +221,49 @@ def test_a_run_learns_in_an_environment_and_a_run_folder_names_no_code(setting, 
     assert again["reward"] > 0.5 and again["turns"] == 3
     with pytest.raises(ftjax.FtjaxError, match="generate.best_of: does not apply to task.environment"):
         ftjax.evaluate(c.run_dir, c.data.train, overrides=[*named, "generate.best_of=2"], say=lambda text: None)
+
+
+HIT = """
+def hit():
+    import os, pathlib, sys
+    frame, left = sys._getframe(), pathlib.Path({left!r})
+    while frame and frame.f_code.co_name != "collect":
+        frame = frame.f_back
+    if frame and left.exists():
+        left.write_text(str(n := int(left.read_text()) - 1))
+        if not n:
+            left.unlink()
+            os.kill(os.getpid(), 9)
+    return " film it was"
+"""
+
+
+def test_a_run_killed_between_the_turns_of_its_episodes_ends_in_the_same_bits(setting, tmp_path):
+    c = setting({"reply": "hit()"})
+    c.export.formats = ("adapter",)
+    world, left = tmp_path / "world.py", tmp_path / "left"
+    world.write_text(world.read_text() + HIT.format(left=str(left)))
+    ends = []
+    for name in ("whole", "killed"):
+        c.run_dir = str(tmp_path / name)
+        if name == "killed":
+            left.write_text(str(3 * 36 + 12 + 6))  # of the last step's 12 episodes, half have their second reply
+            (tmp_path / "config.json").write_text(c.to_json_best_effort())
+            code = "import json, ftjax, sys; ftjax.train(ftjax.config.from_dict(json.load(open(sys.argv[1]))))"
+            asked = [sys.executable, "-c", code, str(tmp_path / "config.json")]
+            env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {haste.FLAGS}"}
+            done = subprocess.run(asked, capture_output=True, text=True, env=env)
+            assert done.returncode == -signal.SIGKILL and not left.exists(), done.stderr
+        said = []
+        ftjax.train(c, say=said.append)
+        steps = [
+            [row[k] for k in ("step", "loss", "reward", "turns")] for row in read_metrics(c.run_dir) if "loss" in row
+        ]
+        ends.append((steps, load_file(Path(c.run_dir) / "adapter/adapter_model.safetensors")))
+        assert any("going on after step 2" in line for line in said) == (name == "killed")
+    (steps, whole), (again, killed) = ends
+    assert steps == again and [step for step, *_ in steps] == [1, 2, 3, 4]
+    assert whole.keys() == killed.keys() and all(np.array_equal(whole[name], killed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(
