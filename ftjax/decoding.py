@@ -97,7 +97,8 @@ def generate(
             limit.
         weights: `model`: as they are. `bfloat16`: round float32 kernels, so that each token reads half as many bytes.
         scored: Whether to return the log-probabilities of the draws. It needs a temperature above 0.
-        stream: Whether to return an iterator over the answers as they grow. It computes on one device.
+        stream: Whether to return an iterator over the answers as they grow. Their rows are not dealt to the cores of a
+            CPU.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`, without the end token. An answer of fewer than
@@ -125,7 +126,6 @@ def generate(
     if weights == "bfloat16":
         tied = model.config.tied and "lm_head" not in variables["params"]
         variables = variables | {"params": jax.jit(rounded, static_argnums=1)(variables["params"], tied)}
-    answers: list = [[]] * len(prompts)
     given = model, rules, prompts, order, seed, max_new_tokens, batch_size
     if stream:
         return _streamed(_batches(variables, *given, streamed=True))
@@ -142,23 +142,19 @@ def generate(
 
 
 def _streamed(states) -> Iterator[tuple[int, list[int]]]:
+    """See `stream` of `generate`."""
     for rows, state in states:
         for i, row, count in zip(rows, np.asarray(state.new), np.asarray(state.counts)):
             yield i, _checked(i, row[:count].tolist())
 
 
 def _batches(
-    variables,
-    model,
-    rules: Rules,
-    prompts,
-    order: list[int],
-    seed,
-    max_new_tokens: int,
-    batch_size: int,
-    streamed=False,
+    variables, model, rules: Rules, prompts, order, seed, max_new_tokens: int, batch_size: int, streamed: bool = False
 ) -> Iterator[tuple[list[int], State]]:
-    """The indices of the prompts of each batch with their State when it is finished; if `streamed`, also before."""
+    """The indices of the prompts of each batch with their State when it is finished; if `streamed`, also before.
+
+    order: indices of the prompts, one batch after another. The others: see `generate`.
+    """
     first, *more = seed if isinstance(seed, tuple) else (seed,)
     key = functools.reduce(jax.random.fold_in, more, jax.random.key(first))
     # The angles of longrope depend on the length of the whole text, which a shared part does not know.

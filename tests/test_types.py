@@ -28,6 +28,7 @@ steps: list[int] = [row["step"] for row in result.history]
 path: str = result.files["metrics"]
 lm: ftjax.LM = ftjax.load(result.run_dir, adapters={"a": "runs/a"}, dtype="float32")
 texts: list[str] = lm.with_adapter("a").generate(["Once"], max_new_tokens=8, temperature=0.5)
+text: str = "".join(lm.stream("Once", max_new_tokens=8))
 logits: np.ndarray = lm.logits([[1, 2]])
 vectors: np.ndarray = lm.embed(["a text"], pool="mean")
 figures = ftjax.evaluate(lm, "rows.jsonl", overrides=["data.limit=3"], generate=True)["loss"]

@@ -291,8 +291,5 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
             rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
-    return (
-        lm,
-        ids,
-        [r.prompt if r.messages is None else t for r, t in zip(rendered, lm.tokenizer.batch_decode(ids), strict=True)],
-    )
+    texts = lm.tokenizer.batch_decode(ids)
+    return lm, ids, [r.prompt if r.messages is None else t for r, t in zip(rendered, texts, strict=True)]
