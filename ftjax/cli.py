@@ -390,7 +390,7 @@ def _predict(args, overrides) -> None:
     import functools
 
     from ftjax.evaluation.run import predict
-    from ftjax.files import as_json
+    from ftjax.files import as_json, replacing, write_jsonl
 
     rows = predict(args.model, args.data, overrides=overrides, say=functools.partial(print, file=sys.stderr))
     if args.out and args.out.endswith(".npy"):
@@ -398,15 +398,16 @@ def _predict(args, overrides) -> None:
             raise FtjaxError(f"--out {args.out}: only vectors of texts are written as .npy; name a .jsonl file")
         import numpy as np
 
-        np.save(args.out, np.array([row["vector"] for row in rows], np.float32))
+        with replacing(Path(args.out)) as draft, open(draft, "wb") as file:
+            np.save(file, np.array([row["vector"] for row in rows], np.float32))
         print(f"{len(rows):,} vectors in {args.out}")
         return
-    text = "".join(as_json(row) + "\n" for row in rows)
     if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
-        print(f"{text.count(chr(10)):,} predictions in {args.out}")
-    else:
-        print(text, end="")
+        write_jsonl(Path(args.out), rows)
+        print(f"{len(rows):,} predictions in {args.out}")
+        return
+    for row in rows:
+        print(as_json(row))
 
 
 def _generate(args, overrides) -> None:

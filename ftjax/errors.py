@@ -38,7 +38,12 @@ def of_disk(error: BaseException) -> str:
         exists = "a file, or a link to nothing, where a folder is expected"
         return f"{file}{exists if error.errno == errno.EEXIST else error.strerror}"
     texts = [os.strerror(number) for number in OF_DISKS[:7]]
-    return " ".join(str(error).split())[:300] if any(text in str(error) for text in texts) else ""
+    return reason(error) if any(text in str(error) for text in texts) else ""
+
+
+def reason(error: BaseException) -> str:
+    """The message of a library's error in one line, for the middle of a sentence."""
+    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
 
 
 def nearest(word: str, choices) -> str:

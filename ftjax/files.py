@@ -23,17 +23,30 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which replaces the file when the block ends.
 
     A kill leaves the old file or the new one, never a part of it. After an error, such as a full disk, no draft is
-    left.
+    left. A pipe or a device is not replaced: its own path is yielded.
     """
+    if path.exists() and not path.is_file() or path.parent == Path("/dev"):  # a pipe or a device, such as /dev/null
+        yield path
+        return
     draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")  # unique to this process
     try:
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        error.filename = str(path)  # the error of a write does not name the file
-        raise
+        with naming(path):
+            yield draft
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an error of the operating system, in the block, the name of the file or folder that is written there. The
+    error of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename or path).startswith(str(path)):  # it is not about a file that is read
+            error.filename = str(path)
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ftjax.assets import PREFIX, resolve
 from ftjax.data import columns
 from ftjax.data.table import CHUNK, CHUNK_BYTES, Table
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, nearest, reason
 
 if TYPE_CHECKING:
     import datasets
@@ -617,12 +617,12 @@ def _parquet(name: str) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(name, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(name, pre_buffer=False, page_checksum_verification=True) as file:
             yield from _adopted(name, file.schema_arrow, _row_groups(file))
     except (OSError, pyarrow.ArrowException, ValueError, LookupError, AttributeError, TypeError) as e:
         if isinstance(e, FtjaxError) or isinstance(e, OSError) and e.errno:
             raise
-        raise FtjaxError(f"{name}: not a readable Parquet file: {e}; copy it or write it again") from e
+        raise FtjaxError(f"{name}: not a readable Parquet file: {reason(e)}; copy it or write it again") from e
 
 
 def _row_groups(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:

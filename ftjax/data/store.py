@@ -26,6 +26,7 @@ from ftjax import seals
 from ftjax.data.table import CHUNK, Table
 from ftjax.data.tokenise import Example, Place, row_number
 from ftjax.errors import FtjaxError
+from ftjax.files import naming
 from ftjax.seals import digest
 
 META, IDS, TRAINED, LENGTHS, TARGETS = "meta.json", "ids.int32", "trained.bool", "lengths.int32", "targets"
@@ -278,13 +279,11 @@ def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict | None]
         cache.folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=cache.folder))
         try:
-            meta = write(draft) or {}
-            meta |= {"checksums": seals.checksums(draft, sorted(file.name for file in draft.iterdir()))}
-            (draft / META).write_text(json.dumps(seals.sealed(meta)))
-            _publish(draft, entry)
-        except OSError as error:
-            error.filename = error.filename or str(cache.folder)  # the error of a full disk names no file
-            raise
+            with naming(cache.folder):
+                meta = write(draft) or {}
+                meta |= {"checksums": seals.checksums(draft, sorted(file.name for file in draft.iterdir()))}
+                (draft / META).write_text(json.dumps(seals.sealed(meta)))
+                _publish(draft, entry)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     yield entry, meta

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from ftjax import seals
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, reason
 from ftjax.files import replace_json
 from ftjax.foreign import mapped, maybe, number, read_json, whole
 from ftjax.training import hosts
@@ -247,11 +247,6 @@ class Checkpoints:
 def steps_in(run_dir: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, damaged ones included, ascending."""
     return sorted(int(path.name) for path in (run_dir / FOLDER).glob("*") if path.name.isdigit())
-
-
-def reason(error: Exception) -> str:
-    """The message of a library's error, in one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def _files(folder: Path) -> list[str]:

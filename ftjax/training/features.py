@@ -25,6 +25,7 @@ from ftjax.data import store
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import cache_of
 from ftjax.errors import FtjaxError
+from ftjax.files import naming
 from ftjax.foreign import read_json
 from ftjax.hub import fingerprint, peft, resolve
 from ftjax.lm import LM
@@ -234,7 +235,8 @@ class Features:
             return values
 
         if cache is None or cache.folder is None:
-            with tempfile.TemporaryFile(dir=folder) as file:  # the map stays when it is closed
+            folder = folder or tempfile.gettempdir()
+            with naming(folder), tempfile.TemporaryFile(dir=folder) as file:  # the map stays when it is closed
                 self.values = computed(file)
             return
         rows = [digest(e.ids.tobytes(), e.trained.tobytes(), e.second) for e in examples]

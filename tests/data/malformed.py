@@ -31,6 +31,13 @@ def _twice() -> bytes:
     return sink.getvalue()
 
 
+def _flipped(place: float) -> bytes:
+    """A file with checksums of its pages, which are not compressed, and one other bit at a share of its length."""
+    data = bytearray(_parquet({"a": [f"{n:09d}" for n in range(500)]}, compression="none", write_page_checksum=True))
+    data[int(place * len(data))] ^= 8
+    return bytes(data)
+
+
 def _damaged() -> bytes:
     data = bytearray(_parquet({"a": [f"{n:09d}" for n in range(5000)]}, compression="snappy"))
     data[20:4000] = bytes(3980)
@@ -386,6 +393,16 @@ PARQUET_CASES = {
         r": not a readable Parquet file: .*copy it",
     ),
     "damaged Parquet": ("t.parquet", _damaged, r": not a readable Parquet file"),
+    "Parquet with another bit in a page": (
+        "t.parquet",
+        lambda: _flipped(0.3),
+        r": not a readable Parquet file: .*checksum.*; copy it or write it again$",
+    ),
+    "Parquet with another bit in its footer": (
+        "t.parquet",
+        lambda: _flipped(0.97),
+        r": not a readable Parquet file: .*; copy it or write it again$",
+    ),
     "text named .parquet": ("t.parquet", b'{"a": 1}\n', r": not a readable Parquet file"),
     "Parquet without rows": ("t.parquet", lambda: _parquet({"a": pa.array([], pa.string())}), r" is empty"),
     "Parquet with a column twice": ("t.parquet", _twice, r": a column is named twice: a, a"),

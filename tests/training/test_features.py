@@ -15,6 +15,7 @@ from ftjax import config as configs
 from ftjax.data.batches import Batches
 from ftjax.data.store import Cache
 from ftjax.data.tokenise import Example
+from ftjax.errors import of_disk
 from ftjax.objectives import causal
 from ftjax.training import features, sharding
 from ftjax.training.report import read_metrics
@@ -59,8 +60,9 @@ def test_the_disk_is_claimed_before_anything_is_computed(stored, tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError) as error:
         features.Features(batches, "reference", lambda batch: 1 / 0, (5,), np.float32, **how)
+    assert of_disk(error.value) == f"{tmp_path}: No space left on device"
     assert not list(tmp_path.iterdir())
 
 

@@ -18,6 +18,7 @@ import ftjax
 from ftjax import cli, config
 from ftjax.assets import resolve
 from ftjax.errors import FtjaxError, of_disk
+from ftjax.files import write_jsonl
 from ftjax.hub import fingerprint
 from ftjax.training import provenance
 from ftjax.training.run_folder import base_folder, claim, locked
@@ -295,6 +296,14 @@ def test_a_large_file_of_an_export_is_read_again_only_after_a_change(tmp_path, m
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file, not a folder")
     assert looked(again=False) == (["a", "b"], ["a", "b"])
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_jsonl(tmp_path / "pipe", [{"a": 1}])
+    assert os.read(reader, 99) == b'{"a": 1}\n' and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 def test_a_full_disk_leaves_the_old_picture_and_the_old_export_whole(tmp_path):
