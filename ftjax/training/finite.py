@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,9 +55,7 @@ IN_A_ROW = 10  # bad steps after which a run stops
 
 def by_layer(norms: dict | None) -> str:
     """The layers whose gradients are not finite, or else those with the largest, in parentheses."""
-    each = {}
-    for part, x in (norms or {}).items():
-        each |= {f"layer {i}": float(n) for i, n in enumerate(x)} if np.ndim(x) else {part: float(x)}
+    each = _named(norms or {})
     wrong = [name for name, x in each.items() if not math.isfinite(x)]
     if not each or len(wrong) == len(each):
         return " (all gradients are NaN or infinite)" if wrong else ""
@@ -67,6 +65,33 @@ def by_layer(norms: dict | None) -> str:
     most = sorted(each, key=each.__getitem__, reverse=True)[:3]
     told = ", ".join(f"{name} {each[name]:.3g}" for name in most if each[name])
     return f" (largest gradient norms: {told})" if told else ""
+
+
+KEPT = 50  # good steps whose gradient norms a run remembers
+GROWN = 3.0  # a gradient has grown if its norm is so many times the smallest of these steps
+
+
+def grown(known: Sequence[dict]) -> str:
+    """A sentence about the layers whose gradients grew before a run diverged; empty for fewer than two steps.
+
+    known: norms of the gradients of the latest good steps, the newest last, see `step.norms_by_layer`.
+    """
+    if len(known) < 2:
+        return ""
+    steps = [_named(norms) for norms in known]
+    least, last = {name: min(step[name] for step in steps) for name in steps[0]}, steps[-1]
+    names = sorted((n for n in last if last[n] > GROWN * least[n] > 0), key=lambda n: least[n] / last[n])
+    told = ", ".join(f"{name} ({least[name]:.3g} to {last[name]:.3g})" for name in names[:3])
+    grew = f"the gradient norm grew most in {told}" if told else "no layer's gradient grew much"
+    return f" In the {len(known)} good steps before, {grew}."
+
+
+def _named(norms: dict) -> dict[str, float]:
+    """{a layer, or a part outside the layers: norm of its gradient}."""
+    each = {}
+    for part, x in norms.items():
+        each |= {f"layer {i}": float(n) for i, n in enumerate(x)} if np.ndim(x) else {part: float(x)}
+    return each
 
 
 def check_bad(step: int, values: dict, places: list[str], report: dict, config, before: float | None, good: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -290,8 +291,10 @@ class Training:
         secret: What it gets beside each batch: the key of a private run's noise.
         loss: The last loss that was read.
         unread: (step, report) of steps whose numbers are still on the devices.
+        norms: Gradient norms by layer of the latest good steps that were read.
     """
 
+<<<<<<< HEAD
     def __init__(
         self, job: Job, program: Program, trained: dict, frozen: dict, checkpoints: Checkpoints, standing: Standing,
         known: str, say: Callable[[str], None], opened: contextlib.ExitStack,
@@ -335,6 +338,23 @@ class Training:
         opened.callback(self.take_step.close)
         self.secret = {"key": privacy.key_of(job.secret)} if job.secret else {}
         checkpoints.pinned = standing.good if self.rewinds else 0
+=======
+    job: Job
+    program: Program
+    frozen: dict
+    checkpoints: Checkpoints
+    standing: Standing
+    say: Callable[[str], None]
+    validation: dict
+    feed: Feed
+    progress: Progress
+    metrics: Metrics | None
+    take_step: Profiler
+    secret: dict
+    loss: float | None = None
+    unread: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    norms: Any = dataclasses.field(default_factory=lambda: collections.deque(maxlen=finite.KEPT))
+>>>>>>> 95897e1 (A run that diverges names the layers whose gradients grew)
 
     @property
     def rewinds(self) -> bool:
@@ -443,7 +463,9 @@ class Training:
             if bad and self.rewinds:
                 self.unread.clear()
                 return at
-            self.loss = self.loss if values["loss"] is None or bad else values["loss"]
+            if values["loss"] is not None and not bad:
+                self.loss = values["loss"]
+                self.norms.append(report["norms"])
         self.unread.clear()
         if log and not bad:  # a step that is left out has a line of its own
             values |= {"lr": float(program.rate(at - 1 - left_out))} | privacy.spent(config, self.rate_of_rows, at)
@@ -510,14 +532,15 @@ class Training:
 
     @contextlib.contextmanager
     def telling_what_is_kept(self) -> Iterator[None]:
-        """Add to an error for numbers that are not finite which checkpoint is left."""
+        """Add to an error for numbers that are not finite which gradients grew, and which checkpoint is left."""
         try:
             yield
         except NotFinite as error:
             self.checkpoints.wait()
             left = self.checkpoints.best()
             kept = "There is no checkpoint" if left is None else f"The best checkpoint is that of step {left:,}"
-            raise NotFinite(f"{str(error).rstrip('.')}. {kept}; the run is not finished") from None
+            what = f"{str(error).rstrip('.')}.{finite.grown(self.norms)}"
+            raise NotFinite(f"{what} {kept}; the run is not finished") from None
 
     def lower(self) -> str:
         """The likely cause of numbers that are not finite after the last step, and what to do."""

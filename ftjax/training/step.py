@@ -178,8 +178,8 @@ def train_step(
 
     Returns:
         (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars, and
-        "norms", see `norms_by_layer`, which are computed for a bad step only and 0 for others). If "tokens", the sum of
-        weights, is 0, then all means are undefined. With a guard also "bad", "skipped" and "in_a_row", see `judged`.
+        "norms", see `norms_by_layer`). If "tokens", the sum of weights, is 0, then all means are undefined. With a
+        guard also "bad", "skipped" and "in_a_row", see `judged`.
     """
     batch = dict(batch)
     key = jax.random.wrap_key_data(batch.pop("key"), impl="threefry2x32") if "key" in batch else jax.random.key(seed)
@@ -189,6 +189,7 @@ def train_step(
         unmixed = variables
         variables = lambda trained, frozen: unmixed(trained, frozen) | mixing  # noqa: E731
     gradient, weight, metrics = gradients(sums, variables, state.trained, frozen, batch, key, accumulate)
+    norms = norms_by_layer(gradient)
     trained = as_float32(state.trained)
     updates, moments = optimizer.update(gradient, state.optimizer, trained)
     updated = optax.apply_updates(trained, updates)
@@ -200,7 +201,8 @@ def train_step(
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, updated)
     report = {
         **{NAMES.get(name, name): total / divisor(weight) for name, total in metrics.items()},
-        "grad_norm": optax.tree.norm(gradient),
+        "grad_norm": optax.tree.norm(norms),
+        "norms": norms,
         "tokens": weight,
         **mixing.get("mixing", {}),
     }
@@ -211,8 +213,6 @@ def train_step(
         before = state._replace(step=after.step, guard=None)
         after = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)._replace(guard=guard)
         report |= {"bad": bad, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"]}
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(norms_by_layer, gradient))
-    report["norms"] = jax.lax.cond(bad, norms_by_layer, lambda gradient: none, gradient)
     return after, report
 
 

@@ -75,6 +75,14 @@ def test_a_last_update_that_ruins_the_model_is_found_without_validation_rows(tmp
     assert not_finite(tree) == ["a/b"]
 
 
+def test_a_run_that_diverges_names_the_layers_whose_gradients_grew(tmp_path):
+    c = settings(tmp_path / "run", tuning__method="full", optim__warmup=0, train__steps=9, train__eval_every=100)
+    c.optim.update(lr=100.0, clip_norm=0.0, schedule="constant", name="sgd")
+    told = r"^step 4: the loss is nan .* In the 3 good steps before, the gradient norm grew most in embed .*, layer 0"
+    with pytest.raises(NotFinite, match=told):
+        ftjax.train(c, say=quiet)
+
+
 def test_damaged_weights_are_named_before_the_first_step(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(assets.resolve("builtin:stories260K"), folder)
@@ -279,6 +287,11 @@ def test_the_layers_of_a_bad_step_are_named():
     assert finite.by_layer(norms) == " (gradients are NaN or infinite in layer 0, layer 1)"
     largest = {"layers": np.array([1.0, 30.0, 2.0]), "head": np.float32(0.5)}
     assert finite.by_layer(largest) == " (largest gradient norms: layer 1 30, layer 2 2, layer 0 1)"
+    known = [{"layers": np.array([1, 0.5, x]), "head": np.float32(y)} for x, y in ((0.5, 0.1), (0.1, 9), (9, 0.2))]
+    found = finite.grown(known)
+    assert found == " In the 3 good steps before, the gradient norm grew most in layer 2 (0.1 to 9)."
+    assert finite.grown(known[:2]).endswith("grew most in head (0.1 to 9).")
+    assert finite.grown(known[:1] * 2).endswith("no layer's gradient grew much.") and not finite.grown(known[:1])
     report, c = {"norms": largest, "in_a_row": 10, "skipped": 3}, configs.default()
     c.train.on_bad_step, bad = "rewind", {"loss": float("nan"), "grad_norm": 1.0}
     with pytest.raises(NotFinite, match="layer 1 30.*last of 10 bad steps in a row, which train.on_bad_step=rewind"):

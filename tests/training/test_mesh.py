@@ -196,10 +196,7 @@ def test_parameters_and_moments_are_split_as_the_table_says(method, cut):
 
 @pytest.mark.slow
 def test_collectives_are_those_of_the_golden_table():
-    """What one device sends in a step of each mesh: a change must be seen, understood and written down.
-
-    A few small all-reduces, of gradient norms by layer, are in a branch that only a bad step takes.
-    """
+    """What one device sends in a step of each mesh: a change must be seen, understood and written down."""
     lines = []
     for method, cut in RUNS:
         run(method, cut)
