@@ -9,7 +9,7 @@ from ftjax.tasks import Task
 
 def teacher(config) -> distil.Teacher:
     """The Teacher of a config."""
-    return distil.Teacher(**config.distil)
+    return distil.Teacher(**{name: config.distil[name] for name in distil.Teacher._fields})
 
 
 def always(config) -> dict:
