@@ -294,7 +294,6 @@ class Training:
         norms: Gradient norms by layer of the latest good steps that were read.
     """
 
-<<<<<<< HEAD
     def __init__(
         self, job: Job, program: Program, trained: dict, frozen: dict, checkpoints: Checkpoints, standing: Standing,
         known: str, say: Callable[[str], None], opened: contextlib.ExitStack,
@@ -316,6 +315,7 @@ class Training:
         self.checkpoints, self.standing, self.validation = checkpoints, standing, job.validation
         self.loss: float | None = None
         self.unread: list[tuple[int, Any]] = []
+        self.norms: Any = collections.deque(maxlen=finite.KEPT)
         config, start, first = job.config, standing.step, jax.process_index() == 0
         run_dir, batches = Path(config.run_dir), job.batches
         sizes = program.base, program.trained, program.frozen
@@ -338,23 +338,6 @@ class Training:
         opened.callback(self.take_step.close)
         self.secret = {"key": privacy.key_of(job.secret)} if job.secret else {}
         checkpoints.pinned = standing.good if self.rewinds else 0
-=======
-    job: Job
-    program: Program
-    frozen: dict
-    checkpoints: Checkpoints
-    standing: Standing
-    say: Callable[[str], None]
-    validation: dict
-    feed: Feed
-    progress: Progress
-    metrics: Metrics | None
-    take_step: Profiler
-    secret: dict
-    loss: float | None = None
-    unread: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
-    norms: Any = dataclasses.field(default_factory=lambda: collections.deque(maxlen=finite.KEPT))
->>>>>>> 95897e1 (A run that diverges names the layers whose gradients grew)
 
     @property
     def rewinds(self) -> bool:
