@@ -192,7 +192,8 @@ def _shared(config) -> tuple[ConfigDict, dict[str, dict[str, str]]]:
     """The `data` group of a config, with what all its sources have in common where a source may have its own prompt,
     template, system message or end; and {field: {source: value}} of those fields in which they differ, which are empty
     in the group."""
-    data, differing, sources = configs.copy(config).data, {}, configs.sources(config)
+    data, sources = configs.copy(config).data, configs.sources(config)
+    differing: dict[str, dict[str, str]] = {}
     for field in ("prompt", "template", "system", "end"):
         values = {source.name: source.data[field] for source in sources}
         same = len(set(values.values())) == 1
