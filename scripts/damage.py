@@ -6,15 +6,17 @@ Of each damage the outcome is one of: `same` (the numbers are those of the whole
 rows that were computed again, and a line says so), `refused` (an FtjaxError), and the two that are faults: `SILENT`
 (other numbers, and no word of it) and `TRACEBACK`.
 
-A kill is one or two signals to a process that prepares rows, trains, evaluates, generates or exports. No process may
-hang or print a traceback, and the same command must then end in the bytes of an undisturbed run. Its moment lies
-between two lines of the undisturbed command's log, each pair equally likely, by the processor time that was spent
-there, so that a loaded machine kills in the same stages as a quiet one.
+A kill is one or two signals to a process that prepares rows, trains, evaluates, generates, exports, or does something
+else with a run. No process may hang or print a traceback, and the same command must then end in the bytes of an
+undisturbed run. The verbs are killed in turn, and each in all of its parts, which lie between two lines of its log: at
+a share of the processor time that the undisturbed command spends there, or at the next line. So a slow machine kills
+in the same stages as a fast one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -28,6 +30,7 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import fuzz
 import jax
@@ -275,12 +278,14 @@ def several(count: int, seed: int, say=print) -> Counter:
 
 def start(arguments: list[str], said: Path) -> int:
     """Start the command line in a fork, which need not import anything; returns its number. said: what it prints."""
+    said.write_bytes(b"")
     if child := os.fork():
         return child
     os.setsid()
     with said.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # a line counts when it is printed, see `Part`
     from ftjax import cli
 
     sys.argv, code = ["ftjax", *arguments], 99
@@ -288,6 +293,8 @@ def start(arguments: list[str], said: Path) -> int:
         code = cli.main()
     except KeyboardInterrupt:  # before the command listens to signals
         code = 128 + signal.SIGINT
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -296,48 +303,122 @@ def start(arguments: list[str], said: Path) -> int:
         os._exit(code)
 
 
-def ended(child: int, seconds: float, spent: float = math.inf, at_lines=None) -> int | None:
-    """The exit code of a child, negative for a signal; None if it still runs after some seconds, or has spent so much
-    processor time. at_lines: called with the seconds of processor time that it has spent, each time it is looked at."""
+class Part(NamedTuple):
+    """A part of a command, between two lines of its log.
+
+    Attributes:
+        after: Number of lines before it.
+        before: Number of lines at its end; the last part has no end.
+        seconds: Processor time that the undisturbed command spends in it.
+    """
+
+    after: int
+    before: float
+    seconds: float
+
+
+def ended(child: int, seconds: float, look=lambda spent: False) -> int | None:
+    """The exit code of a child, negative for a signal.
+
+    Args:
+        child: Number of the process.
+        seconds: How long it is waited for.
+        look: Called every few milliseconds with the processor time that the child has spent; true ends the waiting.
+
+    Returns:
+        None if the child still runs.
+    """
     until = time.monotonic() + seconds
     while not (found := os.waitpid(child, os.WNOHANG))[0]:
         ticks = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
-        so_far = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-        if at_lines:
-            at_lines(so_far)
-        if time.monotonic() > until or so_far > spent:
+        if look(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")) or time.monotonic() > until:
             return None
         time.sleep(0.005)
     return os.waitstatus_to_exitcode(found[1])
 
 
+def lines_of(said: Path) -> int:
+    """Number of lines of a log, without those that say how long something has taken so far."""
+    return sum(line.endswith(b"\n") and b" so far" not in line for line in said.read_bytes().splitlines(keepends=True))
+
+
+def parts_of(command: list[str], said: Path) -> list[Part]:
+    """Run a command undisturbed, and measure its parts."""
+    marks = [(0, 0.0)]  # lines of the log, and the processor time at which there are so many
+
+    def look(spent: float) -> bool:
+        nonlocal last
+        last, lines = spent, lines_of(said)
+        if lines > marks[-1][0]:
+            marks.append((lines, spent))
+        return False
+
+    last, code = 0.0, ended(start(command, said), 10 * HANG, look)
+    if code:
+        raise AssertionError(f"{command}: exit code {code}: {said.read_text()[-3000:]}")
+    marks.append((math.inf, last))
+    return [Part(a, b, max(y - x, 0.01)) for (a, x), (b, y) in itertools.pairwise(marks)]
+
+
+def within(part: Part, share: float, said: Path):
+    """For `ended`: whether a command is so far in a part, or past it."""
+    begun: list[float] = []
+
+    def look(spent: float) -> bool:
+        lines = lines_of(said)
+        if lines >= part.after and not begun:
+            begun.append(spent)
+        return lines >= part.before or bool(begun) and spent - begun[0] >= share * part.seconds
+
+    return look
+
+
+def timeless(value):
+    """Plain data without what a clock or the name of a folder says."""
+    if isinstance(value, dict):
+        return {key: timeless(x) for key, x in value.items() if not any(word in key for word in ("second", "path"))}
+    return [timeless(x) for x in value] if isinstance(value, list) else value
+
+
 def written(folder: Path) -> dict:
     """What the commands wrote into a folder, without clocks."""
-    names = [*(folder / "run/adapter").rglob("*"), *(folder / "out").rglob("*"), folder / "run/samples.jsonl"]
-    names += [folder / "out.jsonl"]
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in names if p.suffix in (".safetensors", ".jsonl")}
-    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    # A run that is stopped also logs the step that it ended at.
-    told = [row for row in rows if row["step"] % EVERY == 0]
-    found["metrics"] = [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for row in told]
-    scores = json.loads((folder / "scores.json").read_text())
-    return found | {"scores": {key: x for key, x in scores.items() if "second" not in key and "path" not in key}}
+    names = ("run/adapter/*.safetensors", "run/samples.jsonl", "out/**/*.safetensors", "out/**/*.json*")
+    found = {}
+    for path in sorted(p for name in names for p in folder.glob(name) if p.is_file()):
+        content = path.read_bytes()
+        content = timeless(json.loads(content)) if path.suffix == ".json" else content
+        found[str(path.relative_to(folder))] = content
+    if (metrics := folder / "run/metrics.jsonl").is_file():
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        # A run that is stopped also logs the step that it ended at.
+        rows = [row for row in rows if row["step"] % EVERY == 0]
+        found["metrics"] = [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "val_loss")] for row in rows]
+    return found
 
 
-def commands(folder: Path) -> list[list[str]]:
-    """Train (with its preparation, scores before and after, and an export), evaluate, generate and export."""
+def commands(folder: Path) -> dict[str, list[str]]:
+    """{verb: its command}: train (with its preparation, scores before and after, and an export), and what others do
+    with the run. Each reads what those before it wrote."""
     fields = FIELDS | {"evaluate.compare": True, "log.compilation_cache": True, "export.formats": ("adapter",)}
     flat = fuzz.RUN | fields | {"run_dir": str(folder / "run"), "data.cache": str(folder / "cache")}
-    folder.mkdir()
+    (folder / "out").mkdir(parents=True)
     text = f"from ftjax import config\n\n\ndef get_config():\n    return config.from_dict({flat!r})\n"
     (folder / "config.py").write_text(text)
-    run = str(folder / "run")
-    return [
-        ["train", "--config", str(folder / "config.py")],
-        ["evaluate", "--model", run, "--out", str(folder / "scores.json")],
-        ["generate", "--model", run, "--prompt", "A dog", "--max-new-tokens", "8", "--out", str(folder / "out.jsonl")],
-        ["export", "--run", run, "--out", str(folder / "out"), "--format", "merged"],
-    ]
+    run, out, config = str(folder / "run"), folder / "out", ["--config", str(folder / "config.py")]
+    base = fuzz.assets.resolve("builtin:stories260K")
+    return {
+        "train": ["train", *config],
+        "evaluate": ["evaluate", "--model", run, "--out", str(out / "scores.json")],
+        "generate": ["generate", "--model", run, "--prompt", "A dog", "--out", str(out / "answers.jsonl")],
+        "export": ["export", "--run", run, "--out", str(out / "merged"), "--format", "merged"],
+        "inspect": ["data", "inspect", *config, "--out", str(out / "report")],
+        "check": ["check", run],
+        "upcycle": ["upcycle", str(base), "--experts", "2", "--out", str(out / "experts")],
+    }
+
+
+DEADLY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+WAYS = [(one,) for one in DEADLY] + [(one, two) for one in DEADLY[1:] for two in DEADLY]  # to kill, one or two signals
 
 
 def killed(count: int, seed: int, say=print) -> Counter:
@@ -353,78 +434,60 @@ def killed(count: int, seed: int, say=print) -> Counter:
     found, rng = Counter(), random.Random(f"kills {seed}")
     with tempfile.TemporaryDirectory() as work:
         os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0"}
-        said, moments, names = Path(work) / "said", {}, iter(range(count + 2))
+        folder, said, begun = Path(work) / "folder", Path(work) / "said", Path(work) / "begun"
+        parts, right, todo = {}, {}, commands(folder)
+        for verb, command in todo.items():
+            shutil.copytree(folder, begun / verb)  # what the command finds
+            parts[verb] = parts_of(command, said)
+            rng.shuffle(parts[verb])
+            right[verb] = written(folder)
 
-        def finish(todo: list[list[str]]) -> None:
-            for command in todo:
-                marks = [0.0, 0.0]  # processor time at each line of the log, and at the end
+        def begin(verb: str) -> None:
+            shutil.rmtree(folder)
+            shutil.copytree(begun / verb, folder)
 
-                def note(so_far, marks=marks):
-                    marks[-1] = so_far
-                    if said.exists() and said.read_bytes().count(b"\n") > len(marks) - 2:
-                        marks.append(so_far)
-
-                said.unlink(missing_ok=True)
-                code = ended(start(command, said), 10 * HANG, at_lines=note)
-                moments.setdefault(command[0], marks)
-                if code:
-                    raise AssertionError(f"{command}: exit code {code}: {said.read_text()[-3000:]}")
-
-        def compare(folder: Path) -> None:
-            theirs = written(folder)
-            other = [name for name in right if theirs.get(name) != right[name]]
-            found["SILENT" if other else "same"] += 1
-            if other:
-                say(f"{folder.name}: other than the undisturbed run: {', '.join(other)}")
-
-        for _ in range(2):  # the first one compiles
-            folder = Path(work) / str(next(names))
-            moments.clear()
-            finish(commands(folder))
-        right, todo, told, left = written(folder), [], 0, 0
-        for i in range(count):
-            if not left and todo:
-                finish([todo.pop(0)])
-                if not todo:
-                    compare(folder)
-            if not todo:
-                todo = commands(folder := Path(work) / str(next(names)))
-            left = left or rng.randint(1, 3)  # kills of this command in this folder
-            left -= 1
-            verb, marks = todo[0][0], moments[todo[0][0]]
-            part = rng.randrange(len(marks) - 1)
-            until = rng.uniform(*marks[part : part + 2])
-            signals = [
-                rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)) for _ in range(rng.choice((1, 1, 2)))
-            ]
-            child = start(todo[0], said)
-            code = ended(child, 10 * HANG, until)
-            found[f"in-{verb}"] += code is None
-            for number in signals if code is None else ():
-                os.killpg(child, number)
-                code = ended(child, HANG if number == signals[-1] else rng.uniform(0, 1))
-                if code is not None:
-                    break
-            text = said.read_text(errors="replace")
+        def kill(verb: str, part: Part, share: float, signals: tuple) -> bool:
+            """Start the command and kill it at a share of a part. Returns whether it still ran then."""
+            child = start(todo[verb], said)
+            code = ended(child, 10 * HANG, within(part, share, said))
+            early, fair = code is None, {0}
+            if early:
+                found[f"in-{verb}"] += 1
+                fair |= {*(-n for n in signals), *(128 + n for n in signals)}
+                for number in signals:
+                    os.killpg(child, number)
+                    code = ended(child, HANG if number == signals[-1] else rng.uniform(0, 1))
+                    if code is not None:
+                        break
             if code is None:
-                found["HANG"] += 1
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-            elif "Traceback" in text or code not in {0, *(-n for n in signals), *(128 + n for n in signals)}:
-                found["TRACEBACK"] += 1
-            else:
-                found["finished" if code == 0 else "killed"] += 1
-            if code is None or found["TRACEBACK"] > told:
-                told = found["TRACEBACK"]
-                say(f"kill {i}: {verb} after {until:.2f} s, {signals}: exit code {code}: {text[-3000:]}")
-            if code == 0:
-                left = 0
-                todo.pop(0)
-                if not todo:
-                    compare(folder)
-        if todo:
-            finish(todo)
-            compare(folder)
+            text = said.read_text(errors="replace")
+            came = "HANG" if code is None else "killed" if code else "finished"
+            if "Traceback" in text or code is not None and code not in fair:
+                came = "TRACEBACK"
+            found[came] += 1
+            if came in ("HANG", "TRACEBACK"):
+                say(f"{verb}, {part}, {share:.2f}, {signals}: exit code {code}: {text[-3000:]}")
+            return early
+
+        for i in range(count):
+            verb, turn = list(todo)[i % len(todo)], i // len(todo)
+            part, share = parts[verb][turn % len(parts[verb])], rng.random()
+            for _ in range(5):
+                begin(verb)
+                if kill(verb, part, share, WAYS[i % len(WAYS)]):
+                    break
+                share /= 2  # it was faster than when it was measured, when it compiled
+            if rng.random() < 0.3:  # and what goes on after it
+                kill(verb, rng.choice(parts[verb]), rng.random(), rng.choice(WAYS))
+            if code := ended(start(todo[verb], said), 10 * HANG):
+                raise AssertionError(f"{todo[verb]}: exit code {code}: {said.read_text()[-3000:]}")
+            theirs = written(folder)
+            other = [name for name in theirs | right[verb] if theirs.get(name) != right[verb].get(name)]
+            found["SILENT" if other else "same"] += 1
+            if other:
+                say(f"{i}, {verb}, {part}: other than the undisturbed run: {', '.join(other)}")
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftjax import tasks
@@ -11,7 +13,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.clean import records
 from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_json, replace_text, write_jsonl
+from ftjax.files import DRAFT, replace_json, replace_text, write_jsonl
 
 UNBOUNDED = 1 << 30  # number of positions if the folder holds a tokenizer and no model
 
@@ -32,18 +34,20 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
     from ftjax.data import inspect_report
 
     tokenizer, _ = _tokenizer(config)
-    folder = _empty(out) if out else None
-    found = inspecting.inspect(config, tokenizer)
-    say(inspect_report.table(found))
-    if config.data.domain_report:
-        of_domain = domain.report(config, tokenizer)
-        say(f"\ncompared with {config.data.domain_report}\n{domain.shown(of_domain)}")
+    with _new(out) if out else contextlib.nullcontext() as folder:
+        found = inspecting.inspect(config, tokenizer)
+        say(inspect_report.table(found))
+        if config.data.domain_report:
+            of_domain = domain.report(config, tokenizer)
+            say(f"\ncompared with {config.data.domain_report}\n{domain.shown(of_domain)}")
+            if folder:
+                replace_json(folder / "domain.json", of_domain)
         if folder:
-            replace_json(folder / "domain.json", of_domain)
-    if folder:
-        replace_json(folder / "inspect.json", inspect_report.to_json(found))
-        replace_text(folder / "inspect.html", inspect_report.html(found))
-        say(f"{folder / 'inspect.html'}: the same findings with plots; {folder / 'inspect.json'}: with all row numbers")
+            replace_json(folder / "inspect.json", inspect_report.to_json(found))
+            replace_text(folder / "inspect.html", inspect_report.html(found))
+    if out:
+        page, numbers = (Path(out) / name for name in ("inspect.html", "inspect.json"))
+        say(f"{page}: the same findings with plots; {numbers}: with all row numbers")
 
 
 def clean(config, out: str, say: Callable = print) -> None:
@@ -127,32 +131,42 @@ def _head(config) -> dict:
     return {"pool": head.pool, "known": families.label_names(folder) if shape.head.task == head.task else ()}
 
 
-def _empty(out: str) -> Path:
-    folder = Path(out)
+@contextlib.contextmanager
+def _new(out: str) -> Iterator[Path]:
+    """Yield a draft, which becomes the new folder `out` when the block ends. A kill or an error leaves no part of it,
+    which would look whole, and which the same command would refuse."""
+    folder = Path(out).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FtjaxError(
-            f"--out: {folder} already exists and is not empty; name a new folder, because nothing is overwritten"
+            f"--out: {out} already exists and is not empty; name a new folder, because nothing is overwritten"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    draft = folder.with_name(f".{folder.name}{DRAFT}")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write(out: str, make: Callable[[], tuple[list[Source], list[Gone]]], say: Callable) -> None:
     """Write `[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl if any row was left out."""
-    out = _empty(out)
-    sources, gone = make()
-    for source in sources:
-        folder = out / source.name
-        folder.mkdir(exist_ok=True)
-        for part in PARTS:
-            table = source.tables.get(part)
-            if table is not None and len(table):
-                path = folder / f"{part}.jsonl"
-                write_jsonl(path, (row for _, chunk in table.chunks() for row in chunk))
-                say(f"{path}: {len(table):,} rows")
-        for note in source.notes:
-            say(f"{source.name}: {note}".removeprefix(": "))
-    if gone:
-        path = out / "removed.jsonl"
-        write_jsonl(path, (record for table, removed in gone for record in records(table, removed)))
-        say(f"{path}: {preview.left_out(gone)}")
+    lines = []
+    with _new(out) as draft:
+        sources, gone = make()
+        for source in sources:
+            (draft / source.name).mkdir(exist_ok=True)
+            for part in PARTS:
+                table = source.tables.get(part)
+                if table is not None and len(table):
+                    name = Path(source.name) / f"{part}.jsonl"
+                    write_jsonl(draft / name, (row for _, chunk in table.chunks() for row in chunk))
+                    lines.append(f"{Path(out) / name}: {len(table):,} rows")
+            lines += [f"{source.name}: {note}".removeprefix(": ") for note in source.notes]
+        if gone:
+            path = draft / "removed.jsonl"
+            write_jsonl(path, (record for table, removed in gone for record in records(table, removed)))
+            lines.append(f"{Path(out) / path.name}: {preview.left_out(gone)}")
+    for line in lines:
+        say(line)

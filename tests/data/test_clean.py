@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftjax import config
-from ftjax.data import template
+from ftjax.data import template, verbs
 from ftjax.data.clean import RULES, clean, records, whitespace
 from ftjax.data.compared import sides
 from ftjax.data.read import read_table
@@ -340,3 +340,29 @@ def test_duplicates_are_judged_by_what_the_model_reads_and_says_and_conflicts_st
     answered = [{"id": f"{i} it", "prompt": "Who?", "completion": text} for i, text in enumerate(["I.", "You.", "i"])]
     by = sides(c.data, ["id", "prompt", "completion"])
     assert [r.index for r in clean(table(answered), asked(exact=True), by=by).removed] == [2]
+
+
+def test_a_command_that_is_stopped_leaves_no_part_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"src": "a {i}", "tgt": "b {i}"}}\n' for i in range(30)))
+    c, lines = config.default(), []
+    c.data.update(train=str(tmp_path / "rows.jsonl"), validation="", test="", split=(0.8, 0.1, 0.1))
+
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(verbs, "write_jsonl", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            verbs.split(c, str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    (tmp_path / ".out.part").mkdir()  # of a process that was killed
+    (tmp_path / ".out.part" / "train.jsonl").write_text("{")
+    verbs.split(c, str(tmp_path / "out"), say=lines.append)
+    assert lines[0] == f"{tmp_path / 'out' / 'train.jsonl'}: 24 rows" and not (tmp_path / ".out.part").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "test.jsonl",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+    with pytest.raises(FtjaxError, match="already exists and is not empty"):
+        verbs.split(c, str(tmp_path / "out"))
