@@ -4,8 +4,8 @@ The model writes `<<12+30=`, where its turn ends (generate.stop), and the enviro
 reward is 1 if the final number of the solution is that of the row. scripts/make_sums.py writes the rows: GSM8K itself
 is far beyond a model of 260,000 parameters. After 300 supervised steps, 0.430 of the solutions to the test questions
 that are sampled at temperature 1 are right, and 0.725 after GRPO (the best checkpoint, step 60). Of greedy solutions to
-the validation questions 0.94 were right before and 0.97 after. One seed, about eight minutes of processor time;
-docs/policy.md says more.
+the validation questions 0.94 were right before and 0.97 after. That is seed 0; two other seeds did not gain, see
+docs/policy.md. About eight minutes of processor time.
 """
 
 import re
