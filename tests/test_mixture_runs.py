@@ -231,6 +231,9 @@ def test_a_prompt_for_a_mixture_is_written_as_all_its_sources_have_it(setting, t
     assert rendered(file=file)[0].prompt == "warm"
     c.data.mixture = told | {"template": "chatml"}, other | {"template": "chatml"}
     assert rendered(prompts=["it"])[0].messages == ({"role": "user", "content": "it"},)
+    c.data.system = "Answer."
+    c.data.mixture = told | {"template": "chatml", "system": "Tell."}, other | {"template": "chatml"}
+    assert rendered(prompts=["it"])[0].messages[0] == {"role": "system", "content": "Answer."}
     c.data.mixture = told | {"template": "chatml"}, other | {"template": "alpaca"}
     with pytest.raises(FtjaxError, match="several values of data.template .told: 'chatml'; films: 'alpaca'.; answer"):
         rendered(prompts=["it"], chat=True)

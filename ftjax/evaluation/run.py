@@ -190,15 +190,17 @@ def _check_others(model, config) -> None:
 
 def _shared(config) -> tuple[ConfigDict, dict[str, dict[str, str]]]:
     """The `data` group of a config, with what all its sources have in common where a source may have its own prompt,
-    template, system message or end; and {field: {source: value}} of those fields in which they differ, which are empty
-    in the group."""
+    template, system message or end; and {field: {source: value}} of those fields in which they differ. Then the system
+    message is that of the group, which is for all conversations without one, and the others are empty."""
     data, sources = configs.copy(config).data, configs.sources(config)
     differing: dict[str, dict[str, str]] = {}
     for field in ("prompt", "template", "system", "end"):
         values = {source.name: source.data[field] for source in sources}
         same = len(set(values.values())) == 1
-        differing |= {} if same else {field: values}
-        data[field] = next(iter(values.values())) if same else ""
+        if same:
+            data[field] = next(iter(values.values()))
+        elif field != "system":
+            differing[field], data[field] = values, ""
     return data, differing
 
 
@@ -274,7 +276,7 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
 
     def prompt(text: str, place: str = "--prompt") -> Rendered:
         if chat or data.template:
-            same("template", "system")
+            same("template")
             return asked({"prompt": text}, place, data.template, data.system)
         return Rendered(prompt=text)
 
@@ -284,7 +286,7 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
         places = [f"{file} row {i}" for i in range(1, len(rows) + 1)]
         before = template or data.prompt
         if not before and {"messages", "conversations"} & set(rows.column_names):
-            same("template", "system")
+            same("template")
             rendered += [asked(row, place, data.template, data.system) for row, place in zip(rows, places)]
         else:
             same(*["prompt"] * (not template))

@@ -74,7 +74,7 @@ def test_lines_say_whose_they_are_and_the_first_failure_ends_all(capfd):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_exit_code_is_that_of_the_first_to_fail(tmp_path):
-    """The other sees that it is gone, and fails 10 ms later with a code of its own."""
+    """The other sees that it is gone, and fails 100 ms later with a code of its own."""
     os.mkfifo(tmp_path / "pipe")
     body = (
         "import os, time\n"
@@ -89,7 +89,7 @@ def test_the_exit_code_is_that_of_the_first_to_fail(tmp_path):
         "        time.sleep(0.001)\n"
         "except (FileNotFoundError, ProcessLookupError):  # its code was read already\n"
         "    pass\n"
-        "time.sleep(0.01)\n"
+        "time.sleep(0.1)\n"
         "os._exit(1)\n"
     )
     told = [local_processes.environment(i, 2, 1, [], None) for i in range(2)]
