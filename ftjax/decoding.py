@@ -31,7 +31,7 @@ NO_TOKEN = -1  # the token of a row whose logits are not finite
 APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy: larger ones gain little
 STAGE = 64  # new tokens whose slots attention reads at first; doubled as answers grow
 TICK = 0.05  # seconds between two pieces of an answer that is streamed, about
-SLOTS = {"k": -1, "v": -2}  # arrays of a cache with an axis of slots
+SLOTS = {"k": -1, "v": -2, "global_k": -1, "global_v": -2}  # arrays of a cache with an axis of slots
 SHARED = 64  # least number of common first tokens of all prompts that are computed apart from the rest
 
 

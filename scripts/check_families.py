@@ -192,6 +192,35 @@ def qwen3_5(rng) -> dict:
     return tokens | tied | {"text_config": text, "vision_config": vision}
 
 
+def gemma4(rng) -> dict:
+    shape, heads = sizes(rng), [1, 2, 3]
+    shape |= {"num_hidden_layers": 5, "sliding_window": int(rng.choice([4, 7]))}
+    # Values and outputs are normalised, and rounding errors of small ones would be enlarged without this epsilon.
+    shape |= flags(rng, "attention_bias") | {"rms_norm_eps": float(rng.choice([1e-3, 1e-2]))}
+    shape |= {name: bool(rng.integers(3)) for name in ("attention_k_eq_v", "use_double_wide_mlp")}
+    shape["layer_types"] = [*types(rng), TYPES[rng.integers(2)], TYPES[0]]
+    shape["num_kv_shared_layers"] = int(rng.choice([0, 1, 2, 2]))
+    shape["global_head_dim"] = 2 * int(rng.choice([2, 3, 5]))
+    shape["num_global_key_value_heads"] = int(rng.choice([n for n in heads if shape["num_attention_heads"] % n == 0]))
+    width = int(rng.choice([0, 5, 6, 7]))
+    shape["hidden_size_per_layer_input"] = width or 5 * bool(shape["num_kv_shared_layers"])  # transformers cannot
+    # compute shared keys without these inputs
+    shape |= {"vocab_size_per_layer_input": V, "final_logit_softcapping": [None, 3.0][rng.integers(2)]}
+    full = {"rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": float(rng.choice([0.25, 0.5]))}
+    return shape | {"rope_parameters": {TYPES[0]: full, TYPES[1]: scaling(rng, "default")}}
+
+
+def gemma4_whole(rng) -> dict:
+    """A model that reads images too, whose text part is a gemma4_text."""
+    text = gemma4(rng)
+    vision = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 4, "patch_size": 4, "position_embedding_size": 16}
+    names = ("image_token_id", "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id", "boa_token_id")
+    tokens = {name: V + i for i, name in enumerate((*names, "eoa_token_index"))}
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    return tokens | tied | {"text_config": text, "vision_config": vision}
+
+
 # name -> (model_type, rng -> what config.json says)
 DRAWS = {
     **{
@@ -244,6 +273,8 @@ DRAWS = {
         lambda rng: gemma(rng, **of_types(rng, str(rng.choice(["default", "linear"])))),
     ),
     "gemma3": ("gemma3", gemma3),
+    "gemma4_text": ("gemma4_text", gemma4),
+    "gemma4": ("gemma4", gemma4_whole),
     "olmo2": ("olmo2", lambda rng: sizes(rng) | flags(rng, "attention_bias")),
     "olmo3": (
         "olmo3",
@@ -290,8 +321,9 @@ def draw(name: str, seed: int):
     config = AutoConfig.for_model(kind, **settings)
     # Only this implementation computes all that a config may say, such as bounded scores.
     model = auto(kind).from_config(config, attn_implementation="eager").float().eval()
+    scalars = [x for name, x in model.named_buffers() if name.endswith("layer_scalar")]  # in files, but not trained
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (*model.parameters(), *scalars):
             p.add_(torch.randn_like(p) * 0.1)
     return model, settings
 

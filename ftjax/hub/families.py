@@ -12,7 +12,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, maybe, number, read_json, string, whole
 from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
-from ftjax.models.config import Head, ModelConfig, RopeScaling, layers_with
+from ftjax.models.config import READS, Head, ModelConfig, RopeScaling, layers_with
 from ftjax.models.transformer import shapes
 
 # leaf of a module -> the end of its tensor's name, for modules and for Module.bare
@@ -50,8 +50,10 @@ ROPE = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
     "longrope": (("factor", "short_factor", "long_factor", ORIGINAL), ("attention_factor",)),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
 }
-ROPE_NAMES = {ORIGINAL: "original_max_positions"}  # key -> field of RopeScaling, where they differ
+# key -> field of RopeScaling, where they differ
+ROPE_NAMES = {ORIGINAL: "original_max_positions", "partial_rotary_factor": "share"}
 ROPE_KEYS = tuple(dict.fromkeys(key for keys in ROPE.values() for part in keys for key in part))
 PLACES = ("mrope_section", "mrope_interleaved")  # of images; the three positions of a token of text are equal
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -71,6 +73,7 @@ ARITHMETIC = {
     *("final_logit_softcapping", "logits_scaling", "n_routed_experts", "no_rope_layers", "num_experts", "qk_layernorm"),
     *("num_local_experts", "query_pre_attn_scalar", "residual_multiplier", "use_mrope", "use_qk_norm", "lm_head_bias"),
     *("sliding_window_pattern", "use_bidirectional_attention", "parallel_attn", "num_kv_shared_layers", "layer_scale"),
+    *("per_layer_config", "hidden_size_per_layer_input", "attention_k_eq_v", "enable_moe_block", "global_head_dim"),
 }
 
 # Type of a field of ModelConfig or Head -> what config.json may hold.
@@ -111,6 +114,10 @@ FIELDS = {
     "full_attention_interval": whole(1),
     "mlp_only_layers": maybe(listed(whole())),
     "partial_rotary_factor": maybe(number(above=0)),
+    **dict.fromkeys(("num_kv_shared_layers", "hidden_size_per_layer_input"), maybe(whole())),
+    **dict.fromkeys(("vocab_size_per_layer_input", "global_head_dim", "num_global_key_value_heads"), maybe(whole(1))),
+    "use_double_wide_mlp": maybe(flag),
+    "per_layer_config": maybe(mapped()),
 }
 ROPE_FIELDS = {
     **dict.fromkeys(("rope_theta", *ROPE_KEYS), maybe(number(above=0))),
@@ -157,7 +164,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     read = {*family.keys.values(), *family.defaults}
     unread = {key: (None, False, 0, 1, [], "none") for key in ARITHMETIC - read}
     for key, allowed in (unread | ANY_FAMILY | family.only).items():
-        if key in hf and hf[key] not in allowed:
+        # True equals 1, which changes nothing as a factor or a number of parts, but it turns something on.
+        if key in hf and (hf[key] not in allowed or hf[key] is True and key in unread):
             raise FtjaxError(
                 f"{where}: {key} = {hf[key]!r} changes the logits of a {kind} model in a way that is not supported; "
                 f"expected {' or '.join(repr(v) for v in allowed)}, or no such key"
@@ -193,6 +201,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
         values["rotary"] = _rotary_from_hf(hf, values["layers"], where)
     if "mlp_only_layers" in family.defaults:
         values["parts"] = _dense_from_hf(hf, values["layers"], where)
+    if "num_kv_shared_layers" in family.defaults:
+        values |= _sharing_from_hf(hf, values, where)
     if values["positions"] == "rotary":
         values |= _rope_from_hf(hf, family, values, where)
     return family, ModelConfig(**values, head=_head_from_hf(hf, family, where))
@@ -289,7 +299,12 @@ def with_head(
 
 def with_rows(config: ModelConfig, ids: Sequence[int]) -> ModelConfig:
     """The shape of a model whose tables of embeddings have a row for each of these token ids too."""
-    return dataclasses.replace(config, vocab_size=max([config.vocab_size - 1, *ids]) + 1)
+    size = max([config.vocab_size - 1, *ids]) + 1
+    if config.input_width and size > config.vocab_size:
+        raise FtjaxError(
+            "this model cannot get new tokens here, because it has a second table, of inputs of each layer"
+        )
+    return dataclasses.replace(config, vocab_size=size)
 
 
 def form_of(family: Family, head: Head) -> Form:
@@ -349,7 +364,8 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
         raise FtjaxError(
             f"{where}: rope_type = {kind!r} is not supported{nearest(kind, ROPE)}; known: {', '.join(ROPE)}"
         )
-    theta, share = float(rope.pop("rope_theta", family.theta)), rope.pop("partial_rotary_factor", None)
+    theta = float(rope.pop("rope_theta", family.theta))
+    share = None if kind == "proportional" else rope.pop("partial_rotary_factor", None)
     if family.rotary_share is None and share not in (None, 1.0):
         raise FtjaxError(f"{where}: partial_rotary_factor of the rotary embedding is not supported; expected 1.0")
     share = (family.rotary_share or 1.0) if share is None else share
@@ -394,6 +410,8 @@ def rope_to_hf(config: ModelConfig, family: Family) -> dict:
     if config.local_theta:
         local = {"rope_type": "default", "rope_theta": config.local_theta}
         hf |= {of_windows: config.local_theta, "rope_parameters": dict(zip(LAYER_TYPES, (whole, local)))}
+    if "per_layer_config" in family.defaults:  # transformers 4 has no such family, and 5 would misread its keys
+        return {"rope_parameters": hf["rope_parameters"]}
     return {theirs: hf[ours] for theirs, ours in family.aliases.items() if ours in hf} | hf
 
 
@@ -458,8 +476,63 @@ def _dense_from_hf(hf: dict, layers: int, where: str) -> tuple[tuple[str, str], 
     return () if all(routed) else tuple(("attn", "mlp" if own else "dense") for own in routed)
 
 
+def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
+    """Fields of ModelConfig for the layers of Gemma 4. The last has no window, whatever `layer_types` says."""
+    L, P, shared = values["layers"], hf["hidden_size_per_layer_input"] or 0, hf["num_kv_shared_layers"] or 0
+    windows = (*values["windows"][:-1], 0) if any(values["windows"][:-1]) else (0,) * L
+    kinds = ["attn" if window else "global" for window in windows]
+    if {*kinds} - {*kinds[: max(L - shared, 0)]}:
+        raise FtjaxError(
+            f"{where}: num_kv_shared_layers = {shared} leaves a type of layer without one that has keys of its own"
+        )
+    if P and hf["vocab_size_per_layer_input"] != values["vocab_size"]:
+        raise FtjaxError(f"{where}: vocab_size_per_layer_input: expected that of vocab_size, {values['vocab_size']}")
+    sizes = {"head_dim": hf["global_head_dim"]}
+    if hf["attention_k_eq_v"]:
+        sizes["num_key_value_heads"] = hf["num_global_key_value_heads"]
+    if (told := hf["per_layer_config"]) is not None:  # of transformers 5.24, in place of these keys
+        known = {"head_dim": whole(1), "num_key_value_heads": whole(1)}
+        sizes = told.get(str(L - 1))
+        check_fields({"layer": sizes}, {"layer": mapped()}, f"{where}: per_layer_config")
+        check_fields(sizes, known, f"{where}: per_layer_config")
+        full = [str(layer) for layer, kind in enumerate(kinds) if kind == "global"]
+        if told != dict.fromkeys(full, sizes) or sizes.keys() - known.keys():
+            raise FtjaxError(
+                f"{where}: per_layer_config: expected the same {' and '.join(known)} in all layers of full attention, "
+                f"{', '.join(full)}, and nothing else; found {told!r:.200}"
+            )
+    d, K = sizes.get("head_dim") or values["head_dim"], sizes.get("num_key_value_heads") or values["kv_heads"]
+    if values["heads"] % K or d % 2:
+        raise FtjaxError(
+            f"{where}: layers of full attention cannot have {values['heads']} heads of {d} and {K} KV heads"
+        )
+    more = ("inputs",) * (P > 0) + ("scalar",)
+    last = READS, "wide" if hf["use_double_wide_mlp"] else "mlp"
+    ends = [("", "mlp")] * (L - shared) + [last] * shared
+    parts = tuple((kind + end, mlp, *more) for kind, (end, mlp) in zip(kinds, ends))
+    windows = windows if any(windows) else ()
+    return {"windows": windows, "parts": parts, "input_width": P, "global_head_dim": d, "global_kv_heads": K}
+
+
+def _sharing_to_hf(config: ModelConfig) -> dict:
+    sizes = {"head_dim": config.global_head_dim, "num_key_value_heads": config.global_kv_heads}
+    return {
+        "num_kv_shared_layers": sum(READS in names[0] for names in config.parts),
+        "use_double_wide_mlp": any("wide" in names for names in config.parts),
+        "hidden_size_per_layer_input": config.input_width,
+        "vocab_size_per_layer_input": config.vocab_size,
+        "global_head_dim": config.global_head_dim,
+        "num_global_key_value_heads": config.global_kv_heads,
+        "per_layer_config": {str(i): sizes for i, names in enumerate(config.parts) if names[0].startswith("global")},
+        "layer_types": [LAYER_TYPES[names[0].startswith("attn")] for names in config.parts],
+        "sliding_window": max(config.windows, default=512),
+    }
+
+
 def layers_to_hf(config: ModelConfig, family: Family) -> dict:
     """The fields of config.json that say which layers have a window, rotary positions or experts."""
+    if "num_kv_shared_layers" in family.defaults:
+        return _sharing_to_hf(config)
     hf = _windows_to_hf(config, family)
     if "mlp_only_layers" in family.defaults:
         dense = [layer for layer, parts in enumerate(config.parts) if "dense" in parts]

@@ -133,6 +133,21 @@ DENSE = {f"dense/{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "do
 SHARED_LAYER = MOE_LAYER | DENSE | {"mlp/shared_gate": "mlp.shared_expert_gate"}
 SHARED_LAYER |= {f"mlp/shared/{name}": f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
+GEMMA4_LAYER = GEMMA_LAYER | {"wide/" + path[4:]: name for path, name in LLAMA_LAYER.items() if path[:4] == "mlp/"}
+GEMMA4_LAYER |= {
+    kind + path[4:]: name
+    for kind in ("global", "attn_read", "global_read")
+    for path, name in LLAMA_LAYER.items()
+    if path[:5] == "attn/"
+}
+GEMMA4_LAYER |= {"inputs/gate": "per_layer_input_gate", "inputs/out": "per_layer_projection"}
+GEMMA4_LAYER |= {"inputs_out_norm": "post_per_layer_input_norm"}
+GEMMA4_MODULES = (
+    Module("inputs_embed", "model.embed_tokens_per_layer"),
+    Module("inputs_proj", "model.per_layer_model_projection"),
+    Module("inputs_norm", "model.per_layer_projection_norm"),
+    Module("layers/scalar", "model.layers.{l}.layer_scalar", bare=True),
+)
 FUSED_LAYER = LLAMA_LAYER | {"attn/c_attn": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
 GLM_LAYER = FUSED_LAYER | {"attn_out_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"}
 GPT_OSS_LAYER = {path: name for path, name in LLAMA_LAYER.items() if not path.startswith("mlp/")}
@@ -473,6 +488,36 @@ DECODERS = (
         theta=1e6,
         local_theta=1e4,
         theta_keys=("rope_theta", "rope_local_base_freq"),
+    ),
+    llama_like(
+        "gemma4_text",
+        decoder_forms("Gemma4", tasks=("causal",)),
+        (*decoder_modules(GEMMA4_LAYER), *GEMMA4_MODULES),
+        keys=ATTENTION_BIAS
+        | {
+            "activation": "hidden_activation", "logit_cap": "final_logit_softcapping",
+            "values_from_keys": "attention_k_eq_v",
+        },
+        defaults={
+            "vocab_size": 262144, "hidden_size": 2304, "num_hidden_layers": 30, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "max_position_embeddings": 131072,
+            "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False,
+            "final_logit_softcapping": None, "sliding_window": 512, "sliding_window_pattern": 6, "layer_types": None,
+            "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False, "attention_k_eq_v": False, "global_head_dim": 512,
+            "num_global_key_value_heads": None, "per_layer_config": None,
+        },
+        constants={
+            "norms": "both", "embed_scale": GEMMA_CONSTANTS["embed_scale"], "qk_norm": "head", "v_norm": True,
+            "score_scale": 1.0,
+        },
+        only={
+            "use_bidirectional_attention": (None, False, "vision"),  # vision: of images alone
+            "sliding_window_pattern": (6,),
+        },
+        theta=1e6,
+        local_theta=1e4,
+        rope={"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25}},
     ),
     llama_like(
         "olmo2",
@@ -847,5 +892,12 @@ OTHER_PARTS = (
         {"final_logit_softcapping": (None,)},  # this class does not bound its logits
     ),
     with_other_parts("qwen3_5", FAMILIES["qwen3_5_text"], "Qwen3_5ForConditionalGeneration", ("visual",), {}),
+    with_other_parts(
+        "gemma4",
+        FAMILIES["gemma4_text"],
+        "Gemma4ForConditionalGeneration",
+        ("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
+        {},
+    ),
 )
 FAMILIES |= {family.model_type: family for family in OTHER_PARTS}

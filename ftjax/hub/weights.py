@@ -34,7 +34,7 @@ from ftjax.hub.families import Tensors, shapes, tensor_names
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import check_written, is_plain_name, new_folder, write_json
 from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
-from ftjax.models.config import TABLES, ModelConfig
+from ftjax.models.config import READS, TABLES, ModelConfig
 from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -640,16 +640,25 @@ def _named(leaves: dict, source, family: Family, config: ModelConfig) -> tuple[d
 
 
 def _beside(family: Family, config: ModelConfig) -> tuple[str, ...]:
-    """Prefixes of names of tensors of modules of Form.kept, which are not computed here."""
-    return tuple(f"{name}." for name in families.form_of(family, config.head).kept)
+    """Prefixes of names of tensors of modules that are not computed here: Form.kept, and the maps of keys and values
+    that files may have for layers which read those of others."""
+    readers = [layer for layer, own in enumerate(config.parts) if own[0].endswith(READS)]
+    maps = [
+        m.name
+        for m in families.modules(family, config)
+        if m.path in ("layers/attn/" + n for n in ("k_proj", "v_proj", "k_norm"))
+    ]
+    idle = [_plain(name.format(l=layer), family) for layer in readers for name in maps]
+    return tuple(f"{name}." for name in (*families.form_of(family, config.head).kept, *idle))
 
 
 def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors of these modules in a directory, as they are there."""
-    start, starts, kept = families.form_of(family, config.head).prefix or "", _beside(family, config), {}
+    form, starts, kept = families.form_of(family, config.head), _beside(family, config), {}
     for name, tensor in stored_tensors(source).items() if starts else ():
         if (plain := _plain(name, family)).startswith(starts):
             with safe_open(tensor.file, "numpy") as file:
+                start = (form.prefix or "") if plain.startswith(form.kept) else family.prefix
                 kept[f"{start}{plain}"] = file.get_tensor(tensor.name)
     return kept
 

@@ -34,8 +34,9 @@ JOINED = ("c_attn", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "gate_
 # The end of a parameter's path -> its logical axes. Stacked parameters have a layer axis before these.
 PARAMETER_AXES = {
     "embed/embedding": ("vocab", "embed"),
+    "inputs_embed/embedding": ("vocab", "embed"),
     **dict.fromkeys(("pos_embed/embedding", "type_embed/embedding"), (None, "embed")),
-    **{f"{name}/kernel": (None, "embed") for name in ("dense", "out", "shared_gate", *JOINED)},
+    **{f"{name}/kernel": (None, "embed") for name in ("dense", "out", "shared_gate", "inputs_proj", "gate", *JOINED)},
     "distil/kernel": (None, None, None),
     "lm_head/kernel": ("vocab", "embed"),
     "q_proj/kernel": ("heads", "embed"),

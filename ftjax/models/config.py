@@ -13,7 +13,7 @@ import functools
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pretrained length, see `layers.rotary_frequencies`."""
 
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope | proportional
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -26,6 +26,7 @@ class RopeScaling:
     truncate: bool = True  # yarn: whether the ends of the ramp are whole dimensions
     short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies of texts up to the pretrained length
     long_factor: tuple[float, ...] = ()  # longrope: those of longer texts
+    share: float = 1.0  # proportional: share of the frequencies, the highest; the others are 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,16 @@ class ModelConfig:
     embed_scale: float = 1.0  # factor of the embeddings that are looked up
     input_scale: float = 1.0  # factor of what enters the blocks, soft prompts included
     residual_scale: float = 1.0  # factor of each sublayer's output
+    input_width: int = 0  # P, of a vector that each layer gets for each token, see `transformer.Inputs`; 0: no vector
     # Attention
     fused_qkv: str = ""  # one projection c_attn: `parts`, q, k, v one after another | `heads`, q, k, v of each head
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     qk_norm: str = ""  # RMS norm of q and k before rotary: `head`, over each head | `all`, over all heads together
+    v_norm: bool = False  # RMS norm of v over each head, without a scale
+    global_head_dim: int = 0  # d of layers without a window, which are sublayers of their own then; 0: as all layers
+    global_kv_heads: int = 0  # K of these layers
+    values_from_keys: bool = False  # the v of these layers are the outputs of k_proj
     attn_gate: bool = False  # outputs of heads are multiplied by the sigmoid of gates, which q_proj gives behind each q
     qkv_clip: float | None = None  # bound of |q|, |k| and |v|
     score_scale: float | None = None  # factor of q kᵀ; None: d^-0.5
@@ -118,11 +124,13 @@ class ModelConfig:
     delta_value_dim: int = 0
     delta_width: int = 4  # tokens of the convolution before it
     # Kinds of layers
-    parts: tuple[tuple[str, str], ...] = ()  # of each layer: the names of its two sublayers; empty: PARTS in all
+    parts: tuple[tuple[str, ...], ...] = ()  # of each layer: the names of its sublayers; empty: PARTS in all
 
 
 TABLES = ("embed/embedding", "lm_head/kernel")  # parameters with a row for each token; a tied model has the first alone
 PARTS = ("attn", "mlp")  # the sublayers of a block, where all layers are of one kind
+READS = "_read"  # end of the name of a sublayer that reads the keys and values of the last one without this end
+ATTENTION = ("attn", "global", f"attn{READS}", f"global{READS}")  # sublayers with attention
 BY_LAYER = ("windows", "rotary", "parts")  # fields of ModelConfig that are empty or have an entry for each layer
 
 
@@ -138,6 +146,25 @@ def layers_with(config: ModelConfig, path: str) -> tuple[int, ...]:
     return tuple(layer for layer, own in enumerate(parts) if name in own or name.endswith("norm"))  # all have norms
 
 
+def of_sublayer(config: ModelConfig, name: str) -> ModelConfig:
+    """The shape that a sublayer of this name computes with."""
+    if name == "dense":
+        return dataclasses.replace(config, hidden=config.dense_hidden)
+    if name == "wide":
+        return dataclasses.replace(config, hidden=2 * config.hidden)
+    if not config.global_head_dim:
+        return config
+    if name.startswith("global"):
+        sizes = {"head_dim": config.global_head_dim, "kv_heads": config.global_kv_heads}
+        return dataclasses.replace(config, **sizes, windows=())
+    return dataclasses.replace(config, values_from_keys=False, windows=tuple(filter(None, config.windows)))
+
+
+def attentions(config: ModelConfig) -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
+    """{sublayer with attention: its shape and the layers that have it}, for those that some layer has."""
+    return {name: (of_sublayer(config, name), layers) for name in ATTENTION if (layers := layers_with(config, name))}
+
+
 def experts_per_token(config: ModelConfig) -> float:
     """Number of experts that a token pays for in training. The rows of a group share the cost of a mixture."""
     return config.experts / config.mixing if config.mixing else config.experts_used
@@ -145,9 +172,9 @@ def experts_per_token(config: ModelConfig) -> float:
 
 def hidden_per_token(config: ModelConfig) -> float:
     """Hidden values of the feed-forward parts that a token goes through in a layer, on average over the layers."""
-    routed = len(layers_with(config, "mlp")) / config.layers
-    of_experts = config.hidden * experts_per_token(config) + config.shared_hidden
-    return routed * of_experts + (1 - routed) * config.dense_hidden
+    sizes = {"mlp": config.hidden * experts_per_token(config) + config.shared_hidden}
+    sizes |= {"dense": config.dense_hidden, "wide": 2 * config.hidden}
+    return sum(size * len(layers_with(config, name)) for name, size in sizes.items()) / config.layers
 
 
 def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:

@@ -150,6 +150,11 @@ def adapted_project(module: nn.Module, x, kernel, bias=None, axes=None):
     return y
 
 
+def normalised(x, eps: float):
+    """x (..., d) divided by the root of the mean of its squares."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
 class Norm(nn.Module):
     """RMS norm (Zhang & Sennrich 2019) or layer norm over the last axis, with sums in float32."""
 
@@ -167,10 +172,9 @@ class Norm(nn.Module):
         if self.kind == "rms_plus_one":
             scale = 1 + scale
         if self.kind != "layer":
-            y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+            y = normalised(x, self.eps) * scale
         else:
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-            y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+            y = normalised(x - jnp.mean(x, axis=-1, keepdims=True), self.eps) * scale
             if self.use_bias:
                 y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
         return y.astype(self.dtype)
@@ -230,7 +234,7 @@ def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[ja
     `linear` divides all by the factor. `dynamic` changes nothing up to the model's positions, and longer rows are
     refused. `llama3` divides low frequencies, with a ramp between wavelengths original / high and original / low (Llama
     3.1's reference code). `yarn` has a ramp over dimensions (Peng et al. 2023). `longrope` divides each by its own
-    factor (Ding et al. 2024).
+    factor (Ding et al. 2024). `proportional` keeps the highest frequencies and sets the others to 0.
 
     Args:
         dim: Dimensions of a head that are rotated.
@@ -245,6 +249,8 @@ def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[ja
     s, original = scaling, scaling.original_max_positions
     if s.kind == "linear":
         return inverse / s.factor, 1.0
+    if s.kind == "proportional":
+        return jnp.where(jnp.arange(len(inverse)) < int(s.share * dim // 2), inverse, 0) / s.factor, 1.0
     if s.kind == "llama3":
         wavelength = 2 * jnp.pi / inverse
         turns = original / wavelength

@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.config import hidden_per_token, layers_with
+from ftjax.models.config import READS, attentions, hidden_per_token, layers_with
 
 HOST = "pinned_host"  # memory of the host that devices read and write by themselves
 
@@ -66,11 +66,13 @@ def rematerialised(block: type[nn.Module], preset: str) -> type[nn.Module]:
 
 def kept_values(shape, names: tuple[str, ...]) -> float:
     """Number of values per token in the tensors of these names of one block, on average. shape: the ModelConfig."""
-    heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    values, of_delta = shape.delta_value_heads * shape.delta_value_dim, len(layers_with(shape, "delta")) / shape.layers
-    mixed, of_attention = 2 * shape.delta_key_heads * shape.delta_key_dim + values, 1 - of_delta
+    share = lambda part: len(layers_with(shape, part)) / shape.layers  # noqa: E731
+    heads = sum(own.heads * own.head_dim * share(name) for name, (own, _) in attentions(shape).items())
+    keys = sum(own.kv_heads * own.head_dim * share(n) for n, (own, _) in attentions(shape).items() if READS not in n)
+    values, of_delta = shape.delta_value_heads * shape.delta_value_dim, share("delta")
+    mixed = 2 * shape.delta_key_heads * shape.delta_key_dim + values
     sizes = {"q": heads * (1 + shape.attn_gate), "k": keys, "v": keys, "attention": heads}
-    sizes = {name: size * of_attention for name, size in sizes.items()} | {"input": shape.width, "o": shape.width}
+    sizes |= {"input": shape.width, "o": shape.width}
     sizes |= {"mixed": mixed * of_delta, "z": values * of_delta}
     sizes["attention"] += values * of_delta
     hidden = hidden_per_token(shape)

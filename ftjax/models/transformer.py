@@ -19,7 +19,7 @@ from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import gather, map_rows, take_tokens
-from ftjax.models.config import PARTS, ModelConfig, RopeScaling, layers_with, runs
+from ftjax.models.config import PARTS, READS, ModelConfig, RopeScaling, layers_with, of_sublayer, runs
 from ftjax.models.delta import Delta
 from ftjax.models.layers import (
     ADAPTERS,
@@ -28,6 +28,7 @@ from ftjax.models.layers import (
     Norm,
     dropout,
     neftune,
+    normalised,
     project,
     project_groups,
     rotary_frequencies,
@@ -49,14 +50,16 @@ ACTIVATIONS = {
 STACKS = ("layers", "top_layers")  # subtrees with the parameters of blocks, on a leading layer axis
 MAPS = "distil"  # subtree of maps from the states of a student to those of its teacher, see objectives.hidden
 BEHIND = ("final_norm", "lm_head", "head", MAPS)  # subtrees with the parameters after the blocks
-CACHED = {
-    "attn": ("k", "v"),
-    "delta": ("state", "conv"),
-}  # sublayer -> its arrays in a cache, a row for each layer that has it
+# sublayer -> its arrays in a cache, a row for each layer that has it
+CACHED = {"attn": ("k", "v"), "global": ("global_k", "global_v"), "delta": ("state", "conv")}
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with its four projections."""
+    """Grouped-query attention (Ainslie et al. 2023) with its four projections.
+
+    A sublayer whose name ends in `_read` has no keys and values of its own. It reads those of the last layer before it
+    whose sublayer has the name without this end.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -65,9 +68,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, shared, cache):
-        """x (B, T, D) -> (B, T, D), and the cache with this layer's keys and values added."""
+        """x (B, T, D) -> (B, T, D), and the cache with this layer's keys and values added; without a cache, these keys
+        and values (B, T, K, d)."""
         c, (B, T, _) = self.config, x.shape
         H, K, d = c.heads, c.kv_heads, c.head_dim
+        source, reads = self.name.removesuffix(READS), self.name.endswith(READS)
         norm = functools.partial(Norm, c.norm, c.norm_eps, self.dtype)
 
         def linear(name, features, bias):
@@ -80,44 +85,66 @@ class Attention(nn.Module):
             q, k, v = jnp.split(linear("c_attn", (H + 2 * K) * d, c.qkv_bias)(x), (H * d, (H + K) * d), axis=-1)
         else:
             q = linear("q_proj", (1 + c.attn_gate) * H * d, c.qkv_bias)(x)
-            k = linear("k_proj", K * d, c.qkv_bias)(x)
-            v = linear("v_proj", K * d, c.qkv_bias)(x)
-        q, k, v = named(q, "q"), named(k, "k"), named(v, "v")
+            k = None if reads else linear("k_proj", K * d, c.qkv_bias)(x)
+            v = k if reads or c.values_from_keys else linear("v_proj", K * d, c.qkv_bias)(x)
+        q, k, v = (x if x is None else named(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
         if c.attn_gate:
             q, gates = (each.reshape(B, T, H * d) for each in jnp.split(q.reshape(B, T, H, 2 * d), 2, axis=-1))
         if c.qk_norm == "all":
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if c.qkv_clip:
             q, k, v = (jnp.clip(x, -c.qkv_clip, c.qkv_clip) for x in (q, k, v))
-        q, k, v = q.reshape(B, T, H, d), k.reshape(B, T, K, d), v.reshape(B, T, K, d)
+        q = q.reshape(B, T, H, d)
+        if not reads:
+            k, v = k.reshape(B, T, K, d), v.reshape(B, T, K, d)
         if c.qk_norm == "head":
-            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+            q, k = norm(name="q_norm")(q), k if reads else norm(name="k_norm")(k)
+        if c.v_norm and not reads:
+            v = normalised(v.astype(jnp.float32), c.norm_eps).astype(v.dtype)
         if c.positions == "rotary":
             tables = shared["rotary"]
-            if c.local_theta:
+            if c.global_head_dim:
+                tables = shared["rotary" if source == "global" else "local"]
+            elif c.local_theta:
                 tables = jax.tree.map(
                     lambda local, all: jnp.where(layer["window"] > 0, local, all), shared["local"], tables
                 )
             if c.rotary:
                 tables = tuple(jnp.where(layer["rotary"], x, still) for x, still in zip(tables, (1.0, 0.0)))
-            q, k = rotate(q, tables, c.rotary_pairs), rotate(k, tables, c.rotary_pairs)
+            q, k = (x if x is None else rotate(x, tables, c.rotary_pairs) for x in (q, k))
         if c.score_scale is not None:  # kernels divide by sqrt(d)
             q = (q.astype(jnp.float32) * (c.score_scale * d**0.5)).astype(q.dtype)
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
         how["sinks"] = self.param("sinks", nn.initializers.normal(c.initializer_range), (H,)) if c.sinks else None
         if cache is None:
             how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
+            k, v = shared["handed"][source] if reads else (k, v)
             y = attend_rows(q, k, v, shared["segments"], **how, kernels=self.kernels, shape=c, rate=self.dropout)
         else:
             offset = cache["length"]
-            cache, k, v = remember(cache, *key_layout(k, v), layer["row"])
+            cache, k, v = remember(cache, CACHED[source], () if reads else key_layout(k, v), layer["row"])
             how |= {"offset": offset, "causal": c.causal, "cap": c.score_cap}
             y = attend(q, k, v, shared["segments"], cache["segments"], **how)
         y = y.reshape(B, T, H * d)
         if c.attn_gate:
             y = y * nn.sigmoid(gates)
         y = named(linear("o_proj", c.width, c.out_bias)(y), "o")
-        return dropout(self, y, self.dropout), cache
+        return dropout(self, y, self.dropout), (k, v) if cache is None else cache
+
+
+class Inputs(nn.Module):
+    """What a layer makes of a vector that it gets for each token, beside the residual stream: out(act(gate(x)) *
+    inputs), as in Gemma 4."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, inputs):
+        """x (B, T, D), inputs (B, T, P) -> (B, T, D)."""
+        c = self.config
+        linear = lambda name, size: Linear(size, False, self.dtype, c.initializer_range, name=name)  # noqa: E731
+        return linear("out", c.width)(ACTIVATIONS[c.activation](linear("gate", c.input_width)(x)) * inputs)
 
 
 def halves(c: ModelConfig, x):
@@ -317,20 +344,21 @@ class Leaf(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: two sublayers, the names of which are its `parts`, each with norms where ModelConfig.norms
-    has them."""
+    """A transformer block: sublayers, the names of which are its `parts`, each with norms where ModelConfig.norms has
+    them, and perhaps a factor `scalar` of what the block gives, which is not trained."""
 
     config: ModelConfig
     dtype: jnp.dtype
     dropout: float
     kernels: Kernels
-    parts: tuple[str, str] = PARTS
+    parts: tuple[str, ...] = PARTS
 
     @nn.compact
     def __call__(self, carry, layer, shared):
-        """carry: x (B, T, D) and the cache. layer: its `window`, `index`, `prefix`, and `row`, the number of layers
-        before it with the same first sublayer. shared: values that all layers use."""
-        x, cache = carry
+        """carry: x (B, T, D), the cache, and without a cache {sublayer: keys and values that later layers read}. layer:
+        its `window`, `index`, `prefix`, `inputs` (B, T, P), and `row`, see `cached_rows`. shared: values of all
+        layers."""
+        x, cache, handed = carry
         x, c = named(x, "input"), self.config
 
         def norm(name, x, *where):
@@ -346,18 +374,26 @@ class Block(nn.Module):
         h = norm("attn_norm", x, "input", "both")
         if not c.first_norm:
             h = jnp.where(layer["index"] == 0, x, h)
-        mixer = Delta if self.parts[0] == "delta" else functools.partial(Attention, kernels=self.kernels)
-        y, cache = mixer(c, self.dtype, self.dropout, name=self.parts[0])(h, layer, shared, cache)
+        kind, name, *more = self.parts
+        mixer = Delta if kind == "delta" else functools.partial(Attention, kernels=self.kernels)
+        y, kept = mixer(of_sublayer(c, kind), self.dtype, self.dropout, name=kind)(h, layer, shared, cache)
+        if cache is not None:
+            cache = kept
+        elif kind in handed:
+            handed = handed | {kind: kept}
         given, x = x, constrain(add(x, y, "attn"), "batch", "tokens", None)
         if not c.one_norm:
             h = norm("mlp_norm", given if c.parallel else x, "input", "both")
-        name = self.parts[1]
         routed = c.experts > 0 and name != "dense"
-        shape = dataclasses.replace(c, hidden=c.dense_hidden) if name == "dense" else c
-        mlp = (Experts if routed else MLP)(shape, self.dtype, self.dropout, name=name)
+        mlp = (Experts if routed else MLP)(of_sublayer(c, name), self.dtype, self.dropout, name=name)
         x = add(x, mlp(h, shared["segments"], shared.get("temperature")) if routed else mlp(h), "mlp")
+        if "inputs" in more:
+            x = add(x, Inputs(c, self.dtype, name="inputs")(x, layer["inputs"]), "inputs")
+        if "scalar" in more:
+            scale = Leaf("scale", (1,), nn.initializers.ones, name="scalar")()["scale"]
+            x = x * jax.lax.stop_gradient(scale).astype(x.dtype)
         self.sow("intermediates", "state", x)
-        return (constrain(x, "batch", "tokens", None), cache), None
+        return (constrain(x, "batch", "tokens", None), cache, handed), None
 
 
 class Blocks(nn.Module):
@@ -385,10 +421,15 @@ class Blocks(nn.Module):
     def __call__(self, carry, layer, shared):
         """As of Block, with the layers of this stack in the leaves of `layer`."""
         sown: dict[str, list] = {}
-        for run in runs(self.config.parts[self.first : self.last]):
-            carry, found = self.scan(carry, layer, shared, *run)
-            for part, tree in found.items():
-                sown.setdefault(part, []).append(tree)
+        parts = self.config.parts[self.first : self.last]
+        own = sum(not names[0].endswith(READS) for names in parts)  # layers that read from others come last
+        for first, kinds in ((0, parts[:own]), (own, parts[own:])):
+            if first:
+                shared = shared | {"handed": carry[2]}  # no part of the carry, of which each step would keep a copy
+            for start, *run in runs(kinds):
+                carry, found = self.scan(carry, layer, shared, first + start, *run)
+                for part, tree in found.items():
+                    sown.setdefault(part, []).append(tree)
         for part, trees in sown.items():
             self.put_variable("router", part, jax.tree.map(lambda *x: jnp.concatenate(x), *trees))
         return carry, None
@@ -496,6 +537,10 @@ class Transformer(nn.Module):
             self.type_embed = Embedding(c.types, c.width, None, self.dtype, c.initializer_range)
         if c.embed_norm:
             self.embed_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
+        if size := c.layers * c.input_width:
+            self.inputs_embed = Embedding(c.vocab_size, size, "vocab", self.dtype, c.initializer_range)
+            self.inputs_proj = Linear(size, False, self.dtype, c.initializer_range)
+            self.inputs_norm = Norm(c.norm, c.norm_eps, self.dtype)
         block = rematerialised(Block, self.remat)
 
         def stack(first, last):
@@ -568,7 +613,8 @@ class Transformer(nn.Module):
         if prefix is not None:
             positions = positions + prefix["v"].shape[-2]
         x = neftune(self, _scaled(self.embed(tokens), self.config.embed_scale), self.neftune, segment_ids)
-        x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix, types)
+        inputs = self.inputs(tokens, x) if self.config.input_width else None
+        x, new_cache = self.blocks(x, positions, segment_ids, cache, prefix, types, inputs)
         x = self.leave(x)
         return x if cache is None else (x, new_cache)
 
@@ -579,9 +625,20 @@ class Transformer(nn.Module):
     def around_blocks(self, tokens):
         """All modules but the blocks, which get what they are applied to, see `shapes`."""
         places = jnp.zeros_like(tokens)
-        x, shared = self.enter(self.embed(tokens), places, places)
+        embedded = self.embed(tokens)
+        inputs = self.inputs(tokens, embedded) if self.config.input_width else None
+        x, shared = self.enter(embedded, places, places)
         self.logits(self.leave(x))
-        return x, shared
+        return x, shared, inputs
+
+    def inputs(self, tokens, x):
+        """What each layer gets for tokens (B, T), beside the residual stream, of their embeddings x (B, T, D):
+        (L, B, T, P)."""
+        c = self.config
+        known = _scaled(self.inputs_embed(tokens), c.input_width**0.5)
+        read = _scaled(self.inputs_proj(x), c.width**-0.5)
+        known, read = (y.reshape(*tokens.shape, c.layers, c.input_width) for y in (known, read))
+        return jnp.moveaxis(_scaled(self.inputs_norm(read) + known, 2**-0.5), 2, 0)
 
     def prefix(self):
         """Keys k (L, K, d, n) and values v (L, K, n, d) of the virtual tokens, which every token sees; None without
@@ -601,10 +658,10 @@ class Transformer(nn.Module):
         _, cache = self.blocks(x, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32), cache)
         return {"k": cache["k"][:, 0], "v": cache["v"][:, 0]}
 
-    def blocks(self, x, positions, segment_ids, cache, prefix=None, types=None):
+    def blocks(self, x, positions, segment_ids, cache, prefix=None, types=None, inputs=None):
         """Embeddings x (B, T, D) -> states before the last norm (B, T, D), and the cache with their keys and values
         added."""
-        c, T = self.config, x.shape[1]
+        c, (B, T, _) = self.config, x.shape
         x, shared = self.enter(x, positions, segment_ids, types)
         if cache is None and self.has_variable("mixing", "temperature"):
             shared["temperature"] = self.get_variable("mixing", "temperature")
@@ -615,14 +672,20 @@ class Transformer(nn.Module):
             layer["rotary"] = jnp.array(c.rotary)
         if prefix is not None:
             layer["prefix"] = prefix
+        if inputs is not None:
+            layer["inputs"] = inputs
         if cache is not None:
             segments = jax.lax.dynamic_update_slice(cache["segments"], segment_ids, (0, cache["length"]))
             cache = cache | {"segments": segments}
         if cache is not None and isinstance(cache["k"], tuple):
             return self.apart(x, cache, layer, shared)
-        (x, cache), _ = self.layers((x, cache), jax.tree.map(lambda a: a[: self.lower], layer), shared)
+        sources = {} if cache is not None else {name[0].removesuffix(READS) for name in c.parts if READS in name[0]}
+        heads = {name: (own.kv_heads, own.head_dim) for name in sources for own in [of_sublayer(c, name)]}
+        carry = x, cache, {name: (jnp.zeros((B, T, *size), self.dtype),) * 2 for name, size in heads.items()}
+        carry, _ = self.layers(carry, jax.tree.map(lambda a: a[: self.lower], layer), shared)
         if self.lower < c.layers:
-            (x, cache), _ = self.top_layers((x, cache), jax.tree.map(lambda a: a[self.lower :], layer), shared)
+            carry, _ = self.top_layers(carry, jax.tree.map(lambda a: a[self.lower :], layer), shared)
+        x, cache, _ = carry
         return x, None if cache is None else cache | {"length": cache["length"] + T}
 
     def enter(self, x, positions, segment_ids, types=None):
@@ -635,17 +698,18 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             x = x + self.pos_embed(positions + c.position_offset)
         else:
-            shared["rotary"] = self.rotary(positions, segment_ids, c.rope_theta, c.rope_scaling)
+            size = c.global_head_dim or c.head_dim
+            shared["rotary"] = self.rotary(positions, segment_ids, c.rope_theta, c.rope_scaling, size)
         if c.local_theta:
-            shared["local"] = self.rotary(positions, segment_ids, c.local_theta, RopeScaling())
+            shared["local"] = self.rotary(positions, segment_ids, c.local_theta, RopeScaling(), c.head_dim)
         if c.embed_norm:
             x = self.embed_norm(x)
         return constrain(dropout(self, x, self.dropout), "batch", "tokens", None), shared
 
-    def rotary(self, positions, segment_ids, theta, scaling):
-        """See `rotary_tables`."""
+    def rotary(self, positions, segment_ids, theta, scaling, size):
+        """See `rotary_tables`. size: of the heads."""
         c, original = self.config, scaling.original_max_positions
-        frequencies, factor = rotary_frequencies(int(c.head_dim * c.rotary_share), theta, scaling)
+        frequencies, factor = rotary_frequencies(int(size * c.rotary_share), theta, scaling)
         return rotary_tables(positions, segment_ids, frequencies, factor, c.rotary_pairs, original)
 
     def apart(self, x, cache, layer, shared):
@@ -655,10 +719,11 @@ class Transformer(nn.Module):
             parts = c.parts[i] if c.parts else PARTS
             block = Block(c, self.dtype, self.dropout, self.kernels, parts, parent=None)
             own = {kind: tree["layers"][i] for kind, tree in self.variables.items() if "layers" in tree}
-            kept = cache | {name: written[name][row] for name in CACHED[parts[0]]}
+            names = CACHED[parts[0].removesuffix(READS)]
+            kept = cache | {name: written[name][row] for name in names}
             of_layer = jax.tree.map(operator.itemgetter(i), layer)
-            (x, kept), _ = block.apply(own, (x, kept), of_layer, shared)
-            for name in CACHED[parts[0]]:
+            (x, kept, _), _ = block.apply(own, (x, kept, {}), of_layer, shared)
+            for name in names:
                 written[name][row] = kept[name]
         kept = {name: tuple(arrays) for name, arrays in written.items()}
         return x, cache | kept | {"length": cache["length"] + x.shape[1]}
@@ -688,8 +753,9 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, a
     """An empty KV cache for `batch` rows of up to `slots` tokens.
 
     It holds k (L, B, K, d, S) and v (L, B, K, S, d) of the L layers with attention, in its layout (`apart`: tuples with
-    one array per layer), segments (B, S), and length (), the number of slots in use. Of layers with the delta rule it
-    holds state (L, B, H, d, e) float32 and conv (L, B, 1, W - 1, C), see `models.delta`.
+    one array per layer), segments (B, S), and length (), the number of slots in use. Layers `global` have arrays of
+    their own, global_k and global_v. Of layers with the delta rule it holds state (L, B, H, d, e) float32 and conv (L,
+    B, 1, W - 1, C), see `models.delta`.
     """
     c, S = config, slots
 
@@ -698,12 +764,14 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32, a
         return tuple(jnp.zeros(shape, dtype) for _ in range(layers)) if apart else jnp.zeros((layers, *shape), dtype)
 
     cache = {
-        "k": empty("attn", batch, c.kv_heads, c.head_dim, S),
-        "v": empty("attn", batch, c.kv_heads, S, c.head_dim),
         # Segment -1: no token sees a slot that was not written.
         "segments": jnp.full((batch, slots), -1, jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }
+    for part in ("attn", "global") if c.global_head_dim else ("attn",):
+        (k, v), own = CACHED[part], of_sublayer(c, part)
+        cache[k] = empty(part, batch, own.kv_heads, own.head_dim, S)
+        cache[v] = empty(part, batch, own.kv_heads, S, own.head_dim)
     if c.delta_value_heads:
         H, d, e = c.delta_value_heads, c.delta_key_dim, c.delta_value_dim
         cache["state"] = empty("delta", batch, H, d, e, dtype=jnp.float32)
@@ -725,14 +793,25 @@ def max_tokens(config: ModelConfig, variables: dict) -> int:
 
 
 def cached_rows(config: ModelConfig) -> list[int]:
-    """Of each layer, its index among those with the same first sublayer: its row in the arrays of a cache."""
-    return [layers_with(config, parts[0]).index(i) for i, parts in enumerate(config.parts or (PARTS,) * config.layers)]
+    """Of each layer, its row in the arrays of a cache: its index among those with the same first sublayer, or that of
+    the layer whose keys and values it reads."""
+    firsts = [parts[0] for parts in config.parts or (PARTS,) * config.layers]
+    return [firsts[: i + 1].count(name.removesuffix(READS)) - 1 for i, name in enumerate(firsts)]
 
 
-def remember(cache: dict, k, v, index):
-    """Add k (B, K, d, T) and v (B, K, T, d) to row `index` of the cache. Returns the cache, and all keys and values of
-    that row."""
-    start, stacked = cache["length"], cache["k"].ndim == 5
+def remember(cache: dict, names: tuple[str, str], new, index):
+    """Add keys and values to a cache.
+
+    Args:
+        cache: The cache.
+        names: Those of its arrays for this kind of sublayer, see CACHED.
+        new: k (B, K, d, T) and v (B, K, T, d). Empty: nothing is added.
+        index: The row.
+
+    Returns:
+        The cache, and all keys and values of that row.
+    """
+    start, stacked = cache["length"], cache[names[0]].ndim == 5
 
     def written(old, new, *places):
         new = new.astype(old.dtype)
@@ -740,9 +819,10 @@ def remember(cache: dict, k, v, index):
             return jax.lax.dynamic_update_slice(old, new[None], (index, 0, 0, *places))
         return jax.lax.dynamic_update_slice(old, new, (0, 0, *places))
 
-    cache = cache | {"k": written(cache["k"], k, 0, start), "v": written(cache["v"], v, start, 0)}
-    k, v = cache["k"], cache["v"]
-    return cache, *(jax.lax.dynamic_index_in_dim(x, index, keepdims=False) if stacked else x for x in (k, v))
+    for name, x, places in zip(names, new, ((0, start), (start, 0))):
+        cache = cache | {name: written(cache[name], x, *places)}
+    arrays = (cache[name] for name in names)
+    return cache, *(jax.lax.dynamic_index_in_dim(x, index, keepdims=False) if stacked else x for x in arrays)
 
 
 def unstacked(variables: dict, config: ModelConfig) -> dict:
@@ -783,6 +863,10 @@ def keep_layers(params: dict, config: ModelConfig, layers) -> dict:
         rows = np.array([row for row, layer in enumerate(layers_with(config, part)) if layer in layers])
         return jax.tree.map(lambda x: x[rows], tree) if len(rows) else None
 
+    if P := config.input_width:  # parts of the columns of these tables belong to single layers
+        mine = (np.array(layers)[:, None] * P + np.arange(P)).ravel()
+        table, kernel = params["inputs_embed"]["embedding"], params["inputs_proj"]["kernel"]
+        params = params | {"inputs_embed": {"embedding": table[:, mine]}, "inputs_proj": {"kernel": kernel[mine]}}
     kept = {part: cut(part, tree) for part, tree in params["layers"].items()}
     return params | {"layers": {part: tree for part, tree in kept.items() if tree is not None}}
 
@@ -803,11 +887,14 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     def declared():
         model, key = Transformer(config), jax.random.key(0)
-        (x, shared), found = model.init_with_output(key, jnp.zeros((1, 1), jnp.int32), method="around_blocks")
+        (x, shared, inputs), found = model.init_with_output(key, jnp.zeros((1, 1), jnp.int32), method="around_blocks")
         layer, sublayers = {"window": 0, "index": 0, "row": 0, "rotary": True}, {}
+        layer |= {} if inputs is None else {"inputs": inputs[0]}
         for parts in dict.fromkeys(config.parts or (PARTS,)):
             block = Block(config, model.dtype, model.dropout, model.kernels, parts)
-            sublayers |= block.init(key, (x, None), layer, shared)["params"]
+            source = of_sublayer(config, parts[0].removesuffix(READS))
+            handed = {parts[0].removesuffix(READS): (jnp.zeros((1, 1, source.kv_heads, source.head_dim)),) * 2}
+            sublayers |= block.init(key, (x, None, {}), layer, shared | {"handed": handed})["params"]
         return found["params"] | {"layers": sublayers}
 
     found = {path: x.shape for path, x in flatten(jax.eval_shape(declared)).items()}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.models.axes import by_rows
-from ftjax.models.config import layers_with
+from ftjax.models.config import attentions, layers_with
 from ftjax.objectives import causal
 from ftjax.plan import flops
 from ftjax.plan.devices import Devices
@@ -157,7 +157,7 @@ def drawing(config, spec: Spec, program, mesh, T: int) -> dict:
     read = (
         programs.count(program.base) * size / mesh.shape["tensor"] * N * math.ceil(texts / config.generate.batch_size)
     )
-    keys = 2 * T * model.kv_heads * model.head_dim * size * len(layers_with(model, "attn"))
+    keys = 2 * T * size * sum(own.kv_heads * own.head_dim * len(layers) for own, layers in attentions(model).values())
     states = model.delta_value_heads * model.delta_key_dim * model.delta_value_dim * len(layers_with(model, "delta"))
     cache = texts * N * (keys + 8 * states) / mesh.size  # a state of float32 is read and written
     return {"flops": (1 + passes) * texts * T * forward, "traffic": read + cache, "sent": 0.0}

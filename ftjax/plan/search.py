@@ -20,7 +20,7 @@ from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES, by_rows
-from ftjax.models.config import layers_with
+from ftjax.models.config import attentions, layers_with
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
 from ftjax.training import auto_mesh, sharding
@@ -227,7 +227,8 @@ class Search:
         over_fsdp = (2 * weights + gradients) * away(split)
         # Keys and values of rows are gathered forward and again backward, and their gradients scattered.
         shape = self.spec.model
-        keys = 2 * shape.kv_heads * shape.head_dim / tensor * shape.layers * self.T * _rows(config, sizes) * itemsize
+        heads = sum(own.kv_heads * own.head_dim * len(layers) for own, layers in attentions(shape).values())
+        keys = 2 * heads / tensor * self.T * _rows(config, sizes) * itemsize
         over_tokens = 3 * keys * (sequence - 1)
         summed = trained * away(data * expert) + of_experts * away(data)
         summed *= 8 / tensor * config.train.accumulate / split

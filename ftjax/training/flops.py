@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.hub.families import EXPERTS
-from ftjax.models.config import ModelConfig, experts_per_token, layers_with
+from ftjax.models.config import ModelConfig, attentions, experts_per_token, layers_with
 from ftjax.models.delta import CHUNK
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten
@@ -66,9 +66,8 @@ def flops_per_token(
     passed = 0 if all(path.startswith(BEHIND) for path in paths) else max(top, default=L)
     into_head = 0 if all(path.startswith("lm_head") for path in paths) else head
     attention = 0.0
-    of_layer = {"attn": 2 * length * config.heads * config.head_dim, "delta": delta_flops(config, length)}
-    for part, once in of_layer.items():
-        layers = layers_with(config, part)
-        attention += (len(layers) * (1 + passes) + 2 * sum(i >= L - passed for i in layers)) * once
+    kinds = [(layers, 2 * length * own.heads * own.head_dim) for own, layers in attentions(config).values()]
+    for layers, forward in (*kinds, (layers_with(config, "delta"), delta_flops(config, length))):
+        attention += (len(layers) * (1 + passes) + 2 * sum(i >= L - passed for i in layers)) * forward
     forward = (blocks + head) * (1 + passes) + adapters
     return 2 * (forward + blocks * passed // L + into_head + 2 * adapters + own) + attention

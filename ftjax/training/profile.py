@@ -45,11 +45,11 @@ COLLECTIVES = (*hlo.SENT, "ragged-all-to-all", "collective-broadcast")
 
 # Part of the model -> regular expression of the names of JAX's scopes that an instruction keeps; the first match wins.
 PARTS = {
-    "attention": r"/attn/(?!\w*(proj|c_attn|norm)\b)",
-    "attention's projections": r"/attn/",
-    "feed-forward": r"/mlp/",
+    "attention": r"/(attn|global)(_read)?/(?!\w*(proj|c_attn|norm)\b)",
+    "attention's projections": r"/(attn|global)(_read)?/",
+    "feed-forward": r"/(mlp|wide|inputs)/",
     "head": r"\.logits\)|/lm_head/|/head/|embed\.attend",
-    "embeddings": r"/embed/|/pos_embed/|/type_embed/",
+    "embeddings": r"/embed/|/pos_embed/|/type_embed/|/inputs_embed/|/inputs_proj/",
 }
 REST = "norms, loss, optimizer, the rest"
 # XLA gathers a GPU's kernels in CUDA graphs, and the trace then names a graph instead of the operation of a kernel.

@@ -20,12 +20,8 @@ from ftjax.tuning.targets import by_module, fan_in_fan_out, module_names, peft_t
 
 # Path of a map -> what of it is scaled, where `tuning.targets` names nothing: keys, values and hidden layers, as in the
 # paper; GPT-2's one map for queries, keys and values is scaled as a whole, as PEFT does it.
-TARGETS = {
-    "layers/attn/k_proj": "output",
-    "layers/attn/v_proj": "output",
-    "layers/attn/c_attn": "output",
-    "layers/mlp/down_proj": "input",
-}
+TARGETS = {f"layers/{part}/{name}_proj": "output" for part in ("attn", "global") for name in "kv"}
+TARGETS |= {"layers/attn/c_attn": "output", "layers/mlp/down_proj": "input", "layers/wide/down_proj": "input"}
 NONE = ("none",)  # tuning.feedforward: no target's input is scaled
 KEYS = {"feedforward_modules", "init_ia3_weights"}  # of an IA3 adapter_config.json
 

@@ -32,11 +32,12 @@ def virtual_tokens(spec) -> int:
 
 
 def check_attention(shape) -> None:
-    """Raise FtjaxError if layers have no attention, and so no keys and values that virtual tokens could be."""
+    """Raise FtjaxError unless all layers have attention with keys and values of one shape, which virtual tokens are."""
     if len(layers_with(shape, "attn")) < shape.layers:
         raise FtjaxError(
             "tuning.method: prompt, ptuning and prefix put virtual tokens before every document as keys and values of "
-            "attention, but this model has layers with the delta rule, which have none; use lora"
+            "attention, but this model has layers that share these, heads of two sizes, or layers with the delta rule, "
+            "which have none; use lora"
         )
 
 

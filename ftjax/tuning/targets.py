@@ -18,7 +18,7 @@ from ftjax.hub.families import EXPERTS, FAMILIES
 from ftjax.hub.peft import PREFIX
 from ftjax.models.config import ModelConfig, layers_with
 
-EMBEDDINGS = ("embed", "pos_embed", "type_embed")  # paths of tables that are read by index
+EMBEDDINGS = ("embed", "pos_embed", "type_embed", "inputs_embed")  # paths of tables that are read by index
 
 
 def module_names(path: str, template: str, config: ModelConfig) -> list[str]:
@@ -151,12 +151,15 @@ def peft_targets(chosen: dict[str, list[bool]], names: dict[str, str], config: M
         config: The model's shape.
     """
     targets = set()
+    # Maps of several paths may have one name, each in other layers.
+    part = {names[path] for path in names if path in chosen and not all(chosen[path])}
+    part |= {name for path, name in names.items() if path not in chosen}
     alone = not any(f.text and name.startswith(f.prefix) for f in FAMILIES.values() for name in names.values())
     for path, hits in chosen.items():
         modules = module_names(path, names[path], config)
         tail = _tail(names[path], names.values())
         # The layer's number may be the only difference between two names.
-        short = alone and all(hits) and "{l}" not in tail
+        short = alone and names[path] not in part and "{l}" not in tail
         targets |= {tail} if short else {m for m, h in zip(modules, hits) if h}
     return sorted(targets)
 
@@ -171,7 +174,7 @@ def _tail(name: str, names) -> str:
     """The shortest suffix of a module name that no other module of the model has, such as `q_proj` or `attn.c_proj`."""
     parts = name.split(".")
     tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in names) == 1)
+    return next(t for t in tails if sum(other == t or other.endswith(f".{t}") for other in {*names}) == 1)
 
 
 def _matches(target: str, module: str, path: str, key: str) -> bool:

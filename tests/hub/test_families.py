@@ -26,6 +26,10 @@ def transformers_config(kind, settings):
 def test_missing_keys_mean_what_transformers_assumes(kind):
     family, ours = from_hf({"model_type": kind})
     theirs = transformers_config(kind, {}).get_text_config()
+    if ours.global_head_dim:
+        full = theirs.per_layer_config["full_attention"]
+        assert (ours.global_head_dim, ours.global_kv_heads) == (full.head_dim, full.num_key_value_heads)
+        theirs.allow_global_per_layer_attribute_access = True  # of the other layers
     for field, key in family.keys.items():
         value = getattr(theirs, key, None)
         if key in ("head_dim", "num_key_value_heads", "num_attention_heads", "n_inner"):  # computed from others
@@ -118,6 +122,21 @@ def model(kind, *sizes, **more):
 )
 def test_public_models_have_their_published_number_of_parameters(hf, count):
     assert sum(math.prod(shape) for shape in shapes(from_hf(hf)[1]).values()) == count
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 has no Gemma 4")
+def test_gemma_4_has_the_number_of_parameters_of_the_referee():
+    """With the sizes of E2B: layers that share keys and values, and inputs of each layer."""
+    import torch
+    from transformers import Gemma4ForCausalLM
+
+    said = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_key_value_heads": 1}
+    said |= {"num_kv_shared_layers": 20, "use_double_wide_mlp": True}
+    with torch.device("meta"):
+        model = Gemma4ForCausalLM(transformers_config("gemma4_text", said))
+    counted = {p: math.prod(shape) for p, shape in shapes(from_hf({"model_type": "gemma4_text"} | said)[1]).items()}
+    assert counted.pop("layers/scalar/scale") == 35  # no parameters there, but in the files
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="the defaults are those of Transformers 5")
@@ -232,6 +251,7 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "llama", "num_key_value_heads": 5}, ["num_key_value_heads = 5"]),
         ({"model_type": "llama", "architectures": ["YiForCausalLM"]}, ["'YiForCausalLM'", "LlamaForCausalLM"]),
         ({"model_type": "llama", "logits_scaling": 8.0}, ["logits_scaling = 8.0", "changes the logits of a llama"]),
+        ({"model_type": "llama", "qk_layernorm": True}, ["qk_layernorm = True"]),
         ({"model_type": "qwen2", "num_experts": 60}, ["num_experts = 60"]),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
         ({"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config"]),
@@ -243,6 +263,24 @@ def test_gpt2_answers_to_the_names_of_others():
             {"model_type": "gemma3", "text_config": {"final_logit_softcapping": 30.0}},
             ["final_logit_softcapping = 30.0"],
         ),
+        ({"model_type": "gemma4_text", "enable_moe_block": True}, ["enable_moe_block = True"]),
+        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, ["use_bidirectional_attention = 'all'"]),
+        (
+            {"model_type": "gemma4_text", "vocab_size_per_layer_input": 9},
+            ["input: expected that of vocab_size, 262144"],
+        ),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 26}, ["num_kv_shared_layers = 26 leaves a type"]),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 30}, ["num_kv_shared_layers = 30 leaves a type"]),
+        ({"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 8}}}, ["per_layer_config: layer = None"]),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"29": {"head_dim": 8}}},
+            ["per_layer_config: expected the"],
+        ),
+        (
+            {"model_type": "gemma4_text", "global_head_dim": 7},
+            ["layers of full attention cannot have 8 heads of 7 and 4 KV heads"],
+        ),
+        ({"model_type": "llama", "per_layer_config": {"0": {"head_dim": 8}}}, ["per_layer_config"]),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 30}, ["leave no layer with experts"]),
         (
             {"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}},

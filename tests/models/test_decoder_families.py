@@ -19,6 +19,7 @@ from tiny_models import TRANSFORMERS_5, VARIANTS, make
 from ftjax import check_model
 from ftjax.errors import FtjaxError
 from ftjax.hub import derived, families, family_table, weights
+from ftjax.tree import flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -85,14 +86,18 @@ def test_the_other_parts_of_a_model_stay_as_they_are_in_its_files(tmp_path):
         weights.read_params(tmp_path / "a", family, shape)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_text"])
-def test_parts_beside_the_model_stay_as_they_are_in_its_files(name, tmp_path):
-    """Published files of Qwen 3.5 have a head `mtp`, which transformers does not load, beside `model` and `lm_head`."""
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_text", "gemma4", "gemma4_text"])
+def test_tensors_that_transformers_does_not_load_stay_as_they_are_in_the_files(name, tmp_path):
+    """Published files of Qwen 3.5 have a head `mtp` beside `model`; those of Gemma 4 may have maps of keys and values
+    for layers that read those of others."""
     from safetensors.numpy import load_file, save_file
 
     model, _ = check_families.draw(name, 0)
     model.save_pretrained(tmp_path / "a")
     more = {"mtp.fc.weight": np.ones((3, 5), np.float16), "mtp.layers.0.input_layernorm.weight": np.ones(7, np.float32)}
+    if name.startswith("gemma4"):
+        last = ("model.language_model" if name == "gemma4" else "model") + ".layers.4.self_attn"
+        more = {f"{last}.{part}.weight": np.ones(5, np.float16) for part in ("k_proj", "v_proj", "k_norm")}
     stored = load_file(tmp_path / "a" / "model.safetensors") | more
     save_file(stored, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     family, shape = families.read_config(tmp_path / "a")
@@ -102,12 +107,34 @@ def test_parts_beside_the_model_stay_as_they_are_in_its_files(name, tmp_path):
     assert written.keys() == stored.keys()
     for tensor, x in stored.items():
         same = written[tensor].dtype == x.dtype and np.array_equal(written[tensor], x)
-        assert same == tensor.startswith(("mtp.", "model.visual.")), tensor
+        assert same == (tensor in more or bool(re.match(r"model\.(visual|vision_tower|embed_vision)\.", tensor))), (
+            tensor
+        )
     _, info = check_families.auto(name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     if "sequence" in family.forms:  # models for other tasks begin from these files too
         labelled = families.with_head(family, shape, "sequence", 2, tmp_path / "a")
         assert weights.head_is_new(tmp_path / "a", family, labelled) == ["head/out"]
+
+
+def test_layers_of_gemma_4_that_are_cut_out_and_what_is_not_trained(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = check_families.draw("gemma4_text", 4)
+    pair = check_families.tiny.read(model)
+    shape, ids = pair.model.config, jax.numpy.asarray(check_families.tiny.documents((8,))[0][None])
+    gradient = check_families.tiny.jit(jax.grad(lambda p: pair.model.apply({"params": p}, ids).var()))(pair.params)
+    zero = [path for path, x in flatten(gradient).items() if not np.abs(x).max()]
+    assert zero == ["layers/scalar/scale"] and np.ptp(pair.params["layers"]["scalar"]["scale"]) > 0
+    model.save_pretrained(tmp_path / "a")
+    kept = (0, 1, 3, 4)  # of each kind
+    assert {shape.parts[layer][0] for layer in kept} == {parts[0] for parts in shape.parts}
+    derived.student(str(tmp_path / "a"), kept, tmp_path / "small")
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info.values()), info
+    table = model.model.embed_tokens_per_layer.weight.detach().reshape(shape.vocab_size, 5, -1)[:, list(kept)]
+    assert np.array_equal(theirs.model.embed_tokens_per_layer.weight.detach(), table.flatten(1))
+    assert check_model.check(tmp_path / "small")
 
 
 def test_a_family_is_added_by_a_row_of_the_table(monkeypatch):
