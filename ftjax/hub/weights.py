@@ -643,11 +643,8 @@ def _beside(family: Family, config: ModelConfig) -> tuple[str, ...]:
     """Prefixes of names of tensors of modules that are not computed here: Form.kept, and the maps of keys and values
     that files may have for layers which read those of others."""
     readers = [layer for layer, own in enumerate(config.parts) if own[0].endswith(READS)]
-    maps = [
-        m.name
-        for m in families.modules(family, config)
-        if m.path in ("layers/attn/" + n for n in ("k_proj", "v_proj", "k_norm"))
-    ]
+    unused = {f"layers/attn/{name}" for name in ("k_proj", "v_proj", "k_norm")}
+    maps = [module.name for module in families.modules(family, config) if module.path in unused]
     idle = [_plain(name.format(l=layer), family) for layer in readers for name in maps]
     return tuple(f"{name}." for name in (*families.form_of(family, config.head).kept, *idle))
 

@@ -424,7 +424,7 @@ class Blocks(nn.Module):
         parts = self.config.parts[self.first : self.last]
         own = sum(not names[0].endswith(READS) for names in parts)  # layers that read from others come last
         for first, kinds in ((0, parts[:own]), (own, parts[own:])):
-            if first:
+            if first == own:
                 shared = shared | {"handed": carry[2]}  # no part of the carry, of which each step would keep a copy
             for start, *run in runs(kinds):
                 carry, found = self.scan(carry, layer, shared, first + start, *run)

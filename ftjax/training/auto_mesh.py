@@ -255,11 +255,12 @@ def shape_of_one(shape, sizes: dict[str, int]):
     devices of `expert` have room for the tokens of one another: each token may choose the experts of one device alone.
     """
     tensor, expert = sizes["tensor"], sizes.get("expert", 1)
-    groups = math.gcd(shape.kv_heads, tensor)
+    groups = math.gcd(shape.kv_heads, shape.global_kv_heads, tensor)  # 0: all layers have kv_heads
     part = lambda size: size // tensor if size % tensor == 0 else size  # noqa: E731
     used = expert * min(shape.experts_used, shape.experts // expert) if expert > 1 else shape.experts_used
     return dataclasses.replace(
-        shape, heads=shape.heads // groups, kv_heads=shape.kv_heads // groups, hidden=part(shape.hidden),
+        shape, heads=shape.heads // groups, kv_heads=shape.kv_heads // groups,
+        global_kv_heads=shape.global_kv_heads // groups, hidden=part(shape.hidden),
         vocab_size=part(shape.vocab_size), experts_used=used,
     )  # fmt: skip
 

@@ -273,6 +273,11 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
             f"distil.hidden: tuning.method {config.tuning.method} as set here trains nothing that the hidden states "
             "depend on; take another method, or set it to 0"
         )
+    if config.privacy.epsilon and any(path.endswith("scalar/scale") for path in flatten(trained)):
+        raise FtjaxError(
+            f"privacy.epsilon: tuning.method {config.tuning.method} has the factors of this model's blocks, which have "
+            "no gradient, and the noise of private training would change them; set tuning.method to lora"
+        )
     left = [path for path in TABLES if path in flatten(frozen) and path not in flatten(trained)]
     if config.tuning.token_ids and left:
         raise FtjaxError(

@@ -17,8 +17,11 @@ import pytest
 from tiny_models import TRANSFORMERS_5, VARIANTS, make
 
 from ftjax import check_model
+from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import derived, families, family_table, weights
+from ftjax.training import program as programs
+from ftjax.training import sharding
 from ftjax.tree import flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -135,6 +138,38 @@ def test_layers_of_gemma_4_that_are_cut_out_and_what_is_not_trained(tmp_path):
     table = model.model.embed_tokens_per_layer.weight.detach().reshape(shape.vocab_size, 5, -1)[:, list(kept)]
     assert np.array_equal(theirs.model.embed_tokens_per_layer.weight.detach(), table.flatten(1))
     assert check_model.check(tmp_path / "small")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_last_layers_of_gemma_4_read_keys_of_layers_that_are_not_trained(count):
+    """The upper stack has layers with keys of its own (3), or only such that read those of the lower stack."""
+    tiny = check_families.tiny
+    pair = tiny.read(check_families.draw("gemma4_text", 0)[0])
+    assert [parts[0].endswith("_read") for parts in pair.model.config.parts] == [False] * 3 + [True] * 2
+    pair = tiny.tuned(pair, method="last_layers", layers=count)
+    method, trained, frozen = tiny.start(pair)
+    ids = jax.numpy.asarray(tiny.documents((8,))[0][None])
+    apply = lambda trained: pair.model.apply(method.variables(trained, frozen, pair.spec), ids)  # noqa: E731
+    want, gradient = jax.value_and_grad(lambda p: pair.model.apply({"params": p}, ids).var())(pair.params)
+    got, own = tiny.jit(jax.value_and_grad(lambda trained: apply(trained).var()))(trained)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    whole, own = flatten(gradient), flatten(own)
+    compared = [path for path in own if path.startswith("top_layers/mlp_norm/")]
+    for path in compared:  # every layer has this norm
+        expected = whole[path.replace("top_layers", "layers")][-count:]
+        np.testing.assert_allclose(own[path], expected, rtol=1e-3, atol=1e-6)
+    assert compared
+
+
+def test_noise_does_not_reach_what_gemma_4_does_not_train():
+    pair = check_families.tiny.read(check_families.draw("gemma4_text", 0)[0])
+    config = configs.default()
+    configs.override(config, ["tuning.method=full", "privacy.epsilon=3.0"])
+    programs.fill_defaults(config)
+    spec = check_families.tiny.tuned(pair, method="full").spec._replace(tuning=config.tuning)
+    mesh = sharding.abstract_mesh(dict.fromkeys(sharding.MESH_AXES, 1))
+    with pytest.raises(FtjaxError, match="full has the factors of this model's blocks, which have no gradient"):
+        programs.build(config, spec, mesh, jax.numpy.dtype("float32"), 1)
 
 
 def test_a_family_is_added_by_a_row_of_the_table(monkeypatch):

@@ -81,6 +81,12 @@ def test_what_one_of_several_devices_computes_of_a_row(tensor, heads, kv_heads, 
     assert (part.heads, part.kv_heads, part.hidden, part.vocab_size) == (heads, kv_heads, hidden, vocab)
 
 
+def test_heads_of_both_kinds_of_attention_are_cut():
+    shape = dataclasses.replace(ODD, heads=8, kv_heads=4, global_head_dim=16, global_kv_heads=2)
+    part = auto_mesh.shape_of_one(shape, {"tensor": 4})
+    assert (part.heads, part.kv_heads, part.global_kv_heads) == (4, 2, 1)
+
+
 @pytest.mark.parametrize("expert, pairs", [(1, 2), (2, 4), (4, 8), (8, 8)])
 def test_a_device_has_room_for_all_that_may_choose_its_experts(expert, pairs):
     """Of 8 experts a token has 2. A device holds E / n experts, and a token of each of the n devices has at most as
