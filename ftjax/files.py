@@ -25,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
     A kill leaves the old file or the new one, never a part of it. After an error, such as a full disk, no draft is
     left. A pipe or a device is not replaced: its own path is yielded.
     """
-    if path.exists() and not path.is_file() or path.parent == Path("/dev"):  # a pipe or a device, such as /dev/null
+    # /dev/stdout is a link to a file where a shell writes the output to one; the link must stay.
+    if path.exists() and not path.is_file() or path.parent == Path("/dev"):
         yield path
         return
     draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")  # unique to this process
