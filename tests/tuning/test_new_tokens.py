@@ -207,6 +207,7 @@ def changed(config, **fields):
 def test_a_run_with_new_tokens(config):
     """Its folder, its adapter and its merged model give the same logits here, in peft and in transformers, which read
     the same tokens; it goes on to the bit."""
+    from sklearn.metrics import roc_auc_score
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     said, run = [], Path(config.run_dir)
@@ -234,8 +235,16 @@ def test_a_run_with_new_tokens(config):
     report = evaluate(str(run), config.data.train, None, generate=False, say=lambda line: None)
     assert np.isfinite(report["loss"])
     attacked = audit(run, config.data.train, say=lambda line: None)  # the base has rows for these tokens too
-    for attack in (attacked["base"], *attacked["attacks"].values()):
-        assert np.isfinite(attack["auc"])  # which of the three texts are members decides on the value
+    members = [(tuple(e.ids), tuple(e.trained)) for e in prepared(configs.copy(config), said.append).data.train.examples]
+    scores = {}
+    for example in set(members):
+        one, trained = (np.array([x]) for x in example)
+        found = tiny.torch.log_softmax(tiny.torch.tensor(tiny.torch_logits(theirs, one)[0]), -1).numpy()
+        at = np.flatnonzero(trained[0])
+        scores[example] = found[at - 1, one[0, at]].mean()
+    assert len(scores) == 3  # the file holds each text eight times, and is what the members are compared with
+    labels, found = [1] * len(members) + [0] * 24, [scores[m] for m in members] + [*scores.values()] * 8
+    assert attacked["attacks"]["loss"]["auc"] == pytest.approx(roc_auc_score(labels, found), abs=1e-6)
 
     shutil.rmtree(run / "checkpoints" / "4")
     ftjax.train(config, say=said.append)
