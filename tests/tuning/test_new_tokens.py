@@ -235,7 +235,8 @@ def test_a_run_with_new_tokens(config):
     report = evaluate(str(run), config.data.train, None, generate=False, say=lambda line: None)
     assert np.isfinite(report["loss"])
     attacked = audit(run, config.data.train, say=lambda line: None)  # the base has rows for these tokens too
-    members = [(tuple(e.ids), tuple(e.trained)) for e in prepared(configs.copy(config), said.append).data.train.examples]
+    trained_on = prepared(configs.copy(config), said.append).data.train.examples
+    members = [(tuple(example.ids), tuple(example.trained)) for example in trained_on]
     scores = {}
     for example in set(members):
         one, trained = (np.array([x]) for x in example)
