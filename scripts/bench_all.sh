@@ -19,6 +19,7 @@ measure() {
 
 measure steps bench_torch.py --turns "$turns"
 measure steps_malloc bench_torch.py --turns "$turns" --malloc
+measure steps_as_started bench_torch.py --turns "$turns" --as-started
 measure devices bench_devices.py --malloc
 measure share bench_share.py
 measure lean bench_torch.py --turns "$turns" --lean --only 40m-lora-float32 40m-full-float32

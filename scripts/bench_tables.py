@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-BESIDE = {"generate": ("generate_rounded", "generate_bfloat16"), "steps": ("steps_malloc",)}
+BESIDE = {"generate": ("generate_rounded", "generate_bfloat16"), "steps": ("steps_malloc", "steps_as_started")}
 STEP = {"model": "model", "method": "method", "dtype": "dtype", "ftjax_tokens_s": "ftjax, tokens/s"}
 STEP |= {"torch_tokens_s": "torch, tokens/s", "ratio": "ratio"}
 MEMORY = {"ftjax_above_gb": "ftjax, GB", "torch_above_gb": "torch, GB", "above_ratio": "ratio of memory"}

@@ -4,8 +4,8 @@ The same weights, rows, dtype and optimizer (AdamW, clipping); every token train
 parameters with a vocabulary of 32,000, 4 rows of 512; `starter`: the starter model, 64 rows of 72. Each side in a
 process of its own, by turns of such processes. Prints tokens a second of the best turn, their ratio, and the most
 memory above what a process held with its libraries imported, and in all. `--malloc`: on both sides the allocator that
-`ftjax` takes on a CPU. `--lean`: ours by scanned and wholly recomputed layers and small chunks of the head, torch's by
-gradient checkpointing.
+`ftjax` takes on a CPU. `--as-started`: that allocator on our side alone, as `ftjax train` and a PyTorch script start.
+`--lean`: ours by scanned and wholly recomputed layers and small chunks of the head, torch's by gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def beside(asked: list[str], args) -> dict:
     found = {side: [] for side in ("ftjax", "torch")}
     for _ in range(args.turns):
         for side, runs in found.items():
-            runs.append(bench_common.in_a_process(["--alone", side, *asked]))
+            malloc = ["--malloc"] * (args.as_started and side == "ftjax")
+            runs.append(bench_common.in_a_process(["--alone", side, *asked, *malloc]))
     out = ratios({side: max(run["tokens_s"] for run in runs) for side, runs in found.items()})
     for what in ("above", "peak"):
         least = {side: min(run[what] for run in runs) for side, runs in found.items()}
@@ -189,7 +190,8 @@ def rows(args):
             if not args.only or "-".join(case) in args.only:
                 folder_of(case[0], Path(scratch))
                 found = beside([*case, scratch], args)
-                yield dict(zip(("model", "method", "dtype"), case)) | found | {"malloc": args.malloc}
+                malloc = "ftjax" if args.as_started else args.malloc
+                yield dict(zip(("model", "method", "dtype"), case)) | found | {"malloc": malloc}
 
 
 def arguments(parser) -> None:
@@ -198,6 +200,7 @@ def arguments(parser) -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of a turn")
     parser.add_argument("--unroll", type=int, default=0, help="layers a scan iteration, 0: all")
     parser.add_argument("--lean", action="store_true", help="memory before speed")
+    parser.add_argument("--as-started", action="store_true", help="with ftjax's allocator on its own side alone")
     parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
     bench_common.add_arguments(parser)
 

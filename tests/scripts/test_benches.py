@@ -30,12 +30,12 @@ def run(name: str, *arguments: str, timeout: int = 120) -> str:
 @pytest.mark.slow
 def test_a_step_beside_torch(tmp_path):
     out = tmp_path / "out.json"
-    asked = ("--only", "starter-lora-float32", "--turns", "1", "--seconds", "0.1", "--out", str(out))
+    asked = ("--only", "starter-lora-float32", "--turns", "1", "--seconds", "0.1", "--as-started", "--out", str(out))
     printed = json.loads(run("bench_torch.py", *asked))
     written = json.loads(out.read_text())
     assert written["rows"] == [printed]
     assert written["command"].startswith("python bench_torch.py --only") and written["machine"]["cores"] > 0
-    assert set(written["versions"]) >= {"jax", "torch", "transformers"}
+    assert set(written["versions"]) >= {"jax", "torch", "transformers"} and printed["malloc"] == "ftjax"
     assert printed["ratio"] == pytest.approx(printed["ftjax_tokens_s"] / printed["torch_tokens_s"], rel=0.01, abs=0.01)
 
 
