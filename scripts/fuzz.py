@@ -36,9 +36,9 @@ from ftjax.files import replace_json
 HANG = 60  # seconds
 
 RUN = {
-    "data.limit": 40, "train.steps": 2, "train.batch_size": 4, "train.save_every": 1, "train.keep": 2,
-    "evaluate.rows": 8, "evaluate.compare": True, "evaluate.compare_rows": 2, "evaluate.forgetting": "",
-    "generate.max_new_tokens": 4, "export.formats": ("adapter",), "log.tensorboard": False,
+    "data.limit": 40, "data.buckets": 1, "train.steps": 2, "train.batch_size": 4, "train.save_every": 1,
+    "train.keep": 2, "evaluate.rows": 8, "evaluate.compare": True, "evaluate.compare_rows": 2,
+    "evaluate.forgetting": "", "generate.max_new_tokens": 4, "export.formats": ("adapter",), "log.tensorboard": False,
     "log.compilation_cache": False, "tuning.rank": 4, "tuning.alpha": 8.0,
     "data.train": "builtin:commongen/train.jsonl",
     "data.validation": "builtin:commongen/validation.jsonl", "data.prompt": "{src}", "data.completion": "{tgt}",

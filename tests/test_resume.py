@@ -26,7 +26,7 @@ def get_config():
     c.data.prompt = "Words: {src}\\nSentence:"
     c.data.completion = " {tgt}"
     c.data.limit = 400
-    c.data.buckets = 2
+    c.data.buckets = 1
     c.tuning.rank = 4
     c.tuning.dropout = 0.1
     c.train.steps = 60
