@@ -9,8 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A training command is run as it stands but for its length.
-SHORT = ("train.steps=2", "train.eval_every=2", "evaluate.rows=8", "evaluate.compare_rows=4", "data.limit=64")
+# A command is run as it stands but for its length: few steps and rows, and few programs, of one layer and one width.
+SMALL = ("model.unroll=1", "data.buckets=1")
+SHORT = {
+    "train": (
+        *SMALL, "train.steps=2", "train.eval_every=2", "evaluate.rows=8", "evaluate.compare_rows=4", "data.limit=64",
+    ),
+    "compare": SMALL,
+    "sweep": SMALL,
+}  # fmt: skip
 
 
 def blocks(text: str) -> list[tuple[str, str, str]]:
@@ -62,8 +69,7 @@ def test_documentation_runs(tmp_path, forks):
                 assert status == 0, f"{page.name}: {body}\n{said}"
                 ran += 1
             for arguments in commands(body) if language == "bash" else ():
-                if arguments[0] == "train":
-                    arguments = arguments + [f"--config.{field}" for field in SHORT]
+                arguments = arguments + [f"--config.{field}" for field in SHORT.get(arguments[0], ())]
                 if tuple(arguments) in seen:
                     continue
                 seen.add(tuple(arguments))
