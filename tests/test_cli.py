@@ -110,10 +110,10 @@ def test_a_list_may_be_cut_by_its_reader():
         (("export", "--run", "tests", "--out", "x"), "is not a run folder"),
     ],
 )
-def test_wrong_arguments_end_with_one_clear_line(args, told):
-    done = ftjax(*args)
-    assert done.returncode == 2
-    assert told in done.stderr and "Traceback" not in done.stderr
+def test_wrong_arguments_end_with_one_clear_line(args, told, forks):
+    status, said = forks.run(ROOT, list(args))
+    assert status == 2
+    assert told in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
