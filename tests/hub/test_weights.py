@@ -331,7 +331,7 @@ def test_folders_of_others_are_not_overwritten(saved, tmp_path):
     np.testing.assert_array_equal(logits(load(out)), logits(model))
 
 
-def test_a_kill_leaves_the_old_model_and_no_half_one(saved, tmp_path):
+def test_a_kill_leaves_the_old_model_and_no_half_one(saved, tmp_path, forks):
     folder, model = saved("llama2")
     out = tmp_path / "out"
     write_model(out, read(folder), folder, *read_config(folder))
@@ -342,8 +342,7 @@ def test_a_kill_leaves_the_old_model_and_no_half_one(saved, tmp_path):
         "def save_file(*a):\n    calls.append(real(*a))\n    len(calls) == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "weights.save_file = save_file\nweights.write_model(out, params, source, *args, shard_size=4000)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script, folder, out], cwd=Path(__file__).parents[2], check=False)
-    assert run.returncode == -9
+    assert forks.run(tmp_path, [str(folder), str(out)], program=script)[0] == -9
     np.testing.assert_array_equal(logits(load(out)), logits(model))
     write_model(out, read(folder), folder, *read_config(folder))  # and the leftovers are cleared
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
