@@ -1,12 +1,10 @@
 """The order of batches does not depend on how many hosts read them, nor on where a run begins."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import haste
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -66,24 +64,18 @@ def test_the_same_batches_after_a_resume_on_any_number_of_hosts(name, hosts, tmp
         assert_same({k: np.concatenate([p[k] for p in parts]) for k in expected}, expected)
 
 
-def test_two_real_processes_feed_the_batches_of_one(tmp_path):
+def test_two_real_processes_feed_the_batches_of_one(tmp_path, forks):
     c = settings(tmp_path, **SETTINGS["packed mixture, streamed"])
     start, steps = 5, 6
     (tmp_path / "settings.json").write_text(json.dumps({"config": c.to_dict(), "start": start, "steps": steps}))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("host.py"), str(i), "2", str(port), tmp_path / "settings.json",
-             tmp_path / f"{i}.npz"],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=240)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {haste.FLAGS}"}
+    program, said = Path(__file__).with_name("host.py").read_text(), [tmp_path / f"said.{i}" for i in range(2)]
+    asked = [[str(i), "2", str(port), str(tmp_path / "settings.json"), str(tmp_path / f"{i}.npz")] for i in range(2)]
+    started = [forks.start(tmp_path, text, one, program, env) for text, one in zip(said, asked, strict=True)]
+    assert not any([process.wait() for process in started]), "".join(text.read_text() for text in said)
     one, two = (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
     assert [(int(f["start"]), int(f["stop"])) for f in (one, two)] == [(0, 4), (4, 8)]
     batches = read(c)
