@@ -3,11 +3,8 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 
-import haste
 import numpy as np
 import pytest
 import tiny_labelled
@@ -244,20 +241,13 @@ ftjax.sweep(c, ["optim.lr=1e-3,1e-2"], seeds=2, say=lambda text: print(text, flu
 
 
 @pytest.mark.slow
-def test_two_processes_divide_the_runs(tmp_path):
+def test_two_processes_divide_the_runs(tmp_path, forks):
     c = small(tmp_path)
     (tmp_path / "c.json").write_text(json.dumps(c.to_dict()))
-    command = [sys.executable, "-c", SWEEP, str(tmp_path / "c.json")]
-    # One device, as in this process: a step over several compiles for longer.
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    how["env"] = os.environ | {"XLA_FLAGS": haste.FLAGS}
-    both = [subprocess.Popen(command, **how) for _ in range(2)]
-    try:
-        texts = [process.communicate()[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], texts
+    said = [tmp_path / "said.0", tmp_path / "said.1"]
+    both = [forks.start(tmp_path, text, [str(tmp_path / "c.json")], SWEEP) for text in said]
+    codes, texts = [process.wait() for process in both], [text.read_text() for text in said]
+    assert codes == [0, 0], texts
     ran = [line.split(": ")[1] for text in texts for line in text.splitlines() if line.startswith("---- run")]
     assert sorted(ran) == [f"optim.lr={lr},seed={seed}" for lr in ("1e-2", "1e-3") for seed in (0, 1)]
     assert len(json.loads((tmp_path / "run/sweep.json").read_text())) == 4
@@ -274,7 +264,7 @@ with claims.claimed(Path(sys.argv[1])) as mine:
 """
 
 
-def test_claims_are_of_one_and_are_taken_over_from_the_dead_and_the_silent(tmp_path):
+def test_claims_are_of_one_and_are_taken_over_from_the_dead_and_the_silent(tmp_path, forks):
     path = tmp_path / "a.claim"
     with claims.claimed(path) as mine:
         assert mine and claims.owner(path).startswith(f"process {os.getpid()} of ")
@@ -282,7 +272,7 @@ def test_claims_are_of_one_and_are_taken_over_from_the_dead_and_the_silent(tmp_p
             assert not second
     assert not path.exists() and claims.owner(path) == "nobody"
 
-    subprocess.run([sys.executable, "-c", DIES, str(path)], check=True)
+    assert forks.run(tmp_path, [str(path)], program=DIES)[0] == 0
     assert path.exists()
     with claims.claimed(path) as mine:
         assert mine
