@@ -418,29 +418,23 @@ def test_meshes_that_divide_little_are_planned(fields, tmp_path, monkeypatch):
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
-def command(*args, **environment):
-    env = os.environ | {"FTJAX_MALLOC": "0", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(
-        [sys.executable, "-m", "ftjax", "plan", *args], capture_output=True, text=True, env=env, cwd=ROOT
-    )
-
-
 QUICK = ("--config", "configs/quickstart.py", "--config.data.max_length=128", "--config.model.unroll=1")
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path, forks):
     out = tmp_path / "plan.json"
     asked = *QUICK, "--config.model.remat=none", "--devices", "cpu:1", "--memory", "0.1", "--json", str(out)
-    done = command(*asked)
-    assert done.returncode == 3, done.stderr
-    assert "does not fit: 0." in done.stdout and "of 0.1 GiB a device" in done.stdout
+    status, said = forks.run(ROOT, ["plan", *asked])
+    assert status == 3, said
+    assert "does not fit: 0." in said and "of 0.1 GiB a device" in said
     found = json.loads(out.read_text())
     first = found["instead"][0]
     overrides = [f"--config.{key}={value}" for key, value in first["overrides"].items()]
-    assert " ".join(overrides) in done.stdout
-    again = command(*QUICK, "--devices", first["devices"], "--memory", "0.1", "--seconds", "1", *overrides)
-    assert again.returncode == 0, again.stdout + again.stderr
+    assert " ".join(overrides) in said
+    changed = *QUICK, "--devices", first["devices"], "--memory", "0.1", "--seconds", "1", *overrides
+    status, said = forks.run(ROOT, ["plan", *changed])
+    assert status == 0, said
 
 
 @pytest.mark.parametrize(
@@ -452,10 +446,10 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
         (("--share", "0"), "--share"),
     ],
 )
-def test_a_plan_that_cannot_be_is_told_in_a_line(args, told):
-    done = command("--config", "configs/quickstart.py", *args)
-    assert done.returncode == 2
-    assert told in done.stderr and "Traceback" not in done.stderr
+def test_a_plan_that_cannot_be_is_told_in_a_line(args, told, forks):
+    status, said = forks.run(ROOT, ["plan", "--config", "configs/quickstart.py", *args])
+    assert status == 2
+    assert told in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("option", ["memory", "seconds", "price", "share"])
