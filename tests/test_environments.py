@@ -1,12 +1,8 @@
 """Episodes of several turns with an environment of the user, on a tiny random model."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import haste
 import jax
 import numpy as np
 import pytest
@@ -238,7 +234,7 @@ def hit():
 """
 
 
-def test_a_run_killed_between_the_turns_of_its_episodes_ends_in_the_same_bits(setting, tmp_path):
+def test_a_run_killed_between_the_turns_of_its_episodes_ends_in_the_same_bits(setting, tmp_path, forks):
     c = setting({"reply": "hit()"})
     c.export.formats = ("adapter",)
     world, left = tmp_path / "world.py", tmp_path / "left"
@@ -250,10 +246,8 @@ def test_a_run_killed_between_the_turns_of_its_episodes_ends_in_the_same_bits(se
             left.write_text(str(3 * 36 + 12 + 6))  # of the last step's 12 episodes, half have their second reply
             (tmp_path / "config.json").write_text(c.to_json_best_effort())
             code = "import json, ftjax, sys; ftjax.train(ftjax.config.from_dict(json.load(open(sys.argv[1]))))"
-            asked = [sys.executable, "-c", code, str(tmp_path / "config.json")]
-            env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {haste.FLAGS}"}
-            done = subprocess.run(asked, capture_output=True, text=True, env=env)
-            assert done.returncode == -signal.SIGKILL and not left.exists(), done.stderr
+            status, said = forks.run(tmp_path, [str(tmp_path / "config.json")], program=code)
+            assert status == -signal.SIGKILL and not left.exists(), said
         said = []
         ftjax.train(c, say=said.append)
         steps = [
