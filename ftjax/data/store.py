@@ -450,7 +450,7 @@ def _evict(cache: Cache, spared: Path) -> None:
             if path.suffix == ".part" and path.stat().st_mtime < time.time() - DRAFTS_LIVE:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.suffix != ".part" and (path / META).is_file():
-                entries.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
+                entries.append((path.stat().st_mtime, sum(f.lstat().st_size for f in path.iterdir()), path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total > cache.size and path != spared:

@@ -174,6 +174,17 @@ def test_a_damaged_entry_is_made_again(file, damage, table, starter, tmp_path):
     assert path.read_bytes() == content
 
 
+def test_links_in_another_entry_do_not_matter(table, starter, tmp_path):
+    encode = functools.partial(Recipe.encode, recipe(), starter)
+    tokenised(table, encode, "other", Cache(tmp_path))
+    for name, target in ((store.IDS, store.IDS), (store.LENGTHS, "nowhere")):
+        (tmp_path / "other" / name).unlink()
+        (tmp_path / "other" / name).symlink_to(target)
+    assert len(tokenised(table, encode, "key", Cache(tmp_path))) == len(table)
+    tokenised(table, encode, "third", Cache(tmp_path, size=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["third"]  # the other is evicted too
+
+
 def test_what_was_used_longest_ago_goes_first(table, starter, tmp_path):
     encode = functools.partial(Recipe.encode, recipe(), starter)
     for age, key in enumerate(("a", "b", "c")):
