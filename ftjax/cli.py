@@ -249,7 +249,10 @@ def main(argv: list[str] | None = None) -> int:
 def _check_file(args, flag: str) -> None:
     """Raise FtjaxError, before anything is computed, if the file that the verb writes at its end cannot be written."""
     path = getattr(args, flag)
-    if path is not None and (not path or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+    if path is None:
+        return
+    device = path.startswith(("/dev/", "/proc/")) and not os.path.exists(path)
+    if not path or device or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
         raise FtjaxError(f"--{flag} {path}: expected the name of a file, in a folder that exists")
 
 
@@ -400,11 +403,11 @@ def _predict(args, overrides) -> None:
 
         with replacing(Path(args.out)) as draft, open(draft, "wb") as file:
             np.save(file, np.array([row["vector"] for row in rows], np.float32))
-        print(f"{len(rows):,} vectors in {args.out}")
+        print(f"{len(rows):,} vectors in {args.out}", file=sys.stderr)
         return
     if args.out:
         write_jsonl(Path(args.out), rows)
-        print(f"{len(rows):,} predictions in {args.out}")
+        print(f"{len(rows):,} predictions in {args.out}", file=sys.stderr)
         return
     for row in rows:
         print(as_json(row))
@@ -441,7 +444,7 @@ def _generate(args, overrides) -> None:
         from ftjax.files import write_jsonl
 
         write_jsonl(Path(args.out), rows)
-        print(f"{len(rows)} answers in {args.out}")
+        print(f"{len(rows):,} answers in {args.out}", file=sys.stderr)
 
 
 def _models(args):

@@ -6,7 +6,10 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,10 +26,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which replaces the file when the block ends.
 
     A kill leaves the old file or the new one, never a part of it. After an error, such as a full disk, no draft is
-    left. A pipe or a device is not replaced: its own path is yielded.
+    left. A pipe or a device is not replaced: its own path is yielded. What is written for an open file of this process,
+    such as /dev/stdout, goes behind what that has already.
     """
-    # /dev/stdout is a link to a file where a shell writes the output to one; the link must stay.
-    if path.exists() and not path.is_file() or path.parent == Path("/dev"):
+    name = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
+    if found := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name):
+        # Opened by its name, a file that a shell made of the output would be cut to nothing first.
+        with tempfile.TemporaryDirectory() as folder, open(int(found[1]), "wb", closefd=False) as file:
+            yield Path(folder) / "draft"
+            sys.stdout.flush()
+            file.write((Path(folder) / "draft").read_bytes())
+        return
+    if path.exists() and not path.is_file():
         yield path
         return
     draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{DRAFT}")  # unique to this process

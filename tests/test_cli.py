@@ -101,6 +101,7 @@ def test_a_list_may_be_cut_by_its_reader():
         (("generate", "--model", "m", "--prompt", "x", "--top-p=nan"), "--top-p: expected a number at least 0"),
         (("generate", "--model", "m", "--prompt", "x", "--max-new-tokens=0"), "--max-new-tokens: expected a whole"),
         (("generate", "--model", "m", "--prompt", "x", "--out", "tests"), "--out tests: expected the name of a file"),
+        (("generate", "--model", "m", "--prompt", "x", "--out", "/dev/fd/77"), "/dev/fd/77: expected the name of"),
         (("plan", "--config", "configs/quickstart.py", "--json=no/such/p.json"), "in a folder that exists"),
         (("plan", "--config", "configs/quickstart.py", "--seconds=inf"), "--seconds: expected a number above 0"),
         (("sweep", "--config", "configs/quickstart.py", "--stale=nan"), "--stale: expected a number of seconds"),

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -304,6 +305,14 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
     write_jsonl(tmp_path / "pipe", [{"a": 1}])
     assert os.read(reader, 99) == b'{"a": 1}\n' and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_dev_stdout_goes_behind_what_a_file_of_the_output_has_already(tmp_path):
+    program = "from ftjax.files import *; print(1); write_jsonl(Path('/dev/stdout'), [{'a': 2}]); print(3)"
+    (tmp_path / "log").write_text("0\n")
+    with (tmp_path / "log").open("a") as log:
+        subprocess.run([sys.executable, "-c", program], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == '0\n1\n{"a": 2}\n3\n'
 
 
 def test_a_full_disk_leaves_the_old_picture_and_the_old_export_whole(tmp_path):
