@@ -198,7 +198,7 @@ def test_what_cannot_be_used_is_told(encoder, tmp_path):
     fails("data.label: 'lable' is no column.*\"label\"", data__label="lable")
     fails("row [0-9]+: column 'label' holds .*expected one of no, yes", task__labels='("no", "yes")')
     fails("task.class_weights: expected 2 numbers", task__class_weights="(1.0, 2.0, 3.0)")
-    fails("has no head for the task 'causal'", task__kind="causal")
+    fails("has no form for causal, preference, policy, gkd; it has those for classify, multi", task__kind="causal")
     fails("task.balanced: is of task.kind classify", task__kind="multilabel", task__balanced=True)
     fails(
         "task.text: none of the usual names is a column",

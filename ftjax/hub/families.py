@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ftjax import tasks
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, maybe, number, read_json, string, whole
 from ftjax.hub import pooling
@@ -281,8 +282,12 @@ def with_head(
         FtjaxError: If the family has no head for the task, or if its heads cannot pool in this way.
     """
     if task not in family.forms:
-        able = ", ".join(dict.fromkeys(form.head.task for form in family.forms.values()))
-        raise FtjaxError(f"a {family.model_type} model has no head for the task {task!r}; it has those for {able}")
+        kinds = lambda heads: ", ".join(kind for kind, one in tasks.every().items() if one.head in heads)  # noqa: E731
+        able = ", ".join(name for name, other in FAMILIES.items() if task in other.forms)
+        raise FtjaxError(
+            f"task.kind: a {family.model_type} model has no form for {kinds({task})}; it has those for "
+            f"{kinds(family.forms)}. The model types that have one are {able}"
+        )
     file = Path(folder) / "config.json"
     head = _head(family, task, labels, read_json(file), str(file))
     own = config.head.pool if config.head.task == task else head.pool
@@ -302,7 +307,8 @@ def with_rows(config: ModelConfig, ids: Sequence[int]) -> ModelConfig:
     size = max([config.vocab_size - 1, *ids]) + 1
     if config.input_width and size > config.vocab_size:
         raise FtjaxError(
-            "this model cannot get new tokens here, because it has a second table, of inputs of each layer"
+            "data.add_tokens, data.pad_vocabulary_to: this model has a second table of embeddings, of inputs of each "
+            "layer (hidden_size_per_layer_input of its config.json), which cannot get new rows; leave them out"
         )
     return dataclasses.replace(config, vocab_size=size)
 

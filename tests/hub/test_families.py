@@ -10,7 +10,17 @@ import pytest
 from tiny_models import TRANSFORMERS_5
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.families import ACTIVATIONS, FAMILIES, from_hf, linear_names, module_name, read_config, shapes, to_hf
+from ftjax.hub.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    from_hf,
+    linear_names,
+    module_name,
+    read_config,
+    shapes,
+    to_hf,
+    with_head,
+)
 from ftjax.models.config import RopeScaling
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2}
@@ -321,6 +331,15 @@ def test_a_family_refuses_to_be_what_it_cannot_be():
     family, config = from_hf({"model_type": "mistral"} | SMALL)
     with pytest.raises(FtjaxError, match="mistral model cannot have qkv_bias = True"):
         to_hf(family, dataclasses.replace(config, qkv_bias=True))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_5_text"])
+def test_a_family_without_vectors_of_texts_names_those_that_have_them(kind, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FtjaxError) as error:
+        with_head(*from_hf({"model_type": kind}), "none", 0, tmp_path)
+    assert str(error.value).startswith(f"task.kind: a {kind} model has no form for embed; it has those for causal, ")
+    assert str(error.value).endswith(" are bert, roberta, distilbert, modernbert")
 
 
 def test_broken_config_file(tmp_path):

@@ -378,6 +378,13 @@ def test_a_tokenizer_with_more_tokens_than_the_table(config):
         with_tokens(config, dataclasses.replace(shape, vocab_size=500), tokenizers.of_run(config, BASE)[0])
 
 
+def test_a_model_with_a_second_table_of_embeddings_gets_no_new_rows():
+    _, shape = families.from_hf({"model_type": "gemma4_text", "vocab_size_per_layer_input": 9, "vocab_size": 9})
+    with pytest.raises(FtjaxError, match=r"data\.add_tokens, data\.pad_vocabulary_to: this model has a second ta"):
+        families.with_rows(shape, [9])
+    assert families.with_rows(shape, [8]) == shape
+
+
 def test_tokenizers_of_other_files(config, tmp_path):
     """A vocabulary in older files gets a tokenizer.json; a list of added tokens as transformers 4 keeps one is kept."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
