@@ -18,6 +18,7 @@ import peft
 import pytest
 import tiny
 import torch
+from transformers.optimization import Adafactor
 
 import ftjax
 from ftjax import assets, tasks
@@ -29,10 +30,13 @@ from ftjax.hub import families, weights
 from ftjax.hub import peft as peft_files
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import with_tokens
+from ftjax.models.layers import neftune
 from ftjax.models.transformer import Transformer
+from ftjax.objectives import causal
 from ftjax.plan.run import plan
+from ftjax.training import optimizer as optimizers
 from ftjax.training import program as programs
-from ftjax.training import run_folder
+from ftjax.training import run_folder, step
 from ftjax.training.job import prepared
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS, adapters
@@ -116,6 +120,66 @@ def test_as_peft_trains_them(name, method, folder, tmp_path):
         said = config | {"trainable_token_indices": dict.fromkeys(config["trainable_token_indices"], ids)}
         with pytest.raises(FtjaxError, match=message):
             adapters.variables((method, said, tensors | rows), base, spec)
+
+
+@pytest.mark.parametrize(("optimizer", "noise"), [("adamw", 5.0), ("muon", 0.0), ("adafactor", 0.0)])
+def test_every_optimizer_trains_the_rows_that_peft_does(optimizer, noise, folder, tmp_path):
+    """On packed rows, with a moving average, and with the noise of NEFTune: the rows go where torch's optimizer takes
+    PEFT's. The matrices of LoRA are set to ours before each step, because torch's Muon is one of bfloat16."""
+    pair = tiny.tuned(grown("llama-tied", folder / "llama-tied"), method="lora", rank=2, alpha=4, token_ids=IDS)
+    method, trained, frozen = tiny.start(pair)
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+    trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trained)
+    config = configs.default().optim
+    config.update(name=optimizer, weight_decay=0.1, clip_norm=0.0)
+    optim, model = optimizers.optimizer(config, lambda step: 1e-2), pair.model.clone(neftune=noise)
+    compiled = step.compile_step(
+        None, options=tiny.HASTE, sums=lambda variables, batch, rngs: causal.sums(model, variables, batch, rngs=rngs),
+        variables=functools.partial(method.variables, spec=pair.spec), optimizer=optim, seed=3, ema=0.8,
+    )  # fmt: skip
+    docs, (said, tensors) = list(ROWS), method.to_peft(trained, frozen, pair.spec)
+    batch = tiny.batch([docs], [[0] * len(docs)], ROWS.size)
+    peft_files.write_adapter(tmp_path, tensors, said, None, "base")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.torch), tmp_path, is_trainable=True).eval()
+    named = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    (rows,) = (p for name, p in named.items() if "trainable_tokens" in name)
+    # optax does not factor a table with fewer than 128 rows, and torch never factors a vector.
+    flat = torch.nn.Parameter(rows.detach().clone().flatten())
+    before = flat.detach().numpy().copy()
+    if optimizer == "adafactor":
+        fixed = {"scale_parameter": False, "relative_step": False, "eps": (1e-30, 1e-3), "weight_decay": 0.1}
+        torch_optim = Adafactor([flat], lr=1e-2, **fixed)
+    else:
+        torch_optim = torch.optim.AdamW([flat], 1e-2, (config.b1, config.b2), config.eps, weight_decay=0.1)
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.ParameterList([flat]), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8)
+    )
+    state = step.init_state(optim, trained, ema=0.8)
+    for at in range(3):
+        with torch.no_grad():
+            for name, x in method.to_peft(state.trained, frozen, pair.spec)[1].items():
+                if "lora_" in name:
+                    named[name].copy_(torch.tensor(np.asarray(x)))
+            rows.copy_(flat.view_as(rows))
+        key = step.rngs(jax.random.fold_in(jax.random.key(3), at))["noise"]
+        added = model.apply(
+            {}, jnp.zeros((1, ROWS.size, 16)), rngs={"noise": key},
+            method=lambda self, x: neftune(self, x, noise, batch["segment_ids"]),
+        )  # fmt: skip
+        added = torch.tensor(np.asarray(added)).reshape(*ROWS.shape, 16)
+        assert (added.abs().max() > 0) == (noise > 0)
+        hook = theirs.get_input_embeddings().register_forward_hook(lambda module, given, y, added=added: y + added)
+        y = theirs(torch.tensor(ROWS)).logits
+        hook.remove()
+        torch.nn.functional.cross_entropy(y[:, :-1].flatten(0, 1), torch.tensor(ROWS)[:, 1:].flatten()).backward()
+        flat.grad, rows.grad = rows.grad.flatten(), None
+        torch_optim.step()
+        average.update_parameters(torch.nn.ParameterList([flat]))
+        state, _ = compiled(state, frozen, batch)
+        for tree, want in ((state.trained, flat), (state.ema, average.module[0])):
+            got, want = np.asarray(tree["embed"]["embedding"]).ravel(), want.detach().numpy()
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    assert np.abs(flat.detach().numpy() - before).mean() > 5e-3
 
 
 @pytest.mark.parametrize("tied", [True, False])
