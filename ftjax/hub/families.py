@@ -416,6 +416,8 @@ def rope_to_hf(config: ModelConfig, family: Family) -> dict:
     if config.local_theta:
         local = {"rope_type": "default", "rope_theta": config.local_theta}
         hf |= {of_windows: config.local_theta, "rope_parameters": dict(zip(LAYER_TYPES, (whole, local)))}
+        if key == of_windows and config.rope_theta != config.local_theta:
+            del hf[key]  # one key cannot say both
     if "per_layer_config" in family.defaults:  # transformers 4 has no such family, and 5 would misread its keys
         return {"rope_parameters": hf["rope_parameters"]}
     return {theirs: hf[ours] for theirs, ours in family.aliases.items() if ours in hf} | hf
@@ -496,13 +498,14 @@ def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
     sizes = {"head_dim": hf["global_head_dim"]}
     if hf["attention_k_eq_v"]:
         sizes["num_key_value_heads"] = hf["num_global_key_value_heads"]
-    if (told := hf["per_layer_config"]) is not None:  # of transformers 5.24, in place of these keys
+    # Of transformers 5.24, in place of these keys. It is empty if all layers have the sizes of those with a window.
+    if (told := hf["per_layer_config"]) is not None:
         known = {"head_dim": whole(1), "num_key_value_heads": whole(1)}
-        sizes = told.get(str(L - 1))
+        sizes = told.get(str(L - 1)) if told else {}
         check_fields({"layer": sizes}, {"layer": mapped()}, f"{where}: per_layer_config")
         check_fields(sizes, known, f"{where}: per_layer_config")
         full = [str(layer) for layer, kind in enumerate(kinds) if kind == "global"]
-        if told != dict.fromkeys(full, sizes) or sizes.keys() - known.keys():
+        if told and told != dict.fromkeys(full, sizes) or sizes.keys() - known.keys():
             raise FtjaxError(
                 f"{where}: per_layer_config: expected the same {' and '.join(known)} in all layers of full attention, "
                 f"{', '.join(full)}, and nothing else; found {told!r:.200}"

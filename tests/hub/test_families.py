@@ -13,6 +13,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub.families import (
     ACTIVATIONS,
     FAMILIES,
+    LAYER_TYPES,
     from_hf,
     linear_names,
     module_name,
@@ -325,6 +326,24 @@ def test_what_would_change_the_logits_is_refused_by_name(hf, words):
     assert str(error.value).startswith("folder/config.json: ")
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 has no Gemma 4")
+def test_layers_of_gemma_4_with_heads_of_one_size():
+    """transformers then writes an empty per_layer_config, and reads no other key for these sizes."""
+    told = SMALL | {"num_hidden_layers": 6, "head_dim": 4, "global_head_dim": 4, "num_global_key_value_heads": 1}
+    said = transformers_config("gemma4_text", told).to_dict()
+    assert said["per_layer_config"] == {} and said["layer_types"][-1] == "full_attention"
+    family, shape = from_hf(said | {"global_head_dim": 8, "vocab_size_per_layer_input": said["vocab_size"]})
+    assert (shape.global_head_dim, shape.global_kv_heads) == (4, 2)
+    assert from_hf(to_hf(family, shape))[1] == shape
+
+
+def test_two_bases_of_wavelengths_that_transformers_4_has_one_key_for():
+    rope = {kind: {"rope_type": "default", "rope_theta": 1e4 * i} for i, kind in enumerate(LAYER_TYPES, 1)}
+    family, shape = from_hf({"model_type": "olmo3", "rope_parameters": rope} | SMALL)
+    assert (shape.rope_theta, shape.local_theta) == (1e4, 2e4)
+    assert from_hf(to_hf(family, shape))[1] == shape and "rope_theta" not in to_hf(family, shape)
 
 
 def test_a_family_refuses_to_be_what_it_cannot_be():
