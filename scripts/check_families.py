@@ -1,6 +1,7 @@
 """Hold every family of decoders against transformers and peft, on tiny random models drawn by seed.
 
     python scripts/check_families.py --seeds 8 --out docs/models.md
+    python scripts/check_families.py gemma2 "llama, yarn" --seeds 8 --out docs/models.md
 
 For each model: logits of rows that are padded on the left, on the right and packed, against each document alone in
 transformers; whether a packed document changes its neighbours; greedy answers token for token; the exported directory
@@ -419,27 +420,32 @@ def of_lora(pair, theirs, doc, folder: Path, remat: str) -> dict[str, float]:
     return {"lora": np.abs(np.asarray(logits) - y.detach().numpy()).max(), "gradients": error}
 
 
-def table(seeds: int) -> str:
-    """A Markdown table with the worst figure of all models of each family."""
-    lines = [f"| family | {' | '.join(FIGURES)} |", "|" + " --- |" * (len(FIGURES) + 1)]
-    for name in DRAWS:
+def rows_of(names, seeds: int) -> dict[str, str]:
+    """{family: a row of a Markdown table with the worst figures of its models}, each printed once it is known."""
+    out = {}
+    for name in names:
         found = [check(name, seed) for seed in range(seeds)]
-        worst = {figure: max(each[figure] for each in found) for figure in FIGURES}
-        lines.append(f"| {name} | {' | '.join(f'{worst[figure]:.0e}'.replace('0e+00', '0') for figure in FIGURES)} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+        worst = (max(each[figure] for each in found) for figure in FIGURES)
+        figures = " | ".join(f"{x:.1e}".replace("0.0e+00", "0") for x in worst)
+        out[name] = f"| {name} | 0-{seeds - 1} | {figures} |"
+        print(out[name], flush=True)
+        jax.clear_caches()
+    return out
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("families", nargs="*", help=f"default: all; {'; '.join(DRAWS)}")
     parser.add_argument("--seeds", type=int, default=8, help="models of each family")
-    parser.add_argument("--out", type=Path, help="Markdown file; the table replaces what stands below its last heading")
+    parser.add_argument("--out", type=Path, help="Markdown file whose table gets the rows of these families")
     arguments = parser.parse_args()
-    written = table(arguments.seeds)
+    rows = rows_of(arguments.families or DRAWS, arguments.seeds)
     if arguments.out:
         text = arguments.out.read_text(encoding="utf-8")
-        kept = text[: text.rindex("| family |")]
-        arguments.out.write_text(f"{kept}{written}\n", encoding="utf-8")
+        kept, old = text[: text.rindex("| family |")], text[text.rindex("| family |") :].splitlines()[2:]
+        rows = {line.split(" | ")[0].removeprefix("| "): line for line in old} | rows
+        head = f"| family | seeds | {' | '.join(FIGURES)} |\n|{' --- |' * (len(FIGURES) + 2)}\n"
+        arguments.out.write_text(kept + head + "\n".join(rows.values()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
