@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import tiny
 import tiny_models
 
-from ftjax import cli, tasks, tree
+import ftjax
+from ftjax import assets, cli, tasks, tree
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
@@ -432,6 +434,45 @@ def test_a_run_that_trains_experts_whole_is_exported_as_a_model(tmp_path):
     config.export.formats = ("adapter",)
     with pytest.raises(FtjaxError, match=r"last_layers can be written as merged or full; PEFT has no form for the tra"):
         prepared(config, print)
+
+
+@needs_5
+@pytest.mark.parametrize(
+    "name",
+    ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "qwen3_moe", "olmoe"))],
+)
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # peft looks at modules alone
+def test_a_whole_run_with_lora_on_experts_is_that_of_peft(name, tmp_path):
+    """Its folder, its adapter in peft and its merged model in transformers have the same logits."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    start = Path(assets.resolve("builtin:stories260K"))
+    kind, settings = check_families.DRAWS[name]
+    settings = settings(np.random.default_rng(1)) | {"vocab_size": 512}
+    tiny.torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager")
+    model.save_pretrained(tmp_path / "base")
+    for file in start.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"Row {i} is here."}) + "\n" for i in range(20)))
+    config = configs.default()
+    config.update_from_flattened_dict({
+        "model.path": str(tmp_path / "base"), "data.train": str(tmp_path / "rows.jsonl"), "data.max_length": 32,
+        "data.buckets": 1, "train.steps": 2, "train.batch_size": 4, "optim.lr": 0.05, "tuning.rank": 2,
+        "tuning.targets": ("all-linear", "gate_up_proj", "down_proj"), "evaluate.compare": False,
+        "export.formats": ("adapter", "merged"), "log.tensorboard": False, "run_dir": str(tmp_path / "run"),
+    })  # fmt: skip
+    ftjax.train(config, say=lambda line: None)
+    ids = tiny.documents((20,), 512)[0][None]
+    want = ftjax.load(tmp_path / "run").logits(ids)
+    assert np.abs(want - tiny.torch_logits(model.eval(), ids)).max() > 1e-2
+    adapted = PeftModel.from_pretrained(model, tmp_path / "run/adapter").eval()
+    experts = [x for part, x in adapted.named_parameters() if "experts" in part and "lora_B" in part]
+    assert len(experts) == 2 * model.config.num_hidden_layers and all(x.abs().max() > 1e-3 for x in experts)
+    np.testing.assert_allclose(tiny.torch_logits(adapted, ids), want, rtol=0, atol=1e-4)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged", attn_implementation="eager")
+    np.testing.assert_allclose(tiny.torch_logits(theirs.eval(), ids), want, rtol=0, atol=1e-4)
 
 
 @needs_5
