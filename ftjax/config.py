@@ -877,6 +877,48 @@ def copy(config: ConfigDict) -> ConfigDict:
     return from_dict(flat(config))
 
 
+_POLICY = "policy clip clip_high updates environment reward_weights".split()
+_ANSWERED = ("causal", "preference", "policy", "gkd", "reward")  # tasks whose rows are texts by data.form
+_LABELLED = ("classify", "multilabel", "regress", "tag", "span", "masked", "embed")
+# (fields, the field by which they have an effect, its values that give them one; empty: all but 0, False and "").
+ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    ((*(f"task.{name}" for name in _POLICY), "rollout.group", "rollout.turns", "rollout.resample"), "task.kind",
+     ("policy",)),
+    (("rollout.own",), "task.kind", ("gkd",)),
+    (("rollout.temperature", "rollout.top_k", "rollout.top_p"), "task.kind", ("policy", "gkd")),
+    (("task.beta",), "task.kind", ("preference", "policy")),
+    (("task.subwords",), "task.kind", ("tag",)),
+    (("task.stride", "task.max_answer", "task.no_answer"), "task.kind", ("span",)),
+    (("task.mask_rate", "task.whole_words"), "task.kind", ("masked",)),
+    (("task.temperature",), "task.kind", ("embed",)),
+    (("task.text", "task.pair", "task.pool"), "task.kind", _LABELLED),
+    (("data.form", "data.prompt", "data.completion", "data.system", "data.train_on"), "task.kind", _ANSWERED),
+    (("optim.decay",), "optim.schedule", ("wsd",)),
+    (("optim.final_lr",), "optim.schedule", ("cosine", "linear", "wsd")),
+    (("optim.b1",), "optim.name", ("adamw", "lion", "sgd", "muon")),
+    (("optim.b2",), "optim.name", ("adamw", "lion", "muon")),
+    (("optim.eps",), "optim.name", ("adamw", "muon")),
+    (("optim.lora_plus",), "tuning.method", ("lora", "dora")),
+    (("distil.beta", "distil.temperature", "distil.top_k", "distil.labels"), "task.reference", ()),
+    (("privacy.clip", "privacy.unit", "privacy.accountant", "privacy.noise"), "privacy.epsilon", ()),
+    (("data.augment.ops", "data.augment.rate", "data.augment.columns", "data.augment.function"),
+     "data.augment.copies", ()),
+    (("data.temperature",), "data.mixture", ()),
+    (("model.quantise_tables",), "model.quantise", ("int8", "nf4")),
+    (("model.double_quantise",), "model.quantise", ("nf4",)),
+)  # fmt: skip
+
+
+def idle(config: ConfigDict) -> list[str]:
+    """Lines that name the fields which are set and have no effect because of another field, by the table ONLY."""
+    values, lines = flat(config), []
+    for keys, by, needed in ONLY:
+        set_here = [key for key in keys if values[key] != FIELDS[key].default]
+        if set_here and not (values[by] in needed if needed else values[by]):
+            lines.append(f"no effect with {by}={values[by]!r}: {', '.join(set_here)}")
+    return lines
+
+
 # Fields of `data` that no source of a mixture has for itself.
 OF_ALL: tuple[str, ...] = ("mixture", "earlier", "domain_report", "temperature", "decontaminate", "max_length", "long")
 OF_ALL += ("packing", "buckets", "workers", "processes", "streaming", "cache", "cache_size", "date")

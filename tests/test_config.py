@@ -294,6 +294,25 @@ def test_what_is_no_config_is_refused_with_what_to_pass(call, given, told):
     assert "expected a config; found " in str(error.value) and told in str(error.value)
 
 
+def test_fields_that_another_field_makes_idle_are_named():
+    assert configs.idle(configs.default()) == []
+    c = configs.default()
+    configs.override(c, ["task.stride=64", "rollout.group=4", "optim.decay=0.5", "distil.beta=1.0", "optim.b1=0.8"])
+    told = {
+        "task.kind='causal': rollout.group",
+        "task.kind='causal': task.stride",
+        "optim.schedule='cosine': optim.decay",
+    }
+    assert set(configs.idle(c)) == {f"no effect with {line}" for line in told | {"task.reference='': distil.beta"}}
+    configs.override(c, ["task.kind=span", "optim.schedule=wsd", "task.reference=teacher", "optim.name=adafactor"])
+    assert configs.idle(c) == [
+        "no effect with task.kind='span': rollout.group",
+        "no effect with optim.name='adafactor': optim.b1",
+    ]
+    for keys, by, values in configs.ONLY:
+        assert not configs.FIELDS[by].choices or set(values) <= set(configs.FIELDS[by].choices), keys
+
+
 def test_a_rate_for_another_method_is_warned_of(tmp_path, capsys):
     file = written(tmp_path, "c.optim.lr = 5e-4")
     for overrides in ([], ["tuning.method=lora"], ["tuning.method=full", "optim.lr=1e-5"]):

@@ -221,6 +221,8 @@ def checked(config, say):
         )
     if unread := ignored(config.tuning):
         say(f"no effect with tuning.method={config.tuning.method}: {', '.join(unread)}")
+    for line in configs.idle(config):
+        say(line)
     return config
 
 
