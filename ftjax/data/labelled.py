@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Callable
 
 import numpy as np
@@ -177,7 +178,23 @@ def names_of(config, tables: list[tuple[object, Table]], known: tuple[str, ...])
     for data, table in tables:
         named = column(data.label, this.columns.label, table, "data.label")
         found |= label_names(table, named, this.several)
+    check_spelling(found)
     return (this.order or in_order)(found)
+
+
+def check_spelling(names: set[str]) -> None:
+    """Raise FtjaxError for two names of labels that differ only in how one label can be written: in upper and lower
+    case, blanks, Unicode form, digits (1 and 1.0) or as a truth value (True and 1)."""
+    known: dict[str, str] = {}
+    for name in sorted(names):
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        key = {"true": "1", "false": "0"}.get(key, key)
+        key = f"{float(key):g}" if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", key) and float(key) < 1e5 else key
+        if (other := known.setdefault(key, name)) != name:
+            raise FtjaxError(
+                f"data.label: the rows of train have the labels {other!r} and {name!r}, which look like one label "
+                "written in two ways; correct the rows, or, if both are meant, name all labels in task.labels"
+            )
 
 
 def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[Labelled, list[str]]:
@@ -320,6 +337,12 @@ def label_names(table: Table, column: str, several: bool = False) -> set[str]:
                     'number; for numbers to predict set task.kind="regress", for lists of labels "multilabel"'
                 )
             found.add(name)
+    joined = [name for name in found if several and found.intersection(re.split(r"\s*[;|]\s*", name)) - {name}]
+    if joined and all(isinstance(cell, str | None) and "," not in (cell or "") for cell in cells):
+        raise FtjaxError(
+            f"data.label: the rows of train have the label {min(joined)!r}, which holds another label; write several "
+            "labels as a list or with commas between them, or, if it is one label, name all labels in task.labels"
+        )
     return found
 
 

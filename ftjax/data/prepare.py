@@ -124,6 +124,13 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
     label = (data.label or next((name for name in tasks.LABELS if name in columns), "")) if data.labels else ""
     parsed = [template.parse(data[key], f"data.{key}") for key in ("prompt", "completion")]
+    for key, parts in zip(("prompt", "completion"), parsed):
+        literal = "".join(text + ("\0" if name else "") for text, name in parts)
+        if twice := sorted(set(re.findall(r"\{ *(\w+) *\}", literal)).intersection(columns)):
+            raise FtjaxError(
+                f"data.{key}: {data[key]!r} has {twice[0]} in double braces, which write the name itself and not the "
+                f"cell; name a column in single braces, {{{twice[0]}}}"
+            )
     named = [any(name == label for _, name in parts) for parts in parsed]
     if data.labels and (form != "template" or label not in columns or named != [False, True]):
         raise FtjaxError(
@@ -131,6 +138,36 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
             f'" {{label}}"; data.label is {label or "empty"!r}, and the columns are {", ".join(columns)}'
         )
     return Recipe(form, *fields, tuple(data.labels), label), guessed and form != "template"
+
+
+class _Watched(dict):
+    """A row that notes in `seen` which of its cells are read."""
+
+    def __init__(self, row: dict, seen: set):
+        super().__init__(row)
+        self.seen = seen
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def __or__(self, other):
+        return _Watched({**self, **other}, self.seen)
+
+
+def unread(how: Recipe | labelled.Labelled, table: Table) -> list[str]:
+    """The columns of a table that a recipe does not read in its first rows; none if it cannot use these rows."""
+    seen: set[str] = set()
+    try:
+        count = min(len(table), 20)
+        how.render([_Watched(table.row(i), seen) for i in range(count)], [table.place(i) for i in range(count)])
+    except FtjaxError:  # the row is refused where it is encoded
+        return []
+    return [name for name in table.columns if name not in seen and len(table)]
 
 
 def recipe_if_any(data, columns: list[str]) -> tuple[Recipe | None, bool]:
@@ -427,6 +464,12 @@ def _tokenised(
     if task.encode:
         names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
+    def note(source: Source, table: Table, found) -> None:
+        left = unread(found, table) if "train" in parts else []
+        told = f"columns that are no part of the texts or labels: {', '.join(left)}"
+        if left and told not in source.notes:
+            source.notes.append(told)
+
     def how(source: Source, table: Table):
         if not task.encode:
             if task.recipe:
@@ -434,12 +477,15 @@ def _tokenised(
                 if truths:
                     found.check()
                 return found, guessed
-            return recipe(source.data, table.columns)
+            found, guessed = recipe(source.data, table.columns)
+            note(source, table, found)
+            return found, guessed
         own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
         own, notes = labelled.reading(own, table, source.whole, labels_as)
         if config.task.text not in ("", own.text):
             notes.append(f"{table.files[0]} has no column {config.task.text!r}; texts are read from {own.text!r}")
-        source.notes.extend(note for note in notes if note not in source.notes)
+        source.notes.extend(told for told in notes if told not in source.notes)
+        note(source, table, own)
         return own, False
 
     done = {part: _part(part, chosen, config.data, how, tokenizer, read_by, max_length, cache) for part in parts}

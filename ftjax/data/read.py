@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # of sets on the hub
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")  # ends of the names of compressed files
 NESTING = 100  # greatest depth of lists and objects in a row
 PIECE = 1 << 20  # bytes of a JSON array that are read at once
 
@@ -64,7 +65,8 @@ def read_table(
             `owner/name[:config][:split]` (`owner/name:train` means the split). Of a directory, the files named after
             the split in `key` are read (train*, validation* or valid*, val*, dev*, test*), or all files if none is
             named after a split. If it holds folders alone, as data sets of the hub do, these are the files in `data`
-            and in folders named after a split. Files of one source need the same columns; their types may differ.
+            and in folders named after a split. A folder with further rows, compressed or beside these files, is
+            refused. Files of one source need the same columns; their types may differ.
         key: Key of the config, for errors and for the split.
         folder: Directory for data sets larger than memory. Rows are written chunk by chunk to new Arrow files there and
             mapped from them; the caller deletes the files. None: rows are held in memory. The table and the errors are
@@ -150,6 +152,14 @@ def _files_of_folder(folder: Path, key: str) -> list[str]:
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     of_sets = [p for p in inside if p.name.lower() in ("data", *(name for names in SPLITS.values() for name in names))]
     files = _readers(folder) or [p for one in of_sets for p in _readers(one)]
+    beside = of_sets if _readers(folder) else [q for p in of_sets for q in sorted(p.iterdir()) if q.is_dir()]
+    packed = [p for one in {folder, *(p.parent for p in files)} for p in one.iterdir() if p.suffix.lower() in PACKED]
+    left = [p for p in packed if Path(p.stem).suffix.lower() in READERS] + [p for p in beside if _readers(p)]
+    if files and left:
+        raise FtjaxError(
+            f"{key}: {folder} holds rows in {min(left).relative_to(folder)} too, which would be left out beside "
+            f"{files[0].relative_to(folder)}; unpack or move them, or name the files that are meant"
+        )
     if not files:
         others = f", or the name of one of its folders ({_list(p.name for p in inside)})" if inside else ""
         raise FtjaxError(f"{key}: {folder} has no file that ftjax reads; expected one of {_list(READERS)}{others}")
@@ -585,7 +595,7 @@ def _conll(text: _Text) -> Iterator[dict]:
     for line in text.bare():
         if line.startswith("-DOCSTART-") or text.line != last + 1:
             if words:
-                yield _sentence(words)
+                yield _sentence(words, text)
             words = []
         last = text.line
         if line.startswith("-DOCSTART-"):
@@ -601,11 +611,16 @@ def _conll(text: _Text) -> Iterator[dict]:
             )
         words.append(cells)
     if words:
-        yield _sentence(words)
+        yield _sentence(words, text)
 
 
-def _sentence(words: list[list[str]]) -> dict[str, list[str]]:
+def _sentence(words: list[list[str]], text: _Text) -> dict[str, list[str]]:
     tokens, *between, tags = map(list, zip(*words))
+    if between and len(tokens) > 1 and tokens == list(map(str, range(1, len(tokens) + 1))):
+        raise text.error(
+            "the first column of the sentence before this line counts its words, as in CoNLL-U, and tokens are read "
+            "from the first column; keep the column of words and that of tags"
+        )
     return {"tokens": tokens} | {f"column_{n}": cells for n, cells in enumerate(between, 2)} | {"tags": tags}
 
 

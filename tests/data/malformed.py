@@ -382,6 +382,16 @@ CONLL_CASES = {
         r" line 3: expected 2 columns as in the lines before, found 3 in 'b.*O'",
     ),
     "token without a tag": ("t.conll", b"a O\nb\n", r" line 2: expected a token and its tag"),
+    "numbers of words before them": (
+        "t.conll",
+        b"1\tA\tO\n2\tb\tO\n\n1\tc\tO\n",
+        r" line 4: the first column of the sentence before this line counts its words, as in CoNLL-U",
+    ),
+    "a number is a token": (
+        "t.conll",
+        b"1 O\n2 O\n\n2 O\n",
+        [{"tokens": ["1", "2"], "tags": ["O", "O"]}, {"tokens": ["2"], "tags": ["O"]}],
+    ),
     "empty tag": ("t.conll", b"a\tO\nb\t\n", r" line 2: expected a token and its tag"),
     "only documents": ("t.conll", b"-DOCSTART- O\n\n", r" is empty \(it has no rows\)"),
 }

@@ -1,6 +1,7 @@
 """Labels are values: which id each row gets, for every way in which people write labels, and what is refused."""
 
 import json
+import re
 
 import datasets
 import pytest
@@ -152,6 +153,31 @@ def test_each_way_of_writing_labels_is_read_as_meant(kind, cells, names, expecte
             source = write(tmp_path / "given.jsonl", [cell], "tags" if kind == "tag" else "label")
             if cell not in (["O"], None, [2, 0]) or kind == "tag":
                 assert meant(given(c, source, words, 512, pool="last"), "test") == [right]
+
+
+@pytest.mark.parametrize(
+    "kind, cells, told",
+    [
+        ("classify", [True, 1, 0, False], "'0' and 'False'"),
+        ("classify", ["pos", "Pos", "neg", "neg"], "'Pos' and 'pos'"),
+        ("classify", ["01", "1", "2", "2"], "'01' and '1'"),
+        ("classify", ["1.0", "2", "1", "2"], "'1' and '1.0'"),
+        ("classify", ["caf\u00e9", "cafe\u0301", "tea", "tea"], "look like one label"),
+        ("multilabel", [["a"], ["A", "b"], ["b"], ["a"]], "'A' and 'a'"),
+        ("tag", [["O", "B-per"], ["B-PER", "O"]], "'B-PER' and 'B-per'"),
+        ("multilabel", ["a;b", "a", "b", "a"], "'a;b', which holds another label"),
+        ("multilabel", ["b", "a | b", "c", "a"], "'a | b', which holds another label"),
+    ],
+)
+def test_two_ways_to_write_a_label_are_one_only_by_name(kind, cells, told, words, tmp_path):
+    c = settings(tmp_path, cells, kind, "tags" if kind == "tag" else "label")
+    with pytest.raises(FtjaxError, match=re.escape(told)) as error:
+        prepare(c, words, 512)
+    assert "name all labels in task.labels" in str(error.value)
+    if kind != "tag":
+        names = {str(x).strip() for cell in cells for x in (cell if isinstance(cell, list) else [cell])}
+        c.task.labels = tuple(sorted(names))
+        assert prepare(c, words, 512).labels == c.task.labels
 
 
 def test_numbers_that_are_read_as_ids_are_told(words, tmp_path):

@@ -152,6 +152,45 @@ def test_refusals_name_file_and_row_also_after_a_split(write, starter):
         run(settings(good, validation=good, split=(1.0, 0.0, 0.0), decontaminate=("validation",)), starter)
 
 
+@pytest.mark.parametrize(
+    "row, left, fields",
+    [
+        ({"prompt": "a", "completion": "b", "id": 1}, "id", {}),
+        ({"question": "who", "answer": "b", "context": "c"}, "context", {}),
+        ({"instruction": "a", "output": "b", "history": [["q", "r"]], "system": "s"}, "history, system", {}),
+        ({"src": "a", "tgt": "b", "more": None}, "more", {"prompt": "{src}", "completion": " {tgt}"}),
+        ({"prompt": "a", "completion": "b"}, "", {}),
+        ({"sentence1": "a", "sentence2": "b", "label": "x"}, "sentence2", {"kind": "classify"}),
+        (
+            {"premise": "a", "hypothesis": "b", "label": "x", "idx": 3},
+            "idx",
+            {"kind": "classify", "pair": "hypothesis"},
+        ),
+    ],
+)
+def test_columns_that_no_text_holds_are_told(row, left, fields, write, starter):
+    fields = dict(fields)
+    c = settings(write("rows.jsonl", [row, row | ({"label": "y"} if "label" in row else {})]), split=(1.0, 0.0, 0.0))
+    c.task.kind, c.task.pair = fields.pop("kind", "causal"), fields.pop("pair", "")
+    c.data.update(fields)
+    told = [note for note in run(c, starter).notes if note.startswith("columns")]
+    assert told == ([f"columns that are no part of the texts or labels: {left}"] if left else [])
+
+
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+def test_a_column_in_double_braces_is_refused(key, write, starter):
+    c = settings(
+        write("rows.jsonl", [{"src": "a", "tgt": "b"}]),
+        prompt="{src} {{x}}",
+        completion=" {tgt}",
+        split=(1.0, 0.0, 0.0),
+    )
+    assert run(c, starter).train.rendered(0).prompt == "a {x}"
+    c.data[key] += "{{ src }}"
+    with pytest.raises(FtjaxError, match=f"data.{key}: .* has src in double braces, .* name a column in single"):
+        run(c, starter)
+
+
 def test_preview_shows_figures_and_marks_what_is_trained(write, starter, monkeypatch):
     data = run(settings(write("t.jsonl", rows(10)), split=(1.0, 0.0, 0.0)), starter)
     text = show(data, starter, colour=False)

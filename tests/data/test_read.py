@@ -138,6 +138,26 @@ def test_a_folder_laid_out_as_on_the_hub(files, tmp_path):
         read(str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize(
+    "used, left",
+    [
+        ("rows.jsonl", "rows-2.jsonl.gz"),
+        ("test.jsonl", "train.csv.zip"),
+        ("train.jsonl", "test/rows.jsonl"),
+        ("train/a.jsonl", "train/more/b.jsonl"),
+        ("data/train.jsonl", "data/de/train.jsonl"),
+        ("data/train.jsonl", "data/train.json.xz"),
+    ],
+)
+def test_rows_of_a_folder_that_would_be_left_out_are_named(used, left, tmp_path):
+    for name in (used, left):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        _write(tmp_path / name, [{"n": 1}]) if name.endswith("jsonl") else (tmp_path / name).write_bytes(b"PK")
+    at = str(Path(left).parent) if left.endswith("jsonl") else left
+    with pytest.raises(FtjaxError, match=f"holds rows in {at} too, which would be left out beside {used}; unpack or"):
+        read(str(tmp_path), "data.test")
+
+
 def test_builtin_and_real_files(shared):
     assert read("builtin:commongen/test.jsonl").column_names == ["src", "tgt"]
     assert len(read(str(shared / "data/gsm8k"))) == 7473
