@@ -358,6 +358,8 @@ def _data(args, overrides) -> None:
         raise FtjaxError(f"data {args.step}: expected --config FILE or --data ROWS")
     if args.rows < 1:
         raise FtjaxError(f"--rows: expected 1 or more; found {args.rows}")
+    if args.step != "preview" and (args.ids or args.rows != 3):
+        raise FtjaxError(f"data {args.step}: --rows and --ids are for `ftjax data preview`; leave them out")
     if args.step in ("clean", "split", "augment") and not args.out:
         raise FtjaxError(f"data {args.step}: expected --out DIR, a new folder for the files it writes")
     from ftjax import config
@@ -416,6 +418,11 @@ def _predict(args, overrides) -> None:
 def _generate(args, overrides) -> None:
     if not args.prompt and not args.prompts:
         raise FtjaxError("generate: expected --prompt TEXT or --prompts FILE")
+    if args.template is not None and not args.prompts:
+        raise FtjaxError("--template: fills columns of the rows of --prompts, and there are none; add --prompts FILE")
+    drawn = [name for name, off in (("--top-k", 0), ("--top-p", 1)) if getattr(args, name[2:].replace("-", "_")) != off]
+    if drawn and not args.temperature:
+        raise FtjaxError(f"{drawn[0]}: has no effect on greedy answers; set --temperature above 0 too")
     from ftjax.evaluation.run import answer, stream_answer
 
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]

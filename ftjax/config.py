@@ -904,6 +904,7 @@ ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("data.augment.ops", "data.augment.rate", "data.augment.columns", "data.augment.function"),
      "data.augment.copies", ()),
     (("data.temperature",), "data.mixture", ()),
+    (("generate.top_k", "generate.top_p"), "generate.temperature", ()),
     (("model.quantise_tables",), "model.quantise", ("int8", "nf4")),
     (("model.double_quantise",), "model.quantise", ("nf4",)),
 )  # fmt: skip

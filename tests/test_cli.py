@@ -188,6 +188,16 @@ def test_evaluate_reports_the_loss_of_rows(tmp_path):
     "arguments, told",
     [
         (["generate", "--model", "x"], "generate: expected --prompt TEXT or --prompts FILE"),
+        (
+            ["generate", "--model", "x", "--prompt", "a", "--template", "{a}"],
+            "--template: fills columns of the rows of",
+        ),
+        (
+            ["generate", "--model", "x", "--prompt", "a", "--top-k", "5"],
+            "--top-k: has no effect on greedy answers; set",
+        ),
+        (["generate", "--model", "x", "--prompt", "a", "--top-p", "0.5"], "--top-p: has no effect on greedy answers"),
+        (["data", "inspect", "--data", "x", "--ids"], "data inspect: --rows and --ids are for `ftjax data preview`"),
         (["data", "clean"], "data clean: expected --config FILE or --data ROWS"),
         (["data", "clean", "--data", "x"], "data clean: expected --out DIR, a new folder for the files it writes"),
         (["config", "dta"], 'config dta: no such group or field (did you mean "data"?); the groups are model'),

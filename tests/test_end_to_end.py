@@ -13,6 +13,7 @@ import pytest
 import ftjax
 from ftjax import assets
 from ftjax import config as configs
+from ftjax.errors import FtjaxError
 from ftjax.training.loop import summary
 from ftjax.training.report import Progress, read_metrics
 
@@ -84,6 +85,8 @@ def test_lora_comes_back_as_adapter_and_merged(base, tmp_path):
     assert close(torch_logits(base), untrained)
     for folder in ("adapter", "merged"):  # the config lies beside every result
         assert json.loads((run / folder / "ftjax.json").read_text())["config"]["tuning"]["rank"] == 4
+    with pytest.raises(FtjaxError, match="dtype: float16 is of a whole model"):
+        ftjax.export(run, tmp_path / "again", dtype="float16")
     ftjax.export(run, tmp_path / "again", "merged")
     assert close(torch_logits(tmp_path / "again"), trained)
 

@@ -18,7 +18,7 @@ from ftjax import config as configs
 from ftjax.data import augment, masks, spans, tags, template
 from ftjax.data.labelled import Labelled
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import best, classification, labelled, metrics, preferred
+from ftjax.evaluation import best, classification, labelled, metrics, preferred, run
 from ftjax.hub import derived, families, peft, pooling, resolve, weights
 from ftjax.plan import devices
 from ftjax.tasks import preference, regress
@@ -84,6 +84,9 @@ CALLS = {
             SimpleNamespace(columns=["a", "b"]),
             config(data__prompt="{a}", data__completion="{b}", data__augment__prompts=("{a}",)).data,
         )
+    ),
+    "task.kind: the model has the task classify, found 'regress'; leave task.kind out": lambda: run._rows(
+        SimpleNamespace(kind="classify"), None, config(task__kind="regress"), print, ("task.kind=regress",)
     ),
     "here: column 'label' holds no label": lambda: how("classify").sides({"text": "x", "label": None}, "here"),
     "task.kind: this tokenizer does not map tokens to words; a tokenizer.json is needed": lambda: masks.encode(
@@ -332,8 +335,6 @@ def test_check_model_says_what_transformers_refuses(monkeypatch):
 
 
 def test_only_vectors_are_written_as_an_array(monkeypatch, capsys):
-    from ftjax.evaluation import run
-
     monkeypatch.setattr(run, "predict", lambda *args, **how: [{"label": "a"}])
     assert cli.main(["predict", "--model", "m", "--data", "d", "--out", "a.npy"]) == 2
     assert "--out a.npy: only vectors of texts are written as .npy; name a .jsonl file" in capsys.readouterr().err

@@ -123,14 +123,7 @@ def recipe(data, columns: list[str]) -> tuple[Recipe, bool]:
     form = template.guess(columns, data.prompt, data.completion) if guessed else data.form
     fields = (data.prompt, data.completion, data.template, data.system, data.train_on, data.end)
     label = (data.label or next((name for name in tasks.LABELS if name in columns), "")) if data.labels else ""
-    parsed = [template.parse(data[key], f"data.{key}") for key in ("prompt", "completion")]
-    for key, parts in zip(("prompt", "completion"), parsed):
-        literal = "".join(text + ("\0" if name else "") for text, name in parts)
-        if twice := sorted(set(re.findall(r"\{ *(\w+) *\}", literal)).intersection(columns)):
-            raise FtjaxError(
-                f"data.{key}: {data[key]!r} has {twice[0]} in double braces, which write the name itself and not the "
-                f"cell; name a column in single braces, {{{twice[0]}}}"
-            )
+    parsed = [template.parse(data[key], f"data.{key}", columns) for key in ("prompt", "completion")]
     named = [any(name == label for _, name in parts) for parts in parsed]
     if data.labels and (form != "template" or label not in columns or named != [False, True]):
         raise FtjaxError(

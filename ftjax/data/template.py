@@ -545,12 +545,12 @@ def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rende
     return render
 
 
-def parse(template: str, key: str) -> list[tuple[str, str | None]]:
+def parse(template: str, key: str, columns=()) -> list[tuple[str, str | None]]:
     """Parse a template: `"Words: {src}"` -> [("Words: ", "src")], (literal text, column or None) in order.
 
     `{{` and `}}` are literal braces. Braces may hold a plain column name only, without attribute, index, conversion or
     format, so that a template cannot reach into Python objects. Raises FtjaxError, which names `key`, for anything
-    else.
+    else, and for one of `columns` in double braces, which would write its name in every row.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -559,7 +559,13 @@ def parse(template: str, key: str) -> list[tuple[str, str | None]]:
     for _, name, spec, conversion in parts:
         if name is not None and (not name or spec or conversion or any(c in name for c in ".[]{}")):
             raise FtjaxError(f"{key}: {template!r}: braces hold one plain column name, such as {{src}}, not {name!r}")
-    return [(literal, name) for literal, name, _, _ in parts]
+    literal = "".join(text + ("\0" if name else "") for text, name, _, _ in parts)
+    if twice := sorted(set(re.findall(r"\{ *(\w+) *\}", literal)).intersection(columns)):
+        raise FtjaxError(
+            f"{key}: {template!r} has {twice[0]} in double braces, which write the name itself and not the cell; name "
+            f"a column in single braces, {{{twice[0]}}}"
+        )
+    return [(text, name) for text, name, _, _ in parts]
 
 
 def fill(parts: list[tuple[str, str | None]], row: dict, place: str) -> str:

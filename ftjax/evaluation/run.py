@@ -66,7 +66,7 @@ def evaluate(
     if not isinstance(model, LM):
         _check_others(model, config)
     lm = model if isinstance(model, LM) else load(model)
-    prepared = _rows(lm, data, config, say)
+    prepared = _rows(lm, data, config, say, overrides)
     if lm.kind != "causal":
         return judge.judge(lm, prepared.test, prepared, config)
     rows = config.evaluate.batch_size or config.train.batch_size or 16
@@ -94,8 +94,12 @@ def evaluate(
     return report
 
 
-def _rows(lm: LM, data: str | None, config, say, truths: bool = True) -> Data:
+def _rows(lm: LM, data: str | None, config, say, overrides: Sequence[str], truths: bool = True) -> Data:
     """The rows to evaluate, as the part `test` of a Data, encoded for the model's task."""
+    kind = config.task.kind
+    if any(text.startswith("task.kind=") for text in overrides) and kind != lm.kind:
+        if lm.kind != "causal" or tasks.find(kind).head != "causal":
+            raise FtjaxError(f"task.kind: the model has the task {lm.kind}, found {kind!r}; leave task.kind out")
     if lm.kind != "causal":
         labels = lm.labels or tuple(f"LABEL_{i}" for i in range(lm.model.config.head.labels))  # as transformers does
         config.task.update(kind=lm.kind, labels=labels)
@@ -145,7 +149,7 @@ def predict(
     lm = model if isinstance(model, LM) else load(model)
     if lm.kind == "causal":
         raise FtjaxError("predict: this model has the task causal (it continues text); use `ftjax generate`")
-    prepared = _rows(lm, data, config, say, truths=False)
+    prepared = _rows(lm, data, config, say, overrides, truths=False)
     return judge.predict(lm, prepared.test, prepared, config)
 
 
@@ -291,7 +295,7 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
         else:
             same(*["prompt"] * (not template))
             only = rows.column_names == ["text"]
-            parts = parse(before or ("{text}" if only else "{prompt}"), "--template")
+            parts = parse(before or ("{text}" if only else "{prompt}"), "--template", rows.column_names)
             rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
     texts = lm.tokenizer.batch_decode(ids)

@@ -168,4 +168,11 @@ def export(
             files that no export wrote.
     """
     resolve.check_out(out)
-    return write(open_run(run, checkpoint=checkpoint), out, format, dtype=dtype)
+    source = open_run(run, checkpoint=checkpoint)
+    form = families.form_of(source.spec.family, source.spec.model.head)
+    found = resolve_format(source.config.tuning.method, format, form, flatten(source.trained))
+    if dtype != "auto" and found == "adapter":
+        raise FtjaxError(
+            f"dtype: {dtype} is of a whole model, and an adapter keeps the dtype it was trained in; leave it out"
+        )
+    return write(source, out, format, dtype=dtype)
