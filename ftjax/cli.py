@@ -247,13 +247,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_file(args, flag: str) -> None:
-    """Raise FtjaxError, before anything is computed, if the file that the verb writes at its end cannot be written."""
+    """Raise FtjaxError, before anything is computed, if the file that the verb writes at its end cannot be written, or
+    is one that the verb reads."""
     path = getattr(args, flag)
     if path is None:
         return
     device = path.startswith(("/dev/", "/proc/")) and not os.path.exists(path)
     if not path or device or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
         raise FtjaxError(f"--{flag} {path}: expected the name of a file, in a folder that exists")
+    for name in ("data", "prompts", "config"):
+        read = getattr(args, name, None)
+        files = (
+            [file for file in [read, *read.split(",")] if os.path.isfile(file.strip())] if isinstance(read, str) else []
+        )
+        if path and os.path.exists(path) and any(os.path.samefile(file.strip(), path) for file in files):
+            raise FtjaxError(f"--{flag} {path}: is a file that --{name} reads and would be lost; name another one")
 
 
 def _check_numbers(args, keys: dict[str, str]) -> None:

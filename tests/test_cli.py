@@ -222,6 +222,17 @@ def test_arguments_that_do_not_fit_are_told_in_a_sentence(arguments, told, tmp_p
     assert told in said and said.startswith("ftjax: ") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb, flag", [("evaluate", "--data"), ("predict", "--data"), ("generate", "--prompts")])
+def test_what_a_verb_reads_is_never_where_it_writes(verb, flag, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("precious")
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for named in (str(file), f"{tmp_path}/a.jsonl,{file}"):
+        assert cli.main([verb, "--model", "x", flag, named, "--out", str(tmp_path / "link.jsonl")]) == 2
+        assert f"is a file that {flag} reads and would be lost; name another one" in capsys.readouterr().err
+    assert file.read_text() == "precious"
+
+
 def test_a_file_that_is_no_text_or_too_long_is_refused_by_name(tmp_path, monkeypatch):
     from ftjax import foreign
 
