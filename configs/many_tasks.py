@@ -7,8 +7,8 @@ CommonGen comes with ftjax. SST-2 (`label` and `sentence`, from GLUE) and the gl
 columns, are to be put under these paths. results.json has the scores of each task before and after training, their mean
 and the worst.
 
-With 1,200 steps of 32 rows, against 400 steps for a task alone (one seed): sentences 6.2 and reviews 4.8 points above the
-run of their own, kinds 8.2 points below it. docs/data.md has the scores.
+With 1,200 steps of 32 rows, against 400 steps for a task alone (one seed): sentences 6.2 and reviews 4.8 points above
+the run of their own, kinds 8.2 points below it. docs/data.md has the scores.
 """
 
 from ftjax import config

@@ -16,6 +16,7 @@ import math
 import os.path
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1064,12 +1065,13 @@ def _tuples(value):
 
 def compile_patterns(patterns, key: str) -> list[re.Pattern]:
     """Compile regular expressions in which ^ and $ are the ends of a line. Raises FtjaxError naming `key` for an
-    invalid one."""
+    invalid one, and for one that a coming version of Python will read in another way."""
     compiled = []
     for pattern in patterns:
         try:
-            compiled.append(re.compile(pattern, re.MULTILINE))
-        except (re.error, TypeError) as error:
+            with warnings.catch_warnings(action="error", category=FutureWarning):
+                compiled.append(re.compile(pattern, re.MULTILINE))
+        except (re.error, TypeError, FutureWarning) as error:
             raise FtjaxError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
     return compiled
 

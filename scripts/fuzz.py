@@ -11,6 +11,7 @@ stays) or, for a safetensors file, `header` [tensor, field, value]. Targets and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -354,7 +355,8 @@ def read_options(damage: dict) -> None:
     """Prepare a run with a few fields of the config set by texts."""
     from ftjax.training.job import prepared
 
-    with tempfile.TemporaryDirectory() as folder:
+    # A field may name a relative folder.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         config = settings(Path(folder))
         configs.override(config, damage["texts"])
         config.run_dir = folder
