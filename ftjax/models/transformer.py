@@ -39,12 +39,20 @@ from ftjax.models.quantised import Quantised
 from ftjax.models.remat import named, rematerialised
 from ftjax.tree import flatten
 
+
+def gelu_tanh(x):
+    """x / 2 · (1 + tanh(z)). In float32 it is x · sigmoid(2 z), because 1 + tanh(z) loses all digits far below 0."""
+    if x.dtype != jnp.float32:
+        return nn.gelu(x, approximate=True)
+    return x * nn.sigmoid((8 / np.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
 ACTIVATIONS = {
     "silu": nn.silu,
     "relu": nn.relu,
     "tanh": nn.tanh,
     "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu_tanh": gelu_tanh,
 }
 
 STACKS = ("layers", "top_layers")  # subtrees with the parameters of blocks, on a leading layer axis

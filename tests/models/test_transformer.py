@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from ftjax.models import attention, layers
 from ftjax.models.config import layers_with, runs
-from ftjax.models.transformer import Transformer, make_cache, unstacked
+from ftjax.models.transformer import ACTIVATIONS, Transformer, make_cache, unstacked
 from ftjax.tree import flatten, unflatten
 
 T = 20  # more than the windows of the tiny models, fewer than their positions
@@ -390,3 +390,11 @@ def test_dropout_of_attention_has_the_gradients_of_its_definition():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
     np.testing.assert_allclose(ours(q, k, v), definition(q, k, v), atol=2e-5)
     assert np.abs(ours(q, k, v) - attention.attend_in_row(q, *attention.key_layout(k, v), segments)).max() > 0.1
+
+
+def test_the_tail_of_gelu_keeps_its_digits():
+    """In float32, beside torch's in float64; 1 + tanh loses them all there."""
+    x = np.linspace(-4, -2, 101, dtype=np.float32)
+    wide = torch.tensor(x, dtype=torch.float64)
+    want = torch.nn.functional.gelu(wide, approximate="tanh").numpy()
+    np.testing.assert_allclose(ACTIVATIONS["gelu_tanh"](jnp.asarray(x)), want, rtol=1e-5)
