@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -92,6 +93,30 @@ def _named(norms: dict) -> dict[str, float]:
     for part, x in norms.items():
         each |= {f"layer {i}": float(n) for i, n in enumerate(x)} if np.ndim(x) else {part: float(x)}
     return each
+
+
+LAST = 5  # logged steps at the end of a run by which it is judged
+
+
+def doubt(first: float | None, history: Sequence[dict], measured: bool) -> str:
+    """Why a run whose numbers are all finite cannot have learned; empty where nothing says so.
+
+    Args:
+        first: The loss of the first step, before any update; None if it is unknown.
+        history: The rows of metrics.jsonl.
+        measured: Whether a lower loss is a better model, which it is not where the model writes its own batches.
+    """
+    last = [row for row in history if row.get("loss") is not None][-LAST:]
+    if len(last) < LAST:
+        return ""
+    advice = f"The model has most likely diverged: {SMALLER_UPDATES}, and train again"
+    if not any(row["grad_norm"] for row in last):
+        return f"the gradient was exactly 0 in the last {LAST} logged steps, so that nothing was trained. {advice}"
+    losses = [row["loss"] for row in last]
+    end, scatter = statistics.median(losses), statistics.stdev(losses)
+    if measured and first is not None and end - first > max(0.1 * abs(first), 3 * scatter):
+        return f"the training loss ended at {end:.4g}, far above {first:.4g}, where it began. {advice}"
+    return ""
 
 
 def check_bad(step: int, values: dict, places: list[str], report: dict, config, before: float | None, good: int) -> str:

@@ -168,6 +168,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
     )  # fmt: skip
     chat = job.generates and job.data.train.rendered(0).messages is not None
     say(summary(result, config, chat))
+    if told := finite.doubt(standing.first, history, not job.task.collect):
+        say(f"warning: {told}")
+        if first:
+            provenance.note(run_dir / RUN, doubt=told)
     return result
 
 
@@ -239,6 +243,7 @@ class Standing:
         stale: Number of validations since then.
         skipped: The bad steps: {"step", "rows", "why"}, with train.on_bad_step=rewind also "back_to".
         good: Step of the checkpoint that train.on_bad_step=rewind goes back to.
+        first: The loss of the first step, before any update; None: unknown.
         spent: Seconds of earlier starts.
         started: When this start began, by time.perf_counter.
     """
@@ -249,6 +254,7 @@ class Standing:
     stale: int = 0
     skipped: list[dict] = dataclasses.field(default_factory=list)
     good: int = 0
+    first: float | None = None
     spent: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -268,12 +274,12 @@ class Standing:
         if "best_loss" not in record and self.best is not None:  # from before `train.select`: its best is a loss
             self.best, self.best_loss = -self.best, self.best
         self.skipped, self.good = record.get("skipped", []), record.get("good", step)
-        self.good = self.good if self.good in whole else step
+        self.good, self.first = self.good if self.good in whole else step, record.get("first")
 
     def record(self) -> dict:
         """What the next checkpoint records. Its lists are copies, because it is written in the background."""
         found = {"step": self.step, "best": self.best, "best_loss": self.best_loss, "stale": self.stale}
-        found |= {"seconds": self.seconds, "good": self.good}
+        found |= {"seconds": self.seconds, "good": self.good, "first": self.first}
         return found | ({"skipped": [*self.skipped]} if self.skipped else {})
 
 
@@ -448,6 +454,7 @@ class Training:
                 return at
             if values["loss"] is not None and not bad:
                 self.loss = values["loss"]
+                self.standing.first = self.loss if at == 1 else self.standing.first
                 self.norms.append(report["norms"])
         self.unread.clear()
         if log and not bad:  # a step that is left out has a line of its own

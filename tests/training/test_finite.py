@@ -83,6 +83,31 @@ def test_a_run_that_diverges_names_the_layers_whose_gradients_grew(tmp_path):
         ftjax.train(c, say=quiet)
 
 
+def test_a_run_that_settles_at_a_uniform_guess_is_no_success(tmp_path):
+    c, lines = settings(tmp_path / "run", optim__warmup=0, train__steps=7, train__log_every=1), []
+    c.optim.update(lr=1000.0, schedule="constant")
+    c.data.split = (1.0, 0.0, 0.0)
+    result = ftjax.train(c, say=lines.append)
+    assert [row["grad_norm"] for row in result.history if "loss" in row][-5:] == [0.0] * 5
+    wanted = "the gradient was exactly 0 in the last 5 logged steps, so that nothing was trained. The model has most"
+    assert lines[-1].startswith(f"warning: {wanted}")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["doubt"].startswith(wanted)
+    del lines[:]
+    ftjax.train(c, say=lines.append)  # the same command, after the end of the run
+    assert lines[-1].startswith(f"warning: {wanted}")
+
+
+def test_a_loss_that_ends_far_above_its_start_is_told_and_the_scatter_of_batches_is_not():
+    row = lambda loss: {"step": 1, "loss": loss, "grad_norm": 1.0}  # noqa: E731
+    settled, scattered = [row(6.2 + 0.01 * i) for i in range(9)], [row(3.0 + i % 3) for i in range(9)]
+    wanted = r"the training loss ended at 6.26, far above 5.1, where it began. The model has most likely diverged"
+    assert finite.doubt(5.1, settled, True).startswith(wanted)
+    assert not finite.doubt(5.1, settled, False)  # a policy's loss measures nothing
+    assert not finite.doubt(None, settled, True) and not finite.doubt(6.1, settled, True)
+    assert not finite.doubt(3.0, scattered, True)  # an easy first batch
+    assert not finite.doubt(5.1, settled[:4] + [{"step": 5, "val_loss": 9.0}, row(None)], True)
+
+
 def test_damaged_weights_are_named_before_the_first_step(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(assets.resolve("builtin:stories260K"), folder)
