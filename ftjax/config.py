@@ -554,6 +554,7 @@ FIELDS: dict[str, Field] = {
     # largest norm of the gradient of one example's mean loss; longer gradients are scaled down to it
     "privacy.unit": text(),  # column that names the person a row is about: the guarantee then holds for all rows of a
     # person together, who are drawn and clipped as one, and train.batch_size counts persons; empty: for each row
+    "privacy.unit_most": whole(0, 0),  # train on at most this many rows of each person, drawn at random once; 0: on all
     "privacy.unit_rows": whole(1, 1),  # most rows of a person; filled in
     "privacy.accountant": choice("rdp", "pld"),  # how epsilon is computed: rdp: by Rényi divergences, in a moment; pld:
     # by privacy loss distributions, which need less noise for the same epsilon and take seconds

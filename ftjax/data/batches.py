@@ -265,21 +265,27 @@ class Poisson(Batches):
         steps: Number of steps. Later ones cannot be built.
         multiple: The number of rows is a multiple of K times it.
         unit: (N,) number of each example's unit, from 0; None: each example is a unit.
+        most: Examples of a unit that are used at all, drawn by the seed where it has more; 0: all of them.
         options: See Batches.
     """
 
     def __init__(
         self, examples: Sequence[Example], batch_size: int, max_length: int, *, steps: int, multiple: int, unit=None,
-        **options,
+        most: int = 0, **options,
     ):  # fmt: skip
         super().__init__(examples, batch_size, max_length, **options)
         unit = np.arange(len(self.sizes)) if unit is None else unit
+        order = np.argsort(unit, kind="stable")
+        if most and np.bincount(unit).max() > most:
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(steps, most))))
+            shuffled = rng.permutation(len(unit))
+            order = shuffled[np.argsort(unit[shuffled], kind="stable")]
+            order = order[_ranges(np.bincount(unit)) < most]
+        unit = unit[order]
         counts = np.bincount(unit)
         self.units = np.full((len(counts) + 1, counts.max()), -1)  # (number of units + 1, K) rows; the last has none
-        self.units[np.sort(unit), _ranges(counts)] = np.argsort(unit, kind="stable")
-        self.longest = np.maximum.reduceat(
-            self.examples.length[np.argsort(unit, kind="stable")], np.cumsum(counts) - counts
-        )
+        self.units[unit, _ranges(counts)] = order
+        self.longest = np.maximum.reduceat(self.examples.length[order], np.cumsum(counts) - counts)
         self.expected, self.steps, self.rate = batch_size, steps, batch_size / len(counts)
         fullest = max(self._count(step)[0] for step in range(steps))
         self.slots = -(-max(1, fullest) // multiple) * multiple

@@ -355,7 +355,10 @@ def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
         layout["seed"] = privacy.number_of(secret, "draws")
         multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
         unit = privacy.units(config.privacy.unit, data.train) if config.privacy.unit else None
-        batches = Poisson(data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, **layout)
+        batches = Poisson(
+            data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, most=config.privacy.unit_most,
+            **layout,
+        )  # fmt: skip
         rows = batches.batch_size
     tokens = steps * copies * data.train.examples.length.sum() / len(batches)
     return Steps(batches, rows, eval_rows, steps, batch, secret, tokens)

@@ -29,6 +29,7 @@ from ftjax.files import replacing
 from ftjax.foreign import read_json
 from ftjax.training import step
 
+EMPTY = 10  # without privacy.unit_most, the person with most rows has at most this many times the average
 SECRET = "secret"  # the file of a run folder from which draws and noise follow
 LEAST = 0.2  # least noise that is tried: without noise there is no finite epsilon
 AT_ONCE = 1 << 26  # bytes of single examples' gradients that a device holds at once
@@ -91,13 +92,20 @@ def settle(config, part, steps: int) -> None:
 
     Raises:
         FtjaxError: If an example shares its row with another one, if there are fewer examples than a batch holds, if
-            delta is not below 1 / N, or if the noise given is too small.
+            delta is not below 1 / N, if the noise given is too small, or if one person has most of the rows.
     """
     privacy, N = config.privacy, len(part)
     privacy.unit_rows = 1
     if privacy.unit:
         unit = units(privacy.unit, part)
-        N, privacy.unit_rows = int(unit.max()) + 1, int(np.bincount(unit).max())
+        N, largest = int(unit.max()) + 1, int(np.bincount(unit).max())
+        if largest > EMPTY * len(unit) / N and not privacy.unit_most:
+            raise FtjaxError(
+                f"privacy.unit: one person has {largest:,} rows, and a person has {len(unit) / N:.1f} on average. A "
+                f"step takes the space of {largest:,} rows for each person, most of it empty. Set privacy.unit_most to "
+                f"the number of rows of a person that are trained on, or to {largest} to train on all"
+            )
+        privacy.unit_rows = min(largest, privacy.unit_most or largest)
     elif any(len(np.unique(piece.kept)) < len(piece.kept) for piece in part.pieces):
         raise FtjaxError(
             "privacy.epsilon: some rows gave several examples each, and the guarantee would hold for each of them and "

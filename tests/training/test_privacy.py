@@ -231,6 +231,15 @@ def test_the_rows_of_a_person_are_drawn_together_and_clipped_together():
         assert batches[step]["tokens"].shape[1] >= max([lengths[i] for rows in drawn for i in rows], default=0)
     assert stats.chi2.sf(((counts - 100) ** 2 / 75).sum(), 24) > 1e-3
 
+    capped = Poisson(examples, 6, 9, steps=4, multiple=8, unit=unit, most=2, seed=1)
+    assert capped.units.shape == (25, 2) and capped.rate == 6 / 24 and (capped.units[-1] < 0).all()
+    for person, rows in enumerate(capped.units[:-1]):
+        own, rows = np.flatnonzero(unit == person), rows[rows >= 0]
+        assert len(set(rows)) == min(2, len(own)) and set(rows) <= set(own)
+        assert capped.longest[person] == max(lengths[rows])
+    firsts = [np.flatnonzero(unit == person)[: capped.units.shape[1]].tolist() for person in range(24)]
+    assert [sorted(rows[rows >= 0]) for rows in capped.units[:-1]] != firsts  # drawn, not the first ones
+
     trained, batch = toy(24)
     batch["weights"][[2, 4, 5]] = 0  # persons of three rows, some of which are padding
     take = lambda trained, frozen: trained  # noqa: E731
@@ -314,6 +323,15 @@ def test_numbers_that_give_no_guarantee_are_refused(more, told, tmp_path):
         piece.kept = np.array(kept)
         with pytest.raises(FtjaxError, match=message):
             privacy.units(column, part)
+    part = type("Part", (list,), {"pieces": (piece,)})(range(55))
+    piece.table = read_table(tiny_labelled.write(tmp_path / "b.jsonl", [{"who": i} for i in range(25)]), "data.train")
+    piece.kept = np.array([*range(25), *[1] * 30])
+    given = configs.from_dict(flat | {"privacy.unit": "who", "privacy.noise": 9.0})
+    with pytest.raises(FtjaxError, match="one person has 31 rows, and a person has 2.2 on average"):
+        privacy.settle(given, part, 1)
+    given.privacy.unit_most = 4
+    privacy.settle(given, part, 1)
+    assert given.privacy.unit_rows == 4
     piece.kept = np.array([0, 0, 1])
     with pytest.raises(FtjaxError, match="several examples each"):
         privacy.settle(configs.from_dict(flat), type("Part", (list,), {"pieces": (piece,)})(range(200)), 100)
