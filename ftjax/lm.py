@@ -28,8 +28,8 @@ from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, continuation, encode_prompts
 from ftjax.decoding import generate
 from ftjax.errors import FtjaxError, NotFinite, nearest
-from ftjax.foreign import read_json
-from ftjax.hub import families, pooling, weights
+from ftjax.foreign import check_fields, listed, mapped, maybe, number, read_json
+from ftjax.hub import families, pooling, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.hub.pooling import Pooling
 from ftjax.models import quantised
@@ -40,6 +40,9 @@ from ftjax.tuning import Spec
 from ftjax.tuning.adapters import pick, weighted
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # the token of a byte, where a tokenizer of sentencepiece has no other one
+# Fields of a run that decide what its model predicts for a row, if it has a head.
+PREDICTS = ("data.max_length", "data.long", "data.label", "task.text", "task.pair", "task.subwords", "task.stride")
+PREDICTS += ("task.labels_as", "task.max_answer", "task.no_answer", "task.threshold")
 
 
 @dataclasses.dataclass
@@ -58,6 +61,8 @@ class LM:
         kind: The task that the model's head is for, as in `task.kind`.
         pooling: How `embed` makes vectors of texts.
         tokenizer_folder: Local directory of the tokenizer, where that is not the base model's.
+        recipe: How the run that trained it reads rows and predicts, see `recipe_of`; empty if no run trained it, or for
+            the task `causal`.
     """
 
     model: Transformer
@@ -71,6 +76,7 @@ class LM:
     kind: str = "causal"
     pooling: Pooling = Pooling()
     tokenizer_folder: Path | None = None
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def variables(self) -> dict:
@@ -109,7 +115,7 @@ class LM:
         return dataclasses.replace(added[0], adapters=self.adapters).applied(variables)
 
     def reading(self, folder: Path) -> LM:
-        """This model with the tokenizer and the chat template in a directory; what is not there stays as it is.
+        """This model with the tokenizer, the chat template and the recipe in a directory; what is not there stays.
 
         Raises FtjaxError for a tokenizer that cannot be loaded, and for one that has more tokens than the model has
         embeddings.
@@ -122,7 +128,8 @@ class LM:
             tokenizer.chat_template = text
         tokenizers.check_vocab(tokenizer, self.model.config.vocab_size)
         ends = tokenizers.end_tokens(self.folder, tokenizer)
-        return dataclasses.replace(self, tokenizer=tokenizer, tokenizer_folder=own, end_tokens=ends)
+        recipe = recipe_in(folder) or self.recipe
+        return dataclasses.replace(self, tokenizer=tokenizer, tokenizer_folder=own, end_tokens=ends, recipe=recipe)
 
     def applied(self, variables: dict) -> LM:
         """This model with other Flax variables, {"params": ..., "adapter": ...}. Their vocabulary may have another
@@ -332,6 +339,32 @@ def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
 @functools.partial(xla.jit, static_argnums=0)
 def _logits(model, variables, ids, positions, segments):
     return model.apply(variables, ids, positions, segments)
+
+
+def recipe_of(config, thresholds: list[float] | None) -> dict[str, Any]:
+    """The settings of a run that decide what its model predicts for a row; empty for a model that continues texts.
+
+    Args:
+        config: The run's config.
+        thresholds: The least probability of each label that counts as predicted; None: the run chose none.
+
+    Returns:
+        {key of PREDICTS: value, "thresholds": `thresholds`}.
+    """
+    if tasks.find(config.task.kind).head == "causal":
+        return {}
+    return {key: configs.flat(config)[key] for key in PREDICTS} | {"thresholds": thresholds}
+
+
+def recipe_in(folder: Path) -> dict[str, Any]:
+    """The recipe that an export wrote into a folder; empty without one. Raises FtjaxError for unusable values."""
+    file = Path(folder) / resolve.MARKER
+    kept = read_json(file, recipe=mapped()).get("recipe") if file.is_file() else None
+    if not kept:
+        return {}
+    check_fields(kept, {"thresholds": maybe(listed(number()))}, file)
+    known = configs.flat(configs.from_dict({key: kept[key] for key in PREDICTS if key in kept}, f"{file}: "))
+    return {key: known[key] for key in PREDICTS} | {"thresholds": kept.get("thresholds")}
 
 
 def open_base(

@@ -10,7 +10,7 @@ from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import families, fingerprint, peft, pooling, resolve
 from ftjax.hub import tokenizer as tokenizers
-from ftjax.lm import LM, open_base
+from ftjax.lm import LM, open_base, recipe_in
 from ftjax.models.config import ModelConfig
 from ftjax.training.run_folder import base_of_run, open_run, read_record, run_config
 from ftjax.tuning import adapters as peft_adapters
@@ -64,6 +64,7 @@ def load(
     if whole:
         return _load_adapter(folder, dtype, quantise)
     lm, spec = open_base(folder, dtype, quantise=quantise)
+    lm.recipe = recipe_in(folder)
     beside = {}
     for name, at in (adapters or {}).items():
         at = resolve.resolve(str(at))

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,39 @@ def test_an_adapter_and_its_head_load_in_peft(kind, tmp_path):
         np.testing.assert_allclose(again, ours, atol=1e-4)
         report = ftjax.evaluate(str(tmp_path / path), test)
         assert report["metrics"]["accuracy"]["value"] == result.results["test"]["metrics"]["accuracy"]["value"]
+
+
+def test_an_export_predicts_with_the_thresholds_of_its_run(encoder, tmp_path):
+    """Also one that is written later, and a loaded model; another checkpoint than the judged one has no thresholds."""
+    how = {"task__threshold": "mcc", "task__text": "said", "data__label": "verdict", "train__steps": 8}
+    c = config(tmp_path, encoder, **how, train__eval_every=4, optim__lr=2e-3, export__formats='("adapter", "merged")')
+    for path in (c.data.train, c.data.test):  # `text` and `label` are not the columns that the run reads
+        found = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        write(Path(path), [row | {"said": row["text"], "verdict": row["label"], "text": "a"} for row in found])
+    results = ftjax.train(c, say=lambda text: None).results
+    (cut,), records = results["thresholds"], (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    want = [row["prediction"] for row in map(json.loads, records)]
+    plain = [("bad", "good")[json.loads(row)["probabilities"]["good"] >= 0.5] for row in records]
+    assert cut != 0.5 and plain != want  # so that a forgotten threshold shows
+    ftjax.export(tmp_path / "run", tmp_path / "later", "merged")
+    test = c.data.test
+    for model in (tmp_path / "run", ftjax.load(tmp_path / "run"), tmp_path / "run/merged", tmp_path / "later"):
+        assert [row["prediction"] for row in ftjax.predict(model, test)] == want
+    report = ftjax.evaluate(tmp_path / "run/adapter", test)
+    assert report["metrics"]["mcc"]["value"] == results["test"]["metrics"]["mcc"]["value"]
+    with pytest.raises(FtjaxError, match="task.threshold: the model has no thresholds. A run chooses them at its end"):
+        ftjax.predict(encoder_of(c, tmp_path), test)
+    kept = tmp_path / "later" / "ftjax.json"
+    kept.write_text(kept.read_text().replace(f"{cut}", '"x"'))
+    with pytest.raises(FtjaxError, match="ftjax.json: .*thresholds"):
+        ftjax.load(tmp_path / "later")
+
+
+def encoder_of(c, tmp_path) -> str:
+    """An export of a checkpoint that the run did not judge."""
+    (tmp_path / "run" / "results.json").unlink()
+    ftjax.export(tmp_path / "run", tmp_path / "other", "merged", checkpoint="last")
+    return str(tmp_path / "other")
 
 
 def test_an_adapter_made_by_peft_reads_the_pooler_of_its_base(encoder, tmp_path):

@@ -156,12 +156,10 @@ def test_answers_are_those_that_torch_scores_highest(tmp_path):
         np.testing.assert_allclose(record["score"], best[0], atol=1e-3)
     assert several > 5
     for path in ("run", "run/adapter", "run/merged"):
-        how = [f"{name.replace('__', '.')}={overrides[name]}" for name in ("task__stride", "task__max_answer")]
-        how.append("data.max_length=16")
-        again = ftjax.predict(str(tmp_path / path), str(tmp_path / "test.jsonl"), overrides=how)
+        again = ftjax.predict(str(tmp_path / path), str(tmp_path / "test.jsonl"))
         assert [row["prediction"] for row in again] == [row["prediction"] for row in found]
         assert "answers" not in again[0]
-        report = ftjax.evaluate(str(tmp_path / path), str(tmp_path / "test.jsonl"), overrides=how)
+        report = ftjax.evaluate(ftjax.load(tmp_path / path), str(tmp_path / "test.jsonl"))
         assert report["metrics"]["f1"]["value"] == figures["f1"]["value"]
 
 

@@ -18,7 +18,6 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation.said import Asked
 from ftjax.evaluation.said import text as said_text
 from ftjax.files import replace_json, write_jsonl
-from ftjax.foreign import listed, maybe, number, read_json
 
 MISTAKES = 50  # most rows in mistakes.jsonl
 
@@ -182,17 +181,17 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
 
 
 def judge(lm, part: Part, data: Data, config) -> dict:
-    """The report of a loaded model on rows. If the run chose thresholds, they are used.
+    """The report of a loaded model on rows. If its run chose thresholds, they are used.
 
     Args:
         lm: The model.
         part: The rows.
         data: The Data that they are a part of.
-        config: The config, with `run_dir` if it has task.threshold.
+        config: The config.
     """
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     this = tasks.find(lm.kind).judge
-    return this.report(asked, this.say(asked), _chosen(config))
+    return this.report(asked, this.say(asked), _chosen(lm, config))
 
 
 def predict(lm, part: Part, data: Data, config) -> list[dict]:
@@ -202,7 +201,7 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
         lm: The model.
         part: The rows.
         data: The Data that they are a part of.
-        config: The config, with `run_dir` if it has task.threshold.
+        config: The config.
 
     Raises:
         FtjaxError: If the model's task has no records.
@@ -213,18 +212,17 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
             f"predict: task {lm.kind} makes no prediction for a row; `ftjax evaluate` measures the model's loss"
         )
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
-    records = this.lines(asked, this.say(asked), _chosen(config))
+    records = this.lines(asked, this.say(asked), _chosen(lm, config))
     return [{key: value for key, value in record.items() if key not in this.known} for record in records]
 
 
-def _chosen(config) -> list[float] | None:
-    """The thresholds that a run chose, from its results.json; None if its config asks for none."""
+def _chosen(lm, config) -> list[float] | None:
+    """The thresholds that the run of a model chose; None if the config asks for none."""
     if not config.task.threshold:
         return None
-    file = Path(config.run_dir) / "results.json"
-    if not file.is_file():
+    if not (thresholds := lm.recipe.get("thresholds")):
         raise FtjaxError(
-            f"{file}: no such file. It holds the thresholds that task.threshold chose; let the run end, or leave "
-            "task.threshold empty"
+            "task.threshold: the model has no thresholds. A run chooses them at its end, for the checkpoint that "
+            "export.checkpoint names. Let the run end, name that checkpoint, or leave task.threshold empty"
         )
-    return read_json(file, thresholds=maybe(listed(number()))).get("thresholds")
+    return thresholds

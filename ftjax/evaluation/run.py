@@ -22,8 +22,8 @@ from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.hub import fingerprint
-from ftjax.lm import LM, stream_ids
+from ftjax.hub import fingerprint, resolve
+from ftjax.lm import LM, PREDICTS, recipe_in, stream_ids
 from ftjax.loading import load
 from ftjax.progress import doing
 from ftjax.training.features import Features, reference
@@ -49,7 +49,7 @@ def evaluate(
         model: An LM, or anything that ftjax.load reads.
         data: Rows, as `data.train` takes them; None: the test part of the config's own data.
         config: How rows are read and answered; None: the run's own config if `model` is a run folder, else the
-            defaults.
+            defaults, with the recipe of an exported or loaded model (LM.recipe).
         overrides: Texts `dotted.key=value` that change the config.
         generate: Also answer each distinct prompt once, and score the answers by `evaluate.metrics`.
         say: Called with each line for a person.
@@ -170,7 +170,10 @@ def _config(model, config, overrides, data: str | None = None, say=None):
         config.task.environment = ""
         if data:
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
-    config = configs.default() if config is None else configs.copy(config)
+    if config is None:  # an export, or a loaded model, predicts as the run that trained it
+        recipe = model.recipe if isinstance(model, LM) else recipe_in(resolve.resolve(str(model)))
+        config = configs.from_dict({key: value for key, value in recipe.items() if key in PREDICTS})
+    config = configs.copy(config)
     configs.override(config, overrides)
     return config
 

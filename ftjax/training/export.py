@@ -92,6 +92,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto")
     if kept:
         kept["relative"] = os.path.relpath(kept["path"], out)
     record = {"config": config.to_dict(), "base": kept} | ({"privacy": source.privacy} if source.privacy else {})
+    record |= {"recipe": base.recipe} if base.recipe else {}
     shared = {
         "record": record, "labels": config.task.labels, "problem": tasks.find(config.task.kind).problem,
         "beside": functools.partial(_beside, source=source),

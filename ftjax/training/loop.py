@@ -146,9 +146,9 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         files |= training.take_step.finish(state)
         del state
         guarantee = privacy.record(config, training.rate_of_rows, kept)
-        files |= exported(job, program, trained, frozen, say, guarantee.get("privacy"))
         variables = program.variables(trained, frozen)
         results, written = judged(job, program, variables, before, lambda: standing.seconds, say)
+        files |= exported(job, program, trained, frozen, say, guarantee.get("privacy"), results)
         if first and guarantee:
             provenance.note(run_dir / RUN, **guarantee)
             if "results" in written:

@@ -12,6 +12,7 @@ import jax
 
 from ftjax import tasks
 from ftjax.evaluation import compare, judge
+from ftjax.lm import recipe_of
 from ftjax.objectives import hidden
 from ftjax.progress import counted, doing
 from ftjax.training import export, hosts, selection
@@ -73,7 +74,9 @@ def description(job: Job, program: Program) -> str:
     )
 
 
-def exported(job: Job, program: Program, trained: dict, frozen: dict, say, guarantee: dict | None) -> dict[str, str]:
+def exported(
+    job: Job, program: Program, trained: dict, frozen: dict, say, guarantee: dict | None, results: dict | None
+) -> dict[str, str]:
     """Write the trained model in every format of `export.formats`.
 
     Args:
@@ -83,13 +86,16 @@ def exported(job: Job, program: Program, trained: dict, frozen: dict, say, guara
         frozen: Tree of frozen parameters.
         say: Called with lines for a person.
         guarantee: "privacy" of privacy.record, or None.
+        results: The scores of the model, see `judged`.
 
     Returns:
         {format: folder}.
     """
     config, files = job.config, {}
     own, _ = hidden.divided(trained)
-    source = Trained(own, frozen, job.spec, job.lm(program.model), config, job.base_record, guarantee)
+    recipe = recipe_of(config, (results or {}).get("thresholds"))
+    lm = dataclasses.replace(job.lm(program.model), recipe=recipe)
+    source = Trained(own, frozen, job.spec, lm, config, job.base_record, guarantee)
     for format in dict.fromkeys(job.formats):
         out = Path(config.run_dir) / format
         with doing(f"writing {out}"):

@@ -21,10 +21,10 @@ from ftjax import assets, seals, tasks
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.files import DRAFT, replace_json, replacing
-from ftjax.foreign import check_fields, listed, mapped, read_json, read_tensors, string, whole
+from ftjax.foreign import check_fields, listed, mapped, maybe, number, read_json, read_tensors, string, whole
 from ftjax.hub import fingerprint, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
-from ftjax.lm import LM, open_base
+from ftjax.lm import LM, open_base, recipe_of
 from ftjax.objectives import hidden
 from ftjax.training import claims, hosts, provenance
 from ftjax.training.checkpoint import FOLDER, Checkpoints, steps_in
@@ -384,7 +384,8 @@ def open_run(
     lm, spec = open_base(folder, dtype, config, quantise, task, own)
     spec = spec._replace(tuning=config.tuning)
     saved = Checkpoints(run_dir, read_only=True)
-    step = checkpoint if isinstance(checkpoint, int) else saved.best() if checkpoint == "best" else saved.latest()
+    chosen = {"best": saved.best(), "last": saved.latest()}
+    step = checkpoint if isinstance(checkpoint, int) else chosen[checkpoint]
     if isinstance(step, int) and step not in saved.steps():
         there = ", ".join(map(str, saved.steps()))
         raise FtjaxError(f"{run_dir}: has no checkpoint of step {step}; it has those of {there}")
@@ -404,4 +405,8 @@ def open_run(
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=place), shapes)
     trained, _ = hidden.divided(saved.trained(step, abstract, ema=config.train.ema > 0))
     saved.close()
+    results, thresholds = run_dir / "results.json", None
+    if config.task.threshold and results.is_file() and step == chosen[config.export.checkpoint]:
+        thresholds = read_json(results, thresholds=maybe(listed(number()))).get("thresholds")
+    lm.recipe = recipe_of(config, thresholds)
     return Trained(trained, frozen, spec, lm, config, kept, record.get("privacy"))
