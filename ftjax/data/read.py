@@ -144,6 +144,8 @@ def _files(source: str, key: str) -> list[str]:
         if not found:
             raise FtjaxError(f"{key}: no file matches {source}; check the pattern and the folder")
         return found
+    if os.path.lexists(path):
+        raise FtjaxError(f"{key}: {source} is a pipe, a device or a link that leads nowhere; write its rows to a file")
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise FtjaxError(f"{key}: {source}: no such file or directory{nearest(path.name, beside)}")
 

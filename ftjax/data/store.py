@@ -287,7 +287,8 @@ def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict | None]
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     yield entry, meta
-    os.utime(entry)
+    with contextlib.suppress(OSError):  # a cache that belongs to someone else, or is on a read-only disk
+        os.utime(entry)
     _evict(cache, entry)
 
 
@@ -446,7 +447,8 @@ def _evict(cache: Cache, spared: Path) -> None:
     """
     entries = []
     for path in cache.folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process may be evicting too
+        # Another process may be evicting too; an entry may belong to someone who lets nobody look into it.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if path.suffix == ".part" and path.stat().st_mtime < time.time() - DRAFTS_LIVE:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.suffix != ".part" and (path / META).is_file():

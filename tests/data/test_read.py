@@ -4,6 +4,7 @@ of their own."""
 import csv
 import datetime
 import json
+import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -224,6 +225,11 @@ def test_missing_sources(tmp_path):
     _write(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(FtjaxError, match=r'no such file or directory \(did you mean "train.jsonl"\?\)'):
         read(str(tmp_path / "trian.jsonl"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for name in ("pipe.jsonl", "loop.jsonl"):
+        with pytest.raises(FtjaxError, match=f"{name} is a pipe, a device or a link that leads nowhere"):
+            read(str(tmp_path / name))
     with pytest.raises(FtjaxError, match="data.test: no file matches"):
         read(str(tmp_path / "*.csv"), "data.test")
     with pytest.raises(FtjaxError, match="carries no such file"):
