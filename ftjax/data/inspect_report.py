@@ -9,6 +9,7 @@ from collections import Counter
 from ftjax.data.inspect import QUANTILES, SEVERITIES, Inspection, Lengths, Statistics
 from ftjax.data.textchecks import short
 from ftjax.pages import page
+from ftjax.progress import counted
 
 WIDTH = 100  # columns of the terminal
 NUMBERS = 8  # row numbers shown of a finding in the terminal
@@ -64,14 +65,10 @@ def _rows(file: str, numbers: list[int]) -> str:
     return f"{file}: {'row' if len(numbers) == 1 else 'rows'} {shown}" + (f" and {more:,} more" if more > 0 else "")
 
 
-def _count(n: int, word: str) -> str:
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
-
-
 def _counts(inspection: Inspection) -> str:
     """The number of findings of each severity."""
     counts = Counter(f.severity for f in inspection.findings)
-    return ", ".join(_count(counts[s], s) for s in SEVERITIES if counts[s])
+    return ", ".join(counted(counts[s], s) for s in SEVERITIES if counts[s])
 
 
 def _percent(q: float) -> str:
@@ -82,8 +79,8 @@ def _sentences(part: Statistics) -> list[str]:
     """The statistics of a part, one sentence each."""
     form = "no form fits the columns" if part.form is None else f"form {part.form!r}"
     guessed = " (guessed by the columns)" if part.guessed else ""
-    groups = f"{_count(part.clusters, 'cluster')} of like rows"
-    out = [f"{_count(part.rows, 'row')}, {form}{guessed}, {groups}"]
+    groups = f"{counted(part.clusters, 'cluster')} of like rows"
+    out = [f"{counted(part.rows, 'row')}, {form}{guessed}, {groups}"]
     out += [
         f"column {name!r}: {c['type']}, {c['distinct']:,} distinct, {_share(c['empty'])} empty"
         for name, c in part.columns.items()
@@ -121,7 +118,7 @@ def _all_lengths(part: Statistics) -> list[tuple[str, Lengths]]:
 
 def html(inspection: Inspection) -> str:
     """A page that needs no other file. All text of rows is escaped."""
-    said = f"{_count(sum(p.rows for p in inspection.parts.values()), 'row')}, {_count(len(inspection.parts), 'part')}"
+    said = f"{counted(sum(p.rows for p in inspection.parts.values()), 'row')}, {counted(len(inspection.parts), 'part')}"
     return page(
         "inspection.html",
         summary=f"{said}; {_counts(inspection) or 'no findings'}",
