@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from ftjax import user_code
 from ftjax.errors import FtjaxError, nearest
-from ftjax.evaluation import squad
+from ftjax.evaluation import classification, squad
 from ftjax.evaluation.words import composed, grams, spaced, stem, words
 
 IN_COMMON = "that answer and right answer have in common, from 0 to"
@@ -165,16 +166,16 @@ def exact_match(prediction, references, *_) -> float:
 
 
 def f1_macro(predictions, references) -> float:
-    """The mean over the distinct references of the F1 of answers that equal them (scikit-learn); 0 to 1.
+    """The mean over the distinct references of the F1 of answers that equal them; 0 to 1.
 
     The reference of a prompt with several is the one that was answered, or the first. Texts are compared as in
     `exact_match`.
     """
-    from sklearn.metrics import f1_score
-
     plain = [_plain(p) for p in predictions]
     right = [p if p in (texts := list(map(_plain, r))) else texts[0] for p, r in zip(plain, references, strict=True)]
-    return float(f1_score(right, plain, labels=sorted(set(right)), average="macro", zero_division=0))
+    hits = [text for text, answer in zip(right, plain, strict=True) if text == answer]
+    tally = (np.array([found[name] for name in dict.fromkeys(right)]) for found in map(Counter, (hits, plain, right)))
+    return float(classification.macro(*tally)["f1_macro"].value)
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import unicodedata
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn import metrics as sk
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.compare import table
@@ -329,3 +331,15 @@ def test_bad_input_is_named(name, row, message):
 def test_no_predictions_is_refused():
     with pytest.raises(FtjaxError, match="no predictions"):
         score("rouge_l", [], [], [], SETTINGS)
+
+
+def test_f1_macro_is_that_of_scikit_learn_and_does_not_need_it(monkeypatch):
+    rng = np.random.default_rng(0)
+    for N in (1, 7, 40):
+        right = [f"label {k}" for k in rng.integers(4, size=N)]
+        said = [text if rng.random() < 0.5 else f"label {rng.integers(6)}" for text in right]
+        wanted = sk.f1_score(right, said, labels=sorted(set(right)), average="macro", zero_division=0)
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "sklearn.metrics", None)  # an import of it fails: only tests install it
+            assert METRICS["f1_macro"].corpus(said, [[text] for text in right]) == pytest.approx(wanted, abs=1e-12)
+    assert METRICS["f1_macro"].corpus(["b", "x"], [["a", "b"], ["b"]]) == pytest.approx(2 / 3)  # b is right once of two
