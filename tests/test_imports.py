@@ -3,6 +3,9 @@
 import ast
 import functools
 import graphlib
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "ftjax"
@@ -44,3 +47,24 @@ def test_packages_import_downwards():
         if package in below:
             others = {other.split(".")[1] for other in imported(name) - {"ftjax"}} & packages
             assert others <= below[package] | {package, "assets"}, name
+
+
+# Modules that a declared package brings along.
+BROUGHT = {"absl": "jax", "etils": "flax", "ml_dtypes": "jax", "nltk": "rouge-score", "numpy": "jax"}
+BROUGHT |= {"orbax": "orbax-checkpoint", "pyarrow": "datasets", "sklearn": "scikit-learn"}
+
+
+def test_what_is_imported_is_installed_with_ftjax_or_an_extra():
+    """A package of the extra `test` is there where tests run, and not where users are."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "test"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in sum(extras, project["dependencies"])}
+    missing = set()
+    for file in MODULES.values():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            tops = {name.partition(".")[0] for name in names} - {"ftjax", *sys.stdlib_module_names}
+            packages = {BROUGHT.get(top, top.replace("_", "-")) for top in tops}
+            missing |= {f"{file.name}: {package}" for package in packages - declared}
+    assert not missing
