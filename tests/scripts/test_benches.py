@@ -20,7 +20,7 @@ import bench_tables  # noqa: E402
 import bench_torch  # noqa: E402
 
 
-def run(name: str, *arguments: str, timeout: int = 120) -> str:
+def run(name: str, *arguments: str, timeout: int = 500) -> str:
     command = [sys.executable, str(SCRIPTS / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -66,7 +66,7 @@ class Fakes:
     def run(self, script: str, *args: str, cwd: Path | None = None, **variables) -> subprocess.CompletedProcess:
         return subprocess.run(
             [ROOT / "scripts" / script, *args], cwd=cwd or self.home, env=self.environment(**variables),
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=500,
         )  # fmt: skip
 
     def calls(self) -> list[list[str]]:
