@@ -265,15 +265,16 @@ def test_what_sources_cannot_have_for_themselves_is_refused(setting, tmp_path):
         prepared(c, print)
     beyond = write(tmp_path / "beyond.jsonl", [{"text": "a film", "label": 2}])
     refused("beyond.jsonl row 1: column 'label' holds 2; expected one of data.labels", {"train": beyond})
-    refused("expected data.completion, and not data.prompt, to name the column", {"completion": " {text} {{label}}"})
+    refused("has label in double braces, which write the name itself", {"completion": " {text} {{label}}"})
+    refused("expected data.completion, and not data.prompt, to name the column", {"completion": " {text} {{kind}}"})
     # Ids 0 and 1 beside names 1 and 2: a 1 would be read as the first name.
     refused("holds 0; expected one of data.labels .1, 2. or, where no name is a number, the id", {"labels": ("1", "2")})
     refused("holds [01]; expected one of data.labels .-1.5, 2.0. or, where no", {"labels": ("-1.5", "2.0")})
     c = setting()
-    c.data.mixture = c.data.mixture[0], c.data.mixture[1] | {"labels": ("1", "0"), "prompt": "{text} {{label}}"}
+    c.data.mixture = c.data.mixture[0], c.data.mixture[1] | {"labels": ("1", "0"), "prompt": "{text} {{kind}}"}
     part = prepared(c, print).data.test
     i = int(np.flatnonzero(part.source)[0])
-    assert part.rendered(i).prompt == f"{part.row(i)['text']} {{label}}"
+    assert part.rendered(i).prompt == f"{part.row(i)['text']} {{kind}}"
     assert part.rendered(i).completion == f" {part.row(i)['label']}"
     kto = {"task__kind": "preference", "task__loss": "kto"}
     c = setting(**kto)
