@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_NAMES = "|".join(name for names in SPLITS.values() for name in names)
+# A file is of a split if its name begins with that of the split, or has it as a word, such as `sst2_train`.
+SPLIT = re.compile(rf"^(?:{_NAMES})|(?<=[\W\d_])(?:{_NAMES})(?=(?:ing|set)?(?:[\W\d_]|$))")
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # of sets on the hub
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")  # ends of the names of compressed files
 NESTING = 100  # greatest depth of lists and objects in a row
@@ -167,7 +170,8 @@ def _files_of_folder(folder: Path, key: str) -> list[str]:
         raise FtjaxError(f"{key}: {folder} has no file that ftjax reads; expected one of {_list(READERS)}{others}")
     split = key.rpartition(".")[2]
     name = lambda p: (p.stem if p.parent.name.lower() == "data" or p.parent == folder else p.parent.name).lower()  # noqa: E731
-    named = {s: [p for p in files if name(p).startswith(names)] for s, names in SPLITS.items()}
+    words = {p: found[0] for p in files if (found := SPLIT.search(name(p)))}
+    named = {s: [p for p in files if words.get(p) in names] for s, names in SPLITS.items()}
     if any(named.values()):
         files = named.get(split) or []
         if not files:

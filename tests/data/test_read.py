@@ -109,6 +109,11 @@ def test_lists_globs_and_folders(tmp_path):
     assert read(str(tmp_path), "data.validation")["n"] == ["d"]
     with pytest.raises(FtjaxError, match=r"data.test: .* has train-1.jsonl, dev.jsonl but no file for test"):
         read(str(tmp_path), "data.test")
+    (tmp_path / "de").mkdir()
+    for name in ("latest", "snli_1.0_train", "de-testset", "de.dev.1", "constraint"):  # the rows of test are no others
+        _write(tmp_path / "de" / f"{name}.jsonl", [{"n": name}])
+    for split, name in (("train", "snli_1.0_train"), ("test", "de-testset"), ("validation", "de.dev.1")):
+        assert read(str(tmp_path / "de"), f"data.{split}")["n"] == [name]
     assert [read_table(",".join(names)).place(i) for i in (0, 1)] == [f"{name} row 1" for name in names]
 
 
