@@ -893,7 +893,8 @@ ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("task.stride", "task.max_answer", "task.no_answer"), "task.kind", ("span",)),
     (("task.mask_rate", "task.whole_words"), "task.kind", ("masked",)),
     (("task.temperature",), "task.kind", ("embed",)),
-    (("task.text", "task.pair", "task.pool"), "task.kind", _LABELLED),
+    (("task.text", "task.pair"), "task.kind", _LABELLED),
+    (("task.pool",), "task.kind", ("classify", "multilabel", "regress", "embed", "reward")),
     (("data.form", "data.prompt", "data.completion", "data.system", "data.train_on"), "task.kind", _ANSWERED),
     (("optim.decay",), "optim.schedule", ("wsd",)),
     (("optim.final_lr",), "optim.schedule", ("cosine", "linear", "wsd")),
@@ -913,12 +914,15 @@ ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
 
 
 def idle(config: ConfigDict) -> list[str]:
-    """Lines that name the fields which are set and have no effect because of another field, by the table ONLY."""
-    values, lines = flat(config), []
+    """Lines that name the fields which are set and have no effect because of another field, by the table ONLY. An
+    entry of data.mixture may set that other field for itself, and the field too."""
+    each, lines = [flat(config), *(flat(source.config) for source in sources(config) if source.name)], []
     for keys, by, needed in ONLY:
-        set_here = [key for key in keys if values[key] != FIELDS[key].default]
-        if set_here and not (values[by] in needed if needed else values[by]):
-            lines.append(f"no effect with {by}={values[by]!r}: {', '.join(set_here)}")
+        of = lambda key: [x for x in each if x[key] != FIELDS[key].default]  # noqa: B023, E731
+        unused = [x for x in each if not (x[by] in needed if needed else x[by])]
+        set_here = [key for key in keys if of(key) and all(x in unused for x in of(key))]
+        if set_here:
+            lines.append(f"no effect with {by}={unused[0][by]!r}: {', '.join(set_here)}")
     return lines
 
 

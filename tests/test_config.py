@@ -309,6 +309,16 @@ def test_fields_that_another_field_makes_idle_are_named():
         "no effect with task.kind='span': rollout.group",
         "no effect with optim.name='adafactor': optim.b1",
     ]
+    c = configs.default()
+    configs.override(c, ["data.temperature=2.0", "data.augment.ops=('typos',)", "data.mixture=({'train': 'a.jsonl'},)"])
+    assert configs.idle(c) == ["no effect with data.augment.copies=0: data.augment.ops"]
+    c.data.mixture = ({"train": "a.jsonl"}, {"train": "b.jsonl", "augment.copies": 1})
+    assert configs.idle(c) == []  # it has one in an entry
+    c.data.mixture = ({"train": "a.jsonl", "augment.rate": 0.5}, {"train": "b.jsonl", "augment.copies": 1})
+    assert configs.idle(c) == ["no effect with data.augment.copies=0: data.augment.rate"]
+    c = configs.default()
+    configs.override(c, ["task.kind=reward", "task.pool=mean"])  # its head pools, too
+    assert configs.idle(c) == []
     for keys, by, values in configs.ONLY:
         assert not configs.FIELDS[by].choices or set(values) <= set(configs.FIELDS[by].choices), keys
 
