@@ -189,7 +189,7 @@ def check_spelling(names: set[str]) -> None:
     for name in sorted(names):
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         key = {"true": "1", "false": "0"}.get(key, key)
-        key = f"{float(key):g}" if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", key) and float(key) < 1e5 else key
+        key = repr(float(key)) if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", key) and float(key) < 1e5 else key
         if (other := known.setdefault(key, name)) != name:
             raise FtjaxError(
                 f"data.label: the rows of train have the labels {other!r} and {name!r}, which look like one label "

@@ -180,6 +180,11 @@ def test_two_ways_to_write_a_label_are_one_only_by_name(kind, cells, told, words
         assert prepare(c, words, 512).labels == c.task.labels
 
 
+def test_labels_with_many_digits_are_no_two_ways_to_write_one(words, tmp_path):
+    codes = ["8471.3000", "8471.3001", "2204.2142", "2204.2143"]
+    assert prepare(settings(tmp_path, codes, "classify", "label"), words, 512).labels == tuple(sorted(codes))
+
+
 def test_numbers_that_are_read_as_ids_are_told(words, tmp_path):
     c = settings(tmp_path, [0, 1, 1])
     c.task.labels = ("bad", "good")
