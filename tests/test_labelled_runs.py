@@ -75,6 +75,11 @@ def test_an_export_predicts_with_the_thresholds_of_its_run(encoder, tmp_path):
     with pytest.raises(FtjaxError, match="task.threshold: the model has no thresholds. A run chooses them at its end"):
         ftjax.predict(encoder_of(c, tmp_path), test)
     kept = tmp_path / "later" / "ftjax.json"
+    whole = kept.read_text()
+    kept.write_text(whole.replace(f"{cut}", f"{cut}, 0.5"))
+    with pytest.raises(FtjaxError, match="has 2 thresholds .* its labels need 1"):
+        ftjax.predict(str(tmp_path / "later"), test)
+    kept.write_text(whole)
     kept.write_text(kept.read_text().replace(f"{cut}", '"x"'))
     with pytest.raises(FtjaxError, match="ftjax.json: .*thresholds"):
         ftjax.load(tmp_path / "later")

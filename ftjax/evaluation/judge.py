@@ -225,4 +225,9 @@ def _chosen(lm, config) -> list[float] | None:
             "task.threshold: the model has no thresholds. A run chooses them at its end, for the checkpoint that "
             "export.checkpoint names. Let the run end, name that checkpoint, or leave task.threshold empty"
         )
+    if len(thresholds) != (needed := lm.model.config.head.labels - (lm.kind == "classify")):
+        raise FtjaxError(
+            f"task.threshold: {lm.folder} has {len(thresholds)} thresholds (in ftjax.json, or results.json of a "
+            f"run); its labels need {needed}. Export the run again, or leave task.threshold empty"
+        )
     return thresholds
