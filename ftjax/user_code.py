@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def _loaded(named: str, key: str, state: int | None) -> Callable:
 
 def failed(named: str, key: str, error: BaseException) -> str:
     """The error message for an error in the user's code: which error, and at which line."""
-    file = str(Path(named.rpartition(":")[0]))
+    file = os.path.abspath(named.rpartition(":")[0])  # as frames name it, also where `named` is a relative path
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
     at = f" at line {lines[-1]}" if lines else ""

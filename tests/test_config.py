@@ -359,8 +359,9 @@ def test_a_rate_for_another_method_is_warned_of(tmp_path, capsys):
         ("a.txt", "x", "a.txt: expected a .py file with get_config(), or the run.json of a run"),
     ],
 )
-def test_a_file_with_an_error_is_named_with_its_line(tmp_path, name, text, told):
-    file = tmp_path / name
+def test_a_file_with_an_error_is_named_with_its_line(tmp_path, monkeypatch, name, text, told):
+    monkeypatch.chdir(tmp_path)
+    file = Path(name)  # as most people name it; frames of Python name the absolute path
     file.write_text(text, encoding="latin-1")
     with pytest.raises(FtjaxError) as error:
         configs.load(file)

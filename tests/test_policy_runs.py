@@ -132,9 +132,9 @@ def test_groups_without_spread_are_named_or_drawn_again(setting, tmp_path):
     "value, message",
     [
         ("1 / 0", "reward.py:uneven' failed at line 8: ZeroDivisionError"),
-        ("float('nan')", "reward.py:uneven' returned nan; expected a finite number"),
-        ("[1.0, 2.0]", r"reward.py:uneven' returned \[1.0, 2.0\]; expected a finite number"),
-        ("None", "reward.py:uneven' returned None; expected a finite number"),
+        ("float('nan')", "reward.py:uneven' returned nan; expected a finite number for each answer$"),
+        ("[1.0, 2.0]", r"reward.py:uneven' returned \[1.0, 2.0\]; expected a finite number for each answer$"),
+        ("None", "reward.py:uneven' returned None; expected a finite number for each answer$"),
     ],
 )
 def test_a_reward_that_fails_is_named_with_its_row(setting, value, message):

@@ -191,6 +191,7 @@ def test_pairs_are_desirable_and_undesirable_answers(setting):
 
 BAD = {
     "same": ({"prompt": "it was", "chosen": " fine", "rejected": " fine"}, "pairs.jsonl row 4: .* the same answer"),
+    "unknown": ({"prompt": "it was", "chosen": " Fine", "rejected": " Flat"}, "row 4: .* become the same 4 tokens"),
     "empty": ({"prompt": "it was", "chosen": " fine", "rejected": ""}, "row 4, column 'rejected': the answer is empty"),
     "missing": ({"prompt": "it was", "chosen": " fine", "rejected": None}, "pairs.jsonl row 4: column 'rejected' is"),
     "ranks": ({"prompt": "it was", "answers": [" fine", " flat"], "scores": None}, "row 4: column 'scores' holds None"),

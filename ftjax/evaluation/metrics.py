@@ -125,9 +125,9 @@ def _users(named: str, key: str) -> Metric:
         except user_code.ERRORS as error:  # the message names the row
             raise FtjaxError(user_code.failed(named, key, error)) from error
         if value is not None and not (isinstance(value, numbers.Real | np.bool_) and abs(value) <= LARGEST):
-            raise FtjaxError(
-                f"{key} {named!r} returned {value!r}; expected a finite number, or None where there is no score"
-            )
+            score = "a finite number for each answer"
+            score += ", or None where there is no score" if key == "evaluate.metrics" else ""
+            raise FtjaxError(f"{key} {named!r} returned {value!r}; expected {score}")
         return None if value is None else float(value)
 
     return Metric(score_of, higher=getattr(function, "higher", True), best=None, worst=None, compares=False)

@@ -46,11 +46,11 @@ class Pairs(prepare.Recipe):
             places: Names of the rows for errors.
 
         Raises:
-            FtjaxError: If a row has no two different answers to one prompt, or if no token of an answer is left within
-                max_length.
+            FtjaxError: If a row has no two different answers to one prompt, if no token of an answer is left within
+                max_length, or if what is left of both texts is the same.
         """
         index, *sides = self.sides(tokenizer, rows, places)
-        return [self.join(a, b, places[i])._replace(row=i) for i, a, b in zip(index, *sides, strict=True)]
+        return [self.pair(a, b, places[i])._replace(row=i) for i, a, b in zip(index, *sides, strict=True)]
 
     def sides(self, tokenizer, rows: list[dict], places: list[str]) -> tuple[list[int], list[Example], list[Example]]:
         """(index of the row, prompt with the chosen answer, prompt with the rejected one) of pairs, see `encode`."""
@@ -66,6 +66,17 @@ class Pairs(prepare.Recipe):
         for chosen, rejected, place in zip(*rendered, there[0], strict=True):
             _check(chosen, rejected, place)
         return index, *(encode(x, tokenizer, self.train_on, at.__getitem__, self.end) for x, at in zip(rendered, there))
+
+    def pair(self, a: Example, b: Example, place: str) -> Example:
+        """As `join`. Raises FtjaxError also if both texts have the same tokens, from which nothing would be learned."""
+        both = self.join(a, b, place)
+        if np.array_equal(both.ids[: both.second], both.ids[both.second :]):
+            raise FtjaxError(
+                f"{place}: 'chosen' and 'rejected' become the same {both.second:,} tokens, by the tokenizer or because "
+                f"only {self.max_length:,} tokens of both are kept (data.max_length); expected two that differ. Raise "
+                "data.max_length, or leave the row out"
+            )
+        return both
 
     def join(self, a: Example, b: Example, place: str) -> Example:
         """Two texts as one Example. Raises FtjaxError if no trained token of one of them is left within max_length."""

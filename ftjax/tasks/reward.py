@@ -32,7 +32,7 @@ class Scored(Pairs):
         """As Pairs.encode. Raises FtjaxError also for a margin that is not a number."""
         out = []
         for i, chosen, rejected in zip(*self.sides(tokenizer, rows, places), strict=True):
-            both = self.join(chosen, rejected, places[i])
+            both = self.pair(chosen, rejected, places[i])
             texts = both.ids[: both.second], both.ids[both.second :]
             trained = np.concatenate([last_token(ids, tokenizer) for ids in texts])
             margin = rows[i].get("margin") if self.margin else 0.0
