@@ -57,7 +57,8 @@ def load(named: str, key: str) -> Callable:
         raise FtjaxError(failed(named, key, error)) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise FtjaxError(f"{key}: {file} has no function {name!r}{nearest(name, vars(module))}")
+        functions = [known for known, value in vars(module).items() if callable(value)]
+        raise FtjaxError(f"{key}: {file} has no function {name!r}{nearest(name, functions)}")
     return function
 
 

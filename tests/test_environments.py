@@ -185,6 +185,7 @@ def test_an_environment_talks_by_the_chat_template(lm, setting, monkeypatch):
     [
         ({"fault": "1 / 0, 0.0, True"}, r"turn 2, text '.*': task.environment '.*' failed at line 13: ZeroDivisionErr"),
         ({"fault": "'', float('nan'), True"}, r"turn 2, text '.*': task.environment '.*' returned \('', nan, True\)"),
+        ({"fault": "'', 10**400, True"}, r"turn 2, text '.*' returned \('', 10{160,200}; expected three values"),
         ({"fault": "None"}, r"turn 2, text '.*' returned None; expected three values"),
         ({"fault": "'', 1.0"}, r"turn 2, .*; expected three values"),
         ({"fault": "None, 1.0, True"}, r"turn 2, .*; expected three values"),

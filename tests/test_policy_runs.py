@@ -14,6 +14,7 @@ from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.tasks import policy
 from ftjax.training import sharding
 from ftjax.training.check import check
+from ftjax.training.job import scheduled
 from ftjax.training.report import read_metrics
 
 REWARD = """
@@ -111,6 +112,19 @@ def test_a_run_that_is_killed_between_two_updates_goes_on_to_the_same_bits(setti
     assert [row["ratio"] == 1 for row in rows if "ratio" in row] == [True, False] * 4
 
 
+def test_the_prompts_of_a_step_are_of_all_lengths(setting, tmp_path):
+    """Rows of like length share a batch to save padding. For prompts that would save nothing, and a step would have
+    easy prompts alone or hard ones alone where the two differ in length."""
+    c = setting()
+    lengths = [1, 4, 8, 12] * 16
+    c.data.update(train=write(tmp_path / "lengths.jsonl", [{"prompt": "it " * n} for n in lengths]), split=(1, 0, 0))
+    tokenizer = load_tokenizer(tmp_path / "llama")
+    data = prepare(c, tokenizer, 64)
+    batches = scheduled(c, data, sharding.make_mesh(c.mesh), tokenizer).batches
+    steps = [data.train.examples.length[np.concatenate(batches.rows(step))] for step in range(16)]
+    assert np.mean([len(set(found.tolist())) for found in steps]) > 2  # of 4 prompts
+
+
 def test_groups_without_spread_are_named_or_drawn_again(setting, tmp_path):
     shares = []
     for times in (0, 3):
@@ -132,8 +146,12 @@ def test_groups_without_spread_are_named_or_drawn_again(setting, tmp_path):
     "value, message",
     [
         ("1 / 0", "reward.py:uneven' failed at line 8: ZeroDivisionError"),
-        ("float('nan')", "reward.py:uneven' returned nan; expected a finite number for each answer$"),
-        ("[1.0, 2.0]", r"reward.py:uneven' returned \[1.0, 2.0\]; expected a finite number for each answer$"),
+        ("float('nan')", "reward.py:uneven' returned nan; expected a finite number of at most 1e.18 for each answer$"),
+        ("1e19", "reward.py:uneven' returned 1e.19; expected a finite number of at most 1e.18"),
+        (
+            "[1.0, 2.0]",
+            r"reward.py:uneven' returned \[1.0, 2.0\]; expected a finite number of at most 1e.18",
+        ),
         ("None", "reward.py:uneven' returned None; expected a finite number for each answer$"),
     ],
 )

@@ -9,6 +9,7 @@ docstring names further cases. A figure is taken over the rows that have a score
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import numbers
@@ -25,7 +26,7 @@ from ftjax.evaluation import classification, squad
 from ftjax.evaluation.words import composed, grams, spaced, stem, words
 
 IN_COMMON = "that answer and right answer have in common, from 0 to"
-LARGEST = float(np.finfo(np.float64).max)
+LARGEST = 1e18  # a user's score; sums and squares of such numbers are finite in float32 too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +122,14 @@ def _users(named: str, key: str) -> Metric:
 
     def score_of(prediction, references, row, settings):
         try:
-            value = function(prediction, references, row)
+            # Copies, because a function that changes them would change what the next answers and functions read.
+            value = function(prediction, list(references), copy.deepcopy(row))
         except user_code.ERRORS as error:  # the message names the row
             raise FtjaxError(user_code.failed(named, key, error)) from error
         if value is not None and not (isinstance(value, numbers.Real | np.bool_) and abs(value) <= LARGEST):
-            score = "a finite number for each answer"
+            score = f"a finite number of at most {LARGEST:g} for each answer"
             score += ", or None where there is no score" if key == "evaluate.metrics" else ""
-            raise FtjaxError(f"{key} {named!r} returned {value!r}; expected {score}")
+            raise FtjaxError(f"{key} {named!r} returned {value!r:.200}; expected {score}")
         return None if value is None else float(value)
 
     return Metric(score_of, higher=getattr(function, "higher", True), best=None, worst=None, compares=False)

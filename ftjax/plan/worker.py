@@ -123,8 +123,8 @@ def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
     task, packing = tasks.find(config.task.kind), config.data.packing
     batches = Batches(
         data.train.examples, config.train.batch_size // task.copies(config), data.max_length,
-        packing=packing and not task.collect, buckets=config.data.buckets, seed=config.seed, source=data.train.source,
-        shares=data.shares, ways=config.mesh.sequence, **task.layout(config, tokenizer),
+        packing=packing and not task.collect, buckets=1 if task.collect else config.data.buckets, seed=config.seed,
+        source=data.train.source, shares=data.shares, ways=config.mesh.sequence, **task.layout(config, tokenizer),
     )  # fmt: skip
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * task.updates(config))
     if task.collect:

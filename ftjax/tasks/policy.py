@@ -311,8 +311,8 @@ def episodes(
                 raise FtjaxError(f"{part.place(int(i))}, reset: {failed(error)}") from error
             if prompts[-1] is not None and not isinstance(prompts[-1], str | list):
                 raise FtjaxError(
-                    f"{part.place(int(i))}, reset: task.environment {named!r} returned {prompts[-1]!r}; expected a "
-                    "prompt, as text or a list of messages, or None for the prompt of the row"
+                    f"{part.place(int(i))}, reset: task.environment {named!r} returned {prompts[-1]!r:.200}; expected "
+                    "a prompt, as text or a list of messages, or None for the prompt of the row"
                 )
         return prompts
 
@@ -326,8 +326,9 @@ def episodes(
                 raise FtjaxError(f"{at}: {failed(error)}") from error
             if not _is_reply(found):
                 raise FtjaxError(
-                    f"{at}: task.environment {named!r} returned {found!r}; expected three values: the reply, as text "
-                    "or a list of messages, the reward, a finite number, and True or False, whether the episode ends"
+                    f"{at}: task.environment {named!r} returned {found!r:.200}; expected three values: the reply, as "
+                    f"text or a list of messages, the reward, a finite number of at most {metrics.LARGEST:g}, and True "
+                    "or False, whether the episode ends"
                 )
             replies.append((found[0], float(found[1]), bool(found[2])))
         return replies
@@ -363,7 +364,11 @@ def _is_reply(found) -> bool:
     """Whether an environment's step returned (text or messages, finite reward, whether the episode ends)."""
     if not (isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[0], str | list)):
         return False
-    return isinstance(found[1], numbers.Real) and math.isfinite(found[1]) and isinstance(found[2], bool | np.bool_)
+    return (
+        isinstance(found[1], numbers.Real)
+        and abs(found[1]) <= metrics.LARGEST
+        and isinstance(found[2], bool | np.bool_)
+    )
 
 
 def environment(config):

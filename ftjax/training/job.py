@@ -340,7 +340,8 @@ def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
     rows, ways, task = config.train.batch_size, sharding.row_ways(mesh), tasks.find(config.task.kind)
     eval_rows = -(-(config.evaluate.batch_size or rows) // ways) * ways
     layout = dict(
-        max_length=data.max_length, packing=config.data.packing and not task.collect, buckets=config.data.buckets,
+        max_length=data.max_length, packing=config.data.packing and not task.collect,
+        buckets=1 if task.collect else config.data.buckets,  # prompts of a rollout are of all lengths
         seed=config.seed, ways=mesh.shape["sequence"], **task.layout(config, tokenizer),
     )  # fmt: skip
     batch = functools.partial(Batches, **layout)

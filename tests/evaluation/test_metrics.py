@@ -280,6 +280,11 @@ errors.higher = False
 
 def words(prediction, references, row):
     return prediction
+
+def taken(prediction, references, row):
+    return len(references.pop()) + row.pop("weight")["list"].pop()
+
+shade = 2
 """
 
 
@@ -288,9 +293,12 @@ def test_a_metric_of_the_users_own(tmp_path):
     file.write_text(USERS)
     figure, scores = score(f"{file}:shout", ["AbC", "d"], [["x"], ["y", "z"]], [{"weight": 2}] * 2, SETTINGS)
     assert scores == [2.5, 1.0] and figure == 1.75
+    row = {"weight": {"list": [2]}}  # what a function takes out of the row is there for the next answer
+    assert score(f"{file}:taken", ["A", "B"], [["x"], ["y"]], [row, row], SETTINGS)[1] == [3, 3]
     assert find(f"{file}:shout").higher and not find(f"{file}:errors").higher
     for name, message in (
         (f"{file}:shuot", "has no function 'shuot' .did you mean \"shout\""),
+        (f"{file}:shade", "has no function 'shade'$"),  # it is a number
         (f"{tmp_path}/other.py:shout", 'expected "file.py:name"; .*other.py\' is not a file'),
         (f"{file}:words", "prediction 1: evaluate.metrics .*returned 'AbC'; expected a finite number"),
         (f"{file}:shout", "prediction 1: evaluate.metrics .* failed at line 3: KeyError: 'weight'"),
