@@ -41,16 +41,8 @@ from ftjax.tuning.adapters import pick, weighted
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # the token of a byte, where a tokenizer of sentencepiece has no other one
 # Fields of a run that decide what its model predicts for a row, if it has a head.
-PREDICTS: tuple[str, ...] = (
-    "data.max_length",
-    "data.long",
-    "data.label",
-    "task.text",
-    "task.pair",
-    "task.subwords",
-    "task.stride",
-)
-PREDICTS += ("task.labels_as", "task.max_answer", "task.no_answer", "task.threshold")
+PREDICTS: tuple[str, ...] = ("data.max_length", "data.long", "data.label", "task.text", "task.pair", "task.subwords")
+PREDICTS += ("task.stride", "task.labels_as", "task.max_answer", "task.no_answer", "task.threshold")
 
 
 @dataclasses.dataclass
