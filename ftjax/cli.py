@@ -428,15 +428,16 @@ def _generate(args, overrides) -> None:
         raise FtjaxError("generate: expected --prompt TEXT or --prompts FILE")
     if args.template is not None and not args.prompts:
         raise FtjaxError("--template: fills columns of the rows of --prompts, and there are none; add --prompts FILE")
-    drawn = [name for name, off in (("--top-k", 0), ("--top-p", 1)) if getattr(args, name[2:].replace("-", "_")) != off]
-    if drawn and not args.temperature:
-        raise FtjaxError(f"{drawn[0]}: has no effect on greedy answers; set --temperature above 0 too")
-    from ftjax.evaluation.run import answer, stream_answer
-
-    prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
     names = ["max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "weights"]
     chosen = ["best_of", "reward"]
     _check_numbers(args, {n: n if n == "seed" else f"generate.{n}" for n in names + chosen})
+    drawn = [name for name, off in (("top_k", 0), ("top_p", 1)) if getattr(args, name) != off]
+    if drawn and not args.temperature:
+        option = "--" + drawn[0].replace("_", "-")
+        raise FtjaxError(f"{option}: has no effect on greedy answers; set --temperature above 0 too")
+    from ftjax.evaluation.run import answer, stream_answer
+
+    prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
     how = {name: getattr(args, name) for name in names} | {"chat": args.chat, "stop": tuple(args.stop)}
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     streamed = len(prompts) == 1 and not (args.prompts or args.out or args.reward or args.best_of > 1)
