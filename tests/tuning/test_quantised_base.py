@@ -192,7 +192,7 @@ def test_lora_on_a_quantised_base_ends_near_the_unquantised_one(tmp_path):
     """In 60 steps of the quick start training takes back most of what NF4 costs the untuned starter."""
     ends, untuned = {}, {}
     for kind in ("none", "int8", "nf4"):
-        c = configs.load(Path(__file__).parents[2] / "configs" / "quickstart.py", ["model.unroll=1"])  # compiles sooner
+        c = configs.load(Path(__file__).parents[2] / "configs" / "quickstart.py")
         c.run_dir = str(tmp_path / kind)
         c.model.quantise = kind
         c.data.update(test="", cache="", limit=2400)
