@@ -1,6 +1,6 @@
-"""Damage a run, what it reads and what it wrote at random, and kill it at random moments.
+"""Damage a run, what it reads and what it wrote at random, kill it at random moments, and fill its disk.
 
-    python scripts/damage.py --count 300 --kills 200 --seed 7
+    python scripts/damage.py --count 300 --kills 200 --disks 40 --seed 7
 
 Of each damage the outcome is one of: `same` (the numbers are those of the whole run), `told` (an older checkpoint, or
 rows that were computed again, and a line says so), `refused` (an FtjaxError), and the two that are faults: `SILENT`
@@ -11,11 +11,15 @@ else with a run. No process may hang or print a traceback, and the same command 
 undisturbed run. The verbs are killed in turn, and each in all of its parts, which lie between two lines of its log: at
 a share of the processor time that the undisturbed command spends there, or at the next line. So a slow machine kills
 in the same stages as a fast one.
+
+A full disk is one in memory, which has room for what a command finds and for some of the files that it writes. The
+command must end with an error that says so and, once there is room, in the bytes of an undisturbed run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -23,6 +27,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +51,7 @@ FIELDS |= {"evaluate.compare": False, "export.formats": ("adapter", "merged")}
 # What a number of a JSON file becomes, besides one that is a little larger.
 ODD = (None, True, -1, 0, 10**30, 1e300, float("nan"), "", "x", "../x", "/etc/passwd", [], {}, [[]], {"a": {}})
 HANG = 120  # seconds
+PAGE = 4096  # bytes
 
 
 def settings(folder: Path):
@@ -421,8 +427,30 @@ DEADLY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WAYS = [(one,) for one in DEADLY] + [(one, two) for one in DEADLY[1:] for two in DEADLY]  # to kill, one or two signals
 
 
-def killed(count: int, seed: int, say=print) -> Counter:
-    """How often each outcome came of so many kills."""
+class Undisturbed(NamedTuple):
+    """What commands do when nothing disturbs them.
+
+    Attributes:
+        folder: What they read and write.
+        said: The log of the last one.
+        todo: {verb: its command}.
+        begun: Holds a copy of the folder as each verb finds it.
+        parts: The parts of each.
+        right: What lies in the folder after each, see `written`.
+        sizes: Bytes on a disk of each file that a verb writes, in the order in which they are ended.
+    """
+
+    folder: Path
+    said: Path
+    todo: dict[str, list[str]]
+    begun: Path
+    parts: dict[str, list[Part]]
+    right: dict[str, dict]
+    sizes: dict[str, list[int]]
+
+
+def undisturbed(work: Path) -> Undisturbed:
+    """Run all commands in a new folder."""
     import grain  # noqa: F401  what the commands import, so that a fork begins at once
     import matplotlib.backends.backend_agg  # noqa: F401
     import orbax.checkpoint  # noqa: F401
@@ -431,83 +459,148 @@ def killed(count: int, seed: int, say=print) -> Counter:
     import ftjax.training.loop  # noqa: F401
     from ftjax import cli  # noqa: F401
 
+    os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0"}
+    folder = work / "folder"
+    found = Undisturbed(folder, work / "said", commands(folder), work / "begun", {}, {}, {})
+    for verb, command in found.todo.items():
+        shutil.copytree(folder, found.begun / verb)
+        before = {path: path.stat().st_mtime_ns for path in files_in(folder)}
+        found.parts[verb] = parts_of(command, found.said)
+        found.right[verb] = written(folder)
+        new = [path for path in files_in(folder) if path.stat().st_mtime_ns != before.get(path)]
+        found.sizes[verb] = [on_disk(path) for path in sorted(new, key=lambda path: path.stat().st_mtime_ns)]
+    return found
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def on_disk(path: Path) -> int:
+    """Bytes that a file takes on a disk in memory: whole pages."""
+    return -(-path.stat().st_size // PAGE) * PAGE
+
+
+def gone_on(verb: str, whole: Undisturbed, say, what: str) -> str:
+    """Run a disturbed command again: `same` if the folder then is as if nothing had happened."""
+    fair = fine(verb, whole)
+    if (code := ended(start(whole.todo[verb], whole.said), 10 * HANG)) not in fair:
+        raise AssertionError(f"{whole.todo[verb]}: exit code {code}: {whole.said.read_text()[-3000:]}")
+    theirs, right = written(whole.folder), whole.right[verb]
+    other = [name for name in theirs | right if theirs.get(name) != right.get(name)]
+    if other:
+        say(f"{verb}, {what}: other than the undisturbed run: {', '.join(other)}")
+    return "SILENT" if other else "same"
+
+
+def fine(verb: str, whole: Undisturbed) -> set[int]:
+    """Exit codes of a command that goes on: 2 if all was written before, in a folder that must be new."""
+    return {0, 2} if written(whole.folder) == whole.right[verb] else {0}
+
+
+def killed(count: int, seed: int, whole: Undisturbed, say=print) -> Counter:
+    """How often each outcome came of so many kills."""
     found, rng = Counter(), random.Random(f"kills {seed}")
-    with tempfile.TemporaryDirectory() as work:
-        os.environ |= {"XDG_CACHE_HOME": f"{work}/xdg", "FTJAX_MALLOC": "0"}
-        folder, said, begun = Path(work) / "folder", Path(work) / "said", Path(work) / "begun"
-        parts, right, todo = {}, {}, commands(folder)
-        for verb, command in todo.items():
-            shutil.copytree(folder, begun / verb)  # what the command finds
-            parts[verb] = parts_of(command, said)
-            rng.shuffle(parts[verb])
-            right[verb] = written(folder)
+    folder, said, todo = whole.folder, whole.said, whole.todo
+    parts = {verb: rng.sample(each, len(each)) for verb, each in whole.parts.items()}
 
-        def begin(verb: str) -> None:
-            shutil.rmtree(folder)
-            shutil.copytree(begun / verb, folder)
-
-        def fine(verb: str) -> set[int]:
-            """Exit codes of a command that goes on: 2 if all was written before, in a folder that must be new."""
-            return {0, 2} if written(folder) == right[verb] else {0}
-
-        def kill(verb: str, part: Part, share: float, signals: tuple) -> bool:
-            """Start the command and kill it at a share of a part. Returns whether it still ran then."""
-            fair = fine(verb)
-            child = start(todo[verb], said)
-            code = ended(child, 10 * HANG, within(part, share, said))
-            early = code is None
-            if early:
-                found[f"in-{verb}"] += 1
-                fair |= {*(-n for n in signals), *(128 + n for n in signals)}
-                for number in signals:
-                    os.killpg(child, number)
-                    code = ended(child, HANG if number == signals[-1] else rng.uniform(0, 1))
-                    if code is not None:
-                        break
-            if code is None:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            text = said.read_text(errors="replace")
-            came = "HANG" if code is None else "killed" if code else "finished"
-            if "Traceback" in text or code is not None and code not in fair:
-                came = "TRACEBACK"
-            found[came] += 1
-            if came in ("HANG", "TRACEBACK"):
-                say(f"{verb}, {part}, {share:.2f}, {signals}: exit code {code}: {text[-3000:]}")
-            return early
-
-        for i in range(count):
-            verb, turn = list(todo)[i % len(todo)], i // len(todo)
-            part, share = parts[verb][turn % len(parts[verb])], rng.random()
-            for _ in range(5):
-                begin(verb)
-                if kill(verb, part, share, WAYS[i % len(WAYS)]):
+    def kill(verb: str, part: Part, share: float, signals: tuple) -> bool:
+        """Start the command and kill it at a share of a part. Returns whether it still ran then."""
+        fair = fine(verb, whole)
+        child = start(todo[verb], said)
+        code = ended(child, 10 * HANG, within(part, share, said))
+        early = code is None
+        if early:
+            found[f"in-{verb}"] += 1
+            fair |= {*(-n for n in signals), *(128 + n for n in signals)}
+            for number in signals:
+                os.killpg(child, number)
+                code = ended(child, HANG if number == signals[-1] else rng.uniform(0, 1))
+                if code is not None:
                     break
-                share /= 2  # it was faster than when it was measured, when it compiled
-            if rng.random() < 0.3:  # and what goes on after it
-                kill(verb, rng.choice(parts[verb]), rng.random(), rng.choice(WAYS))
-            fair = fine(verb)
-            if (code := ended(start(todo[verb], said), 10 * HANG)) not in fair:
-                raise AssertionError(f"{todo[verb]}: exit code {code}: {said.read_text()[-3000:]}")
-            theirs = written(folder)
-            other = [name for name in theirs | right[verb] if theirs.get(name) != right[verb].get(name)]
-            found["SILENT" if other else "same"] += 1
-            if other:
-                say(f"{i}, {verb}, {part}: other than the undisturbed run: {', '.join(other)}")
+        if code is None:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        text = said.read_text(errors="replace")
+        came = "HANG" if code is None else "killed" if code else "finished"
+        if "Traceback" in text or code is not None and code not in fair:
+            came = "TRACEBACK"
+        found[came] += 1
+        if came in ("HANG", "TRACEBACK"):
+            say(f"{verb}, {part}, {share:.2f}, {signals}: exit code {code}: {text[-3000:]}")
+        return early
+
+    for i in range(count):
+        verb, turn = list(todo)[i % len(todo)], i // len(todo)
+        part, share = parts[verb][turn % len(parts[verb])], rng.random()
+        for _ in range(5):
+            shutil.rmtree(folder)
+            shutil.copytree(whole.begun / verb, folder)
+            if kill(verb, part, share, WAYS[i % len(WAYS)]):
+                break
+            share /= 2  # it was faster than when it was measured, when it compiled
+        if rng.random() < 0.3:  # and what goes on after it
+            kill(verb, rng.choice(parts[verb]), rng.random(), rng.choice(WAYS))
+        found[gone_on(verb, whole, say, f"kill {i} in {part}")] += 1
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- the full disks
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    """Put a disk of so many bytes at a folder; yields a function that gives it room. Needs the rights of root."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def filled(count: int, seed: int, whole: Undisturbed, say=print) -> Counter:
+    """How often each outcome came of so many full disks: one command each, which has room for some of its files."""
+    found, rng = Counter(), random.Random(f"disks {seed}")
+    shutil.rmtree(whole.folder)
+    whole.folder.mkdir()
+    writers = [verb for verb, sizes in whole.sizes.items() if sizes]
+    for i in range(count):
+        verb = writers[i % len(writers)]
+        sizes, begun = whole.sizes[verb], whole.begun / verb
+        last = rng.randrange(len(sizes))  # the file that has half of its room
+        room = sum(sizes[:last]) + sizes[last] // 2 // PAGE * PAGE
+        with small_disk(whole.folder, sum(map(on_disk, files_in(begun))) + room) as more:
+            shutil.copytree(begun, whole.folder, dirs_exist_ok=True)
+            code = ended(start(whole.todo[verb], whole.said), 10 * HANG)
+            text = whole.said.read_text(errors="replace")
+            told = "No space left" in text or "the disk has room for" in text
+            came = "finished" if code == 0 else "HANG" if code is None else "full" if told else "UNNAMED"
+            came = "TRACEBACK" if "Traceback" in text else came
+            found[came] += 1
+            if came not in ("finished", "full"):
+                say(f"{i} {verb}, room for {last} of {len(sizes)} files: exit code {code}: {text[-3000:]}")
+            more()
+            found[gone_on(verb, whole, say, f"disk {i}")] += 1
     return found
 
 
 def main(argv=None) -> int:
-    """Exit status 1 where a damage or a kill ended in other numbers or in another error."""
+    """Exit status 1 where a damage, a kill or a full disk ended in other numbers or in another error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=300, help="of damages")
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--disks", type=int, default=0, help="of disks that become full; needs the rights of root")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    found = killed(args.kills, args.seed) if args.kills else Counter()  # before this process uses a device
+    found = Counter()
+    if args.kills or args.disks:  # before this process uses a device
+        with tempfile.TemporaryDirectory() as work:
+            whole = undisturbed(Path(work))
+            found += killed(args.kills, args.seed, whole) + filled(args.disks, args.seed, whole)
     found += several(args.count, args.seed) if args.count else Counter()
     print(", ".join(f"{name} {n}" for name, n in sorted(found.items())))
-    return int(any(found[name] for name in ("SILENT", "TRACEBACK", "HANG")))
+    return int(any(found[name] for name in ("SILENT", "TRACEBACK", "HANG", "UNNAMED")))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 CHANGING = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit to it last; it is not read here
 DAMAGED = "damaged"  # suffix of the folder of a damaged checkpoint
+SMALL = 1 << 14  # bytes that the small files beside an array take, each at least a block of the disk
 STORED = ("trained", "optimizer", "ema", "guard")  # fields of a State; its step is in the record of the run
 RANKED = {"rank": number(), "val_loss": number(), "step": whole()}
 
@@ -136,7 +137,8 @@ class Checkpoints:
         self.wait()  # for the checkpoint before, which must be sealed with its own step
         arrays = {name: args.PyTreeSave(getattr(state, name)) for name in _arrays(state)}
         self.saving = int(state.step)
-        self._check_room(sum(x.nbytes for name in arrays for x in jax.tree.leaves(getattr(state, name))))
+        leaves = jax.tree.leaves([getattr(state, name) for name in arrays])
+        self._check_room(sum(x.nbytes + SMALL for x in leaves) + (1 << 20))
         with self._written():
             self.manager.save(
                 self.saving,
@@ -146,10 +148,11 @@ class Checkpoints:
             )
 
     def _check_room(self, size: int) -> None:
-        """Raise FtjaxError if the disk has no room for so many bytes. Orbax's own error is very long."""
+        """Raise FtjaxError if the disk has no room for so many bytes. Orbax's own error is very long, and its threads
+        print tracebacks beside it."""
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise FtjaxError(self._unwritten(f"it has {size:,} bytes, and the disk has room for {free:,}"))
+            raise FtjaxError(self._unwritten(f"it takes up to {size:,} bytes, and the disk has room for {free:,}"))
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is on disk. Raises FtjaxError if it cannot be written."""

@@ -25,9 +25,16 @@ def test_damages_of_a_run_its_cache_and_its_adapter():
 
 
 @pytest.mark.slow
-def test_kills_in_every_stage_end_in_the_same_bytes():
+@pytest.mark.timeout(1800)
+def test_kills_and_full_disks_in_every_stage_end_in_the_same_bytes(tmp_path):
+    disks = 6
+    try:
+        with damage.small_disk(tmp_path, damage.PAGE):
+            pass
+    except (OSError, subprocess.CalledProcessError):  # only root may mount a disk
+        disks = 0
     # In a process of its own: a fork of one that has used a device cannot use it.
-    command = [sys.executable, damage.__file__, "--kills", "12", "--count", "0", "--seed", "2"]
+    command = [sys.executable, damage.__file__, "--kills", "12", "--disks", str(disks), "--count", "0", "--seed", "2"]
     # One device, and every program is compiled once.
     env = os.environ | {"XLA_FLAGS": haste.FLAGS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -35,7 +42,7 @@ def test_kills_in_every_stage_end_in_the_same_bytes():
     found = {name: int(n) for name, n in (part.split() for part in done.stdout.splitlines()[-1].split(", "))}
     verbs = {"train", "evaluate", "generate", "export", "inspect", "check", "upcycle"}
     assert {name.removeprefix("in-") for name in found if name.startswith("in-")} == verbs
-    assert found["same"] == 12 and found["killed"] > 6
+    assert found["same"] == 12 + disks and found["killed"] > 6 and found.get("full", 0) == disks
 
 
 @pytest.mark.parametrize("target", sorted({entry["target"] for entry in CORPUS}))
