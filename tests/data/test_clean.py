@@ -231,7 +231,7 @@ def test_what_was_removed_can_be_put_back():
     "fields, told",
     [
         ({"drop": ("fine", "a(b")}, "data.clean.drop: 'a(b' is not a regular expression"),
-        ({"drop": ("[[a]",)}, r"data.clean.drop: '\[\[a\]' is not a regular expression: Possible nested set"),
+        ({"drop": ("[[a]",)}, "data.clean.drop: '[[a]' is not a regular expression: Possible nested set"),
         ({"exact": True, "columns": ("sentense",)}, "data.clean.columns: no column 'sentense' (did you mean \"sente"),
         (
             {"min_chars": 3},
