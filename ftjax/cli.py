@@ -255,13 +255,15 @@ def _check_file(args, flag: str) -> None:
     device = path.startswith(("/dev/", "/proc/")) and not os.path.exists(path)
     if not path or device or os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
         raise FtjaxError(f"--{flag} {path}: expected the name of a file, in a folder that exists")
+    if not os.path.exists(path):
+        return
     for name in ("data", "prompts", "config"):
-        read = getattr(args, name, None)
-        files = (
-            [file for file in [read, *read.split(",")] if os.path.isfile(file.strip())] if isinstance(read, str) else []
-        )
-        if path and os.path.exists(path) and any(os.path.samefile(file.strip(), path) for file in files):
-            raise FtjaxError(f"--{flag} {path}: is a file that --{name} reads and would be lost; name another one")
+        given = getattr(args, name, None)
+        if not isinstance(given, str):
+            continue
+        for file in (given, *given.split(",")):
+            if os.path.isfile(file.strip()) and os.path.samefile(file.strip(), path):
+                raise FtjaxError(f"--{flag} {path}: is a file that --{name} reads and would be lost; name another one")
 
 
 def _check_numbers(args, keys: dict[str, str]) -> None:

@@ -879,7 +879,7 @@ def copy(config: ConfigDict) -> ConfigDict:
     return from_dict(flat(config))
 
 
-_POLICY = "policy clip clip_high updates environment reward_weights".split()
+_POLICY = ("policy", "clip", "clip_high", "updates", "environment", "reward_weights")
 _ANSWERED = ("causal", "preference", "policy", "gkd", "reward")  # tasks whose rows are texts by data.form
 _LABELLED = ("classify", "multilabel", "regress", "tag", "span", "masked", "embed")
 # (fields, the field by which they have an effect, its values that give them one; empty: all but 0, False and "").
@@ -916,13 +916,17 @@ ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
 def idle(config: ConfigDict) -> list[str]:
     """Lines that name the fields which are set and have no effect because of another field, by the table ONLY. An
     entry of data.mixture may set that other field for itself, and the field too."""
-    each, lines = [flat(config), *(flat(source.config) for source in sources(config) if source.name)], []
+    each = [flat(config), *(flat(source.config) for source in sources(config) if source.name)]
+    lines = []
     for keys, by, needed in ONLY:
-        of = lambda key: [x for x in each if x[key] != FIELDS[key].default]  # noqa: B023, E731
-        unused = [x for x in each if not (x[by] in needed if needed else x[by])]
-        set_here = [key for key in keys if of(key) and all(x in unused for x in of(key))]
-        if set_here:
-            lines.append(f"no effect with {by}={unused[0][by]!r}: {', '.join(set_here)}")
+        without = [values for values in each if not (values[by] in needed if needed else values[by])]
+        unused = []
+        for key in keys:
+            setting = [values for values in each if values[key] != FIELDS[key].default]
+            if setting and all(values in without for values in setting):
+                unused.append(key)
+        if unused:
+            lines.append(f"no effect with {by}={without[0][by]!r}: {', '.join(unused)}")
     return lines
 
 
