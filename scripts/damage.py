@@ -503,7 +503,9 @@ def killed(count: int, seed: int, whole: Undisturbed, say=print) -> Counter:
     """How often each outcome came of so many kills."""
     found, rng = Counter(), random.Random(f"kills {seed}")
     folder, said, todo = whole.folder, whole.said, whole.todo
-    parts = {verb: rng.sample(each, len(each)) for verb, each in whole.parts.items()}
+    parts = {verb: [*each] for verb, each in whole.parts.items()}
+    for each in parts.values():
+        rng.shuffle(each)
 
     def kill(verb: str, part: Part, share: float, signals: tuple) -> bool:
         """Start the command and kill it at a share of a part. Returns whether it still ran then."""
