@@ -391,6 +391,7 @@ def open_base(
     Returns:
         The LM, and its Spec with the default config.tuning.
     """
+    cpus.offer()
     folder = Path(folder)
     family, shape = families.read_config(folder)
     grows = config is not None and (config.data.add_tokens or config.data.pad_vocabulary_to)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ftjax import cpus
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import families, fingerprint, peft, pooling, resolve
@@ -50,7 +49,6 @@ def load(
     Raises:
         FtjaxError: If `path` is none of these, or if an adapter or run belongs to a base with other files.
     """
-    cpus.offer()
     run = read_record(path) is not None
     folder = Path(path) if run else resolve.resolve(str(path), revision)
     whole = run or (folder / peft.CONFIG).is_file()

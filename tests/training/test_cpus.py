@@ -158,6 +158,13 @@ def test_devices_are_offered_where_nobody_has_said_how_many(before, flags, want,
     assert forks.run(tmp_path, program=SAYS.format(before), env={"XLA_FLAGS": flags}) == (0, f"{want}\n")
 
 
+def test_a_model_that_is_opened_for_a_comparison_offers_devices_too(forks, tmp_path):
+    program = "import jax; from ftjax import config, cpus; from ftjax.verdict.setting import open_model; "
+    program += "cpus.cores = lambda: 3; config = config.default(); config.model.path = 'builtin:stories260K'; "
+    program += "open_model('', config); print(jax.device_count(), cpus.offered())"
+    assert forks.run(tmp_path, program=program, env={"XLA_FLAGS": ""}) == (0, "3 3\n")
+
+
 def test_a_gpu_computes_the_same_bits_unless_speed_is_asked_for(monkeypatch):
     monkeypatch.setattr(xla.jax, "default_backend", lambda: "gpu")
     assert xla.options(1) == xla.GPU | xla.DETERMINISTIC
