@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import glob
+import io
 import os
 import signal
 import sys
@@ -210,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 for a run that `check` finds damaged, or a model that `check-model` finds different; 2 for
-        input that cannot be used; 3 for a plan that does not fit; 130 after Ctrl-C; 143 after SIGTERM.
+        input that cannot be used; 3 for a plan that does not fit; 130 after Ctrl-C; 141 if nothing reads what
+        `generate` or `predict` print; 143 after SIGTERM.
     """
     top = parser()
     args, rest = top.parse_known_args(argv)
@@ -220,18 +222,24 @@ def main(argv: list[str] | None = None) -> int:
         top.error(_unknown(top, args.verb, unknown, rest))
     try:
         if argv is None:
+            _Output.only = args.run in (_generate, _predict) and not args.out
+            sys.stdout, sys.stderr = _Output.of(sys.stdout), _Output.of(sys.stderr)
             gc.set_threshold(COLLECTED)
             if sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # see ftjax/__main__.py
                 os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that this one starts or becomes
             if args.run is not _list:
                 _tune_malloc()
         with stops.listening() if argv is None else contextlib.nullcontext():
-            if args.run in (_evaluate, _predict, _generate, _plan):
+            if args.run in (_evaluate, _predict, _generate, _plan) or args.verb == "data" and args.step == "preview":
                 _check_file(args, "json" if args.run is _plan else "out")
-            return args.run(args, overrides) or 0
+            code = args.run(args, overrides) or 0
+            sys.stdout.flush()
+            return code
     except FtjaxError as error:
         print(f"ftjax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         if not stopped and not stops.heard and (told := of_disk(error)):
@@ -244,6 +252,31 @@ def main(argv: list[str] | None = None) -> int:
         if argv is None:
             stops.leave(code)
         return code
+
+
+class _Output(io.FileIO):
+    """Standard output or standard error. Once its reader, such as `head`, has seen enough, the rest is thrown away, and
+    the verb goes on for the files that it writes; with `only`, there are none, and it ends."""
+
+    only = False
+
+    @classmethod
+    def of(cls, stream):
+        """The text stream that replaces one of Python's own, which is None if the process was started without it."""
+        if not isinstance(stream, io.TextIOWrapper):
+            return stream or open(os.devnull, "w")
+        raw = cls(stream.fileno(), "w", closefd=False)
+        by_line = stream.line_buffering or stream.write_through
+        return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=by_line)
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if self.only or not isinstance(error, BrokenPipeError):
+                raise
+            return len(data)
 
 
 def _check_file(args, flag: str) -> None:
@@ -534,10 +567,7 @@ def _list(args, overrides) -> None:
     from ftjax import listing
 
     text = listing.fields(args.name, args.search) if args.verb == "config" else getattr(listing, args.verb)()
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(text)
 
 
 def _write_json(path: str, value: dict) -> None:

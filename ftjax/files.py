@@ -7,11 +7,14 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from ftjax.errors import FtjaxError
 
 DRAFT = ".part"  # suffix of a file that is being written
 
@@ -47,6 +50,45 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def drafted(folder: Path, suffix: str = DRAFT) -> Iterator[Path]:
+    """Yield an empty draft beside a folder, for the block to rename. An error deletes it; a kill leaves it to the next
+    process.
+
+    Args:
+        folder: The real path of the folder, which the draft is to become.
+        suffix: Of the draft's name.
+
+    Raises:
+        FtjaxError: If another process has the draft, or if the folder cannot be replaced without harm.
+    """
+    import fcntl
+
+    if Path.cwd().is_relative_to(folder) or os.path.ismount(folder):
+        raise FtjaxError(
+            f"{folder}: is the folder that this command runs in or one above it, or a mount, and a new folder cannot "
+            f"take its place; name a new one, such as {folder / 'out'}"
+        )
+    draft = folder.with_name(f".{folder.name}{suffix}")
+    draft.mkdir(parents=True, exist_ok=True)
+    lock = os.open(draft, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FtjaxError(f"{folder}: another process writes it; wait for its end, or name another") from None
+        for left in draft.iterdir():  # of a process that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield draft
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

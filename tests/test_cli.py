@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ftjax import cli, listing, tasks
+from ftjax import cli, files, listing, tasks
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.metrics import METRICS
@@ -82,6 +83,49 @@ def test_a_list_may_be_cut_by_its_reader():
     command = f"{sys.executable} -m ftjax config | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "the run\n" and not done.stderr
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_verb_whose_reader_has_ended_is_quiet_and_keeps_its_files(merged, forks, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    cut = "import os, sys, ftjax.cli; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)\n"
+    cut += "os.dup2(1, 2)\n" if merged else ""
+    rows = ["--data", "a.jsonl", "--model", "builtin:stories260K"]
+    answered = ["generate", "--model", "builtin:stories260K", "--prompt", "Once", "--max-new-tokens", "2"]
+    for arguments, code in (
+        (answered, 128 + signal.SIGPIPE),
+        (["data", "preview", *rows], 0),
+        (["data", "inspect", *rows, "--out", "report"], 0),
+        (["evaluate", *rows, "--out", "scores.json"], 0),
+    ):
+        assert forks.run(tmp_path, arguments, cut + "sys.exit(ftjax.cli.main())") == (code, ""), arguments
+    assert (tmp_path / "scores.json").is_file() and (tmp_path / "report" / "inspect.html").is_file()
+
+
+def test_output_to_a_full_disk_or_to_none(forks, tmp_path):
+    program = "import os, sys, ftjax.cli; {}; sys.exit(ftjax.cli.main())"
+    full = 'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'
+    assert forks.run(tmp_path, ["methods"], program.format(full)) == (2, "ftjax: No space left on device\n")
+    assert forks.run(tmp_path, ["methods"], program.format("sys.stdout = None")) == (0, "")
+
+
+def test_a_folder_that_must_not_be_replaced_or_that_another_process_writes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n{"text": "Three."}\n')
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    split = ["data", "split", "--data", "../a.jsonl", "--out"]
+    for out in ".", "..", "/":
+        assert cli.main([*split, out]) == 2
+        assert "is the folder that this command runs in or one above it" in capsys.readouterr().err
+    with files.drafted(tmp_path / "out"):
+        assert cli.main([*split, "../out"]) == 2
+        assert "another process writes it" in capsys.readouterr().err
+    assert cli.main([*split, "../out"]) == 0 and not list((tmp_path / "here").iterdir())
+    assert cli.main(["data", "preview", "--data", "../a.jsonl", "--out", "../a.jsonl"]) == 2
+    student = ["student", "--layers", "0", "--model"]
+    assert cli.main([*student, "builtin:stories260K", "--out", "../small"]) == 0
+    assert cli.main([*student, "../small", "--out", "../small"]) == 2
+    assert "an export must not replace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

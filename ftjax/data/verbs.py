@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ftjax.data.batches import Batches
 from ftjax.data.clean import records
 from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
 from ftjax.errors import FtjaxError
-from ftjax.files import DRAFT, replace_json, replace_text, write_jsonl
+from ftjax.files import drafted, replace_json, replace_text, write_jsonl
 
 UNBOUNDED = 1 << 30  # number of positions if the folder holds a tokenizer and no model
 
@@ -136,18 +135,13 @@ def _new(out: str) -> Iterator[Path]:
     """Yield a draft, which becomes the new folder `out` when the block ends. A kill or an error leaves no part of it,
     which would look whole, and which the same command would refuse."""
     folder = Path(out).resolve()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FtjaxError(
-            f"--out: {out} already exists and is not empty; name a new folder, because nothing is overwritten"
-        )
-    draft = folder.with_name(f".{folder.name}{DRAFT}")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-    draft.mkdir(parents=True)
-    try:
+    with drafted(folder) as draft:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise FtjaxError(
+                f"--out: {out} already exists and is not empty; name a new folder, because nothing is overwritten"
+            )
         yield draft
         draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write(out: str, make: Callable[[], tuple[list[Source], list[Gone]]], say: Callable) -> None:

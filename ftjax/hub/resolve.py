@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ftjax import assets, seals
 from ftjax.errors import FtjaxError, nearest, of_disk
-from ftjax.files import as_json
+from ftjax.files import as_json, drafted
 from ftjax.foreign import listed, mapped, read_json, string, whole
 
 MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
@@ -93,12 +93,16 @@ def foreign_files(out: Path) -> list[str]:
     return sorted(set(_files(out)) - {MARKER, *written})
 
 
-def check_out(out: str | Path) -> Path:
-    """The real path of a folder to write to.
+def check_out(out: str | Path, source: str | Path | None = None) -> Path:
+    """The real path of a folder to write to. source: the model from which it is made.
 
-    Raises FtjaxError if it is a file, or if it holds files that no export wrote and that would be lost.
+    Raises FtjaxError if it is a file or `source`, or if it holds files that no export wrote and that would be lost.
     """
     out = Path(out).resolve()
+    if source and out == Path(source).resolve():
+        raise FtjaxError(
+            f"{out}: is the folder of the base model, which an export must not replace; choose another folder"
+        )
     if out.is_file():
         raise FtjaxError(f"{out}: expected a folder to write to, found a file")
     if foreign := foreign_files(out):
@@ -134,35 +138,34 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     """
     out = check_out(out)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    if old.is_dir() and not out.exists():  # killed between the two renames below
-        check_out(old).rename(out)
     for leftover in (partial, old):
         if leftover.is_dir() and any(leftover.iterdir()) and not (leftover / MARKER).is_file():
             raise FtjaxError(
                 f"{leftover}: this folder has the name that an export needs, but no interrupted export left it; move "
                 "it away"
             )
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_json(partial / MARKER, {"written_by": "ftjax"})
-    try:
-        yield partial
-        files = sorted(set(_files(partial)) - {MARKER})
-        written = {"written_by": "ftjax", "files": files, "checksums": seals.checksums(partial, files)}
-        write_json(partial / MARKER, written | (record or {}))
-        check_out(out)
-    except BaseException as error:
-        shutil.rmtree(partial)
-        if isinstance(error, FtjaxError) or not (told := of_disk(error)):
-            raise
-        raise FtjaxError(
-            f"{out}: cannot be written: {told}. What was there before is whole. Make room, or choose another folder: "
-            "the same command then goes on"
-        ) from error
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    with drafted(out, ".partial"):
+        if old.is_dir() and not out.exists():  # killed between the two renames below
+            check_out(old).rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        write_json(partial / MARKER, {"written_by": "ftjax"})
+        try:
+            yield partial
+            files = sorted(set(_files(partial)) - {MARKER})
+            written = {"written_by": "ftjax", "files": files, "checksums": seals.checksums(partial, files)}
+            write_json(partial / MARKER, written | (record or {}))
+            check_out(out)
+        except Exception as error:
+            if isinstance(error, FtjaxError) or not (told := of_disk(error)):
+                raise
+            raise FtjaxError(
+                f"{out}: cannot be written: {told}. What was there before is whole. Make room, or choose another "
+                "folder: the same command then goes on"
+            ) from error
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def written(folder: Path) -> dict:

@@ -32,7 +32,7 @@ from ftjax.foreign import mapped, read_json
 from ftjax.hub import families, pooling
 from ftjax.hub.families import Tensors, shapes, tensor_names
 from ftjax.hub.family_table import Family
-from ftjax.hub.resolve import check_written, is_plain_name, new_folder, write_json
+from ftjax.hub.resolve import check_out, check_written, is_plain_name, new_folder, write_json
 from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import READS, TABLES, ModelConfig
 from ftjax.tree import flatten, not_finite, unflatten
@@ -560,6 +560,7 @@ def write_model(
     Raises:
         FtjaxError: If the parameters do not fit `config` or `dtype`, or if `out` contains files that no export wrote.
     """
+    check_out(out, source)
     leaves = flatten(params)
     if config.head.task in ("causal", "masked"):
         config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)

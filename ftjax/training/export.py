@@ -77,10 +77,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto")
             cannot be written in this format.
     """
     config, base, out = source.config, source.base, Path(out)
-    if out.resolve() == base.folder.resolve():
-        raise FtjaxError(
-            f"{out}: is the folder of the base model, which an export must not replace; choose another folder"
-        )
+    resolve.check_out(out, base.folder)
     if bad := not_finite(source.trained):
         raise FtjaxError(
             f"{out}: not written: {bad[0]} of the checkpoint holds values that are NaN or infinite; export another one"
