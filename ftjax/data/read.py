@@ -55,7 +55,8 @@ def read_table(
                         `title`, `context`, `question`, `answers` {`text`, `answer_start`}, as in the hub's copies
       .jsonl .ndjson    one object a line; a key that a row lacks is None
       .csv              with a header and quoting; cells stay text as written; an empty name becomes `column_2`
-      .tsv              the same with tabs between cells, without quoting
+      .tsv              the same with tabs between cells; quotes are text, unless only quoting gives all rows the same
+                        number of cells, the header is quoted, or quotes are doubled; else they are refused
       .conll .iob .bio  one row a sentence: `tokens`, `tags` (first and last column), `column_2` and so on between them
       .txt              one row a line: `text`
       .parquet          dates, times, timestamps and decimals become text, categories their values, maps lists of
@@ -68,8 +69,8 @@ def read_table(
             `owner/name[:config][:split]` (`owner/name:train` means the split). Of a directory, the files named after
             the split in `key` are read (train*, validation* or valid*, val*, dev*, test*), or all files if none is
             named after a split. If it holds folders alone, as data sets of the hub do, these are the files in `data`
-            and in folders named after a split. A folder with further rows, compressed or beside these files, is
-            refused. Files of one source need the same columns; their types may differ.
+            and in folders named after a split. A folder with further rows, compressed, beside these files or without
+            a split in their name, is refused. Files of one source need the same columns; their types may differ.
         key: Key of the config, for errors and for the split.
         folder: Directory for data sets larger than memory. Rows are written chunk by chunk to new Arrow files there and
             mapped from them; the caller deletes the files. None: rows are held in memory. The table and the errors are
@@ -159,18 +160,20 @@ def _files_of_folder(folder: Path, key: str) -> list[str]:
     files = _readers(folder) or [p for one in of_sets for p in _readers(one)]
     beside = of_sets if _readers(folder) else [q for p in of_sets for q in sorted(p.iterdir()) if q.is_dir()]
     packed = [p for one in {folder, *(p.parent for p in files)} for p in one.iterdir() if p.suffix.lower() in PACKED]
+    name = lambda p: (p.stem if p.parent.name.lower() == "data" or p.parent == folder else p.parent.name).lower()  # noqa: E731
+    words = {p: found[0] for p in files if (found := SPLIT.search(name(p)))}
+    likely = {p.suffix for p in words} | READERS.keys() - {".txt", ".json"}  # others may be notes and settings
     left = [p for p in packed if Path(p.stem).suffix.lower() in READERS] + [p for p in beside if _readers(p)]
+    left += [p for p in files if words and p not in words and p.suffix in likely]
     if files and left:
         raise FtjaxError(
             f"{key}: {folder} holds rows in {min(left).relative_to(folder)} too, which would be left out beside "
-            f"{files[0].relative_to(folder)}; unpack or move them, or name the files that are meant"
+            f"{next(iter(words), files[0]).relative_to(folder)}; unpack or move them, or name the files that are meant"
         )
     if not files:
         others = f", or the name of one of its folders ({_list(p.name for p in inside)})" if inside else ""
         raise FtjaxError(f"{key}: {folder} has no file that ftjax reads; expected one of {_list(READERS)}{others}")
     split = key.rpartition(".")[2]
-    name = lambda p: (p.stem if p.parent.name.lower() == "data" or p.parent == folder else p.parent.name).lower()  # noqa: E731
-    words = {p: found[0] for p in files if (found := SPLIT.search(name(p)))}
     named = {s: [p for p in files if words.get(p) in names] for s, names in SPLITS.items()}
     if any(named.values()):
         files = named.get(split) or []
@@ -588,7 +591,42 @@ def _header(cells: list[str], separator: str, text: _Text, line: int) -> list[st
 
 
 def _tsv(text: _Text) -> Iterator[dict]:
-    return _csv(text, "\t", csv.QUOTE_NONE)
+    return _csv(text, "\t", csv.QUOTE_MINIMAL if _quoted(text) else csv.QUOTE_NONE)
+
+
+def _quoted(text: _Text) -> bool:
+    """Whether quotes around a cell of a .tsv file are no part of its text, as in files that `csv` or pandas wrote.
+
+    Only one of the two readings may give all rows the same number of cells. If both do, a quoted header or a doubled
+    quote within quotes tells of such a writer.
+    """
+    begins = re.compile(r'(?:^|\t)"')
+
+    def lines() -> Iterator[str]:
+        with open(text.name, encoding="utf-8-sig", errors="replace", newline="\n") as file:
+            yield from file
+
+    def reads(quoting: int) -> bool:
+        with contextlib.suppress(csv.Error):
+            rows = csv.reader(lines(), delimiter="\t", quoting=quoting, strict=True)
+            return len({len(cells) for cells in rows if len(cells) > 1 or "".join(cells).strip()}) == 1
+        return False
+
+    found = ((n, line.rstrip("\r\n")) for n, line in enumerate(lines(), 1) if begins.search(line))
+    first, line = next(found, (0, ""))
+    csv.field_size_limit(2**31 - 1)
+    if not first or not reads(csv.QUOTE_MINIMAL):
+        return False
+    doubled = any(
+        cell[:1] == '"' and '""' in cell[1:-1] for _, line in [(first, line), *found] for cell in line.split("\t")
+    )
+    if doubled or (first == 1 and not text.header) or not reads(csv.QUOTE_NONE):
+        return True
+    raise text.error(
+        "a cell begins with a double quote, which may be text or may quote the cell; convert the file to .jsonl, or "
+        "double each quote that is text and put its cell in quotes",
+        first,
+    )
 
 
 def _plain_text(text: _Text) -> Iterator[dict]:

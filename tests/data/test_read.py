@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 
@@ -82,6 +83,24 @@ def test_a_changed_file_is_noticed(tmp_path):
             assert read(_write(tmp_path / f"rows{suffix}", rows)).to_list() == rows
 
 
+def test_quoting_of_tsv_is_found_or_asked_for_but_never_guessed(tmp_path):
+    rng, asked = np.random.default_rng(0), 0
+    for n in range(400):
+        quoting = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC, csv.QUOTE_NONE)[n % 4]
+        letters = list('ab "" \'') + ["\t", "\n"] * (quoting != csv.QUOTE_NONE)
+        cell = lambda: "".join(rng.choice(letters, rng.integers(1, 5))) + "c"  # noqa: B023, E731
+        rows = [{"a": cell(), "b": cell()} for _ in range(rng.integers(1, 6))]
+        with open(tmp_path / f"{n}.tsv", "w", newline="") as file:
+            writer = csv.writer(file, "excel-tab", quoting=quoting, quotechar='"' if quoting < 3 else None)
+            writer.writerows([["a", "b"], *([*row.values()] for row in rows)])
+        try:
+            assert read(file.name).to_list() == rows
+        except FtjaxError as error:
+            assert "which may be text or may quote" in str(error)
+            asked += 1
+    assert asked < 10, asked
+
+
 def test_text_is_one_row_a_line_and_keeps_next_line_characters(tmp_path):
     (tmp_path / "t.txt").write_bytes("one\x85still one\u2028\r\n\n two\n".encode())
     assert read(str(tmp_path / "t.txt"))["text"] == ["one\x85still one\u2028", " two"]
@@ -103,14 +122,18 @@ def test_lists_globs_and_folders(tmp_path):
     assert read(",".join(names))["n"] == ["b", "a"]
     assert read(str(tmp_path / "*.jsonl"))["n"] == ["a", "b"]
     assert read(str(tmp_path))["n"] == ["a", "b"]
-    _write(tmp_path / "train-1.jsonl", [{"n": "t"}])
-    _write(tmp_path / "dev.jsonl", [{"n": "d"}])
-    assert read(str(tmp_path), "data.train")["n"] == ["t"]
-    assert read(str(tmp_path), "data.validation")["n"] == ["d"]
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("README.txt", "classes.json"):  # these need not be rows
+        (parts / name).write_text("x")
+    for name in ("train-1", "dev"):
+        _write(parts / f"{name}.jsonl", [{"n": name}])
+    assert read(str(parts), "data.train")["n"] == ["train-1"]
+    assert read(str(parts), "data.validation")["n"] == ["dev"]
     with pytest.raises(FtjaxError, match=r"data.test: .* has train-1.jsonl, dev.jsonl but no file for test"):
-        read(str(tmp_path), "data.test")
+        read(str(parts), "data.test")
     (tmp_path / "de").mkdir()
-    for name in ("latest", "snli_1.0_train", "de-testset", "de.dev.1", "constraint"):  # the rows of test are no others
+    for name in ("snli_1.0_train", "de-testset", "de.dev.1"):
         _write(tmp_path / "de" / f"{name}.jsonl", [{"n": name}])
     for split, name in (("train", "snli_1.0_train"), ("test", "de-testset"), ("validation", "de.dev.1")):
         assert read(str(tmp_path / "de"), f"data.{split}")["n"] == [name]
@@ -149,6 +172,9 @@ def test_a_folder_laid_out_as_on_the_hub(files, tmp_path):
     [
         ("rows.jsonl", "rows-2.jsonl.gz"),
         ("test.jsonl", "train.csv.zip"),
+        ("test.jsonl", "latest.jsonl"),
+        ("test.jsonl", "constraint.jsonl"),
+        ("test.jsonl", "extra.csv"),
         ("train.jsonl", "test/rows.jsonl"),
         ("train/a.jsonl", "train/more/b.jsonl"),
         ("data/train.jsonl", "data/de/train.jsonl"),
@@ -159,7 +185,7 @@ def test_rows_of_a_folder_that_would_be_left_out_are_named(used, left, tmp_path)
     for name in (used, left):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         _write(tmp_path / name, [{"n": 1}]) if name.endswith("jsonl") else (tmp_path / name).write_bytes(b"PK")
-    at = str(Path(left).parent) if left.endswith("jsonl") else left
+    at = str(Path(left).parent) if "/" in left and left.endswith("jsonl") else left
     with pytest.raises(FtjaxError, match=f"holds rows in {at} too, which would be left out beside {used}; unpack or"):
         read(str(tmp_path), "data.test")
 
