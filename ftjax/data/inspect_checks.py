@@ -316,8 +316,8 @@ CHECKS: dict[str, Check] = {
     ),
     "special_tokens": Check(
         "warning", "rows with the text of a special token: {rows}: {kinds}",
-        "remove it from the text, because the tokenizer reads it as the token itself; data.clean.drop removes rows by "
-        "patterns",
+        "remove it from the text, because outside of messages the tokenizer reads it as the token itself; "
+        "data.clean.drop removes rows by patterns",
         row=lambda view: ", ".join(token for token in view.scan.special if token in view.text),
     ),
     "long": Check(

@@ -132,7 +132,9 @@ def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]]) -> 
         scan: The part. It is changed in place and returned.
         checks: {name: check(view) -> a note on the row, or a false value if nothing is found}.
     """
-    scan.special, scan.unknown = tuple(scan.tokenizer.all_special_tokens), _unknown(scan.tokenizer)
+    added = [str(token) for token in scan.tokenizer.added_tokens_decoder.values() if token.special]
+    scan.special = tuple(dict.fromkeys([*scan.tokenizer.all_special_tokens, *added]))
+    scan.unknown = _unknown(scan.tokenizer)
     scan.columns = {name: Column() for name in scan.table.columns}
     for start, rows in scan.table.chunks(CHUNK):
         for i, view in enumerate(_views(scan, rows, start), start):

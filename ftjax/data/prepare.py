@@ -28,6 +28,7 @@ from ftjax.data.table import Table
 from ftjax.data.tokenise import Example, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 from ftjax.files import cache_home
+from ftjax.progress import counted
 
 MANY = 20_000  # from this number of rows on, more processes save more time than they take to start
 MEANT = "auto"  # the value of data.cache that means the user's cache folder
@@ -690,6 +691,8 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max
         key = store.digest(store.code(), chat_templates.TEMPLATES, read_by, dataclasses.asdict(how), content)
         encoder = functools.partial(type(how).encode, how, tokenizer)
         encoded = store.tokenised(table, encoder, key, cache, _processes(data.processes, len(table)))
+        if isinstance(how, Recipe):
+            one.notes.extend(_tokens_in_texts(encoded, how, table, tokenizer))
         kept, long, lost = store.fit(encoded, max_length, data.long, table.place)
         pieces.append(Piece(table, content, kept.row, how))
         examples.append(kept)
@@ -715,6 +718,20 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max
     if len(joined):
         efficiency = Batches(joined, 1, max_length, packing=data.packing, buckets=data.buckets).efficiency
     return Part(joined, np.concatenate(source), tuple(pieces), reports, efficiency)
+
+
+def _tokens_in_texts(encoded: store.Examples, how: Recipe, table: Table, tokenizer) -> list[str]:
+    """A list with one note of the rows whose texts hold special tokens; an empty list if there are none. Messages of
+    chats hold none, see tokenise."""
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    (at,) = np.isin(encoded.ids, special).nonzero()
+    example = np.searchsorted(encoded.start, at, "right") - 1
+    at = at - encoded.start[example]
+    rows = np.unique(encoded.row[example[(at > 0) & (at < encoded.length[example] - 1)]]).tolist()
+    if not rows or how.render([table.row(rows[0])], [table.place(rows[0])])[0].messages is not None:
+        return []
+    told = "whose text of a special token is read as the token itself, the first of them"
+    return [f"{counted(len(rows), 'row')} {told} {table.place(rows[0])}"]
 
 
 def _processes(asked: int, rows: int) -> int:

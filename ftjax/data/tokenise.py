@@ -20,6 +20,7 @@ from ftjax.data.template import THINKING, Rendered
 from ftjax.errors import FtjaxError
 from ftjax.hub.tokenizer import Marks, end_token, last_close, marks, shared, show, turn_close
 
+MARK = "\ufdd0"  # a character of no text, within the text of a special token that means itself and not the token
 CHUNK = 1024  # texts given to the tokenizer at once; its records take about 100 bytes a token
 
 Place = Callable[[int], str]  # index of a row -> its name in errors, such as "a.jsonl row 3"
@@ -90,9 +91,10 @@ def encode(
         plain = [i for i, r in enumerate(chunk) if r.messages is None]
         done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer, train_on, end_id)))
         for name in dict.fromkeys(r.template for r in chunk if r.messages is not None):
-            chats[name] = chats.get(name) or _chat(name, end, tokenizer)
+            chat = chats[name] = chats.get(name) or _chat(name, end, tokenizer)
             mine = [i for i, r in enumerate(chunk) if r.messages is not None and r.template == name]
-            plans = [_plan(chats[name], chunk[i], train_on, place(first + i)) for i in mine]
+            at = [place(first + i) for i in mine]
+            plans = [_plan(chat, _as_text(chat, chunk[i], at), train_on, at) for i, at in zip(mine, at)]
             done |= zip(mine, _encode_chats(plans, chats[name], end_id))
         examples += [_example(*done[i], place, first + i) for i in range(len(chunk))]
     return examples
@@ -119,6 +121,7 @@ def encode_prompts(
     for i, r in enumerate(rendered):
         if r.messages is not None:
             chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
+            r = _as_text(chats[r.template], r, place(i))
             prompts.append(_show(chats[r.template], r, open_messages(r, goes_on), True, place(i)))
             _need_all(chats[r.template], r, open_messages(r, goes_on), prompts[-1], place(i))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
@@ -151,7 +154,8 @@ def reply(row: Rendered, said: str, messages: tuple[dict, ...], tokenizer, place
     """
     chat, before = _chat(row.template, end, tokenizer), row.messages
     whole = (*before, {"role": "assistant", "content": said}, *messages)
-    shown, mark = _marked_chat(chat, dataclasses.replace(row, messages=whole), len(before), place, generation=True)
+    talk = _as_text(chat, dataclasses.replace(row, messages=whole), place)
+    shown, mark = _marked_chat(chat, talk, len(before), place, generation=True)
     return continuation(chat.tokenizer, shown.partition(mark)[2])
 
 
@@ -174,6 +178,7 @@ def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "
     if not turns or not row.messages[turns[-1]].get("tool_calls"):
         return template.reference(row)
     chat = _chat(row.template, end, tokenizer)
+    row = _as_text(chat, row, place)
     before, through = (_show(chat, row, row.messages[: turns[-1] + more], not more, place) for more in (0, 1))
     if not through.startswith(before):  # encode refuses such a row
         return template.reference(row)
@@ -216,12 +221,13 @@ def _prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
     return prompts
 
 
-def continuation(tokenizer, text: str) -> list[int]:
-    """Ids of a text that follows another text, without the space that some tokenizers put before the first word."""
-    before, both = _ids(tokenizer, ["\n", "\n" + text], special=False)
+def continuation(tokenizer, text: str, **how) -> list[int]:
+    """Ids of a text that follows another text, without the space that some tokenizers put before the first word. how:
+    of `_ids`."""
+    before, both = _ids(tokenizer, ["\n", "\n" + text], special=False, **how)
     if both[: len(before)] == before:
         return both[len(before) :]
-    return _ids(tokenizer, [text], special=False)[0]
+    return _ids(tokenizer, [text], special=False, **how)[0]
 
 
 # ---------------------------------------------------------------------------------------------- chats
@@ -258,6 +264,30 @@ def _chat(name: str, end: str, tokenizer) -> Chat:
     tokenizer = chat_templates.dated(tokenizer)
     text = chat_templates.resolve(name, end, tokenizer) or None
     return Chat(tokenizer, text, marks(tokenizer, text))
+
+
+def _as_text(chat: Chat, row: Rendered, place: str) -> Rendered:
+    """A row whose messages and tools stay text: `<|im_end|>` in an answer must not end its turn. Each special token
+    that the template writes itself gets MARK within its text, see `_ids`."""
+    pattern, tokens = chat.marks.around, chat.tokenizer.added_tokens_decoder
+    found = set(pattern.findall(repr((row.messages, row.tools))))
+    for token in found:
+        if not chat.tokenizer.is_fast or tokens.keys() & continuation(chat.tokenizer, token, split_special_tokens=True):
+            raise FtjaxError(
+                f"{place}: holds the text {token!r}, which this tokenizer can only read as the token itself; remove it "
+                "from the row"
+            )
+
+    def marked(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda token: token[0][0] + MARK + token[0][1:], value)
+        if isinstance(value, dict):
+            return {key: marked(cell) for key, cell in value.items()}
+        return [marked(cell) for cell in value] if isinstance(value, list | tuple) else value
+
+    if not found:
+        return row
+    return dataclasses.replace(row, messages=tuple(marked(row.messages)), tools=tuple(marked(row.tools)))
 
 
 def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
@@ -518,10 +548,27 @@ def _example(ids: list[int], spans: list[Span], place: Place, index: int) -> Exa
     return Example(np.array(ids, np.int32), trained)
 
 
-def _ids(tokenizer, texts: list[str], special: bool = True) -> list[list[int]]:
+def _ids(tokenizer, texts: list[str], special: bool = True, **how) -> list[list[int]]:
+    """The ids of texts. Where MARK stands within the text of a special token, they are those of plain text."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    bare = [text.replace(MARK, "") for text in texts]
+    found = tokenizer(bare, add_special_tokens=special, return_attention_mask=False, verbose=False, **how)["input_ids"]
+    for i, text in enumerate(texts):
+        if MARK in text:
+            found[i] = _plainly(tokenizer, text, bare[i], special)
+    return found
+
+
+def _plainly(tokenizer, text: str, bare: str, special: bool) -> list[int]:
+    """The ids of a text with MARK, given that text without it too."""
+    within = np.cumsum([len(part) for part in text.split(MARK)[:-1]])  # the second character of each marked token
+    tokens, ids = tokenizer.added_tokens_decoder, []
+    found = tokenizer(bare, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    for i, (start, stop) in zip(found["input_ids"], found["offset_mapping"]):
+        mine = i in tokens and np.any((start < within) & (within < stop))
+        ids += continuation(tokenizer, str(tokens[i]), split_special_tokens=True) if mine else [i]
+    return ids
 
 
 def _one_bos(rows: list[list[int]], tokenizer) -> list[list[int]]:

@@ -299,6 +299,7 @@ class Marks(NamedTuple):
     ends: re.Pattern  # tokens that can end a turn: the special tokens, and the token that ends a plain answer
     last: str = ""  # token that ends the last answer of a plain chat; empty: there is none
     between: str = ""  # text that ends an answer before a question, up to its last token; empty: no token ends it
+    around: re.Pattern = re.compile("(?!)")  # special tokens that begin and end texts, or that a plain chat has
 
 
 def marks(tokenizer, chat_template: str | None = None) -> Marks:
@@ -331,6 +332,7 @@ def marks(tokenizer, chat_template: str | None = None) -> Marks:
     if not (chat_template or tokenizer.chat_template):
         return Marks(tokens, _any_of(special))
     before, behind = around([question, answer], answer)
+    written = {*tokens.findall(before + behind), str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")}
     # The token that opens the chat opens turns. It does not end them, even if the template puts it after the last one.
     opening = {next((token for token in tokens.findall(before) if token != tokenizer.bos_token), "")}
     plain = Marks(tokens, _any_of(every - opening))
@@ -344,7 +346,8 @@ def marks(tokenizer, chat_template: str | None = None) -> Marks:
     gap = goes_on.rpartition(question["content"])[0]
     gap = gap[: len(gap) - shared(gap[::-1], header[::-1], _any_of({token[::-1] for token in every}))]
     found = list(plain.ends.finditer(gap))
-    return Marks(tokens, _any_of((special | {last}) - opening), last, gap[: found[-1].end()] if found else "")
+    between = gap[: found[-1].end()] if found else ""
+    return Marks(tokens, _any_of((special | {last}) - opening), last, between, _any_of(special & written))
 
 
 def turn_end(tokenizer, chat_template: str | None = None) -> list[int]:

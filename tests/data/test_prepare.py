@@ -84,6 +84,16 @@ def test_a_column_that_deals_rows_is_not_needed_where_none_are_dealt(write, star
         assert [len(p) for p in (data.train, data.validation, data.test)] == [20, 3, 0]
 
 
+def test_special_tokens_in_plain_texts_are_counted_and_named(write, starter):
+    there = [{"prompt": p, "completion": c} for p, c in (("<s>a", "b"), ("a</s>", "b"), ("a", "b<s>b"), ("a", "b</s>"))]
+    source = write("t.jsonl", [*rows(3), *there])
+    note = "2 rows whose text of a special token is read as the token itself, the first of them "
+    data = run(settings(source, split=(1.0, 0.0, 0.0)), starter)
+    assert [told for told in data.notes if "special" in told] == [f"{note}{source} row 5"]
+    chats = run(settings(source, split=(1.0, 0.0, 0.0), template="plain"), starter)
+    assert not [told for told in chats.notes if "special" in told]
+
+
 def test_parts_stay_aligned_when_rows_are_dropped(write, starter):
     long = {"prompt": "x" * 200, "completion": "y"}
     source = write("t.jsonl", [*rows(3), long, *rows(3, 10)])

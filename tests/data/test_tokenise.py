@@ -1,17 +1,23 @@
 """Token ids and masks, with real tokenizers; the referee is transformers' own encoding and its assistant masks."""
 
+import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ftjax.assets import resolve
+from ftjax.data.chat_templates import TEMPLATES
 from ftjax.data.read import read
 from ftjax.data.template import Rendered, guess, renderer
 from ftjax.data.template import reference as plain_reference
 from ftjax.data.tokenise import answer_of, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.metrics import score
+from ftjax.hub.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -47,6 +53,41 @@ def chat(*contents, system=None, **last):
 
 def trained_text(example, tokenizer):
     return tokenizer.decode(example.ids[example.trained])
+
+
+def test_the_text_of_a_special_token_in_a_message_stays_text(shared):
+    qwen3, starter = (load_tokenizer(f) for f in (shared / "tokenizers/qwen3", resolve("builtin:stories260K")))
+    for tokenizer, template, token, other in (
+        (qwen3, "", "<|im_end|>", "<|box_end|>"),
+        (qwen3, "chatml", "<|im_end|>", "<|box_end|>"),
+        (starter, "plain", "</s>", ""),
+    ):
+        says = f"No{token}\n<|im_start|>user\n{other}{token}{token} so."
+        row = dataclasses.replace(chat(f"What is {token}?", says, "And?", says), template=template)
+        clean = dataclasses.replace(chat("What is it?", f"No{other}.", "And?", f"No{other}."), template=template)
+        (example, known), (prompt,) = encode([row, clean], tokenizer), encode_prompts([row], tokenizer)
+        for i in tokenizer.added_tokens_decoder:  # all of them, but for those that the template does not write
+            assert (example.ids == i).sum() == (known.ids == i).sum()
+        assert example.ids[: len(prompt)].tolist() == prompt.tolist()
+        text = tokenizer.decode(example.ids)
+        if tokenizer is qwen3:
+            shown = tokenizer.apply_chat_template(
+                row.messages, tokenize=False, chat_template=TEMPLATES["chatml"].text if template else None
+            )
+            assert text == shown and trained_text(example, tokenizer).count(says) == 2
+        assert encode([clean], tokenizer)[0].ids.tolist() == known.ids.tolist()
+
+
+def test_a_token_that_cannot_be_text_is_refused(shared):
+    rules = json.loads((Path(resolve("builtin:stories260K")) / "tokenizer.json").read_text())
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [[token, 0.0] for token in rules["model"]["vocab"]]}
+    backend = Tokenizer.from_str(json.dumps(rules | {"model": model}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    row = dataclasses.replace(chat("Hi</s>", "Yo"), template="plain")
+    with pytest.raises(
+        FtjaxError, match="row 1: holds the text '</s>', which this tokenizer can only read as the token"
+    ):
+        encode([row], tokenizer)
 
 
 def real_rows(shared):
