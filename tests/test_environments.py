@@ -188,6 +188,10 @@ def test_an_environment_talks_by_the_chat_template(lm, setting, monkeypatch):
         ({"fault": "'', 10**400, True"}, r"turn 2, text '.*' returned \('', 10{160,200}; expected three values"),
         ({"fault": "None"}, r"turn 2, text '.*' returned None; expected three values"),
         ({"fault": "'', 1.0"}, r"turn 2, .*; expected three values"),
+        (
+            {"fault": "[{'role': 'tool', 'content': 'x'}], 1.0, False"},
+            r"turn 2, .*; expected three values: .* of a chat",
+        ),
         ({"fault": "None, 1.0, True"}, r"turn 2, .*; expected three values"),
         ({"fault": "'', 1.0, 'no'"}, r"turn 2, .*; expected three values"),
         (

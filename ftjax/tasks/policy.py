@@ -324,11 +324,11 @@ def episodes(
                 found = one.world.step(text)
             except user_code.ERRORS as error:
                 raise FtjaxError(f"{at}: {failed(error)}") from error
-            if not _is_reply(found):
+            if not _is_reply(found, str if one.talk is None else str | list):
                 raise FtjaxError(
                     f"{at}: task.environment {named!r} returned {found!r:.200}; expected three values: the reply, as "
-                    f"text or a list of messages, the reward, a finite number of at most {metrics.LARGEST:g}, and True "
-                    "or False, whether the episode ends"
+                    "text, or as a list of messages if the prompt is one of a chat, the reward, a finite number of at "
+                    f"most {metrics.LARGEST:g}, and True or False, whether the episode ends"
                 )
             replies.append((found[0], float(found[1]), bool(found[2])))
         return replies
@@ -360,9 +360,9 @@ def episodes(
     return [(one.prompt, one.answer(), one.reward) for one in played]
 
 
-def _is_reply(found) -> bool:
-    """Whether an environment's step returned (text or messages, finite reward, whether the episode ends)."""
-    if not (isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[0], str | list)):
+def _is_reply(found, kind) -> bool:
+    """Whether an environment's step returned (a reply of this kind, finite reward, whether the episode ends)."""
+    if not (isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[0], kind)):
         return False
     return (
         isinstance(found[1], numbers.Real)
