@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ftjax import config as configs
 from ftjax.errors import FtjaxError
 
 THIRD = 3  # one point in three goes to the next rung, with three times the budget
@@ -73,14 +74,19 @@ def axes(grid: Sequence[str], drawn: bool = False) -> list[Axis]:
             )
         if key in (axis.key for axis in found):
             raise FtjaxError(f"--grid {text!r}: the key {key} occurs twice; write all its values in one --grid")
-        found.append(Axis(key, _range(text, values, drawn) or _list(values)))
+        found.append(Axis(key, _range(text, values, drawn) or _list(key, values)))
     return found
 
 
-def _list(values: str) -> tuple:
+def _list(key: str, values: str) -> tuple:
+    """The texts of a list, one for each value of the field: 1e-3 and 0.001 are one point, not two runs of it."""
     # A comma within brackets or quotes is part of a value.
     parts = re.findall(r"""(?:[^,("'\[]|\([^)]*\)|\[[^\]]*\]|"[^"]*"|'[^']*')+""", values)
-    return tuple(dict.fromkeys(parts))
+    read = configs.FIELDS[key].read if key in configs.FIELDS else lambda part, _: part
+    found: dict[str, str] = {}
+    for part in parts:
+        found.setdefault(repr(read(part, f"--config.{key}")), part)
+    return tuple(found.values())
 
 
 def _range(text: str, values: str, drawn: bool) -> Range | None:

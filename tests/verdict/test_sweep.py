@@ -23,6 +23,8 @@ def test_a_grid_is_read_as_the_command_line_reads_fields():
         Axis("tuning.targets", ("('query',)", "('query', 'value')")),
         Axis("data.prompt", ('"a, b"', "c")),
     ]
+    twice = ["optim.lr=1e-3,0.001,1e-4,.001", "data.packing=True,true", "tuning.targets=('a','b'),(\"a\", \"b\")"]
+    assert [axis.values for axis in search.axes(twice)] == [("1e-3", "1e-4"), ("True",), ("('a','b')",)]
     for text, match in (("rank", "expected key="), ("rank=", "expected key="), ("seed=1,2", "--seeds")):
         with pytest.raises(FtjaxError, match=match):
             search.axes([text])
