@@ -29,8 +29,8 @@ def schedule(config, steps: int, lr: float) -> optax.Schedule:
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(lr, rest, alpha=config.final_lr)
     else:
-        decay = max(round(config.decay * steps), 1)
-        after = optax.linear_schedule(lr, end, decay, transition_begin=max(rest - decay, 0))
+        decay = min(max(round(config.decay * steps), 1), rest)  # a warm-up may leave fewer steps
+        after = optax.linear_schedule(lr, end, decay, transition_begin=rest - decay)
     # The warm-up is (step + 1) / warmup, so that the first batch does not have a learning rate of zero.
     up = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
     return optax.join_schedules([up, after], [warmup]) if warmup else after

@@ -67,6 +67,8 @@ def test_schedule_landmarks():
     assert got[19:21] == pytest.approx([1e-3, 1e-3], rel=1e-5)  # warm-up is a share of all steps
     assert got[110] == pytest.approx(0.6e-3, rel=1e-5)  # half way down to a fifth
     assert float(schedule(optim(schedule="linear", warmup=0.1, final_lr=0.2), 200, 1e-3)(200)) == pytest.approx(2e-4)
+    steep = optim(schedule="wsd", warmup=0.5, decay=0.8, final_lr=0.1)  # the warm-up leaves fewer steps than its decay
+    assert [float(schedule(steep, 10, 1e-3)(step)) for step in (5, 10)] == pytest.approx([1e-3, 1e-4])
     alone = values(3, schedule="cosine", warmup=10)
     assert alone == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=1e-5)  # nothing but warm-up
     assert values(1, schedule="cosine", warmup=0.03) == [pytest.approx(1e-3)]
