@@ -31,6 +31,7 @@ from ftjax.files import cache_home
 from ftjax.progress import counted
 
 MANY = 20_000  # from this number of rows on, more processes save more time than they take to start
+MOST_IDS = 1 << 24  # ids that are looked through at once
 MEANT = "auto"  # the value of data.cache that means the user's cache folder
 
 
@@ -724,7 +725,9 @@ def _tokens_in_texts(encoded: store.Examples, how: Recipe, table: Table, tokeniz
     """A list with one note of the rows whose texts hold special tokens; an empty list if there are none. Messages of
     chats hold none, see tokenise."""
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    (at,) = np.isin(encoded.ids, special).nonzero()
+    pieces = range(0, len(encoded.ids), MOST_IDS)
+    at = [i + np.flatnonzero(np.isin(encoded.ids[i : i + MOST_IDS], special)) for i in pieces]
+    at = np.concatenate([np.zeros(0, int), *at])
     example = np.searchsorted(encoded.start, at, "right") - 1
     at = at - encoded.start[example]
     rows = np.unique(encoded.row[example[(at > 0) & (at < encoded.length[example] - 1)]]).tolist()
