@@ -729,8 +729,9 @@ def _tokens_in_texts(encoded: store.Examples, how: Recipe, table: Table, tokeniz
     at = [i + np.flatnonzero(np.isin(encoded.ids[i : i + MOST_IDS], special)) for i in pieces]
     at = np.concatenate([np.zeros(0, int), *at])
     example = np.searchsorted(encoded.start, at, "right") - 1
-    at = at - encoded.start[example]
-    rows = np.unique(encoded.row[example[(at > 0) & (at < encoded.length[example] - 1)]]).tolist()
+    at, last, second = (at - encoded.start[example], encoded.length[example] - 1, encoded.second[example])
+    within = (at > 0) & (at < last) & ((second == 0) | (at != second) & (at != second - 1))
+    rows = np.unique(encoded.row[example[within]]).tolist()
     if not rows or how.render([table.row(rows[0])], [table.place(rows[0])])[0].messages is not None:
         return []
     told = "whose text of a special token is read as the token itself, the first of them"

@@ -90,8 +90,11 @@ def test_special_tokens_in_plain_texts_are_counted_and_named(write, starter):
     note = "2 rows whose text of a special token is read as the token itself, the first of them "
     data = run(settings(source, split=(1.0, 0.0, 0.0)), starter)
     assert [told for told in data.notes if "special" in told] == [f"{note}{source} row 5"]
-    chats = run(settings(source, split=(1.0, 0.0, 0.0), template="plain"), starter)
-    assert not [told for told in chats.notes if "special" in told]
+    pairs = [{"prompt": row["prompt"], "chosen": "a", "rejected": "b"} for row in rows(4)]
+    c = settings(write("p.jsonl", pairs), split=(1.0, 0.0, 0.0))
+    c.task.kind = "preference"
+    for other in run(settings(source, split=(1.0, 0.0, 0.0), template="plain"), starter), run(c, starter):
+        assert not [told for told in other.notes if "special" in told]
 
 
 def test_parts_stay_aligned_when_rows_are_dropped(write, starter):
