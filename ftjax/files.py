@@ -53,16 +53,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def drafted(folder: Path, suffix: str = DRAFT) -> Iterator[Path]:
-    """Yield an empty draft beside a folder, for the block to rename. An error deletes it; a kill leaves it to the next
-    process.
+def drafted(folder: Path) -> Iterator[Path]:
+    """Yield an empty draft beside a folder, given by its real path, for the block to rename to it. An error deletes the
+    draft; a kill leaves it to the next process.
 
-    Args:
-        folder: The real path of the folder, which the draft is to become.
-        suffix: Of the draft's name.
-
-    Raises:
-        FtjaxError: If another process has the draft, or if the folder cannot be replaced without harm.
+    Raises FtjaxError if another process has the draft, or if the folder cannot be replaced without harm.
     """
     import fcntl
 
@@ -71,7 +66,7 @@ def drafted(folder: Path, suffix: str = DRAFT) -> Iterator[Path]:
             f"{folder}: is the folder that this command runs in or one above it, or a mount, and a new folder cannot "
             f"take its place; name a new one, such as {folder / 'out'}"
         )
-    draft = folder.with_name(f".{folder.name}{suffix}")
+    draft = folder.with_name(f".{folder.name}.ftjax{DRAFT}")
     draft.mkdir(parents=True, exist_ok=True)
     lock = os.open(draft, os.O_RDONLY)
     try:

@@ -216,13 +216,6 @@ def unsupported_vectors(folder):
     pooling.read(folder)
 
 
-def left_by_another(folder):
-    (folder / ".out.partial").mkdir()
-    (folder / ".out.partial" / "mine").write_text("x")
-    with resolve.new_folder(folder / "out"):
-        pass
-
-
 def a_bad_line(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
     report.read_metrics(folder)
@@ -266,7 +259,6 @@ FILES = {
     " differ in the parameter layers/attn/k_proj/kernel, so they have no average": other_layers,
     "model.safetensors: ends before its last tensor; fetch it again": torn_weights,
     "modules.json: vectors by Dense are not supported": unsupported_vectors,
-    ".out.partial: this folder has the name that an export needs, but no interrupted export left it": left_by_another,
     "line 2: expected an object with a step; found '{\"loss\": 2}'. Mend the line, or delete it": a_bad_line,
     "checkpoints: holds no whole checkpoint: the checkpoint of step 7 is damaged: ": no_whole_checkpoint,
     "start.safetensors: expected a tensor x of shape (3,), found (2,)": another_start,

@@ -137,18 +137,11 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
     written to the folder's ftjax.json with its files and their checksums. Raises FtjaxError as `check_out` does.
     """
     out = check_out(out)
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for leftover in (partial, old):
-        if leftover.is_dir() and any(leftover.iterdir()) and not (leftover / MARKER).is_file():
-            raise FtjaxError(
-                f"{leftover}: this folder has the name that an export needs, but no interrupted export left it; move "
-                "it away"
-            )
-    with drafted(out, ".partial"):
+    old = out.with_name(f".{out.name}.ftjax.old")
+    with drafted(out) as partial:
         if old.is_dir() and not out.exists():  # killed between the two renames below
             check_out(old).rename(out)
         shutil.rmtree(old, ignore_errors=True)
-        write_json(partial / MARKER, {"written_by": "ftjax"})
         try:
             yield partial
             files = sorted(set(_files(partial)) - {MARKER})

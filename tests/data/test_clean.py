@@ -356,10 +356,10 @@ def test_a_command_that_is_stopped_leaves_no_part_of_its_folder(tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             verbs.split(c, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-    (tmp_path / ".out.part").mkdir()  # of a process that was killed
-    (tmp_path / ".out.part" / "train.jsonl").write_text("{")
+    (tmp_path / ".out.ftjax.part").mkdir()  # of a process that was killed
+    (tmp_path / ".out.ftjax.part" / "train.jsonl").write_text("{")
     verbs.split(c, str(tmp_path / "out"), say=lines.append)
-    assert lines[0] == f"{tmp_path / 'out' / 'train.jsonl'}: 24 rows" and not (tmp_path / ".out.part").exists()
+    assert lines[0] == f"{tmp_path / 'out' / 'train.jsonl'}: 24 rows" and not (tmp_path / ".out.ftjax.part").exists()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "test.jsonl",
         "train.jsonl",
