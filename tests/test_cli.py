@@ -87,7 +87,7 @@ def test_a_list_may_be_cut_by_its_reader():
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_verb_whose_reader_has_ended_is_quiet_and_keeps_its_files(merged, forks, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i} and {i}."}}\n' for i in range(20)))
     cut = "import os, sys, ftjax.cli; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)\n"
     cut += "os.dup2(1, 2)\n" if merged else ""
     rows = ["--data", "a.jsonl", "--model", "builtin:stories260K"]
