@@ -299,7 +299,7 @@ class Marks(NamedTuple):
     ends: re.Pattern  # tokens that can end a turn: the special tokens, and the token that ends a plain answer
     last: str = ""  # token that ends the last answer of a plain chat; empty: there is none
     between: str = ""  # text that ends an answer before a question, up to its last token; empty: no token ends it
-    around: re.Pattern = re.compile("(?!)")  # special tokens that begin and end texts, or that a plain chat has
+    around: re.Pattern = re.compile("(?!)")  # special tokens that begin and end texts, or that the template writes
 
 
 def marks(tokenizer, chat_template: str | None = None) -> Marks:
@@ -332,7 +332,10 @@ def marks(tokenizer, chat_template: str | None = None) -> Marks:
     if not (chat_template or tokenizer.chat_template):
         return Marks(tokens, _any_of(special))
     before, behind = around([question, answer], answer)
-    written = {*tokens.findall(before + behind), str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")}
+    written = {*tokens.findall(f"{before}{behind}{chat_template or tokenizer.chat_template}")}
+    written |= {str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")}
+    with contextlib.suppress(FtjaxError):  # some templates refuse the role
+        written |= {*tokens.findall(show(tokenizer, [{"role": "system", "content": "-"}, question], chat_template))}
     # The token that opens the chat opens turns. It does not end them, even if the template puts it after the last one.
     opening = {next((token for token in tokens.findall(before) if token != tokenizer.bos_token), "")}
     plain = Marks(tokens, _any_of(every - opening))

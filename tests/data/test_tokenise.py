@@ -17,7 +17,7 @@ from ftjax.data.template import reference as plain_reference
 from ftjax.data.tokenise import answer_of, encode, encode_prompts, reference
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.metrics import score
-from ftjax.hub.tokenizer import load_tokenizer
+from ftjax.hub.tokenizer import load_tokenizer, marks
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -76,6 +76,14 @@ def test_the_text_of_a_special_token_in_a_message_stays_text(shared):
             )
             assert text == shown and trained_text(example, tokenizer).count(says) == 2
         assert encode([clean], tokenizer)[0].ids.tolist() == known.ids.tolist()
+
+
+def test_the_tokens_that_a_template_writes_are_found_in_all_its_parts(shared):
+    tokens = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|call|>", "<|other|>")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/qwen3", additional_special_tokens=tokens)
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.calls %}<|call|>{% endif %}<|end|>"
+    found = marks(tokenizer, template + "{% endfor %}").around
+    assert [token for token in tokens if not found.fullmatch(token)] == ["<|other|>"]
 
 
 def test_a_token_that_cannot_be_text_is_refused(shared):
