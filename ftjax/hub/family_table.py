@@ -133,12 +133,12 @@ DENSE = {f"dense/{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "do
 SHARED_LAYER = MOE_LAYER | DENSE | {"mlp/shared_gate": "mlp.shared_expert_gate"}
 SHARED_LAYER |= {f"mlp/shared/{name}": f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 GEMMA_LAYER = LLAMA_LAYER | {"mlp_norm": "pre_feedforward_layernorm"} | OUT_NORMS
-GEMMA4_LAYER = GEMMA_LAYER | {"wide/" + path[4:]: name for path, name in LLAMA_LAYER.items() if path[:4] == "mlp/"}
-GEMMA4_LAYER |= {
-    kind + path[4:]: name
-    for kind in ("global", "attn_read", "global_read")
+GEMMA4_LAYER = GEMMA_LAYER | {  # other sublayers with the names of attn and mlp
+    path.replace(like, other): name
+    for like, others in (("attn/", ("global/", "attn_read/", "global_read/")), ("mlp/", ("wide/",)))
+    for other in others
     for path, name in LLAMA_LAYER.items()
-    if path[:5] == "attn/"
+    if path.startswith(like)
 }
 GEMMA4_LAYER |= {"inputs/gate": "per_layer_input_gate", "inputs/out": "per_layer_projection"}
 GEMMA4_LAYER |= {"inputs_out_norm": "post_per_layer_input_norm"}
@@ -231,16 +231,12 @@ def llama_like(
 
 INVERSE = (lambda x: 1 / x, lambda x: float(f"{1 / x:.12g}"))
 INVERSE_ROOT = (lambda x: x**-0.5, lambda x: round(x**-2))
-GEMMA_KEYS = {
-    **ATTENTION_BIAS, "activation": "hidden_activation", "score_scale": "query_pre_attn_scalar",
-    "logit_cap": "final_logit_softcapping",
-}  # fmt: skip
+GEMMA_KEYS = ATTENTION_BIAS | {"activation": "hidden_activation", "logit_cap": "final_logit_softcapping"}
 GEMMA_DEFAULTS = {
     "vocab_size": 256000, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "max_position_embeddings": 8192,
     "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False,
-    "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0, "sliding_window": 4096, "sliding_window_pattern": 2,
-    "layer_types": None,
+    "final_logit_softcapping": 30.0, "sliding_window": 4096, "sliding_window_pattern": 2, "layer_types": None,
 }  # fmt: skip
 GEMMA_CONSTANTS = {"norm": "rms_plus_one", "norms": "both", "embed_scale": lambda shape: shape["width"] ** 0.5}
 OLMO_DEFAULTS = {
@@ -463,8 +459,8 @@ DECODERS = (
         "gemma2",
         decoder_forms("Gemma2", tasks=("causal", "sequence", "token")),
         decoder_modules(GEMMA_LAYER),
-        keys=GEMMA_KEYS | {"score_cap": "attn_logit_softcapping"},
-        defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0},
+        keys=GEMMA_KEYS | {"score_cap": "attn_logit_softcapping", "score_scale": "query_pre_attn_scalar"},
+        defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 256},
         constants=GEMMA_CONSTANTS,
         only={"use_bidirectional_attention": (None, False), "sliding_window_pattern": (2,)},
         converted={"score_scale": INVERSE_ROOT},
@@ -476,11 +472,11 @@ DECODERS = (
             **decoder_forms("Gemma3Text", tasks=("sequence",)),
         },
         decoder_modules(GEMMA_LAYER),
-        keys=GEMMA_KEYS,
+        keys=GEMMA_KEYS | {"score_scale": "query_pre_attn_scalar"},
         defaults=GEMMA_DEFAULTS
         | {
             "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None,
-            "sliding_window_pattern": 6,
+            "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
         },
         constants=GEMMA_CONSTANTS | {"qk_norm": "head"},
         only={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
@@ -493,28 +489,18 @@ DECODERS = (
         "gemma4_text",
         decoder_forms("Gemma4", tasks=("causal",)),
         (*decoder_modules(GEMMA4_LAYER), *GEMMA4_MODULES),
-        keys=ATTENTION_BIAS
+        keys=GEMMA_KEYS | {"values_from_keys": "attention_k_eq_v"},
+        defaults=GEMMA_DEFAULTS
         | {
-            "activation": "hidden_activation", "logit_cap": "final_logit_softcapping",
-            "values_from_keys": "attention_k_eq_v",
+            "vocab_size": 262144, "num_hidden_layers": 30, "max_position_embeddings": 131072, "sliding_window": 512,
+            "sliding_window_pattern": 6, "final_logit_softcapping": None, "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
+            "attention_k_eq_v": False, "global_head_dim": 512, "num_global_key_value_heads": None,
+            "per_layer_config": None,
         },
-        defaults={
-            "vocab_size": 262144, "hidden_size": 2304, "num_hidden_layers": 30, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "max_position_embeddings": 131072,
-            "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False,
-            "final_logit_softcapping": None, "sliding_window": 512, "sliding_window_pattern": 6, "layer_types": None,
-            "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 0,
-            "use_double_wide_mlp": False, "attention_k_eq_v": False, "global_head_dim": 512,
-            "num_global_key_value_heads": None, "per_layer_config": None,
-        },
-        constants={
-            "norms": "both", "embed_scale": GEMMA_CONSTANTS["embed_scale"], "qk_norm": "head", "v_norm": True,
-            "score_scale": 1.0,
-        },
-        only={
-            "use_bidirectional_attention": (None, False, "vision"),  # vision: of images alone
-            "sliding_window_pattern": (6,),
-        },
+        constants=GEMMA_CONSTANTS | {"norm": "rms", "qk_norm": "head", "v_norm": True, "score_scale": 1.0},
+        # vision: of images alone
+        only={"use_bidirectional_attention": (None, False, "vision"), "sliding_window_pattern": (6,)},
         theta=1e6,
         local_theta=1e4,
         rope={"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25}},
