@@ -118,7 +118,7 @@ FIELDS = {
     **dict.fromkeys(("num_kv_shared_layers", "hidden_size_per_layer_input"), maybe(whole())),
     **dict.fromkeys(("vocab_size_per_layer_input", "global_head_dim", "num_global_key_value_heads"), maybe(whole(1))),
     "use_double_wide_mlp": maybe(flag),
-    "per_layer_config": maybe(mapped()),
+    "per_layer_config": maybe(mapped(mapped(head_dim=whole(1), num_key_value_heads=whole(1)))),
 }
 ROPE_FIELDS = {
     **dict.fromkeys(("rope_theta", *ROPE_KEYS), maybe(number(above=0))),
@@ -487,7 +487,7 @@ def _dense_from_hf(hf: dict, layers: int, where: str) -> tuple[tuple[str, str], 
 def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
     """Fields of ModelConfig for the layers of Gemma 4. The last has no window, whatever `layer_types` says."""
     L, P, shared = values["layers"], hf["hidden_size_per_layer_input"] or 0, hf["num_kv_shared_layers"] or 0
-    windows = (*values["windows"][:-1], 0) if any(values["windows"][:-1]) else (0,) * L
+    windows = (*(values["windows"] or (0,) * L)[:-1], 0)
     kinds = ["attn" if window else "global" for window in windows]
     if {*kinds} - {*kinds[: max(L - shared, 0)]}:
         raise FtjaxError(
@@ -500,12 +500,10 @@ def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
         sizes["num_key_value_heads"] = hf["num_global_key_value_heads"]
     # Of transformers 5.24, in place of these keys. It is empty if all layers have the sizes of those with a window.
     if (told := hf["per_layer_config"]) is not None:
-        known = {"head_dim": whole(1), "num_key_value_heads": whole(1)}
-        sizes = told.get(str(L - 1)) if told else {}
-        check_fields({"layer": sizes}, {"layer": mapped()}, f"{where}: per_layer_config")
-        check_fields(sizes, known, f"{where}: per_layer_config")
+        known = ("head_dim", "num_key_value_heads")
+        sizes = {key: size for key, size in told.get(str(L - 1), {}).items() if key in known}
         full = [str(layer) for layer, kind in enumerate(kinds) if kind == "global"]
-        if told and told != dict.fromkeys(full, sizes) or sizes.keys() - known.keys():
+        if told and told != dict.fromkeys(full, sizes):
             raise FtjaxError(
                 f"{where}: per_layer_config: expected the same {' and '.join(known)} in all layers of full attention, "
                 f"{', '.join(full)}, and nothing else; found {told!r:.200}"
@@ -528,21 +526,18 @@ def _sharing_to_hf(config: ModelConfig) -> dict:
     return {
         "num_kv_shared_layers": sum(READS in names[0] for names in config.parts),
         "use_double_wide_mlp": any("wide" in names for names in config.parts),
-        "hidden_size_per_layer_input": config.input_width,
-        "vocab_size_per_layer_input": config.vocab_size,
-        "global_head_dim": config.global_head_dim,
-        "num_global_key_value_heads": config.global_kv_heads,
+        "hidden_size_per_layer_input": config.input_width, "vocab_size_per_layer_input": config.vocab_size,
+        "global_head_dim": config.global_head_dim, "num_global_key_value_heads": config.global_kv_heads,
         "per_layer_config": {str(i): sizes for i, names in enumerate(config.parts) if names[0].startswith("global")},
-        "layer_types": [LAYER_TYPES[names[0].startswith("attn")] for names in config.parts],
-        "sliding_window": max(config.windows, default=512),
-    }
+        "sliding_window": max(config.windows, default=512),  # transformers reads no null here
+    }  # fmt: skip
 
 
 def layers_to_hf(config: ModelConfig, family: Family) -> dict:
     """The fields of config.json that say which layers have a window, rotary positions or experts."""
-    if "num_kv_shared_layers" in family.defaults:
-        return _sharing_to_hf(config)
     hf = _windows_to_hf(config, family)
+    if "num_kv_shared_layers" in family.defaults:
+        hf |= _sharing_to_hf(config)
     if "mlp_only_layers" in family.defaults:
         dense = [layer for layer, parts in enumerate(config.parts) if "dense" in parts]
         hf |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}

@@ -282,7 +282,12 @@ def test_gpt2_answers_to_the_names_of_others():
         ),
         ({"model_type": "gemma4_text", "num_kv_shared_layers": 26}, ["num_kv_shared_layers = 26 leaves a type"]),
         ({"model_type": "gemma4_text", "num_kv_shared_layers": 30}, ["num_kv_shared_layers = 30 leaves a type"]),
-        ({"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 8}}}, ["per_layer_config: layer = None"]),
+        ({"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 8}}}, ["per_layer_config: expected the"]),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"29": {"head_dim": "8"}}},
+            ["per_layer_config = ", "an object in which '29' is an object in which 'head_dim' is a whole number"],
+        ),
+        ({"model_type": "gemma4_text", "per_layer_config": {"29": None}}, ["in which '29' is an object"]),
         (
             {"model_type": "gemma4_text", "per_layer_config": {"29": {"head_dim": 8}}},
             ["per_layer_config: expected the"],
