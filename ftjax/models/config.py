@@ -76,9 +76,9 @@ class ModelConfig:
     out_bias: bool = False  # bias of the attention's output projection
     qk_norm: str = ""  # RMS norm of q and k before rotary: `head`, over each head | `all`, over all heads together
     v_norm: bool = False  # RMS norm of v over each head, without a scale
-    global_head_dim: int = 0  # d of layers without a window, which are sublayers of their own then; 0: as all layers
-    global_kv_heads: int = 0  # K of these layers
-    values_from_keys: bool = False  # the v of these layers are the outputs of k_proj
+    global_head_dim: int = 0  # d of the sublayers `global`, which layers without a window have then; 0: there are none
+    global_kv_heads: int = 0  # K of these sublayers
+    values_from_keys: bool = False  # the v of these sublayers are the outputs of k_proj
     attn_gate: bool = False  # outputs of heads are multiplied by the sigmoid of gates, which q_proj gives behind each q
     qkv_clip: float | None = None  # bound of |q|, |k| and |v|
     score_scale: float | None = None  # factor of q kᵀ; None: d^-0.5
@@ -147,17 +147,12 @@ def layers_with(config: ModelConfig, path: str) -> tuple[int, ...]:
 
 
 def of_sublayer(config: ModelConfig, name: str) -> ModelConfig:
-    """The shape that a sublayer of this name computes with."""
-    if name == "dense":
-        return dataclasses.replace(config, hidden=config.dense_hidden)
-    if name == "wide":
-        return dataclasses.replace(config, hidden=2 * config.hidden)
-    if not config.global_head_dim:
-        return config
+    """The shape that a sublayer of this name computes with. Its windows are those of the layers that have it."""
+    own = {"hidden": {"dense": config.dense_hidden, "wide": 2 * config.hidden}.get(name, config.hidden)}
     if name.startswith("global"):
-        sizes = {"head_dim": config.global_head_dim, "kv_heads": config.global_kv_heads}
-        return dataclasses.replace(config, **sizes, windows=())
-    return dataclasses.replace(config, values_from_keys=False, windows=tuple(filter(None, config.windows)))
+        own |= {"head_dim": config.global_head_dim, "kv_heads": config.global_kv_heads}
+    windows = tuple(config.windows[layer] for layer in layers_with(config, name)) if config.windows else ()
+    return dataclasses.replace(config, windows=windows, **own)
 
 
 def attentions(config: ModelConfig) -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
@@ -172,8 +167,8 @@ def experts_per_token(config: ModelConfig) -> float:
 
 def hidden_per_token(config: ModelConfig) -> float:
     """Hidden values of the feed-forward parts that a token goes through in a layer, on average over the layers."""
-    sizes = {"mlp": config.hidden * experts_per_token(config) + config.shared_hidden}
-    sizes |= {"dense": config.dense_hidden, "wide": 2 * config.hidden}
+    sizes = {name: of_sublayer(config, name).hidden for name in ("dense", "wide")}
+    sizes["mlp"] = config.hidden * experts_per_token(config) + config.shared_hidden
     return sum(size * len(layers_with(config, name)) for name, size in sizes.items()) / config.layers
 
 

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         else:
             q = linear("q_proj", (1 + c.attn_gate) * H * d, c.qkv_bias)(x)
             k = None if reads else linear("k_proj", K * d, c.qkv_bias)(x)
-            v = k if reads or c.values_from_keys else linear("v_proj", K * d, c.qkv_bias)(x)
+            v = k if reads or c.values_from_keys and source == "global" else linear("v_proj", K * d, c.qkv_bias)(x)
         q, k, v = (x if x is None else named(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
         if c.attn_gate:
             q, gates = (each.reshape(B, T, H * d) for each in jnp.split(q.reshape(B, T, H, 2 * d), 2, axis=-1))
@@ -111,12 +111,9 @@ class Attention(nn.Module):
             v = normalised(v.astype(jnp.float32), c.norm_eps).astype(v.dtype)
         if c.positions == "rotary":
             tables = shared["rotary"]
-            if c.global_head_dim:
-                tables = shared["rotary" if source == "global" else "local"]
-            elif c.local_theta:
-                tables = jax.tree.map(
-                    lambda local, all: jnp.where(layer["window"] > 0, local, all), shared["local"], tables
-                )
+            if c.local_theta and any(c.windows):
+                of_layer = lambda own, all: jnp.where(layer["window"] > 0, own, all)  # noqa: E731
+                tables = shared["local"] if all(c.windows) else jax.tree.map(of_layer, shared["local"], tables)
             if c.rotary:
                 tables = tuple(jnp.where(layer["rotary"], x, still) for x, still in zip(tables, (1.0, 0.0)))
             q, k = (x if x is None else rotate(x, tables, c.rotary_pairs) for x in (q, k))
