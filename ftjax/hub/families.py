@@ -495,28 +495,26 @@ def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
         )
     if P and hf["vocab_size_per_layer_input"] != values["vocab_size"]:
         raise FtjaxError(f"{where}: vocab_size_per_layer_input: expected that of vocab_size, {values['vocab_size']}")
-    sizes = {"head_dim": hf["global_head_dim"]}
-    if hf["attention_k_eq_v"]:
-        sizes["num_key_value_heads"] = hf["num_global_key_value_heads"]
+    d, K = hf["global_head_dim"], hf["num_global_key_value_heads"] if hf["attention_k_eq_v"] else None
     # Of transformers 5.24, in place of these keys. It is empty if all layers have the sizes of those with a window.
     if (told := hf["per_layer_config"]) is not None:
         known = ("head_dim", "num_key_value_heads")
         sizes = {key: size for key, size in told.get(str(L - 1), {}).items() if key in known}
+        d, K = map(sizes.get, known)
         full = [str(layer) for layer, kind in enumerate(kinds) if kind == "global"]
         if told and told != dict.fromkeys(full, sizes):
             raise FtjaxError(
                 f"{where}: per_layer_config: expected the same {' and '.join(known)} in all layers of full attention, "
                 f"{', '.join(full)}, and nothing else; found {told!r:.200}"
             )
-    d, K = sizes.get("head_dim") or values["head_dim"], sizes.get("num_key_value_heads") or values["kv_heads"]
+    d, K = d or values["head_dim"], K or values["kv_heads"]
     if values["heads"] % K or d % 2:
         raise FtjaxError(
             f"{where}: layers of full attention cannot have {values['heads']} heads of {d} and {K} KV heads"
         )
-    more = ("inputs",) * (P > 0) + ("scalar",)
-    last = READS, "wide" if hf["use_double_wide_mlp"] else "mlp"
-    ends = [("", "mlp")] * (L - shared) + [last] * shared
-    parts = tuple((kind + end, mlp, *more) for kind, (end, mlp) in zip(kinds, ends))
+    more, last = ("inputs",) * (P > 0) + ("scalar",), "wide" if hf["use_double_wide_mlp"] else "mlp"
+    parts = tuple((kind, "mlp", *more) for kind in kinds[: L - shared])
+    parts += tuple((kind + READS, last, *more) for kind in kinds[L - shared :])
     windows = windows if any(windows) else ()
     return {"windows": windows, "parts": parts, "input_width": P, "global_head_dim": d, "global_kv_heads": K}
 
