@@ -424,7 +424,8 @@ def rope_to_hf(config: ModelConfig, family: Family) -> dict:
 
 
 def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
-    layers, types = hf[family.keys["layers"]], hf.get("layer_types")
+    # Files of a family may have keys that only others read.
+    layers, hf = hf[family.keys["layers"]], {key: value for key, value in hf.items() if key in family.defaults}
     if "local_attention" in family.defaults:
         window, every = hf["local_attention"] // 2 + 1, hf["global_attn_every_n_layers"]
         sliding = [layer % every > 0 for layer in range(layers)]
@@ -440,7 +441,7 @@ def _windows_from_hf(hf: dict, family: Family, where: str) -> tuple[int, ...]:
             sliding = [slides and not turns for slides, turns in zip(sliding, turned)]
     else:
         return ()
-    if types is not None:
+    if (types := hf.get("layer_types")) is not None:
         _check_layer_types(types, layers, LAYER_TYPES, where)
         sliding = [t == "sliding_attention" for t in types]
         if any(sliding) and window is None:

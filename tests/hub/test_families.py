@@ -224,6 +224,22 @@ def test_rotary_is_written_for_both_versions():
             (7, 0, 7),
         ),
         ({"model_type": "llama", "sliding_window": 7}, ()),
+        # Keys that are read in other families, but not by transformers in these.
+        ({"model_type": "mistral", "sliding_window": 7, "use_sliding_window": False}, (7, 7, 7)),
+        (
+            {"model_type": "qwen3_moe", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 48},
+            (7, 7, 7),
+        ),
+        (
+            {
+                "model_type": "smollm3",
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "max_window_layers": 28,
+                "no_rope_layers": [1, 0, 1],
+            },
+            (0, 7, 0),
+        ),
     ],
 )
 def test_windows(said, windows):
