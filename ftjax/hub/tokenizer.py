@@ -37,7 +37,8 @@ SETTINGS = SPECIAL | {
     "tokenizer_class": maybe(string),
     "chat_template": maybe(either(string, listed(mapped(name=string, template=string)))),
 }
-ENDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), maybe(either(whole(), listed(whole()))))
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ENDS = {"eos_token_id": maybe(either(whole(), listed(whole())))}
 LOADING = 600.0  # seconds; a large vocabulary of an old format takes one minute
 PROBE = 'Once upon a time, 3 dogs said: "Où?" ☃\n'  # a tokenizer that cannot encode it cannot be used
 
@@ -259,11 +260,22 @@ def end_tokens(folder: Path, tokenizer, trained: Iterable[int] = ()) -> tuple[in
         tokenizer: The tokenizer, from transformers.
         trained: Ids with which answers are trained to end.
     """
-    folder = Path(folder)
-    official = next((f for n in ("generation_config.json", "config.json") if (f := folder / n).is_file()), None)
-    eos = read_json(official, **ENDS).get("eos_token_id") if official else None
+    eos = generation(folder).get("eos_token_id")
     ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer), *trained]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def generation(folder: Path) -> dict:
+    """The generation_config.json of a model directory, or else the special tokens in its config.json.
+
+    A model that reads images too may name them in the part for its text model.
+    """
+    file, config = Path(folder) / "generation_config.json", Path(folder) / "config.json"
+    if file.is_file():
+        return read_json(file, **ENDS)
+    hf = read_json(config, **ENDS, text_config=maybe(mapped(**ENDS))) if config.is_file() else {}
+    parts = hf.get("text_config") or {}, hf
+    return {key: part[key] for part in parts for key in TOKEN_IDS if part.get(key) is not None}
 
 
 def end_token(tokenizer, end: str = "") -> int:

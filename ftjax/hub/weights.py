@@ -33,7 +33,7 @@ from ftjax.hub import families, pooling
 from ftjax.hub.families import Tensors, shapes, tensor_names
 from ftjax.hub.family_table import Family
 from ftjax.hub.resolve import check_out, check_written, is_plain_name, new_folder, write_json
-from ftjax.hub.tokenizer import ENDS, copy_tokenizer, has_tokenizer, load_tokenizer, pad_token, write_settings
+from ftjax.hub.tokenizer import copy_tokenizer, generation, has_tokenizer, load_tokenizer, pad_token, write_settings
 from ftjax.models.config import READS, TABLES, ModelConfig
 from ftjax.tree import flatten, not_finite, unflatten
 
@@ -594,7 +594,7 @@ def write_model(
             _write_beside(folder, apart, leaves, dtype)
         write_json(folder / "config.json", hf)
         if config.head.task == "causal":
-            write_json(folder / "generation_config.json", _generation_config(source, hf, end_tokens))
+            write_json(folder / "generation_config.json", _generation_config(source, end_tokens))
         if tokenizer_folder:
             copy_tokenizer(tokenizer_folder, folder)
         if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -661,10 +661,8 @@ def _kept(source: Path, family: Family, config: ModelConfig) -> dict[str, np.nda
     return kept
 
 
-def _generation_config(source, hf: dict, end_tokens) -> dict:
-    file = Path(source) / "generation_config.json" if source else None
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    config = read_json(file, **ENDS) if file and file.is_file() else {k: hf[k] for k in ids if hf.get(k) is not None}
+def _generation_config(source, end_tokens) -> dict:
+    config = generation(source) if source else {}
     eos = config.get("eos_token_id")
     eos = list(dict.fromkeys((eos if isinstance(eos, list) else [] if eos is None else [eos]) + list(end_tokens)))
     return config | ({"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {})

@@ -26,7 +26,15 @@ from ftjax.data.tokenise import encode
 from ftjax.errors import FtjaxError
 from ftjax.foreign import limited
 from ftjax.hub.families import read_config
-from ftjax.hub.tokenizer import check_vocab, copy_tokenizer, end_token, end_tokens, load_tokenizer, write_chat_template
+from ftjax.hub.tokenizer import (
+    check_vocab,
+    copy_tokenizer,
+    end_token,
+    end_tokens,
+    generation,
+    load_tokenizer,
+    write_chat_template,
+)
 from ftjax.hub.weights import write_model
 from ftjax.lm import open_base
 from ftjax.training import export
@@ -71,6 +79,11 @@ def test_end_tokens_of_files_and_tokenizer(shared, gpt2):
     assert end_tokens(gpt2, tokenizer) == (50256,)
     (gpt2 / "config.json").write_text(json.dumps({"eos_token_id": 5}))
     assert end_tokens(gpt2, tokenizer) == (5, 50256)
+    # As transformers reads them: the part for the text, where the whole model names none, and padding of no token.
+    told = {"eos_token_id": None, "pad_token_id": -1, "text_config": {"eos_token_id": [6, 8], "bos_token_id": 1}}
+    (gpt2 / "config.json").write_text(json.dumps(told))
+    assert end_tokens(gpt2, tokenizer) == (6, 8, 50256)
+    assert generation(gpt2) == {"eos_token_id": [6, 8], "bos_token_id": 1, "pad_token_id": -1}
     (gpt2 / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 50256]}))
     assert end_tokens(gpt2, tokenizer) == (7, 50256)
 
