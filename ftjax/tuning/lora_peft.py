@@ -33,6 +33,9 @@ ORDER = ("gate_up_proj", "down_proj")  # the parameters of experts in the order 
 SUFFIXES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 COPY = "base_layer.weight"  # of a copy of the base's own weight beside an adapter
 ENDS = (*SUFFIXES[0], *SUFFIXES[1], COPY)
+# A tensor of the module of one expert, which transformers 4 has, and {its map: those that share one adapter with it}.
+EXPERT = re.compile(r"(.*)\.(mlp|block_sparse_moe)\.experts\.\d+\.(w[123]|(?:gate|up|down)_proj)\.lora_[AB]\.weight")
+PARTNERS = {"gate_proj": ("up_proj",), "w1": ("w3",), "down_proj": (), "w2": ()}
 
 
 def lora_to_peft(
@@ -144,6 +147,7 @@ def lora_from_peft(
         FtjaxError: For variants of LoRA, and for tensors that are not of this model, incomplete or of the wrong shape.
     """
     _refuse_variants(adapter_config)
+    adapter_config, tensors = _joined(adapter_config, tensors, config)
     wrapped = _of_experts(adapter_config, names, config)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for tensor in by_module(tensors, ENDS, names, config, wrapped):
@@ -179,6 +183,38 @@ def lora_from_peft(
         flat[f"{path}/lora/a"], flat[f"{path}/lora/b"] = (a, b) if stacked else (a[0], b[0])
         ranks[path] = rank, scale
     return unflatten(flat), ranks
+
+
+def _joined(adapter_config: dict, tensors: dict[str, np.ndarray], config: ModelConfig) -> tuple[dict, dict]:
+    """An adapter with a module for each expert, as PEFT writes it with transformers 4, in the form for parameters.
+
+    As in PEFT with transformers 5, gates and what they multiply become one adapter: A has the rows of both, and B is
+    block-diagonal.
+    """
+    found = sorted({match.groups() for name in tensors if (match := EXPERT.fullmatch(name))})
+    if not found:
+        return adapter_config, tensors
+    if variant := next((k for k in ("use_rslora", "rank_pattern", "alpha_pattern") if adapter_config.get(k)), ""):
+        raise FtjaxError(f"{CONFIG}: {variant} is not supported for an adapter with a module for each expert")
+    out, r, D, F = dict(tensors), adapter_config.get("r", 8), config.width, config.hidden
+
+    def take(place: str, half: str, shape: tuple[int, int]) -> np.ndarray:
+        names = [f"{place.format(e=e)}.lora_{half}.weight" for e in range(config.experts)]
+        return np.stack([checked(out.pop(name, None), name, shape) for name in names])
+
+    for layer, part, name in found if config.experts else ():
+        if name not in PARTNERS:
+            continue  # taken with its gate
+        places = [f"{layer}.{part}.experts.{{e}}.{each}" for each in (name, *PARTNERS[name])]
+        parameter, in_, size = (ORDER[0], D, F) if PARTNERS[name] else (ORDER[1], F, D)
+        a = np.concatenate([take(place, "A", (r, in_)) for place in places], axis=1)
+        b = np.zeros((config.experts, size * len(places), a.shape[1]), np.float32)
+        for i, place in enumerate(places):
+            b[:, i * size : (i + 1) * size, i * r : (i + 1) * r] = take(place, "B", (size, r))
+        out[f"{layer}.mlp.experts.{parameter}.lora_A.weight"] = a.reshape(-1, in_)
+        out[f"{layer}.mlp.experts.{parameter}.lora_B.weight"] = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+    twice = {"rank_pattern": {ORDER[0]: 2 * r}, "alpha_pattern": {ORDER[0]: 2 * adapter_config.get("lora_alpha", 8)}}
+    return adapter_config | twice, out
 
 
 def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from ftjax import assets, cli, tasks, tree
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
+from ftjax.hub.peft import write_adapter
 from ftjax.models import quantised
 from ftjax.models.transformer import Transformer
 from ftjax.training import program as programs
@@ -32,6 +34,7 @@ from ftjax.training.sharding import abstract_mesh, make_mesh, parameter_sharding
 from ftjax.training.start import about_experts
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS
+from ftjax.tuning.lora_peft import lora_config
 from ftjax.tuning.whole import saved
 from ftjax.upcycle import upcycle
 
@@ -401,6 +404,43 @@ def test_a_lora_on_experts_made_by_peft_loads_trains_and_merges(quantise):
     assert all(np.array_equal(again[name], x) for name, x in tensors.items())
     merged = tiny.jit(lambda p: pair.model.apply({"params": p}, ids))(method.merge(trained, frozen, pair.spec))
     np.testing.assert_allclose(merged, logits, atol=1e-4)
+
+
+@needs_5
+@pytest.mark.parametrize(
+    ("name", "part", "maps"),
+    [("mixtral", "block_sparse_moe", ("w1", "w3", "w2")), ("olmoe", "mlp", ("gate_proj", "up_proj", "down_proj"))],
+)
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # peft looks at modules alone
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+def test_a_lora_with_a_module_for_each_expert_is_read_as_peft_reads_it(name, part, maps, tmp_path):
+    from peft import PeftModel
+
+    model, _ = check_families.draw(name, 1)
+    pair, ids, rng = tiny.read(model), tiny.documents((20,), 50)[0][None], np.random.default_rng(0)
+    shape, tensors = pair.model.config, {}
+    for layer, e, each in itertools.product(range(shape.layers), range(shape.experts), maps):
+        in_, out = (shape.hidden, shape.width) if each == maps[2] else (shape.width, shape.hidden)
+        start = f"base_model.model.model.layers.{layer}.{part}.experts.{e}.{each}.lora_"
+        for half, size in (("A", (2, in_)), ("B", (out, 2))):
+            tensors[f"{start}{half}.weight"] = rng.normal(0, 0.3, size).astype(np.float32)
+    config = lora_config(2, 4, list(maps))
+    write_adapter(tmp_path, tensors, config, None, "base")
+    want = tiny.torch_logits(PeftModel.from_pretrained(model, tmp_path).eval(), ids)
+    trained, fields = METHODS["lora"].from_peft(config, tensors, pair.params, pair.spec)
+    method, _, frozen = tiny.start(pair := tiny.tuned(pair, method="lora", **fields))
+    run = tiny.jit(lambda trained: pair.model.apply(method.variables(trained, frozen, pair.spec), ids))
+    np.testing.assert_allclose(run(trained), want, atol=1e-4)
+    assert np.abs(want - pair.model.apply({"params": pair.params}, ids)).max() > 1e-2
+    lost = next(iter(tensors))
+    for said, broken, words in (
+        (config | {"use_rslora": True}, tensors, "use_rslora is not supported for an adapter with a module for each"),
+        (config, tensors | {lost: np.ones((3, 3))}, r"lora_A.weight has shape \(3, 3\), expected \(2, "),
+        (config, {key: x for key, x in tensors.items() if key != lost}, "lora_A.weight is missing"),
+        (config, {lost.replace("experts.0.", "experts.9."): tensors[lost]}, "lora_A.weight is missing"),
+    ):
+        with pytest.raises(FtjaxError, match=words):
+            METHODS["lora"].from_peft(said, broken, pair.params, pair.spec)
 
 
 def test_what_peft_cannot_do_with_experts_is_refused():
