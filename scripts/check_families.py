@@ -7,6 +7,9 @@ For each model: logits of rows that are padded on the left, on the right and pac
 transformers; whether a packed document changes its neighbours; greedy answers token for token; the exported directory
 loaded by transformers; and a LoRA on all linear maps and experts, loaded by peft, with its gradients against PyTorch's,
 under one preset of remat. Needs torch, transformers and peft.
+
+With `--double`, both sides compute the same models in float64. A difference that is there in float32 and not in float64
+is rounding, which the model enlarges.
 """
 
 from __future__ import annotations
@@ -20,6 +23,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+
+DOUBLE = "--double" in sys.argv
+if DOUBLE:  # before any module asks for these names: whatever is cast to float32 on either side is cast to float64
+    jax.config.update("jax_enable_x64", True)
+    jnp.float32 = jnp.float64
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -313,7 +324,6 @@ def auto(model_type: str):
 
 def draw(name: str, seed: int):
     """(a random model of transformers, its settings)."""
-    import torch
     from transformers import AutoConfig
 
     kind, settings = DRAWS[name]
@@ -321,12 +331,12 @@ def draw(name: str, seed: int):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings)
     # Only this implementation computes all that a config may say, such as bounded scores.
-    model = auto(kind).from_config(config, attn_implementation="eager").float().eval()
+    model = auto(kind).from_config(config, attn_implementation="eager").eval()
     scalars = [x for name, x in model.named_buffers() if name.endswith("layer_scalar")]  # in files, but not trained
     with torch.no_grad():
         for p in (*model.parameters(), *scalars):
             p.add_(torch.randn_like(p) * 0.1)
-    return model, settings
+    return model.float(), settings
 
 
 def rows(docs, packed) -> tuple[np.ndarray, ...]:
@@ -368,7 +378,7 @@ def check(name: str, seed: int, answers: bool = True) -> dict[str, float]:
         prompt = docs[1][:9]  # longer than the shortest original length of longrope, which may not be crossed
         new = 4
         wanted = model.generate(
-            tiny.torch.tensor(prompt[None]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
+            torch.tensor(prompt[None]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
         )
         said = generate(pair.model, {"params": pair.params}, [prompt.tolist()], max_new_tokens=new)[0]
         found["answers"] = int((np.array(said) != wanted[0, len(prompt) :].numpy()).sum())
@@ -395,9 +405,11 @@ def of_lora(pair, theirs, doc, folder: Path, remat: str) -> dict[str, float]:
 
     targets = ("all-linear", *(("gate_up_proj", "down_proj") if pair.model.config.experts else ()))
     pair = tiny.tuned(pair, method="lora", rank=2, alpha=4, targets=targets)
-    method, trained, frozen = tiny.start(pair)
-    keys = iter(jax.random.split(jax.random.key(7), 100))
-    trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trained)
+    with jax.enable_x64(False):  # the same adapter with --double
+        method, trained, frozen = tiny.start(pair)
+        keys = iter(jax.random.split(jax.random.key(7), 100))
+        trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), trained)
+    trained, frozen = jax.tree.map(lambda x: x.astype(jnp.float32), (trained, frozen))
     model = Transformer(pair.model.config, remat=remat)
 
     def loss(trained):
@@ -406,28 +418,36 @@ def of_lora(pair, theirs, doc, folder: Path, remat: str) -> dict[str, float]:
         return -jnp.take_along_axis(p, jnp.asarray(doc[1:, None]), 1).mean(), y
 
     (_, logits), gradient = tiny.jit(jax.value_and_grad(loss, has_aux=True))(trained)
-    config, tensors = method.to_peft(trained, frozen, pair.spec)
-    write_adapter(folder, tensors, config, None, "base")
+
+    def of_peft(tree) -> dict[str, np.ndarray]:
+        """PEFT's tensors, which are float32, as the sum of what is rounded and what this leaves."""
+        rounded = jax.tree.map(lambda x: x.astype("float32"), tree)
+        rest = jax.tree.map(lambda x, most: x - most, tree, rounded)
+        most, rest = (method.to_peft(part, frozen, pair.spec)[1] for part in (rounded, rest))
+        return {name: x.astype(jnp.float32) + rest[name] for name, x in most.items()}
+
+    write_adapter(folder, of_peft(trained), method.to_peft(trained, frozen, pair.spec)[0], None, "base")
     adapted = PeftModel.from_pretrained(theirs, folder, is_trainable=True).eval()
-    ids = tiny.torch.tensor(doc[None])
+    ids = torch.tensor(doc[None])
     y = adapted(ids).logits
-    tiny.torch.nn.functional.cross_entropy(y[0, :-1], ids[0, 1:]).backward()
+    torch.nn.functional.cross_entropy(y[0, :-1], ids[0, 1:]).backward()
     want = {name.replace(".default", ""): p.grad.numpy() for name, p in adapted.named_parameters() if p.requires_grad}
-    got = method.to_peft(gradient, frozen, pair.spec)[1]
+    got = of_peft(gradient)
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
     error = max(np.abs(got[name] - want[name]).max() / max(np.abs(want[name]).max(), 1e-3) for name in want)
     assert all(np.abs(g).max() > 0 for g in flatten(gradient).values())
     return {"lora": np.abs(np.asarray(logits) - y.detach().numpy()).max(), "gradients": error}
 
 
-def rows_of(names, seeds: int) -> dict[str, str]:
+def rows_of(names, seeds: range) -> dict[str, str]:
     """{family: a row of a Markdown table with the worst figures of its models}, each printed once it is known."""
     out = {}
     for name in names:
-        found = [check(name, seed) for seed in range(seeds)]
-        worst = (max(each[figure] for each in found) for figure in FIGURES)
+        # With --double there are no answers: the cache has whole numbers of 32 bits.
+        found = [check(name, seed, answers=not DOUBLE) for seed in seeds]
+        worst = (max(each.get(figure, np.nan) for each in found) for figure in FIGURES)
         figures = " | ".join(f"{x:.1e}".replace("0.0e+00", "0") for x in worst)
-        out[name] = f"| {name} | 0-{seeds - 1} | {figures} |"
+        out[name] = f"| {name} | {seeds[0]}-{seeds[-1]} | {figures} |"
         print(out[name], flush=True)
         jax.clear_caches()
     return out
@@ -437,9 +457,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("families", nargs="*", help=f"default: all; {'; '.join(DRAWS)}")
     parser.add_argument("--seeds", type=int, default=8, help="models of each family")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument("--out", type=Path, help="Markdown file whose table gets the rows of these families")
     arguments = parser.parse_args()
-    rows = rows_of(arguments.families or DRAWS, arguments.seeds)
+    rows = rows_of(arguments.families or DRAWS, range(arguments.first, arguments.first + arguments.seeds))
     if arguments.out:
         text = arguments.out.read_text(encoding="utf-8")
         kept, old = text[: text.rindex("| family |")], text[text.rindex("| family |") :].splitlines()[2:]
