@@ -193,6 +193,9 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
             raise FtjaxError(f"{where}: width {values['width']} is not a multiple of the {heads} heads")
     if heads % values["kv_heads"]:
         raise FtjaxError(f"{where}: num_key_value_heads = {values['kv_heads']} does not divide the {heads} heads")
+    if values.get("experts_used", 1) > values.get("experts", 1):
+        used, E = values["experts_used"], values["experts"]
+        raise FtjaxError(f"{where}: num_experts_per_tok = {used}; expected at most the number of experts, {E}")
     values["windows"] = _windows_from_hf(hf, family, where)
     if "full_attention_interval" in family.defaults:
         values["parts"] = _parts_from_hf(hf, values, where)

@@ -313,6 +313,10 @@ def test_gpt2_answers_to_the_names_of_others():
             ["layers of full attention cannot have 8 heads of 7 and 4 KV heads"],
         ),
         ({"model_type": "llama", "per_layer_config": {"0": {"head_dim": 8}}}, ["per_layer_config"]),
+        (
+            {"model_type": "mixtral", "num_experts_per_tok": 9},
+            ["num_experts_per_tok = 9; expected at most the number of experts, 8"],
+        ),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 30}, ["leave no layer with experts"]),
         (
             {"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}},
