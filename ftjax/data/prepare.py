@@ -724,7 +724,8 @@ def _part(part, chosen: list[Source], data, how_of, tokenizer, read_by: str, max
 def _tokens_in_texts(encoded: store.Examples, how: Recipe, table: Table, tokenizer) -> list[str]:
     """A list with one note of the rows whose texts hold special tokens; an empty list if there are none. Messages of
     chats hold none, see tokenise."""
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    meant = how.prompt + how.completion  # the user's own templates
+    special = [i for i, x in tokenizer.added_tokens_decoder.items() if x.special and str(x) not in meant]
     pieces = range(0, len(encoded.ids), MOST_IDS)
     at = [i + np.flatnonzero(np.isin(encoded.ids[i : i + MOST_IDS], special)) for i in pieces]
     at = np.concatenate([np.zeros(0, int), *at])

@@ -93,8 +93,10 @@ def test_special_tokens_in_plain_texts_are_counted_and_named(write, starter):
     pairs = [{"prompt": row["prompt"], "chosen": "a", "rejected": "b"} for row in rows(4)]
     c = settings(write("p.jsonl", pairs), split=(1.0, 0.0, 0.0))
     c.task.kind = "preference"
-    for other in run(settings(source, split=(1.0, 0.0, 0.0), template="plain"), starter), run(c, starter):
-        assert not [told for told in other.notes if "special" in told]
+    asked = {"prompt": "{prompt}</s>", "completion": "<s>{completion}"}
+    for how in {"template": "plain"}, asked:
+        assert not [t for t in run(settings(source, split=(1.0, 0.0, 0.0), **how), starter).notes if "special" in t]
+    assert not [told for told in run(c, starter).notes if "special" in told]
 
 
 def test_parts_stay_aligned_when_rows_are_dropped(write, starter):
