@@ -15,6 +15,7 @@ is rounding, which the model enlarges.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import warnings
@@ -331,12 +332,15 @@ def draw(name: str, seed: int):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings)
     # Only this implementation computes all that a config may say, such as bounded scores.
-    model = auto(kind).from_config(config, attn_implementation="eager").eval()
+    build = functools.partial(auto(kind).from_config, config, attn_implementation="eager")
+    model = build()
     scalars = [x for name, x in model.named_buffers() if name.endswith("layer_scalar")]  # in files, but not trained
     with torch.no_grad():
         for p in (*model.parameters(), *scalars):
             p.add_(torch.randn_like(p) * 0.1)
-    return model.float(), settings
+    exact = build(dtype=torch.float32)  # with --double, constants too are those of float64
+    exact.load_state_dict(model.state_dict())
+    return exact.eval(), settings
 
 
 def rows(docs, packed) -> tuple[np.ndarray, ...]:
