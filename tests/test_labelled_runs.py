@@ -15,6 +15,7 @@ from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.run import answer
 from ftjax.training.check import check
+from ftjax.training.job import prepared
 
 
 @pytest.fixture
@@ -297,6 +298,15 @@ def trained(tmp_path_factory):
     c = config(folder, make(folder / "bert", "bert"), train__steps=2, export__formats="()")
     ftjax.train(c, say=lambda text: None)
     return folder / "run"
+
+
+def test_the_record_of_a_run_reads_files_that_name_their_text_differently(encoder, tmp_path):
+    c = config(tmp_path, encoder)
+    other = [{"content": row["text"], "label": row["label"]} for row in rows(40, 1)]
+    c.data.test = write(tmp_path / "test.jsonl", other)
+    first = prepared(c, print)
+    assert (first.config.task.text, first.config.data.label) == ("", "label")
+    assert prepared(first.config, print).data.fingerprint == first.data.fingerprint
 
 
 def changed(run, to, settings: dict):

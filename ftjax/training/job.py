@@ -286,9 +286,10 @@ def rows_of(config, base: Base) -> tuple[Data, Base]:
         config.task.labels_as = "names"
     config.task.labels = data.labels
     if task.encode:
-        read = {(piece.recipe.text, piece.recipe.pair, piece.recipe.label) for piece in data.train.pieces}
-        if len(read) == 1:  # sources of a mixture may differ
-            ((config.task.text, config.task.pair, config.data.label),) = read
+        recipes = [piece.recipe for part in (data.train, data.validation, data.test) for piece in part.pieces]
+        for group, key in (config.task, "text"), (config.task, "pair"), (config.data, "label"):
+            read = {getattr(recipe, key) for recipe in recipes}
+            group[key] = read.pop() if len(read) == 1 else group[key]  # files and sources may name it differently
     shape = with_task(config, family, shape, base.folder, len(data.labels))
     task.check(config, METHODS[config.tuning.method], base.spec)
     spec = base.spec._replace(model=shape, names=families.linear_names(family, shape))
