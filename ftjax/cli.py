@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rows", "most rows of each side", 2000)
 
     about = "compare a model directory, layer by layer, with transformers and torch"
-    verb("check-model", _check_model, about)("model", "directory of a decoder", metavar="DIR")
+    verb("check-model", _check_model, about)("model", "directory or hub name of a decoder", metavar="DIR")
 
     add = verb("upcycle", _upcycle, "write a dense model as a mixture of experts with the same logits")
     add("model", "directory of a llama, mistral or qwen3 model, or of a mixture of tokens", metavar="DIR")
@@ -549,8 +549,9 @@ def _audit(args, overrides) -> None:
 
 def _check_model(args, overrides) -> int:
     from ftjax.check_model import check
+    from ftjax.hub.resolve import resolve_model
 
-    return 0 if check(Path(args.model)) else 1
+    return 0 if check(resolve_model(args.model)) else 1
 
 
 def _upcycle(args, overrides) -> None:
