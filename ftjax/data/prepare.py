@@ -598,8 +598,11 @@ def read_and_clean(config, folder: str | None = None) -> tuple[list[Source], lis
     """
     sources, gone = [], []
     for name, data, tables in read_sources(config, folder):
-        notes = []
+        notes, reads = [], {}
         for part, table in tables.items():
+            for file in filter(os.path.exists, table.files):  # a name of the hub stands for several splits
+                if (other := reads.setdefault(os.path.realpath(file), part)) != part:
+                    notes.append(f"warning: {part} reads {file}, as {other} does, so its rows are not held out")
             if part in data.clean.parts:
                 by = sides(data, table.columns, config.task)
                 cleaned = clean(table, data.clean, answers(config, data, table), folder, by)

@@ -84,6 +84,14 @@ def test_a_column_that_deals_rows_is_not_needed_where_none_are_dealt(write, star
         assert [len(p) for p in (data.train, data.validation, data.test)] == [20, 3, 0]
 
 
+def test_rows_that_are_not_held_out_are_told_of(write, starter):
+    train, other = write("t.jsonl", rows(9)), write("v.jsonl", rows(3, 10))
+    again = f"{Path(train).parent}/./t.jsonl"
+    data = run(settings(train, validation=again, test=other), starter)
+    assert data.notes == (f"warning: validation reads {train}, as train does, so its rows are not held out",)
+    assert not run(settings(train, validation=other), starter).notes
+
+
 def test_special_tokens_in_plain_texts_are_counted_and_named(write, starter):
     there = [{"prompt": p, "completion": c} for p, c in (("<s>a", "b"), ("a</s>", "b"), ("a", "b<s>b"), ("a", "b</s>"))]
     source = write("t.jsonl", [*rows(3), *there])
