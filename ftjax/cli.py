@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as error:
-        stopped = isinstance(error, KeyboardInterrupt)
+        _Output.only, stopped = False, isinstance(error, KeyboardInterrupt)
         if not stopped and not stops.heard and (told := of_disk(error)):
             print(f"ftjax: {told}", file=sys.stderr)
             return 2
