@@ -44,8 +44,8 @@ def check(folder: Path) -> bool:
     except ImportError as error:
         raise FtjaxError(f"check-model needs transformers with torch: {error}") from None
     except Exception as error:  # of any kind, as these files may hold anything
-        told = " ".join(str(error).split())
-        raise FtjaxError(f"{folder}: transformers cannot compute this model: {told:.500}") from None
+        reason = " ".join(str(error).split())
+        raise FtjaxError(f"{folder}: transformers cannot compute this model: {reason:.500}") from None
 
     def differs(ours, theirs) -> float:
         theirs = theirs.numpy()

@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     add = verb("check", _check, "say whether a run, and all that it was made from, is as it was written")
     add("run_dir", "run folder", metavar="RUN")
 
-    add = verb("audit", _audit, "attack a run: can its training rows be told from others, by losses and canaries?")
+    add = verb("audit", _audit, "attack a run: do losses and canaries tell its training rows from others?")
     add("run_dir", "run folder", metavar="RUN")
     add("--data", "rows of the same source that were not trained on; default: the run's held-out rows", "")
     add("--rows", "most rows of each side", 2000)
@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as error:
         _Output.only, stopped = False, isinstance(error, KeyboardInterrupt)
-        if not stopped and not stops.heard and (told := of_disk(error)):
-            print(f"ftjax: {told}", file=sys.stderr)
+        if not stopped and not stops.heard and (message := of_disk(error)):
+            print(f"ftjax: {message}", file=sys.stderr)
             return 2
         if not stopped and not stops.heard:  # a library may make another error of a Ctrl-C
             raise
@@ -269,7 +269,7 @@ class _Output(io.FileIO):
         by_line = stream.line_buffering or stream.write_through
         return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=by_line)
 
-    def write(self, data) -> int | None:
+    def write(self, data) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -423,8 +423,8 @@ def _data(args, overrides) -> None:
 
 def _evaluate(args, overrides) -> None:
     settings = _config(args, overrides)
+    from ftjax.evaluation.outputs import text
     from ftjax.evaluation.run import evaluate
-    from ftjax.evaluation.said import text
 
     reports = {}
     for name, model in _models(args):
@@ -521,8 +521,8 @@ def _export(args, overrides) -> None:
 
     report = export(args.run_dir, args.out, args.format, checkpoint=args.checkpoint, dtype=args.dtype)
     drift = report.get("merge_difference")
-    told = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
-    print(f"{report['format']} written to {report['path']}{told}")
+    note = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
+    print(f"{report['format']} written to {report['path']}{note}")
 
 
 def _student(args, overrides) -> None:

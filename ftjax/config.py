@@ -729,7 +729,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     override(config, overrides)
     if left := [found for found in from_record if found in set(user_code.named(config.to_dict()))]:
         raise FtjaxError(
-            f"--config: {path} names code, {user_code.told(left)}, and code in a .json file is not run unless the "
+            f"--config: {path} names code, {user_code.listed(left)}, and code in a .json file is not run unless the "
             f"command line names it too. If you trust it, add --config.{left[0][0]}={left[0][1]}; if not, set that "
             "field to another value"
         )
@@ -751,10 +751,10 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> None:
     method, keys = config.tuning.method, set()
     for text in overrides:
         key, equals, value = text.partition("=")
-        said = f"--config.{key}"
+        where = f"--config.{key}"
         if not equals:
-            raise FtjaxError(f"{said}: expected {said}=VALUE")
-        _set(config, key, _field(key, said).read(value, said), said)
+            raise FtjaxError(f"{where}: expected {where}=VALUE")
+        _set(config, key, _field(key, where).read(value, where), where)
         keys.add(key)
     validate(config)
     if config.tuning.method != method and config.optim.lr is not None and "optim.lr" not in keys:
@@ -812,17 +812,17 @@ def similar(key: str) -> list[str]:
     return []
 
 
-def _field(key: str, said: str) -> Field:
+def _field(key: str, where: str) -> Field:
     if key not in FIELDS:
         within = [k for k in FIELDS if k.startswith(f"{key}.")]
         if within:
-            raise FtjaxError(f"{said} is a group of fields; set one of its keys: {', '.join(within)}")
-        raise FtjaxError(f"{said}: no such key{_right_key(key)}")
+            raise FtjaxError(f"{where} is a group of fields; set one of its keys: {', '.join(within)}")
+        raise FtjaxError(f"{where}: no such key{_right_key(key)}")
     return FIELDS[key]
 
 
-def _set(config, key: str, value, said: str) -> None:
-    value = _field(key, said).check(value, said)
+def _set(config, key: str, value, where: str) -> None:
+    value = _field(key, where).check(value, where)
     *groups, last = key.split(".")
     for name in groups:
         config = config[name]
@@ -969,21 +969,21 @@ def sources(config: ConfigDict) -> list[Source]:
         return [Source("", data, None, 1.0, config)]
     found: list[Source] = []
     for position, entry in enumerate(data.mixture, 1):
-        said = f"data.mixture entry {position}"
+        where = f"data.mixture entry {position}"
         if not isinstance(entry, dict) or not isinstance(entry.get("train"), str):
-            raise FtjaxError(f'{said}: expected a dict with "train", such as {{"train": "a.jsonl", "weight": 0.7}}')
+            raise FtjaxError(f'{where}: expected a dict with "train", such as {{"train": "a.jsonl", "weight": 0.7}}')
         whole = copy(config)
         whole.data.update(train="", validation="", test="", mixture=())
         for key, value in entry.items():
             if key in OF_ENTRY:
                 continue
             if key not in OWN and key.split(".")[0] not in data:
-                raise FtjaxError(f"{said}: {key}: no such key{nearest(key, [*data, *OF_ENTRY, *OWN])}")
+                raise FtjaxError(f"{where}: {key}: no such key{nearest(key, [*data, *OF_ENTRY, *OWN])}")
             if key in OF_ALL:
-                raise FtjaxError(f"{said}: {key!r} applies to all sources and cannot be set for one; set data.{key}")
-            _set(whole, key if key in OWN else f"data.{key}", value, f"{said}: {key}")
-        weight = number(None, above=0).check(entry.get("weight"), f"{said}: weight")
-        factor = number(1.0, above=0).check(entry.get("loss_weight", 1.0), f"{said}: loss_weight")
+                raise FtjaxError(f"{where}: {key!r} applies to all sources and cannot be set for one; set data.{key}")
+            _set(whole, key if key in OWN else f"data.{key}", value, f"{where}: {key}")
+        weight = number(None, above=0).check(entry.get("weight"), f"{where}: weight")
+        factor = number(1.0, above=0).check(entry.get("loss_weight", 1.0), f"{where}: loss_weight")
         name = str(entry.get("name") or Path(entry["train"]).stem)
         found.append(Source(name, whole.data, weight, factor, whole))
     names = _distinct([source.name for source in found], "data.mixture: two sources")
@@ -1022,47 +1022,47 @@ def staged(config: ConfigDict) -> list[Stage]:
     found: list[Stage] = []
     for position, entry in enumerate(config.stages, 1):
         name = str(entry.get("name", f"stage-{position}"))
-        said = f"stages: {name}"
+        where = f"stages: {name}"
         if name in ("before", "stages.json", "stages.png"):
-            raise FtjaxError(f"{said}: is a name that a run of stages uses itself; take another one")
+            raise FtjaxError(f"{where}: is a name that a run of stages uses itself; take another one")
         if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise FtjaxError(f"{said}: expected a name that can be a folder's: letters, digits, '.', '_' and '-'")
-        replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{said}: replay")
+            raise FtjaxError(f"{where}: expected a name that can be a folder's: letters, digits, '.', '_' and '-'")
+        replay = number(0.0, 0, below=1).check(entry.get("replay", 0.0), f"{where}: replay")
         if replay and not found:
-            raise FtjaxError(f"{said}: replay: the first stage has no earlier rows; remove it")
+            raise FtjaxError(f"{where}: replay: the first stage has no earlier rows; remove it")
         average = entry.get("average", (1.0,))
         average = average if isinstance(average, tuple | list) else (average,)
-        average = several((1.0,), number(1.0, 0, 1), holds=bool).check(average, f"{said}: average")
+        average = several((1.0,), number(1.0, 0, 1), holds=bool).check(average, f"{where}: average")
         own = copy(config)
         own.stages, own.run_dir = (), f"{config.run_dir}/{name}"
         for key, value in entry.items():
             if key in ("run_dir", "overwrite", "stages") or (key == "model.path" and found):
-                raise FtjaxError(f"{said}: {key!r} follows from the order of the stages; remove it from this stage")
+                raise FtjaxError(f"{where}: {key!r} follows from the order of the stages; remove it from this stage")
             if key not in ("name", "replay", "average"):
-                _set(own, key, value, f"{said}: {key}")
+                _set(own, key, value, f"{where}: {key}")
         try:
             validate(own)
         except FtjaxError as error:
-            raise FtjaxError(f"{said}: {error}") from None
+            raise FtjaxError(f"{where}: {error}") from None
         read = [*(stage.config for stage in found if replay or own.optim.ewc), *([own] if replay else [])]
         if mixed := [one for one in read if one.data.mixture]:
             raise FtjaxError(
-                f"{said}: {'replay' if replay else 'optim.ewc'}: the rows of stage {Path(mixed[0].run_dir).name} are a "
-                "mixture; remove this setting, or make the rows of that stage one file"
+                f"{where}: {'replay' if replay else 'optim.ewc'}: the rows of stage {Path(mixed[0].run_dir).name} are "
+                "a mixture; remove this setting, or make the rows of that stage one file"
             )
         if not own.data.test and not own.data.validation:
             raise FtjaxError(
-                f"{said}: name held-out rows in data.validation or data.test, on which later stages are scored too"
+                f"{where}: name held-out rows in data.validation or data.test, on which later stages are scored too"
             )
         found.append(Stage(name, own, replay, average))
     _distinct([stage.name for stage in found], "stages: two of them")
     return found
 
 
-def _distinct(names: list[str], said: str) -> list[str]:
-    """The names. Raises FtjaxError, which starts with `said`, if two of them are equal."""
+def _distinct(names: list[str], what: str) -> list[str]:
+    """The names. Raises FtjaxError, which starts with `what`, if two of them are equal."""
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise FtjaxError(f'{said} have the name {twice!r}; give each a "name" of its own')
+        raise FtjaxError(f'{what} have the name {twice!r}; give each a "name" of its own')
     return names
 
 

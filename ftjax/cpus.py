@@ -50,8 +50,8 @@ def offer(least: int = 1) -> None:
     if this process has already used a device.
     """
     global _offered
-    said = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if _offered or said or jax.distributed.is_initialized():
+    fixed = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if _offered or fixed or jax.distributed.is_initialized():
         return
     with contextlib.suppress(RuntimeError):  # devices are in use
         jax.config.update("jax_num_cpu_devices", max(least, cores()))

@@ -207,14 +207,14 @@ def _check_lengths(shape, variables, prompts: list[list[int]], new: int) -> None
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise FtjaxError(f"prompt {number} has no tokens; expected at least one, such as the model's BOS")
-        said = f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={new}"
+        lengths = f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={new}"
         if len(prompt) + new > limit:
             raise FtjaxError(
-                f"{said} that exceeds the model's {limit} positions. Shorten the prompt or lower max_new_tokens"
+                f"{lengths} that exceeds the model's {limit} positions. Shorten the prompt or lower max_new_tokens"
             )
         if stretched.kind == "longrope" and len(prompt) <= turn < len(prompt) + new:
             raise FtjaxError(
-                f"{said} the text may pass {stretched.original_max_positions} tokens, from which on the model "
+                f"{lengths} the text may pass {stretched.original_max_positions} tokens, from which on the model "
                 "(rope_type longrope) reads all of it with other rotary angles; the cache cannot change those. Lower "
                 "max_new_tokens"
             )

@@ -71,7 +71,7 @@ def listed(kind: Kind = anything) -> Kind:
     def problem(value):
         if not isinstance(value, list | tuple):
             return "a list"
-        wrong = next(((i, told) for i, entry in enumerate(value) if (told := kind(entry))), None)
+        wrong = next(((i, expected) for i, entry in enumerate(value) if (expected := kind(entry))), None)
         return wrong and f"a list whose entry {wrong[0]} is {wrong[1]}"
 
     return problem
@@ -85,8 +85,8 @@ def mapped(kind: Kind = anything, **fields: Kind) -> Kind:
         if not isinstance(value, dict):
             return "an object"
         wrong = ((key, fields.get(key, kind)(entry)) for key, entry in value.items())
-        key, told = next(((key, told) for key, told in wrong if told), (None, None))
-        return told and f"an object in which {key!r:.60} is {told}"
+        key, expected = next(((key, expected) for key, expected in wrong if expected), (None, None))
+        return expected and f"an object in which {key!r:.60} is {expected}"
 
     return problem
 
@@ -103,8 +103,8 @@ def check_fields(value: dict, fields: dict[str, Kind], where) -> None:
         FtjaxError: If a field is of another kind. It names the field, what was expected and what was found.
     """
     for key, kind in fields.items():
-        if key in value and (told := kind(value[key])):
-            raise FtjaxError(f"{where}: {key} = {value[key]!r:.100}; expected {told}")
+        if key in value and (expected := kind(value[key])):
+            raise FtjaxError(f"{where}: {key} = {value[key]!r:.100}; expected {expected}")
 
 
 def read_text(file: Path) -> str:
@@ -203,8 +203,8 @@ def limited(what: str, seconds: float = 10.0) -> Iterator[None]:
     except BaseException as error:  # a panic in a tokenizer's Rust code is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
-        told = f"{str(error) or type(error).__name__:.500}"
-        raise FtjaxError(f"{what}: {told}" if what else told) from None
+        reason = f"{str(error) or type(error).__name__:.500}"
+        raise FtjaxError(f"{what}: {reason}" if what else reason) from None
 
 
 @contextlib.contextmanager

@@ -99,13 +99,13 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
             if _computes(stage, other, stages[0]) and known.issuperset(other.config.data.add_tokens)
         ]
         scores[name] = hosts.from_first(functools.partial(_all_scored, model, scored, kept))
-        told = seals.sealed(_told(stages, scores))
+        results = seals.sealed(_results(stages, scores))
         if first:
-            replace_json(run_dir / RESULTS, told)
-    say("\n" + _table(stages, told["scores"]) + _sentences(told))
-    picture = hosts.from_first(lambda: str(_picture(stages, told["scores"], run_dir / PICTURE)))
+            replace_json(run_dir / RESULTS, results)
+    say("\n" + _table(stages, results["scores"]) + _sentences(results))
+    picture = hosts.from_first(lambda: str(_picture(stages, results["scores"], run_dir / PICTURE)))
     files = result.files | {"stages": str(run_dir / RESULTS), "stages picture": picture}
-    return dataclasses.replace(result, results=told, files=files)
+    return dataclasses.replace(result, results=results, files=files)
 
 
 def _run(earlier, stage, base: Path, say) -> tuple[Result, Path]:
@@ -143,10 +143,10 @@ def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say)
             config.data.test = config.data.validation
             losses.setdefault(factor, []).append(_scored(out, other._replace(config=config), kept)["loss"])
     best = min(stage.average, key=lambda factor: float(np.mean(losses.get(factor, 0.0))))
-    told = ", ".join(f"{factor:g}: {np.mean(found):.4f}" for factor, found in losses.items())
+    by_factor = ", ".join(f"{factor:g}: {np.mean(found):.4f}" for factor, found in losses.items())
     say(
         f"average with the model before {stage.name}: factor {best:g}"
-        + (f"; mean loss by factor {told}" if told else "")
+        + (f"; mean loss by factor {by_factor}" if by_factor else "")
     )
     return str(run_dir / f"{stage.name}-average-{best:g}")
 
@@ -197,7 +197,7 @@ def _kept(file: Path) -> dict[str, dict]:
     return {cell.pop("key"): cell for cell in cells}
 
 
-def _told(stages, scores: dict) -> dict[str, Any]:
+def _results(stages, scores: dict) -> dict[str, Any]:
     """The content of stages.json: the scores, and by how much the loss on each stage's rows has changed.
 
     `transferred`: from the base to the model before the stage; below 0, earlier stages helped. `forgotten`: from the
@@ -231,10 +231,12 @@ def _table(stages, scores: dict) -> str:
     return "held-out rows of each stage, scored by the model before and after each stage\n" + grid(head, lines)
 
 
-def _sentences(told: dict) -> str:
-    forgotten = [f"{name}: {x:.3f} nats per token forgotten by the last model" for name, x in told["forgotten"].items()]
+def _sentences(found: dict) -> str:
+    forgotten = [
+        f"{name}: {x:.3f} nats per token forgotten by the last model" for name, x in found["forgotten"].items()
+    ]
     changed = "earlier stages changed its loss by {:+.3f} before it was trained"
-    moved = [f"{name}: {changed.format(x)}" for name, x in told["transferred"].items()]
+    moved = [f"{name}: {changed.format(x)}" for name, x in found["transferred"].items()]
     return "\n".join(forgotten + moved)
 
 

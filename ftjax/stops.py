@@ -44,14 +44,14 @@ def listening() -> Iterator[None]:
     heard.clear()
     _obeyed.clear()
     _sent_again = 0
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    wakeup, report = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False), sys.unraisablehook
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    wakeup, report = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False), sys.unraisablehook
     for number in mine:
         signal.signal(number, _hear)
     me = threading.get_ident()
     sys.unraisablehook = lambda lost: _hook(lost, me, report)
-    threading.Thread(target=_watch, args=(told, mine), daemon=True).start()
+    threading.Thread(target=_watch, args=(receiver, mine), daemon=True).start()
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def listening() -> Iterator[None]:
         for number in mine:
             signal.signal(number, usual[number])
         signal.set_wakeup_fd(wakeup)
-        tell.close()  # which ends the thread
+        sender.close()  # which ends the thread
 
 
 @contextlib.contextmanager
@@ -115,22 +115,22 @@ def _hook(lost, thread: int, report) -> None:
         report(lost)
 
 
-def _watch(told: socket.socket, mine: list[int]) -> None:
-    """End the process if its main thread cannot, or need not, handle a signal. `told` receives the number of each
+def _watch(receiver: socket.socket, mine: list[int]) -> None:
+    """End the process if its main thread cannot, or need not, handle a signal. `receiver` receives the number of each
     signal."""
     global _sent_again
     first, deadline = None, None  # first: (number, time) of the first signal; deadline: when it must be handled
     while True:
-        told.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
+        receiver.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
         try:
-            number = told.recv(1)
+            number = receiver.recv(1)
         except TimeoutError:
             if not _obeyed.is_set() and not _held:
                 _end(first[0], "ended without waiting for what it was doing")
             deadline = None
             continue
         if not number:
-            told.close()
+            receiver.close()
             return
         if number[0] not in mine:
             continue

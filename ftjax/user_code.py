@@ -36,7 +36,7 @@ def not_named_by(overrides, values) -> list[tuple[str, str]]:
     return [(key, function) for key, function in named(values) if not any(function in text for text in overrides)]
 
 
-def told(functions: list[tuple[str, str]]) -> str:
+def listed(functions: list[tuple[str, str]]) -> str:
     """These functions and their keys, as text for a person."""
     return ", ".join(f"{key} {function!r}" for key, function in functions)
 

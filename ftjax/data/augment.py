@@ -189,15 +189,15 @@ def _by_function(named: str, table: Table) -> Make:
             raise FtjaxError(f"{place}: {user_code.failed(named, 'data.augment.function', error)}") from error
         if new is None:
             return None
-        said = f"{place}: data.augment.function {named!r}"
+        where = f"{place}: data.augment.function {named!r}"
         if not isinstance(new, dict):
-            raise FtjaxError(f"{said} returned {type(new).__name__}; expected a row (a dict), or None for no row")
+            raise FtjaxError(f"{where} returned {type(new).__name__}; expected a row (a dict), or None for no row")
         if set(new) != names:
             other = ", ".join(sorted(map(str, set(new) ^ names)))
             raise FtjaxError(
-                f"{said}: the returned row must have the same columns as the row it received; different: {other}"
+                f"{where}: the returned row must have the same columns as the row it received; different: {other}"
             )
-        check(new, said)
+        check(new, where)
         return new
 
     return make
@@ -207,17 +207,19 @@ def _storable(table: Table) -> Callable[[dict, str], None]:
     """A check that the cells of a row have the types of the columns."""
     kinds = {field.name: field.type for field in table.rows.data.schema}
 
-    def check(row: dict, said: str) -> None:
+    def check(row: dict, where: str) -> None:
         for name, cell in row.items():
             try:
                 kind = columns.infer([cell])
                 stored = columns.decode(columns.encode([cell], kind))
             except columns.FAULTS as error:
-                raise FtjaxError(f"{said}: column {name!r}: {error}") from error
+                raise FtjaxError(f"{where}: column {name!r}: {error}") from error
             nested = isinstance(cell, list | dict)
             free = kinds[name] not in (pa.null(), *columns.SCALARS.values())  # a column that holds lists or objects
             if nested and stored != [cell] or not (nested and free) and columns.unify(kinds[name], kind) != kinds[name]:
-                raise FtjaxError(f"{said}: column {name!r} has the type {kinds[name]}, which cannot store {cell!r:.80}")
+                raise FtjaxError(
+                    f"{where}: column {name!r} has the type {kinds[name]}, which cannot store {cell!r:.80}"
+                )
 
     return check
 

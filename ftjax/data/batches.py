@@ -338,11 +338,11 @@ def by_example(
     counts = examples.length if whole_rows else examples.labels
     found: list[np.ndarray] = [None] * len(examples)
     for step in range(len(batches)):
-        told = whole(f(batches[step]))
-        for said, members in zip(told, batches.rows(step), strict=True):
+        results = whole(f(batches[step]))
+        for result, members in zip(results, batches.rows(step), strict=True):
             at = 0
             for example in members:
-                found[example] = said[at : at + counts[example]]
+                found[example] = result[at : at + counts[example]]
                 at += counts[example]
     return found
 

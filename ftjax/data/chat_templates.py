@@ -185,8 +185,8 @@ def _dated(text: str, date: str) -> str:
         return text
     day = datetime.datetime.fromisoformat(date)
     parts = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdDeFGHIjmMpSTuUVwWxXyY]", text)))
-    told = "".join(f" | replace('{part}', '{day.strftime(part)}')" for part in parts)
-    return DATED + "{{- format" + told + " -}}{%- endmacro -%}" + text
+    replacements = "".join(f" | replace('{part}', '{day.strftime(part)}')" for part in parts)
+    return DATED + "{{- format" + replacements + " -}}{%- endmacro -%}" + text
 
 
 def able(tokenizer) -> list[str]:

@@ -40,19 +40,19 @@ class Sides(NamedTuple):
 
     Attributes:
         read: read(row) -> the text that the model reads.
-        said: said(row) -> the text that it should answer. Empty if that is the text it reads, or a label.
+        answer: answer(row) -> the text that it should answer. Empty if that is the text it reads, or a label.
         label: Column of the label; empty if there is none.
         known: Whether the columns are known from the config or from their names. Otherwise all columns are taken.
     """
 
     read: Callable[[dict], str]
-    said: Callable[[dict], str] = nothing
+    answer: Callable[[dict], str] = nothing
     label: str = ""
     known: bool = True
 
     def whole(self, row: dict) -> str:
         """The text that the model reads, followed by the text that it should answer."""
-        return f"{self.read(row)}\n{self.said(row)}" if self.said is not nothing else self.read(row)
+        return f"{self.read(row)}\n{self.answer(row)}" if self.answer is not nothing else self.read(row)
 
     def labels(self, table: Table) -> list[str]:
         """The label of each row as text; all are empty if rows have no labels."""
@@ -104,7 +104,7 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
     label = _first(data.label, usual.label, columns)
     if this.encode:
         texts = [_first(task.text, usual.text, columns), _first(task.pair, usual.pair, columns)]
-        read, said = [name for name in texts if name], []
+        read, answers = [name for name in texts if name], []
     else:
         try:
             form = template.guess(columns, data.prompt, data.completion) if data.form == "auto" else data.form
@@ -112,22 +112,22 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
             form = ""
         if form in ("messages", "sharegpt", "preference", "ranked"):
             return Sides(lambda row: _turns(row)[0], functools.partial(_answers, both=this.texts == 2), label)
-        read, said = FIELDS.get(form, ((), ()))
+        read, answers = FIELDS.get(form, ((), ()))
         if form == "template":
-            read, said = ([name for _, name in template.parse(text, "data.prompt") if name]
+            read, answers = ([name for _, name in template.parse(text, "data.prompt") if name]
                           for text in (data.prompt, data.completion))  # fmt: skip
         if not read:
-            read, said = said, ()
-        label = "" if label in (*read, *said) else label
+            read, answers = answers, ()
+        label = "" if label in (*read, *answers) else label
     known, read = bool(read), read or [name for name in columns if name != label]
-    return Sides(columns_text(read), columns_text(said) if said else nothing, label, known)
+    return Sides(columns_text(read), columns_text(answers) if answers else nothing, label, known)
 
 
 def common(table: Table, by: Sides) -> set[bytes]:
     """Digests of prompts that very many rows with an answer have, such as `Write a story.`."""
-    if by.said is nothing:
+    if by.answer is nothing:
         return set()
-    prompts = (digest(normalise(by.read(row))) for _, rows in table.chunks() for row in rows if by.said(row))
+    prompts = (digest(normalise(by.read(row))) for _, rows in table.chunks() for row in rows if by.answer(row))
     return {prompt for prompt, count in Counter(prompts).items() if count > max(OFTEN, SHARE * len(table))}
 
 

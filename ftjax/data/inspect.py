@@ -141,7 +141,7 @@ def _finding(name: str, check: Check, one: Scan, hit: Hit) -> Finding:
         rows.setdefault(one.table.files[one.table.file[i]], []).append(int(one.table.number[i]))
     number = len(hit.notes)
     share = f"{number / len(one):.1%}" if number >= 0.001 * len(one) else "below 0.1%"
-    said = {
+    values = {
         "rows": f"{number:,} ({share})",
         "kinds": _kinds(hit.notes),
         "subject": hit.subject,
@@ -151,8 +151,8 @@ def _finding(name: str, check: Check, one: Scan, hit: Hit) -> Finding:
         check=name,
         part=one.name,
         severity=check.severity,
-        message=check.message.format(**said),
-        advice=check.advice.format(**said),
+        message=check.message.format(**values),
+        advice=check.advice.format(**values),
         rows=rows,
         examples=[_example(check, one, i, hit.notes[i]) for i in _spread(hit.notes)],
     )
@@ -161,8 +161,8 @@ def _finding(name: str, check: Check, one: Scan, hit: Hit) -> Finding:
 def _kinds(notes: dict[int, str], most: int = 4) -> str:
     """The notes by their number of rows, such as `email (30); phone (2)`."""
     counts = Counter(notes.values()).most_common()
-    said = [f"{short(note, 120)} ({count:,})" for note, count in counts[:most]]
-    return "; ".join(said + [f"{len(counts) - most:,} more"] * (len(counts) > most))
+    texts = [f"{short(note, 120)} ({count:,})" for note, count in counts[:most]]
+    return "; ".join(texts + [f"{len(counts) - most:,} more"] * (len(counts) > most))
 
 
 def _spread(notes: dict[int, str]) -> list[int]:

@@ -215,8 +215,8 @@ def _said(scan: Scan, i: int) -> str:
 def _several(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     """Prompts with several answers, if rows have no labels. With labels, `_conflict` finds them."""
     if scan.labels is None:
-        twins, said = enumerate(first_equal(scan.prompts)), scan.answers
-        others = ((i, twin) for i, twin in twins if scan.prompts[i] and said[i] != said[twin])
+        twins, answers = enumerate(first_equal(scan.prompts)), scan.answers
+        others = ((i, twin) for i, twin in twins if scan.prompts[i] and answers[i] != answers[twin])
         yield Hit({i: f"prompt as {scan.beside(i, twin)}" for i, twin in others})
 
 
@@ -245,7 +245,7 @@ def _minority(feature: str, least: float) -> Callable[[Scan, Corpus], Iterator[H
 
 def _coverage(scan: Scan, corpus: Corpus) -> Iterator[Hit]:
     found = scan.coverage
-    yield Hit(subject=", ".join(said.format(found[k]) for k, (most, said) in COVERED.items() if (found[k] or 0) > most))
+    yield Hit(subject=", ".join(text.format(found[k]) for k, (most, text) in COVERED.items() if (found[k] or 0) > most))
 
 
 COVERED = {  # (the most that is usual for a tokenizer and text of its kind, the message about a higher value)

@@ -49,7 +49,7 @@ def corpus(scans: list[Scan], seed: int) -> Corpus:
     The similarity of near duplicates is that of the first source's settings.
     """
     whole = _compared(scans, [scan.by.whole for scan in scans], seed)
-    if all(scan.by.said is nothing for scan in scans):
+    if all(scan.by.answer is nothing for scan in scans):
         return whole
     prompts = set().union(*(common(scan.table, scan.by) for scan in scans))
     read = _compared(scans, [telling(scan.by, prompts) for scan in scans], seed)

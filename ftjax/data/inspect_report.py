@@ -118,10 +118,10 @@ def _all_lengths(part: Statistics) -> list[tuple[str, Lengths]]:
 
 def html(inspection: Inspection) -> str:
     """A page that needs no other file. All text of rows is escaped."""
-    said = f"{counted(sum(p.rows for p in inspection.parts.values()), 'row')}, {counted(len(inspection.parts), 'part')}"
+    size = f"{counted(sum(p.rows for p in inspection.parts.values()), 'row')}, {counted(len(inspection.parts), 'part')}"
     return page(
         "inspection.html",
-        summary=f"{said}; {_counts(inspection) or 'no findings'}",
+        summary=f"{size}; {_counts(inspection) or 'no findings'}",
         findings=inspection.findings,
         listed=LISTED,
         quantiles=list(map(_percent, QUANTILES)),

@@ -112,8 +112,8 @@ class Scan:
         if self.sides.known:
             return self.sides
         text = [c for c, column in self.columns.items() if column.text and c != self.label]
-        said = [c for c in text if self.columns[c].blank or self.columns[c].distinct < len(self)]
-        return Sides(columns_text(said or text), label=self.label or "")
+        answers = [c for c in text if self.columns[c].blank or self.columns[c].distinct < len(self)]
+        return Sides(columns_text(answers or text), label=self.label or "")
 
     def folded(self, index: int) -> tuple[str, ...] | None:
         """The labels of a row in their folded spelling; None if rows have no labels."""
@@ -197,8 +197,8 @@ def sides(rendered: Rendered) -> tuple[str, str]:
     if rendered.messages is None:
         return rendered.prompt, rendered.completion
     # A tool call has no text.
-    said = [(m["role"] == "assistant", m["content"]) for m in rendered.messages if m["content"]]
-    return tuple("\n".join(text for own, text in said if own is side) for side in (False, True))
+    turns = [(m["role"] == "assistant", m["content"]) for m in rendered.messages if m["content"]]
+    return tuple("\n".join(text for own, text in turns if own is side) for side in (False, True))
 
 
 def _encoded(scan: Scan, rows: list[dict], places: list[str]) -> list[tuple]:
@@ -257,8 +257,8 @@ TYPES = {type(None): "null", str: "string", bool: "bool", int: "int64", float: "
 
 def _one_type(types: set[str]) -> str:
     """The common type of cells of these types, or JSON. An empty list is compatible with any list."""
-    told = types - {"null", "list of null"} or types - {"null"} or {"null"}
-    return told.pop() if len(told) == 1 else "JSON"
+    known = types - {"null", "list of null"} or types - {"null"} or {"null"}
+    return known.pop() if len(known) == 1 else "JSON"
 
 
 def _label(scan: Scan) -> str | None:

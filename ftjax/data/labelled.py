@@ -218,13 +218,13 @@ def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[
     task = tasks.find(how.form)
     if not how.label or task.labels is not None:
         return how, []
-    cells, said = list(table.cells(how.label)), f"column {how.label!r} holds"
+    cells, holds = list(table.cells(how.label)), f"column {how.label!r} holds"
     if not task.unlabelled:
         need_labels(table, cells, how.label)
     if task.unlabelled and task.several:
         source = list(whole.cells(how.label)) if how.label in whole.columns else cells
         if vector_length(source) == len(how.names):
-            note = f"{said} vectors of 0 and 1, one number for each of {_some(how.names)}"
+            note = f"{holds} vectors of 0 and 1, one number for each of {_some(how.names)}"
             return dataclasses.replace(how, vectors=True), [note]
     if task.numeric or labels_as == "names":
         return how, []
@@ -233,7 +233,7 @@ def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[
         if any(map(WHOLE.fullmatch, how.names)) or not all(is_whole(label) for label in labels):
             return how, []
     meant = _some([f"{i} is {name!r}" for i, name in enumerate(how.names)])
-    return dataclasses.replace(how, ids=True), [f"{said} numbers, which are read as ids: {meant}"]
+    return dataclasses.replace(how, ids=True), [f"{holds} numbers, which are read as ids: {meant}"]
 
 
 def need_labels(table: Table, cells: list, column: str) -> None:

@@ -461,9 +461,9 @@ def _tokenised(
 
     def note(source: Source, table: Table, found) -> None:
         left = unread(found, table) if "train" in parts else []
-        told = f"columns that are no part of the texts or labels: {', '.join(left)}"
-        if left and told not in source.notes:
-            source.notes.append(told)
+        text = f"columns that are no part of the texts or labels: {', '.join(left)}"
+        if left and text not in source.notes:
+            source.notes.append(text)
 
     def how(source: Source, table: Table):
         if not task.encode:
@@ -479,7 +479,7 @@ def _tokenised(
         own, notes = labelled.reading(own, table, source.whole, labels_as)
         if config.task.text not in ("", own.text):
             notes.append(f"{table.files[0]} has no column {config.task.text!r}; texts are read from {own.text!r}")
-        source.notes.extend(told for told in notes if told not in source.notes)
+        source.notes.extend(text for text in notes if text not in source.notes)
         note(source, table, own)
         return own, False
 
@@ -738,8 +738,8 @@ def _tokens_in_texts(encoded: store.Examples, how: Recipe, table: Table, tokeniz
     rows = np.unique(encoded.row[example[within]]).tolist()
     if not rows or how.render([table.row(rows[0])], [table.place(rows[0])])[0].messages is not None:
         return []
-    told = "whose text of a special token is read as the token itself, the first of them"
-    return [f"{counted(len(rows), 'row')} {told} {table.place(rows[0])}"]
+    what = "whose text of a special token is read as the token itself, the first of them"
+    return [f"{counted(len(rows), 'row')} {what} {table.place(rows[0])}"]
 
 
 def _processes(asked: int, rows: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import PARTS, Data, Gone, Report
-from ftjax.data.template import SAID
+from ftjax.data.template import MEANING
 from ftjax.data.tokenise import Example
 from ftjax.pages import page
 
@@ -65,8 +65,8 @@ def target(data: Data, i: int, example: Example) -> str:
         example: The example.
     """
     recipe = data.train.recipe(i)
-    if told := getattr(recipe, "told", None):
-        return told(example)
+    if describe := getattr(recipe, "describe", None):
+        return describe(example)
     if example.targets is None or (form := recipe.form) in ("masked", "embed"):
         return ""
     if form == "multilabel":
@@ -135,8 +135,8 @@ def visible(text: str) -> str:
 
 def _sentences(r: Report) -> list[str]:
     how = "guessed by the columns" if r.guessed else "as configured"
-    said = f": {SAID[r.form]}" if r.form in SAID else ""
-    return [f"{r.source}, form {r.form!r} ({how}){said}, at most {r.max_length:,} tokens a row", *too_long(r)]
+    meaning = f": {MEANING[r.form]}" if r.form in MEANING else ""
+    return [f"{r.source}, form {r.form!r} ({how}){meaning}, at most {r.max_length:,} tokens a row", *too_long(r)]
 
 
 def too_long(r: Report) -> list[str]:
@@ -256,8 +256,8 @@ def _about(number: int, view: View) -> str:
 
 
 def _about_part(data: Data, batches: Batches, example: int, trained: np.ndarray) -> str:
-    said = f"{data.train.place(example)}: {len(trained):,} tokens, {np.count_nonzero(trained):,} trained"
-    return ", ".join(filter(None, [said, target(data, example, batches.examples[example])]))
+    text = f"{data.train.place(example)}: {len(trained):,} tokens, {np.count_nonzero(trained):,} trained"
+    return ", ".join(filter(None, [text, target(data, example, batches.examples[example])]))
 
 
 def html(data: Data, batches: Batches, tokenizer, count: int) -> str:

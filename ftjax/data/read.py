@@ -570,8 +570,8 @@ def _csv(text: _Text, separator: str = ",", quoting: int = csv.QUOTE_MINIMAL) ->
                 text.begins = line
                 yield dict(zip(header, cells))
     except csv.Error as e:
-        said = next((ours for theirs, ours in CSV_FAULTS.items() if theirs in str(e)), f"{e}; mend the row")
-        raise text.error(said.format(line=text.line), after) from e
+        fault = next((ours for theirs, ours in CSV_FAULTS.items() if theirs in str(e)), f"{e}; mend the row")
+        raise text.error(fault.format(line=text.line), after) from e
 
 
 def _header(cells: list[str], separator: str, text: _Text, line: int) -> list[str]:

@@ -75,10 +75,10 @@ def _word_of(words: list[str], offsets: np.ndarray) -> np.ndarray:
 
 
 def _cut(ids: np.ndarray, word: np.ndarray, max_length: int) -> Words:
-    whole, said = len(ids), np.flatnonzero(word >= 0)
-    if not max_length or whole <= max_length or not len(said):
+    whole, in_words = len(ids), np.flatnonzero(word >= 0)
+    if not max_length or whole <= max_length or not len(in_words):
         return Words(ids, word, word)
-    a, b = said[0], said[-1] + 1  # special tokens are before a and from b on
+    a, b = in_words[0], in_words[-1] + 1  # special tokens are before a and from b on
     room = max(max_length - (whole - (b - a)), 1)
     keep = room
     while keep and word[a + keep] == word[a + keep - 1]:
@@ -129,8 +129,8 @@ def encode(how: Labelled, tokenizer, rows: list[dict], places: list[str]) -> lis
         if how.label:
             cells = row.get(how.label)
             if not isinstance(cells, list) or len(cells) != len(own):
-                said = f"{len(cells)} tags" if isinstance(cells, list) else repr(cells)
-                raise FtjaxError(f"{place}: column {how.label!r} holds {said}; expected {len(own)} tags, one a word")
+                holds = f"{len(cells)} tags" if isinstance(cells, list) else repr(cells)
+                raise FtjaxError(f"{place}: column {how.label!r} holds {holds}; expected {len(own)} tags, one a word")
             tags[:] = [label_id(how, tag, place) for tag in cells]
         trained = carriers(found.word, how.subwords)
         if not trained.any():

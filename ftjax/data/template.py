@@ -308,15 +308,15 @@ def pairs(form: str, row: dict, place: str, template: str = "") -> list[dict]:
         FtjaxError: If the row does not say which of two answers is better.
     """
     if form == "ballot":
-        said = field(row, "rating", place).strip().lower()
-        if said not in ("left", "right"):
+        rating = field(row, "rating", place).strip().lower()
+        if rating not in ("left", "right"):
             raise FtjaxError(
-                f"{place}: column 'rating' holds {said!r}; expected left or right. A tie does not say which answer is "
-                "better: remove the row, or leave such rows out by data.clean.empty=True"
+                f"{place}: column 'rating' holds {rating!r}; expected left or right. A tie does not say which answer "
+                "is better: remove the row, or leave such rows out by data.clean.empty=True"
             )
         space = "" if template or field(row, "prompt", place)[-1:].isspace() else " "
         sides = [space + _answer(field(row, name, place), place) for name in ("left", "right")]
-        chosen, rejected = sides if said == "left" else sides[::-1]
+        chosen, rejected = sides if rating == "left" else sides[::-1]
         return [row | {"chosen": chosen, "rejected": rejected}]
     if form != "ranked":
         return [row]
@@ -385,8 +385,8 @@ GUESS = (
     ("text", (("text",),)),
 )
 # Notes for the user, by form.
-SAID = dict.fromkeys(PAIRED, "the chosen answer is trained, the rejected one is not used")
-SAID["ranked"] = "the best answer is trained, the others are not used"
+MEANING = dict.fromkeys(PAIRED, "the chosen answer is trained, the rejected one is not used")
+MEANING["ranked"] = "the best answer is trained, the others are not used"
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -423,8 +423,8 @@ def _turns(row: dict, column: str, place: str) -> tuple[dict, ...]:
     return tuple(_turn(m, f"{place}: message {number}") for number, m in enumerate(messages, 1))
 
 
-def _turn(message, said: str) -> dict:
-    """A message with the field names that chat templates use. `said` names it in errors."""
+def _turn(message, where: str) -> dict:
+    """A message with the field names that chat templates use. `where` names it in errors."""
     # A data set has None for a field that only other messages have, but templates test whether a key exists.
     turn = _there(message) if isinstance(message, dict) else {}
     for theirs, ours in (("from", "role"), ("value", "content")):
@@ -432,50 +432,50 @@ def _turn(message, said: str) -> dict:
             turn[ours] = turn.pop(theirs)
     role = turn.get("role")
     if not isinstance(role, str):
-        raise FtjaxError(f"{said} should be an object with `role` and `content`")
+        raise FtjaxError(f"{where} should be an object with `role` and `content`")
     if role == "function_call":
-        turn["tool_calls"], turn["content"] = _json(turn.get("content"), f"{said}: the function call"), ""
+        turn["tool_calls"], turn["content"] = _json(turn.get("content"), f"{where}: the function call"), ""
     turn["role"] = role = ROLES.get(role, role)
     if "tool_calls" in turn:
-        turn["tool_calls"] = _calls(turn["tool_calls"], said)
+        turn["tool_calls"] = _calls(turn["tool_calls"], where)
         if turn["tool_calls"]:
             turn.setdefault("content", "")
         else:
             del turn["tool_calls"]
     if isinstance(turn.get("content"), list):
-        turn["content"] = _text_of(turn["content"], said)
+        turn["content"] = _text_of(turn["content"], where)
     if not isinstance(turn.get("content"), str):
-        raise FtjaxError(f"{said}: `content` should be text, found {_kind(turn.get('content'))}")
+        raise FtjaxError(f"{where}: `content` should be text, found {_kind(turn.get('content'))}")
     trained = turn.pop("train", turn.pop("weight", True))
     if trained not in (True, False):
-        raise FtjaxError(f"{said}: `train` should be true or false (or `weight` 1 or 0), found {trained!r}")
+        raise FtjaxError(f"{where}: `train` should be true or false (or `weight` 1 or 0), found {trained!r}")
     if not trained and role == "assistant":
         turn["train"] = False
     return turn
 
 
-def _text_of(parts: list, said: str) -> str:
+def _text_of(parts: list, where: str) -> str:
     """The text of a content that is a list of parts, in OpenAI's format: {"type": "text", "text": ...}."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     other = [p["type"] for p in parts if isinstance(p, dict) and p.get("type") not in (None, "text")]
     if other or not all(isinstance(text, str) for text in texts):
         raise FtjaxError(
-            f"{said}: `content` contains {other[0] if other else 'a part without text'}; only text is supported"
+            f"{where}: `content` contains {other[0] if other else 'a part without text'}; only text is supported"
         )
     return "".join(texts)
 
 
-def _calls(calls, said: str) -> list[dict]:
+def _calls(calls, where: str) -> list[dict]:
     """Tool calls, each as {"type": "function", "function": {"name", "arguments"}} with the arguments as an object."""
     calls = calls if isinstance(calls, list) else [calls]
     out = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise FtjaxError(f"{said}: a tool call should be an object with `name` and `arguments`, found {call!r}")
+            raise FtjaxError(f"{where}: a tool call should be an object with `name` and `arguments`, found {call!r}")
         arguments = function.get("arguments")
         if isinstance(arguments, str) and arguments.strip():  # OpenAI's format; templates write objects as JSON
-            arguments = _json(arguments, f"{said}: the arguments of {function['name']!r}")
+            arguments = _json(arguments, f"{where}: the arguments of {function['name']!r}")
         arguments = {} if arguments is None or isinstance(arguments, str) else arguments
         rest = {key: cell for key, cell in _there(call).items() if key not in ("function", "name", "arguments")}
         out.append({"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}})
@@ -513,11 +513,11 @@ def _there(cells: dict) -> dict:
     return {key: cell for key, cell in cells.items() if cell is not None}
 
 
-def _json(text, said: str):
+def _json(text, where: str):
     try:
         return json.loads(text)
     except (ValueError, TypeError) as error:
-        raise FtjaxError(f"{said}: expected JSON: {error}") from None
+        raise FtjaxError(f"{where}: expected JSON: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- templates over columns

@@ -135,12 +135,12 @@ def open_messages(row: Rendered, goes_on: bool) -> tuple[dict, ...]:
     return row.messages if open_ else row.messages[: turns[-1]]
 
 
-def reply(row: Rendered, said: str, messages: tuple[dict, ...], tokenizer, place: str, end: str = "") -> list[int]:
+def reply(row: Rendered, answer: str, messages: tuple[dict, ...], tokenizer, place: str, end: str = "") -> list[int]:
     """The ids of the text between an answer of a conversation and the next answer.
 
     Args:
         row: The conversation before the answer.
-        said: The answer.
+        answer: The answer.
         messages: The messages that follow it.
         tokenizer: The tokenizer, from transformers.
         place: Names the row in errors.
@@ -153,7 +153,7 @@ def reply(row: Rendered, said: str, messages: tuple[dict, ...], tokenizer, place
         FtjaxError: If the chat template refuses the messages, or does not show the answer as one text.
     """
     chat, before = _chat(row.template, end, tokenizer), row.messages
-    whole = (*before, {"role": "assistant", "content": said}, *messages)
+    whole = (*before, {"role": "assistant", "content": answer}, *messages)
     talk = _as_text(chat, dataclasses.replace(row, messages=whole), place)
     shown, mark = _marked_chat(chat, talk, len(before), place, generation=True)
     return continuation(chat.tokenizer, shown.partition(mark)[2])
@@ -357,9 +357,9 @@ def _behind_its_prompt(chat: Chat, row: Rendered, whole: str, place: str) -> str
     thinking = next((message[key] for key in THINKING if key in message), thinking.removeprefix("<think>")).strip("\n")
     if thinking and not opened:
         return whole
-    said = f"{thinking}\n</think>\n\n" * opened + answer.lstrip("\n")
+    written = f"{thinking}\n</think>\n\n" * opened + answer.lstrip("\n")
     shown, mark = _marked_chat(chat, row, len(before), place)
-    return prompt + said + shown.partition(mark)[2]
+    return prompt + written + shown.partition(mark)[2]
 
 
 def _turn(chat: Chat, row: Rendered, k: int, whole: str, place: str) -> Turn:
@@ -424,8 +424,8 @@ def _marked_chat(chat: Chat, row: Rendered, k: int, place: str, generation: bool
 
 def _unused(row: Rendered) -> str:
     """A text that occurs nowhere in the messages of a row."""
-    said = repr(row.messages)
-    return next(text for n in itertools.count() if (text := f"answer{n}x") not in said)
+    messages = repr(row.messages)
+    return next(text for n in itertools.count() if (text := f"answer{n}x") not in messages)
 
 
 def _advice(chat: Chat, row: Rendered, k: int) -> str:
@@ -449,11 +449,11 @@ def _shows(message: dict, prompt: str, through: str, chat: Chat, row: Rendered, 
 
     The opening of an answer, such as `<think>`, may already be part of the prompt.
     """
-    said = [EMPTY_THINKING.sub("", message["content"]), *(message[key] for key in THINKING if key in message)]
+    parts = [EMPTY_THINKING.sub("", message["content"]), *(message[key] for key in THINKING if key in message)]
 
     def holds(text: str) -> bool:
         text = "".join(text.split())
-        return all("".join(part.split()) in text for part in said)
+        return all("".join(part.split()) in text for part in parts)
 
     return holds(through[len(prompt) :]) or holds(
         through[shared(prompt, _show(chat, row, before, False, place), chat.marks.tokens) :]

@@ -10,7 +10,7 @@ from ftjax.data.labelled import last_token
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example, encode
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
-from ftjax.evaluation.said import logits
+from ftjax.evaluation.outputs import logits
 from ftjax.hub.tokenizer import end_token, show
 from ftjax.lm import LM, continuations, continue_tokens
 from ftjax.loading import load

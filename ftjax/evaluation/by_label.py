@@ -11,7 +11,7 @@ import numpy as np
 
 from ftjax.data.prepare import Part
 from ftjax.evaluation.classification import best_threshold
-from ftjax.evaluation.said import Asked, Judge, at_places, logits
+from ftjax.evaluation.outputs import Asked, Judge, at_places, logits
 
 
 def judge(
@@ -28,14 +28,14 @@ def judge(
         settings: settings(thresholds) -> the argument of labelled.report that takes them.
     """
 
-    def sides(asked: Asked, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sides(asked: Asked, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         truths = targets(asked.part)
-        return truths if record else narrow(truths), predictions(said)
+        return truths if record else narrow(truths), predictions(outputs)
 
-    def lines(asked: Asked, said: np.ndarray, thresholds=None) -> list[dict]:
+    def lines(asked: Asked, outputs: np.ndarray, thresholds=None) -> list[dict]:
         """One record a row: its place, text and label, the prediction, and the probability of every label."""
         part, labels, out = asked.part, asked.data.labels, []
-        for i, (target, found) in enumerate(zip(*sides(asked, said), strict=True)):
+        for i, (target, found) in enumerate(zip(*sides(asked, outputs), strict=True)):
             label, predicted = (
                 record(labels, target, found, thresholds) if record else (target.tolist(), found.tolist())
             )
@@ -45,24 +45,24 @@ def judge(
             out.append(line)
         return out
 
-    def thresholds(part: Part, said: np.ndarray, metric: str) -> list[float]:
-        chances, truths = binary(predictions(said), targets(part))
+    def thresholds(part: Part, outputs: np.ndarray, metric: str) -> list[float]:
+        chances, truths = binary(predictions(outputs), targets(part))
         each = zip(truths.T, chances.T, strict=True)
         return [best_threshold(truth, chance, metric)["threshold"] for truth, chance in each]
 
     return Judge(
-        say, sides, lines, shown, known=("label",), blank=blank, thresholds=thresholds if binary else None,
+        predict, sides, lines, shown, known=("label",), blank=blank, thresholds=thresholds if binary else None,
         settings=lambda asked, cut: {} if cut is None else settings(cut),
     )  # fmt: skip
 
 
-def say(asked: Asked) -> np.ndarray:
+def predict(asked: Asked) -> np.ndarray:
     """Logits (N, C) of the examples."""
     return np.concatenate(at_places(logits, asked))
 
 
 def blank(asked: Asked) -> np.ndarray:
-    """As `say`, for a model that gives all labels the same logit."""
+    """As `predict`, for a model that gives all labels the same logit."""
     return np.zeros((len(asked.part), max(len(asked.data.labels), 1)))
 
 

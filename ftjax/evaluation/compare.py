@@ -222,13 +222,13 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     prompts = [list(ids) for ids in groups]
     references = [[part.reference(i, lm.tokenizer) for i in rows] for rows in groups.values()]
     first = [rows[0] for rows in groups.values()]
-    asked, said = [part.row(i) for i in first], ranked(lm, variables, part, first, prompts, config)
-    return answered(lm, variables, prompts, references, asked, config, said=said)
+    asked, known = [part.row(i) for i in first], ranked(lm, variables, part, first, prompts, config)
+    return answered(lm, variables, prompts, references, asked, config, known=known)
 
 
 def answered(
     lm, variables, prompts: list[list[int]], references: list[list[str]], asked: list[dict], config, until: str = "",
-    said: dict[int, str] | None = None,
+    known: dict[int, str] | None = None,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """As `answers`, for prompts that are already encoded.
 
@@ -240,13 +240,13 @@ def answered(
         asked: The row of each prompt.
         config: The config.
         until: Text that ends an answer. It is removed with all that follows it; empty: none.
-        said: {index of a prompt: its answer} where it is known.
+        known: {index of a prompt: its answer} where it is known.
     """
-    said = said or {}
-    others = [prompt for n, prompt in enumerate(prompts) if n not in said]
+    known = known or {}
+    others = [prompt for n, prompt in enumerate(prompts) if n not in known]
     texts = continued(lm, variables, others, seed=config.seed, **config.generate.to_dict()) if others else []
     new = (answer_of(text.split(until)[0] if until else text) for text in texts)
-    predictions = [said[n] if n in said else next(new) for n in range(len(prompts))]
+    predictions = [known[n] if n in known else next(new) for n in range(len(prompts))]
     shown = lm.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     samples = [
         {"prompt": p, "references": r, "prediction": t, "scores": {}}

@@ -15,8 +15,8 @@ from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data.prepare import Data, Part
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.said import Asked
-from ftjax.evaluation.said import text as said_text
+from ftjax.evaluation.outputs import Asked
+from ftjax.evaluation.outputs import text as output_text
 from ftjax.files import replace_json, write_jsonl
 
 MISTAKES = 50  # most rows in mistakes.jsonl
@@ -73,13 +73,13 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     return drawn, np.array(weights, np.float32)
 
 
-def thresholds_of(config, part: Part, said) -> list[float] | None:
+def thresholds_of(config, part: Part, outputs) -> list[float] | None:
     """The thresholds that task.threshold chooses on a part.
 
     Args:
         config: The config.
         part: The rows, usually those of validation.
-        said: The model's output on them, see Judge.say.
+        outputs: The model's output on them, see Judge.predict.
 
     Returns:
         The least probability of each label that counts as predicted; None without task.threshold, which means 0.5.
@@ -88,7 +88,7 @@ def thresholds_of(config, part: Part, said) -> list[float] | None:
         FtjaxError: If the task has no thresholds for the number of labels.
     """
     metric = config.task.threshold
-    return tasks.find(config.task.kind).judge.thresholds(part, said, metric) if metric else None
+    return tasks.find(config.task.kind).judge.thresholds(part, outputs, metric) if metric else None
 
 
 def check(config, data: Data, tokenizer) -> list[str]:
@@ -118,9 +118,9 @@ def check(config, data: Data, tokenizer) -> list[str]:
     for part in (data.test, data.validation) if this and this.blank else ():
         if len(part):
             asked = Asked(None, {}, tokenizer, data, part, config)
-            said = this.blank(asked)
-            cut = thresholds_of(config, part, said) if task.threshold else None
-            names = list(this.report(asked, said, cut, draws=0)["metrics"])
+            outputs = this.blank(asked)
+            cut = thresholds_of(config, part, outputs) if task.threshold else None
+            names = list(this.report(asked, outputs, cut, draws=0)["metrics"])
     return names if len(data.validation) else []
 
 
@@ -153,19 +153,19 @@ def finish(run_dir: Path, model, variables, data: Data, config, tokenizer) -> Fi
     run_dir, judge = Path(run_dir), tasks.find(config.task.kind).judge
     parts = {name: getattr(data, name) for name in ("validation", "test") if len(getattr(data, name))}
     asked = {name: Asked(model, variables, tokenizer, data, part, config) for name, part in parts.items()}
-    said = {name: judge.say(asked[name]) for name in parts}
-    cut = thresholds_of(config, parts["validation"], said["validation"]) if config.task.threshold else None
+    outputs = {name: judge.predict(asked[name]) for name in parts}
+    cut = thresholds_of(config, parts["validation"], outputs["validation"]) if config.task.threshold else None
     results = {"labels": list(data.labels), "thresholds": cut}
-    results |= {name: judge.report(asked[name], said[name], cut) for name in parts}
-    text = "\n".join(f"{name}:\n{said_text(results[name])}" for name in parts)
+    results |= {name: judge.report(asked[name], outputs[name], cut) for name in parts}
+    text = "\n".join(f"{name}:\n{output_text(results[name])}" for name in parts)
     if jax.process_index() or not parts:
         return Finished(results, text, {})
     last = list(parts)[-1]
     written, wrong = {"results": run_dir / "results.json"}, []
     replace_json(written["results"], results)
     if judge.lines:
-        records = judge.lines(asked[last], said[last], cut)
-        wrong = [records[i] for i in judge.worst(asked[last], said[last], cut, MISTAKES)]
+        records = judge.lines(asked[last], outputs[last], cut)
+        wrong = [records[i] for i in judge.worst(asked[last], outputs[last], cut, MISTAKES)]
         for key, rows in (("predictions", records), ("mistakes", wrong)):
             written[key] = run_dir / f"{key}.jsonl"
             write_jsonl(written[key], rows)
@@ -191,7 +191,7 @@ def judge(lm, part: Part, data: Data, config) -> dict:
     """
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     this = tasks.find(lm.kind).judge
-    return this.report(asked, this.say(asked), _chosen(lm, config))
+    return this.report(asked, this.predict(asked), _chosen(lm, config))
 
 
 def predict(lm, part: Part, data: Data, config) -> list[dict]:
@@ -212,7 +212,7 @@ def predict(lm, part: Part, data: Data, config) -> list[dict]:
             f"predict: task {lm.kind} makes no prediction for a row; `ftjax evaluate` measures the model's loss"
         )
     asked = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
-    records = this.lines(asked, this.say(asked), _chosen(lm, config))
+    records = this.lines(asked, this.predict(asked), _chosen(lm, config))
     return [{key: value for key, value in record.items() if key not in this.known} for record in records]
 
 

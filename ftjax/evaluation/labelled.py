@@ -174,15 +174,15 @@ def _rows(kind, labels, predictions, names, settings):
 def _metrics(kind: Kind, rows, how) -> dict[str, dict]:
     N = len(rows["loss"])
     figures = intervals(N, kind.metrics(rows), **how)
-    said = {}
+    notes = {}
     if kind.tally and "probabilities" in rows:
         tally = tuple(x[0] for x in kind.tally(rows)(np.ones((1, N))))
-        said = classification.notes(tally, N, kind.absent)
-    return {name: _noted(entry, kind.undefined.get(name), said.get(name)) for name, entry in figures.items()}
+        notes = classification.notes(tally, N, kind.absent)
+    return {name: _noted(entry, kind.undefined.get(name), notes.get(name)) for name, entry in figures.items()}
 
 
-def _noted(entry: dict, undefined: str | None, said: str | None) -> dict:
-    parts = [undefined] if entry["value"] is None else [said, entry.get("note")]
+def _noted(entry: dict, undefined: str | None, remark: str | None) -> dict:
+    parts = [undefined] if entry["value"] is None else [remark, entry.get("note")]
     note = "; ".join(part for part in parts if part)
     return entry | ({"note": note} if note else {})
 

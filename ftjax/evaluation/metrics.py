@@ -360,7 +360,7 @@ METRICS = {
     "f1_macro": Metric(
         exact_match,
         f1_macro,
-        description="how well each of the right answers is found and told from the others, on average, from 0 to 1",
+        description="how well each of the right answers is found and kept from the others, on average, from 0 to 1",
     ),
     "token_f1": Metric(token_f1, description=f"words {IN_COMMON} 1"),
     "rouge_1": rouge("rouge1", "words"),

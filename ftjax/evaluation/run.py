@@ -161,7 +161,7 @@ def _config(model, config, overrides, data: str | None = None, say=None):
         if left and say:
             say(
                 f"{model} names functions that are not run, because your command does not name them: "
-                f"{user_code.told(left)}"
+                f"{user_code.listed(left)}"
             )
         without = lambda names: tuple(name for name in names if ":" not in name)  # noqa: E731
         config.evaluate.metrics, key = without(config.evaluate.metrics), "evaluate.metrics"
@@ -188,9 +188,9 @@ def _check_others(model, config) -> None:
     used = named_files(config).values()
     named = {key: name for key, name in named_files(run_config(model)).items() if name in used}
     kept = {file: digest for file, digest in kept.items() if file.split("/")[0] in named}
-    if told := fingerprint.changes({"others": kept}, {"others": fingerprint.of_named(named)}):
+    if changes := fingerprint.changes({"others": kept}, {"others": fingerprint.of_named(named)}):
         raise FtjaxError(
-            f"{model}: {'; '.join(told)}, so that figures would not be those of the training. Put back the files "
+            f"{model}: {'; '.join(changes)}, so that figures would not be those of the training. Put back the files "
             "of the training, or name others by an override"
         )
 
@@ -275,10 +275,10 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
     def same(*fields: str) -> None:
         for name in fields:
             if name in differing:
-                told = "; ".join(f"{source}: {value!r}" for source, value in differing[name].items())
+                values = "; ".join(f"{source}: {value!r}" for source, value in differing[name].items())
                 advice = "; name one by --template" if name == "prompt" else "; answer with LM.generate in Python"
                 raise FtjaxError(
-                    f"generate: the sources of this run have several values of data.{name} ({told}){advice}"
+                    f"generate: the sources of this run have several values of data.{name} ({values}){advice}"
                 )
 
     def prompt(text: str, place: str = "--prompt") -> Rendered:

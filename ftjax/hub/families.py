@@ -213,7 +213,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
 
 
 TEXT = "text_config"
-WHOLE = ("architectures", "quantization_config", "tie_word_embeddings")  # keys that are said of the whole model
+WHOLE = ("architectures", "quantization_config", "tie_word_embeddings")  # keys of the whole model
 
 
 def text_part(hf: dict, family: Family, where: str = "config.json") -> dict:
@@ -501,15 +501,15 @@ def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
         raise FtjaxError(f"{where}: vocab_size_per_layer_input: expected that of vocab_size, {values['vocab_size']}")
     d, K = hf["global_head_dim"], hf["num_global_key_value_heads"] if hf["attention_k_eq_v"] else None
     # Of transformers 5.24, in place of these keys. It is empty if all layers have the sizes of those with a window.
-    if (told := hf["per_layer_config"]) is not None:
+    if (per_layer := hf["per_layer_config"]) is not None:
         known = ("head_dim", "num_key_value_heads")
-        sizes = {key: size for key, size in told.get(str(L - 1), {}).items() if key in known}
+        sizes = {key: size for key, size in per_layer.get(str(L - 1), {}).items() if key in known}
         d, K = map(sizes.get, known)
         full = [str(layer) for layer, kind in enumerate(kinds) if kind == "global"]
-        if told and told != dict.fromkeys(full, sizes):
+        if per_layer and per_layer != dict.fromkeys(full, sizes):
             raise FtjaxError(
                 f"{where}: per_layer_config: expected the same {' and '.join(known)} in all layers of full attention, "
-                f"{', '.join(full)}, and nothing else; found {told!r:.200}"
+                f"{', '.join(full)}, and nothing else; found {per_layer!r:.200}"
             )
     d, K = d or values["head_dim"], K or values["kv_heads"]
     if values["heads"] % K or d % 2:
@@ -582,10 +582,10 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
     hf[family.keys["activation"]] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     hf |= layers_to_hf(config, family)
     hf |= rope_to_hf(config, family)
-    told = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
+    whole = dataclasses.replace(config, head=family.forms["none"].head) if form.beside else config
     hf = with_text_part({}, family, hf)
-    said, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(told)
-    lost = [f"{field} = {meant[field]!r}" for field in meant if said[field] != meant[field]]
+    read, meant = dataclasses.asdict(from_hf(hf)[1]), dataclasses.asdict(whole)
+    lost = [f"{field} = {meant[field]!r}" for field in meant if read[field] != meant[field]]
     if lost:
         raise FtjaxError(f"a {family.model_type} model cannot have {', '.join(lost)}")
     return hf
@@ -593,8 +593,8 @@ def to_hf(family: Family, config: ModelConfig) -> dict:
 
 def head_to_hf(form: Form, head: Head) -> dict:
     """The fields of config.json for a head, except its labels."""
-    said = {**dataclasses.asdict(head), "pool": {ours: theirs for theirs, ours in POOLS.items()}.get(head.pool)}
-    return {key: said[field] for field, key in form.keys.items()}
+    values = {**dataclasses.asdict(head), "pool": {ours: theirs for theirs, ours in POOLS.items()}.get(head.pool)}
+    return {key: values[field] for field, key in form.keys.items()}
 
 
 def names_of_labels(names: list[str]) -> dict:

@@ -112,12 +112,12 @@ def weights_digests(folder: Path) -> dict[str, str]:
 def changes(kept: dict, found: dict) -> list[str]:
     """How the files of two records differ, one text for each file. Groups that `kept` lacks are ignored."""
     out = []
-    for group, said in GROUPS.items():
+    for group, what in GROUPS.items():
         old, new = kept.get(group), found.get(group, {})
         for name in sorted(old | new) if isinstance(old, dict) else ():
             if old.get(name) != new.get(name):
                 was, is_ = (files[name][:8] if name in files else "not there" for files in (old, new))
-                out.append(f"of {said}, {name} was {was}, is {is_}")
+                out.append(f"of {what}, {name} was {was}, is {is_}")
     return out
 
 
@@ -168,10 +168,10 @@ def check_adapter(adapter: Path, base: Path) -> None:
 
 
 def _check(kept: dict, found: dict, holder: Path, remedy: str) -> None:
-    if told := changes(kept, found):
+    if differences := changes(kept, found):
         raise FtjaxError(
             f"{holder}: was trained on another base than {found['path']} ({kept['name']}, then at {kept['path']}): "
-            f"{'; '.join(told)}. {remedy}"
+            f"{'; '.join(differences)}. {remedy}"
         )
 
 

@@ -36,9 +36,9 @@ def modules(folder: Path) -> list[tuple[str, str]]:
     file = Path(folder) / MODULES
     if not file.is_file():
         return []
-    said = parse_json(read_text(file), file)
+    entries = parse_json(read_text(file), file)
     try:
-        found = [(m["type"].split(".")[-1], m["path"]) for m in said]
+        found = [(m["type"].split(".")[-1], m["path"]) for m in entries]
     except (TypeError, KeyError, AttributeError) as error:
         raise FtjaxError(f"{file}: expected a JSON list of objects with type and path: {error!r}") from None
     if outside := next((path for _, path in found if not is_plain_name(path)), None):
@@ -54,14 +54,14 @@ def read(folder: Path) -> Pooling | None:
     if other := [kind for kind, _ in there if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise FtjaxError(f"{Path(folder) / MODULES}: vectors by {', '.join(other)} are not supported")
     limits = Path(folder) / LIMITS
-    said = read_json(limits, max_seq_length=maybe(whole())) if limits.is_file() else {}
-    return Pooling(_mode(file), said.get("max_seq_length") or 0)
+    settings = read_json(limits, max_seq_length=maybe(whole())) if limits.is_file() else {}
+    return Pooling(_mode(file), settings.get("max_seq_length") or 0)
 
 
 def _mode(file: Path) -> str:
-    said = read_json(file, pooling_mode=maybe(string))
-    modes = [name for name, on in said.items() if name.startswith("pooling_mode_") and on]
-    modes = modes or [MODES.get(said.get("pooling_mode"), str(said.get("pooling_mode")))]
+    settings = read_json(file, pooling_mode=maybe(string))
+    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+    modes = modes or [MODES.get(settings.get("pooling_mode"), str(settings.get("pooling_mode")))]
     pool = next((ours for ours, theirs in MODES.items() if modes == [theirs]), None)
     if pool is None:
         raise FtjaxError(f"{file}: {', '.join(modes)} is not supported; known: {', '.join(MODES.values())}")
@@ -82,14 +82,14 @@ def read_head(folder: Path) -> Head | None:
     if [kind for kind, _ in modules(folder)[1:]] != ["Pooling", "Dense", "Dense"]:
         return None
     fields = {"activation_function": string, "in_features": whole(1), "out_features": whole(1)}
-    said = [read_json(folder / path / "config.json", **fields) for path in dense_folders(folder)]
-    found = [dense.get("activation_function") for dense in said]
+    settings = [read_json(folder / path / "config.json", **fields) for path in dense_folders(folder)]
+    found = [dense.get("activation_function") for dense in settings]
     if found != list(DENSE.values()) or (pool := _mode(folder / FOLDER / "config.json")) != "mean":
         raise FtjaxError(
             f"{folder / MODULES}: expected a head of a Dense module with tanh and one without an activation on means; "
             f"found {', '.join(map(str, found))}" + ("" if found != list(DENSE.values()) else f" on {pool}")
         )
-    return Head("sequence", labels=said[1].get("out_features", 0), pool="mean", activation="tanh")
+    return Head("sequence", labels=settings[1].get("out_features", 0), pool="mean", activation="tanh")
 
 
 def write(folder: Path, pooling: Pooling, width: int) -> None:
@@ -117,8 +117,8 @@ def write_head(folder: Path, pooling: Pooling, width: int, labels: int) -> None:
     _write(Path(folder), pooling, width, dict.fromkeys(names, "Dense"))
     for name, out, activation in zip(names, (width, labels), DENSE.values(), strict=True):
         (Path(folder) / name).mkdir(exist_ok=True)
-        said = {"in_features": width, "out_features": out, "bias": True, "activation_function": activation}
-        write_json(Path(folder) / name / "config.json", said)
+        settings = {"in_features": width, "out_features": out, "bias": True, "activation_function": activation}
+        write_json(Path(folder) / name / "config.json", settings)
 
 
 def _write(folder: Path, pooling: Pooling, width: int, behind: dict[str, str]) -> None:

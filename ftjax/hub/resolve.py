@@ -149,10 +149,10 @@ def new_folder(out: str | Path, record: dict | None = None) -> Iterator[Path]:
             write_json(partial / MARKER, written | (record or {}))
             check_out(out)
         except Exception as error:
-            if isinstance(error, FtjaxError) or not (told := of_disk(error)):
+            if isinstance(error, FtjaxError) or not (reason := of_disk(error)):
                 raise
             raise FtjaxError(
-                f"{out}: cannot be written: {told}. What was there before is whole. Make room, or choose another "
+                f"{out}: cannot be written: {reason}. What was there before is whole. Make room, or choose another "
                 "folder: the same command then goes on"
             ) from error
         if out.exists():
@@ -177,13 +177,13 @@ def check_written(folder: Path, names: Collection[str]) -> None:
     after its size or times have changed; `ftjax check` reads all."""
     changed = seals.changed(folder, written(folder).get("checksums", {}), again=False)
     for name in sorted(changed, key=lambda name: name not in names):
-        told = (
+        message = (
             f"{Path(folder) / name}: the file has changed since it was written (its checksum in {MARKER} differs); "
             f"export it again, or remove its entry of `checksums` in {MARKER} if the change is meant"
         )
         if name in names:
-            raise FtjaxError(told)
-        warnings.warn(told, stacklevel=3)
+            raise FtjaxError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _files(folder: Path) -> list[str]:

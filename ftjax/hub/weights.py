@@ -567,8 +567,8 @@ def write_model(
     expected, found = shapes(config), {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if expected != found:
         paths = [path for path in expected | found if expected.get(path) != found.get(path)]
-        told = "; ".join(f"{p}: {found.get(p, 'missing')}, expected {expected.get(p, 'none')}" for p in paths[:3])
-        raise FtjaxError(f"{out}: these parameters are not a whole {family.model_type} model: {told}")
+        wrong = "; ".join(f"{p}: {found.get(p, 'missing')}, expected {expected.get(p, 'none')}" for p in paths[:3])
+        raise FtjaxError(f"{out}: these parameters are not a whole {family.model_type} model: {wrong}")
     if dtype is None:
         dtype = stored_dtype(source) if source else str(leaves["embed/embedding"].dtype)
     if family.text and not source:

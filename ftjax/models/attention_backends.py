@@ -231,13 +231,13 @@ def settle(name: str, cases: list[Case]) -> str:
 
     Raises FtjaxError if the kernel that `name` names cannot compute all cases.
     """
-    wanted, said = cases[0].kernels.name, [why for case in cases if (why := why_not(case))]
-    if not said:
+    wanted, reasons = cases[0].kernels.name, [why for case in cases if (why := why_not(case))]
+    if not reasons:
         return "" if name == wanted == "xla" or cases[0].kernels.platform == "cpu" else f"attention {wanted}"
     if name != "auto":
-        raise FtjaxError(f"model.attention: {name} cannot serve this run: {said[0]}; auto or xla can")
-    which = "xla" if len(said) == len(cases) else f"{wanted}, and xla for some lengths"
-    return f"attention {which}: {wanted} cannot serve: {said[0]}"
+        raise FtjaxError(f"model.attention: {name} cannot serve this run: {reasons[0]}; auto or xla can")
+    which = "xla" if len(reasons) == len(cases) else f"{wanted}, and xla for some lengths"
+    return f"attention {which}: {wanted} cannot serve: {reasons[0]}"
 
 
 def attend_rows(q, k, v, segments, *, kernels: Kernels, shape, window, prefix, rate, key, **how):

@@ -41,8 +41,8 @@ def totals(weights, loss, correct, plain=None):
         (loss sum, weight sum, {"loss", "correct"}); all float32.
     """
     weights = weights.astype(jnp.float32)
-    total, told, right = (jnp.sum(x * weights) for x in (loss, loss if plain is None else plain, correct))
-    return total, jnp.sum(weights), {"loss": told, "correct": right}
+    total, reported, right = (jnp.sum(x * weights) for x in (loss, loss if plain is None else plain, correct))
+    return total, jnp.sum(weights), {"loss": reported, "correct": right}
 
 
 def states(model, variables, batch, *, rngs=None):

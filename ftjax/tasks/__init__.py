@@ -111,7 +111,7 @@ class Task:
             held-out rows, in place of `sums`.
 
     How predictions are scored:
-        judge: The evaluation.said.Judge of its predictions. None: by generated answers.
+        judge: The evaluation.outputs.Judge of its predictions. None: by generated answers.
         judged: The kind of evaluation.labelled that scores them; empty: by the loss alone.
         right: The figure that is the share of right rows, by which comparisons rank contenders; empty: there is none.
         takes: Fields of the config that its loss reads. A field that only other tasks take must have its default,

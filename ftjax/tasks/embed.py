@@ -5,25 +5,25 @@ import functools
 import numpy as np
 
 from ftjax.data import pairs
+from ftjax.evaluation.outputs import Asked, Judge, at_places
 from ftjax.evaluation.retrieval import ranks
-from ftjax.evaluation.said import Asked, Judge, at_places
 from ftjax.objectives import contrast
 from ftjax.tasks import TEXTS, Columns, Task
 
 
-def say(asked: Asked) -> np.ndarray:
+def predict(asked: Asked) -> np.ndarray:
     """(N, 2, D) vectors of the two texts of each row; (N, 1, D) if a row has one text."""
     return np.stack(at_places(functools.partial(contrast.embed, pool=asked.config.task.pool), asked, apart=True))
 
 
-def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
+def lines(asked: Asked, outputs: np.ndarray, thresholds) -> list[dict]:
     """{"row", "text", "pair", "rank"} of each pair; {"row", "text", "vector"} of single texts."""
-    part, paired = asked.part, said.shape[1] == 2
-    rank = ranks(said[:, 0], said[:, 1]).tolist() if paired else []
+    part, paired = asked.part, outputs.shape[1] == 2
+    rank = ranks(outputs[:, 0], outputs[:, 1]).tolist() if paired else []
     out = []
     for i in range(len(part)):
         row, how = part.row(i), part.recipe(i)
-        own = {"pair": row[how.pair], "rank": rank[i]} if paired else {"vector": said[i, 0].tolist()}
+        own = {"pair": row[how.pair], "rank": rank[i]} if paired else {"vector": outputs[i, 0].tolist()}
         out.append({"row": part.place(i), "text": row[how.text]} | own)
     return out
 
@@ -34,7 +34,7 @@ def shown(record: dict) -> str:
 
 
 def blank(asked: Asked) -> np.ndarray:
-    """As `say`, for a model that gives all texts the same vector."""
+    """As `predict`, for a model that gives all texts the same vector."""
     return np.ones((len(asked.part), 2, 1))
 
 
@@ -48,6 +48,6 @@ TASK = Task(
     labels=(),
     layout=lambda config, tokenizer: {"apart": True},
     unnamed=0,
-    judge=Judge(say, lambda asked, said: (said[:, 1], said[:, 0]), lines, shown, blank=blank),
+    judge=Judge(predict, lambda asked, outputs: (outputs[:, 1], outputs[:, 0]), lines, shown, blank=blank),
     judged="retrieval",
 )

@@ -5,7 +5,7 @@ import functools
 from ftjax.data import masks
 from ftjax.data.batches import Batches
 from ftjax.evaluation.loss import evaluate_loss, sums
-from ftjax.evaluation.said import Asked, Judge
+from ftjax.evaluation.outputs import Asked, Judge
 from ftjax.objectives import causal
 from ftjax.tasks import Columns, Task
 

@@ -77,7 +77,7 @@ class Prompts(prepare.Recipe):
                 self.check_room(ids, place)
         return [Example(ids, np.zeros(len(ids), bool), whole=len(ids) + self.max_new_tokens) for ids in prompts]
 
-    def told(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """What becomes of an example, for people."""
         return "a prompt: what the model writes after it is trained"
 
@@ -255,7 +255,7 @@ class Episode:
     reward: float = 0.0
     done: bool = False
 
-    def add(self, one: Answer, said: str, reply: str | list, tokenizer) -> None:
+    def add(self, one: Answer, text: str, reply: str | list, tokenizer) -> None:
         """Add a text of the model and the environment's reply, which is not trained."""
         ids: list[int] = []
         if self.talk is None and not self.done:
@@ -263,9 +263,9 @@ class Episode:
         elif not self.done:
             reply = [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
             then = template.asked({"messages": reply}, self.place).messages
-            ids = tokenise.reply(self.talk, said, then, tokenizer, self.place, self.recipe.end)
+            ids = tokenise.reply(self.talk, text, then, tokenizer, self.place, self.recipe.end)
             ids = ids[one.ended and ids[:1] == one.ids[-1:] :]  # the model has ended its answer itself
-            answer = {"role": "assistant", "content": said}
+            answer = {"role": "assistant", "content": text}
             self.talk = dataclasses.replace(self.talk, messages=(*self.talk.messages, answer, *then))
         self.ids += one.ids + ids
         self.own += [True] * len(one.ids) + [False] * len(ids)
@@ -316,9 +316,9 @@ def episodes(
                 )
         return prompts
 
-    def replied(turn: int, going: list[Episode], said: list[str]) -> list:
+    def replied(turn: int, going: list[Episode], answers: list[str]) -> list:
         replies = []
-        for one, text in zip(going, said, strict=True):
+        for one, text in zip(going, answers, strict=True):
             at = f"{one.place}, turn {turn + 1}, text {text!r}"
             try:
                 found = one.world.step(text)
@@ -352,9 +352,9 @@ def episodes(
             break
         texts = [one.prompt + one.ids for one in going]
         new = sample(lm, variables, texts, (*seed, turn), config, how)
-        said = continuations(lm.tokenizer, texts, [one.ids[: len(one.ids) - one.ended] for one in new])
-        replies = hosts.from_first(functools.partial(replied, turn, going, said))
-        for one, drawn, text, (reply, reward, one.done) in zip(going, new, said, replies, strict=True):
+        answers = continuations(lm.tokenizer, texts, [one.ids[: len(one.ids) - one.ended] for one in new])
+        replies = hosts.from_first(functools.partial(replied, turn, going, answers))
+        for one, drawn, text, (reply, reward, one.done) in zip(going, new, answers, replies, strict=True):
             one.reward += reward
             one.add(drawn, text, reply, lm.tokenizer)
     return [(one.prompt, one.answer(), one.reward) for one in played]

@@ -142,7 +142,7 @@ class Answers(Pairs):
             out.append(both._replace(targets=np.full(both.trained.sum(), good[i], np.int32), row=index[i]))
         return out
 
-    def told(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The label of an example for people."""
         return "desirable" if example.targets[0] else "undesirable"
 

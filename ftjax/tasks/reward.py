@@ -12,7 +12,7 @@ from ftjax.data import prepare, template
 from ftjax.data.labelled import last_token
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.said import Asked, Judge, at_places, logits
+from ftjax.evaluation.outputs import Asked, Judge, at_places, logits
 from ftjax.objectives import preference
 from ftjax.tasks import Task
 from ftjax.tasks.preference import Pairs
@@ -41,7 +41,7 @@ class Scored(Pairs):
             out.append(both._replace(trained=trained, targets=np.full(2, margin, np.float32), row=i))
         return out
 
-    def told(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The margin of an example for people."""
         return f"margin {example.targets[0]:g}" if self.margin else ""
 
@@ -83,21 +83,21 @@ def check(config, method, spec) -> None:
         raise FtjaxError(f"task.kind=reward: needs a causal model; found a {spec.family.model_type} model")
 
 
-def say(asked: Asked) -> np.ndarray:
+def predict(asked: Asked) -> np.ndarray:
     """(N, 2) scores of the chosen and the rejected text of each pair; (N, 1) of single texts."""
     return np.stack(at_places(logits, asked, apart=True))[..., 0]
 
 
-def sides(asked: Asked, said: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sides(asked: Asked, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(scores of the rejected texts, scores of the chosen texts), (N,) each."""
-    return said[:, 1], said[:, 0]
+    return outputs[:, 1], outputs[:, 0]
 
 
-def lines(asked: Asked, said: np.ndarray, thresholds) -> list[dict]:
+def lines(asked: Asked, outputs: np.ndarray, thresholds) -> list[dict]:
     """{"row", "prompt", "chosen", "rejected"} of each pair, with its scores; {"row", "prompt", "answer", "score"} of
     single answers."""
-    out, places = [], (asked.part.place(i) for i in range(len(said)))
-    for (rendered, _), place, scores in zip(asked.part.each(), places, said.tolist(), strict=True):
+    out, places = [], (asked.part.place(i) for i in range(len(outputs)))
+    for (rendered, _), place, scores in zip(asked.part.each(), places, outputs.tolist(), strict=True):
         line = {"row": place, "prompt": template.question(rendered)}
         if len(scores) == 2:
             out.append(line | {"chosen": scores[0], "rejected": scores[1]})
@@ -122,6 +122,6 @@ TASK = Task(
     layout=lambda config, tokenizer: {"apart": True},
     trained=lambda config, T: 2,
     unnamed=1,
-    judge=Judge(say, sides, lines, shown, blank=lambda asked: np.zeros((len(asked.part), 2))),
+    judge=Judge(predict, sides, lines, shown, blank=lambda asked: np.zeros((len(asked.part), 2))),
     judged="pairs",
 )

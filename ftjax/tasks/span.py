@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax import xla
 from ftjax.data import spans
-from ftjax.evaluation.said import Asked, Judge, at_places, by_row
+from ftjax.evaluation.outputs import Asked, Judge, at_places, by_row
 from ftjax.objectives import span
 from ftjax.tasks import Columns, Task
 
@@ -55,7 +55,7 @@ def best(scores: np.ndarray, offsets: np.ndarray, longest: int, n: int) -> list[
     return [Answer(float(sums[f, b]), int(s), int(e)) for f, b, (s, e) in zip(first, behind, at, strict=True)]
 
 
-def say(asked: Asked) -> list[dict]:
+def predict(asked: Asked) -> list[dict]:
     """Predict the answer of each row.
 
     The answer is the best span of all windows. If config.task.no_answer is set, the empty answer competes with it. Its
@@ -66,14 +66,14 @@ def say(asked: Asked) -> list[dict]:
         rows.
     """
     part, task = asked.part, asked.config.task
-    said, out = at_places(logits, asked, whole_rows=True), blank(asked)
+    outputs, out = at_places(logits, asked, whole_rows=True), blank(asked)
     for record, members in zip(out, by_row(part), strict=True):
         how, row, place = part.recipe(members[0]), part.row(members[0]), part.place(members[0])
         text = row[how.pair]
         found, none = [], np.inf
         for i, window in zip(members, spans.windows(how, asked.tokenizer, [row], [place]), strict=True):
-            found += best(said[i], window.offsets, task.max_answer, BEST + 1)
-            none = min(none, float(said[i][0].sum()))
+            found += best(outputs[i], window.offsets, task.max_answer, BEST + 1)
+            none = min(none, float(outputs[i][0].sum()))
         found = sorted(found, key=lambda answer: -answer.score)
         texts = [{"text": text[a.start : a.end].strip(), "score": round(a.score, 4)} for a in found]
         if task.no_answer:
@@ -87,7 +87,7 @@ def say(asked: Asked) -> list[dict]:
 
 
 def blank(asked: Asked) -> list[dict]:
-    """As `say`, for a model that answers nothing."""
+    """As `predict`, for a model that answers nothing."""
     out = []
     for members in by_row(asked.part):
         how, row, place = (f(members[0]) for f in (asked.part.recipe, asked.part.row, asked.part.place))
@@ -96,9 +96,9 @@ def blank(asked: Asked) -> list[dict]:
     return out
 
 
-def sides(asked: Asked, said: list[dict]) -> tuple[list, list]:
+def sides(asked: Asked, outputs: list[dict]) -> tuple[list, list]:
     """The reference answers and the predicted answer of each row."""
-    return [record["answers"] for record in said], [record["prediction"] for record in said]
+    return [record["answers"] for record in outputs], [record["prediction"] for record in outputs]
 
 
 def settings(asked: Asked, thresholds) -> dict:
@@ -122,7 +122,13 @@ TASK = Task(
     splits=True,
     labels=("start", "end"),
     judge=Judge(
-        say, sides, lambda asked, said, thresholds: said, shown, known=("answers",), blank=blank, settings=settings
+        predict,
+        sides,
+        lambda asked, found, thresholds: found,
+        shown,
+        known=("answers",),
+        blank=blank,
+        settings=settings,
     ),
     judged="answers",
 )

@@ -5,31 +5,31 @@ import numpy as np
 from ftjax.data import tags
 from ftjax.data.labelled import Labelled, label_id
 from ftjax.evaluation.entities import entities, parse
-from ftjax.evaluation.said import Asked, Judge, at_places, logits
+from ftjax.evaluation.outputs import Asked, Judge, at_places, logits
 from ftjax.objectives import classify
 from ftjax.tasks import Columns, Task
 
 OUTSIDE = "O"
 
 
-def say(asked: Asked) -> list[dict]:
+def predict(asked: Asked) -> list[dict]:
     """{"row", "words", "tags", "predicted"} of each row; without "tags" for rows that have none.
 
     A word has the tag that is predicted at its first token. A word without a token, such as one that was cut off, gets
     O.
     """
     part, out = asked.part, blank(asked)
-    for i, said in enumerate(at_places(logits, asked)):
+    for i, output in enumerate(at_places(logits, asked)):
         how, record = part.recipe(i), out[i]
         (found,) = tags.in_words(asked.tokenizer, [record["words"]], how.max_length)
         carriers, first = (tags.carriers(found.word, which) for which in (how.subwords, "first"))
-        for word, tag in zip(found.word[first], said.argmax(-1)[first[carriers]], strict=True):
+        for word, tag in zip(found.word[first], output.argmax(-1)[first[carriers]], strict=True):
             record["predicted"][word] = asked.data.labels[tag]
     return out
 
 
 def blank(asked: Asked) -> list[dict]:
-    """As `say`, for a model that finds no entity."""
+    """As `predict`, for a model that finds no entity."""
     part, names, out = asked.part, asked.data.labels, []
     for i in range(len(part)):
         how, row, place = part.recipe(i), part.row(i), part.place(i)
@@ -39,9 +39,9 @@ def blank(asked: Asked) -> list[dict]:
     return out
 
 
-def note(asked: Asked, said: list[dict]) -> str:
+def note(asked: Asked, outputs: list[dict]) -> str:
     """How many words were cut off, as a note for the report."""
-    cut = sum(len(record["words"]) - _seen(asked, i, record["words"]) for i, record in enumerate(said))
+    cut = sum(len(record["words"]) - _seen(asked, i, record["words"]) for i, record in enumerate(outputs))
     return f"{cut:,} words have no token within data.max_length: taken for O" if cut else ""
 
 
@@ -54,20 +54,20 @@ def _seen(asked: Asked, i: int, words: list[str]) -> int:
     return len(np.unique(found.word[found.word >= 0]))
 
 
-def sides(asked: Asked, said: list[dict]) -> tuple[list, list]:
+def sides(asked: Asked, outputs: list[dict]) -> tuple[list, list]:
     """Tags and predicted tags of each row."""
-    return [record["tags"] for record in said], [record["predicted"] for record in said]
+    return [record["tags"] for record in outputs], [record["predicted"] for record in outputs]
 
 
 def shown(record: dict) -> str:
     """A mistake in one line: entities that the prediction misses, and entities that it makes up."""
-    told, meant = (
+    predicted, meant = (
         {(kind, " ".join(record["words"][a : b + 1])) for kind, a, b in entities([parse(t, "") for t in record[side]])}
         for side in ("predicted", "tags")
     )
-    parts = {"missed": sorted(meant - told), "made up": sorted(told - meant)}
+    parts = {"missed": sorted(meant - predicted), "made up": sorted(predicted - meant)}
     return "; ".join(
-        f"{said} " + ", ".join(f"{text!r} ({kind})" for kind, text in found) for said, found in parts.items() if found
+        f"{what} " + ", ".join(f"{text!r} ({kind})" for kind, text in found) for what, found in parts.items() if found
     )
 
 
@@ -82,7 +82,7 @@ TASK = Task(
     several=True,
     order=tags.in_order,
     trained=lambda config, T: T,
-    judge=Judge(say, sides, lambda asked, said, thresholds: said, shown, known=("tags",), blank=blank, note=note),
+    judge=Judge(predict, sides, lambda asked, found, thresholds: found, shown, known=("tags",), blank=blank, note=note),
     judged="tags",
     takes=("task.class_weights", "task.focal", "train.label_smoothing"),
 )

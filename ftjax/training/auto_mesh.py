@@ -138,19 +138,19 @@ def choose(config, spec: Spec, machine: Machine, T: int, dtype) -> tuple[dict[st
     ways = [n for n in range(1, by_rows + 1) if by_rows % n == 0]
     fsdp = next((n for n in ways if held(n) <= budget), by_rows)
     shared = tensor * sequence
-    told = f"weights, moments and gradients take {states / GIB:.3g} GiB"
-    told += f", {states / shared / GIB:.3g} on each of {shared} devices that share rows" if shared > 1 else ""
+    need = f"weights, moments and gradients take {states / GIB:.3g} GiB"
+    need += f", {states / shared / GIB:.3g} on each of {shared} devices that share rows" if shared > 1 else ""
     of = "" if math.isinf(machine.memory) else f" of {machine.memory / GIB:.3g} GiB a device"
     if states / shared <= SMALL * budget:
         fsdp = 1
-        reasons.append(f"{told}{of}: little, not split further")
+        reasons.append(f"{need}{of}: little, not split further")
     elif many:
         fsdp = by_rows
-        reasons.append(f"{told}, most of it trained: split over all devices with rows, which sends no more")
+        reasons.append(f"{need}, most of it trained: split over all devices with rows, which sends no more")
     elif fsdp > 1:
-        reasons.append(f"{told}{of}: split as far as they must be")
+        reasons.append(f"{need}{of}: split as far as they must be")
     else:
-        reasons.append(f"{told}{of}: not split further")
+        reasons.append(f"{need}{of}: not split further")
     if held(fsdp) > budget:
         reasons.append(f"about {held(fsdp) / GIB:.3g} GiB a device even so: see `ftjax plan`")
     sizes = {"data": by_rows // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
@@ -203,10 +203,10 @@ def settle_remat(config, spec: Spec, machine: Machine, sizes: dict[str, int], T:
             break
     config.model.remat = preset
     of = "" if math.isinf(machine.memory) else f" of {machine.memory / GIB:.3g}"
-    said = f"remat {preset}: about {tried[preset] / GIB:.3g}{of} GiB a device"
+    note = f"remat {preset}: about {tried[preset] / GIB:.3g}{of} GiB a device"
     if len(tried) > 1:
-        said += "; " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in tried.items() if name != preset)
-    return said + ("; see `ftjax plan`" if tried[preset] > budget else "")
+        note += "; " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in tried.items() if name != preset)
+    return note + ("; see `ftjax plan`" if tried[preset] > budget else "")
 
 
 def settle_unroll(config, device) -> str:

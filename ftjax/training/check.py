@@ -41,11 +41,11 @@ def check(run_dir: str | Path, say: Callable[[str], None] = print, overrides: Se
     fine = True
     for name, problem in _items(run_dir, config, read_record(run_dir), overrides):
         try:
-            told = problem()
+            fault = problem()
         except FtjaxError as error:
-            told = str(error)
-        say(f"{name}: {told or 'ok'}")
-        fine = fine and not told
+            fault = str(error)
+        say(f"{name}: {fault or 'ok'}")
+        fine = fine and not fault
     return fine
 
 
@@ -54,9 +54,9 @@ def _items(run_dir: Path, config, record: dict, overrides) -> Iterator[tuple[str
     kept = record["base"]
     own = run_dir / TOKENIZER if (run_dir / TOKENIZER).is_dir() else None
     initial = resolve.resolve(config.tuning.init_from) if config.tuning.init_from else None
-    for group, said in fingerprint.GROUPS.items():
+    for group, what in fingerprint.GROUPS.items():
         if kept.get(group):
-            yield said, lambda group=group: _changed(kept, group, run_dir, config, own, initial)
+            yield what, lambda group=group: _changed(kept, group, run_dir, config, own, initial)
     if "rows" in record:
         yield "the rows", lambda: _rows(config, record, overrides)
     names = [f"{checkpoint.FOLDER}/{step}" for step in checkpoint.steps_in(run_dir)]

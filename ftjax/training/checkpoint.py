@@ -55,8 +55,8 @@ class Checkpoints:
         self.manager, self.saving = None, 0  # saving: step of the checkpoint that is being written
         self.pinned = 0  # step of a checkpoint that is kept whatever follows it
         # A reader does not need the optimizer state, the largest part of a checkpoint.
-        told = self._damaged() if read_only else hosts.from_first(self._damaged)
-        self.damaged = {int(step): what for step, what in told.items()}
+        damaged = self._damaged() if read_only else hosts.from_first(self._damaged)
+        self.damaged = {int(step): what for step, what in damaged.items()}
         intact = self.steps()
         if self.damaged and not intact:
             raise FtjaxError(

@@ -45,13 +45,13 @@ def claimed(path: Path, stale: float = STALE) -> Iterator[bool]:
 
 def owner(path: Path) -> str:
     """A description of the process that holds a claim, for a person."""
-    said = {}
+    claim = {}
     with contextlib.suppress(FileNotFoundError):
-        said = _said(path)
-    if "pid" not in said:
+        claim = _claim(path)
+    if "pid" not in claim:
         return "nobody"
-    since = f", since {said['since']}" if "since" in said else ""
-    return f"process {said['pid']} of {said['host']}{since}"
+    since = f", since {claim['since']}" if "since" in claim else ""
+    return f"process {claim['pid']} of {claim['host']}{since}"
 
 
 def _take(path: Path) -> bool:
@@ -69,11 +69,11 @@ def _left(path: Path, stale: float) -> bool:
     """Remove a claim whose process is gone. Returns True if it existed and this process was the one that removed it."""
     try:
         before = path.stat()
-        said = _said(path)
+        claim = _claim(path)
     except FileNotFoundError:
         return True
-    if said["host"] == socket.gethostname():
-        if _runs(said["pid"], said.get("started")):
+    if claim["host"] == socket.gethostname():
+        if _runs(claim["pid"], claim.get("started")):
             return False
     elif _now(path) - before.st_mtime < stale:
         return False
@@ -91,14 +91,14 @@ def _left(path: Path, stale: float) -> bool:
     return taken
 
 
-def _said(path: Path) -> dict:
+def _claim(path: Path) -> dict:
     """The content of a claim. For a claim that is being written, was cut short by a kill or is invalid, {"host":
     ""}."""
     with contextlib.suppress(FtjaxError):
-        said = parse_json(path.read_bytes(), path)
-        if isinstance(said, dict) and {"host", "pid"} <= said.keys():
-            check_fields(said, CLAIM, path)
-            return said
+        claim = parse_json(path.read_bytes(), path)
+        if isinstance(claim, dict) and {"host", "pid"} <= claim.keys():
+            check_fields(claim, CLAIM, path)
+            return claim
     return {"host": ""}
 
 

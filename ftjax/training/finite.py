@@ -64,8 +64,8 @@ def by_layer(norms: dict | None) -> str:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         return f" (gradients are NaN or infinite in {', '.join(wrong[:SHOWN])}{more})"
     most = sorted(each, key=each.__getitem__, reverse=True)[:3]
-    told = ", ".join(f"{name} {each[name]:.3g}" for name in most if each[name])
-    return f" (largest gradient norms: {told})" if told else ""
+    largest = ", ".join(f"{name} {each[name]:.3g}" for name in most if each[name])
+    return f" (largest gradient norms: {largest})" if largest else ""
 
 
 KEPT = 50  # good steps whose gradient norms a run remembers
@@ -82,8 +82,8 @@ def grown(known: Sequence[dict]) -> str:
     steps = [_named(norms) for norms in known]
     least, last = {name: min(step[name] for step in steps) for name in steps[0]}, steps[-1]
     names = sorted((n for n in last if last[n] > GROWN * least[n] > 0), key=lambda n: least[n] / last[n])
-    told = ", ".join(f"{name} ({least[name]:.3g} to {last[name]:.3g})" for name in names[:3])
-    grew = f"the gradient norm grew most in {told}" if told else "no layer's gradient grew much"
+    layers = ", ".join(f"{name} ({least[name]:.3g} to {last[name]:.3g})" for name in names[:3])
+    grew = f"the gradient norm grew most in {layers}" if layers else "no layer's gradient grew much"
     return f" In the {len(known)} good steps before, {grew}."
 
 

@@ -82,12 +82,12 @@ def _explicit(given: dict[str, str]) -> dict:
     }
 
 
-def _initialize(said: str, **arguments) -> None:
+def _initialize(what: str, **arguments) -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
     except (RuntimeError, ValueError) as error:  # devices in use already; nobody answers; nothing found out
         raise FtjaxError(
-            f"{said}: the processes of this run did not find each other: {error}. Start all of them at once, before "
+            f"{what}: the processes of this run did not find each other: {error}. Start all of them at once, before "
             f"anything uses a device; {', '.join(VARIABLES)} set by hand where the first one is and how many there are"
         ) from None
 
@@ -176,7 +176,7 @@ def _end_if_alone(error: BaseException) -> None:
     try:
         multihost.get_barrier_sync_fn()(key="ftjax.end_together", timeout_ms=GRACE * 1000)
     except jax.errors.JaxRuntimeError:
-        said = f"ftjax: {error}" if isinstance(error, FtjaxError) else "".join(traceback.format_exception(error))
-        print(f"{said}\nftjax: process {jax.process_index()} ends, and with it all others", file=sys.stderr, flush=True)
+        text = f"ftjax: {error}" if isinstance(error, FtjaxError) else "".join(traceback.format_exception(error))
+        print(f"{text}\nftjax: process {jax.process_index()} ends, and with it all others", file=sys.stderr, flush=True)
         # Not sys.exit: whatever would be closed on the way out waits for the other processes.
         os._exit(2 if isinstance(error, FtjaxError) else 1)

@@ -72,10 +72,10 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(saved_so_far(*claimed)) from None
     except Exception as error:
-        if isinstance(error, FtjaxError) or not (told := of_disk(error)):
+        if isinstance(error, FtjaxError) or not (reason := of_disk(error)):
             raise
         raise FtjaxError(
-            f"{told}. Nothing that was whole in {config.run_dir} is lost, and the same command goes on once this is "
+            f"{reason}. Nothing that was whole in {config.run_dir} is lost, and the same command goes on once this is "
             "mended"
         ) from error
 
@@ -168,10 +168,10 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
     )  # fmt: skip
     chat = job.generates and job.data.train.rendered(0).messages is not None
     say(summary(result, config, chat))
-    if told := finite.doubt(standing.first, history, not job.task.collect):
-        say(f"warning: {told}")
+    if doubt := finite.doubt(standing.first, history, not job.task.collect):
+        say(f"warning: {doubt}")
         if first:
-            provenance.note(run_dir / RUN, doubt=told)
+            provenance.note(run_dir / RUN, doubt=doubt)
     return result
 
 
@@ -468,11 +468,11 @@ class Training:
         if self.rewinds:
             back = {"back_to": standing.good}
             report |= {"in_a_row": 1 + sum(entry["back_to"] == standing.good for entry in standing.skipped)}
-        told = finite.check_bad(at, values, places, report, self.job.config, self.loss, standing.good)
-        standing.skipped.append({"step": at, "rows": places, "why": told.partition(". ")[0]} | back)
+        message = finite.check_bad(at, values, places, report, self.job.config, self.loss, standing.good)
+        standing.skipped.append({"step": at, "rows": places, "why": message.partition(". ")[0]} | back)
         if self.metrics:
             self.progress.end()
-            self.say(told)
+            self.say(message)
             self.metrics.write(at, {"skipped": len(standing.skipped), "rows": places} | back)
             provenance.note(Path(self.job.config.run_dir) / RUN, skipped=standing.skipped)
 

@@ -83,8 +83,8 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     rows = []
     for i, line in enumerate(lines[:-1], 1):  # what follows the last line end is empty, or was cut short
         row = parse_json(line, f"{path} line {i}; mend the line, or delete it")
-        if told := ROW(row) or ("an object with a step" if "step" not in row else ""):
-            raise FtjaxError(f"{path} line {i}: expected {told}; found {line[:100]!r}. Mend the line, or delete it")
+        if expected := ROW(row) or ("an object with a step" if "step" not in row else ""):
+            raise FtjaxError(f"{path} line {i}: expected {expected}; found {line[:100]!r}. Mend the line, or delete it")
         rows.append(row)
     return rows
 

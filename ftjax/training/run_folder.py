@@ -191,19 +191,19 @@ def _clear(run_dir: Path) -> None:
 def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     """Raise FtjaxError if the new record and the folder's older record are of different runs."""
     now, before = (configs.flat(configs.from_dict(record["config"])) for record in (new, old))
-    told = fingerprint.changes(old["base"], new["base"])
+    changes = fingerprint.changes(old["base"], new["base"])
     same = {group for group in fingerprint.GROUPS if group in old["base"] and old["base"][group] == new["base"][group]}
     if new["rows"] == old.get("rows"):
         same.add("rows")
         now["data.mixture"], before["data.mixture"] = (_unnamed(flat["data.mixture"]) for flat in (now, before))
     elif "rows" in old:
-        told.append("the rows in its data files are not those that it was started on")
+        changes.append("the rows in its data files are not those that it was started on")
     changed = _changed(before, now, *(key for group in same for key in NAMES.get(group, ())))
-    told = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed] + told
-    if told:
+    changes = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed] + changes
+    if changes:
         raise FtjaxError(
-            f"run_dir: {run_dir} holds another run: {'; '.join(told)}. Choose another run_dir, or delete that run with "
-            "--config.overwrite=True"
+            f"run_dir: {run_dir} holds another run: {'; '.join(changes)}. Choose another run_dir, or delete that run "
+            "with --config.overwrite=True"
         )
 
 
@@ -222,10 +222,10 @@ def check_record(config, record: dict, run_dir: Path, step: int) -> None:
     now, then = configs.flat(config), configs.flat(configs.from_dict(record["config"]))
     changed = _changed(then, now, "data.mixture", *(key for keys in NAMES.values() for key in keys))
     if changed or record["step"] != step:
-        told = [f"{key} is {then[key]!r} there, and {now[key]!r} in {RUN}" for key in changed]
+        changes = [f"{key} is {then[key]!r} there, and {now[key]!r} in {RUN}" for key in changed]
         raise FtjaxError(
             f"{run_dir / FOLDER / str(step)}: this checkpoint is of another run or step than its folder: "
-            f"{'; '.join(told) or record['step']}"
+            f"{'; '.join(changes) or record['step']}"
         )
 
 

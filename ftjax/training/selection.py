@@ -11,7 +11,7 @@ from ftjax.errors import FtjaxError, nearest
 from ftjax.evaluation import compare, judge
 from ftjax.evaluation.labelled import LOWER
 from ftjax.evaluation.metrics import METRICS, find, score
-from ftjax.evaluation.said import Asked
+from ftjax.evaluation.outputs import Asked
 
 LOSS = "val_loss"
 OF_SOURCES = ("val_mean_loss", "val_worst_loss")  # over the sources of a mixture
@@ -86,13 +86,13 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
     return Selection(name, metric.higher, part)
 
 
-def check_same(config, before: dict, said: str) -> None:
+def check_same(config, before: dict, where: str) -> None:
     """Check that a run which goes on measures its score as before, so that its checkpoints can be compared.
 
     Args:
         config: The config with which the run goes on.
         before: The fields {key: value} with which its last checkpoint was scored.
-        said: Name of the run in errors.
+        where: Name of the run in errors.
 
     Raises:
         FtjaxError: If a field that the score depends on has changed.
@@ -106,7 +106,7 @@ def check_same(config, before: dict, said: str) -> None:
     now = configs.flat(config)
     if changed := [f"{key} was {before[key]!r}, is {now[key]!r}" for key in keys if now[key] != before[key]]:
         raise FtjaxError(
-            f"{said}: {'; '.join(changed)}, so that {name} (train.select) of later steps could not be compared with "
+            f"{where}: {'; '.join(changed)}, so that {name} (train.select) of later steps could not be compared with "
             "that of earlier ones. Put the value back until the run has ended"
         )
 
@@ -134,6 +134,6 @@ def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, fl
         alone.evaluate.update(metrics=(chosen.name,), compare_rows=0)
         return compare.answers(job.lm(model), variables, chosen.part, alone)[0][chosen.name]
     asked = Asked(model, variables, job.tokenizer, job.data, chosen.part, config)
-    said = job.task.judge.say(asked)
-    cut = judge.thresholds_of(config, chosen.part, said) if config.task.threshold else None
-    return job.task.judge.report(asked, said, cut, draws=0)["metrics"][chosen.name]["value"]
+    outputs = job.task.judge.predict(asked)
+    cut = judge.thresholds_of(config, chosen.part, outputs) if config.task.threshold else None
+    return job.task.judge.report(asked, outputs, cut, draws=0)["metrics"][chosen.name]["value"]

@@ -29,8 +29,8 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices) or min(shape) < 1:
-        told = ", ".join(f"{axis}={config.get(axis, 1)}" for axis in MESH_AXES)
-        raise FtjaxError(f"mesh: {told} does not multiply to the {len(devices)} devices here; set one axis to -1")
+        sizes = ", ".join(f"{axis}={config.get(axis, 1)}" for axis in MESH_AXES)
+        raise FtjaxError(f"mesh: {sizes} does not multiply to the {len(devices)} devices here; set one axis to -1")
     # An axis of 8 on a slice of 4 x 4 takes half of one side.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, MESH_AXES, axis_types=TYPES)

@@ -21,7 +21,7 @@ from ftjax.tuning.base import METHODS, Method, Spec, of_peft
 from ftjax.tuning.whole import PEFT_TASKS
 
 # Field of config.tuning -> its key in adapter_config.json, which may be missing there.
-SAID = {"rank": "r", "alpha": "lora_alpha"}
+NAMES = {"rank": "r", "alpha": "lora_alpha"}
 
 
 def read(folder: Path) -> tuple[Method, dict, dict]:
@@ -70,9 +70,9 @@ def task(folder: Path, adapter: tuple[Method, dict, dict], base: Path) -> tuple[
             raise FtjaxError(f"{folder}: task_type {PEFT_TASKS[head]}, but tensor {name} of its head is missing")
     file = folder / peft.LABELS
     if file.is_file():
-        said = read_json(file)
-        labels = families.labels_in(said, file)
-        return tasks.kind_of(head, said.get("problem_type") or "", len(labels)), labels
+        settings = read_json(file)
+        labels = families.labels_in(settings, file)
+        return tasks.kind_of(head, settings.get("problem_type") or "", len(labels)), labels
     labels = tuple(f"LABEL_{i}" for i in range(len(tensors[names["head/out/kernel"]])))
     return tasks.kind_of(head, labels=len(labels)), labels
 
@@ -182,7 +182,7 @@ class Start:
         # A copy of the base's own weight is compared when the base is there.
         own = {name: x for name, x in rest.items() if ".base_layer.weight" not in name}
         _, fields = self.method.from_peft(self.adapter_config, own, weights.param_shapes(spec.model), spec)
-        fields |= {ours: self.adapter_config[said] for ours, said in SAID.items() if said in self.adapter_config}
+        fields |= {ours: self.adapter_config[theirs] for ours, theirs in NAMES.items() if theirs in self.adapter_config}
         tuning, default = spec.tuning, configs.default().tuning
         for key, value in fields.items():
             if tuning[key] != default[key] and tuning[key] != value:

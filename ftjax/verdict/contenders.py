@@ -61,18 +61,18 @@ def parse(config) -> list[Contender]:
         able = ", ".join(kind for kind, task in tasks.every().items() if task.right)
         raise FtjaxError(f"compare does not support task.kind {config.task.kind}; expected causal or {able}")
     for number, entry in enumerate(entries, 1):
-        said = f"compare.contenders entry {number}"
-        contender = _named(entry, config, said) if isinstance(entry, str) else _described(entry, config, said)
+        where = f"compare.contenders entry {number}"
+        contender = _named(entry, config, where) if isinstance(entry, str) else _described(entry, config, where)
         if contender.settings:
             try:
                 contender.config(config)
             except FtjaxError as error:
-                raise FtjaxError(f"{said}: {str(error).removeprefix('--config.')}") from None
+                raise FtjaxError(f"{where}: {str(error).removeprefix('--config.')}") from None
         if config.task.kind == "causal" and contender.kind == MAJORITY:
-            raise FtjaxError(f"{said}: {MAJORITY} needs a task with labels, and task.kind is causal; remove it")
+            raise FtjaxError(f"{where}: {MAJORITY} needs a task with labels, and task.kind is causal; remove it")
         if config.task.kind != "causal" and (contender.kind == "prompt" or contender.how != Prompting()):
             raise FtjaxError(
-                f"{said}: {contender.name!r} is a prompt, which needs task.kind causal. With labels, compare "
+                f"{where}: {contender.name!r} is a prompt, which needs task.kind causal. With labels, compare "
                 f"{MAJORITY}, run folders and trained contenders, such as "
                 f"--config.compare.contenders=\"('{MAJORITY}', {{'name': 'tuned'}})\""
             )
@@ -93,7 +93,7 @@ def parse(config) -> list[Contender]:
     return found
 
 
-def _named(name: str, config, said: str) -> Contender:
+def _named(name: str, config, where: str) -> Contender:
     if name in PROMPTS:
         return Contender(name, "prompt", PROMPTS[name], config.compare.shots)
     if name == MAJORITY:
@@ -101,7 +101,7 @@ def _named(name: str, config, said: str) -> Contender:
     source = name.removeprefix("run:")
     if not (os.path.exists(source) or "/" in source or source.startswith(assets.PREFIX)):
         raise FtjaxError(
-            f"{said}: unknown contender {name!r}{nearest(name, [*PROMPTS, MAJORITY])}; expected one of "
+            f"{where}: unknown contender {name!r}{nearest(name, [*PROMPTS, MAJORITY])}; expected one of "
             f"{', '.join(PROMPTS)}, {MAJORITY}, "
             'a folder, a hub name, or a dict with a "name"'
         )
@@ -111,24 +111,26 @@ def _named(name: str, config, said: str) -> Contender:
 KEYS = ("name", "prompt", "shots", "model")
 
 
-def _described(entry, config, said: str) -> Contender:
+def _described(entry, config, where: str) -> Contender:
     name = entry.get("name") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
-        raise FtjaxError(f'{said}: expected a text, or a dict with a "name"; found {entry!r}')
+        raise FtjaxError(f'{where}: expected a text, or a dict with a "name"; found {entry!r}')
     wrong = next((key for key in entry if key not in KEYS and "." not in key), None)
     if wrong:
         raise FtjaxError(
-            f"{said}: unknown key {wrong!r}{nearest(wrong, [*KEYS, *configs.flat(config)])}; expected "
+            f"{where}: unknown key {wrong!r}{nearest(wrong, [*KEYS, *configs.flat(config)])}; expected "
             f"{', '.join(KEYS)}, or a field of the config"
         )
     how = entry.get("prompt", "zero-shot")
     if how not in PROMPTS:
-        raise FtjaxError(f"{said}: unknown prompt {how!r}{nearest(how, PROMPTS)}; expected one of {', '.join(PROMPTS)}")
-    shots = configs.FIELDS["compare.shots"].check(entry.get("shots", config.compare.shots), f"{said}: shots")
+        raise FtjaxError(
+            f"{where}: unknown prompt {how!r}{nearest(how, PROMPTS)}; expected one of {', '.join(PROMPTS)}"
+        )
+    shots = configs.FIELDS["compare.shots"].check(entry.get("shots", config.compare.shots), f"{where}: shots")
     source = entry.get("model", "")
     settings = {key: value for key, value in entry.items() if key not in KEYS}
     trained = [key for key in settings if not key.startswith(ANSWERING)]
     if source and trained:
-        raise FtjaxError(f'{said}: a "model" is not trained, so it cannot set {trained[0]}; remove one of the two')
+        raise FtjaxError(f'{where}: a "model" is not trained, so it cannot set {trained[0]}; remove one of the two')
     kind = "model" if source else "tuned" if trained or "prompt" not in entry else "prompt"
     return Contender(name, kind, PROMPTS[how], shots, source.removeprefix("run:"), settings)

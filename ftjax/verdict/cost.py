@@ -137,8 +137,8 @@ def request(
     found = timed(run, len(chosen))
     virtual = lm.model.config.max_positions - lm.max_tokens
     prompt = float(np.mean([len(i) for i in ids])) + virtual
-    told = lm.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    answer = float(np.mean([len(i) for i in told]))
+    answer_ids = lm.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    answer = float(np.mean([len(i) for i in answer_ids]))
     return found | {
         "prompt_tokens": prompt, "answer_tokens": answer,
         "request_flops": tried * forward_flops(lm, prompt + answer),

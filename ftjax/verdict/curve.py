@@ -247,12 +247,12 @@ def _spread(at: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
 
     df = np.array([len(v) - 1 for v in values])
     own = np.array([v.var(ddof=1) if len(v) > 1 else 0.0 for v in values])
-    told = (df > 0) & (own > 0)
-    if not told.any():
+    usable = (df > 0) & (own > 0)
+    if not usable.any():
         return np.zeros(len(values))
     # The logarithm of a variance from a few runs is too low on average, by a known amount.
-    logs = np.log(own[told]) - digamma(df[told] / 2) + np.log(df[told] / 2)
-    slope = np.polyfit(at[told], logs, 1, w=np.sqrt(df[told]))[0] if told.sum() > 2 else 0.0
+    logs = np.log(own[usable]) - digamma(df[usable] / 2) + np.log(df[usable] / 2)
+    slope = np.polyfit(at[usable], logs, 1, w=np.sqrt(df[usable]))[0] if usable.sum() > 2 else 0.0
     slope = np.clip(slope, -1, 0)  # variance falls no faster than 1 / n and does not grow with data
     level = np.sum(df * own * np.exp(-slope * (at - at[-1]))) / df.sum()
     line = level * np.exp(slope * (at - at[-1]))

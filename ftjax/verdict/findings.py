@@ -238,9 +238,9 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
 
 def failures(case: Case) -> Iterator[tuple[str, str, str]]:
     """Find seeds that ended without a model, and contenders that could not be measured."""
-    told = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
-    told += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
-    for name, text in told:
+    left_out = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
+    left_out += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
+    for name, text in left_out:
         rerun = "fix the reason and run the same command again: it runs only what is missing"
         yield name, text, SMALLER_UPDATES if SMALLER_UPDATES in text else rerun
 

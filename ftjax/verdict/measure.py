@@ -23,7 +23,7 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.best import continued
 from ftjax.evaluation.loss import sums, text_loss
 from ftjax.evaluation.metrics import find, mean
-from ftjax.evaluation.said import Asked
+from ftjax.evaluation.outputs import Asked
 from ftjax.evaluation.support import unsupported_rate
 from ftjax.lm import LM
 from ftjax.loading import load
@@ -249,14 +249,14 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
     part = getattr(data, config.evaluate.compare_on)
     whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     judge = tasks.find(config.task.kind).judge
-    records = judge.lines(whole, judge.say(whole))[: config.evaluate.compare_rows or None]
+    records = judge.lines(whole, judge.predict(whole))[: config.evaluate.compare_rows or None]
     right = np.array([record["prediction"] == record["label"] for record in records], float)
     examples = part.examples
     few = cost.middle(examples.length.tolist(), config.evaluate.batch_size or config.train.batch_size or 16)
     batch = whole._replace(part=dataclasses.replace(part, examples=examples.select(np.array(few))))
-    judge.say(batch)  # compile before the time is taken
+    judge.predict(batch)  # compile before the time is taken
     tokens = float(examples.length.mean())
-    spent = cost.timed(lambda: judge.say(batch), len(few))
+    spent = cost.timed(lambda: judge.predict(batch), len(few))
     spent |= {"prompt_tokens": tokens, "request_flops": cost.forward_flops(lm, tokens)}
     return {tasks.find(config.task.kind).right: right}, [as_text(r["prediction"]) for r in records], spent, 0
 
@@ -264,8 +264,8 @@ def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
 def _majority(contender: Contender, setting: Setting) -> Measured:
     """Predict the most common label of train for every row."""
     config, data = setting.config, setting.data
-    told = Counter(labels(data, data.train))
-    best = max(told, key=told.get)
+    counts = Counter(labels(data, data.train))
+    best = max(counts, key=counts.get)
     right = np.array([label == best for label in held_out_labels(setting)], float)
     return Measured(contender, {tasks.find(config.task.kind).right: right[None]}, [best] * len(right), cost.Cost(0))
 
@@ -274,9 +274,9 @@ def _general(lm: LM, setting: Setting) -> General:
     """Loss on general text, if the vocabulary has the base's size, and refusals of the sensitive prompts."""
     config, loss, refused = setting.config, None, {}
     if setting.documents and lm.model.config.vocab_size == setting.base.model.config.vocab_size:
-        told = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
+        losses = functools.partial(sums, lm.model, lm.variables, head_chunk=config.model.head_chunk)
         rows = config.evaluate.batch_size or config.train.batch_size or 16
-        loss = text_loss(told, lm.tokenizer, setting.documents, max_positions=lm.max_tokens, batch_size=rows)["loss"]
+        loss = text_loss(losses, lm.tokenizer, setting.documents, max_positions=lm.max_tokens, batch_size=rows)["loss"]
     for name, rendered in setting.sensitive.items():
         ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=config.data.end)]
         refused[name] = refusals(continued(lm, lm.variables, ids, seed=config.seed, **config.generate.to_dict()))
@@ -308,8 +308,8 @@ def _divergence(lm: LM, setting: Setting, texts: list[str]) -> float | None:
         return None
     asked = [q.rendered for q in setting.questions[:most]]
     prompts = encode_prompts(asked, lm.tokenizer, end=setting.config.data.end)
-    told = lm.tokenizer(texts[:most], add_special_tokens=False)["input_ids"]
-    pairs = [(p.tolist(), ids) for p, ids in zip(prompts, told) if ids]
+    answer_ids = lm.tokenizer(texts[:most], add_special_tokens=False)["input_ids"]
+    pairs = [(p.tolist(), ids) for p, ids in zip(prompts, answer_ids) if ids]
     found = divergence(lm, setting.base, pairs, head_chunk=setting.config.model.head_chunk)
     return float(found.kl.sum() / found.tokens.sum()) if found.tokens.sum() else None
 

@@ -150,7 +150,7 @@ def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in history if row.get(key) is not None]
 
 
-def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
+def curves(drawn: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
     """Draw learning curves.
 
     Runs are dots and their means are marks. The law is a line with its interval, dashed beyond the runs. Without a law,
@@ -158,7 +158,7 @@ def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: s
     prediction of the law of smaller amounts.
 
     Args:
-        told: {name: dict of ftjax.verdict.curve.report or curve.drawn}.
+        drawn: {name: dict of ftjax.verdict.curve.report or curve.drawn}.
         path: The PNG file.
         order: Names of all curves.
         x_label: Label of the amounts.
@@ -168,7 +168,7 @@ def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: s
         The path.
     """
     figure, axes = new_axes(*SIZE)
-    for name, one in told.items():
+    for name, one in drawn.items():
         look, points, law = _look(order.index(name)), one["points"], one["law"]
         for point in points:
             axes.plot([point["amount"]] * len(point["values"]), point["values"], ".", color=look["color"], alpha=0.4)
@@ -190,7 +190,7 @@ def curves(told: Mapping[str, dict], path: Path, order: list[str], *, x_label: s
             axes.errorbar(
                 1.06 * check["amount"], check["value"], yerr=around, capsize=4, **look | {"markerfacecolor": "none"}
             )
-    every = [n for one in told.values() for n in [p["amount"] for p in one["points"] + one["law"]]]
+    every = [n for one in drawn.values() for n in [p["amount"] for p in one["points"] + one["law"]]]
     if 0 < 20 * min(every) <= max(every):
         axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:,g}")

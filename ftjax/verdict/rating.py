@@ -164,15 +164,19 @@ def read_ballots(paths: dict[str, str | Path], key: str | Path, *, partial: bool
                     f"{place}: ballot {name!r} is already in line {seen[name]}; remove one of the two lines"
                 )
             seen[name] = line
-            said = str(ballot["rating"] or "").strip().lower()
-            if not said and partial:
+            rating = str(ballot["rating"] or "").strip().lower()
+            if not rating and partial:
                 continue
-            if said not in RATINGS:
-                found = f"{said!r}{nearest(said, RATINGS)}" if said else "nothing (partial=True leaves such lines out)"
+            if rating not in RATINGS:
+                found = (
+                    f"{rating!r}{nearest(rating, RATINGS)}"
+                    if rating
+                    else "nothing (partial=True leaves such lines out)"
+                )
                 raise FtjaxError(f"{place}: `rating` should be {', '.join(RATINGS)}; found {found}")
             entry = sides[name]
             first, second = sorted((entry["left"], entry["right"]))
-            share = RATINGS[said] if first == entry["left"] else 1 - RATINGS[said]
+            share = RATINGS[rating] if first == entry["left"] else 1 - RATINGS[rating]
             votes.append(Vote(rater, int(entry["row"]), first, second, share))
     return votes
 
@@ -199,10 +203,10 @@ def agreement(votes: Sequence[Vote]) -> dict:
         undefined: fewer than two raters, no ballot that all rated, or one rating throughout.
     """
     raters = list(dict.fromkeys(vote.rater for vote in votes))
-    said: dict[tuple, dict[str, float]] = {}
+    by_pair: dict[tuple, dict[str, float]] = {}
     for vote in votes:
-        said.setdefault((vote.row, vote.first, vote.second), {})[vote.rater] = vote.share
-    by_all = [[given[rater] for rater in raters] for given in said.values() if len(given) == len(raters)]
+        by_pair.setdefault((vote.row, vote.first, vote.second), {})[vote.rater] = vote.share
+    by_all = [[given[rater] for rater in raters] for given in by_pair.values() if len(given) == len(raters)]
     kappa = None
     if len(raters) > 1 and by_all:
         codes = sorted(set(RATINGS.values()))

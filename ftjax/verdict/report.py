@@ -27,8 +27,8 @@ def question(data: dict) -> str:
 
 def answer(data: dict) -> str:
     """The decision in a paragraph, see ftjax.verdict.decision."""
-    said = data["decision"]
-    return f"Fine-tune: {said['fine_tune']}. {said['why']} {said['cost']} {said['risk']}"
+    decision = data["decision"]
+    return f"Fine-tune: {decision['fine_tune']}. {decision['why']} {decision['cost']} {decision['risk']}"
 
 
 def detail(data: dict) -> str:
@@ -163,8 +163,8 @@ def table(data: dict) -> str:
     out = [grid([(title, 0) for title in titles], lines) + data["detail"], *meanings(data)]
     out += laws(data)
     out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
-    said = data["decision"]
-    out += ["", f"Fine-tune: {said['fine_tune']}", *(f"{part.capitalize()}: {said[part]}" for part in PARTS)]
+    decision = data["decision"]
+    out += ["", f"Fine-tune: {decision['fine_tune']}", *(f"{part.capitalize()}: {decision[part]}" for part in PARTS)]
     return "\n".join(out)
 
 

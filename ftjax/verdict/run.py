@@ -63,7 +63,7 @@ def compare(
     """
     config = configs.copy(config)
     configs.validate(config)
-    asked, told = parse(config), config.to_dict()
+    asked, settings = parse(config), config.to_dict()
     curved = with_curves(asked, config)
     metric, law = _metric(config)
     higher = law["higher"]
@@ -90,7 +90,7 @@ def compare(
             run = functools.partial(learning_curve, c, found, measured[c.name], metric, law, say)
             curves += [one for one in [_tried(f"{c.name}, learning curve", lost, say, run)] if one is not None]
     case = judged(found, measured, metric, higher)._replace(lost=lost)
-    data = plain(case, metric, higher, curves) | {"config": told, "ftjax": ftjax.__version__}
+    data = plain(case, metric, higher, curves) | {"config": settings, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
     data["pictures"] = draw(data, measured, out)
@@ -99,9 +99,9 @@ def compare(
     written = ["verdict.html", "verdict.md", "verdict.json", "answers.jsonl"]
     if config.compare.ballots:
         asked_of = spread(answers, config.compare.ballots)
-        said = {name: [row["answers"][name]["text"] for row in asked_of] for name in measured}
+        texts = {name: [row["answers"][name]["text"] for row in asked_of] for name in measured}
         prompts = [row["prompt"] for row in asked_of]
-        write_ballots(out / "ballots.csv", out / "ballots_key.jsonl", prompts, said, seed=config.seed)
+        write_ballots(out / "ballots.csv", out / "ballots_key.jsonl", prompts, texts, seed=config.seed)
         written += ["ballots.csv", "ballots_key.jsonl"]
     data["samples"] = spread(answers, config.evaluate.samples)
     replace_json(out / "verdict.json", data)
@@ -277,8 +277,8 @@ def _answers(found: Setting, measured: dict[str, Measured], metric: str):
         part = getattr(found.data, found.config.evaluate.compare_on)
         shown, right = [part.rendered(i).prompt for i in range(len(labels))], [[label] for label in labels]
     for i, (text, references) in enumerate(zip(shown, right, strict=True)):
-        said = {n: {"text": m.answers[i], "score": float(m.scores[metric][0, i])} for n, m in measured.items()}
-        yield {"prompt": text, "references": references, "answers": said}
+        answers = {n: {"text": m.answers[i], "score": float(m.scores[metric][0, i])} for n, m in measured.items()}
+        yield {"prompt": text, "references": references, "answers": answers}
 
 
 def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]:
@@ -306,8 +306,8 @@ def draw(data: dict, measured: dict[str, Measured], out: Path) -> dict[str, str]
         pictures.quality_cost(timed, out / "quality_cost.png", list(entries), x_label=x_label, y_label=metric)
         drawn["Quality against cost, with intervals over rows and seeds"] = "quality_cost.png"
     if data["curves"]:
-        told = {one["name"]: one for one in data["curves"]}
-        pictures.curves(told, out / "curve.png", list(entries), x_label="rows of train", y_label=metric)
+        by_name = {one["name"]: one for one in data["curves"]}
+        pictures.curves(by_name, out / "curve.png", list(entries), x_label="rows of train", y_label=metric)
         caption = "Learning curves and their laws, dashed beyond the runs; hollow: all rows, by the smaller amounts"
         drawn[caption] = "curve.png"
     base, lost, ways = measured[data["base"]], {}, {}

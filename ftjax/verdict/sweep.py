@@ -217,7 +217,7 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
     say(f"{folder}: {len(jobs)} runs, {sum(o is not None for o in done)} of them already finished")
     hosts.start()  # if one run spans several hosts, all of them work on the same job
     ours = jax.process_count() > 1
-    told = set()
+    announced = set()
     while None in done:
         went = False
         for number, (settings, c) in enumerate(jobs):
@@ -226,9 +226,9 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
             path = folder / f"{Path(c.run_dir).name}.claim"
             with contextlib.nullcontext(True) if ours else claims.claimed(path, stale) as mine:
                 if not mine:
-                    if number not in told:
+                    if number not in announced:
                         say(f"{Path(c.run_dir).name} is being run by {claims.owner(path)}")
-                    told.add(number)
+                    announced.add(number)
                     continue
                 went, done[number] = True, _ended(c)
                 if done[number] is None:
@@ -323,10 +323,10 @@ def _name(texts: list[str]) -> str:
 def _asked(config) -> dict:
     """What a run's outcome depends on, as plain JSON data: fields of the config, and digests of the files that they
     name."""
-    said = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
+    settings = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
     judged = ("evaluate.", "generate.", "task.")
-    said |= {key: value for key, value in configs.flat(config).items() if key.startswith(judged)}
-    return json.loads(json.dumps(said | contents(config)))
+    settings |= {key: value for key, value in configs.flat(config).items() if key.startswith(judged)}
+    return json.loads(json.dumps(settings | contents(config)))
 
 
 def _ended(config) -> Outcome | None:
@@ -447,8 +447,8 @@ def table(outcomes: list[Outcome], shown: Sequence[str]) -> str:
         seconds = f"{np.mean([o.seconds for o in ended]):.0f}" if ended else ""
         cells = [report.mean_text(values(runs, name), 4) or "none" for name in shown]
         lines.append([*(f"{value}" for _, value in settings), f"{len(ended)}", *cells, seconds])
-    said = [f"failed: {Path(o.run_dir).name}: {o.failed}" for o in failed]
-    return "\n".join([grid_text(head, lines) + "mean ± standard deviation over seeds", *said])
+    notes = [f"failed: {Path(o.run_dir).name}: {o.failed}" for o in failed]
+    return "\n".join([grid_text(head, lines) + "mean ± standard deviation over seeds", *notes])
 
 
 def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | None:
@@ -486,16 +486,16 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     if not curves:
         return None
     if key not in AMOUNTS:
-        told = {label: curve.drawn(points) for label, points in curves.items()}
-        return pictures.curves(told, path, list(told), x_label=key, y_label=name)
+        drawn = {label: curve.drawn(points) for label, points in curves.items()}
+        return pictures.curves(drawn, path, list(drawn), x_label=key, y_label=name)
     noise = [o.noise[name] for o in outcomes if name in o.noise]
     what = "the parameters" if key == "model.path" else "the data"
     how = {**law_of(name), "noise": float(np.mean(noise)) if noise else 0.0, "what": what}
-    told = {label: curve.report(points, **how) for label, points in curves.items()}
-    for label, one in told.items():
+    drawn = {label: curve.report(points, **how) for label, points in curves.items()}
+    for label, one in drawn.items():
         say(f"{label}: {one['says']}")
-    replace_json(path.with_name("curves.json"), told)
-    return pictures.curves(told, path, list(told), x_label="parameters" if key == "model.path" else key, y_label=name)
+    replace_json(path.with_name("curves.json"), drawn)
+    return pictures.curves(drawn, path, list(drawn), x_label="parameters" if key == "model.path" else key, y_label=name)
 
 
 def law_of(name: str) -> dict:

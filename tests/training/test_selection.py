@@ -13,7 +13,7 @@ import ftjax
 from ftjax import config as configs
 from ftjax import tasks
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation.said import Asked
+from ftjax.evaluation.outputs import Asked
 from ftjax.lm import open_base
 from ftjax.training import job as jobs
 from ftjax.training import loop, selection
@@ -121,7 +121,7 @@ def test_every_kind_of_task_selects_by_its_own_figures(kind, rows, name, higher,
         tasks.find(kind).judge,
         Asked(lm.model, lm.variables, job.tokenizer, job.data, job.data.validation, job.config),
     )
-    report = this.report(whole, this.say(whole), None, draws=2)
+    report = this.report(whole, this.predict(whole), None, draws=2)
     assert found == report["metrics"][name]["value"] and found is not None
     broken = jax.tree.map(lambda x: x * np.nan, lm.variables)
     with pytest.raises(NotFinite, match="all.jsonl row .*: the model's output for this row is not finite"):

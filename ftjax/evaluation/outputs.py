@@ -44,20 +44,20 @@ class Judge(NamedTuple):
     """How one kind of task is predicted, evaluated and shown.
 
     Attributes:
-        say: say(Asked) -> the model's output.
+        predict: predict(Asked) -> the model's output.
         sides: sides(Asked, output) -> (labels, predictions) as labelled.report takes them; None: the output is the
             report.
         lines: lines(Asked, output, thresholds) -> one record per row for predictions.jsonl; None: no records.
         shown: shown(record) -> a mistake in one line.
         known: Keys of a record that come from the row, not from the model.
-        blank: blank(Asked) -> the output of a model without knowledge, in the form of `say`.
+        blank: blank(Asked) -> the output of a model without knowledge, in the form of `predict`.
         settings: settings(Asked, thresholds) -> further arguments of labelled's functions.
         thresholds: thresholds(part, output, metric) -> the least probability of each label that counts as predicted,
             chosen on a part by a metric. None: the task has no thresholds.
         note: note(Asked, output) -> a note for the reader of the report; empty: none.
     """
 
-    say: Callable
+    predict: Callable
     sides: Callable | None = None
     lines: Callable | None = None
     shown: Callable | None = None
@@ -65,30 +65,31 @@ class Judge(NamedTuple):
     blank: Callable | None = None
     settings: Callable = lambda asked, thresholds: {}
     thresholds: Callable | None = None
-    note: Callable = lambda asked, said: ""
+    note: Callable = lambda asked, outputs: ""
 
-    def report(self, asked: Asked, said, thresholds=None, draws: int = DRAWS) -> dict:
+    def report(self, asked: Asked, outputs, thresholds=None, draws: int = DRAWS) -> dict:
         """The labelled.report of a model's output, for results.json.
 
         Args:
             asked: The model and rows.
-            said: The output of `say`.
+            outputs: The output of `predict`.
             thresholds: The thresholds of labels; None: 0.5.
             draws: Number of resamples for the intervals; 0: no intervals.
         """
         if self.sides is None:
-            return said
+            return outputs
         found = labelled.report(
-            tasks.find(asked.config.task.kind).judged, *self.sides(asked, said), names=list(asked.data.labels) or None,
+            tasks.find(asked.config.task.kind).judged, *self.sides(asked, outputs),
+            names=list(asked.data.labels) or None,
             groups=groups(asked), draws=draws, seed=asked.config.seed, **self.settings(asked, thresholds),
         )  # fmt: skip
-        note = self.note(asked, said)
+        note = self.note(asked, outputs)
         return found | ({"note": note} if note else {})
 
-    def worst(self, asked: Asked, said, thresholds, n: int) -> list[int]:
+    def worst(self, asked: Asked, outputs, thresholds, n: int) -> list[int]:
         """Indices of the up to n wrong records with the highest loss."""
         kind, settings = tasks.find(asked.config.task.kind).judged, self.settings(asked, thresholds)
-        return labelled.worst(kind, *self.sides(asked, said), n, **settings)
+        return labelled.worst(kind, *self.sides(asked, outputs), n, **settings)
 
 
 def at_places(f: Callable, asked: Asked, whole_rows: bool = False, **layout) -> list[np.ndarray]:
