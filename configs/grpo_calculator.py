@@ -2,10 +2,10 @@
 
 The model writes `<<12+30=`, where its turn ends (generate.stop), and the environment below goes on with `42>>`. The
 reward is 1 if the final number of the solution is that of the row. scripts/make_sums.py writes the rows: GSM8K itself
-is far beyond a model of 260,000 parameters. After 300 supervised steps, 0.430 of the solutions to the test questions
-that are sampled at temperature 1 are right, and 0.725 after GRPO (the best checkpoint, step 60). Of greedy solutions to
-the validation questions 0.94 were right before and 0.97 after. That is seed 0; two other seeds did not gain, see
-docs/policy.md. About eight minutes of processor time.
+is far beyond a model of 260,000 parameters. The 600 supervised steps are on hasty solutions: 60 % of those with two
+sums end after the first, so that the model does the same. Of its greedy solutions to the 400 test questions 0.480,
+0.483 and 0.495 are right after them (seeds 0, 1 and 2), and 0.983, 0.983 and 0.945 after GRPO. About five minutes on
+two cores of an Intel Xeon.
 """
 
 import re
@@ -57,7 +57,10 @@ def get_config():
     c.generate.batch_size = 64
     c.generate.stop = ("=",)
     c.stages = (
-        {"name": "format", "optim.lr": 2e-3, "train.batch_size": 32, "train.steps": 300},
+        {
+            "name": "format", "data.train": "sums/drafts.jsonl", "optim.lr": 2e-3, "train.batch_size": 32,
+            "train.steps": 600, "train.eval_every": 300,
+        },
         {
             "name": "reward",
             "task.kind": "policy",
@@ -65,10 +68,10 @@ def get_config():
             "task.beta": 0.0,
             "rollout.turns": 4,
             "rollout.group": 8,
-            "train.batch_size": 256,
-            "train.steps": 100,
-            "train.eval_every": 20,
-            "optim.lr": 3e-4,
+            "train.batch_size": 128,
+            "train.steps": 60,
+            "train.eval_every": 15,
+            "optim.lr": 2e-4,
         },
-    )
+    )  # fmt: skip
     return c
