@@ -14,6 +14,7 @@ import pytest
 import ftjax
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
+from ftjax.training import loop
 from ftjax.training.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,25 @@ def test_killed_three_times_it_ends_in_the_same_bits(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_few_steps_are_queued_so_that_a_signal_is_heard_soon(config, tmp_path, monkeypatch):
+    reports, queued = [], []
+
+    class Counted(loop.Profiler):
+        def __call__(self, *arguments):
+            state, report = super().__call__(*arguments)
+            reports.append(report)
+            queued.append(sum(not each["loss"].is_ready() for each in reports))
+            return state, report
+
+    monkeypatch.setattr(loop, "Profiler", Counted)
+    c = configs.load(config)
+    c.run_dir = str(tmp_path / "run")
+    c.train.update(steps=8, batch_size=64, log_every=20, eval_every=8, save_every=8)
+    c.export.formats = ()
+    ftjax.train(c, say=lambda line: None)
+    assert len(queued) == 8 and max(queued) <= 3, queued
+
+
 def test_a_run_folder_is_kept_from_other_runs(config, tmp_path):
     run_dir = tmp_path / "run"
 

@@ -41,6 +41,7 @@ from ftjax.training.step import COUNTS, State
 from ftjax.tree import not_finite
 
 UNREAD = 100  # most steps whose losses are still on the devices
+AHEAD = 2  # most steps that are queued on the devices, so that a signal is heard soon where steps take long
 
 
 @hosts.together()
@@ -368,6 +369,8 @@ class Training:
         with stops.held(alone):
             while not standing.ended(job):
                 arrays, tokens = self.feed.next(state)
+                if len(self.unread) >= AHEAD:
+                    jax.block_until_ready(self.unread[-AHEAD])
                 with contextlib.ExitStack() as compiling:
                     if arrays["tokens"].shape not in shapes:
                         compiling.enter_context(self.progress.aside("compiling the training step"))

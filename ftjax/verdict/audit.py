@@ -51,13 +51,19 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
         sides differ otherwise than by training, and only the canaries count; without any, `succeeds` is None.
 
     Raises:
-        FtjaxError: If the run cannot be opened, if its rows have changed, or if there are no others.
+        FtjaxError: If the run cannot be opened, if it is private and has not ended, if its rows have changed, or if
+            there are no others.
     """
     run_dir, config, kept = Path(run_dir), run_config(run_dir), read_record(run_dir)
     task = tasks.find(config.task.kind)
     if not task.private:
         raise FtjaxError(
             f"audit: task.kind {config.task.kind} has no loss of a single row, by which it could be attacked"
+        )
+    if config.privacy.epsilon and not kept.get("privacy"):
+        raise FtjaxError(
+            f"audit: {run_dir} is a private run that has not ended, so that its epsilon is not recorded; the command "
+            "that began it ends it"
         )
     lm = load(run_dir, checkpoint=config.export.checkpoint)
     pool = lm.model.config.head.pool

@@ -89,6 +89,9 @@ def test_a_task_without_a_loss_of_one_row_is_refused(monkeypatch):
     monkeypatch.setattr("ftjax.verdict.audit.read_record", lambda folder: {})
     with pytest.raises(FtjaxError, match="task.kind embed has no loss of a single row, by which it could be attacked"):
         audit("there")
+    c.task.kind, c.privacy.epsilon = "classify", 2.0
+    with pytest.raises(FtjaxError, match="there is a private run that has not ended, so that its epsilon is not recor"):
+        audit("there")
 
 
 @pytest.fixture(scope="module")

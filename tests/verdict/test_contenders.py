@@ -322,6 +322,14 @@ def test_a_report_starts_with_an_answer_why_its_cost_and_its_risk():
     assert "No price is set" in made(unit="seconds")["decision"]["cost"]
 
 
+def test_without_a_contender_that_is_not_trained_nothing_is_said_against_training():
+    data = made()
+    data |= {"contenders": [entry | {"against_untrained": None} for entry in data["contenders"][2:]], "untrained": ""}
+    said = decision.decide(data)
+    assert said["fine_tune"] == "not enough evidence" and "None of the contenders is without training" in said["why"]
+    assert said["cost"] == "The table says what training took." and said["risk"].endswith("found nothing.")
+
+
 def test_where_nobody_scores_the_report_says_what_that_rules_out():
     data = made(values=(0.0, 0.0, 0.0, 0.0), against="cannot tell")
     assert data["decision"]["fine_tune"] == "not enough evidence"
