@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import deque
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,11 @@ DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True}
 # Whether Triton or cuBLAS computes a product is decided by a race in each process, and they round differently. cuBLAS
 # alone is also faster (docs/performance.md).
 GPU = {"xla_gpu_enable_triton_gemm": False}
+# Most programs that wait for several CPU devices. At the 33rd, XLA blocks one of its few threads until a program ends,
+# and that program may need this thread to exchange values between the devices: then the process is aborted.
+QUEUED = 8
+
+_queued: deque[jax.Array] = deque()
 
 
 def options(devices: int, deterministic: bool = True) -> dict:
@@ -38,11 +44,26 @@ def options(devices: int, deterministic: bool = True) -> dict:
 
 
 def jit(f: Callable, **how) -> Callable:
-    """`jax.jit(f, **how)` with the `options` for the current mesh."""
+    """`jax.jit(f, **how)` with the `options` for the mesh. At most QUEUED programs wait for several CPU devices."""
     compiled = functools.cache(lambda *pairs: jax.jit(f, compiler_options=dict(pairs) or None, **how))
 
     @functools.wraps(f)
     def run(*args, **kwargs):
-        return compiled(*options(jax.sharding.get_abstract_mesh().size).items())(*args, **kwargs)
+        devices = jax.sharding.get_abstract_mesh().size
+        out = compiled(*options(devices).items())(*args, **kwargs)
+        if devices > 1 and jax.default_backend() == "cpu":
+            _wait_for_earlier(out)
+        return out
 
     return run
+
+
+def _wait_for_earlier(out) -> None:
+    """Add a program's outputs to the queue, and wait until no more than QUEUED programs are in it."""
+    arrays = [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    if arrays:
+        _queued.append(min(arrays, key=lambda x: x.nbytes))  # all are ready at once
+    while len(_queued) > QUEUED:
+        earliest = _queued.popleft()
+        if not earliest.is_deleted():  # if it is, a later program in the queue has taken its memory
+            earliest.block_until_ready()

@@ -13,7 +13,7 @@ import pytest
 
 import ftjax
 from ftjax import config as configs
-from ftjax import cpus, xla
+from ftjax import cpus, decoding, xla
 from ftjax.hub import families
 from ftjax.hub.resolve import resolve
 from ftjax.models.config import ModelConfig
@@ -139,6 +139,20 @@ def test_rows_dealt_to_devices_are_answered_and_judged_as_on_one(machine, tmp_pa
     for cores in (2, 8):
         assert found[cores][:2] == found[1][:2]
         assert found[cores][2] == pytest.approx(found[1][2], rel=1e-5)
+
+
+def test_few_programs_wait_for_several_devices(machine, monkeypatch):
+    machine(2)
+    lm, decode, made, waiting = ftjax.load(STARTER), decoding.decode, [], []
+
+    def counted(*arguments):
+        made.append(decode(*arguments))
+        waiting.append(sum(not state.counts.is_ready() for state in made))
+        return made[-1]
+
+    monkeypatch.setattr(decoding, "decode", counted)
+    lm.generate([f"Once upon a time there were {i} dogs" for i in range(80)], max_new_tokens=40, batch_size=2)
+    assert len(waiting) == 40 and max(waiting) <= 8
 
 
 SAYS = "import jax; from ftjax import cpus; cpus.cores = lambda: 3; {}cpus.offer(); "
