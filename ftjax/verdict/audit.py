@@ -62,8 +62,8 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
         )
     if config.privacy.epsilon and not kept.get("privacy"):
         raise FtjaxError(
-            f"audit: {run_dir} is a private run that has not ended, so that its epsilon is not recorded; the command "
-            "that began it ends it"
+            f"audit: {run_dir} is a private run that has not ended, so that its epsilon is not recorded; finish it "
+            "by the command that started it"
         )
     lm = load(run_dir, checkpoint=config.export.checkpoint)
     pool = lm.model.config.head.pool

@@ -168,11 +168,8 @@ def read_ballots(paths: dict[str, str | Path], key: str | Path, *, partial: bool
             if not rating and partial:
                 continue
             if rating not in RATINGS:
-                found = (
-                    f"{rating!r}{nearest(rating, RATINGS)}"
-                    if rating
-                    else "nothing (partial=True leaves such lines out)"
-                )
+                nothing = "nothing (partial=True leaves such lines out)"
+                found = f"{rating!r}{nearest(rating, RATINGS)}" if rating else nothing
                 raise FtjaxError(f"{place}: `rating` should be {', '.join(RATINGS)}; found {found}")
             entry = sides[name]
             first, second = sorted((entry["left"], entry["right"]))
