@@ -8,6 +8,7 @@ transformers; whether a packed document changes its neighbours; greedy answers t
 loaded by transformers; and a LoRA on all linear maps and experts, loaded by peft, with its gradients against PyTorch's,
 under one preset of remat. Needs torch, transformers and peft.
 
+The programs are compiled as those of the tests are: the same arithmetic, without the optimisations that cost most time.
 With `--double`, both sides compute the same models in float64. A difference that is there in float32 and not in float64
 is rounding, which the model enlarges.
 """
@@ -16,10 +17,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import haste
+
+os.environ.setdefault("XLA_FLAGS", haste.FLAGS)  # before jax is imported
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +40,6 @@ if DOUBLE:  # before any module asks for these names: whatever is cast to float3
     jnp.float32 = jnp.float64
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import tiny  # noqa: E402
 
