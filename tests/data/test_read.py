@@ -138,6 +138,10 @@ def test_lists_globs_and_folders(tmp_path):
     for split, name in (("train", "snli_1.0_train"), ("test", "de-testset"), ("validation", "de.dev.1")):
         assert read(str(tmp_path / "de"), f"data.{split}")["n"] == [name]
     assert [read_table(",".join(names)).place(i) for i in (0, 1)] == [f"{name} row 1" for name in names]
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    for twice in (f"{names[1]},{names[1]}", f"{names[1]},{tmp_path / '*.jsonl'}", f"{names[1]},{tmp_path}/link.jsonl"):
+        with pytest.raises(FtjaxError, match=r"data.train: the file .*a.jsonl is named twice; name it once"):
+            read(twice)
 
 
 @pytest.mark.parametrize(
