@@ -159,6 +159,9 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
         raise FtjaxError(f"{where}: unknown model_type {kind!r}{nearest(kind, FAMILIES)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     hf = text_part(hf, family, where)
+    for key, name in family.aliases.items():
+        if key in hf and name in hf and hf[key] != hf[name]:
+            raise FtjaxError(f"{where}: {key} = {hf[key]!r}, but {name} = {hf[name]!r}, and both are one field")
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     if (hf.get("quantization_config") or {}).get("quant_method") == MXFP4 and any(m.bare for m in family.modules):
         hf = {key: value for key, value in hf.items() if key != "quantization_config"}  # read as what it stands for
@@ -256,6 +259,10 @@ def _head_from_hf(hf: dict, family: Family, where: str) -> Head:
 
 def _head(family: Family, task: str, labels: int, hf: dict, where: str) -> Head:
     form = family.forms[task]
+    if task == "masked" and not hf.get("tie_word_embeddings", True):
+        raise FtjaxError(
+            f"{where}: tie_word_embeddings is false: a masked head with a table of its own is not supported"
+        )
     fields = {field: hf[key] for field, key in form.keys.items() if key in hf}
     for field, known in (("activation", ACTIVATIONS), ("pool", POOLS)):
         if field in fields:

@@ -39,6 +39,8 @@ from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+# Ends of names of tensors that files of a tied model may have in its head again -> the parameter that they repeat.
+TWINS = {"weight": "embed/embedding", "bias": "head/bias"}
 KEPT = "kept/"  # before the paths of tensors that exports copy
 READERS = min(8, os.cpu_count() or 1)  # threads that read at the same time
 LARGE = 1 << 24  # bytes above which several threads read one tensor
@@ -443,8 +445,11 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
     new_head: modules of the head may be missing, and its last linear map may have another number of labels; these have
     no tensors.
     """
-    stored = {_plain(name, family): tensor for name, tensor in stored_tensors(folder).items()}
+    stored: dict[str, Stored] = {}
     expected, problems, out = shapes(config), [], {}
+    for name, tensor in stored_tensors(folder).items():
+        if (first := stored.setdefault(_plain(name, family), tensor)) is not tensor:
+            problems.append(f"tensors {first.name} and {name} are one parameter by two names; remove one")
     used = set()
     for path, (names, transposed, stacked) in tensor_names(family, config, files=True).items():
         whole_shape = expected[path][stacked:]
@@ -486,13 +491,16 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
                     "(quantised weights are not read)"
                 )
         out[path] = Located(found, transposed, stacked)
-    head = stored.get("lm_head.weight")
-    if config.tied and config.head.task == "causal" and head is not None and not problems:
-        used.add(head)
-        if not _equal(head, out["embed/embedding"].found[0]):
+    heads = [m.file or m.name for m in families.modules(family, config) if m.path in ("lm_head", "head")]
+    for head, inner, (leaf, path) in itertools.product(heads, ("", ".decoder"), TWINS.items()):
+        tensor = stored.get(_plain(f"{head}{inner}.{leaf}", family))
+        if tensor is None or tensor in used or path not in out or problems:
+            continue
+        used.add(tensor)
+        if not _equal(tensor, out[path].found[0]):
             problems.append(
-                f"{head.file.name}: {head.name} differs from the embedding, but tie_word_embeddings says that they are "
-                "one; set it to false in config.json"
+                f"{tensor.file.name}: {tensor.name} differs from {out[path].found[0].name}, but tie_word_embeddings of "
+                f"config.json says that they are one{'; set it to false' * (config.head.task == 'causal')}"
             )
     others = tuple(_plain(name, family) for name in (*families.other_heads(family, config), *_beside(family, config)))
     for name, tensor in stored.items():
@@ -509,11 +517,11 @@ def _locate(folder: Path, family: Family, config: ModelConfig, new_head: bool = 
 
 
 def _equal(a: Stored, b: Stored) -> bool:
-    """Whether two tensors (V, D) are equal."""
+    """Whether two tensors (V, D) or (V,) are equal."""
     return a.shape == b.shape and all(
         np.array_equal(_slice(a, bounds, False), _slice(b, bounds, False))
         for start in range(0, a.shape[0], BLOCK)
-        for bounds in [((start, min(start + BLOCK, a.shape[0])), (0, a.shape[1]))]
+        for bounds in [((start, min(start + BLOCK, a.shape[0])), *((0, n) for n in a.shape[1:]))]
     )
 
 
@@ -562,8 +570,13 @@ def write_model(
     """
     check_out(out, source)
     leaves = flatten(params)
-    if config.head.task in ("causal", "masked"):
+    if config.head.task == "causal":
         config = dataclasses.replace(config, tied="lm_head/kernel" not in leaves)
+    elif config.shares_table and "lm_head/kernel" in leaves:
+        raise FtjaxError(
+            f"{out}: the head of a {family.model_type} model over masked tokens is its table of embeddings, and "
+            "training has changed one of the two alone, for which there is no whole model; export the adapter"
+        )
     expected, found = shapes(config), {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if expected != found:
         paths = [path for path in expected | found if expected.get(path) != found.get(path)]

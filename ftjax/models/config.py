@@ -126,7 +126,13 @@ class ModelConfig:
     # Kinds of layers
     parts: tuple[tuple[str, ...], ...] = ()  # of each layer: the names of its sublayers; empty: PARTS in all
 
+    @property
+    def shares_table(self) -> bool:
+        """Whether the logits are products with the embedding table. A head over labels has no such table."""
+        return self.tied and self.head.task in VOCABULARY
 
+
+VOCABULARY = ("causal", "masked")  # tasks of heads over the vocabulary
 TABLES = ("embed/embedding", "lm_head/kernel")  # parameters with a row for each token; a tied model has the first alone
 PARTS = ("attn", "mlp")  # the sublayers of a block, where all layers are of one kind
 READS = "_read"  # end of the name of a sublayer that reads the keys and values of the last one without this end

@@ -19,7 +19,7 @@ from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import gather, map_rows, take_tokens
-from ftjax.models.config import PARTS, READS, ModelConfig, RopeScaling, layers_with, of_sublayer, runs
+from ftjax.models.config import PARTS, READS, VOCABULARY, ModelConfig, RopeScaling, layers_with, of_sublayer, runs
 from ftjax.models.delta import Delta
 from ftjax.models.layers import (
     ADAPTERS,
@@ -569,7 +569,7 @@ class Transformer(nn.Module):
         if c.final_norm:
             self.final_norm = Norm(c.norm, c.norm_eps, self.dtype, c.norm_bias)
         self.tied = c.tied and not self.has_variable("params", "lm_head")
-        if c.head.task in ("causal", "masked") and not self.tied:
+        if c.head.task in VOCABULARY and not self.tied:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, c.initializer_range)
         if c.head.task not in ("causal", "none"):
             self.head = Classifier(c, self.dtype, self.dropout)
@@ -739,7 +739,7 @@ class Transformer(nn.Module):
         task = self.config.head.task
         if task == "none":
             return x.astype(jnp.float32)
-        if task not in ("causal", "masked"):
+        if task not in VOCABULARY:
             return self.head(x).astype(jnp.float32)
         attend = self.embed.attend if self.tied else self.lm_head
         y = attend(x) if task == "causal" else self.head(x, attend)

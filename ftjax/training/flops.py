@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.hub.families import EXPERTS
-from ftjax.models.config import ModelConfig, attentions, experts_per_token, layers_with
+from ftjax.models.config import VOCABULARY, ModelConfig, attentions, experts_per_token, layers_with
 from ftjax.models.delta import CHUNK
 from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten
@@ -54,7 +54,7 @@ def flops_per_token(
         return sum(int(np.prod(x.shape)) for path, x in flatten(tree).items() if path.endswith(ends))
 
     paths, L = flatten(trained), config.layers
-    head = config.vocab_size * config.width if config.head.task in ("causal", "masked") else 0
+    head = config.vocab_size * config.width if config.head.task in VOCABULARY else 0
     used = experts_per_token(config) / max(config.experts, 1)  # share of the experts that a token goes through
     blocks = matmul(base, "kernel", "router") + used * matmul(base, "experts") - (0 if config.tied else head)
     of_experts = {path: x for path, x in paths.items() if path.startswith(EXPERTS)}

@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import EXPERTS
-from ftjax.hub.peft import PREFIX, checked
+from ftjax.hub.peft import CONFIG, PREFIX, checked
 from ftjax.models.layers import ADAPTERS, Adapter
 from ftjax.models.transformer import parameter_axes
 from ftjax.tree import flatten, unflatten
@@ -123,6 +123,8 @@ def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT LORA with `use_dora`. Raises FtjaxError if a module's magnitudes are missing or of another length."""
     pairs = {name: x for name, x in tensors.items() if not name.endswith(SUFFIX)}
     trained, fields = lora.from_peft(adapter_config | {"use_dora": False}, pairs, base, spec)
+    if any(alpha <= 0 for _, alpha in fields["alpha_pattern"]):
+        raise FtjaxError(f"{CONFIG}: lora_alpha and alpha_pattern: dora needs numbers above 0")
     leaves, adapted = flatten(trained), set(fields["targets"])
     paths = [path.removesuffix("/lora/b") for path in leaves if path.endswith("/lora/b")]
     _refuse_tables_and_experts(paths)

@@ -137,7 +137,7 @@ def merge(trained, frozen, spec):
             change = change - initial[f"{path}/lora_initial/b"] @ initial[f"{path}/lora_initial/a"]
         change = change * (scale[:, None, None] if kernel.ndim == 3 else scale[0])
         kernel = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-        if path == "embed" and spec.model.tied:
+        if path == "embed" and spec.model.shares_table:
             params.setdefault("lm_head/kernel", params["embed/embedding"])
         leaf, value = ("embedding", kernel.T) if path in EMBEDDINGS else ("kernel", kernel)
         params[f"{path}/{leaf}"] = value

@@ -100,7 +100,7 @@ def replaced(adapter_config: dict, tensors: dict[str, np.ndarray], base: dict, s
         if path in rows:
             new[path] = _with_rows(new[path], *rows[path])
     known = new.keys() - (saved.keys() - tables.keys())
-    if spec.model.tied:
+    if spec.model.shares_table:
         if {EMBED, HEAD} <= known and not np.array_equal(new[EMBED], new[HEAD]):
             raise FtjaxError("the adapter's table of embeddings differs from that of its head, but the base ties them")
         if known or {EMBED, HEAD} <= new.keys():

@@ -127,7 +127,7 @@ def with_whole(method: Any) -> Any:
         rows = [path for path in tables if of_rows(path, parts[path])]
         if adapted := [path for path in rows if path.split("/")[0] in trained]:
             raise FtjaxError(f"tuning.targets: {adapted[0]} has rows of new tokens, and cannot have an adapter as well")
-        if spec.model.tied and tables and not rows and "lm_head" not in frozen:
+        if spec.model.shares_table and tables and not rows and "lm_head" not in frozen:
             # As in PEFT, which copies the module: the table that is not trained does not change.
             frozen = frozen | {"lm_head": {"kernel": frozen["embed"]["embedding"]}}
         whole, frozen = take(flatten(frozen), parts)

@@ -244,7 +244,8 @@ def test_a_tied_model_may_store_its_head_again(saved):
     rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].copy()})
     check(read(folder), model)
     rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
-    with pytest.raises(FtjaxError, match="lm_head.weight differs from the embedding.*tie_word_embeddings"):
+    message = "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings .* set it to false"
+    with pytest.raises(FtjaxError, match=message):
         read(folder)
 
 
@@ -267,6 +268,10 @@ def drop(name):
         (
             lambda t: t | {"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)},
             r"model.safetensors: tensor model.layers.0.self_attn.q_proj.bias \(16,\) is not expected",
+        ),
+        (
+            lambda t: t | {"norm.weight": t["model.norm.weight"] + 1},
+            "tensors model.norm.weight and norm.weight are one parameter by two names; remove one",
         ),
         (lambda t: t | {"gate.weight": np.ones((2, 16), np.float32)}, r"gate.weight \(2, 16\) is not expected"),
         (lambda t: t | {"model.norm.weight": np.ones(16, np.int8)}, r"norm.weight is I8, expected one of .*quantised"),

@@ -1,14 +1,20 @@
 """Encoders and heads over labels against transformers: hidden states, logits, packed rows, files both ways."""
 
 import dataclasses
+import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
 from tiny_encoders import CLASSES, DECODERS, ENCODERS, make
 
+from ftjax.errors import FtjaxError
 from ftjax.hub import families, weights
 from ftjax.models.transformer import Transformer
+from ftjax.tuning import METHODS
 
 CASES = [(name, task) for name in ENCODERS for task in CLASSES]
 CASES += [(name, task) for name in DECODERS for task in ("sequence", "token", "span")]
@@ -120,3 +126,72 @@ def test_what_is_written_loads_there_to_the_same_logits(name, task, tmp_path):
     tokens, mask = rows(model.config.pad_token_id or 0)
     np.testing.assert_allclose(theirs(again.eval(), task, tokens, mask), theirs(model, task, tokens, mask), atol=1e-5)
     assert families.read_config(tmp_path / "out") == families.from_hf(families.to_hf(family, shape)) == (family, shape)
+
+
+TABLES = {  # of a masked head -> of the embeddings
+    "bert": ("cls.predictions.decoder", "bert.embeddings.word_embeddings"),
+    "roberta": ("lm_head.decoder", "roberta.embeddings.word_embeddings"),
+    "distilbert": ("vocab_projector", "distilbert.embeddings.word_embeddings"),
+    "modernbert": ("decoder", "model.embeddings.tok_embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_table_of_a_masked_head_is_that_of_the_embeddings(name, tmp_path):
+    """Files may repeat it. transformers 5 computes with another one that they have, and 4 with the embeddings."""
+    _, family, shape, params = make(name, "masked", tmp_path)
+    head, table = TABLES[name]
+    stored = load_file(tmp_path / "model.safetensors")
+    again = stored | {f"{head}.weight": stored[f"{table}.weight"].copy()}
+    save_file(again, tmp_path / "model.safetensors")
+    found = weights.read_params(tmp_path, family, shape)
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True))
+    save_file(again | {f"{head}.weight": again[f"{head}.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(FtjaxError, match=f"{head}.weight differs from {table}.weight, but tie_word_embeddings"):
+        weights.read_params(tmp_path, family, shape)
+    if name == "bert":
+        other = {"cls.predictions.decoder.bias": stored["cls.predictions.bias"] + 1}
+        save_file(stored | other, tmp_path / "model.safetensors")
+        with pytest.raises(FtjaxError, match="decoder.bias differs from cls.predictions.bias"):
+            weights.read_params(tmp_path, family, shape)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(FtjaxError, match="tie_word_embeddings is false: a masked head with a table of its own"):
+        families.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"targets": ("wte", "c_attn"), "rank": 2}, {"targets": ("c_attn",), "rank": 2, "modules_to_save": ("wte",)}],
+    ids=["lora", "saved"],
+)
+def test_a_changed_table_under_a_head_over_labels_is_a_whole_model(fields, tmp_path):
+    """Although config.json ties the head over the vocabulary, which the model does not have, to this table."""
+    import transformers
+
+    model, family, shape, params = make("gpt2", "sequence", tmp_path / "source")
+    spec = tiny.spec(family, shape, **fields)
+    trained, frozen = METHODS["lora"].init(jax.random.key(0), params, spec)
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32), trained)
+    tokens, mask = rows(0)
+    places = jnp.asarray(mask.sum(1, keepdims=True) - 1)
+    net, inputs = Transformer(shape), (jnp.asarray(tokens), jnp.asarray(np.cumsum(mask, 1) - 1), jnp.asarray(mask))
+    variables = METHODS["lora"].variables(trained, frozen, spec)
+    want = net.apply(variables, net.apply(variables, *inputs, places, method="read"), method="logits")[:, 0]
+    weights.write_model(
+        tmp_path / "out", METHODS["lora"].merge(trained, frozen, spec), tmp_path / "source", family, shape
+    )
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert again.config.tie_word_embeddings
+    assert np.abs(theirs(model, "sequence", tokens, mask) - want).max() > 0.1
+    np.testing.assert_allclose(theirs(again, "sequence", tokens, mask), want, atol=1e-4)
+
+
+def test_a_masked_head_with_another_table_than_the_embeddings_is_not_written(tmp_path):
+    _, family, shape, params = make("bert", "masked", tmp_path / "source")
+    spec = tiny.spec(family, shape, targets=("word_embeddings", "query"), rank=2)
+    merged = METHODS["lora"].merge(*METHODS["lora"].init(jax.random.key(0), params, spec), spec)
+    with pytest.raises(FtjaxError, match="the head of a bert model over masked tokens is its table of embeddings"):
+        weights.write_model(tmp_path / "out", merged, tmp_path / "source", family, shape)
+    assert not (tmp_path / "out").exists()

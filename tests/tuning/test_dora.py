@@ -116,16 +116,18 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "alpha", "message"),
     [
-        (lambda t: {n: x for n, x in t.items() if n != Q}, f"adapter tensor {Q} is missing"),
-        (lambda t: t | {Q: t[Q][1:]}, f"adapter tensor {Q} has shape .15,., expected .16,."),
+        (lambda t: {n: x for n, x in t.items() if n != Q}, 1, f"adapter tensor {Q} is missing"),
+        (lambda t: t | {Q: t[Q][1:]}, 1, f"adapter tensor {Q} has shape .15,., expected .16,."),
+        (lambda t: t, 0, "lora_alpha and alpha_pattern: dora needs numbers above 0"),
+        (lambda t: t, -1, "lora_alpha and alpha_pattern: dora needs numbers above 0"),
     ],
 )
-def test_adapters_without_their_magnitudes(change, message):
+def test_adapters_that_do_not_fit(change, alpha, message):
     pair = tiny.tuned(tiny.pair("llama2"), method="dora", targets=("q_proj",))
     method, trained, frozen = tiny.start(pair)
     adapter_config, tensors = method.to_peft(trained, frozen, pair.spec)
     assert adapter_config["use_dora"] and Q in tensors
     with pytest.raises(FtjaxError, match=message):
-        method.from_peft(adapter_config, change(tensors), pair.params, pair.spec)
+        method.from_peft(adapter_config | {"lora_alpha": alpha}, change(tensors), pair.params, pair.spec)
