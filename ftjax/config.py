@@ -895,7 +895,8 @@ ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("task.temperature",), "task.kind", ("embed",)),
     (("task.text", "task.pair"), "task.kind", _LABELLED),
     (("task.pool",), "task.kind", ("classify", "multilabel", "regress", "embed", "reward")),
-    (("data.form", "data.prompt", "data.completion", "data.system", "data.train_on"), "task.kind", _ANSWERED),
+    (("data.form", "data.prompt", "data.completion", "data.system"), "task.kind", _ANSWERED),
+    (("data.train_on",), "task.kind", ("causal", "preference", "gkd")),
     (("optim.decay",), "optim.schedule", ("wsd",)),
     (("optim.final_lr",), "optim.schedule", ("cosine", "linear", "wsd")),
     (("optim.b1",), "optim.name", ("adamw", "lion", "sgd", "muon")),
@@ -1045,10 +1046,17 @@ def staged(config: ConfigDict) -> list[Stage]:
         except FtjaxError as error:
             raise FtjaxError(f"{where}: {error}") from None
         read = [*(stage.config for stage in found if replay or own.optim.ewc), *([own] if replay else [])]
+        of = "replay" if replay else "optim.ewc"
         if mixed := [one for one in read if one.data.mixture]:
             raise FtjaxError(
-                f"{where}: {'replay' if replay else 'optim.ewc'}: the rows of stage {Path(mixed[0].run_dir).name} are "
-                "a mixture; remove this setting, or make the rows of that stage one file"
+                f"{where}: {of}: the rows of stage {Path(mixed[0].run_dir).name} are a mixture; remove this setting, "
+                "or make the rows of that stage one file"
+            )
+        alike = {*tasks.ANSWERS} if own.task.kind in tasks.ANSWERS else {own.task.kind}
+        if others := [one for one in read if one.task.kind not in alike]:
+            raise FtjaxError(
+                f"{where}: {of}: the rows of stage {Path(others[0].run_dir).name} are for task.kind "
+                f"{others[0].task.kind}, and this stage trains task.kind {own.task.kind}; remove this setting"
             )
         if not own.data.test and not own.data.validation:
             raise FtjaxError(

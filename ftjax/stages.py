@@ -63,6 +63,11 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     if not stages:
         return loop.train(config, say)
     for position, stage in enumerate(stages):
+        if len(stage.average) > 1 and stage.config.privacy.epsilon:
+            raise FtjaxError(
+                f"stages: {stage.name}: average: private training (privacy.epsilon) needs one factor, because the best "
+                "of several would be chosen on rows without noise"
+            )
         for other in stages[: position + 1] if len(stage.average) > 1 else ():
             if not other.config.data.validation or not _computes(stage, other, stages[0]):
                 raise FtjaxError(
@@ -84,9 +89,9 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     kept = _kept(run_dir / RESULTS)
     result, model = None, start
     for position, stage in enumerate([None, *stages]):
+        before = model
         if stage:
             say(f"\nstage {position} of {len(stages)}: {stage.name}")
-            before = model
             result, model = _run(stages[: position - 1], stage, before, say)
             if stage.average != (1.0,):
                 made = functools.partial(_averaged, stages[:position], before, model, run_dir, kept, say)
@@ -98,7 +103,7 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
             for other in stages
             if _computes(stage, other, stages[0]) and known.issuperset(other.config.data.add_tokens)
         ]
-        scores[name] = hosts.from_first(functools.partial(_all_scored, model, scored, kept))
+        scores[name] = hosts.from_first(functools.partial(_all_scored, model, scored, kept, before))
         results = seals.sealed(_results(stages, scores))
         if first:
             replace_json(run_dir / RESULTS, results)
@@ -141,7 +146,7 @@ def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say)
         for other in so_far if len(stage.average) > 1 else ():
             config = configs.copy(other.config)
             config.data.test = config.data.validation
-            losses.setdefault(factor, []).append(_scored(out, other._replace(config=config), kept)["loss"])
+            losses.setdefault(factor, []).append(_scored(out, other._replace(config=config), kept, before)["loss"])
     best = min(stage.average, key=lambda factor: float(np.mean(losses.get(factor, 0.0))))
     by_factor = ", ".join(f"{factor:g}: {np.mean(found):.4f}" for factor, found in losses.items())
     say(
@@ -170,13 +175,19 @@ def _computes(stage, other, first) -> bool:
     return (continues and (kind in tasks.ANSWERS or tasks.find(kind).measure is not None)) or stage is other
 
 
-def _all_scored(model: Path, stages, kept: dict) -> dict[str, dict]:
-    return {stage.name: _scored(model, stage, kept) for stage in stages}
+def _all_scored(model: Path, stages, kept: dict, before: Path) -> dict[str, dict]:
+    return {stage.name: _scored(model, stage, kept, before) for stage in stages}
 
 
-def _scored(model: Path, other, kept: dict) -> dict:
-    """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all."""
+def _scored(model: Path, other, kept: dict, before: Path | None = None) -> dict:
+    """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all.
+
+    before: the model before the stage, with which a loss compares that compares with the base in training. The merged
+    model has no adapter to be without.
+    """
     config = configs.copy(other.config)
+    if tasks.find(config.task.kind).passes(config):
+        config.task.reference = str(before)
     config.data.test = config.data.test or config.data.validation
     generates = config.task.kind in tasks.ANSWERS and config.evaluate.compare
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}

@@ -54,10 +54,10 @@ def read_config(**fields):
     families.from_hf(json.loads((BASE / "config.json").read_text()) | fields)
 
 
-def staged(**second):
-    """The stages of a config whose second one has these fields."""
+def staged(first=None, **second):
+    """The stages of a config whose two have these fields."""
     rows = {"data.train": "a.jsonl", "data.test": "b.jsonl"}
-    configs.staged(config(stages=(rows | {"name": "a"}, rows | {"name": "b"} | second)))
+    configs.staged(config(stages=(rows | {"name": "a"} | (first or {}), rows | {"name": "b"} | second)))
 
 
 def spec(method: str, **tuning) -> Spec:
@@ -75,6 +75,12 @@ def other_vocabularies():
 CALLS = {
     "stages: b: replay: the rows of stage b are a mixture; remove this setting, or make": lambda: staged(
         replay=0.5, **{"data.mixture": ({"train": "a.jsonl", "weight": 1.0},), "data.train": ""}
+    ),
+    "stages: b: replay: the rows of stage a are for task.kind causal, and this stage trains": lambda: staged(
+        replay=0.5, **{"task.kind": "policy"}
+    ),
+    "stages: b: optim.ewc: the rows of stage a are for task.kind policy, and this stage trains": lambda: staged(
+        {"task.kind": "policy"}, **{"optim.ewc": 1.0}
     ),
     "data.mixture entry 1: 'workers' applies to all sources and cannot be set for one; set data.workers": lambda: (
         configs.sources(config(data__mixture=({"train": "a.jsonl", "weight": 1.0, "workers": 2},)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_labelled
 from safetensors.numpy import load_file
 
 import ftjax
@@ -174,6 +175,26 @@ def test_ewc_needs_earlier_rows_and_an_average_a_whole_model(folder):
         ftjax.train(c, say=lambda line: None)
     c = settings(folder, average=(0.5,), **{"tuning.method": "prompt"})
     with pytest.raises(FtjaxError, match="stages: back: prompt makes no whole model .* to be averaged"):
+        ftjax.train(c, say=lambda line: None)
+
+
+def test_a_stage_of_preferences_is_compared_with_the_model_before_it(tmp_path):
+    """The merged model of a stage has no adapter that a reference could be without."""
+    pairs = [{"prompt": "it was", "chosen": " fine", "rejected": " dull"}] * 8
+    c = tiny_labelled.config(tmp_path, tiny_labelled.make(tmp_path / "llama", "llama"), task__kind="preference")
+    c.train.update(steps=2, batch_size=8, eval_every=2)
+    file = tiny_labelled.write(tmp_path / "pairs.jsonl", pairs)
+    c.stages = ({"name": "pairs", "data.train": file, "data.validation": file, "data.test": file},)
+    found = ftjax.train(c, say=lambda line: None).results["scores"]["pairs"]["pairs"]
+    known = ftjax.evaluate(str(tmp_path / "run/pairs"), file, say=lambda line: None)  # the adapter beside its base
+    assert found["loss"] == pytest.approx(known["loss"], abs=1e-5)
+    assert found["margin"] == pytest.approx(known["margin"], abs=1e-5)
+    assert found["margin"] > 0
+
+
+def test_a_factor_of_a_private_stage_is_not_chosen_on_rows(folder):
+    c = settings(folder, average=(0.5, 1.0), **{"privacy.epsilon": 3.0})
+    with pytest.raises(FtjaxError, match="stages: back: average: private training .* needs one factor"):
         ftjax.train(c, say=lambda line: None)
 
 

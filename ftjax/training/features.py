@@ -110,19 +110,20 @@ def known_by(config, mesh) -> str:
     return digest(fingerprint.of_named(named), settings, devices, *code)
 
 
-def opened(path: str, dtype: str, tokenizer, causal: bool = True) -> LM:
+def opened(path: str, dtype: str, tokenizer, mesh=None, causal: bool = True) -> LM:
     """The model of task.reference.
 
     Args:
         path: Its name there.
         dtype: See ftjax.load.
         tokenizer: The tokenizer that encoded the rows.
+        mesh: The devices of the run; None: the default device.
         causal: Whether it must continue texts; else it must be an encoder.
 
     Raises:
-        FtjaxError: If the reference has other tokens or another task, or for several processes.
+        FtjaxError: If the reference has other tokens or another task, or for a mesh of several processes.
     """
-    if jax.process_count() > 1:
+    if mesh and jax.process_count() > 1:
         raise FtjaxError("task.reference: is for runs of one process; leave it empty, or use one process")
     lm = load(path, dtype=dtype)
     if lm.kind != "causal" if causal else lm.model.config.causal:
@@ -146,7 +147,7 @@ def taught(job) -> Callable[[dict], dict]:
     config = job.config
     if not config.distil.hidden:
         return lambda batch: batch
-    lm = opened(config.task.reference, config.model.dtype, job.tokenizer, causal=False)
+    lm = opened(config.task.reference, config.model.dtype, job.tokenizer, job.mesh, causal=False)
     if job.longest > lm.max_tokens:
         raise too_long(config.task.reference, lm, job.longest)
     variables = jax.device_put(lm.variables, NamedSharding(job.mesh, PartitionSpec()))
@@ -177,7 +178,7 @@ def reference(path: str, dtype: str, f: Callable, tokenizer, mesh=None, vocab_si
     Raises:
         FtjaxError: See `opened`; and if the reference has logits for another number of tokens, or too few positions.
     """
-    lm = opened(path, dtype, tokenizer)
+    lm = opened(path, dtype, tokenizer, mesh)
     if vocab_size not in (0, found := lm.model.config.vocab_size):
         raise FtjaxError(
             f"task.reference: {path} gives logits for {found:,} tokens and the model that is trained for "

@@ -39,6 +39,7 @@ REFUSED = {
     "data.packing": (False, "a packed row has one gradient for several examples, which cannot be clipped one by one"),
     "data.mixture": ((), "the accountant assumes that all examples are drawn with the same probability"),
     "data.augment.copies": (0, "one example would be trained on several times as different examples"),
+    "data.augment.prompts": ((), "one example would be trained on several times as different examples"),
     "data.clean.exact": (False, "one example would decide whether another is trained on"),
     "data.clean.near": (0.0, "one example would decide whether another is trained on"),
     "task.balanced": (False, "the accountant assumes that all examples are drawn with the same probability"),

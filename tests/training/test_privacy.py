@@ -277,7 +277,8 @@ def test_epsilon_is_that_of_dp_accounting():
 
 
 REFUSED = {
-    "data.packing": True, "data.augment.copies": 1, "data.clean.exact": True, "data.clean.near": 0.9,
+    "data.packing": True, "data.augment.copies": 1, "data.augment.prompts": ("{a}",),
+    "data.clean.exact": True, "data.clean.near": 0.9,
     "data.mixture": ({"train": "a"},), "task.balanced": True, "task.class_weights": ("balanced",),
     "task.threshold": "f1", "train.neftune": 5.0, "train.on_bad_step": "skip", "train.spike": 3.0,
     "train.patience": 2, "train.select": "accuracy", "export.checkpoint": "best", "mesh.fsdp": 2,
