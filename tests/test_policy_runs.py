@@ -207,6 +207,7 @@ def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path, monkeypatc
         ({"prompt": chat("a", "")[:1]}, {"data__template": "plain"}, "a"),
         ({"messages": chat("a", "fine") + chat("it was", "")[:1]}, {"data__template": "plain"}, "a fine it was"),
         ({"prompt": "a", "chosen": " fine", "rejected": " dull"}, {}, "a"),
+        ({"a": "film", "system": "it was"}, {"data__prompt": "the {a}", "data__template": "plain"}, "it was"),
     ],
 )
 def test_rows_with_and_without_answers_give_prompts(setting, tmp_path, row, settings, prompt):

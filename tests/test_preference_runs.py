@@ -166,6 +166,50 @@ def test_an_answer_of_a_ballot_follows_its_prompt_after_a_space(setting):
     np.testing.assert_array_equal(found[0].ids, examples(again)[0].ids)
 
 
+def test_rows_that_training_would_refuse_are_left_out(setting):
+    """data.clean.empty looks at both answers of a pair, and at the label of a single one."""
+    pair = {"prompt": "it was", "chosen": " fine", "rejected": " dull"}
+    one = {"prompt": "it was", "completion": " fine", "label": True}
+    for good, bad, more in (
+        (pair, {"rejected": ""}, {}),
+        (pair, {"rejected": None}, {}),
+        (pair, {"rejected": " fine"}, {}),
+        (pair | {"margin": 1.0}, {"margin": None}, {"task__kind": "reward"}),
+        ({"prompt": "it was", "answers": [" fine", " dull"], "ranks": [1, 2]}, {"answers": [" fine", None]}, {}),
+        (one, {"label": None}, {"task__loss": "kto"}),
+    ):
+        c = setting([good, good | bad], **more)
+        with pytest.raises(ftjax.FtjaxError, match="row 2"):
+            examples(c)
+        c.data.clean.empty = True
+        assert len(examples(c)) == 1
+
+
+def test_columns_of_pairs_that_nothing_reads_are_named(setting):
+    from ftjax.data.prepare import prepare
+    from ftjax.hub.tokenizer import load_tokenizer
+
+    row = {"system": "a", "prompt": "it was", "chosen": " fine", "rejected": " dull", "margin": 1.0}
+    one = {"prompt": "it was", "completion": " fine", "label": True}
+    for train, more, left in (
+        ([row], {}, "system, margin"), ([row], {"task__kind": "reward"}, "system"), ([one], {"task__loss": "kto"}, ""),
+    ):  # fmt: skip
+        c = setting(train, **more)
+        c.data.update(test="", split=(1.0, 0.0, 0.0))
+        (*notes,) = prepare(c, load_tokenizer(c.model.path), 64).notes
+        assert notes == [f"columns that are no part of the texts or labels: {left}"] * bool(left)
+
+
+def test_an_answer_to_another_prompt_does_not_decide_what_is_left_of_an_answer(setting):
+    """For KTO, each answer has at least half of data.max_length, however long the answer of the row before it is."""
+    short = {"prompt": "it was", "completion": " fine film", "label": True}
+    long = {"prompt": "a film", "completion": " dull" * 40, "label": False}
+    for policy, kept in (("truncate", [5, 27]), ("drop", [5])):
+        found = examples(setting([short, long], task__loss="kto", data__long=policy))
+        assert [e.second for e in found] == kept
+        assert found[0].ids[4] == 3 and len(found[0].ids) == 5 + 27  # its end; the rest of the room is the other's
+
+
 def test_pairs_are_desirable_and_undesirable_answers(setting):
     """A pair gives KTO two answers; the second text of each is the same prompt with an answer to another one."""
     pairs = rows(3, 0)
@@ -193,6 +237,7 @@ BAD = {
     "same": ({"prompt": "it was", "chosen": " fine", "rejected": " fine"}, "pairs.jsonl row 4: .* the same answer"),
     "unknown": ({"prompt": "it was", "chosen": " Fine", "rejected": " Flat"}, "row 4: .* become the same 4 tokens"),
     "empty": ({"prompt": "it was", "chosen": " fine", "rejected": ""}, "row 4, column 'rejected': the answer is empty"),
+    "number": ({"prompt": "it was", "chosen": 4, "rejected": 5}, "row 4: .* become the same 4 tokens"),
     "missing": ({"prompt": "it was", "chosen": " fine", "rejected": None}, "pairs.jsonl row 4: column 'rejected' is"),
     "ranks": ({"prompt": "it was", "answers": [" fine", " flat"], "scores": None}, "row 4: column 'scores' holds None"),
     "ends": (
@@ -240,12 +285,23 @@ def test_a_bad_pair_is_named(setting, name):
         ({"task__margin": "0.5"}, "task.margin: is of task.loss simpo; this one is sigmoid"),
         ({"task__kind": "causal", "task__loss": "ipo"}, "task.loss: is of task.kind preference; this one is causal"),
         ({"task__kind": "reward", "train__label_smoothing": "0.1"}, "label_smoothing: is of task.kind causal and"),
+        ({"task__loss": "orpo", "task__nll_weight": "0.5"}, "task.nll_weight: is always 1 for task.loss=orpo"),
+        ({"data__prompt": "{prompt}!"}, "data.prompt: does not apply to the columns chosen and rejected, whose prompt"),
         ({"data__form": "prompt"}, "task.kind=preference: rows need the columns chosen and rejected"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused(setting, settings, message):
     with pytest.raises(ftjax.FtjaxError, match=message):
         ftjax.train(setting(rows(20, 0), **settings), say=lambda text: None)
+
+
+@pytest.mark.parametrize("template", ["", "plain"])
+def test_a_prompt_is_not_read_twice(setting, template):
+    """Where all answers begin with their prompts, as rows with whole texts in both columns do."""
+    whole = [row | {side: f"{row['prompt']}{row[side]}" for side in ("chosen", "rejected")} for row in rows(6, 0)]
+    with pytest.raises(ftjax.FtjaxError, match="pairs.jsonl row 1: both answers begin with the text of the prompt"):
+        examples(setting(whole, data__template=template))
+    assert len(examples(setting([*whole[:5], *rows(1, 1)], data__template=template))) == 6  # so it may be meant
 
 
 def test_a_loss_without_a_reference_trains_all_parameters(setting, tmp_path):

@@ -163,8 +163,9 @@ def _turns(row: dict) -> tuple[str, str]:
 
     System texts are left out, because many rows have the same.
     """
-    asked = next((row[name] for name in ("messages", "conversations", "prompt") if row.get(name)), None)
     chosen = row.get("chosen") or next((row[name] for name in template.RANKED if row.get(name)), None)
+    names = ("prompt", "messages", "conversations") if chosen else ("messages", "conversations", "prompt")
+    asked = next((row[name] for name in names if row.get(name)), None)
     if asked is None and isinstance(chosen, str):  # a whole conversation in the format of Anthropic's HH-RLHF
         asked, _, chosen = chosen.rpartition("\n\nAssistant:")
     turns = [turn for cell in (asked, chosen) for turn in (cell if isinstance(cell, list) else [cell])]

@@ -60,6 +60,11 @@ class Recipe:
             rows = [self._named(row, place) for row, place in zip(rows, places, strict=True)]
         return [render(row, place) for row, place in zip(rows, places, strict=True)]
 
+    def sides(self, row: dict, place: str) -> tuple[str, str]:
+        """(prompt, answer) of a row as text. Raises FtjaxError if training would refuse what the row holds."""
+        (rendered,) = self.render([row], [place])
+        return template.question(rendered), template.reference(rendered)
+
     def _named(self, row: dict, place: str) -> dict:
         """A row with the name of its label. Raises FtjaxError if its label is neither a name nor the id of one."""
         label = labelled.label_name(row.get(self.labelled)) or ""
@@ -158,8 +163,8 @@ def unread(how: Recipe | labelled.Labelled, table: Table) -> list[str]:
     """The columns of a table that a recipe does not read in its first rows; none if it cannot use these rows."""
     seen: set[str] = set()
     try:
-        count = min(len(table), 20)
-        how.render([_Watched(table.row(i), seen) for i in range(count)], [table.place(i) for i in range(count)])
+        for i in range(min(len(table), 20)):
+            how.sides(_Watched(table.row(i), seen), table.place(i))
     except FtjaxError:  # the row is refused where it is encoded
         return []
     return [name for name in table.columns if name not in seen and len(table)]
@@ -471,6 +476,8 @@ def _tokenised(
                 found, guessed = task.recipe(config, source.data, table.columns, max_length, max_positions)
                 if truths:
                     found.check()
+                if task.texts == 2:  # a reward may read any column of a prompt's row
+                    note(source, table, found)
                 return found, guessed
             found, guessed = recipe(source.data, table.columns)
             note(source, table, found)
@@ -640,17 +647,12 @@ def answers(config, data, table: Table) -> Callable[[dict, str], tuple[str, str]
     Raises:
         FtjaxError: If data.form or a template is set and cannot be used.
     """
-    if tasks.find(config.task.kind).encode:
+    task = tasks.find(config.task.kind)
+    if task.encode:
         return labelled.recipe(config, data, table, (), "", 0).sides
-    how, _ = recipe_if_any(data, table.columns)
-    if how is None:
-        return None
-
-    def answer(row: dict, place: str) -> tuple[str, str]:
-        (rendered,) = how.render([row], [place])
-        return template.question(rendered), template.reference(rendered)
-
-    return answer
+    of_pairs = task.recipe if task.texts == 2 else None
+    how, _ = of_pairs(config, data, table.columns, 0, 0) if of_pairs else recipe_if_any(data, table.columns)
+    return how and how.sides
 
 
 def _evaluation_rows(sources: list[Source], config) -> list[tuple[str, Table]]:

@@ -56,6 +56,7 @@ ROLES = {  # names of roles in ShareGPT and in data sets that follow it -> names
     "function_response": "tool",
 }
 PROMPT_COLUMN = "prompt_template"  # column with a row's own template, which takes precedence over data.prompt
+ASKED = ("question", "instruction", "query", "input")  # columns that other data sets have for a prompt
 IMAGES = ("image", "images", "pixel_values")  # columns of rows that are not text alone
 THINKING = ("reasoning_content", "thinking", "reasoning")  # fields of a message, which transformers treats as one
 
@@ -254,18 +255,23 @@ def _preference(row: dict, place: str) -> Rendered:
     The messages may begin with the answer, or with the first message of the conversation. If there is no prompt, a text
     is a whole conversation in the format of Anthropic's HH-RLHF.
     """
-    column = next((name for name in ("conversations", "messages") if isinstance(row.get(name), list)), "prompt")
+    others = () if row.get("prompt") else ("conversations", "messages")
+    column = next((name for name in others if isinstance(row.get(name), list)), "prompt")
     chosen = row.get("chosen")
-    if chosen is None:
-        raise _missing(row, "chosen", place)
+    if not isinstance(chosen, str | list | dict):
+        chosen = field(row, "chosen", place)
     if isinstance(chosen, str) and row.get(column) is None and chosen.lstrip().startswith(("Human:", "Assistant:")):
         return Rendered(messages=_hh_turns(chosen, place))
     if isinstance(chosen, str) and isinstance(row.get("rejected"), str) and column not in row:
-        asked = _beginning(chosen, row["rejected"])
-        if not asked:
+        if other := next((name for name in ASKED if name in row), ""):
+            raise FtjaxError(
+                f"{place}: column 'prompt' does not exist; rename {other!r} to 'prompt', or remove it if the prompt is "
+                "what both answers begin with"
+            )
+        if not (asked := _beginning(chosen, row["rejected"])):
             raise FtjaxError(
                 f"{place}: column 'prompt' does not exist, and 'chosen' and 'rejected' do not begin alike, so that "
-                "their beginning is no prompt either"
+                "their beginning is no prompt either; put what was asked into a column 'prompt'"
             )
         return Rendered(asked, _answer(chosen[len(asked) :], place))
     if isinstance(chosen, str) and not isinstance(row.get(column), list):
@@ -284,6 +290,12 @@ def _preference(row: dict, place: str) -> Rendered:
             )
         return Rendered(messages=(_untrained(asked) if column == "prompt" else asked) + chosen)
     if chosen[0]["role"] != "assistant":
+        asked = row.get("prompt")
+        if isinstance(asked, str) and not any(asked.strip() in message["content"] for message in chosen):
+            raise FtjaxError(
+                f"{place}: column 'chosen' begins with a message of the {chosen[0]['role']}, and no message has the "
+                "text of 'prompt', which would not be read; write it as a message, or remove the column"
+            )
         return Rendered(messages=chosen)
     return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
 
@@ -323,8 +335,11 @@ def pairs(form: str, row: dict, place: str, template: str = "") -> list[dict]:
     answers = next((row[name] for name in RANKED if isinstance(row.get(name), list)), None)
     named = [name for name in ("ranks", "scores") if name in row]
     column = min(named, key=lambda name: row[name] is None, default="")
-    if answers is None or len(answers) < 2:
-        raise FtjaxError(f"{place}: expected a list of two or more answers in one of the columns {', '.join(RANKED)}")
+    if answers is None or len(answers) < 2 or None in answers:
+        raise FtjaxError(
+            f"{place}: expected a list of two or more answers, none of them null, in one of the columns "
+            f"{', '.join(RANKED)}"
+        )
     figures = row[column] if column else list(range(len(answers)))
     numbers = isinstance(figures, list) and all(type(x) in (int, float) and x == x for x in figures)
     if not numbers or len(figures) != len(answers):

@@ -62,7 +62,7 @@ class Prompts(prepare.Recipe):
 
     def _open(self, row: dict, place: str) -> Rendered:
         if self.prompt:
-            row = {"prompt": template.fill(template.parse(self.prompt, "data.prompt"), row, place)}
+            row = _asking(template.fill(template.parse(self.prompt, "data.prompt"), row, place), row)
         if isinstance(row.get("prompt"), list):
             row = row | {"messages": row["prompt"]}
         if self.template or not isinstance(row.get("prompt"), str):
@@ -90,9 +90,14 @@ class Prompts(prepare.Recipe):
                 "the model's positions); lower the one or raise the other, or leave such rows out by data.long=drop"
             )
 
-    def given(self, prompt: str | list, place: str) -> Rendered:
+    def given(self, prompt: str | list, row: dict, place: str) -> Rendered:
         """A prompt that an environment gives, text or messages, in place of the row's own."""
-        return dataclasses.replace(self, prompt="")._open({"prompt": prompt}, place)
+        return dataclasses.replace(self, prompt="")._open(_asking(prompt, row), place)
+
+
+def _asking(prompt: str | list, row: dict) -> dict:
+    """A row with this prompt, and with the system text and the tools of another row."""
+    return {"prompt": prompt, "system": row.get("system"), "tools": row.get("tools")}
 
 
 def recipe(config, data, columns: list[str], max_length: int, max_positions: int) -> tuple[Prompts, bool]:
@@ -338,7 +343,7 @@ def episodes(
         place, recipe, shown = part.place(i), part.recipe(i), part.rendered(i)
         ids = part.examples[i].ids
         if prompt is not None:
-            shown = recipe.given(prompt, place)
+            shown = recipe.given(prompt, part.row(i), place)
             (ids,) = encode_prompts([shown], lm.tokenizer, lambda _, place=place: place, recipe.end, True)
         recipe.check_room(ids, place)
         talk = None

@@ -49,22 +49,45 @@ class Pairs(prepare.Recipe):
             FtjaxError: If a row has no two different answers to one prompt, if no token of an answer is left within
                 max_length, or if what is left of both texts is the same.
         """
-        index, *sides = self.sides(tokenizer, rows, places)
+        index, *sides = self.both(tokenizer, rows, places)
         return [self.pair(a, b, places[i])._replace(row=i) for i, a, b in zip(index, *sides, strict=True)]
 
-    def sides(self, tokenizer, rows: list[dict], places: list[str]) -> tuple[list[int], list[Example], list[Example]]:
-        """(index of the row, prompt with the chosen answer, prompt with the rejected one) of pairs, see `encode`."""
+    def read(self, rows: list[dict], places: list[str]) -> tuple[list[int], tuple, tuple]:
+        """(index of the row of each pair, (its chosen side, its rejected side) as text, names of both for errors)."""
         found = [(i, p) for i, row in enumerate(rows) for p in template.pairs(self.form, row, places[i], self.template)]
         index, pairs = [i for i, _ in found], [pair for _, pair in found]
         for i, pair in found:
             if pair.get("rejected") is None:
                 raise FtjaxError(f"{places[i]}: column 'rejected' is empty; a preference needs two answers")
         others = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
-        there = [places[i] for i in index], [f"{places[i]}, column 'rejected'" for i in index]
+        worse = "column 'rejected'" if self.form == "preference" else "its worse answer"
+        there = [places[i] for i in index], [f"{places[i]}, {worse}" for i in index]
         how = dataclasses.replace(self, form="preference")
-        rendered = [how.render(*side) for side in zip((pairs, others), there)]
+        render = functools.partial(prepare.Recipe.render, how)
+        rendered = render(pairs, there[0]), render(others, there[1])
         for chosen, rejected, place in zip(*rendered, there[0], strict=True):
             _check(chosen, rejected, place)
+        return index, rendered, there
+
+    def sides(self, row: dict, place: str) -> tuple[str, str]:
+        """See Recipe.sides. Raises FtjaxError also if the row has no two answers that can be compared."""
+        _, (chosen, _), _ = self.read([row], [place])
+        return template.question(chosen[0]), template.reference(chosen[0])
+
+    def both(self, tokenizer, rows: list[dict], places: list[str]) -> tuple[list[int], list[Example], list[Example]]:
+        """(index of the row, prompt with the chosen answer, prompt with the rejected one) of pairs, see `encode`."""
+        index, rendered, there = self.read(rows, places)
+        asked = [template.question(chosen) for chosen in rendered[0]]
+        twice = [
+            prompt and all(template.reference(x).startswith(prompt) for x in pair)
+            for prompt, *pair in zip(asked, *rendered, strict=True)
+        ]
+        if twice and all(twice):
+            raise FtjaxError(
+                f"{there[0][0]}: both answers begin with the text of the prompt, as those of the rows after it do, so "
+                "that it would be there twice; remove it from the answers, or remove the column of the prompt, whose "
+                "place the common beginning of both answers then takes"
+            )
         return index, *(encode(x, tokenizer, self.train_on, at.__getitem__, self.end) for x, at in zip(rendered, there))
 
     def pair(self, a: Example, b: Example, place: str) -> Example:
@@ -127,7 +150,7 @@ class Answers(Pairs):
             index, examples = list(range(len(rows))), prepare.Recipe.encode(self, tokenizer, rows, places)
             good = [desirable(row.get(self.label), self.label, place) for row, place in zip(rows, places, strict=True)]
         else:
-            number, chosen, rejected = self.sides(tokenizer, rows, places)
+            number, chosen, rejected = self.both(tokenizer, rows, places)
             examples = [example for pair in zip(chosen, rejected, strict=True) for example in pair]
             index, good = np.repeat(number, 2).tolist(), [True, False] * len(number)
         N, starts = len(examples), [int(e.trained.argmax()) for e in examples]
@@ -136,11 +159,20 @@ class Answers(Pairs):
         for i, example in enumerate(examples):
             before = ((i - k) % N for k in range(1, N))
             other = examples[next((j for j in before if keys[j] != keys[i]), i - 1)]
-            ids = np.concatenate([prompts[i], other.ids[other.trained]])
+            # Its length must not decide what is left of the row's own answer.
+            room = min(self.max_positions, max(self.max_length // 2, self.max_length - len(example.ids)))
+            ids = np.concatenate([prompts[i], other.ids[other.trained]])[:room]
             mismatched = Example(ids, np.arange(len(ids)) >= starts[i])
             both = self.join(example, mismatched, places[index[i]])
             out.append(both._replace(targets=np.full(both.trained.sum(), good[i], np.int32), row=index[i]))
         return out
+
+    def sides(self, row: dict, place: str) -> tuple[str, str]:
+        """See Recipe.sides. Raises FtjaxError also for a label that is not true, false, 1 or 0."""
+        if not self.label:
+            return super().sides(row, place)
+        desirable(row.get(self.label), self.label, place)
+        return prepare.Recipe.sides(self, row, place)
 
     def describe(self, example: Example) -> str:
         """The label of an example for people."""
@@ -190,6 +222,11 @@ def _check(chosen: Rendered, rejected: Rendered, place: str) -> None:
 
 def recipe(config, data, columns: list[str], max_length: int, max_positions: int) -> tuple[Pairs, bool]:
     """See Task.recipe."""
+    if {"chosen", "rejected"} <= {*columns} and (data.prompt or data.completion):
+        raise FtjaxError(
+            "data.prompt: does not apply to the columns chosen and rejected, whose prompt is the column prompt; write "
+            "it there, and leave data.prompt and data.completion empty"
+        )
     found, guessed = prepare.recipe(data, columns)
     kto, paired = config.task.loss == "kto", found.form in template.PAIRED
     how = dataclasses.asdict(found) | {"train_on": "last", "cut": config.data.long == "truncate"}
@@ -221,6 +258,8 @@ def check(config, method, spec) -> None:
         raise FtjaxError(
             f"train.label_smoothing: task.loss={loss} has none; set it to 0, or use {', '.join(preference.SMOOTHED)}"
         )
+    if loss == "orpo" and config.task.nll_weight:
+        raise FtjaxError("task.nll_weight: is always 1 for task.loss=orpo; leave it at 0")
     for name, losses in OF_LOSS.items():
         if config.task[name] != FIELDS[f"task.{name}"].default and loss not in losses:
             raise FtjaxError(f"task.{name}: is of task.loss {', '.join(losses)}; this one is {loss}")

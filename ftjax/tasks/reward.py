@@ -28,16 +28,21 @@ class Scored(Pairs):
 
     margin: bool = False
 
+    def read(self, rows: list[dict], places: list[str]) -> tuple[list[int], tuple, tuple]:
+        """As Pairs.read. Raises FtjaxError also for a margin that is not a number."""
+        for row, place in zip(rows, places, strict=True) if self.margin else ():
+            if type(margin := row.get("margin")) not in (int, float) or not math.isfinite(margin):
+                raise FtjaxError(f"{place}: column 'margin' holds {margin!r:.80}; expected a number")
+        return super().read(rows, places)
+
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """As Pairs.encode. Raises FtjaxError also for a margin that is not a number."""
+        """As Pairs.encode."""
         out = []
-        for i, chosen, rejected in zip(*self.sides(tokenizer, rows, places), strict=True):
+        for i, chosen, rejected in zip(*self.both(tokenizer, rows, places), strict=True):
             both = self.pair(chosen, rejected, places[i])
             texts = both.ids[: both.second], both.ids[both.second :]
             trained = np.concatenate([last_token(ids, tokenizer) for ids in texts])
-            margin = rows[i].get("margin") if self.margin else 0.0
-            if type(margin) not in (int, float) or not math.isfinite(margin):
-                raise FtjaxError(f"{places[i]}: column 'margin' holds {margin!r:.80}; expected a number")
+            margin = rows[i]["margin"] if self.margin else 0.0
             out.append(both._replace(trained=trained, targets=np.full(2, margin, np.float32), row=i))
         return out
 

@@ -223,6 +223,11 @@ def turn(role, content, **more):
             (turn("user", "q"), turn("assistant", "a: Human", train=False), *said("r\nr", "b")),
         ),
         ({"chosen": "Human: q\n\nAssistant: b", "rejected": "x", "prompt": None}, said("q", "b")),
+        # UltraFeedback: `messages` are those of the chosen side, so that they do not begin the rejected one.
+        (
+            {"prompt": "q", "messages": list(said("q", "a")), "chosen": list(said("q", "b")), "rejected": []},
+            said("q", "b"),
+        ),
     ],
 )
 def test_conversations_of_which_the_last_answer_is_trained(row, messages):
@@ -393,6 +398,17 @@ def test_templates_hold_plain_columns_only(template):
         ("preference", {"chosen": "c", "rejected": "r"}, r"f.csv row 3: column 'prompt' does not exist"),
         ("preference", {"prompt": "q", "rejected": "r"}, r"f.csv row 3: column 'chosen' does not exist"),
         ("preference", {"prompt": "q", "chosen": " "}, r"f.csv row 3: the answer is empty"),
+        (
+            "preference",
+            {"question": "q", "chosen": "so it is", "rejected": "so it was"},
+            r"f.csv row 3: column 'prompt' does not exist; rename 'question' to 'prompt', or remove it if",
+        ),
+        (
+            "preference",
+            {"prompt": "s", "chosen": list(said("q", "a")), "rejected": list(said("q", "b"))},
+            r"f.csv row 3: column 'chosen' begins with a message of the user, and no message has the text of 'prompt'",
+        ),
+        ("ranked", {"prompt": "q", "answers": ["a", None], "ranks": [1, 2]}, r"row 3: .* none of them null, in one of"),
         ("instruction", {"instruction": "i", "instances": []}, r"f.csv row 3: 0 `instances`; expected one"),
     ],
 )
