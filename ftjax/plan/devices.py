@@ -81,17 +81,22 @@ def parse(text: str) -> Devices:
     match = re.fullmatch(r"([a-z]\w*?)(?:(?::|(?<=\d)x)(\d+(?:x\d+)*))?", text)
     kind, shape = match.groups() if match else (text, None)
     device, sides = _kind(text, kind), [int(n) for n in (shape or "1").split("x")]
-    if device.topology and len(sides) != device.topology:
+    if device.topology and (len(sides) != device.topology or min(sides) < 1):
         example = "x".join(["2"] * device.topology)
         raise FtjaxError(
             f"--devices {text}: expected {device.topology} sides of the slice, such as {kind}:{example}, or gcloud's "
             f"name of it, such as {parse(f'{kind}:{example}').accelerator_type}"
         )
-    if not device.topology and len(sides) != 1 or min(sides) < 1:
-        raise FtjaxError(f"--devices {text}: expected a number of devices, such as {kind}{':' * (kind == 'cpu')}8")
     if device.topology:
         return Devices(f"{kind}:{'x'.join(map(str, sides))}", kind, math.prod(sides), device)
+    if len(sides) != 1 or sides[0] < 1:
+        raise FtjaxError(f"--devices {text}: expected a number of devices, such as {_many(kind, 8)}")
     return Devices(text, kind, sides[0], device)
+
+
+def _many(kind: str, count: int) -> str:
+    """The name of this many devices that are no TPUs: `h200x8` or `cpu:8`."""
+    return f"{kind}{':' if kind == 'cpu' else 'x'}{count}"
 
 
 def _kind(text: str, kind: str) -> Device:
@@ -104,8 +109,7 @@ def _kind(text: str, kind: str) -> Device:
 def _by_accelerator_type(text: str, name: str, count: str) -> Devices:
     kind = next((kind for kind, other in GCLOUD.items() if other == name), name)
     if not _kind(text, kind).topology:
-        mark = ":" if kind == "cpu" else "x"
-        raise FtjaxError(f"--devices {text}: expected a number of devices, such as {kind}{mark}8")
+        raise FtjaxError(f"--devices {text}: expected a number of devices, such as {_many(kind, 8)}")
     slices = [parse(f"{kind}:{sides}") for sides in SLICES[kind]]
     found = [devices for devices in slices if devices.count * devices.device.cores == int(count)]
     if not found:
@@ -124,6 +128,5 @@ def larger(devices: Devices) -> list[Devices]:
         slices = [parse(f"{devices.kind}:{sides}") for sides in SLICES[devices.kind]]
         more = [other for other in slices if other.count > devices.count][:3]
     else:
-        mark = ":" if devices.kind == "cpu" else "x"
-        more = [parse(f"{devices.kind}{mark}{devices.count * times}") for times in (2, 4, 8)]
+        more = [parse(_many(devices.kind, devices.count * times)) for times in (2, 4, 8)]
     return [other._replace(device=devices.device) for other in more]

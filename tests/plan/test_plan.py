@@ -88,11 +88,18 @@ def test_devices_by_name(text, kind, count, topology):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["v7:4x4", "h20x8", "v6e:16", "v6e", "h200:2x2", "cpu:0", "v5p:4x8", "", "v5p-12", "v4-12288", "h200-8", "v2-8"],
+    "text, expected",
+    [
+        *((text, "unknown device") for text in ("v7:4x4", "h20x8", "", "v2-8")),
+        *((text, "3 sides of the slice, such as v5p:2x2x2") for text in ("v5p:4x8", "v5p:0x4x8")),
+        *((text, "2 sides of the slice, such as v6e:2x2") for text in ("v6e:16", "v6e")),
+        *((text, "a number of devices, such as h200x8") for text in ("h200:2x2", "h200x0", "h200-8")),
+        ("cpu:0", "a number of devices, such as cpu:8"),
+        *((text, "one of gcloud's slices") for text in ("v5p-12", "v4-12288")),
+    ],
 )
-def test_unknown_devices_are_told(text):
-    with pytest.raises(FtjaxError, match="--devices"):
+def test_unknown_devices_are_told(text, expected):
+    with pytest.raises(FtjaxError, match=f"--devices {text}: .*{expected}"):
         parse(text)
 
 
