@@ -52,3 +52,16 @@ def nearest(word: str, choices) -> str:
 
     close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def check_known(name: str, known, what: str, more: str = "") -> None:
+    """Raise FtjaxError for a name that is none of those known.
+
+    Args:
+        name: The name.
+        known: The names that there are.
+        what: Where the name stands and what it is of, such as `task.kind: unknown task`.
+        more: What may stand there beside them.
+    """
+    if name not in known:
+        raise FtjaxError(f"{what} {name!r}{nearest(name, known)}; expected one of {', '.join(known)}{more}")

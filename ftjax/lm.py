@@ -27,7 +27,7 @@ from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, continuation, encode_prompts
 from ftjax.decoding import generate
-from ftjax.errors import FtjaxError, NotFinite, nearest
+from ftjax.errors import FtjaxError, NotFinite, check_known
 from ftjax.foreign import check_fields, listed, mapped, maybe, number, read_json
 from ftjax.hub import families, pooling, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
@@ -177,11 +177,8 @@ class LM:
             FtjaxError: If `texts` is not a list of texts, or `pool` is unknown. It is a NotFinite if a vector is NaN
                 or infinite.
         """
-        if pool not in ("", *contrast.POOLS):
-            raise FtjaxError(
-                f"embed: unknown pool {pool!r}{nearest(pool, contrast.POOLS)}; expected one of "
-                f"{', '.join(contrast.POOLS)}"
-            )
+        if pool:
+            check_known(pool, contrast.POOLS, "embed: unknown pool")
         if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
             raise FtjaxError("embed: expected a list of texts, none of them empty")
         if not texts:

@@ -38,13 +38,19 @@ def texts(node: ast.AST, named: bool = False) -> str:
 
 
 def messages(folder: Path, named: bool = False) -> list[tuple[str, int, str]]:
-    """(file, line, the message as `texts` gives it) of each FtjaxError that is made in a folder."""
+    """(file, line, message as `texts` gives it) of each FtjaxError that is made in a folder, also by check_known."""
     found = []
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted(file for file in folder.rglob("*.py") if file.name != "errors.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            made = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
-            if made and node.args:
-                found.append((str(file.relative_to(ROOT)), node.lineno, texts(node.args[0], named)))
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if called in ERRORS and node.args:
+                text = texts(node.args[0], named)
+            elif called == "check_known":
+                text = texts(node.args[2], named) + (" {name}{…}; expected one of {…}" if named else GAP)
+                text += texts(node.args[3], named) if named and len(node.args) > 3 else ""
+            else:
+                continue
+            found.append((str(file.relative_to(ROOT)), node.lineno, text))
     return found
 
 

@@ -20,6 +20,7 @@ from ftjax.data.labelled import Labelled
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import best, classification, labelled, metrics, preferred, run
 from ftjax.hub import derived, families, peft, pooling, resolve, weights
+from ftjax.lm import LM
 from ftjax.plan import devices
 from ftjax.tasks import preference, regress
 from ftjax.training import checkpoint, export, features, privacy, profile, program, report, run_folder
@@ -110,14 +111,18 @@ CALLS = {
     "here: the conversations in 'chosen' and 'rejected' differ before their last message; expected two": lambda: (
         preference._check(template.Rendered(prompt="a", completion="x"), template.Rendered(prompt="b"), "here")
     ),
-    "data.form: unknown form 'promt' (did you mean \"prompt\"?); known: ": lambda: template.renderer("promt"),
+    "embed: unknown pool 'maen' (did you mean \"mean\"?); expected one of ": lambda: LM.embed(None, [], pool="maen"),
+    "tuning.method: unknown method 'lroa' (did you mean \"lora\"?); expected one of ": lambda: program.fill_defaults(
+        config(tuning__method="lroa")
+    ),
+    "data.form: unknown form 'promt' (did you mean \"prompt\"?); expected one of ": lambda: template.renderer("promt"),
     "data.prompt: '{a': expected '}' before end of string; a literal brace is written {{ or }}": lambda: template.parse(
         "{a", "data.prompt"
     ),
     "expected probabilities (rows, classes) of a float type; found (2,) int64": lambda: classification._probabilities(
         [0, 1]
     ),
-    "threshold: unknown metric 'mcx' (did you mean \"mcc\"?); known: ": lambda: classification.best_threshold(
+    "threshold: unknown metric 'mcx' (did you mean \"mcc\"?); expected one of ": lambda: classification.best_threshold(
         [1], [0.5], "mcx"
     ),
     "names: expected 2 different names, one a class; found ['a']": lambda: labelled.report(

@@ -20,7 +20,7 @@ from ftjax.data import columns
 from ftjax.data.clean import need_columns
 from ftjax.data.table import Table
 from ftjax.data.template import parse
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 
 Op = Callable[[str, float, np.random.Generator], str]  # (text, share of words or letters to change, rng) -> text
 Make = Callable[[dict, np.random.Generator, str], dict | None]  # (row, rng, place) -> row, or None for no row
@@ -127,10 +127,7 @@ def _synthetic(
 def _makers(table: Table, data) -> list[tuple[str, Make]]:
     settings = data.augment
     for name in settings.ops:
-        if name not in OPS:
-            raise FtjaxError(
-                f"data.augment.ops: unknown operation {name!r}{nearest(name, OPS)}; expected one of {', '.join(OPS)}"
-            )
+        check_known(name, OPS, "data.augment.ops: unknown operation")
     need_columns(settings.columns, table.columns, "data.augment.columns")
     if settings.ops and not settings.columns:
         raise FtjaxError(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ftjax import assets
 from ftjax import config as configs
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 from ftjax.hub.tokenizer import end_token, turn_end
 
 FOLDER = Path(assets.__file__).parent / "chat_templates"
@@ -96,11 +96,7 @@ def resolve(name: str, end: str, tokenizer) -> str:
                 f"{', '.join(able(tokenizer))}"
             )
         return ""
-    if name not in TEMPLATES:
-        known = ("tokenizer", *TEMPLATES)
-        raise FtjaxError(
-            f"data.template: unknown template {name!r}{nearest(name, known)}; expected one of {', '.join(known)}"
-        )
+    check_known(name, ("tokenizer", *TEMPLATES), "data.template: unknown template")
     lacks = _lacks(TEMPLATES[name].tokens, tokenizer)
     if lacks:
         raise FtjaxError(

@@ -12,7 +12,7 @@ import string
 from collections.abc import Callable
 
 from ftjax.data.chat_templates import ALPACA_INPUT, TEMPLATES
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,8 @@ def renderer(
     Raises:
         FtjaxError: If a setting cannot be used.
     """
-    if form == "template":
-        render = _from_templates(prompt, completion)
-    elif form in FORMS:
-        render = FORMS[form]
-    else:
-        raise FtjaxError(f"data.form: unknown form {form!r}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
+    check_known(form, ("template", *FORMS), "data.form: unknown form")
+    render = _from_templates(prompt, completion) if form == "template" else FORMS[form]
     if template and form == "text":
         raise FtjaxError(
             f"data.template={template!r}: rows of form text are not conversations; leave data.template empty, or set "

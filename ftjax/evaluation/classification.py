@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 from ftjax.evaluation.resample import Reduce, Share, divide, share, totals
 
 BINS = 15  # bins of the calibration error, as in Guo et al. 2017
@@ -347,9 +347,7 @@ def best_threshold(labels, scores, metric: str = "f1") -> dict:
     Raises:
         FtjaxError: If the metric is unknown, if a label is not 0 or 1, or if a score is not finite.
     """
-    if metric not in THRESHOLD_METRICS:
-        known = ", ".join(THRESHOLD_METRICS)
-        raise FtjaxError(f"threshold: unknown metric {metric!r}{nearest(metric, THRESHOLD_METRICS)}; known: {known}")
+    check_known(metric, THRESHOLD_METRICS, "threshold: unknown metric")
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise FtjaxError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 from ftjax.evaluation import classification, entities, preferred, regression, retrieval, squad
 from ftjax.evaluation.resample import Reduce, intervals
 from ftjax.evaluation.tables import grid
@@ -155,8 +155,7 @@ def worst(kind: str, labels, predictions, n: int = 20, **settings) -> list[int]:
 
 
 def _rows(kind, labels, predictions, names, settings):
-    if kind not in KINDS:
-        raise FtjaxError(f"unknown kind of task {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+    check_known(kind, KINDS, "unknown kind of task")
     if not len(labels):
         raise FtjaxError("nothing to judge: there are no rows; give at least one")
     this = KINDS[kind]

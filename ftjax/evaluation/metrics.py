@@ -21,7 +21,7 @@ from decimal import Decimal
 import numpy as np
 
 from ftjax import user_code
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known, nearest
 from ftjax.evaluation import classification, squad
 from ftjax.evaluation.words import composed, grams, spaced, stem, words
 
@@ -109,11 +109,7 @@ def find(name: str, key: str = "evaluate.metrics") -> Metric:
     for an unknown one."""
     if ":" in name:
         return _users(name, key)
-    if name not in METRICS:
-        raise FtjaxError(
-            f"{key}: unknown metric {name!r}{nearest(name, METRICS)}; expected one of {', '.join(METRICS)}, "
-            "or your own as file.py:function"
-        )
+    check_known(name, METRICS, f"{key}: unknown metric", ", or your own as file.py:function")
     return METRICS[name]
 
 

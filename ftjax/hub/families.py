@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax import tasks
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known, nearest
 from ftjax.foreign import Kind, check_fields, either, flag, listed, mapped, maybe, number, read_json, string, whole
 from ftjax.hub import pooling
 from ftjax.hub.family_table import FAMILIES, Family, Form, Module
@@ -155,8 +155,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     """
     check_fields(hf, FIELDS, where)
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        raise FtjaxError(f"{where}: unknown model_type {kind!r}{nearest(kind, FAMILIES)}; known: {', '.join(FAMILIES)}")
+    check_known(kind, FAMILIES, f"{where}: unknown model_type")
     family = FAMILIES[kind]
     hf = text_part(hf, family, where)
     for key, name in family.aliases.items():

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 
 # Names of the files of this package, in the order in which a head is matched with a task.
 FILES = ("causal", "preference", "policy", "gkd", "classify", "multilabel", "regress")
@@ -175,8 +175,7 @@ def names() -> tuple[str, ...]:
 
 def find(kind: str) -> Task:
     """The task of a `task.kind`. Raises FtjaxError if there is none."""
-    if not known(kind):
-        raise FtjaxError(f"task.kind: {kind!r}{nearest(kind, names())}; expected one of {', '.join(names())}")
+    check_known(kind, names(), "task.kind:")
     if kind not in TASKS:
         register(kind, importlib.import_module(f"{__name__}.{kind}").TASK)
     return TASKS[kind]

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax import config as configs
 from ftjax import tasks, xla
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.loading import shape_of
@@ -57,10 +57,7 @@ class Program(NamedTuple):
 def fill_defaults(config) -> None:
     """Set the fields that the config leaves to the tuning method. Raises FtjaxError for an unknown method."""
     name = config.tuning.method
-    if name not in METHODS:
-        raise FtjaxError(
-            f"tuning.method: unknown method {name!r}{nearest(name, METHODS)}; expected one of {', '.join(METHODS)}"
-        )
+    check_known(name, METHODS, "tuning.method: unknown method")
     if config.optim.lr is None:
         config.optim.lr = METHODS[name].lr
     if config.train.batch_size is None:

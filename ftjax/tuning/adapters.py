@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ftjax import config as configs
 from ftjax import tasks
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known, nearest
 from ftjax.foreign import read_json
 from ftjax.hub import families, peft, resolve, weights
 from ftjax.tree import flatten, unflatten
@@ -109,10 +109,7 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
         FtjaxError: For an unknown name or way, for an adapter that is more than LoRA, and for `linear` on unequal
             ranks.
     """
-    if combine not in ("cat", "linear"):
-        raise FtjaxError(
-            f"combine: unknown way {combine!r}{nearest(combine, ('cat', 'linear'))}; expected cat or linear"
-        )
+    check_known(combine, ("cat", "linear"), "combine: unknown way")
     found = {}  # path of a map -> [(weight · scale, a, b), ...]
     for name, weight in weights.items():
         found_in = pick(adapters, name)

@@ -7,7 +7,7 @@ import os.path
 
 from ftjax import assets, tasks
 from ftjax import config as configs
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known, nearest
 from ftjax.verdict.baselines import PROMPTS, Prompting
 
 MAJORITY = "majority"
@@ -100,10 +100,8 @@ def _named(name: str, config, where: str) -> Contender:
         return Contender(name, MAJORITY)
     source = name.removeprefix("run:")
     if not (os.path.exists(source) or "/" in source or source.startswith(assets.PREFIX)):
-        raise FtjaxError(
-            f"{where}: unknown contender {name!r}{nearest(name, [*PROMPTS, MAJORITY])}; expected one of "
-            f"{', '.join(PROMPTS)}, {MAJORITY}, "
-            'a folder, a hub name, or a dict with a "name"'
+        check_known(
+            name, (*PROMPTS, MAJORITY), f"{where}: unknown contender", ', a folder, a hub name, or a dict with a "name"'
         )
     return Contender(source, "model", source=source)
 
@@ -122,10 +120,7 @@ def _described(entry, config, where: str) -> Contender:
             f"{', '.join(KEYS)}, or a field of the config"
         )
     how = entry.get("prompt", "zero-shot")
-    if how not in PROMPTS:
-        raise FtjaxError(
-            f"{where}: unknown prompt {how!r}{nearest(how, PROMPTS)}; expected one of {', '.join(PROMPTS)}"
-        )
+    check_known(how, PROMPTS, f"{where}: unknown prompt")
     shots = configs.FIELDS["compare.shots"].check(entry.get("shots", config.compare.shots), f"{where}: shots")
     source = entry.get("model", "")
     settings = {key: value for key, value in entry.items() if key not in KEYS}

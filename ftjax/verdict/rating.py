@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.data.read import numbered
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known, nearest
 from ftjax.evaluation.resample import intervals, mean_interval, of_sums
 from ftjax.files import replace_text, write_jsonl
 
@@ -319,10 +319,8 @@ def strengths(
     if not votes:
         raise FtjaxError("strengths: there are no votes; pass the ballots of at least one rater")
     names = sorted({vote.first for vote in votes} | {vote.second for vote in votes})
-    if base is not None and base not in names:
-        raise FtjaxError(
-            f"strengths: no vote concerns {base!r}{nearest(base, names)}; expected one of {', '.join(names)}"
-        )
+    if base is not None:
+        check_known(base, names, "strengths: no vote concerns")
     at = {row: n for n, row in enumerate(sorted({vote.row for vote in votes}))}
     K, N = len(names), len(at)
     by_row, tally = np.zeros((N, K, K)), Counter()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 from ftjax.evaluation.resample import BLOCK, mean_interval
 
 LEVEL = 0.95  # level of the intervals; 1 - LEVEL is the rate of false positives
@@ -381,10 +381,7 @@ def verdicts(
     Raises:
         FtjaxError: If the base is unknown or the scores cannot be compared.
     """
-    if base not in scores:
-        raise FtjaxError(
-            f"verdicts: unknown contender {base!r}{nearest(base, scores)}; expected one of {', '.join(scores)}"
-        )
+    check_known(base, scores, "verdicts: unknown contender")
     arrays = {name: _scores(x, name) for name, x in scores.items()}
     odd = [name for name, x in arrays.items() if x.ndim != 2 or x.shape[1] != arrays[base].shape[1]]
     if odd:

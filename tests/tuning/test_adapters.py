@@ -121,7 +121,7 @@ def test_adapters_that_cannot_be_used(made, tmp_path):
         lm.with_adapter({"left": 0.5, "c": 0.5})
     with pytest.raises(FtjaxError, match="linear needs adapters of one rank; at .*q_proj/lora they have 3, 5: use cat"):
         lm.with_adapter({"left": 0.5, "wide": 0.5}, "linear")
-    with pytest.raises(FtjaxError, match="combine: unknown way 'svd'; expected cat or linear"):
+    with pytest.raises(FtjaxError, match="combine: unknown way 'svd'; expected one of cat, linear"):
         lm.with_adapter({"left": 1.0}, "svd")
     with pytest.raises(FtjaxError, match="is not a PEFT adapter: it has no adapter_config.json"):
         ftjax.load(base, adapters={"left": base})

@@ -216,7 +216,7 @@ def test_few_rows_cannot_be_told_apart():
         ({"tuned": [1.0, 0.0], "base": [1.0]}, r"'tuned' has scores \(2,\); expected \(seeds, rows\) with the 1 rows"),
         ({"tuned": [1.0], "base": [1.0]}, "the same rows, at least two"),
         ({"tuned": [1.0, np.nan], "base": [1.0, 0.0]}, "'tuned': expected a number for each row; row 2 holds nan"),
-        ({"tuned": [1.0, 0.5], "bse": [1.0, 0.0]}, "unknown contender 'base' .did you mean \"bse\""),
+        ({"tuned": [1.0, 0.5], "bse": [1.0, 0.0]}, "verdicts: unknown contender 'base' .did you mean \"bse\""),
     ],
 )
 def test_bad_input_is_named(scores, message):
