@@ -25,19 +25,9 @@ EXPERTS = "layers/mlp/experts/"  # the beginning of paths of adapters of experts
 DENSE = ("layers/mlp/shared/", "layers/dense/")  # of dense feed-forward parts in mixtures of experts
 
 # Hugging Face's name -> ours. Of several names with the same meaning, the first is the one that is written.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "tanh": "tanh",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "tanh": "tanh", "gelu": "gelu", "gelu_python": "gelu"}
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast")
+ACTIVATIONS |= dict.fromkeys(GELU_TANH, "gelu_tanh")
 
 # RopeScaling.kind -> (keys of config.json that it needs, others that it may have)
 ORIGINAL = "original_max_position_embeddings"
@@ -86,45 +76,33 @@ KINDS = {
     "float | None": maybe(number(above=0)),
 }
 MXFP4 = "mxfp4"  # quant_method of parameters that are stored as NAME_blocks and NAME_scales
+TEXT = "text_config"
 MOST_LAYERS = 10_000  # a limit, because the names of the tensors of a billion layers would fill the memory
 # Fields of config.json that are read here by name, in addition to those of a family's row.
 FIELDS = {
     "model_type": string,
-    "architectures": maybe(listed(string)),
-    "id2label": maybe(mapped(either(string, number()))),
-    "num_labels": whole(1),
     "problem_type": maybe(string),
-    "rope_theta": maybe(number(above=0)),
-    "rope_scaling": maybe(mapped()),
-    "rope_parameters": maybe(mapped()),
-    "sliding_window": maybe(whole()),
-    "use_sliding_window": maybe(flag),
+    **dict.fromkeys(("architectures", "layer_types"), maybe(listed(string))),
+    "id2label": maybe(mapped(either(string, number()))),
+    **dict.fromkeys(("num_labels", "global_attn_every_n_layers", "no_rope_layer_interval"), whole(1)),
+    **dict.fromkeys(("decoder_sparse_step", "full_attention_interval"), whole(1)),
     "max_window_layers": whole(),
-    "layer_types": maybe(listed(string)),
     "local_attention": whole(2),
-    "global_attn_every_n_layers": whole(1),
-    "global_rope_theta": number(above=0),
-    "local_rope_theta": number(above=0),
-    "rope_local_base_freq": number(above=0),
-    "sliding_window_pattern": maybe(whole(1)),
-    "no_rope_layers": maybe(listed(whole(0, 1))),
-    "no_rope_layer_interval": whole(1),
-    "quantization_config": maybe(mapped()),
-    "text_config": maybe(mapped()),
-    "decoder_sparse_step": whole(1),
-    "full_attention_interval": whole(1),
-    "mlp_only_layers": maybe(listed(whole())),
-    "partial_rotary_factor": maybe(number(above=0)),
-    **dict.fromkeys(("num_kv_shared_layers", "hidden_size_per_layer_input"), maybe(whole())),
+    **dict.fromkeys(("sliding_window", "num_kv_shared_layers", "hidden_size_per_layer_input"), maybe(whole())),
     **dict.fromkeys(("vocab_size_per_layer_input", "global_head_dim", "num_global_key_value_heads"), maybe(whole(1))),
-    "use_double_wide_mlp": maybe(flag),
+    "sliding_window_pattern": maybe(whole(1)),
+    "mlp_only_layers": maybe(listed(whole())),
+    "no_rope_layers": maybe(listed(whole(0, 1))),
+    **dict.fromkeys(("use_sliding_window", "use_double_wide_mlp"), maybe(flag)),
+    **dict.fromkeys(("global_rope_theta", "local_rope_theta", "rope_local_base_freq"), number(above=0)),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor"), maybe(number(above=0))),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config", TEXT), maybe(mapped())),
     "per_layer_config": maybe(mapped(mapped(head_dim=whole(1), num_key_value_heads=whole(1)))),
 }
 ROPE_FIELDS = {
     **dict.fromkeys(("rope_theta", *ROPE_KEYS), maybe(number(above=0))),
     **dict.fromkeys(("rope_type", "type"), maybe(string)),
     **dict.fromkeys(("short_factor", "long_factor"), listed(number(above=0))),
-    "partial_rotary_factor": maybe(number(above=0)),
     "truncate": flag,
 }
 
@@ -214,7 +192,6 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     return family, ModelConfig(**values, head=_head_from_hf(hf, family, where))
 
 
-TEXT = "text_config"
 WHOLE = ("architectures", "quantization_config", "tie_word_embeddings")  # keys of the whole model
 
 

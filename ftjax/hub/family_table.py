@@ -207,26 +207,13 @@ def llama_like(
     model_type: str,
     forms: dict[str, Form],
     modules: tuple[Module, ...] = decoder_modules(),  # noqa: B008  a tuple of tuples
-    *,
-    keys: dict[str, str] | None = None,
-    defaults: dict[str, object] | None = None,
-    constants: dict[str, object] | None = None,
-    only: dict[str, tuple] | None = None,
-    **more,
+    **own,
 ) -> Family:
     """A row that differs from LLaMA's in what is given. See Family for the meaning of all arguments."""
-    return Family(
-        model_type=model_type,
-        forms=forms,
-        modules=modules,
-        prefix="model.",
-        keys=LLAMA_KEYS | (keys or {}),
-        defaults=LLAMA_DEFAULTS | (defaults or {}),
-        constants=LLAMA_CONSTANTS | (constants or {}),
-        only={key: x for key, x in LLAMA_ONLY.items() if key not in (defaults or {})} | (only or {}),
-        buffers=r"rotary_emb\.inv_freq$",
-        **more,
-    )
+    only = {key: values for key, values in LLAMA_ONLY.items() if key not in own.get("defaults", {})}
+    llama = {"keys": LLAMA_KEYS, "defaults": LLAMA_DEFAULTS, "constants": LLAMA_CONSTANTS, "only": only}
+    merged = {field: entries | own.pop(field, {}) for field, entries in llama.items()}
+    return Family(model_type, forms, modules, prefix="model.", buffers=r"rotary_emb\.inv_freq$", **merged, **own)
 
 
 INVERSE = (lambda x: 1 / x, lambda x: float(f"{1 / x:.12g}"))
@@ -239,9 +226,7 @@ GEMMA_DEFAULTS = {
     "final_logit_softcapping": 30.0, "sliding_window": 4096, "sliding_window_pattern": 2, "layer_types": None,
 }  # fmt: skip
 GEMMA_CONSTANTS = {"norm": "rms_plus_one", "norms": "both", "embed_scale": lambda shape: shape["width"] ** 0.5}
-OLMO_DEFAULTS = {
-    "vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False,
-}  # fmt: skip
+OLMO_DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
 OLMO_CONSTANTS = {"norms": "output", "qk_norm": "all"}
 
 

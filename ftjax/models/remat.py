@@ -17,20 +17,14 @@ from ftjax.models.config import READS, attentions, hidden_per_token, layers_with
 
 HOST = "pinned_host"  # memory of the host that devices read and write by themselves
 
-# Tensors of a block that have a name: each is given where it is computed, by `checkpoint_name`.
-NAMES = {
-    "input": "(B, T, D) what the block gets",
-    "q": "(B, T, H d) outputs of the products, bias and adapters included",
-    "k": "(B, T, K d)",
-    "v": "(B, T, K d)",
-    "mixed": "(B, T, C) of layers with the delta rule: queries, keys and values before the convolution",
-    "z": "(B, T, H e) their gates",
-    "attention": "(B, T, H d) what attention gives, and what its kernel keeps to go backward: (B, H, T)",
-    "o": "(B, T, D)",
-    "gate": "(B, T, F)",
-    "up": "(B, T, F)",
-    "down": "(B, T, D)",
-}
+# Tensors of a block that have a name, which each gets where it is computed, by `checkpoint_name`:
+#   input      (B, T, D) what the block gets
+#   q, k, v    (B, T, H d), (B, T, K d) twice: outputs of the products, bias and adapters included
+#   mixed      (B, T, C) of layers with the delta rule: queries, keys and values before the convolution
+#   z          (B, T, H e) their gates
+#   attention  (B, T, H d) output of attention, and what its kernel keeps for the backward pass: (B, H, T)
+#   o, down    (B, T, D)
+#   gate, up   (B, T, F)
 ATTENTION = ("q", "k", "v", "mixed", "z", "attention")
 PRODUCTS = (*ATTENTION, "o", "gate", "up", "down")
 # Attention kernels whose residuals have no names: they are kept if `attention` is.
