@@ -417,8 +417,10 @@ def _data(args, overrides) -> None:
 
     if args.step == "preview":
         verbs.show(settings, args.rows, args.ids, args.out)
+    elif args.step == "inspect":
+        verbs.inspect(settings, args.out)
     else:
-        getattr(verbs, args.step)(settings, args.out)
+        verbs.write(args.step, settings, args.out)
 
 
 def _evaluate(args, overrides) -> None:

@@ -272,16 +272,16 @@ def continue_tokens(
         FtjaxError: If the model's task is not `causal`.
     """
     with doing(f"answering {len(ids):,} prompts"):
-        return list(generate(lm.model, variables, ids, **_tokens(lm, stop), **sampling))
+        return list(generate(lm.model, variables, ids, **token_rules(lm, stop), **sampling))
 
 
 def stream_ids(lm: LM, variables, ids: list[int], *, stop: tuple[str, ...] = (), **sampling) -> Iterator[str]:
     """As `continue_tokens` after one prompt, but return an iterator over pieces of the new text, see LM.stream."""
-    answers = generate(lm.model, variables, [ids], **_tokens(lm, stop), stream=True, **sampling)
+    answers = generate(lm.model, variables, [ids], **token_rules(lm, stop), stream=True, **sampling)
     return _pieces(lm.tokenizer, ids, (new for _, new in answers))
 
 
-def _tokens(lm: LM, stop: tuple[str, ...]) -> dict:
+def token_rules(lm: LM, stop: tuple[str, ...]) -> dict:
     """The tokens that end an answer and those that it may have. Raises FtjaxError if the model cannot continue text."""
     if lm.kind != "causal":
         raise FtjaxError(
@@ -474,8 +474,8 @@ def quantiser(kind: str, settings, dtype):
     return lambda path: small.get(quantised.kind_of(path, kind, settings.quantise_tables))
 
 
-def compute_dtype(name: str):
-    """The numpy dtype of `float32`, `bfloat16` or `auto`, which goes by the backend in use."""
+def compute_dtype(name: str, platform: str = ""):
+    """The numpy dtype of `float32`, `bfloat16` or `auto`, which goes by the platform; empty: of the backend in use."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(name)

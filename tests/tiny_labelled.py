@@ -7,6 +7,7 @@ import numpy as np
 import tiny_models
 
 from ftjax import config as configs
+from ftjax.evaluation.resample import value_of
 
 WORDS = {"good": ("fine", "warm", "clever", "moving"), "bad": ("dull", "flat", "stale", "clumsy")}
 
@@ -82,3 +83,8 @@ def theirs(model, folder, texts: list[str]) -> np.ndarray:
     batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         return model(**batch).logits.softmax(-1).numpy()
+
+
+def values(n: int, reduce) -> dict[str, np.ndarray]:
+    """{name: scalar or (K,)} of the figures of n rows themselves, by a Reduce of ftjax.evaluation.resample."""
+    return {name: value_of(figure)[0] for name, figure in reduce(np.ones((1, n))).items()}

@@ -627,9 +627,7 @@ def read_sources(config, folder: str | None = None) -> Iterator[tuple[str, objec
     Raises FtjaxError if data.train is empty or rows cannot be read. folder: see `read_and_clean`.
     """
     for name, data, *_ in configs.sources(config):
-        if not data.train:
-            raise FtjaxError("data.train is empty: name a file, a directory or a hub data set.")
-        files = {part: getattr(data, part) for part in PARTS if getattr(data, part)}
+        files = {part: data[part] for part in PARTS if data[part] or part == "train"}
         yield name, data, {k: read_table(file, f"data.{k}", folder, data.columns) for k, file in files.items()}
 
 

@@ -190,8 +190,13 @@ def question(rendered: Rendered) -> str:
     """What comes before that answer, as text: the prompt, or all earlier messages."""
     if rendered.messages is None:
         return rendered.prompt.strip()
-    answers = [k for k, m in enumerate(rendered.messages) if m["role"] == "assistant"]
-    return "\n".join(m["content"] for m in rendered.messages[: answers[-1] if answers else None]).strip()
+    return "\n".join(m["content"] for m in before_answer(rendered.messages)).strip()
+
+
+def before_answer(messages: tuple[dict, ...]) -> tuple[dict, ...]:
+    """The messages before the assistant's last one; all messages if it has none."""
+    answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+    return messages[: answers[-1] if answers else None]
 
 
 # ---------------------------------------------------------------------------------------------- the forms

@@ -59,11 +59,7 @@ def row_number(index: int) -> str:
 
 
 def encode(
-    rendered: Sequence[Rendered],
-    tokenizer,
-    train_on: str = "assistant",
-    place: Place = row_number,
-    end: str = "",
+    rendered: Sequence[Rendered], tokenizer, train_on: str = "assistant", place: Place = row_number, end: str = ""
 ) -> list[Example]:
     """One Example for each row, not cut. The result for a row does not depend on the other rows.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ftjax import tasks
 from ftjax.data import chat_templates, domain, preview
 from ftjax.data.batches import Batches
 from ftjax.data.clean import records
-from ftjax.data.prepare import PARTS, Gone, Source, prepare, read_and_clean, rows
+from ftjax.data.prepare import PARTS, prepare, read_and_clean, rows
 from ftjax.errors import FtjaxError
 from ftjax.files import drafted, replace_json, replace_text, write_jsonl
 
@@ -49,37 +50,9 @@ def inspect(config, out: str | None = None, say: Callable = print) -> None:
         say(f"{page}: the same findings with plots; {numbers}: with all row numbers")
 
 
-def clean(config, out: str, say: Callable = print) -> None:
-    """Write the rows of every named part, cleaned as `data.clean` says, and the removed rows with the reasons.
-
-    Args:
-        config: The whole config.
-        out: Folder to write to, which must be new or empty.
-        say: Prints a text.
-    """
-    _write(out, lambda: read_and_clean(config), say)
-
-
-def split(config, out: str, say: Callable = print) -> None:
-    """Write train, validation and test, cleaned, split and decontaminated as in a run.
-
-    Args:
-        config: The whole config.
-        out: Folder to write to, which must be new or empty.
-        say: Prints a text.
-    """
-    _write(out, lambda: rows(config, augmented=False), say)
-
-
-def augment(config, out: str, say: Callable = print) -> None:
-    """Like `split`, with synthetic rows after the others of train. Their column `augmented` says how they were made.
-
-    Args:
-        config: The whole config.
-        out: Folder to write to, which must be new or empty.
-        say: Prints a text.
-    """
-    _write(out, lambda: rows(config), say)
+# Verb -> the function that makes the rows which it writes: those of every named part, cleaned; those of train,
+# validation and test, split and decontaminated as in a run; and these with synthetic rows of train, marked in a column.
+WRITTEN = {"clean": read_and_clean, "split": functools.partial(rows, augmented=False), "augment": rows}
 
 
 def show(config, count: int = 3, ids: bool = False, html: str | None = None, say: Callable = print) -> None:
@@ -144,11 +117,18 @@ def _new(out: str) -> Iterator[Path]:
         draft.rename(folder)
 
 
-def _write(out: str, make: Callable[[], tuple[list[Source], list[Gone]]], say: Callable) -> None:
-    """Write `[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl if any row was left out."""
+def write(verb: str, config, out: str, say: Callable = print) -> None:
+    """Write `[SOURCE/]PART.jsonl` for every part that has rows, and removed.jsonl if any row was left out.
+
+    Args:
+        verb: A key of WRITTEN.
+        config: The whole config.
+        out: Folder to write to, which must be new or empty.
+        say: Prints a text.
+    """
     lines = []
     with _new(out) as draft:
-        sources, gone = make()
+        sources, gone = WRITTEN[verb](config)
         for source in sources:
             (draft / source.name).mkdir(exist_ok=True)
             for part in PARTS:

@@ -89,11 +89,7 @@ def measure(lm, variables, data, config) -> dict:
         FtjaxError: If the part has no rows.
     """
     ev, part = config.evaluate, getattr(data, config.evaluate.compare_on).desirable()
-    if not len(part):
-        name = ev.compare_on
-        raise FtjaxError(
-            f"evaluate.compare_on: the part {name} has no rows; set data.{name}, or its share in data.split"
-        )
+    need_rows(part, ev.compare_on)
     rows = ev.batch_size or config.train.batch_size or 16
     with cpus.dealt(variables, rows, lm.model.config.width) as variables:
         loss = functools.partial(sums, lm.model, variables, head_chunk=config.model.head_chunk)
@@ -111,6 +107,14 @@ def measure(lm, variables, data, config) -> dict:
             forgetting = text_loss(loss, lm.tokenizer, documents, max_positions=limit, batch_size=rows)
             result["forgetting_loss"] = forgetting["loss"]
     return result | {"samples": samples}
+
+
+def need_rows(part: Part, name: str) -> None:
+    """Raise FtjaxError if the part of evaluate.compare_on, which has this name, has no rows."""
+    if not len(part):
+        raise FtjaxError(
+            f"evaluate.compare_on: the part {name} has no rows; set data.{name}, or its share in data.split"
+        )
 
 
 def by_name(part, config) -> list[tuple[configs.Source, Part]]:

@@ -43,11 +43,6 @@ def resamples(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
         yield np.stack(drawn, axis=1).astype(float).T  # the counts of a row are contiguous, as `totals` reads them
 
 
-def values(n: int, reduce: Reduce) -> dict[str, np.ndarray]:
-    """{name: scalar or (K,)} of the figures of the n rows themselves."""
-    return {name: value_of(figure)[0] for name, figure in reduce(np.ones((1, n))).items()}
-
-
 def value_of(figure: np.ndarray | Share) -> np.ndarray:
     """The figure without its number of trials."""
     return figure.value if isinstance(figure, Share) else figure

@@ -118,15 +118,7 @@ def sums(
     return total[0], jnp.sum(weights), figures
 
 
-def log_probs(
-    model,
-    variables,
-    batch,
-    *,
-    rngs=None,
-    head_chunk: int = 0,
-    temperature: float = 1.0,
-):
+def log_probs(model, variables, batch, *, rngs=None, head_chunk: int = 0, temperature: float = 1.0):
     """Log-probabilities of the labels of a batch, for losses that are not their weighted sum.
 
     The logits of about `head_chunk` tokens are held at once, and computed again in the backward pass.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ftjax import tasks
 from ftjax.errors import FtjaxError
+from ftjax.lm import compute_dtype
 from ftjax.models.axes import by_rows
 from ftjax.models.config import attentions, layers_with
 from ftjax.objectives import causal
@@ -31,13 +32,6 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 NUMBER = r"([\d.]+)([KMGT]?)"
 EARLY = rf"HLO temporaries \({NUMBER}\) exceeds available HBM \({NUMBER}\)"
 LATE = rf"Used {NUMBER} of {NUMBER} hbm"
-
-
-def compute_dtype(name: str, devices: Devices):
-    """The dtype that `auto` means on the planned devices, which are not those that JAX sees here."""
-    if name == "auto":
-        name = "float32" if devices.kind == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def device_list(devices: Devices) -> list:
@@ -94,7 +88,7 @@ def compile_step(config, spec: Spec, devices: Devices, T: int, M: int, steps: in
     programs.check_rows(config, mesh, spec.model)
     started = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices), steps)
+        program = programs.build(config, spec, mesh, compute_dtype(config.model.dtype, devices.platform), steps)
         rows = privacy.fullest(config, sharding.row_ways(mesh))
         arguments = programs.arguments(program, rows, T, M, config)
         passes = tasks.find(config.task.kind).passes(config)

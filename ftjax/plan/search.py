@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ftjax import config as configs
 from ftjax import tasks
 from ftjax.errors import FtjaxError
+from ftjax.lm import compute_dtype
 from ftjax.models import remat
 from ftjax.models.axes import MESH_AXES, by_rows
 from ftjax.models.config import attentions, layers_with
@@ -142,7 +143,7 @@ class Search:
     def _program(self, config, sizes, devices):
         """The program of a setting. It is built once for all settings with the same shapes and shardings of its
         inputs."""
-        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        dtype = compute_dtype(config.model.dtype, devices.platform)
         like = {key: value for key, value in configs.flat(config).items() if key not in NO_SHAPES}
         key = repr((like, sizes, dtype))
         if key not in self.programs:
@@ -164,7 +165,7 @@ class Search:
         with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
             gradients = programs.gradient_bytes(program)
-        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        dtype = compute_dtype(config.model.dtype, devices.platform)
         saved, one_layer = (
             self._residuals(preset, sizes["tensor"], sizes.get("expert", 1), config.tuning.method, str(dtype))
             for preset in (config.model.remat, "none")
@@ -185,7 +186,7 @@ class Search:
 
     def _flops(self, config, devices) -> float:
         """FLOPs of a step for each of its rows."""
-        dtype = compiled.compute_dtype(config.model.dtype, devices)
+        dtype = compute_dtype(config.model.dtype, devices.platform)
         return self._row_flops(config.model.remat, config.tuning.method, str(dtype))
 
     @functools.cache  # noqa: B019
@@ -211,7 +212,7 @@ class Search:
         """
         with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
             _, program = self._program(config, sizes, devices)
-        itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize
+        itemsize = compute_dtype(config.model.dtype, devices.platform).itemsize
         data, expert, sequence, tensor = (sizes[a] for a in ("data", "expert", "sequence", "tensor"))
         split = sizes["fsdp"] * sequence
         away = lambda n: (n - 1) / n  # noqa: E731
@@ -289,7 +290,7 @@ def _host_bytes(config, spec: Spec, sizes: dict, devices: Devices, T: int) -> fl
     """Bytes that a device sends to its host's memory in a step, and reads back, for tensors that remat keeps there; 0
     on a CPU, whose memory is the host's."""
     preset = remat.PRESETS.get(config.model.remat, remat.Preset())
-    itemsize = compiled.compute_dtype(config.model.dtype, devices).itemsize * (devices.kind != "cpu")
+    itemsize = compute_dtype(config.model.dtype, devices.platform).itemsize * (devices.kind != "cpu")
     values = remat.kept_values(auto_mesh.shape_of_one(spec.model, sizes), preset.offload) * spec.model.layers
     return values * itemsize * T * _rows(config, sizes)
 

@@ -17,7 +17,7 @@ from ftjax.data.prepare import prepare
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, resolve
 from ftjax.hub import tokenizer as tokenizers
-from ftjax.lm import with_tokens
+from ftjax.lm import compute_dtype, with_tokens
 from ftjax.plan import compiled, search
 from ftjax.plan.devices import parse
 from ftjax.training import auto_mesh, sharding
@@ -43,11 +43,11 @@ def work(job: dict) -> dict:
     device, offloads = devices.device, devices.platform != "cpu"
     machine = auto_mesh.Machine(devices.count, device.memory, device.per_host, devices.platform, offloads=offloads)
     T = min(config.data.max_length, longest)
-    chosen = auto_mesh.settle(config, spec, machine, T, compiled.compute_dtype(config.model.dtype, devices))
+    chosen = auto_mesh.settle(config, spec, machine, T, compute_dtype(config.model.dtype, devices.platform))
     mesh = sharding.make_mesh(config.mesh, compiled.device_list(devices))
     sizes = {axis: int(n) for axis, n in mesh.shape.items()}
     config.mesh.update(sizes)
-    dtype = compiled.compute_dtype(config.model.dtype, devices)
+    dtype = compute_dtype(config.model.dtype, devices.platform)
     if devices.platform == "gpu":
         config.model.attention = "xla"  # the program is compiled for simulated devices, which have no other
     chosen = [chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]

@@ -22,7 +22,7 @@ from ftjax.data.tokenise import Example, answer_of, encode_prompts
 from ftjax.decoding import generate
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import best, metrics
-from ftjax.lm import LM, continuations, stop_tokens
+from ftjax.lm import LM, continuations, token_rules
 from ftjax.models.axes import constrain
 from ftjax.objectives import causal, policy
 from ftjax.objectives.policy import FIGURE
@@ -367,13 +367,11 @@ def episodes(
 
 def _is_reply(found, kind) -> bool:
     """Whether an environment's step returned (a reply of this kind, finite reward, whether the episode ends)."""
-    if not (isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[0], kind)):
+    if not (isinstance(found, tuple | list) and len(found) == 3):
         return False
-    return (
-        isinstance(found[1], numbers.Real)
-        and abs(found[1]) <= metrics.LARGEST
-        and isinstance(found[2], bool | np.bool_)
-    )
+    reply, reward, ends = found
+    finite = isinstance(reward, numbers.Real) and abs(reward) <= metrics.LARGEST
+    return isinstance(reply, kind) and finite and isinstance(ends, bool | np.bool_)
 
 
 def environment(config):
@@ -439,11 +437,10 @@ def sample(lm, variables, prompts: list[list[int]], seed: tuple[int, ...], confi
     """An answer to each prompt, drawn as `how` says, config.generate, or config.rollout if it is None. seed: see
     decoding.generate."""
     limits, how = config.generate, how or config.rollout
-    ends = tuple(lm.end_tokens) + stop_tokens(lm.tokenizer, limits.stop)
     drawn = generate(
         lm.model, variables, prompts, max_new_tokens=limits.max_new_tokens, temperature=how.temperature,
-        top_k=how.top_k, top_p=how.top_p, end_tokens=ends, seed=seed, batch_size=limits.batch_size,
-        vocab_size=min(lm.model.config.vocab_size, len(lm.tokenizer)), weights=how.get("weights", "model"), scored=True,
+        top_k=how.top_k, top_p=how.top_p, seed=seed, batch_size=limits.batch_size,
+        weights=how.get("weights", "model"), scored=True, **token_rules(lm, limits.stop),
     )  # fmt: skip
     return [Answer(x.ids, np.ones(len(x.ids), bool), x.log_probs, x.kept, x.ended) for x in drawn]
 

@@ -76,11 +76,7 @@ class Line(NamedTuple):
 
 # https://openxla.org/xprof/trace_viewer; tsl/profiler/utils/xplane_schema.cc of XLA. A TPU has its asynchronous copies
 # on a line of their own: waiting for them is an operation of this one.
-DEVICES = (
-    Line("/device:TPU:", "XLA Ops", False),
-    Line("/device:GPU:", "Stream #", False),
-    Line("/host:CPU", "", True),
-)
+DEVICES = (Line("/device:TPU:", "XLA Ops", False), Line("/device:GPU:", "Stream #", False), Line("/host:CPU", "", True))
 
 
 class Operation(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 
 import jax
@@ -25,6 +24,7 @@ from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
 from ftjax.tuning.lora_peft import lora_config
+from ftjax.tuning.targets import compiled
 from ftjax.tuning.whole import has_labels, put, saved, take
 
 # ---- which parameters: (path, tensor name, layer or None, spec) -> whether it is trained --------------------------
@@ -61,15 +61,8 @@ def is_head(path, name, layer, spec):
 
 def matches(path, name, layer, spec):
     """Whether one of `tuning.pattern` matches the whole of a tensor's name in the model's files, or of our path."""
-    return any(pattern.fullmatch(text) for pattern in _compiled(tuple(spec.tuning.pattern)) for text in (name, path))
-
-
-@functools.cache
-def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern]:
-    try:
-        return [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise FtjaxError(f"tuning.pattern: {error.pattern!r} is not a regular expression: {error}") from None
+    patterns = [compiled(pattern, "tuning.pattern") for pattern in spec.tuning.pattern]
+    return any(pattern.fullmatch(text) for pattern in patterns for text in (name, path))
 
 
 def chosen(rule: Callable, spec) -> dict[str, np.ndarray]:

@@ -181,7 +181,7 @@ def _matches(target: str, module: str, path: str, key: str) -> bool:
     if target == "all-linear":
         return path.startswith("layers/") and not path.startswith(EXPERTS)
     if target.startswith("re:"):
-        return _compile(target[3:], key).fullmatch(module) is not None
+        return compiled(target[3:], key).fullmatch(module) is not None
     return module == target or module.endswith("." + target)
 
 
@@ -192,7 +192,7 @@ def by_pattern(patterns, module: str, default, key: str):
     """
     with limited(key):  # a hostile expression may take longer than the age of the universe
         for pattern, value in patterns:
-            if _compile(rf"(.*\.)?({pattern})$", key).match(module):
+            if compiled(rf"(.*\.)?({pattern})$", key).match(module):
                 return value
     return default
 
@@ -208,7 +208,8 @@ def check_patterns(patterns, modules: list[str], key: str) -> None:
             )
 
 
-def _compile(pattern: str, key: str) -> re.Pattern:
+def compiled(pattern: str, key: str) -> re.Pattern:
+    """A regular expression, compiled. Raises FtjaxError, which names the config's `key`, for an invalid one."""
     try:
         return re.compile(pattern)
     except re.error as error:

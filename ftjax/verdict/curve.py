@@ -158,7 +158,7 @@ def fit(
     drawn = ends[:, None] + rng.standard_normal((len(c), EACH, 2)) @ np.swapaxes(root, -1, -2)
     # Draws that violate a >= 0 or b >= 0 are left out. The rest are draws of the posterior with these bounds.
     first, last = drawn[..., 0], drawn[..., 1]
-    limit = last + (first - last) * _limit(amounts, c, n0)[:, None]
+    limit = last + (first - last) * _share(math.inf, amounts, c, n0)[:, None]
     holds = (first >= last) & ((limit >= 0) | (not bounded))
     chance = np.where(holds, np.exp(evidence - evidence.max())[:, None], 0.0).ravel()
     if not chance.sum() > 0:
@@ -227,14 +227,9 @@ def drawn(points: Mapping[float, Sequence[float]]) -> dict:
 
 def _share(n, amounts: np.ndarray, c: np.ndarray, n0: np.ndarray) -> np.ndarray:
     """Fraction of the error drop from the smallest amount to the largest that remains at n: 1, 0, and negative
-    beyond."""
+    beyond. n may be infinite."""
     first, at = (np.log((x + n0) / (amounts[-1] + n0)) for x in (amounts[0], n))
     return np.expm1(-c * at) / np.expm1(-c * first)
-
-
-def _limit(amounts: np.ndarray, c: np.ndarray, n0: np.ndarray) -> np.ndarray:
-    """The value of `_share` as n goes to infinity."""
-    return -1 / np.expm1(-c * np.log((amounts[0] + n0) / (amounts[-1] + n0)))
 
 
 def _spread(at: np.ndarray, values: list[np.ndarray]) -> np.ndarray:

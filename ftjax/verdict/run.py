@@ -209,6 +209,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
         others = {name: m for name, m in measured.items() if name == untrained or name not in ready}
         against = judged(case.setting, others, metric, higher, untrained).verdicts
     prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
+    of_base = measured[case.base].scores[metric].mean(0)
     for name, m in measured.items():
         figures = {key: _interval(key, x) for key, x in m.scores.items()}
         entry = {
@@ -219,7 +220,8 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
             "unsupported": m.unsupported, "against_untrained": _plain(against.get(name)), "divergence": m.divergence,
             "is": contender_is(m.contender, config),
-            "wins": _wins(m, measured[case.base], metric, higher), "copied": _copied(m, case.setting),
+            "wins": None if name == case.base else win_rate(m.scores[metric].mean(0), of_base, higher=higher),
+            "copied": _copied(m, case.setting),
         }  # fmt: skip
         others = [other for other, kind in kinds.items() if kind == "prompt" and m.cost.trained]
         asked = config.compare.requests
@@ -248,14 +250,6 @@ def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
 
 def _plain(verdict: statistics.Verdict | None) -> dict | None:
     return verdict and verdict._asdict()
-
-
-def _wins(measured: Measured, base: Measured, metric: str, higher: bool) -> dict | None:
-    """Shares of rows on which a contender scores better than the base, by the means over seeds; None for the base
-    itself."""
-    if measured is base:
-        return None
-    return win_rate(measured.scores[metric].mean(0), base.scores[metric].mean(0), higher=higher)
 
 
 def _copied(measured: Measured, found: Setting) -> float | None:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 from ftjax import assets, tasks
 from ftjax.data import chat_templates, read
 from ftjax.data.prepare import Data, fingerprint, prepare
-from ftjax.data.template import Rendered, asked
+from ftjax.data.template import Rendered, asked, before_answer
 from ftjax.data.tokenise import reference
 from ftjax.errors import FtjaxError
+from ftjax.evaluation.compare import need_rows
 from ftjax.evaluation.loss import read_documents
 from ftjax.hub import families, peft, resolve
 from ftjax.hub import tokenizer as tokenizers
@@ -45,18 +46,13 @@ def questions(part, tokenizer, end: str = "", most: int = 0) -> list[Question]:
     """
     found: dict[str, Question] = {}
     for at, (rendered, row) in enumerate(part.each()):
-        key = json.dumps([rendered.prompt, _before_answer(rendered), rendered.tools, rendered.template])
+        before = before_answer(rendered.messages or ())
+        key = json.dumps([rendered.prompt, before, rendered.tools, rendered.template])
         if rendered.messages is None and not rendered.prompt:
             raise FtjaxError("compare: rows of plain text have no question; set data.prompt and data.completion")
         question = found.setdefault(key, Question(rendered, [], row, at))
         question.references.append(reference(rendered, tokenizer, end=end))
     return list(found.values())[: most or None]
-
-
-def _before_answer(rendered: Rendered) -> list[dict]:
-    messages = list(rendered.messages or ())
-    last = max((k for k, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-    return messages[:last]
 
 
 class Setting(NamedTuple):
@@ -83,8 +79,7 @@ def setting(config, folder: Path) -> Setting:
     else:
         base, (data, by) = None, _labelled_data(config)
     part = getattr(data, on)
-    if not len(part):
-        raise FtjaxError(f"evaluate.compare_on: the part {on} has no rows; set data.{on}, or its share in data.split")
+    need_rows(part, on)
     forgetting = causal and config.evaluate.forgetting
     return Setting(
         config,

@@ -255,15 +255,11 @@ def _halved(config, points: list[search.Point], plan, run, say) -> list[Outcome]
         found = run(plan(points, budget=(f"{key}={budget}",)))
         outcomes += found
         if left:
-            losses = [_loss(mine) for mine in _by_point(found, len(points))]
+            seeds = len(found) // len(points)
+            losses = [_loss(found[i : i + seeds]) for i in range(0, len(found), seeds)]
             best = np.argsort(losses, kind="stable")[: sizes[rung]]
             points = [points[i] for i in sorted(best)]
     return outcomes
-
-
-def _by_point(outcomes: list[Outcome], points: int) -> list[list[Outcome]]:
-    seeds = len(outcomes) // points
-    return [outcomes[i * seeds : (i + 1) * seeds] for i in range(points)]
 
 
 def _loss(outcomes: list[Outcome]) -> float:

@@ -354,11 +354,11 @@ def test_a_command_that_is_stopped_leaves_no_part_of_its_folder(tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(verbs, "write_jsonl", stopped)
         with pytest.raises(KeyboardInterrupt):
-            verbs.split(c, str(tmp_path / "out"))
+            verbs.write("split", c, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     (tmp_path / ".out.ftjax.part").mkdir()  # of a process that was killed
     (tmp_path / ".out.ftjax.part" / "train.jsonl").write_text("{")
-    verbs.split(c, str(tmp_path / "out"), say=lines.append)
+    verbs.write("split", c, str(tmp_path / "out"), say=lines.append)
     assert lines[0] == f"{tmp_path / 'out' / 'train.jsonl'}: 24 rows" and not (tmp_path / ".out.ftjax.part").exists()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "test.jsonl",
@@ -366,4 +366,4 @@ def test_a_command_that_is_stopped_leaves_no_part_of_its_folder(tmp_path, monkey
         "validation.jsonl",
     ]
     with pytest.raises(FtjaxError, match="already exists and is not empty"):
-        verbs.split(c, str(tmp_path / "out"))
+        verbs.write("split", c, str(tmp_path / "out"))

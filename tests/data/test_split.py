@@ -186,7 +186,6 @@ def test_near_duplicates_stay_on_one_side(shared):
 @pytest.mark.parametrize(
     "fields, n, told",
     [
-        ({"split": (0.8, 0.1, 0.3)}, 9, "expected three shares from 0 to 1"),
         ({}, 1, "leaves no row to train on, of 1"),
         ({"split": (0.0, 0.5, 0.5), "label": "y"}, 9, "leaves no row to train on, of 9"),
         ({"label": "z"}, 9, "data.label: no column 'z'"),

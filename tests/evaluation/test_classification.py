@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as sk
+from tiny_labelled import values
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import classification as ours
-from ftjax.evaluation.resample import values
 
 NEAR = dict(rel=1e-9, abs=1e-12, nan_ok=True)
 

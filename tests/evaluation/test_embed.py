@@ -4,13 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from tiny_labelled import make
+from tiny_labelled import make, values
 
 import ftjax
 from ftjax.data.batches import Batches
 from ftjax.data.labelled import Labelled
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.resample import values
 from ftjax.evaluation.retrieval import rank_metrics, rank_rows, ranks
 from ftjax.hub import pooling
 from ftjax.objectives import contrast

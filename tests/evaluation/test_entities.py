@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval import metrics as sq
 from seqeval.scheme import BILOU, IOB2, IOBES
+from tiny_labelled import values
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import entities as ours
 from ftjax.evaluation.classification import shares
-from ftjax.evaluation.resample import values
 
 TYPES = ("PER", "creative-work")
 

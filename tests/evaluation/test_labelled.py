@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from tiny_labelled import values
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import labelled
-from ftjax.evaluation.resample import resamples, share_interval, value_of, values
+from ftjax.evaluation.resample import resamples, share_interval, value_of
 
 TAGS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC"]
 TEXTS = ["Paris", "the Paris", "in Paris", "", "London", "a"]

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
+from tiny_labelled import values
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.regression import regression_metrics, regression_rows
-from ftjax.evaluation.resample import intervals, values
+from ftjax.evaluation.resample import intervals
 
 NUMBERS = st.sampled_from([0.0, 0.1, 0.3, 1.0, 5.0]) | st.floats(-1e6, 1e6).map(lambda x: round(x, 3))
 

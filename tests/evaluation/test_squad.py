@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_labelled import values
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import squad as ours
-from ftjax.evaluation.resample import values
 
 # The referee: the steps of evaluate-v1.1.py and evaluate-v2.0.py, one by one.
 
