@@ -65,6 +65,13 @@ def upcycle(folder: Path, out: Path, experts: int, used: int, noise: float = 0.0
         )
     name = TOKENS if group else ("qwen3_moe" if shape.qk_norm else "mixtral") if tokens else INTO[family.model_type]
     into, rng = families.FAMILIES[name], np.random.default_rng(seed)
+    mixed = dataclasses.replace(shape, experts=experts, mixing=group)
+    if not group:
+        mixed = dataclasses.replace(
+            mixed, experts_used=used, experts_normed=True, balance=into.defaults["router_aux_loss_coef"],
+            dense_hidden=shape.hidden if "dense_hidden" in into.keys else 0,
+        )  # fmt: skip
+    families.to_hf(into, mixed)  # an error if its config.json cannot express this
     params = flatten(weights.read_params(folder, family, shape))
     for part in ("gate_proj", "up_proj", "down_proj") if not tokens else ():
         kernel = np.asarray(params.pop(f"layers/mlp/{part}/kernel"))
@@ -79,11 +86,5 @@ def upcycle(folder: Path, out: Path, experts: int, used: int, noise: float = 0.0
     if tokens or group:
         down = np.asarray(params[DOWN])
         params[DOWN] = (down.astype(np.float32) * (experts if tokens else 1 / experts)).astype(down.dtype)
-    mixed = dataclasses.replace(shape, experts=experts, mixing=group)
-    if not group:
-        mixed = dataclasses.replace(
-            mixed, experts_used=used, experts_normed=True, balance=into.defaults["router_aux_loss_coef"],
-            dense_hidden=shape.hidden if "dense_hidden" in into.keys else 0,
-        )  # fmt: skip
     weights.write_model(out, unflatten(params), folder, into, mixed)
     return into.model_type

@@ -626,8 +626,8 @@ def _described(source, family: Family, config: ModelConfig, dtype: str, labels: 
     of_source = read_json(Path(source) / "config.json") if source else {}
     if source:
         kept = of_source
-        if kept.get("model_type") != family.model_type:  # it is made from a model of another family
-            kept = {key: value for key, value in kept.items() if key not in family.only}
+        if kept.get("model_type") != family.model_type:  # it is made from a model of another family, which may not read
+            kept = {key: value for key, value in kept.items() if key not in family.only and key not in hf}  # such a key
         hf |= families.text_part(kept, family) | {"model_type": family.model_type}
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4

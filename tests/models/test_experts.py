@@ -525,6 +525,10 @@ def test_an_upcycled_model_has_the_logits_of_the_dense_one(name, tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     config |= {"attention_bias": False} | {key: False for key in ("mlp_bias",) if key in config}
+    if name[0] == "l":  # keys that the mixture reads, and the dense model does not
+        config |= {"sliding_window": 4, "use_sliding_window": True, "num_local_experts": 1, "num_experts_per_tok": 1}
+    else:
+        config |= {"decoder_sparse_step": 2, "mlp_only_layers": [0], "norm_topk_prob": False}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
     dense = type(dense).from_pretrained(tmp_path / "dense", attn_implementation="eager").eval()
     dense.save_pretrained(tmp_path / "dense")
@@ -554,3 +558,6 @@ def test_what_cannot_be_upcycled_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(FtjaxError, match="expected 1 <= top-k <= experts"):
         upcycle(tmp_path, tmp_path / "out", 2, 4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "mlp_bias": True}))
+    with pytest.raises(FtjaxError, match="a mixtral model cannot have mlp_bias = True"):
+        upcycle(tmp_path, tmp_path / "out", 4, 2)
