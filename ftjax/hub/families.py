@@ -329,7 +329,8 @@ def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
         raise FtjaxError(f"{where}: rope_parameters: expected {' and '.join(LAYER_TYPES)}; found {min(others)!r}")
     full, local = (parts.get(kind) for kind in LAYER_TYPES)
     found = _one_rope((top, hf.get("rope_scaling"), full), hf, family, values, where)
-    top = {"rope_theta": None if local else hf.get(family.theta_keys[1], family.local_theta)}
+    own = (local or {}).get("rope_theta")  # before the key at the top level, which some families have for both
+    top = {"rope_theta": None if own else hf.get(family.theta_keys[1], family.local_theta)}
     of_windows = _one_rope((top, local), hf, family, values, where)
     if of_windows["rope_scaling"] != RopeScaling() or found["rope_scaling"].kind == "longrope":
         raise FtjaxError(f"{where}: this scaled rotary embedding is not supported for layers of a {family.model_type}")

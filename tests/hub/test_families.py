@@ -56,6 +56,9 @@ def test_missing_keys_mean_what_transformers_assumes(kind):
     if ours.local_theta and TRANSFORMERS_5:
         assert ours.rope_theta == theirs.rope_parameters["full_attention"]["rope_theta"]
         assert ours.local_theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
+        told = {"rope_parameters": {each: {"rope_type": "default"} for each in LAYER_TYPES}}
+        again = from_hf({"model_type": kind} | ({"text_config": told} if family.text else told))[1]
+        assert (again.rope_theta, again.local_theta) == (ours.rope_theta, ours.local_theta)
     elif ours.local_theta and kind == "modernbert":
         assert (ours.rope_theta, ours.local_theta) == (theirs.global_rope_theta, theirs.local_rope_theta)
     elif ours.positions == "rotary":
