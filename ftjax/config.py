@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import datetime
 import difflib
+import functools
 import json
 import math
 import os.path
@@ -1080,17 +1081,20 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def compile_patterns(patterns, key: str) -> list[re.Pattern]:
-    """Compile regular expressions in which ^ and $ are the ends of a line. Raises FtjaxError naming `key` for an
-    invalid one, and for one that a coming version of Python will read in another way."""
-    compiled = []
-    for pattern in patterns:
-        try:
-            with warnings.catch_warnings(action="error", category=FutureWarning):
-                compiled.append(re.compile(pattern, re.MULTILINE))
-        except (re.error, TypeError, FutureWarning) as error:
-            raise FtjaxError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
-    return compiled
+def regular_expression(pattern: str, key: str, flags: int = 0) -> re.Pattern:
+    """A regular expression, compiled. Raises FtjaxError naming `key` for an invalid one, and for one that a coming
+    version of Python will read in another way."""
+    try:
+        with warnings.catch_warnings(action="error", category=FutureWarning):
+            return re.compile(pattern, flags)
+    except (re.error, TypeError, FutureWarning) as error:
+        raise FtjaxError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+
+
+@functools.cache
+def drop_patterns(patterns: tuple[str, ...]) -> list[re.Pattern]:
+    """Those of data.clean.drop, in which ^ and $ are the ends of a line."""
+    return [regular_expression(pattern, "data.clean.drop", re.MULTILINE) for pattern in patterns]
 
 
 def validate(config: ConfigDict) -> None:
@@ -1105,7 +1109,7 @@ def validate(config: ConfigDict) -> None:
             raise FtjaxError(f"{key}: the config lacks this field; start from ftjax.config.default()")
         _field(key, key).check(values[key], key)
 
-    compile_patterns(values["data.clean.drop"], "data.clean.drop")
+    drop_patterns(tuple(values["data.clean.drop"]))
     kind, labels, spike, distil = config.task.kind, config.data.labels, config.train.spike, config.distil
     for key, fits, expected in (
         ("data.shots", kind == "classify" or not config.data.shots,

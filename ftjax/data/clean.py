@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.config import compile_patterns
+from ftjax.config import drop_patterns
 from ftjax.data.compared import Sides, Texts
 from ftjax.data.similar import ROLES, first_equal, firsts, near_pairs, row_text
 from ftjax.data.table import Table
@@ -300,13 +300,8 @@ def _personal(settings, row: Row) -> str:
 
 
 def _drop(settings, row: Row) -> str:
-    match = next((m for p in _patterns(settings.drop) if (m := p.search(row.text))), None)
+    match = next((m for p in drop_patterns(settings.drop) if (m := p.search(row.text))), None)
     return f"{match.re.pattern!r} matches {match[0][:80]!r}" if match else ""
-
-
-@functools.cache
-def _patterns(texts: tuple[str, ...]) -> list[re.Pattern]:
-    return compile_patterns(texts, "data.clean.drop")
 
 
 # ---------------------------------------------------------------------------------------------- duplicates

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.config import regular_expression
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
 from ftjax.hub.peft import PREFIX
@@ -24,7 +25,6 @@ from ftjax.models.transformer import BEHIND
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.base import Method, register
 from ftjax.tuning.lora_peft import lora_config
-from ftjax.tuning.targets import compiled
 from ftjax.tuning.whole import has_labels, put, saved, take
 
 # ---- which parameters: (path, tensor name, layer or None, spec) -> whether it is trained --------------------------
@@ -61,7 +61,7 @@ def is_head(path, name, layer, spec):
 
 def matches(path, name, layer, spec):
     """Whether one of `tuning.pattern` matches the whole of a tensor's name in the model's files, or of our path."""
-    patterns = [compiled(pattern, "tuning.pattern") for pattern in spec.tuning.pattern]
+    patterns = [regular_expression(pattern, "tuning.pattern") for pattern in spec.tuning.pattern]
     return any(pattern.fullmatch(text) for pattern in patterns for text in (name, path))
 
 

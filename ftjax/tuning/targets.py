@@ -5,13 +5,13 @@ An embedding table counts as a linear map of one-hot ids: (D, V), the transpose 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.config import regular_expression
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import limited
 from ftjax.hub.families import EXPERTS, FAMILIES
@@ -181,7 +181,7 @@ def _matches(target: str, module: str, path: str, key: str) -> bool:
     if target == "all-linear":
         return path.startswith("layers/") and not path.startswith(EXPERTS)
     if target.startswith("re:"):
-        return compiled(target[3:], key).fullmatch(module) is not None
+        return regular_expression(target[3:], key).fullmatch(module) is not None
     return module == target or module.endswith("." + target)
 
 
@@ -192,7 +192,7 @@ def by_pattern(patterns, module: str, default, key: str):
     """
     with limited(key):  # a hostile expression may take longer than the age of the universe
         for pattern, value in patterns:
-            if compiled(rf"(.*\.)?({pattern})$", key).match(module):
+            if regular_expression(rf"(.*\.)?({pattern})$", key).match(module):
                 return value
     return default
 
@@ -206,11 +206,3 @@ def check_patterns(patterns, modules: list[str], key: str) -> None:
                 f"{key}: {pattern!r} matches no module that tuning.targets selects{nearest(pattern, tails)}; "
                 f"it selects {', '.join(tails)}"
             )
-
-
-def compiled(pattern: str, key: str) -> re.Pattern:
-    """A regular expression, compiled. Raises FtjaxError, which names the config's `key`, for an invalid one."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise FtjaxError(f"{key}: {pattern!r} is not a regular expression: {error}") from None

@@ -95,6 +95,7 @@ def test_targets_ranks_and_scales_are_those_of_peft(case):
         ({"targets": (r"re:layers\.0\..*",)}, "matches no linear map"),  # a whole name, as peft
         ({"targets": (r"re:model\.layers\.7\..*",)}, "matches no linear map"),
         ({"targets": ("re:(q_proj",)}, "tuning.targets: .* is not a regular expression"),
+        ({"targets": ("re:[[q]_proj",)}, "tuning.targets: .* is not a regular expression: Possible nested set"),
         ({"rank_pattern": (("q_(", 2),)}, "tuning.rank_pattern: .* is not a regular expression"),
         ({"rank_pattern": (("porj", 2),)}, r"tuning.rank_pattern: 'porj' matches no module"),  # no part of a word
         ({"alpha_pattern": (("k_porj", 2),)}, r"tuning.alpha_pattern: 'k_porj' .*did you mean \"k_proj\""),
