@@ -235,7 +235,7 @@ def test_what_cannot_be_used_is_told(encoder, tmp_path):
         with pytest.raises(FtjaxError, match=match):
             ftjax.train(config(tmp_path, encoder, overwrite=True, **overrides), say=lambda text: None)
 
-    fails("data.label: 'lable' is no column.*\"label\"", data__label="lable")
+    fails("data.label: .*: no column 'lable' .*\"label\"", data__label="lable")
     fails("row [0-9]+: column 'label' holds .*expected one of no, yes", task__labels='("no", "yes")')
     fails("task.class_weights: expected 2 numbers", task__class_weights="(1.0, 2.0, 3.0)")
     fails("has no form for causal, preference, policy, gkd; it has those for classify, multi", task__kind="causal")
@@ -338,7 +338,7 @@ def test_given_rows_are_read_as_those_of_the_run_were(trained, tmp_path):
     (record,) = ftjax.predict(str(trained), given, say=lambda text: None)
     assert record["text"] == "a fine film"
     other = write(tmp_path / "other.jsonl", [{"sentence": "a fine film"}])
-    with pytest.raises(FtjaxError, match="task.text: 'text' is no column of .*other.jsonl; the columns are sentence"):
+    with pytest.raises(FtjaxError, match="task.text: .*other.jsonl: no column 'text'; the columns are sentence"):
         ftjax.predict(str(trained), other)
     # The names came from the rows, so that a number is no id, unless that is said.
     ids = write(tmp_path / "ids.jsonl", [both | {"label": 1}, both | {"label": 0}])

@@ -264,7 +264,7 @@ def test_texts_that_belong_together_come_near(pool, tmp_path):
     ftjax.predict(str(tmp_path / "run"), alone, say=told.append)
     assert [line for line in told if "has no column 'anchor'; texts are read from 'text'" in line]
     several = write(tmp_path / "several.jsonl", [{"text": "a", "sentence": "b"}])
-    with pytest.raises(FtjaxError, match="task.text: 'anchor' is no column of .*several.jsonl; .* text, sentence"):
+    with pytest.raises(FtjaxError, match="task.text: .*several.jsonl: no column 'anchor'; .* text, sentence"):
         ftjax.predict(str(tmp_path / "run"), several)
     with pytest.raises(FtjaxError, match="train.accumulate: expected 1: each text is compared with all others"):
         ftjax.train(settings(tmp_path, found, "embed", base, train__accumulate=2), say=quiet)

@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from ftjax import user_code
 from ftjax.data import columns
-from ftjax.data.clean import need_columns
-from ftjax.data.table import Table
+from ftjax.data.table import Table, need_columns
 from ftjax.data.template import parse
 from ftjax.errors import FtjaxError, check_known
 

@@ -6,7 +6,7 @@ import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,9 @@ import numpy as np
 from ftjax.config import drop_patterns
 from ftjax.data.compared import Sides, Texts
 from ftjax.data.similar import ROLES, first_equal, firsts, near_pairs, row_text
-from ftjax.data.table import Table
+from ftjax.data.table import Table, need_columns
 from ftjax.data.textchecks import mask, mojibake, personal, without_control
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError
 
 Edit = Callable[[str, bool], str]  # (text, whether white space at its ends is kept) -> text
 Answers = Callable[[dict, str], tuple[str, str]]  # (row, place) -> (prompt, answer) as text
@@ -171,19 +171,6 @@ def records(table: Table, removed: Iterable[Removed]) -> Iterator[dict]:
     """The rows that were left out of `table` as plain data. Each is as in `table`, so that it can be restored."""
     for r in removed:
         yield {"place": r.place, "rule": r.rule, "why": r.why, "twin": r.twin, "row": table.row(r.index)}
-
-
-def need_columns(columns: Iterable[str], there: Sequence[str], key: str) -> None:
-    """Raise FtjaxError for the first column that does not exist.
-
-    Args:
-        columns: Columns that are needed.
-        there: Columns that the rows have.
-        key: Key of the config, for the error.
-    """
-    for name in columns:
-        if name not in there:
-            raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")
 
 
 def _left(rows: int, removed: dict[int, Removed]) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ftjax import tasks
-from ftjax.data.table import Table
+from ftjax.data.table import Table, need_columns
 from ftjax.data.template import Rendered
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError, nearest
@@ -275,12 +275,10 @@ def column(asked: str, usual: tuple[str, ...], table: Table, key: str) -> str:
         FtjaxError: If the table does not have the named column, or none of the usual ones.
     """
     found = asked or next((name for name in usual if name in table.columns), "")
-    if found not in table.columns:
+    if not found:
         listed, file = ", ".join(table.columns), table.files[0]
-        if found:
-            near = nearest(found, table.columns)
-            raise FtjaxError(f"{key}: {found!r} is no column of {file}{near}; the columns are {listed}")
         raise FtjaxError(f"{key}: none of the usual names is a column of {file}; name one of its columns: {listed}")
+    need_columns([found], table.columns, f"{key}: {table.files[0]}")
     return found
 
 

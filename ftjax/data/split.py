@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.data.clean import Removed, need_columns
+from ftjax.data.clean import Removed
 from ftjax.data.compared import Texts, common, sides, telling
 from ftjax.data.similar import clusters, first_equal, grams, near_pairs, normalise, shingles, without
-from ftjax.data.table import Table
+from ftjax.data.table import Table, need_columns
 from ftjax.errors import FtjaxError
 
 PARTS = ("train", "validation", "test")

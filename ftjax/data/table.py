@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftjax.data import columns
+from ftjax.errors import FtjaxError, nearest
 
 if TYPE_CHECKING:
     import datasets
@@ -100,3 +101,16 @@ class Table:
                     raise ValueError(f"an edit must keep the number of rows; {len(rows)} became {len(changed)}")
                 writer.add(columns.batch(changed, lambda i, start=start: self.place(start + i)))
             return dataclasses.replace(self, rows=writer.finish())
+
+
+def need_columns(names: Iterable[str], there: Sequence[str], key: str) -> None:
+    """Raise FtjaxError for the first column that does not exist.
+
+    Args:
+        names: Columns that are needed.
+        there: Columns that the rows have.
+        key: Key of the config, for the error, and the file if there may be several.
+    """
+    for name in names:
+        if name not in there:
+            raise FtjaxError(f"{key}: no column {name!r}{nearest(name, there)}; the columns are {', '.join(there)}")

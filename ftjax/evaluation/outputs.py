@@ -14,7 +14,8 @@ import numpy as np
 from ftjax import cpus, tasks, xla
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import Data, Part
-from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
+from ftjax.data.table import need_columns
+from ftjax.errors import WEIGHTS, NotFinite
 from ftjax.evaluation import labelled
 from ftjax.objectives import classify
 from ftjax.progress import doing
@@ -135,8 +136,7 @@ def groups(asked: Asked) -> list[str] | None:
     if not column:
         return None
     rows = [asked.part.row(examples[0]) for examples in by_row(asked.part)]
-    if column not in rows[0]:
-        raise FtjaxError(f"task.group: {column!r} is no column; they are {', '.join(rows[0])}")
+    need_columns([column], rows[0], "task.group")
     return [str(row[column]) for row in rows]
 
 

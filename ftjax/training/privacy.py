@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from ftjax import config as configs
 from ftjax import pages, tasks
+from ftjax.data.table import need_columns
 from ftjax.errors import FtjaxError
 from ftjax.files import replacing
 from ftjax.foreign import read_json
@@ -152,11 +153,7 @@ def units(column: str, part) -> np.ndarray:
     """
     names: list = []
     for piece in part.pieces:
-        if column not in piece.table.columns:
-            raise FtjaxError(
-                f"privacy.unit: {column!r} is no column of {piece.table.files[0]}; it has "
-                f"{', '.join(piece.table.columns)}"
-            )
+        need_columns([column], piece.table.columns, f"privacy.unit: {piece.table.files[0]}")
         cells = list(piece.table.cells(column))
         for at in np.unique(piece.kept).tolist():
             if not isinstance(cells[at], str | int) or cells[at] == "":

@@ -115,11 +115,9 @@ def weighted(adapters: dict[str, dict], params: dict, weights: dict[str, float],
         found_in = pick(adapters, name)
         leaves = flatten(found_in.get("adapter", {}))
         base = flatten(params)
-        if not leaves or any(base.get(path) is not x for path, x in flatten(found_in["params"]).items()):
-            raise FtjaxError(
-                f"adapter {name!r} contains whole parameters; only adapters with nothing but LoRA can be combined"
-            )
         other = sorted({path.split("/")[-2:][0] for path in leaves if "/lora/" not in path})
+        if not leaves or any(base.get(path) is not x for path, x in flatten(found_in["params"]).items()):
+            other = ["whole parameters"]
         if other:
             raise FtjaxError(
                 f"adapter {name!r} contains {', '.join(other)}; only adapters with nothing but LoRA can be combined"

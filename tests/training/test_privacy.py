@@ -320,7 +320,7 @@ def test_numbers_that_give_no_guarantee_are_refused(more, told, tmp_path):
     piece = type("Piece", (), {"kept": np.array([0, 0, 1]), "table": table})
     part = type("Part", (), {"pieces": (piece,)})
     assert privacy.units("who", part).tolist() == [0, 0, 1]
-    for column, kept, message in (("whose", [0], "'whose' is no column"), ("who", [0, 2], "row 3 has None in 'who'")):
+    for column, kept, message in (("whose", [0], ": no column 'whose'"), ("who", [0, 2], "row 3 has None in 'who'")):
         piece.kept = np.array(kept)
         with pytest.raises(FtjaxError, match=message):
             privacy.units(column, part)

@@ -159,7 +159,7 @@ def test_what_cannot_be_judged_is_refused_before_the_first_step(encoder, tmp_pat
         config(train__select="mccc"), r"train.select: 'mccc' is no score of task.kind classify \(did you mean \"mcc\""
     )
     refused(config(train__select="rouge_l"), "is no score of task.kind classify")
-    refused(config(task__group="domian"), "task.group: 'domian' is no column; they are text, label, domain")
+    refused(config(task__group="domian"), "task.group: no column 'domian' .*; the columns are text, label, domain")
     refused(config(task__threshold="f1"), "task.threshold: is for two labels or task.kind multilabel; there are 3")
     refused(config(kind="regress", rows=numbers(60), task__threshold="f1"), "task.kind regress has no thresholds")
     refused(
