@@ -465,7 +465,9 @@ def chat_template(folder: Path) -> str:
     if file.is_file():
         return read_text(file)
     own = read_json(settings, **SETTINGS).get("chat_template") if settings.is_file() else None
-    return own if isinstance(own, str) else ""
+    if isinstance(own, list):  # named templates
+        own = next((each.get("template") for each in own if each.get("name") == "default"), None)
+    return own or ""
 
 
 def write_chat_template(folder: Path, chat_template: str) -> None:

@@ -636,6 +636,7 @@ def _described(source, family: Family, config: ModelConfig, dtype: str, labels: 
     if config.head.labels:
         hf |= families.names_of_labels(labels or [f"LABEL_{i}" for i in range(config.head.labels)])
         hf |= {"problem_type": problem} if problem else {}
+        hf.pop("num_labels", None)  # of old releases; transformers 5 takes it before the names
     hf[family.keys["vocab_size"]] = config.vocab_size  # a run may have added rows
     if key := form.keys.get("pool"):  # a run may have chosen another than the source's
         hf[key] = families.head_to_hf(form, config.head)[key]

@@ -27,6 +27,7 @@ from ftjax.errors import FtjaxError
 from ftjax.foreign import limited
 from ftjax.hub.families import read_config
 from ftjax.hub.tokenizer import (
+    chat_template,
     check_vocab,
     copy_tokenizer,
     end_token,
@@ -34,6 +35,7 @@ from ftjax.hub.tokenizer import (
     generation,
     load_tokenizer,
     write_chat_template,
+    write_settings,
 )
 from ftjax.hub.weights import write_model
 from ftjax.lm import open_base
@@ -132,6 +134,15 @@ def test_a_written_template_wins_over_every_other(gpt2):
     assert load_tokenizer(gpt2).apply_chat_template(CHAT, tokenize=False) == "new Hi"
     after = json.loads((gpt2 / "tokenizer_config.json").read_text())
     assert after == before | {"chat_template": "new {{ messages[0].content }}"}
+
+
+def test_the_template_of_a_folder_is_the_default_of_named_ones(gpt2):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    for templates, found in ((named, "{{ messages[0].content }}"), (named[:1], "")):
+        write_settings(gpt2, chat_template=templates)
+        assert chat_template(gpt2) == found
+    write_settings(gpt2, chat_template=named)
+    assert load_tokenizer(gpt2).apply_chat_template(CHAT, tokenize=False) == "Hi"
 
 
 @pytest.mark.parametrize("method, format", [("lora", "adapter"), ("lora", "merged"), ("full", "full")])

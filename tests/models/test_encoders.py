@@ -115,6 +115,8 @@ def test_what_is_written_loads_there_to_the_same_logits(name, task, tmp_path):
 
     model, family, shape, params = make(name, task, tmp_path / "source")
     names = ("no", "maybe", "yes")[: shape.head.labels]
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"num_labels": 1}))  # as old releases wrote
     weights.write_model(tmp_path / "out", params, tmp_path / "source", family, shape, labels=names)
     again, info = getattr(transformers, CLASSES[task]).from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"
