@@ -322,7 +322,8 @@ def _kinds(family: Family) -> dict[str, Kind]:
 def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
     # Version 4 has `rope_theta` at the top level and the rest in `rope_scaling`, version 5 all in `rope_parameters`, or
     # there in a part for each type of layers.
-    parts = hf.get("rope_parameters") or ({} if hf.get("rope_scaling") else family.rope)
+    parts = hf.get("rope_parameters")
+    parts = ({} if hf.get("rope_scaling") else family.rope) if parts is None else parts
     top = {"rope_theta": hf.get(family.theta_keys[0]), "partial_rotary_factor": hf.get("partial_rotary_factor")}
     if not family.local_theta:
         return _one_rope((top, hf.get("rope_scaling"), parts), hf, family, values, where)

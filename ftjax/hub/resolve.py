@@ -41,7 +41,7 @@ def resolve(name: str, revision: str = "") -> Path:
 def resolve_model(name: str, revision: str = "") -> Path:
     """The local folder of a base model: as `resolve`, or the whole model that a run folder holds.
 
-    Raises FtjaxError for a run folder in which no whole model was written.
+    Raises FtjaxError for a run folder in which no whole model was written, and for a folder with an adapter.
     """
     folder = resolve(name, revision)
     found = whole_model(folder)
@@ -49,6 +49,11 @@ def resolve_model(name: str, revision: str = "") -> Path:
         raise FtjaxError(
             f"{folder}: a run folder without a whole model, from which another run could start; write one with "
             f"`ftjax export --run {folder} --out {folder / WHOLE[0]} --format {WHOLE[0]}`"
+        )
+    if (found / "adapter_config.json").is_file():  # transformers applies it, even beside a whole model
+        raise FtjaxError(
+            f"{found}: holds a PEFT adapter, and here a base model is needed: name the base, and for a run that goes "
+            "on with the adapter set tuning.init_from to this folder"
         )
     return found
 

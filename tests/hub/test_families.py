@@ -192,13 +192,21 @@ def test_rotary_of_both_versions(said, theta, scaling):
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
 
-@pytest.mark.parametrize("said", [{}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_theta": 1e4}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({}, {"rope_parameters": {}}, {"rope_parameters": None, "rope_scaling": {}}, {"rope_theta": 1e4}),
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+)
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="the defaults are those of Transformers 5")
 def test_the_rotary_of_gpt_oss_without_rope_parameters_is_that_of_transformers(said):
     theirs = transformers_config("gpt_oss", said).rope_parameters
     _, ours = from_hf({"model_type": "gpt_oss"} | said)
     assert ours.rope_theta == theirs["rope_theta"] and ours.rope_scaling.kind == theirs["rope_type"]
-    assert ours.rope_scaling.factor == theirs["factor"] and ours.rope_scaling.truncate == theirs.get("truncate", True)
+    assert ours.rope_scaling.factor == theirs.get("factor", 1.0) and ours.rope_scaling.truncate == theirs.get(
+        "truncate", True
+    )
 
 
 def test_rotary_is_written_for_both_versions():

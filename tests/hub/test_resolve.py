@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.resolve import new_folder, resolve
+from ftjax.hub.resolve import new_folder, resolve, resolve_model
 
 
 def test_folders_and_their_near_misses(tmp_path):
@@ -18,6 +18,14 @@ def test_folders_and_their_near_misses(tmp_path):
         resolve(str(tmp_path / "file.bin"))
     with pytest.raises(FtjaxError, match="ftjax carries no such file"):
         resolve("builtin:nothing")
+
+
+def test_an_adapter_is_no_base_model_even_beside_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FtjaxError, match="holds a PEFT adapter, and here a base model is needed: name the base"):
+        resolve_model(str(tmp_path))
 
 
 def test_hub_name_comes_from_the_cache(tmp_path, monkeypatch):
