@@ -885,8 +885,8 @@ _ANSWERED = ("causal", "preference", "policy", "gkd", "reward")  # tasks whose r
 _LABELLED = ("classify", "multilabel", "regress", "tag", "span", "masked", "embed")
 # (fields, the field by which they have an effect, its values that give them one; empty: all but 0, False and "").
 ONLY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
-    ((*(f"task.{name}" for name in _POLICY), "rollout.group", "rollout.turns", "rollout.resample"), "task.kind",
-     ("policy",)),
+    ((*(f"task.{name}" for name in _POLICY), "rollout.group", "rollout.resample"), "task.kind", ("policy",)),
+    (("rollout.turns",), "task.environment", ()),
     (("rollout.own",), "task.kind", ("gkd",)),
     (("rollout.temperature", "rollout.top_k", "rollout.top_p"), "task.kind", ("policy", "gkd")),
     (("task.beta",), "task.kind", ("preference", "policy")),

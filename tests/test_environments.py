@@ -271,6 +271,7 @@ def test_a_run_killed_between_the_turns_of_its_episodes_ends_in_the_same_bits(se
         ({"task.environment": "world.py:World"}, "task.environment: 'world.py:World': expected \"file.py:name\""),
         ({"task.environment": f"{__file__}:played"}, "has no methods reset and step; expected a class with both"),
         ({"task.rewards": "('length',)"}, "task.rewards: does not apply to task.environment"),
+        ({"task.reward_weights": "(2.0,)"}, "task.reward_weights: does not apply to task.environment"),
         ({"evaluate.compare": "True"}, "evaluate.compare: does not apply to task.environment"),
         ({"generate.best_of": "2"}, "generate.best_of: does not apply to task.environment"),
     ],

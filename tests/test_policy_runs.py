@@ -218,3 +218,5 @@ def test_rows_with_and_without_answers_give_prompts(setting, tmp_path, row, sett
     assert tokenizer.decode(part.examples[0].ids, skip_special_tokens=True).startswith(prompt)
     assert not part.examples[0].trained.any()
     np.testing.assert_array_equal(next(part.prompts(tokenizer)), part.examples[0].ids)
+    answered = {"completion", "chosen"} & row.keys() or row.get("messages") == chat("a", "fine")
+    assert part.reference(0, tokenizer) == ("fine" if answered else "")  # an answer within a prompt is none to compare

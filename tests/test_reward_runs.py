@@ -40,6 +40,7 @@ def test_a_reward_model_gives_the_score_of_transformers(run):
     answers = [
         {"prompt": row["prompt"], "completion": row[side]} for row in rows(6, 2) for side in ("chosen", "rejected")
     ]
+    answers += [{"prompt": "it was", "completion": " fine" * 40}]  # cut to data.max_length
     found = ftjax.predict(str(folder / "run"), write(folder / "answers.jsonl", answers), say=lambda text: None)
     pairs = ftjax.predict(str(folder / "run"), write(folder / "more.jsonl", rows(6, 2)), say=lambda text: None)
     again = ftjax.predict(str(folder / "run" / "full"), str(folder / "answers.jsonl"), say=lambda text: None)
@@ -48,13 +49,14 @@ def test_a_reward_model_gives_the_score_of_transformers(run):
     assert model.config.num_labels == 1
     texts = [f"{row['prompt']}{row['completion']}{tokenizer.eos_token}" for row in answers]
     with torch.no_grad():
-        theirs = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].numpy()
+        cut = {"truncation": True, "max_length": c.data.max_length}
+        theirs = model(**tokenizer(texts, padding=True, return_tensors="pt", **cut)).logits[:, 0].numpy()
     for mine in (
         [row["score"] for row in found],
         [row["score"] for row in again],
         [row[side] for row in pairs for side in ("chosen", "rejected")],
     ):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(mine, theirs[: len(mine)], rtol=1e-4, atol=1e-4)
     told = ftjax.evaluate(str(folder / "run"), str(folder / "held.jsonl"), say=lambda text: None)
     assert told["metrics"]["accuracy"] == results["accuracy"]
     assert told["rows"] == 40

@@ -272,7 +272,10 @@ class Part:
 
     def reference(self, i: int, tokenizer) -> str:
         """The reference answer of an example's row, as decoding a correct generation gives it."""
-        return reference(self.rendered(i), tokenizer, self.place(i), self.recipe(i).end)
+        rendered, recipe = self.rendered(i), self.recipe(i)
+        if getattr(recipe, "goes_on", False) and rendered.messages and rendered.messages[-1]["role"] != "assistant":
+            return ""  # the whole conversation is the prompt
+        return reference(rendered, tokenizer, self.place(i), recipe.end)
 
     def prompts(self, tokenizer) -> Iterator[np.ndarray]:
         """The prompt ids (T,) int32 from which generation starts, for each example. They are not cut."""

@@ -381,7 +381,9 @@ def environment(config):
     found = user_code.loaded(named, "task.environment")
     if not all(callable(getattr(found, name, None)) for name in ("reset", "step")):
         raise FtjaxError(f"task.environment: {named!r} has no methods reset and step; expected a class with both")
-    for key, off in (("task.rewards", ()), ("evaluate.compare", False), ("generate.best_of", 1)):
+    for key, off in (
+        ("task.rewards", ()), ("task.reward_weights", ()), ("evaluate.compare", False), ("generate.best_of", 1),
+    ):  # fmt: skip
         group, _, name = key.partition(".")
         if config[group][name] != off:
             raise FtjaxError(

@@ -63,8 +63,7 @@ class Pairs(prepare.Recipe):
         worse = "column 'rejected'" if self.form == "preference" else "its worse answer"
         there = [places[i] for i in index], [f"{places[i]}, {worse}" for i in index]
         how = dataclasses.replace(self, form="preference")
-        render = functools.partial(prepare.Recipe.render, how)
-        rendered = render(pairs, there[0]), render(others, there[1])
+        rendered = how.render(pairs, there[0]), how.render(others, there[1])
         for chosen, rejected, place in zip(*rendered, there[0], strict=True):
             _check(chosen, rejected, place)
         return index, rendered, there
@@ -82,7 +81,7 @@ class Pairs(prepare.Recipe):
             prompt and all(template.reference(x).startswith(prompt) for x in pair)
             for prompt, *pair in zip(asked, *rendered, strict=True)
         ]
-        if twice and all(twice):
+        if len(twice) > 1 and all(twice):
             raise FtjaxError(
                 f"{there[0][0]}: both answers begin with the text of the prompt, as those of the rows after it do, so "
                 "that it would be there twice; remove it from the answers, or remove the column of the prompt, whose "

@@ -53,13 +53,17 @@ class Scored(Pairs):
 
 @dataclasses.dataclass(frozen=True)
 class Single(prepare.Recipe):
-    """How prompts with one answer each become tokens, to predict their scores."""
+    """How prompts with one answer each become tokens, to predict their scores.
+
+    Attributes:
+        max_positions: Most tokens of a text: data.max_length, or the model's positions if those are fewer.
+    """
 
     shown: ClassVar[str] = "answers to score"
     max_positions: int
 
     def encode(self, tokenizer, rows: list[dict], places: list[str]) -> list[Example]:
-        """As Recipe.encode, with a text cut at its end if it is longer than the model's positions."""
+        """As Recipe.encode, with a text cut at its end if it is longer than max_positions."""
         found = [example.ids for example in super().encode(tokenizer, rows, places)]
         cut, zero = [ids[: self.max_positions] for ids in found], np.zeros(1, np.float32)
         return [Example(a, last_token(a, tokenizer), zero, whole=len(b)) for a, b in zip(cut, found, strict=True)]
@@ -77,7 +81,7 @@ def recipe(config, data, columns: list[str], max_length: int, max_positions: int
     found, guessed = prepare.recipe(data, columns)
     how = dataclasses.asdict(found) | {"train_on": "last", "max_positions": max_positions}
     if found.form not in template.PAIRED:
-        return Single(**how), guessed
+        return Single(**how | {"max_positions": min(max_length, max_positions)}), guessed
     cut = config.data.long == "truncate"
     return Scored(**how, max_length=max_length, cut=cut, margin="margin" in columns), guessed
 

@@ -349,14 +349,16 @@ def scheduled(config, data: Data, mesh, tokenizer) -> Steps:
     drawn, weights_of_classes = judge.by_class(config, data)
     copies, updates = task.copies(config), task.updates(config)
     batches = batch(data.train.examples, rows // copies, class_weights=weights_of_classes, **drawn)
-    steps = rounded_up(config, config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * updates))
-    secret = ""
+    unit, epoch, secret = None, len(batches), ""
+    if config.privacy.epsilon and config.privacy.unit:  # train.batch_size counts persons, and so does an epoch
+        unit = privacy.units(config.privacy.unit, data.train)
+        epoch = math.ceil(len(np.unique(unit)) / rows)
+    steps = rounded_up(config, config.train.steps or max(1, math.ceil(config.train.epochs * epoch) * updates))
     if config.privacy.epsilon:
         privacy.settle(config, data.train, steps)
         secret = privacy.secret_of(config)
         layout["seed"] = privacy.number_of(secret, "draws")
         multiple = 8 * ways * config.train.accumulate  # so that rows can be computed in groups of several sizes
-        unit = privacy.units(config.privacy.unit, data.train) if config.privacy.unit else None
         batches = Poisson(
             data.train.examples, rows, steps=steps, multiple=multiple, unit=unit, most=config.privacy.unit_most,
             **layout,

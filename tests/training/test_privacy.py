@@ -454,7 +454,8 @@ def test_any_gradient_can_be_given_to_a_step():
 def test_a_run_keeps_a_guarantee_by_person(tmp_path):
     base = tiny_labelled.make(tmp_path / "bert", "bert")
     given = {"privacy__epsilon": 8, "privacy__delta": 1e-3, "privacy__unit": "who", "export__checkpoint": "last"}
-    c = tiny_labelled.config(tmp_path, base, **given, train__steps=2, train__batch_size=8)
+    # A quarter of a pass over the persons; one over the rows has 20 steps.
+    c = tiny_labelled.config(tmp_path, base, **given, train__steps=0, train__epochs=0.25, train__batch_size=8)
     c.data.train = tiny_labelled.write(
         tmp_path / "train.jsonl", tiny_labelled.rows(200, 0, who=lambda rng: f"p{rng.integers(60)}")
     )
