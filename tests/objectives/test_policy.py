@@ -68,8 +68,9 @@ def rolled(models, c, rows=ROWS, dtype="float32"):
     """(answers of the first LoRA, their rewards, the batches of the updates)."""
     pair, first, _, frozen, _ = models
     lm = types.SimpleNamespace(
-        model=pair.model.clone(dtype=jnp.dtype(dtype)), tokenizer=range(pair.model.config.vocab_size), end_tokens=(7, 9)
-    )
+        model=pair.model.clone(dtype=jnp.dtype(dtype)), tokenizer=range(pair.model.config.vocab_size),
+        end_tokens=(7, 9), kind="causal",
+    )  # fmt: skip
     c.train.batch_size = rows
     prompts = [PROMPTS[i % 2] for i in range(rows // GROUP) for _ in range(GROUP)]
     variables = METHODS["lora"].variables(first, frozen, pair.spec)
