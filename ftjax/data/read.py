@@ -98,7 +98,8 @@ def read_table(
         except OSError as e:
             raise FtjaxError(f"{key}: {source}: {e.strerror}; check the path and its permissions") from e
         real = [os.path.realpath(name) for name in names]
-        if twice := next((name for name, path in zip(names, real) if real.count(path) > 1), None):
+        if len(set(real)) < len(real):
+            twice = next(name for name, path in zip(names, real) if real.count(path) > 1)
             raise FtjaxError(
                 f"{key}: the file {twice} is named twice; name it once. To draw its rows more often, give it a weight "
                 "in data.mixture"

@@ -141,7 +141,9 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
             raise FtjaxError(f"{where}: {key} = {hf[key]!r}, but {name} = {hf[name]!r}, and both are one field")
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     if family.rotary_share not in (None, 1.0) and hf.get("partial_rotary_factor", 1.0) is None:
-        raise FtjaxError(f"{where}: partial_rotary_factor is null, which is 1 or the default; expected a number")
+        raise FtjaxError(
+            f"{where}: partial_rotary_factor is null, which may mean 1 or the family's own share; expected a number"
+        )
     if (hf.get("quantization_config") or {}).get("quant_method") == MXFP4 and any(m.bare for m in family.modules):
         hf = {key: value for key, value in hf.items() if key != "quantization_config"}  # read as what it stands for
     read = {*family.keys.values(), *family.defaults}

@@ -39,7 +39,7 @@ from ftjax.tree import flatten, not_finite, unflatten
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Ends of names of tensors that files of a tied model may have in its head again -> the parameter that they repeat.
+# Files of a tied model may repeat parameters in its head: end of the tensor's name -> the parameter.
 TWINS = {"weight": "embed/embedding", "bias": "head/bias"}
 KEPT = "kept/"  # before the paths of tensors that exports copy
 READERS = min(8, os.cpu_count() or 1)  # threads that read at the same time
@@ -626,8 +626,9 @@ def _described(source, family: Family, config: ModelConfig, dtype: str, labels: 
     of_source = read_json(Path(source) / "config.json") if source else {}
     if source:
         kept = of_source
-        if kept.get("model_type") != family.model_type:  # it is made from a model of another family, which may not read
-            kept = {key: value for key, value in kept.items() if key not in family.only and key not in hf}  # such a key
+        if kept.get("model_type") != family.model_type:
+            # Made from a model of another family. What that file says under our keys, it may not have read itself.
+            kept = {key: value for key, value in kept.items() if key not in family.only and key not in hf}
         hf |= families.text_part(kept, family) | {"model_type": family.model_type}
     hf |= {"architectures": [form.architecture], "tie_word_embeddings": config.tied}
     hf |= {"dtype": dtype, "torch_dtype": dtype}  # versions 5 and 4

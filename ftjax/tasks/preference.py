@@ -83,9 +83,9 @@ class Pairs(prepare.Recipe):
         ]
         if len(twice) > 1 and all(twice):
             raise FtjaxError(
-                f"{there[0][0]}: both answers begin with the text of the prompt, as those of the rows after it do, so "
-                "that it would be there twice; remove it from the answers, or remove the column of the prompt, whose "
-                "place the common beginning of both answers then takes"
+                f"{there[0][0]}: both answers begin with the text of the prompt, here and in the rows after it, so "
+                "that each text would have the prompt twice; remove it from the answers, or remove the column of the "
+                "prompt: the common beginning of both answers is the prompt then"
             )
         return index, *(encode(x, tokenizer, self.train_on, at.__getitem__, self.end) for x, at in zip(rendered, there))
 

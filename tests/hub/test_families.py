@@ -349,7 +349,10 @@ def test_gpt2_answers_to_the_names_of_others():
             {"model_type": "gpt_neox", "rotary_pct": 0.5, "partial_rotary_factor": 0.25},
             ["rotary_pct = 0.5, but partial_rotary_factor = 0.25, and both are one field"],
         ),
-        ({"model_type": "glm4", "partial_rotary_factor": None}, ["partial_rotary_factor is null, which is 1 or the"]),
+        (
+            {"model_type": "glm4", "partial_rotary_factor": None},
+            ["partial_rotary_factor is null, which may mean 1 or the"],
+        ),
         ({"model_type": "glm4", "partial_rotary_factor": 1.5}, ["192 dimensions would turn of heads of 128"]),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, ["no_rope_layers: expected 36 entries; found 2"]),
         ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 1e4}}, ["expected full_attention", "rope_theta"]),
