@@ -34,6 +34,8 @@ def of_disk(error: BaseException) -> str:
     Libraries raise their own exceptions for such errors, and their text contains the operating system's message.
     """
     if isinstance(error, OSError) and error.errno in OF_DISKS:
+        if error.filename is None and error.errno == errno.ENOENT:  # os.getcwd() names no folder
+            return "the folder that this command runs in does not exist any more; change to another one"
         file = "" if error.filename is None else f"{error.filename}: "
         exists = "a file, or a link to nothing, where a folder is expected"
         return f"{file}{exists if error.errno == errno.EEXIST else error.strerror}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import ctypes
 import gc
 import os
 import shutil
@@ -64,6 +65,21 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs the real data of ../shared, which is not on this machine")
     return path
+
+
+@pytest.fixture
+def bound_by_permissions():
+    """Root may read and write only what the permissions of files allow, as any other user."""
+    if os.geteuid() == 0:
+        libc, header, rights = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if not hasattr(libc, "capset") or libc.capget(header, rights):
+            pytest.skip("needs Linux, where root can give rights up for a while")
+        fewer = (ctypes.c_uint32 * 6)(*rights)
+        fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+        assert not libc.capset(header, fewer)
+    yield
+    if os.geteuid() == 0:
+        libc.capset(header, rights)
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,11 @@ def _is_hub_name(source: str) -> bool:
     return bool(looks) and not Path(source).exists() and Path(source.split(":")[0]).suffix.lower() not in READERS
 
 
+def _open(folder: str) -> bool:
+    """Whether the files of a folder can be listed and read."""
+    return os.access(folder, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 def _files(source: str, key: str) -> list[str]:
     path = Path(resolve(source))
     if path.is_file():
@@ -152,6 +157,9 @@ def _files(source: str, key: str) -> list[str]:
         return [name for piece in source.split(",") if piece.strip() for name in _files(piece.strip(), key)]
     if glob.has_magic(source):
         found = sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())
+        closed = [at for at in glob.glob(os.path.join(os.path.dirname(source), ""), recursive=True) if not _open(at)]
+        if closed:
+            raise FtjaxError(f"{key}: {source}: {closed[0]} cannot be read; check its permissions, or name the files")
         if not found:
             raise FtjaxError(f"{key}: no file matches {source}; check the pattern and the folder")
         return found

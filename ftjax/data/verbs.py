@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def _head(config) -> dict:
 def _new(out: str) -> Iterator[Path]:
     """Yield a draft, which becomes the new folder `out` when the block ends. A kill or an error leaves no part of it,
     which would look whole, and which the same command would refuse."""
-    folder = Path(out).resolve()
+    folder = Path(os.path.realpath(out))
     with drafted(folder) as draft:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise FtjaxError(

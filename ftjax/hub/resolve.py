@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import warnings
@@ -103,8 +104,8 @@ def check_out(out: str | Path, source: str | Path | None = None) -> Path:
 
     Raises FtjaxError if it is a file or `source`, or if it holds files that no export wrote and that would be lost.
     """
-    out = Path(out).resolve()
-    if source and out == Path(source).resolve():
+    out = Path(os.path.realpath(out))
+    if source and out == Path(os.path.realpath(source)):
         raise FtjaxError(
             f"{out}: is the folder of the base model, which an export must not replace; choose another folder"
         )

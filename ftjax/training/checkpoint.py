@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import shutil
 import types
 import warnings
@@ -50,7 +51,7 @@ class Checkpoints:
         Raises:
             FtjaxError: If there are checkpoints and all of them are damaged.
         """
-        self.folder, self.read_only = Path(run_dir).resolve() / FOLDER, read_only
+        self.folder, self.read_only = Path(os.path.realpath(run_dir)) / FOLDER, read_only
         self.say = say or functools.partial(warnings.warn, stacklevel=3)
         self.manager, self.saving = None, 0  # saving: step of the checkpoint that is being written
         self.pinned = 0  # step of a checkpoint that is kept whatever follows it
@@ -248,8 +249,10 @@ class Checkpoints:
 
 
 def steps_in(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, damaged ones included, ascending."""
-    return sorted(int(path.name) for path in (run_dir / FOLDER).glob("*") if path.name.isdigit())
+    """Steps of the checkpoints in a run folder, damaged ones included, ascending. Raises OSError if they lie in a
+    folder that cannot be read."""
+    folder = run_dir / FOLDER
+    return sorted(int(name) for name in (os.listdir(folder) if os.path.lexists(folder) else ()) if name.isdigit())
 
 
 def _files(folder: Path) -> list[str]:

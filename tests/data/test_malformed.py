@@ -61,9 +61,8 @@ def test_a_folder_named_like_a_file(tmp_path):
     assert len(read_table(str(tmp_path / "t.jsonl"))) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 @pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
-def test_a_file_that_may_not_be_read(tmp_path, name):
+def test_a_file_that_may_not_be_read(tmp_path, name, bound_by_permissions):
     (tmp_path / name).write_text("")
     (tmp_path / name).chmod(0)
     with pytest.raises(FtjaxError, match=rf"data\.train: .*{name} cannot be read: Permission denied"):
@@ -76,3 +75,15 @@ def test_a_link_to_nothing_and_a_name_too_long(tmp_path):
         read_table(str(tmp_path / "t.jsonl"))
     with pytest.raises(FtjaxError, match="File name too long; check the path"):
         read_table(str(tmp_path / ("x" * 300 + ".jsonl")))
+
+
+@pytest.mark.parametrize("pattern", ["rows/*/*.jsonl", "rows/**/*.jsonl"])
+def test_a_folder_that_may_not_be_read_hides_no_rows(tmp_path, pattern, bound_by_permissions):
+    for name in "ab":
+        (tmp_path / "rows" / name).mkdir(parents=True)
+        (tmp_path / "rows" / name / "t.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "rows/b").chmod(0)
+    with pytest.raises(FtjaxError, match=r"data\.train: .*rows/b/ cannot be read; check its permissions"):
+        read_table(str(tmp_path / pattern))
+    (tmp_path / "rows/b").chmod(0o700)
+    assert len(read_table(str(tmp_path / pattern))) == 2

@@ -19,9 +19,11 @@ import ftjax
 from ftjax import cli, config
 from ftjax.assets import resolve
 from ftjax.errors import FtjaxError, of_disk
-from ftjax.files import write_jsonl
+from ftjax.files import drafted, write_jsonl
 from ftjax.hub import fingerprint
+from ftjax.hub.resolve import check_out
 from ftjax.training import provenance
+from ftjax.training.checkpoint import Checkpoints, steps_in
 from ftjax.training.run_folder import base_folder, claim, locked
 
 BASE = Path(resolve("builtin:stories260K"))
@@ -213,6 +215,32 @@ def test_errors_of_libraries_for_disks_are_known():
     assert of_disk(ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]")).startswith("RESOURCE_EXHAUSTED")
     assert of_disk(FileExistsError(errno.EEXIST, "File exists", "a")).startswith("a: a file, or a link to nothing")
     assert not of_disk(ValueError("no")) and not of_disk(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+
+def test_a_command_in_a_folder_that_is_gone_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(FileNotFoundError) as error:
+        Path.cwd()
+    assert of_disk(error.value) == "the folder that this command runs in does not exist any more; change to another one"
+
+
+def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, bound_by_permissions):
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    assert steps_in(tmp_path) == [4] and steps_in(tmp_path / "other") == []
+    (tmp_path / "checkpoints").chmod(0)
+    for read_only in (True, False):
+        with pytest.raises(PermissionError, match="checkpoints"):
+            Checkpoints(tmp_path, read_only=read_only)
+
+
+def test_folders_in_a_loop_of_links_are_named(tmp_path):
+    for link, to in (("a", "b"), ("b", "a")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    for write in (lambda: Checkpoints(tmp_path / "a/run"), lambda: drafted(check_out(tmp_path / "a/out")).__enter__()):
+        with pytest.raises(OSError) as error:
+            write()
+        assert of_disk(error.value).startswith(str(tmp_path / "a")) and error.value.errno == errno.ELOOP
 
 
 def test_check_names_what_is_damaged_and_nothing_else(tmp_path, capsys):
