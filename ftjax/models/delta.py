@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ftjax.models.config import ModelConfig
-from ftjax.models.layers import Linear, Norm, dropout
+from ftjax.models.layers import Linear, Norm, dropout, parameter
 from ftjax.models.remat import named
 
 CHUNK = 64  # tokens that are computed together
@@ -160,9 +160,9 @@ class Delta(nn.Module):
         mixed = named(linear("in_proj_qkv", channels)(x), "mixed")
         z = named(linear("in_proj_z", H * e)(x), "z").reshape(B, T, H, e)
         strength, step = (linear(f"in_proj_{name}", H)(x).astype(jnp.float32) for name in "ba")
-        kernel = self.param("conv", nn.initializers.normal(c.initializer_range), (channels, 1, c.delta_width))
-        rate = self.param("A_log", nn.initializers.zeros, (H,)).astype(jnp.float32)
-        bias = self.param("dt_bias", nn.initializers.ones, (H,)).astype(jnp.float32)
+        kernel = parameter(self, "conv", nn.initializers.normal(c.initializer_range), (channels, 1, c.delta_width))
+        rate = parameter(self, "A_log", nn.initializers.zeros, (H,)).astype(jnp.float32)
+        bias = parameter(self, "dt_bias", nn.initializers.ones, (H,)).astype(jnp.float32)
 
         row = lambda name: cache[name] if cache[name].ndim == 4 else cache[name][layer["row"]]  # noqa: E731
         before = () if cache is None else (row("conv")[:, 0], jnp.sum(~real, axis=1))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -112,6 +113,20 @@ def _project_groups_fwd(x, kernels, sizes):
 project_groups.defvjp(_project_groups_fwd, _project_groups_bwd)
 
 
+def parameter(module: nn.Module, name: str, start: nn.initializers.Initializer, shape: tuple[int, ...]):
+    """The parameter of a module: an array of this shape, or a Quantised.
+
+    As `module.param`, which takes a fifth of the time in which a model is traced, because it traces the initialiser of
+    each parameter to learn its shape.
+    """
+    value = module.get_variable("params", name)
+    if value is None:
+        return module.param(name, start, shape)
+    if value.shape != shape:
+        raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + b, changed by the adapters in this scope's `adapter` collection."""
 
@@ -123,11 +138,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x (B, T, in) -> (B, T, features)."""
-        kernel = self.get_variable("params", "kernel")
+        kernel = parameter(self, "kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
         if not isinstance(kernel, Quantised):
-            kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.features, x.shape[-1]))
             kernel = kernel.astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return adapted_project(self, x, kernel, bias, PARAMETER_AXES.get(f"{self.name}/kernel"))
 
 
@@ -167,7 +181,7 @@ class Norm(nn.Module):
     def __call__(self, x):
         """x (..., D) -> (..., D)."""
         start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
-        scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32)
+        scale = parameter(self, "scale", start, (x.shape[-1],)).astype(jnp.float32)
         x = x.astype(jnp.float32)
         if self.kind == "rms_plus_one":
             scale = 1 + scale
@@ -176,7 +190,7 @@ class Norm(nn.Module):
         else:
             y = normalised(x - jnp.mean(x, axis=-1, keepdims=True), self.eps) * scale
             if self.use_bias:
-                y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+                y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
         return y.astype(self.dtype)
 
 
@@ -190,10 +204,8 @@ class Embedding(nn.Module):
     init_std: float = 0.02
 
     def setup(self):
-        table = self.get_variable("params", "embedding")
-        if not isinstance(table, Quantised):
-            table = self.param("embedding", nn.initializers.normal(self.init_std), (self.size, self.width))
-        self.embedding = table
+        shape = (self.size, self.width)
+        self.embedding = parameter(self, "embedding", nn.initializers.normal(self.init_std), shape)
 
     def __call__(self, ids):
         """ids (B, T) int -> (B, T, D)."""

@@ -29,13 +29,13 @@ from ftjax.models.layers import (
     dropout,
     neftune,
     normalised,
+    parameter,
     project,
     project_groups,
     rotary_frequencies,
     rotary_tables,
     rotate,
 )
-from ftjax.models.quantised import Quantised
 from ftjax.models.remat import named, rematerialised
 from ftjax.tree import flatten
 
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         if c.score_scale is not None:  # kernels divide by sqrt(d)
             q = (q.astype(jnp.float32) * (c.score_scale * d**0.5)).astype(q.dtype)
         how = {"window": layer["window"], "prefix": layer.get("prefix"), "positions": shared["positions"]}
-        how["sinks"] = self.param("sinks", nn.initializers.normal(c.initializer_range), (H,)) if c.sinks else None
+        how["sinks"] = parameter(self, "sinks", nn.initializers.normal(c.initializer_range), (H,)) if c.sinks else None
         if cache is None:
             how["key"] = self.make_rng("dropout") if self.dropout and self.has_rng("dropout") else None
             k, v = shared["handed"][source] if reads else (k, v)
@@ -343,9 +343,10 @@ class Leaf(nn.Module):
     @nn.compact
     def __call__(self):
         """{name: parameter}."""
-        found = self.get_variable("params", self.leaf)
-        out = {self.leaf: found if isinstance(found, Quantised) else self.param(self.leaf, self.start, self.shape)}
-        return out | ({self.bias: self.param(self.bias, nn.initializers.zeros, self.shape[:-1])} if self.bias else {})
+        out = {self.leaf: parameter(self, self.leaf, self.start, self.shape)}
+        if self.bias:
+            out[self.bias] = parameter(self, self.bias, nn.initializers.zeros, self.shape[:-1])
+        return out
 
 
 class Block(nn.Module):
@@ -503,7 +504,7 @@ class Classifier(nn.Module):
         y = attend(x).astype(jnp.float32)
         if not head.bias:
             return y
-        return y + self.param("bias", nn.initializers.zeros, (c.vocab_size,)).astype(jnp.float32)
+        return y + parameter(self, "bias", nn.initializers.zeros, (c.vocab_size,)).astype(jnp.float32)
 
 
 class Transformer(nn.Module):
@@ -559,6 +560,7 @@ class Transformer(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=last - first,
                 unroll=self.unroll or last - first,
+                check_constancy_invariants=False,  # a block would be traced once more
             )(c, *fields)
 
         top = jax.tree.leaves(self.get_variable("params", "top_layers", {}))
