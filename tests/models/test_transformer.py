@@ -17,7 +17,7 @@ import tiny
 import torch
 from flax import linen as nn
 
-from ftjax.models import attention, layers
+from ftjax.models import attention, layers, transformer
 from ftjax.models.config import layers_with, runs
 from ftjax.models.transformer import ACTIVATIONS, Transformer, make_cache, unstacked
 from ftjax.tree import flatten, unflatten
@@ -398,3 +398,11 @@ def test_the_tail_of_gelu_keeps_its_digits():
     wide = torch.tensor(x, dtype=torch.float64)
     want = torch.nn.functional.gelu(wide, approximate="tanh").numpy()
     np.testing.assert_allclose(ACTIVATIONS["gelu_tanh"](jnp.asarray(x)), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_the_block_of_a_stack_is_traced_once(name, monkeypatch):
+    pair, calls, call = tiny.pair(name), [], transformer.Block.__call__
+    monkeypatch.setattr(transformer.Block, "__call__", lambda *args: (calls.append(args), call(*args))[1])
+    jax.eval_shape(lambda: pair.model.apply({"params": pair.params}, jnp.asarray(plain())))
+    assert len(calls) == 1
