@@ -29,7 +29,7 @@ from ftjax.objectives import hidden
 from ftjax.training import claims, hosts, provenance
 from ftjax.training.checkpoint import FOLDER, Checkpoints, steps_in
 from ftjax.tree import flatten, map_paths
-from ftjax.tuning import METHODS, Method, Spec
+from ftjax.tuning import METHODS, Method, Spec, begun
 
 RUN = "run.json"  # the resolved config and the record of the base; a folder with this file is a run folder
 START = "start.safetensors"  # values that the method computed from the base before the first step, see Method.start
@@ -397,8 +397,8 @@ def open_run(
     check_record(config, record, run_dir, step)
     # As at the start of the run: frozen values that are not the base's come from its seed or its file.
     key = jax.random.key(config.seed)
-    shapes, frozen = method.init(key, lm.params, spec)
-    shapes |= hidden.maps(key, config.distil, spec.model.width)
+    shapes, frozen = begun(method, key, lm.params, spec)
+    shapes |= jax.eval_shape(lambda: hidden.maps(key, config.distil, spec.model.width))
     frozen = with_start(method, frozen, run_dir)
     stored = jnp.dtype("float32" if config.train.ema else config.model.trained_dtype)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

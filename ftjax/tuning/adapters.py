@@ -17,7 +17,7 @@ from ftjax.foreign import read_json
 from ftjax.hub import families, peft, resolve, weights
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning import tables
-from ftjax.tuning.base import METHODS, Method, Spec, of_peft
+from ftjax.tuning.base import METHODS, Method, Spec, begun, of_peft
 from ftjax.tuning.whole import PEFT_TASKS
 
 # Field of config.tuning -> its key in adapter_config.json, which may be missing there.
@@ -90,7 +90,7 @@ def variables(adapter: tuple[Method, dict, dict], base: dict, spec: Spec) -> dic
     spec = spec._replace(tuning=spec.tuning.copy_and_resolve_references())
     trained, fields = method.from_peft(adapter_config, tensors, base, spec)
     spec.tuning.update(fields)
-    _, frozen = method.init(jax.random.key(0), base, spec)
+    _, frozen = begun(method, jax.random.key(0), base, spec)
     return method.variables(jax.tree.map(jnp.asarray, trained), frozen, spec)
 
 

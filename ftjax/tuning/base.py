@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ftjax import config as configs
@@ -13,6 +14,7 @@ from ftjax.hub.families import Family
 from ftjax.hub.peft import PREFIX
 from ftjax.models.config import ModelConfig, layers_with
 from ftjax.models.transformer import parameter_axes
+from ftjax.tree import flatten, unflatten
 from ftjax.tuning.whole import with_whole
 
 
@@ -74,6 +76,26 @@ METHODS: dict[str, Method] = {}
 def register(name: str, method: Method) -> None:
     """Add a method to METHODS under the name of `tuning.method`."""
     METHODS[name] = method if method.of_parameters else with_whole(method)
+
+
+def begun(method: Method, key, base: dict, spec: Spec) -> tuple[dict, dict]:
+    """What a run began with, for trained values that lie in a file: (shapes of `trained`, `frozen`), see Method.init.
+
+    The values of `trained` are not computed, and what `frozen` has of the base is not copied.
+    """
+    found: dict[str, Any] = {}
+
+    def computed(key, base):
+        found["trained"], frozen = method.init(key, base, spec)
+        given, flat = flatten(base), flatten(frozen)
+        found["kept"] = [path for path, x in flat.items() if x is given.get(path)]
+        return {path: x for path, x in flat.items() if x is not given.get(path)}
+
+    program = jax.jit(computed).trace(key, base)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found["trained"])
+    given = flatten(base)
+    made = program.lower().compile()(key, base) if program.out_info else {}
+    return shapes, unflatten({path: given[path] for path in found["kept"]} | made)
 
 
 def ignored(tuning) -> list[str]:

@@ -21,7 +21,7 @@ from ftjax.objectives import causal
 from ftjax.training.optimizer import multipliers, optimizer, schedule
 from ftjax.training.step import compile_step, init_state
 from ftjax.tree import flatten
-from ftjax.tuning import METHODS, ignored
+from ftjax.tuning import METHODS, begun, ignored
 
 OWN = {name: row for name, row in METHODS.items() if name != "vera"}  # which a test registers
 TUNING = {"rank": 4, "virtual_tokens": 3, "layers": 2, "pattern": (r".*attn\.c_proj\..*",)}
@@ -54,6 +54,21 @@ def test_only_what_is_trained_has_optimizer_state(method, name):
     assert moments(state) == sorted(MOMENTS[name] * shapes)
     base = sum(x.size for x in jax.tree.leaves(pair.params))
     assert method == "full" or sum(math.prod(shape) for shape in shapes) < base
+
+
+@pytest.mark.parametrize("method", [*OWN, "pissa"])
+def test_what_a_run_began_with_is_found_without_drawing_what_it_trained(method):
+    own = {"init": method, "method": "lora"} if method == "pissa" else {"method": method}
+    pair = tiny.tuned(tiny.pair("gpt2"), **TUNING | own)
+    row, trained, frozen = tiny.start(pair)
+    shapes, again = begun(row, jax.random.key(0), pair.params, pair.spec)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), trained)
+    base, frozen, again = flatten(pair.params), flatten(frozen), flatten(again)
+    assert again.keys() == frozen.keys() and any("initial" in path for path in again) == (method == "pissa")
+    for path, x in again.items():
+        np.testing.assert_allclose(x, frozen[path], rtol=1e-6, err_msg=path)
+        whole = path in base and x.shape == base[path].shape  # not only some of its rows
+        assert (x is base.get(path)) == whole, path  # not copied
 
 
 @pytest.mark.parametrize("method", OWN)
