@@ -30,7 +30,9 @@ FIELDS = {
     "alpha_pattern": maybe(mapped(number())),
     **dict.fromkeys(("use_rslora", "use_dora"), maybe(flag)),
     "init_lora_weights": maybe(either(flag, string)),
-    **dict.fromkeys(("target_modules", "feedforward_modules"), either(string, NAMES)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), either(string, NAMES)),
+    "layers_pattern": either(string, NAMES),
+    "layers_to_transform": maybe(either(whole(), IDS)),
     **dict.fromkeys(("target_parameters", "modules_to_save"), NAMES),
     "trainable_token_indices": maybe(either(IDS, mapped(IDS))),
     "num_transformer_submodules": maybe(whole()),
@@ -57,10 +59,15 @@ def refuse_variants(adapter_config: dict, known: set[str], method: str) -> None:
             raise FtjaxError(f"{CONFIG}: {key} = {value!r} is a variant of {method} that ftjax does not support")
 
 
-def refuse_encoder_decoder(adapter_config: dict) -> None:
-    """Raise FtjaxError for a soft prompt of a model with an encoder and a decoder."""
+def refuse_other_tasks(adapter_config: dict) -> None:
+    """Raise FtjaxError for a soft prompt of a model with an encoder and a decoder, and for one that PEFT ignores."""
     if adapter_config.get("num_transformer_submodules") not in (1, None):
         raise FtjaxError(f"{CONFIG}: num_transformer_submodules is for models with encoder and decoder; expected 1")
+    if not adapter_config.get("task_type"):
+        raise FtjaxError(
+            f"{CONFIG}: task_type is missing, and PEFT computes the base model without its soft prompt then; set it to "
+            "the task of the model, such as CAUSAL_LM"
+        )
 
 
 def checked(x: np.ndarray | None, name: str, shape: tuple[int, ...]) -> np.ndarray:

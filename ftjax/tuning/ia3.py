@@ -134,7 +134,7 @@ def from_peft(adapter_config, tensors, base, spec):
     refuse_variants(adapter_config, KEYS, "IA3")
     names, expected, model = without_embeddings(spec.names), shapes(spec.model), spec.model
     found, sides = {}, {"input": [], "output": []}
-    for name, module, _, path, layer, x in by_module(tensors, ("ia3_l",), names, model):
+    for name, module, _, path, layer, x in by_module(adapter_config, tensors, ("ia3_l",), names, model):
         out, in_ = expected[f"{path}/kernel"][-2:]
         side = {(1, in_): "input", (out, 1): "output"}.get(x.shape)
         if side is None:

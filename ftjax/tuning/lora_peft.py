@@ -150,7 +150,7 @@ def lora_from_peft(
     adapter_config, tensors = _joined(adapter_config, tensors, config)
     wrapped = _of_experts(adapter_config, names, config)
     pairs: dict[str, dict[str, np.ndarray]] = {}
-    for tensor in by_module(tensors, ENDS, names, config, wrapped):
+    for tensor in by_module(adapter_config, tensors, ENDS, names, config, wrapped):
         if tensor.end == COPY:
             _check_copy(tensor, base)
         else:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.hub.peft import refuse_encoder_decoder
+from ftjax.hub.peft import refuse_other_tasks
 from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import read_rows
 from ftjax.models.transformer import Transformer
@@ -84,7 +84,7 @@ def to_peft(trained, frozen, spec):
 def from_peft(adapter_config, tensors, base, spec):
     """A PEFT PREFIX_TUNING, with or without a projection: its files hold what that made."""
     model = spec.model
-    refuse_encoder_decoder(adapter_config)
+    refuse_other_tasks(adapter_config)
     flat = prompt.read_tensor(tensors, model.layers * 2 * model.kv_heads * model.head_dim, model)
     fields = {"virtual_tokens": len(flat), "prefix_projection": False, "prompt_init": "random"}
     return {"prefix": from_flat(flat, model)}, fields

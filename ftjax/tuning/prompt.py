@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.peft import refuse_encoder_decoder
+from ftjax.hub.peft import refuse_other_tasks
 from ftjax.models.config import ModelConfig, layers_with
 from ftjax.models.quantised import read_rows
 from ftjax.tuning.base import Method, register
@@ -106,7 +106,7 @@ def read_tensor(tensors: dict[str, np.ndarray], width: int, shape) -> np.ndarray
 
 def from_peft(adapter_config, tensors, base, spec):
     """Read a PEFT PROMPT_TUNING, or a P_TUNING, whose files hold the prompt that its encoder computed."""
-    refuse_encoder_decoder(adapter_config)
+    refuse_other_tasks(adapter_config)
     prompt = read_tensor(tensors, spec.model.width, spec.model)
     return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 

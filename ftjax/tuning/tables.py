@@ -48,7 +48,7 @@ def find(adapter_config: dict, tensors: dict[str, np.ndarray], spec) -> tuple[di
         if any(saves(entry, names[0]) for entry in adapter_config.get("modules_to_save") or ()):
             if own in rest and resized(own):
                 saved[path] = rest[own]
-        elif own in rest:
+        elif own in rest and not any(name.startswith(f"{module}.lora_") for name in rest):  # PEFT wraps such a table
             tables[path] = rest.pop(own)
         for inner in ("original_module", "base_layer", "token_adapter.base_layer"):
             name = f"{module}.{inner}.weight"

@@ -15,7 +15,7 @@ from ftjax.config import regular_expression
 from ftjax.errors import FtjaxError, nearest
 from ftjax.foreign import limited
 from ftjax.hub.families import EXPERTS, FAMILIES
-from ftjax.hub.peft import PREFIX
+from ftjax.hub.peft import CONFIG, PREFIX
 from ftjax.models.config import ModelConfig, layers_with
 
 EMBEDDINGS = ("embed", "pos_embed", "type_embed", "inputs_embed")  # paths of tables that are read by index
@@ -44,12 +44,13 @@ class OfModule(NamedTuple):
 
 
 def by_module(
-    tensors: dict[str, np.ndarray], ends: tuple[str, ...], names: dict[str, str], config: ModelConfig,
-    wrapped: Mapping[str, str] = MappingProxyType({}),
+    adapter_config: dict, tensors: dict[str, np.ndarray], ends: tuple[str, ...], names: dict[str, str],
+    config: ModelConfig, wrapped: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[OfModule]:  # fmt: skip
     """Find the modules of an adapter's tensors.
 
     Args:
+        adapter_config: The content of adapter_config.json.
         tensors: {name in PEFT's files: tensor}.
         ends: What may follow a module in a name; the first two are those that an error names.
         names: {path: template of module names}.
@@ -57,7 +58,8 @@ def by_module(
         wrapped: {name of a module in the files: the parameter in it that has the adapter}, for experts.
 
     Raises:
-        FtjaxError: For a tensor with another name, and for one of a module that the model does not have.
+        FtjaxError: For a tensor with another name, for one of a module that the model does not have, and for one of a
+            module that `adapter_config` does not select, which PEFT ignores.
     """
     places = {m: (path, i) for path, name in names.items() for i, m in enumerate(module_names(path, name, config))}
     for name, x in tensors.items():
@@ -74,7 +76,41 @@ def by_module(
             raise FtjaxError(
                 f"adapter tensor {name}: this model has no linear map {module!r}{tied or nearest(module, places)}"
             )
+        if not places[module][0].startswith(EXPERTS) and not _selects(adapter_config, module, places[module][0]):
+            raise FtjaxError(
+                f"adapter tensor {name}: target_modules, exclude_modules and layers_to_transform of {CONFIG} do not "
+                f"select {module}, and PEFT ignores tensors of such modules; add it to target_modules, or remove the "
+                "tensor"
+            )
         yield OfModule(name, module, end, *places[module], x)
+
+
+def _selects(adapter_config: dict, module: str, path: str) -> bool:
+    """Whether an adapter_config.json selects a module, by the rule of PEFT's `check_target_module_exists`."""
+
+    def named(key):
+        found = adapter_config.get(key) or ()
+        if isinstance(found, str):
+            return regular_expression(found, f"{CONFIG}: {key}").fullmatch(module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in found)
+
+    targets, layers = adapter_config.get("target_modules"), adapter_config.get("layers_to_transform")
+    with limited(f"{CONFIG}: target_modules"):
+        if named("exclude_modules"):
+            return False
+        if isinstance(targets, str):
+            every = targets.lower() == "all-linear"
+            return path not in (*EMBEDDINGS, "lm_head") if every else named("target_modules")
+        if layers in (None, []) or not named("target_modules"):
+            return named("target_modules")
+        within = adapter_config.get("layers_pattern") or ()
+        within = [rf"(?:^|.*?\.){each}" for each in ([within] if isinstance(within, str) else within)]
+        found = (
+            regular_expression(rf"{each}\.(\d+)\.", f"{CONFIG}: layers_pattern").match(module)
+            for each in within or [r".*?\.[^.]*"]
+        )
+        index = next((int(match[1]) for match in found if match), None)
+    return index in ([layers] if isinstance(layers, int) else layers)
 
 
 def saves(entry: str, tensor: str) -> bool:

@@ -213,7 +213,7 @@ def saved(
             x = rows[row] if path.startswith("layers/") else rows
             if tensor_names[layer]:
                 whole[tensor_names[layer]] = x.T if transposed else x
-    adapted = {re.split(r"\.(?:lora|ia3)_", name.removeprefix(PREFIX))[0] for name in tensors}
+    adapted = _adapted(tensors)
     modules = {name.rsplit(".", 1)[0] for name in whole if not name.endswith(".bias")}
     biases = {module for name in whole if (module := name.rsplit(".", 1)[0]) not in modules}
     for name, x in whole.items():
@@ -241,15 +241,22 @@ def _head_modules(parts: dict[str, np.ndarray], spec) -> set[str]:
     return {name if f"{name}.".startswith(alone) else name.split(".")[0] for name in names}
 
 
+def _adapted(tensors) -> set[str]:
+    """The modules that have a LoRA or IA3 among an adapter's tensors."""
+    parts = [re.split(r"\.(?:lora|ia3)_", name.removeprefix(PREFIX)) for name in tensors]
+    return {module for module, *end in parts if end}
+
+
 def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec, start: str) -> tuple[dict, dict]:
     """Split the tensors of an adapter into whole parameters, by their names in the model's files, and those of the
     method.
 
     With `bias="all"`, and after the vocabulary was resized, PEFT writes a saved module twice, and also the base's copy.
-    Raises FtjaxError if the two differ, or if a tensor of a module in `modules_to_save` is missing.
+    Raises FtjaxError if the two differ, if a tensor of a module in `modules_to_save` is missing, or for a name that
+    PEFT ignores, because it expects another one of a module with an adapter.
     """
     known = {name: path for path, (names, *_) in stored(spec).items() for name in names if name}
-    mine, rest = {}, {}
+    mine, rest, adapted = {}, {}, _adapted(tensors)
     for name, x in tensors.items():
         once = re.sub(r"\.(modules_to_save(\.default)?|original_module)\.", ".", name)
         plain = once.removeprefix(start).replace(".base_layer.bias", ".bias")
@@ -257,6 +264,13 @@ def _divide(adapter_config: dict, tensors: dict[str, np.ndarray], spec, start: s
             if not families.is_buffer(plain, spec.family):
                 rest[name] = x
         elif once == name:
+            module, leaf = plain.rsplit(".", 1)
+            inner = "base_layer." * (module in adapted)
+            if once != (expected := f"{start}{module}.{inner}{leaf}"):
+                raise FtjaxError(
+                    f"adapter tensor {name}: PEFT ignores it, because {module} has {'an' if inner else 'no'} adapter; "
+                    f"expected {expected}"
+                )
             mine[plain] = x
         elif ".modules_to_save." in name and not np.array_equal(x, tensors.get(once)):
             raise FtjaxError(f"adapter tensor {name} differs from {once}, of which it should be a copy")

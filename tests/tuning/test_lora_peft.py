@@ -186,6 +186,15 @@ def test_bfloat16_adapters_are_read(adapter):
         ({"use_what_comes_next": {"x": 1}}, "use_what_comes_next"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'; expected 'LORA'"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"down_proj.lora_A.weight: target_modules, .* do not select model.layers.0.mlp",
+        ),
+        ({"target_modules": r".*self_attn\.q_proj"}, "do not select model.layers.0.mlp.down_proj"),
+        ({"target_modules": r"(q"}, r"adapter_config.json: target_modules: '\(q' is not a regular expression"),
+        ({"exclude_modules": r".*v_proj"}, "do not select model.layers.0.self_attn.v_proj"),
+        ({"layers_to_transform": [0]}, "do not select model.layers.1.mlp.down_proj"),
+        ({"layers_to_transform": 0, "layers_pattern": "h"}, "do not select model.layers.0.mlp.down_proj"),
         ({"r": 4}, r"q_proj.lora_A.weight has shape \(3, 16\), expected \(4, 16\)"),
     ],
 )

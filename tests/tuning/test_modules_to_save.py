@@ -181,6 +181,7 @@ def test_loaded_alone_and_beside_others(tmp_path):
 
 
 PREFIX = "base_model.model."
+Q, K = (f"{PREFIX}model.layers.0.self_attn.{name}_proj" for name in "qk")
 EMBED, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
 
 
@@ -204,6 +205,18 @@ EMBED, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
             "all biases",
             lambda t: t.update({"module.transformer.ln_f.bias": np.ones(16)}),
             "ln_f.bias: expected the pre",
+        ),
+        # Names that peft ignores: of a module with an adapter, and of one without.
+        (
+            "their biases",
+            lambda t: t.update({f"{Q}.bias": t.pop(f"{Q}.base_layer.bias")}),
+            "PEFT ignores it, because .*q_proj has an adapter; expected",
+        ),
+        ("their biases", lambda t: t.update({f"{K}.base_layer.bias": np.ones(8)}), f"k_proj has no .*; expected {K}.b"),
+        (
+            "smaller, tied and adapted",
+            lambda t: t.update({EMBED: np.ones((47, 16))}),
+            "embed_tokens has an adapter; ex",
         ),
         ("resized", lambda t: t.pop(HEAD), r"vocabulary of 53, but its files lack lm_head.weight at this size"),
         ("resized, tied", lambda t: t.update({HEAD: t[HEAD] + 1}), "embeddings differs from that of its head, but the"),

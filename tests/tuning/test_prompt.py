@@ -258,6 +258,7 @@ def test_what_cannot_be_used():
             with pytest.raises(FtjaxError, match=f"no plain model has the logits of {name}; set export.formats"):
                 export.resolve_format(name, format)
     adapter_config, tensors = method.to_peft(trained, frozen, pair.spec)
+    adapter_config |= {"task_type": "CAUSAL_LM"}
     for wrong, message in (
         ({"prompt_embeddings": np.zeros((4, 15))}, r"shape \(4, 15\), expected \(virtual tokens, 16\)"),
         (tensors | {"base_model.model.lm_head.weight": np.zeros(1)}, "lm_head.weight: a soft prompt has the tensor"),
@@ -269,3 +270,5 @@ def test_what_cannot_be_used():
         weighted({"a": method.variables(trained, frozen, pair.spec)}, frozen, {"a": 1.0}, "cat")
     with pytest.raises(FtjaxError, match="num_transformer_submodules"):
         method.from_peft(adapter_config | {"num_transformer_submodules": 2}, tensors, frozen, pair.spec)
+    with pytest.raises(FtjaxError, match="task_type is missing, and PEFT computes the base model without its soft"):
+        method.from_peft(adapter_config | {"task_type": None}, tensors, frozen, pair.spec)
