@@ -139,6 +139,13 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     for key, name in family.aliases.items():
         if key in hf and name in hf and hf[key] != hf[name]:
             raise FtjaxError(f"{where}: {key} = {hf[key]!r}, but {name} = {hf[name]!r}, and both are one field")
+        rotary = {"rope_theta": family.theta, "partial_rotary_factor": family.rotary_share}
+        if name in rotary and name in hf and key not in hf:
+            if hf[name] not in (rotary[name], (hf.get("rope_parameters") or {}).get(name)):
+                raise FtjaxError(
+                    f"{where}: {name} = {hf[name]!r}, which transformers 5 does not read in a {kind} model; expected "
+                    f"{key} instead"
+                )
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     if family.rotary_share not in (None, 1.0) and hf.get("partial_rotary_factor", 1.0) is None:
         raise FtjaxError(
@@ -335,7 +342,14 @@ def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
     full, local = (parts.get(kind) for kind in LAYER_TYPES)
     found = _one_rope((top, hf.get("rope_scaling"), full), hf, family, values, where)
     own = (local or {}).get("rope_theta")  # before the key at the top level, which some families have for both
-    top = {"rope_theta": None if own else hf.get(family.theta_keys[1], family.local_theta)}
+    key = family.theta_keys[1]
+    if not own and key == family.theta_keys[0] and hf.get(key) not in (None, family.local_theta):
+        raise FtjaxError(
+            f"{where}: {key} = {hf[key]!r}, which transformers 4 reads for all layers of a {family.model_type} model, "
+            "and 5 for those without a window alone; expected rope_parameters with a rope_theta for each of "
+            f"{' and '.join(LAYER_TYPES)}"
+        )
+    top = {"rope_theta": None if own else hf.get(key, family.local_theta)}
     of_windows = _one_rope((top, local), hf, family, values, where)
     if of_windows["rope_scaling"] != RopeScaling() or found["rope_scaling"].kind == "longrope":
         raise FtjaxError(f"{where}: this scaled rotary embedding is not supported for layers of a {family.model_type}")

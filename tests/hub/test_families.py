@@ -345,6 +345,12 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "gpt_oss", "hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping = 50.0"]),
+        ({"model_type": "gpt_neox", "rope_theta": 77.0}, ["rope_theta = 77.0, which", "expected rotary_emb_base"]),
+        (
+            {"model_type": "gpt_neox", "partial_rotary_factor": 0.5},
+            ["which transformers 5 does not read", "expected rotary_pct"],
+        ),
+        ({"model_type": "olmo3", "rope_theta": 77.0}, ["rope_theta = 77.0, which transformers 4 reads for all layers"]),
         (
             {"model_type": "gpt_neox", "rotary_pct": 0.5, "partial_rotary_factor": 0.25},
             ["rotary_pct = 0.5, but partial_rotary_factor = 0.25, and both are one field"],
