@@ -7,6 +7,7 @@ L layers, E experts, D width.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,10 @@ def upcycle(folder: Path, out: Path, experts: int, used: int, noise: float = 0.0
     if not (tokens or family.model_type in INTO) or shape.head.task != "causal":
         able = ", ".join(INTO)
         raise FtjaxError(f"{folder}: upcycle is for {able} with a head over the vocabulary, not a {family.model_type}")
-    if not 0 < used <= experts or noise < 0:
+    if not 0 < used <= experts or not 0 <= noise < math.inf or seed < 0:
         raise FtjaxError(
-            f"upcycle: expected 1 <= top-k <= experts and noise >= 0; found top-k {used}, experts {experts} and noise "
-            f"{noise:g}"
+            "upcycle: expected 1 <= top-k <= experts, a finite noise >= 0 and a seed >= 0; found top-k "
+            f"{used}, experts {experts}, noise {noise:g} and seed {seed}"
         )
     if tokens and (experts != shape.experts or noise or group) or group < 0:
         raise FtjaxError(

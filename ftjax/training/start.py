@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ftjax.data.batches import loader
 from ftjax.evaluation import compare
 from ftjax.evaluation.loss import evaluate_loss, sums
 from ftjax.files import replace_json
+from ftjax.foreign import read_json
 from ftjax.hub import families, weights
 from ftjax.models.quantised import dequantised
 from ftjax.objectives import hidden
@@ -45,7 +47,7 @@ def first_state(job: Job, program: Program, say) -> tuple:
         check_new_head(new, program.trained, config)
         for line in about_head(job, new):
             say(line)
-    for line in about_experts(spec.model, program.trained):
+    for line in (*about_experts(spec.model, program.trained), *about_noise(job)):
         say(line)
     start, (expected, _) = job.initial_adapter, hidden.divided(program.trained)
     made_elsewhere = start.trained(base, spec, expected) if start else None
@@ -93,6 +95,15 @@ def about_experts(shape, trained: dict) -> list[str]:
         f"warning: the experts, {share:.0%} of the model's parameters, and their routers are not trained. Add "
         "gate_up_proj and down_proj to tuning.targets for LoRA on the experts; full and last_layers train all of them",
     ]
+
+
+def about_noise(job: Job) -> list[str]:
+    """A line about the dropout and noise of config.json, which transformers applies and this run does not."""
+    file = job.folder / "config.json"
+    hf = families.text_part(read_json(file), job.spec.family, str(file))
+    kinds = "dropout|pdrop|jitter" if job.config.train.dropout is None else "jitter"
+    found = ", ".join(f"{key} = {rate}" for key, rate in hf.items() if re.search(kinds, key) and rate)
+    return [f"no effect: {found} of config.json; a run has the dropout of train.dropout alone"] if found else []
 
 
 def about_head(job: Job, new: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ from ftjax.training import step
 from ftjax.training.flops import flops_per_token
 from ftjax.training.job import prepared
 from ftjax.training.sharding import abstract_mesh, make_mesh, parameter_shardings, place_batch
-from ftjax.training.start import about_experts
+from ftjax.training.start import about_experts, about_noise
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS
 from ftjax.tuning.lora_peft import lora_config
@@ -333,6 +334,17 @@ def test_gpt_oss_20b_has_its_published_parameters():
     assert round(used / 1e9, 1) == 3.6
 
 
+def test_a_run_says_which_noise_of_transformers_it_leaves_out(tmp_path):
+    noise = {"router_jitter_noise": 0.01, "attention_dropout": 0.1, "hidden_dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"} | noise))
+    spec, config = types.SimpleNamespace(family=families.FAMILIES["mixtral"]), configs.default()
+    job = types.SimpleNamespace(folder=tmp_path, spec=spec, config=config)
+    (told,) = about_noise(job)
+    assert told.startswith("no effect: router_jitter_noise = 0.01, attention_dropout = 0.1 of config.json; ")
+    config.train.dropout = 0.0  # the config decides
+    assert about_noise(job) == [told.replace(", attention_dropout = 0.1", "")]
+
+
 def test_a_run_says_that_experts_are_left_out():
     _, shape = families.from_hf({"model_type": "mixtral"})
     lora = {"layers": {"attn": {"q_proj": {"lora": {"a": 0}}}}}
@@ -556,8 +568,9 @@ def test_what_cannot_be_upcycled_is_refused(tmp_path):
     with pytest.raises(FtjaxError, match="upcycle is for llama, mistral, qwen3 with a head over the vocabulary"):
         upcycle(tmp_path, tmp_path / "out", 4, 2)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(FtjaxError, match="expected 1 <= top-k <= experts"):
-        upcycle(tmp_path, tmp_path / "out", 2, 4)
+    for wrong in ({"used": 4}, {"noise": math.nan}, {"noise": math.inf}, {"seed": -1}):
+        with pytest.raises(FtjaxError, match="expected 1 <= top-k <= experts, a finite noise >= 0 and a seed >= 0"):
+            upcycle(tmp_path, tmp_path / "out", **({"experts": 2, "used": 1} | wrong))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "mlp_bias": True}))
     with pytest.raises(FtjaxError, match="a mixtral model cannot have mlp_bias = True"):
         upcycle(tmp_path, tmp_path / "out", 4, 2)
