@@ -22,16 +22,20 @@ from ftjax.plan import compiled, search
 from ftjax.plan.devices import parse
 from ftjax.training import auto_mesh, sharding
 from ftjax.training import program as programs
+from ftjax.training.job import checked
 from ftjax.tuning import METHODS, Spec
+from ftjax.tuning.adapters import Start
 
 
 def work(job: dict) -> dict:
     """The result of ftjax.plan.run.plan, for its arguments in `job`."""
     started = time.perf_counter()
-    config, devices = configs.from_dict(job["config"]), parse(job["devices"])
+    notes: list[str] = []
+    config, devices = checked(configs.from_dict(job["config"]), notes.append), parse(job["devices"])
+    if config.stages:
+        raise FtjaxError("stages: a plan is of one run; set the fields of one stage in a config of its own")
     if job["memory"]:
         devices = devices._replace(device=devices.device._replace(memory=job["memory"]))
-    programs.fill_defaults(config)
     folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     programs.check_method(config, family, shape)
@@ -39,6 +43,9 @@ def work(job: dict) -> dict:
     if config.data.add_tokens or config.data.pad_vocabulary_to:
         shape = with_tokens(config, shape, tokenizers.of_run(config, folder)[0])
     spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
+    if config.tuning.init_from:
+        Start(config.tuning).fill(spec)
+    config.tuning.prompt_ids = (0,)  # of prompt_text: their number changes no shape
     longest = shape.max_positions - METHODS[config.tuning.method].virtual_tokens(spec)
     device, offloads = devices.device, devices.platform != "cpu"
     machine = auto_mesh.Machine(devices.count, device.memory, device.per_host, devices.platform, offloads=offloads)
@@ -50,7 +57,7 @@ def work(job: dict) -> dict:
     dtype = compute_dtype(config.model.dtype, devices.platform)
     if devices.platform == "gpu":
         config.model.attention = "xla"  # the program is compiled for simulated devices, which have no other
-    chosen = [chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]
+    chosen = [*notes, chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]
     T = -(-T // sizes["sequence"]) * sizes["sequence"]
     M, steps, tokens = _places(config, T), config.train.steps or None, None
     if job["data"]:

@@ -25,6 +25,7 @@ from ftjax import cli
 from ftjax import config as configs
 from ftjax.errors import FtjaxError
 from ftjax.hub import families
+from ftjax.hub.peft import write_adapter
 from ftjax.models.config import ModelConfig
 from ftjax.plan import compiled, flops, search, worker
 from ftjax.plan import run as planning
@@ -33,6 +34,7 @@ from ftjax.plan.report import report
 from ftjax.plan.run import environment, plan
 from ftjax.training import hlo, loop, sharding
 from ftjax.training import program as programs
+from ftjax.tuning.lora_peft import lora_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -422,6 +424,30 @@ def test_meshes_that_divide_little_are_planned(fields, tmp_path, monkeypatch):
     numbers = [found["asked"][key] for key in ("total", "temporaries", "flops", "traffic", "sent")]
     assert math.prod(found["asked"]["mesh"].values()) == count and all(0 <= n < math.inf for n in numbers)
     assert "nan" not in report(found, price=1.0)
+
+
+def test_what_the_model_and_the_adapter_decide_is_planned(tmp_path, monkeypatch):
+    """The rank and the targets of tuning.init_from; a prompt of text, whose tokens no plan needs; one run alone."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 301, "model_type": "llama"}))
+    halves = {"A": np.zeros((7, 32), np.float32), "B": np.zeros((32, 7), np.float32)}
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    tensors = {name.format(half): x for half, x in halves.items()}
+    write_adapter(tmp_path / "adapter", tensors, lora_config(7, 14, ["q_proj"]), None, "base")
+
+    def planned(**fields):
+        config = small(**{"model.path": str(tmp_path)} | fields)
+        job = {"config": config.to_dict(), "devices": "cpu:1", "data": False, "memory": None, "seconds": 1e-9}
+        return worker.work(job | {"choices": False, "quick": True})
+
+    found = planned(**{"tuning.init_from": str(tmp_path / "adapter"), "tuning.layers": 2})
+    assert found["asked"]["held"]["trained weights"] == 4 * 2 * 7 * 32
+    assert found["chosen"][0] == "no effect with tuning.method=lora: tuning.layers"
+    by_text = {"tuning.method": "prompt", "tuning.prompt_init": "text", "tuning.prompt_text": "Answer:"}
+    found = planned(**by_text, **{"tuning.virtual_tokens": 3})
+    assert found["asked"]["held"]["trained weights"] == 4 * 3 * 32
+    with pytest.raises(FtjaxError, match="stages: a plan is of one run"):
+        planned(stages=({"name": "first"},))
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
