@@ -86,7 +86,9 @@ def gradients(sums, variables, trained, frozen, batch, key, accumulate: int):
         if hasattr(sums, "of_whole"):
             of_part = lambda part: sums.of_whole(variables(trained, frozen), part[0], rngs=rngs(part[1]))  # noqa: E731
             more = {"whole": jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_part, (rows, keys)))}
-        total = summed(microbatch, zeros_of(microbatch, rows, keys), rows, keys)
+        # A gradient has the shapes of what is trained, so that its backward pass is traced once.
+        shaped = lambda rows, key: (as_float32(trained), *loss(trained, rows, key)[1])  # noqa: E731
+        total = summed(microbatch, zeros_of(shaped, rows, keys), rows, keys)
     gradient, weight, metrics = total
     return jax.tree.map(lambda g: g / divisor(weight), gradient), weight, metrics
 
