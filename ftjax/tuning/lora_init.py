@@ -130,5 +130,7 @@ def draw(key, path: str, kernels, rank: np.ndarray, scale: np.ndarray, init: Ini
     for r in sorted(set(rank.tolist()) - {0}):
         layers = np.flatnonzero(rank == r)
         drawn = _layers(init.draw, r, key, kernels, jnp.asarray(scale), jnp.asarray(layers))
+        if len(layers) == L:  # a scatter takes longer to compile
+            return drawn
         a, b = a.at[layers, :r].set(drawn[0]), b.at[layers, :, :r].set(drawn[1])
     return a, b
