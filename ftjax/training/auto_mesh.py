@@ -21,6 +21,7 @@ from ftjax import cpus, tasks
 from ftjax.models import axes, remat
 from ftjax.models.axes import MESH_AXES
 from ftjax.models.config import hidden_per_token, layers_with
+from ftjax.models.delta import CHUNK
 from ftjax.objectives import causal
 from ftjax.training import privacy, sharding
 from ftjax.training import program as programs
@@ -224,7 +225,7 @@ def _certainly_fits(config, shape, machine: Machine, rows: float, T: int, dtype)
     hidden = shape.hidden * max(shape.experts, 1) + shape.shared_hidden
     parameters = shape.layers * shape.width * (4 * shape.width + 3 * hidden) + 2 * shape.vocab_size * shape.width
     activations = rows * _row_bytes(config, shape, T, jnp.dtype(dtype).itemsize)
-    return 20 * parameters + 4 * activations + _head_bytes(config, shape, machine) < machine.memory / 4
+    return 20 * parameters + 2 * activations + _head_bytes(config, shape, machine) < machine.memory / 2
 
 
 def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, sizes: dict[str, int], attention) -> float:
@@ -236,15 +237,18 @@ def saved_row_bytes(config, spec: Spec, preset: str, T: int, dtype, sizes: dict[
     config.model.update(remat=preset, quantise="none")
     spec = spec._replace(model=shape_of_one(spec.model, sizes), tuning=config.tuning)
     program = programs.build(config, spec, sharding.abstract_mesh(ONE_DEVICE), jnp.dtype(dtype), 1, attention)
-    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    # Weights are among what is kept, as they lie, cast, or those of some layers. They do not grow with the rows and are
+    # not counted: with more rows than layers, no other array has their shape.
+    parameters = {x.shape for x in jax.tree.leaves((program.trained, program.frozen))}
+    rows, of_layer = spec.model.layers + 1, {shape[1:] for shape in parameters}
+    ids = jax.ShapeDtypeStruct((rows, T), jnp.int32)
 
     def hidden(trained, frozen, ids):
         return program.model.apply(program.variables(trained, frozen), ids, method="hidden")
 
     kept = remat.kept_bytes(hidden, program.trained, program.frozen, ids)
-    # Weights are among them, as they lie or cast: what does not grow with the row is not counted.
-    parameters = {x.shape for x in jax.tree.leaves((program.trained, program.frozen))}
-    return sum(size for shape, size in kept if shape not in parameters)
+    weights = lambda shape: shape in parameters or shape[:1] < (rows,) and shape[1:] in of_layer  # noqa: E731
+    return sum(size for shape, size in kept if not weights(shape)) / rows
 
 
 def shape_of_one(shape, sizes: dict[str, int]):
@@ -284,6 +288,9 @@ def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bo
 def _row_bytes(config, shape, T: int, itemsize: int) -> float:
     """Approximate bytes of one row's activations: what is kept for the backward pass, and one layer at work."""
     products = itemsize * (8 * shape.width + 4 * hidden_per_token(shape))  # a token of a layer
+    keys, values = (shape.delta_value_heads * size for size in (shape.delta_key_dim, shape.delta_value_dim))
+    delta = 16 * (keys + values) + 8 * shape.delta_value_heads * CHUNK + 4 * keys * shape.delta_value_dim / CHUNK
+    products += 4 * delta * len(layers_with(shape, "delta")) / shape.layers  # in float32
     at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32
     kept = products + itemsize * shape.heads * T
     if config.model.remat != "none":  # auto makes do with what the mesh leaves

@@ -113,6 +113,29 @@ def test_remat_is_chosen_where_a_mesh_divides_little(tensor):
     assert "remat none: about" in auto_mesh.settle_remat(config, spec, machine, sizes, 64, jnp.dtype("float32"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "qwen3_5_text"])
+def test_activations_are_estimated_and_no_weights_are_among_them(kind):
+    """The quick estimate beside what the program keeps. In a hybrid, runs of layers read slices of the stacks."""
+    hf = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1000}
+    hf |= {"num_hidden_layers": 4, "vocab_size": 512, "head_dim": 8}
+    hf |= {"num_local_experts": 4} if kind == "gpt_oss" else {}
+    family, shape = families.from_hf(
+        {"model_type": kind, **{f"linear_{n}_head_dim": 16 for n in ("key", "value")}, **hf}
+    )
+    config = configs.default()
+    configs.override(config, ["model.remat=none", "tuning.method=full", "train.batch_size=8"])
+    programs.fill_defaults(config)
+    spec = Spec(shape, families.linear_names(family, shape), config.tuning, family)
+    kernels = programs.kernels(config, auto_mesh.here())
+    kept = {
+        preset: auto_mesh.saved_row_bytes(config, spec, preset, 64, jnp.float32, auto_mesh.ONE_DEVICE, kernels)
+        for preset in ("none", "full")
+    }
+    assert 0.5 < kept["none"] / auto_mesh._row_bytes(config, shape, 64, 4) < 2
+    inputs = 4 * 64 * shape.layers * shape.width
+    assert inputs <= kept["full"] < 2 * inputs
+
+
 def test_a_mesh_that_is_given_stays():
     config = configs.default()
     assert auto_mesh.settle(config, None, auto_mesh.here(), 64, None) == "" and config.mesh.data == -1
