@@ -6,12 +6,14 @@ anyone, and so may every other JSON file; a function that only such a file names
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ftjax.errors import FtjaxError, nearest
 
@@ -62,14 +64,28 @@ def load(named: str, key: str) -> Callable:
     return function
 
 
+_runs: list[object] = []  # one for each block of `held` that is running
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Within the block, `loaded` runs each file once, and anew in each block: a file that is edited during a run does
+    not change what the run computes, and no run begins with what an earlier one left in the variables of a module."""
+    _runs.append(object())
+    try:
+        yield
+    finally:
+        _runs.pop()
+
+
 def loaded(named: str, key: str) -> Callable:
-    """As `load`, but a file is run once for each time of its modification."""
+    """As `load`, but a file is run once for each time of its modification; see also `held`."""
     file = Path(named.rpartition(":")[0])
-    return _loaded(named, key, file.stat().st_mtime_ns if file.is_file() else None)
+    return _loaded(named, key, _runs[-1] if _runs else file.stat().st_mtime_ns if file.is_file() else None)
 
 
 @functools.lru_cache
-def _loaded(named: str, key: str, state: int | None) -> Callable:
+def _loaded(named: str, key: str, state: Any) -> Callable:
     return load(named, key)
 
 

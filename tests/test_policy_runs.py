@@ -9,19 +9,26 @@ from safetensors.numpy import load_file
 from tiny_labelled import WORDS, make, write
 
 import ftjax
+from ftjax import config as configs
 from ftjax.data.prepare import prepare
 from ftjax.hub.tokenizer import load_tokenizer
 from ftjax.tasks import policy
-from ftjax.training import sharding
+from ftjax.training import run_folder, sharding
 from ftjax.training.check import check
 from ftjax.training.job import scheduled
 from ftjax.training.report import read_metrics
 
 REWARD = """
+import pathlib
+
 GOOD = {good}
 
 def good(prediction, references, row):
     return sum(word in GOOD for word in prediction.split()) / 3
+
+def edited(prediction, references, row):
+    pathlib.Path(__file__).write_text("def edited(*given): return 9")
+    return good(prediction, references, row)
 
 def uneven(prediction, references, row):
     return 1 / row["n"] if row["n"] != 3 else {value}
@@ -128,13 +135,15 @@ def test_the_prompts_of_a_step_are_of_all_lengths(setting, tmp_path):
 def test_groups_without_spread_are_named_or_drawn_again(setting, tmp_path):
     shares = []
     for times in (0, 3):
-        c = setting(rollout__resample=str(times), train__steps="2", train__eval_every="2")
+        # A function whose file is edited during the run is the one that the run began with.
+        c = setting("edited", rollout__resample=str(times), train__steps="2", train__eval_every="2")
         c.run_dir = str(tmp_path / f"run{times}")
         ftjax.train(c, say=lambda text: None)
         found = read_metrics(c.run_dir)
         named = {row["step"]: row for row in found if "flat_groups" in row}
         for row in found:
             if "flat" in row:
+                assert row["reward"] <= 1
                 told = named.get(row["step"], {"flat_groups": 0, "rows": []})
                 assert row["flat"] == told["flat_groups"] / 4 == len(told["rows"]) / 4
                 assert all("prompts.jsonl row " in place for place in told["rows"])
@@ -168,6 +177,7 @@ def test_a_reward_that_fails_is_named_with_its_row(setting, value, message):
         ({"task__rewards": "()"}, "task.rewards: names no reward"),
         ({"task__rewards": "('coverag',)"}, 'task.rewards: unknown metric .coverag. .did you mean "coverage"'),
         ({"task__reward_weights": "(1.0, 2.0)"}, "task.reward_weights: expected 1 numbers"),
+        ({"task__rewards": "('unsupported',)"}, "task.reward_weights: less of unsupported is better, and a w"),
         ({"train__batch_size": "18"}, "train.batch_size: 18 answers cannot be split into groups of rollout.group=4"),
         ({"train__spike": "3"}, "train.spike: does not apply to task.kind policy; expected 0, found 3"),
         ({"tuning__method": "full"}, "tuning.method='full': changes parameters of the base model, which task.beta"),
@@ -194,6 +204,29 @@ def test_the_rule_for_worked_solutions_is_a_reward(setting, tmp_path, monkeypatc
     found = policy.rewards(c, part, np.array([0, 0, 1]), [[1]] * 3, [[1]] * 3, tokenizer)
     assert found["reward/number_match"].tolist() == [1, 0, 1]
     np.testing.assert_allclose(found["reward"], 2 * found["reward/number_match"] + 0.5 * found["reward/length"])
+
+
+def test_a_source_of_a_mixture_is_rewarded_by_its_own_settings(setting, tmp_path, monkeypatch):
+    """And as they are what a run trains on, they cannot change when it goes on."""
+    files = [
+        write(tmp_path / f"{name}.jsonl", [{"prompt": "it", name: word}]) for name, word in (("x", "a"), ("y", "b"))
+    ]
+    c = setting()
+    c.task.rewards = ("coverage",)
+    c.data.update(train="", split=(1.0, 0.0, 0.0))
+    c.data.mixture = tuple({"train": file, "evaluate.words": name} for file, name in zip(files, "xy", strict=True))
+    tokenizer = load_tokenizer(c.model.path)
+    part = prepare(c, tokenizer, 64).train
+    monkeypatch.setattr(policy, "continuations", lambda *given: ["a", "a", "b"])
+    found = policy.rewards(c, part, np.array([0, 1, 1]), [[1]] * 3, [[1]] * 3, tokenizer)
+    assert found["reward"].tolist() == [1, 0, 1]
+    other = configs.copy(c)
+    other.data.mixture[0]["evaluate.words"] = "y"
+    record = {"base": {}, "rows": "same"}
+    claimed = [record | {"config": config.to_dict()} for config in (c, other)]
+    run_folder._same_run(claimed[0], claimed[0], tmp_path)
+    with pytest.raises(ftjax.FtjaxError, match="data.mixture was .*'x'.*, is .*'y'"):
+        run_folder._same_run(*claimed, tmp_path)
 
 
 @pytest.mark.parametrize(

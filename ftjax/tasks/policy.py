@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ftjax import config as configs
 from ftjax import tasks, user_code, xla
 from ftjax.data import prepare, template, tokenise
 from ftjax.data.batches import Batches
@@ -156,11 +157,15 @@ def rewards(
     """
     check_rewards(config.task)
     answers = [answer_of(text) for text in continuations(tokenizer, prompts, new)]
-    known = {int(i): (part.row(i), [part.reference(i, tokenizer)], part.place(i)) for i in np.unique(rows)}
+    settings = [source.config.evaluate for source in configs.sources(config)]  # a source may set some of its own
+    known = {
+        int(i): (part.row(i), [part.reference(i, tokenizer)], part.place(i), settings[part.source[i]])
+        for i in np.unique(rows)
+    }
 
     def found() -> dict[str, list[float]]:
         return {
-            name: [_reward(name, answer, *known[int(i)], config) for i, answer in zip(rows, answers, strict=True)]
+            name: [_reward(name, answer, *known[int(i)]) for i, answer in zip(rows, answers, strict=True)]
             for name in config.task.rewards
             if not _is_model(name)
         }
@@ -176,21 +181,26 @@ def rewards(
 
 
 def check_rewards(task) -> None:
-    """Raise FtjaxError if config.task names no rewards, unknown ones, or another number of weights."""
+    """Raise FtjaxError if config.task names no rewards, unknown ones, or another number of weights, and if its weights
+    reward more of what is better the less there is."""
     if not task.rewards:
         raise FtjaxError(
             "task.rewards: names no reward; expected metrics that `ftjax metrics` lists, such as number_match, or your "
             "own functions as file.py:name (or task.environment). Functions that only the config of a run folder names "
             "are not run: name them in the command"
         )
-    for name in task.rewards:
-        if not _is_model(name):
-            metrics.find(name, "task.rewards")
-    if task.reward_weights and len(task.reward_weights) != len(task.rewards):
+    weights = task.reward_weights or [1.0] * len(task.rewards)
+    if len(weights) != len(task.rewards):
         raise FtjaxError(
             f"task.reward_weights: expected {len(task.rewards)} numbers, one for each of task.rewards; found "
-            f"{len(task.reward_weights)}"
+            f"{len(weights)}"
         )
+    for name, weight in zip(task.rewards, weights, strict=True):
+        if not _is_model(name) and metrics.find(name, "task.rewards").higher is False and weight > 0:
+            raise FtjaxError(
+                f"task.reward_weights: less of {name} is better, and a weight of {weight:g} rewards more of it; "
+                "expected a weight below 0"
+            )
 
 
 def _is_model(name: str) -> bool:
@@ -207,12 +217,12 @@ def _judge(path: str, tokenizer, mesh) -> LM:
     return judge.applied(jax.device_put(judge.variables, NamedSharding(mesh, PartitionSpec())))
 
 
-def _reward(name: str, answer: str, row: dict, references: list[str], place: str, config) -> float:
+def _reward(name: str, answer: str, row: dict, references: list[str], place: str, settings) -> float:
     metric = metrics.find(name, "task.rewards")
     if metric.compares and not any(text.strip() for text in references):
         raise FtjaxError(f"{place}: has no answer, with which the reward {name} of task.rewards compares")
     try:
-        value = metric.row(answer, references, row, config.evaluate)
+        value = metric.row(answer, references, row, settings)
     except FtjaxError as error:
         raise FtjaxError(f"{place}, answer {answer!r}: {error}") from error
     if value is None:

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import cpus, stops
+from ftjax import cpus, stops, user_code
 from ftjax import progress as signs
 from ftjax.data import canaries
 from ftjax.data.preview import show
@@ -45,6 +45,7 @@ AHEAD = 2  # most steps that are queued on the devices, so that a signal is hear
 
 
 @hosts.together()
+@user_code.held()
 def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
     """Train as `config` says, or resume the run in the folder `config.run_dir`.
 

@@ -195,7 +195,7 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     same = {group for group in fingerprint.GROUPS if group in old["base"] and old["base"][group] == new["base"][group]}
     if new["rows"] == old.get("rows"):
         same.add("rows")
-        now["data.mixture"], before["data.mixture"] = (_unnamed(flat["data.mixture"]) for flat in (now, before))
+        now["data.mixture"], before["data.mixture"] = map(_unnamed, (now, before))
     elif "rows" in old:
         changes.append("the rows in its data files are not those that it was started on")
     changed = _changed(before, now, *(key for group in same for key in NAMES.get(group, ())))
@@ -232,16 +232,20 @@ def check_record(config, record: dict, run_dir: Path, step: int) -> None:
 def _changed(before: dict, now: dict, *free: str) -> list[str]:
     """The keys of two flat configs whose values differ although they may not: they are neither in FREE nor in `free`,
     or the task is trained by them."""
-    trained_by = DRAWN if tasks.find(now["task.kind"]).collect else ()
-    fixed = [key for key in now if key in trained_by or not key.startswith((*FREE, *free))]
+    fixed = [key for key in now if key in _drawn_by(now) or not key.startswith((*FREE, *free))]
     return [key for key in fixed if now[key] != before[key]]
 
 
-def _unnamed(mixture: tuple) -> list[dict]:
-    """The entries of data.mixture without the names of their files, and without what may change when a run is
-    resumed."""
-    named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in mixture]
-    free = ("train", "validation", "test", *configs.OWN)
+def _drawn_by(flat: dict) -> tuple[str, ...]:
+    """The fields of DRAWN if the task of a flat config is trained by them, else none."""
+    return DRAWN if tasks.find(flat["task.kind"]).collect else ()
+
+
+def _unnamed(flat: dict) -> list[dict]:
+    """The entries of data.mixture of a flat config, without the names of their files, and without what may change when
+    a run is resumed."""
+    named = [{"name": Path(entry["train"]).stem} | dict(entry) for entry in flat["data.mixture"]]
+    free = ("train", "validation", "test", *{*configs.OWN}.difference(_drawn_by(flat)))
     return [{k: v for k, v in entry.items() if k not in free} for entry in named]
 
 
