@@ -48,7 +48,7 @@ def setting(tmp_path):
 
     def made(name="run", **overrides):
         usual = {"task__kind": "causal", "task__reference": str(teacher), "data__max_length": "24", "train__steps": "4"}
-        c = config(tmp_path, base, generate__max_new_tokens="4", **usual | overrides)
+        c = config(tmp_path, base, **{"generate__max_new_tokens": "4"} | usual | overrides)
         c.run_dir = str(tmp_path / name)
         c.data.update(train=train, validation=held, test="", split=(1.0, 0.0, 0.0), buckets=1)
         c.train.update(batch_size=8, log_every=1, eval_every=2)
@@ -171,6 +171,10 @@ def test_a_student_comes_nearer_to_its_teacher(setting):
 def test_what_cannot_teach_is_refused(setting, tmp_path):
     with pytest.raises(ftjax.FtjaxError, match="task.reference: task.kind gkd needs a teacher"):
         ftjax.train(setting(task__kind="gkd", task__reference=""), **quiet)
+    # An own answer could be longer than a row, which was found out where it was drawn.
+    with pytest.raises(ftjax.FtjaxError, match="rows.jsonl row .*: its prompt has . tokens, which leaves no ro"):
+        ftjax.train(setting(task__kind="gkd", generate__max_new_tokens="22"), **quiet)
+    prepared(setting(task__kind="gkd", generate__max_new_tokens="22", rollout__own="0"), lambda line: None)
     with pytest.raises(
         ftjax.FtjaxError, match=r"task.reference: .* has 512 tokens and .* has 19, and they differ, first"
     ):

@@ -71,7 +71,8 @@ class Task:
         arrays: Names of further arrays (B, M) float32 that `sums` reads from a batch, for a plan without rows.
         private: Whether one row is one example whose loss depends on no other row, so that training can bound what an
             example changes, see training.privacy.
-        check: check(config, method, spec) raises FtjaxError where a tuning method, with its Spec, cannot be used.
+        check: check(config, method, spec, data) raises FtjaxError where a tuning method, with its Spec, or a row cannot
+            be used.
 
     What a row is:
         encode: encode(Labelled, tokenizer, rows, places) -> examples: one for each row, unless Example.row says which;
@@ -130,7 +131,7 @@ class Task:
     whole_rows: bool = False
     arrays: tuple[str, ...] = ()
     private: bool = False
-    check: Callable = lambda config, method, spec: None
+    check: Callable = lambda config, method, spec, data: None
     encode: Callable | None = None
     recipe: Callable | None = None
     columns: Columns = Columns()

@@ -47,10 +47,14 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
     return Collected([batch])
 
 
-def check(config, method, spec) -> None:
-    """See Task.check."""
+def check(config, method, spec, data) -> None:
+    """See Task.check: the student needs room for an answer to each prompt."""
     if not config.task.reference:
         raise FtjaxError("task.reference: task.kind gkd needs a teacher; name its directory, adapter or run folder")
+    most, length = config.generate.max_new_tokens, data.train.examples.length
+    for i in np.flatnonzero(length + most > data.max_length) if config.rollout.own else ():
+        if (first := start(data.train.examples[i])) + most > data.max_length:
+            raise policy.no_room(data.train.place(int(i)), first, most, data.max_length, "remove the row")
 
 
 TASK = dataclasses.replace(

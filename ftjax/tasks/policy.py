@@ -85,15 +85,21 @@ class Prompts(prepare.Recipe):
     def check_room(self, ids, place: str) -> None:
         """Raise FtjaxError if the ids of a prompt leave no room for an answer."""
         if len(ids) + self.max_new_tokens > self.max_length:
-            raise FtjaxError(
-                f"{place}: its prompt has {len(ids):,} tokens, which leaves no room for "
-                f"generate.max_new_tokens={self.max_new_tokens:,} within {self.max_length:,} (data.max_length, or "
-                "the model's positions); lower the one or raise the other, or leave such rows out by data.long=drop"
+            raise no_room(
+                place, len(ids), self.max_new_tokens, self.max_length, "leave such rows out by data.long=drop"
             )
 
     def given(self, prompt: str | list, row: dict, place: str) -> Rendered:
         """A prompt that an environment gives, text or messages, in place of the row's own."""
         return dataclasses.replace(self, prompt="")._open(_asking(prompt, row), place)
+
+
+def no_room(place: str, tokens: int, new: int, most: int, remedy: str) -> FtjaxError:
+    """The error for a prompt of `tokens` tokens without room for `new` more, of `most`. remedy: what else to do."""
+    return FtjaxError(
+        f"{place}: its prompt has {tokens:,} tokens, which leaves no room for generate.max_new_tokens={new:,} within "
+        f"{most:,} (data.max_length, or the model's positions); lower the one or raise the other, or {remedy}"
+    )
 
 
 def _asking(prompt: str | list, row: dict) -> dict:
@@ -578,7 +584,7 @@ def measure(lm, variables, part, config) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------- the task
 
 
-def check(config, method, spec) -> None:
+def check(config, method, spec, data) -> None:
     """See Task.check."""
     task, rollout = config.task, config.rollout
     if task.environment:

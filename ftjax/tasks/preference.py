@@ -245,7 +245,7 @@ def recipe(config, data, columns: list[str], max_length: int, max_positions: int
     return Answers(**how, label=label), guessed
 
 
-def check(config, method, spec) -> None:
+def check(config, method, spec, data) -> None:
     """See Task.check: the settings must suit the loss, and where the base model is the reference, the method has to
     leave its parameters as they are."""
     loss, smoothing = config.task.loss, config.train.label_smoothing

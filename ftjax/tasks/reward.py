@@ -86,7 +86,7 @@ def recipe(config, data, columns: list[str], max_length: int, max_positions: int
     return Scored(**how, max_length=max_length, cut=cut, margin="margin" in columns), guessed
 
 
-def check(config, method, spec) -> None:
+def check(config, method, spec, data) -> None:
     """See Task.check: the score is read at the last token, which must have seen the whole text."""
     if not spec.model.causal:
         raise FtjaxError(f"task.kind=reward: needs a causal model; found a {spec.family.model_type} model")

@@ -291,7 +291,7 @@ def rows_of(config, base: Base) -> tuple[Data, Base]:
             read = {getattr(recipe, key) for recipe in recipes}
             group[key] = read.pop() if len(read) == 1 else group[key]  # files and sources may name it differently
     shape = with_task(config, family, shape, base.folder, len(data.labels))
-    task.check(config, METHODS[config.tuning.method], base.spec)
+    task.check(config, METHODS[config.tuning.method], base.spec, data)
     spec = base.spec._replace(model=shape, names=families.linear_names(family, shape))
     return data, dataclasses.replace(base, spec=spec)
 
