@@ -222,6 +222,8 @@ def test_a_run_learns_in_an_environment_and_a_run_folder_names_no_code(setting, 
     assert again["reward"] > 0.5 and again["turns"] == 3
     with pytest.raises(ftjax.FtjaxError, match="generate.best_of: does not apply to task.environment"):
         ftjax.evaluate(c.run_dir, c.data.train, overrides=[*named, "generate.best_of=2"], say=lambda text: None)
+    with pytest.raises(ftjax.FtjaxError, match="--generate answers every prompt once, and this model plays whole epis"):
+        ftjax.evaluate(c.run_dir, c.data.train, overrides=named, generate=True, say=lambda text: None)
 
 
 HIT = """

@@ -75,9 +75,11 @@ def test_a_run_learns_what_is_rewarded(setting, tmp_path):
     # The reward of a run folder is code that only the user may name.
     with pytest.raises(ftjax.FtjaxError, match="task.rewards: names no reward"):
         ftjax.evaluate(c.run_dir, c.data.train, say=lambda text: None)
-    named = [f"task.rewards={c.task.rewards[0]}"]
+    named = [f"task.rewards={c.task.rewards[0]}", "evaluate.metrics=length"]
     again = ftjax.evaluate(c.run_dir, c.data.train, overrides=named, say=lambda text: None)
-    assert again["reward"] > 0.3
+    assert again["reward"] > 0.3 and "samples" not in again
+    again = ftjax.evaluate(c.run_dir, c.data.train, overrides=named, generate=True, say=lambda text: None)
+    assert again["length"] <= 3 and len(again["samples"]) > 1
     # The run is bound to the function's file, and a check does not run it.
     file, said = tmp_path / "reward.py", []
     file.write_text(file.read_text() + f"\nopen({str(tmp_path / 'was run')!r}, 'w').close()\n")

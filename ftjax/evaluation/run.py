@@ -67,12 +67,16 @@ def evaluate(
         _check_others(model, config)
     lm = model if isinstance(model, LM) else load(model)
     prepared = _rows(lm, data, config, say, overrides)
+    task = tasks.find(config.task.kind)
+    if generate and (lm.kind != "causal" or task.measure and config.task.environment):
+        of = "plays whole episodes of task.environment" if lm.kind == "causal" else f"has the task {lm.kind}"
+        raise FtjaxError(f"evaluate: --generate answers every prompt once, and this model {of}; leave it out")
     if lm.kind != "causal":
         return judge.judge(lm, prepared.test, prepared, config)
-    rows = config.evaluate.batch_size or config.train.batch_size or 16
-    task = tasks.find(config.task.kind)
     if task.measure:
-        return task.measure(lm, lm.variables, prepared.test, config)
+        report = task.measure(lm, lm.variables, prepared.test, config)
+        return report | (_answers(lm, prepared, config) if generate else {})
+    rows = config.evaluate.batch_size or config.train.batch_size or 16
     plain = Batches(
         prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
         **task.layout(config, lm.tokenizer),
@@ -88,10 +92,13 @@ def evaluate(
     if task.texts == 2:  # the loss is not that of tokens
         del report["perplexity"]
         report["pairs"] = report.pop("tokens")
-    if generate:
-        scores, samples = compare.by_source(lm, lm.variables, prepared.test.desirable(), config)
-        report |= scores | {"samples": samples}
-    return report
+    return report | (_answers(lm, prepared, config) if generate else {})
+
+
+def _answers(lm: LM, prepared: Data, config) -> dict:
+    """The scores of generated answers, and the answers as `samples`."""
+    scores, samples = compare.by_source(lm, lm.variables, prepared.test.desirable(), config)
+    return scores | {"samples": samples}
 
 
 def _rows(lm: LM, data: str | None, config, say, overrides: Sequence[str], truths: bool = True) -> Data:
