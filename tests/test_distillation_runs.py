@@ -289,10 +289,10 @@ def test_a_teacher_of_hidden_states_has_the_same_tokens(encoders, tmp_path):
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [2]}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2-window", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral", "qwen2-window", "qwen3_moe", "qwen2_moe"])
 def test_a_student_is_the_model_of_its_layers(name, tmp_path):
     """transformers without the other layers has the logits that transformers reads from the written directory."""
-    more = {"qwen3_moe": ("qwen3_moe", tiny_models.SIZES | MIXED)}
+    more = {kind: (kind, tiny_models.SIZES | MIXED) for kind in ("qwen3_moe", "qwen2_moe")}
     kept, model = (0, 2), tiny_models.make(*(tiny_models.VARIANTS | more)[name])
     model.save_pretrained(tmp_path / "whole")
     out = student(str(tmp_path / "whole"), kept, tmp_path / "small")

@@ -51,6 +51,8 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
         hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
         if shape.windows or smaller.rotary or shape.parts or "layer_types" in hf:
             hf |= families.layers_to_hf(smaller, family)
+        if len(types := hf.get("layer_types") or ()) == shape.layers:  # transformers writes it for more families
+            hf["layer_types"] = [types[i] for i in kept]
         resolve.write_json(written / "config.json", families.with_text_part(whole, family, hf))
         if families.read_config(written)[1] != smaller:
             raise FtjaxError(
