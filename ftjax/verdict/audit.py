@@ -1,6 +1,6 @@
 """`ftjax audit RUN`: how well an attacker tells training rows from others, and what that says of a private run.
 
-N members (rows that were trained on), O others, m canaries.
+N members (rows that the checkpoint was trained on), O others, m canaries.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from ftjax.lm import open_base
 from ftjax.loading import load
 from ftjax.objectives import causal
 from ftjax.pages import macros
+from ftjax.training import privacy, sharding
+from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.job import scheduled
 from ftjax.training.run_folder import read_record, run_config
 from ftjax.verdict.memorisation import exposure
 
@@ -75,9 +78,12 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     if not len(others):
         raise FtjaxError("audit: the run has no held-out rows; name rows of the same source by --data")
     planted = sum(canary["planted"] for canary in found.canaries)
-    last = found.train.pieces[-1]
-    members = len(found.train) - int((last.kept >= len(last.table) - planted).sum())
-    sides = found.train.examples.select(_spread(members, rows)), others.examples.select(_spread(len(others), rows))
+    saved = Checkpoints(run_dir, read_only=True)
+    steps = saved.best() if config.export.checkpoint == "best" else saved.latest()
+    saved.close()
+    members = drawn(config, found, lm.tokenizer, steps, planted)
+    members = members[_spread(len(members), rows)]
+    sides = found.train.examples.select(members), others.examples.select(_spread(len(others), rows))
 
     base = None
     if task.head == "causal":  # with the rows of tokens that the run added, as they were before the first step
@@ -119,6 +125,35 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     replace_json(run_dir / FILE, report)
     say(text(report) + f"\nthe report is in {run_dir / FILE}")
     return report
+
+
+def drawn(config, data, tokenizer, steps: int, planted: int = 0) -> np.ndarray:
+    """Indices of the training examples, canaries aside, that the first steps of a run were given.
+
+    A run of less than an epoch, the draws of a private run and the shares of a mixture leave examples out.
+
+    Args:
+        config: The run's config.
+        data: Its rows.
+        tokenizer: Its tokenizer.
+        steps: Number of steps.
+        planted: Number of canaries, which are the last rows.
+
+    Raises:
+        FtjaxError: If a private run's secret is not in its folder, or if there is no such example.
+    """
+    if config.privacy.epsilon and not (file := Path(config.run_dir) / privacy.SECRET).is_file():
+        raise FtjaxError(f"audit: {file} is missing, from which the rows of each step follow; restore the file")
+    mesh = sharding.abstract_mesh({"sequence": max(1, config.mesh.sequence)})
+    batches, last, seen = scheduled(config, data, mesh, tokenizer).batches, data.train.pieces[-1], np.zeros(0, int)
+    for step in range(steps):
+        seen = np.union1d(seen, np.concatenate(batches.rows(step)))
+        if len(seen) == len(data.train):
+            break
+    seen = seen[seen < len(data.train) - np.count_nonzero(last.kept >= len(last.table) - planted)]
+    if not len(seen):
+        raise FtjaxError(f"audit: {config.run_dir} has a checkpoint that was trained on no row of data.train; train on")
+    return seen
 
 
 def scores(config, lm, base, examples) -> dict[str, np.ndarray]:
@@ -237,7 +272,7 @@ def one_run_epsilon(planted: np.ndarray, others: np.ndarray, delta: float) -> fl
         delta: That of the guarantee.
     """
     truths = np.repeat([True, False], [len(planted), len(others)])
-    order = np.argsort(-np.concatenate([planted, others]), kind="stable")
+    order = np.lexsort((truths, -np.concatenate([planted, others])))  # of equal scores, every guess is wrong
     truths, m, found = truths[order], len(truths), 0.0
     for part in (1, 2, 4, 8):
         half = m // (2 * part)

@@ -16,7 +16,9 @@ from ftjax.data.canaries import plant
 from ftjax.data.read import read_table
 from ftjax.errors import FtjaxError
 from ftjax.training import privacy
-from ftjax.verdict.audit import _verdict, attack, audit, least_epsilon, one_run_epsilon, p_value
+from ftjax.training.job import prepared
+from ftjax.training.run_folder import run_config
+from ftjax.verdict.audit import _verdict, attack, audit, drawn, least_epsilon, one_run_epsilon, p_value
 
 RNG = np.random.default_rng(0)
 
@@ -56,6 +58,7 @@ def test_bounds_keep_below_the_epsilon_of_randomised_response():
     for found in proven.values():
         assert np.mean(np.array(found) > 1) <= 0.05 + 0.05
     assert np.median(proven["canaries"]) > 0.5
+    assert one_run_epsilon(np.zeros(200), np.zeros(200), 0.0) == 0  # scores that tie prove nothing
     assert one_run_epsilon(np.ones(200), np.zeros(200), 0.0) > 4 and least_epsilon(np.ones(200), np.zeros(200), 0) > 3
 
 
@@ -123,6 +126,12 @@ def test_the_attack_succeeds_on_a_run_that_memorises(tmp_path, base, capsys):
     assert "The attack tells training rows from others. The run has no guarantee." in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "canaries.jsonl").read_text().splitlines()]
     assert len(rows) == 80 and sum(row["planted"] for row in rows) == report["canaries"]["planted"]
+    # Had the run ended after one step, only the rows of this step would be members.
+    c = run_config(folder)
+    job = prepared(c, lambda line: None)
+    assert drawn(c, job.data, job.tokenizer, 1).tolist() == sorted(np.concatenate(job.batches.rows(0)).tolist())
+    with pytest.raises(FtjaxError, match="audit: .* has a checkpoint that was trained on no row of data.train"):
+        drawn(c, job.data, job.tokenizer, 0)
     rows = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows + '{"text": "film", "label": "good"}\n')
     with pytest.raises(FtjaxError, match="the rows that .* was trained on have changed"):
@@ -136,3 +145,6 @@ def test_the_attack_falls_to_chance_at_epsilon_2(tmp_path, base, monkeypatch):
     assert not report["succeeds"] and all(a["low"] <= 0.5 <= a["high"] for a in report["attacks"].values())
     assert report["epsilon"]["canaries"] < report["epsilon"]["computed"] <= 2
     assert report["verdict"].endswith("Nothing contradicts the guarantee.")
+    (tmp_path / "run/secret").unlink()
+    with pytest.raises(FtjaxError, match="audit: .*secret is missing, from which the rows of each step follow"):
+        audit(folder)
