@@ -470,7 +470,7 @@ def _begun(cache: dict, shared: dict, places, padding) -> dict:
         new = jax.vmap(lambda at: jnp.take(row, at, SLOTS[name], mode="clip"), out_axes=rows)(places + padding)
         return _over(old, new)
 
-    segments = cache["segments"].at[:, : places.shape[1]].set(places >= 0)
+    segments = _over(cache["segments"], (places >= 0).astype(cache["segments"].dtype))
     return _layers(taken, cache, shared) | {"segments": segments, "length": jnp.int32(places.shape[1])}
 
 
@@ -526,11 +526,16 @@ def _emit(rules: Rules, keys, n, logits, state: State) -> State:
         logits = truncated(logits, *rules.sampling)
         of_token = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
         kept = jnp.packbits(logits > EXCLUDED, axis=-1) if scores[1].size else scores[1][:, 0]
-        scores = tuple(x.at[:, n].set(at_n) for x, at_n in zip(scores, (of_token[:, 0], kept), strict=True))
+        scores = _put(scores[0], of_token[:, 0], n), _put(scores[1], kept, n)
     done = state.done | jnp.isin(token, jnp.array(rules.end_tokens, jnp.int32))
     return state._replace(
-        token=token, new=state.new.at[:, n].set(token), counts=state.counts + ~done, done=done, scores=scores
+        token=token, new=_put(state.new, token, n), counts=state.counts + ~done, done=done, scores=scores
     )
+
+
+def _put(x, column, n):
+    """x (B, M, ...) with `column` (B, ...) at its place n. A scatter takes longer, to compile too."""
+    return jax.lax.dynamic_update_slice_in_dim(x, column[:, None], n, 1)
 
 
 def choose(logits, keys, temperature: float, top_k: int, top_p: float):
