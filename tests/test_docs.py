@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from ftjax import assets
+from ftjax import config as configs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A command is run as it stands but for its length: few steps and rows, and few programs, of one layer and one width.
+# A command is run as it stands but for its length: few steps and rows, see also `first_rows`, and few programs, of one
+# layer and one width.
 SMALL = ("model.unroll=1", "data.buckets=1")
 SHORT = {
     "train": (
@@ -29,6 +33,18 @@ def commands(body: str) -> list[list[str]]:
     """The `ftjax` commands of a shell block, each as its arguments."""
     parts = [part.strip() for line in body.splitlines() for part in line.split("&&")]
     return [shlex.split(part)[1:] for part in parts if part.startswith("ftjax ")]
+
+
+def first_rows(arguments: list[str], folder: Path) -> list[str]:
+    """The override for a run whose config has a test part that comes with ftjax: only its first rows are scored."""
+    given = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
+    name = configs.load(folder / arguments[arguments.index("--config") + 1], given).data.test
+    if arguments[0] != "train" or not name.startswith(assets.PREFIX):
+        return []
+    short = folder / "short" / name.removeprefix(assets.PREFIX)
+    short.parent.mkdir(parents=True, exist_ok=True)
+    short.write_text("".join(Path(assets.resolve(name)).read_text().splitlines(keepends=True)[:64]))
+    return [f"--config.data.test={short.relative_to(folder)}"]
 
 
 def anchors(text: str) -> set[str]:
@@ -69,7 +85,9 @@ def test_documentation_runs(tmp_path, forks):
                 assert status == 0, f"{page.name}: {body}\n{said}"
                 ran += 1
             for arguments in commands(body) if language == "bash" else ():
-                arguments = arguments + [f"--config.{field}" for field in SHORT.get(arguments[0], ())]
+                if fields := SHORT.get(arguments[0]):
+                    arguments += [f"--config.{field}" for field in fields]
+                    arguments += first_rows(arguments, tmp_path)
                 if tuple(arguments) in seen:
                     continue
                 seen.add(tuple(arguments))
