@@ -282,7 +282,7 @@ def test_what_cannot_be_used_with_an_environment_is_refused(setting, settings, m
     c = setting()
     ftjax.config.override(c, [f"{key}={value}" for key, value in settings.items()])
     with pytest.raises(ftjax.FtjaxError, match=message):
-        policy.check(c, None, None)
+        policy.check(c, None, None, None)
 
 
 def test_a_stop_string_is_the_token_that_follows_other_text():
