@@ -393,6 +393,7 @@ def test_a_lora_on_experts_made_by_peft_loads_trains_and_merges(quantise):
     tiny.torch.nn.functional.cross_entropy(theirs[0, :-1], tiny.torch.tensor(ids)[0, 1:]).backward()
     tensors = {name: x.float().numpy() for name, x in get_peft_model_state_dict(peft).items()}
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": ranks, "target_parameters": some}
+    config["target_modules"] = ["q_proj"]
     trained, fields = METHODS["lora"].from_peft(config, tensors, pair.params, pair.spec)
     assert {x for x in fields["targets"] if "experts" in x} == {f"model.{x}" for x in some[1:]} | {
         f"model.layers.{i}.mlp.experts.down_proj" for i in range(3)
