@@ -37,10 +37,11 @@ from ftjax.plan.run import plan
 from ftjax.training import optimizer as optimizers
 from ftjax.training import program as programs
 from ftjax.training import run_folder, step
+from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.job import prepared
 from ftjax.tree import flatten
 from ftjax.tuning import METHODS, adapters
-from ftjax.verdict.audit import audit
+from ftjax.verdict.audit import audit, drawn
 
 BASE = Path(assets.resolve("builtin:stories260K"))
 IDS = (7, 50, 51, 52)  # the first has a row in the files
@@ -299,7 +300,9 @@ def test_a_run_with_new_tokens(config):
     report = evaluate(str(run), config.data.train, None, generate=False, say=lambda line: None)
     assert np.isfinite(report["loss"])
     attacked = audit(run, config.data.train, say=lambda line: None)  # the base has rows for these tokens too
-    trained_on = prepared(configs.copy(config), said.append).data.train.examples
+    job = prepared(configs.copy(config), said.append)
+    steps = Checkpoints(run, read_only=True).best()
+    trained_on = job.data.train.examples.select(drawn(job.config, job.data, job.tokenizer, steps))
     members = [(tuple(example.ids), tuple(example.trained)) for example in trained_on]
     scores = {}
     for example in set(members):
@@ -390,7 +393,7 @@ def test_what_makes_no_sense_is_refused(config, fields, message):
         programs.check_method(new, family, shape)
         shape = with_tokens(new, shape, tokenizers.of_run(new, BASE)[0])
         spec = tiny.spec(family, shape)._replace(tuning=new.tuning)
-        tasks.find(new.task.kind).check(new, METHODS[new.tuning.method], spec)
+        tasks.find(new.task.kind).check(new, METHODS[new.tuning.method], spec, None)
         programs.build(new, spec, programs.sharding.make_mesh(new.mesh), np.dtype("float32"), 2)
 
 
