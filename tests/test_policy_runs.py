@@ -156,7 +156,7 @@ def test_groups_without_spread_are_named_or_drawn_again(setting, tmp_path):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ("1 / 0", "reward.py:uneven' failed at line 8: ZeroDivisionError"),
+        ("1 / 0", "reward.py:uneven' failed at line 14: ZeroDivisionError"),
         ("float('nan')", "reward.py:uneven' returned nan; expected a finite number of at most 1e.18 for each answer$"),
         ("1e19", "reward.py:uneven' returned 1e.19; expected a finite number of at most 1e.18"),
         (

@@ -74,8 +74,8 @@ def evaluate(
     if lm.kind != "causal":
         return judge.judge(lm, prepared.test, prepared, config)
     if task.measure:
-        report = task.measure(lm, lm.variables, prepared.test, config)
-        return report | (_answers(lm, prepared, config) if generate else {})
+        measured = task.measure(lm, lm.variables, prepared.test, config)
+        return measured | (_answers(lm, prepared, config) if generate else {})
     rows = config.evaluate.batch_size or config.train.batch_size or 16
     plain = Batches(
         prepared.test.examples, rows, prepared.max_length, buckets=config.data.buckets, shuffle=False,
