@@ -34,13 +34,21 @@ def of_disk(error: BaseException) -> str:
     Libraries raise their own exceptions for such errors, and their text contains the operating system's message.
     """
     if isinstance(error, OSError) and error.errno in OF_DISKS:
-        if error.filename is None and error.errno == errno.ENOENT:  # os.getcwd() names no folder
+        if error.errno == errno.ENOENT and error.filename is None and _folder_is_gone():
             return "the folder that this command runs in does not exist any more; change to another one"
         file = "" if error.filename is None else f"{error.filename}: "
         exists = "a file, or a link to nothing, where a folder is expected"
         return f"{file}{exists if error.errno == errno.EEXIST else error.strerror}"
     texts = [os.strerror(number) for number in OF_DISKS[:7]]
     return reason(error) if any(text in str(error) for text in texts) else ""
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def reason(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
 
 import ftjax
@@ -218,6 +219,9 @@ def test_errors_of_libraries_for_disks_are_known():
 
 
 def test_a_command_in_a_folder_that_is_gone_says_so(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as error:
+        pyarrow.memory_map(str(tmp_path / "x"))  # an error that has its file in the message alone
+    assert str(tmp_path / "x") in of_disk(error.value)
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
     with pytest.raises(FileNotFoundError) as error:
