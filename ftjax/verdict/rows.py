@@ -60,9 +60,11 @@ def _files(text: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.is_file())
+        return sorted(file for file in path.rglob("*") if file.is_file())
     pieces = [piece.strip() for piece in (*text.split(","), text.rpartition(":")[0]) if piece.strip()]
-    found = [Path(name) for piece in pieces for name in sorted(glob.glob(piece)) or [assets.resolve(piece)]]
+    found = [
+        Path(name) for piece in pieces for name in sorted(glob.glob(piece, recursive=True)) or [assets.resolve(piece)]
+    ]
     return [file for file in found if file.is_file()]
 
 

@@ -170,19 +170,26 @@ def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_a
 
 def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
     c = small(tmp_path)
-    for name in ("a.jsonl", "b.jsonl", "own.py", "general.txt"):
+    (tmp_path / "set/data/deep").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "own.py", "general.txt", "set/data/v.jsonl", "set/data/deep/d.jsonl"):
         (tmp_path / name).write_text(f"{name}\n")
+    c.data.update(validation=str(tmp_path / "set"), decontaminate=(f"{tmp_path}/set/data/**/d.jsonl",))
     c.data.update(train=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", test=f"{tmp_path}/[ab].jsonl")
     c.evaluate.update(metrics=("rouge_l", f"{tmp_path}/own.py:score"), forgetting=str(tmp_path / "general.txt"))
     before = rows.contents(c)
     assert list(before) == [
         f"content of {key}"
-        for key in ("model.path", "data.train", "data.test", "evaluate.metrics", "evaluate.forgetting")
-    ]
+        for key in (
+            "model.path", "data.train", "data.validation", "data.test", "data.decontaminate", "evaluate.metrics",
+            "evaluate.forgetting",
+        )
+    ]  # fmt: skip
     for name, changed in (
         ("b.jsonl", {"content of data.train", "content of data.test"}),
         ("own.py", {"content of evaluate.metrics"}),
         ("general.txt", {"content of evaluate.forgetting"}),
+        ("set/data/v.jsonl", {"content of data.validation"}),
+        ("set/data/deep/d.jsonl", {"content of data.validation", "content of data.decontaminate"}),
     ):
         (tmp_path / name).write_text("something else\n")
         assert {key for key, value in rows.contents(c).items() if value != before[key]} == changed
