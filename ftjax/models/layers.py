@@ -116,8 +116,8 @@ project_groups.defvjp(_project_groups_fwd, _project_groups_bwd)
 def parameter(module: nn.Module, name: str, start: nn.initializers.Initializer, shape: tuple[int, ...]):
     """The parameter of a module: an array of this shape, or a Quantised.
 
-    As `module.param`, which takes a fifth of the time in which a model is traced, because it traces the initialiser of
-    each parameter to learn its shape.
+    It gives what `module.param` gives. That traces the initialiser of each parameter to learn its shape, which takes a
+    fifth of the time in which a model is traced.
     """
     value = module.get_variable("params", name)
     if value is None:

@@ -289,6 +289,7 @@ def _row_bytes(config, shape, T: int, itemsize: int) -> float:
     """Approximate bytes of one row's activations: what is kept for the backward pass, and one layer at work."""
     products = itemsize * (8 * shape.width + 4 * hidden_per_token(shape))  # a token of a layer
     keys, values = (shape.delta_value_heads * size for size in (shape.delta_key_dim, shape.delta_value_dim))
+    # What `delta.chunked` keeps of a token: its arrays (H, d) and (H, e), its rows of (c, c), its share of the states.
     delta = 16 * (keys + values) + 8 * shape.delta_value_heads * CHUNK + 4 * keys * shape.delta_value_dim / CHUNK
     products += 4 * delta * len(layers_with(shape, "delta")) / shape.layers  # in float32
     at_work = products + 12 * shape.heads * T  # scores, probabilities and their gradients in float32

@@ -145,15 +145,16 @@ def drawn(config, data, tokenizer, steps: int, planted: int = 0) -> np.ndarray:
     if config.privacy.epsilon and not (file := Path(config.run_dir) / privacy.SECRET).is_file():
         raise FtjaxError(f"audit: {file} is missing, from which the rows of each step follow; restore the file")
     mesh = sharding.abstract_mesh({"sequence": max(1, config.mesh.sequence)})
-    batches, last, seen = scheduled(config, data, mesh, tokenizer).batches, data.train.pieces[-1], np.zeros(0, int)
+    batches, last = scheduled(config, data, mesh, tokenizer).batches, data.train.pieces[-1]
+    seen = np.zeros(len(data.train), bool)
     for step in range(steps):
-        seen = np.union1d(seen, np.concatenate(batches.rows(step)))
-        if len(seen) == len(data.train):
+        seen[np.concatenate(batches.rows(step))] = True
+        if seen.all():
             break
-    seen = seen[seen < len(data.train) - np.count_nonzero(last.kept >= len(last.table) - planted)]
-    if not len(seen):
+    seen[len(seen) - np.count_nonzero(last.kept >= len(last.table) - planted) :] = False
+    if not seen.any():
         raise FtjaxError(f"audit: {config.run_dir} has a checkpoint that was trained on no row of data.train; train on")
-    return seen
+    return np.flatnonzero(seen)
 
 
 def scores(config, lm, base, examples) -> dict[str, np.ndarray]:
