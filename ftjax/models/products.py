@@ -5,6 +5,8 @@ The fences keep that compiler from turning the products back into slow forms.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,7 @@ def outer(a, b):
     return fenced(contract(b, a, (lead, lead))).T
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for layers alike
 def by_rows(x, kernel):
     """x (..., in) kernel (out, in)ᵀ: (..., out) float32.
 
@@ -45,6 +48,7 @@ def by_rows(x, kernel):
     return jax.lax.platform_dependent(x, kernel, cpu=kernel_first, default=plain)
 
 
+@functools.partial(jax.jit, inline=True)
 def fenced(x):
     """x, behind a barrier: a CPU compiler must compute it before it continues."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

@@ -729,7 +729,7 @@ class Transformer(nn.Module):
             names = CACHED[parts[0].removesuffix(READS)]
             kept = cache | {name: written[name][row] for name in names}
             of_layer = jax.tree.map(operator.itemgetter(i), layer)
-            (x, kept, _), _ = block.apply(own, (x, kept, {}), of_layer, shared)
+            (x, kept, _), _ = _traced_once(block, own, (x, kept, {}), of_layer, shared)
             for name in names:
                 written[name][row] = kept[name]
         kept = {name: tuple(arrays) for name, arrays in written.items()}
@@ -749,6 +749,12 @@ class Transformer(nn.Module):
         if cap := self.config.logit_cap:
             y = cap * jnp.tanh(y / cap)
         return constrain(y, "batch", "tokens", "vocab")
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _traced_once(block: nn.Module, *arguments):
+    """`block.apply`, whose operations are added to the program that is traced; blocks alike are traced once."""
+    return block.apply(*arguments)
 
 
 def _scaled(x, factor: float):

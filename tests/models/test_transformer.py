@@ -400,9 +400,14 @@ def test_the_tail_of_gelu_keeps_its_digits():
     np.testing.assert_allclose(ACTIVATIONS["gelu_tanh"](jnp.asarray(x)), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_the_block_of_a_stack_is_traced_once(name, monkeypatch):
+def test_blocks_alike_are_traced_once(name, apart, monkeypatch):
     pair, calls, call = tiny.pair(name), [], transformer.Block.__call__
     monkeypatch.setattr(transformer.Block, "__call__", lambda *args: (calls.append(args), call(*args))[1])
-    jax.eval_shape(lambda: pair.model.apply({"params": pair.params}, jnp.asarray(plain())))
-    assert len(calls) == 1
+    variables, ids, cache = {"params": pair.params}, jnp.asarray(plain()), None
+    if apart:
+        variables = unstacked(variables, pair.model.config)
+        cache = make_cache(pair.model.config, *ids.shape, apart=True)
+    jax.eval_shape(lambda: pair.model.apply(variables, ids, cache=cache))
+    assert len(calls) == 1 < pair.model.config.layers
