@@ -24,6 +24,20 @@ def cache_home(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / name
 
 
+def below(folder: Path) -> list[Path]:
+    """The paths of all files below a folder, and of links to folders there, sorted. Raises OSError if a folder may not
+    be read; `Path.rglob` leaves its files out."""
+
+    def stop(error: OSError):
+        raise error
+
+    found = []
+    for at, folders, files in os.walk(folder, onerror=stop):
+        links = [name for name in folders if os.path.islink(os.path.join(at, name))]
+        found += [Path(at, name) for name in files + links]
+    return sorted(found)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which replaces the file when the block ends.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ftjax import assets, seals
 from ftjax.errors import FtjaxError, nearest, of_disk
-from ftjax.files import as_json, drafted
+from ftjax.files import as_json, below, drafted
 from ftjax.foreign import listed, mapped, read_json, string, whole
 
 MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
@@ -193,7 +193,7 @@ def check_written(folder: Path, names: Collection[str]) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [path.relative_to(folder).as_posix() for path in below(folder)]
 
 
 def is_plain_name(name) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
-from ftjax.files import replace_json
+from ftjax.files import below, replace_json
 from ftjax.foreign import either, limited, listed, mapped, maybe, read_json, read_text, string, whole
 from ftjax.hub import spm
 
@@ -63,7 +63,7 @@ def files(folder: Path) -> dict[str, Path]:
     """{path within the directory: file} of the tokenizer files and chat templates in a directory; may be empty."""
     there = [Path(folder) / name for name in FILES]
     found = [file for file in there if file.is_file()]
-    found += [file for at in there if at.is_dir() for file in sorted(at.rglob("*")) if file.is_file()]
+    found += [file for at in there if at.is_dir() for file in below(at) if file.is_file()]
     return {file.relative_to(folder).as_posix(): file for file in found}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ftjax import seals
 from ftjax.errors import FtjaxError, reason
-from ftjax.files import replace_json
+from ftjax.files import below, replace_json
 from ftjax.foreign import mapped, maybe, number, read_json, whole
 from ftjax.training import hosts
 
@@ -257,7 +257,7 @@ def steps_in(run_dir: Path) -> list[int]:
 
 def _files(folder: Path) -> list[str]:
     """Names of the files of a checkpoint that do not change after they are written."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in below(folder) if path.is_file()]
     return [name for name in names if name not in (CHECKSUMS, CHANGING)]
 
 

@@ -26,7 +26,7 @@ from ftjax import config as configs
 from ftjax import pages, tasks
 from ftjax.data.table import need_columns
 from ftjax.errors import FtjaxError
-from ftjax.files import replacing
+from ftjax.files import below, replacing
 from ftjax.foreign import read_json
 from ftjax.training import step
 
@@ -265,7 +265,7 @@ def record(config, rate: float, steps: int) -> dict:
 
 def together(folder: Path) -> str:
     """A sentence that says what all finished private runs below a folder have spent; empty if there are not several."""
-    records = [read_json(path) for path in sorted(folder.rglob("run.json"))]
+    records = [read_json(path) for path in below(folder) if path.name == "run.json"]
     found = [record["privacy"] for record in records if "privacy" in record]
     if len(found) < 2:
         return ""

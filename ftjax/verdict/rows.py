@@ -18,7 +18,7 @@ from ftjax import assets
 from ftjax import config as configs
 from ftjax.data.prepare import PARTS, rows
 from ftjax.errors import FtjaxError
-from ftjax.files import write_jsonl
+from ftjax.files import below, write_jsonl
 from ftjax.hub import resolve
 from ftjax.hub.fingerprint import record
 
@@ -60,7 +60,7 @@ def _files(text: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        return [file for file in below(path) if file.is_file()]
     pieces = [piece.strip() for piece in (*text.split(","), text.rpartition(":")[0]) if piece.strip()]
     found = [
         Path(name) for piece in pieces for name in sorted(glob.glob(piece, recursive=True)) or [assets.resolve(piece)]

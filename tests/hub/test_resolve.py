@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftjax.errors import FtjaxError
-from ftjax.hub.resolve import new_folder, resolve, resolve_model
+from ftjax.hub.resolve import check_out, new_folder, resolve, resolve_model
 
 
 def test_folders_and_their_near_misses(tmp_path):
@@ -69,3 +69,16 @@ def test_a_file_is_no_folder_to_write_to(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(FtjaxError, match="expected a folder to write to, found a file"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_a_folder_that_may_not_be_read_is_not_replaced(tmp_path, bound_by_permissions):
+    with new_folder(tmp_path / "out") as draft:
+        (draft / "weights").write_text("")
+    (tmp_path / "out/notes").mkdir()
+    (tmp_path / "out/notes/mine.txt").write_text("")
+    (tmp_path / "out/notes").chmod(0)
+    try:
+        with pytest.raises(PermissionError, match="notes"):
+            check_out(tmp_path / "out")
+    finally:
+        (tmp_path / "out/notes").chmod(0o755)

@@ -348,6 +348,18 @@ def test_what_several_private_runs_have_spent_is_added_up(tmp_path):
     assert "epsilon 3.000 at delta 2e-05" in privacy.together(tmp_path)
 
 
+def test_what_a_run_that_may_not_be_read_has_spent_is_not_left_out(tmp_path, bound_by_permissions):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"privacy": {"epsilon": 1.0, "delta": 1e-5}}))
+    (tmp_path / "c").chmod(0)
+    try:
+        with pytest.raises(PermissionError, match="/c"):
+            privacy.together(tmp_path)
+    finally:
+        (tmp_path / "c").chmod(0o755)
+
+
 def test_a_plan_reckons_with_the_rows_of_a_full_step():
     config = configs.from_dict({"train.batch_size": 100, "train.accumulate": 2})
     assert privacy.fullest(config, 1) == 100
