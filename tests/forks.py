@@ -77,6 +77,7 @@ def serve() -> None:
     import datasets  # noqa: F401
     import grain  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import scipy.stats  # noqa: F401
