@@ -1,6 +1,6 @@
 """Quick start: teach a story model of 260,000 parameters to write a sentence from three given words, on a laptop's CPU.
 
-LoRA alone. It reaches a coverage of 0.38 to 0.44, by processor, in one and a half to two and a half minutes;
+LoRA alone. It reaches a coverage of 0.38 to 0.44 in one to two and a half minutes, depending on the processor;
 docs/results.md tells what else was tried, and so why Muon and why rank 32.
 """
 

@@ -230,8 +230,8 @@ def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig
         out |= {p.rsplit(".", 1)[0] + ".base_layer" * i: p for i, p in enumerate(reversed(found))}
     if unknown := [t for t in targets if t not in used]:
         raise FtjaxError(
-            f"{CONFIG}: target_parameters has {unknown[0]!r}, which names no parameter of this model's experts; ftjax "
-            "takes adapters of parameters for experts alone, not for a router, which PEFT's all-linear adapts too"
+            f"{CONFIG}: target_parameters has {unknown[0]!r}, which names no parameter of this model's experts, and "
+            "ftjax supports no others; PEFT's all-linear adds the router, so train with named modules instead"
         )
     return out
 
