@@ -205,6 +205,15 @@ def test_generate_writes_json_lines_in_order(tmp_path):
     assert all(a["completion"].strip() for a in answers)
 
 
+def test_a_bad_prompt_of_several_files_is_named_by_its_own_file(tmp_path, capsys):
+    for name, cell in (("a", "Lily"), ("b", None)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": cell}) + "\n")
+    files, template = f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "Hello {name}"
+    asked = ["generate", "--model", "builtin:stories260K", "--prompts", files, "--template", template]
+    assert cli.main(asked) == 2
+    assert f"{tmp_path}/b.jsonl row 1: " in capsys.readouterr().err
+
+
 def test_one_prompt_is_answered_piece_by_piece_and_with_the_same_text(tmp_path, capsys, monkeypatch):
     asked = ["generate", "--model", "builtin:stories260K", "--prompt", "One day,\\nTi", "--max-new-tokens", "40"]
     out = tmp_path / "out.jsonl"

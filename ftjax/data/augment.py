@@ -7,6 +7,7 @@ Break Neural Machine Translation" (2018).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from ftjax import user_code
 from ftjax.data import columns
-from ftjax.data.table import Table, need_columns
+from ftjax.data.table import CHUNK, Table, need_columns
 from ftjax.data.template import parse
 from ftjax.errors import FtjaxError, check_known
 
@@ -78,11 +79,11 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
     _check_prompts(table, data)
     added = (MARK, PROMPT) if settings.prompts else (MARK,)
     made, failed, origins = Counter(), Counter(), []
-    with columns.Writer(
-        folder, pa.schema([*table.rows.data.schema, *((name, pa.string()) for name in added)])
-    ) as writer:
-        for batch in table.batches():
-            writer.add(batch)
+    schema = pa.schema([*table.cells.schema, *((name, pa.string()) for name in added)])
+    with columns.Writer(folder, schema) as writer:
+        for start in range(0, len(table), CHUNK):
+            for batch in table.arrow(start, start + CHUNK).combine_chunks().to_batches():
+                writer.add(batch)
         for start, chunk in table.chunks():
             new, at = [], []
             for index, row in enumerate(chunk, start):
@@ -94,11 +95,11 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
             if new:
                 writer.add(columns.batch(new, lambda i, at=at: table.place(at[i])))
             origins += at
-        rows = writer.finish()
+        cells = writer.finish()
     if not origins:
         return Augmented(table, {}, dict(failed))
-    at = np.concatenate([np.arange(len(table)), np.array(origins, np.int64)])
-    return Augmented(Table(rows, table.files, table.file[at], table.number[at]), dict(made), dict(failed))
+    whole = table.select(np.concatenate([np.arange(len(table)), np.array(origins, np.int64)]))
+    return Augmented(dataclasses.replace(whole, cells=cells, at=np.arange(len(whole))), dict(made), dict(failed))
 
 
 def _synthetic(
@@ -201,7 +202,7 @@ def _by_function(named: str, table: Table) -> Make:
 
 def _storable(table: Table) -> Callable[[dict, str], None]:
     """A check that the cells of a row have the types of the columns."""
-    kinds = {field.name: field.type for field in table.rows.data.schema}
+    kinds = {field.name: field.type for field in table.cells.schema}
 
     def check(row: dict, where: str) -> None:
         for name, cell in row.items():

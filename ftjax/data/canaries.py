@@ -3,9 +3,8 @@ keeps of single rows."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
+import pyarrow as pa
 
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
@@ -33,25 +32,22 @@ def plant(table: Table, count: int, seed: int, kept: tuple[str, ...]) -> tuple[T
     Raises:
         FtjaxError: If the rows hold no words.
     """
-    import datasets
-
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(count,)))
     some = table.select(rng.permutation(len(table))[:WORDS_OF])
     free = [name for name in table.columns if name not in kept]
-    words = sorted({word for _, rows in some.chunks() for row in rows for name in free for word in _words(row[name])})
+    words = sorted({word for row in some for name in free for word in _words(row[name])})
     if not words:
         raise FtjaxError(f"data.canaries: the columns {', '.join(free)} of {table.files[0]} hold no words to draw from")
     drawn = table.select(rng.integers(len(table), size=count)).edit(
         lambda rows: [row | {name: _replaced(row[name], words, rng) for name in free} for row in rows]
     )
     coins = rng.random(count) < 0.5
-    rows = [row for _, rows in drawn.chunks() for row in rows]
     mine = drawn.select(np.flatnonzero(coins))
-    joined = dataclasses.replace(
-        table, rows=datasets.concatenate_datasets([table.rows, mine.rows]),
-        file=np.concatenate([table.file, mine.file]), number=np.concatenate([table.number, mine.number]),
+    joined = Table(
+        pa.concat_tables([table.cells, drawn.cells]), np.concatenate([table.at, len(table.cells) + mine.at]),
+        table.files, np.concatenate([table.file, mine.file]), np.concatenate([table.number, mine.number]),
     )  # fmt: skip
-    return joined, [{"planted": bool(coin), "row": row} for coin, row in zip(coins, rows, strict=True)]
+    return joined, [{"planted": bool(coin), "row": row} for coin, row in zip(coins, drawn, strict=True)]
 
 
 def _words(cell) -> list[str]:

@@ -15,15 +15,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftjax.errors import FtjaxError
-
-if TYPE_CHECKING:
-    import datasets
 
 Place = Callable[[int], str]  # index of a row -> its name in errors
 
@@ -66,10 +62,16 @@ def merge(a: pa.Schema, b: pa.Schema) -> pa.Schema:
 
 def encode(cells: list, kind: pa.DataType) -> pa.Array:
     """Cells as an array of a type that `infer` gave for them, or of a type from `unify` that holds them."""
-    if kind != JSON:
-        return pa.array(cells, kind)
-    texts = [None if cell is None else _text(cell) for cell in cells]
-    return pa.ExtensionArray.from_storage(JSON, pa.array(texts, pa.string()))
+    if kind == JSON:
+        return pa.ExtensionArray.from_storage(JSON, _texts(None if cell is None else _text(cell) for cell in cells))
+    return _texts(cells) if kind == pa.string() else pa.array(cells, kind)
+
+
+def _texts(cells: Iterable[str | None]) -> pa.Array:
+    """pa.array(cells, pa.string()), which would import pandas first: half a second of the start of every run."""
+    builder = pa.lib.StringBuilder()
+    builder.append_values(cells)
+    return builder.finish()
 
 
 def decode(column: pa.Array | pa.ChunkedArray) -> list:
@@ -258,12 +260,10 @@ class Writer:
             self.files.append(_File(self.schema, self.folder))
         self.files[-1].write(recode(batch, self.schema))
 
-    def finish(self) -> datasets.Dataset:
-        """The data set of all rows. The writer must not be used afterwards."""
-        import datasets
-
+    def finish(self) -> pa.Table:
+        """All rows. The writer must not be used afterwards."""
         if not self.files:
-            return _dataset(pa.Table.from_batches([recode(batch, self.schema) for batch in self.held], self.schema))
+            return pa.Table.from_batches([recode(batch, self.schema) for batch in self.held], self.schema)
         parts = []
         for file in list(self.files):
             file.close()
@@ -274,8 +274,8 @@ class Writer:
                     file.write(recode(batch, self.schema))
                 file.close()
                 narrow.remove()
-            parts.append(datasets.Dataset.from_file(file.path))
-        return datasets.concatenate_datasets(parts)
+            parts.append(pa.ipc.open_stream(pa.memory_map(file.path)).read_all())
+        return pa.concat_tables(parts)
 
     def __enter__(self) -> Writer:
         return self
@@ -309,11 +309,3 @@ class _File:
 
     def remove(self) -> None:
         Path(self.path).unlink(missing_ok=True)
-
-
-def _dataset(table: pa.Table) -> datasets.Dataset:
-    import datasets
-    from datasets.fingerprint import generate_random_fingerprint
-
-    # By default `datasets` would hash all cells for a fingerprint, which is not used here.
-    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=generate_random_fingerprint())

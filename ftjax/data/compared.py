@@ -58,7 +58,7 @@ class Sides(NamedTuple):
         """The label of each row as text; all are empty if rows have no labels."""
         if self.label not in table.columns:
             return [""] * len(table)
-        cells = table.cells(self.label)
+        cells = table.column(self.label)
         return ["" if labelled.is_missing(cell) else labelled.label_name(cell) or str(cell) for cell in cells]
 
 
@@ -82,7 +82,7 @@ class Texts(Sequence[str]):
         return text(table.row(index - self.ends[part] + len(table)))
 
     def __iter__(self) -> Iterator[str]:
-        return (text(row) for table, text in self.parts for _, rows in table.chunks() for row in rows)
+        return (text(row) for table, text in self.parts for row in table)
 
 
 def sides(data, columns: Sequence[str], task=None) -> Sides:
@@ -127,7 +127,7 @@ def common(table: Table, by: Sides) -> set[bytes]:
     """Digests of prompts that very many rows with an answer have, such as `Write a story.`."""
     if by.answer is nothing:
         return set()
-    prompts = (digest(normalise(by.read(row))) for _, rows in table.chunks() for row in rows if by.answer(row))
+    prompts = (digest(normalise(by.read(row))) for row in table if by.answer(row))
     return {prompt for prompt, count in Counter(prompts).items() if count > max(OFTEN, SHARE * len(table))}
 
 

@@ -146,7 +146,7 @@ def scan(scan: Scan, checks: dict[str, Callable[[View], str | bool | None]]) -> 
                 scan.features[name].append(feature(view))
     scan.label = _label(scan)
     if scan.label is not None:
-        scan.labels = list(map(label_values, scan.table.cells(scan.label)))
+        scan.labels = list(map(label_values, scan.table.column(scan.label)))
     some = scan.table.select(np.arange(0, len(scan), max(1, len(scan) // SAMPLE_ROWS)))
     scan.sample = list(Texts((some, scan.by.whole)))
     scan.coverage = _coverage(scan)

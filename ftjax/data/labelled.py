@@ -218,11 +218,11 @@ def reading(how: Labelled, table: Table, whole: Table, labels_as: str) -> tuple[
     task = tasks.find(how.form)
     if not how.label or task.labels is not None:
         return how, []
-    cells, holds = list(table.cells(how.label)), f"column {how.label!r} holds"
+    cells, holds = list(table.column(how.label)), f"column {how.label!r} holds"
     if not task.unlabelled:
         need_labels(table, cells, how.label)
     if task.unlabelled and task.several:
-        source = list(whole.cells(how.label)) if how.label in whole.columns else cells
+        source = list(whole.column(how.label)) if how.label in whole.columns else cells
         if vector_length(source) == len(how.names):
             note = f"{holds} vectors of 0 and 1, one number for each of {_some(how.names)}"
             return dataclasses.replace(how, vectors=True), [note]
@@ -317,7 +317,7 @@ def label_names(table: Table, column: str, several: bool = False) -> set[str]:
     Raises:
         FtjaxError: If a cell holds no valid label, or a vector written in another way than [0, 1] or 0,1.
     """
-    cells = list(table.cells(column))
+    cells = list(table.column(column))
     if several and (length := vector_length(cells)) > 1:
         return set(map(str, range(length)))
     found = set()

@@ -559,7 +559,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
         few = limit(indices[kept], source.data.limit, count, config.seed)
         if source.data.shots:
             column = labelled.column(source.data.label, tasks.LABELS, table, "data.label")
-            there = dict(zip(indices.tolist(), table.cells(column), strict=True))
+            there = dict(zip(indices.tolist(), table.column(column), strict=True))
             cells = {i: labelled.label_name(there[i]) for i in few.tolist()}
             few = shots(cells, source.data.shots, count, config.seed)
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))

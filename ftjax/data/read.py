@@ -40,11 +40,6 @@ NESTING = 100  # greatest depth of lists and objects in a row
 PIECE = 1 << 20  # bytes of a JSON array that are read at once
 
 
-def read(source: str, key: str = "data.train") -> datasets.Dataset:
-    """The rows of a source in memory, without their places; see `read_table`."""
-    return read_table(source, key).rows
-
-
 def read_table(
     source: str, key: str = "data.train", folder: str | Path | None = None, header: tuple[str, ...] = ()
 ) -> Table:
@@ -80,8 +75,6 @@ def read_table(
     Raises:
         FtjaxError: If anything cannot be read in full. It names the file and the line or row, and says what to do.
     """
-    import numpy as np
-
     source = str(source).strip()
     if not source:
         raise FtjaxError(f"{key} is empty: name a file, a directory or a hub data set.")
@@ -89,7 +82,7 @@ def read_table(
         rows = _load_hub(source, key)
         schema = rows.features.arrow_schema
         if columns.is_plain(schema) and len(rows) and not _class_names(schema):  # `datasets` maps it from its own cache
-            return Table(rows, (source,), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1))
+            return Table.of_files(rows.with_format("arrow")[:], [source], [len(rows)])
         tables = rows.with_format("arrow").iter(CHUNK)
         names, parts = [source], [_adopted(source, schema, (b for table in tables for b in table.to_batches()))]
     else:
@@ -122,12 +115,7 @@ def read_table(
                     "Files of one source need the same columns."
                 )
             sizes.append(size)
-        return Table(
-            rows=writer.finish(),
-            files=tuple(names),
-            file=np.repeat(np.arange(len(names), dtype=np.int32), sizes),
-            number=np.concatenate([np.arange(1, size + 1) for size in sizes]),
-        )
+        return Table.of_files(writer.finish(), names, sizes)
 
 
 def _list(names) -> str:

@@ -119,7 +119,7 @@ def absent(table: Table, column: str, parts: dict[str, Sequence[int]]) -> dict[s
         column: The column.
         parts: {part: indices of its rows}. Parts without any row are ignored.
     """
-    names = [_key(cell) for cell in table.cells(column)]
+    names = [_key(cell) for cell in table.column(column)]
     there = {part: {names[i] for i in indices} for part, indices in parts.items() if len(indices)}
     lacking = {name: [part for part, found in there.items() if name not in found] for name in dict.fromkeys(names)}
     return {name: lack for name, lack in lacking.items() if lack}
@@ -153,7 +153,7 @@ def _none_left(rows: int, data) -> FtjaxError:
 def _values(table: Table, column: str) -> np.ndarray:
     """(N,) the number of each row's value in a column. Values are numbered as they first occur; null is a value."""
     number: dict[str, int] = {}
-    return np.array([number.setdefault(_key(cell), len(number)) for cell in table.cells(column)], np.int64)
+    return np.array([number.setdefault(_key(cell), len(number)) for cell in table.column(column)], np.int64)
 
 
 def _key(cell) -> str:
@@ -207,7 +207,7 @@ def _groups(table: Table, data, seed: int, task) -> np.ndarray:
     need_columns(data.group, table.columns, "data.group")
     pairs, rows = [np.empty((0, 2), np.int64)], np.arange(len(table))
     for column in data.group:
-        first = first_equal(i if cell is None else _key(cell) for i, cell in enumerate(table.cells(column)))
+        first = first_equal(i if cell is None else _key(cell) for i, cell in enumerate(table.column(column)))
         pairs.append(np.stack([first, rows], axis=1))
     if data.group_near:
         by = sides(data, table.columns, task)

@@ -311,9 +311,8 @@ def table_digest(table: Table) -> str:
     import pyarrow as pa
 
     hasher = hashlib.blake2b(digest_size=16)
-    arrow = table.rows.with_format("arrow")
     for start in range(0, len(table), 10 * CHUNK):
-        chunk = arrow[start : start + 10 * CHUNK]
+        chunk = table.arrow(start, start + 10 * CHUNK)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, chunk.schema.remove_metadata()) as stream:
             stream.write_table(chunk.replace_schema_metadata(None).combine_chunks())

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from ftjax.data import columns
 from ftjax.errors import FtjaxError, nearest
-
-if TYPE_CHECKING:
-    import datasets
-    import pyarrow
 
 CHUNK = 1000  # rows held as Python objects at once
 CHUNK_BYTES = 16_000_000  # bytes of these rows, approximately: chunks of large rows have fewer rows
@@ -24,25 +21,37 @@ class Table:
     """N rows in order. If rows are left out or changed, the others keep their places in their files.
 
     Attributes:
-        rows: The cells, in memory or mapped from files. `chunks` and `row` give them exactly as they were read.
-            `datasets` itself does so too, except for long numbers in columns of mixed types (see `ftjax.data.columns`).
+        cells: Arrow columns as `ftjax.data.columns` makes them, in memory or mapped from files.
+        at: (N,) int64, where in `cells` each row lies.
         files: Names of the files for errors.
         file: (N,) int32, index into `files`.
         number: (N,) int64, number of the row in its file, from 1. Blank lines and headers are not counted.
     """
 
-    rows: datasets.Dataset
+    cells: pa.Table
+    at: np.ndarray
     files: tuple[str, ...]
     file: np.ndarray
     number: np.ndarray
 
+    @classmethod
+    def of_files(cls, cells: pa.Table, files: Sequence[str], sizes: Sequence[int]) -> Table:
+        """All rows of some files, of which each has so many."""
+        file = np.repeat(np.arange(len(files), dtype=np.int32), sizes)
+        number = np.concatenate([np.arange(1, size + 1) for size in sizes])
+        return cls(cells, np.arange(len(cells)), tuple(files), file, number)
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.at)
+
+    def __iter__(self) -> Iterator[dict]:
+        """Each row as {column: cell}, exactly as it was read. A chunk of them is in memory at a time."""
+        return (row for _, rows in self.chunks() for row in rows)
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns, in the order of the file."""
-        return self.rows.column_names
+        return self.cells.column_names
 
     def place(self, index: int) -> str:
         """The name of a row in errors and reports, such as `a.jsonl row 3`."""
@@ -51,35 +60,42 @@ class Table:
     def row(self, index: int) -> dict:
         """One row as {column: cell}."""
         index = range(len(self))[int(index)]
-        return columns.rows(self._arrow(index, index + 1))[0]
+        return columns.rows(self.arrow(index, index + 1))[0]
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, list[dict]]]:
         """(index of the first row, rows) of consecutive chunks of all rows.
 
         At most `size` rows, or fewer if they are large, are Python objects at the same time.
         """
-        data = self.rows.data
-        size = max(1, min(size, CHUNK_BYTES * len(data) // max(1, data.nbytes)))
+        size = max(1, min(size, CHUNK_BYTES * len(self.cells) // max(1, self.cells.nbytes)))
         for start in range(0, len(self), size):
-            yield start, columns.rows(self._arrow(start, min(start + size, len(self))))
+            yield start, columns.rows(self.arrow(start, start + size))
 
-    def cells(self, column: str) -> Iterator:
+    def column(self, name: str) -> Iterator:
         """The cells of one column, in order."""
-        for rows in self.rows.select_columns(column).with_format("arrow").iter(CHUNK):
-            yield from columns.decode(rows.column(0))
+        one = dataclasses.replace(self, cells=self.cells.select([name]))
+        return (row[name] for row in one)
 
-    def batches(self) -> Iterator[pyarrow.RecordBatch]:
-        """All rows in order, as Arrow batches."""
-        for rows in self.rows.with_format("arrow").iter(CHUNK):
-            yield from rows.to_batches()
+    def arrow(self, start: int, stop: int) -> pa.Table:
+        """The rows from `start` up to `stop` as Arrow columns. Nothing is copied."""
+        at, (batches, first) = self.at[start:stop], self._batches
+        batch = np.searchsorted(first, at, "right") - 1
+        cuts = np.flatnonzero((np.diff(at) != 1) | (np.diff(batch) != 0)) + 1
+        runs = zip([0, *cuts], [*cuts, len(at)]) if len(at) else ()
+        pieces = [batches[batch[i]].slice(at[i] - first[batch[i]], j - i) for i, j in runs]
+        return pa.Table.from_batches(pieces, self.cells.schema)
 
-    def _arrow(self, start: int, stop: int) -> pyarrow.Table:
-        return self.rows.with_format("arrow")[start:stop]
+    @functools.cached_property
+    def _batches(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
+        """(the batches of `cells`, where in `cells` each of them begins)."""
+        batches = self.cells.to_batches()
+        return batches, np.cumsum([0, *map(len, batches)])[:-1]
 
     def select(self, indices: Sequence[int]) -> Table:
         """The rows at these indices, in this order. An index may occur more than once."""
         indices = np.asarray(indices, np.int64)
-        return Table(self.rows.select(indices), self.files, self.file[indices], self.number[indices])
+        mine = {name: getattr(self, name)[indices] for name in ("at", "file", "number")}
+        return dataclasses.replace(self, **mine)
 
     def edit(self, change: Callable[[list[dict]], list[dict]], folder: str | None = None) -> Table:
         """Replace each row by the result of a function. The columns stay.
@@ -94,13 +110,13 @@ class Table:
         Raises:
             ValueError: If `change` returns another number of rows.
         """
-        with columns.Writer(folder, self.rows.data.schema) as writer:
+        with columns.Writer(folder, self.cells.schema) as writer:
             for start, rows in self.chunks():
                 changed = [{name: row[name] for name in self.columns} for row in change(rows)]
                 if len(changed) != len(rows):
                     raise ValueError(f"an edit must keep the number of rows; {len(rows)} became {len(changed)}")
                 writer.add(columns.batch(changed, lambda i, start=start: self.place(start + i)))
-            return dataclasses.replace(self, rows=writer.finish())
+            return dataclasses.replace(self, cells=writer.finish(), at=np.arange(len(self)))
 
 
 def need_columns(names: Iterable[str], there: Sequence[str], key: str) -> None:

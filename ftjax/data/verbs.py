@@ -136,7 +136,7 @@ def write(verb: str, config, out: str, say: Callable = print) -> None:
                 table = source.tables.get(part)
                 if table is not None and len(table):
                     name = Path(source.name) / f"{part}.jsonl"
-                    write_jsonl(draft / name, (row for _, chunk in table.chunks() for row in chunk))
+                    write_jsonl(draft / name, table)
                     lines.append(f"{Path(out) / name}: {len(table):,} rows")
             lines += [f"{source.name}: {note}".removeprefix(": ") for note in source.notes]
         if gone:

@@ -296,17 +296,17 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
 
     rendered = [prompt(text) for text in prompts]
     if file:
-        rows = read.read(file, "--prompts")
-        places = [f"{file} row {i}" for i in range(1, len(rows) + 1)]
+        table = read.read_table(file, "--prompts")
+        rows = [(row, table.place(i)) for i, row in enumerate(table)]
         before = template or data.prompt
-        if not before and {"messages", "conversations"} & set(rows.column_names):
+        if not before and {"messages", "conversations"} & set(table.columns):
             same("template")
-            rendered += [asked(row, place, data.template, data.system) for row, place in zip(rows, places)]
+            rendered += [asked(row, place, data.template, data.system) for row, place in rows]
         else:
             same(*["prompt"] * (not template))
-            only = rows.column_names == ["text"]
-            parts = parse(before or ("{text}" if only else "{prompt}"), "--template", rows.column_names)
-            rendered += [prompt(fill(parts, row, place), place) for row, place in zip(rows, places)]
+            only = table.columns == ["text"]
+            parts = parse(before or ("{text}" if only else "{prompt}"), "--template", table.columns)
+            rendered += [prompt(fill(parts, row, place), place) for row, place in rows]
     ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
     texts = lm.tokenizer.batch_decode(ids)
     return lm, ids, [r.prompt if r.messages is None else t for r, t in zip(rendered, texts, strict=True)]

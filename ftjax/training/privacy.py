@@ -154,7 +154,7 @@ def units(column: str, part) -> np.ndarray:
     names: list = []
     for piece in part.pieces:
         need_columns([column], piece.table.columns, f"privacy.unit: {piece.table.files[0]}")
-        cells = list(piece.table.cells(column))
+        cells = list(piece.table.column(column))
         for at in np.unique(piece.kept).tolist():
             if not isinstance(cells[at], str | int) or cells[at] == "":
                 raise FtjaxError(

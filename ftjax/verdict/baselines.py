@@ -106,7 +106,7 @@ class Library:
                 "compare.documents is empty: the contender `retrieval` needs rows or a folder of text files to search"
             )
         table = read_table(assets.resolve(source), "compare.documents")
-        texts = (row_text(row) for _, rows in table.chunks() for row in rows)
+        texts = map(row_text, table)
         return pieces(list(texts), self.config.passage_words)
 
     @functools.cached_property

@@ -117,7 +117,7 @@ def fix_rows(config, folder: Path, say) -> None:
     draft.mkdir(parents=True, exist_ok=True)
     written = [part for part in PARTS if len(source.tables.get(part) or ())]
     for part in written:
-        write_jsonl(draft / f"{part}.jsonl", (row for _, chunk in source.tables[part].chunks() for row in chunk))
+        write_jsonl(draft / f"{part}.jsonl", source.tables[part])
     digest = _of_folder(draft)
     if folder.is_dir() and _of_folder(folder) != digest:
         say(

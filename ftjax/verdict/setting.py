@@ -114,13 +114,12 @@ def _asked(source: str, key: str, data) -> list[Rendered]:
     """Prompts of a file. They are conversations in the chat template if `data.template` is set or a row has messages,
     else plain text."""
     table, out = read.read_table(assets.resolve(source), key), []
-    for _, rows in table.chunks():
-        for row in rows:
-            place = table.place(len(out))
-            chat = data.template or {"messages", "conversations"} & set(row)
-            if not chat and not isinstance(row.get("prompt"), str):
-                raise FtjaxError(f"{place}: {key}: expected a column `prompt` or `messages`; found {', '.join(row)}")
-            out.append(asked(row, place, data.template, data.system) if chat else Rendered(row["prompt"]))
+    for index, row in enumerate(table):
+        place = table.place(index)
+        chat = data.template or {"messages", "conversations"} & set(row)
+        if not chat and not isinstance(row.get("prompt"), str):
+            raise FtjaxError(f"{place}: {key}: expected a column `prompt` or `messages`; found {', '.join(row)}")
+        out.append(asked(row, place, data.template, data.system) if chat else Rendered(row["prompt"]))
     return out
 
 

@@ -3,23 +3,18 @@
 import json
 from collections import Counter
 
-import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import table
 
 from ftjax import config
 from ftjax.data.augment import KEPT, KEYS, MARK, OPS, PROMPT, TYPOS, augment
 from ftjax.data.read import read_table
-from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
-
-
-def table(rows):
-    return Table(
-        datasets.Dataset.from_list(rows), ("t.jsonl",), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1)
-    )
 
 
 def asked(data=None, **fields):
@@ -30,7 +25,7 @@ def asked(data=None, **fields):
 
 
 def rows(augmented):
-    return augmented.table.rows.to_list()
+    return list(augmented.table)
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -46,7 +41,7 @@ def test_originals_come_first_and_synthetic_rows_keep_all_but_the_named_column(s
     found = augment(given_rows, asked({"label": label}, copies=2, columns=(column,)), seed=0)
     n = len(given_rows)
     originals, synthetic = rows(found)[:n], rows(found)[n:]
-    assert originals == [{**row, MARK: None} for row in given_rows.rows]
+    assert originals == [{**row, MARK: None} for row in given_rows]
     assert len(synthetic) + sum(found.failed.values()) == 2 * n
     assert Counter(row[MARK] for row in synthetic) == found.made and set(found.made) == set(OPS)
     assert len(synthetic) > 1.98 * n
@@ -110,8 +105,8 @@ def test_prompts_make_a_copy_of_every_row_each():
     templates = ("Q: {q}\nA:", "{q}?")
     data = asked({"prompt": "{q}\n", "completion": " {a}"}, prompts=templates)
     found = augment(given_rows, data, 0)
-    expected = [{**row, MARK: None, PROMPT: None} for row in given_rows.rows]
-    expected += [{**row, MARK: "prompt", PROMPT: t} for row in given_rows.rows for t in templates]
+    expected = [{**row, MARK: None, PROMPT: None} for row in given_rows]
+    expected += [{**row, MARK: "prompt", PROMPT: t} for row in given_rows for t in templates]
     assert rows(found) == expected and found.made == {"prompt": 6}
     assert found.table.number.tolist() == [1, 2, 3, 1, 1, 2, 2, 3, 3]
 
@@ -151,7 +146,7 @@ def test_ops_never_empty_a_text_and_leave_numbers_negations_and_spaces(text, op,
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5])
 def test_the_rate_is_the_share_that_is_touched(shared, rate):
-    texts = [row["sentence"] for row in read_table(str(shared / "data/sst2/train.tsv")).rows.select(range(2000))]
+    texts = [row["sentence"] for row in read_table(str(shared / "data/sst2/train.tsv")).select(range(2000))]
     words = [t for t in texts if len(t.split()) >= 15 and not any(KEPT.search(w) for w in t.split())]
     assert len(words) > 100
     lost = sum(
@@ -242,7 +237,7 @@ def test_an_error_in_a_function_names_row_and_line_and_keeps_its_cause(function)
 
 def test_rows_with_lists_of_another_program_are_augmented_too(function, tmp_path):
     given_rows = [{"text": f"row {i}", "y": i, "tags": ["a", "b"][:i], "o": {"k": [i]}} for i in range(3)]
-    datasets.Dataset.from_list(given_rows).to_parquet(str(tmp_path / "t.parquet"))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given_rows), tmp_path / "t.parquet")
     read = read_table(str(tmp_path / "t.parquet"))
     for folder in (None, tmp_path):
         found = augment(read, function("shout"), 0, folder)

@@ -3,11 +3,11 @@
 import json
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import mapped, table
 
 from ftjax import config
 from ftjax.data import template, verbs
@@ -15,14 +15,7 @@ from ftjax.data.clean import RULES, clean, records, whitespace
 from ftjax.data.compared import sides
 from ftjax.data.read import read_table
 from ftjax.data.similar import normalise, shingles
-from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
-
-
-def table(rows):
-    return Table(
-        datasets.Dataset.from_list(rows), ("t.jsonl",), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1)
-    )
 
 
 def asked(**fields):
@@ -42,7 +35,7 @@ def pairs(*rows):
 
 
 def rows(cleaned):
-    return cleaned.table.rows.to_list()
+    return list(cleaned.table)
 
 
 # ---------------------------------------------------------------------------------------------- what holds always
@@ -116,7 +109,7 @@ def test_chunks_and_files_on_disk_change_nothing(monkeypatch, tmp_path, chunk):
     monkeypatch.setattr("ftjax.data.table.CHUNK", chunk)
     found = clean(given_rows, group, answers, str(tmp_path))
     assert (found.removed, found.changed, rows(found)) == (expected.removed, expected.changed, rows(expected))
-    assert found.table.rows.cache_files and not expected.table.rows.cache_files
+    assert {file.parent for file in mapped(found.table)} == {tmp_path} and not mapped(expected.table)
 
 
 # ---------------------------------------------------------------------------------------------- edits
@@ -163,12 +156,7 @@ def test_edits_reach_nested_text_and_leave_keys_roles_and_numbers():
         "mixed": 1,
     }
     rows_given = [row, {**row, "mixed": [" x ", {"role": " r "}]}]
-    given_rows = Table(
-        datasets.Dataset.from_list(rows_given, on_mixed_types="use_json"),
-        ("t.json",),
-        np.zeros(2, np.int32),
-        np.arange(1, 3),
-    )
+    given_rows = table(rows_given)
     cleaned = clean(given_rows, asked(whitespace=True))
     expected = {
         "messages": [{"role": " user ", "content": "a b"}, {"role": "assistant", "content": None}],
@@ -181,8 +169,7 @@ def test_edits_reach_nested_text_and_leave_keys_roles_and_numbers():
     }
     assert rows(cleaned) == [expected, {**expected, "mixed": ["x", {"role": " r "}]}]
     assert cleaned.changed == {"whitespace": 2} and cleaned.table.columns == given_rows.columns
-    features = cleaned.table.rows.features, given_rows.rows.features
-    assert all(features[0][name] == features[1][name] for name in ("n", "none", "mixed"))
+    assert cleaned.table.cells.schema == given_rows.cells.schema
 
 
 # ---------------------------------------------------------------------------------------------- filters
@@ -223,7 +210,7 @@ def test_what_was_removed_can_be_put_back():
     cleaned = clean(given_rows, asked(whitespace=True, exact=True, personal="drop"), answers)
     written = [json.loads(json.dumps(record)) for record in records(given_rows, cleaned.removed)]
     assert [w["place"] for w in written] == ["t.jsonl row 2", "t.jsonl row 3"]
-    assert [w["row"] for w in written] == given_rows.rows.select([1, 2]).to_list()
+    assert [w["row"] for w in written] == list(given_rows.select([1, 2]))
     assert written[0]["twin"] == "t.jsonl row 1" and written[1]["why"] == "personal data: email"
 
 
@@ -295,7 +282,7 @@ def test_of_near_duplicates_the_first_stays_and_those_like_it_go():
 
 def test_near_duplicates_in_gsm8k_are_removed_and_nothing_else(shared):
     given_rows = read_table(str(shared / "data/gsm8k/test.jsonl"))
-    rows_given = given_rows.rows.to_list()
+    rows_given = list(given_rows)
     rng = np.random.default_rng(0)
     copies = []
     for i in rng.choice(len(rows_given), 100, replace=False):
@@ -314,7 +301,7 @@ def test_near_duplicates_in_gsm8k_are_removed_and_nothing_else(shared):
 
 def test_a_label_noise_pair_is_no_duplicate_unless_columns_say_so(shared):
     sst2 = read_table(str(shared / "data/sst2/dev.tsv"))
-    rows_given = sst2.rows.to_list()
+    rows_given = list(sst2)
     flipped = [{**row, "label": str(1 - int(row["label"]))} for row in rows_given[:50]]
     both = table(rows_given + flipped)
     assert len(clean(both, asked(exact=True)).removed) == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ftjax.data.pack import SHORT, bucket_lengths, pack
-from ftjax.data.read import read
+from ftjax.data.read import read_table
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -51,7 +51,7 @@ def test_packing_is_tight_on_real_rows(shared, name, capacity, share):
     """And at least as tight as first-fit decreasing, on a part of them; rows longer than a packed one are cut."""
     path, *columns = REAL[name]
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
-    texts = ["\n".join(row[c] for c in columns) for row in read(str(shared / "data" / path))]
+    texts = ["\n".join(row[c] for c in columns) for row in read_table(str(shared / "data" / path))]
     lengths = [min(len(ids) + 1, capacity) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     packed = pack(lengths, capacity)
     assert sum(lengths) / (len(packed) * capacity) >= share

@@ -13,8 +13,9 @@ import datasets
 import numpy as np
 import pyarrow
 import pytest
+from tables import mapped
 
-from ftjax.data.read import read, read_table
+from ftjax.data.read import read_table
 from ftjax.errors import FtjaxError
 
 ROWS = [{"a": 'x, "y"\x85z', "b": "2020-01-01"}, {"a": "naïve", "b": "007"}]
@@ -37,7 +38,7 @@ def _write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
 def test_each_format_gives_the_rows_as_written(tmp_path, suffix):
-    assert read(_write(tmp_path / f"rows{suffix}", ROWS)).to_list() == ROWS
+    assert list(read_table(_write(tmp_path / f"rows{suffix}", ROWS))) == ROWS
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
@@ -48,12 +49,11 @@ def test_streaming_gives_the_same_table_from_files_of_its_folder(tmp_path, suffi
     monkeypatch.setattr("ftjax.data.read.CHUNK", 7)
     (tmp_path / "cache").mkdir()
     table = read_table(",".join(names), folder=tmp_path / "cache")
-    assert table.rows.to_list() == whole.rows.to_list() == rows + rows[1:] + rows[2:]
-    assert table.rows.features == whole.rows.features
+    assert list(table) == list(whole) == rows + rows[1:] + rows[2:]
+    assert table.cells.schema == whole.cells.schema
     assert [table.place(i) for i in range(len(table))] == [whole.place(i) for i in range(len(table))]
     assert table.place(31) == f"{names[1]} row 2"
-    assert {Path(f["filename"]).parent for f in table.rows.cache_files} == {tmp_path / "cache"}
-    assert not whole.rows.cache_files
+    assert {file.parent for file in mapped(table)} == {tmp_path / "cache"} and not mapped(whole)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
@@ -80,7 +80,7 @@ def test_streaming_holds_a_few_chunks_and_not_the_file(tmp_path, suffix, monkeyp
 def test_a_changed_file_is_noticed(tmp_path):
     for suffix in (".jsonl", ".parquet"):
         for rows in (ROWS, ROWS[:1]):
-            assert read(_write(tmp_path / f"rows{suffix}", rows)).to_list() == rows
+            assert list(read_table(_write(tmp_path / f"rows{suffix}", rows))) == rows
 
 
 def test_quoting_of_tsv_is_found_or_asked_for_but_never_guessed(tmp_path):
@@ -94,7 +94,7 @@ def test_quoting_of_tsv_is_found_or_asked_for_but_never_guessed(tmp_path):
             writer = csv.writer(file, "excel-tab", quoting=quoting, quotechar='"' if quoting < 3 else None)
             writer.writerows([["a", "b"], *([*row.values()] for row in rows)])
         try:
-            assert read(file.name).to_list() == rows
+            assert list(read_table(file.name)) == rows
         except FtjaxError as error:
             assert "which may be text or may quote" in str(error)
             asked += 1
@@ -103,45 +103,45 @@ def test_quoting_of_tsv_is_found_or_asked_for_but_never_guessed(tmp_path):
 
 def test_text_is_one_row_a_line_and_keeps_next_line_characters(tmp_path):
     (tmp_path / "t.txt").write_bytes("one\x85still one\u2028\r\n\n two\n".encode())
-    assert read(str(tmp_path / "t.txt"))["text"] == ["one\x85still one\u2028", " two"]
+    assert list(read_table(str(tmp_path / "t.txt")).column("text")) == ["one\x85still one\u2028", " two"]
 
 
 def test_json_lines_in_a_json_file_byte_order_mark_and_blank_lines(tmp_path):
     (tmp_path / "t.json").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\r\n')
-    assert read(str(tmp_path / "t.json"))["a"] == [1, 2]
+    assert list(read_table(str(tmp_path / "t.json")).column("a")) == [1, 2]
 
 
 def test_columns_of_later_rows_are_kept_and_types_may_mix(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"a": 1}\n{"a": "x", "b": {"k": 1}}\n{"b": {"l": "y"}}\n')
-    rows = read(str(tmp_path / "t.jsonl")).to_list()
+    rows = list(read_table(str(tmp_path / "t.jsonl")))
     assert rows == [{"a": 1, "b": None}, {"a": "x", "b": {"k": 1}}, {"a": None, "b": {"l": "y"}}]
 
 
 def test_lists_globs_and_folders(tmp_path):
     names = [_write(tmp_path / f"{n}.jsonl", [{"n": n}]) for n in ("b", "a")]
-    assert read(",".join(names))["n"] == ["b", "a"]
-    assert read(str(tmp_path / "*.jsonl"))["n"] == ["a", "b"]
-    assert read(str(tmp_path))["n"] == ["a", "b"]
+    assert list(read_table(",".join(names)).column("n")) == ["b", "a"]
+    assert list(read_table(str(tmp_path / "*.jsonl")).column("n")) == ["a", "b"]
+    assert list(read_table(str(tmp_path)).column("n")) == ["a", "b"]
     parts = tmp_path / "parts"
     parts.mkdir()
     for name in ("README.txt", "classes.json"):  # these need not be rows
         (parts / name).write_text("x")
     for name in ("train-1", "dev"):
         _write(parts / f"{name}.jsonl", [{"n": name}])
-    assert read(str(parts), "data.train")["n"] == ["train-1"]
-    assert read(str(parts), "data.validation")["n"] == ["dev"]
+    assert list(read_table(str(parts), "data.train").column("n")) == ["train-1"]
+    assert list(read_table(str(parts), "data.validation").column("n")) == ["dev"]
     with pytest.raises(FtjaxError, match=r"data.test: .* has train-1.jsonl, dev.jsonl but no file for test"):
-        read(str(parts), "data.test")
+        read_table(str(parts), "data.test")
     (tmp_path / "de").mkdir()
     for name in ("snli_1.0_train", "de-testset", "de.dev.1"):
         _write(tmp_path / "de" / f"{name}.jsonl", [{"n": name}])
     for split, name in (("train", "snli_1.0_train"), ("test", "de-testset"), ("validation", "de.dev.1")):
-        assert read(str(tmp_path / "de"), f"data.{split}")["n"] == [name]
+        assert list(read_table(str(tmp_path / "de"), f"data.{split}").column("n")) == [name]
     assert [read_table(",".join(names)).place(i) for i in (0, 1)] == [f"{name} row 1" for name in names]
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     for twice in (f"{names[1]},{names[1]}", f"{names[1]},{tmp_path / '*.jsonl'}", f"{names[1]},{tmp_path}/link.jsonl"):
         with pytest.raises(FtjaxError, match=r"data.train: the file .*a.jsonl is named twice; name it once"):
-            read(twice)
+            read_table(twice)
 
 
 @pytest.mark.parametrize(
@@ -160,15 +160,15 @@ def test_a_folder_laid_out_as_on_the_hub(files, tmp_path):
             _write(tmp_path / name, [{"n": name}])
     for split, names in files.items():
         theirs = datasets.load_dataset(str(tmp_path), split=split, cache_dir=str(tmp_path / ".cache"))["n"]
-        assert read(str(tmp_path), f"data.{split}")["n"] == list(theirs) == sorted(names)
+        assert list(read_table(str(tmp_path), f"data.{split}").column("n")) == list(theirs) == sorted(names)
     (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
-    assert read(str(tmp_path), "data.train")["n"] == sorted(files["train"])
+    assert list(read_table(str(tmp_path), "data.train").column("n")) == sorted(files["train"])
     (tmp_path / "main").mkdir()
     with pytest.raises(FtjaxError, match="no file for test"):
-        read(str(tmp_path), "data.test")
+        read_table(str(tmp_path), "data.test")
     (tmp_path / "none" / "main").mkdir(parents=True)
     with pytest.raises(FtjaxError, match=r"no file that ftjax reads; .* name of one of its folders \(main\)"):
-        read(str(tmp_path / "none"))
+        read_table(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -191,23 +191,23 @@ def test_rows_of_a_folder_that_would_be_left_out_are_named(used, left, tmp_path)
         _write(tmp_path / name, [{"n": 1}]) if name.endswith("jsonl") else (tmp_path / name).write_bytes(b"PK")
     at = str(Path(left).parent) if "/" in left and left.endswith("jsonl") else left
     with pytest.raises(FtjaxError, match=f"holds rows in {at} too, which would be left out beside {used}; unpack or"):
-        read(str(tmp_path), "data.test")
+        read_table(str(tmp_path), "data.test")
 
 
 def test_builtin_and_real_files(shared):
-    assert read("builtin:commongen/test.jsonl").column_names == ["src", "tgt"]
-    assert len(read(str(shared / "data/gsm8k"))) == 7473
-    assert len(read(str(shared / "data/gsm8k"), "data.test")) == 1319
-    sst2 = read(str(shared / "data/sst2/train.tsv"))
-    assert (len(sst2), sst2.column_names) == (67349, ["label", "sentence"])
-    assert len(read(str(shared / "data/preference/dpo_en_demo.json"))) == 300
+    assert read_table("builtin:commongen/test.jsonl").columns == ["src", "tgt"]
+    assert len(read_table(str(shared / "data/gsm8k"))) == 7473
+    assert len(read_table(str(shared / "data/gsm8k"), "data.test")) == 1319
+    sst2 = read_table(str(shared / "data/sst2/train.tsv"))
+    assert (len(sst2), sst2.columns) == (67349, ["label", "sentence"])
+    assert len(read_table(str(shared / "data/preference/dpo_en_demo.json"))) == 300
 
 
 @pytest.mark.parametrize("name, count", [("train", 3394), ("dev", 1009)])
 def test_conll_gives_every_token_and_tag_of_a_real_file(shared, name, count):
     path = shared / f"data/wnut17/{name}.conll"
     table = read_table(str(path))
-    sentences = [row for _, rows in table.chunks() for row in rows]
+    sentences = list(table)
     assert len(table) == count and table.columns == ["tokens", "tags"]
     pairs = [pair for row in sentences for pair in zip(row["tokens"], row["tags"], strict=True)]
     assert pairs == re.findall(r"^(\S.*)\t(\S+)$", path.read_bytes().decode(), re.MULTILINE)
@@ -231,7 +231,7 @@ def test_hub_names_give_configuration_and_split(tmp_path, monkeypatch):
     asked = _hub(monkeypatch, rows)
     for source in ("o/n", "o/n:test", "o/n:c", "o/n:c:s"):
         table = read_table(source, "data.validation", tmp_path)
-        assert [row for _, rows in table.chunks() for row in rows] == rows.to_list()
+        assert list(table) == rows.to_list()
     assert asked == [("o/n", "validation"), ("o/n", "test"), ("o/n", "c", "validation"), ("o/n", "c", "s")]
     assert table.place(1) == "o/n:c:s row 2"
     assert not list(tmp_path.iterdir()), "what is mapped from the hub's cache is not copied"
@@ -259,31 +259,31 @@ def test_hub_cells_become_text_and_numbers_and_bytes_are_refused(tmp_path, monke
 def test_missing_sources(tmp_path):
     _write(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(FtjaxError, match=r'no such file or directory \(did you mean "train.jsonl"\?\)'):
-        read(str(tmp_path / "trian.jsonl"))
+        read_table(str(tmp_path / "trian.jsonl"))
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     for name in ("pipe.jsonl", "loop.jsonl"):
         with pytest.raises(FtjaxError, match=f"{name} is a pipe, a device or a link that leads nowhere"):
-            read(str(tmp_path / name))
+            read_table(str(tmp_path / name))
     with pytest.raises(FtjaxError, match="data.test: no file matches"):
-        read(str(tmp_path / "*.csv"), "data.test")
+        read_table(str(tmp_path / "*.csv"), "data.test")
     with pytest.raises(FtjaxError, match="carries no such file"):
-        read("builtin:nothing.jsonl")
+        read_table("builtin:nothing.jsonl")
     with pytest.raises(FtjaxError, match="data.validation is empty"):
-        read("", "data.validation")
+        read_table("", "data.validation")
     with pytest.raises(FtjaxError, match="has no file that ftjax reads"):
         (tmp_path / "empty").mkdir()
-        read(str(tmp_path / "empty"))
+        read_table(str(tmp_path / "empty"))
     with pytest.raises(
         FtjaxError, match=r"nobody/nothing is not a file or directory here, and reading it from the hub"
     ):
-        read("nobody/nothing")
+        read_table("nobody/nothing")
 
 
 def test_files_of_one_source_need_the_same_columns(tmp_path):
     first, second = _write(tmp_path / "a.jsonl", [{"a": "1"}]), _write(tmp_path / "b.jsonl", [{"c": "1"}])
     with pytest.raises(FtjaxError, match=r"b.jsonl has the columns c, .*a.jsonl has a"):
-        read(f"{first},{second}")
+        read_table(f"{first},{second}")
 
 
 def test_types_of_a_column_may_differ_between_files(tmp_path):

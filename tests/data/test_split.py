@@ -3,22 +3,17 @@
 import re
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import table
 
 from ftjax import config
 from ftjax.data.read import read_table
 from ftjax.data.similar import normalise, shingles
 from ftjax.data.split import GRAM, PARTS, absent, decontaminate, limit, shots, split
-from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
-
-
-def table(rows, name="t.jsonl"):
-    return Table(datasets.Dataset.from_list(rows), (name,), np.zeros(len(rows), np.int32), np.arange(1, len(rows) + 1))
 
 
 def asked(**fields):
@@ -109,7 +104,7 @@ def test_rare_values_are_trained_on_first_and_said_to_be_missing_elsewhere():
 def test_sst2_keeps_its_balance(shared):
     rows = read_table(str(shared / "data/sst2/train.tsv"))
     parts = split({"train": rows}, asked(label="label"), seed=0)
-    labels = np.array(rows.rows["label"][:])
+    labels = np.array(list(rows.column("label")))
     assert_whole(parts, len(rows))
     for name, share in zip(PARTS, (0.8, 0.1, 0.1)):
         for label in "01":
@@ -154,16 +149,14 @@ def test_groups_come_in_the_shares_and_values_as_near_as_their_sizes_allow(share
     assert_whole(parts, 6000)
     sets = [{words[i] for i in parts[name]} for name in PARTS]
     assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-    many = np.array(rows.rows["many"][:])
+    many = np.array(list(rows.column("many")))
     for name, share in zip(PARTS, (0.8, 0.1, 0.1)):
         for value in np.unique(many):
             assert abs((many[parts[name]] == value).sum() - share * (many == value).sum()) <= 2
 
 
 def test_near_duplicates_stay_on_one_side(shared):
-    questions = [
-        row["question"] for _, rows in read_table(str(shared / "data/gsm8k/test.jsonl")).chunks() for row in rows
-    ]
+    questions = [row["question"] for row in read_table(str(shared / "data/gsm8k/test.jsonl"))]
     n = 300
     # Two further tellings of each of the first hundred, with a word more.
     texts = questions[:n] + [f"{text} Please {end}." for text in questions[:100] for end in ("answer", "explain")]
@@ -246,7 +239,7 @@ def shouted(row, rng):
 
 @pytest.mark.parametrize("how", [lambda row, rng: row, shouted, reworded], ids=["verbatim", "shouted", "reworded"])
 def test_planted_rows_of_gsm8k_are_found_and_hardly_any_other(shared, how):
-    train, test = (list(read_table(str(shared / f"data/gsm8k/{part}.jsonl")).rows) for part in ("train", "test"))
+    train, test = (list(read_table(str(shared / f"data/gsm8k/{part}.jsonl"))) for part in ("train", "test"))
     rows, at = planted(train[:2500], test, how, seed=0)
     kept, removed = decontaminate(table(rows), [("test", table(test, "test.jsonl"))], asked())
     gone = [r.index for r in removed]
@@ -266,10 +259,10 @@ def test_short_texts_overlap_only_where_they_are_the_same(shared):
     train, dev = (read_table(str(shared / f"data/sst2/{part}.tsv")) for part in ("train", "dev"))
     some = train.select(range(0, 20000))
     kept, removed = decontaminate(some, [("dev", dev)], asked(label="label"))
-    sentences = {normalise(row["content"]) for row in dev.rows}
-    same = [i for i, row in enumerate(some.rows) if normalise(row["sentence"]) in sentences]
+    sentences = {normalise(row["content"]) for row in dev}
+    same = [i for i, row in enumerate(some) if normalise(row["sentence"]) in sentences]
     assert set(same) <= {r.index for r in removed}
-    leaks = dev.rows.select(range(0, 872, 20)).rename_column("content", "sentence").to_list()
+    leaks = [{"sentence": row["content"], "label": row["label"]} for row in dev.select(range(0, 872, 20))]
     kept, removed = decontaminate(table(leaks), [("dev", dev)], asked(label="label"))
     assert len(kept) == 0 and len(removed) == len(leaks) == 44
 
@@ -285,7 +278,7 @@ def test_near_overlap_is_exact_against_all_pairs():
 
 
 def test_a_template_is_no_overlap(shared):
-    rows = list(read_table(str(shared / "data/instruct/dolly_hhrlhf_train_small.jsonl")).rows)
+    rows = list(read_table(str(shared / "data/instruct/dolly_hhrlhf_train_small.jsonl")))
     start = "Below is an instruction that describes a task."
     assert all(row["prompt"].startswith(start) for row in rows)
     train, test = rows[:700], rows[700:]

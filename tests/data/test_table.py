@@ -29,10 +29,6 @@ def exact(rows) -> str:
     return json.dumps(list(rows))
 
 
-def all_rows(table: Table) -> list[dict]:
-    return [row for _, rows in table.chunks() for row in rows]
-
-
 def complete(rows: list[dict]) -> list[dict]:
     """Rows with every column, in the order of their first appearance."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -56,9 +52,9 @@ def test_rows_are_read_exactly_in_any_chunks_and_places(folder, rows, size, suff
         patch.setattr(read, "CHUNK", size)
         patch.setattr(read, "PIECE", size)
         table = read_table(str(path), folder=folder if streaming else None)
-    assert exact(all_rows(table)) == exact(complete(rows))
+    assert exact(list(table)) == exact(complete(rows))
     assert exact(map(table.row, range(len(table)))) == exact(complete(rows))
-    assert table.rows.features == whole.rows.features
+    assert table.cells.schema == whole.cells.schema
     assert [table.place(i) for i in range(len(table))] == [f"{path} row {i + 1}" for i in range(len(rows))]
     for file in folder.glob("*.arrow"):
         file.unlink()
@@ -81,7 +77,7 @@ def table_of(folder, rows, name="t", **options) -> Table:
 
 def test_selected_rows_keep_their_places(tmp_path):
     table = table_of(tmp_path, [{"a": n} for n in range(5)]).select([3, 0, 3])
-    assert all_rows(table) == [{"a": 3}, {"a": 0}, {"a": 3}] == [table.row(0), table.row(1), table.row(-1)]
+    assert list(table) == [{"a": 3}, {"a": 0}, {"a": 3}] == [table.row(0), table.row(1), table.row(-1)]
     assert [table.place(i).split("/")[-1] for i in range(3)] == ["t.jsonl row 4", "t.jsonl row 1", "t.jsonl row 4"]
     assert [(start, len(rows)) for start, rows in table.chunks(2)] == [(0, 2), (2, 1)]
 
@@ -90,7 +86,7 @@ def test_chunks_of_large_rows_are_small(tmp_path, monkeypatch):
     monkeypatch.setattr("ftjax.data.table.CHUNK_BYTES", 3000)
     table = table_of(tmp_path, [{"a": "x" * 1000}] * 10)
     assert max(len(rows) for _, rows in table.chunks()) == 2
-    assert len(all_rows(table)) == 10
+    assert len(list(table)) == 10
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -100,12 +96,12 @@ def test_an_edit_keeps_places_and_columns_and_widens_types(tmp_path, streaming):
     (tmp_path / "cache").mkdir()
     folder = tmp_path / "cache" if streaming else None
     same = table.edit(lambda rows: rows, folder)
-    assert exact(all_rows(same)) == exact(rows[::-1])
-    assert same.rows.features == table.rows.features
+    assert exact(list(same)) == exact(rows[::-1])
+    assert same.cells.schema == table.cells.schema
     edited = table.edit(lambda rows: [row | {"a": str(row["a"]), "c": [1.5]} for row in rows], folder)
-    assert exact(all_rows(edited)) == exact([row | {"a": str(row["a"]), "c": [1.5]} for row in rows[::-1]])
+    assert exact(list(edited)) == exact([row | {"a": str(row["a"]), "c": [1.5]} for row in rows[::-1]])
     assert edited.place(0) == table.place(0) and edited.place(0).endswith("row 2500")
-    assert exact(all_rows(table)) == exact(rows[::-1]), "the table itself is as before"
+    assert exact(list(table)) == exact(rows[::-1]), "the table itself is as before"
     assert len(table.select([]).edit(lambda rows: rows, folder)) == 0
 
 

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from ftjax.data.read import read
+from ftjax.data.read import read_table
 from ftjax.data.template import GUESS, Rendered, asked, guess, question, reference, renderer
 from ftjax.errors import FtjaxError
 
@@ -193,7 +193,7 @@ def test_a_null_that_was_written_is_an_argument_and_one_that_a_file_fills_in_is_
     else:
         text = "".join(map("{}\n".format, map(json.dumps, rows))) if suffix == ".jsonl" else json.dumps(rows)
         (tmp_path / f"rows{suffix}").write_text(text)
-    found = [renderer("messages")(row, "row 1") for row in read(str(tmp_path / f"rows{suffix}"))]
+    found = [renderer("messages")(row, "row 1") for row in read_table(str(tmp_path / f"rows{suffix}"))]
     arguments = [r.messages[1]["tool_calls"][0]["function"]["arguments"] for r in found]
     parameters = [r.tools[0]["function"]["parameters"] for r in found]
     if suffix == ".parquet":  # nobody can tell which of the nulls were written
@@ -321,13 +321,11 @@ def test_thinking_of_its_own_field_becomes_text_for_named_templates():
 
 def real(shared, name):
     """(rows as their lines hold them, rows as the reader gives them, form)."""
-    from ftjax.data.read import read_table
-
     path = shared / "data" / name
     text = path.read_text(encoding="utf-8")
     lines = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
     table = read_table(str(path))
-    return lines, [row for _, chunk in table.chunks() for row in chunk], guess(table.columns)
+    return lines, list(table), guess(table.columns)
 
 
 def test_dolly(shared):

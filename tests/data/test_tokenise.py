@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ftjax.assets import resolve
 from ftjax.data.chat_templates import TEMPLATES
-from ftjax.data.read import read
+from ftjax.data.read import read_table
 from ftjax.data.template import Rendered, guess, renderer
 from ftjax.data.template import reference as plain_reference
 from ftjax.data.tokenise import answer_of, encode, encode_prompts, reference
@@ -99,9 +99,9 @@ def test_a_token_that_cannot_be_text_is_refused(shared):
 
 
 def real_rows(shared):
-    dolly = read(str(shared / "data/instruct/dolly_hhrlhf_train_small.jsonl")).select(range(100))
-    rows = [renderer(guess(dolly.column_names))(row, "") for row in dolly]
-    gsm8k = read(str(shared / "data/gsm8k/test.jsonl")).select(range(100))
+    dolly = read_table(str(shared / "data/instruct/dolly_hhrlhf_train_small.jsonl")).select(range(100))
+    rows = [renderer(guess(dolly.columns))(row, "") for row in dolly]
+    gsm8k = read_table(str(shared / "data/gsm8k/test.jsonl")).select(range(100))
     return rows + [renderer("template", "Q: {question}\nA:", " {answer}")(row, "") for row in gsm8k]
 
 
