@@ -138,10 +138,16 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
         return {}
     head, found = dequantised(head), {}
     for token in examples.ends():
-        row = head[token]
-        alike = int(jax.numpy.sum(jax.numpy.all(jax.numpy.abs(head - row) <= 1e-3 * jax.numpy.abs(row).max(), axis=1)))
+        alike = int(_alike(head, token))
         found |= {token: alike - 1} if alike > 1 else {}
     return found
+
+
+@jax.jit  # one program, and no copy of the head
+def _alike(head, token):
+    """Number of rows of a head (V, D) that equal the row of a token, itself included."""
+    apart = jax.numpy.abs(head - head[token]).max(axis=1)
+    return jax.numpy.sum(apart <= 1e-3 * jax.numpy.abs(head[token]).max())
 
 
 def untuned(job: Job, program: Program, trained: dict, frozen: dict, say) -> dict | None:

@@ -36,7 +36,7 @@ from ftjax.objectives import causal
 from ftjax.plan.run import plan
 from ftjax.training import optimizer as optimizers
 from ftjax.training import program as programs
-from ftjax.training import run_folder, step
+from ftjax.training import run_folder, start, step
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.job import prepared
 from ftjax.tree import flatten
@@ -241,6 +241,17 @@ def test_new_rows_have_the_distribution_of_transformers(folder):
     np.testing.assert_array_equal(wide, read(folder / "llama2", 56, new_rows=3)[2]["embed"]["embedding"])
     with pytest.raises(FtjaxError, match=r"embed_tokens.weight has shape \(50, 16\), expected \(53, 16\)"):
         read(folder / "llama2", 53)
+
+
+def test_an_end_that_a_frozen_head_cannot_tell_from_other_tokens_is_found():
+    table = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
+    table[[2, 5, 7]] = table[2] * np.array([[1], [1 + 1e-4], [1 + 1e-2]])
+    examples = SimpleNamespace(ends=lambda: [2, 3])
+    assert start.indistinct_ends({"embed": {"embedding": table}}, examples) == {2: 1}
+    assert start.indistinct_ends({"embed": {"embedding": table[::-1]}, "lm_head": {"kernel": table}}, examples) == {
+        2: 1
+    }
+    assert start.indistinct_ends({}, examples) == {}
 
 
 TOKENS = ("<|user|>", "<|end|>")
