@@ -1059,6 +1059,11 @@ def staged(config: ConfigDict) -> list[Stage]:
                 f"{where}: {of}: the rows of stage {Path(others[0].run_dir).name} are for task.kind "
                 f"{others[0].task.kind}, and this stage trains task.kind {own.task.kind}; remove this setting"
             )
+        if own.tuning.init_from and own.tuning.init_from in (stage.config.tuning.init_from for stage in found):
+            raise FtjaxError(
+                f"{where}: tuning.init_from: an earlier stage starts from this adapter too, and the model after it has "
+                "it merged, so that its change would be added twice; set tuning.init_from for the first of them alone"
+            )
         if not own.data.test and not own.data.validation:
             raise FtjaxError(
                 f"{where}: name held-out rows in data.validation or data.test, on which later stages are scored too"

@@ -142,7 +142,7 @@ def _averaged(so_far, before: Path, model: Path, run_dir: Path, kept: dict, say)
     lowest mean loss on the validation rows of the stages so far."""
     stage, losses = so_far[-1], {}
     for factor in stage.average:
-        out = averaged(before, model, factor, run_dir / f"{stage.name}-average-{factor:g}")
+        out = averaged(before, model, factor, run_dir / f"{stage.name}-average-{factor:g}", stage.config.seed)
         for other in so_far if len(stage.average) > 1 else ():
             config = configs.copy(other.config)
             config.data.test = config.data.validation

@@ -14,10 +14,13 @@ import tiny_labelled
 from safetensors.numpy import load_file
 
 import ftjax
+from ftjax import assets, stages
 from ftjax import config as configs
-from ftjax import stages
 from ftjax.data import prepare
 from ftjax.errors import FtjaxError
+from ftjax.hub import derived, families, pooling, resolve
+from ftjax.hub import weights as weights_of
+from ftjax.lm import recipe_in
 from ftjax.training.report import Progress
 
 WORDS = {"data.prompt": "Words: {src}\nSentence:", "data.completion": " {tgt}"}
@@ -166,6 +169,50 @@ def test_means_against_forgetting_leave_more_of_the_stage_before(done, folder, t
             for key, x in mean.items():
                 np.testing.assert_allclose(x, 0.75 * base[key] + 0.25 * tuned[key], atol=1e-6)
     assert all(losses[name] < losses["none"] for name in losses if name != "none"), losses
+
+
+def test_an_average_predicts_as_the_model_after_its_stage(tmp_path):
+    """It makes vectors in the same way, and reads rows by the same recipe; so does a student of some of its layers."""
+    base = tiny_labelled.make(tmp_path / "base", "bert")
+    family, shape = families.read_config(base)
+    recipe = {"data.max_length": 9, "task.text": "review"}
+    vectors = pooling.Pooling("cls", 12)
+    weights_of.write_model(
+        tmp_path / "after", weights_of.read_params(base, family, shape), base, family, shape,
+        record={"recipe": recipe, "privacy": {"epsilon": 3.0}, "config": {}},
+        beside=lambda folder: pooling.write(folder, vectors, shape.width),
+    )  # fmt: skip
+    derived.averaged(base, tmp_path / "after", 0.5, tmp_path / "average")
+    derived.student(str(tmp_path / "after"), (1,), tmp_path / "student")
+    for made in ("average", "student"):
+        assert pooling.read(tmp_path / made) == vectors
+        assert recipe_in(tmp_path / made) == recipe_in(tmp_path / "after")
+        assert recipe_in(tmp_path / made)["task.text"] == "review"
+        assert resolve.written(tmp_path / made)["privacy"] == {"epsilon": 3.0}
+
+
+def test_an_average_has_new_rows_and_a_new_head_as_they_were_before_the_stage(tmp_path):
+    base = Path(assets.resolve("builtin:stories260K"))
+    family, shape = families.read_config(base)
+    before = weights_of.read_params(base, family, families.with_rows(shape, (shape.vocab_size,)), new_rows=5)
+    assert shape.tied and len(before["embed"]["embedding"]) == shape.vocab_size + 1
+    after = before | {"lm_head": {"kernel": before["embed"]["embedding"] + 1.0}}
+    grown = dataclasses.replace(shape, vocab_size=shape.vocab_size + 1, tied=False)
+    weights_of.write_model(tmp_path / "after", after, base, family, grown)
+    found = weights_of.read_params(
+        derived.averaged(base, tmp_path / "after", 0.25, tmp_path / "average", 5), family, grown
+    )
+    np.testing.assert_array_equal(found["embed"]["embedding"], before["embed"]["embedding"])
+    np.testing.assert_allclose(found["lm_head"]["kernel"], before["embed"]["embedding"] + 0.25, atol=1e-6)
+
+
+def test_an_adapter_is_not_added_in_two_stages(folder):
+    c = settings(folder)
+    c.tuning.init_from = "adapter"
+    with pytest.raises(FtjaxError, match="stages: back: tuning.init_from: an earlier stage starts from this adapter"):
+        configs.staged(c)
+    c.stages = (c.stages[0], {**c.stages[1], "tuning.init_from": ""})
+    assert [stage.config.tuning.init_from for stage in configs.staged(c)] == ["adapter", ""]
 
 
 def test_ewc_needs_earlier_rows_and_an_average_a_whole_model(folder):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
-from ftjax.hub import families, resolve, weights
-from ftjax.models.config import PARTS, with_layers
+from ftjax.hub import families, pooling, resolve, weights
+from ftjax.models.config import PARTS, ModelConfig, with_layers
 from ftjax.models.transformer import keep_layers
 from ftjax.tree import flatten, unflatten
 
@@ -44,8 +46,10 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
         smaller = dataclasses.replace(smaller, windows=())
     if {*smaller.parts} == {PARTS}:
         smaller = dataclasses.replace(smaller, parts=())
+    same = _same(folder, smaller)
 
     def describe(written: Path) -> None:
+        same["beside"](written)
         whole, name = read_json(written / "config.json"), family.keys["layers"]
         hf = families.text_part(whole, family)
         hf |= {key: len(kept) for key in hf if family.aliases.get(key, key) == name}
@@ -61,20 +65,37 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
             )
 
     labels = families.label_names(folder) if shape.head.labels else ()
-    weights.write_model(Path(out), params, folder, family, smaller, labels=labels, beside=describe)
+    weights.write_model(Path(out), params, folder, family, smaller, labels=labels, **same | {"beside": describe})
     return Path(out)
 
 
-def averaged(start: Path, end: Path, factor: float, out: Path) -> Path:
+def _same(source: Path, shape: ModelConfig) -> dict[str, Any]:
+    """The arguments of `write_model` for a model that is used as the one in `source` is: with its vectors of texts, its
+    recipe for predictions, and what it says of private training."""
+    written = resolve.written(source)
+    how = pooling.read(source) if shape.head.task == "none" else None
+
+    def beside(folder: Path) -> None:
+        if how:
+            pooling.write(folder, how, shape.width)
+        for name in {"README.md", pooling.LIMITS}.intersection(written.get("files", ())):
+            shutil.copy(source / name, folder)
+
+    return {"record": {key: written[key] for key in ("recipe", "privacy") if key in written}, "beside": beside}
+
+
+def averaged(start: Path, end: Path, factor: float, out: Path, seed: int = 0) -> Path:
     """Write the model (1 - factor) · start + factor · end, parameter by parameter (WiSE-FT, Wortsman et al. 2022).
 
-    If `end` is `start` with a merged adapter, this scales the adapter's change by the factor.
+    If `end` is `start` with a merged adapter, this scales the adapter's change by the factor; of a quantised base, also
+    the change by its rounding. Rows of tokens that `start` lacks begin as in training, and a tied head as its table.
 
     Args:
         start: Directory of the model before training.
         end: Directory of the model after training, whose other files are copied.
         factor: From 0 to 1.
         out: The directory to write.
+        seed: Of the training, see `new_rows` of weights.read_params.
 
     Returns:
         The directory.
@@ -82,15 +103,18 @@ def averaged(start: Path, end: Path, factor: float, out: Path) -> Path:
     Raises:
         FtjaxError: If the two models do not have the same parameters.
     """
-    models = [families.read_config(folder) for folder in (start, end)]
-    first, last = (flatten(weights.read_params(folder, *m)) for folder, m in zip((start, end), models, strict=True))
-    shapes = [{path: x.shape for path, x in tree.items()} for tree in (first, last)]
-    if shapes[0] != shapes[1]:
-        path = min(shapes[0].items() ^ shapes[1].items())[0]
+    (source, shape), (family, after) = (families.read_config(folder) for folder in (start, end))
+    grown = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, after.vocab_size))
+    first = flatten(weights.read_params(start, source, grown, new_rows=seed))
+    last = flatten(weights.read_params(end, family, after))
+    if "lm_head/kernel" in last:
+        first.setdefault("lm_head/kernel", first["embed/embedding"])
+    shapes = [{(path, x.shape) for path, x in tree.items()} for tree in (first, last)]
+    if differing := shapes[0] ^ shapes[1]:
+        path = min(differing)[0]
         raise FtjaxError(f"average: {start} and {end} differ in the parameter {path}, so they have no average")
     first, last = jax.tree.map(lambda x: x.astype(np.float32), (first, last))
     params = {path: (1 - factor) * first[path] + factor * x for path, x in last.items()}
-    family, shape = models[1]
-    labels = families.label_names(end) if shape.head.labels else ()
-    weights.write_model(out, unflatten(params), end, family, shape, labels=labels)
+    labels = families.label_names(end) if after.head.labels else ()
+    weights.write_model(out, unflatten(params), end, family, after, labels=labels, **_same(end, after))
     return out
