@@ -77,6 +77,12 @@ CALLS = {
     "stages: b: replay: the rows of stage b are a mixture; remove this setting, or make": lambda: staged(
         replay=0.5, **{"data.mixture": ({"train": "a.jsonl", "weight": 1.0},), "data.train": ""}
     ),
+    "run/tokenizer: the run itself uses tokenizer in its folder; choose another one, such as run/adapter": lambda: (
+        export.export("run", "run/tokenizer")
+    ),
+    "run/checkpoints/4: the run itself uses checkpoints in its folder; choose": lambda: export.export(
+        "run", "run/checkpoints/4"
+    ),
     "stages: b: replay: the rows of stage a are for task.kind causal, and this stage trains": lambda: staged(
         replay=0.5, **{"task.kind": "policy"}
     ),

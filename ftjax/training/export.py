@@ -19,7 +19,7 @@ from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import run_pooling
 from ftjax.models.quantised import dequantised
 from ftjax.training import privacy
-from ftjax.training.run_folder import Trained, open_run
+from ftjax.training.run_folder import LOCK, WRITTEN, Trained, open_run
 from ftjax.tree import flatten, map_paths, not_finite
 from ftjax.tuning import METHODS
 from ftjax.tuning.whole import without_form
@@ -163,9 +163,14 @@ def export(
 
     Raises:
         FtjaxError: If `run` is not a run folder, if the method cannot be written in this format, or if `out` holds
-            files that no export wrote.
+            files that no export wrote, or is what the run itself writes to.
     """
     resolve.check_out(out)
+    inside = os.path.relpath(os.path.realpath(out), os.path.realpath(run)).split(os.sep)[0]
+    if inside in (pattern.split("/")[0] for pattern in (*WRITTEN, LOCK)):
+        raise FtjaxError(
+            f"{out}: the run itself uses {inside} in its folder; choose another one, such as {run}/adapter"
+        )
     source = open_run(run, checkpoint=checkpoint)
     form = families.form_of(source.spec.family, source.spec.model.head)
     found = resolve_format(source.config.tuning.method, format, form, flatten(source.trained))
