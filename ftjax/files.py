@@ -38,6 +38,12 @@ def below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def within(folder: Path, name: str) -> list[Path]:
+    """The files of this name in the folders directly below a folder, sorted; none if there is no such folder. Raises
+    OSError if one of the folders may not be read; `Path.glob` leaves it out."""
+    return [at / name for at in (sorted(folder.iterdir()) if folder.is_dir() else ()) if (at / name).is_file()]
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a draft, which replaces the file when the block ends.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ftjax import assets
 from ftjax.errors import FtjaxError
+from ftjax.files import within
 from ftjax.foreign import mapped, maybe, read_json, read_text, string
 from ftjax.hub import peft, pooling, resolve, weights
 from ftjax.hub import tokenizer as tokenizers
@@ -75,7 +76,7 @@ def of_named(names: dict[str, str]) -> dict[str, str]:
             if (source := Path(name.rpartition(":")[0])).suffix == ".py":
                 files = {source.name: hashlib.sha256(read_text(source).encode()).hexdigest()}
             elif ((folder := resolve.resolve(name)) / "run.json").is_file():  # by the checksums of all its arrays
-                sums = sorted(folder.glob("checkpoints/*/checksums.json"))
+                sums = within(folder / "checkpoints", "checksums.json")
                 files = {str(file.relative_to(folder)): _digest(file) for file in sums}
             else:
                 files = adapter_digests(folder) or weights_digests(folder)

@@ -29,7 +29,7 @@ from ftjax.evaluation import compare
 from ftjax.evaluation.labelled import KINDS, LOWER
 from ftjax.evaluation.metrics import METRICS
 from ftjax.evaluation.tables import grid as grid_text
-from ftjax.files import replace_json
+from ftjax.files import replace_json, within
 from ftjax.hub import families, resolve, weights
 from ftjax.progress import counted
 from ftjax.training import claims, hosts, privacy
@@ -348,8 +348,9 @@ def _ended(config) -> Outcome | None:
 
 
 def _known(folder: Path) -> dict[str, dict]:
-    """{what a run depends on, as JSON: its record} of the runs of a folder that have ended."""
-    records = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{OUTCOME}"))]
+    """{what a run depends on, as JSON: its record} of the runs of a folder that have ended. Raises OSError if a run may
+    not be read."""
+    records = [json.loads(file.read_text()) for file in within(folder, OUTCOME)]
     return {json.dumps(record.pop("asked"), sort_keys=True): record for record in records}
 
 

@@ -91,3 +91,19 @@ def test_models_and_functions_that_a_config_names_are_known_by_their_content(bas
         file.write_bytes(whole)
     with pytest.raises(FtjaxError, match="^task.reference: .*nowhere: no such folder"):
         found(tmp_path / "nowhere")
+
+
+def test_a_run_whose_checkpoints_may_not_be_read_is_not_one_without_any(tmp_path, bound_by_permissions):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    named = {"task.reference": str(tmp_path / "run")}
+    assert fingerprint.of_named(named) == {}
+    sums = tmp_path / "run/checkpoints/2/checksums.json"
+    sums.parent.mkdir(parents=True)
+    sums.write_text("{}")
+    assert list(fingerprint.of_named(named)) == ["task.reference/checkpoints/2/checksums.json"]
+    for folder in (sums.parent, sums.parent.parent):
+        folder.chmod(0)
+        with pytest.raises(PermissionError, match=str(folder)):
+            fingerprint.of_named(named)
+        folder.chmod(0o755)

@@ -196,6 +196,18 @@ def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
         before = rows.contents(c)
 
 
+def test_a_run_that_may_not_be_read_is_not_run_again(tmp_path, bound_by_permissions):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "outcome.json").write_text(json.dumps({"asked": name}))
+    (tmp_path / "a.claim").write_text("")
+    assert list(sweep._known(tmp_path)) == ['"a"', '"b"'] and sweep._known(tmp_path / "none") == {}
+    (tmp_path / "a").chmod(0)
+    with pytest.raises(PermissionError, match=str(tmp_path / "a")):
+        sweep._known(tmp_path)
+    (tmp_path / "a").chmod(0o755)
+
+
 def test_points_are_drawn_from_lists_and_ranges():
     found = search.axes(["optim.lr=1e-5..1e-3:log", "tuning.rank=4..64", "optim.name=adamw,lion"], drawn=True)
     points = search.drawn(found, 300, seed=1)
