@@ -64,24 +64,35 @@ def load(named: str, key: str) -> Callable:
     return function
 
 
-_runs: list[object] = []  # one for each block of `held` that is running
+_runs: list[dict] = []  # what `once` keeps, for each block of `held` that is running
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within the block, `loaded` runs each file once, and anew in each block: a file that is edited during a run does
-    not change what the run computes, and no run begins with what an earlier one left in the variables of a module."""
-    _runs.append(object())
+    """Within the block, `once` and `loaded` read everything once, and anew in each block: a file that is edited during
+    a run does not change what the run computes, and no run begins with what an earlier one has read, or has left in
+    the variables of a module."""
+    _runs.append({})
     try:
         yield
     finally:
         _runs.pop()
 
 
+def once(make: Callable, *given) -> Any:
+    """What `make(*given)` returns. Within a block of `held` it is called once for the same arguments."""
+    kept = _runs[-1] if _runs else {}
+    if (make, *given) not in kept:
+        kept[make, *given] = make(*given)
+    return kept[make, *given]
+
+
 def loaded(named: str, key: str) -> Callable:
     """As `load`, but a file is run once for each time of its modification; see also `held`."""
     file = Path(named.rpartition(":")[0])
-    return _loaded(named, key, _runs[-1] if _runs else file.stat().st_mtime_ns if file.is_file() else None)
+    if _runs:
+        return once(load, named, key)
+    return _loaded(named, key, file.stat().st_mtime_ns if file.is_file() else None)
 
 
 @functools.lru_cache

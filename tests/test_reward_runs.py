@@ -1,13 +1,16 @@
 """Reward models: trained on pairs of answers, written for transformers, and choosing the best of several answers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_preference_runs import chat, rows
 from tiny_labelled import config, make, write
 
 import ftjax
+from ftjax import user_code
 from ftjax.evaluation import best
 from ftjax.lm import continue_tokens
 from ftjax.training.report import read_metrics
@@ -156,7 +159,8 @@ def test_a_reward_model_rewards_the_answers_of_a_policy(run, tmp_path):
     answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(6, 2)]
     c = config(tmp_path, folder / "llama", task__kind="policy", tuning__method="lora", data__max_length="32")
     c.data.update(train=write(tmp_path / "answers.jsonl", answers), test="", split=(1.0, 0.0, 0.0))
-    c.task.update(rewards=(str(folder / "run" / "full"),), beta=0.0)
+    judge = shutil.copytree(folder / "run" / "full", tmp_path / "judge", ignore=lambda *_: ["ftjax.json"])
+    c.task.update(rewards=(str(judge),), beta=0.0)
     c.rollout.group, c.generate.max_new_tokens = 4, 3
     c.train.update(steps=2, batch_size=8, log_every=1)
     ftjax.train(c, say=lambda text: None)
@@ -170,6 +174,14 @@ def test_a_reward_model_rewards_the_answers_of_a_policy(run, tmp_path):
     found = policy.rewards(c, part, np.arange(6), prompts, new, tokenizer)["reward"]
     known = ftjax.predict(str(folder / "run"), str(tmp_path / "answers.jsonl"), say=lambda text: None)
     np.testing.assert_allclose(found, [row["score"] for row in known], rtol=1e-5, atol=1e-5)
+    # A reward model that is trained again stays what it was in the run that reads it, and in no other.
+    with user_code.held():
+        ours = [policy.rewards(c, part, np.arange(6), prompts, new, tokenizer)["reward"]]
+        tensors = load_file(file := judge / "model.safetensors")
+        save_file(tensors | {"score.weight": 2 * tensors["score.weight"]}, file, {"format": "pt"})
+        ours.append(policy.rewards(c, part, np.arange(6), prompts, new, tokenizer)["reward"])
+    later = policy.rewards(c, part, np.arange(6), prompts, new, tokenizer)["reward"]
+    np.testing.assert_allclose([*ours, later / 2], [found] * 3, rtol=1e-5, atol=1e-5)
 
 
 def test_a_chat_is_scored_as_it_was_trained(tmp_path):

@@ -9,6 +9,7 @@ import functools
 import jax
 import numpy as np
 
+from ftjax import user_code
 from ftjax.data.tokenise import Example
 from ftjax.errors import FtjaxError
 from ftjax.objectives import distil
@@ -18,7 +19,6 @@ from ftjax.training import features
 OWN = 3  # tells the random choice of steps from other random numbers
 
 
-@functools.lru_cache(maxsize=2)
 def _teacher(path: str, dtype: str, how: distil.Teacher, head_chunk: int, *where):
     """The function batch -> what is kept of the teacher's distributions. where: see features.reference."""
     return features.reference(path, dtype, functools.partial(causal.known, how=how, head_chunk=head_chunk), *where)
@@ -42,7 +42,7 @@ def collect(lm, variables, data, config, step: int, examples: np.ndarray) -> Col
     batch, _ = policy.laid_out(texts, data, config, jax.sharding.get_abstract_mesh())
     batch["given"] = np.full_like(batch["weights"], not own)
     model = config.task.reference, config.model.dtype, causal.teacher(config), config.model.head_chunk
-    compute = _teacher(*model, lm.tokenizer, jax.sharding.get_mesh(), lm.model.config.vocab_size)
+    compute = user_code.once(_teacher, *model, lm.tokenizer, jax.sharding.get_mesh(), lm.model.config.vocab_size)
     batch["reference"] = np.asarray(compute(batch))
     return Collected([batch])
 

@@ -178,7 +178,7 @@ def rewards(
 
     each = {name: np.array(x, float) for name, x in hosts.from_first(found).items()}
     for name in filter(_is_model, config.task.rewards):
-        judge = _judge(name, tokenizer, jax.sharding.get_mesh())
+        judge = user_code.once(_judge, name, tokenizer, jax.sharding.get_mesh())
         how = config.generate
         each[name] = best.scores(judge, prompts, new, how.max_new_tokens, how.batch_size, "task.rewards")
     each = {f"reward/{name}": each[name] for name in config.task.rewards}
@@ -214,7 +214,6 @@ def _is_model(name: str) -> bool:
     return name not in metrics.METRICS and Path(name).is_dir()
 
 
-@functools.lru_cache(maxsize=4)
 def _judge(path: str, tokenizer, mesh) -> LM:
     """The reward model at a path, on the devices of the mesh."""
     judge = best.reward_model(path, tokenizer, "task.rewards")
