@@ -23,6 +23,7 @@ from ftjax.data import prepare
 from ftjax.data.read import read_table
 from ftjax.data.store import table_digest
 from ftjax.errors import FtjaxError
+from ftjax.evaluation import compare
 from ftjax.evaluation.pictures import new_axes, saved
 from ftjax.evaluation.run import evaluate
 from ftjax.evaluation.tables import grid
@@ -30,7 +31,7 @@ from ftjax.files import replace_json
 from ftjax.hub import fingerprint, resolve
 from ftjax.hub.derived import averaged
 from ftjax.progress import doing
-from ftjax.training import hosts, loop
+from ftjax.training import hosts, job, loop
 from ftjax.training.loop import Result
 from ftjax.tuning import METHODS
 
@@ -193,6 +194,7 @@ def _scored(model: Path, other, kept: dict, before: Path | None = None) -> dict:
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
     held_out = read_table(config.data.test, "data.test", header=config.data.columns)
     settings |= {"model": fingerprint.weights_digests(model), "rows": table_digest(held_out)}
+    settings |= {"files": fingerprint.of_named(compare.named_files(config) | job.named_files(config))}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     if key not in kept or not settings["model"]:
         with doing(f"scoring {model} on the held-out rows of {other.name}"):

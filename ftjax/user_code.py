@@ -6,6 +6,7 @@ anyone, and so may every other JSON file; a function that only such a file names
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -62,6 +63,29 @@ def load(named: str, key: str) -> Callable:
         functions = [known for known, value in vars(module).items() if callable(value)]
         raise FtjaxError(f"{key}: {file} has no function {name!r}{nearest(name, functions)}")
     return function
+
+
+def files(source: Path) -> list[Path]:
+    """A file of code, and the modules beside it that it imports, also through each other. Other modules, such as those
+    of installed packages, are left out. No code is run."""
+    found, todo = [], [source]
+    while todo:
+        found.append(file := todo.pop())
+        tree = None
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # it is refused where it is loaded
+            tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree) if tree else ():
+            folder, names = source.parent, [alias.name for alias in getattr(node, "names", ())]
+            if isinstance(node, ast.ImportFrom):
+                folder = file.parents[node.level - 1] if node.level else folder
+                names = [".".join(filter(None, (node.module, name))) for name in names]
+            elif not isinstance(node, ast.Import):
+                continue
+            parts = [name.split(".") for name in names]
+            places = {folder.joinpath(*one[: n + 1]) for one in parts for n in range(len(one))}
+            able = [path for at in places for path in (at.with_suffix(".py"), at / "__init__.py") if path.is_file()]
+            todo += [path for path in sorted(able) if path not in (*found, *todo)]
+    return found
 
 
 _runs: list[dict] = []  # what `once` keeps, for each block of `held` that is running

@@ -301,9 +301,10 @@ def test_rows_of_a_mixture_are_not_read_again(folder, change):
         configs.staged(c)
 
 
-@pytest.mark.parametrize("name", ["x1.jsonl", "x1.jsonl,x2.jsonl", "x?.jsonl"])
-def test_other_held_out_rows_are_scored_anew(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["x1.jsonl", "x1.jsonl,x2.jsonl", "x?.jsonl", "x2.jsonl"])
+def test_other_held_out_rows_or_other_metrics_are_scored_anew(name, tmp_path, monkeypatch):
     c, found = configs.default(), []
+    c.evaluate.metrics = (f"{tmp_path}/own.py:score",) * (name == "x2.jsonl")
     c.data.test = ",".join(str(tmp_path / part) for part in name.split(","))
     stage = dataclasses.make_dataclass("Stage", ["name", "config"])("words", c)
     monkeypatch.setattr(stages, "evaluate", lambda *_, **how: {"loss": 1.0})
@@ -311,6 +312,7 @@ def test_other_held_out_rows_are_scored_anew(name, tmp_path, monkeypatch):
     (tmp_path / "x2.jsonl").write_text('{"text": "b"}\n')
     for text in "abb":
         (tmp_path / "x1.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        (tmp_path / "own.py").write_text(text)
         found.append(stages._scored(tmp_path, stage, {})["key"])
     assert found[0] != found[1] == found[2]
 

@@ -58,17 +58,21 @@ def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
     sources = configs.sources(config)
     if config.data.mixture:
         ev["sources"] = [(one.name, [configs.flat(one.config)[key] for key in configs.OWN]) for one in sources]
-    named = [name.rpartition(":")[0] for one in sources for name in one.config.evaluate.metrics if ":" in name]
-    named += [assets.resolve(config.evaluate.forgetting)] if config.evaluate.forgetting else []
     rows = [(p.digest, p.kept.tolist(), dataclasses.asdict(p.recipe)) for p in part.pieces]
-    files = {name: store.digest(Path(name).read_bytes()) for name in named}
-    files |= of_named({"generate.reward": config.generate.reward} if config.generate.reward else {})
     found = {
         "ftjax": ftjax.__version__, "seed": config.seed, "evaluate": ev, "generate": config.generate.to_dict(),
         "rows": store.digest(rows), "tokenizer": fingerprint(tokenizer), "end_tokens": end_tokens,
-        "max_length": max_length, "files": files,
+        "max_length": max_length, "files": of_named(named_files(config)),
     }  # fmt: skip
     return json.loads(json.dumps(found))
+
+
+def named_files(config) -> dict[str, str]:
+    """{key: name} of the models, functions and texts by which a config scores answers."""
+    metrics = [name for one in configs.sources(config) for name in one.config.evaluate.metrics if ":" in name]
+    named = {f"evaluate.metrics {name}": name for name in metrics}
+    named |= {"evaluate.forgetting": config.evaluate.forgetting, "generate.reward": config.generate.reward}
+    return {key: name for key, name in named.items() if name}
 
 
 def measure(lm, variables, data, config) -> dict:

@@ -12,7 +12,7 @@ import itertools
 import os
 from pathlib import Path
 
-from ftjax import assets
+from ftjax import assets, user_code
 from ftjax.errors import FtjaxError
 from ftjax.files import within
 from ftjax.foreign import mapped, maybe, read_json, read_text, string
@@ -62,10 +62,11 @@ def record(
 
 
 def of_named(names: dict[str, str]) -> dict[str, str]:
-    """{key/file: digest} of the files of models and functions that a config names.
+    """{key/file: digest} of the files of models, functions and texts that a config names. Those of a function include
+    the modules beside its file that it imports.
 
     Args:
-        names: {key of the config: a name that ftjax.load opens, or `file.py:function`}.
+        names: {key of the config: a name that ftjax.load opens, `file.py:function`, or a file}.
 
     Raises:
         FtjaxError: If there is no such folder or file; it starts with the key.
@@ -74,7 +75,10 @@ def of_named(names: dict[str, str]) -> dict[str, str]:
     for key, name in names.items():
         try:
             if (source := Path(name.rpartition(":")[0])).suffix == ".py":
-                files = {source.name: hashlib.sha256(read_text(source).encode()).hexdigest()}
+                texts = {os.path.relpath(file, source.parent): read_text(file) for file in user_code.files(source)}
+                files = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
+            elif (file := Path(assets.resolve(name))).is_file():
+                files = {file.name: _digest(file)}
             elif ((folder := resolve.resolve(name)) / "run.json").is_file():  # by the checksums of all its arrays
                 sums = within(folder / "checkpoints", "checksums.json")
                 files = {str(file.relative_to(folder)): _digest(file) for file in sums}

@@ -14,17 +14,19 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from ftjax import assets
+from ftjax import assets, user_code
 from ftjax import config as configs
 from ftjax.data.prepare import PARTS, rows
 from ftjax.errors import FtjaxError
+from ftjax.evaluation import compare
 from ftjax.files import below, write_jsonl
 from ftjax.hub import resolve
-from ftjax.hub.fingerprint import record
+from ftjax.hub.fingerprint import of_named, record
+from ftjax.training import job
 
 # Fields that name files or folders that a run reads.
 READ = ("data.train", "data.validation", "data.test", "data.mixture", "data.augment.function", "data.template")
-READ += ("data.decontaminate", "tuning.init_from", "evaluate.metrics", "evaluate.forgetting")
+READ += ("data.earlier", "data.decontaminate", "tuning.init_from")
 
 
 def contents(config) -> dict[str, str]:
@@ -43,7 +45,8 @@ def contents(config) -> dict[str, str]:
         if files:
             known = [_digest(f, _state(f)) for f in files]
             found[f"content of {key}"] = hashlib.blake2b("".join(known).encode(), digest_size=8).hexdigest()
-    return found
+    named = compare.named_files(config) | job.named_files(config)
+    return found | {f"content of {file}": digest for file, digest in of_named(named).items()}
 
 
 def _texts(value) -> Iterator[str]:
@@ -65,7 +68,7 @@ def _files(text: str) -> list[Path]:
     found = [
         Path(name) for piece in pieces for name in sorted(glob.glob(piece, recursive=True)) or [assets.resolve(piece)]
     ]
-    return [file for file in found if file.is_file()]
+    return [file for at in found if at.is_file() for file in (user_code.files(at) if at.suffix == ".py" else [at])]
 
 
 def _state(file: Path) -> tuple[str, int, int]:

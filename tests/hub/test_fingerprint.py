@@ -91,6 +91,9 @@ def test_models_and_functions_that_a_config_names_are_known_by_their_content(bas
         file.write_bytes(whole)
     with pytest.raises(FtjaxError, match="^task.reference: .*nowhere: no such folder"):
         found(tmp_path / "nowhere")
+    code.unlink()
+    with pytest.raises(FtjaxError, match=r"^task.rewards\[0\]: .*reward.py: no such file"):
+        found()
 
 
 def test_a_run_whose_checkpoints_may_not_be_read_is_not_one_without_any(tmp_path, bound_by_permissions):
@@ -107,3 +110,29 @@ def test_a_run_whose_checkpoints_may_not_be_read_is_not_one_without_any(tmp_path
         with pytest.raises(PermissionError, match=str(folder)):
             fingerprint.of_named(named)
         folder.chmod(0o755)
+
+
+def test_the_modules_beside_a_function_that_it_imports_are_part_of_it(tmp_path):
+    for name, text in {
+        "reward.py": "import json, numpy as np\nfrom near import f\ndef g():\n    import pack.deep.low as low",
+        "near.py": "from pack import other\nimport reward",
+        "pack/__init__.py": "",
+        "pack/other.py": "from . import one\nfrom .deep import *\nfrom ..far import x",
+        "pack/one.py": "def (",  # it is refused where it is run
+        "pack/deep/__init__.py": "",
+        "pack/deep/low.py": "",
+        "pack/unused.py": "",
+        "far.py": "",
+        "unused.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    named = {"task.environment": f"{tmp_path / 'reward.py'}:g"}
+    before = fingerprint.of_named(named)
+    names = ("reward", "near", "pack/__init__", "pack/other", "pack/one", "pack/deep/__init__", "pack/deep/low", "far")
+    assert before.keys() == {f"task.environment/{name}.py" for name in names}
+    (tmp_path / "pack/one.py").write_text("")
+    assert fingerprint.changes({"others": before}, {"others": fingerprint.of_named(named)}) == [
+        f"of the files that the config names, task.environment/pack/one.py was "
+        f"{before['task.environment/pack/one.py'][:8]}, is e3b0c442"
+    ]

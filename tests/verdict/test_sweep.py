@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -173,21 +174,27 @@ def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
     (tmp_path / "set/data/deep").mkdir(parents=True)
     for name in ("a.jsonl", "b.jsonl", "own.py", "general.txt", "set/data/v.jsonl", "set/data/deep/d.jsonl"):
         (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "reward.py").write_text("from own import score")
+    teacher = shutil.copytree(c.model.path, tmp_path / "teacher")
     c.data.update(validation=str(tmp_path / "set"), decontaminate=(f"{tmp_path}/set/data/**/d.jsonl",))
     c.data.update(train=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", test=f"{tmp_path}/[ab].jsonl")
-    c.evaluate.update(metrics=("rouge_l", f"{tmp_path}/own.py:score"), forgetting=str(tmp_path / "general.txt"))
+    own = f"{tmp_path}/own.py:score"
+    c.evaluate.update(metrics=("rouge_l", own), forgetting=str(tmp_path / "general.txt"))
+    c.task.update(reference=str(teacher), rewards=("rouge_l", f"{tmp_path}/reward.py:score"))
     before = rows.contents(c)
-    assert list(before) == [
+    assert {key for key in before if "task.reference" not in key} == {
         f"content of {key}"
         for key in (
-            "model.path", "data.train", "data.validation", "data.test", "data.decontaminate", "evaluate.metrics",
-            "evaluate.forgetting",
+            "model.path", "data.train", "data.validation", "data.test", "data.decontaminate",
+            f"evaluate.metrics {own}/own.py", "evaluate.forgetting/general.txt", "task.rewards[1]/reward.py",
+            "task.rewards[1]/own.py",
         )
-    ]  # fmt: skip
+    }  # fmt: skip
     for name, changed in (
         ("b.jsonl", {"content of data.train", "content of data.test"}),
-        ("own.py", {"content of evaluate.metrics"}),
-        ("general.txt", {"content of evaluate.forgetting"}),
+        ("own.py", {f"content of evaluate.metrics {own}/own.py", "content of task.rewards[1]/own.py"}),
+        ("general.txt", {"content of evaluate.forgetting/general.txt"}),
+        ("teacher/model.safetensors", {"content of task.reference/model.safetensors"}),
         ("set/data/v.jsonl", {"content of data.validation"}),
         ("set/data/deep/d.jsonl", {"content of data.validation", "content of data.decontaminate"}),
     ):
