@@ -16,7 +16,6 @@ import numpy as np
 
 from ftjax import config as configs
 from ftjax import tasks
-from ftjax.data.prepare import prepare
 from ftjax.data.tokenise import encode_prompts
 from ftjax.errors import FtjaxError
 from ftjax.evaluation import compare
@@ -36,7 +35,7 @@ from ftjax.verdict.baselines import fitted
 from ftjax.verdict.contenders import MAJORITY, Contender
 from ftjax.verdict.forgetting import divergence
 from ftjax.verdict.safeguards import refusals
-from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model, read_by
+from ftjax.verdict.setting import Setting, as_text, held_out_labels, labels, open_model, rows_for
 from ftjax.verdict.sweep import run_joules, sweep
 
 
@@ -241,12 +240,8 @@ def _unsupported(contender: Contender, setting: Setting, texts: list[str]) -> fl
 
 def _labelled(contender: Contender, setting: Setting, lm: LM, seed: int):
     """`answer` for rows with labels."""
-    config = configs.copy(setting.config)
-    config.task.labels = lm.labels
-    pool, data = lm.model.config.head.pool, setting.data
-    if read_by(lm.tokenizer, lm.labels, lm.max_tokens, pool) != setting.read_by:
-        data = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
-    part = getattr(data, config.evaluate.compare_on)
+    config, data = configs.copy(setting.config), rows_for(lm, setting)
+    config.task.labels, part = lm.labels, getattr(data, config.evaluate.compare_on)
     whole = Asked(lm.model, lm.variables, lm.tokenizer, data, part, config)
     judge = tasks.find(config.task.kind).judge
     records = judge.lines(whole, judge.predict(whole))[: config.evaluate.compare_rows or None]

@@ -34,7 +34,7 @@ from ftjax.verdict.measure import Measured, measure
 from ftjax.verdict.memorisation import copied
 from ftjax.verdict.rating import win_rate, write_ballots
 from ftjax.verdict.rows import fix_rows
-from ftjax.verdict.setting import Setting, held_out_labels, setting
+from ftjax.verdict.setting import Setting, check, held_out_labels, setting
 from ftjax.verdict.sweep import AnotherRun
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders without training
@@ -76,6 +76,7 @@ def compare(
         each.mkdir(parents=True, exist_ok=True)
     fix_rows(config, folder / "rows", say)
     found, known = setting(config, folder), {}
+    check(asked, found)
     if curved:
         amounts(found)  # raises for wrong amounts before anything is trained
     lost: dict[str, str] = {}

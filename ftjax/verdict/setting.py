@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ftjax import assets, tasks
+from ftjax import config as configs
 from ftjax.data import chat_templates, read
 from ftjax.data.prepare import Data, fingerprint, prepare
 from ftjax.data.template import Rendered, asked, before_answer
@@ -18,10 +22,11 @@ from ftjax.evaluation.loss import read_documents
 from ftjax.hub import families, peft, resolve
 from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, open_base
-from ftjax.loading import load
+from ftjax.loading import load, shape_of
 from ftjax.training.program import with_task
 from ftjax.training.run_folder import RUN
 from ftjax.verdict.baselines import Library
+from ftjax.verdict.contenders import Contender
 
 
 class Question(NamedTuple):
@@ -108,6 +113,40 @@ def _labelled_data(config) -> tuple[Data, tuple]:
     tokenizer, _ = tokenizers.of_run(config, folder)
     data = prepare(config, tokenizer, shape.max_positions, pool=pool, known=known)
     return data, read_by(tokenizer, data.labels, shape.max_positions, pool)
+
+
+def rows_for(lm: LM, setting: Setting) -> Data:
+    """The labelled rows as a model reads them.
+
+    Raises FtjaxError for a label that the model does not have, and if its files or its labels make other held-out rows
+    of them than the config's.
+    """
+    config, pool = configs.copy(setting.config), lm.model.config.head.pool
+    config.task.labels = lm.labels
+    if read_by(lm.tokenizer, lm.labels, lm.max_tokens, pool) == setting.read_by:
+        return setting.data
+    data = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
+    part, own = (getattr(of, config.evaluate.compare_on) for of in (setting.data, data))
+    if any(not np.array_equal(a.kept, b.kept) for a, b in zip(part.pieces, own.pieces, strict=True)):
+        raise FtjaxError("data.long: drop leaves out other held-out rows by this model's tokenizer; set it to truncate")
+    for i, (truth, label) in enumerate(zip(labels(setting.data, part), labels(data, own), strict=True)):
+        if truth != label:
+            raise FtjaxError(
+                f"{part.place(i)}: has the label {truth!r} by the names of the config's labels "
+                f"({', '.join(setting.data.labels)}), and {label!r} by those of this model ({', '.join(lm.labels)}); "
+                "write the names of the labels into the rows, in place of their ids"
+            )
+    return data
+
+
+def check(contenders: Sequence[Contender], setting: Setting) -> None:
+    """Raise FtjaxError for a contender whose model is not there, or that cannot be scored on labelled rows."""
+    for one in contenders:
+        if one.kind == "model":
+            try:
+                shape_of(one.source) if setting.base else rows_for(open_model(one.source, setting.config), setting)
+            except FtjaxError as error:
+                raise FtjaxError(f"compare.contenders: {one.name}: {error}") from error
 
 
 def _asked(source: str, key: str, data) -> list[Rendered]:

@@ -1,12 +1,14 @@
 """Contenders for labels: the commonest one, what is trained, and a run folder, judged on the same rows."""
 
 import json
+import shutil
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_labelled
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import ftjax
 from ftjax import config as configs
@@ -117,6 +119,39 @@ def test_a_learning_curve_is_checked_on_all_rows(config, tmp_path):
     assert "Of 160 rows the law of the smaller amounts says" in page and "## Learning curves" in text
     assert "With 1,000 rows: " in text and (tmp_path / "run/curve.png").stat().st_size > 10_000
     assert f"With more rows for the head: {curve['says']}." in data["detail"] and "twice the data" in curve["says"]
+
+
+def test_a_model_with_other_labels_is_refused_before_anything_is_trained(config, tmp_path):
+    def made(*names):
+        shape = AutoConfig.from_pretrained(config.model.path, id2label=dict(enumerate(names)))
+        model = AutoModelForSequenceClassification.from_config(shape)
+        model.save_pretrained(folder := shutil.copytree(config.model.path, tmp_path / "-".join(names)))
+        return str(folder)
+
+    c = config.copy_and_resolve_references()
+    c.run_dir, turned = str(tmp_path / "run"), made("good", "bad")
+    rows = [json.loads(line) for line in Path(c.data.test).read_text().splitlines()]
+    ids = [row | {"label": int(row["label"] == "good")} for row in rows]
+
+    def refused(model, match):
+        c.compare.contenders = ({"name": "the head", "tuning.method": "head"}, {"name": "theirs", "model": model})
+        with pytest.raises(FtjaxError, match=f"^compare.contenders: theirs: {match}"):
+            ftjax.compare(c, say=lambda text: None)
+        assert not (tmp_path / "run/the_head").exists()
+
+    refused(made("yes", "no"), ".*train.jsonl row 1: .*'(good|bad)'")
+    refused(str(tmp_path / "nowhere"), ".*nowhere: no such folder")
+    c.data.test = c.data.train = tiny_labelled.write(tmp_path / "ids.jsonl", ids)
+    c.task.update(labels=("bad", "good"), labels_as="ids")
+    refused(turned, ".*test.jsonl row 1: has the label 'good' by .* \\(bad, good\\), and 'bad' by .* \\(good, bad\\)")
+    # Without the two tokens around a text, another tokenizer has room for more of the rows.
+    plain = Path(made("bad", "good"), "tokenizer.json")
+    plain.write_text(json.dumps(json.loads(plain.read_text()) | {"post_processor": None}))
+    rows = [{"text": "it was " * (2 + i % 2), "label": label} for i, label in enumerate(["good", "bad"] * 8)]
+    c.data.test = c.data.train = tiny_labelled.write(tmp_path / "rows.jsonl", rows + [rows[0] | {"label": "bad"}])
+    c.data.update(long="drop", max_length=7, split=(1.0, 0.0, 0.0))
+    c.task.labels_as = "names"
+    refused(str(plain.parent), "data.long: drop leaves out other held-out rows")
 
 
 @pytest.mark.parametrize(
