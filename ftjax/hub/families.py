@@ -65,6 +65,7 @@ ARITHMETIC = {
     *("num_local_experts", "query_pre_attn_scalar", "residual_multiplier", "use_mrope", "use_qk_norm", "lm_head_bias"),
     *("sliding_window_pattern", "use_bidirectional_attention", "parallel_attn", "num_kv_shared_layers", "layer_scale"),
     *("per_layer_config", "hidden_size_per_layer_input", "attention_k_eq_v", "enable_moe_block", "global_head_dim"),
+    *("partial_rotary_factor", ORIGINAL),
 }
 
 # Type of a field of ModelConfig or Head -> what config.json may hold.
@@ -331,16 +332,24 @@ def _kinds(family: Family) -> dict[str, Kind]:
 def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
     # Version 4 has `rope_theta` at the top level and the rest in `rope_scaling`, version 5 all in `rope_parameters`, or
     # there in a part for each type of layers.
-    parts = hf.get("rope_parameters")
-    parts = ({} if hf.get("rope_scaling") else family.rope) if parts is None else parts
+    parts, stretched = hf.get("rope_parameters"), hf.get("rope_scaling") or {}
+    parts = ({} if stretched else family.rope) if parts is None else parts
     top = {"rope_theta": hf.get(family.theta_keys[0]), "partial_rotary_factor": hf.get("partial_rotary_factor")}
     if not family.local_theta:
-        return _one_rope((top, hf.get("rope_scaling"), parts), hf, family, values, where)
+        said = {*stretched, *(key for key in top if top[key] is not None)}
+        if stretched and (unread := parts.keys() - said):
+            raise FtjaxError(
+                f"{where}: rope_parameters: {min(unread)}: transformers reads nothing here beside rope_scaling; write "
+                "it there too, or leave rope_scaling out"
+            )
+        return _one_rope((top, stretched, parts), hf, family, values, where)
+    if "type" in stretched and "rope_type" not in stretched:  # transformers 5 puts it beside a rope_type of its own
+        raise FtjaxError(f"{where}: rope_scaling: type = {stretched['type']!r}; expected it under the name rope_type")
     check_fields(parts, dict.fromkeys(LAYER_TYPES, maybe(mapped())), f"{where}: rope_parameters")
     if others := parts.keys() - set(LAYER_TYPES):
         raise FtjaxError(f"{where}: rope_parameters: expected {' and '.join(LAYER_TYPES)}; found {min(others)!r}")
     full, local = (parts.get(kind) for kind in LAYER_TYPES)
-    found = _one_rope((top, hf.get("rope_scaling"), full), hf, family, values, where)
+    found = _one_rope((top, stretched, full), hf, family, values, where)
     own = (local or {}).get("rope_theta")  # before the key at the top level, which some families have for both
     key = family.theta_keys[1]
     if not own and key == family.theta_keys[0] and hf.get(key) not in (None, family.local_theta):
@@ -349,10 +358,14 @@ def _rope_from_hf(hf: dict, family: Family, values: dict, where: str) -> dict:
             "and 5 for those without a window alone; expected rope_parameters with a rope_theta for each of "
             f"{' and '.join(LAYER_TYPES)}"
         )
-    top = {"rope_theta": None if own else hf.get(key, family.local_theta)}
+    top = {"rope_theta": None if own else hf.get(key) or family.local_theta}
     of_windows = _one_rope((top, local), hf, family, values, where)
-    if of_windows["rope_scaling"] != RopeScaling() or found["rope_scaling"].kind == "longrope":
-        raise FtjaxError(f"{where}: this scaled rotary embedding is not supported for layers of a {family.model_type}")
+    scaling = found["rope_scaling"]  # transformers looks for `truncate` in another place than that of the other keys
+    if of_windows["rope_scaling"] != RopeScaling() or scaling.kind == "longrope" or not scaling.truncate:
+        raise FtjaxError(
+            f"{where}: rope_parameters of a {family.model_type} model: expected rope_type = 'default' in "
+            "sliding_attention, and neither 'longrope' nor truncate = false in full_attention"
+        )
     return found | {"local_theta": of_windows["rope_theta"]}
 
 
@@ -372,9 +385,10 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
                 raise FtjaxError(f"{where}: {key} of the rotary embedding is given twice: {rope[key]!r} and {value!r}")
     kind = rope.pop("rope_type", "default")
     kind = family.rope_types.get(kind, kind)
-    if kind not in ROPE:
+    known = [name for name in ROPE if name != "proportional" or family.rotary_share is None]
+    if kind not in known:
         raise FtjaxError(
-            f"{where}: rope_type = {kind!r} is not supported{nearest(kind, ROPE)}; known: {', '.join(ROPE)}"
+            f"{where}: rope_type = {kind!r} is not supported{nearest(kind, known)}; known: {', '.join(known)}"
         )
     theta = float(rope.pop("rope_theta", family.theta))
     share = None if kind == "proportional" else rope.pop("partial_rotary_factor", None)
@@ -416,7 +430,8 @@ def rope_to_hf(config: ModelConfig, family: Family) -> dict:
     rope = {"rope_type": scaling.kind} | known
     share = {} if family.rotary_share is None else {"partial_rotary_factor": config.rotary_share}
     whole, key, of_windows = rope | share | {"rope_theta": config.rope_theta}, *family.theta_keys
-    hf = {key: config.rope_theta, "rope_scaling": rope if known else None, "rope_parameters": whole} | share
+    stretched = rope if known and "rope_scaling" not in family.only else None
+    hf = {key: config.rope_theta, "rope_scaling": stretched, "rope_parameters": whole} | share
     if ORIGINAL in family.defaults and ORIGINAL in known:
         hf[ORIGINAL] = known[ORIGINAL]
     if config.local_theta:

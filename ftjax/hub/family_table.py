@@ -53,7 +53,8 @@ class Family:
     defaults: dict[str, object]  # key -> the default of transformers 4 and 5 if config.json leaves it out
     # Fields of ModelConfig that are the same in the whole family, or a function of {field: value} of the others.
     constants: dict[str, object]
-    only: dict[str, tuple]  # key that changes the logits -> the values that Transformer can compute
+    # Key that changes the logits -> the values that Transformer can compute.
+    only: dict[str, tuple] = dataclasses.field(default_factory=dict)
     # model_type of the text_config in config.json, if the model has other parts too, such as those that read images.
     # Empty: all of config.json describes the text model.
     text: str = ""
@@ -195,8 +196,8 @@ QWEN_DEFAULTS = {
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
 }  # fmt: skip
 LLAMA_CONSTANTS = {"norm": "rms", "gated": True, "positions": "rotary"}
-LLAMA_ONLY = {"partial_rotary_factor": (None, 1.0), "original_max_position_embeddings": (None,)}
 EVERY_LAYER = {"layer_types": (None,)}  # a window, where there is one, is that of all layers
+NESTED_ROPE = {"rope_scaling": (None, {})}  # rope_parameters alone says how layers without a window are stretched
 BALANCE = {"balance": "router_aux_loss_coef", "balanced": "output_router_logits"}
 ROUTED = {"experts": "num_experts", "experts_used": "num_experts_per_tok", "experts_normed": "norm_topk_prob"}
 SPARSE = BALANCE | {"hidden": "moe_intermediate_size", "dense_hidden": "intermediate_size"} | ROUTED
@@ -210,8 +211,7 @@ def llama_like(
     **own,
 ) -> Family:
     """A row that differs from LLaMA's in what is given. See Family for the meaning of all arguments."""
-    only = {key: values for key, values in LLAMA_ONLY.items() if key not in own.get("defaults", {})}
-    llama = {"keys": LLAMA_KEYS, "defaults": LLAMA_DEFAULTS, "constants": LLAMA_CONSTANTS, "only": only}
+    llama = {"keys": LLAMA_KEYS, "defaults": LLAMA_DEFAULTS, "constants": LLAMA_CONSTANTS}
     merged = {field: entries | own.pop(field, {}) for field, entries in llama.items()}
     return Family(model_type, forms, modules, prefix="model.", buffers=r"rotary_emb\.inv_freq$", **merged, **own)
 
@@ -396,6 +396,7 @@ DECODERS = (
             "mlp_only_layers": None, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 5632,
             "max_position_embeddings": 32768, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
             "qkv_bias": True, "router_aux_loss_coef": 0.001, "output_router_logits": False,
+            "use_sliding_window": False, "sliding_window": 4096, "layer_types": None,
         },
         aliases={"num_local_experts": "num_experts"},
         only={"use_sliding_window": (False,)},
@@ -485,9 +486,14 @@ DECODERS = (
         },
         constants=GEMMA_CONSTANTS | {"norm": "rms", "qk_norm": "head", "v_norm": True, "score_scale": 1.0},
         # vision: of images alone
-        only={"use_bidirectional_attention": (None, False, "vision"), "sliding_window_pattern": (6,)},
+        only=NESTED_ROPE
+        | {
+            "use_bidirectional_attention": (None, False, "vision"), "sliding_window_pattern": (6,),
+            "rope_theta": (None,),
+        },
         theta=1e6,
         local_theta=1e4,
+        theta_keys=("rope_theta", "rope_theta"),
         rope={"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25}},
     ),
     llama_like(
@@ -845,7 +851,8 @@ ENCODERS = (
             "norm": "layer", "gated": True, "fused_gate": "parts", "fused_qkv": "parts", "causal": False,
             "first_norm": False, "embed_norm": True, "positions": "rotary",
         },
-        only={"is_causal": (False,), "is_decoder": (False,)},
+        # transformers 5 takes sliding_window for the half of local_attention, and 4 does not read it.
+        only=NESTED_ROPE | {"is_causal": (False,), "is_decoder": (False,), "sliding_window": (None,)},
         buffers=r"rotary_emb\.|^decoder\.weight$",
         theta=160000.0,
         local_theta=10000.0,

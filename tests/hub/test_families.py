@@ -172,6 +172,7 @@ def test_the_text_part_of_gemma3_27b_has_its_published_number_of_parameters():
 
 
 SCALED = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -368,6 +369,27 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window = 0; expected 1 or more, or null"]),
         ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["chunked"]}, ["expected 1 of full_attention"]),
         ({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, ["window is off"]),
+        ({"model_type": "qwen2_moe", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, ["window is off"]),
+        (
+            {"model_type": "llama", "rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 5e5}},
+            ["rope_parameters: rope_theta: transformers reads nothing here beside rope_scaling; write it there too"],
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}},
+            ["rope_scaling: type = 'linear'; expected it under the name rope_type"],
+        ),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_parameters": {"full_attention": {"truncate": False, "rope_type": "yarn"} | L3},
+            },
+            ["expected rope_type = 'default' in sliding", "and neither 'longrope' nor truncate = false in full"],
+        ),
+        ({"model_type": "glm4", "rope_parameters": {"rope_type": "proportional"}}, ["'proportional' is not supported"]),
+        ({"model_type": "gpt_neox", "original_max_position_embeddings": 8}, ["original_max_position_embeddings = 8"]),
+        ({"model_type": "modernbert", "rope_scaling": LINEAR}, ["rope_scaling = {"]),
+        ({"model_type": "modernbert", "sliding_window": 5}, ["sliding_window = 5 changes the logits"]),
+        ({"model_type": "gemma4_text", "rope_theta": 77.0}, ["rope_theta = 77.0 changes the logits"]),
     ],
 )
 def test_what_would_change_the_logits_is_refused_by_name(hf, words):
