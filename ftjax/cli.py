@@ -43,7 +43,7 @@ LISTS = {
 }
 
 # Verbs that take --config.KEY=VALUE.
-CONFIGURED = ("train", "sweep", "compare", "plan", "data", "evaluate", "predict", "check")
+CONFIGURED = ("train", "sweep", "compare", "plan", "data", "evaluate", "predict", "check", "audit")
 
 # Settings of glibc's malloc that keep its pages.
 MALLOC = ":".join(
@@ -546,7 +546,7 @@ def _audit(args, overrides) -> None:
 
     if args.rows < 2:
         raise FtjaxError(f"--rows {args.rows}: expected at least 2")
-    audit(args.run_dir, args.data, args.rows)
+    audit(args.run_dir, args.data, args.rows, overrides=overrides)
 
 
 def _check_model(args, overrides) -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import tasks, xla
+from ftjax import config as configs
+from ftjax import tasks, user_code, xla
 from ftjax.data.batches import by_example
 from ftjax.data.prepare import given, prepare
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
@@ -38,26 +39,43 @@ FALSE = (0.01, 0.001)  # rates of false alarms
 ROWS = 2000
 
 
-def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[str], None] = print) -> dict:
+def audit(
+    run_dir: str | Path,
+    data: str = "",
+    rows: int = ROWS,
+    say: Callable[[str], None] = print,
+    overrides: Sequence[str] = (),
+) -> dict:
     """Attack a finished run, and write the report into its folder as audit.json.
+
+    A held-out row whose tokens are those of a training row is on neither side. Of a mixture, both sides have the same
+    shares of its sources.
 
     Args:
         run_dir: The run folder.
         data: Rows of the same source that were not trained on; empty: the run's validation rows, else its test rows.
         rows: Most rows of each side.
         say: Called with each line for a person.
+        overrides: Texts `dotted.key=value`, which name the functions of the run that may be run to make its rows.
 
     Returns:
-        The report: `attacks` (see `attack`), `canaries` (where some were planted), `epsilon` (`rows` and
-        `canaries`: what the attacks prove it to be at least; `computed`: that of the run, or None), `succeeds`,
-        `verdict`, and for texts `base`, the attack on the base, which saw neither side. If it tells them apart, the
-        sides differ otherwise than by training, and only the canaries count; without any, `succeeds` is None.
+        The report: `members`, `others`, `shared` (held-out rows that are training rows too), `attacks` (see `attack`),
+        `canaries` (where some were planted), `epsilon` (`rows` and `canaries`: what the attacks prove it to be at
+        least; `computed`: that of the run, or None), `succeeds`, `verdict`, and for texts `base`, the attack on the
+        base, which saw neither side. If it tells them apart, the sides differ otherwise than by training, and only the
+        canaries count; without any, `succeeds` is None.
 
     Raises:
-        FtjaxError: If the run cannot be opened, if it is private and has not ended, if its rows have changed, or if
-            there are no others.
+        FtjaxError: If the run cannot be opened, if it is private and has not ended, if its rows have changed, if
+            there are no others, or if its rows are made by code that no override names.
     """
     run_dir, config, kept = Path(run_dir), run_config(run_dir), read_record(run_dir)
+    configs.override(config, overrides)
+    if left := user_code.not_named_by(overrides, {"data": config.data.to_dict()}):
+        raise FtjaxError(
+            f"audit: rows of {run_dir} were made by code that only the run folder names, {user_code.listed(left)}, and "
+            f"such code is not run. If you trust it, add --config.data.augment.function={left[0][1]}"
+        )
     task = tasks.find(config.task.kind)
     if not task.private:
         raise FtjaxError(
@@ -75,15 +93,20 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
         raise FtjaxError(f"audit: the rows that {run_dir} was trained on have changed; `ftjax check` says which files")
     fresh = functools.partial(given, config, tokenizer=lm.tokenizer, max_positions=lm.max_tokens, pool=pool)
     others = fresh(data).test if data else found.validation if len(found.validation) else found.test
-    if not len(others):
-        raise FtjaxError("audit: the run has no held-out rows; name rows of the same source by --data")
+    trained = set(_hashes(found.train.examples))
+    apart = np.flatnonzero([text not in trained for text in _hashes(others.examples)])
     planted = sum(canary["planted"] for canary in found.canaries)
     saved = Checkpoints(run_dir, read_only=True)
     steps = saved.best() if config.export.checkpoint == "best" else saved.latest()
+    skipped = saved.record(steps).get("skipped", [])
     saved.close()
-    members = drawn(config, found, lm.tokenizer, steps, planted)
-    members = members[_spread(len(members), rows)]
-    sides = found.train.examples.select(members), others.examples.select(_spread(len(others), rows))
+    members = drawn(config, found, lm.tokenizer, steps, planted, skipped)
+    inside, outside = matched(found.train.source[members] * (not data), others.source[apart], rows)
+    if not len(outside):
+        raise FtjaxError(
+            "audit: the run has no held-out rows that were not trained on too; name rows of the same source by --data"
+        )
+    sides = found.train.examples.select(members[inside]), others.examples.select(apart[outside])
 
     base = None
     if task.head == "causal":  # with the rows of tokens that the run added, as they were before the first step
@@ -103,7 +126,7 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
                 losses.append(scored(fresh(str(file)).test.examples)["loss"])
         tried["canaries"] = tuple(losses)
     level = 1 - (1 - LEVEL) / len(tried)  # so that all intervals hold together
-    report = {"members": len(sides[0]), "others": len(sides[1])}
+    report = {"members": len(sides[0]), "others": len(sides[1]), "shared": len(others) - len(apart)}
     report["attacks"] = {name: attack(*pair, level) for name, pair in tried.items()}
     proven = {}
     if control:
@@ -127,8 +150,8 @@ def audit(run_dir: str | Path, data: str = "", rows: int = ROWS, say: Callable[[
     return report
 
 
-def drawn(config, data, tokenizer, steps: int, planted: int = 0) -> np.ndarray:
-    """Indices of the training examples, canaries aside, that the first steps of a run were given.
+def drawn(config, data, tokenizer, steps: int, planted: int = 0, skipped: Sequence[dict] = ()) -> np.ndarray:
+    """Indices of the training examples, canaries aside, that the first steps of a run were trained on.
 
     A run of less than an epoch, the draws of a private run and the shares of a mixture leave examples out.
 
@@ -138,6 +161,7 @@ def drawn(config, data, tokenizer, steps: int, planted: int = 0) -> np.ndarray:
         tokenizer: Its tokenizer.
         steps: Number of steps.
         planted: Number of canaries, which are the last rows.
+        skipped: The steps that were left out, see loop.Standing.
 
     Raises:
         FtjaxError: If a private run's secret is not in its folder, or if there is no such example.
@@ -147,7 +171,10 @@ def drawn(config, data, tokenizer, steps: int, planted: int = 0) -> np.ndarray:
     mesh = sharding.abstract_mesh({"sequence": max(1, config.mesh.sequence)})
     batches, last = scheduled(config, data, mesh, tokenizer).batches, data.train.pieces[-1]
     seen = np.zeros(len(data.train), bool)
+    left_out = {step for bad in skipped for step in range(bad.get("back_to", bad["step"] - 1), bad["step"])}
     for step in range(steps):
+        if step in left_out:
+            continue
         seen[np.concatenate(batches.rows(step))] = True
         if seen.all():
             break
@@ -155,6 +182,33 @@ def drawn(config, data, tokenizer, steps: int, planted: int = 0) -> np.ndarray:
     if not seen.any():
         raise FtjaxError(f"audit: {config.run_dir} has a checkpoint that was trained on no row of data.train; train on")
     return np.flatnonzero(seen)
+
+
+def matched(inside: np.ndarray, outside: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose members and others with the same shares of sources: another mixture would tell them apart by itself.
+
+    Args:
+        inside: (N,) source of each member.
+        outside: (O,) source of each other.
+        most: Most rows of each side.
+
+    Returns:
+        Ascending indices of the members and of the others.
+    """
+    places = [[np.flatnonzero(side == z) for z in np.intersect1d(inside, outside)] for side in (inside, outside)]
+    counts = np.array([[len(own) for own in side] for side in places])
+    shares, chosen = counts[0] / max(1, counts[0].sum()), []
+    for side, count in zip(places, counts, strict=True):
+        size = min(most, (count / shares).min(initial=most))
+        each = [own[_spread(len(own), max(1, round(size * share)))] for own, share in zip(side, shares, strict=True)]
+        chosen.append(np.sort(np.concatenate([np.zeros(0, int), *each])))
+    return chosen[0], chosen[1]
+
+
+def _hashes(examples) -> list[int]:
+    """The hash of the tokens of each example."""
+    ends = examples.start + examples.length
+    return [hash(examples.ids[a:b].tobytes()) for a, b in zip(examples.start.tolist(), ends.tolist(), strict=True)]
 
 
 def scores(config, lm, base, examples) -> dict[str, np.ndarray]:

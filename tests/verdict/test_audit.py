@@ -18,7 +18,7 @@ from ftjax.errors import FtjaxError
 from ftjax.training import privacy
 from ftjax.training.job import prepared
 from ftjax.training.run_folder import run_config
-from ftjax.verdict.audit import _verdict, attack, audit, drawn, least_epsilon, one_run_epsilon, p_value
+from ftjax.verdict.audit import _verdict, attack, audit, drawn, least_epsilon, matched, one_run_epsilon, p_value
 
 RNG = np.random.default_rng(0)
 
@@ -95,6 +95,21 @@ def test_a_task_without_a_loss_of_one_row_is_refused(monkeypatch):
     c.task.kind, c.privacy.epsilon = "classify", 2.0
     with pytest.raises(FtjaxError, match="there is a private run that has not ended, so that its epsilon is not recor"):
         audit("there")
+    c.data.augment.function = "made.py:rows"
+    with pytest.raises(FtjaxError, match="there were made by code that only the run folder names, .*'made.py:rows'"):
+        audit("there")
+    with pytest.raises(FtjaxError, match="there is a private run"):
+        audit("there", overrides=["data.augment.function=made.py:rows"])
+
+
+def test_both_sides_of_a_mixture_have_its_sources_in_the_same_shares():
+    inside, outside = np.repeat([0, 1, 2], [60, 20, 9]), np.repeat([0, 1, 3], [15, 30, 5])
+    members, others = matched(inside, outside, 1000)
+    assert np.bincount(inside[members]).tolist() == [60, 20] and np.bincount(outside[others]).tolist() == [15, 5]
+    assert (np.diff(members) > 0).all() and (np.diff(others) > 0).all()
+    assert [np.bincount(inside[side]).tolist() for side in matched(inside, outside, 8)[:1]] == [[6, 2]]
+    assert [side.tolist() for side in matched(np.zeros(5, int), np.zeros(3, int), 3)] == [[0, 2, 4], [0, 1, 2]]
+    assert [len(side) for side in matched(np.zeros(5, int), np.zeros(0, int), 3)] == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +144,16 @@ def test_the_attack_succeeds_on_a_run_that_memorises(tmp_path, base, capsys):
     # Had the run ended after one step, only the rows of this step would be members.
     c = run_config(folder)
     job = prepared(c, lambda line: None)
-    assert drawn(c, job.data, job.tokenizer, 1).tolist() == sorted(np.concatenate(job.batches.rows(0)).tolist())
+    first, second = (sorted(np.concatenate(job.batches.rows(step)).tolist()) for step in range(2))
+    assert drawn(c, job.data, job.tokenizer, 1).tolist() == first
+    assert drawn(c, job.data, job.tokenizer, 2, skipped=[{"step": 1}]).tolist() == second
+    assert drawn(c, job.data, job.tokenizer, 3, skipped=[{"step": 3, "back_to": 1}]).tolist() == first
+    # The file has the training rows too.
+    again = audit(folder, c.data.train, say=lambda line: None)
+    assert (again["members"], again["others"], again["shared"]) == (80, 80, 80)
+    assert again["attacks"]["loss"] == pytest.approx(report["attacks"]["loss"])
+    with pytest.raises(FtjaxError, match="no held-out rows that were not trained on too; name rows of the same source"):
+        audit(folder, tiny_labelled.write(tmp_path / "few.jsonl", [job.data.train.row(0)]))
     with pytest.raises(FtjaxError, match="audit: .* has a checkpoint that was trained on no row of data.train"):
         drawn(c, job.data, job.tokenizer, 0)
     rows = (tmp_path / "rows.jsonl").read_text()
