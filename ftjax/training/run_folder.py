@@ -62,6 +62,10 @@ NAMES = {
 }
 
 
+class AnotherRun(FtjaxError):
+    """A folder holds a run of other settings or other rows. Only the user can decide which of them is meant."""
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Keep other processes out of a run folder while the block runs. If a run has several processes, the first must
@@ -136,8 +140,8 @@ def claim(config, base: dict, rows: str, devices: int = 1) -> bool:
         devices: Number of devices of the run, which decides the last bits of its figures.
 
     Raises:
-        FtjaxError: If the folder holds files that are no run, or if it holds another run and `config.overwrite` is off;
-            it names each field that differs.
+        FtjaxError: If the folder holds files that are no run.
+        AnotherRun: If it holds another run and `config.overwrite` is off; it names each field that differs.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,7 @@ def _clear(run_dir: Path) -> None:
 
 
 def _same_run(new: dict, old: dict, run_dir: Path) -> None:
-    """Raise FtjaxError if the new record and the folder's older record are of different runs."""
+    """Raise AnotherRun if the new record and the folder's older record are of different runs."""
     now, before = (configs.flat(configs.from_dict(record["config"])) for record in (new, old))
     changes = fingerprint.changes(old["base"], new["base"])
     same = {group for group in fingerprint.GROUPS if group in old["base"] and old["base"][group] == new["base"][group]}
@@ -201,7 +205,7 @@ def _same_run(new: dict, old: dict, run_dir: Path) -> None:
     changed = _changed(before, now, *(key for group in same for key in NAMES.get(group, ())))
     changes = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed] + changes
     if changes:
-        raise FtjaxError(
+        raise AnotherRun(
             f"run_dir: {run_dir} holds another run: {'; '.join(changes)}. Choose another run_dir, or delete that run "
             "with --config.overwrite=True"
         )

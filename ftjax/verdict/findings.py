@@ -237,9 +237,12 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
 
 
 def failures(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Find seeds that ended without a model, and contenders that could not be measured."""
+    """Find seeds that ended without a model, runs that have not ended, and contenders that could not be measured."""
     left_out = [(name, text) for name, measured in case.measured.items() for text in measured.failed]
     left_out += [(name, f"it is left out of this report: {why}") for name, why in case.lost.items()]
+    stopped = [(name, run) for name, measured in case.measured.items() for run in measured.runs if not run.finished]
+    as_is = "has not finished, and is measured with its best checkpoint"
+    left_out += [(name, f"{run.path} {as_is}") for name, run in stopped]
     for name, text in left_out:
         rerun = "fix the reason and run the same command again: it runs only what is missing"
         yield name, text, SMALLER_UPDATES if SMALLER_UPDATES in text else rerun

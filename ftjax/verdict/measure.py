@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from ftjax.loading import load
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.program import count
 from ftjax.training.report import read_metrics
-from ftjax.training.run_folder import RUN, run_config
+from ftjax.training.run_folder import read_record, run_config
 from ftjax.verdict import cost
 from ftjax.verdict.baselines import fitted
 from ftjax.verdict.contenders import MAJORITY, Contender
@@ -41,11 +40,12 @@ from ftjax.verdict.sweep import run_joules, sweep
 
 @dataclasses.dataclass
 class Run:
-    """A run folder with its resolved config and the rows of its metrics.jsonl."""
+    """A run folder with its resolved config, the rows of its metrics.jsonl, and whether the run has finished."""
 
     path: str
     config: object
     history: list[dict]
+    finished: bool = True
 
 
 class Passed(NamedTuple):
@@ -170,10 +170,10 @@ def train_config(contender: Contender, setting: Setting):
 
 def open_run(source: str) -> Run | None:
     """The run in a folder; None if the source is not a run folder."""
-    file = Path(source) / RUN
-    if not source or not file.is_file():
+    if not source or (record := read_record(source)) is None:
         return None
-    return Run(source, run_config(source), read_metrics(source))
+    starts = record.get("starts") or [{"ended": "finished"}]  # an earlier version wrote none
+    return Run(source, run_config(source), read_metrics(source), any(one.get("ended") == "finished" for one in starts))
 
 
 def answer(contender: Contender, setting: Setting, lm: LM, seed: int):

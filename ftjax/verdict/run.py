@@ -23,6 +23,7 @@ from ftjax.evaluation.compare import spread
 from ftjax.files import replace_json, replace_text, write_jsonl
 from ftjax.training import privacy
 from ftjax.training.compiling import use_compilation_cache
+from ftjax.training.run_folder import AnotherRun
 from ftjax.verdict import pictures, report, statistics
 from ftjax.verdict.amounts import amounts, learning_curve, with_curves
 from ftjax.verdict.contenders import parse
@@ -35,7 +36,6 @@ from ftjax.verdict.memorisation import copied
 from ftjax.verdict.rating import win_rate, write_ballots
 from ftjax.verdict.rows import fix_rows
 from ftjax.verdict.setting import Setting, check, held_out_labels, setting
-from ftjax.verdict.sweep import AnotherRun
 
 UNTRAINED = ("prompt", "majority")  # kinds of contenders without training
 

@@ -24,18 +24,20 @@ import numpy as np
 
 from ftjax import config as configs
 from ftjax import tasks
-from ftjax.errors import FtjaxError
+from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation import compare
 from ftjax.evaluation.labelled import KINDS, LOWER
 from ftjax.evaluation.metrics import METRICS
 from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_json, within
+from ftjax.foreign import read_json
 from ftjax.hub import families, resolve, weights
 from ftjax.progress import counted
 from ftjax.training import claims, hosts, privacy
 from ftjax.training.loop import train
 from ftjax.training.program import count
-from ftjax.training.run_folder import FREE
+from ftjax.training.report import METRICS_FILE
+from ftjax.training.run_folder import FREE, AnotherRun
 from ftjax.verdict import curve, pictures, report, search
 from ftjax.verdict.energy import metered
 from ftjax.verdict.rows import contents, fix_rows
@@ -44,10 +46,6 @@ OUTCOME = "outcome.json"
 AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
 SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be negative
 NORMAL = 1.96  # half the width of a 95 % interval, in standard deviations
-
-
-class AnotherRun(FtjaxError):
-    """A folder holds a run of other settings or other rows. Only the user can decide which of them is meant."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +90,9 @@ def sweep(
     Rows that are split off train are split once, for all seeds. Settings are checked for all points before the first
     run. A point whose fields equal those of a run that has ended, such as a new axis at its default, is not run again.
 
-    A run that fails is reported with its reason, and the other runs go on. An FtjaxError after training began, such as
-    for a loss that is NaN, is a final outcome. Any other error, such as running out of memory, is not: the same command
-    runs that point again.
+    A run that fails is reported with its reason, and the other runs go on. Numbers that are NaN or infinite are a final
+    outcome. Any other error, such as running out of memory, is not: the same command runs that point again. An
+    FtjaxError before training began ends the sweep.
 
     Writes sweep.json with every outcome and, if an axis is numeric or is model.path, sweep.png with a figure against
     it. Along one of AMOUNTS, the picture shows the law of the learning curve, and curves.json holds it.
@@ -117,7 +115,7 @@ def sweep(
 
     Raises:
         FtjaxError: If settings are invalid.
-        AnotherRun: If a folder holds another run, with other fields or with other content of its files.
+        AnotherRun: If a folder holds another run, finished or not, with other fields or other content of its files.
     """
     configs.validate(config)
     if seeds < 1:
@@ -331,7 +329,7 @@ def _ended(config) -> Outcome | None:
     file = Path(config.run_dir) / OUTCOME
     if config.overwrite or not file.is_file():
         return None
-    record = json.loads(file.read_text())
+    record = read_json(file)
     now, before = _asked(config), record.pop("asked")
     keys = dict.fromkeys([*now, *(key for key in before if key.startswith("content of "))])
     changed = [
@@ -350,7 +348,7 @@ def _ended(config) -> Outcome | None:
 def _known(folder: Path) -> dict[str, dict]:
     """{what a run depends on, as JSON: its record} of the runs of a folder that have ended. Raises OSError if a run may
     not be read."""
-    records = [json.loads(file.read_text()) for file in within(folder, OUTCOME)]
+    records = [read_json(file) for file in within(folder, OUTCOME)]
     return {json.dumps(record.pop("asked"), sort_keys=True): record for record in records}
 
 
@@ -362,22 +360,29 @@ def _alike(settings: dict, config, known: dict[str, dict]) -> Outcome | None:
 
 def _run(settings: dict, config, say) -> Outcome:
     run_dir = Path(config.run_dir)
+    file = run_dir / METRICS_FILE  # written anew when training begins
+    begun = lambda: file.is_file() and file.stat().st_mtime_ns  # noqa: E731
+    before = begun()
+    failed = functools.partial(Outcome, settings, config.seed, str(run_dir), {}, math.nan)
     try:
         with metered() as meter:
             result = train(config, say=say)
     except FtjaxError as error:
-        if not (run_dir / "metrics.jsonl").is_file():
-            raise FtjaxError(f"{run_dir.name}: {error}") from error
-        outcome = Outcome(settings, config.seed, str(run_dir), {}, math.nan, failed=str(error))
+        if begun() == before:
+            raise type(error)(f"{run_dir.name}: {error}") from error
         say(f"failed: {error}")
+        outcome = failed(failed=str(error))
+        if not isinstance(error, NotFinite):
+            return outcome
     except Exception as error:  # such as out of memory: the same command tries again
         say(traceback.format_exc())
         why = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
         say(f"failed: {why}")
-        return Outcome(settings, config.seed, str(run_dir), {}, math.nan, failed=why)
+        return failed(failed=why)
     else:
         found, noise = figures(result), _noise(result)
-        outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=meter.joules)
+        joules = None if result.resumed_from else meter.joules  # those of the processes before are not known
+        outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=joules)
     replace_json(run_dir / OUTCOME, dataclasses.asdict(outcome) | {"asked": _asked(config)})
     return outcome
 
@@ -385,7 +390,7 @@ def _run(settings: dict, config, say) -> Outcome:
 def run_joules(run_dir: str) -> float | None:
     """Energy in joules that a run of a sweep took; None if it is not known."""
     file = Path(run_dir) / OUTCOME
-    return json.loads(file.read_text()).get("joules") if file.is_file() else None
+    return read_json(file).get("joules") if file.is_file() else None
 
 
 def figures(result) -> dict[str, float]:

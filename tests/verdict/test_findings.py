@@ -91,18 +91,20 @@ def test_forgetting_too_few_rows_short_prompts_and_failures():
     )
     near = base.scores["f1"].copy()
     near[0, :4] = 1 - near[0, :4]
-    open_ = contender("open", scores=near, forgetting=[1.01], shortened=7)
+    runs = [Run("runs/half", configs.default(), [], finished=False), Run("runs/whole", configs.default(), [])]
+    open_ = contender("open", "model", scores=near, forgetting=[1.01], shortened=7, runs=runs)
     asked = case(base, more, open_)
     told = {check: [f.contender for f in found(check, asked)] for check in findings.CHECKS}
     assert told == {
         "leaked rows": [], "template mismatch": [], "overfitting": [], "lost refusals": [], "forgetting": ["more"],
-        "too few rows": ["open"], "prompts shortened": ["open"], "failed runs": ["more", "more"],
+        "too few rows": ["open"], "prompts shortened": ["open"], "failed runs": ["more", "more", "open"],
     }  # fmt: skip
     assert "from 1.000 to 1.300 nats" in found("forgetting", asked)[0].seen
     assert "rows would do" in found("too few rows", asked)[0].seen
     assert "7 of 40 prompts" in found("prompts shortened", asked)[0].seen
-    diverged, other = found("failed runs", asked)
+    diverged, other, half = found("failed runs", asked)
     assert "lower optim.lr" in diverged.advice and "runs only what is missing" in other.advice
+    assert half.seen == "runs/half has not finished, and is measured with its best checkpoint"
 
 
 def test_held_out_rows_among_those_of_training_are_counted(tmp_path, shared):

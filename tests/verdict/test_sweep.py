@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,31 @@ def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_a
 
     with pytest.raises(KeyboardInterrupt):
         ftjax.sweep(c, ["optim.lr=5e-3"], say=said.append)
+
+    # A run that was stopped is not marked as failed by an error before it goes on, and by no error that may pass.
+    name = f"optim.lr={c.optim.lr},seed=0"
+    (tmp_path / "run" / name / "outcome.json").unlink()
+    c.train.steps = 3
+    with pytest.raises(sweep.AnotherRun, match=f"^{name}: run_dir: .* holds another run: train.steps was 2, is 3"):
+        ftjax.sweep(c, [f"optim.lr={c.optim.lr}"], say=said.append)
+    c.train.steps = 2
+    (again,) = ftjax.sweep(c, [f"optim.lr={c.optim.lr}"], say=said.append)
+    assert again.figures == first.figures and again.joules is None  # that of the process before is not known
+
+    def full(config, say):
+        (Path(config.run_dir) / "metrics.jsonl").write_text("{}")
+        raise FtjaxError("no space left")
+
+    (tmp_path / "run" / name / "outcome.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "train", full)
+        assert ftjax.sweep(c, [f"optim.lr={c.optim.lr}"], say=said.append)[0].failed == "no space left"
+    assert not (tmp_path / "run" / name / "outcome.json").exists()
+    (tmp_path / "run" / name / "metrics.jsonl").write_text("")
+    assert (
+        ftjax.sweep(c, [f"optim.lr={c.optim.lr}"], say=said.append)[0].figures["val_loss"] == first.figures["val_loss"]
+    )
+    ran[:] = ran[:4]
 
     # Other rows in the same file: dealt into a folder of their own, and the old results are not returned.
     before = (tmp_path / "run/rows/train.jsonl").read_bytes()
