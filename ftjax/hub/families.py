@@ -65,7 +65,7 @@ ARITHMETIC = {
     *("num_local_experts", "query_pre_attn_scalar", "residual_multiplier", "use_mrope", "use_qk_norm", "lm_head_bias"),
     *("sliding_window_pattern", "use_bidirectional_attention", "parallel_attn", "num_kv_shared_layers", "layer_scale"),
     *("per_layer_config", "hidden_size_per_layer_input", "attention_k_eq_v", "enable_moe_block", "global_head_dim"),
-    *("partial_rotary_factor", ORIGINAL),
+    *("partial_rotary_factor", "default_theta", ORIGINAL),
 }
 
 # Type of a field of ModelConfig or Head -> what config.json may hold.
@@ -76,6 +76,7 @@ KINDS = {
     "str": string,
     "float | None": maybe(number(above=0)),
 }
+ALWAYS = ("score_scale", "logit_scale", "gate_limit")  # numbers that a family has in all models or in none
 MXFP4 = "mxfp4"  # quant_method of parameters that are stored as NAME_blocks and NAME_scales
 TEXT = "text_config"
 MOST_LAYERS = 10_000  # a limit, because the names of the tensors of a billion layers would fill the memory
@@ -323,7 +324,7 @@ def _kinds(family: Family) -> dict[str, Kind]:
         types = {field.name: field.type for field in dataclasses.fields(fields)}
         for field, key in keys.items():
             kind = whole(1, MOST_LAYERS) if field == "layers" else KINDS[types[field]]
-            kind = number(above=0) if field in family.converted else kind  # all of them are inverted
+            kind = number(above=0) if field in ALWAYS else kind
             optional = field == "kv_heads" or key in family.defaults and family.defaults[key] is None
             out[key] = maybe(kind) if optional else kind
     return out
@@ -405,10 +406,10 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
     if ORIGINAL in family.defaults:
         rope[ORIGINAL] = hf[ORIGINAL]
     rope.setdefault(ORIGINAL, values["max_positions"])
-    if kind == "longrope":
+    if kind == "longrope" and rope[ORIGINAL]:
         rope.setdefault("factor", values["max_positions"] / rope[ORIGINAL])
     for key in needed:
-        if key not in rope:
+        if rope.get(key) is None:
             raise FtjaxError(f"{where}: rope_type {kind!r} needs {key!r}, which is missing")
     known = {ROPE_NAMES.get(key, key): rope[key] for key in (*needed, *others) if key in rope}
     scaling = RopeScaling(kind, **{key: tuple(x) if isinstance(x, list) else x for key, x in known.items()})

@@ -341,6 +341,7 @@ DECODERS = (
             "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
         },
         constants={"norm": "rms_plus_one", "qk_norm": "head", "attn_gate": True},
+        only={"hidden_act": ("silu", "swish")},  # the delta rule's convolution has the same activation
         rotary_share=0.25,
     ),
     llama_like(

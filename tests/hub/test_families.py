@@ -340,6 +340,18 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "gemma2", "query_pre_attn_scalar": None}, ["query_pre_attn_scalar = None", "above 0"]),
         ({"model_type": "qwen3_5_text", "full_attention_interval": 0}, ["full_attention_interval = 0"]),
         ({"model_type": "granite", "logits_scaling": 0}, ["logits_scaling = 0", "above 0"]),
+        ({"model_type": "granite", "attention_multiplier": None}, ["attention_multiplier = None", "above 0"]),
+        ({"model_type": "gpt_oss", "swiglu_limit": None}, ["swiglu_limit = None", "above 0"]),
+        ({"model_type": "qwen3_5_text", "hidden_act": "gelu"}, ["hidden_act = 'gelu' changes the logits"]),
+        ({"model_type": "phi3", "default_theta": 5.0}, ["default_theta = 5.0"]),
+        (
+            {
+                "model_type": "phi3",
+                "original_max_position_embeddings": None,
+                "rope_scaling": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [1.0]},
+            },
+            ["rope_type 'longrope' needs 'original_max_position_embeddings', which is missing"],
+        ),
         ({"model_type": "gemma3", "text_config": {"hidden_act": "x", "hidden_size": "1"}}, ["hidden_size = '1'"]),
         ({"model_type": "gemma3", "quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"model_type": "gpt_oss", "quantization_config": 4}, ["quantization_config = 4"]),
