@@ -522,8 +522,7 @@ def _export(args, overrides) -> None:
     from ftjax.training.export import export
 
     report = export(args.run_dir, args.out, args.format, checkpoint=args.checkpoint, dtype=args.dtype)
-    drift = report.get("merge_difference")
-    note = "" if drift is None else f"; its logits differ from the adapted model's by at most {drift:.1e}"
+    note = f"; {report['note']}" if "note" in report else ""
     print(f"{report['format']} written to {report['path']}{note}")
 
 

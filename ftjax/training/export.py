@@ -105,11 +105,15 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto")
             adapter_config |= {"revision": kept["revision"]} if kept.get("revision") else {}
             own = base.tokenizer_folder or base.folder
             peft.write_adapter(out, tensors, adapter_config, own, source.base_name, **shared)
+        if (kind := config.model.quantise) != "none":
+            merged = "; a merged model has those of the training" if source.method.merge else ""
+            report["note"] = f"trained on a base in {kind}; on the base as its files hold it, its logits differ{merged}"
         return report
     params = dequantised(source.method.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
     if source.frozen:
-        report["merge_difference"] = _merge_difference(source, params, dtype)
+        report["merge_difference"] = found = _merge_difference(source, params, dtype)
+        report["note"] = f"its logits differ from the adapted model's by at most {found:.1e}"
     ends = (*base.end_tokens, *chat_templates.ends_of_run(config, base.tokenizer))
     weights.write_model(
         out, params, base.folder, source.spec.family, source.spec.model, max_length=config.data.max_length,
@@ -158,8 +162,8 @@ def export(
         dtype: Type of a whole model's tensors: `float32`, `bfloat16`, `float16`; `auto`: the base model's.
 
     Returns:
-        {"format", "path"}, and for a merged model "merge_difference": the largest difference between its logits and
-        those of the model with the adapter, on a probe.
+        {"format", "path"}, for a merged model "merge_difference": the largest difference between its logits and those
+        of the model with the adapter, on a probe; and "note", what a person should know of its logits, if anything.
 
     Raises:
         FtjaxError: If `run` is not a run folder, if the method cannot be written in this format, or if `out` holds

@@ -101,8 +101,8 @@ def exported(
         with doing(f"writing {out}"):
             written = export.write(source, out, format, dtype=config.export.dtype)
         files[format] = written["path"]
-        if "merge_difference" in written:
-            say(f"merged model: its logits differ from the adapted one's by at most {written['merge_difference']:.1e}")
+        if "note" in written:
+            say(f"{format}: {written['note']}")
     return files
 
 

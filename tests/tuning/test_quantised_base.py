@@ -161,7 +161,9 @@ def test_a_run_on_nf4_resumes_loads_and_merges(tmp_path, monkeypatch):
 
 
 def test_a_run_with_quantised_tables_loads_and_merges(tmp_path):
-    ftjax.train(settings(tmp_path / "run", "nf4", quantise_tables=True), say=lambda line: None)
+    said = []
+    ftjax.train(settings(tmp_path / "run", "nf4", quantise_tables=True), say=said.append)
+    assert any(line.startswith("adapter: trained on a base in nf4; on the base as its files hold it") for line in said)
     lm = ftjax.load(tmp_path / "run")
     table = lm.params["embed"]["embedding"]
     assert is_quantised(table) and table.kind == "int8"
