@@ -256,7 +256,8 @@ class Poisson(Batches):
     those of a smaller one are filled up with empty rows. The units of a step depend on the seed and the step alone.
     Steps have different numbers of units; all batches have the number of rows that the fullest step needs, so that none
     is left out. Units of similar length stand beside each other in each of PARTS parts of a batch, which devices may
-    share, so that a step can compute groups of them without the padding that none of them needs.
+    share, so that a step can compute groups of them without the padding that none of them needs. All batches therefore
+    have the length of the longest example, and one program computes them.
 
     Args:
         examples: The N examples.
@@ -266,14 +267,14 @@ class Poisson(Batches):
         multiple: The number of rows is a multiple of K times it.
         unit: (N,) number of each example's unit, from 0; None: each example is a unit.
         most: Examples of a unit that are used at all, drawn by the seed where it has more; 0: all of them.
-        options: See Batches.
+        options: See Batches; `buckets` has no effect.
     """
 
     def __init__(
         self, examples: Sequence[Example], batch_size: int, max_length: int, *, steps: int, multiple: int, unit=None,
         most: int = 0, **options,
     ):  # fmt: skip
-        super().__init__(examples, batch_size, max_length, **options)
+        super().__init__(examples, batch_size, max_length, **options | {"buckets": 1})
         unit = np.arange(len(self.sizes)) if unit is None else unit
         order = np.argsort(unit, kind="stable")
         if most and np.bincount(unit).max() > most:
@@ -309,9 +310,8 @@ class Poisson(Batches):
         count, rng = self._count(step)
         drawn = rng.choice(len(self.longest), count, replace=False)
         drawn = drawn[np.argsort(self.longest[drawn], kind="stable")]
-        bucket = int(np.searchsorted(self.widths, self.longest[drawn].max(initial=0)))
         drawn = np.pad(drawn, (self.slots - count, 0), constant_values=-1)
-        return bucket, self.units[drawn.reshape(-1, math.gcd(self.slots, PARTS)).T.ravel()].ravel()
+        return 0, self.units[drawn.reshape(-1, math.gcd(self.slots, PARTS)).T.ravel()].ravel()
 
 
 def by_example(
