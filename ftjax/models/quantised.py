@@ -200,6 +200,8 @@ def rounded(params: dict, tied: bool) -> dict:
 def _quantise_scales(scale) -> Scales:
     """Quantise scales (..., out, n) float32, all at least zero, after subtracting their mean."""
     *stack, out, n = scale.shape
+    if not jax.sharding.get_abstract_mesh().empty:  # each device sums all of them, so that no mesh changes the sum
+        scale = jax.lax.with_sharding_constraint(scale, jax.sharding.PartitionSpec())
     mean = scale.mean(axis=(-2, -1))
     m = -(-out * n // SCALES)
     x = (scale - mean[..., None, None]).reshape(*stack, out * n)

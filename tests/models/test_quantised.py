@@ -233,3 +233,13 @@ def test_a_quantised_kernel_looks_like_an_array():
     jax.tree.map(np.testing.assert_array_equal, q[2], alone)  # layers do not touch each other
     with pytest.raises(TypeError, match="cannot be indexed within"):
         alone[0]
+
+
+def test_a_kernel_is_quantised_to_the_same_bits_on_every_mesh():
+    kernels = np.random.default_rng(0).normal(size=(20, 96, 256)).astype("float32")
+    small = jax.jit(functools.partial(quantise, kind="nf4", double=True))
+    alone = [small(kernel) for kernel in kernels]
+    with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("fsdp", "tensor"))
+        shared = [small(jax.device_put(kernel, place)) for kernel in kernels]
+    jax.tree.map(np.testing.assert_array_equal, shared, alone)
