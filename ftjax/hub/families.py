@@ -65,8 +65,9 @@ ARITHMETIC = {
     *("num_local_experts", "query_pre_attn_scalar", "residual_multiplier", "use_mrope", "use_qk_norm", "lm_head_bias"),
     *("sliding_window_pattern", "use_bidirectional_attention", "parallel_attn", "num_kv_shared_layers", "layer_scale"),
     *("per_layer_config", "hidden_size_per_layer_input", "attention_k_eq_v", "enable_moe_block", "global_head_dim"),
-    *("partial_rotary_factor", "default_theta", ORIGINAL),
 }
+# Keys of rotary embeddings that are refused likewise -> the values without an effect.
+ROTARY = {"partial_rotary_factor": (None, 1.0), "default_theta": (None,), ORIGINAL: (None,)}
 
 # Type of a field of ModelConfig or Head -> what config.json may hold.
 KINDS = {
@@ -156,7 +157,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     if (hf.get("quantization_config") or {}).get("quant_method") == MXFP4 and any(m.bare for m in family.modules):
         hf = {key: value for key, value in hf.items() if key != "quantization_config"}  # read as what it stands for
     read = {*family.keys.values(), *family.defaults}
-    unread = {key: (None, False, 0, 1, [], "none") for key in ARITHMETIC - read}
+    unread = dict.fromkeys(ARITHMETIC, (None, False, 0, 1, [], "none")) | ROTARY
+    unread = {key: allowed for key, allowed in unread.items() if key not in read}
     for key, allowed in (unread | ANY_FAMILY | family.only).items():
         # True equals 1, which changes nothing as a factor or a number of parts, but it turns something on.
         if key in hf and (hf[key] not in allowed or hf[key] is True and key in unread):

@@ -145,7 +145,8 @@ def indistinct_ends(frozen: dict, examples) -> dict[int, int]:
 
 @jax.jit  # one program, and no copy of the head
 def _alike(head, token):
-    """Number of rows of a head (V, D) that equal the row of a token, itself included."""
+    """Number of rows of a head (V, D) that equal the row of a token to a thousandth of its largest value, itself
+    included."""
     apart = jax.numpy.abs(head - head[token]).max(axis=1)
     return jax.numpy.sum(apart <= 1e-3 * jax.numpy.abs(head[token]).max())
 

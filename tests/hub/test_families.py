@@ -343,7 +343,8 @@ def test_gpt2_answers_to_the_names_of_others():
         ({"model_type": "granite", "attention_multiplier": None}, ["attention_multiplier = None", "above 0"]),
         ({"model_type": "gpt_oss", "swiglu_limit": None}, ["swiglu_limit = None", "above 0"]),
         ({"model_type": "qwen3_5_text", "hidden_act": "gelu"}, ["hidden_act = 'gelu' changes the logits"]),
-        ({"model_type": "phi3", "default_theta": 5.0}, ["default_theta = 5.0"]),
+        ({"model_type": "phi3", "default_theta": 1}, ["default_theta = 1 changes", "expected None, or no such key"]),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, ["factor = 0.5 changes", "expected None or 1.0"]),
         (
             {
                 "model_type": "phi3",
@@ -398,7 +399,7 @@ def test_gpt2_answers_to_the_names_of_others():
             ["expected rope_type = 'default' in sliding", "and neither 'longrope' nor truncate = false in full"],
         ),
         ({"model_type": "glm4", "rope_parameters": {"rope_type": "proportional"}}, ["'proportional' is not supported"]),
-        ({"model_type": "gpt_neox", "original_max_position_embeddings": 8}, ["original_max_position_embeddings = 8"]),
+        ({"model_type": "gpt_neox", "original_max_position_embeddings": 1}, ["original_max_position_embeddings = 1"]),
         ({"model_type": "modernbert", "rope_scaling": LINEAR}, ["rope_scaling = {"]),
         ({"model_type": "modernbert", "sliding_window": 5}, ["sliding_window = 5 changes the logits"]),
         ({"model_type": "gemma4_text", "rope_theta": 77.0}, ["rope_theta = 77.0 changes the logits"]),

@@ -23,6 +23,9 @@ from transformers.optimization import Adafactor
 import ftjax
 from ftjax import assets, tasks
 from ftjax import config as configs
+from ftjax.data.prepare import given
+from ftjax.data.store import Examples
+from ftjax.data.tokenise import Example
 from ftjax.data.verbs import show
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.run import evaluate
@@ -246,11 +249,11 @@ def test_new_rows_have_the_distribution_of_transformers(folder):
 def test_an_end_that_a_frozen_head_cannot_tell_from_other_tokens_is_found():
     table = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
     table[[2, 5, 7]] = table[2] * np.array([[1], [1 + 1e-4], [1 + 1e-2]])
-    examples = SimpleNamespace(ends=lambda: [2, 3])
+    ids = [np.array([1, 2], np.int32), np.array([4, 3], np.int32)]
+    examples = Examples.of([Example(i, np.array([False, True])) for i in ids])
     assert start.indistinct_ends({"embed": {"embedding": table}}, examples) == {2: 1}
-    assert start.indistinct_ends({"embed": {"embedding": table[::-1]}, "lm_head": {"kernel": table}}, examples) == {
-        2: 1
-    }
+    both = {"embed": {"embedding": table[::-1]}, "lm_head": {"kernel": table}}
+    assert start.indistinct_ends(both, examples) == {2: 1}
     assert start.indistinct_ends({}, examples) == {}
 
 
@@ -310,19 +313,24 @@ def test_a_run_with_new_tokens(config):
     np.testing.assert_array_equal(rows[:512], ftjax.load(BASE).params["embed"]["embedding"])
     report = evaluate(str(run), config.data.train, None, generate=False, say=lambda line: None)
     assert np.isfinite(report["loss"])
-    attacked = audit(run, config.data.train, say=lambda line: None)  # the base has rows for these tokens too
+    said_of_others = [{"prompt": f"<|user|>A {w}?<|end|>", "completion": f" The {w}.<|end|>"} for w in ("ball", "tree")]
+    others = run.parent / "others.jsonl"
+    others.write_text("".join(json.dumps(row) + "\n" for row in said_of_others))
+    attacked = audit(run, str(others), say=lambda line: None)  # the base has rows for these tokens too
     job = prepared(configs.copy(config), said.append)
     steps = Checkpoints(run, read_only=True).best()
     trained_on = job.data.train.examples.select(drawn(job.config, job.data, job.tokenizer, steps))
-    members = [(tuple(example.ids), tuple(example.trained)) for example in trained_on]
-    scores = {}
-    for example in set(members):
-        one, trained = (np.array([x]) for x in example)
-        found = tiny.torch.log_softmax(tiny.torch.tensor(tiny.torch_logits(theirs, one)[0]), -1).numpy()
-        at = np.flatnonzero(trained[0])
-        scores[example] = found[at - 1, one[0, at]].mean()
-    assert len(scores) == 3  # the file holds each text eight times, and is what the members are compared with
-    labels, found = [1] * len(members) + [0] * 24, [scores[m] for m in members] + [*scores.values()] * 8
+    own = given(config, str(others), tokenizer=mine.tokenizer, max_positions=mine.max_tokens).test.examples
+
+    @functools.cache
+    def score(ids, trained):
+        found = tiny.torch.log_softmax(tiny.torch.tensor(tiny.torch_logits(theirs, np.array([ids]))[0]), -1).numpy()
+        at = np.flatnonzero(trained)
+        return found[at - 1, np.array(ids)[at]].mean()
+
+    found = [score(tuple(one.ids.tolist()), tuple(one.trained.tolist())) for side in (trained_on, own) for one in side]
+    labels = [1] * len(trained_on) + [0] * len(own)
+    assert score.cache_info().currsize == 5 and len(own) == 2
     assert attacked["attacks"]["loss"]["auc"] == pytest.approx(roc_auc_score(labels, found), abs=1e-6)
 
     shutil.rmtree(run / "checkpoints" / "4")

@@ -239,6 +239,9 @@ def test_a_run_that_may_not_be_read_is_not_run_again(tmp_path, bound_by_permissi
     with pytest.raises(PermissionError, match=str(tmp_path / "a")):
         sweep._known(tmp_path)
     (tmp_path / "a").chmod(0o755)
+    (tmp_path / "a" / "outcome.json").write_text('{"asked": ')
+    with pytest.raises(FtjaxError, match="a/outcome.json: "):
+        sweep._known(tmp_path)
 
 
 def test_points_are_drawn_from_lists_and_ranges():
