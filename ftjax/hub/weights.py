@@ -762,6 +762,6 @@ def _on_host(leaf, index: tuple[int, ...]) -> np.ndarray:
         return whole(leaf[index] if index else leaf)
     if not index:
         return np.asarray(leaf)
-    if isinstance(leaf, jax.Array) and not (len(leaf.devices()) == 1 and leaf.device.platform == "cpu"):
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and next(iter(leaf.devices())).platform == "cpu"):
         return np.asarray(leaf[index])
     return np.asarray(leaf)[index]

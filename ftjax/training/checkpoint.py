@@ -136,7 +136,9 @@ class Checkpoints:
         from orbax.checkpoint import args
 
         self.wait()  # for the checkpoint before, which must be sealed with its own step
-        arrays = {name: args.PyTreeSave(getattr(state, name)) for name in _arrays(state)}
+        # Of equal copies in one process Orbax would compile a slice of each shape for each device; it gets the first.
+        one = lambda x: x.addressable_data(0) if x.is_fully_replicated and x.is_fully_addressable else x  # noqa: E731
+        arrays = {name: args.PyTreeSave(jax.tree.map(one, getattr(state, name))) for name in _arrays(state)}
         self.saving = int(state.step)
         leaves = jax.tree.leaves([getattr(state, name) for name in arrays])
         self._check_room(sum(x.nbytes + SMALL for x in leaves) + (1 << 20))

@@ -309,7 +309,7 @@ def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Progra
         base_places=sharding.parameter_shardings(base, shape, mesh), trained_places=trained_places,
         frozen_places=frozen_places, state_places=state_places, read_dtype=frozen_dtype if frozen else trained_dtype,
         quantise=small, begin=jax.jit(begin, donate_argnums=1, out_shardings=(trained_places, frozen_places)),
-        variables=variables, rate=rate, step=step,
+        variables=variables, rate=jax.jit(rate), step=step,
         init_state=jax.jit(functools.partial(init_state, optim, ema=ema, guarded=guarded), out_shardings=state_places),
     )  # fmt: skip
 
