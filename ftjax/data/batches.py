@@ -18,7 +18,7 @@ from ftjax.data.tokenise import Example
 from ftjax.hub.weights import whole
 
 GRANULE = 8  # M is rounded up to a multiple of it, so that few shapes are compiled
-PARTS = 8  # of a batch of Poisson
+POISSON_PARTS = 8  # of a batch of Poisson
 LEAST = 8  # fewest rows a step outside of training, where rows cost little memory
 
 
@@ -255,9 +255,9 @@ class Poisson(Batches):
     A unit is an example, or all examples of a person. It has K neighbouring rows, as many as the largest unit fills;
     those of a smaller one are filled up with empty rows. The units of a step depend on the seed and the step alone.
     Steps have different numbers of units; all batches have the number of rows that the fullest step needs, so that none
-    is left out. Units of similar length stand beside each other in each of PARTS parts of a batch, which devices may
-    share, so that a step can compute groups of them without the padding that none of them needs. All batches therefore
-    have the length of the longest example, and one program computes them.
+    is left out. Units of similar length stand beside each other in each of POISSON_PARTS parts of a batch, which
+    devices may share, so that a step can compute groups of them without the padding that none of them needs. All
+    batches therefore have the length of the longest example, and one program computes them.
 
     Args:
         examples: The N examples.
@@ -311,7 +311,7 @@ class Poisson(Batches):
         drawn = rng.choice(len(self.longest), count, replace=False)
         drawn = drawn[np.argsort(self.longest[drawn], kind="stable")]
         drawn = np.pad(drawn, (self.slots - count, 0), constant_values=-1)
-        return 0, self.units[drawn.reshape(-1, math.gcd(self.slots, PARTS)).T.ravel()].ravel()
+        return 0, self.units[drawn.reshape(-1, math.gcd(self.slots, POISSON_PARTS)).T.ravel()].ravel()
 
 
 def by_example(

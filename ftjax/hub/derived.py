@@ -13,7 +13,7 @@ import numpy as np
 from ftjax.errors import FtjaxError
 from ftjax.foreign import read_json
 from ftjax.hub import families, pooling, resolve, weights
-from ftjax.models.config import PARTS, ModelConfig, with_layers
+from ftjax.models.config import SUBLAYERS, ModelConfig, with_layers
 from ftjax.models.transformer import keep_layers
 from ftjax.tree import flatten, unflatten
 
@@ -44,7 +44,7 @@ def student(model: str, layers: tuple[int, ...], out: str | Path) -> Path:
     params, smaller = keep_layers(params, shape, kept), with_layers(shape, kept)
     if not any(smaller.windows):
         smaller = dataclasses.replace(smaller, windows=())
-    if {*smaller.parts} == {PARTS}:
+    if {*smaller.parts} == {SUBLAYERS}:
         smaller = dataclasses.replace(smaller, parts=())
     same = _same(folder, smaller)
 

@@ -124,7 +124,7 @@ class ModelConfig:
     delta_value_dim: int = 0
     delta_width: int = 4  # tokens of the convolution before it
     # Kinds of layers
-    parts: tuple[tuple[str, ...], ...] = ()  # of each layer: the names of its sublayers; empty: PARTS in all
+    parts: tuple[tuple[str, ...], ...] = ()  # of each layer: the names of its sublayers; empty: SUBLAYERS in all
 
     @property
     def shares_table(self) -> bool:
@@ -134,7 +134,7 @@ class ModelConfig:
 
 VOCABULARY = ("causal", "masked")  # tasks of heads over the vocabulary
 TABLES = ("embed/embedding", "lm_head/kernel")  # parameters with a row for each token; a tied model has the first alone
-PARTS = ("attn", "mlp")  # the sublayers of a block, where all layers are of one kind
+SUBLAYERS = ("attn", "mlp")  # the sublayers of a block, where all layers are of one kind
 READS = "_read"  # end of the name of a sublayer that reads the keys and values of the last one without this end
 ATTENTION = ("attn", "global", f"attn{READS}", f"global{READS}")  # sublayers with attention
 BY_LAYER = ("windows", "rotary", "parts")  # fields of ModelConfig that are empty or have an entry for each layer
@@ -148,7 +148,7 @@ def layers_with(config: ModelConfig, path: str) -> tuple[int, ...]:
         path: A path below the blocks, such as `layers/attn/q_proj`, or the name of a sublayer.
     """
     name = path.removeprefix("top_").removeprefix("layers/").split("/")[0]
-    parts = config.parts or (PARTS,) * config.layers
+    parts = config.parts or (SUBLAYERS,) * config.layers
     return tuple(layer for layer, own in enumerate(parts) if name in own or name.endswith("norm"))  # all have norms
 
 

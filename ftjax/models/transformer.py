@@ -19,7 +19,7 @@ from ftjax.models.attention import attend, key_layout
 from ftjax.models.attention_backends import Kernels, attend_rows
 from ftjax.models.axes import PARAMETER_AXES, constrain
 from ftjax.models.by_device import gather, map_rows, take_tokens
-from ftjax.models.config import PARTS, READS, VOCABULARY, ModelConfig, RopeScaling, layers_with, of_sublayer, runs
+from ftjax.models.config import READS, SUBLAYERS, VOCABULARY, ModelConfig, RopeScaling, layers_with, of_sublayer, runs
 from ftjax.models.delta import Delta
 from ftjax.models.layers import (
     ADAPTERS,
@@ -357,7 +357,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     dropout: float
     kernels: Kernels
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = SUBLAYERS
 
     @nn.compact
     def __call__(self, carry, layer, shared):
@@ -723,7 +723,7 @@ class Transformer(nn.Module):
         """The blocks one after another, with variables and a cache as `unstacked` and `make_cache` return them."""
         c, written = self.config, {name: list(x) for name, x in cache.items() if isinstance(x, tuple)}
         for i, row in enumerate(cached_rows(c)):
-            parts = c.parts[i] if c.parts else PARTS
+            parts = c.parts[i] if c.parts else SUBLAYERS
             block = Block(c, self.dtype, self.dropout, self.kernels, parts, parent=None)
             own = {kind: tree["layers"][i] for kind, tree in self.variables.items() if "layers" in tree}
             names = CACHED[parts[0].removesuffix(READS)]
@@ -808,7 +808,7 @@ def max_tokens(config: ModelConfig, variables: dict) -> int:
 def cached_rows(config: ModelConfig) -> list[int]:
     """Of each layer, its row in the arrays of a cache: its index among those with the same first sublayer, or that of
     the layer whose keys and values it reads."""
-    firsts = [parts[0] for parts in config.parts or (PARTS,) * config.layers]
+    firsts = [parts[0] for parts in config.parts or (SUBLAYERS,) * config.layers]
     return [firsts[: i + 1].count(name.removesuffix(READS)) - 1 for i, name in enumerate(firsts)]
 
 
@@ -903,7 +903,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         (x, shared, inputs), found = model.init_with_output(key, jnp.zeros((1, 1), jnp.int32), method="around_blocks")
         layer, sublayers = {"window": 0, "index": 0, "row": 0, "rotary": True}, {}
         layer |= {} if inputs is None else {"inputs": inputs[0]}
-        for parts in dict.fromkeys(config.parts or (PARTS,)):
+        for parts in dict.fromkeys(config.parts or (SUBLAYERS,)):
             block = Block(config, model.dtype, model.dropout, model.kernels, parts)
             source = of_sublayer(config, parts[0].removesuffix(READS))
             handed = {parts[0].removesuffix(READS): (jnp.zeros((1, 1, source.kv_heads, source.head_dim)),) * 2}

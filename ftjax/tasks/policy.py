@@ -33,7 +33,7 @@ from ftjax.training import hosts, sharding
 
 OPEN = "prompt alone"  # the form of rows that have a prompt and no answer
 DRAWS = 2  # tells the random keys of draws from those of dropout and noise
-PARTS = 4  # a length of rows is rounded up to a multiple of this part of the greatest, so that few shapes are compiled
+SIZES = 4  # a length of rows is rounded up to a multiple of this part of the greatest, so that few shapes are compiled
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -549,8 +549,8 @@ def laid_out(texts: list[Example], data, config, mesh) -> tuple[dict, np.ndarray
 
 
 def _rounded(size: int, most: int, granule: int) -> int:
-    """The size rounded up to a multiple of `granule`, of which there are about PARTS up to `most`."""
-    step = -(-most // (PARTS * granule)) * granule
+    """The size rounded up to a multiple of `granule`, of which there are about SIZES up to `most`."""
+    step = -(-most // (SIZES * granule)) * granule
     return -(-size // step) * step
 
 

@@ -126,7 +126,7 @@ def check_bad(step: int, values: dict, places: list[str], report: dict, config, 
         step: Number of the step, from 1.
         values: Its "loss" (None if its rows have weight 0) and "grad_norm".
         places: Names of the rows of its batch.
-        report: "skipped" and "in_a_row", see ftjax.training.step.judged, and "norms".
+        report: "skipped" and "in_a_row", see ftjax.training.step.bad_step, and "norms".
         config: The whole config.
         before: The last loss before it; None if there is none.
         good: Step of the checkpoint to which train.on_bad_step=rewind goes back; 0: there is none.

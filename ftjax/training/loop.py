@@ -31,7 +31,7 @@ from ftjax.training.compiling import trim_after_compiling, use_compilation_cache
 from ftjax.training.feed import Feed
 from ftjax.training.flops import PEAKS, flops_per_token
 from ftjax.training.job import Job, prepared
-from ftjax.training.outcome import Result, description, exported, judged, summary
+from ftjax.training.outcome import Result, description, evaluated, exported, summary
 from ftjax.training.profile import Profiler
 from ftjax.training.program import Program, build, placed
 from ftjax.training.report import Metrics, Progress, read_metrics
@@ -149,7 +149,7 @@ def _train(config: ConfigDict, say: Callable[[str], None], claimed: list) -> Res
         del state
         guarantee = privacy.record(config, training.rate_of_rows, kept)
         variables = program.variables(trained, frozen)
-        results, written = judged(job, program, variables, before, lambda: standing.seconds, say)
+        results, written = evaluated(job, program, variables, before, lambda: standing.seconds, say)
         files |= exported(job, program, trained, frozen, say, guarantee.get("privacy"), results)
         if first and guarantee:
             provenance.note(run_dir / RUN, **guarantee)

@@ -86,7 +86,7 @@ def exported(
         frozen: Tree of frozen parameters.
         say: Called with lines for a person.
         guarantee: "privacy" of privacy.record, or None.
-        results: The scores of the model, see `judged`.
+        results: The scores of the model, see `evaluated`.
 
     Returns:
         {format: folder}.
@@ -106,7 +106,7 @@ def exported(
     return files
 
 
-def judged(job: Job, program: Program, variables: dict, before: dict | None, seconds: Callable, say) -> tuple:
+def evaluated(job: Job, program: Program, variables: dict, before: dict | None, seconds: Callable, say) -> tuple:
     """Evaluate the trained model on held-out rows, if the config asks for it.
 
     Args:

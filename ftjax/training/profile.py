@@ -44,7 +44,7 @@ CONTAINERS = {"while", "conditional", "call"}  # their bodies' operations are in
 COLLECTIVES = (*hlo.SENT, "ragged-all-to-all", "collective-broadcast")
 
 # Part of the model -> regular expression of the names of JAX's scopes that an instruction keeps; the first match wins.
-PARTS = {
+SCOPES = {
     "attention": r"/(attn|global)(_read)?/(?!\w*(proj|c_attn|norm)\b)",
     "attention's projections": r"/(attn|global)(_read)?/",
     "feed-forward": r"/(mlp|wide|inputs)/",
@@ -215,7 +215,7 @@ def summary(trace: Path, texts: list[str], steps: list[int], backend: str) -> di
         times.update(o.name for o, _ in known)
         spent.update(shares([(o.start, o.end, o.name) for o, _ in known], window, ops))
     each = len(planes) * len(steps) * 1e6  # nanoseconds of all planes and steps -> milliseconds of one
-    kinds, parts = dict.fromkeys(KINDS, 0.0), dict.fromkeys((*PARTS, REST, GRAPHS), 0.0)
+    kinds, parts = dict.fromkeys(KINDS, 0.0), dict.fromkeys((*SCOPES, REST, GRAPHS), 0.0)
     for name, nanoseconds in spent.items():
         kind = ops[name].kind if name else "idle"
         kinds[kind] += nanoseconds / each
@@ -345,7 +345,7 @@ def _where(instruction, computations) -> tuple[str, str]:
     inner = [i for i in _inner(instruction, computations) if i.root]
     for source in (instruction, *inner):
         if named := re.search(r'op_name="([^"]*)"', source.rest):
-            return next((part for part, scope in PARTS.items() if re.search(scope, named[1])), REST), named[1]
+            return next((part for part, scope in SCOPES.items() if re.search(scope, named[1])), REST), named[1]
     return REST, ""
 
 

@@ -24,7 +24,7 @@ class State(NamedTuple):
     trained: dict
     optimizer: Any
     ema: dict | None = None  # exponential moving average of `trained`, float32; None where none is kept
-    guard: dict | None = None  # what decides whether a step is bad, see `judged`; None where no step is left out
+    guard: dict | None = None  # what decides whether a step is bad, see `bad_step`; None where no step is left out
 
     @property
     def averaged(self) -> dict:
@@ -130,7 +130,7 @@ def norms_by_layer(gradient: dict) -> dict[str, jax.Array]:
     return {part: jnp.sqrt(x) for part, x in sums.items()}
 
 
-def judged(guard: dict, bad, loss, weight, spike: float) -> tuple[jax.Array, dict]:
+def bad_step(guard: dict, bad, loss, weight, spike: float) -> tuple[jax.Array, dict]:
     """Whether a step is bad, spikes included, and what the guard is after it.
 
     Args:
@@ -173,7 +173,7 @@ def train_step(
         accumulate: Number of microbatches.
         ema: Decay of the moving average. The first step sets the average to its own result, as torch's AveragedModel
             does.
-        spike: See `judged`.
+        spike: See `bad_step`.
         gradients: A function with the arguments and results of `gradients`, which computes the gradient.
         temperature: step -> temperature of a mixture of tokens, whose rows are mixed in training alone; None: there is
             nothing to mix.
@@ -181,7 +181,7 @@ def train_step(
     Returns:
         (the new State, {"loss", "accuracy", further means of the task, "grad_norm", "tokens"} as device scalars, and
         "norms", see `norms_by_layer`). If "tokens", the sum of weights, is 0, then all means are undefined. With a
-        guard also "bad", "skipped" and "in_a_row", see `judged`.
+        guard also "bad", "skipped" and "in_a_row", see `bad_step`.
     """
     batch = dict(batch)
     key = jax.random.wrap_key_data(batch.pop("key"), impl="threefry2x32") if "key" in batch else jax.random.key(seed)
@@ -211,7 +211,7 @@ def train_step(
     after = State(state.step + 1, trained, moments, average)
     bad = ~(jnp.isfinite(report["loss"]) & jnp.isfinite(report["grad_norm"]))
     if state.guard is not None:
-        bad, guard = judged(state.guard, bad, report["loss"], weight, spike)
+        bad, guard = bad_step(state.guard, bad, report["loss"], weight, spike)
         before = state._replace(step=after.step, guard=None)
         after = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)._replace(guard=guard)
         report |= {"bad": bad, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"]}

@@ -148,7 +148,7 @@ LAW = (
 )
 
 
-PARTS = ("why", "cost", "risk")  # of a decision
+REASONS = ("why", "cost", "risk")  # of a decision
 
 
 def meanings(data: dict) -> list[str]:
@@ -164,7 +164,7 @@ def table(data: dict) -> str:
     out += laws(data)
     out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
     decision = data["decision"]
-    out += ["", f"Fine-tune: {decision['fine_tune']}", *(f"{part.capitalize()}: {decision[part]}" for part in PARTS)]
+    out += ["", f"Fine-tune: {decision['fine_tune']}", *(f"{part.capitalize()}: {decision[part]}" for part in REASONS)]
     return "\n".join(out)
 
 
@@ -216,7 +216,7 @@ def _values(data: dict) -> dict:
     beside, pictures = changes(data), data["pictures"].items()
     return {
         "data": data,
-        "parts": PARTS,
+        "parts": REASONS,
         "lead": [(caption, file) for caption, file in pictures if file == SCORES],
         "pictures": [(caption, file) for caption, file in pictures if file != SCORES],
         "scores": scores(data),
