@@ -116,3 +116,9 @@ def no_old_programs():
 
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_collection_finish():
+    """What the tests' modules have imported stays, and no garbage collection looks through it."""
+    gc.collect()
+    gc.freeze()
