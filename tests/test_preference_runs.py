@@ -280,6 +280,11 @@ def test_a_bad_pair_is_named(setting, name):
         ({"tuning__init": "pissa"}, "tuning.init='pissa': changes parameters"),
         ({"task__loss": "robust", "train__label_smoothing": "0.5"}, "train.label_smoothing: expected less than 0.5"),
         ({"task__loss": "hinge", "train__label_smoothing": "0.1"}, "train.label_smoothing: task.loss=hinge has none"),
+        ({"task__loss": "hinge", "train__spike": "3"}, "train.spike: task.loss=hinge may fall to 0 or below"),
+        (
+            {"task__loss": "robust", "train__spike": "3", "train__label_smoothing": "0.1"},
+            "train.spike: task.loss=robust may fall to 0 or below",
+        ),
         ({"task__loss": "kto", "train__accumulate": "2"}, "train.accumulate: expected 1 for task.loss=kto"),
         ({"task__loss": "orpo", "task__reference": "x"}, "task.reference: is of task.loss sigmoid, hinge, ipo"),
         ({"task__margin": "0.5"}, "task.margin: is of task.loss simpo; this one is sigmoid"),

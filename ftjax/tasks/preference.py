@@ -253,6 +253,11 @@ def check(config, method, spec, data) -> None:
         raise FtjaxError("task.beta: expected a number above 0 for task.kind=preference; found 0")
     if loss == "robust" and smoothing >= 0.5:
         raise FtjaxError("train.label_smoothing: expected less than 0.5 for task.loss=robust")
+    if config.train.spike and (loss == "hinge" or loss == "robust" and smoothing):  # a median that has no multiples
+        raise FtjaxError(
+            f"train.spike: task.loss={loss} may fall to 0 or below, so that no multiple of its median says which loss "
+            f"is too large; expected 0, found {config.train.spike:g}"
+        )
     if smoothing and loss not in preference.SMOOTHED:
         raise FtjaxError(
             f"train.label_smoothing: task.loss={loss} has none; set it to 0, or use {', '.join(preference.SMOOTHED)}"

@@ -110,7 +110,17 @@ def doubt(first: float | None, history: Sequence[dict], measured: bool) -> str:
     if len(last) < LAST:
         return ""
     advice = f"The model has most likely diverged: {SMALLER_UPDATES}, and train again"
+    if measured and not any(row["loss"] or row["grad_norm"] for row in last):
+        return (
+            f"the loss and its gradient were exactly 0 in the last {LAST} logged steps: it has reached its least "
+            "value, so that these steps trained nothing more. Fewer steps are enough"
+        )
     if not any(row["grad_norm"] for row in last):
+        if all(row.get("flat") == 1 for row in last):  # see tasks.policy
+            return (
+                f"all answers to a prompt had the same reward in the last {LAST} logged steps, so that nothing was "
+                "trained. Look at samples of the answers and at task.rewards"
+            )
         return f"the gradient was exactly 0 in the last {LAST} logged steps, so that nothing was trained. {advice}"
     losses = [row["loss"] for row in last]
     end, scatter = statistics.median(losses), statistics.stdev(losses)

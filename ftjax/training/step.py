@@ -139,14 +139,16 @@ def bad_step(guard: dict, bad, loss, weight, spike: float) -> tuple[jax.Array, d
         bad: Whether its loss or gradient norm is not finite, () bool.
         loss: Loss of the step, ().
         weight: Weight sum of its batch, (); the loss of a batch of weight 0 is not kept.
-        spike: A loss above `spike` times the median of "losses" is bad; 0: no loss is too large.
+        spike: A loss above `spike` times the median of "losses" is bad; 0: no loss is too large. A median of 0 or less
+            has no multiples that a loss could be compared with, so that no loss is too large beside it either.
 
     Returns:
         (() bool, the guard).
     """
     losses = guard["losses"]
     if spike:
-        bad |= loss > spike * jnp.nanmedian(losses)  # never true before the first good step
+        median = jnp.nanmedian(losses)
+        bad |= (median > 0) & (loss > spike * median)  # never true before the first good step
     losses = jnp.where(bad | (weight == 0), losses, jnp.append(losses[1:], loss))
     return bad, {
         "losses": losses, "skipped": guard["skipped"] + bad, "in_a_row": jnp.where(bad, guard["in_a_row"] + 1, 0)

@@ -20,7 +20,7 @@ from ftjax.training import export, finite, hosts, loop
 from ftjax.training.optimizer import schedule
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import open_run
-from ftjax.training.step import init_state, norms_by_layer, train_step
+from ftjax.training.step import init_state, judged, norms_by_layer, train_step
 from ftjax.tree import not_finite
 
 
@@ -106,6 +106,10 @@ def test_a_loss_that_ends_far_above_its_start_is_told_and_the_scatter_of_batches
     assert not finite.doubt(None, settled, True) and not finite.doubt(6.1, settled, True)
     assert not finite.doubt(3.0, scattered, True)  # an easy first batch
     assert not finite.doubt(5.1, settled[:4] + [{"step": 5, "val_loss": 9.0}, row(None)], True)
+    reached = [{"step": 1, "loss": 0.0, "grad_norm": 0.0}] * 5  # as a hinge loss is behind its margin
+    assert finite.doubt(1.0, reached, True).startswith("the loss and its gradient were exactly 0 in the last 5 logged")
+    flat = [row | {"flat": 1.0} for row in reached]  # all answers of a rollout have the same reward
+    assert finite.doubt(0.0, flat, False).startswith("all answers to a prompt had the same reward in the last 5 logged")
 
 
 def test_damaged_weights_are_named_before_the_first_step(tmp_path):
@@ -229,6 +233,13 @@ def test_ten_bad_steps_in_a_row_and_a_spike_that_may_not_be_skipped_end_the_run(
         ftjax.train(c, say=quiet)
     with pytest.raises(FtjaxError, match="train.spike: expected 0 or a number above 1"):
         ftjax.train(settings(tmp_path / "low", train__spike=0.5), say=quiet)
+
+
+def test_a_loss_has_no_spikes_beside_a_median_that_is_not_above_zero():
+    guard = {"skipped": np.int32(0), "in_a_row": np.int32(0)}
+    for median, loss, expected in ((1.0, 3.5, True), (1.0, 2.5, False), (0.0, 1e-3, False), (-1.0, -1.1, False)):
+        bad, _ = judged(guard | {"losses": np.full(50, median, "f")}, False, np.float32(loss), np.float32(1), 3.0)
+        assert bool(bad) == expected, (median, loss)
 
 
 def test_a_bad_batch_leaves_the_state_of_a_run_without_it():
