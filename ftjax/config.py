@@ -644,8 +644,8 @@ FIELDS: dict[str, Field] = {
     "generate.max_new_tokens": whole(64, 1, also="max_tokens max_completion_length"),  # most tokens of an answer
     "generate.temperature": number(0.0, 0),  # temperature of sampling; 0: greedy
     "generate.top_k": whole(0, 0),  # sample from the k most probable tokens only; 0: from all
-    "generate.top_p": number(1.0, 0, 1),  # sample from the most probable tokens that together reach this probability;
-    # 1: from all
+    "generate.top_p": number(1.0, above=0, most=1),  # sample from the most probable tokens that together reach this
+    # probability; 1: from all
     "generate.batch_size": whole(32, 1),  # number of prompts answered at once
     "generate.weights": choice("model", "bfloat16"),  # the parameters that generate answers: unchanged, or with float32
     # kernels rounded to bfloat16, which a CPU reads in half the time; the rest stays in float32

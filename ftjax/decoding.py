@@ -24,7 +24,7 @@ from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
 from ftjax.models.axes import constrain, ways
 from ftjax.models.by_device import by_device
 from ftjax.models.quantised import rounded
-from ftjax.models.transformer import STACKS, as_prefix, make_cache, max_tokens, unstacked, virtual_tokens
+from ftjax.models.transformer import STACKS, as_prefix, make_cache, unstacked, virtual_tokens
 from ftjax.objectives.causal import EXCLUDED
 
 NO_TOKEN = -1  # the token of a row whose logits are not finite
@@ -32,6 +32,7 @@ APART = 64 << 20  # bytes up to which blocks are decoded one by one, from a copy
 STAGE = 64  # new tokens whose slots attention reads at first; doubled as answers grow
 TICK = 0.05  # seconds between two pieces of an answer that is streamed, about
 SLOTS = {"k": -1, "v": -2, "global_k": -1, "global_v": -2}  # arrays of a cache with an axis of slots
+COLDEST = 1e-30  # least temperature above 0
 SHARED = 64  # least number of common first tokens of all prompts that are computed apart from the rest
 
 
@@ -111,16 +112,8 @@ def generate(
             positions less the virtual tokens.
         NotFinite: If logits are NaN or infinite.
     """
-    for name, value, good, wanted in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
-        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
-    ):
-        if not good:
-            raise FtjaxError(f"generate.{name}: expected {wanted}; found {value}")
-    _check_lengths(model.config, variables, prompts, max_new_tokens)
+    check_settings(max_new_tokens, temperature, top_k, top_p, batch_size)
+    check_lengths(model.config, virtual_tokens(variables), prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # equal prompts are neighbours
     rules = Rules((temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored)
     if weights == "bfloat16":
@@ -200,10 +193,31 @@ def _checked(i: int, ids: list[int]) -> list[int]:
 # ---------------------------------------------------------------------------------------------- on the host
 
 
-def _check_lengths(shape, variables, prompts: list[list[int]], new: int) -> None:
-    """Raise FtjaxError for a prompt without tokens, or one that `new` tokens cannot follow. shape: the ModelConfig."""
-    limit, stretched = max_tokens(shape, variables), shape.rope_scaling
-    turn = stretched.original_max_positions - virtual_tokens(variables)  # of longrope: the angles change behind it
+def check_settings(max_new_tokens: int, temperature: float, top_k: int, top_p: float, batch_size: int) -> None:
+    """Raise FtjaxError for a setting of `generate` that is out of range."""
+    for name, value, good, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        # Logits that are divided by less can exceed the largest float32, and then all draws are of one token.
+        ("temperature", temperature, temperature == 0 or temperature >= COLDEST, f"0 (greedy), or {COLDEST:g} or more"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+    ):
+        if not good:
+            raise FtjaxError(f"generate.{name}: expected {wanted}; found {value}")
+
+
+def check_lengths(shape, virtual: int, prompts: list[list[int]], new: int) -> None:
+    """Raise FtjaxError for a prompt without tokens, or one that an answer cannot follow.
+
+    Args:
+        shape: The ModelConfig.
+        virtual: Number of virtual tokens before a prompt.
+        prompts: Ids of the prompts.
+        new: Most tokens of an answer.
+    """
+    limit, stretched = shape.max_positions - virtual, shape.rope_scaling
+    turn = stretched.original_max_positions - virtual  # of longrope: the angles change behind it
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise FtjaxError(f"prompt {number} has no tokens; expected at least one, such as the model's BOS")

@@ -316,6 +316,7 @@ def test_the_cuts_equal_those_of_transformers(settings):
         ([[1]], {"max_new_tokens": 0}, "generate.max_new_tokens: expected 1 or more; found 0"),
         ([[1]], {"top_p": 0.0}, "generate.top_p"),
         ([[1]], {"temperature": -1.0}, "generate.temperature"),
+        ([[1]], {"temperature": 1e-38}, "generate.temperature: expected 0 .greedy., or 1e-30 or more; found 1e-38"),
     ],
 )
 def test_bad_input_is_named(random_model, prompts, settings, message):

@@ -46,12 +46,7 @@ def continued_tokens(
     Raises:
         FtjaxError: If the answers would all be alike, or if the reward model cannot score them.
     """
-    if (best_of > 1) != bool(reward):
-        lacks, there = ("reward", "best_of") if best_of > 1 else ("best_of", "reward")
-        wanted = "the directory of a reward model" if best_of > 1 else "2 or more"
-        raise FtjaxError(f"generate.{lacks}: expected {wanted} where generate.{there} is set")
-    if best_of > 1 and not how.get("temperature"):
-        raise FtjaxError("generate.temperature: expected more than 0 for generate.best_of; at 0 all answers are alike")
+    check_choice(best_of, reward, how.get("temperature") or 0.0)
     many = [prompt for prompt in ids for _ in range(best_of)]
     new = continue_tokens(lm, variables, many, stop=stop, **how)
     if best_of > 1:
@@ -59,6 +54,16 @@ def continued_tokens(
         found = scores(judge, many, new, how["max_new_tokens"], how.get("batch_size", 32), "generate.reward")
         new = [new[i * best_of + k] for i, k in enumerate(found.reshape(-1, best_of).argmax(1).tolist())]
     return new
+
+
+def check_choice(best_of: int, reward: str, temperature: float) -> None:
+    """Raise FtjaxError for settings by which no answer can be chosen, see `continued_tokens`."""
+    if (best_of > 1) != bool(reward):
+        lacks, there = ("reward", "best_of") if best_of > 1 else ("best_of", "reward")
+        wanted = "the directory of a reward model" if best_of > 1 else "2 or more"
+        raise FtjaxError(f"generate.{lacks}: expected {wanted} where generate.{there} is set")
+    if best_of > 1 and not temperature:
+        raise FtjaxError("generate.temperature: expected more than 0 for generate.best_of; at 0 all answers are alike")
 
 
 def reward_model(path: str, tokenizer, key: str) -> LM:

@@ -17,13 +17,15 @@ from ftjax.data import store
 from ftjax.data.batches import Batches, by_example
 from ftjax.data.prepare import Part, fingerprint
 from ftjax.data.tokenise import Example, answer_of
+from ftjax.decoding import check_lengths, check_settings
 from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
-from ftjax.evaluation.best import continued
+from ftjax.evaluation.best import check_choice, continued
 from ftjax.evaluation.loss import evaluate_loss, read_documents, sums, text_loss
 from ftjax.evaluation.metrics import find, score
 from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json, write_jsonl
 from ftjax.hub.fingerprint import of_named
+from ftjax.lm import stop_tokens
 from ftjax.models.transformer import max_tokens
 from ftjax.objectives.causal import log_probs
 from ftjax.progress import doing
@@ -232,6 +234,29 @@ def answers(lm, variables, part, config) -> tuple[dict[str, float], list[dict]]:
     first = [rows[0] for rows in groups.values()]
     asked, known = [part.row(i) for i in first], ranked(lm, variables, part, first, prompts, config)
     return answered(lm, variables, prompts, references, asked, config, known=known)
+
+
+def check_answers(part, tokenizer, config, shape, virtual: int) -> None:
+    """Raise the errors of `answers` that can be found without the model's parameters.
+
+    Args:
+        part: The rows, a Part of ftjax.data.prepare.
+        tokenizer: The model's tokenizer.
+        config: The config.
+        shape: The ModelConfig.
+        virtual: Number of virtual tokens before a prompt.
+
+    Raises:
+        FtjaxError: If a setting of config.generate cannot be used, or if the answer to a prompt would exceed the
+            model's positions.
+    """
+    how = config.generate
+    check_settings(how.max_new_tokens, how.temperature, how.top_k, how.top_p, how.batch_size)
+    check_choice(how.best_of, how.reward, how.temperature)
+    stop_tokens(tokenizer, how.stop)
+    asked = enumerate(part.prompts(tokenizer))
+    prompts = [ids.tolist() for i, ids in asked if not getattr(part.recipe(i), "labels", ())]  # others are ranked
+    check_lengths(shape, virtual, prompts, how.max_new_tokens)
 
 
 def answered(

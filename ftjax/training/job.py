@@ -192,7 +192,9 @@ def prepared(config, say, recorded: int = 0) -> Job:
     for source in configs.sources(config):
         for name in source.config.evaluate.metrics:
             check_metric(config, name)
-    select = selection(config, held_out, judge.check(config, data, base.tokenizer), base.chat_tokenizer)
+    figures = judge.check(config, data, base.tokenizer)
+    virtual = METHODS[config.tuning.method].virtual_tokens(base.spec)
+    select = selection(config, held_out, figures, base.chat_tokenizer, base.spec.model, virtual)
     task = tasks.find(config.task.kind)
     lengths = sorted({T for _, T, _ in steps.batches.shapes()})
     if task.collect:

@@ -38,7 +38,7 @@ class Selection(NamedTuple):
         return value if value is None or self.higher else -value
 
 
-def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
+def selection(config, part: Part, figures: list[str], tokenizer, shape, virtual: int) -> Selection:
     """The Selection that a config asks for.
 
     Args:
@@ -46,6 +46,8 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
         part: The validation rows that a run uses.
         figures: Names of the scores of the task, see judge.check.
         tokenizer: The tokenizer that rows are encoded with.
+        shape: The ModelConfig.
+        virtual: Number of virtual tokens before a prompt.
 
     Raises:
         FtjaxError: If there are no validation rows, if the task does not have this score, if neither more nor less of
@@ -80,6 +82,7 @@ def selection(config, part: Part, figures: list[str], tokenizer) -> Selection:
             f"train.select: {name} scores generated answers, and each validation would generate {len(part):,} of them; "
             f"set evaluate.rows to at most {MOST_ANSWERS}"
         )
+    compare.check_answers(part, tokenizer, config, shape, virtual)
     # What the metric asks of rows and references is found out on empty answers.
     rows = [part.row(i) for i in range(len(part))]
     score(name, [""] * len(rows), [[part.reference(i, tokenizer)] for i in range(len(rows))], rows, config.evaluate)

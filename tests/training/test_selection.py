@@ -253,6 +253,24 @@ def test_scores_that_are_measured_otherwise_are_not_compared(encoder, tmp_path, 
     assert ftjax.train(run(), say=quiet).resumed_from == 2
 
 
+def test_how_answers_are_made_is_checked_before_the_first_step(tmp_path):
+    select = {"train__select": "rouge_l"}
+    refused(
+        causal(tmp_path, **select, generate__stop='("the end",)'), "stop: the tokenizer makes . tokens of 'the end'"
+    )
+    refused(
+        causal(tmp_path, **select, generate__max_new_tokens=505), "prompt 1 has .* exceeds the model's 512 positions"
+    )
+    prompt = {"tuning__method": "prompt", "tuning__virtual_tokens": 200, "generate__max_new_tokens": 310}
+    refused(causal(tmp_path, **select, **prompt), "exceeds the model's 312 positions")
+    refused(
+        causal(tmp_path, **select, generate__best_of=2), "generate.reward: expected the directory of a reward model"
+    )
+    refused(causal(tmp_path, **select, generate__temperature=1e-38), "generate.temperature: expected 0 .greedy., or")
+    with pytest.raises(FtjaxError, match="generate.top_p: expected a number above 0"):
+        causal(tmp_path, **select, generate__top_p=0)
+
+
 def test_what_a_metric_asks_for_is_known_before_the_first_step(tmp_path):
     refused(causal(tmp_path, train__select="coverage"), "evaluate.words: the metric coverage needs the column")
     refused(causal(tmp_path, train__select="number_match"), "number_match: the reference .* contains no number")
