@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     add = verb("generate", _generate, "continue prompts; the answer to a single one appears while it is made")
     add("--model", model, required=True)
     add("--adapter", adapter, [], "[NAME=]DIR")
-    add("--prompt", "a prompt, with \\n for a line end; may be repeated", [])
+    add("--prompt", "a prompt, with \\n for a line end, as in --template and --stop; may be repeated", [])
     of_prompts = "rows with a column `prompt`, with `messages`, or with the columns of --template"
     add("--prompts", of_prompts, metavar="FILE")
     template = 'template of the prompt over the columns of --prompts, such as "Words: {src}"; default: the run\'s'
@@ -472,13 +472,15 @@ def _generate(args, overrides) -> None:
     if drawn and not args.temperature:
         option = "--" + drawn[0].replace("_", "-")
         raise FtjaxError(f"{option}: has no effect on greedy answers; set --temperature above 0 too")
+    from ftjax.config import unescaped
     from ftjax.evaluation.run import answer, stream_answer
 
-    prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt]
-    how = {name: getattr(args, name) for name in names} | {"chat": args.chat, "stop": tuple(args.stop)}
+    prompts, stop = ([unescaped(text) for text in texts] for texts in (args.prompt, args.stop))
+    how = {name: getattr(args, name) for name in names} | {"chat": args.chat, "stop": tuple(stop)}
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     streamed = len(prompts) == 1 and not (args.prompts or args.out or args.reward or args.best_of > 1)
-    how |= {} if streamed else {"template": args.template} | {name: getattr(args, name) for name in chosen}
+    template = None if args.template is None else unescaped(args.template)
+    how |= {} if streamed else {"template": template} | {name: getattr(args, name) for name in chosen}
     rows = []
     for name, model in _models(args):
         title = f"{name}:\n" if len(args.adapter) > 1 else ""

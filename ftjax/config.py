@@ -783,8 +783,13 @@ def _literal(text: str):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that its documentation names
-        # A shell hands over a line end as two characters; in a template, and in a pattern too, it means one.
-        return {"true": True, "false": False}.get(text, text.replace("\\n", "\n").replace("\\t", "\t"))
+        return {"true": True, "false": False}.get(text, unescaped(text))
+
+
+def unescaped(text: str) -> str:
+    """A text from the command line. A shell hands over a line end and a tab as two characters each, `\\n` and `\\t`; in
+    a prompt, a template and a pattern they mean one."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _shown(value) -> str:

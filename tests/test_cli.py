@@ -205,6 +205,26 @@ def test_generate_writes_json_lines_in_order(tmp_path):
     assert all(a["completion"].strip() for a in answers)
 
 
+def test_a_line_end_of_the_shell_is_one_in_a_prompt_a_template_and_a_stop(monkeypatch):
+    from ftjax.evaluation import run
+
+    asked = {}
+
+    def answer(model, prompts, file, **how):
+        asked.update(how, prompts=prompts)
+        return []
+
+    monkeypatch.setattr(run, "answer", answer)
+    options = {"--prompt": "One day,\\nTim", "--template": "Words: {src}\\n\\tSentence:", "--stop": "\\n"}
+    named = [text for option in options.items() for text in option]
+    assert cli.main(["generate", "--model", "builtin:stories260K", "--prompts", "rows.jsonl", *named]) == 0
+    assert asked["prompts"] == ["One day,\nTim"] and asked["stop"] == ("\n",)
+    assert asked["template"] == "Words: {src}\n\tSentence:"  # what data.prompt is by the same text
+    config = configs.default()
+    configs.override(config, [f"data.prompt={options['--template']}"])
+    assert config.data.prompt == asked["template"]
+
+
 def test_a_bad_prompt_of_several_files_is_named_by_its_own_file(tmp_path, capsys):
     for name, cell in (("a", "Lily"), ("b", None)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": cell}) + "\n")
