@@ -22,8 +22,8 @@ class Rendered:
     Attributes:
         prompt: Text that the model is given.
         completion: Text that it should answer.
-        messages: Each with `role` and `content`. An assistant's message that is not trained has `"train": False`. None:
-            the row is plain text.
+        messages: Each with `role` and `content`. A message that is not trained has `"train": False`; only where all
+            tokens are trained does this matter for a message that is not the assistant's. None: the row is plain text.
         tools: JSON schemas of tools.
         template: A value of `data.template`; empty: the tokenizer's own chat template.
     """
@@ -465,7 +465,7 @@ def _turn(message, where: str) -> dict:
     trained = turn.pop("train", turn.pop("weight", True))
     if trained not in (True, False):
         raise FtjaxError(f"{where}: `train` should be true or false (or `weight` 1 or 0), found {trained!r}")
-    if not trained and role == "assistant":
+    if not trained:
         turn["train"] = False
     return turn
 

@@ -291,6 +291,13 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
         chat_templates.check_tools(row.template, chat.tokenizer)
     everything = train_on == "all"
     answers = _answers(row.messages)
+    left_out = [k for k, message in enumerate(row.messages) if not message.get("train", True) and k not in answers]
+    if everything and left_out:
+        raise FtjaxError(
+            f"{place}: message {left_out[0] + 1}, of the role {row.messages[left_out[0]]['role']!r}, is marked as not "
+            "trained (`train` false or `weight` 0), and with data.train_on=all only answers can be left out; remove "
+            "the mark, or set data.train_on=assistant"
+        )
     wanted = answers[-1:] if train_on == "last" else answers
     # If everything is trained, the untrained turns have to be located; otherwise the trained turns.
     found = [k for k in wanted if row.messages[k].get("train", True) != everything]

@@ -358,6 +358,14 @@ def test_turns_marked_as_not_trained(shared, name):
         encode([Rendered(messages=marked[:5], template=name)], tokenizer, "last")
 
 
+def test_only_answers_can_be_left_out_where_everything_is_trained():
+    row = {"messages": [{"role": "user", "content": "Who?", "train": False}, {"role": "assistant", "content": "Lily."}]}
+    rendered, tokenizer = renderer("messages", template="plain")(row, "row 1"), every()
+    with pytest.raises(FtjaxError, match="row 1: message 1, of the role 'user', is marked as not trained .* only answ"):
+        encode([rendered], tokenizer, "all")
+    assert trained_text(encode([rendered], tokenizer)[0], tokenizer).startswith("Lily.")
+
+
 def test_an_empty_thought_that_qwen3_drops_from_an_earlier_answer(shared):
     nothing = "<think>\n\n</think>\n\n"
     messages = tuple(
