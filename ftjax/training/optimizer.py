@@ -127,7 +127,7 @@ def optimizer(
     decay = optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay else optax.identity()
     direction = {
         "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
-        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), _clip_by_rms(1.0)),
         "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
         "sgd": lambda: optax.trace(c.b1) if c.b1 else optax.identity(),
         "muon": lambda: _muon(c),
@@ -138,6 +138,17 @@ def optimizer(
         scale = optax.stateless(lambda updates, _: map_paths(lambda path, u: u * multiplier(path, u), updates))
     pulls = [anchored(w, fisher) for w, fisher in ((c.start_l2, False), (c.ewc / 2, True)) if w]
     return optax.chain(*pulls, clip, direction, decay, optax.scale_by_learning_rate(learning_rate), scale)
+
+
+def _clip_by_rms(most: float) -> optax.GradientTransformation:
+    """Scale the update of each parameter down to a root mean square of `most` (Shazeer & Stern 2018, Adafactor), one a
+    layer: a stack is many parameters."""
+
+    def clipped(path, update):
+        axes = tuple(range(path.split("/", 1)[0] in STACKS, update.ndim))
+        return update / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True)) / most)
+
+    return optax.stateless(lambda updates, _: map_paths(clipped, updates))
 
 
 def _muon(c):

@@ -20,7 +20,7 @@ from ftjax.data.tokenise import Example
 from ftjax.objectives import causal
 from ftjax.training import fisher
 from ftjax.training.optimizer import multipliers, optimizer, schedule
-from ftjax.tree import flatten
+from ftjax.tree import flatten, unflatten
 
 NAMES = configs.FIELDS["optim.name"].choices
 
@@ -176,6 +176,41 @@ def test_muon_equals_torch_layer_by_layer():
             want = matrix.detach().numpy()
             # torch iterates in bfloat16.
             assert np.linalg.norm(moved[layer] - want) < 0.03 * np.linalg.norm(want), f"{path} layer {layer}"
+
+
+def test_adafactor_equals_transformers_layer_by_layer():
+    """Matrices of at least 128 rows and columns, of which transformers and Optax factor the second moment alike. Each
+    layer of a stack is clipped by itself: the gradient of one layer is much larger at times."""
+    rng = np.random.default_rng(0)
+    shapes = {"layers/mlp/up/kernel": (2, 128, 160), "layers/mlp/up/bias": (2, 160), "embed/embedding": (130, 128)}
+
+    def drawn(sparse=False):
+        spikes = lambda shape: np.where(rng.random(shape) < 0.02, 50, 0.1) if sparse else 1  # noqa: E731
+        leaves = {path: rng.normal(size=shape) * spikes(shape) for path, shape in shapes.items()}
+        return unflatten({path: jnp.asarray(x, jnp.float32) for path, x in leaves.items()})
+
+    params, gradients = drawn(), [drawn(sparse=True) for _ in range(4)]
+    for step, gradient in enumerate(gradients):
+        kernel = gradient["layers"]["mlp"]["up"]["kernel"]
+        gradient["layers"]["mlp"]["up"]["kernel"] = kernel.at[1].multiply(100.0 ** (step % 3))
+    config = optim(name="adafactor", clip_norm=0.0, weight_decay=0.1)
+    ours = run(optimizer(config, lambda step: 1e-2), params, gradients)
+
+    def apart(tree):
+        """{(path, layer): array}; layer is 0 for what is not stacked."""
+        split = {path: x if path.startswith("layers") else x[None] for path, x in flatten(tree).items()}
+        return {(path, layer): np.array(x[layer]) for path, x in split.items() for layer in range(len(x))}
+
+    tensors = {key: torch.nn.Parameter(torch.tensor(x)) for key, x in apart(params).items()}
+    groups = [{"params": [x for x in tensors.values() if x.ndim == n], "weight_decay": 0.1 * (n - 1)} for n in (1, 2)]
+    fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    adafactor = transformers.optimization.Adafactor(groups, lr=1e-2, **fixed)
+    for gradient, new in zip(gradients, ours, strict=True):
+        for key, x in apart(gradient).items():
+            tensors[key].grad = torch.tensor(x)
+        adafactor.step()
+        for key, x in apart(new).items():
+            np.testing.assert_allclose(x, tensors[key].detach(), rtol=1e-4, atol=1e-5, err_msg=str(key))
 
 
 @pytest.mark.parametrize("name", NAMES)
