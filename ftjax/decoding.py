@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ftjax import cpus, xla
-from ftjax.errors import WEIGHTS, FtjaxError, NotFinite
+from ftjax.errors import WEIGHTS, FtjaxError, NotFinite, check_known
 from ftjax.models.axes import constrain, ways
 from ftjax.models.by_device import by_device
 from ftjax.models.quantised import rounded
@@ -113,6 +113,7 @@ def generate(
         NotFinite: If logits are NaN or infinite.
     """
     check_settings(max_new_tokens, temperature, top_k, top_p, batch_size)
+    check_known(weights, ("model", "bfloat16"), "generate.weights: unknown value")
     check_lengths(model.config, virtual_tokens(variables), prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # equal prompts are neighbours
     rules = Rules((temperature, top_k, top_p), tuple(end_tokens), vocab_size, scored)

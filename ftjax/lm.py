@@ -149,14 +149,29 @@ class LM:
             (B, T, V) float32. Logits at padding positions are undefined.
 
         Raises:
-            FtjaxError: If the shapes differ, or if rows are longer than the model's positions.
+            FtjaxError: If the shapes differ, if rows are longer than the model's positions, or if an id is no token of
+                the model.
         """
-        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
-        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(np.asarray(attention_mask), jnp.int32)
-        if ids.ndim != 2 or mask.shape != ids.shape:
-            raise FtjaxError(f"logits: expected ids and mask of one shape (B, T); found {ids.shape} and {mask.shape}")
+        try:
+            ids = np.asarray(input_ids)
+            mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+        except ValueError:  # rows of several lengths
+            raise FtjaxError(
+                "logits: the rows have different lengths; pad them to one, and mark the padding in attention_mask"
+            ) from None
+        if ids.ndim != 2 or not ids.size or mask.shape != ids.shape:
+            raise FtjaxError(
+                f"logits: expected ids and mask of one shape (B, T), neither B nor T 0; found {ids.shape} and "
+                f"{mask.shape}"
+            )
+        if not (np.issubdtype(ids.dtype, np.integer) and np.isin(mask, (0, 1)).all()):
+            raise FtjaxError("logits: expected whole numbers as input_ids, and 1 and 0 in attention_mask")
+        V = self.model.config.vocab_size
+        if len(bad := ids[(mask == 1) & ((ids < 0) | (ids >= V))]):
+            raise FtjaxError(f"logits: the id {bad[0]} is no token of this model, whose ids are 0 to {V - 1:,}")
         if ids.shape[1] > (limit := self.max_tokens):
             raise FtjaxError(f"logits: rows of {ids.shape[1]} tokens exceed the model's {limit} positions")
+        ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
 
@@ -320,10 +335,11 @@ def continuations(tokenizer, prompts: list[list[int]], new: list[list[int]]) -> 
     return [a[len(b) :] for a, b in zip(after, before, strict=True)]
 
 
-def stop_tokens(tokenizer, stop: tuple[str, ...]) -> tuple[int, ...]:
-    """Token ids of stop strings. Raises FtjaxError for a string that is not a single token of this tokenizer."""
+def stop_tokens(tokenizer, stop: tuple[str, ...] | str) -> tuple[int, ...]:
+    """Token ids of stop strings, or of a single one. Raises FtjaxError for a string that is not a single token of this
+    tokenizer."""
     ids: list[int] = []
-    for text in stop:
+    for text in (stop,) if isinstance(stop, str) else stop:
         pieces = continuation(tokenizer, text)  # it follows other text
         if len(pieces) != 1:
             raise FtjaxError(

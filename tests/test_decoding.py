@@ -324,6 +324,37 @@ def test_bad_input_is_named(random_model, prompts, settings, message):
         generate(*random_model, prompts, **{"max_new_tokens": 5} | settings)
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    from ftjax import load
+
+    return load("builtin:stories260K", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda lm: lm.logits([[1, 5000]]), "logits: the id 5000 is no token of this model, whose ids are 0 to 511"),
+        (lambda lm: lm.logits([[1, -1]]), "logits: the id -1 is no token of this model"),
+        (lambda lm: lm.logits([[1, 2.7]]), "logits: expected whole numbers as input_ids, and 1 and 0 in"),
+        (lambda lm: lm.logits([[1, 2]], [[1, 2]]), "logits: expected whole numbers as input_ids, and 1 and 0 in"),
+        (lambda lm: lm.logits([[1, 2], [3]]), "logits: the rows have different lengths"),
+        (lambda lm: lm.logits([[]]), r"logits: expected ids and mask of one shape .* found \(1, 0\)"),
+        (lambda lm: lm.generate("a", stop="the end"), "stop: the tokenizer makes 4 tokens of 'the end'"),
+        (lambda lm: lm.generate("a", weights="fp8"), "generate.weights: unknown value 'fp8'; expected one of model"),
+        (lambda lm: lm.generate(["a", "b \ud83d"]), r"prompt 2: holds half of a surrogate pair \(.ud83d\)"),
+    ],
+)
+def test_what_a_model_cannot_read_is_refused(loaded, ask, message):
+    with pytest.raises(FtjaxError, match=message):
+        ask(loaded)
+
+
+def test_ids_of_padding_are_not_read(loaded):
+    logits = loaded.logits([[-100, 1, 403]], [[0, 1, 1]])
+    np.testing.assert_allclose(logits[:, 1:], loaded.logits([[1, 403]]), atol=1e-5)
+
+
 def test_a_conversation_is_answered_as_its_chat_template_shows_it(tmp_path):
     from ftjax import assets, load
     from ftjax.data import chat_templates

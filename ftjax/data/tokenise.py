@@ -109,9 +109,12 @@ def encode_prompts(
         goes_on: Whether all messages are the prompt if the last one is not the assistant's.
 
     Raises:
-        FtjaxError: Names the row. If the chat template refuses its messages, or if there is no template.
+        FtjaxError: Names the row. If the chat template refuses its messages, if there is no template, or if a text is
+            not Unicode.
     """
     texts = [r.prompt for r in rendered if r.messages is None]
+    for i, r in enumerate(rendered):
+        _check_characters(r.prompt if r.messages is None else "".join(m["content"] for m in r.messages), place(i))
     plain = iter(_prompt_ids(texts, tokenizer))
     chats, prompts = {}, []
     for i, r in enumerate(rendered):
@@ -122,6 +125,17 @@ def encode_prompts(
             _need_all(chats[r.template], r, open_messages(r, goes_on), prompts[-1], place(i))
     chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
     return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
+
+
+def _check_characters(text: str, place: str) -> None:
+    """Raise FtjaxError for a text that no file in UTF-8 could hold, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FtjaxError(
+            f"{place}: holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character; mend "
+            "or remove it"
+        ) from None
 
 
 def open_messages(row: Rendered, goes_on: bool) -> tuple[dict, ...]:
