@@ -178,6 +178,20 @@ def quantise(kernel, kind: str, double: bool = False, dtype=None) -> Quantised:
     return Quantised(codes, scale, kind, width, np.dtype(dtype or kernel.dtype))
 
 
+def holds(kernel, values):
+    """Whether an array or a Quantised holds an array: its values in the same dtype, and quantised in the same way.
+
+    Args:
+        kernel: (out, in), of any dtype and placement.
+        values: (out, in), before it was rounded or quantised.
+    """
+    if not is_quantised(kernel):
+        return jnp.array_equal(kernel, values.astype(kernel.dtype))
+    double = isinstance(kernel.scale, Scales)
+    same = quantise(values.astype(jnp.float32), kernel.kind, double, kernel.dtype)
+    return jnp.all(jnp.array(jax.tree.leaves(jax.tree.map(jnp.array_equal, kernel, same))))
+
+
 def rounded(params: dict, tied: bool) -> dict:
     """Parameters with the float32 kernels of the blocks and of the head rounded to bfloat16.
 

@@ -11,12 +11,14 @@ import math
 import re
 from collections import Counter
 
+import jax
 import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.hub.families import EXPERTS, kernel_shape
 from ftjax.hub.peft import CONFIG, PREFIX, checked, refuse_variants
 from ftjax.models.config import ModelConfig, layers_with
+from ftjax.models.quantised import holds
 from ftjax.tree import flatten, unflatten
 from ftjax.tuning.targets import EMBEDDINGS, OfModule, by_module, by_pattern, fan_in_fan_out, module_names, peft_targets
 
@@ -274,8 +276,8 @@ def _check_copy(copy: OfModule, base: dict | None) -> None:
         raise FtjaxError(
             f"adapter tensor {copy.name}: a copy of the base's weight, which needs the base to compare with"
         )
-    kernel = np.asarray(kernel[copy.layer] if copy.path.startswith("layers/") else kernel)
-    if not np.array_equal(kernel, copy.value.astype(kernel.dtype)):
+    kernel = kernel[copy.layer] if copy.path.startswith("layers/") else kernel
+    if not jax.jit(holds)(kernel, copy.value):
         raise FtjaxError(f"adapter tensor {copy.name} differs from the base's own weight: it was made for another base")
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from tiny_models import load, logits
 
@@ -13,6 +14,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub.families import linear_names, read_config
 from ftjax.hub.peft import read_adapter, write_adapter
 from ftjax.hub.weights import read_params
+from ftjax.lm import quantiser
 from ftjax.tree import flatten
 from ftjax.tuning.lora_peft import lora_from_peft, lora_to_peft
 
@@ -236,6 +238,19 @@ def test_a_copy_of_the_base_must_be_of_this_base(adapter):
         lora_from_peft(adapter_config, tensors | {copy: tensors[copy] + 1}, names, config, params)
     with pytest.raises(FtjaxError, match=f"{copy}: a copy of the base's weight, which needs the base"):
         lora_from_peft(adapter_config, tensors, names, config)
+
+
+@pytest.mark.parametrize(("name", "module"), [("head", "lm_head"), ("embeddings", "model.embed_tokens")])
+def test_a_copy_of_the_base_is_compared_with_a_quantised_base(adapter, name, module):
+    base, folder, _ = adapter(name)
+    names, config, _ = names_of(base)
+    small = quantiser("nf4", ConfigDict({"double_quantise": True, "quantise_tables": True}), np.dtype("bfloat16"))
+    params = read_params(base, *read_config(base), dtype=lambda path: np.dtype("bfloat16"), quantise=small)
+    adapter_config, tensors = read_adapter(folder)
+    copy = f"base_model.model.{module}.base_layer.weight"
+    lora_from_peft(adapter_config, tensors, names, config, params)
+    with pytest.raises(FtjaxError, match=f"{copy} differs from the base"):
+        lora_from_peft(adapter_config, tensors | {copy: tensors[copy][::-1]}, names, config, params)
 
 
 def test_folders_that_are_no_adapter(adapter, tmp_path):
