@@ -70,10 +70,13 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
                 "of several would be chosen on rows without noise"
             )
         for other in stages[: position + 1] if len(stage.average) > 1 else ():
-            if not other.config.data.validation or not _computes(stage, other, stages[0]):
+            scored = tasks.find(other.config.task.kind).head == "causal" and _computes(stage, other, stages[0])
+            if not other.config.data.validation or not scored:
                 raise FtjaxError(
-                    f"stages: {stage.name}: average: its factor is chosen by the loss on the validation rows of all "
-                    f"stages so far, which {other.name} does not have; name data.validation there, or give one factor"
+                    f"stages: {stage.name}: average: its factor is chosen by the mean loss per token on the validation "
+                    f"rows of all stages so far, which cannot be computed for {other.name}: it names no "
+                    "data.validation, or its task is not one that both models compute. Name validation rows there, or "
+                    "give one factor"
                 )
         used = stage is not stages[-1] or stage.average != (1.0,)
         if used and not METHODS[stage.config.tuning.method].merge:

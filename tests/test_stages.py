@@ -25,6 +25,7 @@ from ftjax.training.report import Progress
 
 WORDS = {"data.prompt": "Words: {src}\nSentence:", "data.completion": " {tgt}"}
 BACK = {"data.prompt": "Sentence: {tgt}\nWords:", "data.completion": " {src}"}
+FILE = "model.safetensors"
 ROWS = {"data.train": "train.jsonl", "data.validation": "held_out.jsonl"}
 
 
@@ -206,6 +207,22 @@ def test_an_average_has_new_rows_and_a_new_head_as_they_were_before_the_stage(tm
     np.testing.assert_allclose(found["lm_head"]["kernel"], before["embed"]["embedding"] + 0.25, atol=1e-6)
 
 
+def test_a_new_head_is_averaged_with_its_values_before_the_first_step(tmp_path):
+    c = tiny_labelled.config(tmp_path, tiny_labelled.make(tmp_path / "llama", "llama"))
+    c.train.update(steps=2, batch_size=8, eval_every=2)
+    c.optim.lr = 1e-12  # nothing moves, so that the average must be the model itself
+    rows = {"data.train": c.data.train, "data.validation": c.data.test, "data.test": c.data.test}
+    c.stages = ({"name": "one", **rows, "average": 0.25},)
+    ftjax.train(c, say=lambda line: None)
+    end, mean = (load_file(tmp_path / "run" / at / FILE) for at in ("one/merged", "one-average-0.25"))
+    assert end.keys() == mean.keys() and np.abs(end["score.weight"]).min() > 0
+    for name, x in end.items():
+        np.testing.assert_allclose(mean[name], x, atol=1e-6)
+    c.stages = ({**c.stages[0], "average": (0.25, 0.5)},)
+    with pytest.raises(FtjaxError, match="stages: one: average: its factor is chosen by the mean loss per token on "):
+        ftjax.train(c, say=lambda line: None)
+
+
 def test_an_adapter_is_not_added_in_two_stages(folder):
     c = settings(folder)
     c.tuning.init_from = "adapter"
@@ -247,7 +264,7 @@ def test_a_factor_of_a_private_stage_is_not_chosen_on_rows(folder):
 
 def test_a_factor_is_chosen_on_validation_rows_of_all_stages(folder):
     c = settings(folder, average=(0.5, 1.0), **{"data.validation": "", "data.test": str(folder / "held_out.jsonl")})
-    with pytest.raises(FtjaxError, match="stages: back: average: its factor is chosen by the loss on the validation"):
+    with pytest.raises(FtjaxError, match="stages: back: average: its factor is chosen by the mean loss per token on "):
         ftjax.train(c, say=lambda line: None)
 
 

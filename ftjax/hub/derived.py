@@ -88,14 +88,15 @@ def averaged(start: Path, end: Path, factor: float, out: Path, seed: int = 0) ->
     """Write the model (1 - factor) · start + factor · end, parameter by parameter (WiSE-FT, Wortsman et al. 2022).
 
     If `end` is `start` with a merged adapter, this scales the adapter's change by the factor; of a quantised base, also
-    the change by its rounding. Rows of tokens that `start` lacks begin as in training, and a tied head as its table.
+    the change by its rounding. Rows of tokens and a head over labels that `start` lacks begin as in training, and a
+    tied head as its table.
 
     Args:
         start: Directory of the model before training.
         end: Directory of the model after training, whose other files are copied.
         factor: From 0 to 1.
         out: The directory to write.
-        seed: Of the training, see `new_rows` of weights.read_params.
+        seed: Of the training, see `new_head` and `new_rows` of weights.read_params.
 
     Returns:
         The directory.
@@ -104,8 +105,8 @@ def averaged(start: Path, end: Path, factor: float, out: Path, seed: int = 0) ->
         FtjaxError: If the two models do not have the same parameters.
     """
     (source, shape), (family, after) = (families.read_config(folder) for folder in (start, end))
-    grown = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, after.vocab_size))
-    first = flatten(weights.read_params(start, source, grown, new_rows=seed))
+    grown = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, after.vocab_size), head=after.head)
+    first = flatten(weights.read_params(start, source, grown, new_head=jax.random.key(seed), new_rows=seed))
     last = flatten(weights.read_params(end, family, after))
     if "lm_head/kernel" in last:
         first.setdefault("lm_head/kernel", first["embed/embedding"])
