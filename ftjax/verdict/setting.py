@@ -28,6 +28,8 @@ from ftjax.training.run_folder import RUN
 from ftjax.verdict.baselines import Library
 from ftjax.verdict.contenders import Contender
 
+READING = ("data.", "model.", "task.")  # settings of a contender by which its model may read labelled rows differently
+
 
 class Question(NamedTuple):
     """A question, and the answers of all rows that ask it; `row` is the first of them, at index `at` of the part."""
@@ -82,7 +84,8 @@ def setting(config, folder: Path) -> Setting:
         base = open_model("", config)
         data, by = prepare(config, base.tokenizer, base.max_tokens), ()
     else:
-        base, (data, by) = None, _labelled_data(config)
+        base, (data, reader) = None, _labelled_data(config)
+        by = read_by(*reader)
     part = getattr(data, on)
     need_rows(part, on)
     forgetting = causal and config.evaluate.forgetting
@@ -105,27 +108,32 @@ def read_by(tokenizer, labels: tuple[str, ...], max_tokens: int, pool: str) -> t
 
 
 def _labelled_data(config) -> tuple[Data, tuple]:
-    """Labelled rows, encoded as for training the config's own model, and their `read_by`."""
+    """Labelled rows, encoded as for training the config's own model, and the arguments of `read_by` for them."""
     folder = resolve.resolve_model(config.model.path, config.model.revision)
     family, shape = families.read_config(folder)
     known = families.label_names(folder) if shape.head.task == tasks.find(config.task.kind).head else ()
     pool = with_task(config, family, shape, folder, 1).head.pool
     tokenizer, _ = tokenizers.of_run(config, folder)
     data = prepare(config, tokenizer, shape.max_positions, pool=pool, known=known)
-    return data, read_by(tokenizer, data.labels, shape.max_positions, pool)
+    return data, (tokenizer, data.labels, shape.max_positions, pool)
 
 
 def rows_for(lm: LM, setting: Setting) -> Data:
-    """The labelled rows as a model reads them.
+    """The labelled rows as a model reads them. Raises FtjaxError as `rows_by`."""
+    return rows_by(setting, lm.tokenizer, lm.labels, lm.max_tokens, lm.model.config.head.pool)
+
+
+def rows_by(setting: Setting, tokenizer, names: tuple[str, ...], max_tokens: int, pool: str) -> Data:
+    """The labelled rows as a model with this tokenizer and with labels of these names reads them.
 
     Raises FtjaxError for a label that the model does not have, and if its files or its labels make other held-out rows
     of them than the config's.
     """
-    config, pool = configs.copy(setting.config), lm.model.config.head.pool
-    config.task.labels = lm.labels
-    if read_by(lm.tokenizer, lm.labels, lm.max_tokens, pool) == setting.read_by:
+    config = configs.copy(setting.config)
+    config.task.labels = names
+    if read_by(tokenizer, names, max_tokens, pool) == setting.read_by:
         return setting.data
-    data = prepare(config, lm.tokenizer, lm.max_tokens, pool=pool)
+    data = prepare(config, tokenizer, max_tokens, pool=pool)
     part, own = (getattr(of, config.evaluate.compare_on) for of in (setting.data, data))
     if any(not np.array_equal(a.kept, b.kept) for a, b in zip(part.pieces, own.pieces, strict=True)):
         raise FtjaxError("data.long: drop leaves out other held-out rows by this model's tokenizer; set it to truncate")
@@ -133,20 +141,26 @@ def rows_for(lm: LM, setting: Setting) -> Data:
         if truth != label:
             raise FtjaxError(
                 f"{part.place(i)}: has the label {truth!r} by the names of the config's labels "
-                f"({', '.join(setting.data.labels)}), and {label!r} by those of this model ({', '.join(lm.labels)}); "
+                f"({', '.join(setting.data.labels)}), and {label!r} by those of this model ({', '.join(names)}); "
                 "write the names of the labels into the rows, in place of their ids"
             )
     return data
 
 
 def check(contenders: Sequence[Contender], setting: Setting) -> None:
-    """Raise FtjaxError for a contender whose model is not there, or that cannot be scored on labelled rows."""
+    """Raise FtjaxError for a contender whose model is not there or would be for another task, or that cannot be scored
+    on labelled rows."""
     for one in contenders:
-        if one.kind == "model":
-            try:
+        own, kind = one.config(setting.config), setting.config.task.kind
+        try:
+            if one.kind == "model":
                 shape_of(one.source) if setting.base else rows_for(open_model(one.source, setting.config), setting)
-            except FtjaxError as error:
-                raise FtjaxError(f"compare.contenders: {one.name}: {error}") from error
+            elif own.task.kind != kind and not (setting.base and tasks.find(own.task.kind).head == "causal"):
+                raise FtjaxError(f"task.kind: {own.task.kind}, and the comparison is of {kind}; expected the same task")
+            elif not setting.base and any(key.startswith(READING) for key in one.settings):
+                rows_by(setting, *_labelled_data(own)[1])
+        except FtjaxError as error:
+            raise FtjaxError(f"compare.contenders: {one.name}: {error}") from error
 
 
 def _asked(source: str, key: str, data) -> list[Rendered]:

@@ -134,7 +134,8 @@ def test_a_model_with_other_labels_is_refused_before_anything_is_trained(config,
     ids = [row | {"label": int(row["label"] == "good")} for row in rows]
 
     def refused(model, match):
-        c.compare.contenders = ({"name": "the head", "tuning.method": "head"}, {"name": "theirs", "model": model})
+        theirs = model if isinstance(model, dict) else {"name": "theirs", "model": model}
+        c.compare.contenders = ({"name": "the head", "tuning.method": "head"}, theirs)
         with pytest.raises(FtjaxError, match=f"^compare.contenders: theirs: {match}"):
             ftjax.compare(c, say=lambda text: None)
         assert not (tmp_path / "run/the_head").exists()
@@ -143,6 +144,9 @@ def test_a_model_with_other_labels_is_refused_before_anything_is_trained(config,
     refused(str(tmp_path / "nowhere"), ".*nowhere: no such folder")
     c.data.test = c.data.train = tiny_labelled.write(tmp_path / "ids.jsonl", ids)
     c.task.update(labels=("bad", "good"), labels_as="ids")
+    other = {"name": "theirs", "tuning.method": "head", "task.labels": ("good", "bad")}
+    refused(other, ".*test.jsonl row 1: has the label 'good' by .* \\(bad, good\\), and 'bad' by .* \\(good, bad\\)")
+    refused(other | {"task.kind": "regress", "task.labels": ()}, "task.kind: regress, and the comparison is of classif")
     refused(turned, ".*test.jsonl row 1: has the label 'good' by .* \\(bad, good\\), and 'bad' by .* \\(good, bad\\)")
     # Without the two tokens around a text, another tokenizer has room for more of the rows.
     plain = Path(made("bad", "good"), "tokenizer.json")
