@@ -30,9 +30,13 @@ from ftjax.evaluation.tables import grid
 from ftjax.files import replace_json
 from ftjax.hub import fingerprint, resolve
 from ftjax.hub.derived import averaged
+from ftjax.lm import LM
+from ftjax.loading import load
 from ftjax.progress import doing
+from ftjax.tasks.preference import changing
 from ftjax.training import hosts, job, loop
 from ftjax.training.loop import Result
+from ftjax.training.run_folder import read_record, run_config
 from ftjax.tuning import METHODS
 
 RESULTS, PICTURE = "stages.json", "stages.png"  # in run_dir
@@ -112,6 +116,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
         if first:
             replace_json(run_dir / RESULTS, results)
     say("\n" + _table(stages, results["scores"]) + _sentences(results))
+    if small := [stage.name for stage in stages if stage.config.model.quantise != "none"]:
+        say(f"{', '.join(small)}: trained on a quantised base; {BEFORE} is the base as its files have it")
     picture = hosts.from_first(lambda: str(_picture(stages, results["scores"], run_dir / PICTURE)))
     files = result.files | {"stages": str(run_dir / RESULTS), "stages picture": picture}
     return dataclasses.replace(result, results=results, files=files)
@@ -187,23 +193,34 @@ def _scored(model: Path, other, kept: dict, before: Path | None = None) -> dict:
     """Scores of a model on the held-out rows of a stage; `kept` has those that were measured with the same of all.
 
     before: the model before the stage, with which a loss compares that compares with the base in training. The merged
-    model has no adapter to be without.
+    model has no adapter to be without. If the stage had a quantised base, that one is the reference, in the run.
     """
-    config = configs.copy(other.config)
+    config, run = configs.copy(other.config), None
     if tasks.find(config.task.kind).passes(config):
-        config.task.reference = str(before)
+        config.task.reference, run = str(before), _quantised(model)
     config.data.test = config.data.test or config.data.validation
     generates = config.task.kind in tasks.ANSWERS and config.evaluate.compare
     settings = {k: v for k, v in configs.flat(config).items() if not k.startswith(("train.", "optim.", "tuning."))}
     held_out = read_table(config.data.test, "data.test", header=config.data.columns)
     settings |= {"model": fingerprint.weights_digests(model), "rows": table_digest(held_out)}
     settings |= {"files": fingerprint.of_named(compare.named_files(config) | job.named_files(config))}
+    settings |= {"quantised": run.model.quantise} if run else {}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     if key not in kept or not settings["model"]:
         with doing(f"scoring {model} on the held-out rows of {other.name}"):
-            report = evaluate(str(model), None, config, generate=generates, say=lambda line: None)
+            lm: str | LM = str(model)
+            if run:
+                config.task.reference, lm = "", load(model.parent, checkpoint=run.export.checkpoint)
+            report = evaluate(lm, None, config, generate=generates, say=lambda line: None)
         kept[key] = {name: value for name, value in report.items() if isinstance(value, int | float)}
     return kept[key] | {"key": key}
+
+
+def _quantised(model: Path) -> ConfigDict | None:
+    """The config of the run that a merged model is of, if it has a quantised base and an adapter alone."""
+    config = run_config(model.parent) if model.name == "merged" and read_record(model.parent) else None
+    alone = config and not changing(METHODS[config.tuning.method], config.tuning)
+    return config if alone and config.model.quantise != "none" else None
 
 
 def _kept(file: Path) -> dict[str, dict]:

@@ -21,7 +21,7 @@ from ftjax.errors import FtjaxError
 from ftjax.hub import derived, families, pooling, resolve
 from ftjax.hub import weights as weights_of
 from ftjax.lm import recipe_in
-from ftjax.training.report import Progress
+from ftjax.training.report import Progress, read_metrics
 
 WORDS = {"data.prompt": "Words: {src}\nSentence:", "data.completion": " {tgt}"}
 BACK = {"data.prompt": "Sentence: {tgt}\nWords:", "data.completion": " {src}"}
@@ -242,18 +242,25 @@ def test_ewc_needs_earlier_rows_and_an_average_a_whole_model(folder):
         ftjax.train(c, say=lambda line: None)
 
 
-def test_a_stage_of_preferences_is_compared_with_the_model_before_it(tmp_path):
-    """The merged model of a stage has no adapter that a reference could be without."""
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_a_stage_of_preferences_is_compared_with_the_model_before_it(tmp_path, quantise):
+    """The merged model of a stage has no adapter that a reference could be without; a quantised base is the reference
+    as it is in training."""
     pairs = [{"prompt": "it was", "chosen": " fine", "rejected": " dull"}] * 8
     c = tiny_labelled.config(tmp_path, tiny_labelled.make(tmp_path / "llama", "llama"), task__kind="preference")
     c.train.update(steps=2, batch_size=8, eval_every=2)
+    c.model.quantise = quantise
     file = tiny_labelled.write(tmp_path / "pairs.jsonl", pairs)
     c.stages = ({"name": "pairs", "data.train": file, "data.validation": file, "data.test": file},)
-    found = ftjax.train(c, say=lambda line: None).results["scores"]["pairs"]["pairs"]
+    said: list[str] = []
+    found = ftjax.train(c, say=said.append).results["scores"]["pairs"]["pairs"]
+    assert any("before is the base as its files have it" in line for line in said) == (quantise == "nf4")
     known = ftjax.evaluate(str(tmp_path / "run/pairs"), file, say=lambda line: None)  # the adapter beside its base
     assert found["loss"] == pytest.approx(known["loss"], abs=1e-5)
     assert found["margin"] == pytest.approx(known["margin"], abs=1e-5)
     assert found["margin"] > 0
+    rows = read_metrics(tmp_path / "run/pairs")
+    assert found["margin"] == pytest.approx(rows[-1]["val_margin"], abs=1e-5)
 
 
 def test_a_factor_of_a_private_stage_is_not_chosen_on_rows(folder):

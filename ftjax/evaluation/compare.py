@@ -53,7 +53,7 @@ def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
 
     Returns:
         config.evaluate, config.generate and the seed, with digests of the rows and their encoding, of the tokenizer
-        with its chat template, and of the files that config.evaluate names.
+        with its chat template, and of the files that config.evaluate names; and the number format of a quantised base.
     """
     unused = ("compare", "rows", "samples")  # they only affect training or the display
     ev = {key: value for key, value in config.evaluate.to_dict().items() if key not in unused}
@@ -66,6 +66,7 @@ def settings(tokenizer, end_tokens, part, max_length: int, config) -> dict:
         "rows": store.digest(rows), "tokenizer": fingerprint(tokenizer), "end_tokens": end_tokens,
         "max_length": max_length, "files": of_named(named_files(config)),
     }  # fmt: skip
+    found |= {"quantise": config.model.quantise} if config.model.quantise != "none" else {}
     return json.loads(json.dumps(found))
 
 
@@ -297,12 +298,13 @@ def _figures(measured: dict) -> dict[str, float]:
     return {name: value for name, value in measured.items() if name != "samples"}
 
 
-def table(before: dict, after: dict, seconds: float) -> str:
+def table(before: dict, after: dict, seconds: float, quantise: str = "none") -> str:
     """The figures of two states before and after training as text, with their difference and which way is better.
 
     Args:
         before, after: The results of `measure`.
         seconds: Duration of the whole run.
+        quantise: Number format of the base in both states.
     """
     lines = []
     for name, old in _figures(before).items():
@@ -315,7 +317,9 @@ def table(before: dict, after: dict, seconds: float) -> str:
             cells += [f"{new - old:+.4g}", verdict]
         lines.append([f"{name}{arrow}", *cells])
     n, head = len(after["samples"]), [("", 0), ("before", 1), ("after", 1), ("difference", 1), ("", 0)]
-    return grid(head, lines) + f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all"
+    of = "" if quantise == "none" else f"; both with the base in {quantise}"
+    how = f"↑ higher is better, ↓ lower is better; {n:,} prompts answered; {seconds:.0f} s in all{of}"
+    return grid(head, lines) + how
 
 
 def side_by_side(before: dict, after: dict, n: int) -> str:

@@ -288,16 +288,20 @@ def keeps_base(method, spec, user: str, otherwise: str) -> None:
         user: The setting that compares with the base, for the message.
         otherwise: What else can be done, for the message.
     """
-    tuning = spec.tuning
-    changing = {"method": method.of_parameters, "init": tuning.init in ("pissa", "olora")}
-    changing["modules_to_save"] = bool(tuning.modules_to_save)
-    changed = [f"tuning.{name}={tuning[name]!r}" for name, changes in changing.items() if changes]
-    changed += ["data.add_tokens"] * bool(tuning.token_ids)
+    changed = changing(method, spec.tuning)
     if changed:
         raise FtjaxError(
             f"{changed[0]}: changes parameters of the base model, which {user} compares with; use an adapter that "
             f"leaves the base as it is, or {otherwise}"
         )
+
+
+def changing(method, tuning) -> list[str]:
+    """The settings by which a tuning method changes parameters of the base model. tuning: config.tuning of a run."""
+    changes = {"method": method.of_parameters, "init": tuning.init in ("pissa", "olora")}
+    changes["modules_to_save"] = bool(tuning.modules_to_save)
+    changed = [f"tuning.{name}={tuning[name]!r}" for name, there in changes.items() if there]
+    return changed + ["data.add_tokens"] * bool(tuning.token_ids)
 
 
 def always(config) -> dict:

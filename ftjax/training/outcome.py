@@ -132,7 +132,7 @@ def evaluated(job: Job, program: Program, variables: dict, before: dict | None, 
         after = compare.measure(job.lm(program.model), variables, job.data, config)
     took = seconds()
     results = hosts.from_first(lambda: compare.write_results(run_dir, before, after, took, job.settings))
-    say(compare.table(before, after, took))
+    say(compare.table(before, after, took, config.model.quantise))
     say(compare.side_by_side(before, after, config.evaluate.samples))
     return results, {"results": str(run_dir / "results.json"), "samples": str(run_dir / "samples.jsonl")}
 

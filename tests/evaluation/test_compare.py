@@ -123,6 +123,7 @@ def test_settings_name_all_that_figures_depend_on(lm, data, settings, tmp_path):
     for other in (b"{}", b"{ }"):
         (judge / "generation_config.json").write_bytes(other)
         found.append(made_by(generate__reward=str(judge)))
+    found.append(made_by(model__quantise="nf4"))
     assert len(set(found)) == len(found)
     assert made_by(evaluate__samples=9, evaluate__rows=3) == found[0]
 
@@ -158,7 +159,8 @@ def test_table_says_which_way_is_better():
     assert all(word in lines["perplexity"] for word in ("↓", "20", "10", "-10", "better"))
     assert all(word in lines["rouge_l"] for word in ("↑", "0.25", "0.125", "-0.125", "worse"))
     assert all(word in lines["forgetting_loss"] for word in ("↓", "+0", "same"))
-    assert "42 s" in out and "7 prompts" in out
+    assert "42 s" in out and "7 prompts" in out and "base" not in out
+    assert "both with the base in nf4" in compare.table(state(2.0, 0.2, "old"), state(1.0, 0.1, "new"), 1.0, "nf4")
 
 
 def test_side_by_side_spreads_over_the_samples_and_reads_no_markup():
