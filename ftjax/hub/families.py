@@ -149,6 +149,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
                     f"{where}: {name} = {hf[name]!r}, which transformers 5 does not read in a {kind} model; expected "
                     f"{key} instead"
                 )
+    spelled = {name: key for key, name in family.aliases.items() if key in hf}
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     if family.rotary_share not in (None, 1.0) and hf.get("partial_rotary_factor", 1.0) is None:
         raise FtjaxError(
@@ -163,8 +164,8 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
         # True equals 1, which changes nothing as a factor or a number of parts, but it turns something on.
         if key in hf and (hf[key] not in allowed or hf[key] is True and key in unread):
             raise FtjaxError(
-                f"{where}: {key} = {hf[key]!r} changes the logits of a {kind} model in a way that is not supported; "
-                f"expected {' or '.join(repr(v) for v in allowed)}, or no such key"
+                f"{where}: {key} = {hf[key]!r} is not supported for {kind} models, because it changes the logits. "
+                f"Supported are models without this key, or where it is {' or '.join(map(repr, allowed))}"
             )
     hf = family.defaults | hf
     check_fields(hf, _kinds(family), where)
@@ -178,6 +179,11 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
             f"known: {', '.join(ACTIVATIONS)}"
         )
     values["activation"] = ACTIVATIONS[activation]
+
+    def said(field: str) -> str:
+        """A field as the file has it."""
+        return f"{spelled.get(key := family.keys[field], key)} = {values[field]}"
+
     heads = values["heads"]
     values["kv_heads"] = values.get("kv_heads") or heads
     values["hidden"] = values["hidden"] or 4 * values["width"]
@@ -185,12 +191,13 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     if not values.get("head_dim"):
         values["head_dim"], rest = divmod(values["width"], heads)
         if rest:
-            raise FtjaxError(f"{where}: width {values['width']} is not a multiple of the {heads} heads")
+            raise FtjaxError(
+                f"{where}: {said('width')} is not a multiple of {said('heads')}; expected heads of one size"
+            )
     if heads % values["kv_heads"]:
-        raise FtjaxError(f"{where}: num_key_value_heads = {values['kv_heads']} does not divide the {heads} heads")
+        raise FtjaxError(f"{where}: {said('kv_heads')} does not divide {said('heads')}; expected a divisor of it")
     if values.get("experts_used", 1) > values.get("experts", 1):
-        used, E = values["experts_used"], values["experts"]
-        raise FtjaxError(f"{where}: num_experts_per_tok = {used}; expected at most the number of experts, {E}")
+        raise FtjaxError(f"{where}: {said('experts_used')} is more than {said('experts')}; expected at most that")
     values["windows"] = _windows_from_hf(hf, family, where)
     if "full_attention_interval" in family.defaults:
         values["parts"] = _parts_from_hf(hf, values, where)
@@ -400,7 +407,11 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
     share = (family.rotary_share or 1.0) if share is None else share
     turned = 2 * -(-int(values["head_dim"] * share) // 2)
     if not 0 < turned <= values["head_dim"]:
-        raise FtjaxError(f"{where}: rotary embedding: {turned} dimensions would turn of heads of {values['head_dim']}")
+        raise FtjaxError(
+            f"{where}: rotary embedding: heads have {values['head_dim']} dimensions (head_dim, or the width divided by "
+            f"the number of heads), and {turned} of them would turn by partial_rotary_factor = {share:g}; expected an "
+            f"even number of 2 to {values['head_dim']}"
+        )
     for key in rope:
         if key not in ROPE_KEYS:
             raise FtjaxError(f"{where}: rotary key {key!r} is not supported; known: {', '.join(ROPE_KEYS)}")
@@ -485,8 +496,8 @@ def _parts_from_hf(hf: dict, values: dict, where: str) -> tuple[tuple[str, str],
     _check_layer_types(types, layers, HYBRID_TYPES, where)
     if values["delta_value_heads"] % values["delta_key_heads"]:
         raise FtjaxError(
-            f"{where}: linear_num_key_heads = {values['delta_key_heads']} does not divide the "
-            f"{values['delta_value_heads']} heads of linear_num_value_heads"
+            f"{where}: linear_num_key_heads = {values['delta_key_heads']} does not divide linear_num_value_heads = "
+            f"{values['delta_value_heads']}; expected a divisor of it"
         )
     return tuple(("delta" if kind == HYBRID_TYPES[1] else "attn", "mlp") for kind in types)
 
@@ -535,7 +546,9 @@ def _sharing_from_hf(hf: dict, values: dict, where: str) -> dict:
     d, K = d or values["head_dim"], K or values["kv_heads"]
     if values["heads"] % K or d % 2:
         raise FtjaxError(
-            f"{where}: layers of full attention cannot have {values['heads']} heads of {d} and {K} KV heads"
+            f"{where}: layers of full attention have num_attention_heads = {values['heads']}, {K} KV heads "
+            f"(num_global_key_value_heads or per_layer_config) and heads of {d} dimensions (global_head_dim or "
+            "per_layer_config); expected KV heads that divide the heads, and an even number of dimensions"
         )
     more, last = ("inputs",) * (P > 0) + ("scalar",), "wide" if hf["use_double_wide_mlp"] else "mlp"
     parts = tuple((kind, "mlp", *more) for kind in kinds[: L - shared])

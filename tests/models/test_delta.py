@@ -199,7 +199,7 @@ def test_what_cannot_be_computed_is_refused(hybrid):
     hf = {"model_type": "qwen3_5_text", "num_hidden_layers": 2}
     with pytest.raises(FtjaxError, match=r"layer_types: expected 2 of full_attention, linear_attention; found"):
         families.from_hf(hf | {"layer_types": ["linear_attention", "sliding_attention"]})
-    with pytest.raises(FtjaxError, match=r"linear_num_key_heads = 3 does not divide the 32 heads"):
+    with pytest.raises(FtjaxError, match=r"linear_num_key_heads = 3 does not divide linear_num_value_heads = 32"):
         families.from_hf(hf | {"linear_num_key_heads": 3})
 
 
