@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -24,6 +25,22 @@ def cache_home(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftjax" / name
 
 
+def mode(path: str | Path) -> int:
+    """The `st_mode` of a path, or 0 if nothing is there.
+
+    Raises OSError if a folder on the way may not be entered. From Python 3.14 on, `Path.exists` and its like take what
+    lies there for absent.
+    """
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+    except ValueError:  # a name with a zero byte
+        pass
+    return 0
+
+
 def below(folder: Path) -> list[Path]:
     """The paths of all files below a folder, and of links to folders there, sorted. Raises OSError if a folder may not
     be read; `Path.rglob` leaves its files out."""
@@ -41,7 +58,7 @@ def below(folder: Path) -> list[Path]:
 def within(folder: Path, name: str) -> list[Path]:
     """The files of this name in the folders directly below a folder, sorted; none if there is no such folder. Raises
     OSError if one of the folders may not be read; `Path.glob` leaves it out."""
-    return [at / name for at in (sorted(folder.iterdir()) if folder.is_dir() else ()) if (at / name).is_file()]
+    return [at / name for at in (sorted(folder.iterdir()) if mode(folder) else ()) if mode(at / name)]
 
 
 @contextlib.contextmanager

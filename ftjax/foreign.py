@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import signal
+import stat
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftjax.errors import FtjaxError
+from ftjax.files import mode
 
 LARGEST = 1 << 28  # most bytes of a JSON file; an index of a hundred thousand tensors has 10 MB
 MOST_MEMORY = 1 << 32  # bytes that foreign code may take
@@ -111,9 +113,9 @@ def read_text(file: Path) -> str:
     """The text of a UTF-8 file. Raises FtjaxError if there is no such file, or if it cannot be read or is too large."""
     file = Path(file)
     try:
-        if not file.exists():
+        if not (found := mode(file)):
             raise FtjaxError(f"{file}: no such file")
-        if not file.is_file():  # reading a pipe would wait for a writer
+        if not stat.S_ISREG(found):  # reading a pipe would wait for a writer
             raise FtjaxError(f"{file}: expected a file, found a folder or a device")
         if file.stat().st_size > LARGEST:
             raise FtjaxError(f"{file}: {file.stat().st_size:,} bytes; expected at most {LARGEST:,}")

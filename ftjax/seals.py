@@ -10,8 +10,9 @@ import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from stat import S_ISREG
 
-from ftjax.files import cache_home, replace_json
+from ftjax.files import cache_home, mode, replace_json
 
 LARGE = 1 << 26  # bytes, whose checksum takes 15 ms
 SETTLED = 2_000_000_000  # nanoseconds after which a change of a file changes its times
@@ -55,7 +56,7 @@ def changed(folder: Path, kept: dict[str, int], again: bool = True) -> list[str]
         again: Whether to read a large file again that was read before and has the same path, inode, size and times.
     """
     of = _checksum if again else _known
-    return [name for name, crc in kept.items() if not (folder / name).is_file() or of(folder / name) != crc]
+    return [name for name, crc in kept.items() if not S_ISREG(mode(folder / name)) or of(folder / name) != crc]
 
 
 def _known(file: Path) -> int:

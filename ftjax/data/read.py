@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from ftjax.assets import PREFIX, resolve
 from ftjax.data import columns
 from ftjax.data.table import CHUNK, CHUNK_BYTES, Table
 from ftjax.errors import FtjaxError, nearest, reason
+from ftjax.files import mode
 
 if TYPE_CHECKING:
     import datasets
@@ -127,7 +129,7 @@ def _list(names) -> str:
 
 def _is_hub_name(source: str) -> bool:
     looks = HUB_NAME.fullmatch(source) and not source.startswith((".", "/", PREFIX))
-    return bool(looks) and not Path(source).exists() and Path(source.split(":")[0]).suffix.lower() not in READERS
+    return bool(looks) and not mode(source) and Path(source.split(":")[0]).suffix.lower() not in READERS
 
 
 def _open(folder: str) -> bool:
@@ -137,9 +139,9 @@ def _open(folder: str) -> bool:
 
 def _files(source: str, key: str) -> list[str]:
     path = Path(resolve(source))
-    if path.is_file():
+    if stat.S_ISREG(found := mode(path)):
         return [str(path)]
-    if path.is_dir():
+    if stat.S_ISDIR(found):
         return _files_of_folder(path, key)
     if "," in source:
         return [name for piece in source.split(",") if piece.strip() for name in _files(piece.strip(), key)]
@@ -158,10 +160,10 @@ def _files(source: str, key: str) -> list[str]:
 
 
 def _files_of_folder(folder: Path, key: str) -> list[str]:
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    inside = sorted(p for p in folder.iterdir() if stat.S_ISDIR(mode(p)) and not p.name.startswith("."))
     of_sets = [p for p in inside if p.name.lower() in ("data", *(name for names in SPLITS.values() for name in names))]
     files = _readers(folder) or [p for one in of_sets for p in _readers(one)]
-    beside = of_sets if _readers(folder) else [q for p in of_sets for q in sorted(p.iterdir()) if q.is_dir()]
+    beside = of_sets if _readers(folder) else [q for p in of_sets for q in sorted(p.iterdir()) if stat.S_ISDIR(mode(q))]
     packed = [p for one in {folder, *(p.parent for p in files)} for p in one.iterdir() if p.suffix.lower() in PACKED]
     name = lambda p: (p.stem if p.parent.name.lower() == "data" or p.parent == folder else p.parent.name).lower()  # noqa: E731
     words = {p: found[0] for p in files if (found := SPLIT.search(name(p)))}
@@ -188,7 +190,11 @@ def _files_of_folder(folder: Path, key: str) -> list[str]:
 
 def _readers(folder: Path) -> list[Path]:
     """The files of a folder that hold rows, in order."""
-    able = (p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS and p.name not in DESCRIPTIONS)
+    able = (
+        p
+        for p in folder.iterdir()
+        if stat.S_ISREG(mode(p)) and p.suffix.lower() in READERS and p.name not in DESCRIPTIONS
+    )
     return sorted(able)
 
 

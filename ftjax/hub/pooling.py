@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.errors import FtjaxError
+from ftjax.files import mode
 from ftjax.foreign import maybe, parse_json, read_json, read_text, string, whole
 from ftjax.hub.resolve import is_plain_name, write_json
 from ftjax.models.config import Head
@@ -49,7 +50,7 @@ def modules(folder: Path) -> list[tuple[str, str]]:
 def read(folder: Path) -> Pooling | None:
     """How a directory makes vectors; None if it does not say. Raises FtjaxError for a way that is not supported."""
     there, file = modules(folder), Path(folder) / FOLDER / "config.json"
-    if not there or not file.is_file():
+    if not there or not mode(file):
         return None
     if other := [kind for kind, _ in there if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise FtjaxError(f"{Path(folder) / MODULES}: vectors by {', '.join(other)} are not supported")

@@ -6,13 +6,14 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ftjax import assets, seals
 from ftjax.errors import FtjaxError, nearest, of_disk
-from ftjax.files import as_json, below, drafted
+from ftjax.files import as_json, below, drafted, mode
 from ftjax.foreign import listed, mapped, read_json, string, whole
 
 MARKER = "ftjax.json"  # in every folder that ftjax wrote, and in no other
@@ -29,9 +30,9 @@ def resolve(name: str, revision: str = "") -> Path:
     revision: branch, tag or commit of a hub name. Raises FtjaxError if there is no such folder or repository.
     """
     path = Path(assets.resolve(str(name))).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if found := mode(path):  # a folder that may not be entered is no name on the hub
+        if stat.S_ISDIR(found):
+            return path
         raise FtjaxError(f"{path}: expected a model directory, found a file")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []

@@ -23,7 +23,7 @@ import numpy as np
 
 from ftjax import seals
 from ftjax.errors import FtjaxError, reason
-from ftjax.files import below, replace_json
+from ftjax.files import below, mode, replace_json
 from ftjax.foreign import mapped, maybe, number, read_json, whole
 from ftjax.training import hosts
 
@@ -188,7 +188,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """Step of the best checkpoint by validation; the latest if none has a rank; None without checkpoints."""
         files = {step: self.folder / str(step) / "metrics" / "metrics" for step in self.steps()}
-        ranked = [(_rank(read_json(file, **RANKED)), step) for step, file in files.items() if file.is_file()]
+        ranked = [(_rank(read_json(file, **RANKED)), step) for step, file in files.items() if mode(file)]
         return max(ranked)[1] if ranked else self.latest()
 
     def record(self, step: int) -> dict:
@@ -270,9 +270,9 @@ def damage(folder: Path, reading: bool) -> str:
     """
     record = seals.opened(folder / CHECKSUMS)
     if record is None:
-        if missing := [name for name in ("trained", "optimizer", "run") if not (folder / name).is_dir()]:
+        if missing := [name for name in ("trained", "optimizer", "run") if not mode(folder / name)]:
             return f"{missing[0]} is missing"
-        there = (folder / CHECKSUMS).exists()  # an earlier version wrote none
+        there = mode(folder / CHECKSUMS)  # an earlier version wrote none
         return f"{CHECKSUMS} is not as it was written" if there else ""
     if record["step"] != int(folder.name):
         return f"its folder is {folder.name}, and its files are of step {record['step']:,}"

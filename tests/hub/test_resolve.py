@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import types
+from pathlib import Path
+
 import pytest
 
+from ftjax import seals
+from ftjax.data import read
 from ftjax.errors import FtjaxError
+from ftjax.hub import pooling
 from ftjax.hub.resolve import check_out, new_folder, resolve, resolve_model
+from ftjax.training.checkpoint import Checkpoints, damage
 
 
 def test_folders_and_their_near_misses(tmp_path):
@@ -82,3 +89,37 @@ def test_a_folder_that_may_not_be_read_is_not_replaced(tmp_path, bound_by_permis
             check_out(tmp_path / "out")
     finally:
         (tmp_path / "out/notes").chmod(0o755)
+
+
+def best(folder):
+    return Checkpoints.best(types.SimpleNamespace(folder=folder, steps=lambda: [1, 4], latest=lambda: 4))
+
+
+@pytest.mark.parametrize(
+    "look, closed",
+    [
+        (lambda: resolve("closed/model"), "closed"),  # it has the form of a name on the hub
+        (lambda: read.read_table("closed/rows"), "closed"),
+        (lambda: read.read_table("rows"), "rows/train"),
+        (lambda: pooling.read(Path("model")), "model/1_Pooling"),
+        (lambda: best(Path("steps")), "steps/1/metrics"),
+        (lambda: damage(Path("steps/1"), True), "steps/1"),
+        (lambda: seals.changed(Path("steps/1"), {"trained/array": 0}), "steps/1/trained"),
+    ],
+)
+def test_what_lies_in_a_closed_folder_is_not_absent(tmp_path, monkeypatch, bound_by_permissions, look, closed):
+    monkeypatch.chdir(tmp_path)
+    for file, text in {
+        "closed/model/config.json": "{}", "closed/rows/train.jsonl": "{}", "rows/train/a.jsonl": '{"a": 1}\n',
+        "rows/data/train.jsonl": '{"a": 2}\n', "model/1_Pooling/config.json": '{"pooling_mode_cls_token": true}',
+        "model/modules.json": '[{"type": "a.Pooling", "path": "1_Pooling"}]', "steps/1/trained/array": "",
+        "steps/1/metrics/metrics": '{"rank": 2, "step": 1}', "steps/4/metrics/metrics": '{"rank": 1, "step": 4}',
+    }.items():  # fmt: skip
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(text)
+    Path(closed).chmod(0o400)  # its names can be listed
+    try:
+        with pytest.raises((PermissionError, FtjaxError), match="Permission denied"):
+            look()
+    finally:
+        Path(closed).chmod(0o755)
