@@ -45,6 +45,7 @@ from ftjax.verdict.rows import contents, fix_rows
 OUTCOME = "outcome.json"
 AMOUNTS = ("data.limit", "data.shots", "model.path")  # axes along which there is a learning curve
 SIGNED = ("mcc", "pearson", "spearman", "r2")  # figures that may be negative
+MOVABLE = ("model.path", "tuning.init_from", "data.train", "data.validation", "data.test")  # known by their content
 NORMAL = 1.96  # half the width of a 95 % interval, in standard deviations
 
 
@@ -316,11 +317,17 @@ def _name(texts: list[str]) -> str:
 
 def _asked(config) -> dict:
     """What a run's outcome depends on, as plain JSON data: fields of the config, and digests of the files that they
-    name."""
+    name; see `_by_content`."""
     settings = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
     judged = ("evaluate.", "generate.", "task.")
     settings |= {key: value for key, value in configs.flat(config).items() if key.startswith(judged)}
-    return json.loads(json.dumps(settings | contents(config)))
+    return _by_content(json.loads(json.dumps(settings | contents(config))))
+
+
+def _by_content(asked: dict) -> dict:
+    """What a run's outcome depends on, without the names of files and folders whose digests it holds, because they may
+    be moved."""
+    return {key: x for key, x in asked.items() if key not in MOVABLE or f"content of {key}" not in asked}
 
 
 def _ended(config) -> Outcome | None:
@@ -330,7 +337,7 @@ def _ended(config) -> Outcome | None:
     if config.overwrite or not file.is_file():
         return None
     record = read_json(file)
-    now, before = _asked(config), record.pop("asked")
+    now, before = _asked(config), _by_content(record.pop("asked"))
     keys = dict.fromkeys([*now, *(key for key in before if key.startswith("content of "))])
     changed = [
         f"the {key} has changed" if key.startswith("content of ") else f"{key} was {before.get(key)!r}, is {now[key]!r}"
@@ -342,14 +349,14 @@ def _ended(config) -> Outcome | None:
             f"run_dir: {config.run_dir} holds another run: {'; '.join(changed)}. Choose another run_dir, or delete "
             "these runs with --config.overwrite=True"
         )
-    return Outcome(**record)
+    return Outcome(**record | {"run_dir": config.run_dir})
 
 
 def _known(folder: Path) -> dict[str, dict]:
     """{what a run depends on, as JSON: its record} of the runs of a folder that have ended. Raises OSError if a run may
     not be read."""
-    records = [read_json(file) for file in within(folder, OUTCOME)]
-    return {json.dumps(record.pop("asked"), sort_keys=True): record for record in records}
+    records = [read_json(file) | {"run_dir": str(file.parent)} for file in within(folder, OUTCOME)]
+    return {json.dumps(_by_content(record.pop("asked")), sort_keys=True): record for record in records}
 
 
 def _alike(settings: dict, config, known: dict[str, dict]) -> Outcome | None:

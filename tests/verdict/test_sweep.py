@@ -195,6 +195,21 @@ def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_a
     assert any("has changed since these rows were written" in text for text in said)
 
 
+def test_a_folder_of_runs_may_be_moved(tmp_path, monkeypatch):
+    c = small(tmp_path)
+    (first,) = ftjax.sweep(c, [f"optim.lr={c.optim.lr}"], say=lambda text: None)
+    for name in ("run", "base", "train.jsonl"):
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    moved = tmp_path / "moved"
+    c.run_dir, c.model.path, c.data.train = str(moved / "run"), str(moved / "base"), str(moved / "train.jsonl")
+    monkeypatch.delattr(sweep, "train")  # nothing is run again
+    for more in ([], [f"tuning.rank={c.tuning.rank}"]):
+        (again,) = ftjax.sweep(c, [f"optim.lr={c.optim.lr}", *more], say=lambda text: None)
+        assert again.figures == first.figures
+        assert Path(again.run_dir) == moved / "run" / Path(first.run_dir).name
+
+
 def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
     c = small(tmp_path)
     (tmp_path / "set/data/deep").mkdir(parents=True)
@@ -232,9 +247,9 @@ def test_all_files_that_a_run_reads_are_part_of_what_it_is(tmp_path):
 def test_a_run_that_may_not_be_read_is_not_run_again(tmp_path, bound_by_permissions):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "outcome.json").write_text(json.dumps({"asked": name}))
+        (tmp_path / name / "outcome.json").write_text(json.dumps({"asked": {"seed": name}}))
     (tmp_path / "a.claim").write_text("")
-    assert list(sweep._known(tmp_path)) == ['"a"', '"b"'] and sweep._known(tmp_path / "none") == {}
+    assert list(sweep._known(tmp_path)) == ['{"seed": "a"}', '{"seed": "b"}'] and sweep._known(tmp_path / "none") == {}
     (tmp_path / "a").chmod(0)
     with pytest.raises(PermissionError, match=str(tmp_path / "a")):
         sweep._known(tmp_path)
