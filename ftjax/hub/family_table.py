@@ -414,6 +414,7 @@ DECODERS = (
             "router_aux_loss_coef": 0.01, "output_router_logits": False,
         },
         constants={"qk_norm": "all"},
+        only={"sliding_window": (None,)},  # transformers hands it to kernels, of which only some apply it
         aliases={"num_local_experts": "num_experts"},
     ),
     llama_like(

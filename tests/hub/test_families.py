@@ -343,6 +343,7 @@ def test_gpt2_answers_to_the_names_of_others():
             {"model_type": "mixtral", "num_experts_per_tok": 9},
             ["num_experts_per_tok = 9 is more than num_local_experts = 8"],
         ),
+        ({"model_type": "olmoe", "sliding_window": 8}, ["sliding_window = 8 is not supported for olmoe models"]),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 30}, ["leave no layer with experts"]),
         (
             {"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}},
