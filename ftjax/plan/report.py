@@ -6,10 +6,9 @@ import math
 import shlex
 
 from ftjax.pages import page
-from ftjax.plan.devices import PRICED
+from ftjax.plan.devices import GIB, PRICED
 from ftjax.plan.run import check_numbers
 
-GIB = 2**30
 SHARE = 0.5  # of the roofline that a run is assumed to reach: published runs reach 0.4 to 0.65 of their peak
 
 

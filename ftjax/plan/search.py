@@ -29,7 +29,6 @@ from ftjax.training import program as programs
 from ftjax.tree import flatten
 from ftjax.tuning import Spec
 
-ONE = dict.fromkeys(MESH_AXES, 1)
 TENSOR_WAYS = (1, 2, 4, 8)
 BATCHES = (0.25, 0.5, 1, 2, 4, 8)  # times the batch that is asked for
 STATE_PASSES = 3  # times that a step reads or writes weights and moments: forward, backward, update
@@ -91,7 +90,7 @@ def meshes(spec: Spec, devices: Devices) -> list[dict[str, int]]:
         for fsdp in sorted({rest, min(rest, max(1, devices.device.per_host // tensor)), 1}):
             for expert in {1, math.gcd(rest // fsdp, dealt)} if rest % fsdp == 0 else ():
                 sizes = {"data": rest // fsdp // expert, "fsdp": fsdp, "expert": expert, "tensor": tensor}
-                out.append(ONE | sizes)
+                out.append(auto_mesh.ONE_DEVICE | sizes)
     return out
 
 
@@ -148,23 +147,22 @@ class Search:
         key = repr((like, sizes, dtype))
         if key not in self.programs:
             spec, mesh = self.spec._replace(tuning=config.tuning), sharding.abstract_mesh(sizes)
-            self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
+            with jax.sharding.use_abstract_mesh(mesh):
+                self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
         return key, self.programs[key]
 
     def _held(self, config, sizes, devices) -> dict[str, int]:
-        B = config.train.batch_size
-        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
-            key, program = self._program(config, sizes, devices)
-            if (key, B) not in self.holds:
+        B, (key, program) = config.train.batch_size, self._program(config, sizes, devices)
+        if (key, B) not in self.holds:
+            with jax.sharding.use_abstract_mesh(program.mesh):
                 arguments = programs.arguments(program, B, self.T, self.M, config)
-                self.holds[key, B] = compiled.held(program, *arguments)
-            return self.holds[key, B]
+            self.holds[key, B] = compiled.held(program, *arguments)
+        return self.holds[key, B]
 
     def _temporaries(self, config, sizes, devices) -> float:
         """Gradients, saved activations, one layer at work, the head's chunk, and a layer's gathered weights."""
-        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
-            _, program = self._program(config, sizes, devices)
-            gradients = programs.gradient_bytes(program)
+        _, program = self._program(config, sizes, devices)
+        gradients = programs.gradient_bytes(program)
         dtype = compute_dtype(config.model.dtype, devices.platform)
         saved, one_layer = (
             self._residuals(preset, sizes["tensor"], sizes.get("expert", 1), config.tuning.method, str(dtype))
@@ -192,8 +190,8 @@ class Search:
     @functools.cache  # noqa: B019
     def _row_flops(self, preset: str, method: str, dtype: str) -> float:
         config = changed(self.config, {"tuning.method": method, "model.remat": preset, "model.quantise": "none"})
-        spec = self.spec._replace(tuning=config.tuning)
-        program = programs.build(config, spec, sharding.abstract_mesh(ONE), jnp.dtype(dtype), self.steps, self.kernels)
+        spec, mesh = self.spec._replace(tuning=config.tuning), sharding.abstract_mesh(auto_mesh.ONE_DEVICE)
+        program = programs.build(config, spec, mesh, jnp.dtype(dtype), self.steps, self.kernels)
         sums = tasks.objective(config, program.model)
         _, _, batch = programs.arguments(program, 1, self.T, self.M, config)
 
@@ -210,8 +208,7 @@ class Search:
         Over tensor, activations are summed four times per layer, or six times if remat does not keep them. Over
         sequence, keys and values are sent.
         """
-        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sizes)):
-            _, program = self._program(config, sizes, devices)
+        _, program = self._program(config, sizes, devices)
         itemsize = compute_dtype(config.model.dtype, devices.platform).itemsize
         data, expert, sequence, tensor = (sizes[a] for a in ("data", "expert", "sequence", "tensor"))
         split = sizes["fsdp"] * sequence

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from ftjax import config as configs
 from ftjax import tasks
-from ftjax.data.batches import GRANULE, Batches
+from ftjax.data.batches import GRANULE
 from ftjax.data.prepare import prepare
 from ftjax.errors import FtjaxError
 from ftjax.hub import families, resolve
@@ -22,7 +19,7 @@ from ftjax.plan import compiled, search
 from ftjax.plan.devices import parse
 from ftjax.training import auto_mesh, sharding
 from ftjax.training import program as programs
-from ftjax.training.job import checked
+from ftjax.training.job import checked, rounded_up, scheduled
 from ftjax.tuning import METHODS, Spec
 from ftjax.tuning.adapters import Start
 
@@ -59,9 +56,9 @@ def work(job: dict) -> dict:
         config.model.attention = "xla"  # the program is compiled for simulated devices, which have no other
     chosen = [*notes, chosen, auto_mesh.settle_remat(config, spec, machine, sizes, T, dtype)]
     T = -(-T // sizes["sequence"]) * sizes["sequence"]
-    M, steps, tokens = _places(config, T), config.train.steps or None, None
+    M, steps, tokens = _places(config, T), rounded_up(config, config.train.steps) or None, None
     if job["data"]:
-        T, M, steps, tokens = _from_data(config, folder, longest)
+        T, M, steps, tokens = _from_data(config, spec, folder, longest, mesh)
     labels = len(config.task.labels) or tasks.find(config.task.kind).unnamed
     shape = programs.with_task(config, family, shape, folder, labels)
     spec = spec._replace(model=shape, names=families.linear_names(family, shape))
@@ -121,25 +118,21 @@ def _confirm(rows, config, spec, devices, T, M, steps, started, seconds, quick) 
         last = found["compile_seconds"]
 
 
-def _from_data(config, folder, longest: int) -> tuple[int, int, int, float]:
+def _from_data(config, spec: Spec, folder, longest: int, mesh) -> tuple[int, int, int, float]:
     """(T, M) of the largest batch, the steps of the run, and tokens of a step that are not padding, from the run's
     rows."""
     tokenizer, _ = tokenizers.of_run(config, folder)
-    data = prepare(config, tokenizer, longest)
+    task, head = tasks.find(config.task.kind), programs.with_task(config, spec.family, spec.model, folder, 1).head
+    known = families.label_names(folder) if spec.model.head.task == head.task else ()
+    data = prepare(config, tokenizer, longest, pool=head.pool, known=known)
     config.task.labels = data.labels
-    task, packing = tasks.find(config.task.kind), config.data.packing
-    batches = Batches(
-        data.train.examples, config.train.batch_size // task.copies(config), data.max_length,
-        packing=packing and not task.collect, buckets=1 if task.collect else config.data.buckets, seed=config.seed,
-        source=data.train.source, shares=data.shares, ways=config.mesh.sequence, **task.layout(config, tokenizer),
-    )  # fmt: skip
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(batches)) * task.updates(config))
+    found = scheduled(config, data, mesh, tokenizer)
     if task.collect:
-        T = -(-(data.max_length if packing else task.longest(config, data)) // config.mesh.sequence)
-        T *= config.mesh.sequence
-        return T, _places(config, T), steps, config.train.batch_size * T
-    _, T, M = max(batches.shapes(), key=lambda shape: shape[1:])
-    return T, M, steps, float(np.sum(data.train.examples.length)) / len(batches)
+        T = data.max_length if config.data.packing else task.longest(config, data)
+        T += -T % mesh.shape["sequence"]
+        return T, _places(config, T), found.steps, config.train.batch_size * T
+    _, T, M = max(found.batches.shapes(), key=lambda shape: shape[1:])
+    return T, M, found.steps, float(found.tokens) / found.steps
 
 
 def main() -> int:

@@ -556,6 +556,41 @@ def test_heads_of_other_tasks_are_planned(forked, kind, name, tmp_path):
     assert plan(config, "cpu:1", choices=False)["asked"]["parameters"] == found["asked"]["parameters"]
 
 
+POLICY = {
+    "task.kind": "policy", "task.rewards": ("length",), "task.updates": 2, "rollout.group": 4, "train.steps": 3,
+    "generate.max_new_tokens": 16,
+}  # fmt: skip
+PRIVATE = {
+    "privacy.epsilon": 8.0, "privacy.unit": "src", "export.checkpoint": "last", "train.steps": 0, "train.epochs": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields, data, steps, unit_rows",
+    [
+        (POLICY, False, 4, 1),  # whole rollouts, each for two steps
+        (POLICY, True, 4, 1),
+        (PRIVATE, True, 8, 2),
+    ],
+    ids=["rollouts", "rollouts-of-rows", "persons"],
+)
+def test_a_plan_has_the_steps_that_a_run_has(fields, data, steps, unit_rows, tmp_path, monkeypatch):
+    class Compiling(Exception):
+        pass
+
+    def compile_step(config, spec, devices, T, M, steps, quick):
+        raise Compiling(f"{steps} {config.privacy.unit_rows}")
+
+    monkeypatch.setattr(compiled, "compile_step", compile_step)
+    rows = [{"src": f"dog {i // 2}", "tgt": "A dog."} for i in range(128)]  # 64 persons of two rows
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = {"data.train": str(tmp_path / "rows.jsonl"), "data.split": (1.0, 0.0, 0.0), "data.limit": 0}
+    config = small(**parts | fields)
+    job = {"config": config.to_dict(), "devices": "cpu:1", "data": data, "memory": None, "seconds": 1e-9}
+    with pytest.raises(Compiling, match=f"^{steps} {unit_rows}$"):
+        worker.work(job | {"choices": False, "quick": True})
+
+
 @pytest.mark.slow
 def test_drawing_is_counted_where_the_model_writes_its_batches(forked):
     config = small(**{
