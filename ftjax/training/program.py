@@ -345,22 +345,20 @@ def total(program: Program) -> int:
 
 def arguments(program: Program, B: int, T: int, M: int, config) -> tuple:
     """(state, frozen, batch) of a step as shapes with shardings."""
-    task = tasks.find(config.task.kind)
+    task, distil = tasks.find(config.task.kind), config.distil
     state = jax.eval_shape(program.init_state, program.trained)
-    shape, dtype = task.target(program.model.config.head.labels)
-    special = {"labels": (shape, dtype), **dict.fromkeys(("weights", *task.arrays), ((), "float32"))}
-    width, distil = (T if config.distil.hidden else M), config.distil
-    known = task.per_token(config, program.model.config.vocab_size)
-    known = (len(distil.layers), distil.width) if distil.hidden else known
-    special["reference"] = (known, "float32")
+    arrays = dict.fromkeys(("tokens", "positions", "segment_ids"), (T, (), "int32"))
+    arrays |= {"loss_index": (M, (), "int32"), "labels": (M, *task.target(program.model.config.head.labels))}
+    arrays |= dict.fromkeys(("weights", *task.arrays), (M, (), "float32"))
+    if distil.hidden:
+        arrays["reference"] = T, (len(distil.layers), distil.width), "float32"
+    elif task.once(config) or "reference" in task.arrays:
+        arrays["reference"] = M, task.per_token(config, program.model.config.vocab_size), "float32"
 
-    def array(name, width):
-        more, dtype = special.get(name, ((), "int32"))
-        places = sharding.batch_sharding(program.mesh, name, (B, width, *more))
-        return jax.ShapeDtypeStruct((B, width, *more), jnp.dtype(dtype), sharding=places)
+    def array(name, width, more, dtype):
+        shape = B, width, *more
+        places = sharding.batch_sharding(program.mesh, name, shape)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=places)
 
-    widths = {"tokens": T, "positions": T, "segment_ids": T, "loss_index": M, "labels": M, "weights": M}
-    widths |= {"reference": width} if distil.hidden or task.once(config) else {}
-    widths |= dict.fromkeys(task.arrays, M)
-    batch = {name: array(name, width) for name, width in widths.items()}
+    batch = {name: array(name, *how) for name, how in arrays.items()}
     return placed(state, program.state_places), placed(program.frozen, program.frozen_places), batch
