@@ -14,7 +14,7 @@ from ftjax.models.config import ModelConfig
 from ftjax.models.quantised import read_rows
 from ftjax.models.transformer import Transformer
 from ftjax.tuning import prompt
-from ftjax.tuning.base import Method, register
+from ftjax.tuning.base import register
 from ftjax.tuning.encoders import dense, dense_init, encoder_axes
 
 
@@ -92,16 +92,13 @@ def from_peft(adapter_config, tensors, base, spec):
 
 register(
     "prefix",
-    Method(
+    prompt.soft_prompt(
         init=init,
-        causal_only=True,
         variables=variables,
         to_peft=to_peft,
         from_peft=from_peft,
         peft_type="PREFIX_TUNING",
-        peft_prefix=prompt.PREFIX,
         axes=axes,
-        virtual_tokens=prompt.virtual_tokens,
         takes=(*prompt.TAKES, "prefix_projection", "encoder_hidden"),
         lr=5e-3,  # PEFT's comparison, started from the keys and values of 50 real tokens: 40.0 %
     ),

@@ -111,19 +111,21 @@ def from_peft(adapter_config, tensors, base, spec):
     return {"prompt": prompt}, {"virtual_tokens": len(prompt), "prompt_init": "random"}
 
 
+def soft_prompt(**fields) -> Method:
+    """A row of METHODS for a method whose parameters become virtual tokens before every row."""
+    return Method(causal_only=True, peft_prefix=PREFIX, virtual_tokens=virtual_tokens, **fields)
+
+
 TAKES = ("virtual_tokens", "prompt_init", "prompt_text")
 register(
     "prompt",
-    Method(
+    soft_prompt(
         init=init,
-        causal_only=True,
         variables=variables,
         to_peft=to_peft,
         from_peft=from_peft,
         peft_type="PROMPT_TUNING",
-        peft_prefix=PREFIX,
         axes=axes,
-        virtual_tokens=virtual_tokens,
         takes=TAKES,
         # Between the 1e-3 of PEFT's comparison (Llama-3.2-3B, GSM8K: 34.3 % with vocabulary initialisation, 5.7 % with
         # its defaults), with which the starter model hardly learns CommonGen, and the 3e-2 of PEFT's examples.

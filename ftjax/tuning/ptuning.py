@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.tuning import prompt
-from ftjax.tuning.base import Method, register
+from ftjax.tuning.base import register
 from ftjax.tuning.encoders import dense, dense_init, encoder_axes, lstm, lstm_init
 
 LSTM_LAYERS = 2
@@ -56,16 +56,13 @@ def to_peft(trained, frozen, spec):
 
 register(
     "ptuning",
-    Method(
+    prompt.soft_prompt(
         init=init,
-        causal_only=True,
         variables=variables,
         to_peft=to_peft,
         from_peft=prompt.from_peft,
         peft_type="P_TUNING",
-        peft_prefix=prompt.PREFIX,
         axes=encoder_axes,
-        virtual_tokens=prompt.virtual_tokens,
         takes=("virtual_tokens", "encoder", "encoder_hidden"),
         lr=1e-3,  # the best of PEFT's comparison, with dense layers and 50 tokens: 36.7 %
     ),
