@@ -128,20 +128,21 @@ def executions(computations: dict, entry: str, fusions: bool = False) -> dict[st
             if instruction.op == "while":
                 trips = trip_count(instruction, computations)
                 for part in ("condition", "body"):
-                    visit(_called(instruction, part), n * trips)
+                    visit(called(instruction, part), n * trips)
             elif instruction.op == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
                 names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
                 names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
                 visit(max(names, key=lambda b: len(computations[b])), n)  # one is taken: the longest, to be safe
             elif instruction.op in ("call", "async-start") or (fusions and instruction.op == "fusion"):
-                visit(_called(instruction, "to_apply|calls"), n)
+                visit(called(instruction, "to_apply|calls"), n)
 
     visit(entry, 1)
     return times
 
 
-def _called(instruction: Instruction, attribute: str) -> str | None:
+def called(instruction: Instruction, attribute: str) -> str | None:
+    """The computation that an instruction names in an attribute, or in one of several: a regular expression."""
     found = re.search(rf"(?:{attribute})=%?([\w.\-]+)", instruction.rest)
     return found[1] if found else None
 
@@ -150,14 +151,14 @@ def trip_count(loop: Instruction, computations: dict) -> int:
     """Number of iterations of a `while`: as XLA states it, else the constant that its condition compares with."""
     if known := re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    name = _called(loop, "condition")
+    name = called(loop, "condition")
     found, todo = [], [name]
     while todo:
         for instruction in computations.get(todo.pop(), {}).values():
             if instruction.op == "constant" and re.fullmatch(r"\(\d+\)", instruction.inside):
                 found.append(int(instruction.inside[1:-1]))
-            elif called := _called(instruction, "calls"):
-                todo.append(called)
+            elif inner := called(instruction, "calls"):
+                todo.append(inner)
     if not found:
         raise ValueError(f"the trip count of {loop.name} cannot be read from its condition {name}")
     return max(found)
@@ -262,7 +263,7 @@ def _inline(instruction: Instruction, computations: dict, graph: dict) -> str:
         graph[instruction.name] = instruction
         return instruction.name
     names, root = {}, ""
-    for inner in computations[_called(instruction, "calls")].values():
+    for inner in computations[called(instruction, "calls")].values():
         operands = tuple(names[operand] for operand in inner.operands)
         if inner.op == "parameter":
             name = instruction.operands[int(inner.inside[1:-1])]

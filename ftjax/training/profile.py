@@ -320,8 +320,8 @@ def describe(text: str) -> dict[str, Known]:
 def _inner(instruction, computations) -> list:
     """The instructions that a fusion, or an instruction that starts another, computes; for others the instruction
     itself."""
-    called = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
-    return list(computations[called[1]].values()) if called else [instruction]
+    name = hlo.called(instruction, "calls")
+    return list(computations[name].values()) if name else [instruction]
 
 
 def _kind(instruction, computations) -> str:

@@ -138,5 +138,5 @@ def measure(chosen: Selection, job, model, variables: dict, losses: dict[str, fl
         return compare.answers(job.lm(model), variables, chosen.part, alone)[0][chosen.name]
     asked = Asked(model, variables, job.tokenizer, job.data, chosen.part, config)
     outputs = job.task.judge.predict(asked)
-    cut = judge.thresholds_of(config, chosen.part, outputs) if config.task.threshold else None
+    cut = judge.thresholds_of(config, chosen.part, outputs)
     return job.task.judge.report(asked, outputs, cut, draws=0)["metrics"][chosen.name]["value"]
