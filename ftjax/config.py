@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -37,7 +38,7 @@ class Field(NamedTuple):
 
     Attributes:
         default: The value in `default()`. None: decided by the run unless the user sets it; None is then a valid value.
-        kind: The type of a value.
+        kind: The type of a value, or several types of which it may have one.
         expected: The range in words, for error messages.
         holds: Whether a value of type `kind` is in the range.
         item: For a tuple, the Field of its entries.
@@ -46,7 +47,7 @@ class Field(NamedTuple):
     """
 
     default: Any
-    kind: type
+    kind: type | UnionType
     expected: str
     holds: Callable[[Any], bool] = lambda value: True
     item: Field | None = None
@@ -591,11 +592,8 @@ FIELDS: dict[str, Field] = {
     "evaluate.samples": whole(5, 0),  # number of generations shown side by side
     #
     # ---- ftjax compare
-    "compare.contenders": Field(
-        ("zero-shot", "few-shot", {"name": "tuned"}),
-        tuple,
-        "a tuple of texts and dicts",
-        lambda entries: all(isinstance(entry, str | dict) for entry in entries),
+    "compare.contenders": several(
+        ("zero-shot", "few-shot", {"name": "tuned"}), Field("", str | dict, "a text or a dict")
     ),  # the contenders; the others are compared with the first. Each is a prompt of ftjax.verdict.baselines.PROMPTS
     # for the base model; `majority`: the most common label; a run folder, adapter, model directory or hub name; or a
     # dict: its "name", any field of the config that it is trained with, such as "tuning.method", and "prompt" (of
