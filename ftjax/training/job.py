@@ -26,15 +26,7 @@ from ftjax.hub import tokenizer as tokenizers
 from ftjax.lm import LM, compute_dtype, with_tokens
 from ftjax.progress import counted, doing
 from ftjax.training import auto_mesh, export, privacy, sharding
-from ftjax.training.program import (
-    check_attention,
-    check_method,
-    check_remat,
-    check_rows,
-    fill_defaults,
-    with_task,
-    with_teacher,
-)
+from ftjax.training import program as programs
 from ftjax.training.run_folder import base_folder
 from ftjax.training.selection import Selection, selection
 from ftjax.tree import flatten
@@ -199,7 +191,7 @@ def prepared(config, say, recorded: int = 0) -> Job:
     lengths = sorted({T for _, T, _ in steps.batches.shapes()})
     if task.collect:
         lengths = [data.max_length if config.data.packing else task.longest(config, data)]
-    if chosen := check_attention(config, base.spec, mesh, base.dtype, lengths):
+    if chosen := programs.check_attention(config, base.spec, mesh, base.dtype, lengths):
         say(chosen)
     start = base.initial_adapter and base.initial_adapter.folder
     record = fingerprint.record(base.folder, config.model.path, base.tokenizer_folder, start, named_files(config))
@@ -214,7 +206,7 @@ def checked(config, say):
     """A copy of a config, with the defaults of its task and method filled in."""
     config = configs.copy(config)
     configs.validate(config)
-    fill_defaults(config)
+    programs.fill_defaults(config)
     privacy.check(config)
     if config.optim.ewc and not config.data.earlier:
         raise FtjaxError(
@@ -232,8 +224,8 @@ def opened(config, say) -> Base:
     """Check the model's files, the initial adapter and the formats of the export. The config gets what they decide."""
     method, folder = METHODS[config.tuning.method], base_folder(config)
     family, shape = families.read_config(folder)
-    check_method(config, family, shape)
-    with_teacher(config, shape)
+    programs.check_method(config, family, shape)
+    programs.with_teacher(config, shape)
     initial_adapter = Start(config.tuning) if config.tuning.init_from else None
     own = initial_adapter.folder if initial_adapter and tokenizers.has_tokenizer(initial_adapter.folder) else None
     tokenizer, read = tokenizers.of_run(config, own or folder, folder)
@@ -258,7 +250,7 @@ def opened(config, say) -> Base:
     if initial_adapter:
         fingerprint.check_adapter(initial_adapter.folder, folder)
         initial_adapter.fill(spec)
-    head = with_task(config, family, shape, folder, 1).head
+    head = programs.with_task(config, family, shape, folder, 1).head
     form = families.form_of(family, head)
     trained = {}
     if without_form(families.shapes(shape)):
@@ -292,7 +284,7 @@ def rows_of(config, base: Base) -> tuple[Data, Base]:
         for group, key in (config.task, "text"), (config.task, "pair"), (config.data, "label"):
             read = {getattr(recipe, key) for recipe in recipes}
             group[key] = read.pop() if len(read) == 1 else group[key]  # files and sources may name it differently
-    shape = with_task(config, family, shape, base.folder, len(data.labels))
+    shape = programs.with_task(config, family, shape, base.folder, len(data.labels))
     task.check(config, METHODS[config.tuning.method], base.spec, data)
     spec = base.spec._replace(model=shape, names=families.linear_names(family, shape))
     return data, dataclasses.replace(base, spec=spec)
@@ -315,7 +307,7 @@ def devices(config, spec: Spec, data: Data, dtype, say, recorded: int):
     if chosen := auto_mesh.settle(config, spec, machine, data.max_length, dtype):
         say(chosen)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:count] if count < jax.device_count() else None)
-    check_rows(config, mesh, spec.model)
+    programs.check_rows(config, mesh, spec.model)
     if cpus.offered() and mesh.size > 1:
         say(f"{mesh.size} CPU devices on {cpus.cores()} cores share the rows; mesh.data=1 takes one device")
     if recorded not in (0, mesh.size):
@@ -327,7 +319,7 @@ def devices(config, spec: Spec, data: Data, dtype, say, recorded: int):
         say(changed)
     if chosen := auto_mesh.settle_remat(config, spec, machine, mesh.shape, data.max_length, dtype):
         say(chosen)
-    check_remat(config, mesh.devices.flat[0])
+    programs.check_remat(config, mesh.devices.flat[0])
     return mesh
 
 
