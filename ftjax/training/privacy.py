@@ -28,6 +28,7 @@ from ftjax.data.table import need_columns
 from ftjax.errors import FtjaxError
 from ftjax.files import below, replacing
 from ftjax.foreign import read_json
+from ftjax.models.by_device import by_device
 from ftjax.training import step
 
 EMPTY = 10  # without privacy.unit_most, the person with most rows has at most this many times the average
@@ -328,10 +329,7 @@ def gradients(
     if ways > 1:
         whole, by_rows = PartitionSpec(), PartitionSpec("data")
         summed = lambda *arrays: jax.lax.psum(local(*arrays), "data")  # noqa: E731
-        total = jax.shard_map(
-            summed, mesh=mesh, in_specs=(whole, whole, by_rows, whole), out_specs=whole,
-            axis_names=frozenset(mesh.axis_names), check_vma=False,
-        )  # fmt: skip
+        total = by_device(summed, mesh, mesh.axis_names, (whole, whole, by_rows, whole), whole)
     gradient, weight, metrics = total(trained, frozen, batch, keys[0])
     leaves, tree = jax.tree.flatten(gradient)
     draws = jax.random.split(keys[1], len(leaves))
