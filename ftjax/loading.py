@@ -83,11 +83,12 @@ def shape_of(path: str | Path) -> ModelConfig:
         folder, _ = base_of_run(Path(path), run_config(path))
     else:
         folder = resolve.resolve(str(path))
-        folder = _base_of_adapter(folder) if (folder / peft.CONFIG).is_file() else folder
+        folder = base_of_adapter(folder) if (folder / peft.CONFIG).is_file() else folder
     return families.read_config(folder)[1]
 
 
-def _base_of_adapter(folder: Path) -> Path:
+def base_of_adapter(folder: Path) -> Path:
+    """The directory of the base of a PEFT adapter. Raises FtjaxError if it is not found, or has changed."""
     adapter_config = read_json(folder / peft.CONFIG, **peft.FIELDS)
     base = adapter_config.get("base_model_name_or_path")
     if not base:
@@ -99,7 +100,7 @@ def _base_of_adapter(folder: Path) -> Path:
 
 
 def _load_adapter(folder: Path, dtype: str, quantise: str) -> LM:
-    adapter, base = peft_adapters.read(folder), _base_of_adapter(folder)
+    adapter, base = peft_adapters.read(folder), base_of_adapter(folder)
     task = peft_adapters.task(folder, adapter, base)
     own = folder if tokenizers.has_tokenizer(folder) else None
     lm, spec = open_base(base, dtype, quantise=quantise, task=task, tokenizer_folder=own)

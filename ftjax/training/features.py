@@ -26,10 +26,9 @@ from ftjax.data.batches import Batches
 from ftjax.data.prepare import cache_of
 from ftjax.errors import FtjaxError
 from ftjax.files import naming
-from ftjax.foreign import read_json
 from ftjax.hub import fingerprint, peft, resolve
 from ftjax.lm import LM
-from ftjax.loading import load
+from ftjax.loading import base_of_adapter, load
 from ftjax.objectives import causal, hidden
 from ftjax.seals import digest
 from ftjax.training import sharding
@@ -104,9 +103,8 @@ def known_by(config, mesh) -> str:
     devices = [jax.__version__, jax.devices()[0].device_kind, dict(mesh.shape)]
     named = {"task.reference": config.task.reference}
     folder = resolve.resolve(config.task.reference)
-    if (folder / peft.CONFIG).is_file() and not fingerprint.of_adapter(folder):  # else `load` has checked the base
-        own = read_json(folder / peft.CONFIG, **peft.FIELDS)
-        named["its base"] = str(resolve.resolve(own["base_model_name_or_path"], own.get("revision") or ""))
+    if (folder / peft.CONFIG).is_file():
+        named["its base"] = str(base_of_adapter(folder))
     return digest(fingerprint.of_named(named), settings, devices, *code)
 
 
@@ -118,7 +116,7 @@ def opened(path: str, dtype: str, tokenizer, mesh=None, causal: bool = True) -> 
         dtype: See ftjax.load.
         tokenizer: The tokenizer that encoded the rows.
         mesh: The devices of the run; None: the default device.
-        causal: Whether it must continue texts; else it must be an encoder.
+        causal: Whether it must continue texts; else it is an encoder, see program.with_teacher.
 
     Raises:
         FtjaxError: If the reference has other tokens or another task, or for a mesh of several processes.
@@ -126,11 +124,8 @@ def opened(path: str, dtype: str, tokenizer, mesh=None, causal: bool = True) -> 
     if mesh and jax.process_count() > 1:
         raise FtjaxError("task.reference: is for runs of one process; leave it empty, or use one process")
     lm = load(path, dtype=dtype)
-    if lm.kind != "causal" if causal else lm.model.config.causal:
-        raise FtjaxError(
-            f"task.reference: expected {'a model of task.kind causal' if causal else 'an encoder'}; {path} is for "
-            f"{lm.kind}"
-        )
+    if causal and lm.kind != "causal":
+        raise FtjaxError(f"task.reference: expected a model of task.kind causal; {path} is for {lm.kind}")
     own, other = tokenizer.get_vocab(), lm.tokenizer.get_vocab()
     if differing := sorted(own.items() ^ other.items(), key=lambda item: item[1]):
         raise FtjaxError(
@@ -230,9 +225,8 @@ class Features:
             values = array(file, mode="w+")
             for step in range(len(plain)):
                 for found, members in zip(np.asarray(compute(plain[step])), plain.rows(step), strict=True):
-                    for example in members:
-                        count = self.labels[example]
-                        values[self.start[example] :][:count] = found[:count]
+                    places = self._places(members)
+                    values[places] = found[: len(places)]
             return values
 
         if cache is None or cache.folder is None:
@@ -262,12 +256,14 @@ class Features:
         batch = self.batches.get(step, row_slice)
         out = np.zeros((*batch["labels"].shape[:2], *self.values.shape[1:]), self.values.dtype)
         for row, members in zip(out, self.batches.rows(step)[row_slice], strict=True):
-            at = 0
-            for example in members:
-                count = self.labels[example]
-                row[at : at + count] = self.values[self.start[example] :][:count]
-                at += count
+            places = self._places(members)
+            row[: len(places)] = self.values[places]
         return batch | {self.name: out}
+
+    def _places(self, members: np.ndarray) -> np.ndarray:
+        """Where the values of the trained tokens of a row's examples are, in the order of the row."""
+        ranges = [np.arange(self.start[i], self.start[i] + self.labels[i]) for i in members]
+        return np.concatenate([np.zeros(0, int), *ranges])
 
 
 def flops_per_token(trained: dict) -> float:
