@@ -74,8 +74,6 @@ def ranks(spec: Spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for module, hit in zip(module_names(path, spec.names[path], model), hits, strict=True):
             r = by_pattern(tuning.rank_pattern, module, tuning.rank, "tuning.rank_pattern")
             alpha = by_pattern(tuning.alpha_pattern, module, tuning.alpha, "tuning.alpha_pattern")
-            if r < 1:
-                raise FtjaxError(f"tuning.rank: {module} would get rank {r}; expected at least 1")
             adapted += [module] * hit
             rank.append(r if hit else 0)
             scale.append(alpha / divisor(r, tuning.rslora) if hit else 0.0)

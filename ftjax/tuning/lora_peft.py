@@ -239,8 +239,6 @@ def _of_experts(adapter_config: dict, names: dict[str, str], config: ModelConfig
 
 
 def _refuse_variants(config: dict) -> None:
-    if config.get("peft_type") != "LORA":
-        raise FtjaxError(f"{CONFIG}: peft_type = {config.get('peft_type')!r}; expected 'LORA'")
     refuse_variants(config, LORA_KEYS, "LoRA")
     if (init := config.get("init_lora_weights")) not in LORA_INITS:
         raise FtjaxError(

@@ -99,7 +99,6 @@ def test_targets_ranks_and_scales_are_those_of_peft(case):
         ({"rank_pattern": (("q_(", 2),)}, "tuning.rank_pattern: .* is not a regular expression"),
         ({"rank_pattern": (("porj", 2),)}, r"tuning.rank_pattern: 'porj' matches no module"),  # no part of a word
         ({"alpha_pattern": (("k_porj", 2),)}, r"tuning.alpha_pattern: 'k_porj' .*did you mean \"k_proj\""),
-        ({"rank_pattern": (("q_proj", 0),)}, "would get rank 0"),
         ({"init": "orthogonal", "rank": 3}, "tuning.init: orthogonal needs even ranks; found 3"),
         ({"init": "pissa", "rank": 17}, "tuning.rank: layers/attn/q_proj is 16 x 16 and has no 17 singular vectors"),
     ],
