@@ -3,7 +3,6 @@
 T tokens of a window, K tokens at which an answer may begin.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +16,7 @@ from ftjax.tasks import Columns, Task
 BEST = 3  # number of other answers in a record
 
 
-@functools.partial(xla.jit, static_argnums=0)
-def logits(model, variables, batch):
-    """(B, T, 2) float32, see objectives.span."""
-    return span.logits(model, variables, batch)
+logits = xla.jit(span.logits, static_argnums=0)
 
 
 class Answer(NamedTuple):
