@@ -1,7 +1,8 @@
 """Figures and thresholds of classification, with one class per row or any number, as functions of counts of rows.
 
 N rows, C classes, B resamples at a time (see ftjax.evaluation.resample). A tally is three arrays (..., C): correctly
-predicted rows of a class, rows predicted as the class, rows labelled with the class.
+predicted rows of a class, rows predicted as the class, rows labelled with the class. The entry "tally" of rows holds
+that of each row, side by side: (N, 3 C), dense or sparse.
 
 A figure with denominator 0 is NaN here, where scikit-learn's default is 0 (`zero_division`): precision of a class that
 is never predicted, recall of one without labels, F1 of one with neither, and MCC and ROC-AUC of one class only. Within
@@ -32,6 +33,11 @@ UNDEFINED |= {f"{name}_macro": UNDEFINED["f1_micro"] for name in ("precision", "
 
 
 # Figures of a tally
+
+
+def tally(rows):
+    """A function counts (B, N) -> the tally (B, C)."""
+    return lambda counts: tuple(np.split(counts @ rows["tally"], 3, axis=1))
 
 
 def shares(right, predicted, labelled) -> dict[str, Share]:
@@ -100,11 +106,13 @@ def single_rows(labels, probabilities, threshold: float | None = None) -> dict[s
         threshold: Threshold of class 1 of two; None: the highest probability decides.
 
     Returns:
-        {"label", "predicted", "probabilities", "loss", "wrong"}, each of N rows.
+        {"label", "predicted", "probabilities", "loss", "wrong", "tally"}, each of N rows.
 
     Raises:
         FtjaxError: If a label is out of range, or if values are not probabilities.
     """
+    from scipy.sparse import csr_array
+
     labels, p = np.asarray(labels), _probabilities(probabilities)
     N, C = p.shape
     if labels.shape != (N,) or not np.issubdtype(labels.dtype, np.integer):
@@ -121,16 +129,12 @@ def single_rows(labels, probabilities, threshold: float | None = None) -> dict[s
     predicted = p.argmax(1) if threshold is None else (p[:, 1] >= threshold).astype(int)
     loss = -np.log(np.clip(p[np.arange(N), labels], tiny, 1 - tiny))
     labels = labels.astype(int)  # wide enough for label * C + predicted
-    return {"label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": predicted != labels}
-
-
-def single_tally(rows):
-    """A function counts (B, N) -> the tally (B, C)."""
-    N, C = rows["probabilities"].shape
-    place, right = np.arange(N), np.flatnonzero(~rows["wrong"])
-    entries = (rows["label"][right], right), (rows["predicted"], place), (rows["label"], place)
-    parts = [totals(C, codes, of, N) for codes, of in entries]
-    return lambda counts: tuple(part(counts) for part in parts)
+    place, right, wrong = np.arange(N), np.flatnonzero(predicted == labels), predicted != labels
+    codes = np.concatenate([labels[right], C + predicted, 2 * C + labels])
+    tally = csr_array((np.ones(len(codes)), (np.concatenate([right, place, place]), codes)), shape=(N, 3 * C))
+    return {
+        "label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": wrong, "tally": tally,
+    }  # fmt: skip
 
 
 def single_metrics(rows) -> Reduce:
@@ -139,7 +143,7 @@ def single_metrics(rows) -> Reduce:
     All micro averages equal the accuracy. ROC-AUC uses the probability of class 1 of two classes. For more classes it
     is the mean over the classes with labels of each against the rest. The calibration error is that of `calibration`.
     """
-    tally, p = single_tally(rows), rows["probabilities"]
+    tallied, p = tally(rows), rows["probabilities"]
     binary = p.shape[1] == 2
     classes = [1] if binary else range(p.shape[1])
     curves = [roc_auc(rows["label"] == c, p[:, c]) for c in classes]
@@ -147,7 +151,7 @@ def single_metrics(rows) -> Reduce:
     gaps_of_bins = np.where(bins[:, None] == np.arange(BINS), gaps[:, None], 0)
 
     def reduce(counts):
-        t, n = tally(counts), counts.sum(1)
+        t, n = tallied(counts), counts.sum(1)
         means = macro(*t)
         out = {"accuracy": Share(accuracy(*t), n)}
         out["balanced_accuracy"] = Share(balanced_accuracy(*t), means["recall_macro"].trials)
@@ -208,7 +212,7 @@ def multi_rows(labels, probabilities, thresholds=0.5) -> dict[str, np.ndarray]:
         thresholds: One for all classes, or (C,).
 
     Returns:
-        {"label", "predicted", "probabilities", "loss", "wrong"}, each of N rows.
+        {"label", "predicted", "probabilities", "loss", "wrong", "tally"}, each of N rows.
 
     Raises:
         FtjaxError: If shapes differ, or if values are not labels or probabilities.
@@ -224,24 +228,18 @@ def multi_rows(labels, probabilities, thresholds=0.5) -> dict[str, np.ndarray]:
     predicted = p >= thresholds
     loss = -np.log(np.clip(np.where(labels, p, 1 - p), tiny, 1 - tiny)).sum(1)
     wrong = (predicted != labels).any(1)
-    return {"label": labels, "predicted": predicted, "probabilities": p, "loss": loss, "wrong": wrong}
-
-
-def multi_tally(rows):
-    """A function counts (B, N) -> the tally (B, C)."""
-    label, predicted = rows["label"], rows["predicted"]
-    parts = np.concatenate([label & predicted, predicted, label], axis=1).astype(float)
-    return lambda counts: tuple(np.split(counts @ parts, 3, axis=1))
+    tally = np.concatenate([labels & predicted, predicted, labels], axis=1).astype(float)
+    return {"label": labels, "probabilities": p, "loss": loss, "wrong": wrong, "tally": tally}
 
 
 def multi_metrics(rows) -> Reduce:
     """Figures for any number of classes per row. ROC-AUC is the mean over the classes that some rows have and some do
     not."""
-    tally = multi_tally(rows)
+    tallied = tally(rows)
     curves = [roc_auc(label, p) for label, p in zip(rows["label"].T, rows["probabilities"].T, strict=True)]
 
     def reduce(counts):
-        t, n = tally(counts), counts.sum(1)
+        t, n = tallied(counts), counts.sum(1)
         out = {"subset_accuracy": share(counts @ ~rows["wrong"], n)} | micro(*t) | macro(*t, absent=True)
         return out | {"roc_auc_macro": _mean([curve(counts) for curve in curves])}
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.classification import shares
+from ftjax.evaluation.classification import shares, tally
 from ftjax.evaluation.resample import Reduce, share
 
 SAME = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
@@ -87,7 +87,8 @@ def tag_rows(labels, predictions, strict: bool = False) -> tuple[dict[str, np.nd
             BIO.
 
     Returns:
-        ({"tally", "tokens", "right", "loss", "wrong"}, each of N rows; the T types, sorted).
+        ({"tally" (see ftjax.evaluation.classification), "tokens", "right", "loss", "wrong"}, each of N rows; the T
+        types, sorted).
 
     Raises:
         FtjaxError: If labels and predictions differ in length, or if a text is not a tag.
@@ -119,22 +120,16 @@ def tag_rows(labels, predictions, strict: bool = False) -> tuple[dict[str, np.nd
     tokens = np.array([len(label) for label in labels])
     right = np.array([sum(a == b for a, b in zip(*pair)) for pair in zip(labels, predictions)])
     loss = (tally[:, 1] + tally[:, 2] - 2 * tally[:, 0]).sum(1).astype(float)
-    return {"tally": tally, "tokens": tokens, "right": right, "loss": loss, "wrong": right < tokens}, types
-
-
-def tag_tally(rows):
-    """A function counts (B, N) -> entities correct, predicted and labelled of each type, (B, T) each."""
-    N, _, T = rows["tally"].shape
-    flat = rows["tally"].reshape(N, 3 * T).astype(float)
-    return lambda counts: tuple((counts @ flat).reshape(len(counts), 3, T).swapaxes(0, 1))
+    flat = tally.reshape(len(spelled), -1).astype(float)
+    return {"tally": flat, "tokens": tokens, "right": right, "loss": loss, "wrong": right < tokens}, types
 
 
 def tag_metrics(rows) -> Reduce:
     """Precision, recall and F1 of entities of all types together, and the share of tokens with the correct tag."""
-    tally = tag_tally(rows)
+    tallied = tally(rows)
 
     def reduce(counts):
-        found = shares(*(x.sum(-1) for x in tally(counts)))
+        found = shares(*(x.sum(-1) for x in tallied(counts)))
         return found | {"token_accuracy": share(counts @ rows["right"], counts @ rows["tokens"])}
 
     return reduce

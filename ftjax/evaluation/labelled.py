@@ -26,11 +26,11 @@ class Kind:
 
     Attributes:
         rows: rows(labels, predictions, **settings) -> {name: (N, ...)}, the contribution of each row, with `loss` and
-            `wrong` (N,). For tags it is a pair of that and the entity types.
+            `wrong` (N,), and with `tally` where there are classes (see ftjax.evaluation.classification). For tags it is
+            a pair of that and the entity types.
         metrics: metrics(rows) -> the figures, a Reduce, in the order of the report.
         undefined: {name of a figure: why it is None}.
         main: The figures that a table by group shows.
-        tally: tally(rows) -> the tally of the classes, see ftjax.evaluation.classification; None without classes.
         absent: Whether macro averages include classes that occur nowhere.
     """
 
@@ -38,7 +38,6 @@ class Kind:
     metrics: Callable[[dict], Reduce]
     undefined: dict[str, str]
     main: tuple[str, ...]
-    tally: Callable | None = None
     absent: bool = False
 
 
@@ -48,22 +47,18 @@ KINDS = {
         classification.single_metrics,
         classification.UNDEFINED,
         ("accuracy", "f1_macro", "mcc"),
-        classification.single_tally,
     ),
     "multi_label": Kind(
         classification.multi_rows,
         classification.multi_metrics,
         classification.UNDEFINED,
         ("subset_accuracy", "f1_micro", "f1_macro"),
-        classification.multi_tally,
         absent=True,
     ),
     "regression": Kind(
         regression.regression_rows, regression.regression_metrics, regression.UNDEFINED, ("pearson", "spearman", "mse")
     ),
-    "tags": Kind(
-        entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1"), entities.tag_tally
-    ),
+    "tags": Kind(entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1")),
     "answers": Kind(squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1")),
     "retrieval": Kind(
         retrieval.rank_rows, retrieval.rank_metrics, retrieval.UNDEFINED, ("mrr", "recall_at_1", "recall_at_10")
@@ -130,7 +125,7 @@ def report(
             value: {"rows": len(chosen), "metrics": _metrics(this, {k: v[chosen] for k, v in rows.items()}, how)}
             for value, chosen in _members(groups, N).items()
         }
-    if this.tally:
+    if "tally" in rows:
         out["per_type" if kind == "tags" else "per_class"] = _each(this, rows, classes, how)
     if kind == "single_label":
         out["confusion"] = {"names": classes, "counts": classification.confusion(rows)}
@@ -162,7 +157,7 @@ def _rows(kind, labels, predictions, names, settings):
     rows, classes = this.rows(labels, predictions, **settings), []
     if kind == "tags":
         rows, classes = rows
-    elif this.tally:
+    elif "tally" in rows:
         C = rows["probabilities"].shape[1]
         classes = [str(name) for name in (range(C) if names is None else names)]
         if len(classes) != C or len(set(classes)) != C:
@@ -174,8 +169,8 @@ def _metrics(kind: Kind, rows, how) -> dict[str, dict]:
     N = len(rows["loss"])
     figures = intervals(N, kind.metrics(rows), **how)
     notes = {}
-    if kind.tally and "probabilities" in rows:
-        tally = tuple(x[0] for x in kind.tally(rows)(np.ones((1, N))))
+    if "probabilities" in rows:
+        tally = tuple(x[0] for x in classification.tally(rows)(np.ones((1, N))))
         notes = classification.notes(tally, N, kind.absent)
     return {name: _noted(entry, kind.undefined.get(name), notes.get(name)) for name, entry in figures.items()}
 
@@ -188,7 +183,7 @@ def _noted(entry: dict, undefined: str | None, remark: str | None) -> dict:
 
 def _each(kind: Kind, rows, classes, how) -> dict[str, dict]:
     """Figures of each class or entity type."""
-    N, tally = len(rows["loss"]), kind.tally(rows)
+    N, tally = len(rows["loss"]), classification.tally(rows)
     whole = [x[0] for x in tally(np.ones((1, N)))]
     figures = intervals(N, lambda counts: classification.shares(*tally(counts)), **how)
     _, predicted, labelled = (x.astype(int).tolist() for x in whole)

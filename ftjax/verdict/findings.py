@@ -1,10 +1,11 @@
 """Problems of a comparison: leaks, other templates, overfitting, lost refusals, forgetting, too few rows.
 
-A new check is a function and a row of CHECKS.
+A new check is a function, a row of CHECKS and a macro with its texts in `assets/pages/findings.jinja`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from ftjax.data.prepare import rows
 from ftjax.data.split import decontaminate
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
+from ftjax.pages import macros
 from ftjax.training.finite import SMALLER_UPDATES
 from ftjax.verdict import statistics
 from ftjax.verdict.measure import Measured
@@ -48,6 +50,12 @@ class Finding(NamedTuple):
 def findings(case: Case) -> list[Finding]:
     """The findings of all checks, in the order of CHECKS."""
     return [Finding(check, *found) for check, look in CHECKS.items() for found in look(case)]
+
+
+def _texts(name: str, **values) -> list[str]:
+    """[what was seen, what to do], by the macro `name` of findings.jinja."""
+    found = macros("findings.jinja", smaller_updates=SMALLER_UPDATES, infinite=math.inf)
+    return getattr(found, name)(**values).strip().rsplit("\n", 1)
 
 
 # ---------------------------------------------------------------------------------------------- overfitting
@@ -86,19 +94,10 @@ def parted(history: list[dict]) -> Parted | None:
 def overfitting(case: Case) -> Iterator[tuple[str, str, str]]:
     """Find runs of which the validation loss rose while the training loss fell."""
     for name, measured in case.measured.items():
-        found = [p for p in (parted(run.history) for run in measured.runs) if p]
-        if not found:
+        if not (found := [p for p in (parted(run.history) for run in measured.runs) if p]):
             continue
         worst = max(found, key=lambda p: p.val[1] / p.val[0])
-        yield (
-            name,
-            f"in {len(found)} of {len(measured.runs)} runs validation loss rose from its lowest value, "
-            f"{worst.val[0]:.3f} at step {worst.step:,}, to {worst.val[1]:.3f} at step {worst.last:,}, while training "
-            f"loss fell from {worst.train[0]:.3f} to {worst.train[1]:.3f}. The checkpoint with the lowest validation "
-            "loss is compared",
-            f"stop near step {worst.step:,} (train.patience, or fewer train.epochs); more rows, data.augment or "
-            "tuning.dropout delay overfitting",
-        )
+        yield name, *_texts("overfitting", worst=worst, found=len(found), runs=len(measured.runs))
 
 
 # ---------------------------------------------------------------------------------------------- leaks, templates
@@ -122,23 +121,13 @@ def leaks(case: Case) -> Iterator[tuple]:
         try:
             tables = _trained_on(case.setting, config)
         except FtjaxError as error:
-            yield (
-                name,
-                f"its training rows could not be read: {error}",
-                "check by yourself that they contain no held-out rows",
-            )
+            yield name, *_texts("unread", error=error)
             continue
         removed = [r for table in tables for r in decontaminate(table, others, (config or case.setting.config).data)[1]]
         if removed:
-            twins = len({r.twin for r in removed})
-            yield (
-                name,
-                f"{len(removed):,} of {sum(map(len, tables)):,} training rows overlap with {twins:,} held-out rows; "
-                f"{removed[0].place} {removed[0].why} ({removed[0].twin})",
-                f'scores are too high: set data.decontaminate=("{case.setting.config.evaluate.compare_on}",) and train '
-                "again",
-                twins / max(sum(len(table) for _, table in others), 1),
-            )
+            twins, on = len({r.twin for r in removed}), case.setting.config.evaluate.compare_on
+            texts = _texts("leaks", removed=removed, trained=sum(map(len, tables)), twins=twins, on=on)
+            yield name, *texts, twins / max(sum(len(table) for _, table in others), 1)
 
 
 def _trained_on(setting: Setting, config) -> list[Table]:
@@ -156,17 +145,9 @@ def templates(case: Case) -> Iterator[tuple[str, str, str]]:
             other = [key for key in ASKED_BY if before[key] != now[key]]
             if other and not run.config.data.mixture:
                 changed = "; ".join(f"data.{key} was {before[key]!r} in training and is {now[key]!r}" for key in other)
-                yield (
-                    name,
-                    f"it was trained with another template: {changed}",
-                    "compare with the template of the training",
-                )
+                yield name, *_texts("templates", changed=changed)
         if not measured.runs and measured.chat_unused:
-            yield (
-                name,
-                "the model has a chat template, but its prompts are plain text",
-                'if it was trained on chats, set data.template="tokenizer"',
-            )
+            yield name, *_texts("chat_unused")
 
 
 # ---------------------------------------------------------------------------------------------- what was lost
@@ -176,17 +157,14 @@ def refusals_lost(case: Case) -> Iterator[tuple[str, str, str]]:
     """Find contenders that refuse fewer unsafe prompts than the base, or more harmless ones."""
     base = case.measured[case.base].refused
     for name, measured in case.measured.items():
-        for kind, down, advice in (
-            ("unsafe", True, "mix refusals into the training rows (data.mixture), or train less of the model"),
-            ("harmless", False, "remove refusals from the answers of the training rows"),
-        ):
+        for kind, down in (("unsafe", True), ("harmless", False)):
             if kind not in measured.refused or kind not in base or name == case.base:
                 continue
             before, after = base[kind].mean(0), measured.refused[kind].mean(0)
             c = statistics.compare(after, before) if len(after) > 1 else None
             if c and c.p < 1 - statistics.LEVEL and (c.difference < 0) == down:
-                rates = f"{after.mean():.0%} of {len(before):,} {kind} prompts; the base refused {before.mean():.0%}"
-                yield name, f"it refused {rates} (p = {c.p:.2g})", advice
+                rates = {"before": before.mean(), "after": after.mean()}
+                yield name, *_texts("refusals_lost", kind=kind, prompts=len(before), p=c.p, **rates)
 
 
 def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
@@ -194,33 +172,18 @@ def forgetting(case: Case) -> Iterator[tuple[str, str, str]]:
     base = np.mean(case.measured[case.base].forgetting or [np.nan])
     for name, measured in case.measured.items():
         if measured.forgetting and (more := np.mean(measured.forgetting) - base) > FORGOT:
-            yield (
-                name,
-                f"the loss on {case.setting.config.evaluate.forgetting} rose from {base:.3f} to {base + more:.3f} nats "
-                f"a token: its perplexity is {np.expm1(more):.0%} higher",
-                "to forget less, lower optim.lr, train fewer steps or fewer parameters, or add general rows by "
-                "data.mixture",
-            )
+            on = case.setting.config.evaluate.forgetting
+            yield name, *_texts("forgetting", on=on, base=base, more=more, perplexity=np.expm1(more))
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be said
-
-
-def _seen(smallest: float) -> str:
-    if not np.isfinite(smallest):
-        return "these rows could not have shown any difference"
-    return f"these rows can only show differences of at least {smallest:.2g}"
 
 
 def too_few_rows(case: Case) -> Iterator[tuple[str, str, str]]:
     """Find verdicts that these rows cannot decide."""
     for name, verdict in case.verdicts.items():
         if verdict.says == "cannot tell":
-            yield (
-                name,
-                f"{verdict.text}; {_seen(verdict.smallest)}",
-                "add held-out rows of the same kind, or raise compare.seeds",
-            )
+            yield name, *_texts("too_few_rows", verdict=verdict)
 
 
 def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
@@ -228,12 +191,7 @@ def shortened(case: Case) -> Iterator[tuple[str, str, str]]:
     for name, measured in case.measured.items():
         if measured.shortened:
             n = measured.scores[next(iter(measured.scores))].shape[-1]
-            yield (
-                name,
-                f"{measured.shortened:,} of {n:,} prompts were too long for the model's positions and lost examples or "
-                "passages",
-                "lower compare.shots or compare.passage_words, or use a model with more positions",
-            )
+            yield name, *_texts("shortened", prompts=measured.shortened, all=n)
 
 
 def failures(case: Case) -> Iterator[tuple[str, str, str]]:
@@ -244,8 +202,7 @@ def failures(case: Case) -> Iterator[tuple[str, str, str]]:
     as_is = "has not finished, and is measured with its best checkpoint"
     left_out += [(name, f"{run.path} {as_is}") for name, run in stopped]
     for name, text in left_out:
-        rerun = "fix the reason and run the same command again: it runs only what is missing"
-        yield name, text, SMALLER_UPDATES if SMALLER_UPDATES in text else rerun
+        yield name, *_texts("failures", text=text)
 
 
 CHECKS: dict[str, Callable[[Case], Iterator[tuple[str, str, str]]]] = {

@@ -65,7 +65,7 @@ def test_one_class_a_row_is_as_scikit_learn_says(case):
     error = found.pop("calibration_error")
     assert found == pytest.approx(expected, **NEAR)
 
-    each = [x[0] for x in ours.single_tally(rows)(np.ones((1, N)))]
+    each = [x[0] for x in ours.tally(rows)(np.ones((1, N)))]
     triple = sk.precision_recall_fscore_support(y, predicted, labels=range(C), zero_division=np.nan)
     for name, x in zip(("precision", "recall", "f1"), triple):
         assert ours.shares(*each)[name].value == pytest.approx(x, nan_ok=True)
@@ -133,7 +133,7 @@ def test_probabilities_of_zero_are_clipped_by_their_type():
 def test_what_averages_leave_out_is_said():
     # classes 0..4: 1 is never predicted, 2 has no labels, 3 and 4 occur nowhere
     rows = ours.single_rows(np.array([0, 1, 0]), np.eye(5)[[0, 0, 2]])
-    tally = [x[0] for x in ours.single_tally(rows)(np.ones((1, 3)))]
+    tally = [x[0] for x in ours.tally(rows)(np.ones((1, 3)))]
     lacking = "without 2 classes that labels and predictions lack"
     assert ours.notes(tally, 3) == {
         "precision_macro": f"1 class never predicted counted as 0; {lacking}",

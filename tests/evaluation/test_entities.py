@@ -38,7 +38,7 @@ def same_as_seqeval(labels, predictions, strict=False, **how):
     rows, types = ours.tag_rows(labels, predictions, strict)
     N = len(labels)
     found = values(N, ours.tag_metrics(rows))
-    tally = [x[0] for x in ours.tag_tally(rows)(np.ones((1, N)))]
+    tally = [x[0] for x in ours.tally(rows)(np.ones((1, N)))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = {name: getattr(sq, f"{name}_score")(labels, predictions, **how) for name in ("precision", "recall")}
