@@ -95,21 +95,8 @@ TUNING = {  # tuning.method -> what it trains
 
 def contender_is(contender: Contender, config) -> str:
     """A description of a contender for a reader who knows no name of a method."""
-    how = contender.how
-    if contender.kind == MAJORITY:
-        return "no model: every row gets the most common label"
-    if contender.kind == "tuned":
-        method = contender.config(config).tuning.method
-        out = f"trained on your rows: {TUNING.get(method, f'by the method {method}')}"
-    elif contender.kind == "model":
-        out = "another model, without further training"
-    else:
-        out = "the model as it is, without training"
-    if how.shots and contender.shots:
-        many = contender.shots > 1
-        out += f"; {contender.shots} solved example{'s stand' if many else ' stands'} before each question"
-        out += ", those most like it" if how.near else ""
-    return out + ("; passages of your documents stand before each question" if how.passages else "")
+    method = contender.config(config).tuning.method if contender.kind == "tuned" else ""
+    return sentences().contender(contender, TUNING.get(method, f"by the method {method}"))
 
 
 # ---------------------------------------------------------------------------------------------- the answer

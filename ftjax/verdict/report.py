@@ -141,13 +141,6 @@ def laws(data: dict) -> list[str]:
     return [sentences().law(one) for one in data["curves"]]
 
 
-LAW = (
-    "Rows are drawn anew for each seed; the law is error(n) = a + b (n + n0)^-c. Intervals are of the mean that as "
-    "many runs would reach: beside a measured one, and of twice the rows, on these very held-out rows, else on others "
-    "of the kind."
-)
-
-
 REASONS = ("why", "cost", "risk")  # of a decision
 
 
@@ -225,7 +218,7 @@ def _values(data: dict) -> dict:
         "notes": notes(data),
         "learning": learning(data) if data["curves"] else None,
         "laws": laws(data),
-        "law": LAW,
+        "law": sentences().about_laws(),
         "sig": sig,
         "words": words,
     }
