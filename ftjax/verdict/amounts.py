@@ -15,7 +15,7 @@ from ftjax.verdict import curve
 from ftjax.verdict.contenders import Contender
 from ftjax.verdict.measure import Measured, answer, briefly, train_config
 from ftjax.verdict.setting import Setting, labels, open_model
-from ftjax.verdict.sweep import sweep
+from ftjax.verdict.sweep import law_of, sweep
 
 
 def with_curves(contenders: list[Contender], config) -> list[Contender]:
@@ -84,7 +84,7 @@ def _same_rows(config) -> bool:
 
 
 def learning_curve(
-    contender: Contender, setting: Setting, measured: Measured, metric: str, law: dict, say: Callable = print
+    contender: Contender, setting: Setting, measured: Measured, metric: str, say: Callable = print
 ) -> dict:
     """Train a contender on each amount of rows, and fit the law of its metric.
 
@@ -93,7 +93,6 @@ def learning_curve(
         setting: What all contenders share.
         measured: The contender with all rows, on which the law of the smaller amounts is checked.
         metric: Name of the metric.
-        law: The metric's direction and bounds, as arguments of curve.fit.
         say: Called with each line for a person.
 
     Returns:
@@ -120,7 +119,6 @@ def learning_curve(
             points.setdefault(rows, []).append(value)
     scores = measured.scores[metric]
     noise = scores.mean(0).std(ddof=1) / math.sqrt(scores.shape[1])
-    found = curve.report(
-        points, whole=(whole, np.mean(scores, 1)), at=config.compare.curve_to, noise=noise, seed=config.seed, **law
-    )
+    how = {"at": config.compare.curve_to, "noise": noise, "seed": config.seed, **law_of(metric)}
+    found = curve.report(points, whole=(whole, np.mean(scores, 1)), **how)
     return {"name": contender.name, "failed": failed} | found

@@ -18,8 +18,8 @@ from ftjax import config as configs
 from ftjax import tasks
 from ftjax.data import template
 from ftjax.errors import FtjaxError
-from ftjax.evaluation import metrics
 from ftjax.evaluation.compare import spread
+from ftjax.evaluation.metrics import find_any
 from ftjax.files import replace_json, replace_text, write_jsonl
 from ftjax.training import privacy
 from ftjax.training.compiling import use_compilation_cache
@@ -65,8 +65,8 @@ def compare(
     configs.validate(config)
     asked, settings = parse(config), config.to_dict()
     curved = with_curves(asked, config)
-    metric, law = _metric(config)
-    higher = law["higher"]
+    metric = _metric(config)
+    higher = find_any(metric).higher
     if config.log.compilation_cache:
         use_compilation_cache()
     folder, out, elsewhere = Path(config.run_dir), Path(out or config.run_dir), out
@@ -88,7 +88,7 @@ def compare(
     curves = []
     for c in curved:
         if c.name in measured:
-            run = functools.partial(learning_curve, c, found, measured[c.name], metric, law, say)
+            run = functools.partial(learning_curve, c, found, measured[c.name], metric, say)
             curves += [one for one in [_tried(f"{c.name}, learning curve", lost, say, run)] if one is not None]
     case = judged(found, measured, metric, higher)._replace(lost=lost)
     data = plain(case, metric, higher, curves) | {"config": settings, "ftjax": ftjax.__version__}
@@ -131,38 +131,21 @@ def _tried(name: str, lost: dict[str, str], say, run):
         return None
 
 
-def _metric(config) -> tuple[str, dict]:
-    """(the metric that the verdict is about, its direction and bounds as arguments of curve.fit). A metric of answers
-    is added to evaluate.metrics."""
+def _metric(config) -> str:
+    """The metric that the verdict is about. A metric of answers is added to evaluate.metrics."""
     of_labels = tasks.find(config.task.kind).right
     name = of_labels or config.compare.metric or next(iter(config.evaluate.metrics), "")
     if not name:
         raise FtjaxError("compare.metric and evaluate.metrics are both empty; name the metric of the verdict")
-    metric = metric_of(name)
-    if metric.higher is None:
+    if find_any(name).higher is None:
         raise FtjaxError(
             f"compare.metric: {name} has no better direction (neither more nor less is better); name another metric"
         )
     if not of_labels:
         config.evaluate.metrics = tuple(dict.fromkeys((name, *config.evaluate.metrics)))
         for other in config.evaluate.metrics:
-            metrics.find(other)
-    worst = bounds(name)[not metric.higher] if bounds(name) else None
-    return name, {"higher": metric.higher, "best": metric.best, "worst": worst, "bounded": metric.best is not None}
-
-
-def metric_of(name: str) -> metrics.Metric:
-    """The metric of a name, also the figure of a task with labels: a share, of which more is better."""
-    if of := next((task for task in tasks.every().values() if task.right == name), None):
-        description = f"share of rows that get {'exactly the right labels' if of.several else 'the right label'}"
-        return metrics.Metric(lambda *_: None, description=description)
-    return metrics.find(name)
-
-
-def bounds(name: str) -> statistics.Bounds:
-    """The lowest and the highest score of a row by a metric; None if it has no bounds."""
-    best = metric_of(name).best
-    return None if best is None else (0.0, best or 1.0)
+            find_any(other)
+    return name
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
@@ -182,7 +165,7 @@ def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: b
         The Case.
     """
     base, scores = base or next(iter(measured)), {name: m.scores[metric] for name, m in measured.items()}
-    how = {"higher": higher, "seed": found.config.seed, "bounds": bounds(metric)}
+    how = {"higher": higher, "seed": found.config.seed, "bounds": find_any(metric).bounds}
     return Case(found, measured, base, statistics.verdicts(scores, base, **how))
 
 
@@ -209,6 +192,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     if untrained:  # chosen on these rows, which favours it: a contender that still beats it is better all the more
         others = {name: m for name, m in measured.items() if name == untrained or name not in ready}
         against = judged(case.setting, others, metric, higher, untrained).verdicts
+    bounds = find_any(metric).bounds
     prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
     of_base = measured[case.base].scores[metric].mean(0)
     for name, m in measured.items():
@@ -234,9 +218,8 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
         "untrained": untrained, "task": config.task.kind, "model": config.model.path,
         "data": config.data.test or config.data.train, "device": device, "energy": bool(Meter().counters),
         "contenders": entries, "curves": curves, "requests": config.compare.requests,
-        "worst": None if bounds(metric) is None else bounds(metric)[not higher],
-        "reach": None if bounds(metric) is None else bounds(metric)[1],
-        "metrics": {name: metric_of(name).described for name in entries[0]["figures"]},
+        "worst": bounds and bounds[not higher], "reach": bounds and bounds[1],
+        "metrics": {name: find_any(name).described for name in entries[0]["figures"]},
         "findings": [finding._asdict() for finding in findings(case)],
     }  # fmt: skip
     data |= {"question": report.question(data), "decision": decide(data)}
@@ -245,7 +228,7 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
 
 def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
     """The mean of scores (S, N), with its interval over rows and seeds."""
-    low, high = statistics.score_interval(scores, bounds(metric))
+    low, high = statistics.score_interval(scores, find_any(metric).bounds)
     return {"value": float(scores.mean()), "low": float(low), "high": float(high)}
 
 

@@ -27,7 +27,7 @@ from ftjax import tasks
 from ftjax.errors import FtjaxError, NotFinite
 from ftjax.evaluation import compare
 from ftjax.evaluation.labelled import KINDS, LOWER
-from ftjax.evaluation.metrics import METRICS
+from ftjax.evaluation.metrics import METRICS, find
 from ftjax.evaluation.tables import grid as grid_text
 from ftjax.files import replace_json, within
 from ftjax.foreign import read_json
@@ -212,7 +212,7 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = _known(folder)
-    done = [_ended(c) or _alike(settings, c, known) for settings, c in jobs]
+    done = [_ended(settings, c, known) for settings, c in jobs]
     say(f"{folder}: {len(jobs)} runs, {sum(o is not None for o in done)} of them already finished")
     hosts.start()  # if one run spans several hosts, all of them work on the same job
     ours = jax.process_count() > 1
@@ -229,13 +229,13 @@ def run_all(jobs: Sequence[Job], folder: Path, say=print, stale: float = claims.
                         say(f"{Path(c.run_dir).name} is being run by {claims.owner(path)}")
                     announced.add(number)
                     continue
-                went, done[number] = True, _ended(c)
+                went, done[number] = True, _ended(settings, c, known)
                 if done[number] is None:
                     say(f"---- run {number + 1} of {len(jobs)}: {Path(c.run_dir).name}")
                     done[number] = _run(settings, c, say)
         if not went:
             time.sleep(claims.WAIT)
-            done = [o or _ended(c) for o, (_, c) in zip(done, jobs, strict=True)]
+            done = [o or _ended(settings, c, known) for o, (settings, c) in zip(done, jobs, strict=True)]
     return done
 
 
@@ -330,14 +330,27 @@ def _by_content(asked: dict) -> dict:
     return {key: x for key, x in asked.items() if key not in MOVABLE or f"content of {key}" not in asked}
 
 
-def _ended(config) -> Outcome | None:
-    """The outcome of a run that has ended; None if it has not. Raises AnotherRun if the folder's run had other settings
-    or files."""
+def _ended(settings: dict, config, known: dict[str, dict]) -> Outcome | None:
+    """The outcome of a run that has ended, also in another folder if it depends on the same fields and files; None if
+    it has not.
+
+    Args:
+        settings: {dotted key: value} of the point.
+        config: The run's config.
+        known: See `_known`.
+
+    Raises:
+        AnotherRun: If the run in the folder had other settings or files.
+    """
     file = Path(config.run_dir) / OUTCOME
-    if config.overwrite or not file.is_file():
+    if config.overwrite or not (file.is_file() or known):
         return None
+    now = _asked(config)
+    if not file.is_file():
+        record = known.get(json.dumps(now, sort_keys=True))
+        return Outcome(**record | {"settings": settings}) if record else None
     record = read_json(file)
-    now, before = _asked(config), _by_content(record.pop("asked"))
+    before = _by_content(record.pop("asked"))
     keys = dict.fromkeys([*now, *(key for key in before if key.startswith("content of "))])
     changed = [
         f"the {key} has changed" if key.startswith("content of ") else f"{key} was {before.get(key)!r}, is {now[key]!r}"
@@ -357,12 +370,6 @@ def _known(folder: Path) -> dict[str, dict]:
     not be read."""
     records = [read_json(file) | {"run_dir": str(file.parent)} for file in within(folder, OUTCOME)]
     return {json.dumps(_by_content(record.pop("asked")), sort_keys=True): record for record in records}
-
-
-def _alike(settings: dict, config, known: dict[str, dict]) -> Outcome | None:
-    """The outcome of a run in another folder that depends on the same fields and files; None if there is none."""
-    record = known.get(json.dumps(_asked(config), sort_keys=True)) if known and not config.overwrite else None
-    return Outcome(**record | {"settings": settings}) if record else None
 
 
 def _run(settings: dict, config, say) -> Outcome:
@@ -509,9 +516,10 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
 
 def law_of(name: str) -> dict:
     """A figure's direction and bounds, as arguments of curve.fit."""
-    if name in METRICS:
-        higher, best = bool(METRICS[name].higher), METRICS[name].best
-        return {"higher": higher, "best": best, "worst": 0.0 if higher and best else None}
+    if name in METRICS or ":" in name:
+        metric = find(name)
+        higher, bounds = bool(metric.higher), metric.bounds
+        return {"higher": higher, "best": metric.best, "worst": bounds and bounds[not higher], "bounded": bool(bounds)}
     lower = name in (*LOWER, *compare.LOWER) or "loss" in name
     worst = None if lower or name in SIGNED else 0.0
     return {"higher": not lower, "best": 1.0 if name == "perplexity" else None, "worst": worst}

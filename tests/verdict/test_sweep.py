@@ -117,6 +117,10 @@ def test_an_axis_of_amounts_gets_its_law(tmp_path):
         and sweep.law_of("bleu")["best"] == 100
     )
     assert sweep.law_of("val_loss")["higher"] is False and sweep.law_of("accuracy")["higher"] is True
+    assert sweep.law_of("unsupported") == {"higher": False, "best": 0.0, "worst": 1.0, "bounded": True}
+    (tmp_path / "own.py").write_text("def cost(prediction, references, row):\n    return -3\n\n\ncost.higher = False\n")
+    unbounded = {"higher": False, "best": None, "worst": None, "bounded": False}
+    assert sweep.law_of(f"{tmp_path / 'own.py'}:cost") == unbounded
 
 
 def test_settings_name_folders_and_odd_ones_are_set_apart():
