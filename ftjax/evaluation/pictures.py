@@ -82,16 +82,16 @@ def plot_losses(history: list[dict], path: str | Path) -> Path:
     validation loss is marked. A loss that is not finite leaves a gap in its line.
     """
     figure, axes = new_axes(8, 4.5)
-    steps, losses = _series(history, "loss")
+    steps, losses = series(history, "loss")
     if len(steps):
         smooth = _running_mean(losses, max(1, len(losses) // 20))
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
         axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training")
-    steps, losses = _series(history, "val_loss")
+    steps, losses = series(history, "val_loss")
     if len(steps):
         axes.plot(steps, losses, "o-", color="#cc6633", linewidth=1.5, markersize=4, label="validation")
     for name in dict.fromkeys(key for row in history for key in row if key.startswith("val_loss/")):
-        axes.plot(*_series(history, name), ".--", linewidth=1, label=f"validation of {_shortened(name[9:])}")
+        axes.plot(*series(history, name), ".--", linewidth=1, label=f"validation of {_shortened(name[9:])}")
     if np.isfinite(losses).any():
         best = int(np.nanargmin(losses))
         label = f"best validation: {losses[best]:.4f} at step {steps[best]:,}"
@@ -103,7 +103,8 @@ def plot_losses(history: list[dict], path: str | Path) -> Path:
     return saved(figure, path)
 
 
-def _series(history, name) -> tuple[np.ndarray, np.ndarray]:
+def series(history: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a figure in rows of metrics.jsonl. A value that is not finite is NaN, a gap in its line."""
     rows = [(row["step"], row[name]) for row in history if name in row]
     values = np.array([np.nan if v is None else v for _, v in rows], float)
     return np.array([s for s, _ in rows], int), np.where(np.isfinite(values), values, np.nan)
@@ -134,10 +135,14 @@ def plain(axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _shortened(name: str) -> str:
-    """A class's name for an axis: shortened, and with `$` escaped so that it is not read as mathematics."""
-    name = name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}"
+def escaped(name: str) -> str:
+    """The name with `$` escaped, so that matplotlib does not read it as mathematics."""
     return name.replace("$", r"\$")
+
+
+def _shortened(name: str) -> str:
+    """A class's name for an axis."""
+    return escaped(name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}")
 
 
 def saved(figure, path) -> Path:

@@ -1,6 +1,6 @@
 """Confidence intervals of any figure of N rows.
 
-B resamples at a time, N rows, K categories, S statistics per row. A resample is described by how often it holds each
+B resamples at a time, N rows, K categories. A resample is described by how often it holds each
 row: `counts` (B, N) float64, whose rows each sum to N. A figure is a function of counts, a `Reduce`. If all counts are
 one, it is the figure of the rows themselves. One function thus computes both, for all resamples at once and without
 copying the data.
@@ -179,12 +179,6 @@ def mean_interval(x, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     tail = (1 - level) / 2
     estimated = (stats.norm.isf(tail) / stats.t.isf(tail, n - 1)) ** 2 * (n - 1) / n if n > 1 else 0.0
     return share_interval(mean, n * (1 + np.maximum(more - 1, 0) * estimated), level)
-
-
-def of_sums(statistics: np.ndarray, reduce: Reduce) -> Reduce:
-    """A figure of sums over rows. statistics: (N, S), those of each row; reduce: sums (B, S) -> {name: (B,)}."""
-    statistics = np.asarray(statistics, float)
-    return lambda counts: reduce(counts @ statistics)
 
 
 def totals(K: int, codes: np.ndarray, rows: np.ndarray, n: int, weights: np.ndarray | float = 1.0):

@@ -144,9 +144,10 @@ def audit(
     report["epsilon"] = proven | {"computed": computed, "delta": delta}
     counted = [a for name, a in report["attacks"].items() if fair or name == "canaries"]
     report["succeeds"] = any(a["low"] > 0.5 for a in counted) if counted else None
-    report["verdict"] = _verdict(report, fair)
+    words = macros("audit.jinja")
+    report["verdict"] = words.verdict(report, fair)
     replace_json(run_dir / FILE, report)
-    say(text(report) + f"\nthe report is in {run_dir / FILE}")
+    say(f"{words.text(report, FALSE)}\nthe report is in {run_dir / FILE}")
     return report
 
 
@@ -361,13 +362,3 @@ def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> f
 def _spread(count: int, most: int) -> np.ndarray:
     """At most `most` ascending indices, spread evenly over `count`."""
     return np.linspace(0, count - 1, min(most, count)).astype(int)
-
-
-def text(report: dict) -> str:
-    """The report as text for the terminal."""
-    return macros("audit.jinja").text(report, FALSE)
-
-
-def _verdict(report: dict, fair: bool) -> str:
-    """The report in words. fair: whether the base, which saw neither side, does not tell members from others."""
-    return macros("audit.jinja").verdict(report, fair)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ftjax.evaluation.pictures import new_axes, plain, saved
+from ftjax.evaluation.pictures import escaped, new_axes, plain, saved, series
 
 COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#888833", "#bb5566", "#555555")
 MARKS = "osD^vPX*"
@@ -30,12 +30,11 @@ def scores(points: Mapping[str, dict], says: Mapping[str, str], path: Path, *, x
     colours = {"better": "#228833", "worse": "#bb3322"}
     figure, axes = new_axes(4.8, 1.3 + 0.5 * len(points))
     for at, (name, one) in enumerate(points.items()):
-        around = [[max(one["value"] - one["low"], 0)], [max(one["high"] - one["value"], 0)]]
         look = {"color": colours.get(says[name], "#555555"), "marker": "o", "markersize": 8, "capsize": 4}
-        axes.errorbar(one["value"], -at, xerr=around, linewidth=2, **look)
+        axes.errorbar(one["value"], -at, xerr=_around(one), linewidth=2, **look)
         axes.annotate(f"{one['value']:.2g}", (one["value"], -at), xytext=(0, 7), textcoords="offset points",
                       ha="center", fontsize=11)  # fmt: skip
-    axes.set_yticks([-at for at in range(len(points))], [textwrap.fill(_plain(name), 18) for name in points])
+    axes.set_yticks([-at for at in range(len(points))], [textwrap.fill(escaped(name), 18) for name in points])
     axes.set_ylim(0.7 - len(points), 0.6)
     axes.tick_params(labelsize=12)
     axes.locator_params(axis="x", nbins=5)
@@ -60,10 +59,8 @@ def quality_cost(
     """
     figure, axes = new_axes(*SIZE)
     for name, (x, y) in points.items():
-        around = [[max(y["value"] - y["low"], 0)], [max(y["high"] - y["value"], 0)]]
-        axes.errorbar(
-            x, y["value"], yerr=around, label=_plain(name), **_look(order.index(name)), capsize=3, linestyle="none"
-        )
+        look = _look(order.index(name)) | {"capsize": 3, "linestyle": "none"}
+        axes.errorbar(x, y["value"], yerr=_around(y), label=escaped(name), **look)
     costs = [x for x, _ in points.values()]
     if min(costs) > 0 and max(costs) > 10 * min(costs):
         axes.set_xscale("log")
@@ -103,13 +100,12 @@ def forgetting_gain(
     for name, each in points.items():
         each, look = np.array(each), _look(order.index(name))
         axes.plot(*each.T, look["marker"], color=look["color"], alpha=0.4, markersize=5)
-        axes.plot(*each.mean(0), look["marker"], color=look["color"], markersize=10, label=_plain(name))
+        axes.plot(*each.mean(0), look["marker"], color=look["color"], markersize=10, label=escaped(name))
     for name, way in (ways or {}).items():
         if way:
             look = _look(order.index(name))
-            axes.plot(
-                [0, *(x for _, x, _ in way)], [0, *(y for _, _, y in way)], ".-", color=look["color"], linewidth=1
-            )
+            xs, ys = zip((0, 0), *((x, y) for _, x, y in way))
+            axes.plot(xs, ys, ".-", color=look["color"], linewidth=1)
             for step, x, y in way:
                 beside = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 7, "color": look["color"]}
                 axes.annotate(f"{step:,}", (x, y), **beside)
@@ -134,20 +130,16 @@ def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: lis
     for name, runs in histories.items():
         mine = _look(order.index(name))
         for seed, history in enumerate(runs):
-            val, train = (_series(history, key) for key in ("val_loss", "loss"))
-            label = _plain(name) if not seed else None
-            if val:
-                axes.plot(*zip(*val), linewidth=2, label=label, **mine)
-            if train and val:
-                axes.plot(*zip(*train), alpha=0.25, linewidth=1, color=mine["color"])
-            elif train:
-                axes.plot(*zip(*train), alpha=0.7, linewidth=1, label=label, **mine | {"markersize": 3})
+            val, train = (series(history, key) for key in ("val_loss", "loss"))
+            label = escaped(name) if not seed else None
+            faint = {"alpha": 0.7, "label": label, **mine, "markersize": 3}
+            if len(val[0]):
+                axes.plot(*val, linewidth=2, label=label, **mine)
+                faint = {"alpha": 0.25, "color": mine["color"]}
+            if len(train[0]):
+                axes.plot(*train, linewidth=1, **faint)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
     return _saved(figure, axes, path)
-
-
-def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in history if row.get(key) is not None]
 
 
 def curves(drawn: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
@@ -173,7 +165,7 @@ def curves(drawn: Mapping[str, dict], path: Path, order: list[str], *, x_label: 
         for point in points:
             axes.plot([point["amount"]] * len(point["values"]), point["values"], ".", color=look["color"], alpha=0.4)
         x, y = [p["amount"] for p in points], [np.mean(p["values"]) for p in points]
-        axes.plot(x, y, linestyle="none", label=_plain(name), **look)
+        axes.plot(x, y, linestyle="none", label=escaped(name), **look)
         if law:
             at, value, low, high = (np.array([p[k] for p in law]) for k in ("amount", "value", "low", "high"))
             for part, dash in ((at <= x[-1] * 1.0001, "-"), (at >= x[-1] * 0.93, "--")):
@@ -186,10 +178,8 @@ def curves(drawn: Mapping[str, dict], path: Path, order: list[str], *, x_label: 
                 x, np.subtract(y, spread), np.add(y, spread), color=look["color"], alpha=0.13, linewidth=0
             )
         if check := one["check"]:
-            around = [[check["value"] - check["low"]], [check["high"] - check["value"]]]
-            axes.errorbar(
-                1.06 * check["amount"], check["value"], yerr=around, capsize=4, **look | {"markerfacecolor": "none"}
-            )
+            hollow = look | {"markerfacecolor": "none", "capsize": 4}
+            axes.errorbar(1.06 * check["amount"], check["value"], yerr=_around(check), **hollow)
     every = [n for one in drawn.values() for n in [p["amount"] for p in one["points"] + one["law"]]]
     if 0 < 20 * min(every) <= max(every):
         axes.set_xscale("log")
@@ -202,9 +192,9 @@ def _look(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "markersize": 6}
 
 
-def _plain(name: str) -> str:
-    """The name with `$` escaped, so that matplotlib does not read it as mathematics."""
-    return name.replace("$", r"\$")
+def _around(one: dict) -> list[list[float]]:
+    """The interval of {"value", "low", "high"} as matplotlib's error bars take it: what is below, and what is above."""
+    return [[max(one["value"] - one["low"], 0)], [max(one["high"] - one["value"], 0)]]
 
 
 def _saved(figure, axes, path: Path) -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ftjax.data.read import numbered
 from ftjax.errors import FtjaxError, check_known, nearest
-from ftjax.evaluation.resample import intervals, mean_interval, of_sums
+from ftjax.evaluation.resample import intervals, mean_interval
 from ftjax.files import replace_text, write_jsonl
 
 # ---------------------------------------------------------------------------------------------- by a metric
@@ -331,12 +331,12 @@ def strengths(
         for name, share in ((vote.first, vote.share), (vote.second, 1 - vote.share)):
             tally[name, {1.0: "wins", 0.5: "ties", 0.0: "losses"}[share]] += 1
 
-    def reduce(sums):
-        s = bradley_terry(sums.reshape(-1, K, K))
+    def reduce(counts):
+        s = bradley_terry((counts @ by_row.reshape(N, -1)).reshape(-1, K, K))
         zero = s[:, [names.index(base)]] if base is not None else 0
         return {"strength": s, "elo": 1000 + ELO * (s - zero)}
 
-    found = intervals(N, of_sums(by_row.reshape(N, -1), reduce), draws, seed, level)
+    found = intervals(N, reduce, draws, seed, level)
     order = sorted(range(K), key=lambda k: -found["strength"][k]["value"])
     return {
         names[k]: {what: tally[names[k], what] for what in ("wins", "ties", "losses")}

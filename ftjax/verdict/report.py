@@ -144,21 +144,11 @@ def laws(data: dict) -> list[str]:
 REASONS = ("why", "cost", "risk")  # of a decision
 
 
-def meanings(data: dict) -> list[str]:
-    """A description of each contender and each metric."""
-    out = [f"{entry['name']}: {entry['is']}." for entry in data["contenders"]]
-    return out + [f"{name}: {text}." for name, text in data["metrics"].items()]
-
-
 def table(data: dict) -> str:
     """The report for the terminal."""
     titles, lines = scores(data)
-    out = [grid([(title, 0) for title in titles], lines) + data["detail"], *meanings(data)]
-    out += laws(data)
-    out += [f"{f['check']}: {f['contender']}: {f['seen']}. To do: {f['advice']}" for f in data["findings"]]
-    decision = data["decision"]
-    out += ["", f"Fine-tune: {decision['fine_tune']}", *(f"{part.capitalize()}: {decision[part]}" for part in REASONS)]
-    return "\n".join(out)
+    table = grid([(title, 0) for title in titles], lines)
+    return table + page("terminal.jinja", data=data, laws=laws(data), parts=REASONS).rstrip("\n")
 
 
 def notes(data: dict) -> list[str]:
@@ -184,7 +174,7 @@ def words(text: str, other: str) -> list[tuple[str, bool]]:
 
 def markdown(data: dict) -> str:
     """The report as Markdown. Its pictures are files next to it."""
-    return re.sub(r"\n{3,}", "\n\n", page("verdict.md", meanings=meanings(data), **_values(data)))
+    return re.sub(r"\n{3,}", "\n\n", page("verdict.md", **_values(data)))
 
 
 def html(data: dict, folder: Path) -> str:

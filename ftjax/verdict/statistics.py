@@ -20,6 +20,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError, check_known
 from ftjax.evaluation.resample import BLOCK, mean_interval
+from ftjax.pages import macros
 
 LEVEL = 0.95  # level of the intervals; 1 - LEVEL is the rate of false positives
 POWER = 0.8  # probability of detecting a true difference
@@ -401,31 +402,13 @@ def verdicts(
 
 
 def _verdict(c: Comparison, p: float, up: bool, alpha: float, strict: float) -> Verdict:
-    smallest, needed, n = float(c.smallest(strict)), float(c.needed(strict)), c.spread.n
+    smallest, needed = float(c.smallest(strict)), float(c.needed(strict))
     if p < alpha:
         says = text = "better" if up else "worse"
     else:
-        needed = max(needed, float(n + 1))  # the test and Student's t may disagree slightly
-        says, text = "cannot tell", f"cannot tell with {n:,} rows"
-        text += f" and {_seeds(*c.seeds)}" if max(c.seeds) > 1 else ""
-        if not c.informative:
-            most = max(float(c.high), -float(c.low))
-            text += f": all rows score the same; only a difference above {most:.2g} is ruled out"
-        elif math.isfinite(needed):
-            text += f"; about {rounded(needed):,} rows would do"
-        elif c.difference == 0:
-            text += "; there is no difference to be seen"
-        else:
-            text += "; more seeds are needed, no number of rows would do"
+        needed = max(needed, c.spread.n + 1.0)  # the test and Student's t may disagree slightly
+        says, text = "cannot tell", macros("undecided.jinja", rounded=rounded).text(c, needed, math.isfinite(needed))
     return Verdict(says, text, *map(float, (c.difference, c.low, c.high, p)), smallest, needed)
-
-
-def _seeds(own: int, base: int) -> str:
-    """The numbers of seeds of a contender and of the base, as text."""
-    if own == base:
-        return f"{own} seeds"
-    counts = [f"{n} seeds" if n > 1 else "one run" for n in (own, base)]
-    return " beside ".join(counts)
 
 
 def rounded(rows: float) -> int:
