@@ -15,10 +15,11 @@ from ftjax import config as configs
 from ftjax.data.canaries import plant
 from ftjax.data.read import read_table
 from ftjax.errors import FtjaxError
+from ftjax.pages import macros
 from ftjax.training import privacy
 from ftjax.training.job import prepared
 from ftjax.training.run_folder import run_config
-from ftjax.verdict.audit import _verdict, attack, audit, drawn, least_epsilon, matched, one_run_epsilon, p_value
+from ftjax.verdict.audit import attack, audit, drawn, least_epsilon, matched, one_run_epsilon, p_value
 
 RNG = np.random.default_rng(0)
 
@@ -79,10 +80,11 @@ def test_canaries_are_rows_of_random_words(tmp_path):
 def test_the_canaries_alone_count_where_the_base_tells_the_sides_apart():
     won, lost = {"low": 0.8, "high": 0.9, "auc": 0.85}, {"low": 0.4, "high": 0.6, "auc": 0.5}
     report = {"base": won, "epsilon": {"computed": 2.0, "canaries": 0.1}, "succeeds": False}
-    assert "only the canaries count, because the base" in _verdict(report, fair=False)
-    assert _verdict(report | {"succeeds": None}, fair=False).startswith("No verdict: the base")
+    verdict = macros("audit.jinja").verdict
+    assert "only the canaries count, because the base" in verdict(report, fair=False)
+    assert verdict(report | {"succeeds": None}, fair=False).startswith("No verdict: the base")
     report = {"base": lost, "epsilon": {"computed": 2.0, "canaries": 2.1}, "succeeds": True}
-    assert "The canaries refute the guarantee" in _verdict(report, fair=True)
+    assert "The canaries refute the guarantee" in verdict(report, fair=True)
 
 
 def test_a_task_without_a_loss_of_one_row_is_refused(monkeypatch):
