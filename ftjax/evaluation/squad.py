@@ -88,16 +88,9 @@ def answer_rows(answers, predictions, no_answer: bool = False) -> dict[str, np.n
 def answer_metrics(rows) -> Reduce:
     """Exact match and F1. By v2.0 also those of questions with an answer, and the share of the others that are left
     empty."""
-    columns = {name: rows[name] for name in ("exact_match", "f1")}
-
-    def reduce(counts):
-        n = counts.sum(1)
-        out = {name: share(counts @ column, n) for name, column in columns.items()}
-        if "has_answer" in rows:
-            has, without = rows["has_answer"], ~rows["has_answer"]
-            for name, column in columns.items():
-                out[f"{name}_has_answer"] = share(counts @ (column * has), counts @ has)
-            out["no_answer"] = share(counts @ (rows["exact_match"] * without), counts @ without)
-        return out
-
-    return reduce
+    exact, f1, every = rows["exact_match"], rows["f1"], np.ones(len(rows["f1"]), bool)
+    means = {"exact_match": (exact, every), "f1": (f1, every)}  # the scores, and over which rows
+    if "has_answer" in rows:
+        has = rows["has_answer"]
+        means |= {"exact_match_has_answer": (exact, has), "f1_has_answer": (f1, has), "no_answer": (exact, ~has)}
+    return lambda counts: {name: share(counts @ (x * over), counts @ over) for name, (x, over) in means.items()}

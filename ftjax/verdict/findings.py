@@ -14,7 +14,6 @@ import numpy as np
 from ftjax import config as configs
 from ftjax.data.prepare import rows
 from ftjax.data.split import decontaminate
-from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 from ftjax.pages import macros
 from ftjax.training.finite import SMALLER_UPDATES
@@ -103,37 +102,25 @@ def overfitting(case: Case) -> Iterator[tuple[str, str, str]]:
 # ---------------------------------------------------------------------------------------------- leaks, templates
 
 
-def held_out(setting: Setting) -> list[tuple[str, Table]]:
-    """(name, rows) of the part that contenders are evaluated on."""
-    on = setting.config.evaluate.compare_on
-    return [(on, piece.table.select(piece.kept)) for piece in getattr(setting.data, on).pieces]
-
-
 def leaks(case: Case) -> Iterator[tuple]:
     """Find training rows that overlap with held-out rows, as data.decontaminate does."""
-    others = held_out(case.setting)
+    shared, on = case.setting, case.setting.config.evaluate.compare_on
+    others = [(on, piece.table.select(piece.kept)) for piece in getattr(shared.data, on).pieces]
     read = [n for n, m in case.measured.items() if m.contender.kind == "tuned" or m.contender.how.shots]
-    own = [(", ".join(read), None)]
+    own = [(", ".join(read), None)] if read else []
     own += [(n, run.config) for n, m in case.measured.items() if m.contender.kind == "model" for run in m.runs[:1]]
+    trained_on = [piece.table for piece in shared.data.train.pieces]
     for name, config in own:
-        if not name:
-            continue
         try:
-            tables = _trained_on(case.setting, config)
+            tables = [source.tables["train"] for source in rows(config, augmented=False)[0]] if config else trained_on
         except FtjaxError as error:
             yield name, *_texts("unread", error=error)
             continue
-        removed = [r for table in tables for r in decontaminate(table, others, (config or case.setting.config).data)[1]]
+        removed = [r for table in tables for r in decontaminate(table, others, (config or shared.config).data)[1]]
         if removed:
-            twins, on = len({r.twin for r in removed}), case.setting.config.evaluate.compare_on
+            twins = len({r.twin for r in removed})
             texts = _texts("leaks", removed=removed, trained=sum(map(len, tables)), twins=twins, on=on)
             yield name, *texts, twins / max(sum(len(table) for _, table in others), 1)
-
-
-def _trained_on(setting: Setting, config) -> list[Table]:
-    if config is None:
-        return [piece.table for piece in setting.data.train.pieces]
-    return [source.tables["train"] for source in rows(config, augmented=False)[0]]
 
 
 def templates(case: Case) -> Iterator[tuple[str, str, str]]:

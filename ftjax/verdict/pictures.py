@@ -38,8 +38,8 @@ def scores(points: Mapping[str, dict], says: Mapping[str, str], path: Path, *, x
     axes.set_ylim(0.7 - len(points), 0.6)
     axes.tick_params(labelsize=12)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(x_label, fontsize=12)
-    return _saved(figure, axes, path)
+    axes.xaxis.label.set_fontsize(12)
+    return _saved(figure, axes, path, x_label)
 
 
 def quality_cost(
@@ -66,8 +66,7 @@ def quality_cost(
         axes.set_xscale("log")
     else:
         axes.set_xlim(left=0)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    return _saved(figure, axes, path)
+    return _saved(figure, axes, path, x_label, y_label)
 
 
 def forgetting_gain(
@@ -109,8 +108,7 @@ def forgetting_gain(
             for step, x, y in way:
                 beside = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 7, "color": look["color"]}
                 axes.annotate(f"{step:,}", (x, y), **beside)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    return _saved(figure, axes, path)
+    return _saved(figure, axes, path, x_label, y_label)
 
 
 def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: list[str]) -> Path:
@@ -138,8 +136,7 @@ def losses(histories: Mapping[str, Sequence[list[dict]]], path: Path, order: lis
                 faint = {"alpha": 0.25, "color": mine["color"]}
             if len(train[0]):
                 axes.plot(*train, linewidth=1, **faint)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
-    return _saved(figure, axes, path)
+    return _saved(figure, axes, path, "optimizer step", "loss (nats a trained token)")
 
 
 def curves(drawn: Mapping[str, dict], path: Path, order: list[str], *, x_label: str, y_label: str) -> Path:
@@ -184,8 +181,7 @@ def curves(drawn: Mapping[str, dict], path: Path, order: list[str], *, x_label: 
     if 0 < 20 * min(every) <= max(every):
         axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:,g}")
-    axes.set(xlabel=x_label, ylabel=y_label)
-    return _saved(figure, axes, path)
+    return _saved(figure, axes, path, x_label, y_label)
 
 
 def _look(i: int) -> dict:
@@ -197,7 +193,8 @@ def _around(one: dict) -> list[list[float]]:
     return [[max(one["value"] - one["low"], 0)], [max(one["high"] - one["value"], 0)]]
 
 
-def _saved(figure, axes, path: Path) -> Path:
+def _saved(figure, axes, path: Path, x_label: str, y_label: str = "") -> Path:
+    axes.set(xlabel=x_label, ylabel=y_label)
     plain(axes)
     handles, labels = axes.get_legend_handles_labels()
     if handles:

@@ -197,13 +197,14 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     of_base = measured[case.base].scores[metric].mean(0)
     for name, m in measured.items():
         figures = {key: _interval(key, x) for key, x in m.scores.items()}
+        verdict, trains = case.verdicts.get(name), against.get(name)
         entry = {
             "name": name, "kind": kinds[name], "settings": m.contender.settings, "seeds": len(m.scores[metric]),
-            "figures": figures, "verdict": _plain(case.verdicts.get(name)), "cost": dataclasses.asdict(m.cost),
+            "figures": figures, "verdict": verdict and verdict._asdict(), "cost": dataclasses.asdict(m.cost),
             "price": dataclasses.asdict(prices[name]), "forgetting": m.forgetting,
             "checkpoints": [passed._asdict() for passed in m.way],
             "refused": {key: float(x.mean()) for key, x in m.refused.items()}, "runs": [run.path for run in m.runs],
-            "unsupported": m.unsupported, "against_untrained": _plain(against.get(name)), "divergence": m.divergence,
+            "unsupported": m.unsupported, "against_untrained": trains and trains._asdict(), "divergence": m.divergence,
             "is": contender_is(m.contender, config),
             "wins": None if name == case.base else win_rate(m.scores[metric].mean(0), of_base, higher=higher),
             "copied": _copied(m, case.setting),
@@ -230,10 +231,6 @@ def _interval(metric: str, scores: np.ndarray) -> dict[str, float]:
     """The mean of scores (S, N), with its interval over rows and seeds."""
     low, high = statistics.score_interval(scores, find_any(metric).bounds)
     return {"value": float(scores.mean()), "low": float(low), "high": float(high)}
-
-
-def _plain(verdict: statistics.Verdict | None) -> dict | None:
-    return verdict and verdict._asdict()
 
 
 def _copied(measured: Measured, found: Setting) -> float | None:

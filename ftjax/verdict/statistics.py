@@ -143,8 +143,7 @@ def compare(a, b, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0, bo
         raise FtjaxError(
             f"compare: expected scores of the same rows, at least two; found {a.shape[-1]} and {b.shape[-1]} rows"
         )
-    bounds = bounds or bounds_of(a, b)
-    lowest, highest = _range(bounds, a, b)
+    bounds, lowest, highest = _ends(bounds, a, b)
     found, seeds = spread(a, b), (a.shape[-2], b.shape[-2])
     paired = a.mean(-2) - b.mean(-2)
     # Over single runs, because means over seeds differ by less than a row of one run may.
@@ -174,9 +173,10 @@ def bounds_of(*scores) -> Bounds:
     return (0.0, 1.0) if all(np.min(x) >= 0 and np.max(x) <= 1 for x in scores) else None
 
 
-def _range(bounds: Bounds, *scores) -> tuple[float, float]:
-    """The bounds, or the lowest and the highest score found if there are no bounds."""
-    return bounds or (min(float(np.min(x)) for x in scores), max(float(np.max(x)) for x in scores))
+def _ends(bounds: Bounds, *scores) -> tuple[Bounds, float, float]:
+    """The given bounds or those of `bounds_of`, with their ends; without bounds, the lowest and highest score found."""
+    bounds = bounds or bounds_of(*scores)
+    return bounds, *(bounds or (min(float(np.min(x)) for x in scores), max(float(np.max(x)) for x in scores)))
 
 
 def difference_interval(paired: np.ndarray, largest, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
@@ -247,8 +247,7 @@ def score_interval(scores, bounds: Bounds = None, level: float = LEVEL) -> tuple
     from scipy import stats
 
     scores = _scores(scores, "scores")
-    bounds = bounds or bounds_of(scores)
-    lowest, highest = _range(bounds, scores)
+    bounds, lowest, highest = _ends(bounds, scores)
     reach, mean, seeds = (highest - lowest) or 1.0, scores.mean((-2, -1)), scores.shape[-2]
     low, high = (lowest + reach * end for end in mean_interval((scores.mean(-2) - lowest) / reach, level))
     down, up = by_seeds(scores, stats.t.isf((1 - level) / 2, seeds - 1) if seeds > 1 else 0.0, bounds)

@@ -394,7 +394,7 @@ def _run(settings: dict, config, say) -> Outcome:
         say(f"failed: {why}")
         return failed(failed=why)
     else:
-        found, noise = figures(result), _noise(result)
+        found, noise = figures(result)
         joules = None if result.resumed_from else meter.joules  # those of the processes before are not known
         outcome = Outcome(settings, config.seed, str(run_dir), found, result.seconds, noise=noise, joules=joules)
     replace_json(run_dir / OUTCOME, dataclasses.asdict(outcome) | {"asked": _asked(config)})
@@ -407,27 +407,23 @@ def run_joules(run_dir: str) -> float | None:
     return read_json(file).get("joules") if file.is_file() else None
 
 
-def figures(result) -> dict[str, float]:
-    """{name: value} of a run: its losses, and its figures on the test part, or on validation if there is no test
-    part."""
-    found = {"train_loss": result.train_loss}
-    found |= {} if result.val_loss is None else {"val_loss": result.val_loss}
-    values = {name: entry["value"] if isinstance(entry, dict) else entry for name, entry in _judged(result).items()}
-    return found | {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+def figures(result) -> tuple[dict[str, float], dict[str, float]]:
+    """What a run measured: its losses, and its figures on the test part, or on validation if there is no test part.
 
-
-def _judged(result) -> dict:
-    """What was measured on held-out rows: {name: a number, or an entry with its interval}."""
+    Returns:
+        ({name: value}, {name: standard deviation from the sampling of rows}). The latter is half the width of the
+        figure's interval, divided by NORMAL; figures without an interval have none.
+    """
+    losses = {"train_loss": result.train_loss, "val_loss": result.val_loss}
     results = result.results or {}
     judged = results.get("after") or results.get("test") or results.get("validation") or {}
-    return judged.get("metrics", judged)
-
-
-def _noise(result) -> dict[str, float]:
-    """Standard deviation of each figure from the sampling of rows: half the width of its interval, divided by
-    NORMAL."""
-    spans = {n: e for n, e in _judged(result).items() if isinstance(e, dict) and e.get("low") is not None}
-    return {name: (entry["high"] - entry["low"]) / (2 * NORMAL) for name, entry in spans.items()}
+    entries = {n: e if isinstance(e, dict) else {"value": e} for n, e in judged.get("metrics", judged).items()}
+    values = losses | {name: entry["value"] for name, entry in entries.items()}
+    spans = {name: entry for name, entry in entries.items() if entry.get("low") is not None}
+    return (
+        {name: float(value) for name, value in values.items() if isinstance(value, int | float)},
+        {name: (entry["high"] - entry["low"]) / (2 * NORMAL) for name, entry in spans.items()},
+    )
 
 
 def main_figures(config, outcomes: list[Outcome]) -> list[str]:
