@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError, check_known
-from ftjax.evaluation.resample import Reduce, Share, divide, share, totals
+from ftjax.evaluation.resample import Kind, Reduce, Share, divide, share, totals
 
 BINS = 15  # bins of the calibration error, as in Guo et al. 2017
 UNDEFINED = {  # why a figure is None
@@ -197,6 +197,8 @@ def confusion(rows) -> list[list[int]]:
     return np.bincount(rows["label"] * C + rows["predicted"], minlength=C * C).reshape(C, C).tolist()
 
 
+SINGLE = Kind(single_rows, single_metrics, UNDEFINED, ("accuracy", "f1_macro", "mcc"))
+
 # Any number of classes per row
 
 
@@ -245,6 +247,8 @@ def multi_metrics(rows) -> Reduce:
 
     return reduce
 
+
+MULTI = Kind(multi_rows, multi_metrics, UNDEFINED, ("subset_accuracy", "f1_micro", "f1_macro"), absent=True)
 
 # For both
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ftjax.errors import FtjaxError
 from ftjax.evaluation.classification import shares, tally
-from ftjax.evaluation.resample import Reduce, share
+from ftjax.evaluation.resample import Kind, Reduce, share
 
 SAME = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
 UNDEFINED = {  # why a figure is None
@@ -133,3 +133,6 @@ def tag_metrics(rows) -> Reduce:
         return found | {"token_accuracy": share(counts @ rows["right"], counts @ rows["tokens"])}
 
     return reduce
+
+
+KIND = Kind(tag_rows, tag_metrics, UNDEFINED, ("precision", "recall", "f1"))

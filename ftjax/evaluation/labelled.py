@@ -1,69 +1,32 @@
 """Evaluate predictions on labelled rows: every figure with its interval, by group, and the worst mistakes.
 
 This is the common entry to resample, classification, entities, squad, retrieval, regression and preferred. A new kind
-of task is a row of KINDS.
+of task is a Kind in a file of its own and a row of KINDS.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ftjax.errors import FtjaxError, check_known
 from ftjax.evaluation import classification, entities, preferred, regression, retrieval, squad
-from ftjax.evaluation.resample import Reduce, intervals
+from ftjax.evaluation.resample import Kind, intervals
 from ftjax.evaluation.tables import grid
 
 LOWER = ("log_loss", "calibration_error", "mse", "mae", "mean_rank")  # figures where less is better
 SHOWN = 30  # most classes that `table` lists
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How rows of one kind of task are evaluated.
-
-    Attributes:
-        rows: rows(labels, predictions, **settings) -> {name: (N, ...)}, the contribution of each row, with `loss` and
-            `wrong` (N,), and with `tally` where there are classes (see ftjax.evaluation.classification). For tags it is
-            a pair of that and the entity types.
-        metrics: metrics(rows) -> the figures, a Reduce, in the order of the report.
-        undefined: {name of a figure: why it is None}.
-        main: The figures that a table by group shows.
-        absent: Whether macro averages include classes that occur nowhere.
-    """
-
-    rows: Callable[..., dict[str, np.ndarray]]
-    metrics: Callable[[dict], Reduce]
-    undefined: dict[str, str]
-    main: tuple[str, ...]
-    absent: bool = False
-
-
 KINDS = {
-    "single_label": Kind(
-        classification.single_rows,
-        classification.single_metrics,
-        classification.UNDEFINED,
-        ("accuracy", "f1_macro", "mcc"),
-    ),
-    "multi_label": Kind(
-        classification.multi_rows,
-        classification.multi_metrics,
-        classification.UNDEFINED,
-        ("subset_accuracy", "f1_micro", "f1_macro"),
-        absent=True,
-    ),
-    "regression": Kind(
-        regression.regression_rows, regression.regression_metrics, regression.UNDEFINED, ("pearson", "spearman", "mse")
-    ),
-    "tags": Kind(entities.tag_rows, entities.tag_metrics, entities.UNDEFINED, ("precision", "recall", "f1")),
-    "answers": Kind(squad.answer_rows, squad.answer_metrics, squad.UNDEFINED, ("exact_match", "f1")),
-    "retrieval": Kind(
-        retrieval.rank_rows, retrieval.rank_metrics, retrieval.UNDEFINED, ("mrr", "recall_at_1", "recall_at_10")
-    ),
-    "pairs": Kind(preferred.pair_rows, preferred.pair_metrics, {}, ("accuracy", "margin")),
+    "single_label": classification.SINGLE,
+    "multi_label": classification.MULTI,
+    "regression": regression.KIND,
+    "tags": entities.KIND,
+    "answers": squad.KIND,
+    "retrieval": retrieval.KIND,
+    "pairs": preferred.KIND,
 }
 
 

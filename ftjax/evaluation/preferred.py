@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.resample import Reduce, share
+from ftjax.evaluation.resample import Kind, Reduce, share
 
 
 def pair_rows(labels, predictions) -> dict[str, np.ndarray]:
@@ -33,3 +33,6 @@ def pair_metrics(rows) -> Reduce:
         return {"accuracy": accuracy, "margin": counts @ rows["margin"] / n, "log_loss": counts @ rows["loss"] / n}
 
     return reduce
+
+
+KIND = Kind(pair_rows, pair_metrics, {}, ("accuracy", "margin"))

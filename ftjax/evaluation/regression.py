@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.resample import Reduce, divide, totals
+from ftjax.evaluation.resample import Kind, Reduce, divide, totals
 
 UNDEFINED = {  # why a figure is None
     "pearson": "labels or predictions are all the same",
@@ -79,3 +79,6 @@ def _ranks(a):
         return (np.cumsum(n, axis=1) - (n - 1) / 2)[:, codes]
 
     return reduce
+
+
+KIND = Kind(regression_rows, regression_metrics, UNDEFINED, ("pearson", "spearman", "mse"))

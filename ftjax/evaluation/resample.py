@@ -31,6 +31,27 @@ class Share(NamedTuple):
 # counts (B, N) -> name: (B,) or (B, K), NaN where undefined
 Reduce = Callable[[np.ndarray], dict[str, np.ndarray | Share]]
 
+
+class Kind(NamedTuple):
+    """How rows of one kind of task are evaluated.
+
+    Attributes:
+        rows: rows(labels, predictions, **settings) -> {name: (N, ...)}, the contribution of each row, with `loss` and
+            `wrong` (N,), and with `tally` where there are classes (see ftjax.evaluation.classification). For tags it is
+            a pair of that and the entity types.
+        metrics: metrics(rows) -> the figures, a Reduce, in the order of the report.
+        undefined: {name of a figure: why it is None}.
+        main: The figures that a table by group shows.
+        absent: Whether macro averages include classes that occur nowhere.
+    """
+
+    rows: Callable[..., dict[str, np.ndarray]]
+    metrics: Callable[[dict], Reduce]
+    undefined: dict[str, str]
+    main: tuple[str, ...]
+    absent: bool = False
+
+
 BLOCK = 1 << 18  # counts in memory at once: 2 MiB, which fit in a cache
 
 

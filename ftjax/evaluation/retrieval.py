@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ftjax.errors import FtjaxError, NotFinite
-from ftjax.evaluation.resample import Reduce, share
+from ftjax.evaluation.resample import Kind, Reduce, share
 
 AT_ONCE = 1024  # texts compared with all partners at once
 FEWEST = {"mrr": 1, "recall_at_1": 1, "recall_at_10": 10, "mean_rank": 1}  # rows up to which a figure is constant
@@ -55,3 +55,6 @@ def rank_metrics(rows) -> Reduce:
         return found.value if name == "mean_rank" else found
 
     return lambda counts: {name: figure(name, column, counts) for name, column in columns.items()}
+
+
+KIND = Kind(rank_rows, rank_metrics, UNDEFINED, ("mrr", "recall_at_1", "recall_at_10"))

@@ -18,7 +18,7 @@ from collections import Counter
 import numpy as np
 
 from ftjax.errors import FtjaxError
-from ftjax.evaluation.resample import Reduce, share
+from ftjax.evaluation.resample import Kind, Reduce, share
 from ftjax.evaluation.words import composed, spaced, without_punctuation
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -94,3 +94,6 @@ def answer_metrics(rows) -> Reduce:
         has = rows["has_answer"]
         means |= {"exact_match_has_answer": (exact, has), "f1_has_answer": (f1, has), "no_answer": (exact, ~has)}
     return lambda counts: {name: share(counts @ (x * over), counts @ over) for name, (x, over) in means.items()}
+
+
+KIND = Kind(answer_rows, answer_metrics, UNDEFINED, ("exact_match", "f1"))
