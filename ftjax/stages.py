@@ -32,6 +32,7 @@ from ftjax.hub import fingerprint, resolve
 from ftjax.hub.derived import averaged
 from ftjax.lm import LM
 from ftjax.loading import load
+from ftjax.pages import macros
 from ftjax.progress import doing
 from ftjax.tasks.preference import changing
 from ftjax.training import hosts, job, loop
@@ -115,7 +116,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = print) -> Result:
         results = seals.sealed(_results(stages, scores))
         if first:
             replace_json(run_dir / RESULTS, results)
-    say("\n" + _table(stages, results["scores"]) + _sentences(results))
+    changes = macros("stages.jinja").changes(results)
+    say("\n" + _table(stages, results["scores"]) + changes.rstrip("\n"))
     if small := [stage.name for stage in stages if stage.config.model.quantise != "none"]:
         say(f"{', '.join(small)}: trained on a quantised base; {BEFORE} is the base as its files have it")
     picture = hosts.from_first(lambda: str(_picture(stages, results["scores"], run_dir / PICTURE)))
@@ -262,15 +264,6 @@ def _table(stages, scores: dict) -> str:
         cells = [_main(row[stage.name]) if stage.name in row else None for stage in stages]
         lines.append([model, *(f"{cell[0]} {cell[1]:.{DIGITS}f}" if cell else "–" for cell in cells)])
     return "held-out rows of each stage, scored by the model before and after each stage\n" + grid(head, lines)
-
-
-def _sentences(found: dict) -> str:
-    forgotten = [
-        f"{name}: {x:.3f} nats per token forgotten by the last model" for name, x in found["forgotten"].items()
-    ]
-    changed = "earlier stages changed its loss by {:+.3f} before it was trained"
-    moved = [f"{name}: {changed.format(x)}" for name, x in found["transferred"].items()]
-    return "\n".join(forgotten + moved)
 
 
 def _picture(stages, scores: dict, path: Path) -> Path:

@@ -55,10 +55,9 @@ def by_class(config, data: Data) -> tuple[dict, np.ndarray | None]:
     if task.balanced:
         if data.shares is not None:
             raise FtjaxError("task.balanced: a mixture already has shares of its own; set one or the other")
-        drawn |= {"source": classes, "shares": (counts > 0).astype(float)[counts > 0] if counts.all() else None}
-        if drawn["shares"] is None:
-            lacking = ", ".join(data.labels[c] for c in np.flatnonzero(counts == 0))
-            raise FtjaxError(f"task.balanced: train has no row of {lacking}")
+        if lacking := [data.labels[c] for c in np.flatnonzero(counts == 0)]:
+            raise FtjaxError(f"task.balanced: train has no row of {', '.join(lacking)}")
+        drawn |= {"source": classes, "shares": np.ones(len(counts))}
     weights = tuple(task.class_weights)
     if not weights:
         return drawn, None

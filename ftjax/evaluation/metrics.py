@@ -310,45 +310,38 @@ def _sacrebleu():
     return sacrebleu
 
 
-def bleu_row(prediction, references, *_) -> float:
-    """Sentence BLEU with effective order, by `sacrebleu`; 0 to 100. Words are as in `bleu_corpus`."""
-    bleu = _sacrebleu().BLEU(effective_order=True)
-    score = bleu.sentence_score(spaced(prediction), [spaced(text) for text in references]).score
-    return min(100.0, score)  # rounding may exceed 100
+def bleu(lowercase: bool = False) -> Metric:
+    """BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100. A sentence's has effective
+    order.
 
-
-def bleu_corpus(predictions, references) -> float | None:
-    """Corpus BLEU (Papineni et al. 2002, Post 2018), by `sacrebleu` with its defaults; 0 to 100.
-
-    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. None if no
+    Each character of a script without spaces is a word, as in sacrebleu's tokenizer `zh`. The figure is None if no
     prediction and no reference has four consecutive words, because BLEU counts 4-grams.
+
+    lowercase: Whether letters count as their small ones.
     """
-    bleu = _sacrebleu().BLEU()
-    predictions, references = [spaced(p) for p in predictions], [[spaced(text) for text in r] for r in references]
-    longest = [text for texts in references for text in texts]
-    found = bleu.corpus_score(predictions, _streams(references))
-    four_words = found.totals[-1] or bleu.corpus_score(longest, [longest]).totals[-1]
-    return min(100.0, found.score) if four_words else None
+
+    def row(prediction, references, *_):
+        whole = _sacrebleu().BLEU(lowercase=lowercase, effective_order=True)
+        score = whole.sentence_score(spaced(prediction), [spaced(text) for text in references]).score
+        return min(100.0, score)  # rounding may exceed 100
+
+    def corpus(predictions, references):
+        whole = _sacrebleu().BLEU(lowercase=lowercase)
+        predictions, references = [spaced(p) for p in predictions], [[spaced(text) for text in r] for r in references]
+        longest = [text for texts in references for text in texts]
+        found = whole.corpus_score(predictions, _streams(references))
+        four_words = found.totals[-1] or whole.corpus_score(longest, [longest]).totals[-1]
+        return min(100.0, found.score) if four_words else None
+
+    what = f"runs of words {IN_COMMON} 100"
+    what = what.replace(", from", ", in lower case, from") if lowercase else what
+    return Metric(row, corpus, best=100.0, description=what)
 
 
 def _streams(references: list[list[str]]) -> list[list[str | None]]:
     """References in sacrebleu's form: the first of every prediction, then the second, and so on; None where there is
     none."""
     return [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
-
-
-def lowered(metric: Metric) -> Metric:
-    """A metric with a corpus figure, applied to all texts in lower case."""
-
-    def low(texts):
-        return [text.lower() if isinstance(text, str) else low(text) for text in texts]
-
-    return dataclasses.replace(
-        metric,
-        row=lambda prediction, references, *rest: metric.row(*low([prediction, references]), *rest),
-        corpus=lambda *texts: metric.corpus(*low(texts)),
-        description=metric.description.replace(", from", ", in lower case, from"),
-    )
 
 
 def chrf_row(prediction, references, *_) -> float:
@@ -362,7 +355,6 @@ def chrf_corpus(predictions, references) -> float:
     return _sacrebleu().CHRF().corpus_score([composed(p) for p in predictions], _streams(references)).score
 
 
-BLEU = Metric(bleu_row, bleu_corpus, best=100.0, description=f"runs of words {IN_COMMON} 100")
 UNSUPPORTED = "share of an answer's sentences that the passage does not support, by words in common"
 METRICS = {
     "exact_match": Metric(exact_match, description="share of answers that equal a right one"),
@@ -375,8 +367,8 @@ METRICS = {
     "rouge_1": rouge("rouge1", "words"),
     "rouge_2": rouge("rouge2", "pairs of words"),
     "rouge_l": rouge("rougeL", "words in the same order"),
-    "bleu": BLEU,
-    "bleu_lower": lowered(BLEU),  # the E2E challenge's convention
+    "bleu": bleu(),
+    "bleu_lower": bleu(lowercase=True),  # the E2E challenge's convention
     "chrf": Metric(chrf_row, chrf_corpus, best=100.0, description=f"runs of characters {IN_COMMON} 100"),
     "coverage": Metric(
         coverage, compares=False, description="share of the required words that an answer uses, from 0 to 1"
