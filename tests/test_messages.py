@@ -191,7 +191,7 @@ CALLS = {
     "train.router_z: 0.1, but this model has no experts; set it to 0": lambda: tasks.objective(
         config(train__router_z=0.1), SimpleNamespace(config=SimpleNamespace(experts=0, balance=0.0, balanced=False))
     ),
-    "compare.curve_of: 'tunde' (did you mean \"tuned\"?) is no trained contender; name some of: tuned": lambda: (
+    "compare.curve_of: no trained contender 'tunde' (did you mean \"tuned\"?); expected one of tuned": lambda: (
         amounts.with_curves(contenders.parse(c := config(compare__curve=(5,), compare__curve_of=("tunde",))), c)
     ),
     "compare.ballots needs generated answers, and task.kind classify has labels; set compare.ballots=0": lambda: (

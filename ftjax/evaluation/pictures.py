@@ -66,7 +66,7 @@ def reliability_picture(report: dict, path: str | Path) -> Path:
     known = error["low"] is not None
     within = f" ({error['low']:.3f} to {error['high']:.3f})" if known else ""
     axes.set_title(f"Calibration error {error['value']:.3f}{within}, {report['rows']:,} rows")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     below.bar(low, rows, width=width, align="edge", color=BLUE, alpha=0.6)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="rows")
     for each in (axes, below):
@@ -98,7 +98,8 @@ def plot_losses(history: list[dict], path: str | Path) -> Path:
         axes.plot(steps[best], losses[best], "*", color=RED, markersize=14, label=label, zorder=3)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)", title="Loss")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        # A fixed place: matplotlib warns where it searches for the best one for more than a second.
+        axes.legend(frameon=False, loc="upper right")
     plain(axes)
     return saved(figure, path)
 
@@ -112,11 +113,9 @@ def series(history: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _running_mean(x: np.ndarray, width: int) -> np.ndarray:
     """Mean over the `width` values around each value, over fewer at the ends, without NaN."""
-    there, place = np.isfinite(x), np.arange(len(x))
-    sums, counts = (np.concatenate([[0.0], np.cumsum(a)]) for a in (np.where(there, x, 0.0), there))
-    first, end = np.maximum(place - width // 2, 0), np.minimum(place + width // 2 + 1, len(x))
-    with np.errstate(invalid="ignore"):
-        return (sums[end] - sums[first]) / (counts[end] - counts[first])
+    there, around = np.isfinite(x), np.ones(2 * (width // 2) + 1)
+    sums, counts = (np.convolve(a, around, "same") for a in (np.where(there, x, 0.0), there))
+    return np.divide(sums, counts, out=np.full(len(x), np.nan), where=counts > 0)
 
 
 def new_axes(width: float, height: float, rows: int = 1, **how):

@@ -173,7 +173,7 @@ def _config(model, config, overrides, data: str | None = None, say=None):
         without = lambda names: tuple(name for name in names if ":" not in name)  # noqa: E731
         config.evaluate.metrics, key = without(config.evaluate.metrics), "evaluate.metrics"
         config.data.mixture = [one | ({key: without(one[key])} if key in one else {}) for one in config.data.mixture]
-        config.task.rewards = tuple(name for name in config.task.rewards if ":" not in name)
+        config.task.rewards = without(config.task.rewards)
         config.task.environment = ""
         if data:
             config.evaluate.compare_rows = 0  # how many of its own rows the run answered
@@ -279,14 +279,11 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
     lm = model if isinstance(model, LM) else load(model)
     data, differing = _shared(config)
 
-    def same(*fields: str) -> None:
-        for name in fields:
-            if name in differing:
-                values = "; ".join(f"{source}: {value!r}" for source, value in differing[name].items())
-                advice = "; name one by --template" if name == "prompt" else "; answer with LM.generate in Python"
-                raise FtjaxError(
-                    f"generate: the sources of this run have several values of data.{name} ({values}){advice}"
-                )
+    def same(name: str) -> None:
+        if name in differing:
+            values = "; ".join(f"{source}: {value!r}" for source, value in differing[name].items())
+            advice = "; name one by --template" if name == "prompt" else "; answer with LM.generate in Python"
+            raise FtjaxError(f"generate: the sources of this run have several values of data.{name} ({values}){advice}")
 
     def prompt(text: str, place: str = "--prompt") -> Rendered:
         if chat or data.template:
@@ -303,7 +300,8 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
             same("template")
             rendered += [asked(row, place, data.template, data.system) for row, place in rows]
         else:
-            same(*["prompt"] * (not template))
+            if not template:
+                same("prompt")
             only = table.columns == ["text"]
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template", table.columns)
             rendered += [prompt(fill(parts, row, place), place) for row, place in rows]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ftjax import tasks
-from ftjax.errors import FtjaxError, nearest
+from ftjax.errors import FtjaxError, check_known
 from ftjax.training.program import fill_defaults
 from ftjax.verdict import curve
 from ftjax.verdict.contenders import Contender
@@ -33,11 +33,7 @@ def with_curves(contenders: list[Contender], config) -> list[Contender]:
         )
     tuned = {c.name: c for c in contenders if c.kind == "tuned"}
     for name in comp.curve_of:
-        if name not in tuned:
-            raise FtjaxError(
-                f"compare.curve_of: {name!r}{nearest(name, tuned)} is no trained contender; name some of: "
-                f"{', '.join(tuned)}"
-            )
+        check_known(name, tuned, "compare.curve_of: no trained contender")
     chosen = [tuned[name] for name in comp.curve_of] or list(tuned.values())
     for contender in chosen:
         own = next((key for key in contender.settings if key.startswith("data.")), None)

@@ -18,11 +18,13 @@ class Meter:
     """A meter of energy. `joules` is the energy from its start to the last reading; None if no counter can be read."""
 
     def __init__(self, root: Path = ROOT):
-        # The counter of a package, `intel-rapl:0`, includes those of its parts, such as `intel-rapl:0:1`.
-        folders = [folder for folder in sorted(root.glob("*rapl:*")) if folder.name.count(":") == 1]
-        self.counters = [
-            (f / "energy_uj", int((f / "max_energy_range_uj").read_text())) for f in folders if _readable(f)
-        ]
+        self.counters = []  # (file, its highest value)
+        for folder in sorted(root.glob("*rapl:*")):
+            # The counter of a package, `intel-rapl:0`, includes those of its parts, such as `intel-rapl:0:1`.
+            if folder.name.count(":") == 1:
+                with contextlib.suppress(OSError):  # since 2020 only root may read them: they reveal what is computed
+                    (folder / "energy_uj").read_text()
+                    self.counters.append((folder / "energy_uj", int((folder / "max_energy_range_uj").read_text())))
         self.joules = 0.0 if self.counters else None
         self.last = self._read()
 
@@ -35,14 +37,6 @@ class Meter:
 
     def _read(self) -> list[int]:
         return [int(file.read_text()) for file, _ in self.counters]
-
-
-def _readable(folder: Path) -> bool:
-    try:
-        (folder / "energy_uj").read_text()
-    except OSError:  # since 2020 only root may read them, because they reveal what is computed
-        return False
-    return True
 
 
 @contextlib.contextmanager

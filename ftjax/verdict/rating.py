@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -22,7 +21,7 @@ import numpy as np
 from ftjax.data.read import numbered
 from ftjax.errors import FtjaxError, check_known, nearest
 from ftjax.evaluation.resample import intervals, mean_interval
-from ftjax.files import replace_text, write_jsonl
+from ftjax.files import replacing, write_jsonl
 
 # ---------------------------------------------------------------------------------------------- by a metric
 
@@ -123,11 +122,10 @@ def write_ballots(
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, BALLOT)
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_text(path, text.getvalue())
+    with replacing(path) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, BALLOT)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 WRITERS = {".jsonl": write_jsonl, ".csv": _write_csv}
@@ -204,16 +202,12 @@ def agreement(votes: Sequence[Vote]) -> dict:
     for vote in votes:
         by_pair.setdefault((vote.row, vote.first, vote.second), {})[vote.rater] = vote.share
     by_all = [[given[rater] for rater in raters] for given in by_pair.values() if len(given) == len(raters)]
-    kappa = None
-    if len(raters) > 1 and by_all:
-        codes = sorted(set(RATINGS.values()))
-        table = np.array([[codes.index(share) for share in row] for row in by_all])
-        if len(raters) == 2:
-            kappa = cohen_kappa(*table.T)
-        else:
-            kappa = fleiss_kappa(np.stack([(table == c).sum(1) for c in range(len(codes))], axis=1))
-        kappa = None if math.isnan(kappa) else kappa
-    return {"kappa": kappa, "raters": len(raters), "ballots": len(by_all)}
+    kappa = math.nan
+    if by_all and len(raters) == 2:
+        kappa = cohen_kappa(*zip(*by_all))
+    elif by_all and len(raters) > 2:
+        kappa = fleiss_kappa([[row.count(share) for share in sorted(RATINGS.values())] for row in by_all])
+    return {"kappa": None if math.isnan(kappa) else kappa, "raters": len(raters), "ballots": len(by_all)}
 
 
 def cohen_kappa(x: Sequence, y: Sequence) -> float:

@@ -66,7 +66,6 @@ def compare(
     asked, settings = parse(config), config.to_dict()
     curved = with_curves(asked, config)
     metric = _metric(config)
-    higher = find_any(metric).higher
     if config.log.compilation_cache:
         use_compilation_cache()
     folder, out, elsewhere = Path(config.run_dir), Path(out or config.run_dir), out
@@ -90,8 +89,8 @@ def compare(
         if c.name in measured:
             run = functools.partial(learning_curve, c, found, measured[c.name], metric, say)
             curves += [one for one in [_tried(f"{c.name}, learning curve", lost, say, run)] if one is not None]
-    case = judged(found, measured, metric, higher)._replace(lost=lost)
-    data = plain(case, metric, higher, curves) | {"config": settings, "ftjax": ftjax.__version__}
+    case = judged(found, measured, metric)._replace(lost=lost)
+    data = plain(case, metric, curves) | {"config": settings, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
     data["pictures"] = draw(data, measured, out)
@@ -151,31 +150,30 @@ def _metric(config) -> str:
 # ---------------------------------------------------------------------------------------------- the verdict
 
 
-def judged(found: Setting, measured: dict[str, Measured], metric: str, higher: bool, base: str = "") -> Case:
+def judged(found: Setting, measured: dict[str, Measured], metric: str, base: str = "") -> Case:
     """The comparison with a verdict on every contender against the base.
 
     Args:
         found: The setting.
         measured: {name: Measured}.
         metric: The metric that the verdict is about.
-        higher: Whether more of it is better.
         base: The contender that the others are compared with; empty: the first.
 
     Returns:
         The Case.
     """
     base, scores = base or next(iter(measured)), {name: m.scores[metric] for name, m in measured.items()}
-    how = {"higher": higher, "seed": found.config.seed, "bounds": find_any(metric).bounds}
-    return Case(found, measured, base, statistics.verdicts(scores, base, **how))
+    by = find_any(metric)
+    verdicts = statistics.verdicts(scores, base, higher=by.higher, seed=found.config.seed, bounds=by.bounds)
+    return Case(found, measured, base, verdicts)
 
 
-def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
+def plain(case: Case, metric: str, curves: list[dict]) -> dict:
     """All content of the report as plain data.
 
     Args:
         case: The comparison, from `judged`.
         metric: The metric that the verdict is about.
-        higher: Whether more of it is better.
         curves: Learning curves, see ftjax.verdict.amounts.learning_curve.
 
     Returns:
@@ -184,15 +182,15 @@ def plain(case: Case, metric: str, higher: bool, curves: list[dict]) -> dict:
     measured, config = case.measured, case.setting.config
     n = measured[case.base].scores[metric].shape[-1]
     kinds = {name: m.contender.kind for name, m in measured.items()}
-    entries = []
-    sign, against = 1 if higher else -1, {}
+    entries, against = [], {}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    higher, bounds = find_any(metric).higher, find_any(metric).bounds
     ready = [name for name, kind in kinds.items() if kind in UNTRAINED]
-    untrained = max(ready, key=lambda name: sign * measured[name].scores[metric].mean(), default="")
+    best = max if higher else min
+    untrained = best(ready, key=lambda name: measured[name].scores[metric].mean(), default="")
     if untrained:  # chosen on these rows, which favours it: a contender that still beats it is better all the more
         others = {name: m for name, m in measured.items() if name == untrained or name not in ready}
-        against = judged(case.setting, others, metric, higher, untrained).verdicts
-    bounds = find_any(metric).bounds
+        against = judged(case.setting, others, metric, untrained).verdicts
     prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
     of_base = measured[case.base].scores[metric].mean(0)
     for name, m in measured.items():

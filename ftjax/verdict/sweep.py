@@ -168,12 +168,12 @@ def _plan(config, points: Sequence[search.Point], seeds: int, fixed: dict, say, 
     folder, jobs = Path(config.run_dir), []
     for point in points:
         for seed in range(config.seed, config.seed + seeds):
-            c = configs.copy(config)
-            configs.override(c, [*point, *budget])
-            settings = {text.partition("=")[0]: None for text in (*point, *budget)}
-            settings = {key: configs.flat(c)[key] for key in settings}
+            c, texts = configs.copy(config), [*point, *budget]
+            configs.override(c, texts)
+            flat = configs.flat(c)
+            settings = {key: flat[key] for key in (text.partition("=")[0] for text in texts)}
             _share_rows(c, config, fixed, say)
-            c.seed, c.run_dir = seed, str(folder / _name([*point, *budget, f"seed={seed}"]))
+            c.seed, c.run_dir = seed, str(folder / _name([*texts, f"seed={seed}"]))
             jobs.append((settings, c))
     return jobs
 
@@ -478,15 +478,12 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
     Returns:
         The path; None if there is no such axis or no such figure.
     """
-    numbers = {}
-    for key in outcomes[0].settings:
-        found = {o.settings[key] for o in outcomes}
-        number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
-        if len(found) > 1 and (number or key == "model.path"):
-            numbers[key] = len(found)
+    varied = {key: {o.settings[key] for o in outcomes} for key in outcomes[0].settings}
+    numbers = [key for key, found in varied.items() if len(found) > 1 and (key == "model.path" or _numeric(found))]
     if not numbers:
         return None
-    key = next((k for k in AMOUNTS if k in numbers), None) or max(numbers, key=numbers.get)
+    key = next((k for k in AMOUNTS if k in numbers), None) or max(numbers, key=lambda key: len(varied[key]))
+    x_label = "parameters" if key == "model.path" else key
     amount = functools.cache(_parameters) if key == "model.path" else lambda value: value
     curves: dict[str, dict] = {}
     for outcome in outcomes:
@@ -497,17 +494,20 @@ def draw(outcomes: list[Outcome], name: str, path: Path, say=print) -> Path | No
             points.setdefault(amount(outcome.settings[key]), []).append(outcome.figures[name])
     if not curves:
         return None
-    if key not in AMOUNTS:
-        drawn = {label: curve.drawn(points) for label, points in curves.items()}
-        return pictures.curves(drawn, path, list(drawn), x_label=key, y_label=name)
-    noise = [o.noise[name] for o in outcomes if name in o.noise]
-    what = "the parameters" if key == "model.path" else "the data"
-    how = {**law_of(name), "noise": float(np.mean(noise)) if noise else 0.0, "what": what}
-    drawn = {label: curve.report(points, **how) for label, points in curves.items()}
-    for label, one in drawn.items():
-        say(f"{label}: {one['says']}")
-    replace_json(path.with_name("curves.json"), drawn)
-    return pictures.curves(drawn, path, list(drawn), x_label="parameters" if key == "model.path" else key, y_label=name)
+    drawn = {label: curve.drawn(points) for label, points in curves.items()}
+    if key in AMOUNTS:
+        noise = [o.noise[name] for o in outcomes if name in o.noise]
+        what = "the parameters" if key == "model.path" else "the data"
+        how = {**law_of(name), "noise": float(np.mean(noise)) if noise else 0.0, "what": what}
+        drawn = {label: curve.report(points, **how) for label, points in curves.items()}
+        for label, one in drawn.items():
+            say(f"{label}: {one['says']}")
+        replace_json(path.with_name("curves.json"), drawn)
+    return pictures.curves(drawn, path, list(drawn), x_label=x_label, y_label=name)
+
+
+def _numeric(values) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def law_of(name: str) -> dict:

@@ -58,6 +58,15 @@ def test_reliability_is_drawn(tmp_path):
     pixels(pictures.reliability_picture(one, tmp_path / "one.png"))
 
 
+def test_no_place_is_searched_for_a_legend(tmp_path, monkeypatch):
+    def searched(*_):
+        raise AssertionError("matplotlib warns where this takes more than a second")
+
+    monkeypatch.setattr("matplotlib.legend.Legend._find_best_position", searched)
+    pictures.reliability_picture(report(3), tmp_path / "reliability.png")
+    pictures.plot_losses([{"step": i, "loss": 1.0, "val_loss": 1.0} for i in range(3)], tmp_path / "loss.png")
+
+
 def test_learning_curves_are_drawn(tmp_path):
     few = {k: [0.5 + 0.01 * k, 0.52 + 0.01 * k] for k in (1, 4, 16, 32)}
     steps = {k: [k / 3000] for k in range(0, 2000, 100)}
