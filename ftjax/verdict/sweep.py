@@ -318,9 +318,8 @@ def _name(texts: list[str]) -> str:
 def _asked(config) -> dict:
     """What a run's outcome depends on, as plain JSON data: fields of the config, and digests of the files that they
     name; see `_by_content`."""
-    settings = {key: value for key, value in configs.flat(config).items() if not key.startswith(FREE)}
-    judged = ("evaluate.", "generate.", "task.")
-    settings |= {key: value for key, value in configs.flat(config).items() if key.startswith(judged)}
+    judged, flat = ("evaluate.", "generate.", "task."), configs.flat(config)
+    settings = {key: value for key, value in flat.items() if key.startswith(judged) or not key.startswith(FREE)}
     return _by_content(json.loads(json.dumps(settings | contents(config))))
 
 
