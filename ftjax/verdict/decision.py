@@ -145,11 +145,11 @@ def decide(data: dict) -> dict[str, str]:
         leaked = says == "better" and _leaked(best, data)
         fine_tune = OPEN if leaked else {"better": YES, "worse": NO}.get(says, OPEN)
         why = say.why(best, other, data, leaked)
-    cost = "Nothing was trained, so there is no cost." if data["untrained"] else "The table says what training took."
-    if best:
-        alike = other and other["kind"] != MAJORITY and other["price"]["unit"] == best["price"]["unit"]
-        cost = say.cost(best, other if alike else None, paid(best) if fine_tune == YES else "")
-    return {"fine_tune": fine_tune, "why": why, "cost": cost, "risk": _risk(best, data)}
+    alike = best and other and other["kind"] != MAJORITY and other["price"]["unit"] == best["price"]["unit"]
+    cost = say.cost(best, other if alike else None, paid(best) if fine_tune == YES else "", data)
+    mine = [f for f in data["findings"] if not best or best["name"] in f["contender"] or f["check"] == "failed runs"]
+    mine.sort(key=lambda f: list(RISKS).index(f["check"]) if f["check"] in RISKS else len(RISKS))
+    return {"fine_tune": fine_tune, "why": why, "cost": cost, "risk": say.risk(best, mine, data)}
 
 
 def nobody(data: dict) -> str:
@@ -181,13 +181,3 @@ def paid(entry: dict) -> str:
         monthly = f" with at least {rounded(load):,} requests a month" if load and math.isfinite(load) else ""
         out += [f"than {name}{total}{monthly}"] if total or monthly else []
     return named(out) if out else ""
-
-
-def _risk(best: dict | None, data: dict) -> str:
-    mine = [f for f in data["findings"] if not best or best["name"] in f["contender"] or f["check"] == "failed runs"]
-    mine.sort(key=lambda f: list(RISKS).index(f["check"]) if f["check"] in RISKS else len(RISKS))
-    if not mine:
-        nothing = f"The checks ({', '.join(RISKS)}) found nothing."
-        return nothing if best or not data["untrained"] else "Nothing was trained."
-    others = dict.fromkeys(f["check"] for f in mine if f["check"] != mine[0]["check"])
-    return sentences().risk(best, mine[0], list(others))

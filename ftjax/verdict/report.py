@@ -151,14 +151,6 @@ def table(data: dict) -> str:
     return table + page("terminal.jinja", data=data, laws=laws(data), parts=REASONS).rstrip("\n")
 
 
-def notes(data: dict) -> list[str]:
-    """Notes on how to read the figures."""
-    by_words = any(entry["unsupported"] is not None for entry in data["contenders"])
-    by_words |= any("unsupported" in entry["figures"] for entry in data["contenders"])
-    beside = len(changes(data)[0]) > 1
-    return page("notes.jinja", data=data, beside=beside, by_words=by_words, copied=COPIED).splitlines()
-
-
 # ---------------------------------------------------------------------------------------------- differences
 
 
@@ -197,6 +189,8 @@ def html(data: dict, folder: Path) -> str:
 def _values(data: dict) -> dict:
     """Values for both pages. A table or list that is empty or None gets no section."""
     beside, pictures = changes(data), data["pictures"].items()
+    by_words = any(e["unsupported"] is not None or "unsupported" in e["figures"] for e in data["contenders"])
+    notes = page("notes.jinja", data=data, beside=len(beside[0]) > 1, by_words=by_words, copied=COPIED)
     return {
         "data": data,
         "parts": REASONS,
@@ -205,7 +199,7 @@ def _values(data: dict) -> dict:
         "scores": scores(data),
         "costs": costs(data),
         "changes": beside if len(beside[0]) > 1 else None,
-        "notes": notes(data),
+        "notes": notes.splitlines(),
         "learning": learning(data) if data["curves"] else None,
         "laws": laws(data),
         "law": sentences().about_laws(),
