@@ -19,6 +19,7 @@ import pyarrow as pa
 from ftjax import user_code
 from ftjax.data import columns
 from ftjax.data.table import CHUNK, Table, need_columns
+from ftjax.data.template import PROMPT_COLUMN as PROMPT
 from ftjax.data.template import parse
 from ftjax.errors import FtjaxError, check_known
 
@@ -26,7 +27,6 @@ Op = Callable[[str, float, np.random.Generator], str]  # (text, share of words o
 Make = Callable[[dict, np.random.Generator, str], dict | None]  # (row, rng, place) -> row, or None for no row
 
 MARK = "augmented"  # column that says how a synthetic row was made; null for a row that was read
-PROMPT = "prompt_template"  # column with the template that renders a row's prompt; null: data.prompt does
 BY_FUNCTION, BY_PROMPT = "function", "prompt"  # values of MARK, besides the names of OPS
 TRIES = 10  # most draws for a row that differs from its original and its earlier copies
 # Columns that hold an answer if no template names them.

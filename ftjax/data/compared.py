@@ -19,13 +19,6 @@ from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
 
 OFTEN, SHARE = 10, 0.05  # number and share of rows above which a common prompt does not identify a row
-FIELDS = {  # form: (columns that the model reads, columns of the answer)
-    "text": (("text",), ()),
-    "prompt": (("prompt",), ("completion", "response")),
-    "question": (("question",), ("answer",)),
-    "instruction": (("instruction", "input"), ("output", "instances")),
-    "ballot": (("prompt",), ("left", "right")),
-}
 SYSTEM = ("system", "developer")  # roles whose text is the same in many rows
 SHOWN = ("content", "value", "name", "tool_calls", *template.THINKING)  # fields of a message that templates show
 
@@ -110,9 +103,10 @@ def sides(data, columns: Sequence[str], task=None) -> Sides:
             form = template.guess(columns, data.prompt, data.completion) if data.form == "auto" else data.form
         except FtjaxError:
             form = ""
-        if form in ("messages", "sharegpt", "preference", "ranked"):
+        found = template.FORMS.get(form)
+        if found and not found.read:
             return Sides(lambda row: _turns(row)[0], functools.partial(_answers, both=this.texts == 2), label)
-        read, answers = FIELDS.get(form, ((), ()))
+        read, answers = (found.read, found.answer) if found else ((), ())
         if form == "template":
             read, answers = ([name for _, name in template.parse(text, "data.prompt") if name]
                           for text in (data.prompt, data.completion))  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 
 from ftjax.data.batches import Batches
 from ftjax.data.prepare import PARTS, Data, Gone, Report
-from ftjax.data.template import MEANING
+from ftjax.data.template import FORMS
 from ftjax.data.tokenise import Example
 from ftjax.pages import page
 
@@ -135,7 +135,7 @@ def visible(text: str) -> str:
 
 def _sentences(r: Report) -> list[str]:
     how = "guessed by the columns" if r.guessed else "as configured"
-    meaning = f": {MEANING[r.form]}" if r.form in MEANING else ""
+    meaning = f": {FORMS[r.form].note}" if r.form in FORMS and FORMS[r.form].note else ""
     return [f"{r.source}, form {r.form!r} ({how}){meaning}, at most {r.max_length:,} tokens a row", *too_long(r)]
 
 

@@ -10,6 +10,7 @@ import os.path
 import re
 import string
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ftjax.data.chat_templates import ALPACA_INPUT, TEMPLATES
 from ftjax.errors import FtjaxError, check_known, nearest
@@ -77,9 +78,9 @@ def guess(columns, prompt: str = "", completion: str = "") -> str:
     """
     if prompt or completion:
         return "template"
-    for form, needed in GUESS:
-        if all(any(name in columns for name in names) for names in needed):
-            return form
+    for name, form in FORMS.items():
+        if all(any(one in columns for one in names) for names in form.needs):
+            return name
     raise FtjaxError(
         f"data.form: no known form fits the columns {', '.join(columns)}. Known: messages; conversations; instruction "
         "(input) output; prompt completion (or response); question answer; prompt (or conversations) chosen rejected; "
@@ -109,24 +110,20 @@ def renderer(
         FtjaxError: If a setting cannot be used.
     """
     check_known(form, ("template", *FORMS), "data.form: unknown form")
-    render = _from_templates(prompt, completion) if form == "template" else FORMS[form]
+    render = _from_templates(prompt, completion) if form == "template" else FORMS[form].render
     if template and form == "text":
         raise FtjaxError(
             f"data.template={template!r}: rows of form text are not conversations; leave data.template empty, or set "
             "data.prompt and data.completion to the question and the answer"
         )
-    if template:
-        between = ALPACA_INPUT if template == "alpaca" else "\n\n"
-        bare = {"instruction": functools.partial(_asked, between=between), "question": _bare_question}
-        bare["ballot"] = functools.partial(_first_pair, form="ballot", template=template)
-        render = bare.get(form, render)
 
     def whole(row: dict, place: str) -> Rendered:
         if form != "template":
             _refuse_images(row, place)
-        rendered = render(row, place)
+        rendered = render(row, place, template)
         if rendered.messages is None and template:
-            rendered = Rendered(messages=_asked_and_answered(rendered.prompt, rendered.completion))
+            asked, answer = {"role": "user", "content": rendered.prompt}, rendered.completion
+            rendered = Rendered(messages=(asked, {"role": "assistant", "content": answer}))
         if rendered.messages is not None:
             if not any(_answers_with(message) for message in rendered.messages):
                 raise FtjaxError(
@@ -202,11 +199,14 @@ def before_answer(messages: tuple[dict, ...]) -> tuple[dict, ...]:
 # ---------------------------------------------------------------------------------------------- the forms
 
 
-def _text(row: dict, place: str) -> Rendered:
+# Each of these functions is the `render` of a Form.
+
+
+def _text(row: dict, place: str, template: str) -> Rendered:
     return Rendered("", _answer(field(row, "text", place), place))
 
 
-def _prompt(row: dict, place: str) -> Rendered:
+def _prompt(row: dict, place: str, template: str) -> Rendered:
     answer = "response" if row.get("completion") is None and row.get("response") is not None else "completion"
     if isinstance(row.get("prompt"), list):  # TRL's conversational form, of which only the completion is trained
         asked, answered = _turns(row, "prompt", place), row.get(answer)
@@ -216,41 +216,31 @@ def _prompt(row: dict, place: str) -> Rendered:
     return Rendered(field(row, "prompt", place), _answer(field(row, answer, place), place))
 
 
-def _question(row: dict, place: str) -> Rendered:
-    bare = _bare_question(row, place)
-    return Rendered(f"Question: {bare.prompt}\nAnswer:", f" {bare.completion}")
+def _question(row: dict, place: str, template: str) -> Rendered:
+    question, answer = field(row, "question", place), _answer(field(row, "answer", place), place)
+    return Rendered(question, answer) if template else Rendered(f"Question: {question}\nAnswer:", f" {answer}")
 
 
-def _bare_question(row: dict, place: str) -> Rendered:
-    return Rendered(field(row, "question", place), _answer(field(row, "answer", place), place))
-
-
-def _instruction(row: dict, place: str) -> Rendered:
-    instruction, given, output = _task(row, place)
-    template = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
-    return Rendered(template.format(instruction=instruction, input=given), output)
-
-
-def _asked(row: dict, place: str, between: str) -> Rendered:
-    instruction, given, output = _task(row, place)
-    return Rendered(instruction + (between + given if given else ""), output)
-
-
-def _task(row: dict, place: str) -> tuple[str, str, str]:
-    """(instruction, input, output). The last two may be in `instances`, as in the seed tasks of Self-Instruct."""
+def _instruction(row: dict, place: str, template: str) -> Rendered:
+    """Input and output may be in `instances`, as in the seed tasks of Self-Instruct."""
     if row.get("output") is None and isinstance(row.get("instances"), list):
         if len(row["instances"]) != 1:
             raise FtjaxError(f"{place}: {len(row['instances'])} `instances`; expected one; write each as its own row")
         row = row | row["instances"][0]
     given = "" if row.get("input") in (None, "") else field(row, "input", place)
-    return field(row, "instruction", place), given, _answer(field(row, "output", place), place)
+    instruction, output = field(row, "instruction", place), _answer(field(row, "output", place), place)
+    if template:
+        between = ALPACA_INPUT if template == "alpaca" else "\n\n"
+        return Rendered(instruction + (between + given if given else ""), output)
+    prompt = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
+    return Rendered(prompt.format(instruction=instruction, input=given), output)
 
 
-def _messages(row: dict, place: str, column: str = "messages") -> Rendered:
+def _messages(row: dict, place: str, template: str, column: str = "messages") -> Rendered:
     return Rendered(messages=_turns(row, column, place))
 
 
-def _preference(row: dict, place: str) -> Rendered:
+def _preference(row: dict, place: str, template: str) -> Rendered:
     """The chosen answer of a preference. It may be text, a message, or messages.
 
     The messages may begin with the answer, or with the first message of the conversation. If there is no prompt, a text
@@ -353,8 +343,8 @@ def pairs(form: str, row: dict, place: str, template: str = "") -> list[dict]:
     return [row | {"chosen": answers[i], "rejected": answers[j]} for i, j in found]
 
 
-def _first_pair(row: dict, place: str, form: str, template: str = "") -> Rendered:
-    return _preference(pairs(form, row, place, template)[0], place)
+def _first_pair(row: dict, place: str, template: str, form: str) -> Rendered:
+    return _preference(pairs(form, row, place, template)[0], place, template)
 
 
 def _hh_turns(text: str, place: str) -> tuple[dict, ...]:
@@ -375,34 +365,47 @@ def _untrained(messages: tuple[dict, ...]) -> tuple[dict, ...]:
     return tuple(m | {"train": False} if m["role"] == "assistant" else m for m in messages)
 
 
-FORMS = {
-    "text": _text,
-    "prompt": _prompt,
-    "question": _question,
-    "instruction": _instruction,
-    "messages": _messages,
-    "sharegpt": functools.partial(_messages, column="conversations"),
-    "preference": _preference,
-    "ranked": functools.partial(_first_pair, form="ranked"),
-    "ballot": functools.partial(_first_pair, form="ballot"),
-}
+class Form(NamedTuple):
+    """What the rows of a form hold, and how they become text.
+
+    Attributes:
+        render: render(row, place, data.template) -> Rendered, the text of a row. See `renderer`.
+        needs: Groups of names of columns. The form fits rows that have a column of each group.
+        read: Columns of the text that the model reads. Empty: rows hold conversations.
+        answer: Columns of the text that it should answer.
+        note: What the user should know of the form.
+    """
+
+    render: Callable[[dict, str, str], Rendered]
+    needs: tuple[tuple[str, ...], ...]
+    read: tuple[str, ...] = ()
+    answer: tuple[str, ...] = ()
+    note: str = ""
+
+
 PAIRED = ("preference", "ranked", "ballot")  # forms that say which of two answers is better
 RANKED = ("responses", "completions", "answers")  # columns with a list of answers, the best first or with ranks
-# (form, groups of names of columns). A form fits if the row has a column of each group; the first that fits is taken.
-GUESS = (
-    ("preference", (("chosen",), ("rejected",))),
-    ("ballot", (("prompt",), ("left",), ("right",), ("rating",))),
-    ("ranked", (("prompt", "conversations", "messages"), RANKED, ("ranks", "scores"))),
-    ("messages", (("messages",),)),
-    ("sharegpt", (("conversations",),)),
-    ("instruction", (("instruction",), ("output", "instances"))),
-    ("prompt", (("prompt",), ("completion", "response"))),
-    ("question", (("question",), ("answer",))),
-    ("text", (("text",),)),
-)
-# Notes for the user, by form.
-MEANING = dict.fromkeys(PAIRED, "the chosen answer is trained, the rejected one is not used")
-MEANING["ranked"] = "the best answer is trained, the others are not used"
+CHOSEN = "the chosen answer is trained, the rejected one is not used"
+BEST = "the best answer is trained, the others are not used"
+FORMS = {  # of the forms that fit the columns, the first is taken
+    "preference": Form(_preference, (("chosen",), ("rejected",)), note=CHOSEN),
+    "ballot": Form(
+        functools.partial(_first_pair, form="ballot"), (("prompt",), ("left",), ("right",), ("rating",)),
+        ("prompt",), ("left", "right"), CHOSEN,
+    ),
+    "ranked": Form(
+        functools.partial(_first_pair, form="ranked"),
+        (("prompt", "conversations", "messages"), RANKED, ("ranks", "scores")), note=BEST,
+    ),
+    "messages": Form(_messages, (("messages",),)),
+    "sharegpt": Form(functools.partial(_messages, column="conversations"), (("conversations",),)),
+    "instruction": Form(
+        _instruction, (("instruction",), ("output", "instances")), ("instruction", "input"), ("output", "instances")
+    ),
+    "prompt": Form(_prompt, (("prompt",), ("completion", "response")), ("prompt",), ("completion", "response")),
+    "question": Form(_question, (("question",), ("answer",)), ("question",), ("answer",)),
+    "text": Form(_text, (("text",),), ("text",)),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -414,10 +417,6 @@ def _answers_with(message: dict) -> bool:
 
 def _says(message: dict) -> bool:
     return _answers_with(message) or any(message.get(key) for key in THINKING)
-
-
-def _asked_and_answered(prompt: str, completion: str) -> tuple[dict, ...]:
-    return {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
 
 
 def _conversation(messages: tuple[dict, ...], row: dict, place: str, template: str, system: str) -> Rendered:
@@ -550,7 +549,7 @@ def _from_templates(prompt: str, completion: str) -> Callable[[dict, str], Rende
             f"data.completion: {completion!r} names no {{column}}, so every row would get the same answer; add one"
         )
 
-    def render(row: dict, place: str) -> Rendered:
+    def render(row: dict, place: str, template: str) -> Rendered:
         # The columns decide whether the answer is empty. The rendered template is not, if it has text of its own.
         if not any(field(row, name, place).strip() for _, name in after if name):
             _answer("", place)

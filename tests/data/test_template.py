@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from ftjax.data.read import read_table
-from ftjax.data.template import GUESS, Rendered, asked, guess, question, reference, renderer
+from ftjax.data.template import FORMS, Rendered, asked, guess, question, reference, renderer
 from ftjax.errors import FtjaxError
 
 
@@ -94,7 +94,7 @@ def test_reference_is_the_answer_and_question_what_comes_before():
 )
 def test_guesses(columns, form):
     assert guess(columns) == form
-    assert form in dict(GUESS)
+    assert form in FORMS
 
 
 @pytest.mark.parametrize(
