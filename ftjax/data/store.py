@@ -350,6 +350,7 @@ def _install(encode) -> None:
     """In a worker process: keep the encoder, whose tokenizer takes longer to send than a chunk takes to encode."""
     global _encoder
     _encoder = encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
 
 
 def _encode(rows: list[dict], places: list[str]) -> list[Example]:
@@ -371,8 +372,6 @@ def _pool(processes: int, encode):
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__spec__ = None
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _install, (encode,))
     try:
         yield pool  # which starts a worker where a task finds none idle
@@ -384,9 +383,6 @@ def _pool(processes: int, encode):
     finally:
         pool.shutdown(cancel_futures=True)
         main.__dict__.update(hidden)
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _write(folder: Path, chunks: Iterable[list[Example]]) -> dict:
