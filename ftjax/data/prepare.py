@@ -252,14 +252,6 @@ class Part:
         row = np.concatenate([np.zeros(0, int), *(piece.kept for piece in self.pieces)])
         return np.cumsum((np.diff(piece, prepend=0) != 0) | (np.diff(row, prepend=row[:1]) != 0))
 
-    def origin(self, i: int) -> tuple[int, int]:
-        """(index of the piece, index of the row in its table) of an example. Several examples may share a row."""
-        for n, piece in enumerate(self.pieces):
-            if i < len(piece.kept):
-                return n, int(piece.kept[i])
-            i -= len(piece.kept)
-        raise IndexError(i)
-
     def recipe(self, i: int) -> Recipe | labelled.Labelled:
         """The recipe by which the row of an example became tokens."""
         return self._at(i)[0].recipe
@@ -318,8 +310,12 @@ class Part:
         return self.examples.select(np.flatnonzero(self.source == index))
 
     def _at(self, i: int) -> tuple[Piece, int]:
-        n, at = self.origin(i)
-        return self.pieces[n], at
+        """(the piece, index of the row in its table) of an example. Several examples may share a row."""
+        for piece in self.pieces:
+            if i < len(piece.kept):
+                return piece, int(piece.kept[i])
+            i -= len(piece.kept)
+        raise IndexError(i)
 
 
 class Gone(NamedTuple):
@@ -467,31 +463,24 @@ def _tokenised(
     if task.encode:
         names = labelled.names_of(config, [(source.data, source.whole) for source in chosen], known)
 
-    def note(source: Source, table: Table, found) -> None:
-        left = unread(found, table) if "train" in parts else []
-        text = f"columns that are no part of the texts or labels: {', '.join(left)}"
-        if left and text not in source.notes:
-            source.notes.append(text)
-
     def how(source: Source, table: Table):
-        if not task.encode:
-            if task.recipe:
-                found, guessed = task.recipe(config, source.data, table.columns, max_length, max_positions)
-                if truths:
-                    found.check()
-                if task.texts == 2:  # a reward may read any column of a prompt's row
-                    note(source, table, found)
-                return found, guessed
+        guessed, notes = False, []
+        if task.encode:
+            found = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
+            found, notes = labelled.reading(found, table, source.whole, labels_as)
+            if config.task.text not in ("", found.text):
+                notes.append(f"{table.files[0]} has no column {config.task.text!r}; texts are read from {found.text!r}")
+        elif task.recipe:
+            found, guessed = task.recipe(config, source.data, table.columns, max_length, max_positions)
+            if truths:
+                found.check()
+        else:
             found, guessed = recipe(source.data, table.columns)
-            note(source, table, found)
-            return found, guessed
-        own = labelled.recipe(config, source.data, table, names, pool, max_length, truths)
-        own, notes = labelled.reading(own, table, source.whole, labels_as)
-        if config.task.text not in ("", own.text):
-            notes.append(f"{table.files[0]} has no column {config.task.text!r}; texts are read from {own.text!r}")
+        by_reward = task.recipe and task.texts == 1  # a reward may read any column of a prompt's row
+        if "train" in parts and not by_reward and (left := unread(found, table)):
+            notes.append(f"columns that are no part of the texts or labels: {', '.join(left)}")
         source.notes.extend(text for text in notes if text not in source.notes)
-        note(source, table, own)
-        return own, False
+        return found, guessed
 
     done = {part: _part(part, chosen, config.data, how, tokenizer, read_by, max_length, cache) for part in parts}
     done = {part: done.get(part, Part()) for part in PARTS}
