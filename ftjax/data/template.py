@@ -9,7 +9,7 @@ import json
 import os.path
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ftjax.data.chat_templates import ALPACA_INPUT, TEMPLATES
@@ -176,11 +176,11 @@ def reference(rendered: Rendered) -> str:
     """The answer of a row: its completion, or the last assistant message, followed by its tool calls as JSON."""
     if rendered.messages is None:
         return rendered.completion.strip()
-    answers = [m for m in rendered.messages if m["role"] == "assistant"]
-    if not answers:
+    if not (found := answers(rendered.messages)):
         return ""
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in answers[-1].get("tool_calls", ())]
-    return "\n".join([answers[-1]["content"].strip(), *calls]).strip()
+    last = rendered.messages[found[-1]]
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in last.get("tool_calls", ())]
+    return "\n".join([last["content"].strip(), *calls]).strip()
 
 
 def question(rendered: Rendered) -> str:
@@ -190,10 +190,19 @@ def question(rendered: Rendered) -> str:
     return "\n".join(m["content"] for m in before_answer(rendered.messages)).strip()
 
 
-def before_answer(messages: tuple[dict, ...]) -> tuple[dict, ...]:
-    """The messages before the assistant's last one; all messages if it has none."""
-    answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-    return messages[: answers[-1] if answers else None]
+def answers(messages: Sequence[dict]) -> list[int]:
+    """The indices of the assistant's messages."""
+    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def before_answer(messages: tuple[dict, ...], goes_on: bool = False) -> tuple[dict, ...]:
+    """The messages before the assistant's last one; all messages if it has none.
+
+    goes_on: whether it is all messages too if the last one is not the assistant's.
+    """
+    found = answers(messages)
+    open_ = not found or goes_on and found[-1] < len(messages) - 1
+    return messages if open_ else messages[: found[-1]]
 
 
 # ---------------------------------------------------------------------------------------------- the forms

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.data import chat_templates, template
-from ftjax.data.template import THINKING, Rendered
+from ftjax.data.template import THINKING, Rendered, answers, before_answer
 from ftjax.errors import FtjaxError
 from ftjax.hub.tokenizer import Marks, end_token, last_close, marks, shared, show, turn_close
 
@@ -80,18 +80,18 @@ def encode(
             of that turn; if a token holds parts of two turns; if no token of a row would be trained.
     """
     end_id = end_token(tokenizer, end)
-    chats = {}  # {name of a template: its Chat}
+    chat_of = functools.cache(lambda name: _chat(name, end, tokenizer))
     examples = []
     for first in range(0, len(rendered), CHUNK):
         chunk = rendered[first : first + CHUNK]
         plain = [i for i, r in enumerate(chunk) if r.messages is None]
         done = dict(zip(plain, _encode_plain([chunk[i] for i in plain], tokenizer, train_on, end_id)))
         for name in dict.fromkeys(r.template for r in chunk if r.messages is not None):
-            chat = chats[name] = chats.get(name) or _chat(name, end, tokenizer)
+            chat = chat_of(name)
             mine = [i for i, r in enumerate(chunk) if r.messages is not None and r.template == name]
             at = [place(first + i) for i in mine]
             plans = [_plan(chat, _as_text(chat, chunk[i], at), train_on, at) for i, at in zip(mine, at)]
-            done |= zip(mine, _encode_chats(plans, chats[name], end_id))
+            done |= zip(mine, _encode_chats(plans, chat, end_id))
         examples += [_example(*done[i], place, first + i) for i in range(len(chunk))]
     return examples
 
@@ -116,15 +116,16 @@ def encode_prompts(
     for i, r in enumerate(rendered):
         _check_characters(r.prompt if r.messages is None else "".join(m["content"] for m in r.messages), place(i))
     plain = iter(_prompt_ids(texts, tokenizer))
-    chats, prompts = {}, []
+    chat_of, prompts = functools.cache(lambda name: _chat(name, end, tokenizer)), []
     for i, r in enumerate(rendered):
         if r.messages is not None:
-            chats[r.template] = chats.get(r.template) or _chat(r.template, end, tokenizer)
-            r = _as_text(chats[r.template], r, place(i))
-            prompts.append(_show(chats[r.template], r, open_messages(r, goes_on), True, place(i)))
-            _need_all(chats[r.template], r, open_messages(r, goes_on), prompts[-1], place(i))
-    chat = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
-    return [np.array(next(plain if r.messages is None else chat), np.int32) for r in rendered]
+            chat = chat_of(r.template)
+            r = _as_text(chat, r, place(i))
+            messages = before_answer(r.messages, goes_on)
+            prompts.append(_show(chat, r, messages, True, place(i)))
+            _need_all(chat, r, messages, prompts[-1], place(i))
+    chats = iter(_one_bos(_ids(tokenizer, prompts, special=False), tokenizer))
+    return [np.array(next(plain if r.messages is None else chats), np.int32) for r in rendered]
 
 
 def _check_characters(text: str, place: str) -> None:
@@ -136,13 +137,6 @@ def _check_characters(text: str, place: str) -> None:
             f"{place}: holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character; mend "
             "or remove it"
         ) from None
-
-
-def open_messages(row: Rendered, goes_on: bool) -> tuple[dict, ...]:
-    """The messages of a conversation that are its prompt; goes_on: see `encode_prompts`."""
-    turns = _answers(row.messages)
-    open_ = not turns or goes_on and turns[-1] < len(row.messages) - 1
-    return row.messages if open_ else row.messages[: turns[-1]]
 
 
 def reply(row: Rendered, answer: str, messages: tuple[dict, ...], tokenizer, place: str, end: str = "") -> list[int]:
@@ -184,7 +178,7 @@ def reference(row: Rendered, tokenizer, place: str = row_number(0), end: str = "
     Returns:
         Text without special tokens, normalised by `answer_of`.
     """
-    turns = _answers(row.messages or ())
+    turns = answers(row.messages or ())
     if not turns or not row.messages[turns[-1]].get("tool_calls"):
         return template.reference(row)
     chat = _chat(row.template, end, tokenizer)
@@ -304,15 +298,15 @@ def _plan(chat: Chat, row: Rendered, train_on: str, place: str) -> Plan:
     if row.tools:
         chat_templates.check_tools(row.template, chat.tokenizer)
     everything = train_on == "all"
-    answers = _answers(row.messages)
-    left_out = [k for k, message in enumerate(row.messages) if not message.get("train", True) and k not in answers]
+    turns = answers(row.messages)
+    left_out = [k for k, message in enumerate(row.messages) if not message.get("train", True) and k not in turns]
     if everything and left_out:
         raise FtjaxError(
             f"{place}: message {left_out[0] + 1}, of the role {row.messages[left_out[0]]['role']!r}, is marked as not "
             "trained (`train` false or `weight` 0), and with data.train_on=all only answers can be left out; remove "
             "the mark, or set data.train_on=assistant"
         )
-    wanted = answers[-1:] if train_on == "last" else answers
+    wanted = turns[-1:] if train_on == "last" else turns
     # If everything is trained, the untrained turns have to be located; otherwise the trained turns.
     found = [k for k in wanted if row.messages[k].get("train", True) != everything]
     if not everything and not found:
@@ -337,10 +331,11 @@ def _need_all(chat: Chat, row: Rendered, messages: Sequence[dict], text: str, pl
 
     Many templates show nothing of a role that they do not know. `text` is the rendered text of the messages.
     """
-    names = [name for name in chat_templates.able(chat.tokenizer) if name not in ("tokenizer", row.template)]
-    others = f"set data.template to one of {', '.join(names)}"
     if row.tools and text in (_show(chat, dataclasses.replace(row, tools=()), messages, g, place) for g in (0, 1)):
-        raise FtjaxError(f"{place}: the chat template does not show the tools of this row; remove them, or {others}")
+        raise FtjaxError(
+            f"{place}: the chat template does not show the tools of this row; remove them, or "
+            f"{_other_templates(chat, row)}"
+        )
     rare = [k for k, m in enumerate(messages) if m["role"] not in ("user", "assistant") and m["content"].strip()]
     if not rare:
         return
@@ -355,7 +350,7 @@ def _need_all(chat: Chat, row: Rendered, messages: Sequence[dict], text: str, pl
         if f"{mark}{k}x" not in shown:
             raise FtjaxError(
                 f"{place}: the chat template leaves out message {k + 1}, whose role is {messages[k]['role']!r}; write "
-                f"it with a role that the template shows, remove it, or {others}"
+                f"it with a role that the template shows, remove it, or {_other_templates(chat, row)}"
             )
 
 
@@ -447,9 +442,13 @@ def _unused(row: Rendered) -> str:
 
 def _advice(chat: Chat, row: Rendered, k: int) -> str:
     """What the user can do if message k cannot be trained."""
-    others = 'set data.train_on="last", mark the answer with "train": false, or ' * (k != _answers(row.messages)[-1])
+    others = 'set data.train_on="last", mark the answer with "train": false, or ' * (k != answers(row.messages)[-1])
+    return others + _other_templates(chat, row)
+
+
+def _other_templates(chat: Chat, row: Rendered) -> str:
     names = [name for name in chat_templates.able(chat.tokenizer) if name not in ("tokenizer", row.template)]
-    return f"{others}set data.template to one of {', '.join(names)}"
+    return f"set data.template to one of {', '.join(names)}"
 
 
 def _marked(message: dict, mark: str) -> dict:
@@ -530,10 +529,6 @@ def _closed(whole: str, chat: Chat) -> bool:
     """Whether an end token is the last text of a chat, ignoring white space."""
     last = next(reversed(list(chat.marks.ends.finditer(whole))), None)
     return last is not None and not whole[last.end() :].strip()
-
-
-def _answers(messages: Sequence[dict]) -> list[int]:
-    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _show(chat: Chat, row: Rendered, messages: Sequence[dict], generation: bool, place: str) -> str:

@@ -363,7 +363,7 @@ def episodes(
         recipe.check_room(ids, place)
         talk = None
         if shown.messages is not None:
-            talk = dataclasses.replace(shown, messages=tokenise.open_messages(shown, True))
+            talk = dataclasses.replace(shown, messages=template.before_answer(shown.messages, True))
         played.append(Episode(place, recipe, ids.tolist(), talk, worlds.get(n)))
     for turn in range(config.rollout.turns):
         most = lambda one: one.recipe.max_length - N - len(one.prompt)  # noqa: E731
