@@ -176,8 +176,7 @@ def _by_op(op: Op, settings) -> Make:
 
 def _by_function(named: str, table: Table) -> Make:
     function = user_code.load(named, "data.augment.function")
-    names = set(table.columns)
-    check = _storable(table)
+    kinds = {field.name: field.type for field in table.cells.schema}
 
     def make(row: dict, rng: np.random.Generator, place: str) -> dict | None:
         try:
@@ -189,36 +188,29 @@ def _by_function(named: str, table: Table) -> Make:
         where = f"{place}: data.augment.function {named!r}"
         if not isinstance(new, dict):
             raise FtjaxError(f"{where} returned {type(new).__name__}; expected a row (a dict), or None for no row")
-        if set(new) != names:
-            other = ", ".join(sorted(map(str, set(new) ^ names)))
+        if new.keys() != kinds.keys():
+            other = ", ".join(sorted(map(str, new.keys() ^ kinds.keys())))
             raise FtjaxError(
                 f"{where}: the returned row must have the same columns as the row it received; different: {other}"
             )
-        check(new, where)
+        for name, cell in new.items():
+            _check_storable(name, cell, kinds[name], where)
         return new
 
     return make
 
 
-def _storable(table: Table) -> Callable[[dict, str], None]:
-    """A check that the cells of a row have the types of the columns."""
-    kinds = {field.name: field.type for field in table.cells.schema}
-
-    def check(row: dict, where: str) -> None:
-        for name, cell in row.items():
-            try:
-                kind = columns.infer([cell])
-                stored = columns.decode(columns.encode([cell], kind))
-            except columns.FAULTS as error:
-                raise FtjaxError(f"{where}: column {name!r}: {error}") from error
-            nested = isinstance(cell, list | dict)
-            free = kinds[name] not in (pa.null(), *columns.SCALARS.values())  # a column that holds lists or objects
-            if nested and stored != [cell] or not (nested and free) and columns.unify(kinds[name], kind) != kinds[name]:
-                raise FtjaxError(
-                    f"{where}: column {name!r} has the type {kinds[name]}, which cannot store {cell!r:.80}"
-                )
-
-    return check
+def _check_storable(name: str, cell, kind: pa.DataType, where: str) -> None:
+    """Raise FtjaxError, which begins with `where`, if the column `name` of this type cannot store a cell."""
+    try:
+        own = columns.infer([cell])
+        stored = columns.decode(columns.encode([cell], own))
+    except columns.FAULTS as error:
+        raise FtjaxError(f"{where}: column {name!r}: {error}") from error
+    nested = isinstance(cell, list | dict)
+    free = kind not in (pa.null(), *columns.SCALARS.values())  # a column that holds lists or objects
+    if nested and stored != [cell] or not (nested and free) and columns.unify(kind, own) != kind:
+        raise FtjaxError(f"{where}: column {name!r} has the type {kind}, which cannot store {cell!r:.80}")
 
 
 def _check_prompts(table: Table, data) -> None:

@@ -137,16 +137,17 @@ class Batches:
 
     def rows(self, step: int) -> list[np.ndarray]:
         """The indices of the examples in each row of a step's batch. An empty row has none."""
-        return np.split(*self._members(self._at(step)[1]))
+        members, sizes = self._members(self._at(step)[1])
+        return np.split(members, np.cumsum(sizes)[:-1])
 
     def _at(self, step: int) -> tuple[int, np.ndarray]:
         epoch, at = divmod(step, len(self))
         return self._epoch(epoch)[at]
 
     def _members(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(examples of these rows one after another, at which of them each row but the first begins)."""
+        """(examples of these rows one after another, their number in each row)."""
         sizes = np.where(rows >= 0, self.sizes[rows], 0)
-        return self.members[np.repeat(self.first[rows], sizes) + _ranges(sizes)], np.cumsum(sizes)[:-1]
+        return self.members[np.repeat(self.first[rows], sizes) + _ranges(sizes)], sizes
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The whole batch of a step; see `get`."""
@@ -174,8 +175,7 @@ class Batches:
         bucket, rows = self._at(step)
         rows, ex = rows[row_slice], self.examples
         B, T, M = len(rows), int(self.widths[bucket]), int(self.label_widths[bucket])
-        sizes = np.where(rows >= 0, self.sizes[rows], 0)
-        example, _ = self._members(rows)
+        example, sizes = self._members(rows)
         row, segment = np.repeat(np.arange(B), sizes), _ranges(sizes)
         length = ex.length[example]
         position = _ranges(length)

@@ -21,7 +21,8 @@ def load(folder: Path):
     """The tokenizer that transformers makes of the file, by the class that the directory names.
 
     Raises FtjaxError if the file has another format, if the package that reads it is missing, or if transformers makes
-    another tokenizer of it, as it does if the class uses another algorithm than the file.
+    another tokenizer of it, as it does if the class uses another algorithm than the file. The caller turns the errors
+    of SentencePiece and transformers into one that names the directory.
     """
     file, way = folder / FILE, f"or put the tokenizer.json of this tokenizer into {folder}"
     if file.read_bytes()[:1] != b"\n":  # the tag of the first field of the format, a piece
@@ -37,11 +38,8 @@ def load(folder: Path):
         ) from None
     from transformers import AutoTokenizer
 
-    try:
-        pieces = SentencePieceProcessor(model_file=str(file))
-        found = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        raise FtjaxError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    pieces = SentencePieceProcessor(model_file=str(file))
+    found = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
     if found(PROBE, add_special_tokens=False)["input_ids"] != pieces.encode(PROBE):
         raise FtjaxError(
             f"{file}: transformers' {type(found).__name__} makes other tokens of this model than SentencePiece does; "

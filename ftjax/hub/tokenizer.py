@@ -94,7 +94,7 @@ def load_tokenizer(folder: Path, model_folder: Path | None = None):
     if (special := folder / "special_tokens_map.json").is_file():
         read_json(special, **SPECIAL)
     model_folder = Path(model_folder or folder)
-    plain = not spm.alone(folder) and _is_plain(folder, model_folder)
+    plain = _is_plain(folder, model_folder)
     if plain:
         from transformers import PreTrainedTokenizerFast  # noqa: F401  the import must not count for the time limit
     else:
@@ -119,9 +119,7 @@ def _loaded(folder: Path, plain: bool):
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, use_fast=True, trust_remote_code=False, local_files_only=True
             )
-            if not file.is_file():
-                return tokenizer
-            if _follow_file(getattr(tokenizer, "backend_tokenizer", None), file):
+            if not file.is_file() or _follow_file(getattr(tokenizer, "backend_tokenizer", None), file):
                 return tokenizer
     from transformers import PreTrainedTokenizerFast
 
