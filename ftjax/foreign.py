@@ -133,7 +133,7 @@ def parse_json(text: str | bytes, where):
         return json.loads(text)
     except RecursionError:
         raise FtjaxError(f"{where}: invalid JSON: nested too deeply") from None
-    except ValueError as error:  # also for numbers of thousands of digits, and for bytes that are not UTF-8
+    except (ValueError, TypeError) as error:  # also for numbers of thousands of digits, and for what is no text
         raise FtjaxError(f"{where}: invalid JSON: {error}") from None
 
 

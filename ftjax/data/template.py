@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ftjax.data.chat_templates import ALPACA_INPUT, TEMPLATES
 from ftjax.errors import FtjaxError, check_known, nearest
+from ftjax.foreign import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,24 +261,10 @@ def _preference(row: dict, place: str, template: str) -> Rendered:
     chosen = row.get("chosen")
     if not isinstance(chosen, str | list | dict):
         chosen = field(row, "chosen", place)
-    if isinstance(chosen, str) and row.get(column) is None and chosen.lstrip().startswith(("Human:", "Assistant:")):
-        return Rendered(messages=_hh_turns(chosen, place))
-    if isinstance(chosen, str) and isinstance(row.get("rejected"), str) and column not in row:
-        if other := next((name for name in ASKED if name in row), ""):
-            raise FtjaxError(
-                f"{place}: column 'prompt' does not exist; rename {other!r} to 'prompt', or remove it if the prompt is "
-                "what both answers begin with"
-            )
-        if not (asked := _beginning(chosen, row["rejected"])):
-            raise FtjaxError(
-                f"{place}: column 'prompt' does not exist, and 'chosen' and 'rejected' do not begin alike, so that "
-                "their beginning is no prompt either; put what was asked into a column 'prompt'"
-            )
-        return Rendered(asked, _answer(chosen[len(asked) :], place))
     if isinstance(chosen, str) and not isinstance(row.get(column), list):
-        return Rendered(field(row, "prompt", place), _answer(chosen, place))
+        return _preferred_text(row, chosen, place)
     if isinstance(chosen, str):
-        chosen = [{"role": "assistant", "content": chosen}]
+        chosen = {"role": "assistant", "content": chosen}
     chosen = _turns({"chosen": [chosen] if isinstance(chosen, dict) else chosen}, "chosen", place)
     if isinstance(row.get(column), list):
         asked = _turns(row, column, place)
@@ -298,6 +285,25 @@ def _preference(row: dict, place: str, template: str) -> Rendered:
             )
         return Rendered(messages=chosen)
     return Rendered(messages=({"role": "user", "content": field(row, "prompt", place)}, *chosen))
+
+
+def _preferred_text(row: dict, chosen: str, place: str) -> Rendered:
+    """The chosen text, after the prompt in its own column or after what both texts begin with."""
+    if row.get("prompt") is None and chosen.lstrip().startswith(("Human:", "Assistant:")):
+        return Rendered(messages=_hh_turns(chosen, place))
+    if "prompt" in row or not isinstance(row.get("rejected"), str):
+        return Rendered(field(row, "prompt", place), _answer(chosen, place))
+    if other := next((name for name in ASKED if name in row), ""):
+        raise FtjaxError(
+            f"{place}: column 'prompt' does not exist; rename {other!r} to 'prompt', or remove it if the prompt is "
+            "what both answers begin with"
+        )
+    if not (asked := _beginning(chosen, row["rejected"])):
+        raise FtjaxError(
+            f"{place}: column 'prompt' does not exist, and 'chosen' and 'rejected' do not begin alike, so that their "
+            "beginning is no prompt either; put what was asked into a column 'prompt'"
+        )
+    return Rendered(asked, _answer(chosen[len(asked) :], place))
 
 
 def _beginning(one: str, other: str) -> str:
@@ -458,7 +464,7 @@ def _turn(message, where: str) -> dict:
     if not isinstance(role, str):
         raise FtjaxError(f"{where} should be an object with `role` and `content`")
     if role == "function_call":
-        turn["tool_calls"], turn["content"] = _json(turn.get("content"), f"{where}: the function call"), ""
+        turn["tool_calls"], turn["content"] = parse_json(turn.get("content"), f"{where}: the function call"), ""
     turn["role"] = role = ROLES.get(role, role)
     if "tool_calls" in turn:
         turn["tool_calls"] = _calls(turn["tool_calls"], where)
@@ -499,7 +505,7 @@ def _calls(calls, where: str) -> list[dict]:
             raise FtjaxError(f"{where}: a tool call should be an object with `name` and `arguments`, found {call!r}")
         arguments = function.get("arguments")
         if isinstance(arguments, str) and arguments.strip():  # OpenAI's format; templates write objects as JSON
-            arguments = _json(arguments, f"{where}: the arguments of {function['name']!r}")
+            arguments = parse_json(arguments, f"{where}: the arguments of {function['name']!r}")
         arguments = {} if arguments is None or isinstance(arguments, str) else arguments
         rest = {key: cell for key, cell in _there(call).items() if key not in ("function", "name", "arguments")}
         out.append({"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}})
@@ -510,9 +516,9 @@ def _tools(tools, place: str) -> tuple[dict, ...]:
     """The tools in a cell as the schemas that chat templates expect, {"type": "function", "function": {...}}."""
     if tools is None or tools == "":
         return ()
-    tools = _json(tools, f"{place}: `tools`") if isinstance(tools, str) else tools
+    tools = parse_json(tools, f"{place}: `tools`") if isinstance(tools, str) else tools
     tools = tools if isinstance(tools, list) else [tools]
-    tools = [_json(tool, f"{place}: `tools`") if isinstance(tool, str) else tool for tool in tools]
+    tools = [parse_json(tool, f"{place}: `tools`") if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise FtjaxError(f"{place}: `tools` should be a list of JSON schemas, or that list as JSON text")
     tools = [_there(tool) for tool in tools]
@@ -535,13 +541,6 @@ def _thinking_as_text(message: dict) -> dict:
 def _there(cells: dict) -> dict:
     """The cells that are not None. Nested values are kept as they are, because there somebody wrote the null."""
     return {key: cell for key, cell in cells.items() if cell is not None}
-
-
-def _json(text, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, TypeError) as error:
-        raise FtjaxError(f"{where}: expected JSON: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- templates over columns

@@ -379,7 +379,12 @@ def test_templates_hold_plain_columns_only(template):
         ("messages", {"messages": [CHAT[0], EMPTY, *CHAT]}, r"f.csv row 3: message 2 is an empty answer"),
         ("messages", {"messages": [CHAT[0] | {"train": "no"}]}, r"row 3: message 1: `train` should be true or false"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"message 1: `content` should be text, found"),
-        ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: expected JSON: Expecting"),
+        ("messages", {"messages": CHAT, "tools": "["}, r"f.csv row 3: `tools`: invalid JSON: Expecting"),
+        (
+            "messages",
+            {"messages": CHAT, "tools": "[" * 100_000},
+            "f.csv row 3: `tools`: invalid JSON: nested too deeply",
+        ),
         ("messages", {"messages": CHAT, "tools": [3]}, r"f.csv row 3: `tools` should be a list of JSON schemas"),
         (
             "messages",
@@ -391,7 +396,7 @@ def test_templates_hold_plain_columns_only(template):
         (
             "sharegpt",
             {"conversations": [{"from": "function_call", "value": "f("}]},
-            r"f.csv row 3: message 1: the function call: expected JSON",
+            r"f.csv row 3: message 1: the function call: invalid JSON",
         ),
         ("preference", {"chosen": "c", "rejected": "r"}, r"f.csv row 3: column 'prompt' does not exist"),
         ("preference", {"prompt": "q", "rejected": "r"}, r"f.csv row 3: column 'chosen' does not exist"),
