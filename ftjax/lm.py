@@ -22,7 +22,7 @@ from ftjax import config as configs
 from ftjax import cpus, tasks, xla
 from ftjax.data import chat_templates
 from ftjax.data.batches import by_example
-from ftjax.data.pairs import encode_texts
+from ftjax.data.labelled import encode_texts
 from ftjax.data.prepare import fingerprint
 from ftjax.data.template import Rendered, asked
 from ftjax.data.tokenise import Example, continuation, encode_prompts

@@ -10,8 +10,7 @@ import numpy as np
 
 from ftjax.data import prepare
 from ftjax.data.compared import sides
-from ftjax.data.inspect_checks import CHECKS, Check, Hit
-from ftjax.data.inspect_corpus import corpus, near
+from ftjax.data.inspect_checks import CHECKS, Check, Hit, corpus, near
 from ftjax.data.inspect_scan import SAMPLE_WORDS, Scan, scan
 from ftjax.data.inspect_scan import sides as prompt_and_answer
 from ftjax.data.similar import clusters, normalise, row_text, units

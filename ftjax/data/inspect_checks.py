@@ -5,6 +5,7 @@ A row check looks at one row, a set check at one part, beside the others.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,14 +13,44 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.data import textchecks
-from ftjax.data.inspect_corpus import Corpus
+from ftjax.data.compared import Texts, common, nothing, telling
 from ftjax.data.inspect_scan import Scan, View, fold
-from ftjax.data.similar import first_equal, grams, normalise
+from ftjax.data.similar import first_equal, firsts, grams, near_pairs, normalise
 from ftjax.data.split import PARTS
 
 OPTIONAL = 0.2  # a column with a greater share of empty cells is optional
 COMMON = 0.95  # share of the rows that have the common labels, script or ending; other rows are exceptions
+NEAR = 0.8  # similarity of near duplicates if data.clean.near is not set
 RARE = 0.05  # a label is rare if it has fewer rows than this share of those of the rarest common label
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The n rows of all parts one after another, and which of them have equal or similar texts.
+
+    Attributes:
+        scans: The parts.
+        first: (n,) index of the first row with the same text.
+        pairs: (P, 2) pairs i < j of these first rows whose texts are similar.
+        alike: All pairs, for `similar.clusters`.
+        read: The same comparison by the text that the model reads alone. None: `first` compares by that already.
+    """
+
+    scans: list[Scan]
+    first: np.ndarray
+    pairs: np.ndarray
+    alike: np.ndarray
+    read: Corpus | None = None
+
+    def firsts(self, scan: Scan) -> np.ndarray:
+        """`first`, for the rows of one part."""
+        return self.first[scan.start : scan.start + len(scan)]
+
+    def earliest(self, scan: Scan) -> np.ndarray:
+        """(n,): for each index of a text's first row, the first row of this part that has the text; else -1."""
+        out = np.full(len(self.first), -1)
+        out[self.firsts(scan)[::-1]] = np.arange(len(scan))[::-1]
+        return out
 
 
 class Hit(NamedTuple):
@@ -43,6 +74,38 @@ class Check(NamedTuple):
     part: Callable[[Scan, Corpus], Iterator[Hit]] | None = None
     where: Callable[[str], int] | None = None  # index in the text around which the excerpt lies; None: both ends
     answer: bool = False  # whether it is about the answer, which is then shown instead of the row
+
+
+# ---------------------------------------------------------------------------------------------- comparison of rows
+
+
+def corpus(scans: list[Scan], seed: int) -> Corpus:
+    """Compare all rows of all parts, by the text of each row and by the text that the model reads.
+
+    The similarity of near duplicates is that of the first source's settings.
+    """
+    whole = _compared(scans, [scan.by.whole for scan in scans], seed)
+    if all(scan.by.answer is nothing for scan in scans):
+        return whole
+    prompts = set().union(*(common(scan.table, scan.by) for scan in scans))
+    read = _compared(scans, [telling(scan.by, prompts) for scan in scans], seed)
+    return dataclasses.replace(whole, read=read)
+
+
+def _compared(scans: list[Scan], text_of: list[Callable[[dict], str]], seed: int) -> Corpus:
+    texts = Texts(*((scan.table, text) for scan, text in zip(scans, text_of, strict=True)))
+    if not scans[0].data.streaming:
+        texts = list(texts)
+    first = firsts(texts)
+    alike = near_pairs(texts, near(scans[0].data), seed)
+    # `near_pairs` joins each of several equal texts to the first of them. All other pairs are similar texts.
+    nearly = first[alike[:, 1]] == alike[:, 1]
+    return Corpus(scans, first, alike[nearly], alike)
+
+
+def near(data) -> float:
+    """The similarity from which on rows are near duplicates."""
+    return data.clean.near or NEAR
 
 
 # ---------------------------------------------------------------------------------------------- one row

@@ -65,7 +65,9 @@ def split(tables: dict[str, Table], data, seed: int, task=None) -> dict[str, np.
         key = "data.stratify" if data.stratify else "data.label"
         column = data.stratify or data.label
         need_columns([column] if column else [], table.columns, key)
-        value = _values(table, column) if column else np.zeros(len(table), np.int64)
+        value = np.zeros(len(table), np.int64)  # (N,) number of each row's value, by first occurrence; null is a value
+        if column:
+            value = np.unique(first_equal(map(_key, table.column(column))), return_inverse=True)[1]
         if data.group or data.group_near:
             part = _by_group(_groups(table, data, seed, task), value, order, shares, data)
         elif column:
@@ -148,12 +150,6 @@ def _none_left(rows: int, data) -> FtjaxError:
         f"data.split={tuple(data.split)} leaves no row to train on, of {rows}: name data.validation and data.test, or "
         "set data.split=(1.0, 0.0, 0.0)"
     )
-
-
-def _values(table: Table, column: str) -> np.ndarray:
-    """(N,) the number of each row's value in a column. Values are numbered as they first occur; null is a value."""
-    number: dict[str, int] = {}
-    return np.array([number.setdefault(_key(cell), len(number)) for cell in table.column(column)], np.int64)
 
 
 def _key(cell) -> str:

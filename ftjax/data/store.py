@@ -300,7 +300,7 @@ def code() -> str:
 
     here = Path(__file__).parent
     names = ("template.py", "chat_templates.py", "tokenise.py", "labelled.py", "prepare.py", "store.py")
-    names += ("tags.py", "spans.py", "masks.py", "pairs.py", "../hub/tokenizer.py")
+    names += ("tags.py", "spans.py", "masks.py", "../hub/tokenizer.py")
     files = [here / name for name in names] + sorted((here.parent / "tasks").glob("*.py"))
     texts = [file.read_bytes() for file in files]
     return digest(tokenizers.__version__, transformers.__version__, *texts)

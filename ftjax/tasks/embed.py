@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from ftjax.data import pairs
+from ftjax.data import labelled
 from ftjax.evaluation.outputs import Asked, Judge, at_places
 from ftjax.evaluation.retrieval import ranks
 from ftjax.objectives import contrast
@@ -42,7 +42,7 @@ TASK = Task(
     head="none",
     sums=contrast.sums,
     always=lambda config: {"pool": config.task.pool, "temperature": config.task.temperature},
-    encode=pairs.encode,
+    encode=labelled.apart,
     columns=Columns(("anchor", "query", *TEXTS), ("positive", "answer", "sentence2", "hypothesis", "context"), ()),
     texts=2,
     labels=(),
