@@ -265,14 +265,11 @@ def _label(scan: Scan) -> str | None:
     """The column of labels: data.label, or else a column with few values that has a usual name or is the answer."""
     if scan.data.label:
         return scan.data.label if scan.data.label in scan.columns else None
-    few = [c for c, column in scan.columns.items() if _few(column, len(scan))]
+    most = max(2, len(scan) // 4)  # values
+    few = [c for c, column in scan.columns.items() if column.values is not None and 2 <= len(column.values) <= most]
     answered = [c for c in few if f"{{{c}}}" in scan.data.completion]
     named = sorted((c for c in few if c.lower() in LABEL_NAMES), key=lambda c: LABEL_NAMES.index(c.lower()))
     return next(iter(answered + named), None)
-
-
-def _few(column: Column, rows: int) -> bool:
-    return column.values is not None and 2 <= len(column.values) <= max(2, rows // 4)
 
 
 # ---------------------------------------------------------------------------------------------- features

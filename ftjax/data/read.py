@@ -739,14 +739,18 @@ def _load_hub(source: str, key: str) -> datasets.Dataset:
 
     name, *rest = source.split(":")
     split = rest.pop() if len(rest) == 2 or rest[:1] and rest[0] in SPLITS else key.rpartition(".")[2]
+    shows_progress = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
-        with quiet():
-            return datasets.load_dataset(name, *rest, split=split)
+        return datasets.load_dataset(name, *rest, split=split)
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         raise FtjaxError(
             f"{key}: {source} is not a file or directory here, and reading it from the hub failed: {e} "
             f"(a hub data set is written owner/name[:config][:split])"
         ) from e
+    finally:
+        if shows_progress:
+            datasets.enable_progress_bars()
 
 
 READERS = {
@@ -761,17 +765,3 @@ READERS = {
     ".txt": _plain_text,
     ".parquet": _parquet,
 }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Within this context, `datasets` shows no progress bars. Its setting is restored afterwards."""
-    import datasets
-
-    on = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if on:
-            datasets.enable_progress_bars()

@@ -172,12 +172,7 @@ def from_hf(hf: dict, where: str = "config.json") -> tuple[Family, ModelConfig]:
     values = {field: hf[key] for field, key in family.keys.items()}
     values |= {field: read(values[field]) for field, (read, _) in family.converted.items()}
     activation = values["activation"]
-    if activation not in ACTIVATIONS:
-        key = family.keys["activation"]
-        raise FtjaxError(
-            f"{where}: {key} = {activation!r} is not supported{nearest(activation, ACTIVATIONS)}; "
-            f"known: {', '.join(ACTIVATIONS)}"
-        )
+    check_known(activation, ACTIVATIONS, f"{where}: {family.keys['activation']} =")
     values["activation"] = ACTIVATIONS[activation]
 
     def said(field: str) -> str:
@@ -264,8 +259,7 @@ def _head(family: Family, task: str, labels: int, hf: dict, where: str) -> Head:
     fields = {field: hf[key] for field, key in form.keys.items() if key in hf}
     for field, known in (("activation", ACTIVATIONS), ("pool", POOLS)):
         if field in fields:
-            if fields[field] not in known:
-                raise FtjaxError(f"{where}: {form.keys[field]} = {fields[field]!r}; expected one of {', '.join(known)}")
+            check_known(fields[field], known, f"{where}: {form.keys[field]} =")
             fields[field] = known[fields[field]]
     if form.head.task in ("sequence", "token", "span"):
         fields["labels"] = 2 if task == "span" else labels
@@ -396,10 +390,7 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
     kind = rope.pop("rope_type", "default")
     kind = family.rope_types.get(kind, kind)
     known = [name for name in ROPE if name != "proportional" or family.rotary_share is None]
-    if kind not in known:
-        raise FtjaxError(
-            f"{where}: rope_type = {kind!r} is not supported{nearest(kind, known)}; known: {', '.join(known)}"
-        )
+    check_known(kind, known, f"{where}: rope_type =")
     theta = float(rope.pop("rope_theta", family.theta))
     share = None if kind == "proportional" else rope.pop("partial_rotary_factor", None)
     if family.rotary_share is None and share not in (None, 1.0):
@@ -413,8 +404,7 @@ def _one_rope(parts, hf: dict, family: Family, values: dict, where: str) -> dict
             f"even number of 2 to {values['head_dim']}"
         )
     for key in rope:
-        if key not in ROPE_KEYS:
-            raise FtjaxError(f"{where}: rotary key {key!r} is not supported; known: {', '.join(ROPE_KEYS)}")
+        check_known(key, ROPE_KEYS, f"{where}: unknown key of the rotary embedding")
     needed, others = ROPE[kind]
     if ORIGINAL in family.defaults:
         rope[ORIGINAL] = hf[ORIGINAL]

@@ -416,7 +416,10 @@ def test_gpt2_answers_to_the_names_of_others():
             },
             ["expected rope_type = 'default' in sliding", "and neither 'longrope' nor truncate = false in full"],
         ),
-        ({"model_type": "glm4", "rope_parameters": {"rope_type": "proportional"}}, ["'proportional' is not supported"]),
+        (
+            {"model_type": "glm4", "rope_parameters": {"rope_type": "proportional"}},
+            ["rope_type = 'proportional'; expected one of default"],
+        ),
         ({"model_type": "gpt_neox", "original_max_position_embeddings": 1}, ["original_max_position_embeddings = 1"]),
         ({"model_type": "modernbert", "rope_scaling": LINEAR}, ["rope_scaling = {"]),
         ({"model_type": "modernbert", "sliding_window": 5}, ["sliding_window = 5 is not supported"]),
