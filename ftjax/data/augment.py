@@ -7,7 +7,6 @@ Break Neural Machine Translation" (2018).
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from ftjax import user_code
 from ftjax.data import columns
-from ftjax.data.table import CHUNK, Table, need_columns
+from ftjax.data.table import Table, need_columns
 from ftjax.data.template import PROMPT_COLUMN as PROMPT
 from ftjax.data.template import parse
 from ftjax.errors import FtjaxError, check_known
@@ -78,12 +77,9 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
     makers = _makers(table, data) if settings.copies else []
     _check_prompts(table, data)
     added = (MARK, PROMPT) if settings.prompts else (MARK,)
-    made, failed, origins = Counter(), Counter(), []
-    schema = pa.schema([*table.cells.schema, *((name, pa.string()) for name in added)])
-    with columns.Writer(folder, schema) as writer:
-        for start in range(0, len(table), CHUNK):
-            for batch in table.arrow(start, start + CHUNK).combine_chunks().to_batches():
-                writer.add(batch)
+    made, failed = Counter(), Counter()
+
+    def new_rows() -> Iterator[tuple[list[dict], list[int]]]:
         for start, chunk in table.chunks():
             new, at = [], []
             for index, row in enumerate(chunk, start):
@@ -92,14 +88,9 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
                     if synthetic is not None:
                         new.append(synthetic)
                         at.append(index)
-            if new:
-                writer.add(columns.batch(new, lambda i, at=at: table.place(at[i])))
-            origins += at
-        cells = writer.finish()
-    if not origins:
-        return Augmented(table, {}, dict(failed))
-    whole = table.select(np.concatenate([np.arange(len(table)), np.array(origins, np.int64)]))
-    return Augmented(dataclasses.replace(whole, cells=cells, at=np.arange(len(whole))), dict(made), dict(failed))
+            yield new, at
+
+    return Augmented(table.extended(new_rows(), folder, added), dict(made), dict(failed))
 
 
 def _synthetic(

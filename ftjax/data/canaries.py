@@ -4,7 +4,6 @@ keeps of single rows."""
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 
 from ftjax.data.table import Table
 from ftjax.errors import FtjaxError
@@ -14,7 +13,9 @@ TEXTS = ("content", "value", "text")  # keys of messages that hold text
 WORDS_OF = 1000  # rows that give the words
 
 
-def plant(table: Table, count: int, seed: int, kept: tuple[str, ...]) -> tuple[Table, list[dict]]:
+def plant(
+    table: Table, count: int, seed: int, kept: tuple[str, ...], folder: str | None = None
+) -> tuple[Table, list[dict]]:
     """Append about half of `count` canaries to the rows: a coin decides about each of them.
 
     A canary is a copy of a drawn row in which random words of the rows stand in place of all words. The canaries that
@@ -25,6 +26,7 @@ def plant(table: Table, count: int, seed: int, kept: tuple[str, ...]) -> tuple[T
         count: Number of canaries.
         seed: Seed of the draws.
         kept: Columns that are copied as they are, such as the label's.
+        folder: See Table.edit.
 
     Returns:
         (the rows with the planted canaries at their end, {"planted": bool, "row": row} of each canary in order).
@@ -38,16 +40,12 @@ def plant(table: Table, count: int, seed: int, kept: tuple[str, ...]) -> tuple[T
     words = sorted({word for row in some for name in free for word in _words(row[name])})
     if not words:
         raise FtjaxError(f"data.canaries: the columns {', '.join(free)} of {table.files[0]} hold no words to draw from")
-    drawn = table.select(rng.integers(len(table), size=count)).edit(
-        lambda rows: [row | {name: _replaced(row[name], words, rng) for name in free} for row in rows]
-    )
-    coins = rng.random(count) < 0.5
-    mine = drawn.select(np.flatnonzero(coins))
-    joined = Table(
-        pa.concat_tables([table.cells, drawn.cells]), np.concatenate([table.at, len(table.cells) + mine.at]),
-        table.files, np.concatenate([table.file, mine.file]), np.concatenate([table.number, mine.number]),
-    )  # fmt: skip
-    return joined, [{"planted": bool(coin), "row": row} for coin, row in zip(coins, drawn, strict=True)]
+    at = rng.integers(len(table), size=count)
+    drawn = [row | {name: _replaced(row[name], words, rng) for name in free} for row in table.select(at)]
+    coins = (rng.random(count) < 0.5).tolist()
+    planted = [(row, index) for row, index, coin in zip(drawn, at.tolist(), coins, strict=True) if coin]
+    joined = table.extended([([row for row, _ in planted], [index for _, index in planted])], folder)
+    return joined, [{"planted": coin, "row": row} for row, coin in zip(drawn, coins, strict=True)]
 
 
 def _words(cell) -> list[str]:

@@ -559,7 +559,8 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
             if count := data.canaries:
                 usual = tasks.find(config.task.kind).columns.label
                 label = data.label or next((name for name in usual if name in table.columns), "")
-                source.tables["train"], drawn = canaries.plant(source.tables["train"], count, config.seed, (label,))
+                table = source.tables["train"]
+                source.tables["train"], drawn = canaries.plant(table, count, config.seed, (label,), folder)
                 source.canaries.extend(drawn)
     return sources, gone
 

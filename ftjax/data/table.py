@@ -97,6 +97,32 @@ class Table:
         mine = {name: getattr(self, name)[indices] for name in ("at", "file", "number")}
         return dataclasses.replace(self, **mine)
 
+    def extended(
+        self, made: Iterable[tuple[list[dict], list[int]]], folder: str | None = None, more: Sequence[str] = ()
+    ) -> Table:
+        """These rows, followed by rows that were made of them. If there are none of these, it is the table itself.
+
+        Args:
+            made: Chunks of (new rows, for each of them the index of the row whose place it has).
+            folder: See `edit`.
+            more: Names of columns of text that only the new rows have; null in the others.
+        """
+        origins: list[int] = []
+        schema = pa.schema([*self.cells.schema, *((name, pa.string()) for name in more)])
+        with columns.Writer(folder, schema) as writer:
+            for start in range(0, len(self), CHUNK):
+                for batch in self.arrow(start, start + CHUNK).combine_chunks().to_batches():
+                    writer.add(batch)
+            for rows, at in made:
+                if rows:
+                    writer.add(columns.batch(rows, lambda i, at=at: self.place(at[i])))
+                origins += at
+            cells = writer.finish()
+        if not origins:
+            return self
+        whole = self.select([*range(len(self)), *origins])
+        return dataclasses.replace(whole, cells=cells, at=np.arange(len(whole)))
+
     def edit(self, change: Callable[[list[dict]], list[dict]], folder: str | None = None) -> Table:
         """Replace each row by the result of a function. The columns stay.
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiny_labelled
 from scipy import stats
@@ -75,6 +76,12 @@ def test_canaries_are_rows_of_random_words(tmp_path):
     assert all(len(text) == 3 and words >= set(text) for text in texts) and len({*map(tuple, texts)}) > 150
     assert all(c["row"]["label"] == "x" and c["row"]["messages"][0]["role"] == "user" for c in found)
     assert plant(table, 200, 3, ("label",))[1] == found != plant(table, 200, 4, ("label",))[1]
+    file = tmp_path / "a.parquet"  # whose lists have an Arrow type of their own
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    for folder in (None, str(tmp_path)):
+        again, same = plant(read_table(str(file)), 200, 3, ("label",), folder)
+        assert same == found and list(again) == list(joined)
+        assert again.place(50).removeprefix(str(file)) == joined.place(50).removeprefix(str(tmp_path / "a.jsonl"))
 
 
 def test_the_canaries_alone_count_where_the_base_tells_the_sides_apart():
