@@ -294,15 +294,14 @@ def kept(cache: Cache, key: str, what: str, write: Callable[[Path], dict | None]
 
 @functools.cache
 def code() -> str:
-    """Digest of the code that turns rows into tokens, so that results of another version are not reused."""
+    """Digest of the code that turns rows into tokens, with the code beside it, so that results of another version are
+    not reused."""
     import tokenizers
     import transformers
 
-    here = Path(__file__).parent
-    names = ("template.py", "chat_templates.py", "tokenise.py", "labelled.py", "prepare.py", "store.py")
-    names += ("tags.py", "spans.py", "masks.py", "../hub/tokenizer.py")
-    files = [here / name for name in names] + sorted((here.parent / "tasks").glob("*.py"))
-    texts = [file.read_bytes() for file in files]
+    data = Path(__file__).parent
+    files = [*data.glob("*.py"), *(data.parent / "tasks").glob("*.py"), data.parent / "hub" / "tokenizer.py"]
+    texts = [file.read_bytes() for file in sorted(files)]
     return digest(tokenizers.__version__, transformers.__version__, *texts)
 
 

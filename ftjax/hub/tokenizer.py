@@ -88,11 +88,9 @@ def load_tokenizer(folder: Path, model_folder: Path | None = None):
     folder = Path(folder)
     if not has_tokenizer(folder):
         raise FtjaxError(f"{folder}: no tokenizer; expected tokenizer.json, tokenizer.model, vocab.json or vocab.txt")
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        read_json(settings, **SETTINGS)
-    if (special := folder / "special_tokens_map.json").is_file():
-        read_json(special, **SPECIAL)
+    for name, fields in (("tokenizer_config.json", SETTINGS), ("special_tokens_map.json", SPECIAL)):
+        if (folder / name).is_file():
+            read_json(folder / name, **fields)
     model_folder = Path(model_folder or folder)
     plain = _is_plain(folder, model_folder)
     if plain:

@@ -698,9 +698,8 @@ def _pieces(leaves: dict, names: dict, dtype: str) -> list[_Piece]:
     pieces = []
     for path, (stored, transposed, stacked) in names.items():
         indices = np.ndindex(leaves[path].shape[:stacked])
-        size = (
-            leaves[path].size // len(stored) * np.dtype(leaves[path].dtype if path.startswith(KEPT) else dtype).itemsize
-        )
+        written = leaves[path].dtype if path.startswith(KEPT) else dtype
+        size = leaves[path].size // len(stored) * np.dtype(written).itemsize
         pieces += [_Piece(name, path, i, transposed, size) for name, i in zip(stored, indices, strict=True) if name]
     depth = max((piece.index[0] for piece in pieces if piece.index), default=0) + 1
     after = ("final_norm", "lm_head", "head")
