@@ -232,6 +232,13 @@ def test_a_bad_prompt_of_several_files_is_named_by_its_own_file(tmp_path, capsys
     asked = ["generate", "--model", "builtin:stories260K", "--prompts", files, "--template", template]
     assert cli.main(asked) == 2
     assert f"{tmp_path}/b.jsonl row 1: " in capsys.readouterr().err
+    chats = [{"messages": [{"role": "user", "content": "Who?"}]}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    asked = ["generate", "--model", "builtin:stories260K", "--prompt", "One"]
+    assert cli.main([*asked, "--prompts", f"{tmp_path}/c.jsonl"]) == 2
+    assert f"{tmp_path}/c.jsonl row 1: messages need a chat template" in capsys.readouterr().err
+    assert cli.main([*asked, "--chat"]) == 2
+    assert "ftjax: --prompt: messages need a chat template" in capsys.readouterr().err
 
 
 def test_one_prompt_is_answered_piece_by_piece_and_with_the_same_text(tmp_path, capsys, monkeypatch):

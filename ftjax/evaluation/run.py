@@ -292,9 +292,11 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
         return Rendered(prompt=text)
 
     rendered = [prompt(text) for text in prompts]
+    places = ["--prompt"] * len(prompts) if len(prompts) == 1 else [f"--prompt {n + 1}" for n in range(len(prompts))]
     if file:
         table = read.read_table(file, "--prompts")
         rows = [(row, table.place(i)) for i, row in enumerate(table)]
+        places += [place for _, place in rows]
         before = template or data.prompt
         if not before and {"messages", "conversations"} & set(table.columns):
             same("template")
@@ -305,6 +307,6 @@ def _asked(model, prompts: Sequence[str], file: str | None, template: str | None
             only = table.columns == ["text"]
             parts = parse(before or ("{text}" if only else "{prompt}"), "--template", table.columns)
             rendered += [prompt(fill(parts, row, place), place) for row, place in rows]
-    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, end=data.end, goes_on=True)]
+    ids = [i.tolist() for i in encode_prompts(rendered, lm.tokenizer, places.__getitem__, data.end, True)]
     texts = lm.tokenizer.batch_decode(ids)
     return lm, ids, [r.prompt if r.messages is None else t for r, t in zip(rendered, texts, strict=True)]
