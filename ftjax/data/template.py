@@ -127,9 +127,10 @@ def renderer(
             rendered = Rendered(messages=(asked, {"role": "assistant", "content": answer}))
         if rendered.messages is not None:
             if not any(_answers_with(message) for message in rendered.messages):
+                roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in rendered.messages))
                 raise FtjaxError(
                     f"{place}: no assistant message has text or a tool call, so there is nothing to train on; add an "
-                    "answer or remove the row"
+                    f"answer with the role 'assistant' (the row has {roles}), or remove the row"
                 )
             for number, message in enumerate(rendered.messages, 1):
                 if message["role"] == "assistant" and message.get("train", True) and not _says(message):

@@ -176,6 +176,11 @@ def prepared(config, say, recorded: int = 0) -> Job:
     data, base = rows_of(config, base)
     mesh = devices(config, base.spec, data, base.dtype, say, recorded)
     steps = scheduled(config, data, mesh, base.tokenizer)
+    if config.optim.warmup >= 1 and config.optim.warmup > steps.steps:
+        say(
+            f"optim.warmup={config.optim.warmup:g} is more than the {counted(steps.steps, 'step')} of the run: the "
+            "learning rate rises over all of them, and reaches its peak at the last"
+        )
     held_out, eval_every = validated(config, data, steps, say)
     validation = {}
     for index, name in enumerate(data.sources):

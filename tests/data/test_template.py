@@ -375,6 +375,11 @@ def test_templates_hold_plain_columns_only(template):
         ("messages", {"messages": [{"content": "x"}]}, r"f.csv row 3: message 1 should be an object with `role`"),
         ("messages", {"messages": [{"role": "user", "content": 3}]}, r"row 3: message 1: `content` should be text"),
         ("messages", {"messages": CHAT[:1]}, r"f.csv row 3: no assistant message has text"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "Who?"}, {"role": "model", "content": "Lily."}]},
+            r"f.csv row 3: no assistant message has text .* the role 'assistant' \(the row has 'user', 'model'\)",
+        ),
         ("messages", {"messages": [*CHAT, CHAT[0], EMPTY]}, r"f.csv row 3: message 4 is an empty answer"),
         ("messages", {"messages": [CHAT[0], EMPTY, *CHAT]}, r"f.csv row 3: message 2 is an empty answer"),
         ("messages", {"messages": [CHAT[0] | {"train": "no"}]}, r"row 3: message 1: `train` should be true or false"),

@@ -271,6 +271,14 @@ def test_how_answers_are_made_is_checked_before_the_first_step(tmp_path):
         causal(tmp_path, **select, generate__top_p=0)
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path):
+    for warmup, expected in ((4, False), (5, True), (0.9, False)):
+        said = []
+        jobs.prepared(causal(tmp_path, optim__warmup=warmup), said.append)
+        wanted = "optim.warmup=5 is more than the 4 steps of the run: the learning rate rises over all of them"
+        assert any(line.startswith(wanted) for line in said) == expected, warmup
+
+
 def test_what_a_metric_asks_for_is_known_before_the_first_step(tmp_path):
     refused(causal(tmp_path, train__select="coverage"), "evaluate.words: the metric coverage needs the column")
     refused(causal(tmp_path, train__select="number_match"), "number_match: the reference .* contains no number")
