@@ -70,9 +70,7 @@ def cpu_devices(config, spec: Spec, T: float, dtype, recorded: int = 0) -> int:
     if 0 < recorded <= offered:
         return recorded
     rows = config.train.batch_size // config.train.accumulate
-    mesh = sharding.abstract_mesh(ONE_DEVICE)
-    with jax.sharding.use_abstract_mesh(mesh):
-        program = programs.build(config, spec, mesh, dtype, 1)
+    program = programs.build(config, spec, sharding.abstract_mesh(ONE_DEVICE), dtype, 1)
     passes = tasks.find(config.task.kind).passes(config)
     flops = rows * T * flops_per_token(spec.model, program.base, program.trained, program.frozen, T, passes)
     repeated = MEETING + UPDATE * programs.count(program.trained)
@@ -275,10 +273,8 @@ def _states(config, spec: Spec, dtype, sizes: dict[str, int]) -> tuple[float, bo
     Returns (bytes of weights, moments, averages and gradients on a mesh of these sizes, whether most parameters are
     trained, bytes of the gradients alone).
     """
-    mesh = sharding.abstract_mesh(sizes)
-    with jax.sharding.use_abstract_mesh(mesh):
-        program = programs.build(config, spec, mesh, dtype, 1)
-        state = programs.placed(jax.eval_shape(program.init_state, program.trained), program.state_places)
+    program = programs.build(config, spec, sharding.abstract_mesh(sizes), dtype, 1)
+    state = programs.placed(jax.eval_shape(program.init_state, program.trained), program.state_places)
     held = programs.shard_bytes((state, programs.placed(program.frozen, program.frozen_places)))
     trained, total = programs.count(program.trained), programs.count((program.trained, program.frozen))
     gradient = programs.gradient_bytes(program)
