@@ -20,7 +20,7 @@ from ftjax import tasks
 from ftjax.errors import FtjaxError
 from ftjax.lm import compute_dtype
 from ftjax.models import remat
-from ftjax.models.axes import MESH_AXES, by_rows
+from ftjax.models.axes import by_rows
 from ftjax.models.config import attentions, layers_with
 from ftjax.plan import compiled, flops
 from ftjax.plan.devices import Devices, larger
@@ -62,19 +62,18 @@ def settings(config, spec: Spec, devices: Devices, batches=BATCHES, change: dict
     # A CPU's memory is the host's.
     presets = [name for name in remat.CHOICES if devices.kind != "cpu" or not name.startswith("offload")]
     for sizes, preset in itertools.product(meshes(spec, devices), presets):
-        ways = by_rows(sizes) * config.train.accumulate
-        for batch in sorted({max(1, round(config.train.batch_size * n / ways)) * ways for n in batches}):
+        multiple = programs.rows_multiple(config, sizes, spec.model)
+        for batch in sorted({max(1, round(config.train.batch_size * n / multiple)) * multiple for n in batches}):
             cut = {"model.remat": preset} | ({"train.batch_size": batch} if batch != config.train.batch_size else {})
             out.append(Setting((change or {}) | _overrides(sizes) | cut, devices))
     return out
 
 
-def accumulating(config, spec: Spec, devices: Devices) -> list[Setting]:
+def accumulating(spec: Spec, devices: Devices) -> list[Setting]:
     """All meshes with remat, and the batch in more microbatches."""
     return [
         Setting(_overrides(sizes) | {"model.remat": "full", "train.accumulate": times}, devices)
         for sizes, times in itertools.product(meshes(spec, devices), ACCUMULATE)
-        if config.train.batch_size % (by_rows(sizes) * times * max(spec.model.mixing, 1)) == 0
     ]
 
 
@@ -125,7 +124,7 @@ class Search:
     def estimate(self, setting: Setting) -> dict:
         """{"total", "flops", "traffic", "sent", ...} of a setting, with the same keys as compile_step returns."""
         config, devices = changed(self.config, setting.overrides), setting.devices
-        sizes = resolve_mesh(config, devices)
+        sizes = sharding.mesh_sizes(config.mesh, devices.count)
         held = self._held(config, sizes, devices)
         total = sum(held.values()) + self.scale * self._temporaries(config, sizes, devices)
         row_flops = self._flops(config, devices)
@@ -147,15 +146,13 @@ class Search:
         key = repr((like, sizes, dtype))
         if key not in self.programs:
             spec, mesh = self.spec._replace(tuning=config.tuning), sharding.abstract_mesh(sizes)
-            with jax.sharding.use_abstract_mesh(mesh):
-                self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
+            self.programs[key] = programs.build(config, spec, mesh, dtype, self.steps)
         return key, self.programs[key]
 
     def _held(self, config, sizes, devices) -> dict[str, int]:
         B, (key, program) = config.train.batch_size, self._program(config, sizes, devices)
         if (key, B) not in self.holds:
-            with jax.sharding.use_abstract_mesh(program.mesh):
-                arguments = programs.arguments(program, B, self.T, self.M, config)
+            arguments = programs.arguments(program, B, self.T, self.M, config)
             self.holds[key, B] = compiled.held(program, *arguments)
         return self.holds[key, B]
 
@@ -237,7 +234,7 @@ class Search:
         """Estimates of settings that would fit, the fastest of each kind first: the same run split otherwise, or, if
         that does not help, runs that train less; and the same run on more devices."""
         same = self._fitting(settings(self.config, self.spec, devices, (1,)))
-        cut = same or self._fitting(accumulating(self.config, self.spec, devices))
+        cut = same or self._fitting(accumulating(self.spec, devices))
         rows, now = self.config.train.batch_size, configs.flat(self.config)
         smaller = []
         for change in SMALLER:
@@ -245,9 +242,10 @@ class Search:
                 smaller += self._fitting(settings(self.config, self.spec, devices, (1,), change))[:1]
         more = []
         for next_size in larger(devices):
-            batch = -(-rows // next_size.count) * next_size.count
-            mesh = {"mesh.data": 1, "mesh.fsdp": next_size.count, "mesh.expert": 1, "mesh.tensor": 1}
-            overrides = mesh | {"model.remat": "full", "train.batch_size": batch}
+            sizes = auto_mesh.ONE_DEVICE | {"fsdp": next_size.count}
+            multiple = programs.rows_multiple(self.config, sizes, self.spec.model)
+            batch = {"model.remat": "full", "train.batch_size": -(-rows // multiple) * multiple}
+            overrides = _overrides(sizes) | batch
             more = more or self._fitting([Setting(overrides, next_size)])
         return cut[:2] + smaller + more
 
@@ -258,20 +256,12 @@ class Search:
     def try_estimate(self, setting: Setting) -> dict | None:
         """`estimate`, or None for a setting that the method, the mesh or the batch makes impossible."""
         config = changed(self.config, setting.overrides)
-        sizes = resolve_mesh(config, setting.devices)
-        if config.train.batch_size % (by_rows(sizes) * config.train.accumulate):
-            return None
         try:
-            return self.estimate(setting)
+            sizes = sharding.mesh_sizes(config.mesh, setting.devices.count)
+            divides = config.train.batch_size % programs.rows_multiple(config, sizes, self.spec.model) == 0
+            return self.estimate(setting) if divides else None
         except FtjaxError:  # such as a method that changes what quantised kernels hold
             return None
-
-
-def resolve_mesh(config, devices: Devices) -> dict[str, int]:
-    """The mesh of a config on this number of devices, with -1 filled in."""
-    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
-    known = math.prod(n for n in sizes.values() if n != -1)
-    return {axis: devices.count // known if n == -1 else n for axis, n in sizes.items()}
 
 
 def described(config, spec: Spec, overrides: dict, sizes: dict, devices: Devices, T: int) -> dict:

@@ -22,6 +22,7 @@ from ftjax.hub import families, weights
 from ftjax.lm import quantiser
 from ftjax.loading import shape_of
 from ftjax.models import attention_backends, remat
+from ftjax.models.axes import by_rows
 from ftjax.models.config import TABLES, layers_with
 from ftjax.models.quantised import is_quantised, quantised_size
 from ftjax.models.transformer import BEHIND, Transformer
@@ -64,12 +65,23 @@ def fill_defaults(config) -> None:
         config.train.batch_size = METHODS[name].batch_size
 
 
+def rows_multiple(config, sizes, shape) -> int:
+    """The number that the rows of a batch must be a multiple of: microbatches over the parts of a mesh, each of whole
+    groups of a mixture of tokens.
+
+    Args:
+        config: The whole config.
+        sizes: {mesh axis: size}; an axis that is missing has the size 1.
+        shape: The ModelConfig.
+    """
+    return by_rows(sizes) * config.train.accumulate * max(shape.mixing, 1)
+
+
 def check_rows(config, mesh, shape) -> None:
-    """Raise FtjaxError if the batch does not divide into microbatches over the mesh, or into groups of a mixture of
-    tokens within them. shape: the ModelConfig."""
-    rows, ways, group = config.train.batch_size, sharding.row_ways(mesh), max(shape.mixing, 1)
-    if rows % (needed := ways * config.train.accumulate * group):
-        groups = f", in groups of {group} rows" * (group > 1)
+    """Raise FtjaxError if the batch is no `rows_multiple`. shape: the ModelConfig."""
+    rows, ways = config.train.batch_size, sharding.row_ways(mesh)
+    if rows % (needed := rows_multiple(config, mesh.shape, shape)):
+        groups = f", in groups of {shape.mixing} rows" * (shape.mixing > 1)
         raise FtjaxError(
             f"train.batch_size: {rows} rows cannot be split into {config.train.accumulate} microbatches over {ways} "
             f"parts of the mesh{groups}; a multiple of {needed} can"
@@ -211,8 +223,8 @@ def check_attention(config, spec: Spec, mesh, dtype, lengths: list[int]) -> str:
 def build(config, spec: Spec, mesh, dtype, steps: int, attention=None) -> Program:
     """Build the Program of a config.
 
-    It must be called, and its functions traced, with `mesh` in force: `jax.set_mesh`, or
-    `jax.sharding.use_abstract_mesh` if its devices are not on this machine.
+    Its functions must be traced with `mesh` in force: `jax.set_mesh`, or `jax.sharding.use_abstract_mesh` if its
+    devices are not on this machine. Shapes and shardings are the same without.
 
     Args:
         config: A config whose defaults are filled in.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -18,19 +17,30 @@ from ftjax.tree import flatten, map_paths
 TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 
-def make_mesh(config, devices=None) -> jax.sharding.Mesh:
-    """A mesh with MESH_AXES over all devices. An axis of -1 takes the devices that the others leave.
+def mesh_sizes(config, count: int) -> dict[str, int]:
+    """{axis: its size} of a mesh over `count` devices. An axis of -1 takes the devices that the others leave.
 
-    Raises FtjaxError if the sizes do not multiply to the number of devices.
+    Args:
+        config: config.mesh; an axis that it lacks has the size 1.
+        count: Number of devices.
+
+    Raises:
+        FtjaxError: If the sizes do not multiply to the number of devices, or if two of them are -1.
     """
+    asked = {axis: config.get(axis, 1) for axis in MESH_AXES}
+    given = [n for n in asked.values() if n != -1]
+    rest = count // max(math.prod(given), 1)
+    sizes = {axis: rest if n == -1 else n for axis, n in asked.items()}
+    if math.prod(sizes.values()) != count or min(sizes.values()) < 1 or len(asked) - len(given) > 1:
+        listed = ", ".join(f"{axis}={n}" for axis, n in asked.items())
+        raise FtjaxError(f"mesh: {listed} does not multiply to the {count} devices here; set one axis to -1")
+    return sizes
+
+
+def make_mesh(config, devices=None) -> jax.sharding.Mesh:
+    """A mesh with MESH_AXES over all devices, see `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    shape = [config.get(axis, 1) for axis in MESH_AXES]
-    known = int(np.prod([n for n in shape if n != -1]))
-    if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if int(np.prod(shape)) != len(devices) or min(shape) < 1:
-        sizes = ", ".join(f"{axis}={config.get(axis, 1)}" for axis in MESH_AXES)
-        raise FtjaxError(f"mesh: {sizes} does not multiply to the {len(devices)} devices here; set one axis to -1")
+    shape = list(mesh_sizes(config, len(devices)).values())
     # An axis of 8 on a slice of 4 x 4 takes half of one side.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, MESH_AXES, axis_types=TYPES)

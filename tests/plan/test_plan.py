@@ -455,6 +455,31 @@ QUICK = ("--config", "configs/quickstart.py", "--config.data.max_length=128", "-
 
 
 @pytest.mark.slow
+def test_batches_that_are_tried_are_whole_groups_of_a_mixture_of_tokens():
+    shape = types.SimpleNamespace(mixing=4, experts=8, kv_heads=2, hidden=64)
+    config = small(**{"train.batch_size": 64, "train.accumulate": 2})
+    tried = search.settings(config, types.SimpleNamespace(model=shape), parse("cpu:8"))
+    assert len({setting.overrides.get("train.batch_size") for setting in tried}) > 3
+    for setting in tried:
+        mesh = types.SimpleNamespace(
+            shape={axis: setting.overrides[f"mesh.{axis}"] for axis in ("data", "fsdp", "expert")}
+        )
+        programs.check_rows(search.changed(config, setting.overrides), mesh, shape)
+
+
+def test_more_devices_are_all_used_and_no_others(tmp_path, monkeypatch):
+    """The settings for more devices, of a run that splits its rows by tokens."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 301, "model_type": "llama"}))
+    config = small(**{"model.path": str(tmp_path), "mesh.sequence": 2, "tuning.method": "full"})
+    monkeypatch.setattr(search, "settings", lambda *_: [search.Setting({"train.accumulate": 7}, parse("cpu:2"))])
+    job = {"config": config.to_dict(), "devices": "cpu:2", "data": False, "memory": 1.3e6, "seconds": 1e-9}
+    found = worker.work(job | {"choices": True, "quick": True})
+    assert not found["asked"]["fits"] and found["instead"]
+    for row in found["instead"]:
+        assert math.prod(row["mesh"].values()) == parse(row["devices"]).count
+
+
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path, forks):
     out = tmp_path / "plan.json"
     asked = *QUICK, "--config.model.remat=none", "--devices", "cpu:1", "--memory", "0.1", "--json", str(out)

@@ -286,8 +286,11 @@ def test_layers_in_two_stacks_on_a_mesh():
 
 
 def test_mesh_that_does_not_fit_the_devices():
-    with pytest.raises(FtjaxError, match="does not multiply to the 8 devices"):
-        sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
+    for sizes in ({"data": 3}, {"data": -1, "fsdp": 3}, {"data": 8, "fsdp": -1, "tensor": 2}, {"data": 0}):
+        with pytest.raises(FtjaxError, match="does not multiply to the 8 devices"):
+            sharding.make_mesh(sizes)
+    with pytest.raises(FtjaxError, match="data=-1, fsdp=-1, .* does not multiply to the 1 devices"):
+        sharding.make_mesh({"data": -1, "fsdp": -1}, jax.devices()[:1])
     mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2})
     assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2}
 
