@@ -171,9 +171,9 @@ class LM:
             raise FtjaxError(f"logits: the id {bad[0]} is no token of this model, whose ids are 0 to {V - 1:,}")
         if ids.shape[1] > (limit := self.max_tokens):
             raise FtjaxError(f"logits: rows of {ids.shape[1]} tokens exceed the model's {limit} positions")
-        ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        return np.asarray(_logits(self.model, self.variables, ids, positions, mask))
+        tokens, segments = jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+        return np.asarray(_logits(self.model, self.variables, tokens, positions, segments))
 
     def embed(self, texts: list[str], *, pool: str = "", max_length: int = 0, batch_size: int = 32) -> np.ndarray:
         """Vectors of texts, from the hidden states after the last norm.
