@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ftjax import user_code
+from ftjax import tasks, user_code
 from ftjax.data import columns
 from ftjax.data.table import Table, need_columns
+from ftjax.data.template import FORMS, parse
 from ftjax.data.template import PROMPT_COLUMN as PROMPT
-from ftjax.data.template import parse
 from ftjax.errors import FtjaxError, check_known
 
 Op = Callable[[str, float, np.random.Generator], str]  # (text, share of words or letters to change, rng) -> text
@@ -29,7 +29,7 @@ MARK = "augmented"  # column that says how a synthetic row was made; null for a 
 BY_FUNCTION, BY_PROMPT = "function", "prompt"  # values of MARK, besides the names of OPS
 TRIES = 10  # most draws for a row that differs from its original and its earlier copies
 # Columns that hold an answer if no template names them.
-ANSWERS = ("completion", "response", "output", "chosen", "rejected")
+ANSWERS = {"chosen", "rejected", *(name for form in FORMS.values() for name in form.answer)}
 
 
 class Augmented(NamedTuple):
@@ -47,7 +47,7 @@ class Augmented(NamedTuple):
     failed: dict[str, int]
 
 
-def augment(table: Table, data, seed: int, folder: str | None = None) -> Augmented:
+def augment(table: Table, data, seed: int, folder: str | None = None, task=None) -> Augmented:
     """Add the synthetic rows that data.augment asks for to the rows of train.
 
     Copy c of a row is made by one of the ops or by data.augment.function, in turn. Each copy has random numbers of its
@@ -61,6 +61,7 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
         data: The config's group `data`.
         seed: config.seed.
         folder: See Table.edit.
+        task: The config's group `task`; None: the rows are for task.kind="causal".
 
     Raises:
         FtjaxError: If a setting cannot be met, if a cell to be changed is not text, or if the function fails.
@@ -74,7 +75,7 @@ def augment(table: Table, data, seed: int, folder: str | None = None) -> Augment
             f"data.augment: the rows already have a column {taken[0]!r}, which augmentation adds; rename it, or, if "
             "these rows are already augmented, set data.augment.copies=0 and data.augment.prompts=()"
         )
-    makers = _makers(table, data) if settings.copies else []
+    makers = _makers(table, data, task) if settings.copies else []
     _check_prompts(table, data)
     added = (MARK, PROMPT) if settings.prompts else (MARK,)
     made, failed = Counter(), Counter()
@@ -115,7 +116,7 @@ def _synthetic(
 # ---------------------------------------------------------------------------------------------- who makes rows
 
 
-def _makers(table: Table, data) -> list[tuple[str, Make]]:
+def _makers(table: Table, data, task) -> list[tuple[str, Make]]:
     settings = data.augment
     for name in settings.ops:
         check_known(name, OPS, "data.augment.ops: unknown operation")
@@ -126,7 +127,7 @@ def _makers(table: Table, data) -> list[tuple[str, Make]]:
             f"{', '.join(table.columns)}, or "
             "set data.augment.ops=()"
         )
-    fixed = [name for name in settings.columns if name in _answers(data)]
+    fixed = [name for name in settings.columns if name in _fixed(data, task)]
     if fixed:
         raise FtjaxError(
             f"data.augment.columns: {fixed[0]!r} holds answers or labels, which must stay as they are: name columns of "
@@ -142,12 +143,15 @@ def _makers(table: Table, data) -> list[tuple[str, Make]]:
     return makers
 
 
-def _answers(data) -> set[str]:
+def _fixed(data, task) -> set[str]:
     """Columns that hold a label or an answer; for rows of plain text, the text."""
-    if data.completion:
+    this = tasks.find(task.kind if task else "causal")
+    if this.encode:
+        answers = set() if data.label else {*this.columns.label} - {task.text, task.pair}
+    elif data.completion:
         answers = {name for _, name in parse(data.completion, "data.completion") if name}
     else:
-        answers = {*ANSWERS, *([] if data.label else ["text"])}
+        answers = ANSWERS if data.label else ANSWERS | {"text"}
     return answers | {data.label, data.stratify}
 
 

@@ -553,7 +553,7 @@ def rows(config, augmented: bool = True) -> tuple[list[Source], list[Gone]]:
             few = shots(cells, source.data.shots, count, config.seed)
         source.tables["train"] = table = table.select(np.flatnonzero(np.isin(indices, few)))
         if augmented:
-            source.tables["train"], made, failed = augment(table, source.data, config.seed, folder)
+            source.tables["train"], made, failed = augment(table, source.data, config.seed, folder, config.task)
             source.notes.extend(_counted("synthetic rows", made))
             source.notes.extend(_counted("synthetic rows given up, for no draw differed from the rows there", failed))
             if count := data.canaries:

@@ -321,10 +321,24 @@ def test_what_cannot_be_met_is_refused(data, fields, told):
     assert told in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["completion", "response", "output", "chosen", "text"])
+@pytest.mark.parametrize("name", ["completion", "response", "output", "answer", "left", "chosen", "text"])
 def test_answers_by_convention_are_refused_too(name):
     with pytest.raises(FtjaxError, match="holds answers or labels"):
         augment(table([{name: "some text"}]), asked(copies=1, columns=(name,)), 0)
+
+
+@pytest.mark.parametrize(
+    "kind, label, text", [("classify", "label", "text"), ("span", "answers", "question"), ("embed", "", "answer")]
+)
+def test_of_labelled_rows_the_label_is_kept_and_every_text_may_change(kind, label, text):
+    task = config.default().task
+    task.kind = kind
+    data = table([{text: "some words to swap", **({label: "five of five"} if label else {})}])
+    found = augment(data, asked(copies=1, columns=(text,), ops=("word_swap",)), 0, task=task)
+    assert len(rows(found)) == 2 and rows(found)[1][text] != "some words to swap"
+    if label:
+        with pytest.raises(FtjaxError, match=f"'{label}' holds answers or labels"):
+            augment(data, asked(copies=1, columns=(label,)), 0, task=task)
 
 
 def test_rows_that_were_augmented_before_are_refused():
