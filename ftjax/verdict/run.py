@@ -89,7 +89,7 @@ def compare(
         if c.name in measured:
             run = functools.partial(learning_curve, c, found, measured[c.name], metric, say)
             curves += [one for one in [_tried(f"{c.name}, learning curve", lost, say, run)] if one is not None]
-    case = judged(found, measured, metric)._replace(lost=lost)
+    case = case_of(found, measured, metric)._replace(lost=lost)
     data = plain(case, metric, curves) | {"config": settings, "ftjax": ftjax.__version__}
     command = ["ftjax", "compare", "--config", str(out / "verdict.json"), *(["--out", str(out)] if elsewhere else [])]
     data["repeat"] = shlex.join(command)
@@ -150,7 +150,7 @@ def _metric(config) -> str:
 # ---------------------------------------------------------------------------------------------- the verdict
 
 
-def judged(found: Setting, measured: dict[str, Measured], metric: str, base: str = "") -> Case:
+def case_of(found: Setting, measured: dict[str, Measured], metric: str, base: str = "") -> Case:
     """The comparison with a verdict on every contender against the base.
 
     Args:
@@ -172,7 +172,7 @@ def plain(case: Case, metric: str, curves: list[dict]) -> dict:
     """All content of the report as plain data.
 
     Args:
-        case: The comparison, from `judged`.
+        case: The comparison, from `case_of`.
         metric: The metric that the verdict is about.
         curves: Learning curves, see ftjax.verdict.amounts.learning_curve.
 
@@ -190,7 +190,7 @@ def plain(case: Case, metric: str, curves: list[dict]) -> dict:
     untrained = best(ready, key=lambda name: measured[name].scores[metric].mean(), default="")
     if untrained:  # chosen on these rows, which favours it: a contender that still beats it is better all the more
         others = {name: m for name, m in measured.items() if name == untrained or name not in ready}
-        against = judged(case.setting, others, metric, untrained).verdicts
+        against = case_of(case.setting, others, metric, untrained).verdicts
     prices = {n: price(m.cost, config.compare, kinds[n]) for n, m in measured.items()}
     of_base = measured[case.base].scores[metric].mean(0)
     for name, m in measured.items():

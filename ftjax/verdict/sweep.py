@@ -318,9 +318,19 @@ def _name(texts: list[str]) -> str:
 def _asked(config) -> dict:
     """What a run's outcome depends on, as plain JSON data: fields of the config, and digests of the files that they
     name; see `_by_content`."""
-    judged, flat = ("evaluate.", "generate.", "task."), configs.flat(config)
-    settings = {key: value for key, value in flat.items() if key.startswith(judged) or not key.startswith(FREE)}
-    return _by_content(json.loads(json.dumps(settings | contents(config))))
+    return _by_content(_fields(config) | json.loads(json.dumps(contents(config))))
+
+
+def _fields(config) -> dict:
+    """The fields of a config that a run's outcome depends on, as plain JSON data."""
+    scored, flat = ("evaluate.", "generate.", "task."), configs.flat(config)
+    found = {key: value for key, value in flat.items() if key.startswith(scored) or not key.startswith(FREE)}
+    return json.loads(json.dumps(found))
+
+
+def _recorded(record: dict) -> dict:
+    """What the run of a record depended on, which is taken out of it. Fields that are newer had their defaults."""
+    return _by_content(_fields(configs.default()) | record.pop("asked"))
 
 
 def _by_content(asked: dict) -> dict:
@@ -349,7 +359,7 @@ def _ended(settings: dict, config, known: dict[str, dict]) -> Outcome | None:
         record = known.get(json.dumps(now, sort_keys=True))
         return Outcome(**record | {"settings": settings}) if record else None
     record = read_json(file)
-    before = _by_content(record.pop("asked"))
+    before = _recorded(record)
     keys = dict.fromkeys([*now, *(key for key in before if key.startswith("content of "))])
     changed = [
         f"the {key} has changed" if key.startswith("content of ") else f"{key} was {before.get(key)!r}, is {now[key]!r}"
@@ -368,7 +378,7 @@ def _known(folder: Path) -> dict[str, dict]:
     """{what a run depends on, as JSON: its record} of the runs of a folder that have ended. Raises OSError if a run may
     not be read."""
     records = [read_json(file) | {"run_dir": str(file.parent)} for file in within(folder, OUTCOME)]
-    return {json.dumps(_by_content(record.pop("asked")), sort_keys=True): record for record in records}
+    return {json.dumps(_recorded(record), sort_keys=True): record for record in records}
 
 
 def _run(settings: dict, config, say) -> Outcome:
@@ -415,8 +425,8 @@ def figures(result) -> tuple[dict[str, float], dict[str, float]]:
     """
     losses = {"train_loss": result.train_loss, "val_loss": result.val_loss}
     results = result.results or {}
-    judged = results.get("after") or results.get("test") or results.get("validation") or {}
-    entries = {n: e if isinstance(e, dict) else {"value": e} for n, e in judged.get("metrics", judged).items()}
+    part = results.get("after") or results.get("test") or results.get("validation") or {}
+    entries = {n: e if isinstance(e, dict) else {"value": e} for n, e in part.get("metrics", part).items()}
     values = losses | {name: entry["value"] for name, entry in entries.items()}
     spans = {name: entry for name, entry in entries.items() if entry.get("low") is not None}
     return (

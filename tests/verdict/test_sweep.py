@@ -199,7 +199,7 @@ def test_rows_belong_to_a_run_defaults_are_not_run_again_and_errors_of_one_run_a
     assert any("has changed since these rows were written" in text for text in said)
 
 
-def test_a_folder_of_runs_may_be_moved(tmp_path, monkeypatch):
+def test_a_folder_of_runs_may_be_moved_and_be_older_than_a_field(tmp_path, monkeypatch):
     c = small(tmp_path)
     (first,) = ftjax.sweep(c, [f"optim.lr={c.optim.lr}"], say=lambda text: None)
     for name in ("run", "base", "train.jsonl"):
@@ -207,6 +207,10 @@ def test_a_folder_of_runs_may_be_moved(tmp_path, monkeypatch):
         shutil.move(tmp_path / name, tmp_path / "moved" / name)
     moved = tmp_path / "moved"
     c.run_dir, c.model.path, c.data.train = str(moved / "run"), str(moved / "base"), str(moved / "train.jsonl")
+    outcome = moved / "run" / Path(first.run_dir).name / "outcome.json"
+    record = json.loads(outcome.read_text())
+    del record["asked"]["train.label_smoothing"]
+    outcome.write_text(json.dumps(record))
     monkeypatch.delattr(sweep, "train")  # nothing is run again
     for more in ([], [f"tuning.rank={c.tuning.rank}"]):
         (again,) = ftjax.sweep(c, [f"optim.lr={c.optim.lr}", *more], say=lambda text: None)
@@ -253,7 +257,8 @@ def test_a_run_that_may_not_be_read_is_not_run_again(tmp_path, bound_by_permissi
         (tmp_path / name).mkdir()
         (tmp_path / name / "outcome.json").write_text(json.dumps({"asked": {"seed": name}}))
     (tmp_path / "a.claim").write_text("")
-    assert list(sweep._known(tmp_path)) == ['{"seed": "a"}', '{"seed": "b"}'] and sweep._known(tmp_path / "none") == {}
+    assert [json.loads(asked)["seed"] for asked in sweep._known(tmp_path)] == ["a", "b"]
+    assert sweep._known(tmp_path / "none") == {}
     (tmp_path / "a").chmod(0)
     with pytest.raises(PermissionError, match=str(tmp_path / "a")):
         sweep._known(tmp_path)
