@@ -437,8 +437,13 @@ def _says(message: dict) -> bool:
 
 def _conversation(messages: tuple[dict, ...], row: dict, place: str, template: str, system: str) -> Rendered:
     """A conversation with its system text and tools. The system text of the row takes precedence over the config's."""
-    system = row["system"] if isinstance(row.get("system"), str) and row["system"] else system
-    if system and messages[0]["role"] not in ("system", "developer"):
+    own = row["system"] if isinstance(row.get("system"), str) else ""
+    system, begun = own or system, messages[0]["role"] in ("system", "developer")
+    if own and begun and own.strip() != messages[0]["content"].strip():
+        raise FtjaxError(
+            f"{place}: the column `system` and the first message are two different system texts; remove one of them"
+        )
+    if system and not begun:
         messages = ({"role": "system", "content": system}, *messages)
     if template in TEMPLATES:
         messages = tuple(_thinking_as_text(m) for m in messages)

@@ -146,8 +146,11 @@ def test_system_text_of_the_message_then_the_row_then_the_config(template):
         assert render({"messages": list(said("q", "a")), "system": own}, "row 1").messages[0]["content"] == "s"
     assert render({"messages": list(said("q", "a")), "system": "t"}, "row 1").messages[0]["content"] == "t"
     for role in ("system", "developer"):
-        first = {"role": role, "content": ""}
-        assert render({"messages": [first, *said("q", "a")], "system": "t"}, "row 1").messages[0] == first
+        first = {"role": role, "content": "t"}
+        for own in (None, "t"):
+            assert render({"messages": [first, *said("q", "a")], "system": own}, "row 1").messages[0] == first
+        with pytest.raises(FtjaxError, match="row 1: the column `system` and the first message are two different"):
+            render({"messages": [first, *said("q", "a")], "system": "u"}, "row 1")
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
