@@ -25,7 +25,7 @@ heard: list[int] = []  # the signals that this process received
 _held = False
 _obeyed = threading.Event()  # set when Python has handled the first signal
 _at_exit: list[Callable] = []
-_sent_again = 0  # number of signals that `_hook` sent, which do not count as new ones
+_sent_again = 0  # number of signals that `_send_again` sent, which do not count as new ones
 
 
 @contextlib.contextmanager
@@ -49,8 +49,7 @@ def listening() -> Iterator[None]:
     wakeup, report = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False), sys.unraisablehook
     for number in mine:
         signal.signal(number, _hear)
-    me = threading.get_ident()
-    sys.unraisablehook = lambda lost: _hook(lost, me, report)
+    sys.unraisablehook = functools.partial(_hook, thread=threading.get_ident(), report=report)
     threading.Thread(target=_watch, args=(receiver, mine), daemon=True).start()
     try:
         yield
@@ -99,20 +98,29 @@ def leave(code: int) -> None:
 def _hear(number, frame) -> None:
     heard.append(number)
     _obeyed.set()
-    if not _held:
+    if _held:
+        return
+    while frame and frame.f_code is not _hook.__code__:
+        frame = frame.f_back
+    if not frame:
         raise KeyboardInterrupt
+    _send_again(number, threading.get_ident())  # within _hook Python loses it too, and calls nothing
 
 
 def _hook(lost, thread: int, report) -> None:
     """Raise a lost KeyboardInterrupt again. If one is raised in a callback, such as JAX's in each garbage collection,
     Python only reports it there, and the program continues."""
-    global _sent_again
     if issubclass(lost.exc_type, KeyboardInterrupt):
-        _sent_again += 1
-        number = heard[0] if heard else signal.SIGINT
-        threading.Timer(0.05, signal.pthread_kill, (thread, number)).start()  # once the callback has ended
+        _send_again(heard[0] if heard else signal.SIGINT, thread)
     else:
         report(lost)
+
+
+def _send_again(number: int, thread: int) -> None:
+    """Send a signal to a thread once the callback has ended in which it was lost."""
+    global _sent_again
+    _sent_again += 1
+    threading.Timer(0.05, signal.pthread_kill, (thread, number)).start()
 
 
 def _watch(receiver: socket.socket, mine: list[int]) -> None:

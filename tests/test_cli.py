@@ -142,7 +142,7 @@ def test_a_folder_that_must_not_be_replaced_or_that_another_process_writes(tmp_p
         (("train", "--config", "configs/quickstart.py", "--lora_r=8"), "--config.tuning.rank=VALUE sets"),
         (("train", "--config", "configs/quickstart.py", "--profile", "steps=5"), "log.profile: expected FIRST:LAST"),
         (("generate", "--model", "builtin:stories260K"), "--prompt"),
-        (("generate", "--model", "m", "--prompt", "x", "--top-p=nan"), "--top-p: expected a number at least 0"),
+        (("generate", "--model", "m", "--prompt", "x", "--top-p=nan"), "--top-p: expected a number above 0"),
         (("generate", "--model", "m", "--prompt", "x", "--max-new-tokens=0"), "--max-new-tokens: expected a whole"),
         (("generate", "--model", "m", "--prompt", "x", "--out", "tests"), "--out tests: expected the name of a file"),
         (("generate", "--model", "m", "--prompt", "x", "--out", "/dev/fd/77"), "/dev/fd/77: expected the name of"),

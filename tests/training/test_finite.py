@@ -20,7 +20,7 @@ from ftjax.training import export, finite, hosts, loop
 from ftjax.training.optimizer import schedule
 from ftjax.training.report import read_metrics
 from ftjax.training.run_folder import open_run
-from ftjax.training.step import init_state, judged, norms_by_layer, train_step
+from ftjax.training.step import bad_step, init_state, norms_by_layer, train_step
 from ftjax.tree import not_finite
 
 
@@ -238,7 +238,7 @@ def test_ten_bad_steps_in_a_row_and_a_spike_that_may_not_be_skipped_end_the_run(
 def test_a_loss_has_no_spikes_beside_a_median_that_is_not_above_zero():
     guard = {"skipped": np.int32(0), "in_a_row": np.int32(0)}
     for median, loss, expected in ((1.0, 3.5, True), (1.0, 2.5, False), (0.0, 1e-3, False), (-1.0, -1.1, False)):
-        bad, _ = judged(guard | {"losses": np.full(50, median, "f")}, False, np.float32(loss), np.float32(1), 3.0)
+        bad, _ = bad_step(guard | {"losses": np.full(50, median, "f")}, False, np.float32(loss), np.float32(1), 3.0)
         assert bool(bad) == expected, (median, loss)
 
 
