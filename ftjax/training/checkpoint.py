@@ -136,7 +136,7 @@ class Checkpoints:
         from orbax.checkpoint import args
 
         self.wait()  # for the checkpoint before, which must be sealed with its own step
-        # Of equal copies in one process Orbax would compile a slice of each shape for each device; it gets the first.
+        # Orbax would write a part of each of several equal copies, and compile a program for every shape of them.
         one = lambda x: x.addressable_data(0) if x.is_fully_replicated and x.is_fully_addressable else x  # noqa: E731
         arrays = {name: args.PyTreeSave(jax.tree.map(one, getattr(state, name))) for name in _arrays(state)}
         self.saving = int(state.step)

@@ -109,8 +109,7 @@ def write(source: Trained, out: str | Path, format: str, *, dtype: str = "auto")
             merged = "; a merged model has those of the training" if source.method.merge else ""
             report["note"] = f"trained on a base in {kind}; on the base as its files hold it, its logits differ{merged}"
         return report
-    merged = jax.jit(lambda *state: dequantised(source.method.merge(*state, source.spec)))
-    params = merged(source.trained, source.frozen)
+    params = dequantised(source.method.merge(source.trained, source.frozen, source.spec))
     dtype = weights.stored_dtype(base.folder) if dtype == "auto" else dtype
     if source.frozen:
         report["merge_difference"] = found = _merge_difference(source, params, dtype)

@@ -80,17 +80,22 @@ def variables(trained, frozen, spec):
     return {"params": out["params"], "adapter": unflatten(adapter)}
 
 
+@jax.jit
+def _changed(kernel, a, b, magnitude, s):
+    """W' of a kernel that has an adapter, where s > 0. Compiled once for all kernels of a shape."""
+    whole = kernel.astype(jnp.float32)
+    total = whole + s * (b @ a)
+    gain = magnitude[..., None] / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), TINY)
+    return jnp.where(s > 0, gain * total, whole).astype(kernel.dtype)
+
+
 def merge(trained, frozen, spec):
     """W', computed in float32 and stored as W was."""
     params, adapter = flatten(frozen), flatten(trained)
     for path, (_, scale) in lora.ranks(spec).items():
         kernel = params[f"{path}/kernel"]
-        a, b, magnitude = (adapter[f"{path}/lora/{leaf}"] for leaf in ("a", "b", "magnitude"))
-        s = scale[:, None, None] if kernel.ndim == 3 else scale[0]
-        whole = kernel.astype(jnp.float32)
-        total = whole + s * (b @ a)
-        gain = magnitude[..., None] / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), TINY)
-        params[f"{path}/kernel"] = jnp.where(s > 0, gain * total, whole).astype(kernel.dtype)
+        leaves = (adapter[f"{path}/lora/{leaf}"] for leaf in ("a", "b", "magnitude"))
+        params[f"{path}/kernel"] = _changed(kernel, *leaves, scale[:, None, None] if kernel.ndim == 3 else scale[0])
     return unflatten(params)
 
 

@@ -116,6 +116,13 @@ def variables(trained, frozen, spec):
     return {"params": unflatten(params), "adapter": unflatten(adapter)}
 
 
+@jax.jit
+def _changed(kernel, b, a, scale, *first):
+    """W + s (B A - B0 A0). first: B0 and A0, where the base holds them. Compiled once for all kernels of a shape."""
+    change = (b @ a - first[0] @ first[1] if first else b @ a) * scale
+    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+
+
 def merge(trained, frozen, spec):
     """W + s B A, added in float32 and stored in W's dtype. If the table of a tied head changes, the head gets the old
     table as its own."""
@@ -130,11 +137,9 @@ def merge(trained, frozen, spec):
                 params[f"layers/mlp/{part}/experts"] = (kernel.astype(jnp.float32) + own).astype(kernel.dtype)
             continue
         kernel = _kernel(params, path)
-        change = adapter[f"{path}/lora/b"] @ adapter[f"{path}/lora/a"]
-        if f"{path}/lora_initial/a" in initial:
-            change = change - initial[f"{path}/lora_initial/b"] @ initial[f"{path}/lora_initial/a"]
-        change = change * (scale[:, None, None] if kernel.ndim == 3 else scale[0])
-        kernel = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        first = [initial[f"{path}/lora_initial/{leaf}"] for leaf in "ba" if f"{path}/lora_initial/{leaf}" in initial]
+        scale = scale[:, None, None] if kernel.ndim == 3 else scale[0]
+        kernel = _changed(kernel, adapter[f"{path}/lora/b"], adapter[f"{path}/lora/a"], scale, *first)
         if path == "embed" and spec.model.shares_table:
             params.setdefault("lm_head/kernel", params["embed/embedding"])
         leaf, value = ("embedding", kernel.T) if path in EMBEDDINGS else ("kernel", kernel)
